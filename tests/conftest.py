@@ -1,0 +1,17 @@
+"""Eight CPU devices for every test, and compiled programs kept between runs."""
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+import jax
+
+ROOT = Path(__file__).resolve().parent.parent
+
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_compilation_cache_dir", str(ROOT / ".cache" / "xla"))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+# The tests' models are tiny: compiling them takes most of the time, running them none.
+jax.config.update("jax_disable_most_optimizations", True)

@@ -1,0 +1,382 @@
+"""Sources: folders, TFDS datasets and arrays; selection; and what each refuses."""
+
+import io
+import json
+import pathlib
+import socket
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from vlp_jax.data.lazy_tensorflow import import_tensorflow
+from vlp_jax.data.sources import SOURCES, build_source
+from vlp_jax.errors import UserError
+
+CAPTIONS = ["one", 'two, "quoted"', "three\nlines", "vier Äpfel", "五"]
+
+
+def parse(source, index, names=None):
+    """One example, as the graph sees it."""
+    tf = import_tensorflow()
+    record = {k: tf.constant(v[0]) for k, v in source.fetch(np.array([index])).items()}
+    names = list(source.fields()) if names is None else names
+    function = tf.function(lambda r: source.parse(r, names), autograph=False)
+    return {name: value.numpy() for name, value in function(record).items()}
+
+
+def refuses(config, message):
+    with pytest.raises(UserError, match=message) as caught:
+        build_source(config)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+# ------------------------------------------------------------------------------------- folder
+
+
+def put(path, content=b"not read here"):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
+
+
+def csv_of(rows, header="path,caption", delimiter=","):
+    def quoted(value):
+        return '"' + value.replace('"', '""') + '"'
+
+    lines = [delimiter.join(quoted(value) for value in row) for row in rows]
+    return "\n".join([header.replace(",", delimiter), *lines]) + "\n"
+
+
+@pytest.fixture
+def folder(tmp_path):
+    names = ["a.jpg", "sub/b.png", "sub/deep/c.jpg", "ünï/日本.jpg", "e e.gif"]
+    for name in names:
+        put(tmp_path / name, name.encode())
+    rows = list(zip(names, CAPTIONS, strict=True))
+    (tmp_path / "captions.csv").write_text(csv_of(rows), encoding="utf-8")
+    return tmp_path
+
+
+def folder_config(path, **keys):
+    return {"source": "folder", "path": str(path), "split": "all", **keys}
+
+
+def read_all(source):
+    return {
+        example["path"].decode(): [caption.decode() for caption in example["captions"]]
+        for example in (parse(source, index) for index in range(len(source)))
+    }
+
+
+def test_folder_csv(folder):
+    source = build_source(folder_config(folder))
+    assert len(source) == 5 and source.class_names("label") is None
+    examples = [parse(source, index) for index in range(5)]
+    for example, caption in zip(examples, CAPTIONS, strict=True):
+        assert example["image"] == example["path"]  # the file holds its own name
+        assert [c.decode() for c in example["captions"]] == [caption]
+    assert source.describe(2).endswith("sub/deep/c.jpg")
+
+
+@pytest.mark.parametrize("kind", ["bom", "crlf", "tsv", "jsonl", "backslash", "dots"])
+def test_folder_formats(folder, kind):
+    expected = read_all(build_source(folder_config(folder)))
+    rows = [(path, captions[0]) for path, captions in expected.items()]
+    (folder / "captions.csv").unlink()
+    name, content = "list.csv", csv_of(rows)
+    if kind == "bom":
+        content = "\ufeff" + content
+    elif kind == "crlf":
+        content = csv_of([(p, c.replace("\n", "\0")) for p, c in rows])
+        content = content.replace("\n", "\r\n").replace("\0", "\n")
+    elif kind == "tsv":
+        name, content = "list.tsv", csv_of(rows, delimiter="\t")
+    elif kind == "jsonl":
+        name = "list.jsonl"
+        content = "\n\n".join(json.dumps({"file": p, "text": [c]}) for p, c in rows)
+    elif kind == "backslash":
+        content = csv_of([(p.replace("/", "\\"), c) for p, c in rows])
+    elif kind == "dots":
+        content = csv_of([("./" + p, c) for p, c in rows])
+    (folder / name).write_bytes(content.encode())
+    assert read_all(build_source(folder_config(folder))) == expected
+
+
+def test_folder_other_normal_form_of_a_name(tmp_path):
+    put(tmp_path / "cafe\u0301.jpg")
+    (tmp_path / "c.csv").write_text(csv_of([("caf\u00e9.jpg", "x")]), encoding="utf-8")
+    assert parse(build_source(folder_config(tmp_path)), 0)["image"] == b"not read here"
+
+
+def test_folder_several_captions_and_labels(tmp_path):
+    for name in "abc":
+        put(tmp_path / f"{name}.jpg")
+    rows = [
+        {"image": "a.jpg", "caption": ["1", "2"], "kind": 10},
+        {"image": "b.jpg", "caption": "3", "kind": 9},
+        {"image": "a.jpg", "caption": "4", "kind": 10},
+        {"image": "c.jpg", "caption": "5", "kind": 9},
+    ]
+    (tmp_path / "c.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    source = build_source(folder_config(tmp_path, label_field="kind"))
+    assert read_all(source) == {"a.jpg": ["1", "2", "4"], "b.jpg": ["3"], "c.jpg": ["5"]}
+    assert source.class_names("label") == ("9", "10")
+    assert source.column("label").tolist() == [1, 0, 0]
+    batch = source.fetch(np.array([1, 0]))
+    assert batch["captions"].shape == (2, 3) and batch["caption_count"].tolist() == [1, 3]
+    nine = build_source(folder_config(tmp_path, label_field="kind", where={"label": "9"}))
+    assert list(read_all(nine)) == ["b.jpg", "c.jpg"]
+
+
+def many(path, count):
+    for number in range(count):
+        put(path / f"{number}.jpg")
+    (path / "c.csv").write_text(csv_of([(f"{n}.jpg", f"no {n}") for n in range(count)]))
+
+
+def test_folder_holdout_is_a_stable_partition(tmp_path):
+    many(tmp_path, 400)
+    splits = {
+        split: set(build_source(folder_config(tmp_path, split=split)).column("path"))
+        for split in ("train", "validation", "all")
+    }
+    assert splits["train"] | splits["validation"] == splits["all"]
+    assert not splits["train"] & splits["validation"]
+    assert 20 < len(splits["validation"]) < 60
+    many(tmp_path, 500)
+    more = set(build_source(folder_config(tmp_path, split="validation")).column("path"))
+    assert splits["validation"] == more & splits["all"]
+    none = build_source(folder_config(tmp_path, split="train", holdout=0))
+    assert len(none) == 500
+    refuses(folder_config(tmp_path, split="validation", holdout=0), "is empty")
+
+
+def test_folder_mistakes(folder, tmp_path_factory):
+    refuses(folder_config(folder / "no"), "not a folder")
+    refuses(folder_config(folder, captions="x.csv"), "there is no file")
+    refuses(folder_config(folder, captions="a.jpg"), "must end in")
+    refuses(folder_config(folder, split="test"), "train, validation, all")
+    refuses(folder_config(folder, holdout=1.5), "fraction")
+    refuses(folder_config(folder, caption_field="captoin"), "did you mean 'caption'")
+    refuses(folder_config(folder, label_field="x"), "data.label_field")
+    refuses(folder_config(folder, pth="x"), "did you mean 'path'")
+    refuses({"source": "folder"}, "data.path is not set")
+    (folder / "more.tsv").write_text("x")
+    refuses(folder_config(folder), r"captions.csv, more.tsv")
+    empty = tmp_path_factory.mktemp("empty")
+    refuses(folder_config(empty), "no caption file")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("c.csv", csv_of([("a.jpg", "x"), ("b.jpg", "y"), ("c.jpg", "z")]), "2 of 3 .*'b.jpg'"),
+        ("c.csv", csv_of([("a.jpg", "x"), ("a.jpg", " ")]), "line 3: 'caption' is empty"),
+        ("c.csv", "path,caption\na.jpg\n", "line 2: 'caption' is empty"),
+        ("c.csv", "path,caption\n", "no rows"),
+        ("c.csv", "", "no rows"),
+        ("c.csv", "where,caption\na.jpg,x\n", "no column named path"),
+        ("c.csv", 'path,caption\na.jpg,"x"y\n', "line 2: malformed"),
+        ("c.jsonl", '{"path": "a.jpg", "caption": "x"}\n{"path": \n', "line 2: malformed JSON"),
+        ("c.jsonl", '["a.jpg", "x"]\n', "line 1: a line must be an object"),
+        ("c.jsonl", '{"path": "a.jpg", "caption": []}\n', "empty list"),
+        ("c.jsonl", '{"path": "a.jpg", "caption": [""]}\n', "is empty"),
+        ("c.csv", b"path,caption\na.jpg,\xff\xfe\n", "not UTF-8"),
+    ],
+)
+def test_folder_bad_caption_files(tmp_path, name, content, message):
+    put(tmp_path / "a.jpg")
+    put(tmp_path / name, content if isinstance(content, bytes) else content.encode())
+    refuses(folder_config(tmp_path), message)
+
+
+def test_folder_labels_that_disagree(tmp_path):
+    put(tmp_path / "a.jpg")
+    (tmp_path / "c.csv").write_text("path,caption,label\na.jpg,x,dog\na.jpg,y,cat\n")
+    refuses(folder_config(tmp_path, label_field="label"), "'cat' but had 'dog'")
+
+
+# --------------------------------------------------------------------------------------- tfds
+
+
+def make_toy(data_dir, file_format, count=60):
+    import_tensorflow()
+    import tensorflow_datasets as tfds
+
+    class Toy(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+        VERSION = tfds.core.Version("1.0.0")
+        code_path = pathlib.Path(__file__)  # to infer it, TFDS needs importlib_resources
+
+        def _info(self):
+            colors = tfds.features.ClassLabel(names=["red", "green"])
+            features = {
+                "id": tfds.features.Text(),
+                "image": tfds.features.Image(shape=(8, 8, 3), encoding_format="png"),
+                "captions": tfds.features.Sequence(tfds.features.Text()),
+                "label": tfds.features.ClassLabel(names=["even", "odd"]),
+                "count": np.int32,
+                "unseen": np.bool_,
+                "objects": tfds.features.Sequence({"color": colors, "box": np.float32}),
+                "frames": tfds.features.Video(shape=(None, 4, 4, 3)),
+            }
+            return tfds.core.DatasetInfo(
+                builder=self, features=tfds.features.FeaturesDict(features)
+            )
+
+        def _split_generators(self, dl_manager):
+            return {"train": self._generate_examples(count), "test": self._generate_examples(7)}
+
+        def _generate_examples(self, number):
+            for i in range(number):
+                yield (
+                    i,
+                    {
+                        "id": f"id{i}",
+                        "image": np.full((8, 8, 3), i, np.uint8),
+                        "captions": [f"c{i} {k}" for k in range(i % 3 + 1)],
+                        "label": i % 2,
+                        "count": i % 4,
+                        "unseen": i % 5 == 0,
+                        "objects": [{"color": "green", "box": 0.5}] * (i % 3),
+                        "frames": np.zeros((2, 4, 4, 3), np.uint8),
+                    },
+                )
+
+    config = tfds.download.DownloadConfig(num_shards=3) if count >= 60 else None
+    Toy(data_dir=str(data_dir), file_format=file_format).download_and_prepare(
+        download_config=config
+    )
+
+
+@pytest.fixture(scope="module")
+def toy_dir(tmp_path_factory):
+    path = tmp_path_factory.mktemp("tfds")
+    make_toy(path, "array_record")
+    return path
+
+
+@pytest.fixture
+def no_network(monkeypatch):
+    def refuse(*args, **kwargs):
+        raise AssertionError("the network was asked")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+
+
+def toy(data_dir, **keys):
+    return {"source": "tfds", "dataset": "toy", "data_dir": str(data_dir), **keys}
+
+
+def test_tfds_reads_by_index_and_leaves_images_encoded(toy_dir, no_network):
+    source = build_source(toy(toy_dir))
+    assert len(source) == 60
+    ids = [parse(source, i, ["id"])["id"] for i in range(60)]
+    assert sorted(ids) == sorted(f"id{i}".encode() for i in range(60))
+    for index in (0, 31, 59):
+        example = parse(source, index)
+        number = int(example["id"][2:])
+        assert np.asarray(Image.open(io.BytesIO(example["image"])))[0, 0, 0] == number
+        assert example["captions"].tolist() == [
+            f"c{number} {k}".encode() for k in range(number % 3 + 1)
+        ]
+        assert example["objects/color"].tolist() == [1] * (number % 3)
+        assert len(example["frames"]) == 2 and example["frames"][0][:4] == b"\x89PNG"
+        assert source.column("id")[index] == example["id"]
+    assert source.fields()["image"].is_string and source.fields()["objects/box"].shape == (None,)
+    assert source.class_names("label") == ("even", "odd")
+    assert source.class_names("objects/color") == ("red", "green")
+    assert source.class_names("count") is None and source.class_names("nothing") is None
+    assert "toy" in source.describe(31) and "array_record" in source.describe(31)
+
+
+def test_tfds_fetch_order_and_slices(toy_dir):
+    source = build_source(toy(toy_dir))
+    records = source.fetch(np.arange(60))["record"]
+    order = np.random.default_rng(0).permutation(60)
+    assert source.fetch(order)["record"].tolist() == records[order].tolist()
+    for split, expected in (
+        ("train[10:25]", records[10:25]),
+        ("train[:10%]", records[:6]),
+        ("train[50:]+train[:5]", np.concatenate([records[50:], records[:5]])),
+    ):
+        part = build_source(toy(toy_dir, split=split))
+        assert part.fetch(np.arange(len(part)))["record"].tolist() == expected.tolist()
+    assert len(build_source(toy(toy_dir, split="test", dataset="toy:1.0.0"))) == 7
+
+
+def test_where_and_limit(toy_dir):
+    whole = build_source(toy(toy_dir))
+    number = np.array([int(name[2:]) for name in whole.column("id")])
+    chosen = build_source(
+        toy(toy_dir, where={"count": 1, "unseen": False, "label": "odd"}, limit=5)
+    )
+    kept = number[(number % 4 == 1) & (number % 5 != 0)][:5]
+    assert [int(name[2:]) for name in chosen.column("id")] == kept.tolist()
+    assert int(parse(chosen, 3, ["id"])["id"][2:]) == kept[3]
+    assert chosen.class_names("label") == ("even", "odd") and len(chosen) == 5
+    ml_collections = pytest.importorskip("ml_collections")
+    config = ml_collections.ConfigDict(toy(toy_dir, where={"count": 1}))
+    assert set(build_source(config).column("count")) == {1}
+    by_name = build_source(toy(toy_dir, where={"id": "id7"}))
+    assert by_name.column("count").tolist() == [3]
+    refuses(toy(toy_dir, where={"cuont": 1}), "did you mean 'count'")
+    refuses(toy(toy_dir, where={"captions": "x"}), "scalar fields")
+    refuses(toy(toy_dir, where={"label": "od"}), "did you mean 'odd'")
+    refuses(toy(toy_dir, where={"count": "x"}), "holds numbers")
+    refuses(toy(toy_dir, where={"id": 3}), "cannot be compared")
+    refuses(toy(toy_dir, where={"count": 9}), "matches none of 60")
+    refuses(toy(toy_dir, limit=0), "limit=0")
+
+
+def test_tfds_mistakes(toy_dir, tmp_path, no_network):
+    refuses(toy(toy_dir, dataset="toyy"), "did you mean 'toy'")
+    refuses(toy(toy_dir, dataset="shapse"), "did you mean 'shapes'")
+    message = refuses(toy(toy_dir, dataset="mnist"), "not prepared in")
+    assert "tfds.builder('mnist'" in message and "download_and_prepare()" in message
+    refuses(toy(toy_dir, dataset="toy:9.9.9"), "of 'toy' there is: 1.0.0")
+    refuses(toy(toy_dir, dataset="a/b/c/d"), "not a dataset name")
+    refuses(toy(toy_dir, split="trian"), r"did you mean 'train'.*train \(60\), test \(7\)")
+    refuses(toy(toy_dir, split="train[:"), "slices look like")
+    refuses(toy(toy_dir, split="train[5:2]"), "holds no examples")
+    refuses(toy(toy_dir, split="train[100%:]"), "holds no examples")
+    make_toy(tmp_path, "tfrecord", count=3)
+    message = refuses(toy(tmp_path), "tfrecord files")
+    assert "file_format='array_record'" in message
+
+
+def test_the_command_in_the_message_is_python(toy_dir):
+    message = refuses(toy(toy_dir, dataset="mnist"), "prepare it with")
+    code = message.split('python -c "')[1].rstrip('"')
+    compile(code, "message", "exec")
+
+
+# ------------------------------------------------------------------------------------- arrays
+
+
+def test_arrays():
+    arrays = {"image": np.arange(24, dtype=np.uint8).reshape(2, 2, 2, 3), "text": ["a", "b\0"]}
+    source = build_source({"source": "arrays", "arrays": arrays, "names": {"label": ["x", "y"]}})
+    assert len(source) == 2 and not source.needs_tensorflow
+    batch = source.fetch(np.array([1, 0, 1]))
+    assert batch["text"].tolist() == [b"b\0", b"a", b"b\0"]
+    np.testing.assert_array_equal(batch["image"], arrays["image"][[1, 0, 1]])
+    assert source.class_names("label") == ("x", "y")
+
+
+def test_arrays_mistakes():
+    for arrays, message in (
+        ({}, "no examples"),
+        ({"a": np.zeros(0)}, "no examples"),
+        ({"a": np.zeros(2), "b": np.zeros(3)}, "different lengths"),
+        ({"a": [[b"x"], [b"y", b"z"]]}, "numbers|shape"),
+        ({"a": np.zeros(2, "M8[s]")}, "numbers"),
+    ):
+        refuses({"source": "arrays", "arrays": arrays}, message)
+
+
+def test_unknown_source_names_the_nearest():
+    for name in SOURCES:
+        refuses({"source": name + "x"}, f"did you mean '{name}'")
+    refuses({}, "known: arrays, folder, tfds")

@@ -1,0 +1,280 @@
+"""The towers: other people's layers as oracles, and properties that any Transformer has."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from vlp_jax.models import layers
+from vlp_jax.models.dual_encoder import DualEncoder, l2_normalize, normalize_pixels
+from vlp_jax.models.text import make_text
+from vlp_jax.models.vit import PatchEmbedding, make_vit
+
+KEY = jax.random.key(0)
+
+
+def tiny_vit(**fields):
+    return make_vit("mu/8", 16, depth=3, **fields)
+
+
+def tiny_text(**fields):
+    return make_text("mu", vocab_size=50, context_length=9, depth=3, **fields)
+
+
+def image(batch=2, size=16):
+    return jax.random.normal(jax.random.key(1), (batch, size, size, 3))
+
+
+def tokens(batch=2):
+    ids = np.random.default_rng(0).integers(3, 50, (batch, 9))
+    ids[:, 6:] = (2, 0, 0)  # end of text, padding
+    return jnp.asarray(ids, jnp.int32)
+
+
+def init(module, *inputs):
+    return nn.unbox(module.init(KEY, *inputs))
+
+
+def perturbed(params):
+    """No parameter is left at a value, such as zero, that hides a mistake."""
+    leaves, tree = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(7), len(leaves))
+    moved = [x + 0.1 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
+    return jax.tree.unflatten(tree, moved)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_attention_equals_flax(causal):
+    x = jax.random.normal(jax.random.key(2), (2, 5, 12))
+    ours = layers.MultiHeadAttention(heads=3, causal=causal)
+    params = perturbed(init(ours, x, x))
+    flax_attention = nn.MultiHeadDotProductAttention(num_heads=3)
+    mask = nn.make_causal_mask(x[..., 0]) if causal else None
+    expected = flax_attention.apply(params, x, x, mask=mask)
+    np.testing.assert_allclose(ours.apply(params, x, x), expected, atol=1e-6)
+
+
+def test_patch_embedding_equals_convolution():
+    x = image(size=24)
+    module = PatchEmbedding(patch_size=8, width=20)
+    params = perturbed(init(module, x))
+    conv = nn.Conv(20, (8, 8), strides=(8, 8), padding="VALID")
+    expected = conv.apply({"params": params["params"]["projection"]}, x).reshape(2, 9, 20)
+    np.testing.assert_allclose(module.apply(params, x), expected, atol=1e-5)
+
+
+def test_layer_norm_equals_float64_definition():
+    x = 100 + jax.random.normal(KEY, (4, 32))  # a fast variance would lose digits here
+    module = layers.layer_norm(1e-6, jnp.float32, "norm")
+    params = perturbed(init(module, x))
+    x64 = np.asarray(x, np.float64)
+    z = (x64 - x64.mean(-1, keepdims=True)) / np.sqrt(x64.var(-1, keepdims=True) + 1e-6)
+    p = params["params"]
+    np.testing.assert_allclose(module.apply(params, x), z * p["scale"] + p["bias"], atol=2e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "torch_formula"),
+    [
+        ("gelu", lambda x: 0.5 * x * (1 + np.vectorize(__import__("math").erf)(x / 2**0.5))),
+        (
+            "gelu_tanh",
+            lambda x: 0.5 * x * (1 + np.tanh((2 / np.pi) ** 0.5 * (x + 0.044715 * x**3))),
+        ),
+        ("quick_gelu", lambda x: x / (1 + np.exp(-1.702 * x))),
+    ],
+)
+def test_activations(name, torch_formula):
+    x = np.linspace(-4, 4, 41)
+    np.testing.assert_allclose(
+        layers.ACTIVATIONS[name](jnp.asarray(x, jnp.float32)), torch_formula(x), atol=1e-6
+    )
+
+
+@pytest.mark.parametrize("pooling", ["cls", "mean", "map"])
+def test_scanned_layers_equal_separate_ones(pooling):
+    scanned, separate = (tiny_vit(pooling=pooling, scan_layers=s) for s in (True, False))
+    params = perturbed(init(scanned, image()))["params"]
+    encoder = dict(params["encoder"])
+    stacked = encoder.pop("layers")
+    for index in range(3):
+        encoder[f"layer_{index}"] = jax.tree.map(lambda x, i=index: x[i], stacked)
+    np.testing.assert_allclose(
+        scanned.apply({"params": params}, image()),
+        separate.apply({"params": {**params, "encoder": encoder}}, image()),
+        atol=1e-5,
+    )
+
+
+@pytest.mark.parametrize("remat", ["full", "dots"])
+@pytest.mark.parametrize("scan_layers", [False, True])
+def test_rematerialization_changes_no_gradient_and_saves_memory(remat, scan_layers):
+    plain, remade = (tiny_vit(scan_layers=scan_layers, remat=r) for r in ("none", remat))
+    params = perturbed(init(plain, image()))
+
+    def gradient(model):
+        return jax.jit(jax.grad(lambda p: (model.apply(p, image()) ** 2).sum()))
+
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4),
+        gradient(plain)(params),
+        gradient(remade)(params),
+    )
+    kept = [
+        len(jax.tree.leaves(jax.vjp(lambda p, m=m: m.apply(p, image()), params)[1]))
+        for m in (plain, remade)
+    ]
+    assert kept[1] < kept[0]
+
+
+def test_unknown_remat_policy_is_refused():
+    with pytest.raises(ValueError, match="known: dots, full"):
+        tiny_vit(remat="everything").init(KEY, image())
+
+
+def test_causal_text_does_not_see_what_follows():
+    model = tiny_text(causal=True, pooling="last")
+    encoder = tiny_text(causal=True, pooling="eos")
+    ids = tokens()
+    params = perturbed(init(encoder, ids))
+    changed = ids.at[:, 7:].set(5)  # behind the end of text
+    np.testing.assert_allclose(encoder.apply(params, ids), encoder.apply(params, changed), atol=1e-6)
+    both = tiny_text(causal=False, pooling="eos")
+    assert np.abs(both.apply(params, ids) - both.apply(params, changed)).max() > 1e-3
+    assert np.abs(model.apply(params, ids) - model.apply(params, changed)).max() > 1e-3
+
+
+def test_mean_pooling_leaves_padding_out():
+    model = tiny_text(pooling="mean")
+    ids = tokens()
+    params = perturbed(init(model, ids))
+    features = {}
+
+    def keep(module, name):
+        return module.name == "encoder" and name == "__call__"
+
+    _, state = model.apply(params, ids, capture_intermediates=keep)
+    features = state["intermediates"]["encoder"]["__call__"][0]
+    expected = [f[: (row != 0).sum()].mean(axis=0) for f, row in zip(features, ids, strict=True)]
+    np.testing.assert_allclose(model.apply(params, ids), np.stack(expected), atol=1e-5)
+
+
+def test_eos_pooling_takes_the_first_end_of_text():
+    model = tiny_text(pooling="eos")
+    ids = tokens()
+    params = perturbed(init(model, ids))
+    twice = ids.at[:, 8].set(2)
+    np.testing.assert_allclose(model.apply(params, ids), model.apply(params, twice), atol=1e-6)
+
+
+def test_images_of_a_batch_do_not_mix():
+    model = tiny_vit(pooling="map")
+    params = perturbed(init(model, image()))
+    x = image(4)
+    alone = jnp.concatenate([model.apply(params, x[i : i + 1]) for i in range(4)])
+    np.testing.assert_allclose(model.apply(params, x), alone, atol=1e-5)
+
+
+def test_bfloat16_compute_keeps_float32_parameters():
+    model = tiny_vit(dtype=jnp.bfloat16, pooling="map")
+    params = init(model, image())
+    assert {x.dtype for x in jax.tree.leaves(params)} == {jnp.dtype("float32")}
+    out = model.apply(params, image())
+    assert out.dtype == jnp.bfloat16
+    reference = tiny_vit(pooling="map").apply(params, image())
+    np.testing.assert_allclose(out.astype(jnp.float32), reference, atol=0.1)
+
+
+def dual(**fields):
+    return DualEncoder(
+        image=tiny_vit(pooling="map"),
+        text=tiny_text(),
+        embed_dim=8,
+        logit_scale_init=2.0,
+        logit_bias_init=-10.0,
+        **fields,
+    )
+
+
+def test_every_parameter_but_scalars_has_logical_names():
+    pixels = jnp.zeros((1, 16, 16, 3), jnp.uint8)
+    boxed = jax.eval_shape(lambda: dual().init(KEY, pixels, tokens(1)))
+    is_box = lambda x: isinstance(x, nn.LogicallyPartitioned)  # noqa: E731
+    for path, leaf in jax.tree_util.tree_leaves_with_path(boxed, is_leaf=is_box):
+        shape = nn.unbox(leaf).shape
+        assert is_box(leaf) == bool(shape), path
+        if shape:
+            assert len(leaf.names) == len(shape), path
+
+
+def test_embeddings_are_unit_vectors_in_float32():
+    pixels = jax.random.randint(KEY, (2, 16, 16, 3), 0, 256).astype(jnp.uint8)
+    model = dual()
+    params = perturbed(init(model, pixels, tokens()))
+    out = model.apply(params, pixels, tokens())
+    for name in ("image", "text"):
+        assert out[name].dtype == jnp.float32
+        np.testing.assert_allclose(np.linalg.norm(out[name], axis=1), 1, rtol=1e-6)
+
+
+def test_pixels_are_normalized_as_stated():
+    pixels = jnp.asarray([[[[0, 128, 255]]]], jnp.uint8)
+    out = normalize_pixels(pixels, (0.5, 0.4, 0.3), (0.5, 0.2, 0.1))
+    expected = [(0 - 0.5) / 0.5, (128 / 255 - 0.4) / 0.2, (1 - 0.3) / 0.1]
+    np.testing.assert_allclose(out[0, 0, 0], expected, rtol=1e-5)
+
+
+def test_normalizing_zero_is_zero_and_has_a_gradient():
+    zero = jnp.zeros((1, 4))
+    np.testing.assert_array_equal(l2_normalize(zero), zero)
+    assert np.isfinite(jax.grad(lambda x: l2_normalize(x).sum())(zero)).all()
+
+
+@pytest.mark.parametrize(
+    ("expected_gflops", "vit", "text"),
+    [
+        # open_clip, docs/model_profile.csv (its GFLOPs count a multiply-add as 2).
+        (41.09, ("B/16", 224, {"pooling": "cls"}), (77, {"width": 512, "mlp_dim": 2048, "heads": 8})),
+        (14.78, ("B/32", 224, {"pooling": "cls"}), (77, {"width": 512, "mlp_dim": 2048, "heads": 8})),
+        (175.3, ("L/14", 224, {"pooling": "cls"}), (77, {"width": 768, "mlp_dim": 3072, "heads": 12})),
+        (46.44, ("B/16", 224, {"pooling": "map"}), (64, {})),
+    ],
+)
+def test_flops_are_those_of_open_clip(expected_gflops, vit, text):
+    variant, size, fields = vit
+    context, overrides = text
+    model = DualEncoder(
+        image=make_vit(variant, size, **fields),
+        text=make_text("B", 32_000, context, **overrides),
+        embed_dim=512,
+        logit_scale_init=0.0,
+    )
+    assert model.flops() / 1e9 == pytest.approx(expected_gflops, rel=0.02)
+
+
+def test_flops_equal_the_compilers_count_of_the_matrix_products():
+    model = tiny_vit(scan_layers=False, pooling="map")
+    params = init(model, image(1))
+    compiled = jax.jit(model.apply).lower(params, image(1)).compile()
+    counted = compiled.cost_analysis()["flops"]
+    # The compiler also counts norms, softmax and activations, which are not small at this size.
+    assert model.flops() < counted < 1.35 * model.flops()
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: make_vit("XXL/16", 224), "unknown variant 'XXL'"),
+        (lambda: make_vit("B16", 224), "SIZE/PATCH"),
+        (lambda: make_vit("B/15", 224), "do not tile"),
+        (lambda: make_vit("B/16", 224, heads=7), "do not divide"),
+        (lambda: make_vit("B/16", 224, pooling="max"), "known: cls, mean, map"),
+        (lambda: make_text("B", 10, 10, pooling="cls"), "known: eos, last, mean, map"),
+        (lambda: tiny_vit().init(KEY, image(size=24)), "takes images of 16 pixels"),
+        (lambda: tiny_text().init(KEY, tokens()[:, :5]), "takes 9 tokens, not 5"),
+    ],
+)
+def test_bad_sizes_are_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()

@@ -1,0 +1,96 @@
+"""The numbers of a run do not depend on how many devices it is spread over, nor how."""
+
+import helpers
+import jax
+import numpy as np
+import pytest
+
+from vlp_jax.parallel import rules
+from vlp_jax.parallel.batch import put_batch
+
+MESHES = {
+    "2": ({"replica": 2}, 2),
+    "4": ({"replica": 4}, 4),
+    "8x1": ({"replica": 8, "fsdp": 1}, 8),
+    "4x2": ({"replica": 4, "fsdp": 2}, 8),
+    "2x4": ({"replica": 2, "fsdp": 4}, 8),
+    "2x2x2": ({"replica": 2, "fsdp": 2, "tensor": 2}, 8),
+}
+
+
+def first_gradients(setup):
+    batch = put_batch(next(helpers.batches(1)), setup.mesh)
+
+    def gradient(params):
+        return jax.grad(lambda p: setup.objective.loss(p, batch, jax.random.key(0), True)[0])(params)
+
+    with rules.use_mesh(setup.mesh):
+        return jax.device_get(jax.jit(gradient)(helpers.fresh(setup).params))
+
+
+def losses(setup):
+    return [metrics["loss"] for metrics in helpers.train(setup, 20)[1]]
+
+
+@pytest.fixture(scope="module", params=["softmax", "sigmoid"])
+def reference(request):
+    config = helpers.tiny_config(loss=request.param)
+    setup = helpers.setup_on(config, {"replica": 1}, 1)
+    return config, first_gradients(setup), losses(setup)
+
+
+@pytest.mark.parametrize("name", MESHES)
+def test_first_gradients_and_losses_equal_those_of_one_device(reference, name):
+    config, gradients, expected = reference
+    setup = helpers.setup_on(config, *MESHES[name])
+    total = np.sqrt(sum(np.sum(np.square(g)) for g in jax.tree.leaves(gradients)))
+    for (path, ours), one in zip(
+        jax.tree_util.tree_leaves_with_path(first_gradients(setup)),
+        jax.tree.leaves(gradients),
+        strict=True,
+    ):
+        # The bias of the keys shifts all scores of a query alike: its true gradient is zero.
+        zero = "'key'" in str(path) and "'bias'" in str(path)
+        floor = 1e-6 * total if zero else 0
+        error = np.linalg.norm(ours - one)
+        assert error <= 1e-5 * np.linalg.norm(one) + floor, (path, error, np.linalg.norm(one))
+    np.testing.assert_allclose(losses(setup), expected, rtol=1e-4)
+    assert abs(expected[-1] - expected[0]) > 1e-2  # something was learned, so the check says much
+
+
+def test_fsdp_shards_parameters_and_optimizer_state():
+    setup = helpers.setup_on(helpers.tiny_config(), {"replica": 2, "fsdp": 4})
+    whole = local = 0
+    for leaf in jax.tree.leaves(helpers.fresh(setup)):
+        whole += leaf.nbytes
+        local += leaf.addressable_shards[0].data.nbytes
+    assert local < 0.4 * whole
+
+
+def test_a_dimension_that_the_mesh_does_not_divide_stays_whole():
+    config = helpers.tiny_config(embed_dim=10)
+    config.objective.image.heads = config.objective.text.heads = 1
+    setup = helpers.setup_on(config, {"replica": 4, "tensor": 2})
+    query = setup.abstract.params["image"]["encoder"]["layers"]["attention"]["query"]["kernel"]
+    up = setup.abstract.params["image"]["encoder"]["layers"]["mlp"]["up"]["kernel"]
+    assert "tensor" not in query.sharding.spec
+    assert up.sharding.spec[2] == "tensor"
+
+
+def test_sharding_table_names_every_parameter_and_adds_up():
+    setup = helpers.setup_on(helpers.tiny_config(), {"replica": 2, "fsdp": 4})
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, setup.abstract.params)
+    table = rules.sharding_table(setup.abstract.params, shardings).splitlines()
+    assert len(table) == len(jax.tree.leaves(setup.abstract.params)) + 1
+    whole = sum(4 * leaf.size for leaf in jax.tree.leaves(setup.abstract.params))
+    assert f"{whole:,} bytes in all" in table[-1]
+    (row,) = [line for line in table if line.startswith("text/token_embedding/embedding")]
+    assert row.split("  ")[-1].strip() == f"{64 * 32 * 4 // 4:,}"
+
+
+def test_compiled_step_takes_over_the_memory_of_the_state():
+    setup = helpers.setup_on(helpers.tiny_config(), {"replica": 8})
+    state, step = helpers.fresh(setup), helpers.compiled(setup)
+    batch = put_batch(next(helpers.batches(1)), setup.mesh)
+    step(state, batch)
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state.params))

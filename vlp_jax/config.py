@@ -1,0 +1,350 @@
+"""Configs: load a file, override it from the command line, check it, shrink it to a smoke test.
+
+A config file is Python with a function `get_config(arg)` that starts from `base()`, changes what it
+needs to and returns an `ml_collections.ConfigDict`. Sections that name a component (`objective`,
+`data`, `tokenizer`, each of `evaluators`) become the arguments of that component.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import importlib.util
+import inspect
+import json
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+from vlp_jax.errors import UserError, unknown_key_message
+
+BOOLEANS = {"true": True, "1": True, "false": False, "0": False}
+DURATION_UNITS = ("steps", "examples", "epochs", "percent")
+# Sections whose keys are the arguments of what they name; each is checked where it is built.
+COMPONENT_SECTIONS = ("objective", "data", "tokenizer", "evaluators")
+
+
+def duration(
+    steps: int | None = None,
+    examples: int | None = None,
+    epochs: float | None = None,
+    percent: float | None = None,
+) -> ConfigDict:
+    """A length of training in exactly one unit; `percent` is of the whole run.
+
+    All four keys exist, so that a command line can move from one unit to another:
+    `--config.duration.epochs=None --config.duration.steps=500`.
+    """
+    config = ConfigDict()
+    config.steps = placeholder(int)
+    config.examples = placeholder(int)
+    config.epochs = placeholder(float)
+    config.percent = placeholder(float)
+    config.update({"steps": steps, "examples": examples, "epochs": epochs, "percent": percent})
+    return config
+
+
+def base() -> ConfigDict:
+    """Every top-level key with its default. All configs derive from this one."""
+    config = ConfigDict()
+    config.seed = 0
+    config.batch_size = 256  # examples of the whole mesh, not of a device
+    config.duration = duration(steps=1000)
+    # Sizes of the mesh axes; one of them may be -1: all devices that are left.
+    config.mesh = ConfigDict({"replica": -1, "fsdp": 1, "tensor": 1})
+    config.objective = ConfigDict()
+    config.data = ConfigDict()
+    config.tokenizer = ConfigDict()
+    config.evaluators = ConfigDict()
+    config.optimizer = ConfigDict(
+        {
+            "name": "adamw",
+            "learning_rate": 1e-3,
+            "schedule": "cosine",  # cosine, rsqrt, linear or constant
+            "warmup": duration(percent=5.0),
+            "cooldown": duration(percent=0.0),  # a linear end to zero; rsqrt wants one
+            "b1": 0.9,
+            "b2": 0.98,
+            "eps": 1e-8,
+            "weight_decay": 0.1,
+            "no_decay": ("bias", "scale", "logit_scale", "logit_bias"),  # names of leaves
+            "clip_norm": 1.0,  # of the global gradient; 0 for none
+            "ema_decay": 0.0,  # of the parameters; 0 for none. Evaluation then uses the average
+        }
+    )
+    config.log = ConfigDict({"every": duration(steps=10)})
+    config.checkpoint = ConfigDict(
+        {
+            "every": duration(percent=10.0),
+            "keep_last": 2,
+            "keep_every": 0,  # also keep each checkpoint whose step is a multiple of it; 0: none
+            "asynchronous": True,
+        }
+    )
+    config.writers = ConfigDict(
+        {
+            "tensorboard": True,
+            "wandb": ConfigDict(
+                {
+                    "enabled": False,
+                    "project": "vlp_jax",
+                    "name": placeholder(str),
+                    "mode": "online",
+                }
+            ),
+        }
+    )
+    # Steps to trace, `first` to `last`; None for none.
+    config.profile = ConfigDict({"first": placeholder(int), "last": placeholder(int)})
+    config.prefetch = 2  # batches that wait on the devices
+    return config
+
+
+def load(spec: str) -> ConfigDict:
+    """The config of `"path/to/file.py"` or `"path/to/file.py:arg"`, locked and checked.
+
+    Raises:
+      UserError: no such file, no `get_config` in it, or it sets a key that does not exist.
+    """
+    path, _, argument = spec.partition(":")
+    file = Path(path)
+    if not file.is_file():
+        raise UserError(f"config file {path} does not exist")
+    root = str(file.resolve().parent.parent)
+    if root not in sys.path:  # so that configs can derive from each other: `from configs import x`
+        sys.path.insert(0, root)
+    module_spec = importlib.util.spec_from_file_location(f"vlp_jax_config_{file.stem}", file)
+    module = importlib.util.module_from_spec(module_spec)
+    try:
+        module_spec.loader.exec_module(module)
+        if not hasattr(module, "get_config"):
+            raise UserError(f"{path} has no function get_config(arg)")
+        config = module.get_config(argument or None)
+    except (AttributeError, KeyError, TypeError) as error:
+        # ConfigDict's own words for a key that its locked parent does not have.
+        raise UserError(f"{path}: {_first_line(error)}") from error
+    check(config)
+    return config.lock()
+
+
+def check(config: ConfigDict) -> None:
+    """Raises UserError if a key outside the component sections is not one of `base()`'s."""
+    _check_keys(config, base(), "config", skip=COMPONENT_SECTIONS)
+    for key in COMPONENT_SECTIONS:
+        if not isinstance(config[key], ConfigDict):
+            raise UserError(f"config.{key} must be a ConfigDict")
+
+
+def _check_keys(
+    config: ConfigDict, known: ConfigDict, where: str, skip: tuple[str, ...] = ()
+) -> None:
+    for key in config:
+        if key not in known:
+            raise UserError(unknown_key_message(key, known, where))
+        if key not in skip and isinstance(known[key], ConfigDict):
+            if not isinstance(config[key], ConfigDict):
+                raise UserError(f"{where}.{key} must be a section, not {config[key]!r}")
+            _check_keys(config[key], known[key], f"{where}.{key}")
+        elif config[key] is None and known[key] is not None and key not in DURATION_UNITS:
+            raise UserError(f"{where}.{key} must not be None")
+
+
+def override(config: ConfigDict, assignments: list[str]) -> None:
+    """Applies `["a.b=v", ...]` in place. Values are Python literals, text needs no quotes.
+
+    Raises:
+      UserError: a key that does not exist (with the nearest that does), or a value of another type.
+    """
+    for assignment in assignments:
+        path, equals, text = assignment.partition("=")
+        if not equals:
+            raise UserError(f"--config.{path} needs a value: --config.{path}=VALUE")
+        section, key, where = _find(config, path)
+        _require(section, key, where)
+        current = section[key]
+        if isinstance(current, ConfigDict):
+            keys = ", ".join(f"--config.{path}.{name}" for name in current)
+            raise UserError(f"--config.{path} is a section; set one of its keys: {keys}")
+        expected = section.get_type(key)
+        try:
+            section[key] = _parse(text, current, expected)
+        except (TypeError, ValueError) as error:
+            raise UserError(
+                f"--config.{path}={text}: not a value of type {expected.__name__}"
+            ) from error
+
+
+def _find(config: ConfigDict, path: str) -> tuple[ConfigDict, str, str]:
+    """The section that holds the last key of the dotted `path`, that key, the section's name."""
+    *parents, key = path.split(".")
+    section, where = config, "config"
+    for parent in parents:
+        _require(section, parent, where)
+        section, where = section[parent], f"{where}.{parent}"
+        if not isinstance(section, ConfigDict):
+            break
+    if not isinstance(section, ConfigDict):
+        raise UserError(f"{where} is a value, not a section: --config.{path} cannot be set")
+    return section, key, where
+
+
+def _require(section: ConfigDict, key: str, where: str) -> None:
+    if key not in section:
+        raise UserError(unknown_key_message(key, section, where))
+
+
+def _parse(text: str, current: Any, expected: type) -> Any:
+    """`text` as a value that may stand where `current` stood."""
+    if text == "None":
+        return None
+    if expected is str:
+        return text
+    if expected is bool:
+        if text.lower() not in BOOLEANS:
+            raise ValueError(text)
+        return BOOLEANS[text.lower()]
+    try:
+        value = ast.literal_eval(text)
+    except (SyntaxError, ValueError):
+        if current is None and expected is type(None):
+            return text
+        raise ValueError(text) from None
+    return tuple(value) if expected is tuple and isinstance(value, list) else value
+
+
+def flatten(config: ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """("a.b", value) of every leaf."""
+    for key, value in config.items():
+        if isinstance(value, ConfigDict):
+            yield from flatten(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+def to_json(config: ConfigDict) -> str:
+    """The resolved config as text; `from_json` reads it back."""
+    return json.dumps(config.to_dict(), indent=2) + "\n"
+
+
+def from_json(text: str) -> ConfigDict:
+    """The config that `to_json` wrote, with lists as tuples, locked and checked."""
+    config = ConfigDict(_tuples(json.loads(text)))
+    check(config)
+    return config.lock()
+
+
+def _tuples(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _tuples(item) for key, item in value.items()}
+    return tuple(_tuples(item) for item in value) if isinstance(value, list) else value
+
+
+def build(constructor: Callable[..., Any], section: Mapping[str, Any], where: str, **more: Any):
+    """`constructor(**section, **more)`; unknown and missing keys are a UserError that names them.
+
+    A key `name` in `section` selected the constructor and is left out.
+    """
+    arguments = {key: value for key, value in section.items() if key != "name"}
+    if dataclasses.is_dataclass(constructor):
+        fields = {f.name: f for f in dataclasses.fields(constructor) if f.init}
+        known = set(fields)
+        absent = (dataclasses.MISSING,)
+        required = {
+            name
+            for name, f in fields.items()
+            if f.default in absent and f.default_factory in absent
+        }
+    else:
+        parameters = inspect.signature(constructor).parameters
+        known = set(parameters)
+        required = {n for n, p in parameters.items() if p.default is inspect.Parameter.empty}
+    known, required = known - set(more), required - set(more)
+    for key in arguments:
+        if key not in known:
+            raise UserError(unknown_key_message(key, known, where))
+    missing = sorted(required - set(arguments))
+    if missing:
+        raise UserError(f"{where} lacks {', '.join(missing)}")
+    try:
+        return constructor(**arguments, **more)
+    except ValueError as error:
+        raise UserError(f"{where}: {_first_line(error)}") from error
+
+
+def select(table: Mapping[str, Any], section: Mapping[str, Any], where: str) -> Any:
+    """`table[section.name]`; a UserError that names the nearest known one if there is none."""
+    if "name" not in section:
+        raise UserError(f"{where} lacks a name (known: {', '.join(sorted(table))})")
+    if section["name"] not in table:
+        raise UserError(unknown_key_message(section["name"], table, f"{where}.name"))
+    return table[section["name"]]
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error.args[0] if error.args else error)
+    return text.strip().splitlines()[0] if text.strip() else type(error).__name__
+
+
+# What `smoke` puts in the place of a model's sizes, wherever it stands in the objective.
+SMOKE_SIZES = {"width": 32, "depth": 2, "mlp_dim": 64, "heads": 2, "embed_dim": 16}
+SMOKE_PATCHES = 2  # patches along one side of an image
+SMOKE_BATCH_SIZE = 16
+
+
+def smoke(config: ConfigDict) -> ConfigDict:
+    """A copy of `config` that runs 2 steps on tiny shapes and the embedded data, in seconds.
+
+    Layout, objective, optimizer, preprocessing and evaluators stay; sizes, durations and the source
+    of the data do not.
+    """
+    config = config.copy_and_resolve_references().unlock()
+    config.duration = duration(steps=2)
+    config.batch_size = SMOKE_BATCH_SIZE
+    config.log.every = duration(steps=1)
+    config.checkpoint.every = duration(steps=2)
+    config.writers.tensorboard = False
+    config.writers.wandb.enabled = False
+    image_size = _shrink_models(config.objective)
+    config.tokenizer.context_length = 16
+    if config.tokenizer.get("name") == "subword":
+        config.tokenizer.vocab_size = 300
+        config.tokenizer.file = None
+    config.data = _smoke_data(config.data, "train", image_size)
+    for evaluator in config.evaluators.values():
+        evaluator.every = duration(steps=2)
+        if "batch_size" in evaluator:
+            evaluator.batch_size = SMOKE_BATCH_SIZE
+        if "data" in evaluator:
+            evaluator.data = _smoke_data(evaluator.data, "test", image_size)
+            evaluator.data.limit = 2 * SMOKE_BATCH_SIZE + 1
+    return config.lock()
+
+
+def _shrink_models(section: ConfigDict) -> int | None:
+    """Puts `SMOKE_SIZES` into every model of `section`; the image size, if one has an image size."""
+    image_size = None
+    for key, value in section.items():
+        if isinstance(value, ConfigDict):
+            image_size = _shrink_models(value) or image_size
+        elif key in SMOKE_SIZES:
+            section[key] = SMOKE_SIZES[key]
+    if "variant" in section:
+        section.update({k: v for k, v in SMOKE_SIZES.items() if k != "embed_dim"})
+        if "image_size" in section:
+            image_size = SMOKE_PATCHES * int(section.variant.split("/")[1])
+            section.image_size = image_size
+    return image_size
+
+
+def _smoke_data(data: ConfigDict, split: str, image_size: int | None) -> ConfigDict:
+    small = ConfigDict({"source": "tfds", "dataset": "shapes/tiny", "split": split})
+    if "preprocess" in data:
+        small.preprocess = data.preprocess.copy_and_resolve_references()
+        for op in small.preprocess.values():
+            if "size" in op:
+                op.size = image_size
+    return small

@@ -1,0 +1,150 @@
+"""Preprocessing: plain functions on one example, looked up by name in the table `OPS`.
+
+An operation is a function (example, seed) -> example on a flat dict of tensors. Its only
+randomness is the seed, int32 [2], that it is given: a function of the run's seed, the position in
+the stream and the operation's place. A new operation is a function here or in a module beside
+this one, and one line in `OPS`.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from vlp_jax.data import image_ops
+from vlp_jax.data.lazy_tensorflow import import_tensorflow
+from vlp_jax.data.sources.base import as_plain
+from vlp_jax.errors import UserError, unknown_key_message
+
+if TYPE_CHECKING:
+    import tensorflow as tf
+
+    Example = dict[str, tf.Tensor]
+    Op = Callable[[Example, tf.Tensor], Example]
+
+
+def choose_text(field: str = "captions", index: int | None = None) -> Op:
+    """Sets `text` to one of the strings in `field`, which may also be a single string.
+
+    Args:
+      field: a string field, [] or [k].
+      index: which of the k; None takes one at random, anew in every epoch.
+    """
+    if index is not None and (not isinstance(index, int) or index < 0):
+        raise UserError(f"choose_text: index must be None or a number from 0, got {index!r}")
+
+    def apply(example: Example, seed: tf.Tensor) -> Example:
+        tf = import_tensorflow()
+        texts = example[field]
+        if texts.dtype != tf.string or texts.shape.rank not in (0, 1):
+            raise UserError(f"choose_text: field {field!r} holds no strings")
+        if texts.shape.rank == 0:
+            return {**example, "text": texts}
+        chosen = index
+        if chosen is None:
+            count = tf.shape(texts)[0]
+            chosen = tf.random.stateless_uniform([], seed, 0, count, tf.int32)
+        return {**example, "text": texts[chosen]}
+
+    return apply
+
+
+def lowercase() -> Op:
+    """Turns `text` into lower case (Unicode's simple mapping)."""
+
+    def apply(example: Example, seed: tf.Tensor) -> Example:
+        del seed
+        tf = import_tensorflow()
+        return {**example, "text": tf.strings.lower(example["text"], encoding="utf-8")}
+
+    return apply
+
+
+def keep(fields: Sequence[str]) -> Op:
+    """Drops all fields but these."""
+    names = (fields,) if isinstance(fields, str) else tuple(fields)
+
+    def apply(example: Example, seed: tf.Tensor) -> Example:
+        del seed
+        return {name: example[name] for name in names}
+
+    return apply
+
+
+# In the order in which a mapping in a config runs them.
+OPS: dict[str, Callable[..., Op]] = {
+    "choose_text": choose_text,
+    "lowercase": lowercase,
+    "decode_image": image_ops.decode_image,
+    "random_resized_crop": image_ops.random_resized_crop,
+    "resize": image_ops.resize,
+    "resize_shortest_and_center_crop": image_ops.resize_shortest_and_center_crop,
+    "flip_left_right": image_ops.flip_left_right,
+    "keep": keep,
+}
+
+
+def build_ops(preprocess: Mapping[str, Any] | Sequence[Any] | None) -> list[tuple[str, Op]]:
+    """The operations that a config's `preprocess` names, in the order in which they run.
+
+    Args:
+      preprocess: a mapping of names in `OPS` to keyword arguments (None or empty for none), which
+        run in the order of `OPS`, because ml_collections sorts the keys of its mappings; or a
+        sequence of (name, keyword arguments) pairs, which run in the order given.
+
+    Raises:
+      UserError: for an unknown operation or argument, or a value that the operation refuses.
+    """
+    if preprocess is None:
+        return []
+    preprocess = as_plain(preprocess)
+    if isinstance(preprocess, Mapping):
+        pairs = list(preprocess.items())
+    else:
+        pairs = [(pair[0], as_plain(pair[1])) for pair in preprocess]
+    for name, _ in pairs:
+        if name not in OPS:
+            raise UserError(unknown_key_message(str(name), OPS, "data.preprocess"))
+    if isinstance(preprocess, Mapping):
+        pairs.sort(key=lambda pair: list(OPS).index(pair[0]))
+    return [(name, _build(name, arguments or {})) for name, arguments in pairs]
+
+
+def _build(name: str, arguments: Mapping[str, Any]) -> Op:
+    parameters = inspect.signature(OPS[name]).parameters
+    for key in arguments:
+        if key not in parameters:
+            raise UserError(unknown_key_message(key, parameters, f"data.preprocess.{name}"))
+    for key, parameter in parameters.items():
+        if key not in arguments and parameter.default is parameter.empty:
+            raise UserError(f"data.preprocess.{name} needs {key}")
+    return OPS[name](**arguments)
+
+
+class _Fields(dict):
+    """An example whose missing fields are a mistake in the config, not a KeyError."""
+
+    def __init__(self, fields: Mapping[str, Any], op: str) -> None:
+        super().__init__(fields)
+        self._op = op
+
+    def __missing__(self, key: str) -> Any:
+        where = "the fields of the example"
+        raise UserError(f"data.preprocess.{self._op}: {unknown_key_message(key, self, where)}")
+
+
+def apply_ops(ops: Sequence[tuple[str, Op]], example: Example, seeds: tf.Tensor) -> Example:
+    """Runs operations one after the other.
+
+    Args:
+      ops: from `build_ops`.
+      example: field name -> tensor.
+      seeds: int32 [len(ops), 2].
+
+    Raises:
+      UserError: if an operation needs a field that is not there, or not of its type.
+    """
+    for number, (name, op) in enumerate(ops):
+        example = op(_Fields(example, name), seeds[number])
+    return dict(example)

@@ -1,0 +1,242 @@
+"""What is in a picture: sampling of scenes as a pure function of (seed, split, index)."""
+
+from __future__ import annotations
+
+import colorsys
+import dataclasses
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from vlp_jax.data.shapes import geometry, vocabulary
+
+# sRGB prototypes, 0 to 255. Jitter keeps every color nearest to its own prototype.
+COLOR_RGB: dict[str, tuple[int, int, int]] = {
+    "red": (222, 36, 36),
+    "orange": (250, 135, 15),
+    "yellow": (248, 226, 40),
+    "green": (34, 160, 58),
+    "cyan": (60, 215, 222),
+    "blue": (36, 84, 228),
+    "purple": (140, 46, 196),
+    "pink": (255, 140, 198),
+}
+BACKGROUND_RGB: dict[str, tuple[int, int, int]] = {
+    "white": (238, 238, 236),
+    "gray": (132, 134, 136),
+    "black": (24, 24, 26),
+    "beige": (206, 188, 156),
+    "brown": (92, 66, 48),
+    "navy": (26, 34, 70),
+}
+BACKGROUND_STYLES = ("flat", "gradient", "noise")
+RADIUS_RANGE: dict[str, tuple[float, float]] = {"small": (7.0, 8.6), "large": (11.6, 13.6)}
+MAX_OVERLAP = 0.12
+MIN_OFFSET = 9.0
+
+_CELL_RANGES = ((0.0, 19.3), (25.3, 38.7), (44.7, 64.0))
+_NUM_OBJECTS_CUMULATIVE = (0.5, 0.75, 0.9, 1.0)
+_UNSEEN_FRACTION = 1 / 3
+_MAX_ROTATION = math.radians(14)
+_BORDER = 1.0
+
+# Streams of one scene. Separate ones, so that a change of the grammar leaves the pictures alone.
+STREAM_SCENE, STREAM_PIXELS, STREAM_CAPTIONS, STREAM_QUESTIONS = range(4)
+STREAM_CLIP = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class SceneObject:
+    """One object: its names, and the exact numbers that it is drawn with (pixels, radians)."""
+
+    color: str
+    shape: str
+    size: str
+    texture: str
+    position: str
+    x: float
+    y: float
+    radius: float
+    rotation: float
+    rgb: tuple[float, float, float]
+    texture_angle: float
+    texture_phase: float
+
+    @functools.cached_property
+    def outline(self) -> np.ndarray:
+        """float64 (points, 2): the polygon in pixels."""
+        return geometry.outline(self.shape, self.x, self.y, self.radius, self.rotation)
+
+    @functools.cached_property
+    def box(self) -> tuple[float, float, float, float]:
+        """(left, top, right, bottom) in pixels."""
+        return geometry.bounds(self.outline)
+
+    @property
+    def class_name(self) -> str:
+        return f"{self.color} {self.shape}"
+
+    @property
+    def held_out(self) -> bool:
+        return (self.color, self.shape) in vocabulary.HELD_OUT
+
+
+@dataclasses.dataclass(frozen=True)
+class Background:
+    """A muted surface behind the objects; `rgb` 0 to 255, `amplitude` in the same unit."""
+
+    name: str
+    style: str
+    rgb: tuple[float, float, float]
+    angle: float
+    amplitude: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Scene:
+    """A picture before it is drawn. `objects[0]` is the main (largest) object."""
+
+    objects: tuple[SceneObject, ...]
+    background: Background
+
+    @property
+    def unseen(self) -> bool:
+        """True if some object is a held-out combination of color and shape."""
+        return any(o.held_out for o in self.objects)
+
+
+def generator(seed: int, split: str, index: int, stream: int) -> np.random.Generator:
+    """The random numbers of one purpose (`STREAM_*`) of one scene."""
+    return np.random.default_rng([seed, vocabulary.SPLITS.index(split), index, stream])
+
+
+def pick(rng: np.random.Generator, items: Sequence[Any]) -> Any:
+    """One of `items`, uniformly."""
+    return items[int(rng.random() * len(items))]
+
+
+def jittered_rgb(rng: np.random.Generator, color: str) -> tuple[float, float, float]:
+    """The prototype of `color` with a little change of hue, saturation and value; 0 to 255."""
+    hue, saturation, value = colorsys.rgb_to_hsv(*(v / 255 for v in COLOR_RGB[color]))
+    hue = (hue + rng.uniform(-0.012, 0.012)) % 1.0
+    saturation = saturation * rng.uniform(0.92, 1.0)
+    value = min(1.0, value * rng.uniform(0.93, 1.05))
+    red, green, blue = colorsys.hsv_to_rgb(hue, saturation, value)
+    return red * 255, green * 255, blue * 255
+
+
+def sample_background(rng: np.random.Generator) -> Background:
+    """A background of any name and style."""
+    name = pick(rng, vocabulary.BACKGROUNDS)
+    shift = rng.uniform(-7, 7)
+    return Background(
+        name=name,
+        style=pick(rng, BACKGROUND_STYLES),
+        rgb=tuple(float(np.clip(v + shift, 0, 255)) for v in BACKGROUND_RGB[name]),
+        angle=float(rng.uniform(0, 2 * math.pi)),
+        amplitude=float(rng.uniform(5, 12)),
+    )
+
+
+def sample_combinations(
+    rng: np.random.Generator, num_objects: int, split: str
+) -> list[tuple[str, str]]:
+    """(color, shape) of each object; held-out combinations in a third of the test scenes only.
+
+    Later objects often share the shape or the color of an earlier one, which makes counts,
+    comparisons and relations worth asking.
+    """
+    holds_unseen = split == "test" and rng.random() < _UNSEEN_FRACTION
+    pool = vocabulary.ALL_COMBINATIONS if holds_unseen else vocabulary.SEEN
+    forced = int(rng.integers(num_objects)) if holds_unseen else -1
+    combinations: list[tuple[str, str]] = []
+    for i in range(num_objects):
+        candidates: Sequence[tuple[str, str]] = pool
+        if i == forced:
+            candidates = vocabulary.UNSEEN
+        elif combinations and (share := rng.random()) < 0.5:
+            earlier = pick(rng, combinations)
+            axis = 0 if share < 0.2 else 1
+            candidates = [c for c in pool if c[axis] == earlier[axis]]
+        combinations.append(pick(rng, candidates))
+    return combinations
+
+
+def _placed(
+    rng: np.random.Generator, combination: tuple[str, str], size: str, position: str
+) -> SceneObject:
+    """An object of `size`, its center well inside the cell of `position`, inside the picture."""
+    color, shape = combination
+    radius = float(rng.uniform(*RADIUS_RANGE[size]))
+    rotation = float(rng.uniform(-_MAX_ROTATION, _MAX_ROTATION))
+    extent = geometry.bounds(geometry.outline(shape, 0.0, 0.0, radius, rotation))
+    row, column = divmod(vocabulary.POSITIONS.index(position), 3)
+    center = []
+    for cell, low_extent, high_extent in ((column, extent[0], extent[2]), (row, *extent[1::2])):
+        low = max(_CELL_RANGES[cell][0], _BORDER - low_extent)
+        high = min(_CELL_RANGES[cell][1], geometry.IMAGE_SIZE - _BORDER - high_extent)
+        center.append(float(rng.uniform(low, high)))
+    return SceneObject(
+        color=color,
+        shape=shape,
+        size=size,
+        texture=pick(rng, vocabulary.TEXTURES),
+        position=position,
+        x=center[0],
+        y=center[1],
+        radius=radius,
+        rotation=rotation,
+        rgb=jittered_rgb(rng, color),
+        texture_angle=float(rng.uniform(0, math.pi)),
+        texture_phase=float(rng.random()),
+    )
+
+
+def _arranged(rng: np.random.Generator, combinations: list[tuple[str, str]]) -> list[SceneObject]:
+    """Objects in distinct cells that hardly overlap; sizes are drawn again with the places."""
+    num_objects = len(combinations)
+    large_fraction = (0.5, 0.55, 0.5, 0.4)[num_objects - 1]
+    while True:
+        cells = rng.permutation(len(vocabulary.POSITIONS))[:num_objects]
+        objects: list[SceneObject] = []
+        for combination, cell in zip(combinations, cells, strict=True):
+            size = "large" if rng.random() < large_fraction else "small"
+            candidate = _placed(rng, combination, size, vocabulary.POSITIONS[cell])
+            if any(geometry.overlap(candidate.box, o.box) > MAX_OVERLAP for o in objects):
+                break
+            objects.append(candidate)
+        else:
+            return objects
+
+
+def sample_scene(seed: int, split: str, index: int) -> Scene:
+    """The scene number `index` of `split`.
+
+    One object in half of the scenes, two to four in the others. Held-out combinations of color and
+    shape occur in about a third of the test scenes and nowhere else.
+    """
+    rng = generator(seed, split, index, STREAM_SCENE)
+    num_objects = 1 + int(np.searchsorted(_NUM_OBJECTS_CUMULATIVE, rng.random(), side="right"))
+    combinations = sample_combinations(rng, num_objects, split)
+    objects = _arranged(rng, combinations)
+    objects.sort(key=lambda o: -o.radius)
+    return Scene(objects=tuple(objects), background=sample_background(rng))
+
+
+def horizontal(a: SceneObject, b: SceneObject) -> str | None:
+    """ "left" if `a` is clearly left of `b`, "right" for the opposite, None if neither is clear."""
+    offset = b.x - a.x
+    if abs(offset) < MIN_OFFSET or abs(offset) < 0.5 * abs(b.y - a.y):
+        return None
+    return "left" if offset > 0 else "right"
+
+
+def vertical(a: SceneObject, b: SceneObject) -> str | None:
+    """ "above" if `a` is clearly above `b`, "below" for the opposite, None if neither is clear."""
+    offset = b.y - a.y
+    if abs(offset) < MIN_OFFSET or abs(offset) < 0.5 * abs(b.x - a.x):
+        return None
+    return "above" if offset > 0 else "below"

@@ -1,0 +1,136 @@
+"""Where examples come from. A new format is one file here and one line in `SOURCES`."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from importlib import import_module
+from typing import Any
+
+import numpy as np
+
+from vlp_jax.data.sources.base import FieldSpec, Source, as_plain
+from vlp_jax.errors import UserError, unknown_key_message
+
+__all__ = ["COMMON_KEYS", "SOURCES", "FieldSpec", "Source", "Subset", "build_source"]
+
+# name -> (module, class); imported when asked for, because some of them import TensorFlow.
+SOURCES: dict[str, tuple[str, str]] = {
+    "arrays": ("vlp_jax.data.sources.arrays", "ArraysSource"),
+    "folder": ("vlp_jax.data.sources.folder", "FolderSource"),
+    "tfds": ("vlp_jax.data.sources.tfds", "TfdsSource"),
+}
+
+# Keys of a data config that every source has, and that are not fields of its dataclass.
+COMMON_KEYS = ("source", "preprocess", "where", "limit")
+
+
+def build_source(config: Mapping[str, Any]) -> Source:
+    """The source that a data config describes, narrowed by its `where` and `limit`.
+
+    Args:
+      config: `source`, a name in `SOURCES`; the fields of that source's dataclass; and optionally
+        `where`, a mapping of scalar fields to the value that they must have (a class may be given
+        by its name), and `limit`, how many examples to keep, the first ones after `where`.
+        `preprocess` is left to the pipeline.
+
+    Raises:
+      UserError: for an unknown name, key or field, and for what the source itself refuses.
+    """
+    config = as_plain(config)
+    name = config.get("source")
+    if name not in SOURCES:
+        raise UserError(f"data.source: {unknown_key_message(str(name), SOURCES, 'sources')}")
+    module, class_name = SOURCES[name]
+    cls = getattr(import_module(module), class_name)
+    known = {field.name: field for field in dataclasses.fields(cls)}
+    keys = {key: value for key, value in config.items() if key not in COMMON_KEYS}
+    for key in keys:
+        if key not in known:
+            where = f"data (source {name!r})"
+            raise UserError(unknown_key_message(key, [*known, *COMMON_KEYS], where))
+    for key, field in known.items():
+        if key not in keys and field.default is dataclasses.MISSING:
+            raise UserError(f"data.{key} is not set, and source {name!r} needs it")
+    return select(cls(**keys), config.get("where"), config.get("limit"))
+
+
+def select(source: Source, where: Mapping[str, Any] | None, limit: int | None) -> Source:
+    """The examples of `source` whose fields equal those of `where`, and of them the first `limit`.
+
+    Raises:
+      UserError: for a field that does not exist or is not a scalar, an unknown class name, a limit
+        below 1, or if no example is left.
+    """
+    if limit is not None and limit < 1:
+        raise UserError(f"data.limit={limit} must be at least 1")
+    if where:
+        kept = np.ones(len(source), bool)
+        for name, value in where.items():
+            wanted = _wanted(source, name, value)
+            kept &= source.column(name) == wanted
+        indices = np.flatnonzero(kept)
+        if not indices.size:
+            raise UserError(f"data.where={dict(where)} matches none of {len(source)} examples")
+    elif limit is not None and limit < len(source):
+        indices = np.arange(limit)
+    else:
+        return source
+    return Subset(source, indices[:limit])
+
+
+def _wanted(source: Source, name: str, value: Any) -> Any:
+    """The value to compare field `name` with: class names as numbers, strings as bytes."""
+    fields = source.fields()
+    scalars = [field for field, spec in fields.items() if spec.shape == ()]
+    if name not in scalars:
+        raise UserError(f"data.where: {unknown_key_message(name, scalars, 'the scalar fields')}")
+    if isinstance(value, str):
+        if fields[name].is_string:
+            return value.encode()
+        names = source.class_names(name)
+        if names is None:
+            raise UserError(f"data.where.{name}={value!r} is a string, but {name} holds numbers")
+        if value not in names:
+            known = f"the classes of {name}"
+            raise UserError(f"data.where: {unknown_key_message(value, names, known)}")
+        return names.index(value)
+    if fields[name].is_string or not isinstance(value, bool | int | float | np.generic):
+        raise UserError(f"data.where.{name}={value!r} cannot be compared with the field {name}")
+    return value
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Subset:
+    """The examples of another source at `indices`, int64 [n]."""
+
+    source: Source
+    indices: np.ndarray
+
+    @property
+    def needs_tensorflow(self) -> bool:
+        return self.source.needs_tensorflow
+
+    def fields(self) -> Mapping[str, FieldSpec]:
+        return self.source.fields()
+
+    def record_fields(self) -> Mapping[str, FieldSpec]:
+        return self.source.record_fields()
+
+    def parse(self, record: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
+        return self.source.parse(record, names)
+
+    def class_names(self, field: str) -> tuple[str, ...] | None:
+        return self.source.class_names(field)
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def fetch(self, indices: np.ndarray) -> dict[str, np.ndarray]:
+        return self.source.fetch(self.indices[indices])
+
+    def column(self, name: str) -> np.ndarray:
+        return self.source.column(name)[self.indices]
+
+    def describe(self, index: int) -> str:
+        return self.source.describe(int(self.indices[index]))

@@ -1,0 +1,91 @@
+"""What the pipeline asks of a source of examples."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import tensorflow as tf
+
+
+@dataclass(frozen=True)
+class FieldSpec:
+    """The type of one field of an example.
+
+    Attributes:
+      shape: its dimensions; None where they differ between examples.
+      dtype: a NumPy dtype; `object` means byte strings.
+    """
+
+    shape: tuple[int | None, ...]
+    dtype: np.dtype
+
+    @property
+    def is_string(self) -> bool:
+        return self.dtype == np.dtype(object)
+
+    @property
+    def is_array(self) -> bool:
+        """Whether examples can be stacked and put on a device: numbers of one fixed shape."""
+        return not self.is_string and None not in self.shape
+
+
+STRING = FieldSpec((), np.dtype(object))
+STRINGS = FieldSpec((None,), np.dtype(object))
+
+
+class Source(Protocol):
+    """Examples with random access. An example is a flat dict of named fields.
+
+    Reading has two halves, so that Python handles many examples at a time and TensorFlow one:
+    `fetch` reads records of many examples in NumPy, and `parse` turns the record of one example
+    into its fields inside a tf.data graph. Neither decodes an image.
+    """
+
+    @property
+    def needs_tensorflow(self) -> bool:
+        """False if records are the examples themselves, so that `parse` need not be called."""
+        ...
+
+    def __len__(self) -> int:
+        """The number of examples."""
+        ...
+
+    def fields(self) -> Mapping[str, FieldSpec]:
+        """The fields of an example. Encoded images and text are byte strings."""
+        ...
+
+    def record_fields(self) -> Mapping[str, FieldSpec]:
+        """The fields of a record, as `fetch` returns them, without the leading dimension."""
+        ...
+
+    def fetch(self, indices: np.ndarray) -> dict[str, np.ndarray]:
+        """The records of the examples at `indices`, int64 [n]; every array is [n, ...]."""
+        ...
+
+    def parse(self, record: dict[str, tf.Tensor], names: Sequence[str]) -> dict[str, tf.Tensor]:
+        """The fields `names` of one example from its record, in graph mode."""
+        ...
+
+    def column(self, name: str) -> np.ndarray:
+        """The scalar field `name` of every example, [len(self)], reading no image."""
+        ...
+
+    def class_names(self, field: str) -> tuple[str, ...] | None:
+        """The names of the classes that the integer `field` counts, or None if not known."""
+        ...
+
+    def describe(self, index: int) -> str:
+        """Where example `index` lies, for messages: a file, or a shard and a record."""
+        ...
+
+
+def as_plain(value: Any) -> Any:
+    """A config value with its ml_collections mappings turned into dicts, all levels deep."""
+    if hasattr(value, "items"):
+        return {key: as_plain(item) for key, item in value.items()}
+    return value

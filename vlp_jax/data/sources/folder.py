@@ -1,0 +1,172 @@
+"""A folder of image files with a CSV, TSV or JSONL file of paths and captions."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from vlp_jax.data.lazy_tensorflow import import_tensorflow
+from vlp_jax.data.sources.base import STRING, STRINGS, FieldSpec
+from vlp_jax.data.sources.caption_files import Entry, find_caption_file, read_entries
+from vlp_jax.errors import UserError
+
+if TYPE_CHECKING:
+    import tensorflow as tf
+
+SPLITS = ("train", "validation", "all")
+
+
+@dataclass(frozen=True)
+class FolderSource:
+    """Image files below a folder, and a file in it that lists their paths and captions.
+
+    The fields are `image` (encoded bytes), `captions` (byte strings [k], k at least 1), `path`
+    (relative to the folder, with forward slashes) and, with `label_field`, `label` (int64). An
+    image that several rows name is one example with several captions.
+
+    Attributes:
+      path: the folder.
+      captions: the caption file, relative to the folder; None takes the only .csv, .tsv or .jsonl
+        file in it. The first row of a CSV or TSV names the columns. UTF-8, with or without a BOM.
+      image_field: the column of paths; None takes path, file, filename, filepath, file_name or
+        image. Paths are relative to the folder, with either slash.
+      caption_field: the column of captions; None takes caption, captions, text or title. In JSONL
+        it may be a list.
+      label_field: a column of class names or numbers, or None. The classes are the distinct
+        values of the whole file, sorted.
+      split: "train", "validation" or "all".
+      holdout: the fraction of images in `validation`, chosen by a hash of their path, so that
+        adding files moves none of the others.
+
+    Raises:
+      UserError: for a folder, file or column that is not there, a malformed line, an empty
+        caption, missing images (how many, and the first), or a split without images.
+    """
+
+    path: str
+    captions: str | None = None
+    image_field: str | None = None
+    caption_field: str | None = None
+    label_field: str | None = None
+    split: str = "train"
+    holdout: float = 0.1
+
+    def __post_init__(self) -> None:
+        if not self.path or not self._root.is_dir():
+            raise UserError(f"data.path={str(self.path)!r} is not a folder")
+        if self.split not in SPLITS:
+            raise UserError(f"data.split={self.split!r} is not one of {', '.join(SPLITS)}")
+        if not 0 <= self.holdout < 1:
+            raise UserError(f"data.holdout={self.holdout} is not a fraction in [0, 1)")
+        if not self._examples:
+            raise UserError(
+                f"split {self.split!r} of {self._file} is empty: it lists {len(self._entries)} "
+                f"images and data.holdout is {self.holdout}"
+            )
+
+    @property
+    def _root(self) -> Path:
+        return Path(self.path).expanduser()
+
+    @cached_property
+    def _file(self) -> Path:
+        return find_caption_file(self._root, self.captions)
+
+    @cached_property
+    def _entries(self) -> list[Entry]:
+        return read_entries(
+            self._root, self._file, self.image_field, self.caption_field, self.label_field
+        )
+
+    @cached_property
+    def _examples(self) -> list[Entry]:
+        if self.split == "all":
+            return self._entries
+        held_out = self.split == "validation"
+        return [e for e in self._entries if (_fraction(e.path) < self.holdout) == held_out]
+
+    @cached_property
+    def _labels(self) -> tuple[str, ...]:
+        return _sorted_labels({entry.label for entry in self._entries if entry.label is not None})
+
+    @property
+    def needs_tensorflow(self) -> bool:
+        return True
+
+    def __len__(self) -> int:
+        return len(self._examples)
+
+    def fields(self) -> dict[str, FieldSpec]:
+        fields = {"image": STRING, "captions": STRINGS, "path": STRING}
+        if self.label_field is not None:
+            fields["label"] = FieldSpec((), np.dtype(np.int64))
+        return fields
+
+    def record_fields(self) -> dict[str, FieldSpec]:
+        fields = self.fields()
+        del fields["image"]
+        count = FieldSpec((), np.dtype(np.int64))
+        return {**fields, "file": STRING, "caption_count": count}
+
+    def fetch(self, indices: np.ndarray) -> dict[str, np.ndarray]:
+        entries = [self._examples[index] for index in indices]
+        counts = np.array([len(entry.captions) for entry in entries], np.int64)
+        captions = np.full((len(entries), int(counts.max(initial=0))), b"", object)
+        for row, entry in zip(captions, entries, strict=True):
+            row[: len(entry.captions)] = [caption.encode() for caption in entry.captions]
+        record = {
+            "captions": captions,
+            "caption_count": counts,
+            "path": _byte_strings([entry.path.encode() for entry in entries]),
+            "file": _byte_strings([os.fsencode(entry.file) for entry in entries]),
+        }
+        if self.label_field is not None:
+            label_of = {label: number for number, label in enumerate(self._labels)}
+            record["label"] = np.array([label_of[entry.label] for entry in entries], np.int64)
+        return record
+
+    def parse(self, record: dict[str, tf.Tensor], names: Sequence[str]) -> dict[str, tf.Tensor]:
+        tf = import_tensorflow()
+        example = {name: record[name] for name in names if name != "image"}
+        if "captions" in names:
+            example["captions"] = record["captions"][: record["caption_count"]]
+        if "image" in names:
+            example["image"] = tf.io.read_file(record["file"])
+        return example
+
+    def column(self, name: str) -> np.ndarray:
+        if name == "path":
+            return _byte_strings([entry.path.encode() for entry in self._examples])
+        return self.fetch(np.arange(len(self)))[name]
+
+    def class_names(self, field: str) -> tuple[str, ...] | None:
+        return self._labels if field == "label" and self.label_field is not None else None
+
+    def describe(self, index: int) -> str:
+        return self._examples[index].file
+
+
+def _byte_strings(values: Sequence[bytes]) -> np.ndarray:
+    """Byte strings [n] as objects, which unlike NumPy's own keep trailing zero bytes."""
+    array = np.empty(len(values), object)
+    array[:] = values
+    return array
+
+
+def _fraction(path: str) -> float:
+    """A number in [0, 1) from the hash of a path: uniform, and the same for ever."""
+    return int.from_bytes(hashlib.sha256(path.encode()).digest()[:8], "big") / 2**64
+
+
+def _sorted_labels(labels: set[str]) -> tuple[str, ...]:
+    """Numbers in numerical order if all are numbers, else all in alphabetical order."""
+    if all(label.isdecimal() for label in labels):
+        return tuple(sorted(labels, key=lambda label: (int(label), label)))
+    return tuple(sorted(labels))

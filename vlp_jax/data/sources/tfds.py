@@ -1,0 +1,208 @@
+"""Datasets prepared by tensorflow_datasets in ArrayRecord files, and the embedded `shapes`."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from vlp_jax.data.lazy_tensorflow import import_tensorflow
+from vlp_jax.data.sources.base import STRING, FieldSpec
+from vlp_jax.data.sources.tfds_lookup import find_builder, split_info
+
+if TYPE_CHECKING:
+    import tensorflow as tf
+
+_COLUMN_CHUNK = 1024
+
+
+@dataclass(frozen=True)
+class TfdsSource:
+    """A split of a dataset that tensorflow_datasets has prepared, read by index.
+
+    The fields are the dataset's features; nested ones are named by path ("objects/bbox"). Images
+    and videos stay encoded. Features that are ragged in more than one dimension are left out.
+
+    Attributes:
+      dataset: "name", "name/config" or "name/config:version". "shapes", the embedded dataset, is
+        prepared on first use; any other must have been prepared, and nothing is downloaded.
+      split: a split's name, with the slicing of tensorflow_datasets ("train[:10%]", "a+b").
+      data_dir: where prepared datasets lie; None is the default of tensorflow_datasets
+        (~/tensorflow_datasets, or the environment variable TFDS_DATA_DIR).
+
+    Raises:
+      UserError: for a dataset or split that does not exist, or files of another format.
+    """
+
+    dataset: str
+    split: str = "train"
+    data_dir: str | None = None
+
+    def __post_init__(self) -> None:
+        _ = self._shards
+
+    @cached_property
+    def _builder(self) -> Any:
+        import_tensorflow()
+        return find_builder(self.dataset, self.data_dir)
+
+    @cached_property
+    def _shards(self) -> _Shards:
+        info = split_info(self._builder, self.dataset, self.split)
+        return _Shards([(str(f.filename), f.skip, f.take) for f in info.file_instructions])
+
+    @property
+    def needs_tensorflow(self) -> bool:
+        return True
+
+    def __len__(self) -> int:
+        return len(self._shards)
+
+    def fields(self) -> dict[str, FieldSpec]:
+        return self._fields
+
+    @cached_property
+    def _fields(self) -> dict[str, FieldSpec]:
+        tf = import_tensorflow()
+        fields: dict[str, FieldSpec] = {}
+
+        def trace(record: tf.Tensor) -> None:
+            example = self._deserialize(record, list(self._builder.info.features))
+            for name, value in example.items():
+                if isinstance(value, tf.Tensor):
+                    dtype = np.dtype(value.dtype.as_numpy_dtype)
+                    fields[name] = FieldSpec(tuple(value.shape), dtype)
+
+        record = tf.TensorSpec([], tf.string)
+        tf.function(trace, autograph=False).get_concrete_function(record)
+        return fields
+
+    def record_fields(self) -> dict[str, FieldSpec]:
+        return {"record": STRING}
+
+    def fetch(self, indices: np.ndarray) -> dict[str, np.ndarray]:
+        return {"record": self._shards.read(indices)}
+
+    def parse(self, record: dict[str, tf.Tensor], names: Sequence[str]) -> dict[str, tf.Tensor]:
+        top_level = list(dict.fromkeys(name.split("/")[0] for name in names))
+        example = self._deserialize(record["record"], top_level)
+        return {name: example[name] for name in names}
+
+    def _deserialize(self, record: tf.Tensor, names: Sequence[str]) -> dict[str, Any]:
+        """The top-level features `names` of a serialized example, flat, images still encoded."""
+        import tensorflow_datasets as tfds
+
+        subset = {name: self._builder.info.features[name] for name in names}
+        skips = {name: _skip_images(feature) for name, feature in subset.items()}
+        decoders = {name: decoder for name, decoder in skips.items() if decoder is not None}
+        features = tfds.features.FeaturesDict(subset)
+        return dict(_flat(features.deserialize_example(record, decoders=decoders)))
+
+    def column(self, name: str) -> np.ndarray:
+        tf = import_tensorflow()
+
+        def read(start: tf.Tensor) -> tf.Tensor:
+            def chunk(first: np.int64) -> np.ndarray:
+                return self._shards.read(np.arange(first, min(first + _COLUMN_CHUNK, len(self))))
+
+            records = tf.numpy_function(chunk, [start], tf.string, stateful=False)
+            records.set_shape([None])
+            return records
+
+        def parse(record: tf.Tensor) -> tf.Tensor:
+            return self.parse({"record": record}, [name])[name]
+
+        as_written = tf.autograph.experimental.do_not_convert
+        starts = tf.data.Dataset.range(0, len(self), _COLUMN_CHUNK)
+        records = starts.map(as_written(read)).unbatch()
+        values = records.map(as_written(parse), num_parallel_calls=tf.data.AUTOTUNE)
+        return np.concatenate(list(values.batch(_COLUMN_CHUNK).as_numpy_iterator()))
+
+    def class_names(self, field: str) -> tuple[str, ...] | None:
+        import tensorflow_datasets as tfds
+
+        feature = self._builder.info.features
+        for part in field.split("/"):
+            if isinstance(feature, tfds.features.Sequence):
+                feature = feature.feature
+            if not isinstance(feature, tfds.features.FeaturesDict) or part not in feature:
+                return None
+            feature = feature[part]
+        if isinstance(feature, tfds.features.Sequence):
+            feature = feature.feature
+        return tuple(feature.names) if isinstance(feature, tfds.features.ClassLabel) else None
+
+    def describe(self, index: int) -> str:
+        shard, record = self._shards.locate(np.array([index]))
+        file = Path(self._shards.files[shard[0]][0]).name
+        return f"{self._builder.info.full_name} {self.split}, record {record[0]} of {file}"
+
+
+class _Shards:
+    """Random access to the records of parts of ArrayRecord files, from many threads."""
+
+    def __init__(self, files: Sequence[tuple[str, int, int]]) -> None:
+        """`files` holds (file name, first record, number of records)."""
+        self.files = tuple(files)
+        self._skips = np.array([skip for _, skip, _ in files], np.int64)
+        self._ends = np.cumsum([take for _, _, take in files])
+        self._starts = self._ends - [take for _, _, take in files]
+        self._readers: dict[int, Any] = {}
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def locate(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The file and the record in it of each of `indices`; all int64 [n]."""
+        shards = np.searchsorted(self._ends, indices, side="right")
+        return shards, indices - self._starts[shards] + self._skips[shards]
+
+    def read(self, indices: np.ndarray) -> np.ndarray:
+        """The serialized examples at `indices`, as byte strings [n]."""
+        shards, records = self.locate(np.asarray(indices, np.int64))
+        result = np.empty(len(records), object)
+        for shard in np.unique(shards):
+            chosen = np.flatnonzero(shards == shard)
+            result[chosen] = self._reader(int(shard)).read(records[chosen].tolist())
+        return result
+
+    def _reader(self, shard: int) -> Any:
+        from array_record.python.array_record_module import ArrayRecordReader
+
+        with self._lock:
+            if shard not in self._readers:
+                # Reading ahead helps sequential reading alone, and costs 16 MiB a file.
+                self._readers[shard] = ArrayRecordReader(
+                    self.files[shard][0],
+                    options="readahead_buffer_size:0",
+                    file_reader_buffer_size=32768,
+                )
+            return self._readers[shard]
+
+
+def _skip_images(feature: Any) -> Any:
+    """The decoders that leave the images below `feature` encoded; None if there are none."""
+    import tensorflow_datasets as tfds
+
+    if isinstance(feature, tfds.features.Image | tfds.features.Video):
+        return tfds.decode.SkipDecoding()
+    if isinstance(feature, tfds.features.Sequence):
+        return _skip_images(feature.feature)
+    if isinstance(feature, tfds.features.FeaturesDict):
+        inner = {name: _skip_images(value) for name, value in feature.items()}
+        return {name: value for name, value in inner.items() if value is not None} or None
+    return None
+
+
+def _flat(example: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in example.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{name}/")
+        else:
+            yield prefix + name, value

@@ -1,0 +1,47 @@
+"""Evaluators: (functions, params) -> (name, value) pairs, each exact over its whole split."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from vlp_jax import config as config_lib
+from vlp_jax.errors import UserError
+from vlp_jax.evaluators.base import Evaluator, Resources
+from vlp_jax.evaluators.retrieval import Retrieval
+from vlp_jax.evaluators.zero_shot import ZeroShot
+
+EVALUATORS = {"zero_shot": ZeroShot, "retrieval": Retrieval}
+
+# Keys of an evaluator's section that say on what and when it runs, not what it computes.
+COMMON_KEYS = ("data", "every")
+
+
+def make_evaluators(
+    sections: Mapping[str, Any], train_data: Mapping[str, Any], resources: Resources
+) -> dict[str, Evaluator]:
+    """An evaluator for each section of `config.evaluators`, under the section's own key.
+
+    A section has `name` (a key of `EVALUATORS`), `data` (what differs from `config.data`), `every`
+    (a duration) and the arguments of what it names.
+
+    Raises:
+      UserError: an unknown name or key, data that does not exist, or a function that the objective
+        does not have.
+    """
+    evaluators = {}
+    for key in sorted(sections):
+        section, where = sections[key], f"config.evaluators.{key}"
+        constructor = config_lib.select(EVALUATORS, section, where)
+        missing = sorted(set(constructor.needs) - set(resources.functions))
+        if missing:
+            raise UserError(f"{where} needs {', '.join(missing)}, which the objective lacks")
+        changes = section.get("data", ConfigDict())
+        data = {**dict(train_data.items()), **dict(changes.items())}
+        arguments = {k: v for k, v in section.items() if k not in COMMON_KEYS}
+        evaluators[key] = config_lib.build(
+            constructor, arguments, where, data=data, resources=resources
+        )
+    return evaluators

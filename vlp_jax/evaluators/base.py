@@ -1,0 +1,118 @@
+"""What evaluators share: embeddings of a whole split, gathered on the host."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Array, Float
+
+from vlp_jax.data.pipeline import EvalPipeline
+from vlp_jax.parallel import mesh as mesh_lib
+from vlp_jax.parallel import rules
+from vlp_jax.parallel.batch import put_batch
+
+INPUTS = ("image", "text")  # what a model takes; the other fields of a batch describe it
+Pairs = Iterator[tuple[str, float]]
+
+
+class Evaluator(Protocol):
+    """Attributes:
+    needs: names of the objective's functions that it calls.
+    """
+
+    needs: tuple[str, ...]
+
+    def __call__(self, params: Any) -> Pairs:
+        """(name, value) of every score of `params`."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Resources:
+    """What the evaluators of one run share. Functions are compiled once for all of them.
+
+    Attributes:
+      functions: the objective's, jitted by `compile_functions`.
+      tokenizer: that of the run.
+      mesh: devices over which a batch is spread.
+      batch_size: examples of an evaluation batch, over the whole mesh.
+    """
+
+    functions: Mapping[str, Callable[..., Any]]
+    tokenizer: Any
+    mesh: Mesh
+    batch_size: int
+
+    def pipeline(self, data: Mapping[str, Any], extra_fields: Sequence[str] = ()) -> EvalPipeline:
+        """The examples of `data`, each once."""
+        return EvalPipeline(
+            data,
+            self.tokenizer,
+            batch_size=self.batch_size,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+            extra_fields=extra_fields,
+        )
+
+    def embed(
+        self, function: str, params: Any, batches: Iterator[Mapping[str, np.ndarray]], field: str
+    ) -> tuple[Float[np.ndarray, "n dim"], dict[str, np.ndarray]]:
+        """Embeddings of `field` of all batches, and their other fields, without padding.
+
+        Every process gets the rows of all, in one order.
+        """
+        call = self.functions[function]
+        outputs, fields = [], []
+        for batch in batches:
+            wanted = {k: v for k, v in batch.items() if k == field or k not in INPUTS}
+            rest = put_batch(wanted, self.mesh)
+            embedding, rest = call(params, rest.pop(field), rest)
+            keep = np.asarray(rest.pop("mask"))
+            outputs.append(np.asarray(embedding)[keep])
+            fields.append({name: np.asarray(value)[keep] for name, value in rest.items()})
+        return np.concatenate(outputs), {
+            name: np.concatenate([f[name] for f in fields]) for name in fields[0]
+        }
+
+    def embed_texts(self, params: Any, texts: Sequence[str]) -> Float[np.ndarray, "n dim"]:
+        """Unit vectors of texts that every process holds whole."""
+        tokens = self.tokenizer(list(texts))
+        local = self.batch_size // jax.process_count()
+        start = jax.process_index() * local
+
+        def batches() -> Iterator[dict[str, np.ndarray]]:
+            for first in range(0, len(tokens), self.batch_size):
+                rows = first + start + np.arange(local)
+                yield {
+                    "text": tokens[np.minimum(rows, len(tokens) - 1)],
+                    "mask": rows < len(tokens),
+                }
+
+        return self.embed("embed_text", params, batches(), "text")[0]
+
+
+def compile_functions(
+    functions: Mapping[str, Callable[[Any, Array], Array]], mesh: Mesh
+) -> dict[str, Callable[..., Any]]:
+    """Each `f(params, array)` as a jitted `g(params, array, rest) -> (f(params, array), rest)`.
+
+    What comes out lies whole on every device, so that each process can fetch all of it.
+    """
+
+    def compiled(function: Callable[[Any, Array], Array]) -> Callable[..., Any]:
+        jitted = jax.jit(
+            lambda params, array, rest: (function(params, array), rest),
+            out_shardings=mesh_lib.replicated(mesh),
+        )
+
+        def in_mesh(params: Any, array: Array, rest: dict[str, Array]) -> Any:
+            with rules.use_mesh(mesh):
+                return jitted(params, array, rest)
+
+        return in_mesh
+
+    return {name: compiled(function) for name, function in functions.items()}

@@ -1,0 +1,170 @@
+"""Contrastive pretraining of a dual encoder: CLIP's softmax, SigLIP's sigmoid."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from vlp_jax import config as config_lib
+from vlp_jax.models.dual_encoder import DualEncoder
+from vlp_jax.models.text import make_text
+from vlp_jax.models.vit import make_vit
+from vlp_jax.objectives.base import Batch, BatchSpec, Metrics, Params
+from vlp_jax.objectives.pairwise import PAIRWISE_LOSSES, pair_logits
+
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+
+
+@dataclasses.dataclass(frozen=True)
+class Contrastive:
+    """Matches the images of the global batch with its texts.
+
+    Attributes:
+      model: the two towers.
+      pairwise_loss: "softmax" (CLIP) or "sigmoid" (SigLIP).
+      max_logit_scale: the factor on the cosine similarity is held at or below it; 0 for no bound.
+    """
+
+    model: DualEncoder
+    pairwise_loss: str
+    max_logit_scale: float
+    couples_batch: bool = True
+
+    @property
+    def compute_dtype(self) -> Any:
+        """Of the towers' matrix products."""
+        return self.model.image.dtype
+
+    def init(self, rng: PRNGKeyArray, batch_spec: BatchSpec) -> Params:
+        """Fresh parameters, in `nn.LogicallyPartitioned` boxes.
+
+        Raises:
+          ValueError: the images or texts of the batch do not have the model's shape.
+        """
+        one = {
+            name: jnp.zeros((1, *batch_spec[name].shape[1:]), batch_spec[name].dtype)
+            for name in ("image", "text")
+        }
+        return self.model.init(rng, one["image"], one["text"])["params"]
+
+    def loss(
+        self, params: Params, batch: Batch, rng: PRNGKeyArray, train: bool
+    ) -> tuple[Float[Array, ""], Metrics]:
+        """The pairwise loss over the global batch. `rng` and `train` change nothing: no dropout."""
+        out = self.model.apply({"params": params}, batch["image"], batch["text"])
+        scale = jnp.exp(bound_above(out["logit_scale"], self._log_bound()))
+        logits = pair_logits(out["image"], out["text"], scale, out["logit_bias"])
+        loss = PAIRWISE_LOSSES[self.pairwise_loss](logits)
+        count = jnp.float32(logits.shape[0])
+        hits = jnp.argmax(logits, axis=1) == jnp.arange(logits.shape[0])
+        one = jnp.float32(1)
+        return loss, {
+            "loss": (loss * count, count),
+            "batch_accuracy": (hits.sum().astype(jnp.float32), count),
+            "logit_scale": (scale, one),
+            "logit_bias": (out["logit_bias"], one),
+        }
+
+    def _log_bound(self) -> float:
+        return math.log(self.max_logit_scale) if self.max_logit_scale else math.inf
+
+    def functions(self) -> dict[str, Callable[..., Array]]:
+        """`embed_image(params, uint8 images)` and `embed_text(params, token ids)`: unit vectors."""
+
+        def apply(method: str) -> Callable[..., Array]:
+            return lambda params, x: self.model.apply({"params": params}, x, method=method)
+
+        return {"embed_image": apply("embed_image"), "embed_text": apply("embed_text")}
+
+    def flops_per_example(self, batch_spec: BatchSpec) -> float:
+        """Forward FLOPs of one pair: both towers, and its row of the logits."""
+        return self.model.flops() + 2.0 * batch_spec["image"].shape[0] * self.model.embed_dim
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def bound_above(x: Float[Array, ""], bound: float) -> Float[Array, ""]:
+    """min(x, bound), with a gradient that above the bound can only lead back under it.
+
+    CLIP clips the parameter after each update instead ("clipped to prevent scaling the logits by
+    more than 100", Radford et al. 2021, 2.5). This needs no rule about one parameter in the step.
+    """
+    return jnp.minimum(x, bound)
+
+
+def _bound_above_forward(x: Array, bound: float) -> tuple[Array, Array]:
+    return jnp.minimum(x, bound), x
+
+
+def _bound_above_backward(bound: float, x: Array, gradient: Array) -> tuple[Array]:
+    return (jnp.where(x > bound, jnp.maximum(gradient, 0), gradient),)
+
+
+bound_above.defvjp(_bound_above_forward, _bound_above_backward)
+
+
+def make_contrastive(
+    *,
+    tokenizer: Any,
+    image: Mapping[str, Any],
+    text: Mapping[str, Any],
+    embed_dim: int,
+    loss: str = "softmax",
+    logit_scale_init: float | None = None,
+    logit_bias_init: float | None = None,
+    max_logit_scale: float = 100.0,
+    image_mean: tuple[float, ...] = (0.5, 0.5, 0.5),
+    image_std: tuple[float, ...] = (0.5, 0.5, 0.5),
+    dtype: str | None = None,
+    scan_layers: bool = True,
+    remat: str = "none",
+    attention: str = "xla",
+) -> Contrastive:
+    """`Contrastive` from `config.objective`.
+
+    Args:
+      tokenizer: gives the text tower its vocabulary and context length.
+      image, text: arguments of `make_vit` and `make_text`.
+      loss: "softmax" or "sigmoid".
+      logit_scale_init: initial factor on the cosine similarity; default 1 / 0.07 (CLIP) for
+        softmax, 10 (SigLIP, alg. 1) for sigmoid.
+      logit_bias_init: default none for softmax, -10 (SigLIP, alg. 1) for sigmoid.
+      dtype: of the computation; default bfloat16 on accelerators and float32 on CPU.
+
+    Raises:
+      ValueError: an unknown loss, dtype, variant or pooling.
+    """
+    if loss not in PAIRWISE_LOSSES:
+        raise ValueError(f"unknown loss {loss!r} (known: {', '.join(PAIRWISE_LOSSES)})")
+    if dtype is None:
+        dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    if dtype not in DTYPES:
+        raise ValueError(f"unknown dtype {dtype!r} (known: {', '.join(DTYPES)})")
+    shared = {
+        "scan_layers": scan_layers,
+        "remat": remat,
+        "attention": attention,
+        "dtype": DTYPES[dtype],
+    }
+    defaults = {"softmax": (1 / 0.07, None), "sigmoid": (10.0, -10.0)}[loss]
+    scale = defaults[0] if logit_scale_init is None else logit_scale_init
+    bias = defaults[1] if logit_bias_init is None else logit_bias_init
+    from_tokenizer = {
+        key: getattr(tokenizer, key) for key in ("vocab_size", "context_length", "eos_id", "pad_id")
+    }
+    model = DualEncoder(
+        image=config_lib.build(make_vit, image, "config.objective.image", **shared),
+        text=config_lib.build(make_text, text, "config.objective.text", **shared, **from_tokenizer),
+        embed_dim=embed_dim,
+        logit_scale_init=math.log(scale),
+        logit_bias_init=bias,
+        image_mean=tuple(image_mean),
+        image_std=tuple(image_std),
+    )
+    return Contrastive(model, loss, max_logit_scale)

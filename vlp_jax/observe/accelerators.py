@@ -1,0 +1,143 @@
+"""How fast one device could multiply matrices: the denominator of model FLOPs utilisation."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+import time
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+_DTYPES = ("bfloat16", "float16", "float32")
+_MEASURE_BUDGET_SECONDS = 0.25
+
+
+@dataclasses.dataclass(frozen=True)
+class PeakFlops:
+    """Dense floating-point operations a second of one JAX device, and where the figure is from."""
+
+    flops: float
+    source: Literal["table", "measured"]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Row:
+    """One device kind. TFLOP/s, dense (no structured sparsity), at the boost clock.
+
+    float32 is what a float32 matrix product reaches at JAX's default precision: TF32 tensor cores
+    on NVIDIA from Ampere on, a single bfloat16 pass on TPU. float16 is None where it equals
+    bfloat16.
+    """
+
+    pattern: str
+    bfloat16: float
+    float32: float
+    float16: float | None = None
+
+
+# Patterns are searched in `device.device_kind`, first match wins. A JAX device of TPU v2, v3 and
+# 7x is one of the chip's two TensorCores, so these have half of the chip's figure.
+_PEAK_TFLOPS = (
+    # https://docs.cloud.google.com/tpu/docs/v2: 46 a chip
+    _Row(r"^TPU v2$", 23.0, 23.0),
+    # https://docs.cloud.google.com/tpu/docs/v3: 123 a chip
+    _Row(r"^TPU v3$", 61.5, 61.5),
+    # https://docs.cloud.google.com/tpu/docs/v4: 275 a chip
+    _Row(r"^TPU v4$", 275.0, 275.0),
+    # https://docs.cloud.google.com/tpu/docs/v5e: 197 a chip
+    _Row(r"^TPU v5 ?(lite|e)$", 197.0, 197.0),
+    # https://docs.cloud.google.com/tpu/docs/v5p: 459 a chip
+    _Row(r"^TPU v5p?$", 459.0, 459.0),
+    # https://docs.cloud.google.com/tpu/docs/v6e: 918 a chip
+    _Row(r"^TPU v6 ?(lite|e)$", 918.0, 918.0),
+    # https://docs.cloud.google.com/tpu/docs/tpu7x: 2307 a chip
+    _Row(r"^TPU ?v?7x$", 1153.5, 1153.5),
+    # NVIDIA GB200 NVL72 data sheet: 5000 bf16, 2500 tf32 with sparsity
+    _Row(r"\bGB200\b", 2500.0, 1250.0),
+    # NVIDIA HGX B200 data sheet: 4500 bf16, 2250 tf32 with sparsity, a GPU
+    _Row(r"\bB200\b", 2250.0, 1125.0),
+    # NVIDIA H200 data sheet: NVL 1671 bf16, 836 tf32; SXM 1979, 989; all with sparsity
+    _Row(r"\bH200 NVL\b", 835.5, 418.0),
+    _Row(r"\bH200\b", 989.5, 494.5),
+    # NVIDIA H100 data sheet: NVL 1671 bf16, 835 tf32; PCIe 1513, 756; SXM 1979, 989; with sparsity
+    _Row(r"\bH100 NVL\b", 835.5, 417.5),
+    _Row(r"\bH100 PCIe\b", 756.5, 378.0),
+    _Row(r"\bH100\b", 989.5, 494.5),
+    # NVIDIA GH200 data sheet: the Hopper of H100 SXM
+    _Row(r"\bGH200\b", 989.5, 494.5),
+    # NVIDIA A100 data sheet (SXM and PCIe alike)
+    _Row(r"\bA100\b", 312.0, 156.0),
+    # NVIDIA A40, A30, A10 data sheets
+    _Row(r"\bA40\b", 149.7, 74.8),
+    _Row(r"\bA30\b", 165.0, 82.0),
+    _Row(r"\bA10\b", 125.0, 62.5),
+    # AWS G5: A10G, 70 bf16 and 35 tf32 (its tensor cores run at half of A10's rate)
+    _Row(r"\bA10G\b", 70.0, 35.0),
+    # NVIDIA L40S data sheet (362 bf16, 183 tf32); L4 data sheet (242 and 120 with sparsity)
+    _Row(r"\bL40S\b", 362.0, 183.0),
+    _Row(r"\bL4\b", 121.0, 60.0),
+    # NVIDIA T4 and V100 data sheets. No bfloat16 and no TF32 before Ampere: both run as float32
+    _Row(r"\bT4\b", 8.1, 8.1, 65.0),
+    _Row(r"\bV100-PCIE\b", 14.0, 14.0, 112.0),
+    _Row(r"\bV100\b", 15.7, 15.7, 125.0),
+    # NVIDIA Ada and GA102 architecture white papers, float32 accumulation
+    _Row(r"\bRTX 4090$", 165.2, 82.6),
+    _Row(r"\bRTX 3090$", 71.0, 35.6),
+)
+
+
+def peak_flops(device: jax.Device, dtype: Any) -> PeakFlops:
+    """Peak matrix-product rate of one device, in FLOP/s (a multiply-add is two).
+
+    Known accelerators come from the table of data-sheet figures. Anything else (a CPU, a new chip,
+    a MIG slice) is measured here by a matrix product, which takes about 0.3 s on a laptop. CPU
+    devices of one process share the host's cores, so each gets its share of the host's figure.
+
+    Args:
+        device: the device; for a measurement, a local one.
+        dtype: what matrix products are computed in: bfloat16, float16 or float32.
+
+    Raises:
+        ValueError: `dtype` is another one.
+    """
+    name = jnp.dtype(dtype).name
+    if name not in _DTYPES:
+        raise ValueError(f"peak_flops knows {', '.join(_DTYPES)}, not {name}")
+    tflops = _table_tflops(device.device_kind, name)
+    if tflops is not None:
+        return PeakFlops(tflops * 1e12, "table")
+    return PeakFlops(_measured_flops(device, dtype), "measured")
+
+
+def _table_tflops(device_kind: str, dtype: str) -> float | None:
+    if "MIG" in device_kind:  # a slice of the GPU whose name it bears
+        return None
+    for row in _PEAK_TFLOPS:
+        if re.search(row.pattern, device_kind):
+            half = row.bfloat16 if row.float16 is None else row.float16
+            columns = {"bfloat16": row.bfloat16, "float16": half, "float32": row.float32}
+            return columns[dtype]
+    return None
+
+
+def _measured_flops(device: jax.Device, dtype: Any) -> float:
+    """Best rate of a few n x n products: large enough to fill the device, short enough to wait."""
+    started = time.perf_counter()
+    on_cpu = device.platform == "cpu"
+    n = 1024 if on_cpu else 8192
+    matrix = jax.device_put(jnp.ones((n, n), dtype), device)
+    product = jax.jit(jnp.matmul).lower(matrix, matrix).compile()
+    product(matrix, matrix).block_until_ready()
+    best = math.inf
+    for _ in range(8):
+        before = time.perf_counter()
+        product(matrix, matrix).block_until_ready()
+        after = time.perf_counter()
+        best = min(best, after - before)
+        if after - started > _MEASURE_BUDGET_SECONDS - best:
+            break
+    share = len(jax.local_devices(backend="cpu")) if on_cpu else 1
+    return 2 * n**3 / best / share

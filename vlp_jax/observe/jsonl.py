@@ -1,0 +1,194 @@
+"""metrics.jsonl: the numbers of a run as one JSON object a line, on any disk or object store."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+import uuid
+from collections.abc import Iterable, Mapping
+from typing import Any, BinaryIO
+
+import numpy as np
+from etils import epath
+from jaxtyping import UInt8
+
+from vlp_jax.errors import UserError
+
+METRICS_FILE = "metrics.jsonl"
+Scalars = Mapping[str, float]
+Images = Mapping[str, UInt8[np.ndarray, "height width 3"]]  # noqa: F722
+Texts = Mapping[str, str]
+
+# JSON has no literal for these three, and Python's own `NaN` breaks every strict reader (jq,
+# browsers, pandas). They are written as strings, which `read_metrics` turns back.
+_NONFINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
+_RESERVED = ("step", "time", "texts")
+
+
+class JsonlWriter:
+    """One JSON object a line: `{"step": 12, "time": 1700000000.5, "train/loss": 2.25}`.
+
+    `time` is in Unix seconds. Floats are written with all their digits and come back bit for bit;
+    NaN and the infinities are the strings "nan", "inf" and "-inf". Texts share the file, as
+    `{"step": ..., "time": ..., "texts": {name: text}}`; images are left to the other writers.
+
+    On a local disk every line reaches the operating system before the call returns, so a killed
+    process loses at most the line it was writing. Object stores (gs://, s3://) cannot append:
+    there the file is uploaded whole, at most every `upload_seconds`, and on `flush` and `close`.
+
+    Args:
+        path: the file; its directory is made.
+        start_step: records of this and later steps are removed, as is a torn last line.
+        upload_seconds: least time between two uploads, for remote paths alone.
+
+    Raises:
+        UserError: a line before the last is not a JSON object with a step.
+    """
+
+    def __init__(self, path: epath.PathLike, start_step: int = 0, upload_seconds: float = 30.0):
+        path = epath.Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        kept = _remove_from_step(path, start_step)
+        if is_remote(path):
+            self._lines: _LocalLines | _RemoteLines = _RemoteLines(path, kept, upload_seconds)
+        else:
+            self._lines = _LocalLines(path)
+
+    def write_scalars(self, step: int, scalars: Scalars) -> None:
+        """Appends one line; values may be Python, NumPy or (fetched) JAX scalars."""
+        for name in _RESERVED:
+            if name in scalars:
+                raise ValueError(f"a metric cannot be named {name!r}")
+        self._append(step, {name: _encode_float(value) for name, value in scalars.items()})
+
+    def write_images(self, step: int, images: Images) -> None:
+        del step, images
+
+    def write_text(self, step: int, texts: Texts) -> None:
+        self._append(step, {"texts": dict(texts)})
+
+    def flush(self) -> None:
+        self._lines.flush()
+
+    def close(self) -> None:
+        self._lines.close()
+
+    def _append(self, step: int, fields: Mapping[str, Any]) -> None:
+        record = {"step": int(step), "time": time.time(), **fields}
+        self._lines.append(json.dumps(record, allow_nan=False).encode() + b"\n")
+
+
+def read_metrics(path: epath.PathLike) -> list[dict[str, Any]]:
+    """The records of a metrics.jsonl in file order, with "nan", "inf", "-inf" as floats again.
+
+    A torn last line, which a killed run leaves and a run in progress may show, is skipped.
+
+    Raises:
+        UserError: there is no such file, or a line before the last is not a record.
+    """
+    path = epath.Path(path)
+    if not path.exists():
+        raise UserError(f"no metrics in {path}: the file does not exist; check the workdir")
+    return [_decode(record) for _, record in _parse_lines(path, path.read_bytes())]
+
+
+def is_remote(path: epath.PathLike) -> bool:
+    """Whether `path` is an object store's (gs://, s3://, ...), where files cannot be appended."""
+    return "://" in os.fspath(path)
+
+
+class _LocalLines:
+    """Appends lines to a local file, each handed to the operating system at once."""
+
+    def __init__(self, path: epath.Path):
+        self._file: BinaryIO = open(os.fspath(path), "ab")
+
+    def append(self, line: bytes) -> None:
+        self._file.write(line)
+        self._file.flush()
+
+    def flush(self) -> None:
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class _RemoteLines:
+    """Keeps all lines in memory and uploads them whole, now and then."""
+
+    def __init__(self, path: epath.Path, kept: Iterable[bytes], upload_seconds: float):
+        self._path = path
+        self._lines = list(kept)
+        self._upload_seconds = upload_seconds
+        self._uploaded_lines = len(self._lines)
+        self._uploaded_at = time.monotonic()
+
+    def append(self, line: bytes) -> None:
+        self._lines.append(line)
+        if time.monotonic() - self._uploaded_at >= self._upload_seconds:
+            self.flush()
+
+    def flush(self) -> None:
+        if len(self._lines) > self._uploaded_lines:
+            self._path.write_bytes(b"".join(self._lines))
+            self._uploaded_lines = len(self._lines)
+            self._uploaded_at = time.monotonic()
+
+    def close(self) -> None:
+        self.flush()
+
+
+def _remove_from_step(path: epath.Path, start_step: int) -> list[bytes]:
+    """Removes records of steps >= start_step and a torn last line; returns the lines kept."""
+    if not path.exists():
+        return []
+    data = path.read_bytes()
+    kept = [line for line, record in _parse_lines(path, data) if record["step"] < start_step]
+    if b"".join(kept) != data:
+        # A reader, or a kill at this moment, sees the old file or the new one, never half of one.
+        temporary = path.parent / f"{path.name}.{uuid.uuid4().hex[:8]}.tmp"
+        temporary.write_bytes(b"".join(kept))
+        temporary.replace(path)
+    return kept
+
+
+def _parse_lines(path: epath.Path, data: bytes) -> list[tuple[bytes, dict[str, Any]]]:
+    """(line with its newline, record) for each line, without a torn last one."""
+    lines = data.splitlines(keepends=True)
+    parsed = []
+    for number, line in enumerate(lines, start=1):
+        record = _parse_record(line)
+        if record is not None:
+            parsed.append((line, record))
+        elif number < len(lines):
+            raise UserError(
+                f"{path} line {number} is not a metrics record: mend or delete that line"
+            )
+    return parsed
+
+
+def _parse_record(line: bytes) -> dict[str, Any] | None:
+    """The record on a line, or None where the line is not a whole one."""
+    if not line.endswith(b"\n"):
+        return None
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    whole = isinstance(record, dict) and isinstance(record.get("step"), int)
+    return record if whole else None
+
+
+def _encode_float(value: Any) -> float | str:
+    value = float(value)
+    return value if math.isfinite(value) else str(value)
+
+
+def _decode(record: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        name: _NONFINITE.get(value, value) if isinstance(value, str) else value
+        for name, value in record.items()
+    }

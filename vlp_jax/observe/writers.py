@@ -1,0 +1,296 @@
+"""Where the numbers, images and texts of a run go: metrics.jsonl, TensorBoard, Weights & Biases.
+
+A writer is opened with the step at which the run (re)starts. A checkpoint at step i means "just
+before batch i", so whatever an interrupted run wrote for steps >= i will be written again, and a
+writer forgets it on opening: every step of a resumed run is there once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import uuid
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+from etils import epath
+
+from vlp_jax.errors import UserError, unknown_key_message
+from vlp_jax.observe.jsonl import (
+    METRICS_FILE,
+    Images,
+    JsonlWriter,
+    Scalars,
+    Texts,
+    is_remote,
+    read_metrics,
+)
+
+__all__ = [
+    "METRICS_FILE",
+    "JsonlWriter",
+    "MultiWriter",
+    "NullWriter",
+    "TensorBoardWriter",
+    "WandbWriter",
+    "Writer",
+    "build_writers",
+    "read_metrics",
+]
+
+_WANDB_MODES = ("online", "offline")
+
+
+class Writer(Protocol):
+    """What the loop asks of a writer. Values of one step may come in several calls."""
+
+    def write_scalars(self, step: int, scalars: Scalars) -> None: ...
+    def write_images(self, step: int, images: Images) -> None: ...
+    def write_text(self, step: int, texts: Texts) -> None: ...
+    def flush(self) -> None: ...
+    def close(self) -> None: ...
+
+
+class NullWriter:
+    """Writes nothing: for every process but the first, and for runs that keep no record."""
+
+    def write_scalars(self, step: int, scalars: Scalars) -> None:
+        del step, scalars
+
+    def write_images(self, step: int, images: Images) -> None:
+        del step, images
+
+    def write_text(self, step: int, texts: Texts) -> None:
+        del step, texts
+
+    def flush(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class MultiWriter:
+    """Passes every call on to each of `writers`, in order."""
+
+    def __init__(self, writers: Sequence[Writer]):
+        self.writers = tuple(writers)
+
+    def write_scalars(self, step: int, scalars: Scalars) -> None:
+        for writer in self.writers:
+            writer.write_scalars(step, scalars)
+
+    def write_images(self, step: int, images: Images) -> None:
+        for writer in self.writers:
+            writer.write_images(step, images)
+
+    def write_text(self, step: int, texts: Texts) -> None:
+        for writer in self.writers:
+            writer.write_text(step, texts)
+
+    def flush(self) -> None:
+        for writer in self.writers:
+            writer.flush()
+
+    def close(self) -> None:
+        """Closes all of them, also when one fails; the failure is raised afterwards."""
+        with contextlib.ExitStack() as stack:
+            for writer in reversed(self.writers):
+                stack.callback(writer.close)
+
+
+class TensorBoardWriter:
+    """Event files for TensorBoard by tensorboardX, without TensorFlow.
+
+    Event files are append-only: on opening, an event is written that makes TensorBoard hide what
+    earlier files say of steps >= `start_step`.
+
+    Raises:
+        UserError: `directory` is not local, or tensorboardX is not installed.
+    """
+
+    def __init__(self, directory: epath.PathLike, start_step: int = 0):
+        if is_remote(directory):
+            raise UserError(
+                f"TensorBoard files need a local directory, not {os.fspath(directory)}: "
+                "set writers.tensorboard=false, or use a local workdir"
+            )
+        try:
+            import tensorboardX
+        except ImportError as error:
+            raise UserError(
+                "writers.tensorboard is on but tensorboardX is not installed: "
+                "`pip install tensorboardX`, or set writers.tensorboard=false"
+            ) from error
+        # tensorboardX names files by the second; the suffix keeps a quick restart from overwriting.
+        self._writer = tensorboardX.SummaryWriter(
+            os.fspath(directory), purge_step=start_step, filename_suffix=f".from_step_{start_step}"
+        )
+
+    def write_scalars(self, step: int, scalars: Scalars) -> None:
+        for name, value in scalars.items():
+            self._writer.add_scalar(name, float(value), global_step=step)
+
+    def write_images(self, step: int, images: Images) -> None:
+        for name, image in images.items():
+            self._writer.add_image(name, _checked_image(name, image), step, dataformats="HWC")
+
+    def write_text(self, step: int, texts: Texts) -> None:
+        for name, text in texts.items():
+            self._writer.add_text(name, text, global_step=step)
+
+    def flush(self) -> None:
+        self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class WandbWriter:
+    """A Weights & Biases run, continued by later processes of the same workdir.
+
+    The run's id lives in `directory`/wandb_run_id.txt. wandb cannot take rows back, so after a
+    resume the replayed steps are there twice; its own row counter is therefore not our step, which
+    is logged as the metric "step" and set as the x axis of every chart. The same holds offline:
+    each process leaves one offline-run-* folder, and `wandb sync` of all of them makes one run.
+
+    Args:
+        directory: the workdir; local runs keep wandb's files in `directory`/wandb.
+        project, name: as wandb shows them; name None lets wandb choose.
+        config: the resolved config, as a plain nested dict.
+        start_step: where this process starts; logged as "start_step" so that resumes are visible.
+        mode: "online", or "offline", which uses no network.
+
+    Raises:
+        UserError: wandb is not installed, has no login, cannot be reached, or mode is unknown.
+    """
+
+    def __init__(
+        self,
+        directory: epath.PathLike,
+        project: str,
+        name: str | None,
+        config: Mapping[str, Any],
+        start_step: int = 0,
+        mode: str = "online",
+    ):
+        if mode not in _WANDB_MODES:
+            raise UserError(f"writers.wandb.mode is {mode!r}: use one of {', '.join(_WANDB_MODES)}")
+        try:
+            import wandb
+        except ImportError as error:
+            raise UserError(
+                "writers.wandb is enabled but wandb is not installed: "
+                "`pip install wandb`, or set writers.wandb.enabled=false"
+            ) from error
+        self._image = wandb.Image
+        directory = epath.Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        try:
+            self._run = wandb.init(
+                project=project,
+                name=name,
+                config=dict(config),
+                id=_wandb_run_id(directory),
+                resume="allow",
+                dir=None if is_remote(directory) else os.fspath(directory),
+                mode=mode,
+                # The progress line owns the terminal, and captured output would hold its redraws.
+                settings=wandb.Settings(console="off", silent=mode == "offline"),
+            )
+        except wandb.errors.Error as error:
+            message = " ".join(str(error).split())
+            raise UserError(
+                f"wandb could not start a run of project {project!r} ({message}): run "
+                "`wandb login`, or set writers.wandb.mode=offline and `wandb sync` later"
+            ) from error
+        self._run.define_metric("step")
+        self._run.define_metric("*", step_metric="step")
+        self._run.log({"step": start_step, "start_step": start_step})
+
+    def write_scalars(self, step: int, scalars: Scalars) -> None:
+        values = {name: float(value) for name, value in scalars.items()}
+        self._run.log({"step": step, **values})
+
+    def write_images(self, step: int, images: Images) -> None:
+        wrapped = {name: self._image(_checked_image(name, image)) for name, image in images.items()}
+        self._run.log({"step": step, **wrapped})
+
+    def write_text(self, step: int, texts: Texts) -> None:
+        self._run.log({"step": step, **texts})
+
+    def flush(self) -> None:
+        """Nothing to do: wandb's own process already has every row that was logged."""
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+def build_writers(
+    config: Mapping[str, Any],
+    workdir: epath.PathLike,
+    start_step: int,
+    resolved_config: Mapping[str, Any],
+) -> Writer:
+    """The writers that `config` asks for; a NullWriter on every process but the first.
+
+    Args:
+        config: `{"tensorboard": bool, "wandb": {"enabled": bool, "project": str,
+            "name": str | None, "mode": "online" | "offline"}}`. metrics.jsonl is always on.
+        workdir: metrics.jsonl, tensorboard/ and wandb's files are made in here.
+        start_step: the step of the restored checkpoint, or 0.
+        resolved_config: the whole config of the run, for wandb to show.
+
+    Raises:
+        UserError: an unknown key, or a writer that cannot work here.
+    """
+    import jax
+
+    _check_keys(config, ("tensorboard", "wandb"), "writers")
+    wandb_config = config["wandb"]
+    _check_keys(wandb_config, ("enabled", "project", "name", "mode"), "writers.wandb")
+    if jax.process_index() != 0:
+        return NullWriter()
+    workdir = epath.Path(workdir)
+    with contextlib.ExitStack() as stack:
+
+        def opened(writer: Writer) -> Writer:
+            stack.callback(writer.close)  # if a later writer cannot be opened
+            return writer
+
+        writers = [opened(JsonlWriter(workdir / METRICS_FILE, start_step))]
+        if config["tensorboard"]:
+            writers.append(opened(TensorBoardWriter(workdir / "tensorboard", start_step)))
+        if wandb_config["enabled"]:
+            project, name, mode = (wandb_config[key] for key in ("project", "name", "mode"))
+            writers.append(
+                opened(WandbWriter(workdir, project, name, resolved_config, start_step, mode))
+            )
+        stack.pop_all()
+    return MultiWriter(writers)
+
+
+def _checked_image(name: str, image: np.ndarray) -> np.ndarray:
+    image = np.asarray(image)
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3:
+        raise ValueError(
+            f"image {name!r} must be uint8 of shape (height, width, 3), "
+            f"not {image.dtype} of shape {image.shape}"
+        )
+    return image
+
+
+def _wandb_run_id(directory: epath.Path) -> str:
+    """The id of this workdir's wandb run, made on first use."""
+    path = directory / "wandb_run_id.txt"
+    if not path.exists():
+        path.write_text(uuid.uuid4().hex[:12] + "\n")
+    return path.read_text().strip()
+
+
+def _check_keys(config: Mapping[str, Any], known: tuple[str, ...], where: str) -> None:
+    for key in config:
+        if key not in known:
+            raise UserError(unknown_key_message(key, known, where))
+    for key in known:
+        if key not in config:
+            raise UserError(f"{where} lacks the key {key!r}: add it (known: {', '.join(known)})")

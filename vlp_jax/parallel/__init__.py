@@ -1,0 +1,1 @@
+"""Mesh, axis rules, batches on the mesh, and the start of several processes."""

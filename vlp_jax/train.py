@@ -1,0 +1,287 @@
+"""Trains what a config describes: python -m vlp_jax.train --config FILE --workdir DIR."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import os
+import sys
+from collections.abc import Sequence
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+import jax
+from absl import logging
+from etils import epath
+from ml_collections import ConfigDict
+
+from vlp_jax import config as config_lib
+from vlp_jax.data.pipeline import TrainPipeline
+from vlp_jax.data.tokenizers import Tokenizer
+from vlp_jax.errors import UserError
+from vlp_jax.evaluators import make_evaluators
+from vlp_jax.evaluators.base import Resources, compile_functions
+from vlp_jax.observe.profiler import NullProfiler, Profiler
+from vlp_jax.observe.progress import NullProgress, Progress
+from vlp_jax.observe.throughput import StartupClock, StepClock, peak_flops
+from vlp_jax.observe.writers import build_writers
+from vlp_jax.parallel import mesh as mesh_lib
+from vlp_jax.parallel import startup
+from vlp_jax.parallel.batch import Prefetcher
+from vlp_jax.training import setup as setup_lib
+from vlp_jax.training import workdir as workdir_lib
+from vlp_jax.training.checkpoint import Checkpointer
+from vlp_jax.training.loop import Evaluation, Loop
+from vlp_jax.training.preemption import EXIT_RESTART, Preempted, PreemptionWatch
+from vlp_jax.training.report import StepReport
+from vlp_jax.training.setup import Setup
+from vlp_jax.training.state import TrainState, init_state
+from vlp_jax.training.step import compile_step
+
+EPILOG = """\
+examples:
+  python -m vlp_jax.train --config configs/demo.py --workdir runs/demo
+  python -m vlp_jax.train --config configs/clip_folder.py --workdir runs/mine --config.data.path=DIR
+  python -m vlp_jax.train --config configs/demo.py --help        lists every key of that config
+
+Run the same command again to resume. Exit status: 0 the run is complete, 2 a mistake in config,
+data or workdir (the last line of stderr says which), 75 told to stop and saved: start it again.
+"""
+
+
+def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, ConfigDict]:
+    """The arguments, and the config with its overrides.
+
+    Raises:
+      UserError: an argument, a config file or a key that does not exist.
+    """
+    parser = argparse.ArgumentParser(
+        prog="python -m vlp_jax.train",
+        description="Pretrains the model of a config and evaluates it along the way.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        add_help=False,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--help", "-h", action="store_true", help="this text; with --config, its keys")
+    parser.add_argument("--config", metavar="FILE[:ARG]", help="a config file, and its argument")
+    parser.add_argument("--workdir", metavar="DIR", help="folder of the run; may be gs://...")
+    parser.add_argument("--config.KEY", metavar="VALUE", help="replaces a key: --config.a.b=VALUE")
+    several = parser.add_argument_group("several processes (give all three)")
+    several.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 listens")
+    several.add_argument("--processes", type=int, metavar="N", help="how many take part")
+    several.add_argument("--process-id", type=int, metavar="I", help="which one this is")
+    overrides = [a.removeprefix("--config.") for a in argv if a.startswith("--config.")]
+    arguments, unknown = parser.parse_known_args(
+        [a for a in argv if not a.startswith("--config.")]
+    )
+    if unknown:
+        raise UserError(f"unknown argument {unknown[0]!r}; see --help")
+    if arguments.help:
+        parser.print_help()
+    if not arguments.config:
+        if arguments.help:
+            raise SystemExit(0)
+        raise UserError("--config is missing; see --help")
+    config = config_lib.load(arguments.config)
+    config_lib.override(config, overrides)
+    config_lib.check(config)
+    if arguments.help:
+        print(f"\nkeys of {arguments.config}:")
+        for key, value in config_lib.flatten(config):
+            print(f"  --config.{key}={value}")
+        raise SystemExit(0)
+    if not arguments.workdir:
+        raise UserError("--workdir is missing; see --help")
+    return arguments, config
+
+
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    """What a config stands for on these devices and this data; nothing is written yet."""
+
+    setup: Setup
+    tokenizer: Tokenizer
+    pipeline: TrainPipeline
+    evaluations: Sequence[Evaluation]
+
+
+def build(config: ConfigDict, workdir: epath.Path, clock: StartupClock) -> Parts:
+    """Looks at everything that can be wrong before the first file is written.
+
+    Raises:
+      UserError: the config does not fit the devices, the data, the workdir or itself.
+    """
+    with clock.phase("find the devices"):
+        mesh = mesh_lib.make_mesh(config.mesh)
+        mesh_lib.check_batch_size(config.batch_size, mesh)
+        workdir_lib.check_writable(workdir)
+    with clock.phase("open the data"):
+        tokenizer = workdir_lib.open_tokenizer(workdir, config)
+        pipeline = setup_lib.make_pipeline(config, tokenizer)
+    with clock.phase("build the model"):
+        setup = setup_lib.make_setup(
+            config, mesh, tokenizer, pipeline.batch_spec(), len(pipeline)
+        )
+    resources = Resources(
+        functions=compile_functions(setup.objective.functions(), mesh),
+        tokenizer=tokenizer,
+        mesh=mesh,
+        batch_size=config.batch_size,
+    )
+    with clock.phase("open the evaluation data"):
+        evaluators = make_evaluators(config.evaluators, config.data, resources)
+    evaluations = [
+        Evaluation(
+            key,
+            setup.every(config.evaluators[key].every, f"config.evaluators.{key}.every"),
+            evaluator,
+        )
+        for key, evaluator in evaluators.items()
+    ]
+    return Parts(setup, tokenizer, pipeline, evaluations)
+
+
+def train(config: ConfigDict, workdir: str | os.PathLike, clock: StartupClock) -> TrainState:
+    """Trains, from the newest checkpoint in `workdir` if there is one; returns the last state.
+
+    Raises:
+      UserError: a mistake in config, data or workdir, or a loss that is not finite.
+      Preempted: told to stop; the state is saved.
+    """
+    workdir = epath.Path(workdir)
+    parts = build(config, workdir, clock)
+    setup, last_step = parts.setup, parts.setup.units.total_steps
+    with contextlib.ExitStack() as stack:
+        progress = stack.enter_context(make_progress(last_step, workdir.name))
+        checkpointer = stack.enter_context(make_checkpointer(config, workdir))
+        first_step = checkpointer.check_fits(setup.abstract)
+        for change in workdir_lib.changes(workdir, config):
+            progress.print(f"note: {change}")
+        workdir_lib.prepare(workdir, config, parts.tokenizer)
+        progress.print(mesh_lib.describe(setup.mesh))
+        with clock.phase("compile the step"):
+            step_function = compile_step(setup.step, setup.abstract, setup.batch_spec, setup.mesh)
+        with clock.phase("restore the state" if first_step else "initialize the state"):
+            state = first_state(setup, checkpointer, first_step)
+        progress.print(
+            f"{sum(x.size for x in jax.tree.leaves(state.params)):,} parameters; steps "
+            f"{first_step:,} to {last_step:,} of {config.batch_size:,} examples"
+        )
+        with clock.phase("measure the devices"):
+            step_clock = make_step_clock(setup, clock)
+        writer = build_writers(config.writers, workdir, first_step, config.to_dict())
+        stack.callback(writer.close)
+        with clock.phase("first batch"):
+            prefetcher = Prefetcher(
+                parts.pipeline.batches(first_step), setup.mesh, config.prefetch
+            )
+            batches = stack.enter_context(prefetcher)
+        loop = Loop(
+            step_function=step_function,
+            batches=batches,
+            batch_size=config.batch_size,
+            first_step=first_step,
+            last_step=last_step,
+            save_when=setup.every(config.checkpoint.every, "config.checkpoint.every"),
+            evaluations=parts.evaluations,
+            preempted=stack.enter_context(PreemptionWatch()),
+            report=StepReport(
+                log_when=setup.log_when(),
+                batch_size=config.batch_size,
+                writer=writer,
+                progress=progress,
+                clock=step_clock,
+                startup=clock,
+            ),
+            checkpointer=checkpointer,
+            writer=writer,
+            progress=progress,
+            clock=step_clock,
+            profiler=stack.enter_context(make_profiler(config, workdir)),
+        )
+        state = loop.run(state)
+        checkpointer.wait()
+        progress.print(step_clock.goodput_line())
+    return state
+
+
+def make_progress(last_step: int, name: str) -> Progress | NullProgress:
+    """The live line, on the first process alone."""
+    return Progress(last_step, name) if jax.process_index() == 0 else NullProgress()
+
+
+def make_profiler(config: ConfigDict, workdir: epath.Path) -> Profiler | NullProfiler:
+    """Traces the steps of `config.profile`, if it names any.
+
+    Raises:
+      UserError: only one of `first` and `last` is set, or they are the wrong way round.
+    """
+    first, last = config.profile.first, config.profile.last
+    if first is None and last is None:
+        return NullProfiler()
+    if first is None or last is None:
+        raise UserError("config.profile needs both first and last")
+    return Profiler(first, last, workdir / "profile")
+
+
+def make_checkpointer(config: ConfigDict, workdir: epath.Path) -> Checkpointer:
+    """The checkpoints of the run in `workdir`."""
+    return Checkpointer(
+        workdir,
+        keep_last=config.checkpoint.keep_last,
+        keep_every=config.checkpoint.keep_every,
+        asynchronous=config.checkpoint.asynchronous,
+    )
+
+
+def make_step_clock(setup: Setup, clock: StartupClock) -> StepClock:
+    """Examples per second, MFU and goodput, against the peak of the devices at hand."""
+    device = setup.mesh.devices.flat[0]
+    dtype = setup.objective.compute_dtype
+    return StepClock(
+        forward_flops_per_example=setup.objective.flops_per_example(setup.batch_spec),
+        peak_flops_per_device=peak_flops(device, dtype).flops,
+        device_count=setup.mesh.size,
+        startup_seconds=clock.total(),
+    )
+
+
+def first_state(setup: Setup, checkpointer: Checkpointer, first_step: int) -> TrainState:
+    """The state of the checkpoint at `first_step`, or a fresh one for step 0."""
+    if not first_step:
+        return init_state(
+            setup.objective, setup.optimizer, setup.batch_spec, setup.abstract, setup.config.seed
+        )
+    state, position = checkpointer.restore(setup.abstract, first_step)
+    if position != first_step * setup.config.batch_size:
+        raise UserError(
+            f"the checkpoint of step {first_step} was made after {position:,} examples, which is no "
+            f"multiple of config.batch_size {setup.config.batch_size}; resume with the batch size "
+            f"{position // first_step}"
+        )
+    return state
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; returns its exit status."""
+    clock = StartupClock.from_process_start("python and imports")
+    logging.set_verbosity(logging.WARNING)
+    try:
+        arguments, config = parse(sys.argv[1:] if argv is None else argv)
+        with clock.phase("find the devices"):
+            startup.initialize(arguments.coordinator, arguments.processes, arguments.process_id)
+            startup.use_compilation_cache()
+        train(config, arguments.workdir, clock)
+    except Preempted as stop:
+        print(stop, file=sys.stderr)
+        return EXIT_RESTART
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

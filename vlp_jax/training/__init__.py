@@ -1,0 +1,1 @@
+"""State, optimizer, step, checkpoints and the one loop."""

@@ -1,0 +1,143 @@
+"""Checkpoints in a workdir, with Orbax."""
+
+from __future__ import annotations
+
+from typing import Any, Self
+
+import jax
+import orbax.checkpoint as ocp
+from etils import epath
+
+from vlp_jax.errors import UserError
+from vlp_jax.training.state import TrainState
+
+MAX_LISTED = 8  # parameters that a mismatch names, of each kind
+
+
+class Checkpointer:
+    """Saves states under `workdir/checkpoints/STEP` and gives back the newest.
+
+    The checkpoint at step i holds all that is needed to go on with batch i: the state, and the
+    position of the input, which is one number. Saving is asynchronous: `save` returns as soon as the
+    arrays are on the host. A checkpoint appears under its final name only when it is whole.
+
+    Args:
+      keep_last: how many of the newest to keep.
+      keep_every: also keep each whose step is a multiple of this; 0 for none.
+    """
+
+    def __init__(
+        self,
+        workdir: str | epath.Path,
+        *,
+        keep_last: int = 1,
+        keep_every: int = 0,
+        asynchronous: bool = True,
+    ):
+        if keep_last < 1:
+            raise UserError(f"config.checkpoint.keep_last must be at least 1, not {keep_last}")
+        policies = [ocp.checkpoint_managers.LatestN(keep_last)]
+        if keep_every:
+            policies.append(ocp.checkpoint_managers.EveryNSteps(keep_every))
+        self._directory = epath.Path(workdir) / "checkpoints"
+        self._manager = ocp.CheckpointManager(
+            self._directory,
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=ocp.checkpoint_managers.AnyPreservationPolicy(policies),
+                enable_async_checkpointing=asynchronous,
+                cleanup_tmp_directories=True,
+            ),
+        )
+
+    def latest_step(self) -> int | None:
+        """Step of the newest whole checkpoint; None if there is none."""
+        return self._manager.latest_step()
+
+    def save(self, step: int, state: TrainState, position: int) -> None:
+        """Saves `state`, just before batch `step`, unless that checkpoint exists already."""
+        if step in self._manager.all_steps():
+            return
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.StandardSave(state), input=ocp.args.JsonSave({"position": position})
+            ),
+            force=True,
+        )
+
+    def check_fits(self, abstract: TrainState) -> int:
+        """Step of the newest checkpoint, whose state `restore` can put into `abstract`; 0 if none.
+
+        Raises:
+          UserError: the checkpoint holds other parameters; it names them with both shapes.
+        """
+        step = self.latest_step()
+        if step is None:
+            return 0
+        saved = shapes_of(self._manager.item_metadata(step).state)
+        report = mismatch_report(saved, shapes_of(abstract))
+        if report:
+            raise UserError(
+                f"the checkpoint {self._directory / str(step)} belongs to another model: {report}; "
+                "use the config it was trained with, or another workdir"
+            )
+        return step
+
+    def restore(self, abstract: TrainState, step: int) -> tuple[TrainState, int]:
+        """The state at `step` as arrays laid out as `abstract` says, and the input's position.
+
+        Args:
+          abstract: one that `check_fits`.
+          step: of a checkpoint that exists.
+        """
+        restored = self._manager.restore(
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.StandardRestore(abstract), input=ocp.args.JsonRestore()
+            ),
+        )
+        return restored.state, restored.input["position"]
+
+    def wait(self) -> None:
+        """Returns when everything saved is on disk."""
+        self._manager.wait_until_finished()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        """Finishes what is being written."""
+        self._manager.close()
+
+
+def shapes_of(tree: Any) -> dict[str, tuple[int, ...]]:
+    """"params/image/..." -> shape, for every array of a tree of arrays or Orbax's metadata."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: hasattr(x, "shape"))
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): tuple(leaf.shape)
+        for path, leaf in leaves
+        if hasattr(leaf, "shape")
+    }
+
+
+def mismatch_report(
+    saved: dict[str, tuple[int, ...]], wanted: dict[str, tuple[int, ...]]
+) -> str:
+    """What differs between two trees of shapes, one line; empty if nothing does.
+
+    Optimizer state and averages follow the parameters, so these are named only where the
+    parameters agree.
+    """
+
+    def differing(prefix: str) -> list[str]:
+        keys = sorted(k for k in {*saved, *wanted} if k.startswith(prefix))
+        return [
+            f"{key} is {saved.get(key, 'absent')} in the checkpoint "
+            f"and {wanted.get(key, 'absent')} in the model"
+            for key in keys
+            if saved.get(key) != wanted.get(key)
+        ]
+
+    rows = differing("params/") or differing("")
+    more = [f"and {len(rows) - MAX_LISTED} more"] if len(rows) > MAX_LISTED else []
+    return ", ".join(rows[:MAX_LISTED] + more)

@@ -1,0 +1,112 @@
+"""From a config to the parts of a run, without touching the workdir."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import optax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from vlp_jax.data.pipeline import TrainPipeline
+from vlp_jax.errors import UserError
+from vlp_jax.objectives import Objective, make_objective
+from vlp_jax.objectives.base import BatchSpec
+from vlp_jax.parallel import mesh as mesh_lib
+from vlp_jax.training.optimizer import make_optimizer, make_schedule
+from vlp_jax.training.state import TrainState, abstract_state
+from vlp_jax.training.step import StepFunction, make_step
+from vlp_jax.training.when import EverySteps, Units
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """The parts of a run that follow from its config, data and devices. No array is made yet.
+
+    Attributes:
+      batch_spec: shape and dtype of each field of a global batch.
+      abstract: shapes, dtypes and shardings of the state.
+      units: turns durations into steps.
+    """
+
+    config: ConfigDict
+    mesh: Mesh
+    objective: Objective
+    optimizer: optax.GradientTransformation
+    schedule: optax.Schedule
+    batch_spec: BatchSpec
+    abstract: TrainState
+    units: Units
+
+    @property
+    def step(self) -> StepFunction:
+        """The pure training step, not yet compiled."""
+        return make_step(
+            self.objective,
+            self.optimizer,
+            self.schedule,
+            seed=self.config.seed,
+            ema_decay=self.config.optimizer.ema_decay,
+        )
+
+    def every(self, duration: ConfigDict, where: str) -> EverySteps:
+        """True at each multiple of `duration` and at the end of the run."""
+        period = self.units.steps(duration, where)
+        return EverySteps(period, last=self.units.total_steps)
+
+    def log_when(self) -> Callable[[int], bool]:
+        """True for the batches whose metrics are written: every n-th from 0 on, and the last."""
+        period = max(1, self.units.steps(self.config.log.every, "config.log.every"))
+        last = self.units.total_steps - 1
+        return lambda step: step % period == 0 or step == last
+
+
+def make_setup(
+    config: ConfigDict,
+    mesh: Mesh,
+    tokenizer: Any,
+    batch_spec: dict[str, tuple[tuple[int, ...], Any]],
+    epoch_examples: int | None,
+) -> Setup:
+    """The parts of the run that `config` describes.
+
+    Args:
+      batch_spec: name -> (shape, dtype) of a global batch.
+      epoch_examples: examples of the training set, for durations in epochs.
+
+    Raises:
+      UserError: the config does not fit the devices, the data or itself.
+    """
+    mesh_lib.check_batch_size(config.batch_size, mesh)
+    units = Units(config.batch_size, epoch_examples)
+    total = units.steps(config.duration, "config.duration")
+    if total < 1:
+        raise UserError("config.duration is less than one step")
+    units = dataclasses.replace(units, total_steps=total)
+    objective = make_objective(config.objective, tokenizer)
+    optimizer = make_optimizer(config.optimizer, units)
+    spec = {name: jax.ShapeDtypeStruct(*value) for name, value in batch_spec.items()}
+    try:
+        abstract = abstract_state(
+            objective, optimizer, spec, mesh, with_ema=bool(config.optimizer.ema_decay)
+        )
+    except (ValueError, KeyError) as error:
+        shapes = {name: shape for name, (shape, _) in batch_spec.items()}
+        raise UserError(f"the model does not fit the batch {shapes}: {error}") from error
+    schedule = make_schedule(config.optimizer, units)
+    return Setup(config, mesh, objective, optimizer, schedule, spec, abstract, units)
+
+
+def make_pipeline(config: ConfigDict, tokenizer: Any) -> TrainPipeline:
+    """The training input of this process."""
+    return TrainPipeline(
+        config.data,
+        tokenizer,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )

@@ -1,0 +1,107 @@
+"""All that a step changes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from vlp_jax.objectives import Objective
+from vlp_jax.objectives.base import BatchSpec
+from vlp_jax.parallel import mesh as mesh_lib
+from vlp_jax.parallel import rules
+
+# What randomness is for: the third number, after seed and step, that a key is folded from.
+PURPOSE_INIT, PURPOSE_LOSS = 0, 1
+
+
+@flax.struct.dataclass
+class TrainState:
+    """State just before batch `step`.
+
+    Attributes:
+      step: int32, steps done.
+      params: parameters, float32.
+      opt_state: the optimizer's.
+      ema: exponential moving average of `params`; an empty dict if there is none.
+    """
+
+    step: jax.Array
+    params: Any
+    opt_state: Any
+    ema: Any
+
+    @property
+    def eval_params(self) -> Any:
+        """What is evaluated and exported: the average if there is one, else the parameters."""
+        return self.ema or self.params
+
+
+def key_for(seed: int, step: jax.Array | int, purpose: int) -> jax.Array:
+    """The random key of (seed, step, purpose)."""
+    return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), purpose), step)
+
+
+def _init(
+    objective: Objective,
+    optimizer: optax.GradientTransformation,
+    batch_spec: BatchSpec,
+    seed: int,
+    with_ema: bool,
+) -> TrainState:
+    params = nn.unbox(objective.init(key_for(seed, 0, PURPOSE_INIT), batch_spec))
+    ema = jax.tree.map(jnp.copy, params) if with_ema else {}
+    return TrainState(jnp.int32(0), params, optimizer.init(params), ema)
+
+
+def abstract_state(
+    objective: Objective,
+    optimizer: optax.GradientTransformation,
+    batch_spec: BatchSpec,
+    mesh: Mesh,
+    with_ema: bool = False,
+) -> TrainState:
+    """Shapes, dtypes and shardings of the state; no array is made.
+
+    Whatever in the optimizer's state has the shape of a parameter lies as that parameter does.
+    """
+    boxed = jax.eval_shape(lambda: objective.init(key_for(0, 0, PURPOSE_INIT), batch_spec))
+    shardings = rules.param_shardings(boxed, mesh)
+    shapes = jax.eval_shape(lambda: _init(objective, optimizer, batch_spec, 0, with_ema))
+    whole = mesh_lib.replicated(mesh)
+
+    def place(leaf: Any, sharding: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    return TrainState(
+        step=place(shapes.step, whole),
+        params=jax.tree.map(place, shapes.params, shardings),
+        opt_state=optax.tree_map_params(
+            optimizer,
+            place,
+            shapes.opt_state,
+            shardings,
+            transform_non_params=lambda leaf: place(leaf, whole),
+        ),
+        ema=jax.tree.map(place, shapes.ema, shardings) if with_ema else {},
+    )
+
+
+def init_state(
+    objective: Objective,
+    optimizer: optax.GradientTransformation,
+    batch_spec: BatchSpec,
+    abstract: TrainState,
+    seed: int,
+) -> TrainState:
+    """A fresh state, made in place: each device computes its own part and no more."""
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    with_ema = bool(abstract.ema)
+    return jax.jit(
+        lambda: _init(objective, optimizer, batch_spec, seed, with_ema), out_shardings=shardings
+    )()

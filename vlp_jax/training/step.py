@@ -1,0 +1,70 @@
+"""The training step: one pure function of state and batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from vlp_jax.objectives import Objective
+from vlp_jax.objectives.base import Batch, BatchSpec, Metrics
+from vlp_jax.parallel import mesh as mesh_lib
+from vlp_jax.parallel import rules
+from vlp_jax.training.state import PURPOSE_LOSS, TrainState, key_for
+
+StepFunction = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+
+
+def make_step(
+    objective: Objective,
+    optimizer: optax.GradientTransformation,
+    schedule: optax.Schedule,
+    *,
+    seed: int,
+    ema_decay: float = 0.0,
+) -> StepFunction:
+    """(state before batch i, batch i) -> (state before batch i + 1, metrics of batch i).
+
+    The metrics are the objective's, the learning rate, and the global norms of gradient, update and
+    parameters.
+    """
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        rng = key_for(seed, state.step, PURPOSE_LOSS)
+        loss_and_grad = jax.value_and_grad(objective.loss, has_aux=True)
+        (_, metrics), grads = loss_and_grad(state.params, batch, rng, True)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        ema = state.ema and optax.incremental_update(params, state.ema, 1 - ema_decay)
+        one = jnp.float32(1)
+        own = {
+            "learning_rate": (schedule(state.step), one),
+            "grad_norm": (optax.tree.norm(grads), one),
+            "update_norm": (optax.tree.norm(updates), one),
+            "param_norm": (optax.tree.norm(params), one),
+        }
+        return TrainState(state.step + 1, params, opt_state, ema), {**metrics, **own}
+
+    return step
+
+
+def compile_step(
+    step: StepFunction, abstract: TrainState, batch_spec: BatchSpec, mesh: Mesh
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    """The step compiled for the mesh, ahead of its first batch. It takes over the state's memory."""
+    sharding = mesh_lib.batch_sharding(mesh)
+    batch = {
+        name: jax.ShapeDtypeStruct(spec.shape, spec.dtype, sharding=sharding)
+        for name, spec in batch_spec.items()
+    }
+    state_shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    jitted = jax.jit(
+        step,
+        donate_argnums=0,
+        out_shardings=(state_shardings, mesh_lib.replicated(mesh)),
+    )
+    with rules.use_mesh(mesh):
+        return jitted.lower(abstract, batch).compile()

@@ -1,0 +1,70 @@
+"""Durations in steps, and when things run, as values."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+
+from vlp_jax.config import DURATION_UNITS
+from vlp_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Units:
+    """What turns examples, epochs and percentages into steps.
+
+    Attributes:
+      batch_size: examples of a step, over the whole mesh.
+      epoch_examples: examples of the training set; None where there is no such number.
+      total_steps: length of the run; None while it is being worked out.
+    """
+
+    batch_size: int
+    epoch_examples: int | None
+    total_steps: int | None = None
+
+    def steps(self, duration: Mapping[str, float | None], where: str) -> int:
+        """`duration` in whole steps, rounded up.
+
+        Raises:
+          UserError: not exactly one unit is set, it is negative, or it cannot be known here.
+        """
+        given = {u: duration[u] for u in DURATION_UNITS if duration.get(u) is not None}
+        if len(given) != 1:
+            listed = ", ".join(f"{k}={v}" for k, v in given.items()) or "none"
+            raise UserError(
+                f"{where} needs exactly one of {', '.join(DURATION_UNITS)}; it sets {listed}"
+                + (f" (clear one with --{where}.{next(iter(given))}=None)" if given else "")
+            )
+        (unit, value), *_ = given.items()
+        if value < 0:
+            raise UserError(f"{where}.{unit} is negative: {value}")
+        if unit == "steps":
+            return int(value)
+        if unit == "percent":
+            if self.total_steps is None:
+                raise UserError(f"{where}.percent has nothing to be a percentage of")
+            return math.ceil(self.total_steps * value / 100)
+        examples = value
+        if unit == "epochs":
+            if self.epoch_examples is None:
+                raise UserError(f"{where}.epochs: the training data has no known size")
+            examples = value * self.epoch_examples
+        return math.ceil(examples / self.batch_size)
+
+
+@dataclasses.dataclass(frozen=True)
+class EverySteps:
+    """True at every multiple of `period`, and at the end. A period of 0 means the end alone."""
+
+    period: int
+    last: int
+    at_start: bool = False
+
+    def __call__(self, step: int) -> bool:
+        if step == self.last:
+            return True
+        if step == 0:
+            return self.at_start
+        return self.period > 0 and step % self.period == 0
