@@ -15,7 +15,7 @@ TEMPLATES = (
 def get_config(arg=None):
     config = base()
     config.batch_size = 256
-    config.duration = duration(epochs=24.0)
+    config.duration = duration(epochs=6.0)
     tower = {"width": 128, "mlp_dim": 512, "heads": 4}
     config.objective = ConfigDict(
         {
@@ -24,7 +24,7 @@ def get_config(arg=None):
             "embed_dim": 128,
             "image": {"variant": "Ti/16", "image_size": 64, "pooling": "mean", "depth": 4, **tower},
             "text": {"variant": "Ti", "pooling": "eos", "depth": 2, **tower},
-            "remat": "none",
+            "remat": "dots",
         }
     )
     config.tokenizer = ConfigDict({"name": "subword", "vocab_size": 512, "context_length": 32})
@@ -34,7 +34,12 @@ def get_config(arg=None):
             "dataset": "shapes",
             "split": "train",
             "data_dir": None,
-            "preprocess": {"choose_text": {}, "decode_image": {}, "keep": {"fields": ("image", "text")}},
+            "preprocess": {
+                "choose_text": {},
+                "decode_image": {},
+                "resize": {"size": 64},
+                "keep": {"fields": ("image", "text")},
+            },
         }
     )
     config.optimizer.learning_rate = 1e-3
@@ -48,7 +53,11 @@ def get_config(arg=None):
             "split": "test",
             "where": where,
             "limit": limit,
-            "preprocess": {"choose_text": {"index": 0}, "decode_image": {}},
+            "preprocess": {
+                "choose_text": {"index": 0},
+                "decode_image": {},
+                "resize": {"size": 64},
+            },
         }
 
     def zero_shot(unseen):
@@ -56,7 +65,7 @@ def get_config(arg=None):
             "name": "zero_shot",
             "templates": TEMPLATES,
             "data": on_test({"num_objects": 1, "unseen": unseen}),
-            "every": duration(percent=20.0),
+            "every": duration(percent=25.0),
         }
 
     config.evaluators = ConfigDict(
@@ -66,7 +75,7 @@ def get_config(arg=None):
             "retrieval": {
                 "name": "retrieval",
                 "data": on_test(None, limit=1000),
-                "every": duration(percent=20.0),
+                "every": duration(percent=25.0),
             },
         }
     )

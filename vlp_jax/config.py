@@ -325,7 +325,7 @@ def smoke(config: ConfigDict) -> ConfigDict:
 
 
 def _shrink_models(section: ConfigDict) -> int | None:
-    """Puts `SMOKE_SIZES` into every model of `section`; the image size, if one has an image size."""
+    """Puts `SMOKE_SIZES` into every model of `section`; the image size, if one has any."""
     image_size = None
     for key, value in section.items():
         if isinstance(value, ConfigDict):

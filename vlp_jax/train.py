@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import dataclasses
 import os
 import sys
 from collections.abc import Sequence
@@ -17,11 +16,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from vlp_jax import config as config_lib
-from vlp_jax.data.pipeline import TrainPipeline
-from vlp_jax.data.tokenizers import Tokenizer
 from vlp_jax.errors import UserError
-from vlp_jax.evaluators import make_evaluators
-from vlp_jax.evaluators.base import Resources, compile_functions
 from vlp_jax.observe.profiler import NullProfiler, Profiler
 from vlp_jax.observe.progress import NullProgress, Progress
 from vlp_jax.observe.throughput import StartupClock, StepClock, peak_flops
@@ -29,14 +24,13 @@ from vlp_jax.observe.writers import build_writers
 from vlp_jax.parallel import mesh as mesh_lib
 from vlp_jax.parallel import startup
 from vlp_jax.parallel.batch import Prefetcher
-from vlp_jax.training import setup as setup_lib
 from vlp_jax.training import workdir as workdir_lib
-from vlp_jax.training.checkpoint import Checkpointer
-from vlp_jax.training.loop import Evaluation, Loop
+from vlp_jax.training.build import build, first_state, make_checkpointer
+from vlp_jax.training.loop import Loop
 from vlp_jax.training.preemption import EXIT_RESTART, Preempted, PreemptionWatch
 from vlp_jax.training.report import StepReport
 from vlp_jax.training.setup import Setup
-from vlp_jax.training.state import TrainState, init_state
+from vlp_jax.training.state import TrainState
 from vlp_jax.training.step import compile_step
 
 EPILOG = """\
@@ -64,7 +58,9 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, ConfigDict]:
         add_help=False,
         allow_abbrev=False,
     )
-    parser.add_argument("--help", "-h", action="store_true", help="this text; with --config, its keys")
+    parser.add_argument(
+        "--help", "-h", action="store_true", help="this text; with --config, its keys"
+    )
     parser.add_argument("--config", metavar="FILE[:ARG]", help="a config file, and its argument")
     parser.add_argument("--workdir", metavar="DIR", help="folder of the run; may be gs://...")
     parser.add_argument("--config.KEY", metavar="VALUE", help="replaces a key: --config.a.b=VALUE")
@@ -73,9 +69,7 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, ConfigDict]:
     several.add_argument("--processes", type=int, metavar="N", help="how many take part")
     several.add_argument("--process-id", type=int, metavar="I", help="which one this is")
     overrides = [a.removeprefix("--config.") for a in argv if a.startswith("--config.")]
-    arguments, unknown = parser.parse_known_args(
-        [a for a in argv if not a.startswith("--config.")]
-    )
+    arguments, unknown = parser.parse_known_args([a for a in argv if not a.startswith("--config.")])
     if unknown:
         raise UserError(f"unknown argument {unknown[0]!r}; see --help")
     if arguments.help:
@@ -97,52 +91,6 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, ConfigDict]:
     return arguments, config
 
 
-@dataclasses.dataclass(frozen=True)
-class Parts:
-    """What a config stands for on these devices and this data; nothing is written yet."""
-
-    setup: Setup
-    tokenizer: Tokenizer
-    pipeline: TrainPipeline
-    evaluations: Sequence[Evaluation]
-
-
-def build(config: ConfigDict, workdir: epath.Path, clock: StartupClock) -> Parts:
-    """Looks at everything that can be wrong before the first file is written.
-
-    Raises:
-      UserError: the config does not fit the devices, the data, the workdir or itself.
-    """
-    with clock.phase("find the devices"):
-        mesh = mesh_lib.make_mesh(config.mesh)
-        mesh_lib.check_batch_size(config.batch_size, mesh)
-        workdir_lib.check_writable(workdir)
-    with clock.phase("open the data"):
-        tokenizer = workdir_lib.open_tokenizer(workdir, config)
-        pipeline = setup_lib.make_pipeline(config, tokenizer)
-    with clock.phase("build the model"):
-        setup = setup_lib.make_setup(
-            config, mesh, tokenizer, pipeline.batch_spec(), len(pipeline)
-        )
-    resources = Resources(
-        functions=compile_functions(setup.objective.functions(), mesh),
-        tokenizer=tokenizer,
-        mesh=mesh,
-        batch_size=config.batch_size,
-    )
-    with clock.phase("open the evaluation data"):
-        evaluators = make_evaluators(config.evaluators, config.data, resources)
-    evaluations = [
-        Evaluation(
-            key,
-            setup.every(config.evaluators[key].every, f"config.evaluators.{key}.every"),
-            evaluator,
-        )
-        for key, evaluator in evaluators.items()
-    ]
-    return Parts(setup, tokenizer, pipeline, evaluations)
-
-
 def train(config: ConfigDict, workdir: str | os.PathLike, clock: StartupClock) -> TrainState:
     """Trains, from the newest checkpoint in `workdir` if there is one; returns the last state.
 
@@ -151,6 +99,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike, clock: StartupClock) -
       Preempted: told to stop; the state is saved.
     """
     workdir = epath.Path(workdir)
+    workdir_lib.check_writable(workdir)
     parts = build(config, workdir, clock)
     setup, last_step = parts.setup, parts.setup.units.total_steps
     with contextlib.ExitStack() as stack:
@@ -174,9 +123,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike, clock: StartupClock) -
         writer = build_writers(config.writers, workdir, first_step, config.to_dict())
         stack.callback(writer.close)
         with clock.phase("first batch"):
-            prefetcher = Prefetcher(
-                parts.pipeline.batches(first_step), setup.mesh, config.prefetch
-            )
+            prefetcher = Prefetcher(parts.pipeline.batches(first_step), setup.mesh, config.prefetch)
             batches = stack.enter_context(prefetcher)
         loop = Loop(
             step_function=step_function,
@@ -184,11 +131,11 @@ def train(config: ConfigDict, workdir: str | os.PathLike, clock: StartupClock) -
             batch_size=config.batch_size,
             first_step=first_step,
             last_step=last_step,
-            save_when=setup.every(config.checkpoint.every, "config.checkpoint.every"),
+            save_when=parts.save_when,
             evaluations=parts.evaluations,
             preempted=stack.enter_context(PreemptionWatch()),
             report=StepReport(
-                log_when=setup.log_when(),
+                log_when=parts.log_when,
                 batch_size=config.batch_size,
                 writer=writer,
                 progress=progress,
@@ -226,16 +173,6 @@ def make_profiler(config: ConfigDict, workdir: epath.Path) -> Profiler | NullPro
     return Profiler(first, last, workdir / "profile")
 
 
-def make_checkpointer(config: ConfigDict, workdir: epath.Path) -> Checkpointer:
-    """The checkpoints of the run in `workdir`."""
-    return Checkpointer(
-        workdir,
-        keep_last=config.checkpoint.keep_last,
-        keep_every=config.checkpoint.keep_every,
-        asynchronous=config.checkpoint.asynchronous,
-    )
-
-
 def make_step_clock(setup: Setup, clock: StartupClock) -> StepClock:
     """Examples per second, MFU and goodput, against the peak of the devices at hand."""
     device = setup.mesh.devices.flat[0]
@@ -246,22 +183,6 @@ def make_step_clock(setup: Setup, clock: StartupClock) -> StepClock:
         device_count=setup.mesh.size,
         startup_seconds=clock.total(),
     )
-
-
-def first_state(setup: Setup, checkpointer: Checkpointer, first_step: int) -> TrainState:
-    """The state of the checkpoint at `first_step`, or a fresh one for step 0."""
-    if not first_step:
-        return init_state(
-            setup.objective, setup.optimizer, setup.batch_spec, setup.abstract, setup.config.seed
-        )
-    state, position = checkpointer.restore(setup.abstract, first_step)
-    if position != first_step * setup.config.batch_size:
-        raise UserError(
-            f"the checkpoint of step {first_step} was made after {position:,} examples, which is no "
-            f"multiple of config.batch_size {setup.config.batch_size}; resume with the batch size "
-            f"{position // first_step}"
-        )
-    return state
 
 
 def main(argv: Sequence[str] | None = None) -> int:

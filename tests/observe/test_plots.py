@@ -95,7 +95,7 @@ def test_no_text_overlaps_or_leaves_the_figure(captions, count):
     figure.savefig(io.BytesIO(), format="png")
     boxes = [(text.get_text(), text.get_window_extent()) for text in _texts(figure)]
     for i, (name, box) in enumerate(boxes):
-        assert 0 <= box.x0 and box.x1 <= 1600 and 0 <= box.y0 and box.y1 <= 1000, name
+        assert box.x0 >= 0 and box.x1 <= 1600 and box.y0 >= 0 and box.y1 <= 1000, name
         for other_name, other in boxes[i + 1 :]:
             width = min(box.x1, other.x1) - max(box.x0, other.x0)
             height = min(box.y1, other.y1) - max(box.y0, other.y0)

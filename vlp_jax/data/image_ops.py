@@ -279,13 +279,15 @@ def _resize(image: tf.Tensor, size: int, kernel: str, antialias: bool) -> tf.Ten
     def enlarge() -> tf.Tensor:
         return plain(images=image[None], size=[size, size], half_pixel_centers=True)[0]
 
-    if plain is None:
-        resized = warp()
-    elif antialias:
-        resized = tf.cond(tf.reduce_all(sides <= size), enlarge, warp)
-    else:
-        resized = enlarge()
-    return tf.ensure_shape(_to_uint8(resized), [size, size, 3])
+    def resized() -> tf.Tensor:
+        if plain is None:
+            return _to_uint8(warp())
+        if antialias:
+            return _to_uint8(tf.cond(tf.reduce_all(sides <= size), enlarge, warp))
+        return _to_uint8(enlarge())
+
+    image = tf.cond(tf.reduce_all(sides == size), lambda: image, resized)
+    return tf.ensure_shape(image, [size, size, 3])
 
 
 def _warp(

@@ -36,7 +36,7 @@ class ZeroShot:
     ):
         bad = [t for t in templates if "{}" not in t]
         if bad or not templates:
-            raise UserError(f"zero-shot templates need {{}} for the class name; got {bad or 'none'}")
+            raise UserError(f"zero-shot templates need {{}} for the class; got {bad or 'none'}")
         self._resources = resources
         self._label_field = label_field
         self._templates = tuple(templates)

@@ -85,7 +85,7 @@ class DualEncoder(nn.Module):
     def __call__(
         self, image: UInt8[Array, "batch height width 3"], text: Int[Array, "batch tokens"]
     ) -> dict[str, Any]:
-        """Both embeddings, `logit_scale` (still a logarithm) and `logit_bias` (0 if there is none)."""
+        """Both embeddings, `logit_scale` (still a logarithm) and `logit_bias` (0 if none)."""
         bias = jnp.float32(0) if self.logit_bias_init is None else self.logit_bias
         return {
             "image": self.embed_image(image),

@@ -176,9 +176,7 @@ class Block(nn.Module):
     dtype: Dtype = jnp.float32
 
     @nn.compact
-    def __call__(
-        self, x: Float[Array, "batch tokens width"]
-    ) -> Float[Array, "batch tokens width"]:
+    def __call__(self, x: Float[Array, "batch tokens width"]) -> Float[Array, "batch tokens width"]:
         y = layer_norm(self.norm_eps, self.dtype, "norm_attention")(x)
         x = x + MultiHeadAttention(
             self.heads, self.causal, self.attention, self.dtype, name="attention"
@@ -210,9 +208,7 @@ class Encoder(nn.Module):
     dtype: Dtype = jnp.float32
 
     @nn.compact
-    def __call__(
-        self, x: Float[Array, "batch tokens width"]
-    ) -> Float[Array, "batch tokens width"]:
+    def __call__(self, x: Float[Array, "batch tokens width"]) -> Float[Array, "batch tokens width"]:
         block = Block
         if self.remat != "none":
             policy = choose(REMAT_POLICIES, self.remat, "remat policy")
@@ -245,7 +241,8 @@ class Encoder(nn.Module):
 class AttentionPooling(nn.Module):
     """One learned query attends to all tokens, followed by a residual feed-forward layer.
 
-    The multi-head attention pooling ("MAP head") of Zhai et al. 2022, "Scaling Vision Transformers".
+    The multi-head attention pooling ("MAP head") of Zhai et al. 2022, "Scaling Vision
+    Transformers".
     """
 
     heads: int
@@ -286,6 +283,6 @@ def transformer_flops(depth: int, tokens: int, width: int, mlp_dim: int) -> floa
 
 
 def attention_pooling_flops(tokens: int, width: int, mlp_dim: int) -> float:
-    """Forward FLOPs of `AttentionPooling` on one sequence: keys and values of all tokens, one query."""
+    """Forward FLOPs of `AttentionPooling` on one sequence: one query, keys and values of all."""
     n, w, m = tokens, width, mlp_dim
     return float(4 * n * w * w + 4 * w * w + 4 * n * w + 4 * w * m)

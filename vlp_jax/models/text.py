@@ -72,9 +72,7 @@ class TextTransformer(nn.Module):
           ValueError: the sequences have another length than `context_length`.
         """
         if tokens.shape[1] != self.context_length:
-            raise ValueError(
-                f"the model takes {self.context_length} tokens, not {tokens.shape[1]}"
-            )
+            raise ValueError(f"the model takes {self.context_length} tokens, not {tokens.shape[1]}")
         x = TokenEmbedding(self.vocab_size, self.width, self.dtype, name="token_embedding")(tokens)
         positions = layers.position_embedding(self, self.context_length, self.width, 0.01)
         x = x + positions.astype(x.dtype)

@@ -1,7 +1,7 @@
 """Sizes of the published Transformers, by the field's names.
 
-Sources: Ti, S, B, L: Touvron et al. 2021 (DeiT) and Dosovitskiy et al. 2021 (ViT), table 1; mu is the
-test size of google-research/big_vision.
+Sources: Ti, S, B, L: Touvron et al. 2021 (DeiT) and Dosovitskiy et al. 2021 (ViT), table 1; mu is
+the test size of google-research/big_vision.
 """
 
 from __future__ import annotations

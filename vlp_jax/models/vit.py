@@ -75,7 +75,7 @@ class VisionTransformer(nn.Module):
 
     @property
     def tokens(self) -> int:
-        """Length of the sequence in the encoder: the patches, and the class token if there is one."""
+        """Length of the sequence in the encoder: the patches, and the class token if any."""
         return (self.image_size // self.patch_size) ** 2 + (self.pooling == "cls")
 
     @nn.compact

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 
-def at_least_float32(x: Float[Array, "..."]) -> Float[Array, "..."]:
+def at_least_float32(x: Float[Array, ...]) -> Float[Array, ...]:
     """bfloat16 as float32; float32 and float64 as they are."""
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
@@ -26,7 +26,7 @@ def softmax_loss(logits: Float[Array, "images texts"]) -> Float[Array, ""]:
 
 
 def sigmoid_loss(logits: Float[Array, "images texts"]) -> Float[Array, ""]:
-    """Binary cross-entropy of every pair, summed and divided by the batch (Zhai et al. 2023, alg. 1)."""
+    """Binary cross-entropy of every pair, summed, over the batch size (Zhai et al. 2023, alg. 1)."""
     logits = at_least_float32(logits)
     count = logits.shape[0]
     signs = 2 * jnp.eye(count, dtype=logits.dtype) - 1

@@ -18,7 +18,7 @@ from vlp_jax.errors import UserError
 
 METRICS_FILE = "metrics.jsonl"
 Scalars = Mapping[str, float]
-Images = Mapping[str, UInt8[np.ndarray, "height width 3"]]  # noqa: F722
+Images = Mapping[str, UInt8[np.ndarray, "height width 3"]]
 Texts = Mapping[str, str]
 
 # JSON has no literal for these three, and Python's own `NaN` breaks every strict reader (jq,

@@ -42,11 +42,11 @@ def draw_report(
     *,
     title: str,
     subtitle: str,
-    images: UInt8[np.ndarray, "images height width 3"],  # noqa: F722
+    images: UInt8[np.ndarray, "images height width 3"],
     true_captions: Sequence[str],
     retrieved_captions: Sequence[str],
-    correct: Bool[np.ndarray, " images"] | Sequence[bool],  # noqa: F722
-    similarity: Float[np.ndarray, "captioned captions"],  # noqa: F722
+    correct: Bool[np.ndarray, " images"] | Sequence[bool],
+    similarity: Float[np.ndarray, "captioned captions"],
     curves: Mapping[str, Curve],
     chance: Mapping[str, float],
 ) -> None:
@@ -88,11 +88,11 @@ def report_figure(
     *,
     title: str,
     subtitle: str,
-    images: UInt8[np.ndarray, "images height width 3"],  # noqa: F722
+    images: UInt8[np.ndarray, "images height width 3"],
     true_captions: Sequence[str],
     retrieved_captions: Sequence[str],
-    correct: Bool[np.ndarray, " images"] | Sequence[bool],  # noqa: F722
-    similarity: Float[np.ndarray, "captioned captions"],  # noqa: F722
+    correct: Bool[np.ndarray, " images"] | Sequence[bool],
+    similarity: Float[np.ndarray, "captioned captions"],
     curves: Mapping[str, Curve],
     chance: Mapping[str, float],
 ) -> Figure:

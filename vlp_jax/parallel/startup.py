@@ -27,7 +27,7 @@ def initialize(
     if all(value is None for value in given):
         return
     if any(value is None for value in given):
-        raise UserError("--coordinator, --processes and --process-id belong together: give all three")
+        raise UserError("--coordinator, --processes and --process-id belong together: give all")
     try:
         jax.distributed.initialize(coordinator, processes, process_id)
     except (RuntimeError, ValueError) as error:

@@ -18,8 +18,8 @@ class Checkpointer:
     """Saves states under `workdir/checkpoints/STEP` and gives back the newest.
 
     The checkpoint at step i holds all that is needed to go on with batch i: the state, and the
-    position of the input, which is one number. Saving is asynchronous: `save` returns as soon as the
-    arrays are on the host. A checkpoint appears under its final name only when it is whole.
+    position of the input, which is one number. Saving is asynchronous: `save` returns as soon as
+    the arrays are on the host. A checkpoint appears under its final name only when it is whole.
 
     Args:
       keep_last: how many of the newest to keep.
@@ -48,6 +48,10 @@ class Checkpointer:
                 cleanup_tmp_directories=True,
             ),
         )
+
+    def steps(self) -> list[int]:
+        """Steps of all whole checkpoints, in order."""
+        return sorted(self._manager.all_steps())
 
     def latest_step(self) -> int | None:
         """Step of the newest whole checkpoint; None if there is none."""
@@ -111,7 +115,7 @@ class Checkpointer:
 
 
 def shapes_of(tree: Any) -> dict[str, tuple[int, ...]]:
-    """"params/image/..." -> shape, for every array of a tree of arrays or Orbax's metadata."""
+    """ "params/image/..." -> shape, for every array of a tree of arrays or Orbax's metadata."""
     leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: hasattr(x, "shape"))
     return {
         jax.tree_util.keystr(path, simple=True, separator="/"): tuple(leaf.shape)
@@ -120,9 +124,7 @@ def shapes_of(tree: Any) -> dict[str, tuple[int, ...]]:
     }
 
 
-def mismatch_report(
-    saved: dict[str, tuple[int, ...]], wanted: dict[str, tuple[int, ...]]
-) -> str:
+def mismatch_report(saved: dict[str, tuple[int, ...]], wanted: dict[str, tuple[int, ...]]) -> str:
     """What differs between two trees of shapes, one line; empty if nothing does.
 
     Optimizer state and averages follow the parameters, so these are named only where the

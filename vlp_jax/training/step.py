@@ -54,7 +54,7 @@ def make_step(
 def compile_step(
     step: StepFunction, abstract: TrainState, batch_spec: BatchSpec, mesh: Mesh
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """The step compiled for the mesh, ahead of its first batch. It takes over the state's memory."""
+    """The step compiled for the mesh before its first batch. It takes over the state's memory."""
     sharding = mesh_lib.batch_sharding(mesh)
     batch = {
         name: jax.ShapeDtypeStruct(spec.shape, spec.dtype, sharding=sharding)

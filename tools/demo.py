@@ -1,0 +1,179 @@
+"""The demo: pretrain CLIP on the embedded `shapes`, evaluate it, and draw the result.
+
+make demo, or: python -m tools.demo --output demo
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+# XLA runs one program on one thread of the host more than on several cores: two devices that share
+# the batch keep two cores busy, and the sharding of a real run is at work in its smallest form.
+os.environ.setdefault("JAX_NUM_CPU_DEVICES", "2")
+
+import numpy as np
+from absl import logging
+
+from vlp_jax import config as config_lib
+from vlp_jax import evaluate
+from vlp_jax.data.pipeline import EvalPipeline
+from vlp_jax.errors import UserError
+from vlp_jax.observe.plots import draw_report
+from vlp_jax.observe.throughput import StartupClock
+from vlp_jax.observe.writers import read_metrics
+from vlp_jax.parallel import startup
+from vlp_jax.train import train
+from vlp_jax.training.build import Parts
+from vlp_jax.training.preemption import EXIT_RESTART, Preempted
+from vlp_jax.training.state import TrainState
+from vlp_jax.training.workdir import METRICS
+
+ROOT = Path(__file__).resolve().parent.parent
+SHOWN_IMAGES = 12
+SHOWN_PAIRS = 48  # of the similarity matrix
+CURVES = {
+    "loss": "train/loss",
+    "zero-shot top-1": "eval/zero_shot/top1",
+    "zero-shot top-1, unseen combinations": "eval/zero_shot_unseen/top1",
+    "image-to-text R@1": "eval/retrieval/image_to_text_r1",
+}
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """The arguments."""
+    parser = argparse.ArgumentParser(prog="python -m tools.demo", description=__doc__)
+    parser.add_argument("--output", type=Path, default=Path("demo"), help="folder of the results")
+    parser.add_argument("--config", default=str(ROOT / "configs" / "demo.py"), help="what to train")
+    parser.add_argument(
+        "--setup-seconds", type=float, default=0.0, help="what the installation took, to report"
+    )
+    return parser.parse_args(argv)
+
+
+def curves_of(metrics: Path) -> dict[str, tuple[list[int], list[float]]]:
+    """The lines of the report: name -> (steps, values)."""
+    records = read_metrics(metrics)
+    return {
+        name: (
+            [record["step"] for record in records if key in record],
+            [record[key] for record in records if key in record],
+        )
+        for name, key in CURVES.items()
+    }
+
+
+def test_pairs(parts: Parts, state: TrainState) -> dict[str, Any]:
+    """Images and captions of the retrieval evaluator, and their similarity, image by caption."""
+    (retrieval,) = (e.evaluator for e in parts.evaluations if e.name == "retrieval")
+    pipeline: EvalPipeline = parts.open_evaluation_data("retrieval", ("text_raw",))
+    images, captions = [], []
+    for batch in pipeline.batches():
+        images.append(batch["image"][batch["mask"]])
+        captions.extend(text.decode() for text in batch["text_raw"][batch["mask"]])
+    return {
+        "images": np.concatenate(images),
+        "captions": captions,
+        "similarity": retrieval.similarity(state.eval_params),
+    }
+
+
+def draw(path: Path, metrics: Path, pairs: dict[str, Any], summary: dict[str, Any]) -> None:
+    """Writes report.png."""
+    captions, similarity = pairs["captions"], pairs["similarity"]
+    best = similarity.argmax(axis=1)
+    draw_report(
+        path,
+        title="A CLIP model, pretrained from nothing on two CPU cores",
+        subtitle=(
+            f"{summary['train_seconds']:.0f} s on the embedded shapes: zero-shot top-1 "
+            f"{summary['zero_shot_top1']:.2f} over {summary['zero_shot_classes']} classes, "
+            f"{summary['zero_shot_top1_unseen']:.2f} on combinations never seen, "
+            f"image-to-text R@1 {summary['image_to_text_r1']:.2f} over {len(captions):,} test pairs"
+        ),
+        images=pairs["images"][:SHOWN_IMAGES],
+        true_captions=captions[:SHOWN_IMAGES],
+        retrieved_captions=[captions[i] for i in best[:SHOWN_IMAGES]],
+        correct=[captions[i] == captions[n] for n, i in enumerate(best[:SHOWN_IMAGES])],
+        similarity=similarity[:SHOWN_PAIRS, :SHOWN_PAIRS],
+        curves=curves_of(metrics),
+        chance={
+            "zero-shot top-1": 1 / summary["zero_shot_classes"],
+            "image-to-text R@1": 1 / len(captions),
+        },
+    )
+
+
+def run(output: Path, config_file: str, setup_seconds: float) -> dict[str, Any]:
+    """Trains into `output/run`, evaluates, draws `output/report.png`; returns the summary."""
+    begin, workdir = time.time(), output / "run"
+    train(config_lib.load(config_file), workdir, StartupClock.from_process_start())
+    train_seconds = time.time() - begin
+    parts, state = evaluate.load_run(workdir)
+    scores = {
+        f"{e.name}/{name}": value
+        for e in parts.evaluations
+        for name, value in e.evaluator(state.eval_params)
+    }
+    summary = {
+        "zero_shot_top1": scores["zero_shot/top1"],
+        "zero_shot_classes": int(scores["zero_shot/classes"]),
+        "zero_shot_top1_unseen": scores["zero_shot_unseen/top1"],
+        "image_to_text_r1": scores["retrieval/image_to_text_r1"],
+        "text_to_image_r1": scores["retrieval/text_to_image_r1"],
+        "zero_shot_examples": int(scores["zero_shot/examples"]),
+        "zero_shot_unseen_examples": int(scores["zero_shot_unseen/examples"]),
+        "retrieval_pairs": int(scores["retrieval/pairs"]),
+        "train_seconds": round(train_seconds, 1),
+        "setup_seconds": round(setup_seconds, 1),
+    }
+    draw(output / "report.png", workdir / METRICS, test_pairs(parts, state), summary)
+    (output / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    return summary
+
+
+def report(summary: dict[str, Any], output: Path) -> str:
+    """The last lines: each score with its chance."""
+    classes, pairs = summary["zero_shot_classes"], summary["retrieval_pairs"]
+    rows = [
+        (f"zero-shot top-1, {classes} classes", summary["zero_shot_top1"], 1 / classes),
+        ("zero-shot top-1, unseen combinations", summary["zero_shot_top1_unseen"], 1 / classes),
+        (f"image-to-text R@1, {pairs:,} test pairs", summary["image_to_text_r1"], 1 / pairs),
+    ]
+    lines = [f"{name:<40} {value:.3f}   (chance {chance:.3f})" for name, value, chance in rows]
+    return "\n".join(
+        [
+            f"trained and evaluated in {summary['train_seconds']:.0f} s "
+            f"(installation {summary['setup_seconds']:.0f} s)",
+            f"see {output}/report.png and {output}/summary.json",
+            *lines,
+        ]
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; returns its exit status."""
+    arguments = parse(sys.argv[1:] if argv is None else argv)
+    logging.set_verbosity(logging.WARNING)
+    try:
+        startup.use_compilation_cache()
+        summary = run(arguments.output, arguments.config, arguments.setup_seconds)
+    except Preempted as stop:
+        print(stop, file=sys.stderr)
+        return EXIT_RESTART
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(report(summary, arguments.output))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

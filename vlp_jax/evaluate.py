@@ -1,0 +1,99 @@
+"""Evaluates a run's checkpoint: python -m vlp_jax.evaluate --workdir DIR."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+from absl import logging
+from etils import epath
+
+from vlp_jax.errors import UserError, unknown_key_message
+from vlp_jax.observe.throughput import StartupClock
+from vlp_jax.parallel import startup
+from vlp_jax.training import workdir as workdir_lib
+from vlp_jax.training.build import Parts, build, first_state, make_checkpointer
+from vlp_jax.training.state import TrainState
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """The arguments."""
+    parser = argparse.ArgumentParser(
+        prog="python -m vlp_jax.evaluate",
+        description="Runs the evaluators of a run's config on one of its checkpoints.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--workdir", metavar="DIR", required=True, help="folder of the run")
+    parser.add_argument(
+        "--step", type=int, metavar="N", help="which checkpoint; default: the newest"
+    )
+    parser.add_argument(
+        "--evaluators", metavar="A,B", help="names in config.evaluators; default: all"
+    )
+    parser.add_argument("--output", metavar="FILE", help="also write the scores there, as JSON")
+    return parser.parse_args(argv)
+
+
+def load_run(workdir: str | os.PathLike, step: int | None = None) -> tuple[Parts, TrainState]:
+    """The parts of the run in `workdir` and its state at `step` (default: the newest).
+
+    Raises:
+      UserError: there is no run, or no such checkpoint, in `workdir`.
+    """
+    workdir = epath.Path(workdir)
+    config = workdir_lib.load_config(workdir)
+    parts = build(config, workdir, StartupClock())
+    with make_checkpointer(config, workdir) as checkpointer:
+        newest = checkpointer.check_fits(parts.setup.abstract)
+        step = newest if step is None else step
+        if not step or step not in checkpointer.steps():
+            known = ", ".join(map(str, checkpointer.steps())) or "none"
+            raise UserError(f"{workdir} has no checkpoint of step {step} (it has: {known})")
+        return parts, first_state(parts.setup, checkpointer, step)
+
+
+def evaluate(
+    workdir: str | os.PathLike, step: int | None, names: Sequence[str] | None
+) -> dict[str, float]:
+    """`eval/NAME/SCORE` -> value, and `step`.
+
+    Raises:
+      UserError: an evaluator that the run's config does not have, or see `load_run`.
+    """
+    parts, state = load_run(workdir, step)
+    evaluators = {e.name: e.evaluator for e in parts.evaluations}
+    for name in names or ():
+        if name not in evaluators:
+            raise UserError(unknown_key_message(name, evaluators, "--evaluators"))
+    scores = {"step": float(state.step)}
+    for name in names or evaluators:
+        for score, value in evaluators[name](state.eval_params):
+            scores[f"eval/{name}/{score}"] = value
+    return scores
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; returns its exit status."""
+    logging.set_verbosity(logging.WARNING)
+    arguments = parse(sys.argv[1:] if argv is None else argv)
+    try:
+        startup.use_compilation_cache()
+        names = arguments.evaluators.split(",") if arguments.evaluators else None
+        scores = evaluate(arguments.workdir, arguments.step, names)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    for name, value in scores.items():
+        print(f"{name} {value:.6g}")
+    if arguments.output:
+        epath.Path(arguments.output).write_text(json.dumps(scores, indent=2) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,101 @@
+"""From a config and a workdir to everything that a run needs, before the first file is written."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+from etils import epath
+from ml_collections import ConfigDict
+
+from vlp_jax.data.pipeline import TrainPipeline
+from vlp_jax.data.tokenizers import Tokenizer
+from vlp_jax.errors import UserError
+from vlp_jax.evaluators import make_evaluators
+from vlp_jax.evaluators.base import Resources, compile_functions
+from vlp_jax.observe.throughput import StartupClock
+from vlp_jax.parallel import mesh as mesh_lib
+from vlp_jax.training import setup as setup_lib
+from vlp_jax.training import workdir as workdir_lib
+from vlp_jax.training.checkpoint import Checkpointer
+from vlp_jax.training.loop import Evaluation, When
+from vlp_jax.training.setup import Setup
+from vlp_jax.training.state import TrainState, init_state
+
+
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    """What a config stands for on these devices and this data; nothing is written yet."""
+
+    setup: Setup
+    tokenizer: Tokenizer
+    pipeline: TrainPipeline
+    evaluations: Sequence[Evaluation]
+    save_when: When
+    log_when: When
+
+
+def build(config: ConfigDict, workdir: epath.Path, clock: StartupClock) -> Parts:
+    """Looks at everything that can be wrong before the first file is written.
+
+    Raises:
+      UserError: the config does not fit the devices, the data, the workdir or itself.
+    """
+    with clock.phase("find the devices"):
+        mesh = mesh_lib.make_mesh(config.mesh)
+        mesh_lib.check_batch_size(config.batch_size, mesh)
+    with clock.phase("open the data"):
+        tokenizer = workdir_lib.open_tokenizer(workdir, config)
+        pipeline = setup_lib.make_pipeline(config, tokenizer)
+    with clock.phase("build the model"):
+        setup = setup_lib.make_setup(config, mesh, tokenizer, pipeline.batch_spec(), len(pipeline))
+    resources = Resources(
+        functions=compile_functions(setup.objective.functions(), mesh),
+        tokenizer=tokenizer,
+        mesh=mesh,
+        batch_size=config.batch_size,
+    )
+    with clock.phase("open the evaluation data"):
+        evaluators = make_evaluators(config.evaluators, config.data, resources)
+    evaluations = [
+        Evaluation(
+            key,
+            setup.every(config.evaluators[key].every, f"config.evaluators.{key}.every"),
+            evaluator,
+        )
+        for key, evaluator in evaluators.items()
+    ]
+    return Parts(
+        setup=setup,
+        tokenizer=tokenizer,
+        pipeline=pipeline,
+        evaluations=evaluations,
+        save_when=setup.every(config.checkpoint.every, "config.checkpoint.every"),
+        log_when=setup.log_when(),
+    )
+
+
+def make_checkpointer(config: ConfigDict, workdir: epath.Path) -> Checkpointer:
+    """The checkpoints of the run in `workdir`."""
+    return Checkpointer(
+        workdir,
+        keep_last=config.checkpoint.keep_last,
+        keep_every=config.checkpoint.keep_every,
+        asynchronous=config.checkpoint.asynchronous,
+    )
+
+
+def first_state(setup: Setup, checkpointer: Checkpointer, first_step: int) -> TrainState:
+    """The state of the checkpoint at `first_step`, or a fresh one for step 0."""
+    if not first_step:
+        return init_state(
+            setup.objective, setup.optimizer, setup.batch_spec, setup.abstract, setup.config.seed
+        )
+    state, position = checkpointer.restore(setup.abstract, first_step)
+    if position != first_step * setup.config.batch_size:
+        raise UserError(
+            f"the checkpoint of step {first_step} was made after {position:,} examples, which does "
+            f"not fit config.batch_size {setup.config.batch_size}; resume with the batch size "
+            f"{position // first_step}"
+        )
+    return state
