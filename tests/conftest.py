@@ -6,6 +6,7 @@ from pathlib import Path
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 import jax
+import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -15,3 +16,10 @@ jax.config.update("jax_compilation_cache_dir", str(ROOT / ".cache" / "xla"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 # The tests' models are tiny: compiling them takes most of the time, running them none.
 jax.config.update("jax_disable_most_optimizations", True)
+
+
+@pytest.fixture(scope="session")
+def shapes_dir(tmp_path_factory):
+    """Where the embedded dataset is built for the tests: once for all, kept between runs."""
+    os.environ["TFDS_DATA_DIR"] = str(ROOT / ".cache" / "tfds")
+    return os.environ["TFDS_DATA_DIR"]

@@ -41,7 +41,12 @@ class ZeroShot:
         self._label_field = label_field
         self._templates = tuple(templates)
         self._pipeline = resources.pipeline(data, extra_fields=(label_field,))
-        self.class_names = tuple(class_names or self._pipeline.source.class_names(label_field))
+        class_names = class_names or self._pipeline.class_names(label_field)
+        if not class_names:
+            raise UserError(
+                f"the data has no names of the classes in {label_field!r}: set class_names"
+            )
+        self.class_names = tuple(class_names)
 
     def class_embeddings(self, params: Any) -> Float[np.ndarray, "classes dim"]:
         """A unit vector per class."""

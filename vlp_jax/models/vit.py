@@ -102,7 +102,9 @@ class VisionTransformer(nn.Module):
             )
             token = jnp.broadcast_to(token.astype(x.dtype), (x.shape[0], 1, self.width))
             x = jnp.concatenate([token, x], axis=1)
-        positions = layers.position_embedding(self, self.tokens, self.width, 0.02)
+        positions = layers.position_embedding(
+            self, self.tokens, self.width, stddev=self.width**-0.5
+        )
         x = x + positions.astype(x.dtype)
         x = nn.with_logical_constraint(x, ("batch", "act_tokens", "act_embed"))
         x = layers.Encoder(

@@ -11,7 +11,7 @@ from etils import epath
 from vlp_jax.errors import UserError
 from vlp_jax.training.state import TrainState
 
-MAX_LISTED = 8  # parameters that a mismatch names, of each kind
+MAX_LISTED = 4  # parameters that a mismatch names
 
 
 class Checkpointer:
@@ -42,6 +42,10 @@ class Checkpointer:
         self._directory = epath.Path(workdir) / "checkpoints"
         self._manager = ocp.CheckpointManager(
             self._directory,
+            item_handlers={
+                "state": ocp.StandardCheckpointHandler(),
+                "input": ocp.JsonCheckpointHandler(),
+            },
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=ocp.checkpoint_managers.AnyPreservationPolicy(policies),
                 enable_async_checkpointing=asynchronous,

@@ -116,7 +116,7 @@ def join(phrases: Sequence[str]) -> str:
 
 def some_attributes(rng: np.random.Generator, position: bool = True) -> frozenset[str]:
     """A random, not empty part of what can be named of an object."""
-    chances = {"shape": 0.75, "color": 0.62, "size": 0.28, "texture": 0.28, "position": 0.3}
+    chances = {"shape": 0.85, "color": 0.55, "size": 0.2, "texture": 0.2, "position": 0.2}
     while True:
         chosen = frozenset(a for a, p in chances.items() if rng.random() < p)
         if not position:
@@ -167,7 +167,7 @@ def detailed(scene: Scene, rng: np.random.Generator) -> str:
 def mention(scene: Scene, rng: np.random.Generator) -> str:
     """One object, with some of its attributes; sometimes the background."""
     text = sentence(indefinite(pick(rng, scene.objects), some_attributes(rng), rng), rng)
-    return on_background(text, scene, rng) if rng.random() < 0.22 else text
+    return on_background(text, scene, rng) if rng.random() < 0.12 else text
 
 
 def listing(scene: Scene, rng: np.random.Generator) -> str | None:

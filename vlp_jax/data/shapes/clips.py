@@ -86,7 +86,7 @@ def _moving(rng: np.random.Generator, combination: tuple[str, str], motion: str)
         color=color,
         shape=shape,
         size="large",
-        texture=pick(rng, vocabulary.TEXTURES),
+        texture=pick(rng, scenes.TEXTURE_URN),
         position="",
         x=float(origin[0]),
         y=float(origin[1]),

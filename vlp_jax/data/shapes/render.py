@@ -130,7 +130,8 @@ def paint(canvas: Pixels, obj: scenes.SceneObject) -> None:
     (column, row), body, marks = coverage(obj)
     window = canvas[row : row + body.shape[0], column : column + body.shape[1]]
     rgb = np.asarray(obj.rgb, np.float32)
-    mark_rgb = _LIGHT if rgb @ _LUMA < 135 else _DARK
+    # Half-way to white or black: plain to see, and the object keeps its color.
+    mark_rgb = 0.5 * rgb + 0.5 * (_LIGHT if rgb @ _LUMA < 135 else _DARK)
     plain = (body - marks)[:, :, None]
     window *= 1 - body[:, :, None]
     window += plain * rgb

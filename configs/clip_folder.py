@@ -1,0 +1,57 @@
+"""CLIP on a folder of image files with a CSV, TSV or JSONL of path and caption.
+
+    python -m vlp_jax.train --config configs/clip_folder.py --workdir DIR --config.data.path=DIR
+
+About a tenth of the images, chosen by a hash of their path, is held out for retrieval. The argument
+is the image size: `configs/clip_folder.py:128`; 64 by default, a size for a first look on a CPU.
+"""
+
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+from configs import clip_shapes
+from vlp_jax.config import duration
+
+
+def get_config(arg=None):
+    size = int(arg or 64)
+    config = clip_shapes.get_config()
+    config.batch_size = 128
+    config.duration = duration(epochs=30.0)
+    config.objective.image.variant = "Ti/16"
+    config.objective.image.image_size = size
+    config.objective.image.depth = 4
+    config.objective.text.depth = 4
+    config.objective.remat = "dots"
+    config.tokenizer = ConfigDict({"name": "subword", "vocab_size": 4096, "context_length": 32})
+    config.data = ConfigDict(
+        {
+            "source": "folder",
+            "split": "train",
+            "preprocess": {
+                "choose_text": {},
+                "decode_image": {"min_side": 2 * size},
+                "random_resized_crop": {"size": size, "min_scale": 0.5},
+                "flip_left_right": {},
+                "keep": {"fields": ("image", "text")},
+            },
+        }
+    )
+    config.data.path = placeholder(str, required=True)
+    config.evaluators = ConfigDict(
+        {
+            "retrieval": {
+                "name": "retrieval",
+                "data": {
+                    "split": "validation",
+                    "preprocess": {
+                        "choose_text": {"index": 0},
+                        "decode_image": {"min_side": 2 * size},
+                        "resize_shortest_and_center_crop": {"size": size},
+                    },
+                },
+                "every": duration(percent=20.0),
+            }
+        }
+    )
+    return config

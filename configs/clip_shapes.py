@@ -1,0 +1,81 @@
+"""CLIP on the embedded `shapes` at a size that a GPU does in minutes; the base of the small runs."""
+
+from ml_collections import ConfigDict
+
+from vlp_jax.config import base, duration
+from vlp_jax.data.shapes import vocabulary
+
+TOWER = {"width": 192, "depth": 6, "mlp_dim": 768, "heads": 3}
+TEMPLATES = ("{}", "a picture of {}", "there is {}", "an image of {}")
+
+
+def test_data(where=None, limit=None):
+    """The test split, detailed captions, no augmentation; with the changes that are given."""
+    return {
+        "split": "test",
+        "where": where,
+        "limit": limit,
+        "preprocess": {
+            "choose_text": {"index": 0},
+            "decode_image": {},
+            "resize": {"size": 64},
+        },
+    }
+
+
+def zero_shot(unseen):
+    """Color and shape of the one object of a scene, on combinations (never) seen in training."""
+    return {
+        "name": "zero_shot",
+        "templates": TEMPLATES,
+        "class_names": tuple(vocabulary.with_article(name) for name in vocabulary.CLASS_NAMES),
+        "data": test_data({"num_objects": 1, "unseen": unseen}),
+        "every": duration(percent=20.0),
+    }
+
+
+def get_config(arg=None):
+    del arg
+    config = base()
+    config.batch_size = 512
+    config.duration = duration(epochs=40.0)
+    config.objective = ConfigDict(
+        {
+            "name": "contrastive",
+            "loss": "softmax",
+            "logit_scale_init": 1 / 0.07,
+            "embed_dim": 192,
+            "image": {"variant": "Ti/8", "image_size": 64, "pooling": "mean", **TOWER},
+            "text": {"variant": "Ti", "pooling": "eos", "causal": True, **TOWER},
+            "remat": "none",
+        }
+    )
+    config.tokenizer = ConfigDict({"name": "subword", "vocab_size": 512, "context_length": 32})
+    config.data = ConfigDict(
+        {
+            "source": "tfds",
+            "dataset": "shapes",
+            "split": "train",
+            "data_dir": None,
+            "preprocess": {
+                "choose_text": {},
+                "decode_image": {},
+                "random_resized_crop": {"size": 64, "min_scale": 0.9},
+                "flip_left_right": {},
+                "keep": {"fields": ("image", "text")},
+            },
+        }
+    )
+    config.optimizer.weight_decay = 0.05
+    config.evaluators = ConfigDict(
+        {
+            "zero_shot": zero_shot(unseen=False),
+            "zero_shot_unseen": zero_shot(unseen=True),
+            "retrieval": {
+                "name": "retrieval",
+                "data": test_data(limit=1000),
+                "every": duration(percent=20.0),
+            },
+        }
+    )
+    return config

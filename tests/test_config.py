@@ -1,0 +1,134 @@
+"""Config files: loading, overriding, checking, building."""
+
+import dataclasses
+
+import pytest
+from ml_collections import ConfigDict
+
+from vlp_jax import config as config_lib
+from vlp_jax.errors import UserError
+
+
+def write(tmp_path, body):
+    file = tmp_path / "some.py"
+    file.write_text(
+        "from vlp_jax.config import base, duration\n"
+        "def get_config(arg=None):\n    config = base()\n    " + body + "\n    return config\n"
+    )
+    return str(file)
+
+
+def test_argument_reaches_get_config(tmp_path):
+    path = write(tmp_path, "config.seed = int(arg or 3)")
+    assert config_lib.load(path).seed == 3
+    assert config_lib.load(path + ":11").seed == 11
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("config.optimizer.learning_rte = 1.0", "did you mean 'learning_rate'"),
+        ("config.optimzer = 3", "did you mean 'optimizer'"),
+        ("config.seed = None", "config.seed must not be None"),
+        ("config.mesh = 8", "config.mesh must be a section"),
+        ("config.objective = 3", "config.objective must be a ConfigDict"),
+        ("config.seed = 'x' + 1", "some.py"),
+    ],
+)
+def test_mistakes_in_a_file(tmp_path, body, message):
+    with pytest.raises(UserError, match=message):
+        config_lib.load(write(tmp_path, body))
+
+
+def test_missing_files_and_functions(tmp_path):
+    with pytest.raises(UserError, match=r"nothing\.py does not exist"):
+        config_lib.load("nothing.py:3")
+    (tmp_path / "empty.py").write_text("x = 1\n")
+    with pytest.raises(UserError, match="no function get_config"):
+        config_lib.load(str(tmp_path / "empty.py"))
+
+
+@pytest.mark.parametrize(
+    ("assignment", "read", "value"),
+    [
+        ("seed=7", lambda c: c.seed, 7),
+        ("optimizer.learning_rate=2e-4", lambda c: c.optimizer.learning_rate, 2e-4),
+        ("optimizer.learning_rate=1", lambda c: c.optimizer.learning_rate, 1.0),
+        ("writers.tensorboard=false", lambda c: c.writers.tensorboard, False),
+        ("duration.steps=None", lambda c: c.duration.steps, None),
+        ("duration.epochs=2.5", lambda c: c.duration.epochs, 2.5),
+        ("writers.wandb.name=a=b c", lambda c: c.writers.wandb.name, "a=b c"),
+        ("optimizer.no_decay=['bias']", lambda c: c.optimizer.no_decay, ("bias",)),
+    ],
+)
+def test_overrides(assignment, read, value):
+    config = config_lib.base()
+    config_lib.override(config, [assignment])
+    assert read(config) == value
+    assert type(read(config)) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("assignment", "message"),
+    [
+        ("optimizer.learning_rte=1", "unknown key 'learning_rte' in config.optimizer; did you mean"),
+        ("optimizr.learning_rate=1", "did you mean 'optimizer'"),
+        ("seed=x", "--config.seed=x: not a value of type int"),
+        ("seed=1.5", "not a value of type int"),
+        ("writers.tensorboard=maybe", "not a value of type bool"),
+        ("mesh=3", "is a section; set one of its keys: .*--config.mesh.replica"),
+        ("seed.a=3", "config.seed is a value, not a section"),
+        ("seed", "needs a value"),
+    ],
+)
+def test_mistakes_in_overrides(assignment, message):
+    with pytest.raises(UserError, match=message):
+        config_lib.override(config_lib.base(), [assignment])
+
+
+def test_json_round_trip():
+    config = config_lib.load("configs/demo.py")
+    again = config_lib.from_json(config_lib.to_json(config))
+    assert dict(config_lib.flatten(again)) == dict(config_lib.flatten(config))
+
+
+@dataclasses.dataclass
+class Thing:
+    size: int
+    color: str = "red"
+
+    def __post_init__(self):
+        if self.size < 0:
+            raise ValueError("size is negative\nmore lines")
+
+
+def test_build_checks_keys():
+    section = ConfigDict({"name": "thing", "size": 3})
+    assert config_lib.build(Thing, section, "here") == Thing(3)
+    with pytest.raises(UserError, match="unknown key 'colour' in here; did you mean 'color'"):
+        config_lib.build(Thing, {**section, "colour": "blue"}, "here")
+    with pytest.raises(UserError, match="here lacks size"):
+        config_lib.build(Thing, {"name": "thing"}, "here")
+    with pytest.raises(UserError, match="^here: size is negative$"):
+        config_lib.build(Thing, {"size": -1}, "here")
+
+
+def test_select_names_the_nearest():
+    table = {"softmax": 1, "sigmoid": 2}
+    assert config_lib.select(table, {"name": "sigmoid"}, "here") == 2
+    with pytest.raises(UserError, match="did you mean 'softmax'"):
+        config_lib.select(table, {"name": "softmx"}, "here")
+    with pytest.raises(UserError, match="lacks a name"):
+        config_lib.select(table, {}, "here")
+
+
+def test_smoke_leaves_the_original_alone_and_keeps_what_is_not_size():
+    config = config_lib.load("configs/siglip_shapes.py")
+    before = config_lib.to_json(config)
+    small = config_lib.smoke(config)
+    assert config_lib.to_json(config) == before
+    assert small.objective.image.width == 32 and small.objective.image.image_size == 16
+    assert small.objective.image.pooling == "map" and small.objective.loss == "sigmoid"
+    assert small.duration.steps == 2 and small.duration.epochs is None
+    assert set(small.evaluators) == set(config.evaluators)
+    assert small.data.preprocess.random_resized_crop.size == 16

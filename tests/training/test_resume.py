@@ -1,0 +1,152 @@
+"""Killed anywhere and started again, a run is bit for bit the one that was never disturbed."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+STEPS = 60
+CONFIG = f"""
+from vlp_jax.config import duration, load, smoke
+
+def get_config(arg=None):
+    config = smoke(load({str(ROOT / "configs" / "clip_shapes.py")!r})).unlock()
+    config.duration = duration(steps={STEPS})
+    config.checkpoint.every = duration(steps=7)
+    config.optimizer.ema_decay = 0.9
+    for evaluator in config.evaluators.values():
+        evaluator.every = duration(steps=25)
+    return config
+"""
+# Keeps the machine from finishing all steps before a kill can fall between them.
+SLOWLY = f"""
+import sys, time
+from vlp_jax.training import loop
+take = loop.StepReport.take
+loop.StepReport.take = lambda self, *a: (time.sleep(0.05), take(self, *a))
+from vlp_jax.train import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.fixture(scope="module")
+def config_file(tmp_path_factory):
+    file = tmp_path_factory.mktemp("configs") / "resumed.py"
+    file.write_text(CONFIG)
+    return file
+
+
+def start(config_file, workdir, shapes_dir, slowly=False):
+    program = ["-c", SLOWLY] if slowly else ["-m", "vlp_jax.train"]
+    return subprocess.Popen(
+        [sys.executable, *program, "--config", str(config_file), "--workdir", str(workdir)],
+        cwd=ROOT,
+        env={
+            **os.environ,
+            "TFDS_DATA_DIR": shapes_dir,
+            "JAX_NUM_CPU_DEVICES": "2",
+            "JAX_PLATFORMS": "cpu",
+            "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+            "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".cache" / "xla"),
+        },
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def finish(process, status=0):
+    output = process.communicate(timeout=300)[0]
+    assert process.returncode == status, output
+    return output
+
+
+def losses(workdir):
+    """step -> every metric that is a pure function of the state and the data."""
+    found = {}
+    for line in (workdir / "metrics.jsonl").read_text().splitlines():
+        record = json.loads(line)
+        for key, value in record.items():
+            if key.startswith(("train/", "eval/")):
+                assert (record["step"], key) not in found, "logged twice"
+                found[record["step"], key] = value
+    return found
+
+
+def steps_logged(workdir):
+    file = workdir / "metrics.jsonl"
+    return file.read_bytes().count(b'"train/loss"') if file.exists() else 0
+
+
+def parameters(config_file, workdir):
+    """All arrays of the last checkpoint, as Orbax reads them, with none of our code."""
+    import orbax.checkpoint as ocp
+
+    with ocp.StandardCheckpointer() as checkpointer:
+        return checkpointer.restore(workdir.absolute() / "checkpoints" / str(STEPS) / "state")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(config_file, shapes_dir, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("undisturbed")
+    finish(start(config_file, workdir, shapes_dir))
+    return workdir
+
+
+def assert_same_run(config_file, workdir, undisturbed):
+    assert losses(workdir) == losses(undisturbed)
+    assert len([key for _, key in losses(workdir) if key == "train/loss"]) == STEPS
+    import jax
+
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        parameters(config_file, workdir),
+        parameters(config_file, undisturbed),
+    )
+
+
+def killed_until_done(config_file, workdir, shapes_dir, kills, seed):
+    rng = random.Random(seed)
+    for _ in range(kills):
+        process = start(config_file, workdir, shapes_dir, slowly=True)
+        until = min(STEPS - 4, steps_logged(workdir) + rng.randint(5, 20))
+        while process.poll() is None and steps_logged(workdir) < until:
+            time.sleep(0.01)
+        time.sleep(rng.uniform(0, 0.2))  # anywhere: within a step, a save, a line
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    finish(start(config_file, workdir, shapes_dir))
+
+
+def test_killed_twice_and_resumed(config_file, undisturbed, shapes_dir, tmp_path):
+    killed_until_done(config_file, tmp_path, shapes_dir, kills=2, seed=0)
+    assert_same_run(config_file, tmp_path, undisturbed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(1, 6))
+def test_killed_often_and_resumed(config_file, undisturbed, shapes_dir, tmp_path, seed):
+    killed_until_done(config_file, tmp_path, shapes_dir, kills=5, seed=seed)
+    assert_same_run(config_file, tmp_path, undisturbed)
+
+
+def test_told_to_stop_saves_and_asks_to_be_restarted(
+    config_file, undisturbed, shapes_dir, tmp_path
+):
+    process = start(config_file, tmp_path, shapes_dir, slowly=True)
+    while process.poll() is None and steps_logged(tmp_path) < 10:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    assert "run the same command to go on" in finish(process, status=75)
+    stopped_at = max(int(p.name) for p in (tmp_path / "checkpoints").iterdir())
+    assert stopped_at % 7  # saved where it was, not at the last regular checkpoint
+    finish(start(config_file, tmp_path, shapes_dir))
+    assert_same_run(config_file, tmp_path, undisturbed)
