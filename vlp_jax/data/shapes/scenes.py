@@ -33,13 +33,13 @@ BACKGROUND_RGB: dict[str, tuple[int, int, int]] = {
     "navy": (26, 34, 70),
 }
 BACKGROUND_STYLES = ("flat", "gradient", "noise")
-RADIUS_RANGE: dict[str, tuple[float, float]] = {"small": (8.5, 10.5), "large": (14.0, 17.0)}
+RADIUS_RANGE: dict[str, tuple[float, float]] = {"small": (7.8, 8.8), "large": (11.8, 13.0)}
 # What a texture is drawn from: half of the objects are solid.
 TEXTURE_URN = ("solid", "solid", "solid", "striped", "dotted", "outlined")
 MAX_OVERLAP = 0.12
 MIN_OFFSET = 9.0
 
-_CELL_RANGES = ((0.0, 24.0), (27.0, 37.0), (40.0, 64.0))
+_CELL_RANGES = ((10.5, 16.5), (29.0, 35.0), (47.5, 53.5))
 _NUM_OBJECTS_CUMULATIVE = (0.5, 0.75, 0.9, 1.0)
 _UNSEEN_FRACTION = 1 / 3
 _MAX_ROTATION = math.radians(8)
@@ -200,7 +200,7 @@ def _placed(
 def _arranged(rng: np.random.Generator, combinations: list[tuple[str, str]]) -> list[SceneObject]:
     """Objects in distinct cells that hardly overlap; sizes are drawn again with the places."""
     num_objects = len(combinations)
-    large_fraction = (0.6, 0.4, 0.2, 0.1)[num_objects - 1]
+    large_fraction = (0.6, 0.5, 0.4, 0.3)[num_objects - 1]
     while True:
         cells = rng.permutation(len(vocabulary.POSITIONS))[:num_objects]
         objects: list[SceneObject] = []
