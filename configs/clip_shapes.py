@@ -1,4 +1,4 @@
-"""CLIP on the embedded `shapes` at a size that a GPU does in minutes; the base of the small runs."""
+"""CLIP on the embedded `shapes` at a size for a GPU; the base of the small runs."""
 
 from ml_collections import ConfigDict
 

@@ -71,7 +71,10 @@ def test_overrides(assignment, read, value):
 @pytest.mark.parametrize(
     ("assignment", "message"),
     [
-        ("optimizer.learning_rte=1", "unknown key 'learning_rte' in config.optimizer; did you mean"),
+        (
+            "optimizer.learning_rte=1",
+            "unknown key 'learning_rte' in config.optimizer; did you mean",
+        ),
         ("optimizr.learning_rate=1", "did you mean 'optimizer'"),
         ("seed=x", "--config.seed=x: not a value of type int"),
         ("seed=1.5", "not a value of type int"),

@@ -27,7 +27,7 @@ def get_config(arg=None):
     return config
 """
 # Keeps the machine from finishing all steps before a kill can fall between them.
-SLOWLY = f"""
+SLOWLY = """
 import sys, time
 from vlp_jax.training import loop
 take = loop.StepReport.take

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ml_collections import ConfigDict
-
 from vlp_jax import config as config_lib
 from vlp_jax.errors import UserError
 from vlp_jax.evaluators.base import Evaluator, Resources
@@ -17,6 +15,11 @@ EVALUATORS = {"zero_shot": ZeroShot, "retrieval": Retrieval}
 
 # Keys of an evaluator's section that say on what and when it runs, not what it computes.
 COMMON_KEYS = ("data", "every")
+
+
+def merged_data(train_data: Mapping[str, Any], section: Mapping[str, Any]) -> dict[str, Any]:
+    """The data of an evaluator: that of training with what its section's `data` replaces."""
+    return {**dict(train_data.items()), **dict(section.get("data", {}).items())}
 
 
 def make_evaluators(
@@ -38,8 +41,7 @@ def make_evaluators(
         missing = sorted(set(constructor.needs) - set(resources.functions))
         if missing:
             raise UserError(f"{where} needs {', '.join(missing)}, which the objective lacks")
-        changes = section.get("data", ConfigDict())
-        data = {**dict(train_data.items()), **dict(changes.items())}
+        data = merged_data(train_data, section)
         arguments = {k: v for k, v in section.items() if k not in COMMON_KEYS}
         evaluators[key] = config_lib.build(
             constructor, arguments, where, data=data, resources=resources

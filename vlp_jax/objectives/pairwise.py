@@ -26,7 +26,7 @@ def softmax_loss(logits: Float[Array, "images texts"]) -> Float[Array, ""]:
 
 
 def sigmoid_loss(logits: Float[Array, "images texts"]) -> Float[Array, ""]:
-    """Binary cross-entropy of every pair, summed, over the batch size (Zhai et al. 2023, alg. 1)."""
+    """Binary cross-entropy of all pairs, over the batch size (Zhai et al. 2023, algorithm 1)."""
     logits = at_least_float32(logits)
     count = logits.shape[0]
     signs = 2 * jnp.eye(count, dtype=logits.dtype) - 1

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from etils import epath
 from ml_collections import ConfigDict
 
-from vlp_jax.data.pipeline import TrainPipeline
+from vlp_jax.data.pipeline import EvalPipeline, TrainPipeline
 from vlp_jax.data.tokenizers import Tokenizer
 from vlp_jax.errors import UserError
-from vlp_jax.evaluators import make_evaluators
+from vlp_jax.evaluators import make_evaluators, merged_data
 from vlp_jax.evaluators.base import Resources, compile_functions
 from vlp_jax.observe.throughput import StartupClock
 from vlp_jax.parallel import mesh as mesh_lib
@@ -29,10 +29,17 @@ class Parts:
 
     setup: Setup
     tokenizer: Tokenizer
+    resources: Resources
     pipeline: TrainPipeline
     evaluations: Sequence[Evaluation]
     save_when: When
     log_when: When
+
+    def open_evaluation_data(self, name: str, extra_fields: Sequence[str] = ()) -> EvalPipeline:
+        """The examples of the evaluator `name`, to look at."""
+        config = self.setup.config
+        data = merged_data(config.data, config.evaluators[name])
+        return self.resources.pipeline(data, extra_fields)
 
 
 def build(config: ConfigDict, workdir: epath.Path, clock: StartupClock) -> Parts:
@@ -68,6 +75,7 @@ def build(config: ConfigDict, workdir: epath.Path, clock: StartupClock) -> Parts
     return Parts(
         setup=setup,
         tokenizer=tokenizer,
+        resources=resources,
         pipeline=pipeline,
         evaluations=evaluations,
         save_when=setup.every(config.checkpoint.every, "config.checkpoint.every"),

@@ -116,7 +116,7 @@ def join(phrases: Sequence[str]) -> str:
 
 def some_attributes(rng: np.random.Generator, position: bool = True) -> frozenset[str]:
     """A random, not empty part of what can be named of an object."""
-    chances = {"shape": 0.85, "color": 0.55, "size": 0.2, "texture": 0.2, "position": 0.2}
+    chances = {"shape": 0.95, "color": 0.5, "size": 0.15, "texture": 0.15, "position": 0.15}
     while True:
         chosen = frozenset(a for a, p in chances.items() if rng.random() < p)
         if not position:
