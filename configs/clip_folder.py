@@ -37,7 +37,7 @@ def get_config(arg=None):
             },
         }
     )
-    config.data.path = placeholder(str, required=True)
+    config.data.path = placeholder(str)
     config.evaluators = ConfigDict(
         {
             "retrieval": {

@@ -30,8 +30,8 @@ def test_argument_reaches_get_config(tmp_path):
         ("config.optimizer.learning_rte = 1.0", "did you mean 'learning_rate'"),
         ("config.optimzer = 3", "did you mean 'optimizer'"),
         ("config.seed = None", "config.seed must not be None"),
-        ("config.mesh = 8", "config.mesh must be a section"),
-        ("config.objective = 3", "config.objective must be a ConfigDict"),
+        ("config.mesh = 8", "some.py: Could not override field 'mesh'"),
+        ("config.objective = 3", "some.py: Could not override field 'objective'"),
         ("config.seed = 'x' + 1", "some.py"),
     ],
 )

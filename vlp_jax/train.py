@@ -100,6 +100,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike, clock: StartupClock) -
     """
     workdir = epath.Path(workdir)
     workdir_lib.check_writable(workdir)
+    profiler = make_profiler(config, workdir)
     parts = build(config, workdir, clock)
     setup, last_step = parts.setup, parts.setup.units.total_steps
     with contextlib.ExitStack() as stack:
@@ -146,7 +147,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike, clock: StartupClock) -
             writer=writer,
             progress=progress,
             clock=step_clock,
-            profiler=stack.enter_context(make_profiler(config, workdir)),
+            profiler=stack.enter_context(profiler),
         )
         state = loop.run(state)
         checkpointer.wait()

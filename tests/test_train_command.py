@@ -1,0 +1,203 @@
+"""The command as its user meets it: mistakes end in one line, a non-zero status and no half run."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from vlp_jax import evaluate, train
+from vlp_jax.observe.writers import read_metrics
+
+ROOT = Path(__file__).resolve().parent.parent
+SMOKE = f"""
+from vlp_jax import config as config_lib
+
+def get_config(arg=None):
+    config = config_lib.smoke(config_lib.load({str(ROOT / "configs")!r} + "/" + arg + ".py"))
+    return config.unlock()
+"""
+
+
+@pytest.fixture
+def command(tmp_path, shapes_dir, capsys):
+    """Runs the command on a small form of a config: (status, last line of stderr)."""
+    file = tmp_path / "configs" / "small.py"
+    file.parent.mkdir()
+    file.write_text(SMOKE)
+
+    def run(*arguments, workdir=tmp_path / "run", config="clip_shapes"):
+        status = train.main(
+            ["--config", f"{file}:{config}", "--workdir", str(workdir), *arguments]
+        )
+        lines = capsys.readouterr().err.strip().splitlines()
+        return status, lines[-1] if lines else ""
+
+    return run
+
+
+BAD = {
+    "misspelt key": ("--config.optimizer.learning_rte=1", "did you mean 'learning_rate'"),
+    "misspelt model key": ("--config.objective.image.widht=1", "did you mean 'width'"),
+    "batch size": ("--config.batch_size=12", "config.batch_size 12 is not divisible by the 8"),
+    "mesh": ("--config.mesh.replica=3", "does not fit the 8 devices"),
+    "dataset": ("--config.data.dataset=shaeps/tiny", "shapes"),
+    "split": ("--config.data.split=tranin", "train"),
+    "source": ("--config.data.source=tdfs", "did you mean 'tfds'"),
+    "loss": ("--config.objective.loss=softmx", "known: softmax, sigmoid"),
+    "patch": ("--config.objective.image.image_size=15", "do not tile"),
+    "heads": ("--config.objective.image.heads=5", "do not divide"),
+    "size of images": ("--config.data.preprocess.random_resized_crop.size=8", "pixels"),
+    "vocabulary": ("--config.tokenizer.vocab_size=10", "vocab_size=10"),
+    "duration": ("--config.duration.epochs=1.0", "exactly one of"),
+    "checkpoint duration": ("--config.checkpoint.every.epochs=1.0", "config.checkpoint.every"),
+    "evaluator": ("--config.evaluators.retrieval.name=retreival", "did you mean 'retrieval'"),
+    "profile": ("--config.profile.first=1", "both first and last"),
+    "argument": ("--confg=x", "unknown argument '--confg=x'"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_mistake_is_one_line_and_leaves_nothing(command, tmp_path, name):
+    argument, message = BAD[name]
+    status, last = command(argument)
+    assert status == 2
+    assert last.startswith("error: ") and message in last, last
+    assert not (tmp_path / "run").exists()
+
+
+def test_unwritable_workdir(command, tmp_path):
+    (tmp_path / "file").write_text("")
+    status, last = command(workdir=tmp_path / "file" / "run")
+    assert status == 2 and "cannot be written" in last and "choose another --workdir" in last
+    status, last = command(workdir="/proc/run")
+    assert status == 2 and "workdir /proc/run cannot be written" in last
+
+
+def test_folder_that_does_not_exist(tmp_path, capsys):
+    config = str(ROOT / "configs" / "clip_folder.py")
+    arguments = ["--config", config, "--workdir", str(tmp_path / "run")]
+    assert train.main([*arguments, "--config.data.path=/no/such/folder"]) == 2
+    assert "/no/such/folder" in capsys.readouterr().err
+    assert train.main(arguments) == 2
+    assert "path" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_checkpoint_of_another_model_stays_untouched(command, tmp_path):
+    assert command()[0] == 0
+    before = (tmp_path / "run" / "config.json").read_text()
+    status, last = command("--config.objective.image.width=48")
+    assert status == 2
+    assert "params/image/" in last and "(16, 16)" not in last and "32" in last and "48" in last
+    assert (tmp_path / "run" / "config.json").read_text() == before
+    assert (tmp_path / "run" / "checkpoints" / "2").is_dir()
+
+
+def test_nan_loss_says_the_step_and_keeps_the_last_good_checkpoint(command, tmp_path):
+    unstable = ["--config.optimizer.learning_rate=1e30", "--config.optimizer.clip_norm=0.0"]
+    steps = ["--config.duration.steps=20", "--config.checkpoint.every.steps=1"]
+    status, last = command(*unstable, *steps, "--config.optimizer.warmup.percent=0.0")
+    assert status == 2
+    assert "nan at step" in last or "inf at step" in last
+    step = int(last.split("at step ")[1].split(";")[0])
+    kept = sorted(int(p.name) for p in (tmp_path / "run" / "checkpoints").iterdir())
+    assert kept and max(kept) <= step
+    records = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert not np.isfinite([r["train/loss"] + r["train/grad_norm"] for r in records][-1])
+
+
+def test_metrics_hold_what_is_promised(command, tmp_path):
+    assert command("--config.writers.tensorboard=True")[0] == 0
+    keys = {key for r in read_metrics(tmp_path / "run" / "metrics.jsonl") for key in r}
+    assert {
+        "train/loss",
+        "train/grad_norm",
+        "train/learning_rate",
+        "train/logit_scale",
+        "eval/zero_shot/top1",
+        "eval/zero_shot_unseen/top1",
+        "eval/retrieval/image_to_text_r1",
+        "eval/retrieval/text_to_image_r10",
+        "perf/examples_per_second",
+        "perf/mfu",
+        "perf/data_wait_fraction",
+    } <= keys
+    assert list((tmp_path / "run" / "tensorboard").glob("events*"))
+    saved = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert saved["duration"]["steps"] == 2 and saved["writers"]["tensorboard"] is True
+
+
+def test_a_finished_run_can_be_started_again_and_evaluated(command, tmp_path, capsys):
+    assert command()[0] == 0
+    first = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert command()[0] == 0
+    again = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    scores = {k: v for r in first for k, v in r.items() if k.startswith(("train/", "eval/"))}
+    assert scores == {k: v for r in again for k, v in r.items() if k in scores}
+    output = tmp_path / "scores.json"
+    workdir = str(tmp_path / "run")
+    assert evaluate.main(["--workdir", workdir, "--output", str(output)]) == 0
+    found = json.loads(output.read_text())
+    assert found["step"] == 2
+    for key, value in scores.items():
+        if key.startswith("eval/"):
+            assert found[key] == pytest.approx(value, abs=1e-6), key
+    assert evaluate.main(["--workdir", workdir, "--step", "1"]) == 2
+    assert "no checkpoint of step 1 (it has: 2)" in capsys.readouterr().err
+    assert evaluate.main(["--workdir", workdir, "--evaluators", "retreival"]) == 2
+    assert "did you mean 'retrieval'" in capsys.readouterr().err
+    assert evaluate.main(["--workdir", str(tmp_path / "none")]) == 2
+    assert "holds no run" in capsys.readouterr().err
+
+
+def test_help_lists_the_keys_of_a_config(capsys):
+    with pytest.raises(SystemExit) as stop:
+        train.main(["--config", str(ROOT / "configs" / "demo.py"), "--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    assert "--config.optimizer.learning_rate=" in text and "Exit status" in text
+
+
+def picture(path, mode, size, number):
+    pixels = np.random.default_rng(number).integers(0, 256, (4, 4, len(mode)), np.uint8)
+    image = Image.fromarray(pixels.squeeze(), mode if mode != "L" else None)
+    image.resize(size, Image.Resampling.BILINEAR).save(path)
+
+
+def test_a_folder_of_pictures_trains_and_is_evaluated(tmp_path, capsys):
+    folder = tmp_path / "bilder für alle"
+    folder.mkdir()
+    rows = ["path,caption"]
+    for number in range(60):
+        mode = ("RGB", "L", "RGBA", "LA")[number % 4]
+        name = f"图片 {number}.{'png' if 'A' in mode or number % 3 else 'jpg'}"
+        picture(folder / name, mode, (40 + 13 * number, 50), number)
+        rows.append(f'{name},"Bild №{number}, «été» 🌊 {mode}"')
+    (folder / "captions.csv").write_text("\n".join(rows), encoding="utf-8-sig")
+    status = train.main(
+        [
+            "--config",
+            str(ROOT / "configs" / "clip_folder.py:32"),
+            "--workdir",
+            str(tmp_path / "run"),
+            f"--config.data.path={folder}",
+            "--config.batch_size=16",
+            "--config.duration.epochs=None",
+            "--config.duration.steps=3",
+            "--config.objective.image.width=32",
+            "--config.objective.image.heads=2",
+            "--config.objective.image.depth=1",
+            "--config.objective.text.width=32",
+            "--config.objective.text.heads=2",
+            "--config.objective.text.depth=1",
+        ]
+    )
+    assert status == 0, capsys.readouterr().err
+    (pairs,) = {
+        r["eval/retrieval/pairs"]
+        for r in read_metrics(tmp_path / "run" / "metrics.jsonl")
+        if "eval/retrieval/pairs" in r
+    }
+    assert 0 < pairs < 20
