@@ -28,9 +28,7 @@ def command(tmp_path, shapes_dir, capsys):
     file.write_text(SMOKE)
 
     def run(*arguments, workdir=tmp_path / "run", config="clip_shapes"):
-        status = train.main(
-            ["--config", f"{file}:{config}", "--workdir", str(workdir), *arguments]
-        )
+        status = train.main(["--config", f"{file}:{config}", "--workdir", str(workdir), *arguments])
         lines = capsys.readouterr().err.strip().splitlines()
         return status, lines[-1] if lines else ""
 

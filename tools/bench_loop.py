@@ -149,6 +149,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse(sys.argv[1:] if argv is None else argv)
     logging.set_verbosity(logging.WARNING)
     try:
+        startup.initialize()
         startup.use_compilation_cache()
         result = measure(arguments.config, arguments.rounds, arguments.steps)
     except UserError as error:

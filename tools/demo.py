@@ -163,6 +163,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse(sys.argv[1:] if argv is None else argv)
     logging.set_verbosity(logging.WARNING)
     try:
+        startup.initialize()
         startup.use_compilation_cache()
         summary = run(arguments.output, arguments.config, arguments.setup_seconds)
     except Preempted as stop:

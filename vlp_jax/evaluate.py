@@ -82,6 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.set_verbosity(logging.WARNING)
     arguments = parse(sys.argv[1:] if argv is None else argv)
     try:
+        startup.initialize()
         startup.use_compilation_cache()
         names = arguments.evaluators.split(",") if arguments.evaluators else None
         scores = evaluate(arguments.workdir, arguments.step, names)

@@ -123,12 +123,10 @@ def train(config: ConfigDict, workdir: str | os.PathLike, clock: StartupClock) -
             step_clock = make_step_clock(setup, clock)
         writer = build_writers(config.writers, workdir, first_step, config.to_dict())
         stack.callback(writer.close)
-        with clock.phase("first batch"):
-            prefetcher = Prefetcher(parts.pipeline.batches(first_step), setup.mesh, config.prefetch)
-            batches = stack.enter_context(prefetcher)
+        prefetcher = Prefetcher(parts.pipeline.batches(first_step), setup.mesh, config.prefetch)
         loop = Loop(
             step_function=step_function,
-            batches=batches,
+            batches=stack.enter_context(prefetcher),
             batch_size=config.batch_size,
             first_step=first_step,
             last_step=last_step,

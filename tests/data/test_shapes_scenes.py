@@ -84,8 +84,10 @@ def test_classes_numbers_and_attributes_are_balanced():
     numbers = collections.Counter(len(s.objects) for s in train)
     assert numbers.keys() == {1, 2, 3, 4} and 0.46 < numbers[1] / 4000 < 0.54
     objects = [o for s in train for o in s.objects]
+    assert 0.45 < np.mean([o.texture == "solid" for o in objects]) < 0.55
     for name in ("color", "shape", "texture", "position"):
         counts = collections.Counter(getattr(o, name) for o in objects)
+        counts.pop("solid", None)
         assert max(counts.values()) < 1.5 * min(counts.values()), counts
     assert 0.3 < np.mean([o.size == "large" for o in objects]) < 0.5
 

@@ -23,6 +23,7 @@ def initialize(
     Raises:
       UserError: some but not all of the three are given, or the coordinator was not reached.
     """
+    widen_cpu_thread_pool()
     given = (coordinator, processes, process_id)
     if all(value is None for value in given):
         return
@@ -32,6 +33,18 @@ def initialize(
         jax.distributed.initialize(coordinator, processes, process_id)
     except (RuntimeError, ValueError) as error:
         raise UserError(f"could not join the job at {coordinator}: {error}") from error
+
+
+def widen_cpu_thread_pool() -> None:
+    """Lets several CPU devices of one process wait for each other without blocking all threads.
+
+    XLA runs the CPU devices on one pool with a thread per core. A device may wait in two
+    collectives at once, so with few cores all threads can end up waiting, until XLA gives up and
+    aborts after 40 s. The size of the pool is read from PJRT_NPROC when the first device is used.
+    """
+    devices = jax.config.jax_num_cpu_devices
+    if devices > 1:
+        os.environ.setdefault("PJRT_NPROC", str(max(8 * devices, os.cpu_count() or 1)))
 
 
 def use_compilation_cache() -> str:
