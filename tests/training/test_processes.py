@@ -1,0 +1,77 @@
+"""Two processes that form one job give the numbers of one process with as many devices."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from vlp_jax.observe.writers import read_metrics
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+CONFIG = f"""
+from vlp_jax.config import duration, load, smoke
+
+def get_config(arg=None):
+    config = smoke(load({str(ROOT / "configs" / "siglip_shapes.py")!r})).unlock()
+    config.duration = duration(steps=5)
+    config.mesh.update(replica=2, fsdp=2)
+    for evaluator in config.evaluators.values():
+        evaluator.every = duration(steps=5)
+    return config
+"""
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def run(config, workdir, shapes_dir, processes):
+    """Starts the job and returns its metrics by (step, name)."""
+    port = free_port()
+    started = []
+    for index in range(processes):
+        several = ["--coordinator", f"127.0.0.1:{port}", "--processes", str(processes)]
+        several += ["--process-id", str(index)]
+        started.append(
+            subprocess.Popen(
+                [sys.executable, "-m", "vlp_jax.train", "--config", str(config)]
+                + ["--workdir", str(workdir), *(several if processes > 1 else [])],
+                cwd=ROOT,
+                env={
+                    **os.environ,
+                    "TFDS_DATA_DIR": shapes_dir,
+                    "JAX_PLATFORMS": "cpu",
+                    "JAX_NUM_CPU_DEVICES": str(4 // processes),
+                    "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+                    "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".cache" / "xla"),
+                },
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+        )
+    for process in started:
+        output = process.communicate(timeout=300)[0]
+        assert process.returncode == 0, output
+    return {
+        (record["step"], key): value
+        for record in read_metrics(workdir / "metrics.jsonl")
+        for key, value in record.items()
+        if key.startswith(("train/loss", "train/grad_norm", "eval/"))
+    }
+
+
+def test_two_processes_equal_one(tmp_path, shapes_dir):
+    config = tmp_path / "several.py"
+    config.write_text(CONFIG)
+    one = run(config, tmp_path / "one", shapes_dir, 1)
+    two = run(config, tmp_path / "two", shapes_dir, 2)
+    assert one.keys() == two.keys() and len(one) > 15
+    for key in one:
+        np.testing.assert_allclose(two[key], one[key], rtol=1e-4, atol=1e-6, err_msg=str(key))
+    assert (tmp_path / "two" / "checkpoints" / "5").is_dir()
