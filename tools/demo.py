@@ -42,7 +42,7 @@ SHOWN_PAIRS = 48  # of the similarity matrix
 CURVES = {
     "loss": "train/loss",
     "zero-shot top-1": "eval/zero_shot/top1",
-    "zero-shot top-1, unseen combinations": "eval/zero_shot_unseen/top1",
+    "zero-shot top-1, unseen": "eval/zero_shot_unseen/top1",
     "image-to-text R@1": "eval/retrieval/image_to_text_r1",
 }
 

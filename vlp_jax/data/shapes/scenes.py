@@ -33,16 +33,16 @@ BACKGROUND_RGB: dict[str, tuple[int, int, int]] = {
     "navy": (26, 34, 70),
 }
 BACKGROUND_STYLES = ("flat", "gradient", "noise")
-RADIUS_RANGE: dict[str, tuple[float, float]] = {"small": (7.8, 8.8), "large": (11.8, 13.0)}
+RADIUS_RANGE: dict[str, tuple[float, float]] = {"small": (8.2, 8.8), "large": (11.8, 12.6)}
 # What a texture is drawn from: half of the objects are solid.
 TEXTURE_URN = ("solid", "solid", "solid", "striped", "dotted", "outlined")
 MAX_OVERLAP = 0.12
 MIN_OFFSET = 9.0
 
-_CELL_RANGES = ((10.5, 16.5), (29.0, 35.0), (47.5, 53.5))
+_CELL_RANGES = ((12.0, 16.5), (29.8, 34.2), (47.5, 52.0))
 _NUM_OBJECTS_CUMULATIVE = (0.5, 0.75, 0.9, 1.0)
 _UNSEEN_FRACTION = 1 / 3
-_MAX_ROTATION = math.radians(8)
+_MAX_ROTATION = math.radians(5)
 _BORDER = 1.0
 
 # Streams of one scene. Separate ones, so that a change of the grammar leaves the pictures alone.
