@@ -45,7 +45,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tools.bench_loop", description=__doc__)
     parser.add_argument("--config", default="configs/demo.py", help="what to train")
     parser.add_argument("--rounds", type=int, default=5, help="turns of each")
-    parser.add_argument("--steps", type=int, default=15, help="steps of a turn")
+    parser.add_argument("--steps", type=int, default=40, help="steps of a turn")
     parser.add_argument("--json", metavar="FILE", help="also write the figures there")
     return parser.parse_args(argv)
 
@@ -53,18 +53,23 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 class LoopRunner:
     """Runs the real loop, a few steps at a time, with saving and evaluation off."""
 
-    def __init__(self, parts: Parts, step_function: StepFunction, workdir: epath.Path):
+    def __init__(
+        self,
+        parts: Parts,
+        step_function: StepFunction,
+        workdir: epath.Path,
+        startup_clock: StartupClock,
+    ):
         self.step = 0
         self._parts, self._step_function = parts, step_function
+        self._startup = startup_clock
+        self._clock = make_step_clock(parts.setup, startup_clock)
         self._writer = build_writers(parts.setup.config.writers, workdir, 0, {})
-        self._workdir = workdir
+        self._checkpointer = make_checkpointer(parts.setup.config, workdir)
 
-    def __call__(
-        self, state: TrainState, batches: Prefetcher, steps: int, clock: StartupClock
-    ) -> TrainState:
+    def __call__(self, state: TrainState, batches: Prefetcher, steps: int) -> TrainState:
         """The state after `steps` more steps."""
         setup = self._parts.setup
-        step_clock = make_step_clock(setup, clock)
         progress = NullProgress() if self.step else Progress(setup.units.total_steps)
         first, self.step = self.step, self.step + steps
         report = StepReport(
@@ -72,8 +77,8 @@ class LoopRunner:
             batch_size=setup.config.batch_size,
             writer=self._writer,
             progress=progress,
-            clock=step_clock,
-            startup=clock,
+            clock=self._clock,
+            startup=self._startup,
         )
         loop = Loop(
             step_function=self._step_function,
@@ -85,10 +90,10 @@ class LoopRunner:
             evaluations=(),
             preempted=lambda step: False,
             report=report,
-            checkpointer=make_checkpointer(setup.config, self._workdir),
+            checkpointer=self._checkpointer,
             writer=self._writer,
             progress=progress,
-            clock=step_clock,
+            clock=self._clock,
             profiler=NullProfiler(),
         )
         return jax.block_until_ready(loop.run(state))
@@ -114,15 +119,15 @@ def measure(config_file: str, rounds: int, steps: int) -> dict[str, float]:
             checkpointer = make_checkpointer(setup.config, workdir)
             state = first_state(setup, checkpointer, 0)
         print(mesh_lib.describe(setup.mesh))
-        runner = LoopRunner(parts, step_function, workdir)
+        runner = LoopRunner(parts, step_function, workdir, clock)
         with Prefetcher(parts.pipeline.batches(0), setup.mesh, setup.config.prefetch) as batches:
             fixed = next(batches)
-            state = runner(state, batches, 2, clock)  # warm-up; prints the time to the first step
+            state = runner(state, batches, 2)  # warm-up; prints the time to the first step
             times: dict[str, list[float]] = {"loop": [], "fixed": []}
 
             def run_loop() -> None:
                 nonlocal state
-                state = runner(state, batches, steps, clock)
+                state = runner(state, batches, steps)
 
             def run_fixed() -> None:
                 nonlocal state
