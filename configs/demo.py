@@ -4,8 +4,8 @@ from configs import clip_shapes
 from vlp_jax.config import duration
 
 TOWER = {"width": 128, "mlp_dim": 512, "heads": 4}
-# Color is learned within a hundred steps, shape much later. A larger factor on the cosine similarity
-# seemed to help (few runs, other settings changed with it).
+# Color is learned within a hundred steps, shape much later. A larger factor on the cosine
+# similarity seemed to help (few runs, other settings changed with it).
 LOGIT_SCALE_INIT = 60.0
 
 
