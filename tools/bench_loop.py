@@ -20,11 +20,9 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ.setdefault("JAX_NUM_CPU_DEVICES", "2")  # as the demo
 
 import jax
-from absl import logging
 from etils import epath
 
 from vlp_jax import config as config_lib
-from vlp_jax.errors import UserError
 from vlp_jax.observe.profiler import NullProfiler
 from vlp_jax.observe.progress import NullProgress, Progress
 from vlp_jax.observe.throughput import StartupClock
@@ -34,6 +32,7 @@ from vlp_jax.parallel import startup
 from vlp_jax.parallel.batch import Prefetcher
 from vlp_jax.train import make_step_clock
 from vlp_jax.training.build import Parts, build, first_state, make_checkpointer
+from vlp_jax.training.command import run_command
 from vlp_jax.training.loop import Loop
 from vlp_jax.training.report import StepReport
 from vlp_jax.training.state import TrainState
@@ -152,23 +151,23 @@ def measure(config_file: str, rounds: int, steps: int) -> dict[str, float]:
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit status."""
     arguments = parse(sys.argv[1:] if argv is None else argv)
-    logging.set_verbosity(logging.WARNING)
-    try:
+
+    def command() -> None:
         startup.initialize()
         startup.use_compilation_cache()
         result = measure(arguments.config, arguments.rounds, arguments.steps)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(f"the loop with its input   {result['loop_examples_per_second']:8.0f} examples/s")
-    print(f"one fixed batch           {result['fixed_batch_examples_per_second']:8.0f} examples/s")
-    print(
-        f"ratio                     {result['ratio']:8.3f}  (median of {arguments.rounds} rounds, "
-        f"{result['ratio_min']:.3f} to {result['ratio_max']:.3f})"
-    )
-    if arguments.json:
-        epath.Path(arguments.json).write_text(json.dumps(result, indent=2) + "\n")
-    return 0
+        print(f"the loop with its input   {result['loop_examples_per_second']:8.0f} examples/s")
+        print(
+            f"one fixed batch           {result['fixed_batch_examples_per_second']:8.0f} examples/s"
+        )
+        print(
+            f"ratio                     {result['ratio']:8.3f}  "
+            f"(median of {arguments.rounds} rounds, {result['ratio_min']:.3f} to {result['ratio_max']:.3f})"
+        )
+        if arguments.json:
+            epath.Path(arguments.json).write_text(json.dumps(result, indent=2) + "\n")
+
+    return run_command(command)
 
 
 if __name__ == "__main__":

@@ -20,19 +20,17 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ.setdefault("JAX_NUM_CPU_DEVICES", "2")
 
 import numpy as np
-from absl import logging
 
 from vlp_jax import config as config_lib
 from vlp_jax import evaluate
 from vlp_jax.data.pipeline import EvalPipeline
-from vlp_jax.errors import UserError
 from vlp_jax.observe.plots import draw_report
 from vlp_jax.observe.throughput import StartupClock
 from vlp_jax.observe.writers import read_metrics
 from vlp_jax.parallel import startup
 from vlp_jax.train import train
 from vlp_jax.training.build import Parts
-from vlp_jax.training.preemption import EXIT_RESTART, Preempted
+from vlp_jax.training.command import run_command
 from vlp_jax.training.state import TrainState
 from vlp_jax.training.workdir import METRICS
 
@@ -161,19 +159,14 @@ def report(summary: dict[str, Any], output: Path) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit status."""
     arguments = parse(sys.argv[1:] if argv is None else argv)
-    logging.set_verbosity(logging.WARNING)
-    try:
+
+    def command() -> None:
         startup.initialize()
         startup.use_compilation_cache()
         summary = run(arguments.output, arguments.config, arguments.setup_seconds)
-    except Preempted as stop:
-        print(stop, file=sys.stderr)
-        return EXIT_RESTART
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(report(summary, arguments.output))
-    return 0
+        print(report(summary, arguments.output))
+
+    return run_command(command)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
-from absl import logging
 from etils import epath
 
 from vlp_jax.errors import UserError, unknown_key_message
@@ -18,6 +17,7 @@ from vlp_jax.observe.throughput import StartupClock
 from vlp_jax.parallel import startup
 from vlp_jax.training import workdir as workdir_lib
 from vlp_jax.training.build import Parts, build, first_state, make_checkpointer
+from vlp_jax.training.command import run_command
 from vlp_jax.training.state import TrainState
 
 
@@ -79,21 +79,19 @@ def evaluate(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit status."""
-    logging.set_verbosity(logging.WARNING)
     arguments = parse(sys.argv[1:] if argv is None else argv)
-    try:
+
+    def command() -> None:
         startup.initialize()
         startup.use_compilation_cache()
         names = arguments.evaluators.split(",") if arguments.evaluators else None
         scores = evaluate(arguments.workdir, arguments.step, names)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    for name, value in scores.items():
-        print(f"{name} {value:.6g}")
-    if arguments.output:
-        epath.Path(arguments.output).write_text(json.dumps(scores, indent=2) + "\n")
-    return 0
+        for name, value in scores.items():
+            print(f"{name} {value:.6g}")
+        if arguments.output:
+            epath.Path(arguments.output).write_text(json.dumps(scores, indent=2) + "\n")
+
+    return run_command(command)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 import jax
-from absl import logging
 from etils import epath
 from ml_collections import ConfigDict
 
@@ -26,8 +25,9 @@ from vlp_jax.parallel import startup
 from vlp_jax.parallel.batch import Prefetcher
 from vlp_jax.training import workdir as workdir_lib
 from vlp_jax.training.build import build, first_state, make_checkpointer
+from vlp_jax.training.command import run_command
 from vlp_jax.training.loop import Loop
-from vlp_jax.training.preemption import EXIT_RESTART, Preempted, PreemptionWatch
+from vlp_jax.training.preemption import PreemptionWatch
 from vlp_jax.training.report import StepReport
 from vlp_jax.training.setup import Setup
 from vlp_jax.training.state import TrainState
@@ -187,20 +187,15 @@ def make_step_clock(setup: Setup, clock: StartupClock) -> StepClock:
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit status."""
     clock = StartupClock.from_process_start("python and imports")
-    logging.set_verbosity(logging.WARNING)
-    try:
+
+    def command() -> None:
         arguments, config = parse(sys.argv[1:] if argv is None else argv)
         with clock.phase("find the devices"):
             startup.initialize(arguments.coordinator, arguments.processes, arguments.process_id)
             startup.use_compilation_cache()
         train(config, arguments.workdir, clock)
-    except Preempted as stop:
-        print(stop, file=sys.stderr)
-        return EXIT_RESTART
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+
+    return run_command(command)
 
 
 if __name__ == "__main__":
