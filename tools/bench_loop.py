@@ -162,7 +162,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         print(
             f"ratio                     {result['ratio']:8.3f}  "
-            f"(median of {arguments.rounds} rounds, {result['ratio_min']:.3f} to {result['ratio_max']:.3f})"
+            f"(median of {arguments.rounds} rounds, "
+            f"{result['ratio_min']:.3f} to {result['ratio_max']:.3f})"
         )
         if arguments.json:
             epath.Path(arguments.json).write_text(json.dumps(result, indent=2) + "\n")
