@@ -1,11 +1,11 @@
 """The command as its user meets it: mistakes end in one line, a non-zero status and no half run."""
 
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from vlp_jax import evaluate, train
 from vlp_jax.observe.writers import read_metrics
@@ -48,6 +48,7 @@ BAD = {
     "heads": ("--config.objective.image.heads=5", "do not divide"),
     "size of images": ("--config.data.preprocess.random_resized_crop.size=8", "pixels"),
     "vocabulary": ("--config.tokenizer.vocab_size=10", "vocab_size=10"),
+    "optimizer": ("--config.optimizer.name=mouon", "did you mean 'muon'"),
     "duration": ("--config.duration.epochs=1.0", "exactly one of"),
     "checkpoint duration": ("--config.checkpoint.every.epochs=1.0", "config.checkpoint.every"),
     "evaluator": ("--config.evaluators.retrieval.name=retreival", "did you mean 'retrieval'"),
@@ -71,6 +72,13 @@ def test_unwritable_workdir(command, tmp_path):
     assert status == 2 and "cannot be written" in last and "choose another --workdir" in last
     status, last = command(workdir="/proc/run")
     assert status == 2 and "workdir /proc/run cannot be written" in last
+
+
+def test_wandb_that_is_not_installed(command, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    status, last = command("--config.writers.wandb.enabled=True")
+    assert status == 2 and "pip install wandb" in last
+    assert not (tmp_path / "run").exists()
 
 
 def test_folder_that_does_not_exist(tmp_path, capsys):
@@ -156,46 +164,3 @@ def test_help_lists_the_keys_of_a_config(capsys):
     assert stop.value.code == 0
     text = capsys.readouterr().out
     assert "--config.optimizer.learning_rate=" in text and "Exit status" in text
-
-
-def picture(path, mode, size, number):
-    pixels = np.random.default_rng(number).integers(0, 256, (4, 4, len(mode)), np.uint8)
-    image = Image.fromarray(pixels.squeeze(), mode if mode != "L" else None)
-    image.resize(size, Image.Resampling.BILINEAR).save(path)
-
-
-def test_a_folder_of_pictures_trains_and_is_evaluated(tmp_path, capsys):
-    folder = tmp_path / "bilder für alle"
-    folder.mkdir()
-    rows = ["path,caption"]
-    for number in range(60):
-        mode = ("RGB", "L", "RGBA", "LA")[number % 4]
-        name = f"图片 {number}.{'png' if 'A' in mode or number % 3 else 'jpg'}"
-        picture(folder / name, mode, (40 + 13 * number, 50), number)
-        rows.append(f'{name},"Bild №{number}, «été» 🌊 {mode}"')
-    (folder / "captions.csv").write_text("\n".join(rows), encoding="utf-8-sig")
-    status = train.main(
-        [
-            "--config",
-            str(ROOT / "configs" / "clip_folder.py:32"),
-            "--workdir",
-            str(tmp_path / "run"),
-            f"--config.data.path={folder}",
-            "--config.batch_size=16",
-            "--config.duration.epochs=None",
-            "--config.duration.steps=3",
-            "--config.objective.image.width=32",
-            "--config.objective.image.heads=2",
-            "--config.objective.image.depth=1",
-            "--config.objective.text.width=32",
-            "--config.objective.text.heads=2",
-            "--config.objective.text.depth=1",
-        ]
-    )
-    assert status == 0, capsys.readouterr().err
-    (pairs,) = {
-        r["eval/retrieval/pairs"]
-        for r in read_metrics(tmp_path / "run" / "metrics.jsonl")
-        if "eval/retrieval/pairs" in r
-    }
-    assert 0 < pairs < 20

@@ -24,7 +24,7 @@ from etils import epath
 
 from vlp_jax import config as config_lib
 from vlp_jax.observe.profiler import NullProfiler
-from vlp_jax.observe.progress import NullProgress, Progress
+from vlp_jax.observe.progress import Progress
 from vlp_jax.observe.throughput import StartupClock
 from vlp_jax.observe.writers import build_writers
 from vlp_jax.parallel import mesh as mesh_lib
@@ -61,41 +61,42 @@ class LoopRunner:
     ):
         self.step = 0
         self._parts, self._step_function = parts, step_function
-        self._startup = startup_clock
+        config, total = parts.setup.config, parts.setup.units.total_steps
         self._clock = make_step_clock(parts.setup, startup_clock)
-        self._writer = build_writers(parts.setup.config.writers, workdir, 0, {})
-        self._checkpointer = make_checkpointer(parts.setup.config, workdir)
+        self._writer = build_writers(config.writers, workdir, 0, {})
+        self._checkpointer = make_checkpointer(config, workdir)
+        self.progress = Progress(total)
+        self._report = StepReport(
+            log_when=parts.log_when,
+            batch_size=config.batch_size,
+            writer=self._writer,
+            progress=self.progress,
+            clock=self._clock,
+            startup=startup_clock,
+        )
 
     def __call__(self, state: TrainState, batches: Prefetcher, steps: int) -> TrainState:
         """The state after `steps` more steps."""
-        setup = self._parts.setup
-        progress = NullProgress() if self.step else Progress(setup.units.total_steps)
         first, self.step = self.step, self.step + steps
-        report = StepReport(
-            log_when=self._parts.log_when,
-            batch_size=setup.config.batch_size,
-            writer=self._writer,
-            progress=progress,
-            clock=self._clock,
-            startup=self._startup,
-        )
         loop = Loop(
             step_function=self._step_function,
             batches=batches,
-            batch_size=setup.config.batch_size,
+            batch_size=self._parts.setup.config.batch_size,
             first_step=first,
             last_step=self.step,
             save_when=lambda step: False,
             evaluations=(),
             preempted=lambda step: False,
-            report=report,
+            report=self._report,
             checkpointer=self._checkpointer,
             writer=self._writer,
-            progress=progress,
+            progress=self.progress,
             clock=self._clock,
             profiler=NullProfiler(),
         )
-        return jax.block_until_ready(loop.run(state))
+        state = loop.run(state)
+        self._report.settle()
+        return jax.block_until_ready(state)
 
 
 def seconds(function: Callable[[], None]) -> float:
@@ -119,7 +120,8 @@ def measure(config_file: str, rounds: int, steps: int) -> dict[str, float]:
             state = first_state(setup, checkpointer, 0)
         print(mesh_lib.describe(setup.mesh))
         runner = LoopRunner(parts, step_function, workdir, clock)
-        with Prefetcher(parts.pipeline.batches(0), setup.mesh, setup.config.prefetch) as batches:
+        prefetcher = Prefetcher(parts.pipeline.batches(0), setup.mesh, setup.config.prefetch)
+        with runner.progress, prefetcher as batches:
             fixed = next(batches)
             state = runner(state, batches, 2)  # warm-up; prints the time to the first step
             times: dict[str, list[float]] = {"loop": [], "fixed": []}
@@ -131,8 +133,8 @@ def measure(config_file: str, rounds: int, steps: int) -> dict[str, float]:
             def run_fixed() -> None:
                 nonlocal state
                 for _ in range(steps):
-                    state, metrics = step_function(state, fixed)
-                    jax.block_until_ready(metrics)
+                    state, _ = step_function(state, fixed)
+                jax.block_until_ready(state)
 
             for _ in range(rounds):
                 times["fixed"].append(seconds(run_fixed))

@@ -68,6 +68,19 @@ def curves_of(metrics: Path) -> dict[str, tuple[list[int], list[float]]]:
     }
 
 
+def last_scores(metrics: Path) -> dict[str, float]:
+    """What the evaluators said at the end of the run: "zero_shot/top1" -> value, and so on."""
+    records = read_metrics(metrics)
+    last = max(record["step"] for record in records)
+    return {
+        key.removeprefix("eval/"): value
+        for record in records
+        if record["step"] == last
+        for key, value in record.items()
+        if key.startswith("eval/")
+    }
+
+
 def test_pairs(parts: Parts, state: TrainState) -> dict[str, Any]:
     """Images and captions of the retrieval evaluator, and their similarity, image by caption."""
     (retrieval,) = (e.evaluator for e in parts.evaluations if e.name == "retrieval")
@@ -114,12 +127,7 @@ def run(output: Path, config_file: str, setup_seconds: float) -> dict[str, Any]:
     begin, workdir = time.time(), output / "run"
     train(config_lib.load(config_file), workdir, StartupClock.from_process_start())
     train_seconds = time.time() - begin
-    parts, state = evaluate.load_run(workdir)
-    scores = {
-        f"{e.name}/{name}": value
-        for e in parts.evaluations
-        for name, value in e.evaluator(state.eval_params)
-    }
+    scores = last_scores(workdir / METRICS)
     summary = {
         "zero_shot_top1": scores["zero_shot/top1"],
         "zero_shot_classes": int(scores["zero_shot/classes"]),
@@ -132,7 +140,8 @@ def run(output: Path, config_file: str, setup_seconds: float) -> dict[str, Any]:
         "train_seconds": round(train_seconds, 1),
         "setup_seconds": round(setup_seconds, 1),
     }
-    draw(output / "report.png", workdir / METRICS, test_pairs(parts, state), summary)
+    pairs = test_pairs(*evaluate.load_run(workdir))
+    draw(output / "report.png", workdir / METRICS, pairs, summary)
     (output / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     return summary
 

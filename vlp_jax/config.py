@@ -62,8 +62,9 @@ def base() -> ConfigDict:
     config.evaluators = ConfigDict()
     config.optimizer = ConfigDict(
         {
-            "name": "adamw",
-            "learning_rate": 1e-3,
+            "name": "adamw",  # or muon: Muon for the kernels of layers, AdamW for the rest
+            "learning_rate": 1e-3,  # of AdamW
+            "muon": ConfigDict({"learning_rate": 0.02, "momentum": 0.95}),
             "schedule": "cosine",  # cosine, rsqrt, linear or constant
             "warmup": duration(percent=5.0),
             "cooldown": duration(percent=0.0),  # a linear end to zero; rsqrt wants one

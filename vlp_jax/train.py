@@ -19,7 +19,7 @@ from vlp_jax.errors import UserError
 from vlp_jax.observe.profiler import NullProfiler, Profiler
 from vlp_jax.observe.progress import NullProgress, Progress
 from vlp_jax.observe.throughput import StartupClock, StepClock, peak_flops
-from vlp_jax.observe.writers import build_writers
+from vlp_jax.observe.writers import build_writers, check_writers
 from vlp_jax.parallel import mesh as mesh_lib
 from vlp_jax.parallel import startup
 from vlp_jax.parallel.batch import Prefetcher
@@ -100,6 +100,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike, clock: StartupClock) -
     """
     workdir = epath.Path(workdir)
     workdir_lib.check_writable(workdir)
+    check_writers(config.writers)
     profiler = make_profiler(config, workdir)
     parts = build(config, workdir, clock)
     setup, last_step = parts.setup, parts.setup.units.total_steps

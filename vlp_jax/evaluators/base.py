@@ -59,24 +59,28 @@ class Resources:
         )
 
     def embed(
-        self, function: str, params: Any, batches: Iterator[Mapping[str, np.ndarray]], field: str
-    ) -> tuple[Float[np.ndarray, "n dim"], dict[str, np.ndarray]]:
-        """Embeddings of `field` of all batches, and their other fields, without padding.
+        self,
+        params: Any,
+        batches: Iterator[Mapping[str, np.ndarray]],
+        functions: Mapping[str, str],
+    ) -> tuple[dict[str, Float[np.ndarray, "n dim"]], dict[str, np.ndarray]]:
+        """What `functions` (field -> name of a function) make of their fields, in one pass.
 
+        Returns the outputs by field, and the other fields of all batches, both without padding.
         Every process gets the rows of all, in one order.
         """
-        call = self.functions[function]
         outputs, fields = [], []
         for batch in batches:
-            wanted = {k: v for k, v in batch.items() if k == field or k not in INPUTS}
+            wanted = {k: v for k, v in batch.items() if k in functions or k not in INPUTS}
             rest = put_batch(wanted, self.mesh)
-            embedding, rest = call(params, rest.pop(field), rest)
+            arrays = {field: rest.pop(field) for field in functions}
+            made = {}
+            for field, name in functions.items():
+                made[field], rest = self.functions[name](params, arrays[field], rest)
             keep = np.asarray(rest.pop("mask"))
-            outputs.append(np.asarray(embedding)[keep])
+            outputs.append({name: np.asarray(value)[keep] for name, value in made.items()})
             fields.append({name: np.asarray(value)[keep] for name, value in rest.items()})
-        return np.concatenate(outputs), {
-            name: np.concatenate([f[name] for f in fields]) for name in fields[0]
-        }
+        return _concatenated(outputs), _concatenated(fields)
 
     def embed_texts(self, params: Any, texts: Sequence[str]) -> Float[np.ndarray, "n dim"]:
         """Unit vectors of texts that every process holds whole."""
@@ -92,7 +96,11 @@ class Resources:
                     "mask": rows < len(tokens),
                 }
 
-        return self.embed("embed_text", params, batches(), "text")[0]
+        return self.embed(params, batches(), {"text": "embed_text"})[0]["text"]
+
+
+def _concatenated(batches: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    return {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
 
 
 def compile_functions(

@@ -45,10 +45,9 @@ class Retrieval:
 
     def similarity(self, params: Any) -> Float[np.ndarray, "images texts"]:
         """Cosine similarities, float32."""
-        embed = self._resources.embed
-        images, _ = embed("embed_image", params, self._pipeline.batches(), "image")
-        texts, _ = embed("embed_text", params, self._pipeline.batches(), "text")
-        return images @ texts.T
+        functions = {"image": "embed_image", "text": "embed_text"}
+        embeddings, _ = self._resources.embed(params, self._pipeline.batches(), functions)
+        return embeddings["image"] @ embeddings["text"].T
 
     def __call__(self, params: Any) -> Pairs:
         """`image_to_text_rK` and `text_to_image_rK` in [0, 1], `pairs` and `chance_r1`."""

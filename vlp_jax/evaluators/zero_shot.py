@@ -58,10 +58,10 @@ class ZeroShot:
     def __call__(self, params: Any) -> Pairs:
         """`top1` and `top5` in [0, 1], `examples`, `classes` and `chance`."""
         classes = self.class_embeddings(params)
-        images, fields = self._resources.embed(
-            "embed_image", params, self._pipeline.batches(), "image"
+        embeddings, fields = self._resources.embed(
+            params, self._pipeline.batches(), {"image": "embed_image"}
         )
-        scores = images @ classes.T
+        scores = embeddings["image"] @ classes.T
         own = np.take_along_axis(scores, fields[self._label_field][:, None].astype(int), axis=1)
         # Ties count against the model, so that equal scores for all classes are no success.
         rank = (scores >= own).sum(axis=1) - 1

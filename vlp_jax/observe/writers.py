@@ -173,15 +173,7 @@ class WandbWriter:
         start_step: int = 0,
         mode: str = "online",
     ):
-        if mode not in _WANDB_MODES:
-            raise UserError(f"writers.wandb.mode is {mode!r}: use one of {', '.join(_WANDB_MODES)}")
-        try:
-            import wandb
-        except ImportError as error:
-            raise UserError(
-                "writers.wandb is enabled but wandb is not installed: "
-                "`pip install wandb`, or set writers.wandb.enabled=false"
-            ) from error
+        wandb = _import_wandb(mode)
         self._image = wandb.Image
         directory = epath.Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
@@ -225,6 +217,33 @@ class WandbWriter:
         self._run.finish()
 
 
+def check_writers(config: Mapping[str, Any]) -> None:
+    """Raises UserError for what `build_writers` would not take; writes nothing."""
+    _check_keys(config, ("tensorboard", "wandb"), "writers")
+    wandb_config = config["wandb"]
+    _check_keys(wandb_config, ("enabled", "project", "name", "mode"), "writers.wandb")
+    if wandb_config["enabled"]:
+        _import_wandb(wandb_config["mode"])
+
+
+def _import_wandb(mode: str) -> Any:
+    """The library.
+
+    Raises:
+      UserError: it is not installed, or has no such mode.
+    """
+    if mode not in _WANDB_MODES:
+        raise UserError(f"writers.wandb.mode is {mode!r}: use one of {', '.join(_WANDB_MODES)}")
+    try:
+        import wandb
+    except ImportError as error:
+        raise UserError(
+            "writers.wandb is enabled but wandb is not installed: "
+            "`pip install wandb`, or set writers.wandb.enabled=false"
+        ) from error
+    return wandb
+
+
 def build_writers(
     config: Mapping[str, Any],
     workdir: epath.PathLike,
@@ -245,9 +264,8 @@ def build_writers(
     """
     import jax
 
-    _check_keys(config, ("tensorboard", "wandb"), "writers")
+    check_writers(config)
     wandb_config = config["wandb"]
-    _check_keys(wandb_config, ("enabled", "project", "name", "mode"), "writers.wandb")
     if jax.process_index() != 0:
         return NullWriter()
     workdir = epath.Path(workdir)

@@ -2,18 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+import optax.contrib
 
 from vlp_jax.errors import UserError, unknown_key_message
 from vlp_jax.training.when import Units
 
 SCHEDULES = ("cosine", "rsqrt", "linear", "constant")
-OPTIMIZERS = ("adamw",)
+
+# Muon makes the update of a matrix orthogonal; these are the axes of a kernel that the matrix maps
+# from and to, by the layer's own name. All others are Dense: the last but one, and the last. Axes
+# in front of these (stacked layers) are matrices of their own.
+MATRIX_AXES: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
+    "query": ((-3,), (-2, -1)),
+    "key": ((-3,), (-2, -1)),
+    "value": ((-3,), (-2, -1)),
+    "out": ((-3, -2), (-1,)),
+    "patch_embedding/projection": ((-4, -3, -2), (-1,)),
+}
+DENSE_AXES = ((-2,), (-1,))
+# Updates of every matrix get the root mean square that those of Adam have in practice, so that one
+# weight decay fits both (Liu et al. 2025, "Muon is Scalable for LLM Training", 2.2).
+MUON_RMS = 0.2
 
 
 def make_schedule(config: Mapping[str, Any], units: Units) -> optax.Schedule:
@@ -60,29 +75,75 @@ def decay_mask(params: Any, no_decay: Sequence[str]) -> Any:
     return jax.tree_util.tree_map_with_path(decays, params)
 
 
+def adamw(config: Mapping[str, Any], units: Units) -> optax.GradientTransformation:
+    """AdamW with decoupled weight decay (Loshchilov & Hutter 2019)."""
+    return optax.adamw(
+        make_schedule(config, units),
+        b1=config["b1"],
+        b2=config["b2"],
+        eps=config["eps"],
+        weight_decay=config["weight_decay"],
+        mask=lambda params: decay_mask(params, config["no_decay"]),
+    )
+
+
+def matrix_axes(path: str) -> optax.contrib.MuonDimensionNumbers | None:
+    """The axes that Muon orthogonalizes for the parameter `path`; None for one that is no kernel.
+
+    Embeddings, biases, norms and other parameters that are no kernel of a layer are Adam's.
+    """
+    layer, _, leaf = path.rpartition("/")
+    if leaf != "kernel":
+        return None
+    axes = (a for name, a in MATRIX_AXES.items() if f"/{layer}".endswith(f"/{name}"))
+    return optax.contrib.MuonDimensionNumbers(*next(axes, DENSE_AXES))
+
+
+def muon(config: Mapping[str, Any], units: Units) -> optax.GradientTransformation:
+    """Muon for the kernels of all layers, AdamW for everything else (Jordan et al. 2024).
+
+    Both follow the same schedule, Muon up to `muon.learning_rate`, AdamW up to `learning_rate`.
+    """
+
+    def by_path(function: Callable[[str], Any], params: Any) -> Any:
+        return jax.tree_util.tree_map_with_path(
+            lambda path, _: function(jax.tree_util.keystr(path, simple=True, separator="/")), params
+        )
+
+    matrices = optax.contrib.muon(
+        make_schedule({**config, "learning_rate": config["muon"]["learning_rate"]}, units),
+        beta=config["muon"]["momentum"],
+        weight_decay=config["weight_decay"],
+        weight_decay_mask=lambda params: decay_mask(params, config["no_decay"]),
+        muon_weight_dimension_numbers=lambda params: by_path(matrix_axes, params),
+        consistent_rms=MUON_RMS,
+    )
+    return optax.partition(
+        {"matrices": matrices, "others": adamw(config, units)},
+        lambda params: by_path(lambda path: "matrices" if matrix_axes(path) else "others", params),
+    )
+
+
+OPTIMIZERS = {"adamw": adamw, "muon": muon}
+
+
 def make_optimizer(config: Mapping[str, Any], units: Units) -> optax.GradientTransformation:
-    """Clipping by the global norm, then AdamW with decoupled decay (Loshchilov & Hutter 2019).
+    """Clipping by the global norm, then the optimizer that `config` names.
 
     Raises:
       UserError: an unknown optimizer, or a number out of range.
     """
     if config["name"] not in OPTIMIZERS:
         raise UserError(unknown_key_message(config["name"], OPTIMIZERS, "config.optimizer.name"))
-    for key in ("learning_rate", "weight_decay", "clip_norm"):
-        if config[key] < 0:
-            raise UserError(f"config.optimizer.{key} is negative: {config[key]}")
-    for key in ("b1", "b2", "ema_decay"):
-        if not 0 <= config[key] < 1:
-            raise UserError(f"config.optimizer.{key} must be in [0, 1), not {config[key]}")
+    rates = {key: config[key] for key in ("learning_rate", "weight_decay", "clip_norm")}
+    rates["muon.learning_rate"] = config["muon"]["learning_rate"]
+    fractions = {key: config[key] for key in ("b1", "b2", "ema_decay")}
+    fractions["muon.momentum"] = config["muon"]["momentum"]
+    for key, value in rates.items():
+        if value < 0:
+            raise UserError(f"config.optimizer.{key} is negative: {value}")
+    for key, value in fractions.items():
+        if not 0 <= value < 1:
+            raise UserError(f"config.optimizer.{key} must be in [0, 1), not {value}")
     clip = [optax.clip_by_global_norm(config["clip_norm"])] if config["clip_norm"] else []
-    return optax.chain(
-        *clip,
-        optax.adamw(
-            make_schedule(config, units),
-            b1=config["b1"],
-            b2=config["b2"],
-            eps=config["eps"],
-            weight_decay=config["weight_decay"],
-            mask=lambda params: decay_mask(params, config["no_decay"]),
-        ),
-    )
+    return optax.chain(*clip, OPTIMIZERS[config["name"]](config, units))

@@ -81,15 +81,31 @@ def abstract_state(
     return TrainState(
         step=place(shapes.step, whole),
         params=jax.tree.map(place, shapes.params, shardings),
-        opt_state=optax.tree_map_params(
-            optimizer,
-            place,
-            shapes.opt_state,
-            shardings,
-            transform_non_params=lambda leaf: place(leaf, whole),
+        opt_state=jax.tree.map(
+            place, shapes.opt_state, _like_params(shapes.opt_state, shapes.params, shardings, whole)
         ),
         ema=jax.tree.map(place, shapes.ema, shardings) if with_ema else {},
     )
+
+
+def _like_params(tree: Any, params: Any, shardings: Any, other: Any) -> Any:
+    """A sharding for each leaf of an optimizer's state.
+
+    A leaf whose path ends in that of a parameter and that has its shape lies as that parameter
+    does; every other leaf lies as `other`. (`optax.tree_map_params` does not hold a state that is
+    partitioned by the names of the parameters, as Muon's is.)
+    """
+    paths = jax.tree_util.tree_leaves_with_path(params)
+    known = {
+        (path, leaf.shape): sharding
+        for (path, leaf), sharding in zip(paths, jax.tree.leaves(shardings), strict=True)
+    }
+
+    def sharding(path: tuple, leaf: Any) -> Any:
+        ends = (known.get((path[start:], leaf.shape)) for start in range(len(path)))
+        return next((found for found in ends if found is not None), other)
+
+    return jax.tree_util.tree_map_with_path(sharding, tree)
 
 
 def init_state(
