@@ -25,7 +25,7 @@ MODES = ("RGB", "RGB", "RGB", "L", "RGBA", "LA")
 
 
 def picture(path: Path, width: int, top: str, bottom: str, mode: str, seed: int) -> None:
-    """A noisy picture of two colors, one above the other, a quarter to 1.2 times as high as wide."""
+    """A noisy picture of two colors, one above the other, 0.25 to 1.2 times as high as wide."""
     rng = np.random.default_rng(seed)
     height = min(4000, max(20, int(width * rng.uniform(0.25, 1.2))))
     small = np.zeros((8, 8, 3))

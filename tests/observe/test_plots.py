@@ -33,7 +33,7 @@ def _arguments(count=12, captions=(_SHORT, "a green circle"), correct=None, seed
             "image → text": ([0, 300, 600], [0.03, 0.5, 0.9]),
             "text → image": ([0, 300, 600], [0.03, 0.4, 0.8]),
         },
-        chance={"train_loss": 4.2, "image → text": 1 / 32, "text → image": 1 / 32},
+        chance={"train_loss": 4.2, "image → text": 1 / 32, "text → image": 1 / 48},
     )
 
 

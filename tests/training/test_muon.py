@@ -80,9 +80,8 @@ def test_everything_else_is_updated_as_by_adamw(first):
     setup, updates, grads, params = first
     others = [path for path in updates if matrix_axes(path) is None]
     assert {"text/token_embedding/embedding", "logit_scale", "image/pooling/probe"} <= {*others}
-    adamw = optax.adamw(
-        setup.schedule, b2=setup.config.optimizer.b2, eps=setup.config.optimizer.eps
-    )
+    numbers = setup.config.optimizer
+    adamw = optax.adamw(setup.schedule, b2=numbers.b2, eps=numbers.eps, weight_decay=0.0)
     pick = {path: params[path] for path in others}
     expected, _ = adamw.update({path: grads[path] for path in others}, adamw.init(pick), pick)
     for path in others:

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 
 # Kernels of tf.raw_ops.ScaleAndTranslate; "keyscubic" is Keys (1981) with a = -0.5, as in Pillow.
 _KERNELS = {"bilinear": "triangle", "bicubic": "keyscubic", "lanczos3": "lanczos3"}
+# Start of image, then an APP0 segment of 16 bytes (JFIF 1.02); and the marker of the tables. An Exif
+# segment stands before the tables (Exif 2.32, 4.5.4).
+_JFIF_HEADER, _QUANTIZATION = b"\xff\xd8\xff\xe0\x00\x10", b"\xff\xdb"
 _HEAD = 65536  # where in a JPEG file an Exif segment may begin; a segment is no longer than this
 
 
@@ -225,9 +228,17 @@ def _decode_jpeg(encoded: tf.Tensor, min_side: int | None) -> tf.Tensor:
         halvings = sum(tf.cast(shortest // ratio >= min_side, tf.int32) for ratio in (2, 4, 8))
         branches = [lambda ratio=ratio: decode(ratio) for ratio in (1, 2, 4, 8)]
         image = tf.switch_case(halvings, branches)
-    head = tf.strings.substr(encoded, 0, _HEAD)
-    has_exif = tf.strings.regex_full_match(head, r"(?s)\C*Exif\x00\x00\C*")
-    return tf.cond(has_exif, lambda: _upright(image, head), lambda: image)
+    substr = tf.strings.substr
+    # To search a file for Exif costs as much as to decode a small one. Most that hold none say so
+    # at once: after a JFIF header come the quantization tables.
+    plain = (substr(encoded, 0, 6) == _JFIF_HEADER) & (substr(encoded, 20, 2) == _QUANTIZATION)
+
+    def turned() -> tf.Tensor:
+        head = substr(encoded, 0, _HEAD)
+        has_exif = tf.strings.regex_full_match(head, r"(?s)\C*Exif\x00\x00\C*")
+        return tf.cond(has_exif, lambda: _upright(image, head), lambda: image)
+
+    return tf.cond(plain, lambda: image, turned)
 
 
 def _upright(image: tf.Tensor, head: tf.Tensor) -> tf.Tensor:

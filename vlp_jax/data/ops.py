@@ -43,8 +43,8 @@ def choose_text(field: str = "captions", index: int | None = None) -> Op:
             return {**example, "text": texts}
         chosen = index
         if chosen is None:
-            count = tf.shape(texts)[0]
-            chosen = tf.random.stateless_uniform([], seed, 0, count, tf.int32)
+            # The seed is a uniform random number already.
+            chosen = tf.math.floormod(seed[0], tf.shape(texts)[0])
         return {**example, "text": texts[chosen]}
 
     return apply

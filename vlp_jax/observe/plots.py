@@ -32,6 +32,7 @@ _GALLERY = (0.02, 0.035, 0.605, 0.845)  # left, bottom, right, top
 _HEADINGS_Y = 0.862
 _GALLERY_GRIDS = ((3, 4), (2, 4), (2, 5))  # (rows, columns), preferred first
 _CAPTION_SIZES = tuple(size / 4 for size in range(34, 17, -1))  # 8.5 down to 4.5 points
+_CHANCE_GAP = 0.08  # of the height of a panel: what a word takes up
 _EASY_CAPTION_SIZE = 6.5  # below this, fewer images are better than smaller text
 
 Curve = tuple[Sequence[float], Sequence[float]]
@@ -309,6 +310,24 @@ def _draw_similarity(figure: Figure, similarity: np.ndarray) -> None:
     bar.ax.yaxis.set_major_locator(MaxNLocator(5))
 
 
+def _draw_chance(axes: Axes, values: Sequence[float]) -> None:
+    """A dotted line for each of the ascending `values`; lines too close for two words share one."""
+    low, high = axes.get_ylim()
+    for value, above in zip(values, [*values[1:], math.inf], strict=True):
+        axes.axhline(value, color=_PALE, linewidth=0.9, linestyle=":")
+        if above - value > _CHANCE_GAP * (high - low):
+            axes.annotate(
+                "chance",
+                (1.0, value),
+                (-1, 1.5),
+                xycoords=("axes fraction", "data"),
+                textcoords="offset points",
+                ha="right",
+                fontsize=5.5,
+                color=_PALE,
+            )
+
+
 def _draw_panel(
     axes: Axes, curves: Mapping[str, Curve], chance: Mapping[str, float], heading: str = ""
 ) -> None:
@@ -324,18 +343,7 @@ def _draw_panel(
         marker = "o" if len(steps) <= 20 else None
         label = name.replace("_", " ")
         axes.plot(steps, smooth, color=color, linewidth=1.3, marker=marker, ms=2, label=label)
-    for value in sorted(set(chance.values())):
-        axes.axhline(value, color=_PALE, linewidth=0.9, linestyle=":")
-        axes.annotate(
-            "chance",
-            (1.0, value),
-            (-1, 1.5),
-            xycoords=("axes fraction", "data"),
-            textcoords="offset points",
-            ha="right",
-            fontsize=5.5,
-            color=_PALE,
-        )
+    _draw_chance(axes, sorted(set(chance.values())))
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set(color=_PALE, linewidth=0.6)
     axes.tick_params(labelsize=6, length=2, width=0.5, color=_PALE, labelcolor=_INK, pad=1.5)
