@@ -158,6 +158,13 @@ def test_a_finished_run_can_be_started_again_and_evaluated(command, tmp_path, ca
     assert "holds no run" in capsys.readouterr().err
 
 
+def test_a_workdir_may_be_relative(command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert command(workdir="runs/mine")[0] == 0
+    assert (tmp_path / "runs" / "mine" / "checkpoints" / "2").is_dir()
+    assert evaluate.main(["--workdir", "runs/mine"]) == 0
+
+
 def test_help_lists_the_keys_of_a_config(capsys):
     with pytest.raises(SystemExit) as stop:
         train.main(["--config", str(ROOT / "configs" / "demo.py"), "--help"])

@@ -7,7 +7,7 @@ import pytest
 
 from vlp_jax.errors import UserError
 from vlp_jax.parallel.batch import put_batch
-from vlp_jax.training.checkpoint import Checkpointer, mismatch_report
+from vlp_jax.training.checkpoint import Checkpointer, absolute, mismatch_report
 
 
 def setup_with(**objective):
@@ -93,3 +93,9 @@ def test_an_empty_folder_starts_at_zero(tmp_path):
 def test_keeping_none_is_refused(tmp_path):
     with pytest.raises(UserError, match="keep_last must be at least 1"):
         Checkpointer(tmp_path, keep_last=0)
+
+
+def test_paths_become_absolute_and_buckets_stay(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert str(absolute("runs/mine")) == str(tmp_path / "runs" / "mine")
+    assert str(absolute("gs://bucket/run")) == "gs://bucket/run"

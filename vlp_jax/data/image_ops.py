@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
 # Kernels of tf.raw_ops.ScaleAndTranslate; "keyscubic" is Keys (1981) with a = -0.5, as in Pillow.
 _KERNELS = {"bilinear": "triangle", "bicubic": "keyscubic", "lanczos3": "lanczos3"}
-# Start of image, then an APP0 segment of 16 bytes (JFIF 1.02); and the marker of the tables. An Exif
-# segment stands before the tables (Exif 2.32, 4.5.4).
+# Start of image, then an APP0 segment of 16 bytes (JFIF 1.02); and the marker of the quantization
+# tables, before which an Exif segment stands (Exif 2.32, 4.5.4).
 _JFIF_HEADER, _QUANTIZATION = b"\xff\xd8\xff\xe0\x00\x10", b"\xff\xdb"
 _HEAD = 65536  # where in a JPEG file an Exif segment may begin; a segment is no longer than this
 

@@ -6,6 +6,7 @@ Matplotlib's object interface on the Agg canvas: no pyplot, no display, no globa
 from __future__ import annotations
 
 import io
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -313,7 +314,7 @@ def _draw_similarity(figure: Figure, similarity: np.ndarray) -> None:
 def _draw_chance(axes: Axes, values: Sequence[float]) -> None:
     """A dotted line for each of the ascending `values`; lines too close for two words share one."""
     low, high = axes.get_ylim()
-    for value, above in zip(values, [*values[1:], math.inf], strict=True):
+    for value, above in itertools.pairwise([*values, math.inf]):
         axes.axhline(value, color=_PALE, linewidth=0.9, linestyle=":")
         if above - value > _CHANCE_GAP * (high - low):
             axes.annotate(

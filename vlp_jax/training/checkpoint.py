@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any, Self
 
 import jax
@@ -39,7 +40,7 @@ class Checkpointer:
         policies = [ocp.checkpoint_managers.LatestN(keep_last)]
         if keep_every:
             policies.append(ocp.checkpoint_managers.EveryNSteps(keep_every))
-        self._directory = epath.Path(workdir) / "checkpoints"
+        self._directory = absolute(workdir) / "checkpoints"
         self._manager = ocp.CheckpointManager(
             self._directory,
             item_handlers={
@@ -116,6 +117,12 @@ class Checkpointer:
     def __exit__(self, *exception: object) -> None:
         """Finishes what is being written."""
         self._manager.close()
+
+
+def absolute(path: str | epath.Path) -> epath.Path:
+    """`path` from the root, as Orbax wants it; one on a bucket (gs://...) is so already."""
+    path = epath.Path(path)
+    return path if "://" in os.fspath(path) else path.resolve()
 
 
 def shapes_of(tree: Any) -> dict[str, tuple[int, ...]]:
