@@ -17,7 +17,7 @@ from vlp_jax.errors import UserError, unknown_key_message
 if TYPE_CHECKING:
     import tensorflow as tf
 
-    from vlp_jax.data.ops import Op
+    from vlp_jax.data.lazy_tensorflow import Op
     from vlp_jax.data.tokenizers import Tokenizer
 
 # Records of so many examples are read in one call of Python.

@@ -17,7 +17,7 @@ from vlp_jax.errors import UserError
 if TYPE_CHECKING:
     import tensorflow as tf
 
-    from vlp_jax.data.ops import Example, Op
+    from vlp_jax.data.lazy_tensorflow import Example, Op
 
 # Kernels of tf.raw_ops.ScaleAndTranslate; "keyscubic" is Keys (1981) with a = -0.5, as in Pillow.
 _KERNELS = {"bilinear": "triangle", "bicubic": "keyscubic", "lanczos3": "lanczos3"}

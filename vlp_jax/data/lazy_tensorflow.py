@@ -3,8 +3,16 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from functools import cache
 from types import ModuleType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import tensorflow as tf
+
+    Example = dict[str, tf.Tensor]
+    Op = Callable[[Example, tf.Tensor], Example]  # of preprocessing: see `vlp_jax.data.ops`
 
 
 @cache

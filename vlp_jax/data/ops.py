@@ -20,8 +20,7 @@ from vlp_jax.errors import UserError, unknown_key_message
 if TYPE_CHECKING:
     import tensorflow as tf
 
-    Example = dict[str, tf.Tensor]
-    Op = Callable[[Example, tf.Tensor], Example]
+    from vlp_jax.data.lazy_tensorflow import Example, Op
 
 
 def choose_text(field: str = "captions", index: int | None = None) -> Op:
