@@ -116,10 +116,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike, clock: StartupClock) -
             step_function = compile_step(setup.step, setup.abstract, setup.batch_spec, setup.mesh)
         with clock.phase("restore the state" if first_step else "initialize the state"):
             state = first_state(setup, checkpointer, first_step)
-        progress.print(
-            f"{sum(x.size for x in jax.tree.leaves(state.params)):,} parameters; steps "
-            f"{first_step:,} to {last_step:,} of {config.batch_size:,} examples"
-        )
+        progress.print(describe_run(state, first_step, last_step, config.batch_size))
         with clock.phase("measure the devices"):
             step_clock = make_step_clock(setup, clock)
         writer = build_writers(config.writers, workdir, first_step, config.to_dict())
@@ -152,6 +149,13 @@ def train(config: ConfigDict, workdir: str | os.PathLike, clock: StartupClock) -
         checkpointer.wait()
         progress.print(step_clock.goodput_line())
     return state
+
+
+def describe_run(state: TrainState, first_step: int, last_step: int, batch_size: int) -> str:
+    """One line for the log: the size of the model, and the steps that are ahead."""
+    size = sum(x.size for x in jax.tree.leaves(state.params))
+    steps = f"steps {first_step:,} to {last_step:,} of {batch_size:,} examples"
+    return f"{size:,} parameters; {steps}"
 
 
 def make_progress(last_step: int, name: str) -> Progress | NullProgress:
