@@ -3,6 +3,7 @@ import os
 import struct
 import subprocess
 import sys
+import types
 
 import jax
 import ml_collections
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 
 from vlp_jax.errors import UserError
+from vlp_jax.observe import writers
 from vlp_jax.observe.writers import (
     JsonlWriter,
     MultiWriter,
@@ -158,11 +160,24 @@ def test_a_failing_later_writer_closes_the_earlier_ones(tmp_path, monkeypatch):
     closed = []
     close = JsonlWriter.close
     monkeypatch.setattr(JsonlWriter, "close", lambda self: (closed.append(1), close(self)))
-    monkeypatch.setitem(sys.modules, "wandb", None)
+
+    def refused(*arguments):
+        raise UserError("no login")
+
+    monkeypatch.setattr(writers, "WandbWriter", refused)
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace())
     config = {"tensorboard": False, "wandb": {**_OFF, "enabled": True}}
-    with pytest.raises(UserError, match="pip install wandb"):
+    with pytest.raises(UserError, match="no login"):
         build_writers(config, tmp_path, 0, {})
     assert closed == [1]
+
+
+def test_wandb_that_is_missing_is_noticed_before_a_file_is_made(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    config = {"tensorboard": True, "wandb": {**_OFF, "enabled": True}}
+    with pytest.raises(UserError, match="pip install wandb"):
+        build_writers(config, tmp_path, 0, {})
+    assert not list(tmp_path.iterdir())
 
 
 def test_wandb_mode_is_checked_before_anything_else(tmp_path):
