@@ -21,7 +21,7 @@ MAY_IMPORT = {
 }
 LEAVES = {"config", "errors"}
 ENTRY_POINTS = {"train", "evaluate", "export"}
-MODELS_MAY_IMPORT = {"flax", "jax", "einops", "jaxtyping"}
+MODELS_MAY_IMPORT = {"flax", "jax", "einops", "jaxtyping", "numpy"}
 MAX_FILE, MAX_FUNCTION = 400, 60
 
 FILES = sorted(PACKAGE.rglob("*.py"))

@@ -9,9 +9,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, UInt8
 
-from vlp_jax.models import layers
+from vlp_jax.models import layers, variants
 from vlp_jax.models.text import TextTransformer
 from vlp_jax.models.vit import VisionTransformer
+
+HEADS = ("linear", "linear_bias", "none")
 
 
 def normalize_pixels(
@@ -32,13 +34,15 @@ def l2_normalize(x: Float[Array, "*batch dim"], eps: float = 1e-12) -> Float[Arr
 
 
 class DualEncoder(nn.Module):
-    """Image and text encoder, each with a linear projection to `embed_dim`, and the logits' scale.
+    """Image and text encoder that end in `embed_dim` numbers each, and the logits' scale.
 
     Attributes:
       image, text: the towers.
       embed_dim: width of the shared embedding.
       logit_scale_init: initial natural logarithm of the factor on the cosine similarity.
       logit_bias_init: initial bias of the logits, None for none (it belongs to the sigmoid loss).
+      image_head, text_head: what maps a tower's features to `embed_dim`: "linear" (CLIP),
+        "linear_bias" or "none" (SigLIP: none for images, with bias for texts).
       image_mean, image_std: of the pixels, scaled to [0, 1], a value per channel.
     """
 
@@ -47,22 +51,27 @@ class DualEncoder(nn.Module):
     embed_dim: int
     logit_scale_init: float
     logit_bias_init: float | None = None
+    image_head: str = "linear"
+    text_head: str = "linear"
     image_mean: tuple[float, ...] = (0.5, 0.5, 0.5)
     image_std: tuple[float, ...] = (0.5, 0.5, 0.5)
 
     def setup(self) -> None:
-        def projection(width: int) -> nn.Dense:
+        def projection(kind: str, width: int) -> nn.Dense | None:
+            if kind == "none":
+                return None
             return nn.Dense(
                 self.embed_dim,
-                use_bias=False,
+                use_bias=kind == "linear_bias",
                 dtype=self.image.dtype,
                 kernel_init=layers.named(
                     nn.initializers.normal(width**-0.5), "embed", "projection"
                 ),
+                bias_init=layers.named(nn.initializers.zeros_init(), "projection"),
             )
 
-        self.image_projection = projection(self.image.width)
-        self.text_projection = projection(self.text.width)
+        self.image_projection = projection(self.image_head, self.image.width)
+        self.text_projection = projection(self.text_head, self.text.width)
         self.logit_scale = self.param(
             "logit_scale", nn.initializers.constant(self.logit_scale_init), (), jnp.float32
         )
@@ -72,29 +81,78 @@ class DualEncoder(nn.Module):
             )
 
     def embed_image(
-        self, image: UInt8[Array, "batch height width 3"]
+        self,
+        image: UInt8[Array, "batch height width 3"],
+        keep: Int[Array, "batch kept"] | None = None,
+        train: bool = False,
     ) -> Float[Array, "batch embed"]:
-        """Unit vectors of uint8 images, float32."""
+        """Unit vectors of uint8 images, float32; of the patches `keep` alone if given."""
         pixels = normalize_pixels(image, self.image_mean, self.image_std)
-        return l2_normalize(self.image_projection(self.image(pixels)))
+        features = self.image(pixels, keep, train)
+        return l2_normalize(
+            features if self.image_head == "none" else self.image_projection(features)
+        )
 
-    def embed_text(self, text: Int[Array, "batch tokens"]) -> Float[Array, "batch embed"]:
+    def embed_text(
+        self, text: Int[Array, "batch tokens"], train: bool = False
+    ) -> Float[Array, "batch embed"]:
         """Unit vectors of token ids, float32."""
-        return l2_normalize(self.text_projection(self.text(text)))
+        features = self.text(text, train)
+        return l2_normalize(
+            features if self.text_head == "none" else self.text_projection(features)
+        )
+
+    def logit_parameters(self) -> tuple[Float[Array, ""], Float[Array, ""]]:
+        """`logit_scale` (still a logarithm) and `logit_bias` (0 if none)."""
+        bias = jnp.float32(0) if self.logit_bias_init is None else self.logit_bias
+        return self.logit_scale, bias
 
     def __call__(
-        self, image: UInt8[Array, "batch height width 3"], text: Int[Array, "batch tokens"]
+        self,
+        image: UInt8[Array, "batch height width 3"],
+        text: Int[Array, "batch tokens"],
+        keep: Int[Array, "batch kept"] | None = None,
+        train: bool = False,
     ) -> dict[str, Any]:
         """Both embeddings, `logit_scale` (still a logarithm) and `logit_bias` (0 if none)."""
-        bias = jnp.float32(0) if self.logit_bias_init is None else self.logit_bias
+        scale, bias = self.logit_parameters()
         return {
-            "image": self.embed_image(image),
-            "text": self.embed_text(text),
-            "logit_scale": self.logit_scale,
+            "image": self.embed_image(image, keep, train),
+            "text": self.embed_text(text, train),
+            "logit_scale": scale,
             "logit_bias": bias,
         }
 
-    def flops(self) -> float:
-        """Forward FLOPs of one image-text pair, without the loss."""
-        projections = 2.0 * self.embed_dim * (self.image.width + self.text.width)
-        return self.image.flops() + self.text.flops() + projections
+    def flops(self, kept: int | None = None) -> float:
+        """Forward FLOPs of one pair, `kept` patches of the image being seen, without the loss."""
+        flops = self.image.flops(kept) + self.text.flops()
+        for tower, head in ((self.image, self.image_head), (self.text, self.text_head)):
+            flops += 2.0 * self.embed_dim * tower.width * (head != "none")
+        return flops
+
+
+def make_dual_encoder(
+    image: VisionTransformer,
+    text: TextTransformer,
+    embed_dim: int,
+    *,
+    image_head: str = "linear",
+    text_head: str = "linear",
+    **fields: Any,
+) -> DualEncoder:
+    """A `DualEncoder` whose parts are known to fit each other; `fields` are its further ones.
+
+    Raises:
+      ValueError: an unknown head, a tower without pooling, or one without a projection whose width
+        is not `embed_dim`.
+    """
+    for name, tower, head in (("image", image, image_head), ("text", text, text_head)):
+        variants.check_choice(f"{name}_head", head, HEADS)
+        if tower.pooling == "none":
+            raise ValueError(f"the {name} tower needs a pooling to end in one vector")
+        if head == "none" and tower.width != embed_dim:
+            raise ValueError(
+                f"the {name} tower of width {tower.width} without projection does not end in "
+                f"embed_dim {embed_dim}"
+            )
+    return DualEncoder(image, text, embed_dim, image_head=image_head, text_head=text_head, **fields)

@@ -24,7 +24,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 Dtype = Any
 
@@ -88,6 +88,8 @@ class MultiHeadAttention(nn.Module):
     Attributes:
       heads: number of heads; must divide the width.
       causal: position i sees only positions up to i.
+      qk_norm: LayerNorm of each head's queries and keys (Dehghani et al. 2023, "ViT-22B", 2.2).
+      norm_eps: of these.
       implementation: backend of `jax.nn.dot_product_attention`, "xla" or "cudnn". The one named
         here is the one that runs; a backend that does not hold the shapes raises.
       dtype: of the computation. The softmax is float32.
@@ -95,6 +97,8 @@ class MultiHeadAttention(nn.Module):
 
     heads: int
     causal: bool = False
+    qk_norm: bool = False
+    norm_eps: float = 1e-6
     implementation: str = "xla"
     dtype: Dtype = jnp.float32
 
@@ -103,7 +107,9 @@ class MultiHeadAttention(nn.Module):
         self,
         query: Float[Array, "batch query_tokens width"],
         key_value: Float[Array, "batch tokens width"],
+        lengths: Int[Array, " batch"] | None = None,
     ) -> Float[Array, "batch query_tokens width"]:
+        """Attends to the first `lengths[i]` tokens of sequence i, to all of them if None."""
         width = query.shape[-1]
         if width % self.heads:
             raise ValueError(f"{self.heads} heads do not divide the width {width}")
@@ -118,11 +124,16 @@ class MultiHeadAttention(nn.Module):
             )(x)
             return nn.with_logical_constraint(x, ("batch", "act_tokens", "act_heads", None))
 
+        q, k = project(query, "query"), project(key_value, "key")
+        if self.qk_norm:
+            q = layer_norm(self.norm_eps, self.dtype, "query_norm")(q)
+            k = layer_norm(self.norm_eps, self.dtype, "key_norm")(k)
         x = jax.nn.dot_product_attention(
-            project(query, "query"),
-            project(key_value, "key"),
+            q,
+            k,
             project(key_value, "value"),
             is_causal=self.causal,
+            key_value_seq_lengths=lengths,
             implementation=self.implementation,
         )
         return nn.DenseGeneral(
@@ -164,33 +175,82 @@ class Mlp(nn.Module):
         )(x)
 
 
+class LayerScale(nn.Module):
+    """A learned factor per channel on a residual branch (Touvron et al. 2021, "CaiT", 2.1)."""
+
+    init: float
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*batch width"]) -> Float[Array, "*batch width"]:
+        constant = named(nn.initializers.constant(self.init), "norm")
+        scale = self.param("scale", constant, (x.shape[-1],), jnp.float32)
+        return x * scale.astype(self.dtype)
+
+
 class Block(nn.Module):
-    """A pre-norm Transformer layer: x + attention(norm(x)), then x + mlp(norm(x))."""
+    """A pre-norm Transformer layer: x + attention(norm(x)), then x + mlp(norm(x)).
+
+    Attributes:
+      layer_scale: initial `LayerScale` of both branches; None for none.
+    """
 
     heads: int
     mlp_dim: int
     activation: str = "gelu_tanh"
     causal: bool = False
     norm_eps: float = 1e-6
+    qk_norm: bool = False
+    layer_scale: float | None = None
     attention: str = "xla"
     dtype: Dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Float[Array, "batch tokens width"]) -> Float[Array, "batch tokens width"]:
+    def __call__(
+        self,
+        x: Float[Array, "batch tokens width"],
+        drop_rate: Float[Array, ""] | None = None,
+        lengths: Int[Array, " batch"] | None = None,
+    ) -> Float[Array, "batch tokens width"]:
+        """
+        Args:
+          drop_rate: chance that a branch is left out for an example (needs the random stream
+            "drop_path"); None for never.
+          lengths: tokens of each sequence that are seen; None for all.
+        """
         y = layer_norm(self.norm_eps, self.dtype, "norm_attention")(x)
-        x = x + MultiHeadAttention(
-            self.heads, self.causal, self.attention, self.dtype, name="attention"
-        )(y, y)
+        y = MultiHeadAttention(
+            self.heads,
+            self.causal,
+            self.qk_norm,
+            self.norm_eps,
+            self.attention,
+            self.dtype,
+            name="attention",
+        )(y, y, lengths)
+        x = x + self._branch(y, drop_rate, "layer_scale_attention")
         x = nn.with_logical_constraint(x, ("batch", "act_tokens", "act_embed"))
         y = layer_norm(self.norm_eps, self.dtype, "norm_mlp")(x)
-        x = x + Mlp(self.mlp_dim, self.activation, self.dtype, name="mlp")(y)
+        y = Mlp(self.mlp_dim, self.activation, self.dtype, name="mlp")(y)
+        x = x + self._branch(y, drop_rate, "layer_scale_mlp")
         return nn.with_logical_constraint(x, ("batch", "act_tokens", "act_embed"))
+
+    def _branch(self, y: Array, drop_rate: Array | None, name: str) -> Array:
+        if self.layer_scale is not None:
+            y = LayerScale(self.layer_scale, self.dtype, name=name)(y)
+        if drop_rate is None:
+            return y
+        kept = jax.random.bernoulli(self.make_rng("drop_path"), 1 - drop_rate, (len(y), 1, 1))
+        return jnp.where(kept, y / (1 - drop_rate).astype(y.dtype), 0)
 
 
 class Encoder(nn.Module):
     """`depth` blocks and a final LayerNorm.
 
     Attributes:
+      stochastic_depth: chance that a branch of the last layer is left out in training; it rises
+        linearly from 0 at the first (Huang et al. 2016, "Deep Networks with Stochastic Depth").
+      final_norm: whether there is the LayerNorm at the end.
       scan_layers: the layers are one `nn.scan` over parameters stacked along a leading `layers`
         axis, so that compile time does not grow with depth; otherwise each layer stands alone.
       remat: "none", or a name in `REMAT_POLICIES`: what the backward pass computes again.
@@ -202,13 +262,23 @@ class Encoder(nn.Module):
     activation: str = "gelu_tanh"
     causal: bool = False
     norm_eps: float = 1e-6
+    qk_norm: bool = False
+    layer_scale: float | None = None
+    stochastic_depth: float = 0.0
+    final_norm: bool = True
     attention: str = "xla"
     scan_layers: bool = True
     remat: str = "none"
     dtype: Dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Float[Array, "batch tokens width"]) -> Float[Array, "batch tokens width"]:
+    def __call__(
+        self,
+        x: Float[Array, "batch tokens width"],
+        lengths: Int[Array, " batch"] | None = None,
+        train: bool = False,
+    ) -> Float[Array, "batch tokens width"]:
+        """`train` with stochastic depth needs the random stream "drop_path"."""
         block = Block
         if self.remat != "none":
             policy = choose(REMAT_POLICIES, self.remat, "remat policy")
@@ -220,22 +290,28 @@ class Encoder(nn.Module):
             activation=self.activation,
             causal=self.causal,
             norm_eps=self.norm_eps,
+            qk_norm=self.qk_norm,
+            layer_scale=self.layer_scale,
             attention=self.attention,
             dtype=self.dtype,
         )
+        drops = train and self.stochastic_depth > 0
+        rates = jnp.linspace(0, self.stochastic_depth, self.depth) if drops else None
         if self.scan_layers:
             scan = nn.scan(
-                lambda layer, carry, _: (layer(carry), None),
+                lambda layer, carry, rate, lengths: (layer(carry, rate, lengths), None),
                 variable_axes={"params": 0},
-                split_rngs={"params": True},
+                split_rngs={"params": True, "drop_path": True},
+                in_axes=(0, nn.broadcast),
                 length=self.depth,
                 metadata_params={nn.PARTITION_NAME: "layers"},
             )
-            x, _ = scan(block(**fields, name="layers"), x, None)
+            x, _ = scan(block(**fields, name="layers"), x, rates, lengths)
         else:
             for index in range(self.depth):
-                x = block(**fields, name=f"layer_{index}")(x)
-        return layer_norm(self.norm_eps, self.dtype, "norm")(x)
+                rate = rates[index] if drops else None
+                x = block(**fields, name=f"layer_{index}")(x, rate, lengths)
+        return layer_norm(self.norm_eps, self.dtype, "norm")(x) if self.final_norm else x
 
 
 class AttentionPooling(nn.Module):
@@ -252,13 +328,16 @@ class AttentionPooling(nn.Module):
     dtype: Dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Float[Array, "batch tokens width"]) -> Float[Array, "batch width"]:
+    def __call__(
+        self, x: Float[Array, "batch tokens width"], lengths: Int[Array, " batch"] | None = None
+    ) -> Float[Array, "batch width"]:
+        """Pools the first `lengths[i]` tokens of sequence i, all of them if None."""
         batch, _, width = x.shape
         probe = self.param(
             "probe", named(nn.initializers.xavier_uniform(), None, "embed"), (1, width)
         )
         probe = jnp.broadcast_to(probe.astype(self.dtype), (batch, 1, width))
-        x = MultiHeadAttention(self.heads, dtype=self.dtype, name="attention")(probe, x)
+        x = MultiHeadAttention(self.heads, dtype=self.dtype, name="attention")(probe, x, lengths)
         y = layer_norm(self.norm_eps, self.dtype, "norm")(x)
         return (x + Mlp(self.mlp_dim, self.activation, self.dtype, name="mlp")(y))[:, 0]
 

@@ -1,4 +1,4 @@
-"""Text Transformer, causal (CLIP) or bidirectional (SigLIP)."""
+"""Text Transformer: causal (CLIP), bidirectional (SigLIP), with a padding mask (BERT)."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from vlp_jax.models import layers, variants
+from vlp_jax.models.variants import check_choice
 
-POOLINGS = ("eos", "last", "mean", "map")
+POOLINGS = ("eos", "argmax", "last", "mean", "map")
 
 
 class TokenEmbedding(nn.Module):
@@ -42,8 +43,12 @@ class TextTransformer(nn.Module):
       vocab_size: number of token ids.
       context_length: length of a sequence, padding included.
       causal: each token sees only those before it (Radford et al. 2021, CLIP).
-      pooling: "eos" (at the first `eos_id`), "last" (the last position), "mean" (over tokens that
-        are not `pad_id`) or "map" (`AttentionPooling`, over all positions).
+      pooling: "eos" (at the first `eos_id`), "argmax" (at the highest token id, which in CLIP's
+        vocabulary is the end of text), "last" (the last position), "mean" (over tokens that are not
+        `pad_id`) or "map" (`AttentionPooling`, over all positions that are seen).
+      padding_mask: no token sees what lies behind the last one that is not `pad_id` (Devlin et al.
+        2019, BERT).
+      qk_norm, layer_scale, stochastic_depth: see `layers.Block` and `layers.Encoder`.
       eos_id, pad_id: the tokenizer's.
     """
 
@@ -57,6 +62,10 @@ class TextTransformer(nn.Module):
     pooling: str = "eos"
     eos_id: int = 2
     pad_id: int = 0
+    padding_mask: bool = False
+    qk_norm: bool = False
+    layer_scale: float | None = None
+    stochastic_depth: float = 0.0
     activation: str = "gelu_tanh"
     norm_eps: float = 1e-6
     attention: str = "xla"
@@ -65,8 +74,13 @@ class TextTransformer(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, tokens: Int[Array, "batch tokens"]) -> Float[Array, "batch width"]:
+    def __call__(
+        self, tokens: Int[Array, "batch tokens"], train: bool = False
+    ) -> Float[Array, "batch width"]:
         """Pooled features, in `dtype`.
+
+        Args:
+          train: whether stochastic depth is at work (it needs the random stream "drop_path").
 
         Raises:
           ValueError: the sequences have another length than `context_length`.
@@ -77,6 +91,7 @@ class TextTransformer(nn.Module):
         positions = layers.position_embedding(self, self.context_length, self.width, 0.01)
         x = x + positions.astype(x.dtype)
         x = nn.with_logical_constraint(x, ("batch", "act_tokens", "act_embed"))
+        lengths = self._lengths(tokens) if self.padding_mask else None
         x = layers.Encoder(
             depth=self.depth,
             heads=self.heads,
@@ -84,19 +99,31 @@ class TextTransformer(nn.Module):
             activation=self.activation,
             causal=self.causal,
             norm_eps=self.norm_eps,
+            qk_norm=self.qk_norm,
+            layer_scale=self.layer_scale,
+            stochastic_depth=self.stochastic_depth,
             attention=self.attention,
             scan_layers=self.scan_layers,
             remat=self.remat,
             dtype=self.dtype,
             name="encoder",
-        )(x)
-        return self._pool(x, tokens)
+        )(x, lengths, train)
+        return self._pool(x, tokens, lengths)
+
+    def _lengths(self, tokens: Int[Array, "batch tokens"]) -> Int[Array, " batch"]:
+        """Tokens up to the last that is no padding; one at least, since attention needs one."""
+        last = jnp.max(jnp.where(tokens != self.pad_id, jnp.arange(tokens.shape[1]), 0), axis=1)
+        return (last + 1).astype(jnp.int32)
 
     def _pool(
-        self, x: Float[Array, "batch tokens width"], tokens: Int[Array, "batch tokens"]
+        self,
+        x: Float[Array, "batch tokens width"],
+        tokens: Int[Array, "batch tokens"],
+        lengths: Int[Array, " batch"] | None,
     ) -> Float[Array, "batch width"]:
-        if self.pooling == "eos":
-            position = jnp.argmax(tokens == self.eos_id, axis=1)
+        if self.pooling in ("eos", "argmax"):
+            marks = tokens == self.eos_id if self.pooling == "eos" else tokens
+            position = jnp.argmax(marks, axis=1)
             return jnp.take_along_axis(x, position[:, None, None], axis=1)[:, 0]
         if self.pooling == "last":
             return x[:, -1]
@@ -112,7 +139,7 @@ class TextTransformer(nn.Module):
                 self.norm_eps,
                 self.dtype,
                 name="pooling",
-            )(x)
+            )(x, lengths)
         raise ValueError(f"unknown pooling {self.pooling!r} (known: {', '.join(POOLINGS)})")
 
     def flops(self) -> float:
@@ -129,16 +156,20 @@ def make_text(
     vocab_size: int,
     context_length: int,
     *,
-    causal: bool = True,
-    pooling: str = "eos",
-    eos_id: int = 2,
-    pad_id: int = 0,
-    activation: str = "gelu_tanh",
-    norm_eps: float = 1e-6,
     width: int | None = None,
     depth: int | None = None,
     mlp_dim: int | None = None,
     heads: int | None = None,
+    causal: bool = True,
+    pooling: str = "eos",
+    eos_id: int = 2,
+    pad_id: int = 0,
+    padding_mask: bool = False,
+    qk_norm: bool = False,
+    layer_scale: float | None = None,
+    stochastic_depth: float = 0.0,
+    activation: str = "gelu_tanh",
+    norm_eps: float = 1e-6,
     attention: str = "xla",
     scan_layers: bool = True,
     remat: str = "none",
@@ -146,29 +177,19 @@ def make_text(
 ) -> TextTransformer:
     """A `TextTransformer` of a named size: `make_text("B", 32_000, 64, pooling="last")`.
 
-    `width`, `depth`, `mlp_dim` and `heads` replace the variant's where not None.
+    `width`, `depth`, `mlp_dim` and `heads` replace the variant's where not None. All others are the
+    fields of `TextTransformer`.
 
     Raises:
       ValueError: unknown variant or pooling.
     """
+    fields = {name: value for name, value in locals().items() if name not in MAKE_ONLY}
     size = variants.size_of(variant, width=width, depth=depth, mlp_dim=mlp_dim, heads=heads)
-    if pooling not in POOLINGS:
-        raise ValueError(f"unknown text pooling {pooling!r} (known: {', '.join(POOLINGS)})")
+    check_choice("text pooling", pooling, POOLINGS)
     return TextTransformer(
-        vocab_size=vocab_size,
-        context_length=context_length,
-        width=size.width,
-        depth=size.depth,
-        mlp_dim=size.mlp_dim,
-        heads=size.heads,
-        causal=causal,
-        pooling=pooling,
-        eos_id=eos_id,
-        pad_id=pad_id,
-        activation=activation,
-        norm_eps=norm_eps,
-        attention=attention,
-        scan_layers=scan_layers,
-        remat=remat,
-        dtype=dtype,
+        width=size.width, depth=size.depth, mlp_dim=size.mlp_dim, heads=size.heads, **fields
     )
+
+
+# Arguments of `make_text` that are not handed on as they are.
+MAKE_ONLY = {"variant", "width", "depth", "mlp_dim", "heads"}

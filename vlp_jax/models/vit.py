@@ -3,16 +3,44 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import einops
 import flax.linen as nn
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from vlp_jax.models import layers, variants
+from vlp_jax.models.masking import take_tokens
+from vlp_jax.models.positions import Grid, sincos_2d
+from vlp_jax.models.variants import check_choice
 
-POOLINGS = ("cls", "mean", "map")
+POOLINGS = ("cls", "mean", "map", "none")
+POSITIONS = ("learned", "sincos", "none")
+
+
+def patchify(
+    image: Float[Array, "batch height width channels"], patch_size: int
+) -> Float[Array, "batch patches patch_height patch_width channels"]:
+    """Cuts images into patches, row by row.
+
+    Raises:
+      ValueError: the patches do not tile the image.
+    """
+    height, width = image.shape[1:3]
+    if height % patch_size or width % patch_size:
+        raise ValueError(
+            f"patches of {patch_size} do not tile an image of {height} x {width} pixels"
+        )
+    return einops.rearrange(image, "b (h p) (w q) c -> b (h w) p q c", p=patch_size, q=patch_size)
+
+
+def unpatchify(
+    patches: Float[Array, "batch patches patch_height patch_width channels"], grid: Grid
+) -> Float[Array, "batch height width channels"]:
+    """The images that `patchify` cut into a grid of patches."""
+    return einops.rearrange(patches, "b (h w) p q c -> b (h p) (w q) c", h=grid[0], w=grid[1])
 
 
 class PatchEmbedding(nn.Module):
@@ -23,21 +51,24 @@ class PatchEmbedding(nn.Module):
 
     patch_size: int
     width: int
+    use_bias: bool = True
     dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(
-        self, image: Float[Array, "batch height width channels"]
+        self,
+        image: Float[Array, "batch height width channels"],
+        keep: Int[Array, "batch kept"] | None = None,
     ) -> Float[Array, "batch tokens embed"]:
-        p = self.patch_size
-        height, width = image.shape[1:3]
-        if height % p or width % p:
-            raise ValueError(f"patches of {p} do not tile an image of {height} x {width} pixels")
-        patches = einops.rearrange(image, "b (h p) (w q) c -> b (h w) p q c", p=p, q=p)
-        fan_in = p * p * image.shape[-1]
+        """Patches in rows, or those at the indices `keep` of each image alone."""
+        patches = patchify(image, self.patch_size)
+        if keep is not None:
+            patches = take_tokens(patches, keep)
+        fan_in = math.prod(patches.shape[2:])
         return nn.DenseGeneral(
             self.width,
             axis=(-3, -2, -1),
+            use_bias=self.use_bias,
             dtype=self.dtype,
             name="projection",
             kernel_init=layers.named(
@@ -54,18 +85,40 @@ class PatchEmbedding(nn.Module):
 class VisionTransformer(nn.Module):
     """Image to one vector: patches, positions, encoder, pooling.
 
+    The sequence is the class token if any, the registers if any, then the patches row by row.
+
     Attributes:
-      image_size: height and width in pixels; a multiple of `patch_size`.
-      pooling: "cls" (a class token), "mean" (over all tokens) or "map" (`AttentionPooling`).
+      image_size: height and width in pixels; multiples of `patch_size`.
+      pooling: "cls" (the class token), "mean" (over the patches), "map" (`AttentionPooling` over
+        all tokens) or "none" (all tokens are returned).
+      class_token: whether there is one; pooling "cls" needs it.
+      position: "learned", "sincos" (fixed, see `positions.sincos_2d`) or "none".
+      class_position: whether the learned table has a row for the class token (ViT, CLIP, MAE: yes;
+        big_vision: no).
+      registers: further learned tokens, without position (Darcet et al. 2024).
+      patch_bias: whether the projection of patches has a bias (CLIP: no).
+      pre_norm: LayerNorm before the blocks (CLIP).
+      norm_after_pool: the last LayerNorm comes after the pooling instead of before it.
+      qk_norm, layer_scale, stochastic_depth: see `layers.Block` and `layers.Encoder`.
     """
 
-    image_size: int
+    image_size: tuple[int, int]
     patch_size: int
     width: int
     depth: int
     mlp_dim: int
     heads: int
     pooling: str = "cls"
+    class_token: bool = True
+    position: str = "learned"
+    class_position: bool = True
+    registers: int = 0
+    patch_bias: bool = True
+    pre_norm: bool = False
+    norm_after_pool: bool = False
+    qk_norm: bool = False
+    layer_scale: float | None = None
+    stochastic_depth: float = 0.0
     activation: str = "gelu_tanh"
     norm_eps: float = 1e-6
     attention: str = "xla"
@@ -74,58 +127,115 @@ class VisionTransformer(nn.Module):
     dtype: Any = jnp.float32
 
     @property
+    def grid(self) -> Grid:
+        """Rows and columns of patches."""
+        return self.image_size[0] // self.patch_size, self.image_size[1] // self.patch_size
+
+    @property
+    def patches(self) -> int:
+        """Patches of an image."""
+        return math.prod(self.grid)
+
+    @property
+    def prefix_tokens(self) -> int:
+        """Tokens before the patches: the class token and the registers."""
+        return self.class_token + self.registers
+
+    @property
     def tokens(self) -> int:
-        """Length of the sequence in the encoder: the patches, and the class token if any."""
-        return (self.image_size // self.patch_size) ** 2 + (self.pooling == "cls")
+        """Length of the sequence in the encoder when all patches are visible."""
+        return self.prefix_tokens + self.patches
 
     @nn.compact
     def __call__(
-        self, image: Float[Array, "batch height width channels"]
-    ) -> Float[Array, "batch embed"]:
+        self,
+        image: Float[Array, "batch height width channels"],
+        keep: Int[Array, "batch kept"] | None = None,
+        train: bool = False,
+    ) -> Float[Array, "batch embed"] | Float[Array, "batch tokens embed"]:
         """Normalized pixels to the pooled features, in `dtype`.
+
+        Args:
+          keep: indices of the patches that are seen, an own choice for each image; None for all.
+            The others cost nothing.
+          train: whether stochastic depth is at work (it needs the random stream "drop_path").
 
         Raises:
           ValueError: the image has another size than `image_size`.
         """
-        if image.shape[1:3] != (self.image_size, self.image_size):
+        if image.shape[1:3] != tuple(self.image_size):
             raise ValueError(
-                f"the model takes images of {self.image_size} pixels, not {image.shape[1:3]}"
+                f"the model takes images of {self.image_size[0]} x {self.image_size[1]} pixels, "
+                f"not {image.shape[1]} x {image.shape[2]}"
             )
-        x = PatchEmbedding(self.patch_size, self.width, self.dtype, name="patch_embedding")(
-            image.astype(self.dtype)
-        )
-        if self.pooling == "cls":
-            token = self.param(
-                "class_token",
-                layers.named(nn.initializers.normal(0.02), None, "embed"),
-                (1, self.width),
-            )
-            token = jnp.broadcast_to(token.astype(x.dtype), (x.shape[0], 1, self.width))
-            x = jnp.concatenate([token, x], axis=1)
-        positions = layers.position_embedding(
-            self, self.tokens, self.width, stddev=self.width**-0.5
-        )
-        x = x + positions.astype(x.dtype)
+        x = PatchEmbedding(
+            self.patch_size, self.width, self.patch_bias, self.dtype, name="patch_embedding"
+        )(image.astype(self.dtype), keep)
+        x = self._embed(x, keep)
+        if self.pre_norm:
+            x = layers.layer_norm(self.norm_eps, self.dtype, "pre_norm")(x)
         x = nn.with_logical_constraint(x, ("batch", "act_tokens", "act_embed"))
-        x = layers.Encoder(
+        x = self._encoder()(x, train=train)
+        x = self._pool(x)
+        if self.norm_after_pool:
+            x = layers.layer_norm(self.norm_eps, self.dtype, "norm")(x)
+        return x
+
+    def _encoder(self) -> layers.Encoder:
+        return layers.Encoder(
             depth=self.depth,
             heads=self.heads,
             mlp_dim=self.mlp_dim,
             activation=self.activation,
             norm_eps=self.norm_eps,
+            qk_norm=self.qk_norm,
+            layer_scale=self.layer_scale,
+            stochastic_depth=self.stochastic_depth,
+            final_norm=not self.norm_after_pool,
             attention=self.attention,
             scan_layers=self.scan_layers,
             remat=self.remat,
             dtype=self.dtype,
             name="encoder",
-        )(x)
-        return self._pool(x)
+        )
 
-    def _pool(self, x: Float[Array, "batch tokens width"]) -> Float[Array, "batch width"]:
+    def _embed(
+        self, x: Float[Array, "batch kept width"], keep: Int[Array, "batch kept"] | None
+    ) -> Float[Array, "batch tokens width"]:
+        """Adds positions, and puts the tokens that are no patches in front."""
+        first = self.class_token and self.class_position and self.position == "learned"
+        if self.position != "none":
+            if self.position == "learned":
+                table = layers.position_embedding(
+                    self, first + self.patches, self.width, stddev=self.width**-0.5
+                )
+            else:
+                table = jnp.asarray(sincos_2d(self.grid, self.width))
+            positions = table[None, int(first) :].astype(x.dtype)
+            if keep is not None:
+                positions = jnp.take(positions[0], keep, axis=0)
+            x = x + positions
+        prefix = []
+        if self.class_token:
+            token = self._token("class_token", 1).astype(x.dtype)
+            prefix.append(token + table[:1].astype(x.dtype) if first else token)
+        if self.registers:
+            prefix.append(self._token("registers", self.registers).astype(x.dtype))
+        if prefix:
+            tokens = jnp.concatenate(prefix)
+            tokens = jnp.broadcast_to(tokens, (x.shape[0], *tokens.shape))
+            x = jnp.concatenate([tokens, x], axis=1)
+        return x
+
+    def _token(self, name: str, count: int) -> Float[Array, "count width"]:
+        init = layers.named(nn.initializers.normal(0.02), None, "embed")
+        return self.param(name, init, (count, self.width))
+
+    def _pool(self, x: Float[Array, "batch tokens width"]) -> Float[Array, "batch *tokens width"]:
         if self.pooling == "cls":
             return x[:, 0]
         if self.pooling == "mean":
-            return x.mean(axis=1)
+            return x[:, self.prefix_tokens :].mean(axis=1)
         if self.pooling == "map":
             return layers.AttentionPooling(
                 self.heads,
@@ -135,29 +245,40 @@ class VisionTransformer(nn.Module):
                 self.dtype,
                 name="pooling",
             )(x)
-        raise ValueError(f"unknown pooling {self.pooling!r} (known: {', '.join(POOLINGS)})")
+        return x
 
-    def flops(self) -> float:
-        """Forward FLOPs of one image (see `layers.transformer_flops`)."""
-        patches = (self.image_size // self.patch_size) ** 2
+    def flops(self, kept: int | None = None) -> float:
+        """Forward FLOPs of one image of which `kept` patches are seen (default: all)."""
+        patches = self.patches if kept is None else kept
+        tokens = self.prefix_tokens + patches
         flops = 2.0 * patches * 3 * self.patch_size**2 * self.width
-        flops += layers.transformer_flops(self.depth, self.tokens, self.width, self.mlp_dim)
+        flops += layers.transformer_flops(self.depth, tokens, self.width, self.mlp_dim)
         if self.pooling == "map":
-            flops += layers.attention_pooling_flops(self.tokens, self.width, self.mlp_dim)
+            flops += layers.attention_pooling_flops(tokens, self.width, self.mlp_dim)
         return flops
 
 
 def make_vit(
     variant: str,
-    image_size: int,
+    image_size: int | Sequence[int],
     *,
     pooling: str = "cls",
-    activation: str = "gelu_tanh",
-    norm_eps: float = 1e-6,
+    class_token: bool | None = None,
+    position: str = "learned",
     width: int | None = None,
     depth: int | None = None,
     mlp_dim: int | None = None,
     heads: int | None = None,
+    class_position: bool = True,
+    registers: int = 0,
+    patch_bias: bool = True,
+    pre_norm: bool = False,
+    norm_after_pool: bool = False,
+    qk_norm: bool = False,
+    layer_scale: float | None = None,
+    stochastic_depth: float = 0.0,
+    activation: str = "gelu_tanh",
+    norm_eps: float = 1e-6,
     attention: str = "xla",
     scan_layers: bool = True,
     remat: str = "none",
@@ -165,29 +286,41 @@ def make_vit(
 ) -> VisionTransformer:
     """A `VisionTransformer` of a named size: `make_vit("B/16", 224, pooling="map")`.
 
-    `width`, `depth`, `mlp_dim` and `heads` replace the variant's where not None.
+    `image_size` is a side, or height and width. `class_token` is by default there for the pooling
+    "cls" alone. `width`, `depth`, `mlp_dim` and `heads` replace the variant's where not None. All
+    others are the fields of `VisionTransformer`.
 
     Raises:
-      ValueError: unknown variant or pooling, or patches that do not tile the image.
+      ValueError: unknown names, or patches that do not tile the image.
     """
+    fields = {name: value for name, value in locals().items() if name not in MAKE_ONLY}
     name, patch_size = variants.split_variant(variant)
     size = variants.size_of(name, width=width, depth=depth, mlp_dim=mlp_dim, heads=heads)
-    if image_size % patch_size:
-        raise ValueError(f"patches of {patch_size} do not tile an image of {image_size} pixels")
-    if pooling not in POOLINGS:
-        raise ValueError(f"unknown image pooling {pooling!r} (known: {', '.join(POOLINGS)})")
+    height, width = (image_size,) * 2 if isinstance(image_size, int) else image_size
+    if height % patch_size or width % patch_size or min(height, width) < 1:
+        raise ValueError(
+            f"patches of {patch_size} do not tile an image of {height} x {width} pixels"
+        )
+    check_choice("image pooling", pooling, POOLINGS)
+    check_choice("position", position, POSITIONS)
+    class_token = pooling == "cls" if class_token is None else class_token
+    if pooling == "cls" and not class_token:
+        raise ValueError("pooling 'cls' needs a class token")
+    if norm_after_pool and pooling == "none":
+        raise ValueError("norm_after_pool needs a pooling")
+    if position == "sincos":
+        sincos_2d((1, 1), size.width)  # raises for a width that does not fit
     return VisionTransformer(
-        image_size=image_size,
+        image_size=(height, width),
         patch_size=patch_size,
         width=size.width,
         depth=size.depth,
         mlp_dim=size.mlp_dim,
         heads=size.heads,
-        pooling=pooling,
-        activation=activation,
-        norm_eps=norm_eps,
-        attention=attention,
-        scan_layers=scan_layers,
-        remat=remat,
-        dtype=dtype,
+        class_token=class_token,
+        **fields,
     )
+
+
+# Arguments of `make_vit` that are not handed on as they are.
+MAKE_ONLY = {"variant", "image_size", "class_token", "width", "depth", "mlp_dim", "heads"}

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from vlp_jax import config as config_lib
-from vlp_jax.models.dual_encoder import DualEncoder
+from vlp_jax.models.dual_encoder import DualEncoder, make_dual_encoder
 from vlp_jax.models.text import make_text
 from vlp_jax.models.vit import make_vit
 from vlp_jax.objectives.base import Batch, BatchSpec, Metrics, Params
@@ -158,7 +158,7 @@ def make_contrastive(
     from_tokenizer = {
         key: getattr(tokenizer, key) for key in ("vocab_size", "context_length", "eos_id", "pad_id")
     }
-    model = DualEncoder(
+    model = make_dual_encoder(
         image=config_lib.build(make_vit, image, "config.objective.image", **shared),
         text=config_lib.build(make_text, text, "config.objective.text", **shared, **from_tokenizer),
         embed_dim=embed_dim,
