@@ -1,8 +1,8 @@
 """Sizes of the published Transformers, by the field's names.
 
 Sources: Ti, S: Touvron et al. 2021 (DeiT), table 1; B, L, H: Dosovitskiy et al. 2021 (ViT), table
-1; g, G: Zhai et al. 2022 (Scaling Vision Transformers), table 2; e: Chen et al. 2023 (PaLI); So400m:
-Alabdulmohsin et al. 2023 (Getting ViT in Shape); M, g-opt, G-opt and mu, a test size:
+1; g, G: Zhai et al. 2022 (Scaling Vision Transformers), table 2; e: Chen et al. 2023 (PaLI);
+So400m: Alabdulmohsin et al. 2023 (Getting ViT in Shape); M, g-opt, G-opt and mu, a test size:
 google-research/big_vision, models/vit.py.
 """
 

@@ -296,22 +296,10 @@ def make_vit(
     fields = {name: value for name, value in locals().items() if name not in MAKE_ONLY}
     name, patch_size = variants.split_variant(variant)
     size = variants.size_of(name, width=width, depth=depth, mlp_dim=mlp_dim, heads=heads)
-    height, width = (image_size,) * 2 if isinstance(image_size, int) else image_size
-    if height % patch_size or width % patch_size or min(height, width) < 1:
-        raise ValueError(
-            f"patches of {patch_size} do not tile an image of {height} x {width} pixels"
-        )
-    check_choice("image pooling", pooling, POOLINGS)
-    check_choice("position", position, POSITIONS)
+    image_size = (image_size,) * 2 if isinstance(image_size, int) else tuple(image_size)
     class_token = pooling == "cls" if class_token is None else class_token
-    if pooling == "cls" and not class_token:
-        raise ValueError("pooling 'cls' needs a class token")
-    if norm_after_pool and pooling == "none":
-        raise ValueError("norm_after_pool needs a pooling")
-    if position == "sincos":
-        sincos_2d((1, 1), size.width)  # raises for a width that does not fit
-    return VisionTransformer(
-        image_size=(height, width),
+    vit = VisionTransformer(
+        image_size=image_size,
         patch_size=patch_size,
         width=size.width,
         depth=size.depth,
@@ -320,6 +308,24 @@ def make_vit(
         class_token=class_token,
         **fields,
     )
+    _check(vit)
+    return vit
+
+
+def _check(vit: VisionTransformer) -> None:
+    height, width = vit.image_size
+    if height % vit.patch_size or width % vit.patch_size or min(height, width) < 1:
+        raise ValueError(
+            f"patches of {vit.patch_size} do not tile an image of {height} x {width} pixels"
+        )
+    check_choice("image pooling", vit.pooling, POOLINGS)
+    check_choice("position", vit.position, POSITIONS)
+    if vit.pooling == "cls" and not vit.class_token:
+        raise ValueError("pooling 'cls' needs a class token")
+    if vit.norm_after_pool and vit.pooling == "none":
+        raise ValueError("norm_after_pool needs a pooling")
+    if vit.position == "sincos":
+        sincos_2d((1, 1), vit.width)  # raises for a width that does not fit
 
 
 # Arguments of `make_vit` that are not handed on as they are.
