@@ -25,7 +25,7 @@ from vlp_jax.errors import UserError, unknown_key_message
 BOOLEANS = {"true": True, "1": True, "false": False, "0": False}
 DURATION_UNITS = ("steps", "examples", "epochs", "percent")
 # Sections whose keys are the arguments of what they name; each is checked where it is built.
-COMPONENT_SECTIONS = ("objective", "data", "tokenizer", "evaluators")
+COMPONENT_SECTIONS = ("objective", "data", "extra_data", "tokenizer", "evaluators")
 
 
 def duration(
@@ -53,11 +53,15 @@ def base() -> ConfigDict:
     config = ConfigDict()
     config.seed = 0
     config.batch_size = 256  # examples of the whole mesh, not of a device
+    # Parts in which a batch is computed, one after the other, to fit in memory. The loss is that of
+    # the whole batch, with all its negatives.
+    config.microbatches = 1
     config.duration = duration(steps=1000)
     # Sizes of the mesh axes; one of them may be -1: all devices that are left.
     config.mesh = ConfigDict({"replica": -1, "fsdp": 1, "tensor": 1})
     config.objective = ConfigDict()
     config.data = ConfigDict()
+    config.extra_data = ConfigDict()  # further datasets by name, for parts of a composite objective
     config.tokenizer = ConfigDict()
     config.evaluators = ConfigDict()
     config.optimizer = ConfigDict(
@@ -310,11 +314,14 @@ def smoke(config: ConfigDict) -> ConfigDict:
     config.writers.tensorboard = False
     config.writers.wandb.enabled = False
     image_size = _shrink_models(config.objective)
-    config.tokenizer.context_length = 16
+    if config.tokenizer:
+        config.tokenizer.context_length = 16
     if config.tokenizer.get("name") == "subword":
         config.tokenizer.vocab_size = 300
         config.tokenizer.file = None
     config.data = _smoke_data(config.data, "train", image_size)
+    for name, data in config.extra_data.items():
+        config.extra_data[name] = _smoke_data(data, "train", image_size)
     for evaluator in config.evaluators.values():
         evaluator.every = duration(steps=2)
         if "batch_size" in evaluator:

@@ -1,4 +1,4 @@
-"""Contrastive pretraining of a dual encoder: CLIP's softmax, SigLIP's sigmoid."""
+"""Contrastive pretraining of a dual encoder: CLIP's softmax, SigLIP's sigmoid, FLIP's masks."""
 
 from __future__ import annotations
 
@@ -14,12 +14,13 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from vlp_jax import config as config_lib
 from vlp_jax.models.dual_encoder import DualEncoder, make_dual_encoder
+from vlp_jax.models.masking import kept_patches, random_mask
 from vlp_jax.models.text import make_text
 from vlp_jax.models.vit import make_vit
 from vlp_jax.objectives.base import Batch, BatchSpec, Metrics, Params
+from vlp_jax.objectives.compute import compute_fields
+from vlp_jax.objectives.microbatch import embed_in_parts
 from vlp_jax.objectives.pairwise import PAIRWISE_LOSSES, pair_logits
-
-DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,11 +31,16 @@ class Contrastive:
       model: the two towers.
       pairwise_loss: "softmax" (CLIP) or "sigmoid" (SigLIP).
       max_logit_scale: the factor on the cosine similarity is held at or below it; 0 for no bound.
+      mask_ratio: share of the patches of each image that is left out in training (Li et al. 2023,
+        "FLIP"); evaluation sees all of them.
+      microbatches: parts of a batch that are embedded one after the other. The loss sees all pairs.
     """
 
     model: DualEncoder
     pairwise_loss: str
     max_logit_scale: float
+    mask_ratio: float = 0.0
+    microbatches: int = 1
     couples_batch: bool = True
 
     @property
@@ -57,10 +63,24 @@ class Contrastive:
     def loss(
         self, params: Params, batch: Batch, rng: PRNGKeyArray, train: bool
     ) -> tuple[Float[Array, ""], Metrics]:
-        """The pairwise loss over the global batch. `rng` and `train` change nothing: no dropout."""
-        out = self.model.apply({"params": params}, batch["image"], batch["text"])
-        scale = jnp.exp(bound_above(out["logit_scale"], self._log_bound()))
-        logits = pair_logits(out["image"], out["text"], scale, out["logit_bias"])
+        """The pairwise loss over the global batch. `rng` chooses the patches that are seen."""
+        mask_key, model_key = jax.random.split(rng)
+        fields = {"image": batch["image"], "text": batch["text"]}
+        if train and self.mask_ratio:
+            patches = self.model.image.patches
+            kept = kept_patches(patches, self.mask_ratio)
+            fields["keep"] = random_mask(mask_key, len(batch["image"]), patches, kept).keep
+
+        def embed(params: Params, fields: Batch, key: PRNGKeyArray) -> dict[str, Array]:
+            out = self.model.apply(
+                {"params": params}, **fields, train=train, rngs={"drop_path": key}
+            )
+            return {name: out[name] for name in ("image", "text")}
+
+        out = embed_in_parts(embed, params, fields, model_key, self.microbatches)
+        log_scale, bias = self.model.apply({"params": params}, method="logit_parameters")
+        scale = jnp.exp(bound_above(log_scale, self._log_bound()))
+        logits = pair_logits(out["image"], out["text"], scale, bias)
         loss = PAIRWISE_LOSSES[self.pairwise_loss](logits)
         count = jnp.float32(logits.shape[0])
         hits = jnp.argmax(logits, axis=1) == jnp.arange(logits.shape[0])
@@ -69,7 +89,7 @@ class Contrastive:
             "loss": (loss * count, count),
             "batch_accuracy": (hits.sum().astype(jnp.float32), count),
             "logit_scale": (scale, one),
-            "logit_bias": (out["logit_bias"], one),
+            "logit_bias": (bias, one),
         }
 
     def _log_bound(self) -> float:
@@ -85,7 +105,8 @@ class Contrastive:
 
     def flops_per_example(self, batch_spec: BatchSpec) -> float:
         """Forward FLOPs of one pair: both towers, and its row of the logits."""
-        return self.model.flops() + 2.0 * batch_spec["image"].shape[0] * self.model.embed_dim
+        kept = kept_patches(self.model.image.patches, self.mask_ratio)
+        return self.model.flops(kept) + 2.0 * batch_spec["image"].shape[0] * self.model.embed_dim
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
@@ -112,10 +133,14 @@ bound_above.defvjp(_bound_above_forward, _bound_above_backward)
 def make_contrastive(
     *,
     tokenizer: Any,
+    microbatches: int = 1,
     image: Mapping[str, Any],
     text: Mapping[str, Any],
     embed_dim: int,
+    image_head: str = "linear",
+    text_head: str = "linear",
     loss: str = "softmax",
+    mask_ratio: float = 0.0,
     logit_scale_init: float | None = None,
     logit_bias_init: float | None = None,
     max_logit_scale: float = 100.0,
@@ -130,8 +155,11 @@ def make_contrastive(
 
     Args:
       tokenizer: gives the text tower its vocabulary and context length.
+      microbatches: see `Contrastive`.
       image, text: arguments of `make_vit` and `make_text`.
+      image_head, text_head: see `DualEncoder`.
       loss: "softmax" or "sigmoid".
+      mask_ratio: see `Contrastive`.
       logit_scale_init: initial factor on the cosine similarity; default 1 / 0.07 (CLIP) for
         softmax, 10 (SigLIP, alg. 1) for sigmoid.
       logit_bias_init: default none for softmax, -10 (SigLIP, alg. 1) for sigmoid.
@@ -142,16 +170,9 @@ def make_contrastive(
     """
     if loss not in PAIRWISE_LOSSES:
         raise ValueError(f"unknown loss {loss!r} (known: {', '.join(PAIRWISE_LOSSES)})")
-    if dtype is None:
-        dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    if dtype not in DTYPES:
-        raise ValueError(f"unknown dtype {dtype!r} (known: {', '.join(DTYPES)})")
-    shared = {
-        "scan_layers": scan_layers,
-        "remat": remat,
-        "attention": attention,
-        "dtype": DTYPES[dtype],
-    }
+    if tokenizer is None:
+        raise ValueError("a contrastive objective needs config.tokenizer")
+    shared = compute_fields(dtype, scan_layers, remat, attention)
     defaults = {"softmax": (1 / 0.07, None), "sigmoid": (10.0, -10.0)}[loss]
     scale = defaults[0] if logit_scale_init is None else logit_scale_init
     bias = defaults[1] if logit_bias_init is None else logit_bias_init
@@ -162,9 +183,12 @@ def make_contrastive(
         image=config_lib.build(make_vit, image, "config.objective.image", **shared),
         text=config_lib.build(make_text, text, "config.objective.text", **shared, **from_tokenizer),
         embed_dim=embed_dim,
+        image_head=image_head,
+        text_head=text_head,
         logit_scale_init=math.log(scale),
         logit_bias_init=bias,
         image_mean=tuple(image_mean),
         image_std=tuple(image_std),
     )
-    return Contrastive(model, loss, max_logit_scale)
+    kept_patches(model.image.patches, mask_ratio)  # raises for a ratio that leaves nothing
+    return Contrastive(model, loss, max_logit_scale, mask_ratio, microbatches)

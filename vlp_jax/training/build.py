@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from etils import epath
 from ml_collections import ConfigDict
 
-from vlp_jax.data.pipeline import EvalPipeline, TrainPipeline
+from vlp_jax.data.joined import JoinedPipeline
+from vlp_jax.data.pipeline import EvalPipeline
 from vlp_jax.data.tokenizers import Tokenizer
 from vlp_jax.errors import UserError
 from vlp_jax.evaluators import make_evaluators, merged_data
@@ -28,9 +29,9 @@ class Parts:
     """What a config stands for on these devices and this data; nothing is written yet."""
 
     setup: Setup
-    tokenizer: Tokenizer
+    tokenizer: Tokenizer | None
     resources: Resources
-    pipeline: TrainPipeline
+    pipeline: JoinedPipeline
     evaluations: Sequence[Evaluation]
     save_when: When
     log_when: When
@@ -50,7 +51,7 @@ def build(config: ConfigDict, workdir: epath.Path, clock: StartupClock) -> Parts
     """
     with clock.phase("find the devices"):
         mesh = mesh_lib.make_mesh(config.mesh)
-        mesh_lib.check_batch_size(config.batch_size, mesh)
+        setup_lib.check_batch_size(config, mesh)
     with clock.phase("open the data"):
         tokenizer = workdir_lib.open_tokenizer(workdir, config)
         pipeline = setup_lib.make_pipeline(config, tokenizer)

@@ -11,7 +11,7 @@ import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from vlp_jax.data.pipeline import TrainPipeline
+from vlp_jax.data.joined import JoinedPipeline
 from vlp_jax.errors import UserError
 from vlp_jax.objectives import Objective, make_objective
 from vlp_jax.objectives.base import BatchSpec
@@ -80,13 +80,13 @@ def make_setup(
     Raises:
       UserError: the config does not fit the devices, the data or itself.
     """
-    mesh_lib.check_batch_size(config.batch_size, mesh)
+    check_batch_size(config, mesh)
     units = Units(config.batch_size, epoch_examples)
     total = units.steps(config.duration, "config.duration")
     if total < 1:
         raise UserError("config.duration is less than one step")
     units = dataclasses.replace(units, total_steps=total)
-    objective = make_objective(config.objective, tokenizer)
+    objective = make_objective(config.objective, tokenizer, config.microbatches)
     optimizer = make_optimizer(config.optimizer, units)
     spec = {name: jax.ShapeDtypeStruct(*value) for name, value in batch_spec.items()}
     try:
@@ -100,10 +100,23 @@ def make_setup(
     return Setup(config, mesh, objective, optimizer, schedule, spec, abstract, units)
 
 
-def make_pipeline(config: ConfigDict, tokenizer: Any) -> TrainPipeline:
+def check_batch_size(config: ConfigDict, mesh: Mesh) -> None:
+    """Raises UserError if the mesh and the microbatches do not divide the global batch."""
+    mesh_lib.check_batch_size(config.batch_size, mesh)
+    parts = config.microbatches
+    if parts < 1 or config.batch_size % parts:
+        raise UserError(
+            f"config.microbatches {parts} does not divide config.batch_size {config.batch_size}"
+        )
+    what = f"a microbatch (config.batch_size / config.microbatches {parts}) of"
+    mesh_lib.check_batch_size(config.batch_size // parts, mesh, what)
+
+
+def make_pipeline(config: ConfigDict, tokenizer: Any) -> JoinedPipeline:
     """The training input of this process."""
-    return TrainPipeline(
+    return JoinedPipeline(
         config.data,
+        config.extra_data,
         tokenizer,
         batch_size=config.batch_size,
         seed=config.seed,

@@ -38,11 +38,14 @@ def check_writable(workdir: epath.Path) -> None:
         ) from error
 
 
-def open_tokenizer(workdir: epath.Path, config: ConfigDict) -> Tokenizer:
+def open_tokenizer(workdir: epath.Path, config: ConfigDict) -> Tokenizer | None:
     """The tokenizer of the run: the one kept in `workdir`, else as the config says.
 
-    One that is trained is trained on the captions of the training data. Nothing is written.
+    One that is trained is trained on the captions of the training data. Nothing is written. None if
+    `config.tokenizer` is empty: the run has no text.
     """
+    if not config.tokenizer:
+        return None
     kept = workdir / TOKENIZER
     return build_tokenizer(
         config.tokenizer,
@@ -51,12 +54,12 @@ def open_tokenizer(workdir: epath.Path, config: ConfigDict) -> Tokenizer:
     )
 
 
-def prepare(workdir: epath.Path, config: ConfigDict, tokenizer: Tokenizer) -> None:
-    """Makes the folder and writes the resolved config and the tokenizer (on process 0)."""
+def prepare(workdir: epath.Path, config: ConfigDict, tokenizer: Tokenizer | None) -> None:
+    """Makes the folder and writes the resolved config and the tokenizer, if any (on process 0)."""
     if jax.process_index() == 0:
         workdir.mkdir(parents=True, exist_ok=True)
         (workdir / CONFIG).write_text(config_lib.to_json(config))
-        if not (workdir / TOKENIZER).exists():
+        if tokenizer is not None and not (workdir / TOKENIZER).exists():
             tokenizer.save(workdir / TOKENIZER)
 
 

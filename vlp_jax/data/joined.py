@@ -1,0 +1,68 @@
+"""Several datasets side by side: a batch of each in every step."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from vlp_jax.data.pipeline import Batch, BatchSpec, TrainPipeline
+from vlp_jax.data.tokenizers import Tokenizer
+
+
+class JoinedPipeline:
+    """A `TrainPipeline`, and further ones whose fields are named "NAME/field".
+
+    Each has an order of its own, so that no two datasets march in step. The state of the input is
+    still the number of the next batch.
+    """
+
+    def __init__(
+        self,
+        config: Mapping[str, Any],
+        extra: Mapping[str, Mapping[str, Any]],
+        tokenizer: Tokenizer | None,
+        *,
+        seed: int,
+        **layout: int,
+    ) -> None:
+        """Builds all sources; arguments as for `TrainPipeline`.
+
+        Args:
+          extra: name -> data config.
+          seed: of the first; that of another is also a function of its name.
+
+        Raises:
+          UserError: for a mistake in a config, or if the processes do not divide the batch.
+        """
+        self._first = TrainPipeline(config, tokenizer, seed=seed, **layout)
+        self._extra = {
+            name: TrainPipeline(
+                data, tokenizer, seed=(seed + zlib.crc32(name.encode())) % 2**31, **layout
+            )
+            for name, data in extra.items()
+        }
+
+    def __len__(self) -> int:
+        """The number of examples of the first dataset, whose epochs are counted."""
+        return len(self._first)
+
+    def batch_spec(self) -> BatchSpec:
+        """Shape and dtype of every array of a global batch; reads no examples."""
+        spec = self._first.batch_spec()
+        for name, pipeline in self._extra.items():
+            spec |= {f"{name}/{key}": value for key, value in pipeline.batch_spec().items()}
+        return spec
+
+    def batches(self, start_step: int = 0) -> Iterator[Batch]:
+        """This process's part of the global batches from number `start_step` on.
+
+        Raises:
+          UserError: while iterating, for an example that cannot be read or decoded; names it.
+        """
+        streams = [pipeline.batches(start_step) for pipeline in self._extra.values()]
+        for first, *others in zip(self._first.batches(start_step), *streams, strict=True):
+            joined = dict(first)
+            for name, batch in zip(self._extra, others, strict=True):
+                joined |= {f"{name}/{key}": value for key, value in batch.items()}
+            yield joined

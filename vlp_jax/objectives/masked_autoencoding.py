@@ -1,0 +1,224 @@
+"""Masked autoencoding (He et al. 2022, "Masked Autoencoders Are Scalable Vision Learners")."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PRNGKeyArray, UInt8
+
+from vlp_jax import config as config_lib
+from vlp_jax.models.dual_encoder import l2_normalize
+from vlp_jax.models.masked_autoencoder import MaskedAutoencoder, MaskedDecoder
+from vlp_jax.models.masking import PatchMask, kept_patches, random_mask
+from vlp_jax.models.variants import check_choice
+from vlp_jax.models.vit import make_vit, unpatchify
+from vlp_jax.objectives.base import Batch, BatchSpec, Metrics, Params
+from vlp_jax.objectives.compute import compute_fields
+from vlp_jax.objectives.microbatch import mean_over_parts
+
+VARIANCE_EPS = 1e-6
+EVALUATION_SEED = 0  # of the masks under which a model is evaluated and looked at
+
+
+def patch_statistics(
+    targets: Float[Array, "batch patches outputs"],
+) -> tuple[Float[Array, "batch patches 1"], Float[Array, "batch patches 1"]]:
+    """Mean and standard deviation of each patch, as its pixels are normalized with.
+
+    The variance is the unbiased one, of n - 1, plus 1e-6 (facebookresearch/mae, `forward_loss`).
+    """
+    mean = targets.mean(axis=-1, keepdims=True)
+    variance = targets.var(axis=-1, ddof=1, keepdims=True)
+    return mean, jnp.sqrt(variance + VARIANCE_EPS)
+
+
+def hidden_errors(
+    prediction: Float[Array, "batch patches outputs"],
+    targets: Float[Array, "batch patches outputs"],
+    hidden: Float[Array, "batch patches"],
+    normalize_targets: bool,
+) -> Float[Array, " batch"]:
+    """Mean squared error over the hidden patches of each image."""
+    if normalize_targets:
+        mean, std = patch_statistics(targets)
+        targets = (targets - mean) / std
+    error = jnp.square(prediction - targets).mean(axis=-1)
+    return (error * hidden).sum(axis=-1) / hidden.sum(axis=-1)
+
+
+@dataclasses.dataclass(frozen=True)
+class MaskedAutoencoding:
+    """Paints the hidden patches of images of which it sees the others.
+
+    Attributes:
+      model: encoder and decoder.
+      mask_ratio: share of the patches that is hidden.
+      normalize_targets: the pixels of each patch are predicted relative to its mean and standard
+        deviation.
+      microbatches: parts of a batch that are computed one after the other.
+    """
+
+    model: MaskedAutoencoder
+    mask_ratio: float
+    normalize_targets: bool
+    microbatches: int = 1
+    couples_batch: bool = False
+
+    @property
+    def compute_dtype(self) -> Any:
+        """Of the matrix products."""
+        return self.model.image.dtype
+
+    @property
+    def kept(self) -> int:
+        """Patches of an image that stay visible."""
+        return kept_patches(self.model.image.patches, self.mask_ratio)
+
+    def mask(self, rng: PRNGKeyArray, batch: int) -> PatchMask:
+        """A random mask for each of `batch` images."""
+        return random_mask(rng, batch, self.model.image.patches, self.kept)
+
+    def init(self, rng: PRNGKeyArray, batch_spec: BatchSpec) -> Params:
+        """Fresh parameters, in `nn.LogicallyPartitioned` boxes.
+
+        Raises:
+          ValueError: the images of the batch do not have the model's shape.
+        """
+        spec = batch_spec["image"]
+        one = jnp.zeros((1, *spec.shape[1:]), spec.dtype)
+        return self.model.init(rng, one, self.mask(rng, 1))["params"]
+
+    def loss(
+        self, params: Params, batch: Batch, rng: PRNGKeyArray, train: bool
+    ) -> tuple[Float[Array, ""], Metrics]:
+        """Mean squared error over the hidden patches of all images."""
+        mask_key, model_key = jax.random.split(rng)
+        image = batch["image"]
+        fields = (image, self.mask(mask_key, len(image)))
+
+        def part(params: Params, fields: Any, key: PRNGKeyArray) -> tuple[Array, Metrics]:
+            errors = self._errors(params, *fields, train, {"drop_path": key})
+            count = jnp.float32(len(errors))
+            return errors.mean(), {"loss": (errors.sum(), count)}
+
+        return mean_over_parts(part, params, fields, model_key, self.microbatches)
+
+    def _errors(
+        self,
+        params: Params,
+        image: UInt8[Array, "batch height width 3"],
+        mask: PatchMask,
+        train: bool = False,
+        rngs: dict[str, PRNGKeyArray] | None = None,
+    ) -> Float[Array, " batch"]:
+        prediction = self.model.apply({"params": params}, image, mask, train, rngs=rngs)
+        targets = self.model.targets(image)
+        return hidden_errors(prediction, targets, mask.hidden, self.normalize_targets)
+
+    def functions(self) -> dict[str, Callable[..., Array]]:
+        """What evaluators may ask for, of uint8 images, under masks that do not change.
+
+        `reconstruction_error`: mean squared error over the hidden patches, as the loss has it.
+        `reconstruct`: see `MaskedAutoencoding.reconstruct`.
+        `embed_image`: unit vectors of whole images.
+        """
+
+        def mask(image: Array) -> PatchMask:
+            return self.mask(jax.random.key(EVALUATION_SEED), len(image))
+
+        def features(params: Params, image: Array) -> Array:
+            return l2_normalize(self.model.apply({"params": params}, image, method="features"))
+
+        return {
+            "reconstruction_error": lambda params, x: self._errors(params, x, mask(x)),
+            "reconstruct": lambda params, x: self.reconstruct(params, x, mask(x)),
+            "embed_image": features,
+        }
+
+    def reconstruct(
+        self, params: Params, image: UInt8[Array, "batch height width 3"], mask: PatchMask
+    ) -> Float[Array, "batch views height width 3"]:
+        """What the encoder sees (hidden patches grey), what is painted into it, and the image.
+
+        Values are in [0, 1]. If the model predicts normalized pixels, each painted patch gets the
+        mean and standard deviation of the true one, as in the figures of the paper.
+        """
+        prediction = self.model.apply({"params": params}, image, mask)
+        targets = self.model.targets(image)
+        if self.normalize_targets:
+            mean, std = patch_statistics(targets)
+            prediction = prediction * std + mean
+        std, mean = (jnp.asarray(x) for x in (self.model.image_std, self.model.image_mean))
+        size = self.model.image.patch_size
+        hidden = mask.hidden[:, :, None, None, None]
+
+        def pixels(x: Array) -> Array:
+            return x.reshape(*x.shape[:2], size, size, 3) * std + mean
+
+        true, painted = pixels(targets), pixels(prediction)
+        views = (
+            jnp.where(hidden, 0.5, true),
+            jnp.where(hidden, jnp.clip(painted, 0, 1), true),
+            true,
+        )
+        return jnp.stack([unpatchify(view, self.model.image.grid) for view in views], axis=1)
+
+    def flops_per_example(self, batch_spec: BatchSpec) -> float:
+        """Forward FLOPs of one image: the encoder on what it sees, the decoder on everything."""
+        return self.model.flops(self.kept)
+
+
+def make_masked_autoencoding(
+    *,
+    tokenizer: Any = None,
+    microbatches: int = 1,
+    image: Mapping[str, Any],
+    decoder: Mapping[str, Any],
+    mask_ratio: float = 0.75,
+    normalize_targets: bool = True,
+    image_mean: tuple[float, ...] = (0.485, 0.456, 0.406),
+    image_std: tuple[float, ...] = (0.229, 0.224, 0.225),
+    dtype: str | None = None,
+    scan_layers: bool = True,
+    remat: str = "none",
+    attention: str = "xla",
+) -> MaskedAutoencoding:
+    """`MaskedAutoencoding` from `config.objective`.
+
+    Args:
+      tokenizer: not used.
+      image: arguments of `make_vit`; the pooling is none, and by default there are a class token,
+        sin-cos positions and exact GELU, as published.
+      decoder: `width`, `depth`, `mlp_dim`, `heads`, and other fields of `MaskedDecoder`.
+      mask_ratio: share of the patches that is hidden.
+      dtype: of the computation; default bfloat16 on accelerators and float32 on CPU.
+
+    Raises:
+      ValueError: an unknown variant or dtype, or a mask that hides all or nothing.
+    """
+    del tokenizer
+    shared = compute_fields(dtype, scan_layers, remat, attention)
+    published = {"class_token": True, "position": "sincos", "activation": "gelu"}
+    vit = config_lib.build(
+        make_vit, {**published, **image, "pooling": "none"}, "config.objective.image", **shared
+    )
+    if kept_patches(vit.patches, mask_ratio) == vit.patches:
+        raise ValueError(f"mask_ratio {mask_ratio} hides none of the {vit.patches} patches")
+    painter = config_lib.build(
+        MaskedDecoder,
+        {"activation": vit.activation, "norm_eps": vit.norm_eps, **decoder},
+        "config.objective.decoder",
+        grid=vit.grid,
+        class_token=vit.class_token,
+        outputs=3 * vit.patch_size**2,
+        parent=None,
+        name=None,
+        **shared,
+    )
+    check_choice("decoder.position", painter.position, ("sincos", "learned"))
+    model = MaskedAutoencoder(vit, painter, tuple(image_mean), tuple(image_std))
+    return MaskedAutoencoding(model, mask_ratio, normalize_targets, microbatches)
