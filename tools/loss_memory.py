@@ -192,6 +192,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 raise UserError(f"--{name.replace('_', '-')} is at least 1")
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", devices[-1])
+        # A program from the cache may come without its figures.
+        jax.config.update("jax_enable_compilation_cache", False)
         lines = measure(arguments)
         target = f"TPU {arguments.topology}" if arguments.topology else "CPU"
         print(

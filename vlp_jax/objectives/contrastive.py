@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -17,9 +17,11 @@ from vlp_jax.models.dual_encoder import DualEncoder
 from vlp_jax.models.text import make_text
 from vlp_jax.models.vit import make_vit
 from vlp_jax.objectives.base import Batch, BatchSpec, Metrics, Params
+from vlp_jax.objectives.blocked import blocked_loss
 from vlp_jax.objectives.pairwise import PAIRWISE_LOSSES, pair_logits
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+LOSS_FORMS = ("plain", "blocked")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,11 +32,16 @@ class Contrastive:
       model: the two towers.
       pairwise_loss: "softmax" (CLIP) or "sigmoid" (SigLIP).
       max_logit_scale: the factor on the cosine similarity is held at or below it; 0 for no bound.
+      loss_form: "plain" (all logits of a device's images at once) or "blocked" (`blocked_loss`:
+        memory that does not grow with the devices). The two are equal.
+      loss_block_size: images of a device whose logits the blocked form holds at once.
     """
 
     model: DualEncoder
     pairwise_loss: str
     max_logit_scale: float
+    loss_form: str = "plain"
+    loss_block_size: int = 1024
     couples_batch: bool = True
 
     @property
@@ -57,20 +64,41 @@ class Contrastive:
     def loss(
         self, params: Params, batch: Batch, rng: PRNGKeyArray, train: bool
     ) -> tuple[Float[Array, ""], Metrics]:
-        """The pairwise loss over the global batch. `rng` and `train` change nothing: no dropout."""
+        """The pairwise loss over the global batch. `rng` and `train` change nothing: no dropout.
+
+        Raises:
+          ValueError: the form is "blocked" and no mesh is set.
+        """
         out = self.model.apply({"params": params}, batch["image"], batch["text"])
         scale = jnp.exp(bound_above(out["logit_scale"], self._log_bound()))
-        logits = pair_logits(out["image"], out["text"], scale, out["logit_bias"])
-        loss = PAIRWISE_LOSSES[self.pairwise_loss](logits)
-        count = jnp.float32(logits.shape[0])
-        hits = jnp.argmax(logits, axis=1) == jnp.arange(logits.shape[0])
+        loss, hits = self._pair_loss(out["image"], out["text"], scale, out["logit_bias"])
+        count = jnp.float32(out["image"].shape[0])
         one = jnp.float32(1)
         return loss, {
             "loss": (loss * count, count),
-            "batch_accuracy": (hits.sum().astype(jnp.float32), count),
+            "batch_accuracy": (hits, count),
             "logit_scale": (scale, one),
             "logit_bias": (out["logit_bias"], one),
         }
+
+    def _pair_loss(
+        self, image: Array, text: Array, scale: Array, bias: Array
+    ) -> tuple[Float[Array, ""], Float[Array, ""]]:
+        """The loss, and how many images find their text."""
+        if self.loss_form == "blocked":
+            mesh = jax.sharding.get_abstract_mesh()
+            if mesh.empty:
+                raise ValueError(
+                    "loss_form 'blocked' needs a mesh, also on one device: call the loss inside "
+                    "vlp_jax.parallel.rules.use_mesh(mesh), or set loss_form to 'plain'"
+                )
+            size = self.loss_block_size
+            return blocked_loss(
+                self.pairwise_loss, image, text, scale, bias, mesh=mesh, block_size=size
+            )
+        logits = pair_logits(image, text, scale, bias)
+        hits = jnp.argmax(logits, axis=1) == jnp.arange(logits.shape[0])
+        return PAIRWISE_LOSSES[self.pairwise_loss](logits), hits.sum().astype(jnp.float32)
 
     def _log_bound(self) -> float:
         return math.log(self.max_logit_scale) if self.max_logit_scale else math.inf
@@ -109,6 +137,18 @@ def _bound_above_backward(bound: float, x: Array, gradient: Array) -> tuple[Arra
 bound_above.defvjp(_bound_above_forward, _bound_above_backward)
 
 
+def _check_known(what: str, name: str, known: Iterable[str]) -> None:
+    if name not in known:
+        raise ValueError(f"unknown {what} {name!r} (known: {', '.join(known)})")
+
+
+def _check_loss(loss: str, form: str, block_size: int) -> None:
+    _check_known("loss", loss, PAIRWISE_LOSSES)
+    _check_known("loss_form", form, LOSS_FORMS)
+    if block_size < 1:
+        raise ValueError(f"loss_block_size is at least 1, not {block_size}")
+
+
 def make_contrastive(
     *,
     tokenizer: Any,
@@ -116,6 +156,8 @@ def make_contrastive(
     text: Mapping[str, Any],
     embed_dim: int,
     loss: str = "softmax",
+    loss_form: str = "plain",
+    loss_block_size: int = 1024,
     logit_scale_init: float | None = None,
     logit_bias_init: float | None = None,
     max_logit_scale: float = 100.0,
@@ -132,20 +174,19 @@ def make_contrastive(
       tokenizer: gives the text tower its vocabulary and context length.
       image, text: arguments of `make_vit` and `make_text`.
       loss: "softmax" or "sigmoid".
+      loss_form, loss_block_size: as in `Contrastive`.
       logit_scale_init: initial factor on the cosine similarity; default 1 / 0.07 (CLIP) for
         softmax, 10 (SigLIP, alg. 1) for sigmoid.
       logit_bias_init: default none for softmax, -10 (SigLIP, alg. 1) for sigmoid.
       dtype: of the computation; default bfloat16 on accelerators and float32 on CPU.
 
     Raises:
-      ValueError: an unknown loss, dtype, variant or pooling.
+      ValueError: an unknown loss, form, dtype, variant or pooling, or a block size below 1.
     """
-    if loss not in PAIRWISE_LOSSES:
-        raise ValueError(f"unknown loss {loss!r} (known: {', '.join(PAIRWISE_LOSSES)})")
+    _check_loss(loss, loss_form, loss_block_size)
     if dtype is None:
         dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    if dtype not in DTYPES:
-        raise ValueError(f"unknown dtype {dtype!r} (known: {', '.join(DTYPES)})")
+    _check_known("dtype", dtype, DTYPES)
     shared = {
         "scan_layers": scan_layers,
         "remat": remat,
@@ -167,4 +208,4 @@ def make_contrastive(
         image_mean=tuple(image_mean),
         image_std=tuple(image_std),
     )
-    return Contrastive(model, loss, max_logit_scale)
+    return Contrastive(model, loss, max_logit_scale, loss_form, loss_block_size)
