@@ -132,7 +132,7 @@ class _Ranking(NamedTuple):
         """With a block added. The images' own texts have to come first."""
         match = self.match + jnp.where(block.own, block.logits, 0).sum(axis=1)
         limit = match[:, None]
-        # Said so that NaN is not behind: argmax, too, takes it for the highest.
+        # A row with a NaN has no hit, since NaN is not behind anything.
         behind = jnp.where(block.column < block.row, block.logits < limit, block.logits <= limit)
         return _Ranking(match, self.leads & (behind | block.own).all(axis=1))
 
