@@ -153,9 +153,15 @@ class _LogSum(NamedTuple):
 
     def see(self, block: _Block, axis: int) -> _LogSum:
         """With the logits of a block added, summed along `axis`."""
-        top = jnp.maximum(self.top, block.logits.max(axis=axis))
-        new = jnp.exp(block.logits - jnp.expand_dims(top, axis)).sum(axis=axis)
-        return _LogSum(top, self.total * jnp.exp(self.top - top) + new)
+        top = block.logits.max(axis=axis)
+        total = jnp.exp(block.logits - jnp.expand_dims(top, axis)).sum(axis=axis)
+        return self.plus(_LogSum(top, total))
+
+    def plus(self, other: _LogSum) -> _LogSum:
+        """Of the terms of both. Either may be without terms, but not both."""
+        top = jnp.maximum(self.top, other.top)
+        ours, theirs = self.total * jnp.exp(self.top - top), other.total * jnp.exp(other.top - top)
+        return _LogSum(top, ours + theirs)
 
     def minus(self, x: Float[Array, " n"]) -> Float[Array, " n"]:
         """log(sum(exp)) - x, exact also where both are large and near each other."""
@@ -219,7 +225,7 @@ def _softmax_sums(
     """Loss, hits, and the sums of the rows of the images here and of the columns of the texts."""
     count = image.shape[0]
 
-    def visit(owner: Array, text: Array, columns: _LogSum, host: Any) -> tuple[_LogSum, Any]:
+    def visit(owner: Array, text: Array, host: Any) -> tuple[_LogSum, Any]:
         column = _positions(owner, count)[None]
 
         def step(columns: _LogSum, rows: Any) -> tuple[_LogSum, Any]:
@@ -227,10 +233,11 @@ def _softmax_sums(
             block = _Block(pair_logits(image, text, scale, bias), row[:, None], column)
             return columns.see(block, axis=0), (ranking.see(block), sums.see(block, axis=1))
 
-        return _by_rows(size, step, columns, (image, _positions(ring.here(), count), host))
+        rows = image, _positions(ring.here(), count), host
+        return _by_rows(size, step, _LogSum.start(text), rows)
 
     host = _Ranking.start(image), _LogSum.start(image)
-    columns, (ranking, rows) = ring.around(visit, text, _LogSum.start(text), host)
+    columns, (ranking, rows) = ring.around(visit, _LogSum.plus, text, _LogSum.start(text), host)
     # Text i is home again, with image i; their logit is the match of a row and of a column.
     losses = 0.5 * (rows.minus(ranking.match) + columns.minus(ranking.match))
     loss = ring.sum(losses.sum()) / (count * ring.devices)
@@ -249,7 +256,7 @@ def _softmax_gradients(
 ) -> Gradients:
     count = image.shape[0]
 
-    def visit(owner: Array, guest: Any, times_image: Array, host: _Slopes) -> tuple[Array, _Slopes]:
+    def visit(owner: Array, guest: Any, host: _Slopes) -> tuple[Array, _Slopes]:
         text, columns = guest
         column = _positions(owner, count)[None]
 
@@ -261,10 +268,11 @@ def _softmax_gradients(
             return times_image + _times_image(slope, image), slopes.see(slope, text)
 
         by_row = image, _positions(ring.here(), count), rows, host
-        return _by_rows(size, step, times_image, by_row)
+        return _by_rows(size, step, jnp.zeros_like(text), by_row)
 
-    start = jnp.zeros_like(text)
-    times_image, slopes = ring.around(visit, (text, columns), start, _Slopes.start(image))
+    times_image, slopes = ring.around(
+        visit, jnp.add, (text, columns), jnp.zeros_like(text), _Slopes.start(image)
+    )
     return slopes.gradients(ring, times_image, image, scale)
 
 
@@ -310,7 +318,7 @@ def _sigmoid_sums(
     """Loss, hits, and the gradients, or () without them."""
     count = image.shape[0]
 
-    def visit(owner: Array, text: Array, times_image: Any, host: Any) -> tuple[Any, Any]:
+    def visit(owner: Array, text: Array, host: Any) -> tuple[Any, Any]:
         column = _positions(owner, count)[None]
 
         def step(times_image: Any, rows: Any) -> tuple[Any, Any]:
@@ -325,11 +333,12 @@ def _sigmoid_sums(
                 slopes = slopes.see(slope, text)
             return times_image, (ranking.see(block), losses, slopes)
 
-        return _by_rows(size, step, times_image, (image, _positions(ring.here(), count), host))
+        return _by_rows(size, step, start, (image, _positions(ring.here(), count), host))
 
     start, slopes = (jnp.zeros_like(text), _Slopes.start(image)) if with_gradients else ((), ())
+    pack = jnp.add if with_gradients else lambda luggage, gift: ()
     host = _Ranking.start(image), jnp.zeros_like(image[:, 0]), slopes
-    times_image, (ranking, losses, slopes) = ring.around(visit, text, start, host)
+    times_image, (ranking, losses, slopes) = ring.around(visit, pack, text, start, host)
     loss = ring.sum(losses.sum()) / (count * ring.devices)
     unit = slopes.gradients(ring, times_image, image, scale) if with_gradients else ()
     return loss, ranking.hits(ring), unit

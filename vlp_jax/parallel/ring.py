@@ -17,8 +17,8 @@ from vlp_jax.parallel.mesh import BATCH_AXES
 # How arrays lie: in parts over the batch axes, or whole on every device.
 SPREAD, WHOLE = PartitionSpec(BATCH_AXES), PartitionSpec()
 
-# (owner of the guest, guest, luggage, host) -> (luggage, host)
-Visit = Callable[[Int[Array, ""], Any, Any, Any], tuple[Any, Any]]
+# (owner of the guest, guest, host) -> (gift to the guest, host)
+Visit = Callable[[Int[Array, ""], Any, Any], tuple[Any, Any]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,20 +60,30 @@ class Ring:
         """The sum of all devices' `x`, on each of them."""
         return jax.lax.psum(x, BATCH_AXES)
 
-    def around(self, visit: Visit, guest: Any, luggage: Any, host: Any) -> tuple[Any, Any]:
+    def around(
+        self,
+        visit: Visit,
+        pack: Callable[[Any, Any], Any],
+        guest: Any,
+        luggage: Any,
+        host: Any,
+    ) -> tuple[Any, Any]:
         """Sends each device's `guest` to every device, its own first.
 
-        There `visit(owner of the guest, guest, luggage, host)` gives the luggage that goes on with
-        the guest, and the host's new state. Returns the luggage, home again, and the host.
+        There `visit(owner of the guest, guest, host)` gives a gift and the host's new state, and
+        the guest's luggage becomes `pack(luggage, gift)`. Returns the luggage, home again, and the
+        host.
 
-        A round begins with both moves, and its visit needs neither the next guest nor, until it
-        adds to it, the luggage, which follows its guest one round later: so the compiler can let
-        them overlap with the visit. No more than two guests are on a device at once.
+        A round begins with both moves, and its visit needs neither: the next guest comes for the
+        next visit, and the luggage follows its guest one round later. So the compiler can let the
+        moves overlap with the visit. No more than two guests are on a device at once.
         """
         here = self.here()
 
         def receive(hop: Any, guest: Any, luggage: Any, host: Any) -> tuple[Any, Any]:
-            return visit((here - hop) % self.devices, guest, self.shift(luggage), host)
+            luggage = self.shift(luggage)
+            gift, host = visit((here - hop) % self.devices, guest, host)
+            return pack(luggage, gift), host
 
         def move(hop: Any, carry: tuple[Any, Any, Any]) -> tuple[Any, Any, Any]:
             guest, luggage, host = carry
