@@ -75,6 +75,10 @@ def base() -> ConfigDict:
             "no_decay": ("bias", "scale", "logit_scale", "logit_bias"),  # names of leaves
             "clip_norm": 1.0,  # of the global gradient; 0 for none
             "ema_decay": 0.0,  # of the parameters; 0 for none. Evaluation then uses the average
+            # Factor on the learning rate for each layer further from a tower's end (BEiT, MAE).
+            "layer_decay": ConfigDict({"image": 1.0, "text": 1.0}),
+            # Regular expressions: a parameter stays as it is if one is its whole path ("image/.*").
+            "frozen": (),
         }
     )
     config.log = ConfigDict({"every": duration(steps=10)})
@@ -232,10 +236,22 @@ def to_json(config: ConfigDict) -> str:
 
 
 def from_json(text: str) -> ConfigDict:
-    """The config that `to_json` wrote, with lists as tuples, locked and checked."""
+    """The config that `to_json` wrote, with lists as tuples, locked and checked.
+
+    Keys of `base()` that were not there yet when it was written get their defaults.
+    """
     config = ConfigDict(_tuples(json.loads(text)))
+    _add_missing(config, base())
     check(config)
     return config.lock()
+
+
+def _add_missing(config: ConfigDict, defaults: ConfigDict) -> None:
+    for key, value in defaults.items():
+        if key not in config:
+            config[key] = value
+        elif isinstance(value, ConfigDict) and isinstance(config[key], ConfigDict):
+            _add_missing(config[key], value)
 
 
 def _tuples(value: Any) -> Any:

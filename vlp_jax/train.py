@@ -23,6 +23,7 @@ from vlp_jax.observe.writers import build_writers, check_writers
 from vlp_jax.parallel import mesh as mesh_lib
 from vlp_jax.parallel import startup
 from vlp_jax.parallel.batch import Prefetcher
+from vlp_jax.training import param_groups
 from vlp_jax.training import workdir as workdir_lib
 from vlp_jax.training.build import build, first_state, make_checkpointer
 from vlp_jax.training.command import run_command
@@ -116,7 +117,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike, clock: StartupClock) -
             step_function = compile_step(setup.step, setup.abstract, setup.batch_spec, setup.mesh)
         with clock.phase("restore the state" if first_step else "initialize the state"):
             state = first_state(setup, checkpointer, first_step)
-        progress.print(describe_run(state, first_step, last_step, config.batch_size))
+        progress.print(describe_run(setup, first_step))
         with clock.phase("measure the devices"):
             step_clock = make_step_clock(setup, clock)
         writer = build_writers(config.writers, workdir, first_step, config.to_dict())
@@ -151,11 +152,12 @@ def train(config: ConfigDict, workdir: str | os.PathLike, clock: StartupClock) -
     return state
 
 
-def describe_run(state: TrainState, first_step: int, last_step: int, batch_size: int) -> str:
+def describe_run(setup: Setup, first_step: int) -> str:
     """One line for the log: the size of the model, and the steps that are ahead."""
-    size = sum(x.size for x in jax.tree.leaves(state.params))
+    size, frozen = param_groups.count(setup.abstract.params, setup.config.optimizer.frozen)
+    last_step, batch_size = setup.units.total_steps, setup.config.batch_size
     steps = f"steps {first_step:,} to {last_step:,} of {batch_size:,} examples"
-    return f"{size:,} parameters; {steps}"
+    return f"{size:,} parameters, of which {frozen:,} frozen; {steps}"
 
 
 def make_progress(last_step: int, name: str) -> Progress | NullProgress:

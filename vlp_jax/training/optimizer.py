@@ -11,6 +11,7 @@ import optax
 import optax.contrib
 
 from vlp_jax.errors import UserError, unknown_key_message
+from vlp_jax.training import param_groups
 from vlp_jax.training.when import Units
 
 SCHEDULES = ("cosine", "rsqrt", "linear", "constant")
@@ -106,9 +107,7 @@ def muon(config: Mapping[str, Any], units: Units) -> optax.GradientTransformatio
     """
 
     def by_path(function: Callable[[str], Any], params: Any) -> Any:
-        return jax.tree_util.tree_map_with_path(
-            lambda path, _: function(jax.tree_util.keystr(path, simple=True, separator="/")), params
-        )
+        return param_groups.map_with_path(lambda path, _: function(path), params)
 
     matrices = optax.contrib.muon(
         make_schedule({**config, "learning_rate": config["muon"]["learning_rate"]}, units),
@@ -128,7 +127,10 @@ OPTIMIZERS = {"adamw": adamw, "muon": muon}
 
 
 def make_optimizer(config: Mapping[str, Any], units: Units) -> optax.GradientTransformation:
-    """Clipping by the global norm, then the optimizer that `config` names.
+    """Clipping by the global norm, the optimizer that `config` names, layer-wise decay.
+
+    Its `init` and `update` take all parameters. Frozen ones have no state and no update, and their
+    gradients, which need not be there, do not count in the norm (see `param_groups`).
 
     Raises:
       UserError: an unknown optimizer, or a number out of range.
@@ -145,5 +147,11 @@ def make_optimizer(config: Mapping[str, Any], units: Units) -> optax.GradientTra
     for key, value in fractions.items():
         if not 0 <= value < 1:
             raise UserError(f"config.optimizer.{key} must be in [0, 1), not {value}")
+    for tower, decay in config["layer_decay"].items():
+        if not 0 < decay <= 1:
+            raise UserError(f"config.optimizer.layer_decay.{tower} must be in (0, 1], not {decay}")
+    param_groups.check_patterns(config["frozen"], "config.optimizer.frozen")
     clip = [optax.clip_by_global_norm(config["clip_norm"])] if config["clip_norm"] else []
-    return optax.chain(*clip, OPTIMIZERS[config["name"]](config, units))
+    optimizer = optax.chain(*clip, OPTIMIZERS[config["name"]](config, units))
+    optimizer = param_groups.without_frozen(optimizer, config["frozen"])
+    return param_groups.with_layer_decay(optimizer, config["layer_decay"])
