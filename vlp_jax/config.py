@@ -62,15 +62,16 @@ def base() -> ConfigDict:
     config.evaluators = ConfigDict()
     config.optimizer = ConfigDict(
         {
-            "name": "adamw",  # or muon: Muon for the kernels of layers, AdamW for the rest
-            "learning_rate": 1e-3,  # of AdamW
+            # adamw; muon: Muon for the kernels of layers, AdamW for the rest; adafactor; lion
+            "name": "adamw",
+            "learning_rate": 1e-3,  # of all but Muon's part
             "muon": ConfigDict({"learning_rate": 0.02, "momentum": 0.95}),
             "schedule": "cosine",  # cosine, rsqrt, linear or constant
             "warmup": duration(percent=5.0),
             "cooldown": duration(percent=0.0),  # a linear end to zero; rsqrt wants one
             "b1": 0.9,
-            "b2": 0.98,
-            "eps": 1e-8,
+            "b2": 0.98,  # adafactor: the bound that its own rises to (big_vision: 0.999)
+            "eps": 1e-8,  # of AdamW
             "weight_decay": 0.1,
             "no_decay": ("bias", "scale", "logit_scale", "logit_bias"),  # names of leaves
             "clip_norm": 1.0,  # of the global gradient; 0 for none

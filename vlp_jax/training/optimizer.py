@@ -123,7 +123,59 @@ def muon(config: Mapping[str, Any], units: Units) -> optax.GradientTransformatio
     )
 
 
-OPTIMIZERS = {"adamw": adamw, "muon": muon}
+def adafactor(config: Mapping[str, Any], units: Units) -> optax.GradientTransformation:
+    """Adafactor as changed by Zhai et al. 2022, "Scaling Vision Transformers", 3.3.
+
+    The constants are those of google-research/big_vision, optax.py, `scale_by_adafactor`:
+
+    - The second moment of a parameter is factored over its two largest dimensions if both have at
+      least 32 numbers. It decays by min(b2, 1 - t ** -0.8) at step t = 1, 2, ...; `b2` is 0.999
+      there and 0.95 for SigLIP. 1e-30 is added to the squared gradient; `eps` is not used.
+    - The first moment is one of the scaled gradient, b1 = 0.9, held in bfloat16, not debiased.
+    - Neither is an update clipped by its root mean square (the `clipping_threshold` of the paper of
+      Adafactor is off there), nor is a learning rate relative to the size of the parameter. The
+      global norm of the gradient is clipped first, to 1.
+    - Weight decay is decoupled. There it follows the schedule and not the peak learning rate, here
+      both: their `wd` of 1e-4 with an `lr` of 1e-3 is a `weight_decay` of 0.1 here.
+
+    Rows and columns of the factored moments have not the parameter's shape, so they lie whole on
+    every device; the first moment lies as its parameter does. Stacked layers are factored each on
+    its own, as separate ones are.
+    """
+
+    def decay(step: jax.Array, exponent: float) -> jax.Array:
+        return jnp.minimum(config["b2"], 1.0 - (step + 1.0) ** -exponent)
+
+    second_moment = optax.scale_by_factored_rms(
+        decay_rate=0.8, min_dim_size_to_factor=32, epsilon=1e-30, decay_rate_fn=decay
+    )
+    first_moment = optax.ema(config["b1"], debias=False, accumulator_dtype=jnp.bfloat16)
+    return optax.chain(
+        param_groups.layer_by_layer(second_moment),
+        *([first_moment] if config["b1"] else []),
+        optax.add_decayed_weights(
+            config["weight_decay"], lambda params: decay_mask(params, config["no_decay"])
+        ),
+        optax.scale_by_learning_rate(make_schedule(config, units)),
+    )
+
+
+def lion(config: Mapping[str, Any], units: Units) -> optax.GradientTransformation:
+    """Lion (Chen et al. 2023, "Symbolic Discovery of Optimization Algorithms", program 1).
+
+    Next to AdamW it wants a learning rate 3 to 10 times smaller and a weight decay as much larger
+    (section 5); the paper's default is b1 = 0.9 and b2 = 0.99. `eps` is not used.
+    """
+    return optax.lion(
+        make_schedule(config, units),
+        b1=config["b1"],
+        b2=config["b2"],
+        weight_decay=config["weight_decay"],
+        mask=lambda params: decay_mask(params, config["no_decay"]),
+    )
+
+
+OPTIMIZERS = {"adamw": adamw, "muon": muon, "adafactor": adafactor, "lion": lion}
 
 
 def make_optimizer(config: Mapping[str, Any], units: Units) -> optax.GradientTransformation:

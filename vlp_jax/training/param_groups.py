@@ -181,6 +181,35 @@ def with_layer_decay(
     return optax.GradientTransformation(optimizer.init, update)
 
 
+# Stacked layers, one by one.
+
+
+def layer_by_layer(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
+    """`optimizer` with each of stacked layers as a parameter of its own.
+
+    For an optimizer that looks at the dimensions of a parameter, of which the layers are none.
+    """
+
+    def grouped(params: Any) -> optax.GradientTransformation:
+        def label(path: str, leaf: Any) -> str:
+            return f"stack_of_{leaf.shape[0]}" if "/layers/" in path else "single"
+
+        labels = map_with_path(label, params)
+        return optax.partition(
+            {name: optimizer if name == "single" else stack for name in jax.tree.leaves(labels)},
+            labels,
+        )
+
+    stack = optax.GradientTransformation(
+        lambda params: jax.vmap(optimizer.init)(params),
+        lambda grads, state, params: jax.vmap(optimizer.update)(grads, state, params),
+    )
+    return optax.GradientTransformation(
+        lambda params: grouped(params).init(params),
+        lambda grads, state, params: grouped(params).update(grads, state, params),
+    )
+
+
 def check_groups(config: Mapping[str, Any], params: Any) -> None:
     """Raises UserError if what `config.optimizer` says of single parameters does not fit `params`.
 
