@@ -39,6 +39,9 @@ examples:
   python -m vlp_jax.train --config configs/demo.py --workdir runs/demo
   python -m vlp_jax.train --config configs/clip_folder.py --workdir runs/mine --config.data.path=DIR
   python -m vlp_jax.train --config configs/demo.py --help        lists every key of that config
+  python -m vlp_jax.train --config configs/demo.py --workdir runs/new --config.init_from.source=DIR
+      starts from the weights of the run in DIR, or of hf:DIR, open_clip:FILE, big_vision:FILE.npz
+      or timm:FILE; config.init_from.rules say which
 
 Run the same command again to resume. Exit status: 0 the run is complete, 2 a mistake in config,
 data or workdir (the last line of stderr says which), 75 told to stop and saved: start it again.
@@ -112,11 +115,12 @@ def train(config: ConfigDict, workdir: str | os.PathLike, clock: StartupClock) -
         for change in workdir_lib.changes(workdir, config):
             progress.print(f"note: {change}")
         workdir_lib.prepare(workdir, config, parts.tokenizer)
+        parts.start.announce(workdir, progress.print)
         progress.print(mesh_lib.describe(setup.mesh))
         with clock.phase("compile the step"):
             step_function = compile_step(setup.step, setup.abstract, setup.batch_spec, setup.mesh)
         with clock.phase("restore the state" if first_step else "initialize the state"):
-            state = first_state(setup, checkpointer, first_step)
+            state = first_state(parts, checkpointer, first_step)
         progress.print(describe_run(setup, first_step))
         with clock.phase("measure the devices"):
             step_clock = make_step_clock(setup, clock)
