@@ -171,6 +171,14 @@ def _check_loss(loss: str, form: str, block_size: int) -> None:
         raise ValueError(f"loss_block_size is at least 1, not {block_size}")
 
 
+def _from_tokenizer(tokenizer: Any) -> dict[str, int]:
+    """The fields of a text tower that its tokenizer decides."""
+    if tokenizer is None:
+        raise ValueError("a contrastive objective needs config.tokenizer")
+    names = ("vocab_size", "context_length", "eos_id", "pad_id")
+    return {name: getattr(tokenizer, name) for name in names}
+
+
 def make_contrastive(
     *,
     tokenizer: Any,
@@ -202,8 +210,7 @@ def make_contrastive(
       image, text: arguments of `make_vit` and `make_text`.
       image_head, text_head: see `DualEncoder`.
       loss: "softmax" or "sigmoid".
-      mask_ratio: see `Contrastive`.
-      loss_form, loss_block_size: as in `Contrastive`.
+      mask_ratio, loss_form, loss_block_size: see `Contrastive`.
       logit_scale_init: initial factor on the cosine similarity; default 1 / 0.07 (CLIP) for
         softmax, 10 (SigLIP, alg. 1) for sigmoid.
       logit_bias_init: default none for softmax, -10 (SigLIP, alg. 1) for sigmoid.
@@ -213,15 +220,11 @@ def make_contrastive(
       ValueError: an unknown loss, form, dtype, variant or pooling, or a block size below 1.
     """
     _check_loss(loss, loss_form, loss_block_size)
-    if tokenizer is None:
-        raise ValueError("a contrastive objective needs config.tokenizer")
     shared = compute_fields(dtype, scan_layers, remat, attention)
     defaults = {"softmax": (1 / 0.07, None), "sigmoid": (10.0, -10.0)}[loss]
     scale = defaults[0] if logit_scale_init is None else logit_scale_init
     bias = defaults[1] if logit_bias_init is None else logit_bias_init
-    from_tokenizer = {
-        key: getattr(tokenizer, key) for key in ("vocab_size", "context_length", "eos_id", "pad_id")
-    }
+    from_tokenizer = _from_tokenizer(tokenizer)
     model = make_dual_encoder(
         image=config_lib.build(make_vit, image, "config.objective.image", **shared),
         text=config_lib.build(make_text, text, "config.objective.text", **shared, **from_tokenizer),
