@@ -25,9 +25,9 @@ IMAGE = {
 DECODER = {"width": 128, "depth": 2, "mlp_dim": 512, "heads": 4}
 
 
-def get_config(arg="clip"):
+def get_config(arg=None):
     config = demo.get_config()
-    if arg == "clip":
+    if arg in (None, "clip"):
         return clip(config)
     if arg != "mae":
         raise ValueError(f"configs/mae_then_clip.py takes 'mae' or 'clip', not {arg!r}")
