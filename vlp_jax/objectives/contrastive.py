@@ -211,10 +211,9 @@ def make_contrastive(
       image_head, text_head: see `DualEncoder`.
       loss: "softmax" or "sigmoid".
       mask_ratio, loss_form, loss_block_size: see `Contrastive`.
-      logit_scale_init: initial factor on the cosine similarity; default 1 / 0.07 (CLIP) for
-        softmax, 10 (SigLIP, alg. 1) for sigmoid.
+      logit_scale_init: default 1 / 0.07 (CLIP) for softmax, 10 (SigLIP, alg. 1) for sigmoid.
       logit_bias_init: default none for softmax, -10 (SigLIP, alg. 1) for sigmoid.
-      dtype: of the computation; default bfloat16 on accelerators and float32 on CPU.
+      dtype: default bfloat16 on accelerators and float32 on CPU.
 
     Raises:
       ValueError: an unknown loss, form, dtype, variant or pooling, or a block size below 1.
@@ -224,10 +223,10 @@ def make_contrastive(
     defaults = {"softmax": (1 / 0.07, None), "sigmoid": (10.0, -10.0)}[loss]
     scale = defaults[0] if logit_scale_init is None else logit_scale_init
     bias = defaults[1] if logit_bias_init is None else logit_bias_init
-    from_tokenizer = _from_tokenizer(tokenizer)
+    for_text = {**shared, **_from_tokenizer(tokenizer)}
     model = make_dual_encoder(
         image=config_lib.build(make_vit, image, "config.objective.image", **shared),
-        text=config_lib.build(make_text, text, "config.objective.text", **shared, **from_tokenizer),
+        text=config_lib.build(make_text, text, "config.objective.text", **for_text),
         embed_dim=embed_dim,
         image_head=image_head,
         text_head=text_head,
