@@ -1,0 +1,134 @@
+"""Weights of other projects: each format is one file here, which reads and writes.
+
+    imported = interop.read("hf_clip:path/to/folder")
+    features = imported.module.apply({"params": interop.to_tree(imported.module, imported.params)}, ...)
+    interop.write("open_clip", module, params, "path/to/new/folder")
+
+Parameters are a flat dict, path -> float32 array, in which the layers of an encoder are stacked
+(`vlp_jax.interop.trees`); `from_tree` and `to_tree` go from a module's own tree to that and back.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from vlp_jax.errors import UserError, unknown_key_message
+from vlp_jax.interop import hf, hf_clip, hf_siglip, hf_vit, hf_vit_mae
+from vlp_jax.interop.base import Extras, Format, Imported, differences
+from vlp_jax.interop.trees import (
+    Module,
+    Params,
+    check_params,
+    from_tree,
+    image_of,
+    stack_layers,
+    to_tree,
+    unstack_layers,
+)
+
+FORMATS: dict[str, Format] = {
+    "hf": hf,
+    "hf_clip": hf_clip,
+    "hf_siglip": hf_siglip,
+    "hf_vit": hf_vit,
+    "hf_vit_mae": hf_vit_mae,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Weights:
+    """Parameters to start a model from.
+
+    Attributes:
+      params: path -> float32 array, with the source's sizes.
+      grids: path of a table of positions -> rows and columns of patches that it is for.
+      notes: in what the source and the model differ that changes the numbers, a line each.
+    """
+
+    params: Params
+    grids: dict[str, tuple[int, int]]
+    notes: list[str]
+
+
+def read(spec: str, like: Module | None = None) -> Imported:
+    """Reads a model.
+
+    Args:
+      spec: "FORMAT:PATH", a name in `FORMATS` and a file or a directory.
+      like: says what the files do not, such as the heads of a file without config.
+
+    Raises:
+      UserError: unknown format, files that are not there, damaged, pickled or of another model, a
+        model that we cannot express, or one of which too little is known.
+    """
+    name, colon, path = spec.partition(":")
+    if not colon or not path:
+        raise UserError(f"weights are named FORMAT:PATH, such as hf_clip:models/clip, not {spec!r}")
+    return _format(name).read(Path(path).expanduser(), like)
+
+
+def read_weights(spec: str, like: Module) -> Weights:
+    """Reads parameters for the model `like`, which may have other sizes; see `read`."""
+    imported = read(spec, like)
+    grids = {}
+    for path in ("image/position_embedding", "decoder/position_embedding"):
+        if path in imported.params:
+            grids[path] = image_of(imported.module).grid
+    return Weights(imported.params, grids, imported.notes + differences(imported.module, like))
+
+
+def write(
+    format: str, module: Module, params: Params, directory: str | Path, **extras: Any
+) -> list[Path]:
+    """Writes a model with its config, as the format's library loads it.
+
+    Args:
+      format: a name in `FORMATS`.
+      module, params: a model and all its parameters.
+      directory: made if it is not there.
+      extras: the fields of `Extras`: what the config says and the module does not.
+
+    Returns:
+      The files that were written.
+
+    Raises:
+      UserError: unknown format or extra, parameters that are not the module's, or a module that the
+        format cannot express: then all reasons are named, in one line, and nothing is written.
+    """
+    known = {field.name for field in dataclasses.fields(Extras)}
+    for key in extras:
+        if key not in known:
+            raise UserError(unknown_key_message(key, known, "the export's settings"))
+    given, chosen = Extras(**extras), _format(format)
+    problems = chosen.check(module, given)
+    if problems:
+        raise UserError(f"this model cannot be written as {format}: {'; '.join(problems)}")
+    check_params(module, params)
+    return chosen.write(module, dict(params), Path(directory), given)
+
+
+def _format(name: str) -> Format:
+    if name not in FORMATS:
+        raise UserError(unknown_key_message(name, FORMATS, "the formats of weights"))
+    return FORMATS[name]
+
+
+__all__ = [
+    "FORMATS",
+    "Extras",
+    "Imported",
+    "Module",
+    "Params",
+    "Weights",
+    "check_params",
+    "differences",
+    "from_tree",
+    "read",
+    "read_weights",
+    "stack_layers",
+    "to_tree",
+    "unstack_layers",
+    "write",
+]

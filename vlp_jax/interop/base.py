@@ -1,0 +1,255 @@
+"""What every format gives and takes, and what several of them need."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import flax.linen as nn
+import numpy as np
+
+from vlp_jax.errors import UserError
+from vlp_jax.interop.trees import Module, Params, image_of
+from vlp_jax.models.dual_encoder import DualEncoder
+from vlp_jax.models.positions import sincos_2d, square_grid
+from vlp_jax.models.vit import VisionTransformer
+
+OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)  # openai/CLIP, clip.py `_transform`
+OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+HALF = (0.5, 0.5, 0.5)
+
+INTERPOLATIONS = ("bicubic", "bilinear")
+RESIZES = ("squash", "crop")
+
+# Fields that change how a model runs or starts, not what it computes.
+_NO_MATTER = {
+    *("parent", "name", "attention", "scan_layers", "remat", "dtype", "stochastic_depth"),
+    *("logit_scale_init", "logit_bias_init"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Imported:
+    """A model that was read.
+
+    Attributes:
+      module: complete: it computes what the source computes.
+      params: path -> float32 array (see `vlp_jax.interop.trees`).
+      notes: what the module does not say, a line each.
+    """
+
+    module: Module
+    params: Params
+    notes: list[str]
+
+
+@dataclasses.dataclass(frozen=True)
+class Extras:
+    """What a foreign config wants to know and our modules do not say.
+
+    Attributes:
+      bos_id, eos_id, pad_id: of the tokenizer; None takes what the text tower has (bos: none).
+      image_mean, image_std: for an image tower alone, which does not have them.
+      resize: how pixels come to the model's size: "squash" changes the aspect ratio, "crop" scales
+        the shorter side and cuts the middle out.
+      interpolation: "bicubic" or "bilinear", both antialiased.
+      norm_pix_loss, mask_ratio: of masked autoencoding.
+    """
+
+    bos_id: int | None = None
+    eos_id: int | None = None
+    pad_id: int | None = None
+    image_mean: tuple[float, ...] = HALF
+    image_std: tuple[float, ...] = HALF
+    resize: str = "squash"
+    interpolation: str = "bicubic"
+    norm_pix_loss: bool = False
+    mask_ratio: float = 0.75
+
+    def __post_init__(self) -> None:
+        for field, known in (("resize", RESIZES), ("interpolation", INTERPOLATIONS)):
+            if getattr(self, field) not in known:
+                raise UserError(f"{field}={getattr(self, field)!r} must be {' or '.join(known)}")
+
+    def pixels_of(self, module: Module) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Mean and standard deviation of the pixels: the module's, if it has them."""
+        if isinstance(module, VisionTransformer):
+            return self.image_mean, self.image_std
+        return module.image_mean, module.image_std
+
+
+class Format(Protocol):
+    """A file of `vlp_jax.interop` that holds one foreign format."""
+
+    def read(self, path: Path, like: Module | None) -> Imported:
+        """Reads a file or a directory; `like` says what the files do not."""
+        ...
+
+    def check(self, module: Module, extras: Extras) -> list[str]:
+        """All that the format cannot express of a module, a line each."""
+        ...
+
+    def write(self, module: Module, params: Params, directory: Path, extras: Extras) -> list[Path]:
+        """Writes a module that `check` has nothing against; returns the files."""
+        ...
+
+
+def requirements(
+    model: str, part: str, tower: nn.Module, required: Mapping[str, tuple[Any, ...]]
+) -> list[str]:
+    """A line for each field of a tower whose value is not one of those that a model can have.
+
+    Args:
+      model: the foreign class, for the message.
+      part: "image", "text" or "decoder"; "" for the fields of the whole.
+      required: field -> the values it may have.
+    """
+    lines = []
+    for field, allowed in required.items():
+        value = getattr(tower, field)
+        if value not in allowed:
+            name = f"{part}.{field}" if part else field
+            lines.append(f"{model} has {name} {' or '.join(map(repr, allowed))}, not {value!r}")
+    return lines
+
+
+def square_problems(model: str, vit: VisionTransformer) -> list[str]:
+    """A line if the images are not square."""
+    height, width = vit.image_size
+    return [] if height == width else [f"{model} takes square images, not {height} x {width} ones"]
+
+
+def with_position_table(
+    vit: VisionTransformer, params: Params, prefix: str = "image"
+) -> tuple[VisionTransformer, Params]:
+    """The same tower with a learned table that has a row for every token but the registers.
+
+    Fixed sines and cosines become a table of them, no positions one of zeros; the row of a class
+    token without a position is zero.
+    """
+    path = f"{prefix}/position_embedding"
+    if vit.position == "learned":
+        table = params[path]
+    elif vit.position == "sincos":
+        table = sincos_2d(vit.grid, vit.width)
+    else:
+        table = np.zeros((vit.patches, vit.width), np.float32)
+    if len(table) == vit.patches and vit.class_token:
+        table = np.concatenate([np.zeros((1, vit.width), np.float32), table])
+    return vit.clone(position="learned", class_position=True), {**params, path: table}
+
+
+def grid_of(patches: int, like: Module | None, where: object) -> tuple[int, int]:
+    """The grid of so many patches: that of `like` if it has as many, else the square one.
+
+    Raises:
+      UserError: the number is no square and `like` does not have it.
+    """
+    if like is not None and image_of(like).patches == patches:
+        return image_of(like).grid
+    try:
+        return square_grid(patches)
+    except ValueError as error:
+        raise UserError(f"{where}: {error}: give its config, or a model with that grid") from None
+
+
+def tiled(size: tuple[int, int], patch: int, notes: list[str]) -> tuple[int, int]:
+    """The pixels that patches cover; notes if some are left over at the right and the bottom."""
+    covered = (size[0] // patch * patch, size[1] // patch * patch)
+    if covered != size:
+        notes.append(
+            f"patches of {patch} do not tile {size[0]} x {size[1]} pixels: the source drops the "
+            f"last ones, so this model takes {covered[0]} x {covered[1]}"
+        )
+    return covered
+
+
+def pair(value: Any, what: str, where: object) -> tuple[int, int]:
+    """Height and width of a side or a pair of them in a config.
+
+    Raises:
+      UserError: it is neither.
+    """
+    sides = tuple(value) if isinstance(value, list | tuple) else (value, value)
+    if len(sides) != 2 or not all(type(side) is int and side > 0 for side in sides):
+        raise UserError(f"{where}: {what} is {value!r}, neither a number nor two")
+    return sides
+
+
+def one_side(value: Any, what: str, where: object) -> int:
+    """The side of a square in a config.
+
+    Raises:
+      UserError: it is none.
+    """
+    height, width = pair(value, what, where)
+    if height != width:
+        raise UserError(f"{where}: {what} {height} x {width} is not square, which is needed here")
+    return height
+
+
+def norm_after_pool_of(like: Module | None) -> bool:
+    """Where the last LayerNorm of a class token stands: it makes no difference but to the path."""
+    vit = None if like is None else image_of(like)
+    return vit is not None and vit.pooling == "cls" and vit.norm_after_pool
+
+
+def mlp_ratio(width: int, mlp_dim: int) -> float:
+    """The factor from which `int(width * factor)`, as PyTorch libraries compute it, is `mlp_dim`."""
+    ratio = mlp_dim / width
+    return ratio if int(width * ratio) == mlp_dim else math.nextafter(ratio, math.inf)
+
+
+def differences(source: Module, here: Module) -> list[str]:
+    """A line for each field in which two models compute something else from the same parameters.
+
+    A source that is an image tower alone is compared with the image tower here, and the other way
+    round.
+    """
+    if type(source) is not type(here) or isinstance(source, VisionTransformer):
+        lines = _fields("image", image_of(source), image_of(here))
+        if not any(isinstance(module, VisionTransformer) for module in (source, here)):
+            lines += _fields("", source, here, only={"image_mean", "image_std"})
+        return lines
+    parts = ("image", "text") if isinstance(source, DualEncoder) else ("image", "decoder")
+    lines = []
+    for part in parts:
+        lines += _fields(part, getattr(source, part), getattr(here, part))
+    own = {field.name for field in dataclasses.fields(source)} - set(parts)
+    return lines + _fields("", source, here, only=own)
+
+
+def _fields(part: str, source: Any, here: Any, only: set[str] | None = None) -> list[str]:
+    lines = []
+    for field in dataclasses.fields(source):
+        name = field.name
+        if name in _NO_MATTER or (only is not None and name not in only):
+            continue
+        a, b = getattr(source, name), getattr(here, name)
+        if a != b and not _same(name, source, here):
+            label = f"{part}.{name}" if part else name
+            lines.append(f"{label} is {a!r} in the source and {b!r} here")
+    return lines
+
+
+def _same(name: str, source: Any, here: Any) -> bool:
+    """Whether fields of different values come to the same."""
+    both = (source, here)
+    if name == "norm_after_pool":
+        return all(vit.pooling == "cls" for vit in both)
+    if name == "layer_scale":
+        return all(tower.layer_scale is not None for tower in both)
+    if name == "class_position":
+        return not any(vit.class_token and vit.position == "learned" for vit in both)
+    if name == "eos_id":
+        return "eos" not in (source.pooling, here.pooling)
+    if name == "pad_id":
+        return not any(tower.padding_mask or tower.pooling == "mean" for tower in both)
+    if name in ("image_mean", "image_std"):
+        return np.allclose(getattr(source, name), getattr(here, name), atol=1e-6)
+    return False

@@ -1,0 +1,199 @@
+"""Files of weights: safetensors (whole or in shards) and .npz, and never a pickle.
+
+A pickle is a program: loading one runs whatever its author put there. It is recognized by its
+content, whatever the file is called, and refused before anything is loaded.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from vlp_jax.errors import UserError
+
+Tensors = dict[str, np.ndarray]
+
+_ZIP_MAGIC = b"PK\x03\x04"
+_PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+
+
+def find_weights(path: Path, names: Sequence[str]) -> Path:
+    """The file of weights that `path` means: itself, or the one of a directory.
+
+    Args:
+      path: a file or a directory.
+      names: names that are looked for in a directory, the first that exists is taken; then any
+        single file with the suffix of one of them.
+
+    Raises:
+      UserError: there is none, there are several, or there are pickles alone.
+    """
+    if path.is_file():
+        return path
+    if not path.is_dir():
+        raise UserError(f"{path} does not exist")
+    for name in names:
+        if (path / name).is_file():
+            return path / name
+    suffixes = {Path(name).suffix for name in names} - {".json"}
+    found = sorted(file for file in path.iterdir() if file.suffix in suffixes)
+    if len(found) == 1:
+        return found[0]
+    if found:
+        files = ", ".join(file.name for file in found)
+        raise UserError(f"{path} holds several files of weights ({files}): name one of them")
+    for file in sorted(path.iterdir()):
+        if file.suffix in _PICKLE_SUFFIXES:
+            raise _pickle_error(file)
+    raise UserError(f"{path} holds no weights (looked for {', '.join(names)})")
+
+
+def load_tensors(path: Path) -> Tensors:
+    """All arrays of a file; floating point is float32 whatever the file has, integers stay.
+
+    Args:
+      path: a .safetensors, a .safetensors.index.json that names its shards, or an .npz.
+
+    Raises:
+      UserError: the file does not exist, is a pickle, truncated, corrupt or of another kind.
+    """
+    if not path.is_file():
+        raise UserError(f"{path} does not exist")
+    if path.name.endswith(".index.json"):
+        return _load_shards(path)
+    with path.open("rb") as file:
+        head = file.read(16)
+    if head[8:9] == b"{":
+        return _load_safetensors(path)
+    if head.startswith(_ZIP_MAGIC):
+        return _load_npz(path)
+    if head[:1] == b"\x80" or path.suffix in _PICKLE_SUFFIXES:
+        raise _pickle_error(path)
+    raise UserError(
+        f"{path} is neither a safetensors file nor an .npz, or it is damaged: "
+        f"its {path.stat().st_size} bytes begin with {head!r}"
+    )
+
+
+def save_safetensors(tensors: Tensors, path: Path) -> Path:
+    """Writes arrays, whole or not at all, as the PyTorch libraries expect them; returns `path`."""
+    # The library writes an array's memory as it lies there: a transposed view would come out wrong.
+    whole = {key: np.array(x, order="C", copy=None) for key, x in tensors.items()}
+    _write_whole(path, safetensors.numpy.save(whole, metadata={"format": "pt"}))
+    return path
+
+
+def save_npz(tensors: Tensors, path: Path) -> Path:
+    """Writes arrays to an .npz, whole or not at all; returns `path`."""
+    unfinished = _unfinished(path)
+    with unfinished.open("wb") as file:
+        np.savez(file, **tensors)
+    os.replace(unfinished, path)
+    return path
+
+
+def load_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+      UserError: there is no such file, or it holds something else.
+    """
+    if not path.is_file():
+        raise UserError(f"{path} does not exist")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} does not hold a JSON object")
+    return content
+
+
+def load_json_if_there(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; an empty one if there is no such file."""
+    return load_json(path) if path.is_file() else {}
+
+
+def save_json(content: dict[str, Any], path: Path) -> Path:
+    """Writes a JSON file, whole or not at all; returns `path`."""
+    _write_whole(path, (json.dumps(content, indent=2) + "\n").encode())
+    return path
+
+
+def _load_safetensors(path: Path) -> Tensors:
+    try:
+        with safetensors.safe_open(path, "numpy") as file:
+            return {key: _as_float32(file.get_tensor(key)) for key in file.keys()}  # noqa: SIM118
+    except (safetensors.SafetensorError, OSError) as error:
+        raise UserError(
+            f"{path} is truncated or corrupt ({error}); fetch or write it again"
+        ) from None
+
+
+def _load_shards(index: Path) -> Tensors:
+    names = load_json(index).get("weight_map")
+    if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
+        raise UserError(f"{index} has no weight_map from keys to files")
+    shards = {name: load_tensors(index.parent / name) for name in sorted(set(names.values()))}
+    for key, name in names.items():
+        if key not in shards[name]:
+            raise UserError(f"{index} says that {key} is in {name}, but it is not")
+    return {key: shards[name][key] for key, name in names.items()}
+
+
+def _load_npz(path: Path) -> Tensors:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            members = archive.namelist()
+    except zipfile.BadZipFile as error:
+        raise UserError(
+            f"{path} is truncated or corrupt ({error}); fetch or write it again"
+        ) from None
+    if any(name.endswith(".pkl") for name in members):
+        raise _pickle_error(path)
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            return {key: _as_float32(arrays[key]) for key in arrays.files}
+    except ValueError as error:
+        if "allow_pickle" not in str(error):
+            raise UserError(f"{path} is corrupt ({error}); fetch or write it again") from None
+        raise UserError(
+            f"{path} holds Python objects, which are pickled and could run any code: write it "
+            f"again with np.savez of plain arrays"
+        ) from None
+    except zipfile.BadZipFile as error:
+        raise UserError(f"{path} is corrupt ({error}); fetch or write it again") from None
+
+
+def _as_float32(x: np.ndarray) -> np.ndarray:
+    if x.dtype.kind == "V" and x.dtype.itemsize == 2:
+        x = x.view(jnp.bfloat16)  # how NumPy gives back what was saved as bfloat16
+    return x.astype(np.float32, copy=False) if jnp.issubdtype(x.dtype, jnp.floating) else x
+
+
+def _pickle_error(path: Path) -> UserError:
+    return UserError(
+        f"{path} is a pickle, which could run any code when it is loaded: convert it once, where "
+        f"PyTorch is installed, with safetensors.torch.save_file(torch.load({path.name!r}, "
+        f"weights_only=True), 'model.safetensors'), and read that"
+    )
+
+
+def _write_whole(path: Path, content: bytes) -> None:
+    unfinished = _unfinished(path)
+    unfinished.write_bytes(content)
+    os.replace(unfinished, path)
+
+
+def _unfinished(path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path.with_name(f"{path.name}.{os.getpid()}.unfinished")

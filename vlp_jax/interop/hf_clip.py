@@ -1,0 +1,221 @@
+"""Hugging Face `CLIPModel`: config.json, model.safetensors, preprocessor_config.json.
+
+Source: transformers, models/clip/modeling_clip.py and configuration_clip.py. The text is pooled at
+its first `eos_token_id`, except that a config with `eos_token_id` 2, as the first published ones
+have, means the highest id. The norm after the image encoder sees the class token alone, which is
+the same as before the pooling.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from vlp_jax.errors import UserError
+from vlp_jax.interop import base, files, hf_common
+from vlp_jax.interop.base import Extras, Imported
+from vlp_jax.interop.tables import (
+    SQUEEZED,
+    Entry,
+    Table,
+    convolution,
+    from_theirs,
+    linear,
+    norm,
+    to_theirs,
+)
+from vlp_jax.interop.trees import Module, Params, expected_shapes
+from vlp_jax.models.dual_encoder import DualEncoder
+from vlp_jax.models.text import TextTransformer
+from vlp_jax.models.vit import VisionTransformer
+
+MODEL = "CLIPModel"
+HIGHEST_ID = 2  # the eos_token_id that means "pool at the highest id"
+
+TABLE: Table = [
+    Entry("logit_scale", "logit_scale"),
+    Entry("image/class_token", "vision_model.embeddings.class_embedding", SQUEEZED),
+    *convolution("image/patch_embedding/projection", "vision_model.embeddings.patch_embedding"),
+    Entry("image/position_embedding", "vision_model.embeddings.position_embedding.weight"),
+    *norm("image/pre_norm", "vision_model.pre_layrnorm"),  # so it is spelled
+    *hf_common.layers_as_in_clip("image/encoder/layers", "vision_model.encoder.layers.{i}"),
+    *norm("image/encoder/norm", "vision_model.post_layernorm"),
+    *norm("image/norm", "vision_model.post_layernorm"),  # with norm_after_pool
+    *linear("image_projection", "visual_projection"),
+    Entry("text/token_embedding/embedding", "text_model.embeddings.token_embedding.weight"),
+    Entry("text/position_embedding", "text_model.embeddings.position_embedding.weight"),
+    *hf_common.layers_as_in_clip("text/encoder/layers", "text_model.encoder.layers.{i}"),
+    *norm("text/encoder/norm", "text_model.final_layer_norm"),
+    *linear("text_projection", "text_projection"),
+]
+IGNORED = (r"(text|vision)_model\.embeddings\.position_ids",)
+
+# Defaults of CLIPConfig, CLIPVisionConfig and CLIPTextConfig.
+DEFAULTS = {"projection_dim": 512, "logit_scale_init_value": 2.6592}
+VISION_DEFAULTS = {
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "num_channels": 3,
+    "image_size": 224,
+    "patch_size": 32,
+    "hidden_act": "quick_gelu",
+    "layer_norm_eps": 1e-5,
+}
+TEXT_DEFAULTS = {
+    "vocab_size": 49408,
+    "hidden_size": 512,
+    "intermediate_size": 2048,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 8,
+    "max_position_embeddings": 77,
+    "hidden_act": "quick_gelu",
+    "layer_norm_eps": 1e-5,
+    "pad_token_id": 1,
+    "eos_token_id": 49407,
+}
+
+IMAGE_HAS = {
+    "pooling": ("cls",),
+    "class_token": (True,),
+    "registers": (0,),
+    "patch_bias": (False,),
+    "pre_norm": (True,),
+    "qk_norm": (False,),
+    "layer_scale": (None,),
+}
+TEXT_HAS = {
+    "causal": (True,),
+    "pooling": ("eos", "argmax"),
+    "padding_mask": (False,),
+    "qk_norm": (False,),
+    "layer_scale": (None,),
+}
+WHOLE_HAS = {"image_head": ("linear",), "text_head": ("linear",), "logit_bias_init": (None,)}
+
+
+def read(path: Path, like: Module | None = None) -> Imported:
+    """Reads a folder or its file of weights.
+
+    Raises:
+      UserError: the files are not those of a CLIPModel that we can express.
+    """
+    weights, config = hf_common.open_folder(path, "clip")
+    where, notes = weights.parent / "config.json", []
+    config = hf_common.with_defaults(config, DEFAULTS)
+    module = DualEncoder(
+        image=_image(
+            hf_common.section(config, "vision_config", VISION_DEFAULTS, where), where, like, notes
+        ),
+        text=_text(hf_common.section(config, "text_config", TEXT_DEFAULTS, where), where),
+        embed_dim=hf_common.integer(config, "projection_dim", where),
+        logit_scale_init=float(config["logit_scale_init_value"]),
+        **hf_common.read_pixels(weights.parent, base.OPENAI_MEAN, base.OPENAI_STD, like, notes),
+    )
+    tensors = files.load_tensors(weights)
+    params = from_theirs(TABLE, tensors, expected_shapes(module), weights, IGNORED)
+    return Imported(module, params, notes)
+
+
+def check(module: Module, extras: Extras) -> list[str]:
+    """All that a CLIPModel cannot express of a module."""
+    if not isinstance(module, DualEncoder):
+        return [f"{MODEL} is an image and a text tower, not a {type(module).__name__}"]
+    problems = [
+        *base.requirements(MODEL, "image", module.image, IMAGE_HAS),
+        *base.square_problems(MODEL, module.image),
+        *base.requirements(MODEL, "text", module.text, TEXT_HAS),
+        *base.requirements(MODEL, "", module, WHOLE_HAS),
+    ]
+    if module.text.pooling == "eos":
+        if module.text.eos_id == HIGHEST_ID:
+            problems.append(
+                f"{MODEL} takes eos_token_id {HIGHEST_ID} for pooling at the highest id, so it cannot "
+                f"pool at the first id {HIGHEST_ID}, which is this model's text.eos_id"
+            )
+        if extras.eos_id not in (None, module.text.eos_id):
+            problems.append(
+                f"eos_id {extras.eos_id} is not text.eos_id {module.text.eos_id}, at which it pools"
+            )
+    return problems
+
+
+def write(module: DualEncoder, params: Params, directory: Path, extras: Extras) -> list[Path]:
+    """Writes a folder that `CLIPModel.from_pretrained` takes."""
+    image, params = base.with_position_table(module.image, params)
+    text = module.text
+    config = {
+        "architectures": [MODEL],
+        "model_type": "clip",
+        "torch_dtype": "float32",
+        "projection_dim": module.embed_dim,
+        "logit_scale_init_value": module.logit_scale_init,
+        "vision_config": {
+            "model_type": "clip_vision_model",
+            **hf_common.encoder_config(image),
+            "image_size": image.image_size[0],
+            "patch_size": image.patch_size,
+            "num_channels": 3,
+            "projection_dim": module.embed_dim,
+        },
+        "text_config": {
+            "model_type": "clip_text_model",
+            **hf_common.encoder_config(text),
+            "projection_dim": module.embed_dim,
+            **text_ids(text, extras),
+        },
+    }
+    if text.pooling == "argmax":
+        config["text_config"]["eos_token_id"] = HIGHEST_ID
+    return [
+        files.save_json(config, directory / "config.json"),
+        files.save_safetensors(to_theirs(TABLE, params), directory / "model.safetensors"),
+        hf_common.write_processor(
+            module, directory, extras, "CLIPImageProcessor", "CLIPImageProcessor"
+        ),
+    ]
+
+
+def text_ids(text: TextTransformer, extras: Extras) -> dict[str, Any]:
+    """What a text config says of the tokenizer."""
+    return {
+        "vocab_size": text.vocab_size,
+        "max_position_embeddings": text.context_length,
+        "bos_token_id": extras.bos_id,
+        "eos_token_id": text.eos_id if extras.eos_id is None else extras.eos_id,
+        "pad_token_id": text.pad_id if extras.pad_id is None else extras.pad_id,
+    }
+
+
+def _image(
+    config: dict[str, Any], where: Path, like: Module | None, notes: list[str]
+) -> VisionTransformer:
+    hf_common.three_channels(config, where)
+    patch = base.one_side(config["patch_size"], "patch_size", where)
+    side = base.one_side(config["image_size"], "image_size", where)
+    return VisionTransformer(
+        image_size=base.tiled((side, side), patch, notes),
+        patch_size=patch,
+        pooling="cls",
+        patch_bias=False,
+        pre_norm=True,
+        norm_after_pool=base.norm_after_pool_of(like),
+        **hf_common.encoder_fields(config, where),
+    )
+
+
+def _text(config: dict[str, Any], where: Path) -> TextTransformer:
+    vocab_size, eos_id = hf_common.integer(config, "vocab_size", where), config["eos_token_id"]
+    if type(eos_id) is not int:
+        raise UserError(f"{where}: eos_token_id is {eos_id!r}; only one number can be read")
+    highest = eos_id == HIGHEST_ID
+    return TextTransformer(
+        vocab_size=vocab_size,
+        context_length=hf_common.integer(config, "max_position_embeddings", where),
+        causal=True,
+        pooling="argmax" if highest else "eos",
+        eos_id=vocab_size - 1 if highest else eos_id,
+        pad_id=hf_common.token_id(config, "pad_token_id"),
+        **hf_common.encoder_fields(config, where),
+    )

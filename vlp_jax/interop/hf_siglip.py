@@ -1,0 +1,206 @@
+"""Hugging Face `SiglipModel`: config.json, model.safetensors, preprocessor_config.json.
+
+Source: transformers, models/siglip/modeling_siglip.py and configuration_siglip.py. The checkpoints
+of SigLIP 2 with a fixed resolution are of this class too; those of "siglip2" (NaFlex) are not. The
+projection to queries, keys and values is one tensor in the image tower's head, and three in every
+encoder. The text is pooled at its last position, padding or not.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vlp_jax.errors import UserError
+from vlp_jax.interop import base, files, hf_common
+from vlp_jax.interop.base import Extras, Imported
+from vlp_jax.interop.hf_clip import text_ids
+from vlp_jax.interop.tables import (
+    BATCHED,
+    SCALAR,
+    Entry,
+    Table,
+    convolution,
+    from_theirs,
+    fused,
+    heads_out,
+    linear,
+    norm,
+    to_theirs,
+)
+from vlp_jax.interop.trees import Module, Params, expected_shapes
+from vlp_jax.models.dual_encoder import DualEncoder
+from vlp_jax.models.text import TextTransformer
+from vlp_jax.models.vit import VisionTransformer
+
+MODEL = "SiglipModel"
+
+TABLE: Table = [
+    Entry("logit_scale", "logit_scale", SCALAR),
+    Entry("logit_bias", "logit_bias", SCALAR),
+    *convolution("image/patch_embedding/projection", "vision_model.embeddings.patch_embedding"),
+    Entry("image/position_embedding", "vision_model.embeddings.position_embedding.weight"),
+    *hf_common.layers_as_in_clip("image/encoder/layers", "vision_model.encoder.layers.{i}"),
+    *norm("image/encoder/norm", "vision_model.post_layernorm"),
+    Entry("image/pooling/probe", "vision_model.head.probe", BATCHED),
+    *fused(
+        "image/pooling/attention",
+        ("query", "key", "value"),
+        "vision_model.head.attention.in_proj_weight",
+        "vision_model.head.attention.in_proj_bias",
+    ),
+    *heads_out("image/pooling/attention/out", "vision_model.head.attention.out_proj"),
+    *norm("image/pooling/norm", "vision_model.head.layernorm"),
+    *linear("image/pooling/mlp/up", "vision_model.head.mlp.fc1"),
+    *linear("image/pooling/mlp/down", "vision_model.head.mlp.fc2"),
+    Entry("text/token_embedding/embedding", "text_model.embeddings.token_embedding.weight"),
+    Entry("text/position_embedding", "text_model.embeddings.position_embedding.weight"),
+    *hf_common.layers_as_in_clip("text/encoder/layers", "text_model.encoder.layers.{i}"),
+    *norm("text/encoder/norm", "text_model.final_layer_norm"),
+    *linear("text_projection", "text_model.head"),
+]
+IGNORED = (r"(text|vision)_model\.embeddings\.position_ids",)
+
+# Defaults of SiglipVisionConfig and SiglipTextConfig.
+VISION_DEFAULTS = {
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "num_channels": 3,
+    "image_size": 224,
+    "patch_size": 16,
+    "hidden_act": "gelu_pytorch_tanh",
+    "layer_norm_eps": 1e-6,
+    "vision_use_head": True,
+}
+TEXT_DEFAULTS = {
+    "vocab_size": 32000,
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "max_position_embeddings": 64,
+    "hidden_act": "gelu_pytorch_tanh",
+    "layer_norm_eps": 1e-6,
+    "pad_token_id": 1,
+    "eos_token_id": 49407,
+}
+LOGIT_SCALE_INIT, LOGIT_BIAS_INIT = math.log(10), -10.0  # Zhai et al. 2023, 3.2
+
+IMAGE_HAS = {
+    "pooling": ("map",),
+    "class_token": (False,),
+    "registers": (0,),
+    "patch_bias": (True,),
+    "pre_norm": (False,),
+    "norm_after_pool": (False,),
+    "qk_norm": (False,),
+    "layer_scale": (None,),
+}
+TEXT_HAS = {
+    "causal": (False,),
+    "pooling": ("last",),
+    "padding_mask": (False,),
+    "qk_norm": (False,),
+    "layer_scale": (None,),
+}
+WHOLE_HAS = {"image_head": ("none",), "text_head": ("linear_bias", "linear")}
+
+
+def read(path: Path, like: Module | None = None) -> Imported:
+    """Reads a folder or its file of weights.
+
+    Raises:
+      UserError: the files are not those of a SiglipModel that we can express.
+    """
+    weights, config = hf_common.open_folder(path, "siglip")
+    where, notes = weights.parent / "config.json", []
+    text = hf_common.section(config, "text_config", TEXT_DEFAULTS, where)
+    image = _image(hf_common.section(config, "vision_config", VISION_DEFAULTS, where), where, notes)
+    module = DualEncoder(
+        image=image,
+        text=TextTransformer(
+            vocab_size=hf_common.integer(text, "vocab_size", where),
+            context_length=hf_common.integer(text, "max_position_embeddings", where),
+            causal=False,
+            pooling="last",
+            eos_id=hf_common.token_id(text, "eos_token_id"),
+            pad_id=hf_common.token_id(text, "pad_token_id"),
+            **hf_common.encoder_fields(text, where),
+        ),
+        embed_dim=image.width,
+        logit_scale_init=LOGIT_SCALE_INIT,
+        logit_bias_init=LOGIT_BIAS_INIT,
+        image_head="none",
+        text_head="linear_bias",
+        **hf_common.read_pixels(weights.parent, base.HALF, base.HALF, like, notes),
+    )
+    tensors = files.load_tensors(weights)
+    params = from_theirs(TABLE, tensors, expected_shapes(module), weights, IGNORED)
+    return Imported(module, params, notes)
+
+
+def check(module: Module, extras: Extras) -> list[str]:
+    """All that a SiglipModel cannot express of a module.
+
+    A text head without bias, or logits without, is one whose bias is zero.
+    """
+    if not isinstance(module, DualEncoder):
+        return [f"{MODEL} is an image and a text tower, not a {type(module).__name__}"]
+    return [
+        *base.requirements(MODEL, "image", module.image, IMAGE_HAS),
+        *base.square_problems(MODEL, module.image),
+        *base.requirements(MODEL, "text", module.text, TEXT_HAS),
+        *base.requirements(MODEL, "", module, WHOLE_HAS),
+    ]
+
+
+def write(module: DualEncoder, params: Params, directory: Path, extras: Extras) -> list[Path]:
+    """Writes a folder that `SiglipModel.from_pretrained` takes."""
+    image, params = base.with_position_table(module.image, params)
+    params.setdefault("logit_bias", np.zeros((), np.float32))
+    params.setdefault("text_projection/bias", np.zeros(module.embed_dim, np.float32))
+    config = {
+        "architectures": [MODEL],
+        "model_type": "siglip",
+        "torch_dtype": "float32",
+        "vision_config": {
+            "model_type": "siglip_vision_model",
+            **hf_common.encoder_config(image),
+            "image_size": image.image_size[0],
+            "patch_size": image.patch_size,
+            "num_channels": 3,
+        },
+        "text_config": {
+            "model_type": "siglip_text_model",
+            **hf_common.encoder_config(module.text),
+            "projection_size": module.embed_dim,
+            **text_ids(module.text, extras),
+        },
+    }
+    return [
+        files.save_json(config, directory / "config.json"),
+        files.save_safetensors(to_theirs(TABLE, params), directory / "model.safetensors"),
+        hf_common.write_processor(
+            module, directory, extras, "SiglipImageProcessor", "CLIPImageProcessor"
+        ),
+    ]
+
+
+def _image(config: dict[str, Any], where: Path, notes: list[str]) -> VisionTransformer:
+    hf_common.three_channels(config, where)
+    if not config["vision_use_head"]:
+        raise UserError(f"{where}: vision_use_head is false: the images are not pooled")
+    patch = base.one_side(config["patch_size"], "patch_size", where)
+    side = base.one_side(config["image_size"], "image_size", where)
+    return VisionTransformer(
+        image_size=base.tiled((side, side), patch, notes),
+        patch_size=patch,
+        pooling="map",
+        class_token=False,
+        **hf_common.encoder_fields(config, where),
+    )

@@ -1,0 +1,150 @@
+"""Hugging Face `ViTModel`: config.json, model.safetensors, preprocessor_config.json.
+
+Source: transformers, models/vit/modeling_vit.py and configuration_vit.py. What is written is a
+ViTModel without the pooling layer on top, `ViTModel.from_pretrained(path, add_pooling_layer=False)`;
+the feature is the class token of `last_hidden_state`. A classifier or pooling layer that a file has
+is left out. The names are those of transformers 4, which 5 reads too.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from vlp_jax.interop import base, files, hf_common
+from vlp_jax.interop.base import Extras, Imported
+from vlp_jax.interop.files import Tensors
+from vlp_jax.interop.tables import (
+    BATCHED,
+    Entry,
+    Table,
+    convolution,
+    from_theirs,
+    norm,
+    shorten,
+    to_theirs,
+)
+from vlp_jax.interop.trees import Module, Params, expected_shapes
+from vlp_jax.models.vit import VisionTransformer
+
+MODEL = "ViTModel"
+
+TABLE: Table = [
+    Entry("image/class_token", "embeddings.cls_token", BATCHED),
+    Entry("image/position_embedding", "embeddings.position_embeddings", BATCHED),
+    *convolution("image/patch_embedding/projection", "embeddings.patch_embeddings.projection"),
+    *hf_common.layers_as_in_vit("image/encoder/layers", "encoder.layer.{i}"),
+    *norm("image/encoder/norm", "layernorm"),
+    *norm("image/norm", "layernorm"),  # with norm_after_pool
+]
+LEFT_OUT = re.compile(r"pooler\..*|classifier\..*|decoder\..*|embeddings\.mask_token")
+
+# Names of transformers 5 -> those of 4.
+RENAMED = (
+    (r"^layers\.", "encoder.layer."),
+    (r"attention\.q_proj\.", "attention.attention.query."),
+    (r"attention\.k_proj\.", "attention.attention.key."),
+    (r"attention\.v_proj\.", "attention.attention.value."),
+    (r"attention\.o_proj\.", "attention.output.dense."),
+    (r"mlp\.fc1\.", "intermediate.dense."),
+    (r"mlp\.fc2\.", "output.dense."),
+)
+
+# Defaults of ViTConfig.
+DEFAULTS = {
+    "hidden_size": 768,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "intermediate_size": 3072,
+    "hidden_act": "gelu",
+    "layer_norm_eps": 1e-12,
+    "image_size": 224,
+    "patch_size": 16,
+    "num_channels": 3,
+    "qkv_bias": True,
+}
+
+IMAGE_HAS = {
+    "pooling": ("cls", "none"),
+    "class_token": (True,),
+    "registers": (0,),
+    "patch_bias": (True,),
+    "pre_norm": (False,),
+    "qk_norm": (False,),
+    "layer_scale": (None,),
+}
+
+
+def read(path: Path, like: Module | None = None) -> Imported:
+    """Reads a folder or its file of weights; the tower is pooled at the class token.
+
+    Raises:
+      UserError: the files are not those of a ViTModel that we can express.
+    """
+    weights, config = hf_common.open_folder(path, "vit")
+    where, notes = weights.parent / "config.json", []
+    config = hf_common.with_defaults(config, DEFAULTS)
+    hf_common.three_channels(config, where)
+    hf_common.biased_attention(config, where)
+    patch = base.one_side(config["patch_size"], "patch_size", where)
+    module = VisionTransformer(
+        image_size=base.tiled(base.pair(config["image_size"], "image_size", where), patch, notes),
+        patch_size=patch,
+        pooling="cls",
+        norm_after_pool=base.norm_after_pool_of(like),
+        **hf_common.encoder_fields(config, where),
+    )
+    pixels = hf_common.read_pixels(weights.parent, base.HALF, base.HALF, like, notes)
+    notes.append(
+        f"images are normalized with mean {pixels['image_mean']}, std {pixels['image_std']}"
+    )
+    tensors = _names_of_4(files.load_tensors(weights), notes)
+    params = from_theirs(TABLE, tensors, expected_shapes(module), weights)
+    return Imported(module, params, notes)
+
+
+def check(module: Module, extras: Extras) -> list[str]:
+    """All that a ViTModel cannot express of a module."""
+    if not isinstance(module, VisionTransformer):
+        return [f"{MODEL} is an image tower alone, not a {type(module).__name__}"]
+    return base.requirements(MODEL, "image", module, IMAGE_HAS)
+
+
+def write(module: VisionTransformer, params: Params, directory: Path, extras: Extras) -> list[Path]:
+    """Writes a folder that `ViTModel.from_pretrained` takes."""
+    image, params = base.with_position_table(module, params)
+    height, width = image.image_size
+    config = {
+        "architectures": [MODEL],
+        "model_type": "vit",
+        "torch_dtype": "float32",
+        **hf_common.encoder_config(image),
+        "image_size": height if height == width else [height, width],
+        "patch_size": image.patch_size,
+        "num_channels": 3,
+        "qkv_bias": True,
+    }
+    return [
+        files.save_json(config, directory / "config.json"),
+        files.save_safetensors(to_theirs(TABLE, params), directory / "model.safetensors"),
+        hf_common.write_processor(
+            module, directory, extras, "ViTImageProcessor", "CLIPImageProcessor"
+        ),
+    ]
+
+
+def _names_of_4(tensors: Tensors, notes: list[str]) -> Tensors:
+    renamed, left_out = {}, []
+    for key, x in tensors.items():
+        name = key.removeprefix("vit.")
+        for pattern, name_of_4 in RENAMED:
+            name = re.sub(pattern, name_of_4, name)
+        if LEFT_OUT.fullmatch(name):
+            left_out.append(key)
+        else:
+            renamed[name] = x
+    if left_out:
+        notes.append(
+            f"left out, since the tower has no place for them: {shorten(sorted(left_out))}"
+        )
+    return renamed

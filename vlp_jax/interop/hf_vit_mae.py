@@ -1,0 +1,188 @@
+"""Hugging Face `ViTMAEForPreTraining`: config.json, model.safetensors, preprocessor_config.json.
+
+Source: transformers, models/vit_mae/modeling_vit_mae.py and configuration_vit_mae.py. The names are
+those of transformers 4, which 5 reads too; those that 5 writes are read. Both tables of positions
+are always in the file: no two versions of the library compute the same sines and cosines.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vlp_jax.errors import UserError
+from vlp_jax.interop import base, files, hf_common, hf_vit
+from vlp_jax.interop.base import Extras, Imported
+from vlp_jax.interop.files import Tensors
+from vlp_jax.interop.tables import (
+    BATCHED,
+    Entry,
+    Table,
+    convolution,
+    from_theirs,
+    linear,
+    norm,
+    to_theirs,
+)
+from vlp_jax.interop.trees import Module, Params, expected_shapes
+from vlp_jax.models.masked_autoencoder import MaskedAutoencoder, MaskedDecoder
+from vlp_jax.models.positions import sincos_2d
+from vlp_jax.models.vit import VisionTransformer
+
+MODEL = "ViTMAEForPreTraining"
+
+TABLE: Table = [
+    Entry("image/class_token", "vit.embeddings.cls_token", BATCHED),
+    Entry("image/position_embedding", "vit.embeddings.position_embeddings", BATCHED),
+    *convolution("image/patch_embedding/projection", "vit.embeddings.patch_embeddings.projection"),
+    *hf_common.layers_as_in_vit("image/encoder/layers", "vit.encoder.layer.{i}"),
+    *norm("image/encoder/norm", "vit.layernorm"),
+    Entry("decoder/mask_token", "decoder.mask_token", BATCHED),
+    Entry("decoder/position_embedding", "decoder.decoder_pos_embed", BATCHED),
+    *linear("decoder/embedding", "decoder.decoder_embed"),
+    *hf_common.layers_as_in_vit("decoder/encoder/layers", "decoder.decoder_layers.{i}"),
+    *norm("decoder/encoder/norm", "decoder.decoder_norm"),
+    *linear("decoder/prediction", "decoder.decoder_pred"),
+]
+
+# Names of transformers 5, in memory and in its files -> those of 4.
+RENAMED = (
+    (r"^decoder\.decoder_encoder\.layer\.", "decoder.decoder_layers."),
+    (r"^vit\.layers\.", "vit.encoder.layer."),
+    *hf_vit.RENAMED[1:],
+)
+
+# Defaults of ViTMAEConfig.
+DEFAULTS = {
+    **hf_vit.DEFAULTS,
+    "decoder_num_attention_heads": 16,
+    "decoder_hidden_size": 512,
+    "decoder_num_hidden_layers": 8,
+    "decoder_intermediate_size": 2048,
+    "mask_ratio": 0.75,
+    "norm_pix_loss": False,
+}
+SAME_TABLE = 1e-5  # a table no further from the fixed sines and cosines is these
+
+IMAGE_HAS = {**hf_vit.IMAGE_HAS, "pooling": ("none",)}
+
+
+def read(path: Path, like: Module | None = None) -> Imported:
+    """Reads a folder or its file of weights.
+
+    Raises:
+      UserError: the files are not those of a ViTMAEForPreTraining that we can express.
+    """
+    weights, config = hf_common.open_folder(path, "vit_mae")
+    where, notes = weights.parent / "config.json", []
+    config = hf_common.with_defaults(config, DEFAULTS)
+    module = _module(config, where, weights.parent, like, notes)
+    notes.append(
+        f"it was trained with norm_pix_loss {bool(config['norm_pix_loss'])} and mask_ratio "
+        f"{config['mask_ratio']}"
+    )
+    tensors = _names_of_4(files.load_tensors(weights), weights)
+    params = from_theirs(TABLE, tensors, expected_shapes(module), weights)
+    return Imported(*_with_fixed_positions(module, params), notes)
+
+
+def check(module: Module, extras: Extras) -> list[str]:
+    """All that a ViTMAEForPreTraining cannot express of a module."""
+    if not isinstance(module, MaskedAutoencoder):
+        return [f"{MODEL} is an image tower and a decoder, not a {type(module).__name__}"]
+    image, decoder = module.image, module.decoder
+    problems = [
+        *base.requirements(MODEL, "image", image, IMAGE_HAS),
+        *base.square_problems(MODEL, image),
+        *base.requirements(MODEL, "decoder", decoder, {"class_token": (True,)}),
+    ]
+    for field in ("activation", "norm_eps"):
+        a, b = getattr(image, field), getattr(decoder, field)
+        if a != b:
+            problems.append(f"{MODEL} has one {field}, not {a!r} (image) and {b!r} (decoder)")
+    return problems
+
+
+def write(module: MaskedAutoencoder, params: Params, directory: Path, extras: Extras) -> list[Path]:
+    """Writes a folder that `ViTMAEForPreTraining.from_pretrained` takes."""
+    image, params = base.with_position_table(module.image, params)
+    decoder = module.decoder
+    if decoder.position == "sincos":
+        params["decoder/position_embedding"] = _sines(decoder)
+    config = {
+        "architectures": [MODEL],
+        "model_type": "vit_mae",
+        "torch_dtype": "float32",
+        **hf_common.encoder_config(decoder, "decoder_"),
+        **hf_common.encoder_config(image),
+        "image_size": image.image_size[0],
+        "patch_size": image.patch_size,
+        "num_channels": 3,
+        "qkv_bias": True,
+        "mask_ratio": extras.mask_ratio,
+        "norm_pix_loss": extras.norm_pix_loss,
+    }
+    return [
+        files.save_json(config, directory / "config.json"),
+        files.save_safetensors(to_theirs(TABLE, params), directory / "model.safetensors"),
+        hf_common.write_processor(
+            module, directory, extras, "ViTImageProcessor", "CLIPImageProcessor"
+        ),
+    ]
+
+
+def _module(
+    config: dict[str, Any], where: Path, folder: Path, like: Module | None, notes: list[str]
+) -> MaskedAutoencoder:
+    """The model of a config, with learned positions."""
+    hf_common.three_channels(config, where)
+    hf_common.biased_attention(config, where)
+    patch = base.one_side(config["patch_size"], "patch_size", where)
+    side = base.one_side(config["image_size"], "image_size", where)
+    image = VisionTransformer(
+        image_size=base.tiled((side, side), patch, notes),
+        patch_size=patch,
+        pooling="none",
+        **hf_common.encoder_fields(config, where),
+    )
+    decoder = MaskedDecoder(
+        grid=image.grid,
+        class_token=True,
+        outputs=3 * patch**2,
+        position="learned",
+        **hf_common.encoder_fields(config, where, "decoder_"),
+    )
+    pixels = hf_common.read_pixels(folder, base.IMAGENET_MEAN, base.IMAGENET_STD, like, notes)
+    return MaskedAutoencoder(image, decoder, **pixels)
+
+
+def _with_fixed_positions(
+    module: MaskedAutoencoder, params: Params
+) -> tuple[MaskedAutoencoder, Params]:
+    """The model with fixed positions where the learned ones are the same."""
+    towers = {}
+    for name in ("image", "decoder"):
+        tower, path = getattr(module, name), f"{name}/position_embedding"
+        if tower.width % 4 == 0 and np.allclose(params[path], _sines(tower), 0, SAME_TABLE):
+            towers[name] = tower.clone(position="sincos")
+            del params[path]
+    return module.clone(**towers), params
+
+
+def _sines(tower: VisionTransformer | MaskedDecoder) -> np.ndarray:
+    """The fixed table, with a row of zeros for the class token."""
+    return np.pad(sincos_2d(tower.grid, tower.width), ((1, 0), (0, 0)))
+
+
+def _names_of_4(tensors: Tensors, where: Path) -> Tensors:
+    if not any(key.startswith("decoder.") for key in tensors):
+        raise UserError(f"{where} is an encoder without its decoder, which cannot be read here")
+    renamed = {}
+    for key, x in tensors.items():
+        for pattern, name in RENAMED:
+            key = re.sub(pattern, name, key)
+        renamed[key] = x
+    return renamed

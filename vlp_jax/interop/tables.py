@@ -1,0 +1,254 @@
+"""Mapping tables: which parameters of ours are which tensor of theirs, and how it is laid out.
+
+A table is a list of `Entry`, and the same entry is used for reading and for writing. It lists all
+that a format can hold; the entries whose parameters a model does not have are passed over. A layout
+is the two sides of an einops pattern, so both directions only move numbers: a round trip gives
+the same bits.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+
+import einops
+import numpy as np
+
+from vlp_jax.errors import UserError
+
+Shape = tuple[int, ...]
+SHOWN = 8  # names of a mismatch that are written out
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """How the axes of one parameter, or of several that are stacked, lie in ours and in theirs."""
+
+    ours: str
+    theirs: str
+
+    def lengths(self, shape: Shape) -> dict[str, int]:
+        """The length of each axis that our shape gives."""
+        return {} if self.ours == "..." else dict(zip(self.ours.split(), shape, strict=True))
+
+    def their_shape(self, shape: Shape) -> Shape:
+        """The shape that theirs has if ours has `shape`."""
+        if self.theirs == "...":
+            return shape
+        lengths = {"1": 1, **self.lengths(shape)}
+        groups = re.findall(r"\([^)]*\)|\S+", self.theirs)
+        return tuple(math.prod(lengths[axis] for axis in g.strip("()").split()) for g in groups)
+
+
+# i, o: in and out; h: heads, e: width of a head, d: width; t: parameters that they keep as one.
+SAME = Layout("...", "...")
+LINEAR = Layout("i o", "o i")  # torch.nn.Linear
+CONV = Layout("y x c o", "o c y x")  # torch.nn.Conv2d
+HEADS_IN = Layout("d h e", "(h e) d")  # queries, keys or values of torch.nn.Linear
+HEADS_BIAS = Layout("h e", "(h e)")
+HEADS_OUT = Layout("h e d", "d (h e)")
+FUSED = Layout("t d h e", "(t h e) d")
+FUSED_BIAS = Layout("t h e", "(t h e)")
+SQUEEZED = Layout("1 d", "d")  # one token of ours, a vector of theirs
+BATCHED = Layout("n d", "1 n d")  # tokens of ours, a batch of one of theirs
+SCALAR = Layout("", "1")
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """Our parameter, or several, and the tensor of theirs.
+
+    Attributes:
+      ours: paths; several are stacked along a first axis before the layout is applied.
+      theirs: the key; with `{i}` in it there is one for each layer, which ours stacks.
+      layout: how the axes lie; without those of the layers.
+    """
+
+    ours: str | tuple[str, ...]
+    theirs: str
+    layout: Layout = SAME
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """Our paths, also if there is one."""
+        return (self.ours,) if isinstance(self.ours, str) else self.ours
+
+    @property
+    def layered(self) -> bool:
+        """Whether there is a tensor for each layer."""
+        return "{i}" in self.theirs
+
+    def their_shapes(self, shape: Shape) -> dict[str, Shape]:
+        """Their keys and shapes if each of our parameters has `shape`."""
+        layers, shape = (shape[0], shape[1:]) if self.layered else (1, shape)
+        if not isinstance(self.ours, str):
+            shape = (len(self.ours), *shape)
+        theirs = self.layout.their_shape(shape)
+        return {self.theirs.replace("{i}", str(i)): theirs for i in range(layers)}
+
+    def write(self, params: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Their tensors of our parameters."""
+        arrays = [params[path] for path in self.paths]
+        if not self.layered:
+            return {self.theirs: self._write_one(arrays)}
+        return {
+            self.theirs.replace("{i}", str(i)): self._write_one([x[i] for x in arrays])
+            for i in range(len(arrays[0]))
+        }
+
+    def read(self, tensors: Mapping[str, np.ndarray], shape: Shape) -> dict[str, np.ndarray]:
+        """Our parameters, each of `shape`, of their tensors."""
+        if self.layered:
+            keys = [self.theirs.replace("{i}", str(i)) for i in range(shape[0])]
+            layers = [self._read_one(tensors[key], shape[1:]) for key in keys]
+            return {path: np.stack(x) for path, x in zip(self.paths, zip(*layers), strict=True)}
+        return dict(zip(self.paths, self._read_one(tensors[self.theirs], shape), strict=True))
+
+    def _write_one(self, arrays: Sequence[np.ndarray]) -> np.ndarray:
+        x = np.asarray(arrays[0]) if isinstance(self.ours, str) else np.stack(arrays)
+        return np.asarray(einops.rearrange(x, f"{self.layout.ours} -> {self.layout.theirs}"))
+
+    def _read_one(self, x: np.ndarray, shape: Shape) -> list[np.ndarray]:
+        stacked = not isinstance(self.ours, str)
+        lengths = self.layout.lengths((len(self.paths), *shape) if stacked else shape)
+        lengths.pop("1", None)
+        pattern = f"{self.layout.theirs} -> {self.layout.ours}"
+        y = np.asarray(einops.rearrange(x, pattern, **lengths), dtype=np.float32)
+        return list(y) if stacked else [y]
+
+
+Table = list[Entry]
+
+
+def norm(ours: str, theirs: str) -> Table:
+    """A LayerNorm."""
+    return [Entry(f"{ours}/scale", f"{theirs}.weight"), Entry(f"{ours}/bias", f"{theirs}.bias")]
+
+
+def linear(ours: str, theirs: str) -> Table:
+    """A `torch.nn.Linear`, with or without bias."""
+    return [
+        Entry(f"{ours}/kernel", f"{theirs}.weight", LINEAR),
+        Entry(f"{ours}/bias", f"{theirs}.bias"),
+    ]
+
+
+def convolution(ours: str, theirs: str) -> Table:
+    """A `torch.nn.Conv2d`, with or without bias."""
+    return [
+        Entry(f"{ours}/kernel", f"{theirs}.weight", CONV),
+        Entry(f"{ours}/bias", f"{theirs}.bias"),
+    ]
+
+
+def heads_in(ours: str, theirs: str) -> Table:
+    """The projection to queries, keys or values."""
+    return [
+        Entry(f"{ours}/kernel", f"{theirs}.weight", HEADS_IN),
+        Entry(f"{ours}/bias", f"{theirs}.bias", HEADS_BIAS),
+    ]
+
+
+def heads_out(ours: str, theirs: str) -> Table:
+    """The projection behind the heads."""
+    return [
+        Entry(f"{ours}/kernel", f"{theirs}.weight", HEADS_OUT),
+        Entry(f"{ours}/bias", f"{theirs}.bias"),
+    ]
+
+
+def fused(ours: str, names: Sequence[str], weight: str, bias: str) -> Table:
+    """Projections of an attention, `names` of "query", "key" and "value", as one of theirs."""
+    return [
+        Entry(tuple(f"{ours}/{name}/kernel" for name in names), weight, FUSED),
+        Entry(tuple(f"{ours}/{name}/bias" for name in names), bias, FUSED_BIAS),
+    ]
+
+
+def to_theirs(table: Table, params: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Their tensors of all our parameters.
+
+    Raises:
+      ValueError: the table has no entry for a parameter.
+    """
+    tensors: dict[str, np.ndarray] = {}
+    for entry in _entries(table, params):
+        tensors.update(entry.write(params))
+    return tensors
+
+
+def from_theirs(
+    table: Table,
+    tensors: Mapping[str, np.ndarray],
+    expected: Mapping[str, Shape],
+    where: object,
+    ignored: Sequence[str] = (),
+) -> dict[str, np.ndarray]:
+    """Our parameters of their tensors.
+
+    Args:
+      expected: the paths and shapes of the parameters that the model has.
+      where: the file, for the error.
+      ignored: regular expressions of keys that need not be there and hold nothing of the model.
+
+    Raises:
+      UserError: tensors are missing, left over, or of other shapes; all are named, in one line.
+    """
+    entries = _entries(table, expected)
+    needed: dict[str, Shape] = {}
+    for entry in entries:
+        needed.update(entry.their_shapes(expected[entry.paths[0]]))
+    given = {key: x for key, x in tensors.items() if not matches_any(key, ignored)}
+    report = mismatch_report(needed, {key: x.shape for key, x in given.items()})
+    if report:
+        raise UserError(f"{where} does not fit the model: {report}")
+    params: dict[str, np.ndarray] = {}
+    for entry in entries:
+        params.update(entry.read(given, expected[entry.paths[0]]))
+    return params
+
+
+def mismatch_report(needed: Mapping[str, Shape], given: Mapping[str, Shape]) -> str:
+    """What is missing, left over and misshapen, with shapes; empty if everything fits."""
+    parts = {
+        "missing": [f"{k} {_show(needed[k])}" for k in sorted(needed.keys() - given.keys())],
+        "unexpected": [f"{k} {_show(given[k])}" for k in sorted(given.keys() - needed.keys())],
+        "of another shape": [
+            f"{k} {_show(given[k])} instead of {_show(needed[k])}"
+            for k in sorted(needed.keys() & given.keys())
+            if tuple(given[k]) != tuple(needed[k])
+        ],
+    }
+    return "; ".join(f"{what}: {shorten(names)}" for what, names in parts.items() if names)
+
+
+def shorten(names: Iterable[str]) -> str:
+    """The first names, and how many more there are."""
+    names = list(names)
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(names[:SHOWN]) + more
+
+
+def matches_any(key: str, patterns: Sequence[str]) -> bool:
+    """Whether one of the regular expressions fits the whole key."""
+    return any(re.fullmatch(pattern, key) for pattern in patterns)
+
+
+def _entries(table: Table, paths: Iterable[str]) -> Table:
+    """The entries for `paths`.
+
+    Raises:
+      ValueError: there is none for one of them.
+    """
+    paths = set(paths)
+    entries = [entry for entry in table if paths.issuperset(entry.paths)]
+    covered = {path for entry in entries for path in entry.paths}
+    if paths - covered:
+        raise ValueError(f"the table has no entry for {shorten(sorted(paths - covered))}")
+    return entries
+
+
+def _show(shape: Shape) -> str:
+    return str(list(shape))

@@ -1,0 +1,146 @@
+"""Parameters as flat dicts: path -> float32 array, the layers of an encoder stacked.
+
+"image/encoder/layers/attention/query/kernel" is `[depth, width, heads, head_dim]`, as a model with
+`scan_layers` has it. A model without has ".../encoder/layer_3/..." instead; `stack_layers` and
+`unstack_layers` go from one to the other. A `VisionTransformer` alone has the paths that it has as
+the image tower of a larger model: they begin with "image/".
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import flax.traverse_util
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vlp_jax.errors import UserError
+from vlp_jax.interop.tables import Shape, mismatch_report
+from vlp_jax.models.dual_encoder import DualEncoder
+from vlp_jax.models.masked_autoencoder import MaskedAutoencoder
+from vlp_jax.models.masking import mask_from_noise
+from vlp_jax.models.vit import VisionTransformer
+
+Params = dict[str, np.ndarray]
+Module = DualEncoder | MaskedAutoencoder | VisionTransformer
+
+_LAYER = re.compile(r"(^|.*/)layer_(\d+)/(.*)")
+
+
+def stack_layers(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """Paths ".../layer_0/x", ".../layer_1/x" and so on as one ".../layers/x", stacked along a first
+    axis; what is stacked already stays.
+
+    Raises:
+      ValueError: the layers of an encoder are not numbered from 0 without a gap.
+    """
+    stacked = {}
+    layers: dict[str, dict[int, Any]] = {}
+    for path, value in flat.items():
+        match = _LAYER.fullmatch(path)
+        if match:
+            layers.setdefault(f"{match[1]}layers/{match[3]}", {})[int(match[2])] = value
+        else:
+            stacked[path] = value
+    for path, values in layers.items():
+        if sorted(values) != list(range(len(values))):
+            raise ValueError(f"{path}: there are layers {sorted(values)}, not all from 0 on")
+        stacked[path] = np.stack([np.asarray(values[i]) for i in range(len(values))])
+    return stacked
+
+
+def unstack_layers(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """The inverse of `stack_layers`."""
+    apart = {}
+    for path, value in flat.items():
+        before, found, after = path.partition("encoder/layers/")
+        if not found:
+            apart[path] = value
+            continue
+        for i, layer in enumerate(value):
+            apart[f"{before}encoder/layer_{i}/{after}"] = layer
+    return apart
+
+
+def from_tree(module: Module, tree: Any) -> Params:
+    """The flat dict of a nested tree of parameters, boxed or not, stacked or not.
+
+    Args:
+      module: the model whose parameters they are.
+      tree: what its `init` gives under "params".
+    """
+    flat = flax.traverse_util.flatten_dict(nn.unbox(tree), sep="/")
+    stacked = stack_layers({path: np.asarray(x, np.float32) for path, x in flat.items()})
+    if isinstance(module, VisionTransformer):
+        return {f"image/{path}": x for path, x in stacked.items()}
+    return stacked
+
+
+def to_tree(module: Module, params: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """The inverse of `from_tree`: the nested tree that `module.apply` takes under "params"."""
+    if isinstance(module, VisionTransformer):
+        params = {path.removeprefix("image/"): x for path, x in params.items()}
+    by_layer = {
+        "image/": image_of(module).scan_layers,
+        "text/": not isinstance(module, DualEncoder) or module.text.scan_layers,
+        "decoder/": not isinstance(module, MaskedAutoencoder) or module.decoder.scan_layers,
+    }
+    flat: dict[str, Any] = {}
+    for path, x in params.items():
+        prefix = "image/" if isinstance(module, VisionTransformer) else path.split("/")[0] + "/"
+        flat.update({path: x} if by_layer.get(prefix, True) else unstack_layers({path: x}))
+    return flax.traverse_util.unflatten_dict(flat, sep="/")
+
+
+def image_of(module: Module) -> VisionTransformer:
+    """The image tower of a model, which may be that tower itself."""
+    return module if isinstance(module, VisionTransformer) else module.image
+
+
+@functools.lru_cache(maxsize=64)
+def expected_shapes(module: Module) -> dict[str, Shape]:
+    """The paths and shapes of all parameters of a model, layers stacked; computes nothing."""
+    module = _plain(module)
+    if isinstance(module, VisionTransformer):
+        inputs: tuple[Any, ...] = (_pixels(module, jnp.float32),)
+    elif isinstance(module, MaskedAutoencoder):
+        kept = max(1, module.image.patches // 2)
+        mask = jax.eval_shape(lambda: mask_from_noise(jnp.zeros((1, module.image.patches)), kept))
+        inputs = (_pixels(module.image, jnp.uint8), mask)
+    else:
+        text = jax.ShapeDtypeStruct((1, module.text.context_length), jnp.int32)
+        inputs = (_pixels(module.image, jnp.uint8), text)
+    tree = jax.eval_shape(lambda *x: module.init(jax.random.key(0), *x)["params"], *inputs)
+    flat = flax.traverse_util.flatten_dict(nn.unbox(tree), sep="/")
+    prefix = "image/" if isinstance(module, VisionTransformer) else ""
+    return {prefix + path: tuple(x.shape) for path, x in flat.items()}
+
+
+def check_params(module: Module, params: Mapping[str, np.ndarray]) -> None:
+    """
+    Raises:
+      UserError: these are not the parameters of the model; all that differs is named, in one line.
+    """
+    given = {path: tuple(np.shape(x)) for path, x in params.items()}
+    report = mismatch_report(expected_shapes(module), given)
+    if report:
+        raise UserError(f"the parameters do not fit the {type(module).__name__}: {report}")
+
+
+def _pixels(vit: VisionTransformer, dtype: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct((1, *vit.image_size, 3), dtype)
+
+
+def _plain(module: Any) -> Any:
+    """The same model without what changes how it runs, not what it computes."""
+    plain = {"scan_layers": True, "remat": "none", "attention": "xla", "dtype": jnp.float32}
+    if isinstance(module, DualEncoder):
+        return module.clone(image=_plain(module.image), text=_plain(module.text))
+    if isinstance(module, MaskedAutoencoder):
+        return module.clone(image=_plain(module.image), decoder=_plain(module.decoder))
+    return module.clone(**plain)
