@@ -1,7 +1,8 @@
 """Weights of other projects: each format is one file here, which reads and writes.
 
     imported = interop.read("hf_clip:path/to/folder")
-    features = imported.module.apply({"params": interop.to_tree(imported.module, imported.params)}, ...)
+    tree = interop.to_tree(imported.module, imported.params)
+    embedding = imported.module.apply({"params": tree}, images, method="embed_image")
     interop.write("open_clip", module, params, "path/to/new/folder")
 
 Parameters are a flat dict, path -> float32 array, in which the layers of an encoder are stacked

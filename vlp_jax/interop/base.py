@@ -200,7 +200,7 @@ def norm_after_pool_of(like: Module | None) -> bool:
 
 
 def mlp_ratio(width: int, mlp_dim: int) -> float:
-    """The factor from which `int(width * factor)`, as PyTorch libraries compute it, is `mlp_dim`."""
+    """A factor such that `int(width * factor)`, as PyTorch libraries compute it, is `mlp_dim`."""
     ratio = mlp_dim / width
     return ratio if int(width * ratio) == mlp_dim else math.nextafter(ratio, math.inf)
 

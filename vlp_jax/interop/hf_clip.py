@@ -131,8 +131,8 @@ def check(module: Module, extras: Extras) -> list[str]:
     if module.text.pooling == "eos":
         if module.text.eos_id == HIGHEST_ID:
             problems.append(
-                f"{MODEL} takes eos_token_id {HIGHEST_ID} for pooling at the highest id, so it cannot "
-                f"pool at the first id {HIGHEST_ID}, which is this model's text.eos_id"
+                f"{MODEL} takes eos_token_id {HIGHEST_ID} for pooling at the highest id, so it "
+                f"cannot pool at the first id {HIGHEST_ID}, which is this model's text.eos_id"
             )
         if extras.eos_id not in (None, module.text.eos_id):
             problems.append(
