@@ -12,6 +12,7 @@ import flax.linen as nn
 import numpy as np
 
 from vlp_jax.errors import UserError
+from vlp_jax.interop.tables import Shape
 from vlp_jax.interop.trees import Module, Params, image_of
 from vlp_jax.models.dual_encoder import DualEncoder
 from vlp_jax.models.positions import sincos_2d, square_grid
@@ -191,6 +192,20 @@ def one_side(value: Any, what: str, where: object) -> int:
     if height != width:
         raise UserError(f"{where}: {what} {height} x {width} is not square, which is needed here")
     return height
+
+
+def shape_of(tensors: Mapping[str, np.ndarray], key: str, ndim: int, where: object) -> Shape:
+    """The shape of a tensor from which sizes are taken.
+
+    Raises:
+      UserError: it is not there, or does not have so many dimensions.
+    """
+    if key not in tensors:
+        raise UserError(f"{where} has no {key}, which every model of this format has")
+    shape = tuple(tensors[key].shape)
+    if len(shape) != ndim:
+        raise UserError(f"{where}: {key} has the shape {list(shape)}, not {ndim} dimensions")
+    return shape
 
 
 def norm_after_pool_of(like: Module | None) -> bool:

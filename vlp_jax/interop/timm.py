@@ -216,14 +216,13 @@ def tower(
                 f"its model beside it, or give the model that it goes into"
             )
         told[field] = known[field] if field in known else getattr(vit, field)
-    needed = ("patch_embed.proj.weight", "blocks.0.mlp.fc1.weight")
-    for key in needed:
-        if key not in tensors:
-            raise UserError(f"{where} has no {key}: it is not a Vision Transformer as timm has it")
+    width, _, patch, _ = base.shape_of(tensors, "patch_embed.proj.weight", 4, where)
+    mlp_dim, _ = base.shape_of(tensors, "blocks.0.mlp.fc1.weight", 2, where)
     _check_prefix_pooling(told["pooling"], known, tensors, where)
-    width, _, patch, _ = tensors[needed[0]].shape
     class_token = "cls_token" in tensors
-    registers = tensors["reg_token"].shape[1] if "reg_token" in tensors else 0
+    registers = 0
+    if "reg_token" in tensors:
+        registers = base.shape_of(tensors, "reg_token", 3, where)[1]
     grid, tensors = _positions(tensors, known, like, class_token, registers, where)
     size = known.get("image_size")
     if size is None:
@@ -235,7 +234,7 @@ def tower(
         patch_size=patch,
         width=width,
         depth=depth,
-        mlp_dim=tensors[needed[1]].shape[0],
+        mlp_dim=mlp_dim,
         class_token=class_token,
         registers=registers,
         position="learned" if rows else "none",
@@ -334,7 +333,8 @@ def _positions(
         return grid or image_of(like).grid, tensors
     table, prefix = tensors["pos_embed"], class_token + registers
     if grid is None:
-        grid = _grid(table.shape[1], prefix, like, where)
+        rows = base.shape_of(tensors, "pos_embed", 3, where)[1]
+        grid = _grid(rows, prefix, like, where)
     rows = table.shape[1] - grid[0] * grid[1]
     if registers and rows == prefix:
         tokens = tensors["reg_token"] + table[:, class_token:prefix]
