@@ -318,7 +318,7 @@ def test_a_file_without_config_takes_the_rest_from_the_model(tmp_path):
     assert_same(imported.params, params)
     assert not interop.differences(imported.module, module)
 
-    odd = clip(image=dict(size=(24, 40)))
+    odd = clip(image=dict(size=(24, 40), activation="gelu"))
     interop.write("open_clip", odd, random_params(odd), tmp_path / "odd")
     (tmp_path / "odd" / "open_clip_config.json").unlink()
     with pytest.raises(UserError, match="15 positions are no square grid"):

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from vlp_jax.errors import UserError, unknown_key_message
-from vlp_jax.interop import hf, hf_clip, hf_siglip, hf_vit, hf_vit_mae, open_clip, timm
+from vlp_jax.interop import big_vision, hf, hf_clip, hf_siglip, hf_vit, hf_vit_mae, open_clip, timm
 from vlp_jax.interop.base import Extras, Format, Imported, differences
 from vlp_jax.interop.trees import (
     Module,
@@ -30,6 +30,7 @@ from vlp_jax.interop.trees import (
 )
 
 FORMATS: dict[str, Format] = {
+    "big_vision": big_vision,
     "hf": hf,
     "hf_clip": hf_clip,
     "hf_siglip": hf_siglip,
