@@ -296,7 +296,7 @@ def test_defaults_of_configs_are_those_of_the_library():
         ({"hidden_act": "relu"}, "hidden_act 'relu' is not known"),
         ({"num_channels": 1}, "num_channels is 1"),
         ({"qkv_bias": False}, "qkv_bias is false"),
-        ({"num_attention_heads": 5}, "5 attention heads do not divide the width 32"),
+        ({"num_attention_heads": 5}, "5 heads do not divide the width 32"),
         ({"hidden_size": "32"}, "hidden_size is '32', not a positive whole number"),
         ({"image_size": "big"}, "image_size is 'big', neither a number nor two"),
         ({"model_type": "dinov2"}, "model_type 'dinov2', which cannot be read"),

@@ -194,6 +194,39 @@ def one_side(value: Any, what: str, where: object) -> int:
     return height
 
 
+def integer(config: Mapping[str, Any], name: str, where: object) -> int:
+    """A positive whole number of a config.
+
+    Raises:
+      UserError: it is none.
+    """
+    value = config.get(name)
+    if type(value) is not int or value < 1:
+        raise UserError(f"{where}: {name} is {value!r}, not a positive whole number")
+    return value
+
+
+def number(config: Mapping[str, Any], name: str, where: object) -> float:
+    """A number of a config.
+
+    Raises:
+      UserError: it is none.
+    """
+    value = config.get(name)
+    if type(value) not in (int, float):
+        raise UserError(f"{where}: {name} is {value!r}, not a number")
+    return float(value)
+
+
+def check_heads(tower: Any, where: object) -> None:
+    """
+    Raises:
+      UserError: the heads of a tower do not divide its width.
+    """
+    if type(tower.heads) is not int or tower.heads < 1 or tower.width % tower.heads:
+        raise UserError(f"{where}: {tower.heads} heads do not divide the width {tower.width}")
+
+
 def shape_of(tensors: Mapping[str, np.ndarray], key: str, ndim: int, where: object) -> Shape:
     """The shape of a tensor from which sizes are taken.
 

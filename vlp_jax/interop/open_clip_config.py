@@ -88,15 +88,16 @@ def image_fields(
         size = (grid[0] * patch, grid[1] * patch)
     else:
         told = {
-            "heads": width // config.get("head_width", HEAD_WIDTH),
+            "heads": width
+            // base.integer({"head_width": HEAD_WIDTH, **config}, "head_width", where),
             "pooling": _ours(POOLINGS, config.get("pool_type", "tok"), "pool_type", where),
             "norm_after_pool": bool(config.get("final_ln_after_pool", False)),
-            **_activation_and_eps(model, config),
+            **_activation_and_eps(model, config, where),
         }
         if told["pooling"] == "cls":
             told["norm_after_pool"] = base.norm_after_pool_of(like)
         size = base.pair(config.get("image_size", 224), "image_size", where)
-    return VisionTransformer(
+    vit = VisionTransformer(
         image_size=base.tiled(size, patch, notes),
         patch_size=patch,
         width=width,
@@ -108,6 +109,8 @@ def image_fields(
         layer_scale=1e-5 if f"{block}ls_1.gamma" in tensors else None,
         **told,
     )
+    base.check_heads(vit, where)
+    return vit
 
 
 def trunk_fields(model: Mapping[str, Any], where: Path) -> dict[str, Any]:
@@ -151,14 +154,14 @@ def text_fields(
         poolings = {name: name for name in ("argmax", "eos", "last")}
         pooling = _ours(poolings, config.get("pool_type", "argmax"), "pool_type", where)
         told = {
-            "heads": config.get("heads", TEXT_HEADS),
+            "heads": base.integer({"heads": TEXT_HEADS, **config}, "heads", where),
             "pooling": pooling,
             "causal": not config.get("no_causal_mask", False),
             "eos_id": config.get("eos_id", 2 if pooling == "eos" else vocab_size - 1),
             "pad_id": config.get("pad_id", 0),
-            **_activation_and_eps(model, config),
+            **_activation_and_eps(model, config, where),
         }
-    return TextTransformer(
+    text = TextTransformer(
         vocab_size=vocab_size,
         context_length=context_length,
         width=width,
@@ -168,6 +171,8 @@ def text_fields(
         layer_scale=1e-5 if f"{blocks}0.ls_1.gamma" in tensors else None,
         **told,
     )
+    base.check_heads(text, where)
+    return text
 
 
 def native_config(vit: VisionTransformer) -> dict[str, Any]:
@@ -252,12 +257,14 @@ def _encoder_config(tower: VisionTransformer | TextTransformer) -> dict[str, Any
     return config
 
 
-def _activation_and_eps(model: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
+def _activation_and_eps(
+    model: Mapping[str, Any], config: Mapping[str, Any], where: Path
+) -> dict[str, Any]:
     tanh = (config.get("act_kwargs") or {}).get("approximate") == "tanh"
     activation = "gelu_tanh" if tanh else "gelu"
     return {
         "activation": "quick_gelu" if model.get("quick_gelu") else activation,
-        "norm_eps": float((config.get("norm_kwargs") or {}).get("eps", EPS)),
+        "norm_eps": base.number({"eps": EPS, **(config.get("norm_kwargs") or {})}, "eps", where),
     }
 
 

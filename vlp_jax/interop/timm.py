@@ -229,7 +229,7 @@ def tower(
         size = (grid[0] * patch, grid[1] * patch)
     depth = len({key.split(".")[1] for key in tensors if key.startswith("blocks.")})
     rows = tensors["pos_embed"].shape[1] if "pos_embed" in tensors else 0
-    return VisionTransformer(
+    module = VisionTransformer(
         image_size=base.tiled(size, patch, notes),
         patch_size=patch,
         width=width,
@@ -245,7 +245,9 @@ def tower(
         qk_norm="blocks.0.attn.q_norm.weight" in tensors,
         layer_scale=1e-5 if "blocks.0.ls1.gamma" in tensors else None,
         **told,
-    ), tensors
+    )
+    base.check_heads(module, where)
+    return module, tensors
 
 
 def _known(config: Mapping[str, Any], where: Path, notes: list[str]) -> dict[str, Any]:
