@@ -16,7 +16,15 @@ MAY_IMPORT = {
     "parallel": set(),
     "objectives": {"models", "parallel"},
     "evaluators": {"objectives", "data", "parallel", "observe"},
-    "training": {"evaluators", "objectives", "data", "parallel", "observe"},
+    "training": {
+        "evaluators",
+        "objectives",
+        "data",
+        "parallel",
+        "observe",
+        "interop",
+        "models",
+    },
     "interop": {"models"},
 }
 LEAVES = {"config", "errors"}

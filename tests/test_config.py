@@ -1,6 +1,7 @@
 """Config files: loading, overriding, checking, building."""
 
 import dataclasses
+import json
 
 import pytest
 from ml_collections import ConfigDict
@@ -135,3 +136,13 @@ def test_smoke_leaves_the_original_alone_and_keeps_what_is_not_size():
     assert small.duration.steps == 2 and small.duration.epochs is None
     assert set(small.evaluators) == set(config.evaluators)
     assert small.data.preprocess.random_resized_crop.size == 16
+
+
+def test_a_config_of_an_earlier_version_gets_the_defaults_of_new_keys():
+    old = json.loads(config_lib.to_json(config_lib.load("configs/demo.py")))
+    del old["optimizer"]["frozen"], old["optimizer"]["layer_decay"], old["prefetch"]
+    old["optimizer"]["b1"] = 0.5
+    config = config_lib.from_json(json.dumps(old))
+    assert config.optimizer.frozen == () and config.optimizer.layer_decay.image == 1.0
+    assert config.prefetch == 2 and config.optimizer.b1 == 0.5
+    assert config.objective.name == "contrastive"

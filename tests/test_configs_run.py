@@ -25,7 +25,7 @@ def third_loss(config, workdir, state=None):
         with make_checkpointer(config, workdir) as checkpointer:
             step = checkpointer.check_fits(setup.abstract)
             assert step == 2
-            state = first_state(setup, checkpointer, step)
+            state = first_state(parts, checkpointer, step)
     batch = next(parts.pipeline.batches(2))
     step_function = compile_step(setup.step, setup.abstract, setup.batch_spec, setup.mesh)
     total, count = step_function(state, put_batch(batch, setup.mesh))[1]["loss"]

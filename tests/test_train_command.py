@@ -1,6 +1,7 @@
 """The command as its user meets it: mistakes end in one line, a non-zero status and no half run."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -52,6 +53,9 @@ BAD = {
     "duration": ("--config.duration.epochs=1.0", "exactly one of"),
     "checkpoint duration": ("--config.checkpoint.every.epochs=1.0", "config.checkpoint.every"),
     "evaluator": ("--config.evaluators.retrieval.name=retreival", "did you mean 'retrieval'"),
+    "frozen": ("--config.optimizer.frozen=['imge/.*']", "the whole path of no parameter"),
+    "source of weights": ("--config.init_from.source=foo:BAR", "big_vision:FILE.npz"),
+    "folder of weights": ("--config.init_from.source=/no/run", "folder /no/run does not exist"),
     "profile": ("--config.profile.first=1", "both first and last"),
     "argument": ("--confg=x", "unknown argument '--confg=x'"),
 }
@@ -163,6 +167,24 @@ def test_a_workdir_may_be_relative(command, tmp_path, monkeypatch):
     assert command(workdir="runs/mine")[0] == 0
     assert (tmp_path / "runs" / "mine" / "checkpoints" / "2").is_dir()
     assert evaluate.main(["--workdir", "runs/mine"]) == 0
+
+
+def test_a_run_starts_from_another_and_then_goes_on_alone(command, tmp_path, capsys):
+    first, second = tmp_path / "run", tmp_path / "second"
+    assert command()[0] == 0
+    source = f"--config.init_from.source={first}"
+    assert command(source, workdir=second)[0] == 0
+    report = (second / "init_from.txt").read_text()
+    assert report.startswith(f"start from {first}, params of step 2")
+    assert "fresh" not in report and "skipped" not in report
+    shutil.rmtree(first)
+    assert command(source, "--config.duration.steps=3", workdir=second)[0] == 0
+    steps = [r["step"] for r in read_metrics(second / "metrics.jsonl") if "train/loss" in r]
+    assert steps == [0, 1, 2]
+    assert evaluate.main(["--workdir", str(second)]) == 0
+    status, last = command(source, workdir=tmp_path / "third")
+    assert status == 2 and f"the folder {first} does not exist" in last
+    assert not (tmp_path / "third").exists()
 
 
 def test_help_lists_the_keys_of_a_config(capsys):

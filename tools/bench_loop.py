@@ -117,7 +117,7 @@ def measure(config_file: str, rounds: int, steps: int) -> dict[str, float]:
             step_function = compile_step(setup.step, setup.abstract, setup.batch_spec, setup.mesh)
         with clock.phase("initialize the state"):
             checkpointer = make_checkpointer(setup.config, workdir)
-            state = first_state(setup, checkpointer, 0)
+            state = first_state(parts, checkpointer, 0)
         print(mesh_lib.describe(setup.mesh))
         runner = LoopRunner(parts, step_function, workdir, clock)
         prefetcher = Prefetcher(parts.pipeline.batches(0), setup.mesh, setup.config.prefetch)

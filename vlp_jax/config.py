@@ -64,21 +64,16 @@ def base() -> ConfigDict:
     config.extra_data = ConfigDict()  # further datasets by name, for parts of a composite objective
     config.tokenizer = ConfigDict()
     config.evaluators = ConfigDict()
-    config.optimizer = ConfigDict(
+    config.optimizer = _optimizer()
+    # Weights that step 0 starts from; a run that resumes looks at its own checkpoint alone.
+    config.init_from = ConfigDict(
         {
-            "name": "adamw",  # or muon: Muon for the kernels of layers, AdamW for the rest
-            "learning_rate": 1e-3,  # of AdamW
-            "muon": ConfigDict({"learning_rate": 0.02, "momentum": 0.95}),
-            "schedule": "cosine",  # cosine, rsqrt, linear or constant
-            "warmup": duration(percent=5.0),
-            "cooldown": duration(percent=0.0),  # a linear end to zero; rsqrt wants one
-            "b1": 0.9,
-            "b2": 0.98,
-            "eps": 1e-8,
-            "weight_decay": 0.1,
-            "no_decay": ("bias", "scale", "logit_scale", "logit_bias"),  # names of leaves
-            "clip_norm": 1.0,  # of the global gradient; 0 for none
-            "ema_decay": 0.0,  # of the parameters; 0 for none. Evaluation then uses the average
+            # None, the workdir of a run, hf:DIR, open_clip:FILE, big_vision:FILE.npz or timm:FILE
+            "source": placeholder(str),
+            "step": placeholder(int),  # of a workdir's checkpoints; None for the newest
+            # (regular expression of a whole path with stacked layers, "load", "fresh" or "skip");
+            # the first that fits decides
+            "rules": ((".*", "load"),),
         }
     )
     config.log = ConfigDict({"every": duration(steps=10)})
@@ -107,6 +102,31 @@ def base() -> ConfigDict:
     config.profile = ConfigDict({"first": placeholder(int), "last": placeholder(int)})
     config.prefetch = 2  # batches that wait on the devices
     return config
+
+
+def _optimizer() -> ConfigDict:
+    return ConfigDict(
+        {
+            # adamw; muon: Muon for the kernels of layers, AdamW for the rest; adafactor; lion
+            "name": "adamw",
+            "learning_rate": 1e-3,  # of all but Muon's part
+            "muon": ConfigDict({"learning_rate": 0.02, "momentum": 0.95}),
+            "schedule": "cosine",  # cosine, rsqrt, linear or constant
+            "warmup": duration(percent=5.0),
+            "cooldown": duration(percent=0.0),  # a linear end to zero; rsqrt wants one
+            "b1": 0.9,
+            "b2": 0.98,  # adafactor: the bound that its own rises to (big_vision: 0.999)
+            "eps": 1e-8,  # of AdamW
+            "weight_decay": 0.1,
+            "no_decay": ("bias", "scale", "logit_scale", "logit_bias"),  # names of leaves
+            "clip_norm": 1.0,  # of the global gradient; 0 for none
+            "ema_decay": 0.0,  # of the parameters; 0 for none. Evaluation then uses the average
+            # Factor on the learning rate for each layer further from a tower's end (BEiT, MAE).
+            "layer_decay": ConfigDict({"image": 1.0, "text": 1.0}),
+            # Regular expressions: a parameter stays as it is if one is its whole path ("image/.*").
+            "frozen": (),
+        }
+    )
 
 
 def load(spec: str) -> ConfigDict:
@@ -236,10 +256,22 @@ def to_json(config: ConfigDict) -> str:
 
 
 def from_json(text: str) -> ConfigDict:
-    """The config that `to_json` wrote, with lists as tuples, locked and checked."""
+    """The config that `to_json` wrote, with lists as tuples, locked and checked.
+
+    Keys of `base()` that were not there yet when it was written get their defaults.
+    """
     config = ConfigDict(_tuples(json.loads(text)))
+    _add_missing(config, base())
     check(config)
     return config.lock()
+
+
+def _add_missing(config: ConfigDict, defaults: ConfigDict) -> None:
+    for key, value in defaults.items():
+        if key not in config:
+            config[key] = value
+        elif isinstance(value, ConfigDict) and isinstance(config[key], ConfigDict):
+            _add_missing(config[key], value)
 
 
 def _tuples(value: Any) -> Any:
@@ -309,6 +341,7 @@ def smoke(config: ConfigDict) -> ConfigDict:
     config = config.copy_and_resolve_references().unlock()
     config.duration = duration(steps=2)
     config.batch_size = SMOKE_BATCH_SIZE
+    config.init_from.source = config.init_from.step = None
     config.log.every = duration(steps=1)
     config.checkpoint.every = duration(steps=2)
     config.writers.tensorboard = False

@@ -54,7 +54,7 @@ def load_run(workdir: str | os.PathLike, step: int | None = None) -> tuple[Parts
         if not step or step not in checkpointer.steps():
             known = ", ".join(map(str, checkpointer.steps())) or "none"
             raise UserError(f"{workdir} has no checkpoint of step {step} (it has: {known})")
-        return parts, first_state(parts.setup, checkpointer, step)
+        return parts, first_state(parts, checkpointer, step)
 
 
 def evaluate(

@@ -23,6 +23,7 @@ from vlp_jax.observe.writers import build_writers, check_writers
 from vlp_jax.parallel import mesh as mesh_lib
 from vlp_jax.parallel import startup
 from vlp_jax.parallel.batch import Prefetcher
+from vlp_jax.training import param_groups
 from vlp_jax.training import workdir as workdir_lib
 from vlp_jax.training.build import build, first_state, make_checkpointer
 from vlp_jax.training.command import run_command
@@ -38,6 +39,9 @@ examples:
   python -m vlp_jax.train --config configs/demo.py --workdir runs/demo
   python -m vlp_jax.train --config configs/clip_folder.py --workdir runs/mine --config.data.path=DIR
   python -m vlp_jax.train --config configs/demo.py --help        lists every key of that config
+  python -m vlp_jax.train --config configs/demo.py --workdir runs/new --config.init_from.source=DIR
+      starts from the weights of the run in DIR, or of hf:DIR, open_clip:FILE, big_vision:FILE.npz
+      or timm:FILE; config.init_from.rules say which
 
 Run the same command again to resume. Exit status: 0 the run is complete, 2 a mistake in config,
 data or workdir (the last line of stderr says which), 75 told to stop and saved: start it again.
@@ -111,12 +115,13 @@ def train(config: ConfigDict, workdir: str | os.PathLike, clock: StartupClock) -
         for change in workdir_lib.changes(workdir, config):
             progress.print(f"note: {change}")
         workdir_lib.prepare(workdir, config, parts.tokenizer)
+        parts.start.announce(workdir, progress.print)
         progress.print(mesh_lib.describe(setup.mesh))
         with clock.phase("compile the step"):
             step_function = compile_step(setup.step, setup.abstract, setup.batch_spec, setup.mesh)
         with clock.phase("restore the state" if first_step else "initialize the state"):
-            state = first_state(setup, checkpointer, first_step)
-        progress.print(describe_run(state, first_step, last_step, config.batch_size))
+            state = first_state(parts, checkpointer, first_step)
+        progress.print(describe_run(setup, first_step))
         with clock.phase("measure the devices"):
             step_clock = make_step_clock(setup, clock)
         writer = build_writers(config.writers, workdir, first_step, config.to_dict())
@@ -151,11 +156,12 @@ def train(config: ConfigDict, workdir: str | os.PathLike, clock: StartupClock) -
     return state
 
 
-def describe_run(state: TrainState, first_step: int, last_step: int, batch_size: int) -> str:
+def describe_run(setup: Setup, first_step: int) -> str:
     """One line for the log: the size of the model, and the steps that are ahead."""
-    size = sum(x.size for x in jax.tree.leaves(state.params))
+    size, frozen = param_groups.count(setup.abstract.params, setup.config.optimizer.frozen)
+    last_step, batch_size = setup.units.total_steps, setup.config.batch_size
     steps = f"steps {first_step:,} to {last_step:,} of {batch_size:,} examples"
-    return f"{size:,} parameters; {steps}"
+    return f"{size:,} parameters, of which {frozen:,} frozen; {steps}"
 
 
 def make_progress(last_step: int, name: str) -> Progress | NullProgress:

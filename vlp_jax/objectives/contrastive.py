@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -18,9 +18,12 @@ from vlp_jax.models.masking import kept_patches, random_mask
 from vlp_jax.models.text import make_text
 from vlp_jax.models.vit import make_vit
 from vlp_jax.objectives.base import Batch, BatchSpec, Metrics, Params
+from vlp_jax.objectives.blocked import blocked_loss
 from vlp_jax.objectives.compute import compute_fields
 from vlp_jax.objectives.microbatch import embed_in_parts
 from vlp_jax.objectives.pairwise import PAIRWISE_LOSSES, pair_logits
+
+LOSS_FORMS = ("plain", "blocked")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +37,9 @@ class Contrastive:
       mask_ratio: share of the patches of each image that is left out in training (Li et al. 2023,
         "FLIP"); evaluation sees all of them.
       microbatches: parts of a batch that are embedded one after the other. The loss sees all pairs.
+      loss_form: "plain" (all logits of a device's images at once) or "blocked" (`blocked_loss`:
+        memory that does not grow with the devices). The two are equal.
+      loss_block_size: images of a device whose logits the blocked form holds at once.
     """
 
     model: DualEncoder
@@ -41,6 +47,8 @@ class Contrastive:
     max_logit_scale: float
     mask_ratio: float = 0.0
     microbatches: int = 1
+    loss_form: str = "plain"
+    loss_block_size: int = 1024
     couples_batch: bool = True
 
     @property
@@ -63,7 +71,11 @@ class Contrastive:
     def loss(
         self, params: Params, batch: Batch, rng: PRNGKeyArray, train: bool
     ) -> tuple[Float[Array, ""], Metrics]:
-        """The pairwise loss over the global batch. `rng` chooses the patches that are seen."""
+        """The pairwise loss over the global batch. `rng` chooses the patches that are seen.
+
+        Raises:
+          ValueError: the form is "blocked" and no mesh is set.
+        """
         mask_key, model_key = jax.random.split(rng)
         fields = {"image": batch["image"], "text": batch["text"]}
         if train and self.mask_ratio:
@@ -80,17 +92,34 @@ class Contrastive:
         out = embed_in_parts(embed, params, fields, model_key, self.microbatches)
         log_scale, bias = self.model.apply({"params": params}, method="logit_parameters")
         scale = jnp.exp(bound_above(log_scale, self._log_bound()))
-        logits = pair_logits(out["image"], out["text"], scale, bias)
-        loss = PAIRWISE_LOSSES[self.pairwise_loss](logits)
-        count = jnp.float32(logits.shape[0])
-        hits = jnp.argmax(logits, axis=1) == jnp.arange(logits.shape[0])
+        loss, hits = self._pair_loss(out["image"], out["text"], scale, bias)
+        count = jnp.float32(out["image"].shape[0])
         one = jnp.float32(1)
         return loss, {
             "loss": (loss * count, count),
-            "batch_accuracy": (hits.sum().astype(jnp.float32), count),
+            "batch_accuracy": (hits, count),
             "logit_scale": (scale, one),
             "logit_bias": (bias, one),
         }
+
+    def _pair_loss(
+        self, image: Array, text: Array, scale: Array, bias: Array
+    ) -> tuple[Float[Array, ""], Float[Array, ""]]:
+        """The loss, and how many images find their text."""
+        if self.loss_form == "blocked":
+            mesh = jax.sharding.get_abstract_mesh()
+            if mesh.empty:
+                raise ValueError(
+                    "loss_form 'blocked' needs a mesh, also on one device: call the loss inside "
+                    "vlp_jax.parallel.rules.use_mesh(mesh), or set loss_form to 'plain'"
+                )
+            size = self.loss_block_size
+            return blocked_loss(
+                self.pairwise_loss, image, text, scale, bias, mesh=mesh, block_size=size
+            )
+        logits = pair_logits(image, text, scale, bias)
+        hits = jnp.argmax(logits, axis=1) == jnp.arange(logits.shape[0])
+        return PAIRWISE_LOSSES[self.pairwise_loss](logits), hits.sum().astype(jnp.float32)
 
     def _log_bound(self) -> float:
         return math.log(self.max_logit_scale) if self.max_logit_scale else math.inf
@@ -130,6 +159,26 @@ def _bound_above_backward(bound: float, x: Array, gradient: Array) -> tuple[Arra
 bound_above.defvjp(_bound_above_forward, _bound_above_backward)
 
 
+def _check_known(what: str, name: str, known: Iterable[str]) -> None:
+    if name not in known:
+        raise ValueError(f"unknown {what} {name!r} (known: {', '.join(known)})")
+
+
+def _check_loss(loss: str, form: str, block_size: int) -> None:
+    _check_known("loss", loss, PAIRWISE_LOSSES)
+    _check_known("loss_form", form, LOSS_FORMS)
+    if block_size < 1:
+        raise ValueError(f"loss_block_size is at least 1, not {block_size}")
+
+
+def _from_tokenizer(tokenizer: Any) -> dict[str, int]:
+    """The fields of a text tower that its tokenizer decides."""
+    if tokenizer is None:
+        raise ValueError("a contrastive objective needs config.tokenizer")
+    names = ("vocab_size", "context_length", "eos_id", "pad_id")
+    return {name: getattr(tokenizer, name) for name in names}
+
+
 def make_contrastive(
     *,
     tokenizer: Any,
@@ -141,6 +190,8 @@ def make_contrastive(
     text_head: str = "linear",
     loss: str = "softmax",
     mask_ratio: float = 0.0,
+    loss_form: str = "plain",
+    loss_block_size: int = 1024,
     logit_scale_init: float | None = None,
     logit_bias_init: float | None = None,
     max_logit_scale: float = 100.0,
@@ -159,26 +210,21 @@ def make_contrastive(
       image, text: arguments of `make_vit` and `make_text`.
       image_head, text_head: see `DualEncoder`.
       loss: "softmax" or "sigmoid".
-      mask_ratio: see `Contrastive`.
+      mask_ratio, loss_form, loss_block_size: see `Contrastive`.
       logit_scale_init: initial factor on the cosine similarity; default 1 / 0.07 (CLIP) for
         softmax, 10 (SigLIP, alg. 1) for sigmoid.
       logit_bias_init: default none for softmax, -10 (SigLIP, alg. 1) for sigmoid.
       dtype: of the computation; default bfloat16 on accelerators and float32 on CPU.
 
     Raises:
-      ValueError: an unknown loss, dtype, variant or pooling.
+      ValueError: an unknown loss, form, dtype, variant or pooling, or a block size below 1.
     """
-    if loss not in PAIRWISE_LOSSES:
-        raise ValueError(f"unknown loss {loss!r} (known: {', '.join(PAIRWISE_LOSSES)})")
-    if tokenizer is None:
-        raise ValueError("a contrastive objective needs config.tokenizer")
+    _check_loss(loss, loss_form, loss_block_size)
     shared = compute_fields(dtype, scan_layers, remat, attention)
     defaults = {"softmax": (1 / 0.07, None), "sigmoid": (10.0, -10.0)}[loss]
     scale = defaults[0] if logit_scale_init is None else logit_scale_init
     bias = defaults[1] if logit_bias_init is None else logit_bias_init
-    from_tokenizer = {
-        key: getattr(tokenizer, key) for key in ("vocab_size", "context_length", "eos_id", "pad_id")
-    }
+    from_tokenizer = _from_tokenizer(tokenizer)
     model = make_dual_encoder(
         image=config_lib.build(make_vit, image, "config.objective.image", **shared),
         text=config_lib.build(make_text, text, "config.objective.text", **shared, **from_tokenizer),
@@ -191,4 +237,6 @@ def make_contrastive(
         image_std=tuple(image_std),
     )
     kept_patches(model.image.patches, mask_ratio)  # raises for a ratio that leaves nothing
-    return Contrastive(model, loss, max_logit_scale, mask_ratio, microbatches)
+    return Contrastive(
+        model, loss, max_logit_scale, mask_ratio, microbatches, loss_form, loss_block_size
+    )

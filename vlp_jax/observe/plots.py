@@ -23,8 +23,8 @@ from vlp_jax.observe.text_layout import LINE_SPACING, Colored, TextFitter
 
 # Okabe and Ito, "Color universal design" (2008): told apart with any kind of color vision.
 CORRECT, WRONG = "#0072B2", "#D55E00"
-_CURVE_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-_INK, _PALE = "#222222", "#666666"
+CURVE_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+INK, PALE = "#222222", "#666666"
 _DPI = 200
 _REPORT_INCHES = (8.0, 5.0)
 
@@ -83,7 +83,7 @@ def draw_report(
         curves=curves,
         chance=chance,
     )
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def report_figure(
@@ -105,7 +105,7 @@ def report_figure(
         raise ValueError(f"images must be uint8 (n, h, w, 3), not {images.dtype} {images.shape}")
     if unknown := set(chance) - set(curves):
         raise ValueError(f"chance lines without a curve: {sorted(unknown)}")
-    figure = _new_figure(_REPORT_INCHES)
+    figure = new_figure(_REPORT_INCHES)
     fitter = TextFitter(figure)
     _draw_titles(figure, fitter, title, subtitle)
     captions = [
@@ -127,7 +127,7 @@ def report_figure(
             axes.set_ylim(0, 1.03)
             axes.set_yticks(np.linspace(0, 1, 5))
             axes.yaxis.set_major_formatter(PercentFormatter(1.0))
-        axes.set_xlabel("step", fontsize=6.5, color=_INK, labelpad=1.5)
+        axes.set_xlabel("step", fontsize=6.5, color=INK, labelpad=1.5)
     return figure
 
 
@@ -163,7 +163,7 @@ def draw_curves(
     for name in names:
         group, _, metric = name.rpartition("/")
         panels.setdefault(metric, {})[group or "run"] = curves[name]
-    _save(_curves_figure(panels, title), path)
+    save_figure(_curves_figure(panels, title), path)
 
 
 def _curves_figure(panels: Mapping[str, Mapping[str, Curve]], title: str) -> Figure:
@@ -171,11 +171,11 @@ def _curves_figure(panels: Mapping[str, Mapping[str, Curve]], title: str) -> Fig
     columns = min(len(panels), 4)
     rows = math.ceil(len(panels) / columns)
     width, height, top = 2.2 * max(columns, 2), 0.45 + 1.85 * rows, 0.45
-    figure = _new_figure((width, height))
+    figure = new_figure((width, height))
     sizes = (11, 10, 9, 8, 7, 6)
     size = TextFitter(figure).largest_size(title, width - 0.3, sizes, "bold")
     x, y = 0.15 / width, 1 - 0.3 / height
-    figure.text(x, y, title, fontsize=size, weight="bold", color=_INK, parse_math=False)
+    figure.text(x, y, title, fontsize=size, weight="bold", color=INK, parse_math=False)
     cell = width / columns
     for index, (metric, panel) in enumerate(panels.items()):
         row, column = divmod(index, columns)
@@ -184,7 +184,7 @@ def _curves_figure(panels: Mapping[str, Mapping[str, Curve]], title: str) -> Fig
         box = ((column * cell + 0.48) / width, bottom / height, (cell - 0.6) / width, size / height)
         axes = figure.add_axes(box)
         _draw_panel(axes, panel, {}, heading=metric)
-        axes.set_xlabel("step", fontsize=6.5, color=_INK, labelpad=1.5)
+        axes.set_xlabel("step", fontsize=6.5, color=INK, labelpad=1.5)
     return figure
 
 
@@ -204,20 +204,20 @@ def _curves_of(records: Sequence[Mapping[str, Any]]) -> dict[str, Curve]:
 def _caption_paragraphs(true: str, retrieved: str, correct: bool) -> list[Colored]:
     if correct:
         return [Colored(f"✓ {retrieved}", CORRECT)]
-    return [Colored(f"✗ {retrieved}", WRONG), Colored(f"true: {true}", _PALE)]
+    return [Colored(f"✗ {retrieved}", WRONG), Colored(f"true: {true}", PALE)]
 
 
 def _draw_titles(figure: Figure, fitter: TextFitter, title: str, subtitle: str) -> None:
     width = _REPORT_INCHES[0] * 0.96
     size = fitter.largest_size(title, width, (13, 12, 11, 10, 9, 8, 7), "bold")
-    figure.text(0.02, 0.945, title, fontsize=size, weight="bold", color=_INK, parse_math=False)
+    figure.text(0.02, 0.945, title, fontsize=size, weight="bold", color=INK, parse_math=False)
     size = fitter.largest_size(subtitle, width, (8, 7.5, 7, 6.5, 6, 5.5, 5))
-    figure.text(0.02, 0.908, subtitle, fontsize=size, color=_PALE, parse_math=False)
+    figure.text(0.02, 0.908, subtitle, fontsize=size, color=PALE, parse_math=False)
 
 
 def _heading(figure: Figure, x: float, y: float, letter: str, text: str) -> None:
-    figure.text(x, y, letter, fontsize=8.5, weight="bold", color=_INK)
-    figure.text(x + 0.015, y, text, fontsize=7.5, color=_INK, parse_math=False)
+    figure.text(x, y, letter, fontsize=8.5, weight="bold", color=INK)
+    figure.text(x + 0.015, y, text, fontsize=7.5, color=INK, parse_math=False)
 
 
 def _draw_gallery(
@@ -301,13 +301,13 @@ def _draw_similarity(figure: Figure, similarity: np.ndarray) -> None:
     _heading(figure, 0.655, _HEADINGS_Y, "b", "similarity of images and captions")
     axes = figure.add_axes((0.685, 0.495, 0.216, 0.35))
     drawn = axes.imshow(similarity, cmap="viridis", interpolation="nearest", aspect="auto")
-    axes.set_xlabel(f"caption (1 to {columns})", fontsize=6.5, color=_INK, labelpad=2)
-    axes.set_ylabel(f"image (1 to {rows})", fontsize=6.5, color=_INK, labelpad=2)
+    axes.set_xlabel(f"caption (1 to {columns})", fontsize=6.5, color=INK, labelpad=2)
+    axes.set_ylabel(f"image (1 to {rows})", fontsize=6.5, color=INK, labelpad=2)
     axes.set_xticks([])
     axes.set_yticks([])
     bar = figure.colorbar(drawn, cax=figure.add_axes((0.912, 0.495, 0.011, 0.35)))
     bar.outline.set_visible(False)
-    bar.ax.tick_params(labelsize=6, length=2, width=0.5, color=_PALE, labelcolor=_INK)
+    bar.ax.tick_params(labelsize=6, length=2, width=0.5, color=PALE, labelcolor=INK)
     bar.ax.yaxis.set_major_locator(MaxNLocator(5))
 
 
@@ -315,7 +315,7 @@ def _draw_chance(axes: Axes, values: Sequence[float]) -> None:
     """A dotted line for each of the ascending `values`; lines too close for two words share one."""
     low, high = axes.get_ylim()
     for value, above in itertools.pairwise([*values, math.inf]):
-        axes.axhline(value, color=_PALE, linewidth=0.9, linestyle=":")
+        axes.axhline(value, color=PALE, linewidth=0.9, linestyle=":")
         if above - value > _CHANCE_GAP * (high - low):
             axes.annotate(
                 "chance",
@@ -325,7 +325,7 @@ def _draw_chance(axes: Axes, values: Sequence[float]) -> None:
                 textcoords="offset points",
                 ha="right",
                 fontsize=5.5,
-                color=_PALE,
+                color=PALE,
             )
 
 
@@ -335,7 +335,7 @@ def _draw_panel(
     """Curves with a legend above the axes, where it can hide nothing."""
     axes.margins(x=0.02, y=0.12)
     for index, (name, (steps, values)) in enumerate(curves.items()):
-        color = _CURVE_COLORS[index % len(_CURVE_COLORS)]
+        color = CURVE_COLORS[index % len(CURVE_COLORS)]
         steps, values = np.asarray(steps, float), np.asarray(values, float)
         values = np.where(np.isfinite(values), values, np.nan)
         smooth = _running_mean(values)
@@ -346,8 +346,8 @@ def _draw_panel(
         axes.plot(steps, smooth, color=color, linewidth=1.3, marker=marker, ms=2, label=label)
     _draw_chance(axes, sorted(set(chance.values())))
     axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set(color=_PALE, linewidth=0.6)
-    axes.tick_params(labelsize=6, length=2, width=0.5, color=_PALE, labelcolor=_INK, pad=1.5)
+    axes.spines[["left", "bottom"]].set(color=PALE, linewidth=0.6)
+    axes.tick_params(labelsize=6, length=2, width=0.5, color=PALE, labelcolor=INK, pad=1.5)
     axes.xaxis.set_major_locator(MaxNLocator(3, integer=True))
     axes.yaxis.set_major_locator(MaxNLocator(4))
     if curves:
@@ -381,13 +381,15 @@ def _running_mean(values: np.ndarray) -> np.ndarray:
     )
 
 
-def _new_figure(inches: tuple[float, float]) -> Figure:
+def new_figure(inches: tuple[float, float]) -> Figure:
+    """An empty white figure of so many inches across and down."""
     figure = Figure(figsize=inches, dpi=_DPI, facecolor="white")
     FigureCanvasAgg(figure)
     return figure
 
 
-def _save(figure: Figure, path: epath.PathLike) -> None:
+def save_figure(figure: Figure, path: epath.PathLike) -> None:
+    """Writes the figure as a PNG; its directory is made."""
     path = epath.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     buffer = io.BytesIO()

@@ -19,16 +19,22 @@ from vlp_jax.parallel import mesh as mesh_lib
 from vlp_jax.training import setup as setup_lib
 from vlp_jax.training import workdir as workdir_lib
 from vlp_jax.training.checkpoint import Checkpointer
+from vlp_jax.training.init_from import Start, make_start
 from vlp_jax.training.loop import Evaluation, When
 from vlp_jax.training.setup import Setup
-from vlp_jax.training.state import TrainState, init_state
+from vlp_jax.training.state import TrainState
 
 
 @dataclasses.dataclass(frozen=True)
 class Parts:
-    """What a config stands for on these devices and this data; nothing is written yet."""
+    """What a config stands for on these devices and this data; nothing is written yet.
+
+    Attributes:
+      start: where the state before step 0 comes from.
+    """
 
     setup: Setup
+    start: Start
     tokenizer: Tokenizer | None
     resources: Resources
     pipeline: JoinedPipeline
@@ -57,6 +63,8 @@ def build(config: ConfigDict, workdir: epath.Path, clock: StartupClock) -> Parts
         pipeline = setup_lib.make_pipeline(config, tokenizer)
     with clock.phase("build the model"):
         setup = setup_lib.make_setup(config, mesh, tokenizer, pipeline.batch_spec(), len(pipeline))
+    with clock.phase("find the weights to start from"):
+        start = make_start(setup, workdir, tokenizer)
     resources = Resources(
         functions=compile_functions(setup.objective.functions(), mesh),
         tokenizer=tokenizer,
@@ -75,6 +83,7 @@ def build(config: ConfigDict, workdir: epath.Path, clock: StartupClock) -> Parts
     ]
     return Parts(
         setup=setup,
+        start=start,
         tokenizer=tokenizer,
         resources=resources,
         pipeline=pipeline,
@@ -94,12 +103,11 @@ def make_checkpointer(config: ConfigDict, workdir: epath.Path) -> Checkpointer:
     )
 
 
-def first_state(setup: Setup, checkpointer: Checkpointer, first_step: int) -> TrainState:
-    """The state of the checkpoint at `first_step`, or a fresh one for step 0."""
+def first_state(parts: Parts, checkpointer: Checkpointer, first_step: int) -> TrainState:
+    """The state of the checkpoint at `first_step`; for step 0 that of the start."""
+    setup = parts.setup
     if not first_step:
-        return init_state(
-            setup.objective, setup.optimizer, setup.batch_spec, setup.abstract, setup.config.seed
-        )
+        return parts.start.state(setup)
     state, position = checkpointer.restore(setup.abstract, first_step)
     if position != first_step * setup.config.batch_size:
         raise UserError(

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-import os
+import contextlib
+import dataclasses
+from collections.abc import Callable
 from typing import Any, Self
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
 from vlp_jax.errors import UserError
+from vlp_jax.observe.jsonl import is_remote
 from vlp_jax.training.state import TrainState
 
 MAX_LISTED = 4  # parameters that a mismatch names
@@ -122,7 +126,64 @@ class Checkpointer:
 def absolute(path: str | epath.Path) -> epath.Path:
     """`path` from the root, as Orbax wants it; one on a bucket (gs://...) is so already."""
     path = epath.Path(path)
-    return path if "://" in os.fspath(path) else path.resolve()
+    return path if is_remote(path) else path.resolve()
+
+
+def saved_steps(workdir: epath.Path) -> list[int]:
+    """Steps of all whole checkpoints in `workdir`, in order. Nothing is written."""
+    return sorted(ocp.utils.checkpoint_steps(workdir / "checkpoints"))
+
+
+@dataclasses.dataclass(frozen=True)
+class SavedParameters:
+    """The parameters of a checkpoint, of whatever model and mesh; nothing else of it is read.
+
+    Attributes:
+      directory: of the state in the checkpoint.
+      part: "ema" if the checkpoint has averaged parameters, else "params".
+      shapes: path -> shape.
+    """
+
+    directory: epath.Path
+    part: str
+    shapes: dict[str, tuple[int, ...]]
+
+    @classmethod
+    def of(cls, workdir: epath.Path, step: int) -> Self:
+        """Those of the checkpoint at `step`, which exists."""
+        directory = workdir / "checkpoints" / str(step) / "state"
+        tree = _metadata(directory)
+        part = "ema" if shapes_of(tree["ema"]) else "params"
+        return cls(directory, part, shapes_of(tree[part]))
+
+    def read(self) -> dict[str, np.ndarray]:
+        """path -> float32 array on the host, every process reading all of them."""
+        part = {self.part: _metadata(self.directory)[self.part]}
+
+        def each(function: Callable[[Any], Any]) -> Any:
+            return jax.tree.map(function, part, is_leaf=lambda x: hasattr(x, "shape"))
+
+        with contextlib.closing(ocp.PyTreeCheckpointHandler()) as handler:
+            restored = handler.restore(
+                self.directory,
+                args=ocp.args.PyTreeRestore(
+                    item=each(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)),
+                    restore_args=each(
+                        lambda x: ocp.RestoreArgs(restore_type=np.ndarray, dtype=np.float32)
+                    ),
+                    partial_restore=True,
+                ),
+            )
+        leaves = jax.tree_util.tree_leaves_with_path(restored[self.part])
+        return {
+            jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(x, np.float32)
+            for path, x in leaves
+        }
+
+
+def _metadata(directory: epath.Path) -> dict[str, Any]:
+    with contextlib.closing(ocp.PyTreeCheckpointHandler()) as handler:
+        return handler.metadata(directory).tree
 
 
 def shapes_of(tree: Any) -> dict[str, tuple[int, ...]]:

@@ -11,6 +11,7 @@ import optax
 import optax.contrib
 
 from vlp_jax.errors import UserError, unknown_key_message
+from vlp_jax.training import param_groups
 from vlp_jax.training.when import Units
 
 SCHEDULES = ("cosine", "rsqrt", "linear", "constant")
@@ -106,9 +107,7 @@ def muon(config: Mapping[str, Any], units: Units) -> optax.GradientTransformatio
     """
 
     def by_path(function: Callable[[str], Any], params: Any) -> Any:
-        return jax.tree_util.tree_map_with_path(
-            lambda path, _: function(jax.tree_util.keystr(path, simple=True, separator="/")), params
-        )
+        return param_groups.map_with_path(lambda path, _: function(path), params)
 
     matrices = optax.contrib.muon(
         make_schedule({**config, "learning_rate": config["muon"]["learning_rate"]}, units),
@@ -124,11 +123,66 @@ def muon(config: Mapping[str, Any], units: Units) -> optax.GradientTransformatio
     )
 
 
-OPTIMIZERS = {"adamw": adamw, "muon": muon}
+def adafactor(config: Mapping[str, Any], units: Units) -> optax.GradientTransformation:
+    """Adafactor as changed by Zhai et al. 2022, "Scaling Vision Transformers", 3.3.
+
+    The constants are those of google-research/big_vision, optax.py, `scale_by_adafactor`:
+
+    - The second moment of a parameter is factored over its two largest dimensions if both have at
+      least 32 numbers. It decays by min(b2, 1 - t ** -0.8) at step t = 1, 2, ...; `b2` is 0.999
+      there and 0.95 for SigLIP. 1e-30 is added to the squared gradient; `eps` is not used.
+    - The first moment is one of the scaled gradient, b1 = 0.9, held in bfloat16, not debiased.
+    - Neither is an update clipped by its root mean square (the `clipping_threshold` of the paper of
+      Adafactor is off there), nor is a learning rate relative to the size of the parameter. The
+      global norm of the gradient is clipped first, to 1.
+    - Weight decay is decoupled. There it follows the schedule and not the peak learning rate, here
+      both: their `wd` of 1e-4 with an `lr` of 1e-3 is a `weight_decay` of 0.1 here.
+
+    Rows and columns of the factored moments have not the parameter's shape, so they lie whole on
+    every device; the first moment lies as its parameter does. Stacked layers are factored each on
+    its own, as separate ones are.
+    """
+
+    def decay(step: jax.Array, exponent: float) -> jax.Array:
+        return jnp.minimum(config["b2"], 1.0 - (step + 1.0) ** -exponent)
+
+    second_moment = optax.scale_by_factored_rms(
+        decay_rate=0.8, min_dim_size_to_factor=32, epsilon=1e-30, decay_rate_fn=decay
+    )
+    first_moment = optax.ema(config["b1"], debias=False, accumulator_dtype=jnp.bfloat16)
+    return optax.chain(
+        param_groups.layer_by_layer(second_moment),
+        *([first_moment] if config["b1"] else []),
+        optax.add_decayed_weights(
+            config["weight_decay"], lambda params: decay_mask(params, config["no_decay"])
+        ),
+        optax.scale_by_learning_rate(make_schedule(config, units)),
+    )
+
+
+def lion(config: Mapping[str, Any], units: Units) -> optax.GradientTransformation:
+    """Lion (Chen et al. 2023, "Symbolic Discovery of Optimization Algorithms", program 1).
+
+    Next to AdamW it wants a learning rate 3 to 10 times smaller and a weight decay as much larger
+    (section 5); the paper's default is b1 = 0.9 and b2 = 0.99. `eps` is not used.
+    """
+    return optax.lion(
+        make_schedule(config, units),
+        b1=config["b1"],
+        b2=config["b2"],
+        weight_decay=config["weight_decay"],
+        mask=lambda params: decay_mask(params, config["no_decay"]),
+    )
+
+
+OPTIMIZERS = {"adamw": adamw, "muon": muon, "adafactor": adafactor, "lion": lion}
 
 
 def make_optimizer(config: Mapping[str, Any], units: Units) -> optax.GradientTransformation:
-    """Clipping by the global norm, then the optimizer that `config` names.
+    """Clipping by the global norm, the optimizer that `config` names, layer-wise decay.
+
+    Its `init` and `update` take all parameters. Frozen ones have no state and no update, and their
+    gradients, which need not be there, do not count in the norm (see `param_groups`).
 
     Raises:
       UserError: an unknown optimizer, or a number out of range.
@@ -145,5 +199,11 @@ def make_optimizer(config: Mapping[str, Any], units: Units) -> optax.GradientTra
     for key, value in fractions.items():
         if not 0 <= value < 1:
             raise UserError(f"config.optimizer.{key} must be in [0, 1), not {value}")
+    for tower, decay in config["layer_decay"].items():
+        if not 0 < decay <= 1:
+            raise UserError(f"config.optimizer.layer_decay.{tower} must be in (0, 1], not {decay}")
+    param_groups.check_patterns(config["frozen"], "config.optimizer.frozen")
     clip = [optax.clip_by_global_norm(config["clip_norm"])] if config["clip_norm"] else []
-    return optax.chain(*clip, OPTIMIZERS[config["name"]](config, units))
+    optimizer = optax.chain(*clip, OPTIMIZERS[config["name"]](config, units))
+    optimizer = param_groups.without_frozen(optimizer, config["frozen"])
+    return param_groups.with_layer_decay(optimizer, config["layer_decay"])

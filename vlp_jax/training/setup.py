@@ -17,6 +17,7 @@ from vlp_jax.objectives import Objective, make_objective
 from vlp_jax.objectives.base import BatchSpec
 from vlp_jax.parallel import mesh as mesh_lib
 from vlp_jax.training.optimizer import make_optimizer, make_schedule
+from vlp_jax.training.param_groups import check_groups
 from vlp_jax.training.state import TrainState, abstract_state
 from vlp_jax.training.step import StepFunction, make_step
 from vlp_jax.training.when import EverySteps, Units
@@ -50,6 +51,7 @@ class Setup:
             self.schedule,
             seed=self.config.seed,
             ema_decay=self.config.optimizer.ema_decay,
+            frozen=self.config.optimizer.frozen,
         )
 
     def every(self, duration: ConfigDict, where: str) -> EverySteps:
@@ -96,6 +98,7 @@ def make_setup(
     except (ValueError, KeyError) as error:
         shapes = {name: shape for name, (shape, _) in batch_spec.items()}
         raise UserError(f"the model does not fit the batch {shapes}: {error}") from error
+    check_groups(config.optimizer, abstract.params)
     schedule = make_schedule(config.optimizer, units)
     return Setup(config, mesh, objective, optimizer, schedule, spec, abstract, units)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -10,9 +10,10 @@ import optax
 from jax.sharding import Mesh
 
 from vlp_jax.objectives import Objective
-from vlp_jax.objectives.base import Batch, BatchSpec, Metrics
+from vlp_jax.objectives.base import Batch, BatchSpec, Metrics, Params
 from vlp_jax.parallel import mesh as mesh_lib
 from vlp_jax.parallel import rules
+from vlp_jax.training import param_groups
 from vlp_jax.training.state import PURPOSE_LOSS, TrainState, key_for
 
 StepFunction = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
@@ -25,20 +26,32 @@ def make_step(
     *,
     seed: int,
     ema_decay: float = 0.0,
+    frozen: Sequence[str] = (),
 ) -> StepFunction:
     """(state before batch i, batch i) -> (state before batch i + 1, metrics of batch i).
 
     The metrics are the objective's, the learning rate, and the global norms of gradient, update and
     parameters.
+
+    Args:
+      frozen: regular expressions of the paths of parameters that stay as they are. The loss is not
+        differentiated by these, so that their part of the backward pass is not computed.
     """
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         rng = key_for(seed, state.step, PURPOSE_LOSS)
-        loss_and_grad = jax.value_and_grad(objective.loss, has_aux=True)
-        (_, metrics), grads = loss_and_grad(state.params, batch, rng, True)
+        trained, fixed = param_groups.split(state.params, frozen)
+
+        def loss(trained: Params) -> tuple[jax.Array, Metrics]:
+            return objective.loss(param_groups.merge(trained, fixed), batch, rng, True)
+
+        (_, metrics), grads = jax.value_and_grad(loss, has_aux=True)(trained)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        ema = state.ema and optax.incremental_update(params, state.ema, 1 - ema_decay)
+        trained = optax.apply_updates(trained, updates)
+        params = param_groups.merge(trained, fixed)
+        ema, fixed_ema = param_groups.split(state.ema, frozen)
+        ema = ema and optax.incremental_update(trained, ema, 1 - ema_decay)
+        ema = param_groups.merge(ema, fixed_ema)
         one = jnp.float32(1)
         own = {
             "learning_rate": (schedule(state.step), one),

@@ -1,0 +1,100 @@
+"""Pictures of what a masked autoencoder paints, and of several runs side by side, as PNG files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+from etils import epath
+from jaxtyping import Float
+from matplotlib.figure import Figure
+
+from vlp_jax.observe.plots import CURVE_COLORS, INK, PALE, Curve, new_figure, save_figure
+
+VIEWS = ("seen", "painted", "true")
+_ACROSS = 4  # images side by side
+_CELL, _GAP, _TOP = 0.72, 0.12, 0.66  # inches: a view, between images, titles
+
+
+def draw_reconstructions(
+    path: epath.PathLike,
+    views: Float[np.ndarray, "images 3 height width 3"],
+    *,
+    title: str,
+    subtitle: str,
+) -> None:
+    """Writes a PNG that shows, for each image, what is seen, what is painted, and the truth.
+
+    Args:
+      path: the PNG; its directory is made.
+      views: values in [0, 1], as `MaskedAutoencoding.reconstruct` gives them.
+      title, subtitle: what painted, and what on, in a line each.
+
+    Raises:
+      ValueError: there are not three views of each image, or no image.
+    """
+    if views.ndim != 5 or views.shape[1] != len(VIEWS) or not len(views):
+        raise ValueError(f"three views of at least one image are drawn, not {views.shape}")
+    across = min(_ACROSS, len(views))
+    down = -(-len(views) // across)
+    group = len(VIEWS) * _CELL + _GAP
+    width, height = across * group + _GAP, down * (_CELL + _GAP) + _TOP
+    figure = new_figure((width, height))
+    _titles(figure, title, subtitle, _GAP / width)
+    for index, image in enumerate(views):
+        row, column = divmod(index, across)
+        for place, view in enumerate(image):
+            left = _GAP + column * group + place * _CELL
+            bottom = height - _TOP - row * (_CELL + _GAP) - _CELL
+            axes = figure.add_axes(
+                (left / width, bottom / height, 0.97 * _CELL / width, 0.97 * _CELL / height)
+            )
+            axes.imshow(np.clip(view, 0, 1), interpolation="nearest")
+            axes.set_axis_off()
+            if row == 0:
+                axes.set_title(VIEWS[place], fontsize=6.5, color=PALE, pad=2)
+    save_figure(figure, path)
+
+
+def draw_comparison(
+    path: epath.PathLike,
+    curves: Mapping[str, Curve],
+    *,
+    title: str,
+    subtitle: str,
+    ylabel: str,
+    target: float | None = None,
+) -> None:
+    """Writes a PNG with one score of several runs over their steps.
+
+    Args:
+      path: the PNG; its directory is made.
+      curves: name of the run -> (steps, values), values in [0, 1].
+      target: a value that is marked with a dotted line; None for none.
+
+    Raises:
+      ValueError: no curve.
+    """
+    if not curves:
+        raise ValueError("there is no curve to draw")
+    figure = new_figure((6.4, 4.0))
+    _titles(figure, title, subtitle, 0.1)
+    axes = figure.add_axes((0.1, 0.13, 0.86, 0.68))
+    for color, (name, (steps, values)) in zip(CURVE_COLORS, curves.items(), strict=False):
+        axes.plot(steps, values, color=color, marker="o", markersize=3, linewidth=1.4, label=name)
+    if target is not None:
+        axes.axhline(target, color=PALE, linewidth=0.9, linestyle=":")
+    axes.set_ylim(0, 1.02)
+    axes.set_xlim(left=0)
+    axes.set_xlabel("steps", fontsize=8)
+    axes.set_ylabel(ylabel, fontsize=8)
+    axes.tick_params(labelsize=7.5)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=8, loc="lower right")
+    save_figure(figure, path)
+
+
+def _titles(figure: Figure, title: str, subtitle: str, left: float) -> None:
+    height = figure.get_figheight()
+    figure.text(left, 1 - 0.09 / height, title, fontsize=10.5, color=INK, va="top", weight="bold")
+    figure.text(left, 1 - 0.29 / height, subtitle, fontsize=7.5, color=PALE, va="top")

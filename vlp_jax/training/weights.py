@@ -1,0 +1,180 @@
+"""Weights that a run can start from, whatever wrote them: shapes first, numbers when asked for.
+
+Layers are stacked here, also where model or source have them one by one: a parameter goes by the
+name "image/encoder/layers/mlp/up/kernel" and has the layers as its first dimension.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
+
+import numpy as np
+from etils import epath
+
+from vlp_jax.errors import UserError, unknown_key_message
+from vlp_jax.training import checkpoint
+from vlp_jax.training.workdir import CONFIG, TOKENIZER
+
+Shape = tuple[int, ...]
+Grid = tuple[int, int]  # rows and columns of patches
+Arrays = dict[str, np.ndarray]
+T = TypeVar("T")
+
+# Prefixes of `config.init_from.source` that `vlp_jax.interop.read_weights` takes.
+FORMATS = {
+    "hf": "hf:DIR",
+    "open_clip": "open_clip:FILE",
+    "big_vision": "big_vision:FILE.npz",
+    "timm": "timm:FILE",
+}
+PATCH_KERNEL, POSITIONS = "image/patch_embedding/projection/kernel", "image/position_embedding"
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """Weights that were looked at and not yet read.
+
+    Attributes:
+      title: what they are, for people.
+      shapes: path -> shape, with stacked layers.
+      grids: path of a table of positions -> the grid of patches it is for, where that is known.
+      notes: what else is worth knowing, a line each.
+      tokenizer: file of the tokenizer that the weights go with; None where that is not known.
+      take: path -> float32 array of them all, on the host. It is called once at most, as the source
+        keeps nothing afterwards.
+    """
+
+    title: str
+    shapes: dict[str, Shape]
+    grids: dict[str, Grid]
+    notes: Sequence[str]
+    take: Callable[[], Arrays]
+    tokenizer: epath.Path | None = None
+
+
+def open_source(source: str, step: int | None, model: Any) -> Source:
+    """The weights that `config.init_from.source` names.
+
+    Args:
+      source: a workdir of ours, which may be gs://..., or one of `FORMATS`.
+      step: of the checkpoint of a workdir; None for the newest.
+      model: the Flax module that is to have them, which tells apart variants of a foreign format.
+
+    Raises:
+      UserError: there are none, or they cannot be read.
+    """
+    prefix, colon, rest = source.partition(":")
+    if (
+        not colon
+        or rest.startswith("//")
+        or (prefix not in FORMATS and epath.Path(source).exists())
+    ):
+        return from_workdir(source, step)
+    if prefix not in FORMATS:
+        known = ", ".join(FORMATS.values())
+        message = unknown_key_message(prefix, FORMATS, "config.init_from.source")
+        raise UserError(f"{message}; a source is a workdir or one of {known}")
+    if step is not None:
+        raise UserError(f"config.init_from.step is of a workdir's checkpoints, not of {source}")
+    from vlp_jax.interop import read_weights
+
+    return from_weights(source, read_weights(source, model))
+
+
+def from_weights(title: str, weights: Any) -> Source:
+    """Weights that `vlp_jax.interop.read_weights` has read."""
+    arrays = stack_layers(weights.params, np.stack)
+
+    def take() -> Arrays:
+        taken = {path: np.asarray(array, np.float32) for path, array in arrays.items()}
+        arrays.clear()
+        return taken
+
+    shapes = {path: tuple(array.shape) for path, array in arrays.items()}
+    return Source(title, shapes, dict(weights.grids), tuple(weights.notes), take)
+
+
+def from_workdir(source: str, step: int | None) -> Source:
+    """The averaged parameters of a run's checkpoint, or its parameters if it has no average.
+
+    Only these are read, and onto the host, whatever mesh the run had.
+
+    Raises:
+      UserError: no such folder, or no such checkpoint in it.
+    """
+    workdir = checkpoint.absolute(source)
+    if not workdir.exists():
+        raise UserError(
+            f"config.init_from.source: the folder {source} does not exist; give a workdir or one "
+            f"of {', '.join(FORMATS.values())}"
+        )
+    steps = checkpoint.saved_steps(workdir)
+    if not steps:
+        raise UserError(
+            f"config.init_from.source: {source} holds no checkpoint; give the workdir of a run "
+            f"that has saved one, or one of {', '.join(FORMATS.values())}"
+        )
+    step = steps[-1] if step is None else step
+    if step not in steps:
+        raise UserError(
+            f"config.init_from.step: {source} has no checkpoint of step {step} "
+            f"(it has: {', '.join(map(str, steps))})"
+        )
+    saved = checkpoint.SavedParameters.of(workdir, step)
+    shapes = stack_layers(saved.shapes, lambda layers: (len(layers), *layers[0]))
+    return Source(
+        title=f"{source}, {saved.part} of step {step:,}",
+        shapes=shapes,
+        grids=_grids(workdir, shapes),
+        notes=(),
+        take=lambda: stack_layers(saved.read(), np.stack),
+        tokenizer=workdir / TOKENIZER if (workdir / TOKENIZER).exists() else None,
+    )
+
+
+def _grids(workdir: epath.Path, shapes: Mapping[str, Shape]) -> dict[str, Grid]:
+    """The grid of a run's images, if its config says how large they are."""
+    file = workdir / CONFIG
+    section = json.loads(file.read_text())["objective"] if file.exists() else {}
+    size = section.get("image", {}).get("image_size")
+    if size is None or PATCH_KERNEL not in shapes or POSITIONS not in shapes:
+        return {}
+    return {POSITIONS: patch_grid(size, shapes[PATCH_KERNEL])}
+
+
+def patch_grid(image_size: int | Sequence[int], kernel: Shape) -> Grid:
+    """Rows and columns of patches, whose projection has the shape `[patch, patch, ...]`."""
+    height, width = (image_size,) * 2 if isinstance(image_size, int) else image_size
+    return height // kernel[0], width // kernel[1]
+
+
+def square_grid(patches: int) -> Grid | None:
+    """The square grid of so many patches, None if the number is no square."""
+    side = math.isqrt(max(patches, 0))
+    return (side, side) if side and side * side == patches else None
+
+
+def stacked_name(path: str) -> tuple[str, int | None]:
+    """("encoder/layers/mlp", 3) of "encoder/layer_3/mlp"; a path of no layer as it is, and None."""
+    match = re.fullmatch(r"((?:.*/)?)layer_(\d+)(/.*)", path)
+    return (f"{match[1]}layers{match[3]}", int(match[2])) if match else (path, None)
+
+
+def stack_layers(flat: Mapping[str, T], join: Callable[[list[T]], T]) -> dict[str, T]:
+    """path -> value with the layers under one name: `join` of their values, from first to last."""
+    found: dict[str, T] = {}
+    layers: dict[str, dict[int, T]] = {}
+    for path, value in flat.items():
+        name, index = stacked_name(path)
+        if index is None:
+            found[name] = value
+        else:
+            layers.setdefault(name, {})[index] = value
+    for name, values in layers.items():
+        found[name] = join([values[index] for index in sorted(values)])
+    return found
