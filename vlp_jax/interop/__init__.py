@@ -2,7 +2,7 @@
 
     imported = interop.read("hf_clip:path/to/folder")
     tree = interop.to_tree(imported.module, imported.params)
-    features = imported.module.apply({"params": tree}, ...)
+    embedding = imported.module.apply({"params": tree}, images, method="embed_image")
     interop.write("open_clip", module, params, "path/to/new/folder")
 
 Parameters are a flat dict, path -> float32 array, in which the layers of an encoder are stacked
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from vlp_jax.errors import UserError, unknown_key_message
-from vlp_jax.interop import hf, hf_clip, hf_siglip, hf_vit, hf_vit_mae
+from vlp_jax.interop import big_vision, hf, hf_clip, hf_siglip, hf_vit, hf_vit_mae, open_clip, timm
 from vlp_jax.interop.base import Extras, Format, Imported, differences
 from vlp_jax.interop.trees import (
     Module,
@@ -30,11 +30,14 @@ from vlp_jax.interop.trees import (
 )
 
 FORMATS: dict[str, Format] = {
+    "big_vision": big_vision,
     "hf": hf,
     "hf_clip": hf_clip,
     "hf_siglip": hf_siglip,
     "hf_vit": hf_vit,
     "hf_vit_mae": hf_vit_mae,
+    "open_clip": open_clip,
+    "timm": timm,
 }
 
 

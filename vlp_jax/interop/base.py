@@ -12,6 +12,7 @@ import flax.linen as nn
 import numpy as np
 
 from vlp_jax.errors import UserError
+from vlp_jax.interop.tables import Shape
 from vlp_jax.interop.trees import Module, Params, image_of
 from vlp_jax.models.dual_encoder import DualEncoder
 from vlp_jax.models.positions import sincos_2d, square_grid
@@ -193,6 +194,53 @@ def one_side(value: Any, what: str, where: object) -> int:
     return height
 
 
+def integer(config: Mapping[str, Any], name: str, where: object) -> int:
+    """A positive whole number of a config.
+
+    Raises:
+      UserError: it is none.
+    """
+    value = config.get(name)
+    if type(value) is not int or value < 1:
+        raise UserError(f"{where}: {name} is {value!r}, not a positive whole number")
+    return value
+
+
+def number(config: Mapping[str, Any], name: str, where: object) -> float:
+    """A number of a config.
+
+    Raises:
+      UserError: it is none.
+    """
+    value = config.get(name)
+    if type(value) not in (int, float):
+        raise UserError(f"{where}: {name} is {value!r}, not a number")
+    return float(value)
+
+
+def check_heads(tower: Any, where: object) -> None:
+    """
+    Raises:
+      UserError: the heads of a tower do not divide its width.
+    """
+    if type(tower.heads) is not int or tower.heads < 1 or tower.width % tower.heads:
+        raise UserError(f"{where}: {tower.heads} heads do not divide the width {tower.width}")
+
+
+def shape_of(tensors: Mapping[str, np.ndarray], key: str, ndim: int, where: object) -> Shape:
+    """The shape of a tensor from which sizes are taken.
+
+    Raises:
+      UserError: it is not there, or does not have so many dimensions.
+    """
+    if key not in tensors:
+        raise UserError(f"{where} has no {key}, which every model of this format has")
+    shape = tuple(tensors[key].shape)
+    if len(shape) != ndim:
+        raise UserError(f"{where}: {key} has the shape {list(shape)}, not {ndim} dimensions")
+    return shape
+
+
 def norm_after_pool_of(like: Module | None) -> bool:
     """Where the last LayerNorm of a class token stands: it makes no difference but to the path."""
     vit = None if like is None else image_of(like)
@@ -200,7 +248,7 @@ def norm_after_pool_of(like: Module | None) -> bool:
 
 
 def mlp_ratio(width: int, mlp_dim: int) -> float:
-    """The factor for which `int(width * factor)`, as in PyTorch libraries, is `mlp_dim`."""
+    """A factor such that `int(width * factor)`, as PyTorch libraries compute it, is `mlp_dim`."""
     ratio = mlp_dim / width
     return ratio if int(width * ratio) == mlp_dim else math.nextafter(ratio, math.inf)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import zipfile
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -170,7 +171,7 @@ def _load_npz(path: Path) -> Tensors:
             f"{path} holds Python objects, which are pickled and could run any code: write it "
             f"again with np.savez of plain arrays"
         ) from None
-    except zipfile.BadZipFile as error:
+    except (zipfile.BadZipFile, zlib.error, EOFError) as error:
         raise UserError(f"{path} is corrupt ({error}); fetch or write it again") from None
 
 

@@ -109,8 +109,8 @@ def read(path: Path, like: Module | None = None) -> Imported:
             hf_common.section(config, "vision_config", VISION_DEFAULTS, where), where, like, notes
         ),
         text=_text(hf_common.section(config, "text_config", TEXT_DEFAULTS, where), where),
-        embed_dim=hf_common.integer(config, "projection_dim", where),
-        logit_scale_init=float(config["logit_scale_init_value"]),
+        embed_dim=base.integer(config, "projection_dim", where),
+        logit_scale_init=base.number(config, "logit_scale_init_value", where),
         **hf_common.read_pixels(weights.parent, base.OPENAI_MEAN, base.OPENAI_STD, like, notes),
     )
     tensors = files.load_tensors(weights)
@@ -206,13 +206,13 @@ def _image(
 
 
 def _text(config: dict[str, Any], where: Path) -> TextTransformer:
-    vocab_size, eos_id = hf_common.integer(config, "vocab_size", where), config["eos_token_id"]
+    vocab_size, eos_id = base.integer(config, "vocab_size", where), config["eos_token_id"]
     if type(eos_id) is not int:
         raise UserError(f"{where}: eos_token_id is {eos_id!r}; only one number can be read")
     highest = eos_id == HIGHEST_ID
     return TextTransformer(
         vocab_size=vocab_size,
-        context_length=hf_common.integer(config, "max_position_embeddings", where),
+        context_length=base.integer(config, "max_position_embeddings", where),
         causal=True,
         pooling="argmax" if highest else "eos",
         eos_id=vocab_size - 1 if highest else eos_id,

@@ -118,15 +118,15 @@ def encoder_fields(config: Mapping[str, Any], where: object, prefix: str = "") -
         "mlp_dim": f"{prefix}intermediate_size",
         "heads": f"{prefix}num_attention_heads",
     }
-    fields = {ours: integer(config, theirs, where) for ours, theirs in names.items()}
+    fields = {ours: base.integer(config, theirs, where) for ours, theirs in names.items()}
     if fields["width"] % fields["heads"]:
         raise UserError(
-            f"{where}: {fields['heads']} attention heads do not divide the width {fields['width']}"
+            f"{where}: {fields['heads']} heads do not divide the width {fields['width']}"
         )
     return {
         **fields,
         "activation": activation_of(config["hidden_act"], where),
-        "norm_eps": float(config["layer_norm_eps"]),
+        "norm_eps": base.number(config, "layer_norm_eps", where),
     }
 
 
@@ -140,18 +140,6 @@ def encoder_config(tower: Any, prefix: str = "") -> dict[str, Any]:
         "hidden_act": ACTIVATIONS[tower.activation],
         "layer_norm_eps": tower.norm_eps,
     }
-
-
-def integer(config: Mapping[str, Any], name: str, where: object) -> int:
-    """A positive whole number of a config.
-
-    Raises:
-      UserError: it is none.
-    """
-    value = config.get(name)
-    if type(value) is not int or value < 1:
-        raise UserError(f"{where}: {name} is {value!r}, not a positive whole number")
-    return value
 
 
 def token_id(config: Mapping[str, Any], name: str) -> int:

@@ -1,9 +1,9 @@
 """Hugging Face `ViTModel`: config.json, model.safetensors, preprocessor_config.json.
 
-Source: transformers, models/vit/modeling_vit.py and configuration_vit.py. What is written is a
-ViTModel without pooling layer, `ViTModel.from_pretrained(path, add_pooling_layer=False)`;
-the feature is the class token of `last_hidden_state`. A classifier or pooling layer that a file has
-is left out. The names are those of transformers 4, which 5 reads too.
+Source: transformers, models/vit/modeling_vit.py and configuration_vit.py. What is written has
+no pooling layer on top: `ViTModel.from_pretrained(path, add_pooling_layer=False)`, of which the
+feature is the class token of `last_hidden_state`. A classifier or pooling layer that a file has is
+left out. The names are those of transformers 4, which 5 reads too.
 """
 
 from __future__ import annotations

@@ -83,17 +83,15 @@ def from_tree(module: Module, tree: Any) -> Params:
 
 def to_tree(module: Module, params: Mapping[str, np.ndarray]) -> dict[str, Any]:
     """The inverse of `from_tree`: the nested tree that `module.apply` takes under "params"."""
-    if isinstance(module, VisionTransformer):
-        params = {path.removeprefix("image/"): x for path, x in params.items()}
-    by_layer = {
-        "image/": image_of(module).scan_layers,
-        "text/": not isinstance(module, DualEncoder) or module.text.scan_layers,
-        "decoder/": not isinstance(module, MaskedAutoencoder) or module.decoder.scan_layers,
-    }
+    alone = isinstance(module, VisionTransformer)
+    parts = {"image": image_of(module)}
+    parts |= {name: getattr(module, name) for name in ("text", "decoder") if hasattr(module, name)}
     flat: dict[str, Any] = {}
     for path, x in params.items():
-        prefix = "image/" if isinstance(module, VisionTransformer) else path.split("/")[0] + "/"
-        flat.update({path: x} if by_layer.get(prefix, True) else unstack_layers({path: x}))
+        tower = parts.get(path.split("/")[0])
+        apart = tower is not None and not tower.scan_layers
+        for name, value in (unstack_layers({path: x}) if apart else {path: x}).items():
+            flat[name.removeprefix("image/") if alone else name] = value
     return flax.traverse_util.unflatten_dict(flat, sep="/")
 
 

@@ -1,0 +1,293 @@
+"""google-research/big_vision: the .npz of its `two_towers` model, or of its `vit` alone.
+
+Source: google-research/big_vision, models/vit.py, models/proj/image_text/two_towers.py and
+text_transformer.py, utils.py `load_params`. Keys may begin with "params/", beside the state of the
+optimizer; layers may be apart or stacked (`scan`). It is Flax too, so tensors lie as ours do.
+
+A file has no config. Sizes and heads are in the shapes. The activation is the tanh GELU and epsilon
+is 1e-6, as in all its models; pixels are in [-1, 1], as its configs have them. Images are pooled by
+attention if there is a MAPHead, at the class token if there is one, else by their mean; texts by
+attention if there is a MAPHead, else at the last position: `pool_type` "0", "none", "first" and
+"max" leave no trace in a file.
+
+The class token has no position: one of ours is added to the token on writing. Fixed sines and
+cosines are written as a table, since those of big_vision are others.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import numpy as np
+
+from vlp_jax.errors import UserError
+from vlp_jax.interop import base, files
+from vlp_jax.interop.base import Extras, Imported
+from vlp_jax.interop.files import Tensors
+from vlp_jax.interop.tables import BATCHED, SCALAR, Entry, Table, from_theirs, shorten, to_theirs
+from vlp_jax.interop.trees import Module, Params, expected_shapes, image_of
+from vlp_jax.models.dual_encoder import DualEncoder
+from vlp_jax.models.text import TextTransformer
+from vlp_jax.models.vit import VisionTransformer
+
+MODEL = "big_vision"
+FILE = "model.npz"
+LEFT_OUT = ("head/kernel", "head/bias", "pre_logits/kernel", "pre_logits/bias")  # of a classifier
+
+# Names of early checkpoints -> today's (`fix_old_checkpoints` in models/vit.py).
+_ATTENTION = "MultiHeadDotProductAttention"
+RENAMED = (
+    (r"Transformer/(posembed_input/)?pos_embedding$", "pos_embedding"),
+    (r"(encoderblock(_\d+)?)/LayerNorm_2/", r"\1/LayerNorm_1/"),
+    (r"(encoderblock(_\d+)?)/MlpBlock_3/", r"\1/MlpBlock_0/"),
+    (rf"(encoderblock(_\d+)?)/{_ATTENTION}_1/", rf"\1/{_ATTENTION}_0/"),
+    (rf"^((?:img/)?)(probe$|(?:LayerNorm|MlpBlock|{_ATTENTION})_0/)", r"\1MAPHead_0/\2"),
+)
+
+ENCODER_HAS = {
+    "activation": ("gelu_tanh",),
+    "norm_eps": (1e-6,),
+    "qk_norm": (False,),
+    "layer_scale": (None,),
+}
+IMAGE_HAS = {
+    **ENCODER_HAS,
+    "registers": (0,),
+    "patch_bias": (True,),
+    "pre_norm": (False,),
+    "norm_after_pool": (False,),
+}
+TEXT_HAS = {
+    **ENCODER_HAS,
+    "causal": (False,),
+    "pooling": ("last", "map"),
+    "padding_mask": (False,),
+}
+
+
+def table(image: str = "img/") -> Table:
+    """The mapping; keys of the image tower begin with `image`."""
+    return [
+        Entry("logit_scale", "t", SCALAR),
+        Entry("logit_bias", "b", SCALAR),
+        Entry("image/class_token", f"{image}cls", BATCHED),
+        Entry("image/position_embedding", f"{image}pos_embedding", BATCHED),
+        *_dense("image/patch_embedding/projection", f"{image}embedding"),
+        *_encoder("image/encoder", f"{image}Transformer"),
+        *_map_head("image/pooling", f"{image}MAPHead_0"),
+        *_dense("image_projection", "img/head"),
+        Entry("text/token_embedding/embedding", "txt/Embed_0/embedding"),
+        Entry("text/position_embedding", "txt/pos_embedding", BATCHED),
+        *_encoder("text/encoder", "txt/Encoder_0"),
+        *_map_head("text/pooling", "txt/MAPHead_0"),
+        *_dense("text_projection", "txt/head"),
+    ]
+
+
+def _encoder(ours: str, theirs: str) -> Table:
+    block = f"{theirs}/encoderblock_{{i}}"
+    return [
+        *_norm(f"{ours}/layers/norm_attention", f"{block}/LayerNorm_0"),
+        *_attention(f"{ours}/layers/attention", f"{block}/MultiHeadDotProductAttention_0"),
+        *_norm(f"{ours}/layers/norm_mlp", f"{block}/LayerNorm_1"),
+        *_dense(f"{ours}/layers/mlp/up", f"{block}/MlpBlock_0/Dense_0"),
+        *_dense(f"{ours}/layers/mlp/down", f"{block}/MlpBlock_0/Dense_1"),
+        *_norm(f"{ours}/norm", f"{theirs}/encoder_norm"),
+    ]
+
+
+def _map_head(ours: str, theirs: str) -> Table:
+    return [
+        Entry(f"{ours}/probe", f"{theirs}/probe", BATCHED),
+        *_attention(f"{ours}/attention", f"{theirs}/MultiHeadDotProductAttention_0"),
+        *_norm(f"{ours}/norm", f"{theirs}/LayerNorm_0"),
+        *_dense(f"{ours}/mlp/up", f"{theirs}/MlpBlock_0/Dense_0"),
+        *_dense(f"{ours}/mlp/down", f"{theirs}/MlpBlock_0/Dense_1"),
+    ]
+
+
+def _attention(ours: str, theirs: str) -> Table:
+    parts = ("query", "key", "value", "out")
+    return [entry for part in parts for entry in _dense(f"{ours}/{part}", f"{theirs}/{part}")]
+
+
+def _dense(ours: str, theirs: str) -> Table:
+    return [Entry(f"{ours}/{name}", f"{theirs}/{name}") for name in ("kernel", "bias")]
+
+
+def _norm(ours: str, theirs: str) -> Table:
+    return [Entry(f"{ours}/{name}", f"{theirs}/{name}") for name in ("scale", "bias")]
+
+
+def read(path: Path, like: Module | None = None) -> Imported:
+    """Reads an .npz, or the one of a folder; an image model alone becomes a `VisionTransformer`.
+
+    `like` tells the grid of patches where it is not square, and the text's special tokens.
+
+    Raises:
+      UserError: the file is not that of a model that we can express.
+    """
+    weights = files.find_weights(path, (FILE,))
+    notes = ["pixels are taken to be in [-1, 1], as big_vision's value_range(-1, 1) gives them"]
+    tensors = _todays_names(files.load_tensors(weights), notes)
+    if not any(key.startswith(("img/", "txt/")) for key in tensors):
+        left_out = sorted(set(LEFT_OUT) & tensors.keys())
+        if left_out:
+            notes.append(f"left out, since the tower has no place for them: {shorten(left_out)}")
+        tensors = {key: x for key, x in tensors.items() if key not in LEFT_OUT}
+        vit, tensors = _image(tensors, "", like, weights)
+        params = from_theirs(table(""), tensors, expected_shapes(vit), weights)
+        return Imported(vit, params, notes)
+    image, tensors = _image(tensors, "img/", like, weights)
+    text = _text(tensors, like, weights)
+    embed_dim = image.width
+    if "img/head/kernel" in tensors:
+        embed_dim = base.shape_of(tensors, "img/head/kernel", 2, weights)[1]
+    module = DualEncoder(
+        image=image,
+        text=text,
+        embed_dim=embed_dim,
+        logit_scale_init=float(np.log(10)),
+        logit_bias_init=-10.0 if "b" in tensors else None,
+        image_head="linear_bias" if "img/head/kernel" in tensors else "none",
+        text_head="linear_bias" if "txt/head/kernel" in tensors else "none",
+        image_mean=base.HALF,
+        image_std=base.HALF,
+    )
+    params = from_theirs(table(), tensors, expected_shapes(module), weights)
+    return Imported(module, params, notes)
+
+
+def check(module: Module, extras: Extras) -> list[str]:
+    """All that big_vision cannot express of a module.
+
+    A head without bias is one whose bias is zero.
+    """
+    if not isinstance(module, DualEncoder | VisionTransformer):
+        return [f"{MODEL} has one or two towers, not a {type(module).__name__}"]
+    pair = isinstance(module, DualEncoder)
+    image = module.image if pair else module
+    poolings = ("cls", "map", "mean") if pair else ("cls", "map", "mean", "none")
+    required = {**IMAGE_HAS, "pooling": poolings, "class_token": (image.pooling == "cls",)}
+    problems = base.requirements(MODEL, "image", image, required)
+    if pair:
+        problems += base.requirements(MODEL, "text", module.text, TEXT_HAS)
+        pixels = (module.image_mean, module.image_std)
+        if pixels != (base.HALF, base.HALF):
+            problems.append(
+                f"{MODEL} takes pixels in [-1, 1], which is image_mean and image_std 0.5, not "
+                f"{pixels[0]} and {pixels[1]}"
+            )
+    return problems
+
+
+def write(module: Module, params: Params, directory: Path, extras: Extras) -> list[Path]:
+    """Writes an .npz, with "params/" before every key and the layers apart."""
+    pair = isinstance(module, DualEncoder)
+    vit, params = base.with_position_table(module.image if pair else module, params)
+    path = "image/position_embedding"
+    if vit.class_token:
+        params["image/class_token"] = params["image/class_token"] + params[path][:1]
+        params[path] = params[path][1:]
+    if pair:
+        for name, head in (("image", module.image_head), ("text", module.text_head)):
+            if head == "linear":
+                params[f"{name}_projection/bias"] = np.zeros(module.embed_dim, np.float32)
+    tensors = to_theirs(table("img/" if pair else ""), params)
+    named = {f"params/{key}": np.array(x, order="C") for key, x in tensors.items()}
+    return [files.save_npz(named, directory / FILE)]
+
+
+def _todays_names(tensors: Tensors, notes: list[str]) -> Tensors:
+    """The parameters of a checkpoint, layers apart, under the names of today's models."""
+    if any(key.startswith("params/") for key in tensors):
+        others = [key for key in tensors if not key.startswith("params/")]
+        if others:
+            notes.append(f"left out, since it is no parameter: {shorten(sorted(others))}")
+        tensors = {
+            key.removeprefix("params/"): x
+            for key, x in tensors.items()
+            if key.startswith("params/")
+        }
+    renamed: Tensors = {}
+    for key, x in tensors.items():
+        for pattern, name in RENAMED:
+            key = re.sub(pattern, name, key)
+        if "/encoderblock/" in key:
+            for i, layer in enumerate(x):
+                renamed[key.replace("/encoderblock/", f"/encoderblock_{i}/")] = layer
+        else:
+            renamed[key] = x
+    extra = renamed.pop("txt/Encoder_0/pos_embedding", None)
+    if extra is not None:  # once added twice by mistake (`load` in text_transformer.py)
+        renamed["txt/pos_embedding"] = renamed["txt/pos_embedding"] + extra
+    return renamed
+
+
+def _image(
+    tensors: Tensors, prefix: str, like: Module | None, where: Path
+) -> tuple[VisionTransformer, Tensors]:
+    """The image tower, and the tensors with a table of positions for patches alone."""
+    _, _, _, width = base.shape_of(tensors, f"{prefix}embedding/kernel", 4, where)
+    patch = tensors[f"{prefix}embedding/kernel"].shape[0]
+    grid, tensors = _grid(tensors, prefix, like, where)
+    class_token, pooled = f"{prefix}cls" in tensors, f"{prefix}MAPHead_0/probe" in tensors
+    if class_token and pooled:
+        raise UserError(f"{where} has both {prefix}cls and {prefix}MAPHead_0, as no model has")
+    return VisionTransformer(
+        image_size=(grid[0] * patch, grid[1] * patch),
+        patch_size=patch,
+        pooling="map" if pooled else "cls" if class_token else "mean",
+        class_token=class_token,
+        class_position=not class_token,
+        **_sizes(tensors, f"{prefix}Transformer", width, where),
+    ), tensors
+
+
+def _grid(
+    tensors: Tensors, prefix: str, like: Module | None, where: Path
+) -> tuple[tuple[int, int], Tensors]:
+    """The grid of patches, after a position of the class token was added to it."""
+    key = f"{prefix}pos_embedding"
+    rows = base.shape_of(tensors, key, 3, where)[1]
+    with_class = rows > 1 and _is_grid(rows - 1, like) and not _is_grid(rows, like)
+    grid = base.grid_of(rows - with_class, like, where)
+    if not with_class:
+        return grid, tensors
+    table_of_both, tensors = tensors[key], dict(tensors)
+    if f"{prefix}cls" in tensors:
+        tensors[f"{prefix}cls"] = tensors[f"{prefix}cls"] + table_of_both[:, :1]
+    tensors[key] = table_of_both[:, 1:]
+    return grid, tensors
+
+
+def _is_grid(patches: int, like: Module | None) -> bool:
+    known = like is not None and image_of(like).patches == patches
+    return known or round(patches**0.5) ** 2 == patches
+
+
+def _text(tensors: Tensors, like: Module | None, where: Path) -> TextTransformer:
+    vocab_size, width = base.shape_of(tensors, "txt/Embed_0/embedding", 2, where)
+    ids = {"eos_id": 1, "pad_id": 1}  # "sticky" eos, which is 1
+    if isinstance(like, DualEncoder):
+        ids = {"eos_id": like.text.eos_id, "pad_id": like.text.pad_id}
+    return TextTransformer(
+        vocab_size=vocab_size,
+        context_length=base.shape_of(tensors, "txt/pos_embedding", 3, where)[1],
+        causal=False,
+        pooling="map" if "txt/MAPHead_0/probe" in tensors else "last",
+        **ids,
+        **_sizes(tensors, "txt/Encoder_0", width, where),
+    )
+
+
+def _sizes(tensors: Tensors, encoder: str, width: int, where: Path) -> dict[str, int]:
+    block = f"{encoder}/encoderblock_"
+    query = f"{block}0/MultiHeadDotProductAttention_0/query/kernel"
+    return {
+        "width": width,
+        "depth": len({key[len(block) :].split("/")[0] for key in tensors if key.startswith(block)}),
+        "mlp_dim": base.shape_of(tensors, f"{block}0/MlpBlock_0/Dense_0/kernel", 2, where)[1],
+        "heads": base.shape_of(tensors, query, 3, where)[1],
+    }

@@ -1,0 +1,302 @@
+"""open_clip: open_clip_config.json and open_clip_model.safetensors.
+
+Source: open_clip_torch 3.3, model.py, transformer.py, timm_model.py and factory.py. A folder is
+what `open_clip.create_model_and_transforms("local-dir:PATH")` takes. There are two kinds of image
+tower: its own, which always has a class token and no bias of the patches, and one of timm, by whose
+name alone the sizes are known, so that only those of the SigLIP family can be written. The text
+tower is its own in both; with a tower of timm its keys begin with "text.".
+
+Activations: erf GELU; its own towers have the tanh approximation by `act_kwargs`, or both the
+quick GELU by `quick_gelu`; a tower of timm has what its name says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vlp_jax.errors import UserError
+from vlp_jax.interop import base, files, timm
+from vlp_jax.interop.base import Extras, Imported
+from vlp_jax.interop.files import Tensors
+from vlp_jax.interop.open_clip_config import (
+    check_config,
+    image_fields,
+    native_config,
+    pixels_of,
+    read_config,
+    text_config,
+    text_fields,
+    trunk_config,
+    trunk_fields,
+)
+from vlp_jax.interop.tables import (
+    CONV,
+    LINEAR,
+    SQUEEZED,
+    Entry,
+    Table,
+    from_theirs,
+    fused,
+    heads_out,
+    linear,
+    norm,
+    to_theirs,
+)
+from vlp_jax.interop.timm_names import siglip_name
+from vlp_jax.interop.trees import Module, Params, expected_shapes
+from vlp_jax.models.dual_encoder import DualEncoder
+from vlp_jax.models.vit import VisionTransformer
+
+MODEL = "open_clip"
+CONFIG = "open_clip_config.json"
+WEIGHTS = (
+    "open_clip_model.safetensors",
+    "open_clip_pytorch_model.safetensors",
+    "model.safetensors",
+)
+TRUNK = "visual.trunk."
+IGNORED = (r"(text\.)?attn_mask", r"text\.transformer\.embeddings\.position_ids")
+
+NATIVE_HAS = {
+    "pooling": ("cls", "mean"),
+    "class_token": (True,),
+    "registers": (0,),
+    "patch_bias": (False,),
+}
+TRUNK_HAS = {
+    "registers": (0,),
+    "patch_bias": (True,),
+    "pre_norm": (False,),
+    "norm_after_pool": (False,),
+    "qk_norm": (False,),
+    "layer_scale": (None,),
+}
+TEXT_HAS = {"pooling": ("eos", "argmax", "last"), "padding_mask": (False,)}
+
+
+def table(trunk: bool, text_bias: bool) -> Table:
+    """The mapping.
+
+    Args:
+      trunk: the image tower is one of timm.
+      text_bias: the text head has a bias: then it is a Linear, otherwise a bare matrix that is
+        multiplied from the right.
+    """
+    text = "text." if trunk else ""
+    image = timm.table(TRUNK) if trunk else _native_tower()
+    image_head = (
+        linear("image_projection", "visual.head.proj")
+        if trunk
+        else [Entry("image_projection/kernel", "visual.proj")]
+    )
+    text_head = (
+        [
+            Entry("text_projection/kernel", f"{text}text_projection.weight", LINEAR),
+            Entry("text_projection/bias", f"{text}text_projection.bias"),
+        ]
+        if text_bias
+        else [Entry("text_projection/kernel", f"{text}text_projection")]
+    )
+    return [
+        Entry("logit_scale", "logit_scale"),
+        Entry("logit_bias", "logit_bias"),
+        *image,
+        *image_head,
+        Entry("text/token_embedding/embedding", f"{text}token_embedding.weight"),
+        Entry("text/position_embedding", f"{text}positional_embedding"),
+        *_layers("text/encoder/layers", f"{text}transformer.resblocks.{{i}}"),
+        *norm("text/encoder/norm", f"{text}ln_final"),
+        *text_head,
+    ]
+
+
+def _native_tower() -> Table:
+    return [
+        Entry("image/class_token", "visual.class_embedding", SQUEEZED),
+        Entry("image/position_embedding", "visual.positional_embedding"),
+        Entry("image/patch_embedding/projection/kernel", "visual.conv1.weight", CONV),
+        *norm("image/pre_norm", "visual.ln_pre"),
+        *_layers("image/encoder/layers", "visual.transformer.resblocks.{i}"),
+        *norm("image/encoder/norm", "visual.ln_post"),
+        *norm("image/norm", "visual.ln_post"),  # with norm_after_pool
+    ]
+
+
+def _layers(ours: str, theirs: str) -> Table:
+    return [
+        *norm(f"{ours}/norm_attention", f"{theirs}.ln_1"),
+        *fused(
+            f"{ours}/attention",
+            ("query", "key", "value"),
+            f"{theirs}.attn.in_proj_weight",
+            f"{theirs}.attn.in_proj_bias",
+        ),
+        *norm(f"{ours}/attention/query_norm", f"{theirs}.attn.ln_q"),
+        *norm(f"{ours}/attention/key_norm", f"{theirs}.attn.ln_k"),
+        *heads_out(f"{ours}/attention/out", f"{theirs}.attn.out_proj"),
+        Entry(f"{ours}/layer_scale_attention/scale", f"{theirs}.ls_1.gamma"),
+        *norm(f"{ours}/norm_mlp", f"{theirs}.ln_2"),
+        *linear(f"{ours}/mlp/up", f"{theirs}.mlp.c_fc"),
+        *linear(f"{ours}/mlp/down", f"{theirs}.mlp.c_proj"),
+        Entry(f"{ours}/layer_scale_mlp/scale", f"{theirs}.ls_2.gamma"),
+    ]
+
+
+def read(path: Path, like: Module | None = None) -> Imported:
+    """Reads a folder or a file of weights.
+
+    Without open_clip_config.json beside it, `like` has to say what shapes do not: heads,
+    activations, epsilons, poolings and whether the text is causal.
+
+    Raises:
+      UserError: too little is known, or the files are not those of a model that we can express.
+    """
+    weights = files.find_weights(path, WEIGHTS)
+    where = weights.parent / CONFIG
+    config = files.load_json_if_there(where)
+    if not config and not isinstance(like, DualEncoder):
+        raise UserError(
+            f"{weights} needs its {CONFIG} beside it, or an image and text model that it goes into"
+        )
+    notes: list[str] = []
+    tensors = _plain_keys(files.load_tensors(weights))
+    model = read_config(config, where)
+    check_config(model, where)
+    image, tensors = _image(tensors, model, like, weights, notes)
+    trunk = any(key.startswith(TRUNK) for key in tensors)
+    text_bias = any(key.endswith("text_projection.bias") for key in tensors)
+    module = DualEncoder(
+        image=image,
+        text=text_fields(tensors, "text." if trunk else "", model, like, weights),
+        embed_dim=_embed_dim(tensors, image, weights),
+        logit_scale_init=float(model.get("init_logit_scale", np.log(1 / 0.07))),
+        logit_bias_init=-10.0 if "logit_bias" in tensors else None,
+        image_head=_image_head(tensors),
+        text_head=_text_head(tensors, text_bias),
+        **pixels_of(config, like, where, notes),
+    )
+    mapping = table(trunk, text_bias)
+    params = from_theirs(mapping, tensors, expected_shapes(module), weights, IGNORED)
+    return Imported(module, params, notes)
+
+
+def check(module: Module, extras: Extras) -> list[str]:
+    """All that open_clip cannot express of a module."""
+    if not isinstance(module, DualEncoder):
+        return [f"{MODEL} is an image and a text tower, not a {type(module).__name__}"]
+    image, text = module.image, module.text
+    problems = base.requirements(MODEL, "text", text, TEXT_HAS)
+    if text.pooling == "eos" and extras.eos_id not in (None, text.eos_id):
+        problems.append(
+            f"eos_id {extras.eos_id} is not text.eos_id {text.eos_id}, at which it pools"
+        )
+    if image.class_token:
+        tower = f"{MODEL}'s own image tower"
+        problems += base.requirements(tower, "image", image, NATIVE_HAS)
+        problems += base.requirements(tower, "", module, {"image_head": ("linear",)})
+        if "quick_gelu" in (image.activation, text.activation) and (
+            image.activation != text.activation
+        ):
+            problems.append(
+                f"{MODEL} has quick_gelu in both towers or in none, not {image.activation!r} "
+                f"(image) and {text.activation!r} (text)"
+            )
+        return problems
+    problems += base.requirements(f"{MODEL}'s timm towers", "image", image, TRUNK_HAS)
+    if siglip_name(image) is None:
+        problems.append(
+            f"{MODEL} takes a tower without class token by timm's name alone, and timm has none "
+            f"of width {image.width}, depth {image.depth}, {image.heads} heads, mlp_dim "
+            f"{image.mlp_dim}, patch {image.patch_size}, {image.image_size[0]} x "
+            f"{image.image_size[1]} pixels, pooling {image.pooling!r}, activation "
+            f"{image.activation!r} and norm_eps {image.norm_eps} (its names are "
+            f"vit_SIZE_patchN_siglip_PIXELS)"
+        )
+    return problems
+
+
+def write(module: DualEncoder, params: Params, directory: Path, extras: Extras) -> list[Path]:
+    """Writes a folder that `open_clip.create_model_and_transforms("local-dir:...")` takes."""
+    trunk = not module.image.class_token
+    image, params = base.with_position_table(module.image, params)
+    model: dict[str, Any] = {
+        "embed_dim": module.embed_dim,
+        "vision_cfg": trunk_config(module) if trunk else native_config(image),
+        "text_cfg": text_config(module, extras),
+        "init_logit_scale": module.logit_scale_init,
+    }
+    if module.logit_bias_init is not None:
+        model["init_logit_bias"] = module.logit_bias_init
+    if trunk:
+        model["custom_text"] = True
+    if module.text.activation == "quick_gelu":
+        model["quick_gelu"] = True
+    config = {
+        "model_cfg": model,
+        "preprocess_cfg": {
+            "size": list(module.image.image_size),
+            "mean": list(module.image_mean),
+            "std": list(module.image_std),
+            "interpolation": extras.interpolation,
+            "resize_mode": "squash" if extras.resize == "squash" else "shortest",
+        },
+    }
+    tensors = to_theirs(table(trunk, module.text_head == "linear_bias"), params)
+    return [
+        files.save_json(config, directory / CONFIG),
+        files.save_safetensors(tensors, directory / WEIGHTS[0]),
+    ]
+
+
+def _plain_keys(tensors: Tensors) -> Tensors:
+    """Without the prefix of distributed training, text keys as with the tower's kind, scalars."""
+    if tensors and all(key.startswith("module.") for key in tensors):
+        tensors = {key.removeprefix("module."): x for key, x in tensors.items()}
+    trunk = any(key.startswith(TRUNK) for key in tensors)
+    plain = {}
+    for key, x in tensors.items():
+        if not trunk:
+            key = key.removeprefix("text.")  # its own towers may be a CustomTextCLIP too
+        if key.startswith(f"{TRUNK}head."):  # timm_proj "": the projection is timm's classifier
+            key = key.replace(f"{TRUNK}head.", "visual.head.proj.")
+        plain[key] = x.reshape(()) if key in ("logit_scale", "logit_bias") and x.size == 1 else x
+    return plain
+
+
+def _image(
+    tensors: Tensors,
+    model: Mapping[str, Any],
+    like: Module | None,
+    where: Path,
+    notes: list[str],
+) -> tuple[VisionTransformer, Tensors]:
+    trunk = {key.removeprefix(TRUNK): x for key, x in tensors.items() if key.startswith(TRUNK)}
+    if not trunk:
+        return image_fields(tensors, model, like, where, notes), tensors
+    vit, trunk = timm.tower(trunk, trunk_fields(model, where), like, where, notes)
+    others = {key: x for key, x in tensors.items() if not key.startswith(TRUNK)}
+    return vit, {**others, **{TRUNK + key: x for key, x in trunk.items()}}
+
+
+def _embed_dim(tensors: Tensors, image: VisionTransformer, where: Path) -> int:
+    if "visual.proj" in tensors:
+        return base.shape_of(tensors, "visual.proj", 2, where)[1]
+    if "visual.head.proj.weight" in tensors:
+        return base.shape_of(tensors, "visual.head.proj.weight", 2, where)[0]
+    return image.width
+
+
+def _image_head(tensors: Tensors) -> str:
+    if "visual.head.proj.bias" in tensors:
+        return "linear_bias"
+    return "linear" if {"visual.proj", "visual.head.proj.weight"} & tensors.keys() else "none"
+
+
+def _text_head(tensors: Tensors, bias: bool) -> str:
+    if bias:
+        return "linear_bias"
+    return "linear" if any(key.endswith("text_projection") for key in tensors) else "none"

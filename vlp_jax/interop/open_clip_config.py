@@ -1,0 +1,288 @@
+"""open_clip_config.json: what it says of a model, and how a model is said in it.
+
+Source: open_clip_torch 3.3, `CLIPVisionCfg`, `CLIPTextCfg` and `_build_vision_tower` in model.py,
+`PreprocessCfg` in transform.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from vlp_jax.errors import UserError
+from vlp_jax.interop import base, timm
+from vlp_jax.interop.base import Extras
+from vlp_jax.interop.files import Tensors
+from vlp_jax.interop.timm_names import fields_of, siglip_name
+from vlp_jax.interop.trees import Module, image_of
+from vlp_jax.models.dual_encoder import DualEncoder
+from vlp_jax.models.text import TextTransformer
+from vlp_jax.models.vit import VisionTransformer
+
+POOLINGS = {"cls": "tok", "mean": "avg"}
+EPS = 1e-5  # of torch.nn.LayerNorm
+HEAD_WIDTH, TEXT_HEADS = 64, 8  # defaults
+TRUNK_PROJECTIONS = {"none": "none", "linear": "linear", "linear_bias": "linear"}
+
+# Values of the two sections that make another model than ours, and the one without effect.
+UNKNOWN_KEYS = {
+    "vision_cfg": {"attentional_pool": False, "timm_proj": ("none", "linear", "")},
+    "text_cfg": {"hf_model_name": None, "embed_cls": False, "scaled_cosine_attn": False},
+}
+
+
+def read_config(config: Mapping[str, Any], where: Path) -> dict[str, Any]:
+    """The part of a config that describes the model; empty if there is no config.
+
+    Raises:
+      UserError: the config lacks it.
+    """
+    if not config:
+        return {}
+    model = config.get("model_cfg", config)
+    for section in ("vision_cfg", "text_cfg"):
+        if not isinstance(model.get(section), dict):
+            raise UserError(f"{where} has no {section}")
+    return model
+
+
+def check_config(model: Mapping[str, Any], where: Path) -> None:
+    """
+    Raises:
+      UserError: the config describes a model that we do not have.
+    """
+    if "multimodal_cfg" in model:
+        raise UserError(f"{where}: a model with multimodal_cfg (CoCa) cannot be expressed here")
+    for section, keys in UNKNOWN_KEYS.items():
+        values = model.get(section, {})
+        for key, harmless in keys.items():
+            allowed = harmless if isinstance(harmless, tuple) else (harmless,)
+            if key in values and values[key] not in allowed:
+                raise UserError(
+                    f"{where}: {section}.{key} {values[key]!r} cannot be expressed here"
+                )
+
+
+def image_fields(
+    tensors: Tensors,
+    model: Mapping[str, Any],
+    like: Module | None,
+    where: Path,
+    notes: list[str],
+) -> VisionTransformer:
+    """The image tower of open_clip's own kind that tensors and config, or else `like`, describe.
+
+    Raises:
+      UserError: the pooling is unknown, or nothing tells the grid of patches.
+    """
+    config = model.get("vision_cfg")
+    block = "visual.transformer.resblocks.0."
+    width, _, patch, _ = base.shape_of(tensors, "visual.conv1.weight", 4, where)
+    mlp_dim, _ = base.shape_of(tensors, f"{block}mlp.c_fc.weight", 2, where)
+    rows, _ = base.shape_of(tensors, "visual.positional_embedding", 2, where)
+    if config is None:
+        vit = image_of(like)
+        grid = base.grid_of(rows - 1, like, where)
+        told = _told(vit, "heads", "activation", "norm_eps", "pooling", "norm_after_pool")
+        size = (grid[0] * patch, grid[1] * patch)
+    else:
+        told = {
+            "heads": width
+            // base.integer({"head_width": HEAD_WIDTH, **config}, "head_width", where),
+            "pooling": _ours(POOLINGS, config.get("pool_type", "tok"), "pool_type", where),
+            "norm_after_pool": bool(config.get("final_ln_after_pool", False)),
+            **_activation_and_eps(model, config, where),
+        }
+        if told["pooling"] == "cls":
+            told["norm_after_pool"] = base.norm_after_pool_of(like)
+        size = base.pair(config.get("image_size", 224), "image_size", where)
+    vit = VisionTransformer(
+        image_size=base.tiled(size, patch, notes),
+        patch_size=patch,
+        width=width,
+        depth=_depth(tensors, "visual.transformer.resblocks."),
+        mlp_dim=mlp_dim,
+        patch_bias=False,
+        pre_norm="visual.ln_pre.weight" in tensors,
+        qk_norm=f"{block}attn.ln_q.weight" in tensors,
+        layer_scale=1e-5 if f"{block}ls_1.gamma" in tensors else None,
+        **told,
+    )
+    base.check_heads(vit, where)
+    return vit
+
+
+def trunk_fields(model: Mapping[str, Any], where: Path) -> dict[str, Any]:
+    """What a config says of a tower of timm; nothing if there is no config.
+
+    Raises:
+      UserError: the name of the tower, or its pooling, says nothing to us.
+    """
+    if not model:
+        return {}
+    config = model["vision_cfg"]
+    name = config.get("timm_model_name")
+    fields = fields_of(str(name))
+    if fields is None:
+        raise UserError(
+            f"{where}: timm_model_name {name!r} is not one that we know (the plain, CLIP and "
+            f"SigLIP families)"
+        )
+    pooling = config.get("timm_pool", "avg")
+    return {**fields, "pooling": timm.pooling_of(pooling, where)} if pooling else fields
+
+
+def text_fields(
+    tensors: Tensors, prefix: str, model: Mapping[str, Any], like: Module | None, where: Path
+) -> TextTransformer:
+    """The text tower that tensors and config, or else `like`, describe.
+
+    Raises:
+      UserError: the pooling is unknown.
+    """
+    config = model.get("text_cfg")
+    blocks = f"{prefix}transformer.resblocks."
+    vocab_size, width = base.shape_of(tensors, f"{prefix}token_embedding.weight", 2, where)
+    context_length, _ = base.shape_of(tensors, f"{prefix}positional_embedding", 2, where)
+    mlp_dim, _ = base.shape_of(tensors, f"{blocks}0.mlp.c_fc.weight", 2, where)
+    if config is None:
+        told = _told(
+            like.text, *("heads", "activation", "norm_eps", "pooling", "causal"), "eos_id", "pad_id"
+        )
+    else:
+        poolings = {name: name for name in ("argmax", "eos", "last")}
+        pooling = _ours(poolings, config.get("pool_type", "argmax"), "pool_type", where)
+        told = {
+            "heads": base.integer({"heads": TEXT_HEADS, **config}, "heads", where),
+            "pooling": pooling,
+            "causal": not config.get("no_causal_mask", False),
+            "eos_id": config.get("eos_id", 2 if pooling == "eos" else vocab_size - 1),
+            "pad_id": config.get("pad_id", 0),
+            **_activation_and_eps(model, config, where),
+        }
+    text = TextTransformer(
+        vocab_size=vocab_size,
+        context_length=context_length,
+        width=width,
+        depth=_depth(tensors, blocks),
+        mlp_dim=mlp_dim,
+        qk_norm=f"{blocks}0.attn.ln_q.weight" in tensors,
+        layer_scale=1e-5 if f"{blocks}0.ls_1.gamma" in tensors else None,
+        **told,
+    )
+    base.check_heads(text, where)
+    return text
+
+
+def native_config(vit: VisionTransformer) -> dict[str, Any]:
+    """`vision_cfg` of a tower of open_clip's own kind."""
+    return {
+        "image_size": _size(vit),
+        "patch_size": vit.patch_size,
+        "width": vit.width,
+        "layers": vit.depth,
+        "head_width": vit.width // vit.heads,
+        "mlp_ratio": base.mlp_ratio(vit.width, vit.mlp_dim),
+        "pool_type": POOLINGS[vit.pooling],
+        "no_ln_pre": not vit.pre_norm,
+        "final_ln_after_pool": vit.norm_after_pool,
+        **_encoder_config(vit),
+    }
+
+
+def trunk_config(module: DualEncoder) -> dict[str, Any]:
+    """`vision_cfg` of a tower of timm."""
+    config = {
+        "image_size": _size(module.image),
+        "timm_model_name": siglip_name(module.image),
+        "timm_model_pretrained": False,
+        "timm_pool": timm.POOLINGS[module.image.pooling],
+        "timm_proj": TRUNK_PROJECTIONS[module.image_head],
+    }
+    return config | {"timm_proj_bias": True} if module.image_head == "linear_bias" else config
+
+
+def text_config(module: DualEncoder, extras: Extras) -> dict[str, Any]:
+    """`text_cfg`, without what names the tokenizer."""
+    text = module.text
+    return {
+        "context_length": text.context_length,
+        "vocab_size": text.vocab_size,
+        "width": text.width,
+        "heads": text.heads,
+        "layers": text.depth,
+        "mlp_ratio": base.mlp_ratio(text.width, text.mlp_dim),
+        "no_causal_mask": not text.causal,
+        "pool_type": text.pooling,
+        "eos_id": text.eos_id if extras.eos_id is None else extras.eos_id,
+        "pad_id": text.pad_id if extras.pad_id is None else extras.pad_id,
+        "proj_type": "none" if module.text_head == "none" else "linear",
+        "proj_bias": module.text_head == "linear_bias",
+        **_encoder_config(text),
+    }
+
+
+def pixels_of(
+    config: Mapping[str, Any], like: Module | None, where: Path, notes: list[str]
+) -> dict[str, tuple[float, ...]]:
+    """`image_mean` and `image_std`: of the config, of `like`, or else open_clip's default.
+
+    Raises:
+      UserError: they are not three numbers each.
+    """
+    said = config.get("preprocess_cfg") or {}
+    defaults = {"mean": base.OPENAI_MEAN, "std": base.OPENAI_STD}
+    if not config:
+        defaults = {"mean": like.image_mean, "std": like.image_std}
+    elif not {"mean", "std"} <= said.keys():
+        notes.append(f"{where} does not say how pixels are normalized: as OpenAI's CLIP")
+    pixels = {}
+    for name, default in defaults.items():
+        values = said.get(name, default)
+        if not isinstance(values, list | tuple) or len(values) != 3:
+            raise UserError(f"{where}: preprocess_cfg.{name} is {values!r}, not three numbers")
+        pixels[f"image_{name}"] = tuple(float(x) for x in values)
+    return pixels
+
+
+def _encoder_config(tower: VisionTransformer | TextTransformer) -> dict[str, Any]:
+    config: dict[str, Any] = {"norm_kwargs": {"eps": tower.norm_eps}}
+    if tower.activation == "gelu_tanh":
+        config["act_kwargs"] = {"approximate": "tanh"}
+    if tower.layer_scale is not None:
+        config["ls_init_value"] = tower.layer_scale
+    if tower.qk_norm:
+        config["qk_norm"] = True
+    return config
+
+
+def _activation_and_eps(
+    model: Mapping[str, Any], config: Mapping[str, Any], where: Path
+) -> dict[str, Any]:
+    tanh = (config.get("act_kwargs") or {}).get("approximate") == "tanh"
+    activation = "gelu_tanh" if tanh else "gelu"
+    return {
+        "activation": "quick_gelu" if model.get("quick_gelu") else activation,
+        "norm_eps": base.number({"eps": EPS, **(config.get("norm_kwargs") or {})}, "eps", where),
+    }
+
+
+def _ours(names: Mapping[str, str], theirs: Any, what: str, where: Path) -> str:
+    ours = {value: key for key, value in names.items()}
+    if theirs not in ours:
+        raise UserError(f"{where}: {what} {theirs!r} cannot be expressed here")
+    return ours[theirs]
+
+
+def _told(tower: Any, *fields: str) -> dict[str, Any]:
+    return {field: getattr(tower, field) for field in fields}
+
+
+def _depth(tensors: Tensors, blocks: str) -> int:
+    return len({key[len(blocks) :].split(".")[0] for key in tensors if key.startswith(blocks)})
+
+
+def _size(vit: VisionTransformer) -> int | list[int]:
+    height, width = vit.image_size
+    return height if height == width else [height, width]

@@ -1,0 +1,354 @@
+"""timm's `VisionTransformer`: config.json and model.safetensors.
+
+Source: timm 1.0.31, models/vision_transformer.py, layers/attention_pool.py and models/_hub.py. A
+folder is what `timm.create_model("local-dir:PATH", pretrained=True)` takes. Its config names an
+architecture and, under `model_args`, whatever differs from it; what is written names everything.
+
+Three conventions differ from ours. Positions: with `no_embed_class` the table has rows for patches
+alone, otherwise also for the class token and the registers. Ours never has them for registers, so
+their positions are added to the registers on reading; and as timm has no table for class and
+patches alone when there are registers, the class token's position is added to it on writing.
+Attention pooling leaves out class token and registers unless `pool_include_prefix`. A LayerNorm
+before the blocks (`pre_norm`) and a bias of the patches exclude each other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vlp_jax.errors import UserError
+from vlp_jax.interop import base, files
+from vlp_jax.interop.base import Extras, Imported
+from vlp_jax.interop.files import Tensors
+from vlp_jax.interop.tables import (
+    BATCHED,
+    Entry,
+    Table,
+    convolution,
+    from_theirs,
+    fused,
+    heads_in,
+    heads_out,
+    linear,
+    norm,
+    to_theirs,
+)
+from vlp_jax.interop.timm_names import fields_of
+from vlp_jax.interop.trees import Module, Params, expected_shapes, image_of
+from vlp_jax.models.positions import sincos_2d
+from vlp_jax.models.vit import VisionTransformer
+
+MODEL = "timm's VisionTransformer"
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
+HEAD = ("head.weight", "head.bias")  # a classifier, for which the tower has no place
+
+POOLINGS = {"cls": "token", "mean": "avg", "map": "map", "none": ""}
+# The architecture that has an epsilon; the other arguments replace all else that it has.
+ARCHITECTURES = {1e-6: "vit_base_patch16_224", 1e-5: "vit_base_patch16_clip_224"}
+# Arguments that change the numbers in a way that we do not have, and the value without effect.
+UNKNOWN_ARGS = {
+    "qkv_bias": True,
+    "proj_bias": True,
+    "scale_attn_norm": False,
+    "scale_mlp_norm": False,
+    "final_norm": True,
+    "in_chans": 3,
+}
+ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu")  # the same names as ours
+
+
+def table(prefix: str = "") -> Table:
+    """The mapping, for keys that begin with `prefix`."""
+    block = f"{prefix}blocks.{{i}}"
+    layers, pool = "image/encoder/layers", f"{prefix}attn_pool"
+    return [
+        Entry("image/class_token", f"{prefix}cls_token", BATCHED),
+        Entry("image/registers", f"{prefix}reg_token", BATCHED),
+        Entry("image/position_embedding", f"{prefix}pos_embed", BATCHED),
+        *convolution("image/patch_embedding/projection", f"{prefix}patch_embed.proj"),
+        *norm("image/pre_norm", f"{prefix}norm_pre"),
+        *norm(f"{layers}/norm_attention", f"{block}.norm1"),
+        *fused(
+            f"{layers}/attention",
+            ("query", "key", "value"),
+            f"{block}.attn.qkv.weight",
+            f"{block}.attn.qkv.bias",
+        ),
+        *norm(f"{layers}/attention/query_norm", f"{block}.attn.q_norm"),
+        *norm(f"{layers}/attention/key_norm", f"{block}.attn.k_norm"),
+        *heads_out(f"{layers}/attention/out", f"{block}.attn.proj"),
+        Entry(f"{layers}/layer_scale_attention/scale", f"{block}.ls1.gamma"),
+        *norm(f"{layers}/norm_mlp", f"{block}.norm2"),
+        *linear(f"{layers}/mlp/up", f"{block}.mlp.fc1"),
+        *linear(f"{layers}/mlp/down", f"{block}.mlp.fc2"),
+        Entry(f"{layers}/layer_scale_mlp/scale", f"{block}.ls2.gamma"),
+        *norm("image/encoder/norm", f"{prefix}norm"),
+        *norm("image/norm", f"{prefix}fc_norm"),
+        Entry("image/pooling/probe", f"{pool}.latent", BATCHED),
+        *heads_in("image/pooling/attention/query", f"{pool}.q"),
+        *fused("image/pooling/attention", ("key", "value"), f"{pool}.kv.weight", f"{pool}.kv.bias"),
+        *heads_out("image/pooling/attention/out", f"{pool}.proj"),
+        *norm("image/pooling/norm", f"{pool}.norm"),
+        *linear("image/pooling/mlp/up", f"{pool}.mlp.fc1"),
+        *linear("image/pooling/mlp/down", f"{pool}.mlp.fc2"),
+    ]
+
+
+def read(path: Path, like: Module | None = None) -> Imported:
+    """Reads a folder or a file of weights.
+
+    Without a config that names an architecture that we know, `like` has to say what shapes do not:
+    heads, activation, epsilon and pooling.
+
+    Raises:
+      UserError: too little is known, or the files are not those of a model that we can express.
+    """
+    weights = files.find_weights(path, WEIGHTS)
+    config = files.load_json_if_there(weights.parent / "config.json")
+    notes: list[str] = []
+    known = _known(config, weights.parent / "config.json", notes)
+    tensors = files.load_tensors(weights)
+    if any(key in tensors for key in HEAD):
+        notes.append("left out, since the tower has no place for them: head.weight, head.bias")
+        tensors = {key: x for key, x in tensors.items() if key not in HEAD}
+    module, tensors = tower(tensors, known, like, weights, notes)
+    params = from_theirs(table(), tensors, expected_shapes(module), weights)
+    return Imported(module, params, notes)
+
+
+def check(module: Module, extras: Extras) -> list[str]:
+    """All that timm's VisionTransformer cannot express of a module."""
+    if not isinstance(module, VisionTransformer):
+        return [f"{MODEL} is an image tower alone, not a {type(module).__name__}"]
+    problems = base.requirements(MODEL, "image", module, {"norm_eps": tuple(ARCHITECTURES)})
+    if module.pre_norm and module.patch_bias:
+        problems.append(f"{MODEL} with pre_norm has image.patch_bias False, not True")
+    return problems
+
+
+def write(module: VisionTransformer, params: Params, directory: Path, extras: Extras) -> list[Path]:
+    """Writes a folder that `timm.create_model("local-dir:...", pretrained=True)` takes."""
+    args, params = model_args(module, params)
+    config = {
+        "architecture": ARCHITECTURES[module.norm_eps],
+        "num_classes": 0,
+        "num_features": module.width,
+        "global_pool": args["global_pool"],
+        "model_args": args,
+        "pretrained_cfg": {
+            "custom_load": False,
+            "input_size": [3, *module.image_size],
+            "fixed_input_size": True,
+            "interpolation": extras.interpolation,
+            "crop_pct": 1.0,
+            "crop_mode": "squash" if extras.resize == "squash" else "center",
+            "mean": list(extras.image_mean),
+            "std": list(extras.image_std),
+            "num_classes": 0,
+            "pool_size": None,
+            "first_conv": "patch_embed.proj",
+            "classifier": "head",
+        },
+    }
+    return [
+        files.save_json(config, directory / "config.json"),
+        files.save_safetensors(to_theirs(table(), params), directory / "model.safetensors"),
+    ]
+
+
+def model_args(vit: VisionTransformer, params: Params) -> tuple[dict[str, Any], Params]:
+    """The arguments of timm's class, and the parameters with positions as it has them."""
+    params, path = dict(params), "image/position_embedding"
+    if vit.position == "sincos":
+        params[path] = sincos_2d(vit.grid, vit.width)
+    rows_of_class = vit.position == "learned" and vit.class_token and vit.class_position
+    if rows_of_class and vit.registers:
+        params["image/class_token"] = params["image/class_token"] + params[path][:1]
+        params[path] = params[path][1:]
+    if not vit.patch_bias and not vit.pre_norm:
+        params["image/patch_embedding/projection/bias"] = np.zeros(vit.width, np.float32)
+    args = {
+        "img_size": list(vit.image_size),
+        "patch_size": vit.patch_size,
+        "embed_dim": vit.width,
+        "depth": vit.depth,
+        "num_heads": vit.heads,
+        "mlp_ratio": base.mlp_ratio(vit.width, vit.mlp_dim),
+        "class_token": vit.class_token,
+        "global_pool": POOLINGS[vit.pooling],
+        "pos_embed": "none" if vit.position == "none" else "learn",
+        "no_embed_class": not rows_of_class or vit.registers > 0,
+        "reg_tokens": vit.registers,
+        "pre_norm": vit.pre_norm,
+        "fc_norm": vit.norm_after_pool,
+        "pool_include_prefix": vit.pooling == "map" and vit.prefix_tokens > 0,
+        "qk_norm": vit.qk_norm,
+        "init_values": vit.layer_scale,
+        "act_layer": vit.activation,
+    }
+    return {name: value for name, value in args.items() if value is not None}, params
+
+
+def tower(
+    tensors: Tensors, known: Mapping[str, Any], like: Module | None, where: object, notes: list[str]
+) -> tuple[VisionTransformer, Tensors]:
+    """The image tower that tensors without prefix are, and the tensors with positions as we have
+    them.
+
+    Args:
+      known: `heads`, `activation`, `norm_eps`, `pooling`, and where it is known `image_size`.
+      like: gives those that are not in `known`.
+      notes: is added to.
+
+    Raises:
+      UserError: too little is known, or a tensor is not there.
+    """
+    vit = None if like is None else image_of(like)
+    told: dict[str, Any] = {}
+    for field in ("heads", "activation", "norm_eps", "pooling"):
+        if field not in known and vit is None:
+            raise UserError(
+                f"{where}: nothing says what the {field} of the image tower is: put the config of "
+                f"its model beside it, or give the model that it goes into"
+            )
+        told[field] = known[field] if field in known else getattr(vit, field)
+    width, _, patch, _ = base.shape_of(tensors, "patch_embed.proj.weight", 4, where)
+    mlp_dim, _ = base.shape_of(tensors, "blocks.0.mlp.fc1.weight", 2, where)
+    _check_prefix_pooling(told["pooling"], known, tensors, where)
+    class_token = "cls_token" in tensors
+    registers = 0
+    if "reg_token" in tensors:
+        registers = base.shape_of(tensors, "reg_token", 3, where)[1]
+    grid, tensors = _positions(tensors, known, like, class_token, registers, where)
+    size = known.get("image_size")
+    if size is None:
+        size = (grid[0] * patch, grid[1] * patch)
+    depth = len({key.split(".")[1] for key in tensors if key.startswith("blocks.")})
+    rows = tensors["pos_embed"].shape[1] if "pos_embed" in tensors else 0
+    module = VisionTransformer(
+        image_size=base.tiled(size, patch, notes),
+        patch_size=patch,
+        width=width,
+        depth=depth,
+        mlp_dim=mlp_dim,
+        class_token=class_token,
+        registers=registers,
+        position="learned" if rows else "none",
+        class_position=rows > grid[0] * grid[1] if class_token and rows else True,
+        patch_bias="patch_embed.proj.bias" in tensors,
+        pre_norm="norm_pre.weight" in tensors,
+        norm_after_pool="fc_norm.weight" in tensors,
+        qk_norm="blocks.0.attn.q_norm.weight" in tensors,
+        layer_scale=1e-5 if "blocks.0.ls1.gamma" in tensors else None,
+        **told,
+    )
+    base.check_heads(module, where)
+    return module, tensors
+
+
+def _known(config: Mapping[str, Any], where: Path, notes: list[str]) -> dict[str, Any]:
+    """What a config says of the tower's fields.
+
+    Raises:
+      UserError: it says something that we cannot express.
+    """
+    if not config:
+        return {}
+    name, args = str(config.get("architecture")), config.get("model_args") or {}
+    cfg = config.get("pretrained_cfg") or {}
+    known = fields_of(name) or {}
+    if not known:
+        notes.append(f"{where}: nothing is known of the architecture {name} but its model_args")
+    for arg, harmless in UNKNOWN_ARGS.items():
+        if args.get(arg, harmless) != harmless:
+            raise UserError(f"{where}: a model with {arg} {args[arg]!r} cannot be expressed here")
+    if args.get("norm_layer") is not None:
+        if str(args["norm_layer"]).lower() != "layernorm":
+            raise UserError(f"{where}: norm_layer {args['norm_layer']!r} cannot be expressed here")
+        known["norm_eps"] = 1e-6
+    if "num_heads" in args:
+        known["heads"] = args["num_heads"]
+    if args.get("act_layer") is not None:
+        if args["act_layer"] not in ACTIVATIONS:
+            raise UserError(f"{where}: act_layer {args['act_layer']!r} cannot be expressed here")
+        known["activation"] = args["act_layer"]
+    if "global_pool" in args:
+        known["pooling"] = pooling_of(args["global_pool"], where)
+    if "img_size" in args or cfg.get("input_size"):
+        size = args.get("img_size") or cfg["input_size"][1:]
+        known["image_size"] = base.pair(size, "the image size", where)
+    known["pool_include_prefix"] = bool(args.get("pool_include_prefix", False))
+    if "mean" in cfg and "std" in cfg:
+        notes.append(f"images are normalized with mean {cfg['mean']}, std {cfg['std']}")
+    return known
+
+
+def pooling_of(name: Any, where: object) -> str:
+    """Our pooling of timm's `global_pool`.
+
+    Raises:
+      UserError: we do not have it.
+    """
+    ours = {theirs: ours for ours, theirs in POOLINGS.items()}
+    if name not in ours:
+        raise UserError(f"{where}: global_pool {name!r} cannot be expressed here")
+    return ours[name]
+
+
+def _check_prefix_pooling(
+    pooling: str, known: Mapping[str, Any], tensors: Tensors, where: object
+) -> None:
+    """
+    Raises:
+      UserError: the model pools other tokens than ours: that is all of them by attention, and the
+        patches alone by their mean.
+    """
+    if not {"cls_token", "reg_token"} & tensors.keys() or pooling not in ("map", "mean"):
+        return
+    included = known.get("pool_include_prefix", pooling == "map")
+    if included != (pooling == "map"):
+        raise UserError(
+            f"{where}: global_pool {POOLINGS[pooling]!r} with pool_include_prefix {included} "
+            f"cannot be expressed here when there are a class token or registers"
+        )
+
+
+def _positions(
+    tensors: Tensors,
+    known: Mapping[str, Any],
+    like: Module | None,
+    class_token: bool,
+    registers: int,
+    where: object,
+) -> tuple[tuple[int, int], Tensors]:
+    """The grid of patches, and the tensors without positions of registers."""
+    patch = tensors["patch_embed.proj.weight"].shape[-1]
+    size = known.get("image_size")
+    grid = (size[0] // patch, size[1] // patch) if size else None
+    if "pos_embed" not in tensors:
+        if grid is None and like is None:
+            raise UserError(f"{where} has no positions, so nothing says how large its images are")
+        return grid or image_of(like).grid, tensors
+    table, prefix = tensors["pos_embed"], class_token + registers
+    if grid is None:
+        rows = base.shape_of(tensors, "pos_embed", 3, where)[1]
+        grid = _grid(rows, prefix, like, where)
+    rows = table.shape[1] - grid[0] * grid[1]
+    if registers and rows == prefix:
+        tokens = tensors["reg_token"] + table[:, class_token:prefix]
+        table = np.concatenate([table[:, :class_token], table[:, prefix:]], axis=1)
+        tensors = {**tensors, "reg_token": tokens, "pos_embed": table}
+    return grid, tensors
+
+
+def _grid(rows: int, prefix: int, like: Module | None, where: object) -> tuple[int, int]:
+    """The grid of a table that may or may not have rows for the tokens before the patches."""
+    counts = sorted({rows, rows - prefix}, reverse=True)
+    if like is not None and image_of(like).patches in counts:
+        return image_of(like).grid
+    squares = [count for count in counts if count > 0 and round(count**0.5) ** 2 == count]
+    return base.grid_of(squares[0] if squares else rows - prefix, like, where)

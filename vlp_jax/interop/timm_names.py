@@ -1,0 +1,86 @@
+"""What the names of timm's Vision Transformers mean: `vit_base_patch16_siglip_224`.
+
+Source: timm 1.0.31, models/vision_transformer.py, of which these are the plain, CLIP and SigLIP
+families, whose members follow a rule. A name that is not here says nothing to us.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from vlp_jax.models.variants import VARIANTS, Size
+from vlp_jax.models.vit import VisionTransformer
+
+SIZES: dict[str, Size] = {
+    "tiny": VARIANTS["Ti"],
+    "small": VARIANTS["S"],
+    "medium": VARIANTS["M"],
+    "base": VARIANTS["B"],
+    "large": VARIANTS["L"],
+    "huge": VARIANTS["H"],
+    "so400m": VARIANTS["So400m"],
+    "giant": VARIANTS["g"],
+    "gigantic": VARIANTS["G"],
+    "giantopt": VARIANTS["g-opt"],
+}
+_NAME = re.compile(
+    rf"vit_({'|'.join(SIZES)})_patch(\d+)_(?:(clip|clip_quickgelu|siglip|siglip_gap)_)?(\d+)"
+)
+
+# Patch size and sides of the SigLIP family's members.
+SIGLIP = {
+    ("base", 32): (256,),
+    ("base", 16): (224, 256, 384, 512),
+    ("large", 16): (256, 384, 512),
+    ("so400m", 14): (224, 378, 384),
+    ("so400m", 16): (256, 384, 512),
+    ("giantopt", 16): (256, 384),
+}
+SIGLIP_GAP = {**SIGLIP, ("so400m", 14): (224, 378, 384, 448, 896)}
+
+
+def fields_of(name: str) -> dict[str, Any] | None:
+    """The fields of a `VisionTransformer` that a name stands for; None if it is not known.
+
+    `image_size` may be one that the patches do not tile.
+    """
+    match = _NAME.fullmatch(name.split(".")[0])
+    if match is None:
+        return None
+    word, patch, family, side = match[1], int(match[2]), match[3] or "", int(match[4])
+    members = {"siglip": SIGLIP, "siglip_gap": SIGLIP_GAP}.get(family)
+    if members is not None and side not in members.get((word, patch), ()):
+        return None
+    return {
+        "image_size": (side, side),
+        "patch_size": patch,
+        "heads": SIZES[word].heads,
+        "activation": _activation(word, patch, family, side),
+        "norm_eps": 1e-5 if family.startswith("clip") else 1e-6,
+        "pooling": {"siglip": "map", "siglip_gap": "mean"}.get(family, "cls"),
+    }
+
+
+def siglip_name(vit: VisionTransformer) -> str | None:
+    """The member of the SigLIP family that an image tower is; None if it is none."""
+    family = {"map": "siglip", "mean": "siglip_gap"}.get(vit.pooling)
+    size = Size(vit.width, vit.depth, vit.mlp_dim, vit.heads)
+    for (word, patch), sides in (SIGLIP if family == "siglip" else SIGLIP_GAP).items():
+        for side in sides:
+            name = f"vit_{word}_patch{patch}_{family}_{side}"
+            fields = fields_of(name) if family else None
+            same = fields and all(getattr(vit, field) == x for field, x in fields.items())
+            if same and SIZES[word] == size:
+                return name
+    return None
+
+
+def _activation(word: str, patch: int, family: str, side: int) -> str:
+    if family == "clip_quickgelu":
+        return "quick_gelu"
+    if family.startswith("siglip"):
+        tanh = {("base", 32), ("so400m", 16), ("giantopt", 16)}
+        if (word, patch) in tanh or (word, side) == ("large", 512):
+            return "gelu_tanh"
+    return "gelu"
