@@ -32,7 +32,12 @@ def third_loss(config, workdir, state=None):
     return float(total / count), setup
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+# Larger forms of what the other configs try.
+SLOW = {"clip_shapes", "siglip_shapes"}
+MARKED = [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in CONFIGS]
+
+
+@pytest.mark.parametrize("name", MARKED)
 def test_smoke_save_and_restore_on_another_mesh(name, tmp_path, shapes_dir):
     config = config_lib.smoke(config_lib.load(str(ROOT / "configs" / f"{name}.py")))
     live = train(config, tmp_path, StartupClock())

@@ -41,8 +41,11 @@ def reference(request):
     return config, first_gradients(setup), losses(setup)
 
 
-@pytest.mark.parametrize("name", MESHES)
-def test_first_gradients_and_losses_equal_those_of_one_device(reference, name):
+# Each mesh is quick to test with one of the losses; the rest are for make test-slow.
+QUICK = {"softmax": ("2", "8x1", "2x2x2"), "sigmoid": ("4", "4x2", "2x4")}
+
+
+def check_mesh(reference, name):
     config, gradients, expected = reference
     setup = helpers.setup_on(config, *MESHES[name])
     total = np.sqrt(sum(np.sum(np.square(g)) for g in jax.tree.leaves(gradients)))
@@ -58,6 +61,21 @@ def test_first_gradients_and_losses_equal_those_of_one_device(reference, name):
         assert error <= 1e-5 * np.linalg.norm(one) + floor, (path, error, np.linalg.norm(one))
     np.testing.assert_allclose(losses(setup), expected, rtol=1e-4)
     assert abs(expected[-1] - expected[0]) > 1e-2  # something was learned, so the check says much
+
+
+@pytest.mark.parametrize("name", MESHES)
+def test_first_gradients_and_losses_equal_those_of_one_device(reference, name):
+    if name not in QUICK[reference[0].objective.loss]:
+        pytest.skip("with this loss it is a slow test")
+    check_mesh(reference, name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MESHES)
+def test_first_gradients_and_losses_of_the_other_pairs(reference, name):
+    if name in QUICK[reference[0].objective.loss]:
+        pytest.skip("with this loss it is a quick test")
+    check_mesh(reference, name)
 
 
 def test_fsdp_shards_parameters_and_optimizer_state():

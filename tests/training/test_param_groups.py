@@ -162,8 +162,15 @@ def test_decay_of_a_tower_or_a_place_that_is_not_known():
 # Frozen parameters.
 
 
-@pytest.mark.parametrize("name", ["adamw", "muon"])
-@pytest.mark.parametrize("mesh", [{"replica": 1}, {"replica": 2, "fsdp": 2, "tensor": 2}])
+@pytest.mark.parametrize(
+    "name, mesh",
+    [
+        ("adamw", {"replica": 1}),
+        ("muon", {"replica": 2, "fsdp": 2, "tensor": 2}),
+        pytest.param("adamw", {"replica": 2, "fsdp": 2, "tensor": 2}, marks=pytest.mark.slow),
+        pytest.param("muon", {"replica": 1}, marks=pytest.mark.slow),
+    ],
+)
 def test_frozen_parameters_stay_and_have_no_state(name, mesh):
     config = config_with({"name": name, "frozen": FROZEN_IMAGE, "ema_decay": 0.9})
     setup = helpers.setup_on(config, mesh, 8 if len(mesh) > 1 else 1)
