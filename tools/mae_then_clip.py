@@ -146,8 +146,8 @@ def draw(output: Path, summary: Mapping[str, Any]) -> None:
         },
         title="CLIP from a masked autoencoder and from scratch",
         subtitle=(
-            f"the same run but for the first weights of the image tower, those of "
-            f"{summary[MAE]['steps']:,} steps of masked autoencoding; dotted: {summary['target']}"
+            f"the image tower starts as the encoder after {summary[MAE]['steps']:,} steps, or "
+            f"fresh; dotted: {summary['target']}"
         ),
         ylabel="zero-shot top-1",
         target=summary["target"],
