@@ -60,7 +60,7 @@ class TextTransformer(nn.Module):
     heads: int
     causal: bool = True
     pooling: str = "eos"
-    eos_id: int = 2
+    eos_id: int = 1
     pad_id: int = 0
     padding_mask: bool = False
     qk_norm: bool = False
@@ -162,7 +162,7 @@ def make_text(
     heads: int | None = None,
     causal: bool = True,
     pooling: str = "eos",
-    eos_id: int = 2,
+    eos_id: int = 1,
     pad_id: int = 0,
     padding_mask: bool = False,
     qk_norm: bool = False,
