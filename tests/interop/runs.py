@@ -35,6 +35,7 @@ SIGLIP = {
     "embed_dim": 32,
     "image_head": "none",
     "text_head": "linear_bias",
+    "scan_layers": False,
     "image": {"variant": "Ti/8", "image_size": 24, "pooling": "map", **SIZES},
     "text": {"variant": "Ti", "pooling": "last", "causal": False, **SIZES},
 }
