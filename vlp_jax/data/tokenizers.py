@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
+from etils import epath
 
 from vlp_jax.data.sources.base import as_plain
 from vlp_jax.errors import UserError, unknown_key_message
@@ -95,7 +95,7 @@ class ByteTokenizer:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes a note: a byte tokenizer has nothing to keep but its kind."""
-        _write_whole(Path(path), '{"type": "bytes"}\n')
+        _write_whole(epath.Path(path), '{"type": "bytes"}\n')
 
     def to_json(self, lowercase: bool) -> str:
         """The bytes as a byte-level BPE without merges; see `Tokenizer`."""
@@ -144,10 +144,10 @@ class SubwordTokenizer:
           UserError: if the file does not exist, is not one, or lacks special tokens.
         """
         library = _import_tokenizers()
-        if not Path(path).is_file():
+        if not epath.Path(path).is_file():
             raise UserError(f"tokenizer file {path} does not exist")
         try:
-            model = library.Tokenizer.from_file(str(path))
+            model = library.Tokenizer.from_str(epath.Path(path).read_bytes().decode())
         except Exception as error:  # the library raises plain Exception for every kind of damage
             reason = str(error).splitlines()[0]
             raise UserError(f"{path} is not a tokenizer.json that can be read: {reason}") from None
@@ -164,7 +164,7 @@ class SubwordTokenizer:
         )
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        _write_whole(Path(path), self._file)
+        _write_whole(epath.Path(path), self._file)
 
     def to_json(self, lowercase: bool) -> str:
         model = _import_tokenizers().Tokenizer.from_str(self._file)
@@ -242,7 +242,7 @@ def build_tokenizer(
         path = None
     elif name != "subword":
         raise UserError(unknown_key_message(str(name), ("bytes", "subword"), "tokenizer.name"))
-    elif file is not None or (path is not None and Path(path).is_file()):
+    elif file is not None or (path is not None and epath.Path(path).is_file()):
         path = path if file is None else file
         tokenizer = SubwordTokenizer.load(path, context_length)
     else:
@@ -347,9 +347,9 @@ def _check_context_length(context_length: Any) -> int:
     return context_length
 
 
-def _write_whole(path: Path, content: str) -> None:
+def _write_whole(path: epath.Path, content: str) -> None:
     """Writes a file so that no reader, nor a crash, ever sees half of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f"{path.name}.{os.getpid()}.unfinished")
-    unfinished.write_text(content, encoding="utf-8")
-    os.replace(unfinished, path)
+    unfinished = path.parent / f"{path.name}.{os.getpid()}.unfinished"
+    unfinished.write_bytes(content.encode())
+    unfinished.replace(path)

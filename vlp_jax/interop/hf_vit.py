@@ -100,7 +100,8 @@ def read(path: Path, like: Module | None = None) -> Imported:
     )
     tensors = _names_of_4(files.load_tensors(weights), notes)
     params = from_theirs(TABLE, tensors, expected_shapes(module), weights)
-    return Imported(module, params, notes)
+    extras = hf_common.read_extras(weights.parent, None, notes)
+    return Imported(module, params, notes, pixels | extras)
 
 
 def check(module: Module, extras: Extras) -> list[str]:

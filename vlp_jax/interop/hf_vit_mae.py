@@ -86,7 +86,12 @@ def read(path: Path, like: Module | None = None) -> Imported:
     )
     tensors = _names_of_4(files.load_tensors(weights), weights)
     params = from_theirs(TABLE, tensors, expected_shapes(module), weights)
-    return Imported(*_with_fixed_positions(module, params), notes)
+    extras = hf_common.read_extras(weights.parent, None, notes)
+    extras |= {
+        "norm_pix_loss": bool(config["norm_pix_loss"]),
+        "mask_ratio": base.number(config, "mask_ratio", where),
+    }
+    return Imported(*_with_fixed_positions(module, params), notes, extras)
 
 
 def check(module: Module, extras: Extras) -> list[str]:
