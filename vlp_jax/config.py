@@ -335,6 +335,7 @@ def _first_line(error: BaseException) -> str:
 SMOKE_SIZES = {"width": 32, "depth": 2, "mlp_dim": 64, "heads": 2, "embed_dim": 32}
 SMOKE_PATCHES = 2  # patches along one side of an image
 SMOKE_BATCH_SIZE = 16
+SMOKE_EVALUATOR = {"batch_size": SMOKE_BATCH_SIZE, "templates": ("{}",)}
 
 
 def smoke(config: ConfigDict) -> ConfigDict:
@@ -364,8 +365,7 @@ def smoke(config: ConfigDict) -> ConfigDict:
         config.extra_data[name] = _smoke_data(data, "train", image_size)
     for evaluator in config.evaluators.values():
         evaluator.every = duration(steps=2)
-        if "batch_size" in evaluator:
-            evaluator.batch_size = SMOKE_BATCH_SIZE
+        evaluator.update({key: SMOKE_EVALUATOR[key] for key in SMOKE_EVALUATOR if key in evaluator})
         if "data" in evaluator:
             evaluator.data = _smoke_data(evaluator.data, "test", image_size)
             evaluator.data.limit = 2 * SMOKE_BATCH_SIZE + 1
