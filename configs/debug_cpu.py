@@ -1,4 +1,4 @@
-"""`configs/debug_gpu.py` with tiny towers and little data: under a minute on two CPU cores.
+"""`configs/debug_gpu.py` with tiny towers and little data: about a minute on two CPU cores.
 
     python -m vlp_jax.train --config configs/debug_cpu.py --workdir DIR
 
@@ -21,6 +21,8 @@ def get_config(arg=None):
     config.objective.image.update(variant="Ti/16", image_size=64, **TOWER)
     config.objective.text.update(variant="Ti", **TOWER)
     config.data.dataset = "shapes/tiny"
-    for data in (config.data, *(evaluator.data for evaluator in config.evaluators.values())):
-        data.preprocess.resize.size = 64
+    config.data.preprocess.resize.size = 64
+    for evaluator in config.evaluators.values():
+        evaluator.data.preprocess.resize.size = 64
+        evaluator.every = duration(percent=50.0)
     return config

@@ -296,7 +296,10 @@ def test_flops_equal_the_compilers_count_of_the_matrix_products():
         (lambda: make_vit("B/15", 224), "do not tile"),
         (lambda: make_vit("B/16", 224, heads=7), "do not divide"),
         (lambda: make_vit("B/16", 224, pooling="max"), "known: cls, mean, map, none"),
-        (lambda: make_text("B", 10, 10, pooling="cls"), "known: eos, argmax, first, last, mean, map"),
+        (
+            lambda: make_text("B", 10, 10, pooling="cls"),
+            "known: eos, argmax, first, last, mean, map",
+        ),
         (
             lambda: tiny_vit().init(KEY, image(size=24)),
             "takes images of 16 x 16 pixels, not 24 x 24",
