@@ -17,10 +17,10 @@ from ml_collections import ConfigDict
 
 from vlp_jax.data.tokenizers import Tokenizer
 from vlp_jax.errors import UserError, unknown_key_message
-from vlp_jax.interop import stack_layers
+from vlp_jax.interop import FORMATS, stack_layers
 from vlp_jax.interop.base import INTERPOLATIONS, RESIZES
 from vlp_jax.interop.hf_tokenizer import TokenizerFiles
-from vlp_jax.interop.transfer import HOLDS, Model, fitting_part, how_to_load, write_checked
+from vlp_jax.interop.transfer import Model, fitting_part, how_to_load, write_checked
 from vlp_jax.interop.trees import expected_shapes
 from vlp_jax.models.masked_autoencoder import MaskedAutoencoder
 from vlp_jax.objectives import Objective, make_objective
@@ -130,7 +130,7 @@ def choose(
             own = {k: own[k] for k in expected_shapes(leaf.model) if k in own}
         models.append(Model(leaf.model, bounded(leaf, own)))
     model, note = fitting_part(format, models)
-    kinds = HOLDS[format].kinds
+    kinds = FORMATS[format].KINDS
     index = next((i for i, leaf in enumerate(chosen) if isinstance(leaf.model, kinds)), 0)
     return chosen[index], model, note
 

@@ -90,7 +90,16 @@ class Extras:
 
 
 class Format(Protocol):
-    """A file of `vlp_jax.interop` that holds one foreign format."""
+    """A file of `vlp_jax.interop` that holds one foreign format.
+
+    Attributes:
+      KINDS: the modules of which it can hold some.
+      LOADED_BY: a line of Python that loads a folder of it, in which `{}` stands for the folder and
+        `{architecture}` for the class that its config names.
+    """
+
+    KINDS: tuple[type, ...]
+    LOADED_BY: str
 
     def read(self, path: Path, like: Module | None) -> Imported:
         """Reads a file or a directory; `like` says what the files do not."""

@@ -30,6 +30,8 @@ from vlp_jax.models.text import TextTransformer
 from vlp_jax.models.vit import VisionTransformer
 
 MODEL = "CLIPModel"
+KINDS = (DualEncoder,)
+LOADED_BY = 'transformers.CLIPModel.from_pretrained("{}")'
 TOKENIZER_GIVES = ("input_ids", "attention_mask")
 HIGHEST_ID = 2  # the eos_token_id that means "pool at the highest id"
 

@@ -37,6 +37,8 @@ from vlp_jax.models.text import TextTransformer
 from vlp_jax.models.vit import VisionTransformer
 
 MODEL = "SiglipModel"
+KINDS = (DualEncoder,)
+LOADED_BY = 'transformers.SiglipModel.from_pretrained("{}")'
 
 TABLE: Table = [
     Entry("logit_scale", "logit_scale", SCALAR),

@@ -28,6 +28,8 @@ from vlp_jax.interop.trees import Module, Params, expected_shapes
 from vlp_jax.models.vit import VisionTransformer
 
 MODEL = "ViTModel"
+KINDS = (VisionTransformer,)
+LOADED_BY = 'transformers.ViTModel.from_pretrained("{}", add_pooling_layer=False)'
 
 TABLE: Table = [
     Entry("image/class_token", "embeddings.cls_token", BATCHED),

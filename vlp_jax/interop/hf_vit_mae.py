@@ -33,6 +33,8 @@ from vlp_jax.models.positions import sincos_2d
 from vlp_jax.models.vit import VisionTransformer
 
 MODEL = "ViTMAEForPreTraining"
+KINDS = (MaskedAutoencoder,)
+LOADED_BY = 'transformers.ViTMAEForPreTraining.from_pretrained("{}")'
 
 TABLE: Table = [
     Entry("image/class_token", "vit.embeddings.cls_token", BATCHED),

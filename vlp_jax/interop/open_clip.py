@@ -53,6 +53,8 @@ from vlp_jax.models.dual_encoder import DualEncoder
 from vlp_jax.models.vit import VisionTransformer
 
 MODEL = "open_clip"
+KINDS = (DualEncoder,)
+LOADED_BY = 'open_clip.create_model_and_transforms("local-dir:{}")'
 CONFIG = "open_clip_config.json"
 TOKENIZER_GIVES = ("input_ids", "attention_mask")
 WEIGHTS = (

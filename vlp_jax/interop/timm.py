@@ -43,6 +43,8 @@ from vlp_jax.models.positions import sincos_2d
 from vlp_jax.models.vit import VisionTransformer
 
 MODEL = "timm's VisionTransformer"
+KINDS = (VisionTransformer,)
+LOADED_BY = 'timm.create_model("local-dir:{}", pretrained=True)'
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 HEAD = ("head.weight", "head.bias")  # a classifier, for which the tower has no place
 

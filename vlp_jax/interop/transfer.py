@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vlp_jax import interop
-from vlp_jax.errors import UserError, unknown_key_message
+from vlp_jax.errors import UserError
 from vlp_jax.interop import files
 from vlp_jax.interop.trees import Module, Params, image_of, plain, to_tree
 from vlp_jax.models.dual_encoder import DualEncoder, normalize_pixels
@@ -23,44 +23,11 @@ from vlp_jax.models.vit import VisionTransformer
 TOLERANCE = 1e-4  # of the self-test: float32, and the order of sums
 
 
-@dataclasses.dataclass(frozen=True)
-class Holds:
-    """What a format holds, and how its library loads it.
-
-    Attributes:
-      kinds: of modules.
-      loaded_by: a line of Python in which `{}` stands for the folder, and `{architecture}` for the
-        class that its config names.
-    """
-
-    kinds: tuple[type, ...]
-    loaded_by: str
-
-
-HOLDS = {
-    "big_vision": Holds((DualEncoder, VisionTransformer), 'np.load("{}/model.npz")'),
-    "hf": Holds(
-        (DualEncoder, MaskedAutoencoder, VisionTransformer),
-        'transformers.{architecture}.from_pretrained("{}")',
-    ),
-    "hf_clip": Holds((DualEncoder,), 'transformers.CLIPModel.from_pretrained("{}")'),
-    "hf_siglip": Holds((DualEncoder,), 'transformers.SiglipModel.from_pretrained("{}")'),
-    "hf_vit": Holds(
-        (VisionTransformer,),
-        'transformers.ViTModel.from_pretrained("{}", add_pooling_layer=False)',
-    ),
-    "hf_vit_mae": Holds(
-        (MaskedAutoencoder,), 'transformers.ViTMAEForPreTraining.from_pretrained("{}")'
-    ),
-    "open_clip": Holds((DualEncoder,), 'open_clip.create_model_and_transforms("local-dir:{}")'),
-    "timm": Holds((VisionTransformer,), 'timm.create_model("local-dir:{}", pretrained=True)'),
-}
-
-
 def how_to_load(format: str, directory: Path) -> str:
     """A line of Python that loads the folder in which a model was written."""
     architectures = files.load_json_if_there(directory / "config.json").get("architectures", [""])
-    return HOLDS[format].loaded_by.format(directory, architecture=architectures[0])
+    line = interop.FORMATS[format].LOADED_BY
+    return line.format(directory, architecture=architectures[0])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,9 +51,7 @@ def fitting_part(format: str, models: Sequence[Model]) -> tuple[Model, str]:
     Raises:
       UserError: there is no such format.
     """
-    if format not in HOLDS:
-        raise UserError(unknown_key_message(format, HOLDS, "the formats of weights"))
-    kinds = HOLDS[format].kinds
+    kinds = interop.format_named(format).KINDS
     for model in models:
         if isinstance(model.module, kinds):
             return model, ""
