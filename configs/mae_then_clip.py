@@ -35,8 +35,9 @@ def get_config(arg=None):
 
 
 def mae(config):
-    config.batch_size = 256
-    config.duration = duration(steps=600)
+    config.duration = duration(steps=1500)
+    config.optimizer.learning_rate = 1.5e-3
+    config.optimizer.muon.learning_rate = 0.02
     config.objective = ConfigDict(
         {
             "name": "masked_autoencoding",
@@ -61,7 +62,7 @@ def mae(config):
             "reconstruction": {
                 "name": "reconstruction",
                 "data": clip_shapes.test_data(limit=1000),
-                "every": duration(percent=25.0),
+                "every": duration(percent=10.0),
             }
         }
     )
@@ -71,6 +72,8 @@ def mae(config):
 
 def clip(config):
     config.objective.image = ConfigDict({**IMAGE, "pooling": "mean"})
+    # Of the source, the encoder alone; what is not of the image tower starts from the seed.
+    config.init_from.rules = (("image/.*", "load"), (".*", "fresh"))
     for evaluator in config.evaluators.values():
-        evaluator.every = duration(steps=50)
+        evaluator.every = duration(steps=25)
     return config

@@ -8,6 +8,7 @@ from typing import Any
 
 from vlp_jax.data.pipeline import Batch, BatchSpec, TrainPipeline
 from vlp_jax.data.tokenizers import Tokenizer
+from vlp_jax.errors import UserError
 
 
 class JoinedPipeline:
@@ -37,10 +38,7 @@ class JoinedPipeline:
         """
         self._first = TrainPipeline(config, tokenizer, seed=seed, **layout)
         self._extra = {
-            name: TrainPipeline(
-                data, tokenizer, seed=(seed + zlib.crc32(name.encode())) % 2**31, **layout
-            )
-            for name, data in extra.items()
+            name: _open(name, data, tokenizer, seed, layout) for name, data in extra.items()
         }
 
     def __len__(self) -> int:
@@ -66,3 +64,18 @@ class JoinedPipeline:
             for name, batch in zip(self._extra, others, strict=True):
                 joined |= {f"{name}/{key}": value for key, value in batch.items()}
             yield joined
+
+
+def _open(
+    name: str,
+    config: Mapping[str, Any],
+    tokenizer: Tokenizer | None,
+    seed: int,
+    layout: Mapping[str, int],
+) -> TrainPipeline:
+    """The further dataset `name`; a mistake in its config is said to be there."""
+    own_seed = (seed + zlib.crc32(name.encode())) % 2**31
+    try:
+        return TrainPipeline(config, tokenizer, seed=own_seed, **layout)
+    except UserError as error:
+        raise UserError(f"config.extra_data.{name}: {error}") from error

@@ -1,0 +1,107 @@
+"""The pictures, by what can be seen in them: which color is where."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from vlp_jax.observe.pictures import VIEWS, draw_comparison, draw_reconstructions
+from vlp_jax.observe.plots import CURVE_COLORS, PALE
+
+TITLES = {"title": "A title", "subtitle": "what it is about"}
+
+
+def pixels(path):
+    with Image.open(path) as image:
+        assert image.format == "PNG"
+        return np.asarray(image.convert("RGB")).astype(int)
+
+
+def where(picture, color):
+    """(rows, columns) of the pixels of a color, [r, g, b] or "#rrggbb"."""
+    if isinstance(color, str):
+        color = [int(color[i : i + 2], 16) for i in (1, 3, 5)]
+    return np.nonzero(np.abs(picture - color).max(axis=-1) <= 2)
+
+
+def center(picture, color):
+    rows, columns = where(picture, color)
+    assert len(rows) > 50, f"{color} is not there"
+    return rows.mean(), columns.mean()
+
+
+def colors(count):
+    """An own color for every view of every image, none of them grey."""
+    index = np.arange(count * len(VIEWS))
+    rgb = np.stack([20 + 10 * index % 200, 230 - 5 * index, 40 + 7 * index % 180], axis=-1)
+    return rgb.reshape(count, len(VIEWS), 3)
+
+
+def paint(path, rgb):
+    views = np.broadcast_to(rgb[:, :, None, None] / 255.0, (*rgb.shape[:2], 8, 8, 3))
+    draw_reconstructions(path, views.astype(np.float32), **TITLES)
+    return pixels(path)
+
+
+def test_views_stand_side_by_side_and_images_in_rows(tmp_path):
+    rgb = colors(6)
+    picture = paint(tmp_path / "made" / "views.png", rgb)
+    centers = np.array([[center(picture, color) for color in image] for image in rgb])
+    rows, columns = centers[..., 0], centers[..., 1]
+    assert np.ptp(rows[:4]) < 2 and np.ptp(rows[4:]) < 2 and rows[4, 0] > rows[0, 0] + 20
+    assert (np.diff(columns[:4].ravel()) > 20).all() and (np.diff(columns[4:].ravel()) > 20).all()
+    np.testing.assert_allclose(columns[4:], columns[:2], atol=2)
+    sizes = [len(where(picture, color)[0]) for color in rgb.reshape(-1, 3)]
+    assert max(sizes) < 1.1 * min(sizes)
+
+
+def test_an_image_is_drawn_upright_and_as_it_is(tmp_path):
+    views = np.full((1, 3, 8, 8, 3), 0.5, np.float32)
+    red, blue = (200, 0, 0), (0, 0, 200)
+    views[0, 1, :4], views[0, 1, 4:] = np.array(red) / 255, np.array(blue) / 255
+    views[0, 2] = (-3, 7, -3)  # out of range: as near as can be shown
+    draw_reconstructions(tmp_path / "views.png", views, **TITLES)
+    picture = pixels(tmp_path / "views.png")
+    (top, left), (bottom, right) = center(picture, red), center(picture, blue)
+    assert bottom > top + 20 and abs(left - right) < 2
+    assert center(picture, (0, 255, 0))[1] > left + 50
+
+
+@pytest.mark.parametrize("shape", [(0, 3, 8, 8, 3), (2, 2, 8, 8, 3), (3, 8, 8, 3)])
+def test_views_that_are_not_three_of_an_image_are_refused(tmp_path, shape):
+    with pytest.raises(ValueError, match="three views"):
+        draw_reconstructions(tmp_path / "views.png", np.zeros(shape), **TITLES)
+    assert not (tmp_path / "views.png").exists()
+
+
+def compare(path, curves, **more):
+    draw_comparison(path, curves, **TITLES, ylabel="accuracy", **more)
+    return pixels(path)
+
+
+def test_curves_have_their_colors_and_their_heights(tmp_path):
+    steps = [0, 50, 100]
+    curves = {"low": (steps, [0.1, 0.2, 0.2]), "high": (steps, [0.5, 0.9, 0.95])}
+    picture = compare(tmp_path / "a.png", curves)
+    assert center(picture, CURVE_COLORS[1])[0] < center(picture, CURVE_COLORS[0])[0] - 50
+    swapped = compare(tmp_path / "b.png", {"low": curves["high"], "high": curves["low"]})
+    assert center(swapped, CURVE_COLORS[1])[0] > center(swapped, CURVE_COLORS[0])[0] + 50
+    one = compare(tmp_path / "c.png", {"low": curves["low"]})
+    assert not len(where(one, CURVE_COLORS[1])[0])
+
+
+def test_the_target_is_a_dotted_line_at_its_height(tmp_path):
+    curves = {"run": ([0, 100], [0.0, 0.0])}
+    without = compare(tmp_path / "without.png", curves)
+    heights = []
+    for target in (0.3, 0.9):
+        picture = compare(tmp_path / "with.png", curves, target=target)
+        rows, columns = np.nonzero((picture != without).any(axis=-1))
+        assert np.ptp(rows) < 6 and np.ptp(columns) > 500
+        assert len(where(picture, PALE)[0]) > len(where(without, PALE)[0])
+        heights.append(rows.mean())
+    assert heights[1] < heights[0] - 200
+
+
+def test_there_is_something_to_compare(tmp_path):
+    with pytest.raises(ValueError, match="no curve"):
+        compare(tmp_path / "x.png", {})

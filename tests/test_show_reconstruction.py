@@ -1,0 +1,63 @@
+"""tools.show_reconstruction on a tiny run."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tools import show_reconstruction
+from vlp_jax import evaluate
+
+
+def picture(path):
+    with Image.open(path) as image:
+        return np.asarray(image.convert("RGB"))
+
+
+def test_the_three_views_are_of_the_images_of_the_evaluator(mae_and_clip):
+    parts, state = evaluate.load_run(mae_and_clip.output / "mae")
+    objective = parts.setup.objective
+    views = show_reconstruction.paint(parts, state, "reconstruction", 20)  # of two batches of 16
+    true = np.concatenate(
+        [b["image"][b["mask"]] for b in parts.open_evaluation_data("reconstruction").batches()]
+    )[:20]
+    assert views.shape == (20, 3, *true.shape[1:])
+    seen, painted, shown = views.swapaxes(0, 1)
+    np.testing.assert_allclose(shown, true / 255, atol=1e-5)
+    same = (np.abs(painted - shown) < 1e-5).all(axis=(1, 2, 3))
+    assert not same.any()
+    grey = np.abs(seen - 0.5).max(axis=-1) < 1e-6
+    size, (rows, columns) = objective.model.image.patch_size, objective.model.image.grid
+    hidden = grey.reshape(20, rows, size, columns, size).all(axis=(2, 4))
+    # At least as many as are hidden: a patch of the image may be of this grey itself.
+    assert (hidden.sum(axis=(1, 2)) >= rows * columns - objective.kept).all()
+    visible = ~np.repeat(np.repeat(hidden, size, axis=1), size, axis=2)
+    assert visible.any()
+    np.testing.assert_allclose(seen[visible], shown[visible], atol=1e-5)
+    np.testing.assert_allclose(painted[visible], shown[visible], atol=1e-5)
+
+
+def test_the_command_draws_as_many_images_as_it_is_told(mae_and_clip, tmp_path, capsys):
+    workdir, heights = str(mae_and_clip.output / "mae"), []
+    for count in (4, 12):
+        output = tmp_path / f"{count}.png"
+        arguments = ["--workdir", workdir, "--output", str(output), "--images", str(count)]
+        assert show_reconstruction.main(arguments) == 0
+        heights.append(len(picture(output)))
+        assert f"wrote {output}" in capsys.readouterr().out
+    assert heights[1] > 1.8 * heights[0]  # three rows instead of one, and the titles
+
+
+@pytest.mark.parametrize(
+    ("run", "more", "words"),
+    [
+        ("from_scratch", [], "it is no masked autoencoder"),
+        ("mae", ["--evaluator", "painting"], "no evaluator 'painting' (it has: reconstruction)"),
+        ("mae", ["--step", "1"], "has no checkpoint of step 1 (it has: 2)"),
+        ("nothing", [], "holds no run"),
+    ],
+)
+def test_mistakes_of_the_command(mae_and_clip, tmp_path, capsys, run, more, words):
+    output = tmp_path / "x.png"
+    arguments = ["--workdir", str(mae_and_clip.output / run), "--output", str(output), *more]
+    assert show_reconstruction.main(arguments) == 2
+    assert words in capsys.readouterr().err and not output.exists()
