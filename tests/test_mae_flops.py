@@ -9,6 +9,7 @@ TINY = ["--width", "64", "--mlp-dim", "256", "--heads", "2", "--depth", "2", "--
 TINY += ["--image-size", "128", "--batch-size", "4"]
 
 
+@pytest.mark.slow  # tests/objectives/test_objectives.py has a smaller one of the encoder
 def test_the_encoder_costs_what_it_sees(capsys, monkeypatch):
     monkeypatch.setattr(mae_flops.jax.config, "update", lambda *a: None)  # this process is set up
     rows = []
