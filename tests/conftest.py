@@ -1,7 +1,6 @@
 """Eight CPU devices for every test, and compiled programs kept between runs."""
 
 import os
-import types
 from pathlib import Path
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
@@ -25,19 +24,3 @@ def shapes_dir(tmp_path_factory):
     """Where the embedded dataset is built for the tests: once for all, kept between runs."""
     os.environ["TFDS_DATA_DIR"] = str(ROOT / ".cache" / "tfds")
     return os.environ["TFDS_DATA_DIR"]
-
-
-@pytest.fixture(scope="session")
-def mae_and_clip(tmp_path_factory, shapes_dir):
-    """All that `tools.mae_then_clip` does, on tiny runs: the folder `output`, and the `summary`."""
-    from tools import mae_then_clip
-    from vlp_jax import config as config_lib
-
-    mae, clip = (
-        config_lib.smoke(config_lib.load(f"{mae_then_clip.CONFIG}:{stage}"))
-        for stage in ("mae", "clip")
-    )
-    output = tmp_path_factory.mktemp("mae_and_clip")
-    return types.SimpleNamespace(
-        output=output, summary=mae_then_clip.run(output, mae, clip, target=0.5)
-    )

@@ -1,15 +1,22 @@
 """tools.mae_then_clip, end to end on tiny runs."""
 
 import json
+import types
 
 import numpy as np
 import pytest
+from etils import epath
 from PIL import Image
 
-from tools import mae_then_clip
+from tools import mae_then_clip, show_reconstruction
 from vlp_jax import config as config_lib
-from vlp_jax.training.init_from import REPORT
+from vlp_jax.observe.throughput import StartupClock
+from vlp_jax.training.build import build
+from vlp_jax.training.init_from import REPORT, match
+from vlp_jax.training.param_groups import flatten
+from vlp_jax.training.weights import Source
 
+STAGES = ("mae", "clip")
 RUNS = (mae_then_clip.MAE, *mae_then_clip.LABELS)
 
 
@@ -17,11 +24,20 @@ def smoke(stage):
     return config_lib.smoke(config_lib.load(f"{mae_then_clip.CONFIG}:{stage}"))
 
 
+@pytest.fixture(scope="module")
+def mae_and_clip(tmp_path_factory, shapes_dir):
+    """All that the command does, on tiny runs: the folder `output`, and the `summary`."""
+    output = tmp_path_factory.mktemp("runs")
+    summary = mae_then_clip.run(output, smoke("mae"), smoke("clip"), target=0.5)
+    return types.SimpleNamespace(output=output, summary=summary)
+
+
 def picture(path):
     with Image.open(path) as image:
         return np.asarray(image.convert("RGB"))
 
 
+@pytest.mark.slow
 def test_both_stages_run_and_the_second_starts_from_the_first(mae_and_clip):
     assert json.loads((mae_and_clip.output / "summary.json").read_text()) == mae_and_clip.summary
     mae = mae_and_clip.summary["mae"]
@@ -43,6 +59,7 @@ def test_both_stages_run_and_the_second_starts_from_the_first(mae_and_clip):
     assert f"{mae_and_clip.summary['from_mae']['zero_shot_top1'][0]:.3f}" in told
 
 
+@pytest.mark.slow
 def test_what_is_finished_is_not_run_again(mae_and_clip, capsys, monkeypatch):
     monkeypatch.setattr(mae_then_clip, "train", lambda *a: pytest.fail("a run was started"))
     clip = smoke("clip")
@@ -56,6 +73,32 @@ def test_what_is_finished_is_not_run_again(mae_and_clip, capsys, monkeypatch):
     assert [f"{mae_and_clip.output / name} is finished" in out for name in RUNS] == [True] * 3
     assert out.count("note: config.seed: 0 before, 1 now") == 2
     assert again == mae_and_clip.summary
+
+
+@pytest.mark.slow
+def test_a_run_that_does_not_paint_is_refused(mae_and_clip, tmp_path, capsys):
+    arguments = ["--workdir", str(mae_and_clip.output / "from_mae")]
+    assert show_reconstruction.main([*arguments, "--output", str(tmp_path / "x.png")]) == 2
+    assert "it is no masked autoencoder" in capsys.readouterr().err
+    assert not (tmp_path / "x.png").exists()
+
+
+def test_the_second_stage_takes_the_encoder_alone(tmp_path, shapes_dir):
+    """By the rules of the config, on the shapes of both models; nothing is trained."""
+    setups = {
+        name: build(smoke(name), epath.Path(tmp_path), StartupClock()).setup for name in STAGES
+    }
+    shapes = {
+        name: {path: leaf.shape for path, leaf in flatten(setup.abstract.params).items()}
+        for name, setup in setups.items()
+    }
+    source = Source("the first stage", shapes["mae"], grids={}, notes=(), take=dict)
+    fates = match(shapes["clip"], source, setups["clip"].config.init_from.rules)
+    kinds = {"image": set(), "decoder": set(), "text": set()}
+    for fate in fates:
+        kinds.setdefault(fate.path.partition("/")[0], set()).add(fate.kind)
+    assert kinds.pop("image") == {"loaded"} and kinds.pop("decoder") == {"skipped"}
+    assert set().union(*kinds.values()) == {"fresh"}
 
 
 def test_when_a_curve_gets_to_the_target():

@@ -35,8 +35,9 @@ from vlp_jax.training.step import compile_step, make_step
 from vlp_jax.training.when import Units
 
 PATCH_SIZE = 16
+HEAD_WIDTH = 32  # of the decoder, as published
 GIGA = 1e9
-ABOVE_ZERO = ("batch_size", "width", "depth", "mlp_dim", "heads", "image_size")
+ABOVE_ZERO = ("width", "depth", "mlp_dim", "heads", "decoder_depth", "image_size", "batch_size")
 
 
 class Cost(NamedTuple):
@@ -101,11 +102,12 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--mlp-dim", default=3072, help="its MLPs (default: 3072)", **number)
     parser.add_argument("--heads", default=12, help="its heads (default: 12)", **number)
     parser.add_argument(
-        "--decoder-depth",
-        default=3,
-        help="layers of the decoder, half as wide as the encoder (default: 3, of 8)",
+        "--decoder-width",
+        default=512,
+        help=f"a multiple of {HEAD_WIDTH}, the width of its heads (default: 512)",
         **number,
     )
+    parser.add_argument("--decoder-depth", default=3, help="layers (default: 3, of 8)", **number)
     parser.add_argument("--image-size", default=224, help="pixels (default: 224)", **number)
     parser.add_argument("--batch-size", default=64, help="examples (default: 64)", **number)
     parser.add_argument(
@@ -121,17 +123,21 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 def make_objective(arguments: argparse.Namespace, mask_ratio: float) -> MaskedAutoencoding:
     """The autoencoder. Its layers stand one by one: the body of a scan would count once."""
-    width = arguments.width
+    width = arguments.decoder_width
     image = {
         "variant": f"B/{PATCH_SIZE}",
         "image_size": arguments.image_size,
-        "width": width,
+        "width": arguments.width,
         "depth": arguments.depth,
         "mlp_dim": arguments.mlp_dim,
         "heads": arguments.heads,
     }
-    decoder = {"width": width // 2, "depth": arguments.decoder_depth, "mlp_dim": 2 * width}
-    decoder["heads"] = arguments.heads
+    decoder = {
+        "width": width,
+        "depth": arguments.decoder_depth,
+        "mlp_dim": 4 * width,
+        "heads": width // HEAD_WIDTH,
+    }
     try:
         return make_masked_autoencoding(
             image=image, decoder=decoder, mask_ratio=mask_ratio, scan_layers=False
@@ -201,9 +207,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse(sys.argv[1:] if argv is None else argv)
 
     def command() -> None:
-        for name in (*ABOVE_ZERO, "decoder_depth"):
+        for name in ABOVE_ZERO:
             if getattr(arguments, name) < 1:
                 raise UserError(f"--{name.replace('_', '-')} is at least 1")
+        if arguments.decoder_width < 1 or arguments.decoder_width % HEAD_WIDTH:
+            raise UserError(f"--decoder-width is a multiple of {HEAD_WIDTH}")
         jax.config.update("jax_platforms", "cpu")
         # A program from the cache may come without its figures.
         jax.config.update("jax_enable_compilation_cache", False)
@@ -211,7 +219,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(
             f"GFLOPs of a training step, of one of {arguments.batch_size} examples, compiled for "
             f"CPU by jax {jax.__version__}: {arguments.depth} layers {arguments.width} wide, "
-            f"{arguments.decoder_depth} of {arguments.width // 2} in the decoder, images of "
+            f"{arguments.decoder_depth} of {arguments.decoder_width} in the decoder, images of "
             f"{arguments.image_size} px in patches of {PATCH_SIZE}\n"
         )
         print(table(measure(arguments), arguments.markdown))

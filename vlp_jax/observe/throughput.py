@@ -122,7 +122,8 @@ class StepClock:
         Returns:
             perf/examples_per_second and perf/steps_per_second over all devices;
             perf/mfu, 3 x forward FLOPs x examples/s over the peak of all devices, in [0, 1]
-            (PaLM, arXiv:2204.02311, appendix B; recomputation does not count);
+            (PaLM, arXiv:2204.02311, appendix B; recomputation does not count, and the backward
+            pass of frozen parameters, which is not computed, does);
             perf/data_wait_fraction, the share of the time spent waiting for batches, in [0, 1];
             perf/step_seconds, the mean time of a step with its wait.
         """
