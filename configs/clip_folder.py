@@ -20,8 +20,8 @@ def get_config(arg=None):
     config.duration = duration(epochs=30.0)
     config.objective.image.variant = "Ti/16"
     config.objective.image.image_size = size
-    config.objective.image.depth = 4
-    config.objective.text.depth = 4
+    config.objective.image.update(depth=4, **clip_shapes.MEAN_POOLING)
+    config.objective.text.update(depth=4, norm_eps=1e-6)
     config.objective.remat = "dots"
     config.tokenizer = ConfigDict({"name": "subword", "vocab_size": 4096, "context_length": 32})
     config.data = ConfigDict(

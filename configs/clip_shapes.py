@@ -1,4 +1,8 @@
-"""CLIP on the embedded `shapes` at a size for a GPU; the base of the small runs."""
+"""CLIP on the embedded `shapes` at a size for a GPU; the base of the small runs.
+
+The model has the form of the published ones, so that it can be exported to Hugging Face's CLIPModel
+and to open_clip.
+"""
 
 from ml_collections import ConfigDict
 
@@ -6,6 +10,14 @@ from vlp_jax.config import base, duration
 from vlp_jax.data.shapes import vocabulary
 
 TOWER = {"width": 192, "depth": 6, "mlp_dim": 768, "heads": 3}
+# What a small run without class token sets instead of CLIP's form of the image tower.
+MEAN_POOLING = {
+    "pooling": "mean",
+    "class_token": False,
+    "patch_bias": True,
+    "pre_norm": False,
+    "norm_eps": 1e-6,
+}
 TEMPLATES = ("{}", "a picture of {}", "there is {}", "an image of {}")
 
 
@@ -45,8 +57,17 @@ def get_config(arg=None):
             "loss": "softmax",
             "logit_scale_init": 1 / 0.07,
             "embed_dim": 192,
-            "image": {"variant": "Ti/8", "image_size": 64, "pooling": "mean", **TOWER},
-            "text": {"variant": "Ti", "pooling": "eos", "causal": True, **TOWER},
+            "image": {
+                "variant": "Ti/8",
+                "image_size": 64,
+                "pooling": "cls",
+                "class_token": True,
+                "patch_bias": False,
+                "pre_norm": True,
+                "norm_eps": 1e-5,
+                **TOWER,
+            },
+            "text": {"variant": "Ti", "pooling": "eos", "causal": True, "norm_eps": 1e-5, **TOWER},
             "remat": "none",
         }
     )

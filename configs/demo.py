@@ -16,8 +16,9 @@ def get_config(arg=None):
     config.optimizer.muon.learning_rate = 0.01
     config.optimizer.warmup = duration(percent=10.0)
     config.objective.embed_dim = 128
-    config.objective.image.update(variant="Ti/16", depth=2, **TOWER)
-    config.objective.text.update(depth=1, causal=False, pooling="mean", **TOWER)
+    config.objective.image.update(variant="Ti/16", depth=2, **clip_shapes.MEAN_POOLING, **TOWER)
+    text = {"causal": False, "pooling": "mean", "norm_eps": 1e-6}
+    config.objective.text.update(depth=1, **text, **TOWER)
     config.objective.remat = "dots"  # XLA fuses the backward pass badly on CPU otherwise
     config.data.preprocess = {
         "choose_text": {},

@@ -1,4 +1,8 @@
-"""SigLIP on the embedded `shapes`: sigmoid loss, bidirectional text, attention pooling."""
+"""SigLIP on the embedded `shapes`: sigmoid loss, bidirectional text, attention pooling.
+
+The model has the form of the published ones, so that it can be exported to Hugging Face's
+SiglipModel.
+"""
 
 from configs import clip_shapes
 
@@ -6,7 +10,8 @@ from configs import clip_shapes
 def get_config(arg=None):
     config = clip_shapes.get_config(arg)
     config.objective.loss = "sigmoid"
-    config.objective.image.pooling = "map"
-    config.objective.text.causal = False
-    config.objective.text.pooling = "map"
+    config.objective.image.update({**clip_shapes.MEAN_POOLING, "pooling": "map"})
+    config.objective.text.update(causal=False, pooling="last", norm_eps=1e-6)
+    config.objective.image_head = "none"
+    config.objective.text_head = "linear_bias"
     return config

@@ -90,6 +90,14 @@ def test_mistakes_in_overrides(assignment, message):
         config_lib.override(config_lib.base(), [assignment])
 
 
+def test_an_evaluator_can_be_left_out():
+    config = config_lib.load("configs/demo.py")
+    config_lib.override(config, ["evaluators.zero_shot=None"])
+    assert set(config.evaluators) == {"zero_shot_unseen", "retrieval"} and config.is_locked
+    with pytest.raises(UserError, match="is a section"):
+        config_lib.override(config, ["optimizer=None"])
+
+
 def test_json_round_trip():
     config = config_lib.load("configs/demo.py")
     again = config_lib.from_json(config_lib.to_json(config))
@@ -136,6 +144,15 @@ def test_smoke_leaves_the_original_alone_and_keeps_what_is_not_size():
     assert small.duration.steps == 2 and small.duration.epochs is None
     assert set(small.evaluators) == set(config.evaluators)
     assert small.data.preprocess.random_resized_crop.size == 16
+
+
+def test_smoke_shortens_warmup_and_takes_the_captions_of_its_own_data():
+    config = config_lib.load("configs/clip_b16.py")
+    small = config_lib.smoke(config)
+    assert config.optimizer.warmup.steps == 2000 and small.optimizer.warmup.steps == 1
+    assert small.optimizer.cooldown.percent == 0
+    assert config.data.preprocess.choose_text.field == "caption"
+    assert "field" not in small.data.preprocess.choose_text
 
 
 def test_a_config_of_an_earlier_version_gets_the_defaults_of_new_keys():

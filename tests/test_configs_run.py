@@ -14,7 +14,7 @@ from vlp_jax.training.build import build, first_state, make_checkpointer
 from vlp_jax.training.step import compile_step
 
 ROOT = Path(__file__).resolve().parent.parent
-CONFIGS = sorted(p.stem for p in (ROOT / "configs").glob("*.py") if p.stem != "__init__")
+CONFIGS = sorted(p.stem for p in (ROOT / "configs").glob("[!_]*.py"))
 
 
 def third_loss(config, workdir, state=None):
@@ -32,9 +32,9 @@ def third_loss(config, workdir, state=None):
     return float(total / count), setup
 
 
-# Larger forms of what the other configs try.
-SLOW = {"clip_shapes", "siglip_shapes"}
-MARKED = [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in CONFIGS]
+# Larger forms of what the other configs try, and recipes that share their parts with these.
+FAST = {"demo", "mae_then_clip", "flip_l16"}
+MARKED = [pytest.param(n, marks=pytest.mark.slow) if n not in FAST else n for n in CONFIGS]
 
 
 @pytest.mark.parametrize("name", MARKED)

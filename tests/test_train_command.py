@@ -169,6 +169,7 @@ def test_a_workdir_may_be_relative(command, tmp_path, monkeypatch):
     assert evaluate.main(["--workdir", "runs/mine"]) == 0
 
 
+@pytest.mark.slow  # tests/training/test_init_from.py has its parts
 def test_a_run_starts_from_another_and_then_goes_on_alone(command, tmp_path, capsys):
     first, second = tmp_path / "run", tmp_path / "second"
     assert command()[0] == 0

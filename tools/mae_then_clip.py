@@ -146,11 +146,12 @@ def draw(output: Path, summary: Mapping[str, Any]) -> None:
         },
         title="CLIP from a masked autoencoder and from scratch",
         subtitle=(
-            f"the image tower starts as the encoder after {summary[MAE]['steps']:,} steps, or "
-            f"fresh; dotted: {summary['target']}"
+            f"the same run; one begins with the image tower of {summary[MAE]['steps']:,} steps of "
+            "masked autoencoding"
         ),
         ylabel="zero-shot top-1",
         target=summary["target"],
+        target_label="the demo at its end" if summary["target"] == DEMO_TOP1 else "target",
     )
 
 

@@ -179,7 +179,8 @@ def _check_keys(
 
 
 def override(config: ConfigDict, assignments: list[str]) -> None:
-    """Applies `["a.b=v", ...]` in place. Values are Python literals, text needs no quotes.
+    """Applies `["a.b=v", ...]` in place. Values are Python literals, text needs no quotes;
+    None leaves an evaluator out (`evaluators.NAME=None`).
 
     Raises:
       UserError: a key that does not exist (with the nearest that does), or a value of another type.
@@ -191,6 +192,10 @@ def override(config: ConfigDict, assignments: list[str]) -> None:
         section, key, where = _find(config, path)
         _require(section, key, where)
         current = section[key]
+        if where == "config.evaluators" and text == "None":
+            with config.unlocked():
+                del section[key]
+            continue
         if isinstance(current, ConfigDict):
             keys = ", ".join(f"--config.{path}.{name}" for name in current)
             raise UserError(f"--config.{path} is a section; set one of its keys: {keys}")
@@ -327,9 +332,10 @@ def _first_line(error: BaseException) -> str:
 
 
 # What `smoke` puts in the place of a model's sizes, wherever it stands in the objective.
-SMOKE_SIZES = {"width": 32, "depth": 2, "mlp_dim": 64, "heads": 2, "embed_dim": 16}
+SMOKE_SIZES = {"width": 32, "depth": 2, "mlp_dim": 64, "heads": 2, "embed_dim": 32}
 SMOKE_PATCHES = 2  # patches along one side of an image
 SMOKE_BATCH_SIZE = 16
+SMOKE_EVALUATOR = {"batch_size": SMOKE_BATCH_SIZE, "templates": ("{}",)}
 
 
 def smoke(config: ConfigDict) -> ConfigDict:
@@ -340,6 +346,8 @@ def smoke(config: ConfigDict) -> ConfigDict:
     """
     config = config.copy_and_resolve_references().unlock()
     config.duration = duration(steps=2)
+    for part in (config.optimizer.warmup, config.optimizer.cooldown):
+        part.update(duration(steps=1) if part.percent is None else {})
     config.batch_size = SMOKE_BATCH_SIZE
     config.init_from.source = config.init_from.step = None
     config.log.every = duration(steps=1)
@@ -357,8 +365,7 @@ def smoke(config: ConfigDict) -> ConfigDict:
         config.extra_data[name] = _smoke_data(data, "train", image_size)
     for evaluator in config.evaluators.values():
         evaluator.every = duration(steps=2)
-        if "batch_size" in evaluator:
-            evaluator.batch_size = SMOKE_BATCH_SIZE
+        evaluator.update({key: SMOKE_EVALUATOR[key] for key in SMOKE_EVALUATOR if key in evaluator})
         if "data" in evaluator:
             evaluator.data = _smoke_data(evaluator.data, "test", image_size)
             evaluator.data.limit = 2 * SMOKE_BATCH_SIZE + 1
@@ -385,7 +392,8 @@ def _smoke_data(data: ConfigDict, split: str, image_size: int | None) -> ConfigD
     small = ConfigDict({"source": "tfds", "dataset": "shapes/tiny", "split": split})
     if "preprocess" in data:
         small.preprocess = data.preprocess.copy_and_resolve_references()
-        for op in small.preprocess.values():
-            if "size" in op:
-                op.size = image_size
+        for name, op in small.preprocess.items():
+            op.update({"size": image_size} if "size" in op else {})
+            if name == "choose_text" and "field" in op:
+                del op["field"]  # it was that of the other data
     return small

@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import os
 import sys
+import textwrap
 from collections.abc import Sequence
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
@@ -34,6 +35,7 @@ from vlp_jax.training.setup import Setup
 from vlp_jax.training.state import TrainState
 from vlp_jax.training.step import compile_step
 
+LONGEST_VALUE = 200  # characters of a value that --help prints
 EPILOG = """\
 examples:
   python -m vlp_jax.train --config configs/demo.py --workdir runs/demo
@@ -88,7 +90,7 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, ConfigDict]:
     if arguments.help:
         print(f"\nkeys of {arguments.config}:")
         for key, value in config_lib.flatten(config):
-            print(f"  --config.{key}={value}")
+            print(f"  --config.{key}={textwrap.shorten(str(value), LONGEST_VALUE)}")
         raise SystemExit(0)
     if not arguments.workdir:
         raise UserError("--workdir is missing; see --help")

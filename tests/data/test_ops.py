@@ -165,6 +165,19 @@ def test_center_crop_keeps_the_middle():
     np.testing.assert_array_equal(same, square)
 
 
+def test_random_square_crop_is_anywhere_along_the_longer_side():
+    columns = np.broadcast_to(np.arange(60, dtype=np.uint8)[None, :, None], (20, 60, 3))
+    preprocess = {"resize_shortest_and_random_crop": {"size": 20}}
+    crops = [run(preprocess, {"image": columns}, seed)["image"] for seed in range(80)]
+    starts = {int(crop[0, 0, 0]) for crop in crops}
+    assert starts <= set(range(41)) and {min(starts), max(starts)} <= {0, 1, 2, 38, 39, 40}
+    assert len(starts) > 20
+    for crop in crops:
+        np.testing.assert_array_equal(crop - crop[:, :1], columns[:, :20])
+    tall = run({"resize_shortest_and_random_crop": {"size": 24}}, {"image": picture(96, 48)})
+    assert tall["image"].shape == (24, 24, 3)
+
+
 def test_random_resized_crop_is_a_part_of_the_image_and_follows_its_seed():
     # Each pixel holds its own place, so that the rectangle can be read off.
     rows, columns = np.mgrid[:100, :100].astype(np.uint8)

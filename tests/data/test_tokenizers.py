@@ -7,6 +7,7 @@ import sys
 
 import numpy as np
 import pytest
+import tokenizers
 
 from vlp_jax.data.tokenizers import (
     ByteTokenizer,
@@ -75,6 +76,56 @@ def test_text_that_spells_a_special_token_is_text(tokenizer):
     ids = tokenizer([text])
     assert np.sum(ids == tokenizer.eos_id) == 1
     assert tokenizer.decode(ids) == [text]
+
+
+def rows_by_library(content, context_length, pad_id, texts):
+    """What the library makes of a tokenizer.json with the settings that `to_json` leaves open."""
+    model = tokenizers.Tokenizer.from_str(content)
+    model.encode_special_tokens = True
+    model.enable_truncation(context_length)
+    model.enable_padding(pad_id=pad_id, length=context_length)
+    return np.array([encoding.ids for encoding in model.encode_batch(texts)])
+
+
+@pytest.mark.parametrize("context_length", [3, 9, 200])
+@pytest.mark.parametrize("name", ["bytes", "subword"])
+def test_the_file_for_others_gives_the_same_rows(name, context_length, subword, tmp_path):
+    subword.save(tmp_path / "t.json")
+    if name == "bytes":
+        ours = ByteTokenizer(context_length)
+    else:
+        ours = SubwordTokenizer.load(tmp_path / "t.json", context_length)
+    texts = [*SCRIPTS, *ENGLISH[:3], "", "a <eos> b <pad> <bos>", "a long text " * 40]
+    theirs = rows_by_library(ours.to_json(lowercase=False), context_length, ours.pad_id, texts)
+    np.testing.assert_array_equal(ours(texts), theirs)
+
+
+def test_the_file_for_others_lowercases_when_asked(subword):
+    texts = ["A RED Circle", "КРАСНЫЙ Круг"]
+    theirs = rows_by_library(subword.to_json(lowercase=True), 200, subword.pad_id, texts)
+    np.testing.assert_array_equal(subword([text.lower() for text in texts]), theirs)
+    assert not np.array_equal(subword(texts), theirs)
+
+
+def test_rows_without_bos_and_padding_by_eos(subword, tmp_path):
+    content = subword._file.replace("<bos>", "<first>").replace("<pad>", "<empty>")
+    (tmp_path / "other.json").write_text(content)
+    other = SubwordTokenizer.load(tmp_path / "other.json", 8)
+    assert other.bos_id is None and other.pad_id == other.eos_id == 1
+    expected = subword(["red box"])[0]
+    length = int(np.sum(expected != subword.pad_id))
+    row = other(["red box"])[0]
+    np.testing.assert_array_equal(row[: length - 1], expected[1:length])
+    assert np.all(row[length - 1 :] == other.eos_id)
+    assert other.decode(row[None]) == ["red box"]
+    long = ["a red circle on a white floor " * 9]
+    assert other(long)[0, -1] == other.eos_id
+    theirs = rows_by_library(other.to_json(lowercase=False), 8, other.pad_id, ["red box", *long])
+    np.testing.assert_array_equal(other(["red box", *long]), theirs)
+
+
+def test_no_special_token_has_the_id_that_clip_takes_for_the_highest(tokenizer):
+    assert (tokenizer.pad_id, tokenizer.eos_id, tokenizer.bos_id) == (0, 1, 2)
 
 
 def test_broken_text_does_not_stop_the_run(tokenizer):

@@ -149,7 +149,5 @@ def siglip(image=None, text=None, **fields):
         text_tower(**text),
         tower.width,
         logit_scale_init=2.3,
-        image_mean=MEAN,
-        image_std=STD,
-        **{**defaults, **fields},
+        **{**defaults, "image_mean": MEAN, "image_std": STD, **fields},
     )

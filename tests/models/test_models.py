@@ -170,6 +170,18 @@ def test_eos_pooling_takes_the_first_end_of_text():
     np.testing.assert_allclose(model.apply(params, ids), model.apply(params, twice), atol=1e-6)
 
 
+@pytest.mark.parametrize(("pooling", "place"), [("first", 0), ("last", 8)])
+def test_pooling_at_an_end_sees_the_token_that_is_there_if_attention_is_causal(pooling, place):
+    model = tiny_text(pooling=pooling)
+    ids = tokens()
+    params = perturbed(init(model, ids))
+    before = model.apply(params, ids)
+    assert jnp.abs(model.apply(params, ids.at[:, place].add(1)) - before).max() > 1e-3
+    if pooling == "first":
+        after = model.apply(params, ids.at[:, 1:].add(1))
+        np.testing.assert_allclose(after, before, atol=1e-6)
+
+
 def test_images_of_a_batch_do_not_mix():
     model = tiny_vit(pooling="map")
     params = perturbed(init(model, image()))
@@ -284,7 +296,10 @@ def test_flops_equal_the_compilers_count_of_the_matrix_products():
         (lambda: make_vit("B/15", 224), "do not tile"),
         (lambda: make_vit("B/16", 224, heads=7), "do not divide"),
         (lambda: make_vit("B/16", 224, pooling="max"), "known: cls, mean, map, none"),
-        (lambda: make_text("B", 10, 10, pooling="cls"), "known: eos, argmax, last, mean, map"),
+        (
+            lambda: make_text("B", 10, 10, pooling="cls"),
+            "known: eos, argmax, first, last, mean, map",
+        ),
         (
             lambda: tiny_vit().init(KEY, image(size=24)),
             "takes images of 16 x 16 pixels, not 24 x 24",

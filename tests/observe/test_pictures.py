@@ -96,7 +96,10 @@ def test_the_target_is_a_dotted_line_at_its_height(tmp_path):
     for target in (0.3, 0.9):
         picture = compare(tmp_path / "with.png", curves, target=target)
         rows, columns = np.nonzero((picture != without).any(axis=-1))
-        assert np.ptp(rows) < 6 and np.ptp(columns) > 500
+        line = np.ptp(columns[rows < rows.min() + 6])  # the label stands below its beginning
+        assert line > 500 and np.ptp(rows) < 40
+        named = compare(tmp_path / "named.png", curves, target=target, target_label="the aim")
+        assert (named != picture).any()
         assert len(where(picture, PALE)[0]) > len(where(without, PALE)[0])
         heights.append(rows.mean())
     assert heights[1] < heights[0] - 200

@@ -117,6 +117,7 @@ def test_momentum_lies_as_its_parameter_does():
     assert len(sharded) > 10
 
 
+@pytest.mark.slow  # test_meshes.py has AdamW on the same meshes
 def test_losses_do_not_depend_on_the_mesh():
     one = helpers.train(helpers.setup_on(muon_config(), {"replica": 1}, 1), 10)[1]
     sizes = {"replica": 2, "fsdp": 2, "tensor": 2}

@@ -7,6 +7,7 @@ operation, a function (example, seed) -> example; `vlp_jax.data.ops` lists them 
 from __future__ import annotations
 
 import struct
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -130,18 +131,37 @@ def resize_shortest_and_center_crop(
     def apply(example: Example, seed: tf.Tensor) -> Example:
         del seed
         tf = import_tensorflow()
-        image = _image(example, op)
-        sides = tf.shape(image)[:2]
-        resized = sides * size // tf.reduce_min(sides)
-        scale = tf.cast(resized / sides, tf.float32)
-        # Rounds half to even, as Python does in torchvision.
-        offset = tf.round(tf.cast(resized - size, tf.float32) / 2)
-        warped = tf.cond(
-            tf.reduce_all(sides == size),
-            lambda: image,
-            lambda: _to_uint8(_warp(image, size, scale, -offset, kernel, antialias)),
-        )
-        return {**example, "image": tf.ensure_shape(warped, [size, size, 3])}
+
+        def offset(spare: tf.Tensor) -> tf.Tensor:
+            # Rounds half to even, as Python does in torchvision.
+            return tf.round(tf.cast(spare, tf.float32) / 2)
+
+        image = _resize_shortest_and_crop(_image(example, op), size, kernel, antialias, offset)
+        return {**example, "image": image}
+
+    return apply
+
+
+def resize_shortest_and_random_crop(
+    size: int, method: str = "bicubic", antialias: bool = True
+) -> Op:
+    """Resizes the shorter side to `size`, and cuts a square [size, size, 3] out anywhere.
+
+    "A random square crop from resized images" is CLIP's only augmentation (Radford et al. 2021,
+    2.3). Arguments are those of `random_resized_crop`.
+    """
+    op = "resize_shortest_and_random_crop"
+    kernel = _check_resize(op, size, method)
+
+    def apply(example: Example, seed: tf.Tensor) -> Example:
+        tf = import_tensorflow()
+
+        def offset(spare: tf.Tensor) -> tf.Tensor:
+            places = tf.cast(spare + 1, tf.float32)
+            return tf.floor(tf.random.stateless_uniform([2], seed) * places)
+
+        image = _resize_shortest_and_crop(_image(example, op), size, kernel, antialias, offset)
+        return {**example, "image": image}
 
     return apply
 
@@ -299,6 +319,27 @@ def _resize(image: tf.Tensor, size: int, kernel: str, antialias: bool) -> tf.Ten
 
     image = tf.cond(tf.reduce_all(sides == size), lambda: image, resized)
     return tf.ensure_shape(image, [size, size, 3])
+
+
+def _resize_shortest_and_crop(
+    image: tf.Tensor,
+    size: int,
+    kernel: str,
+    antialias: bool,
+    offset: Callable[[tf.Tensor], tf.Tensor],
+) -> tf.Tensor:
+    """`offset` gets how many rows and columns are too many, and says how many come off in front."""
+    tf = import_tensorflow()
+    sides = tf.shape(image)[:2]
+    resized = sides * size // tf.reduce_min(sides)
+    scale = tf.cast(resized / sides, tf.float32)
+    shift = -offset(resized - size)
+    warped = tf.cond(
+        tf.reduce_all(sides == size),
+        lambda: image,
+        lambda: _to_uint8(_warp(image, size, scale, shift, kernel, antialias)),
+    )
+    return tf.ensure_shape(warped, [size, size, 3])
 
 
 def _warp(

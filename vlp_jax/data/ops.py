@@ -78,6 +78,7 @@ OPS: dict[str, Callable[..., Op]] = {
     "decode_image": image_ops.decode_image,
     "random_resized_crop": image_ops.random_resized_crop,
     "resize": image_ops.resize,
+    "resize_shortest_and_random_crop": image_ops.resize_shortest_and_random_crop,
     "resize_shortest_and_center_crop": image_ops.resize_shortest_and_center_crop,
     "flip_left_right": image_ops.flip_left_right,
     "keep": keep,

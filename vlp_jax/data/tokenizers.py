@@ -1,17 +1,18 @@
 """Text to token ids: bytes, or subwords by the Hugging Face `tokenizers` library.
 
 A row of ids is bos, the text's ids, eos, and padding. A text that is too long loses its end, never
-its eos. Both tokenizers that are made here number pad 0, bos 1 and eos 2.
+its eos. Both tokenizers that are made here number pad 0, eos 1 and bos 2: Hugging Face's CLIPModel
+takes an eos of 2 for something else.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
+from etils import epath
 
 from vlp_jax.data.sources.base import as_plain
 from vlp_jax.errors import UserError, unknown_key_message
@@ -19,7 +20,7 @@ from vlp_jax.errors import UserError, unknown_key_message
 if TYPE_CHECKING:
     import tokenizers
 
-PAD_ID, BOS_ID, EOS_ID = 0, 1, 2
+PAD_ID, EOS_ID, BOS_ID = 0, 1, 2
 _BYTES = 256
 _MIN_VOCAB = 3 + _BYTES
 
@@ -28,6 +29,8 @@ _PAD_TOKENS = ("<pad>", "[PAD]", "<|pad|>", "<|padding|>")
 _BOS_TOKENS = ("<bos>", "<s>", "[CLS]", "[BOS]", "<|startoftext|>", "<|begin_of_text|>")
 _EOS_TOKENS = ("<eos>", "</s>", "[SEP]", "[EOS]", "<|endoftext|>", "<|end_of_text|>")
 
+_SPECIAL_TOKENS = (_PAD_TOKENS[0], _EOS_TOKENS[0], _BOS_TOKENS[0])  # in the order of their ids
+
 
 class Tokenizer(Protocol):
     """What the pipeline and the models ask of a tokenizer.
@@ -35,13 +38,13 @@ class Tokenizer(Protocol):
     Attributes:
       vocab_size: the number of rows that an embedding needs: every id is below it.
       context_length: the length of a row of ids.
-      pad_id, bos_id, eos_id: the special tokens.
+      pad_id, bos_id, eos_id: the special tokens; without a bos (None), rows begin with the text.
     """
 
     vocab_size: int
     context_length: int
     pad_id: int
-    bos_id: int
+    bos_id: int | None
     eos_id: int
 
     def __call__(self, texts: Sequence[str | bytes]) -> np.ndarray:
@@ -56,6 +59,16 @@ class Tokenizer(Protocol):
         """Writes what is needed to build it again to a file, whole or not at all."""
         ...
 
+    def to_json(self, lowercase: bool) -> str:
+        """A tokenizer.json of the Hugging Face `tokenizers` library with which it frames as here.
+
+        Padding, truncation and `encode_special_tokens` are the caller's there.
+
+        Args:
+          lowercase: texts come as they are, and are to be lower-cased first.
+        """
+        ...
+
 
 class ByteTokenizer:
     """UTF-8 bytes: byte b is id b + 3."""
@@ -67,7 +80,7 @@ class ByteTokenizer:
         self.context_length = _check_context_length(context_length)
 
     def __call__(self, texts: Sequence[str | bytes]) -> np.ndarray:
-        room = self.context_length - 2
+        room = self.context_length - _frame_length(self)
         rows = []
         for text in texts:
             encoded = text if isinstance(text, bytes) else text.encode("utf-8", "replace")
@@ -82,30 +95,46 @@ class ByteTokenizer:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes a note: a byte tokenizer has nothing to keep but its kind."""
-        _write_whole(Path(path), '{"type": "bytes"}\n')
+        _write_whole(epath.Path(path), '{"type": "bytes"}\n')
+
+    def to_json(self, lowercase: bool) -> str:
+        """The bytes as a byte-level BPE without merges; see `Tokenizer`."""
+        library = _import_tokenizers()
+        vocab = {name: i for i, name in enumerate(_SPECIAL_TOKENS)}
+        vocab.update({symbol: byte + 3 for byte, symbol in enumerate(_byte_symbols())})
+        model = library.Tokenizer(library.models.BPE(vocab=vocab, merges=[]))
+        model.add_special_tokens(list(_SPECIAL_TOKENS))
+        model.pre_tokenizer = library.pre_tokenizers.ByteLevel(
+            add_prefix_space=False, use_regex=False
+        )
+        model.decoder = library.decoders.ByteLevel()
+        return _framing_json(model, self, lowercase)
 
 
 class SubwordTokenizer:
     """A tokenizer.json of the Hugging Face `tokenizers` library, framed by bos and eos.
 
     The file's own post-processing, truncation and padding are not used. Text that spells a special
-    token ("<eos>") is encoded as text.
+    token ("<eos>") is encoded as text. Without a token for padding, as in CLIP's file, eos pads;
+    without one for bos, as in SigLIP's, rows begin with the text.
 
     Raises:
-      UserError: if the file lacks special tokens for pad, bos and eos.
+      UserError: if the file lacks a special token for eos.
     """
 
     def __init__(self, model: tokenizers.Tokenizer, context_length: int, where: str) -> None:
         self.context_length = _check_context_length(context_length)
         self._model = model
-        self.pad_id = _special_id(model, "pad", _PAD_TOKENS, where)
-        self.bos_id = _special_id(model, "bos", _BOS_TOKENS, where)
-        self.eos_id = _special_id(model, "eos", _EOS_TOKENS, where)
+        self.bos_id = _special_id(model, _BOS_TOKENS)
+        eos_id, pad_id = _special_id(model, _EOS_TOKENS), _special_id(model, _PAD_TOKENS)
+        if eos_id is None:
+            raise UserError(f"{where} has no eos token (looked for {', '.join(_EOS_TOKENS)})")
+        self.eos_id, self.pad_id = eos_id, eos_id if pad_id is None else pad_id
         self.vocab_size = 1 + max(model.get_vocab(with_added_tokens=True).values())
         model.encode_special_tokens = True
         model.no_padding()
         self._file = model.to_str(pretty=False)
-        model.enable_truncation(context_length - 2)
+        model.enable_truncation(context_length - _frame_length(self))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], context_length: int) -> SubwordTokenizer:
@@ -115,10 +144,10 @@ class SubwordTokenizer:
           UserError: if the file does not exist, is not one, or lacks special tokens.
         """
         library = _import_tokenizers()
-        if not Path(path).is_file():
+        if not epath.Path(path).is_file():
             raise UserError(f"tokenizer file {path} does not exist")
         try:
-            model = library.Tokenizer.from_file(str(path))
+            model = library.Tokenizer.from_str(epath.Path(path).read_bytes().decode())
         except Exception as error:  # the library raises plain Exception for every kind of damage
             reason = str(error).splitlines()[0]
             raise UserError(f"{path} is not a tokenizer.json that can be read: {reason}") from None
@@ -135,7 +164,11 @@ class SubwordTokenizer:
         )
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        _write_whole(Path(path), self._file)
+        _write_whole(epath.Path(path), self._file)
+
+    def to_json(self, lowercase: bool) -> str:
+        model = _import_tokenizers().Tokenizer.from_str(self._file)
+        return _framing_json(model, self, lowercase)
 
 
 def train_subword(
@@ -165,7 +198,7 @@ def train_subword(
     model.decoder = library.decoders.ByteLevel()
     trainer = library.trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=[_PAD_TOKENS[0], _BOS_TOKENS[0], _EOS_TOKENS[0]],
+        special_tokens=list(_SPECIAL_TOKENS),
         initial_alphabet=sorted(library.pre_tokenizers.ByteLevel.alphabet()),
         min_frequency=2,
         show_progress=False,
@@ -209,7 +242,7 @@ def build_tokenizer(
         path = None
     elif name != "subword":
         raise UserError(unknown_key_message(str(name), ("bytes", "subword"), "tokenizer.name"))
-    elif file is not None or (path is not None and Path(path).is_file()):
+    elif file is not None or (path is not None and epath.Path(path).is_file()):
         path = path if file is None else file
         tokenizer = SubwordTokenizer.load(path, context_length)
     else:
@@ -237,13 +270,51 @@ def _import_tokenizers() -> Any:
 
 
 def _frame(rows: Sequence[Sequence[int] | np.ndarray], tokenizer: Tokenizer) -> np.ndarray:
-    """bos, ids, eos and padding; rows are no longer than context_length - 2."""
+    """bos (if there is one), ids, eos and padding; the rows leave room for bos and eos."""
     ids = np.full((len(rows), tokenizer.context_length), tokenizer.pad_id, np.int32)
-    ids[:, 0] = tokenizer.bos_id
+    begin = 0
+    if tokenizer.bos_id is not None:
+        ids[:, 0], begin = tokenizer.bos_id, 1
     for target, row in zip(ids, rows, strict=True):
-        target[1 : 1 + len(row)] = row
-        target[1 + len(row)] = tokenizer.eos_id
+        target[begin : begin + len(row)] = row
+        target[begin + len(row)] = tokenizer.eos_id
     return ids
+
+
+def _frame_length(tokenizer: Tokenizer) -> int:
+    """How many special tokens frame a text."""
+    return 1 if tokenizer.bos_id is None else 2
+
+
+def _framing_json(model: tokenizers.Tokenizer, tokenizer: Tokenizer, lowercase: bool) -> str:
+    """The file of a library's model that puts bos and eos around a text as `tokenizer` does."""
+    library = _import_tokenizers()
+    ids = [i for i in (tokenizer.bos_id, tokenizer.eos_id) if i is not None]
+    names = [model.id_to_token(i) for i in ids]
+    before, after = names[:-1], names[-1:]
+    model.post_processor = library.processors.TemplateProcessing(
+        single=[*before, "$A", *after],
+        pair=[*before, "$A", *after, "$B:1", *(f"{name}:1" for name in after)],
+        special_tokens=list(zip(names, ids, strict=True)),
+    )
+    if lowercase:
+        steps = [library.normalizers.Lowercase()]
+        steps += [] if model.normalizer is None else [model.normalizer]
+        model.normalizer = library.normalizers.Sequence(steps)
+    model.no_padding()
+    model.no_truncation()
+    return model.to_str(pretty=False)
+
+
+def _byte_symbols() -> list[str]:
+    """The character that stands for each byte in a byte-level BPE.
+
+    Bytes that print stand for themselves, the others for characters from 256 on, in their order
+    (openai/gpt-2, encoder.py, `bytes_to_unicode`).
+    """
+    printing = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = iter(range(256, 512))
+    return [chr(byte if byte in printing else next(others)) for byte in range(_BYTES)]
 
 
 def _up_to_eos(ids: np.ndarray, eos_id: int) -> list[np.ndarray]:
@@ -261,12 +332,10 @@ def _as_text(text: str | bytes) -> str:
     return text.encode("utf-8", "replace").decode("utf-8")
 
 
-def _special_id(model: tokenizers.Tokenizer, purpose: str, names: Sequence[str], where: str) -> int:
-    for name in names:
-        token_id = model.token_to_id(name)
-        if token_id is not None:
-            return token_id
-    raise UserError(f"{where} has no {purpose} token (looked for {', '.join(names)})")
+def _special_id(model: tokenizers.Tokenizer, names: Sequence[str]) -> int | None:
+    """The id of the first of these names that the model has."""
+    ids = (model.token_to_id(name) for name in names)
+    return next((token_id for token_id in ids if token_id is not None), None)
 
 
 def _check_context_length(context_length: Any) -> int:
@@ -278,9 +347,9 @@ def _check_context_length(context_length: Any) -> int:
     return context_length
 
 
-def _write_whole(path: Path, content: str) -> None:
+def _write_whole(path: epath.Path, content: str) -> None:
     """Writes a file so that no reader, nor a crash, ever sees half of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f"{path.name}.{os.getpid()}.unfinished")
-    unfinished.write_text(content, encoding="utf-8")
-    os.replace(unfinished, path)
+    unfinished = path.parent / f"{path.name}.{os.getpid()}.unfinished"
+    unfinished.write_bytes(content.encode())
+    unfinished.replace(path)

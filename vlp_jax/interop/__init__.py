@@ -70,7 +70,7 @@ def read(spec: str, like: Module | None = None) -> Imported:
     name, colon, path = spec.partition(":")
     if not colon or not path:
         raise UserError(f"weights are named FORMAT:PATH, such as hf_clip:models/clip, not {spec!r}")
-    return _format(name).read(Path(path).expanduser(), like)
+    return format_named(name).read(Path(path).expanduser(), like)
 
 
 def read_weights(spec: str, like: Module) -> Weights:
@@ -105,7 +105,7 @@ def write(
     for key in extras:
         if key not in known:
             raise UserError(unknown_key_message(key, known, "the export's settings"))
-    given, chosen = Extras(**extras), _format(format)
+    given, chosen = Extras(**extras), format_named(format)
     problems = chosen.check(module, given)
     if problems:
         raise UserError(f"this model cannot be written as {format}: {'; '.join(problems)}")
@@ -113,7 +113,11 @@ def write(
     return chosen.write(module, dict(params), Path(directory), given)
 
 
-def _format(name: str) -> Format:
+def format_named(name: str) -> Format:
+    """
+    Raises:
+      UserError: there is no such format.
+    """
     if name not in FORMATS:
         raise UserError(unknown_key_message(name, FORMATS, "the formats of weights"))
     return FORMATS[name]
@@ -128,6 +132,7 @@ __all__ = [
     "Weights",
     "check_params",
     "differences",
+    "format_named",
     "from_tree",
     "read",
     "read_weights",

@@ -12,6 +12,7 @@ import flax.linen as nn
 import numpy as np
 
 from vlp_jax.errors import UserError
+from vlp_jax.interop.hf_tokenizer import TokenizerFiles
 from vlp_jax.interop.tables import Shape
 from vlp_jax.interop.trees import Module, Params, image_of
 from vlp_jax.models.dual_encoder import DualEncoder
@@ -42,11 +43,13 @@ class Imported:
       module: complete: it computes what the source computes.
       params: path -> float32 array (see `vlp_jax.interop.trees`).
       notes: what the module does not say, a line each.
+      extras: fields of `Extras` that the files say, for writing the model again.
     """
 
     module: Module
     params: Params
     notes: list[str]
+    extras: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +63,7 @@ class Extras:
         the shorter side and cuts the middle out.
       interpolation: "bicubic" or "bilinear", both antialiased.
       norm_pix_loss, mask_ratio: of masked autoencoding.
+      tokenizer: its files, for formats that have some.
     """
 
     bos_id: int | None = None
@@ -71,6 +75,7 @@ class Extras:
     interpolation: str = "bicubic"
     norm_pix_loss: bool = False
     mask_ratio: float = 0.75
+    tokenizer: TokenizerFiles | None = None
 
     def __post_init__(self) -> None:
         for field, known in (("resize", RESIZES), ("interpolation", INTERPOLATIONS)):
@@ -85,7 +90,16 @@ class Extras:
 
 
 class Format(Protocol):
-    """A file of `vlp_jax.interop` that holds one foreign format."""
+    """A file of `vlp_jax.interop` that holds one foreign format.
+
+    Attributes:
+      KINDS: the modules of which it can hold some.
+      LOADED_BY: a line of Python that loads a folder of it, in which `{}` stands for the folder and
+        `{architecture}` for the class that its config names.
+    """
+
+    KINDS: tuple[type, ...]
+    LOADED_BY: str
 
     def read(self, path: Path, like: Module | None) -> Imported:
         """Reads a file or a directory; `like` says what the files do not."""

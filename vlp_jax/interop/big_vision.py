@@ -32,6 +32,8 @@ from vlp_jax.models.text import TextTransformer
 from vlp_jax.models.vit import VisionTransformer
 
 MODEL = "big_vision"
+KINDS = (DualEncoder, VisionTransformer)
+LOADED_BY = 'numpy.load("{}/model.npz")'
 FILE = "model.npz"
 LEFT_OUT = ("head/kernel", "head/bias", "pre_logits/kernel", "pre_logits/bias")  # of a classifier
 

@@ -89,8 +89,7 @@ def save_safetensors(tensors: Tensors, path: Path) -> Path:
     """Writes arrays, whole or not at all, as the PyTorch libraries expect them; returns `path`."""
     # The library writes an array's memory as it lies there: a transposed view would come out wrong.
     whole = {key: np.array(x, order="C", copy=None) for key, x in tensors.items()}
-    _write_whole(path, safetensors.numpy.save(whole, metadata={"format": "pt"}))
-    return path
+    return save_bytes(safetensors.numpy.save(whole, metadata={"format": "pt"}), path)
 
 
 def save_npz(tensors: Tensors, path: Path) -> Path:
@@ -124,10 +123,17 @@ def load_json_if_there(path: Path) -> dict[str, Any]:
     return load_json(path) if path.is_file() else {}
 
 
+def save_bytes(content: bytes, path: Path) -> Path:
+    """Writes a file, whole or not at all; returns `path`."""
+    unfinished = _unfinished(path)
+    unfinished.write_bytes(content)
+    os.replace(unfinished, path)
+    return path
+
+
 def save_json(content: dict[str, Any], path: Path) -> Path:
     """Writes a JSON file, whole or not at all; returns `path`."""
-    _write_whole(path, (json.dumps(content, indent=2) + "\n").encode())
-    return path
+    return save_bytes((json.dumps(content, indent=2) + "\n").encode(), path)
 
 
 def _load_safetensors(path: Path) -> Tensors:
@@ -187,12 +193,6 @@ def _pickle_error(path: Path) -> UserError:
         f"PyTorch is installed, with safetensors.torch.save_file(torch.load({path.name!r}, "
         f"weights_only=True), 'model.safetensors'), and read that"
     )
-
-
-def _write_whole(path: Path, content: bytes) -> None:
-    unfinished = _unfinished(path)
-    unfinished.write_bytes(content)
-    os.replace(unfinished, path)
 
 
 def _unfinished(path: Path) -> Path:

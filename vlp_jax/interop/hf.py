@@ -11,6 +11,10 @@ from vlp_jax.interop.base import Extras, Format, Imported
 from vlp_jax.interop.trees import Module, Params
 from vlp_jax.models.dual_encoder import DualEncoder
 from vlp_jax.models.masked_autoencoder import MaskedAutoencoder
+from vlp_jax.models.vit import VisionTransformer
+
+KINDS = (DualEncoder, MaskedAutoencoder, VisionTransformer)
+LOADED_BY = 'transformers.{architecture}.from_pretrained("{}")'
 
 BY_MODEL_TYPE: dict[str, Format] = {
     "clip": hf_clip,

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from vlp_jax.errors import UserError
-from vlp_jax.interop import base, files, hf_common
+from vlp_jax.interop import base, files, hf_common, hf_tokenizer
 from vlp_jax.interop.base import Extras, Imported
 from vlp_jax.interop.tables import (
     SQUEEZED,
@@ -30,6 +30,9 @@ from vlp_jax.models.text import TextTransformer
 from vlp_jax.models.vit import VisionTransformer
 
 MODEL = "CLIPModel"
+KINDS = (DualEncoder,)
+LOADED_BY = 'transformers.CLIPModel.from_pretrained("{}")'
+TOKENIZER_GIVES = ("input_ids", "attention_mask")
 HIGHEST_ID = 2  # the eos_token_id that means "pool at the highest id"
 
 TABLE: Table = [
@@ -104,18 +107,22 @@ def read(path: Path, like: Module | None = None) -> Imported:
     weights, config = hf_common.open_folder(path, "clip")
     where, notes = weights.parent / "config.json", []
     config = hf_common.with_defaults(config, DEFAULTS)
+    text = hf_common.section(config, "text_config", TEXT_DEFAULTS, where)
     module = DualEncoder(
         image=_image(
             hf_common.section(config, "vision_config", VISION_DEFAULTS, where), where, like, notes
         ),
-        text=_text(hf_common.section(config, "text_config", TEXT_DEFAULTS, where), where),
+        text=_text(text, where),
         embed_dim=base.integer(config, "projection_dim", where),
         logit_scale_init=base.number(config, "logit_scale_init_value", where),
         **hf_common.read_pixels(weights.parent, base.OPENAI_MEAN, base.OPENAI_STD, like, notes),
     )
     tensors = files.load_tensors(weights)
     params = from_theirs(TABLE, tensors, expected_shapes(module), weights, IGNORED)
-    return Imported(module, params, notes)
+    extras = hf_common.read_extras(weights.parent, text, notes)
+    if module.text.pooling == "argmax":
+        extras.pop("eos_id")  # the number stands for the pooling
+    return Imported(module, params, notes, extras)
 
 
 def check(module: Module, extras: Extras) -> list[str]:
@@ -174,6 +181,7 @@ def write(module: DualEncoder, params: Params, directory: Path, extras: Extras) 
         hf_common.write_processor(
             module, directory, extras, "CLIPImageProcessor", "CLIPImageProcessor"
         ),
+        *hf_tokenizer.write(extras.tokenizer, directory, TOKENIZER_GIVES),
     ]
 
 

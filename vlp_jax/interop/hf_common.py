@@ -14,6 +14,7 @@ from typing import Any
 from vlp_jax.errors import UserError
 from vlp_jax.interop import base, files
 from vlp_jax.interop.base import Extras
+from vlp_jax.interop.hf_tokenizer import TokenizerFiles
 from vlp_jax.interop.tables import Table, heads_in, heads_out, linear, norm
 from vlp_jax.interop.trees import Module
 
@@ -198,6 +199,42 @@ def write_processor(
     return files.save_json(config, directory / "preprocessor_config.json")
 
 
+def read_extras(
+    directory: Path, text: Mapping[str, Any] | None, notes: list[str]
+) -> dict[str, Any]:
+    """What a folder's image processor, text config and tokenizer say, as fields of `Extras`.
+
+    Args:
+      text: the section of the config; None for an image tower alone.
+    """
+    config = _processor(directory)[1]
+    extras: dict[str, Any] = {}
+    if config:
+        extras["resize"] = "crop" if config.get("do_center_crop") else "squash"
+        names = {number: name for name, number in RESAMPLING.items()}
+        resample = config.get("resample", RESAMPLING["bicubic"])
+        if resample not in names:
+            notes.append(f"its images are resampled by PIL's method {resample}, here bicubically")
+        extras["interpolation"] = names.get(resample, "bicubic")
+    if text is not None:
+        for ours in ("bos_id", "eos_id", "pad_id"):
+            value = text.get(f"{ours.removesuffix('_id')}_token_id")
+            if type(value) is int:
+                extras[ours] = value
+        extras["tokenizer"] = TokenizerFiles.found(directory)
+    return extras
+
+
+def _processor(directory: Path) -> tuple[Path, dict[str, Any]]:
+    """The file and the config of an image processor; an empty config if there is none."""
+    file = directory / "preprocessor_config.json"
+    config = files.load_json_if_there(file)
+    if not config:
+        file = directory / "processor_config.json"
+        config = files.load_json_if_there(file).get("image_processor") or {}
+    return file, config
+
+
 def read_pixels(
     directory: Path,
     mean: tuple[float, ...],
@@ -212,11 +249,7 @@ def read_pixels(
     Raises:
       UserError: the file does not hold three numbers of each.
     """
-    file = directory / "preprocessor_config.json"
-    config = files.load_json_if_there(file)
-    if not config:
-        file = directory / "processor_config.json"
-        config = files.load_json_if_there(file).get("image_processor") or {}
+    file, config = _processor(directory)
     if not config:
         mean, std = getattr(like, "image_mean", mean), getattr(like, "image_std", std)
         notes.append(f"{directory} has no image processor: image_mean {mean}, image_std {std}")

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from vlp_jax.errors import UserError
-from vlp_jax.interop import base, files, hf_common
+from vlp_jax.interop import base, files, hf_common, hf_tokenizer
 from vlp_jax.interop.base import Extras, Imported
 from vlp_jax.interop.hf_clip import text_ids
 from vlp_jax.interop.tables import (
@@ -37,6 +37,8 @@ from vlp_jax.models.text import TextTransformer
 from vlp_jax.models.vit import VisionTransformer
 
 MODEL = "SiglipModel"
+KINDS = (DualEncoder,)
+LOADED_BY = 'transformers.SiglipModel.from_pretrained("{}")'
 
 TABLE: Table = [
     Entry("logit_scale", "logit_scale", SCALAR),
@@ -89,6 +91,8 @@ TEXT_DEFAULTS = {
     "pad_token_id": 1,
     "eos_token_id": 49407,
 }
+# The text is pooled at its last position, padded or not, and no token is hidden from another.
+TOKENIZER_GIVES = ("input_ids",)
 LOGIT_SCALE_INIT, LOGIT_BIAS_INIT = math.log(10), -10.0  # Zhai et al. 2023, 3.2
 
 IMAGE_HAS = {
@@ -141,7 +145,8 @@ def read(path: Path, like: Module | None = None) -> Imported:
     )
     tensors = files.load_tensors(weights)
     params = from_theirs(TABLE, tensors, expected_shapes(module), weights, IGNORED)
-    return Imported(module, params, notes)
+    extras = hf_common.read_extras(weights.parent, text, notes)
+    return Imported(module, params, notes, extras)
 
 
 def check(module: Module, extras: Extras) -> list[str]:
@@ -188,6 +193,7 @@ def write(module: DualEncoder, params: Params, directory: Path, extras: Extras) 
         hf_common.write_processor(
             module, directory, extras, "SiglipImageProcessor", "CLIPImageProcessor"
         ),
+        *hf_tokenizer.write(extras.tokenizer, directory, TOKENIZER_GIVES),
     ]
 
 

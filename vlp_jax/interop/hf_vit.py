@@ -28,6 +28,8 @@ from vlp_jax.interop.trees import Module, Params, expected_shapes
 from vlp_jax.models.vit import VisionTransformer
 
 MODEL = "ViTModel"
+KINDS = (VisionTransformer,)
+LOADED_BY = 'transformers.ViTModel.from_pretrained("{}", add_pooling_layer=False)'
 
 TABLE: Table = [
     Entry("image/class_token", "embeddings.cls_token", BATCHED),
@@ -100,7 +102,8 @@ def read(path: Path, like: Module | None = None) -> Imported:
     )
     tensors = _names_of_4(files.load_tensors(weights), notes)
     params = from_theirs(TABLE, tensors, expected_shapes(module), weights)
-    return Imported(module, params, notes)
+    extras = hf_common.read_extras(weights.parent, None, notes)
+    return Imported(module, params, notes, pixels | extras)
 
 
 def check(module: Module, extras: Extras) -> list[str]:

@@ -33,6 +33,8 @@ from vlp_jax.models.positions import sincos_2d
 from vlp_jax.models.vit import VisionTransformer
 
 MODEL = "ViTMAEForPreTraining"
+KINDS = (MaskedAutoencoder,)
+LOADED_BY = 'transformers.ViTMAEForPreTraining.from_pretrained("{}")'
 
 TABLE: Table = [
     Entry("image/class_token", "vit.embeddings.cls_token", BATCHED),
@@ -86,7 +88,12 @@ def read(path: Path, like: Module | None = None) -> Imported:
     )
     tensors = _names_of_4(files.load_tensors(weights), weights)
     params = from_theirs(TABLE, tensors, expected_shapes(module), weights)
-    return Imported(*_with_fixed_positions(module, params), notes)
+    extras = hf_common.read_extras(weights.parent, None, notes)
+    extras |= {
+        "norm_pix_loss": bool(config["norm_pix_loss"]),
+        "mask_ratio": base.number(config, "mask_ratio", where),
+    }
+    return Imported(*_with_fixed_positions(module, params), notes, extras)
 
 
 def check(module: Module, extras: Extras) -> list[str]:

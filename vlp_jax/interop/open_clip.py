@@ -19,11 +19,12 @@ from typing import Any
 import numpy as np
 
 from vlp_jax.errors import UserError
-from vlp_jax.interop import base, files, timm
+from vlp_jax.interop import base, files, hf_tokenizer, timm
 from vlp_jax.interop.base import Extras, Imported
 from vlp_jax.interop.files import Tensors
 from vlp_jax.interop.open_clip_config import (
     check_config,
+    extras_of,
     image_fields,
     native_config,
     pixels_of,
@@ -52,7 +53,10 @@ from vlp_jax.models.dual_encoder import DualEncoder
 from vlp_jax.models.vit import VisionTransformer
 
 MODEL = "open_clip"
+KINDS = (DualEncoder,)
+LOADED_BY = 'open_clip.create_model_and_transforms("local-dir:{}")'
 CONFIG = "open_clip_config.json"
+TOKENIZER_GIVES = ("input_ids", "attention_mask")
 WEIGHTS = (
     "open_clip_model.safetensors",
     "open_clip_pytorch_model.safetensors",
@@ -181,7 +185,7 @@ def read(path: Path, like: Module | None = None) -> Imported:
     )
     mapping = table(trunk, text_bias)
     params = from_theirs(mapping, tensors, expected_shapes(module), weights, IGNORED)
-    return Imported(module, params, notes)
+    return Imported(module, params, notes, extras_of(config, weights.parent, notes))
 
 
 def check(module: Module, extras: Extras) -> list[str]:
@@ -226,7 +230,7 @@ def write(module: DualEncoder, params: Params, directory: Path, extras: Extras) 
     model: dict[str, Any] = {
         "embed_dim": module.embed_dim,
         "vision_cfg": trunk_config(module) if trunk else native_config(image),
-        "text_cfg": text_config(module, extras),
+        "text_cfg": text_config(module, extras, directory.resolve().name),
         "init_logit_scale": module.logit_scale_init,
     }
     if module.logit_bias_init is not None:
@@ -249,6 +253,7 @@ def write(module: DualEncoder, params: Params, directory: Path, extras: Extras) 
     return [
         files.save_json(config, directory / CONFIG),
         files.save_safetensors(tensors, directory / WEIGHTS[0]),
+        *hf_tokenizer.write(extras.tokenizer, directory, TOKENIZER_GIVES),
     ]
 
 

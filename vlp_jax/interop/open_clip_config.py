@@ -14,6 +14,7 @@ from vlp_jax.errors import UserError
 from vlp_jax.interop import base, timm
 from vlp_jax.interop.base import Extras
 from vlp_jax.interop.files import Tensors
+from vlp_jax.interop.hf_tokenizer import TokenizerFiles
 from vlp_jax.interop.timm_names import fields_of, siglip_name
 from vlp_jax.interop.trees import Module, image_of
 from vlp_jax.models.dual_encoder import DualEncoder
@@ -203,10 +204,17 @@ def trunk_config(module: DualEncoder) -> dict[str, Any]:
     return config | {"timm_proj_bias": True} if module.image_head == "linear_bias" else config
 
 
-def text_config(module: DualEncoder, extras: Extras) -> dict[str, Any]:
-    """`text_cfg`, without what names the tokenizer."""
+def text_config(module: DualEncoder, extras: Extras, name: str) -> dict[str, Any]:
+    """`text_cfg`.
+
+    Args:
+      name: where the files of the tokenizer are. From "local-dir:" open_clip takes those of the
+        folder itself, whatever is said here; on a hub this is to be the name of the repository.
+    """
     text = module.text
+    tokenizer = {} if extras.tokenizer is None else {"hf_tokenizer_name": name}
     return {
+        **tokenizer,
         "context_length": text.context_length,
         "vocab_size": text.vocab_size,
         "width": text.width,
@@ -244,6 +252,23 @@ def pixels_of(
             raise UserError(f"{where}: preprocess_cfg.{name} is {values!r}, not three numbers")
         pixels[f"image_{name}"] = tuple(float(x) for x in values)
     return pixels
+
+
+def extras_of(config: Mapping[str, Any], directory: Path, notes: list[str]) -> dict[str, Any]:
+    """What a config and the files beside it say of images and texts, as fields of `Extras`."""
+    if not config:
+        return {}
+    extras: dict[str, Any] = {}
+    said = config.get("preprocess_cfg") or {}
+    mode, interpolation = said.get("resize_mode", "shortest"), said.get("interpolation", "bicubic")
+    if mode == "longest":
+        notes.append("its images are fitted in whole and padded, here their middle is cut out")
+    extras["resize"] = "squash" if mode == "squash" else "crop"
+    if interpolation not in base.INTERPOLATIONS:
+        notes.append(f"its images are resized by {interpolation!r}, here bicubically")
+        interpolation = "bicubic"
+    extras["interpolation"] = interpolation
+    return {**extras, "tokenizer": TokenizerFiles.found(directory)}
 
 
 def _encoder_config(tower: VisionTransformer | TextTransformer) -> dict[str, Any]:

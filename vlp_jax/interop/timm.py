@@ -43,6 +43,8 @@ from vlp_jax.models.positions import sincos_2d
 from vlp_jax.models.vit import VisionTransformer
 
 MODEL = "timm's VisionTransformer"
+KINDS = (VisionTransformer,)
+LOADED_BY = 'timm.create_model("local-dir:{}", pretrained=True)'
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 HEAD = ("head.weight", "head.bias")  # a classifier, for which the tower has no place
 
@@ -117,7 +119,22 @@ def read(path: Path, like: Module | None = None) -> Imported:
         tensors = {key: x for key, x in tensors.items() if key not in HEAD}
     module, tensors = tower(tensors, known, like, weights, notes)
     params = from_theirs(table(), tensors, expected_shapes(module), weights)
-    return Imported(module, params, notes)
+    return Imported(module, params, notes, _extras(config, notes))
+
+
+def _extras(config: Mapping[str, Any], notes: list[str]) -> dict[str, Any]:
+    """What `pretrained_cfg` says of the images, as fields of `Extras`."""
+    said = config.get("pretrained_cfg") or {}
+    extras = {f"image_{k}": tuple(said[k]) for k in ("mean", "std") if k in said}
+    if "crop_mode" in said:
+        extras["resize"] = "squash" if said["crop_mode"] == "squash" else "crop"
+    if said.get("interpolation") in base.INTERPOLATIONS:
+        extras["interpolation"] = said["interpolation"]
+    elif "interpolation" in said:
+        notes.append(f"its images are resized by {said['interpolation']!r}, here bicubically")
+    if said.get("crop_pct", 1.0) != 1.0:
+        notes.append(f"its images are cropped with crop_pct {said['crop_pct']}, here with 1.0")
+    return extras
 
 
 def check(module: Module, extras: Extras) -> list[str]:

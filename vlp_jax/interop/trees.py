@@ -103,7 +103,7 @@ def image_of(module: Module) -> VisionTransformer:
 @functools.lru_cache(maxsize=64)
 def expected_shapes(module: Module) -> dict[str, Shape]:
     """The paths and shapes of all parameters of a model, layers stacked; computes nothing."""
-    module = _plain(module)
+    module = plain(module)
     if isinstance(module, VisionTransformer):
         inputs: tuple[Any, ...] = (_pixels(module, jnp.float32),)
     elif isinstance(module, MaskedAutoencoder):
@@ -134,11 +134,11 @@ def _pixels(vit: VisionTransformer, dtype: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct((1, *vit.image_size, 3), dtype)
 
 
-def _plain(module: Any) -> Any:
-    """The same model without what changes how it runs, not what it computes."""
-    plain = {"scan_layers": True, "remat": "none", "attention": "xla", "dtype": jnp.float32}
+def plain(module: Any) -> Any:
+    """The same model in float32, without what changes how it runs and not what it computes."""
+    fields = {"scan_layers": True, "remat": "none", "attention": "xla", "dtype": jnp.float32}
     if isinstance(module, DualEncoder):
-        return module.clone(image=_plain(module.image), text=_plain(module.text))
+        return module.clone(image=plain(module.image), text=plain(module.text))
     if isinstance(module, MaskedAutoencoder):
-        return module.clone(image=_plain(module.image), decoder=_plain(module.decoder))
-    return module.clone(**plain)
+        return module.clone(image=plain(module.image), decoder=plain(module.decoder))
+    return module.clone(**fields)

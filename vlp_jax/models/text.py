@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 from vlp_jax.models import layers, variants
 from vlp_jax.models.variants import check_choice
 
-POOLINGS = ("eos", "argmax", "last", "mean", "map")
+POOLINGS = ("eos", "argmax", "first", "last", "mean", "map")
 
 
 class TokenEmbedding(nn.Module):
@@ -44,8 +44,8 @@ class TextTransformer(nn.Module):
       context_length: length of a sequence, padding included.
       causal: each token sees only those before it (Radford et al. 2021, CLIP).
       pooling: "eos" (at the first `eos_id`), "argmax" (at the highest token id, which in CLIP's
-        vocabulary is the end of text), "last" (the last position), "mean" (over tokens that are not
-        `pad_id`) or "map" (`AttentionPooling`, over all positions that are seen).
+        vocabulary is the end of text), "first" and "last" (that position), "mean" (over tokens that
+        are not `pad_id`) or "map" (`AttentionPooling`, over all positions that are seen).
       padding_mask: no token sees what lies behind the last one that is not `pad_id` (Devlin et al.
         2019, BERT).
       qk_norm, layer_scale, stochastic_depth: see `layers.Block` and `layers.Encoder`.
@@ -60,7 +60,7 @@ class TextTransformer(nn.Module):
     heads: int
     causal: bool = True
     pooling: str = "eos"
-    eos_id: int = 2
+    eos_id: int = 1
     pad_id: int = 0
     padding_mask: bool = False
     qk_norm: bool = False
@@ -125,6 +125,8 @@ class TextTransformer(nn.Module):
             marks = tokens == self.eos_id if self.pooling == "eos" else tokens
             position = jnp.argmax(marks, axis=1)
             return jnp.take_along_axis(x, position[:, None, None], axis=1)[:, 0]
+        if self.pooling == "first":
+            return x[:, 0]
         if self.pooling == "last":
             return x[:, -1]
         if self.pooling == "mean":
@@ -162,7 +164,7 @@ def make_text(
     heads: int | None = None,
     causal: bool = True,
     pooling: str = "eos",
-    eos_id: int = 2,
+    eos_id: int = 1,
     pad_id: int = 0,
     padding_mask: bool = False,
     qk_norm: bool = False,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
+import flax.linen as nn
 import jax
 from jaxtyping import Array, Float, PRNGKeyArray
 
@@ -18,11 +19,13 @@ class Objective(Protocol):
     """A frozen dataclass of Flax modules and numbers.
 
     Attributes:
+      model: the Flax module, or the first of several.
       couples_batch: the loss of an example depends on the others, so that it needs the whole global
         batch (contrastive), and gradients of parts of it do not add up.
       compute_dtype: of the matrix products, for the peak that MFU is measured against.
     """
 
+    model: nn.Module
     couples_batch: bool
     compute_dtype: Any
 

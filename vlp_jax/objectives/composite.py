@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
@@ -55,6 +56,11 @@ class Composite:
     """
 
     parts: tuple[Part, ...]
+
+    @property
+    def model(self) -> nn.Module:
+        """Of the first part."""
+        return self.parts[0].objective.model
 
     @property
     def couples_batch(self) -> bool:

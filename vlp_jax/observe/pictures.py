@@ -64,6 +64,7 @@ def draw_comparison(
     subtitle: str,
     ylabel: str,
     target: float | None = None,
+    target_label: str = "",
 ) -> None:
     """Writes a PNG with one score of several runs over their steps.
 
@@ -71,6 +72,7 @@ def draw_comparison(
       path: the PNG; its directory is made.
       curves: name of the run -> (steps, values), values in [0, 1].
       target: a value that is marked with a dotted line; None for none.
+      target_label: what stands at the line, before the value.
 
     Raises:
       ValueError: no curve.
@@ -84,6 +86,16 @@ def draw_comparison(
         axes.plot(steps, values, color=color, marker="o", markersize=3, linewidth=1.4, label=name)
     if target is not None:
         axes.axhline(target, color=PALE, linewidth=0.9, linestyle=":")
+        label = f"{target_label} {target:g}".strip()
+        axes.annotate(
+            label,
+            (0, target),
+            (4, -3),
+            textcoords="offset points",
+            va="top",
+            fontsize=7,
+            color=PALE,
+        )
     axes.set_ylim(0, 1.02)
     axes.set_xlim(left=0)
     axes.set_xlabel("steps", fontsize=8)

@@ -46,12 +46,24 @@ def open_tokenizer(workdir: epath.Path, config: ConfigDict) -> Tokenizer | None:
     """
     if not config.tokenizer:
         return None
+    if (workdir / TOKENIZER).exists():
+        return open_kept_tokenizer(workdir, config)
+    return build_tokenizer(config.tokenizer, texts=lambda: sample_texts(config.data), path=None)
+
+
+def open_kept_tokenizer(workdir: epath.Path, config: ConfigDict) -> Tokenizer | None:
+    """The tokenizer of a run that has begun, for which no data is needed; None if it has no text.
+
+    Raises:
+      UserError: it is not there any more.
+    """
+    if not config.tokenizer:
+        return None
     kept = workdir / TOKENIZER
-    return build_tokenizer(
-        config.tokenizer,
-        texts=lambda: sample_texts(config.data),
-        path=kept if kept.exists() else None,
-    )
+    if not kept.exists():
+        raise UserError(f"{workdir} holds no {TOKENIZER}, which its run has written")
+    section = {key: value for key, value in config.tokenizer.items() if key != "file"}
+    return build_tokenizer(section, texts=lambda: (), path=kept)
 
 
 def prepare(workdir: epath.Path, config: ConfigDict, tokenizer: Tokenizer | None) -> None:

@@ -1,0 +1,35 @@
+"""`configs/clip_b16.py` unshrunk, on one GPU and the embedded `shapes`: minutes, nothing to fetch.
+
+    python -m vlp_jax.train --config configs/debug_gpu.py --workdir DIR
+
+To see that a machine trains at the speed it should (the line of progress has examples a second and
+MFU) before a real run is launched. The model, the blocked loss and bfloat16 are the recipe's; the
+batch, the schedule, the vocabulary and the data are not. Pictures of 64 pixels are enlarged.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import clip_b16, clip_shapes
+from vlp_jax.config import duration
+
+
+def get_config(arg=None):
+    config = clip_b16.get_config(arg)
+    config.batch_size = 256
+    config.duration = duration(steps=1_000)
+    config.objective.dtype = "bfloat16"
+    config.tokenizer = ConfigDict({"name": "subword", "vocab_size": 512, "context_length": 32})
+    small = clip_shapes.get_config()
+    config.data, config.evaluators = small.data, small.evaluators
+    config.data.preprocess = {
+        "choose_text": {},
+        "decode_image": {},
+        "resize": {"size": 224},
+        "keep": {"fields": ("image", "text")},
+    }
+    for evaluator in config.evaluators.values():
+        evaluator.data.preprocess.resize.size = 224
+    config.optimizer.warmup = duration(percent=10.0)
+    config.log.every = duration(steps=10)
+    config.checkpoint.every = duration(percent=50.0)
+    return config

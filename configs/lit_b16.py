@@ -1,0 +1,64 @@
+"""LiT: a text tower for a ViT-B/16 that stays as it is (Zhai et al. 2022, arXiv:2111.07991).
+
+Aims at: the model LiT-B16B_2 of Zhai et al. 2022 on public data, zero-shot ImageNet 73.9
+(google-research/big_vision, configs/proj/image_text/README_lit.md; the paper's own models are in
+table 1).
+
+    python -m vlp_jax.train --config configs/lit_b16.py --workdir DIR \
+        --config.init_from.source=big_vision:FILE.npz
+
+The locked tower is the ViT-B/16 of "How to train your ViT" (Steiner et al. 2021) that was trained
+on ImageNet-21k; by default its file (`SOURCE`, published in the bucket gs://vit_models/augreg) is
+looked for in the working directory, and a run without it does not start. Like LiT-B16B_2: no head
+on the image side, a linear one for texts, 16 tokens, 60,000 steps.
+
+What differs: LAION-400M for CC12M and YFCC100M; the text tower begins at random, in the form of
+SigLIP's, and its 32,000 tokens are those of a tokenizer.json or trained on the captions, where the
+published one began as BERT-base with its word pieces. Images are resized and not augmented. The
+batch of 16,384 is the paper's; optimizer and warm-up are those of the authors' later configs
+(google-research/big_vision, configs/proj/cappa/pretrain.py).
+"""
+
+from ml_collections import ConfigDict
+
+from configs import _recipes, siglip_b16
+from vlp_jax.config import duration
+
+# google-research/big_vision, configs/proj/image_text/common.py, `inits`
+SOURCE = "B_16-i21k-300ep-lr_0.001-aug_medium1-wd_0.1-do_0.0-sd_0.0.npz"
+
+
+def get_config(arg=None):
+    _recipes.known_argument(arg)
+    config = _recipes.image_text(augmentation=siglip_b16.RESIZE, resize=siglip_b16.RESIZE)
+    config.batch_size = 16_384
+    config.duration = duration(steps=60_000)
+    tower = {"activation": "gelu_tanh", "norm_eps": 1e-6}
+    config.objective = ConfigDict(
+        {
+            "name": "contrastive",
+            "loss": "softmax",
+            "loss_form": "blocked",
+            "logit_scale_init": 10.0,  # `temperature_init` in big_vision's config for COCO
+            "max_logit_scale": 0.0,
+            "embed_dim": 768,
+            "image_head": "none",
+            "text_head": "linear_bias",
+            "image": {
+                "variant": "B/16",
+                "image_size": 224,
+                "pooling": "cls",
+                "class_position": False,  # reading adds it to the class token, as big_vision does
+                **tower,
+            },
+            "text": {"variant": "B", "causal": False, "pooling": "last", **tower},
+            **_recipes.HALF_PIXELS,
+            "remat": "none",
+        }
+    )
+    config.tokenizer = _recipes.subwords(vocab_size=32_000, context_length=16)
+    config.init_from.source = f"big_vision:{SOURCE}"
+    config.init_from.rules = (("image/.*", "load"), (".*", "fresh"))
+    config.optimizer.warmup = duration(steps=10_000)
+    config.optimizer.frozen = ("image/.*",)
+    return _recipes.big_vision_adafactor(config, b2=0.999)

@@ -1,0 +1,54 @@
+"""SigLIP ViT-B/16 at 224 pixels (Zhai et al. 2023, arXiv:2303.15343).
+
+Aims at: Zhai et al. 2023, table 3 (version 4 of the paper), ViT-B/16 at 224 pixels, zero-shot
+ImageNet 76.2.
+
+    python -m vlp_jax.train --config configs/siglip_b16.py --workdir DIR \
+        --config.tokenizer.file=TOKENIZER_JSON
+
+The form of the model, initial scale and bias, 64 tokens of a vocabulary of 32,000 and pixels are
+those of google-research/big_vision, configs/proj/image_text/SigLIP_demo.ipynb; batch and b2 = 0.95
+those of the paper. The published tokenizer is the tokenizer.json of google/siglip-base-patch16-224.
+
+What differs: LAION-400M for the private WebLI. The paper does not name the schedule of the released
+models: here it is that of SigLIP 2 (Tschannen et al. 2025, arXiv:2502.14786: cosine, 20,000 steps
+of warm-up, 40 billion examples). Weight decay and learning rate are those of the authors' other
+configs (`_recipes.big_vision_adafactor`). Texts are put in lower case, punctuation stays. Padding
+is the token that the tokenizer's file has for it; published models pad with the end of text.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import _recipes
+from vlp_jax.config import duration
+
+# big_vision's `resize`: to a square, bilinear, not antialiased (pp/ops_image.py, `get_resize`).
+RESIZE = {"resize": {"size": 224, "method": "bilinear", "antialias": False}}
+
+
+def get_config(arg=None):
+    _recipes.known_argument(arg)
+    config = _recipes.image_text(augmentation=RESIZE, resize=RESIZE)
+    config.batch_size = 32_768
+    config.duration = duration(examples=40_000_000_000)
+    tower = {"activation": "gelu_tanh", "norm_eps": 1e-6}
+    config.objective = ConfigDict(
+        {
+            "name": "contrastive",
+            "loss": "sigmoid",
+            "loss_form": "blocked",
+            "logit_scale_init": 10.0,
+            "logit_bias_init": -10.0,
+            "max_logit_scale": 0.0,  # it is not bounded, and learned to be 118 in the demo
+            "embed_dim": 768,
+            "image_head": "none",
+            "text_head": "linear_bias",
+            "image": {"variant": "B/16", "image_size": 224, "pooling": "map", **tower},
+            "text": {"variant": "B", "causal": False, "pooling": "last", **tower},
+            **_recipes.HALF_PIXELS,
+            "remat": "dots",
+        }
+    )
+    config.tokenizer = _recipes.subwords(vocab_size=32_000, context_length=64)
+    config.optimizer.warmup = duration(steps=20_000)
+    return _recipes.big_vision_adafactor(config, b2=0.95)

@@ -1,0 +1,31 @@
+"""SigLIP with the shape-optimized So400m/14 towers (Zhai et al. 2023, arXiv:2303.15343).
+
+Aims at: Zhai et al. 2023, table 3 (version 4 of the paper), So400m/14: zero-shot ImageNet 82.2 at
+224 pixels, 83.2 at 384.
+
+    python -m vlp_jax.train --config configs/siglip_so400m14.py --workdir DIR \
+        --config.tokenizer.file=TOKENIZER_JSON
+    python -m vlp_jax.train --config configs/siglip_so400m14.py:378 ...
+
+The argument is the image size. At 224 pixels texts have 16 tokens, at 378 they have 64, as the two
+published models (google-research/big_vision, configs/proj/image_text/SigLIP_demo.ipynb). Of the 384
+pixels that the second one is named after its patches of 14 cover 378.
+
+`configs/siglip_b16.py` with other towers; what differs from the paper is said there. The larger
+resolution is trained from the start here, while the published one went on from a smaller one.
+"""
+
+from configs import _recipes, siglip_b16
+
+CONTEXT_LENGTHS = {"224": 16, "378": 64}
+
+
+def get_config(arg=None):
+    size = _recipes.known_argument(arg, tuple(CONTEXT_LENGTHS))
+    config = _recipes.shard_parameters(siglip_b16.get_config())
+    config.objective.image.variant = "So400m/14"
+    config.objective.text.variant = "So400m"
+    config.objective.embed_dim = 1152
+    config.objective.remat = "full"
+    _recipes.set_image_size(config, int(size), CONTEXT_LENGTHS[size])
+    return config

@@ -1,0 +1,259 @@
+"""Writes a run's model as another project's files: python -m vlp_jax.export --workdir DIR ..."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+import numpy as np
+from etils import epath
+from ml_collections import ConfigDict
+
+from vlp_jax.data.tokenizers import Tokenizer
+from vlp_jax.errors import UserError, unknown_key_message
+from vlp_jax.interop import FORMATS, stack_layers
+from vlp_jax.interop.base import INTERPOLATIONS, RESIZES
+from vlp_jax.interop.hf_tokenizer import TokenizerFiles
+from vlp_jax.interop.transfer import Model, fitting_part, how_to_load, write_checked
+from vlp_jax.interop.trees import expected_shapes
+from vlp_jax.models.masked_autoencoder import MaskedAutoencoder
+from vlp_jax.objectives import Objective, make_objective
+from vlp_jax.objectives.composite import Composite
+from vlp_jax.parallel import startup
+from vlp_jax.training import checkpoint
+from vlp_jax.training import workdir as workdir_lib
+from vlp_jax.training.command import run_command
+
+# How images come to the model's size, by the operation in `data.preprocess` that brings them there.
+RESIZED_BY = {"resize": "squash", "resize_shortest_and_center_crop": "crop"}
+
+EPILOG = """formats:
+  hf_clip     transformers CLIPModel        hf_siglip   transformers SiglipModel
+  hf_vit      transformers ViTModel         hf_vit_mae  transformers ViTMAEForPreTraining
+  hf          whichever of these fits       open_clip   a folder for "local-dir:DIR"
+  timm        VisionTransformer             big_vision  model.npz
+"""
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """The arguments."""
+    parser = argparse.ArgumentParser(
+        prog="python -m vlp_jax.export",
+        description="Writes the model of a run's checkpoint, with its config, tokenizer and image "
+        "processor, as the library of another project loads it. A format that holds an image tower "
+        "alone gets that of the model.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--workdir", metavar="DIR", required=True, help="folder of the run")
+    parser.add_argument("--format", metavar="FORMAT", required=True, help="one of those below")
+    parser.add_argument("--output", metavar="DIR", required=True, help="folder that is made")
+    parser.add_argument(
+        "--step", type=int, metavar="N", help="which checkpoint; default: the newest"
+    )
+    parser.add_argument(
+        "--part", metavar="NAME", help="of a composite objective, the part whose model is written"
+    )
+    add_writing_arguments(parser)
+    return parser.parse_args(argv)
+
+
+def add_writing_arguments(parser: argparse.ArgumentParser) -> None:
+    """What every command that writes a model asks for."""
+    parser.add_argument(
+        "--resize",
+        choices=RESIZES,
+        help="how images come to the model's size; default: as in the source",
+    )
+    parser.add_argument(
+        "--interpolation", choices=INTERPOLATIONS, help="of the resize; default: as in the source"
+    )
+    parser.add_argument(
+        "--overwrite", action="store_true", help="also write into a folder that is not empty"
+    )
+    parser.add_argument(
+        "--no-check",
+        dest="check",
+        action="store_false",
+        help="do not read the result back, which holds the model in memory twice",
+    )
+
+
+def read_parameters(workdir: epath.Path, step: int | None) -> tuple[int, dict[str, Any]]:
+    """The step, and the averaged parameters of its checkpoint, or its parameters if it has none.
+
+    Raises:
+      UserError: there is no such checkpoint.
+    """
+    steps = checkpoint.saved_steps(workdir)
+    step = steps[-1] if step is None and steps else step
+    if step not in steps:
+        known = ", ".join(map(str, steps)) or "none"
+        wanted = "" if step is None else f" of step {step}"
+        raise UserError(f"{workdir} has no checkpoint{wanted} (it has: {known})")
+    return step, stack_layers(checkpoint.SavedParameters.of(workdir, step).read())
+
+
+def leaves(objective: Objective, name: str = "") -> dict[str, Objective]:
+    """The objectives that have a model, by the names of their parts, or the only one under ""."""
+    if not isinstance(objective, Composite):
+        return {name: objective}
+    found: dict[str, Objective] = {}
+    for part in objective.parts:
+        found |= leaves(part.objective, f"{name}/{part.name}" if name else part.name)
+    return found
+
+
+def choose(
+    objective: Objective, parameters: Mapping[str, Any], format: str, part: str | None
+) -> tuple[Objective, Model, str]:
+    """What is written: the objective it is of, the model, and a line on what is left out.
+
+    Raises:
+      UserError: there is no such part, or no such format.
+    """
+    parts = leaves(objective)
+    if part is not None and part not in parts:
+        raise UserError(unknown_key_message(part, parts, "--part"))
+    chosen = list(parts.values()) if part is None else [parts[part]]
+    models = []
+    for leaf in chosen:
+        own = dict(parameters)
+        if isinstance(objective, Composite):
+            own = {k: own[k] for k in expected_shapes(leaf.model) if k in own}
+        models.append(Model(leaf.model, bounded(leaf, own)))
+    model, note = fitting_part(format, models)
+    kinds = FORMATS[format].KINDS
+    index = next((i for i, leaf in enumerate(chosen) if isinstance(leaf.model, kinds)), 0)
+    return chosen[index], model, note
+
+
+def bounded(objective: Objective, parameters: dict[str, Any]) -> dict[str, Any]:
+    """The parameters with the logit scale that the loss saw: others do not bound it again."""
+    bound = getattr(objective, "max_logit_scale", 0.0)
+    if not bound or "logit_scale" not in parameters:
+        return parameters
+    scale = np.minimum(parameters["logit_scale"], np.float32(np.log(bound)))
+    return {**parameters, "logit_scale": scale}
+
+
+def resizing(config: ConfigDict, notes: list[str]) -> dict[str, str]:
+    """`resize` and `interpolation` of the images that a run evaluates on, or else trains on.
+
+    Notes what the formats cannot say of them.
+    """
+    sections = [e.data for e in config.evaluators.values() if "preprocess" in e.get("data", {})]
+    for section in [*sections, config.data]:
+        for name, arguments in _ops(section.get("preprocess", {})):
+            if name in RESIZED_BY:
+                return {"resize": RESIZED_BY[name], **_interpolation(arguments, notes)}
+    notes.append(
+        "the run does not say how whole images come to the model's size: they are squashed "
+        "bicubically (or give --resize and --interpolation)"
+    )
+    return {}
+
+
+def _ops(preprocess: Any) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    pairs = preprocess.items() if isinstance(preprocess, Mapping | ConfigDict) else preprocess
+    for name, arguments in pairs:
+        yield name, arguments or {}
+
+
+def _interpolation(arguments: Mapping[str, Any], notes: list[str]) -> dict[str, str]:
+    method = arguments.get("method", "bicubic")
+    if not arguments.get("antialias", True):
+        notes.append("the run resizes without antialiasing, which image processors always do")
+    if method in INTERPOLATIONS:
+        return {"interpolation": method}
+    notes.append(f"the run resizes by {method!r}, which is written as bicubic")
+    return {}
+
+
+def extras_of(
+    config: ConfigDict, objective: Objective, tokenizer: Tokenizer | None, notes: list[str]
+) -> dict[str, Any]:
+    """What a foreign config wants to know of a run, as fields of `vlp_jax.interop.Extras`."""
+    model = objective.model
+    extras = {
+        "image_mean": tuple(model.image_mean),
+        "image_std": tuple(model.image_std),
+        **resizing(config, notes),
+    }
+    if isinstance(model, MaskedAutoencoder):
+        extras |= {
+            "norm_pix_loss": objective.normalize_targets,
+            "mask_ratio": objective.mask_ratio,
+        }
+    elif tokenizer is not None:
+        ids = {name: getattr(tokenizer, name) for name in ("bos_id", "eos_id", "pad_id")}
+        lowercase = any(name == "lowercase" for name, _ in _ops(config.data.get("preprocess", {})))
+        extras |= ids
+        extras["tokenizer"] = TokenizerFiles.made(
+            tokenizer.to_json(lowercase), context_length=tokenizer.context_length, **ids
+        )
+    return extras
+
+
+def chosen_settings(arguments: argparse.Namespace) -> dict[str, str]:
+    """What the command line says of the resize."""
+    settings = {name: getattr(arguments, name) for name in ("resize", "interpolation")}
+    return {name: value for name, value in settings.items() if value is not None}
+
+
+def report(format: str, directory: Path, written: Sequence[Path], difference: float | None) -> str:
+    """What was written, and how it is loaded."""
+    lines = [f"wrote {path} ({path.stat().st_size:,} bytes)" for path in written]
+    if difference is not None:
+        lines.append(f"read back: features of a random input differ by at most {difference:.1e}")
+    return "\n".join([*lines, f"load it with {how_to_load(format, directory)}"])
+
+
+def export(arguments: argparse.Namespace) -> str:
+    """Writes what the command asks for; returns a report.
+
+    Raises:
+      UserError: no run or checkpoint, or a format that does not hold the model.
+    """
+    workdir, output = checkpoint.absolute(arguments.workdir), Path(arguments.output).expanduser()
+    if "://" in arguments.output:
+        raise UserError(f"--output {arguments.output}: write to a local folder, then copy it")
+    config = workdir_lib.load_config(workdir)
+    tokenizer = workdir_lib.open_kept_tokenizer(workdir, config)
+    objective = make_objective(config.objective, tokenizer, config.microbatches)
+    step, parameters = read_parameters(workdir, arguments.step)
+    leaf, model, note = choose(objective, parameters, arguments.format, arguments.part)
+    notes = [note] if note else []
+    extras = extras_of(config, leaf, tokenizer, notes) | chosen_settings(arguments)
+    written, difference = write_checked(
+        arguments.format,
+        model,
+        output,
+        overwrite=arguments.overwrite,
+        check=arguments.check,
+        **extras,
+    )
+    head = [f"{workdir}, step {step:,}", *(f"note: {note}" for note in notes)]
+    return "\n".join([*head, report(arguments.format, output, written, difference)])
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; returns its exit status."""
+    arguments = parse(sys.argv[1:] if argv is None else argv)
+
+    def command() -> None:
+        startup.use_compilation_cache()
+        print(export(arguments))
+
+    return run_command(command)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,92 @@
+"""The files of a tokenizer, as `AutoTokenizer.from_pretrained` takes them, and open_clip with it.
+
+Source: transformers, tokenization_utils_base.py and tokenization_utils_fast.py of 4.57, and
+tokenization_utils_tokenizers.py of 5.24.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Self
+
+from vlp_jax.interop import files
+
+CONFIG, TOKENIZER = "tokenizer_config.json", "tokenizer.json"
+# Whatever a tokenizer of theirs may consist of; one of the first two alone is enough.
+NAMES = (
+    *(TOKENIZER, "spiece.model", "tokenizer.model", "vocab.json", "vocab.txt", "merges.txt"),
+    *(CONFIG, "special_tokens_map.json", "added_tokens.json"),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenizerFiles:
+    """A tokenizer in files.
+
+    Attributes:
+      contents: name of a file -> what is in it.
+    """
+
+    contents: Mapping[str, bytes]
+
+    @classmethod
+    def made(
+        cls,
+        tokenizer_json: str,
+        *,
+        bos_id: int | None,
+        eos_id: int,
+        pad_id: int,
+        context_length: int,
+    ) -> Self:
+        """Of a tokenizer.json that frames a text itself.
+
+        Args:
+          tokenizer_json: the content of the file.
+          bos_id, eos_id, pad_id: special tokens in it.
+          context_length: rows are cut to and padded to this.
+        """
+        names = {
+            token["id"]: token["content"] for token in json.loads(tokenizer_json)["added_tokens"]
+        }
+        config = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "eos_token": names[eos_id],
+            "pad_token": names[pad_id],
+            "unk_token": names[eos_id],  # as CLIP's; bytes leave nothing unknown
+            "model_max_length": context_length,
+            "padding_side": "right",
+            "truncation_side": "right",
+            "split_special_tokens": True,  # a text that spells a special token is a text
+            "clean_up_tokenization_spaces": False,
+        }
+        if bos_id is not None:
+            config["bos_token"] = names[bos_id]
+        return cls({TOKENIZER: tokenizer_json.encode(), CONFIG: json.dumps(config).encode()})
+
+    @classmethod
+    def found(cls, directory: Path) -> Self | None:
+        """Those of a directory; None if no tokenizer is there."""
+        paths = [directory / name for name in NAMES if (directory / name).is_file()]
+        contents = {path.name: path.read_bytes() for path in paths}
+        return cls(contents) if contents.keys() - {*NAMES[-3:]} else None
+
+    def write(self, directory: Path, inputs: Sequence[str]) -> list[Path]:
+        """Writes the files.
+
+        Args:
+          inputs: what a model takes of a tokenizer's output. One that pools the last position of a
+            padded row takes no `attention_mask`.
+        """
+        config = json.loads(self.contents.get(CONFIG, b"{}"))
+        config["model_input_names"] = list(inputs)
+        contents = {**self.contents, CONFIG: (json.dumps(config, indent=2) + "\n").encode()}
+        return [files.save_bytes(content, directory / name) for name, content in contents.items()]
+
+
+def write(tokenizer: TokenizerFiles | None, directory: Path, inputs: Sequence[str]) -> list[Path]:
+    """Writes the files of a tokenizer, if there is one."""
+    return [] if tokenizer is None else tokenizer.write(directory, inputs)

@@ -1,0 +1,148 @@
+"""A model of ours into a folder of theirs: the part that a format holds, written and read back."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vlp_jax import interop
+from vlp_jax.errors import UserError
+from vlp_jax.interop import files
+from vlp_jax.interop.trees import Module, Params, image_of, plain, to_tree
+from vlp_jax.models.dual_encoder import DualEncoder, normalize_pixels
+from vlp_jax.models.masked_autoencoder import MaskedAutoencoder
+from vlp_jax.models.masking import mask_from_noise
+from vlp_jax.models.vit import VisionTransformer
+
+TOLERANCE = 1e-4  # of the self-test: float32, and the order of sums
+
+
+def how_to_load(format: str, directory: Path) -> str:
+    """A line of Python that loads the folder in which a model was written."""
+    architectures = files.load_json_if_there(directory / "config.json").get("architectures", [""])
+    line = interop.FORMATS[format].LOADED_BY
+    return line.format(directory, architecture=architectures[0])
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A module with its parameters, the layers stacked (see `vlp_jax.interop.trees`)."""
+
+    module: Module
+    params: Params
+
+
+def fitting_part(format: str, models: Sequence[Model]) -> tuple[Model, str]:
+    """The first model of a kind that a format holds, or else the first image tower.
+
+    Args:
+      models: of which one or a part of one is to be written.
+
+    Returns:
+      It, and a line on what is left out, empty if nothing is. It is the first model as it is if the
+      format holds nothing of any, so that the format can say why.
+
+    Raises:
+      UserError: there is no such format.
+    """
+    kinds = interop.format_named(format).KINDS
+    for model in models:
+        if isinstance(model.module, kinds):
+            return model, ""
+    first = models[0]
+    if VisionTransformer not in kinds:
+        return first, ""
+    params = {path: x for path, x in first.params.items() if path.startswith("image/")}
+    left_out = sorted({path.split("/")[0] for path in first.params.keys() - params.keys()})
+    return (
+        Model(image_of(first.module), params),
+        f"{format} holds an image tower alone; left out: {', '.join(left_out)}",
+    )
+
+
+def write_checked(
+    format: str, model: Model, directory: Path, *, overwrite: bool, check: bool, **extras: Any
+) -> tuple[list[Path], float | None]:
+    """Writes a model and reads it back.
+
+    Args:
+      overwrite: files that are there already may be replaced.
+      check: read it back, for which the model is in memory twice, and compare what both compute.
+      extras: see `vlp_jax.interop.write`.
+
+    Returns:
+      The files, and by how much the features of a random image and text differ at most; None
+      without the check.
+
+    Raises:
+      UserError: the folder is not empty, `vlp_jax.interop.write` raises it, or what is read back
+        is another model.
+    """
+    if directory.exists() and not directory.is_dir():
+        raise UserError(f"{directory} is a file; name a folder that is to be made")
+    if directory.is_dir() and any(directory.iterdir()) and not overwrite:
+        raise UserError(f"{directory} is not empty; choose another folder, or add --overwrite")
+    module = model.module
+    written = interop.write(format, module, model.params, directory, **extras)
+    if not check:
+        return written, None
+    again = interop.read(f"{format}:{directory}", like=module)
+    read_back = again.module
+    if isinstance(module, VisionTransformer):  # some files do not say how their user is to pool
+        read_back = read_back.clone(pooling=module.pooling)
+    difference = deviation(model, Model(read_back, again.params))
+    if not difference <= TOLERANCE:
+        raise UserError(
+            f"{directory} was read back and computes something else: features differ by "
+            f"{difference:.3g}; do not use it, and report this with the config of the model"
+        )
+    return written, difference
+
+
+def deviation(one: Model, other: Model) -> float:
+    """The largest absolute difference of what two models make of a random image and text.
+
+    Features are compared before they are normalized, which hides a wrong scale.
+    """
+    computed = [_features(model) for model in (one, other)]
+    return max(float(np.max(np.abs(a - b))) for a, b in zip(*computed, strict=True))
+
+
+def _features(model: Model) -> list[np.ndarray]:
+    module, rng = plain(model.module), np.random.default_rng(0)
+    vit = image_of(module)
+    image = rng.integers(0, 256, (1, *vit.image_size, 3), np.uint8)
+    tree = {"params": to_tree(module, model.params)}
+    if isinstance(module, VisionTransformer):
+        inputs, function = (jnp.asarray(image, jnp.float32) / 127.5 - 1,), _tower
+    elif isinstance(module, MaskedAutoencoder):
+        noise = rng.random((1, vit.patches), np.float32)
+        mask = mask_from_noise(jnp.asarray(noise), max(1, vit.patches // 4))
+        inputs, function = (image, mask), _painted
+    else:
+        text = rng.integers(0, module.text.vocab_size, (1, module.text.context_length), np.int32)
+        text[:, -1] = module.text.eos_id
+        inputs, function = (image, text), _pair
+    out = jax.jit(lambda tree, *x: module.apply(tree, *x, method=function))(tree, *inputs)
+    return [np.asarray(x, np.float32) for x in jax.tree.leaves(out)]
+
+
+def _tower(module: VisionTransformer, image: jax.Array) -> Any:
+    return module(image)
+
+
+def _painted(module: MaskedAutoencoder, image: jax.Array, mask: Any) -> Any:
+    return module(image, mask)
+
+
+def _pair(module: DualEncoder, image: jax.Array, text: jax.Array) -> Any:
+    features = module.image(normalize_pixels(image, module.image_mean, module.image_std))
+    words = module.text(text)
+    out = module(image, text)
+    return features, words, dict(out)
