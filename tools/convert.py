@@ -63,7 +63,7 @@ def convert(arguments: argparse.Namespace) -> str:
         raise UserError(f"--to is FORMAT:DIR, such as hf_clip:models/clip, not {arguments.target}")
     like = None if arguments.like is None else interop.read(arguments.like).module
     source = interop.read(arguments.source, like)
-    model, left_out = fitting_part(format, [Model(source.module, source.params)])
+    model, left_out = fitting_part(format, Model(source.module, source.params))
     extras = pixels(source.module) | source.extras | chosen_settings(arguments)
     notes = [*source.notes, *([left_out] if left_out else [])]
     texts = isinstance(model.module, DualEncoder) and format in WITH_TOKENIZER

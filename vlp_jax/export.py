@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 
 from vlp_jax.data.tokenizers import Tokenizer
 from vlp_jax.errors import UserError, unknown_key_message
-from vlp_jax.interop import FORMATS, stack_layers
+from vlp_jax.interop import format_named, stack_layers
 from vlp_jax.interop.base import INTERPOLATIONS, RESIZES
 from vlp_jax.interop.hf_tokenizer import TokenizerFiles
 from vlp_jax.interop.transfer import Model, fitting_part, how_to_load, write_checked
@@ -122,17 +122,14 @@ def choose(
     parts = leaves(objective)
     if part is not None and part not in parts:
         raise UserError(unknown_key_message(part, parts, "--part"))
-    chosen = list(parts.values()) if part is None else [parts[part]]
-    models = []
-    for leaf in chosen:
-        own = dict(parameters)
-        if isinstance(objective, Composite):
-            own = {k: own[k] for k in expected_shapes(leaf.model) if k in own}
-        models.append(Model(leaf.model, bounded(leaf, own)))
-    model, note = fitting_part(format, models)
-    kinds = FORMATS[format].KINDS
-    index = next((i for i, leaf in enumerate(chosen) if isinstance(leaf.model, kinds)), 0)
-    return chosen[index], model, note
+    candidates = list(parts.values()) if part is None else [parts[part]]
+    kinds = format_named(format).KINDS
+    leaf = next((leaf for leaf in candidates if isinstance(leaf.model, kinds)), candidates[0])
+    own = dict(parameters)
+    if isinstance(objective, Composite):
+        own = {k: own[k] for k in expected_shapes(leaf.model) if k in own}
+    model, note = fitting_part(format, Model(leaf.model, bounded(leaf, own)))
+    return leaf, model, note
 
 
 def bounded(objective: Objective, parameters: dict[str, Any]) -> dict[str, Any]:

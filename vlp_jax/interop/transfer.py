@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,30 +37,23 @@ class Model:
     params: Params
 
 
-def fitting_part(format: str, models: Sequence[Model]) -> tuple[Model, str]:
-    """The first model of a kind that a format holds, or else the first image tower.
-
-    Args:
-      models: of which one or a part of one is to be written.
+def fitting_part(format: str, model: Model) -> tuple[Model, str]:
+    """The model if it is of a kind that a format holds, or else its image tower.
 
     Returns:
-      It, and a line on what is left out, empty if nothing is. It is the first model as it is if the
-      format holds nothing of any, so that the format can say why.
+      It, and a line on what is left out, empty if nothing is. It is the model as it is if the
+      format holds nothing of it, so that the format can say why.
 
     Raises:
       UserError: there is no such format.
     """
     kinds = interop.format_named(format).KINDS
-    for model in models:
-        if isinstance(model.module, kinds):
-            return model, ""
-    first = models[0]
-    if VisionTransformer not in kinds:
-        return first, ""
-    params = {path: x for path, x in first.params.items() if path.startswith("image/")}
-    left_out = sorted({path.split("/")[0] for path in first.params.keys() - params.keys()})
+    if isinstance(model.module, kinds) or VisionTransformer not in kinds:
+        return model, ""
+    params = {path: x for path, x in model.params.items() if path.startswith("image/")}
+    left_out = sorted({path.split("/")[0] for path in model.params.keys() - params.keys()})
     return (
-        Model(image_of(first.module), params),
+        Model(image_of(model.module), params),
         f"{format} holds an image tower alone; left out: {', '.join(left_out)}",
     )
 
