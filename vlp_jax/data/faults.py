@@ -30,19 +30,21 @@ def require(value: tf.Tensor, condition: tf.Tensor, reason: str, detail: str) ->
     """`value`, which cannot be had unless `condition` holds.
 
     The check is pruned with the value: where no output of the graph depends on it, it is not made.
-    So it is not an Assert, which TensorFlow never prunes, but a conversion that fails.
+    So it is neither an Assert, which TensorFlow never prunes, nor a control dependency on an
+    operation without effects, which TensorFlow's optimizer drops.
 
     Args:
-      value: any tensor.
+      value: strings or numbers of any shape.
       condition: bool, scalar.
       reason: one of `REASONS`.
       detail: what is wrong, one line; a Python string or a scalar string tensor.
     """
     tf = import_tensorflow()
     message = tf.strings.join([f"{_MARK} ({reason}): ", detail])
-    failing = tf.strings.to_number(tf.where(condition, "0", message))
-    with tf.control_dependencies([failing]):
-        return tf.identity(value)
+    zero = tf.strings.to_number(tf.where(condition, "0", message), tf.int32)
+    if value.dtype == tf.string:
+        return tf.strings.substr(value, zero, tf.int32.max)
+    return value + tf.cast(zero, value.dtype)
 
 
 def explain(message: str) -> tuple[str, str]:
