@@ -24,10 +24,12 @@ from ml_collections import ConfigDict
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from vlp_jax.data.samples import sample_texts
 
-from tools.inspect_scan import Scan, Tokenizers, parts_of, scan, statistics
+from tools.inspect_scan import Scan, Tokenizers, scan, statistics
 from vlp_jax import config as config_lib
-from vlp_jax.data.pipeline import EvalPipeline, TrainPipeline, sample_texts
+from vlp_jax.data.pipeline import EvalPipeline, TrainPipeline, split_mixture
+from vlp_jax.data.sources.base import as_plain
 from vlp_jax.errors import UserError
 from vlp_jax.evaluators import merged_data
 from vlp_jax.observe.data_pictures import draw_contact_sheet, draw_statistics
@@ -161,14 +163,15 @@ def scan_all(
 ) -> dict[str, Scan]:
     """A scan of every source of every dataset, with a line on stderr that says how far it is."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    found = {}
+    found, single = {}, len(datasets) == 1
     with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as progress:
         for dataset, data in datasets.items():
-            for part, part_data in parts_of(data).items():
-                name = part if len(datasets) == 1 else f"{dataset}/{part}"
+            parts, _ = split_mixture(as_plain(data))
+            for part, part_data in parts.items():
+                name = dataset if len(parts) == 1 else part if single else f"{dataset}/{part}"
                 task = progress.add_task(f"scanning {name}", total=None)
                 found[name] = scan(
-                    part_data,
+                    tolerant(part_data),
                     tokenizers,
                     count=count,
                     seed=SEED,
@@ -216,14 +219,6 @@ def show(figures: Mapping[str, Mapping[str, Any]], console: Console) -> None:
     row("duplicate images", lambda f: f"{f['duplicates']['share']:.2%}")
     console.print(table)
     console.print("median  (5% to 95%); duplicates are among those looked at", highlight=False)
-    for name, found in figures.items():
-        for reason, where in found["first_bad"].items():
-            console.print(
-                f"{name}: the first {reason}: {where}",
-                highlight=False,
-                markup=False,
-                soft_wrap=True,
-            )
 
 
 def inspect(arguments: argparse.Namespace, config: ConfigDict) -> None:

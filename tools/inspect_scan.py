@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import itertools
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -15,14 +16,14 @@ import numpy as np
 from PIL import Image
 
 from vlp_jax.data import faults
-from vlp_jax.data.example_graph import CHUNK, ExampleGraph
-from vlp_jax.data.ops import build_ops
-from vlp_jax.data.order import example_seeds
+from vlp_jax.data.pipeline import EvalPipeline, TrainPipeline
 from vlp_jax.data.sources import build_source
-from vlp_jax.data.sources.base import STRING, as_plain
+from vlp_jax.data.sources.base import as_plain
 from vlp_jax.data.tokenizers import Tokenizer, build_tokenizer
+from vlp_jax.errors import UserError
 
-RUN = 64  # consecutive examples that a sample takes, so that files are read in pieces
+RAW_TEXT, MASK = "text_raw", "mask"  # fields of batches
+BATCH = 256
 LONGEST = 2048  # tokens of a text that are counted
 TURNED = (5, 6, 7, 8)  # values of Exif's orientation that swap width and height
 _ORIENTATION = 0x0112
@@ -37,7 +38,6 @@ class Scan:
       examples: how many the source has.
       read: how many were looked at.
       bad: those that training would leave out, by reason.
-      first_bad: for each reason, where the first one lies and what is wrong with it.
       characters, tokens: of the text of each usable example; tokens with the special ones.
       sizes: (width, height) of each image, upright, from its header.
       encoded_bytes: of each image that is encoded.
@@ -48,24 +48,12 @@ class Scan:
     examples: int
     read: int = 0
     bad: Counter[str] = field(default_factory=Counter)
-    first_bad: dict[str, str] = field(default_factory=dict)
     characters: list[int] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
     sizes: list[tuple[int, int]] = field(default_factory=list)
     encoded_bytes: list[int] = field(default_factory=list)
     formats: Counter[str] = field(default_factory=Counter)
     digests: Counter[bytes] = field(default_factory=Counter)
-
-
-def parts_of(data: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Name -> data config of each source that a data config reads: one, or those of a mixture."""
-    data = as_plain(data)
-    if data.get("source") != "mixture":
-        return {str(data.get("source")): data}
-    return {
-        name: {key: value for key, value in part.items() if key != "weight"}
-        for name, part in data.get("parts", {}).items()
-    }
 
 
 class Tokenizers:
@@ -99,21 +87,6 @@ class Tokenizers:
         return (ends.argmax(axis=1) + 1).tolist()
 
 
-def chosen_indices(examples: int, count: int, seed: int) -> np.ndarray:
-    """Which examples are looked at, int64 [min(examples, count)], in rising order.
-
-    Runs of `RUN` consecutive ones at random places; all of them, where there are few.
-    """
-    if count >= examples:
-        return np.arange(examples)
-    run = min(RUN, max(count // RUN, 1))
-    random = np.random.default_rng(seed)
-    all_runs = -(-examples // run)
-    runs = random.choice(all_runs, min(-(-count // run) + 1, all_runs), replace=False)
-    indices = (runs[:, None] * run + np.arange(run)).ravel()
-    return np.sort(indices[indices < examples][:count])
-
-
 def scan(
     data: Mapping[str, Any],
     tokenizers: Tokenizers,
@@ -125,38 +98,69 @@ def scan(
 ) -> Scan:
     """Looks at `count` examples of one source, which go through all operations of the config.
 
+    All of them in the order of the source if there are no more, else the first of the order that
+    training reads them in.
+
     Args:
       data: the data config of one source.
+      seed: of the order and of the operations.
       begin: told how many will be looked at.
       advance: told how many more have been.
 
     Raises:
       UserError: a mistake in the config.
     """
-    source, ops = build_source(data), build_ops(data.get("preprocess"))
-    processed = ExampleGraph(source, ops)
-    has_image = "image" in source.fields()
-    raw = ExampleGraph(source, [], only=("image",)) if has_image else None
-    found = Scan(len(source))
-    indices = chosen_indices(len(source), count, seed)
-    begin(len(indices))
-    for first in range(0, len(indices), CHUNK):
-        chunk = indices[first : first + CHUNK]
-        seeds = example_seeds(seed, chunk, len(ops))
-        outputs, usable = processed.run_once(chunk, seeds)
-        for number in sorted({*range(len(chunk))} - set(usable.tolist())):
-            fault = processed.diagnose(int(chunk[number]), seeds[number])
-            found.bad[fault.reason] += 1
-            found.first_bad.setdefault(fault.reason, fault.where)
-        if processed.outputs.get("text") == STRING:
-            _add_texts(found, list(outputs["text"]), tokenizers)
-        if raw is not None:
-            images, _ = raw.run_once(chunk, example_seeds(seed, chunk, 0))
-            for image in images["image"]:
+    try:
+        texts = _Reader(data, count, seed, extra=RAW_TEXT)
+    except UserError:
+        texts = _Reader(data, count, seed)  # has no text, or another mistake, which is raised
+    found = Scan(texts.examples)
+    begin(texts.read)
+    for batch in texts.batches():
+        size = len(batch[MASK])
+        if RAW_TEXT in batch:
+            _add_texts(found, list(batch[RAW_TEXT][batch[MASK]]), tokenizers)
+        found.read += size
+        advance(size)
+    found.bad.update(texts.bad())
+    if "image" in build_source(data).fields():
+        as_stored = {**data, "preprocess": {"keep": {"fields": ["image"]}}}
+        for batch in _Reader(as_stored, count, seed, extra="image").batches():
+            for image in batch["image"][batch[MASK]]:
                 _add_image(found, image)
-        found.read += len(chunk)
-        advance(len(chunk))
     return found
+
+
+class _Reader:
+    """The examples of one source that a scan looks at, as training or evaluation reads them."""
+
+    def __init__(
+        self, data: Mapping[str, Any], count: int, seed: int, extra: str | None = None
+    ) -> None:
+        """`extra` names a field that batches shall hold that they would not."""
+        extras = [] if extra is None else [extra]
+        common = {"batch_size": min(BATCH, count), "extra_fields": extras}
+        self._pipeline: Any = EvalPipeline(data, None, **common)
+        self.examples = len(self._pipeline)
+        self.read = min(count, self.examples)
+        self._all = count >= self.examples
+        if not self._all:
+            self._pipeline = TrainPipeline(data, None, seed=seed, **common)
+        self._count = -(-self.read // common["batch_size"])
+
+    def batches(self) -> Iterator[dict[str, np.ndarray]]:
+        """Each with `MASK`, which is False for what could not be used; no padding."""
+        left = self.read
+        for batch in itertools.islice(self._pipeline.batches(), self._count):
+            batch = {name: values[:left] for name, values in batch.items()}
+            size = min(left, min(map(len, batch.values())))
+            left -= size
+            yield {MASK: np.ones(size, bool), **batch}
+
+    def bad(self) -> dict[str, int]:
+        """Reason -> examples that could not be used, of those that were read."""
+        totals = self._pipeline.faults.totals(self._count)["bad"]
+        return {reason: n for reasons in totals.values() for reason, n in reasons.items()}
 
 
 def _add_texts(found: Scan, texts: list[bytes], tokenizers: Tokenizers) -> None:
@@ -191,7 +195,6 @@ def statistics(found: Scan, context_length: int | None) -> dict[str, Any]:
         "scanned": found.read,
         "bad": dict(found.bad.most_common()),
         "bad_share": sum(found.bad.values()) / max(found.read, 1),
-        "first_bad": found.first_bad,
     }
     empty = found.bad[faults.EMPTY_TEXT]
     if found.characters or empty:

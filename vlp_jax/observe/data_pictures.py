@@ -14,6 +14,7 @@ from jaxtyping import UInt8
 from matplotlib import font_manager
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from vlp_jax.observe.plots import CURVE_COLORS, INK, PALE, WRONG, new_figure, save_figure
 from vlp_jax.observe.text_layout import LINE_SPACING, Colored, TextFitter
@@ -33,7 +34,8 @@ FALLBACK_FONTS = (
 )
 _ACROSS = 8  # images side by side
 _CELL, _GAP, _TOP = 1.25, 0.1, 0.6  # inches: an image, between images, titles
-_TEXT, _FONT = 0.95, 6.5  # inches and points: what is written under an image
+_TEXT, _FONT = 0.95, 6.5  # inches, at most, and points: what is written under an image
+_LINE = _FONT * LINE_SPACING / 72  # inches
 _PANELS = 4
 _MOST_BINS = 40
 
@@ -69,34 +71,29 @@ def draw_contact_sheet(
 def _contact_sheet(
     images: np.ndarray, captions: Sequence[Sequence[str]], title: str, subtitle: str
 ) -> Figure:
+    paragraphs = [
+        [Colored(text, PALE if n else INK) for n, text in enumerate(caption) if text.strip()]
+        for caption in captions
+    ]
+    measured = TextFitter(new_figure((1, 1)))
+    lines = [measured.lay_out(caption, _FONT, _CELL, _TEXT)[0] for caption in paragraphs]
+    text = (max(map(len, lines)) + 0.5) * _LINE
     across = min(_ACROSS, len(images))
     down = -(-len(images) // across)
     width = max(across * (_CELL + _GAP) + _GAP, 4.0)
-    height = down * (_CELL + _TEXT + _GAP) + _TOP
+    height = down * (_CELL + text + _GAP) + _TOP
     figure = new_figure((width, height))
-    fitter = TextFitter(figure)
-    _titles(figure, fitter, title, subtitle)
-    for index, (image, paragraphs) in enumerate(zip(images, captions, strict=True)):
+    _titles(figure, TextFitter(figure), title, subtitle)
+    for index, image in enumerate(images):
         row, column = divmod(index, across)
         left = _GAP + column * (_CELL + _GAP)
-        bottom = height - _TOP - row * (_CELL + _TEXT + _GAP) - _CELL
+        bottom = height - _TOP - row * (_CELL + text + _GAP) - _CELL
         axes = figure.add_axes((left / width, bottom / height, _CELL / width, _CELL / height))
         axes.imshow(image, interpolation="nearest", aspect="equal")
         axes.set_axis_off()
-        colored = [Colored(text, PALE if n else INK) for n, text in enumerate(paragraphs)]
-        colored = [paragraph for paragraph in colored if paragraph.text.strip()]
-        lines, _ = fitter.lay_out(colored, _FONT, _CELL, _TEXT)
-        for number, line in enumerate(lines):
-            y = bottom - 0.03 - (number + 0.8) * _FONT * LINE_SPACING / 72
-            figure.text(
-                left / width,
-                y / height,
-                line.text,
-                fontsize=_FONT,
-                color=line.color,
-                va="baseline",
-                parse_math=False,
-            )
+        for number, line in enumerate(lines[index]):
+            x, y = left / width, (bottom - 0.03 - (number + 0.8) * _LINE) / height
+            figure.text(x, y, line.text, fontsize=_FONT, color=line.color, parse_math=False)
     return figure
 
 
@@ -174,13 +171,10 @@ def _draw_bad(axes: Axes, found: Mapping[str, Any]) -> None:
     if _has(axes, reasons, f"none of {found['read']:,} is bad"):
         axes.barh(list(reasons), list(reasons.values()), color=WRONG, height=0.6)
         for place, count in enumerate(reasons.values()):
-            axes.annotate(
-                f"{count:,}", (count, place), (2, 0), textcoords="offset points", fontsize=6,
-                va="center",
-            )  # fmt: skip
-        axes.set_yticks(range(len(reasons)))
-        axes.set_yticklabels(reasons, fontsize=6)
-        axes.margins(x=0.2, y=0.3)
+            axes.text(count, place, f" {count:,}", fontsize=6, va="center")
+        axes.set_ylim(len(reasons) - 0.5 if len(reasons) > 3 else 2.5, -0.5)
+        axes.set_xlim(0, 1.2 * max(reasons.values()))
+        axes.xaxis.set_major_locator(MaxNLocator(3, integer=True))
         box = axes.get_position()  # room for the names
         axes.set_position((box.x0 + 0.06, box.y0, box.width - 0.06, box.height))
         axes.set_xlabel(f"bad ones of {found['read']:,}", fontsize=6.5, labelpad=1.5)
