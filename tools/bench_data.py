@@ -84,6 +84,13 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def say(status: Status, text: str) -> None:
+    """What is going on: in place on a terminal, else a line."""
+    status.update(text)
+    if not status.console.is_terminal:
+        status.console.print(text, highlight=False)
+
+
 def check(arguments: argparse.Namespace) -> None:
     """Raises UserError for a number that makes no sense."""
     for name in ("images", "turn", "rounds", "batch_size", "size"):
@@ -172,7 +179,7 @@ def measure(
     for number in range(rounds):
         first = number % len(names)
         for name in names[first:] + names[:first]:
-            status.update(f"round {number + 1} of {rounds}: {name}")
+            say(status, f"round {number + 1} of {rounds}: {name}")
             rates[name].append(turn.rate(loaders[name], batch_size))
     return rates
 
@@ -233,11 +240,9 @@ def bench(
     sources = []
     for name, loader in ours.items():
         figures = {**entry(f"source {name}", rates, task), "name": name}
-        status.update(f"waiting for data: {name}")
+        say(status, f"waiting for data: {name}")
         step = task.batch_size / (BUSY * figures["images_per_second"])
         figures["wait_share"] = turn.wait_share(loader, step)
-        status.update(f"memory: {name}")
-        figures["peak_mib"] = peak_memory(name, corpus, task, turn.total)
         sources.append(figures)
     return sources, [entry(name, rates, task) for name in others]
 
@@ -300,7 +305,7 @@ def run(arguments: argparse.Namespace, folder: Path, cores: int, status: Status)
     """Everything that is measured, as it stands in the JSON file."""
     names = chosen_sources(arguments.sources)
     corpus = Corpus(folder, arguments.images, arguments.seed)
-    status.update(f"{arguments.images} photos in {folder}")
+    say(status, f"{arguments.images} photos in {folder}")
     ways = {"on": [True], "off": [False], "both": [False, True]}[arguments.antialias]
     result: dict[str, Any] = {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -334,6 +339,11 @@ def run(arguments: argparse.Namespace, folder: Path, cores: int, status: Status)
         sources, others = bench(corpus, names, task, arguments, status)
         result["sources"] += sources
         result["others"] += others
+    for name in names:  # the same, however images are resized
+        say(status, f"memory: {name}")
+        peak = peak_memory(name, corpus, task, make_turn(arguments, cores).total)
+        for figures in result["sources"]:
+            figures |= {"peak_mib": peak} if figures["name"] == name else {}
     return result
 
 
