@@ -73,6 +73,7 @@ class LoopRunner:
             progress=self.progress,
             clock=self._clock,
             startup=startup_clock,
+            input_metrics=parts.input_state.metrics,
         )
 
     def __call__(self, state: TrainState, batches: Prefetcher, steps: int) -> TrainState:
@@ -81,7 +82,7 @@ class LoopRunner:
         loop = Loop(
             step_function=self._step_function,
             batches=batches,
-            batch_size=self._parts.setup.config.batch_size,
+            input_state=self._parts.input_state.save,
             first_step=first,
             last_step=self.step,
             save_when=lambda step: False,

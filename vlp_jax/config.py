@@ -26,6 +26,10 @@ BOOLEANS = {"true": True, "1": True, "false": False, "0": False}
 DURATION_UNITS = ("steps", "examples", "epochs", "percent")
 # Sections whose keys are the arguments of what they name; each is checked where it is built.
 COMPONENT_SECTIONS = ("objective", "data", "extra_data", "tokenizer", "evaluators")
+# What every data config has, so that it can be overridden. The largest share of examples that
+# cannot be used; the order, and how many places of the files are read side by side (see
+# `vlp_jax.data.stream.make_order`).
+DATA_DEFAULTS = {"max_bad_fraction": 0.1, "order": "auto", "lanes": 16}
 
 
 def duration(
@@ -83,6 +87,8 @@ def base() -> ConfigDict:
             "keep_last": 2,
             "keep_every": 0,  # also keep each checkpoint whose step is a multiple of it; 0: none
             "asynchronous": True,
+            # Go on although the training data is not that of the checkpoint.
+            "accept_other_data": False,
         }
     )
     config.writers = ConfigDict(
@@ -153,7 +159,16 @@ def load(spec: str) -> ConfigDict:
         # ConfigDict's own words for a key that its locked parent does not have.
         raise UserError(f"{path}: {_first_line(error)}") from error
     check(config)
+    with config.unlocked():
+        _complete_data(config)
     return config.lock()
+
+
+def _complete_data(config: ConfigDict) -> None:
+    for data in (config.data, *config.extra_data.values()):
+        for key, value in DATA_DEFAULTS.items():
+            if data and key not in data:
+                data[key] = value
 
 
 def check(config: ConfigDict) -> None:
@@ -268,6 +283,7 @@ def from_json(text: str) -> ConfigDict:
     config = ConfigDict(_tuples(json.loads(text)))
     _add_missing(config, base())
     check(config)
+    _complete_data(config)
     return config.lock()
 
 

@@ -114,6 +114,8 @@ def train(config: ConfigDict, workdir: str | os.PathLike, clock: StartupClock) -
         progress = stack.enter_context(make_progress(last_step, workdir.name))
         checkpointer = stack.enter_context(make_checkpointer(config, workdir))
         first_step = checkpointer.check_fits(setup.abstract)
+        if first_step:
+            parts.input_state.resume(checkpointer.input_state(first_step), first_step)
         for change in workdir_lib.changes(workdir, config):
             progress.print(f"note: {change}")
         workdir_lib.prepare(workdir, config, parts.tokenizer)
@@ -132,7 +134,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike, clock: StartupClock) -
         loop = Loop(
             step_function=step_function,
             batches=stack.enter_context(prefetcher),
-            batch_size=config.batch_size,
+            input_state=parts.input_state.save,
             first_step=first_step,
             last_step=last_step,
             save_when=parts.save_when,
@@ -145,6 +147,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike, clock: StartupClock) -
                 progress=progress,
                 clock=step_clock,
                 startup=clock,
+                input_metrics=parts.input_state.metrics,
             ),
             checkpointer=checkpointer,
             writer=writer,

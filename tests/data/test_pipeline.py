@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vlp_jax.data.pipeline import EvalPipeline, Layout, TrainPipeline, sample_texts
+from vlp_jax.data.pipeline import EvalPipeline, Layout, TrainPipeline
+from vlp_jax.data.samples import sample_texts
 from vlp_jax.data.tokenizers import ByteTokenizer
 from vlp_jax.errors import UserError
 
@@ -217,7 +218,8 @@ class Refuse:
             raise ImportError(name + " was imported")
 sys.meta_path.insert(0, Refuse())
 import numpy as np
-from vlp_jax.data.pipeline import EvalPipeline, TrainPipeline, sample_texts
+from vlp_jax.data.pipeline import EvalPipeline, TrainPipeline
+from vlp_jax.data.samples import sample_texts
 from vlp_jax.data.tokenizers import ByteTokenizer
 places = np.arange(11, dtype=np.uint8)
 arrays = {"image": places[:, None, None, None] * np.ones((1, 4, 4, 3), np.uint8),
@@ -280,7 +282,7 @@ def test_processes_must_divide_the_batch(photos):
     refuses(lambda: train(photos, batch_size=6, process_count=4), "batch_size=6 .* 4 processes")
     refuses(lambda: train(photos, batch_size=0), "batch_size=0")
     layout = Layout(8, process_index=3, process_count=4)
-    assert layout.positions_of_batch(2).tolist() == [22, 23]
+    assert layout.places.tolist() == [6, 7]
 
 
 def test_configs_that_cannot_make_batches(photos):
@@ -305,10 +307,10 @@ def test_an_image_that_cannot_be_decoded_is_named(photos, tmp_path, damage):
     lines = ["path,caption", *(f"{n}.jpg,x" for n in range(12))]
     (tmp_path / "c.csv").write_text("\n".join(lines))
     data = {"source": "folder", "path": str(tmp_path), "split": "all", "preprocess": EVAL_OPS}
-    pipeline = EvalPipeline(data, None, batch_size=2)
+    pipeline = EvalPipeline({**data, "max_bad_fraction": 0.0}, None, batch_size=2)
     batches = pipeline.batches()
     assert [next(batches)["mask"].all() for _ in range(3)] == [True] * 3
-    refuses(lambda: next(batches), rf"batch 3 .*{tmp_path.name}.*/7.jpg: ")
+    refuses(lambda: next(batches), rf"1 undecodable image in data.*{tmp_path.name}.*/7.jpg: ")
 
 
 def test_a_file_that_vanished_is_named(photos, tmp_path):

@@ -341,8 +341,8 @@ def test_tfds_mistakes(toy_dir, tmp_path, no_network):
     refuses(toy(toy_dir, split="train[:"), "slices look like")
     refuses(toy(toy_dir, split="train[5:2]"), "holds no examples")
     refuses(toy(toy_dir, split="train[100%:]"), "holds no examples")
-    make_toy(tmp_path, "tfrecord", count=3)
-    message = refuses(toy(tmp_path), "tfrecord files")
+    make_toy(tmp_path, "riegeli", count=3)
+    message = refuses(toy(tmp_path), "riegeli files")
     assert "file_format='array_record'" in message
 
 
@@ -379,4 +379,4 @@ def test_arrays_mistakes():
 def test_unknown_source_names_the_nearest():
     for name in SOURCES:
         refuses({"source": name + "x"}, f"did you mean '{name}'")
-    refuses({}, "known: arrays, folder, tfds")
+    refuses({}, "known: array_record, arrays, folder")

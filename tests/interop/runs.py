@@ -81,7 +81,9 @@ def write_run(config, workdir, steps=(3,)):
         for step in steps:
             trees[step] = perturbed(state.eval_params, step)
             kept = {"ema" if config.optimizer.ema_decay else "params": trees[step]}
-            checkpointer.save(step, state.replace(step=jax.numpy.int32(step), **kept), step * 8)
+            checkpointer.save(
+                step, state.replace(step=jax.numpy.int32(step), **kept), {"position": step * 8}
+            )
     return setup.objective, trees
 
 

@@ -18,12 +18,12 @@ def test_a_state_comes_back_bit_for_bit_on_another_mesh(tmp_path):
     setup = setup_with()
     state, _ = helpers.train(setup, 3)
     with Checkpointer(tmp_path) as checkpointer:
-        checkpointer.save(3, state, position=48)
+        checkpointer.save(3, state, input_state={"position": 48})
     other = helpers.setup_on(helpers.tiny_config(), {"replica": 2, "fsdp": 4})
     with Checkpointer(tmp_path) as checkpointer:
         assert checkpointer.check_fits(other.abstract) == 3
-        restored, position = checkpointer.restore(other.abstract, 3)
-    assert position == 48
+        restored = checkpointer.restore(other.abstract, 3)
+        assert checkpointer.input_state(3) == {"position": 48}
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(restored), jax.device_get(state))
     for leaf, wanted in zip(jax.tree.leaves(restored), jax.tree.leaves(other.abstract)):
         assert leaf.sharding == wanted.sharding
@@ -34,11 +34,11 @@ def test_saving_is_not_disturbed_by_the_step_that_takes_over_the_memory(tmp_path
     step, state = helpers.compiled(setup), helpers.fresh(setup)
     wanted = jax.device_get(jax.tree.map(lambda x: np.array(x), state))
     with Checkpointer(tmp_path) as checkpointer:
-        checkpointer.save(1, state, position=0)
+        checkpointer.save(1, state, input_state={"position": 0})
         for batch in helpers.batches(5):  # while the save may still be writing
             state, _ = step(state, put_batch(batch, setup.mesh))
         checkpointer.wait()
-        restored, _ = checkpointer.restore(setup.abstract, 1)
+        restored = checkpointer.restore(setup.abstract, 1)
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(restored), wanted)
 
 
@@ -47,8 +47,8 @@ def test_which_checkpoints_are_kept(tmp_path):
     state = helpers.fresh(setup)
     with Checkpointer(tmp_path, keep_last=2, keep_every=4) as checkpointer:
         for step in range(1, 11):
-            checkpointer.save(step, state, position=step)
-        checkpointer.save(10, state, position=10)  # already there: nothing happens
+            checkpointer.save(step, state, input_state={"position": step})
+        checkpointer.save(10, state, input_state={"position": 10})  # already there: nothing happens
         checkpointer.wait()
         assert checkpointer.steps() == [4, 8, 9, 10]
 
@@ -56,7 +56,7 @@ def test_which_checkpoints_are_kept(tmp_path):
 def test_unfinished_checkpoints_do_not_count(tmp_path):
     setup = setup_with()
     with Checkpointer(tmp_path) as checkpointer:
-        checkpointer.save(1, helpers.fresh(setup), position=0)
+        checkpointer.save(1, helpers.fresh(setup), input_state={"position": 0})
     (tmp_path / "checkpoints" / "2.orbax-checkpoint-tmp-7" / "state").mkdir(parents=True)
     with Checkpointer(tmp_path) as checkpointer:
         assert checkpointer.check_fits(setup.abstract) == 1
@@ -71,7 +71,7 @@ def test_unfinished_checkpoints_do_not_count(tmp_path):
 )
 def test_another_models_checkpoint_is_refused_with_both_shapes(tmp_path, changes, parts):
     with Checkpointer(tmp_path) as checkpointer:
-        checkpointer.save(1, helpers.fresh(setup_with()), position=0)
+        checkpointer.save(1, helpers.fresh(setup_with()), input_state={"position": 0})
     with Checkpointer(tmp_path) as checkpointer, pytest.raises(UserError) as error:
         checkpointer.check_fits(setup_with(**changes).abstract)
     assert "belongs to another model" in str(error.value) and "\n" not in str(error.value)

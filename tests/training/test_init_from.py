@@ -38,7 +38,7 @@ def flat(tree):
 
 def save(workdir, state, step):
     with Checkpointer(workdir, keep_last=9) as checkpointer:
-        checkpointer.save(step, state, position=step)
+        checkpointer.save(step, state, input_state={"position": step})
 
 
 @pytest.fixture(scope="module")
@@ -84,9 +84,9 @@ def test_the_step_that_takes_over_the_memory_trains_as_from_any_other_state(run,
     setup = setup_from(run[0], mesh={"replica": 8}, optimizer={"ema_decay": 0.9})
     state = start_of(setup, tmp_path).state(setup)
     with Checkpointer(tmp_path / "copy") as checkpointer:
-        checkpointer.save(1, state, position=0)
+        checkpointer.save(1, state, input_state={"position": 0})
         checkpointer.wait()
-        other, _ = checkpointer.restore(setup.abstract, 1)
+        other = checkpointer.restore(setup.abstract, 1)
     step = helpers.compiled(setup)
     for batch in helpers.batches(3):
         state, other = (step(s, put_batch(batch, setup.mesh))[0] for s in (state, other))

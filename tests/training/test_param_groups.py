@@ -230,10 +230,10 @@ def test_a_run_with_frozen_parameters_resumes(tmp_path):
     first, second = helpers.batches(2)
     state, _ = step(state, put_batch(first, setup.mesh))
     with Checkpointer(tmp_path) as checkpointer:
-        checkpointer.save(1, state, position=16)
+        checkpointer.save(1, state, input_state={"position": 16})
     with Checkpointer(tmp_path) as checkpointer:
         assert checkpointer.check_fits(setup.abstract) == 1
-        restored, _ = checkpointer.restore(setup.abstract, 1)
+        restored = checkpointer.restore(setup.abstract, 1)
         thawed = one_device(helpers.tiny_config())
         with pytest.raises(UserError, match="opt_state/.*image.* is absent in the checkpoint"):
             checkpointer.check_fits(thawed.abstract)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from vlp_jax.data import faults
+from vlp_jax.data.fault_log import Fault
 from vlp_jax.data.lazy_tensorflow import import_tensorflow
 from vlp_jax.data.ops import apply_ops
 from vlp_jax.data.sources.base import STRING, FieldSpec, Source
@@ -20,12 +22,13 @@ if TYPE_CHECKING:
     from vlp_jax.data.lazy_tensorflow import Op
     from vlp_jax.data.tokenizers import Tokenizer
 
-# Records of so many examples are read in one call of Python.
+# Examples that are read in one call of Python, and go through their operations in one thread.
 CHUNK = 256
+READING_AHEAD = 4  # chunks whose records are read at a time
 
 
 class ExampleGraph:
-    """Turns the record of one example into the fields that a batch holds, as a TensorFlow graph.
+    """Turns the records of examples into the fields that a batch holds, as a TensorFlow graph.
 
     Attributes:
       outputs: the fields of the result. All fields that are numbers of a fixed shape are kept, and
@@ -33,6 +36,7 @@ class ExampleGraph:
         is a list is one byte string, a serialized tensor, for `unpack` to read back.
       inputs: the fields of the source that the outputs depend on; no others are read or decoded.
       packed: the fields that are serialized so.
+      results: what `chunk` gives of each example: the outputs with `text` tokenized.
     """
 
     def __init__(
@@ -41,9 +45,18 @@ class ExampleGraph:
         ops: Sequence[tuple[str, Op]],
         extra_fields: Sequence[str] = (),
         only: Sequence[str] | None = None,
+        tokenizer: Tokenizer | None = None,
+        raw_text: str | None = None,
     ) -> None:
-        """`only` names the outputs instead of the rule above."""
+        """Traces the operations once.
+
+        Args:
+          only: names the outputs instead of the rule above.
+          tokenizer: for a string `text`, which is dropped without one unless `only` names it.
+          raw_text: under which name the text itself is kept, if at all.
+        """
         self._source, self._ops = source, ops
+        self._tokenizer, self._raw_text = tokenizer, raw_text
         fields, example = _trace(source, ops)
         specs = {name: _spec(value) for name, value in example.items()}
         names = choose_outputs(specs, extra_fields) if only is None else list(only)
@@ -58,8 +71,17 @@ class ExampleGraph:
             if specs[name].shape != () and not specs[name].is_array
         }
         self.outputs = {name: STRING if name in self.packed else specs[name] for name in names}
+        self.results = dict(self.outputs)
+        if only is None and self.results.get("text") == STRING:
+            del self.results["text"]
+            if raw_text is not None:
+                self.results[raw_text] = STRING
+            if tokenizer is not None:
+                ids = FieldSpec((tokenizer.context_length,), np.dtype(np.int32))
+                self.results["text"] = ids
 
-    def __call__(self, record: dict[str, tf.Tensor], seeds: tf.Tensor) -> dict[str, tf.Tensor]:
+    def example(self, record: dict[str, tf.Tensor], seeds: tf.Tensor) -> dict[str, tf.Tensor]:
+        """One example, without its leading dimension. Fails where it cannot be used."""
         tf = import_tensorflow()
         unread = {
             name: _unread(spec)
@@ -68,12 +90,62 @@ class ExampleGraph:
         }
         example = {**self._source.parse(record, self.inputs), **unread}
         example = apply_ops(self._ops, example, seeds)
+        if "text" in self.outputs and self.outputs["text"] == STRING:
+            full = tf.strings.length(tf.strings.strip(example["text"])) > 0
+            example["text"] = faults.require(
+                example["text"], full, faults.EMPTY_TEXT, "its text is empty"
+            )
         return {
             name: tf.io.serialize_tensor(example[name])
             if name in self.packed
             else tf.ensure_shape(example[name], spec.shape)
             for name, spec in self.outputs.items()
         }
+
+    def chunk(
+        self, records: dict[str, tf.Tensor], seeds: tf.Tensor
+    ) -> tuple[dict[str, tf.Tensor], tf.Tensor]:
+        """Those of n examples that can be used, [k, ...], and which they are, int32 [k].
+
+        One thread goes through them, so many chunks are to be under way at a time.
+        """
+        tf = import_tensorflow()
+        as_written = tf.autograph.experimental.do_not_convert
+        count = tf.shape(seeds)[0]
+
+        def numbered(
+            record: dict[str, tf.Tensor], seeds: tf.Tensor, number: tf.Tensor
+        ) -> tuple[dict[str, tf.Tensor], tf.Tensor]:
+            record = dict(record)
+            fault = record.pop(faults.FAULT, None)
+            if fault is not None:
+                number = faults.require_marked(number, tf.equal(fault, ""), fault)
+            return self.example(record, seeds), number
+
+        rows = tf.data.Dataset.from_tensor_slices((records, seeds, tf.range(count)))
+        done = rows.map(as_written(numbered)).ignore_errors()
+        done = done.batch(tf.cast(tf.maximum(count, 1), tf.int64))
+        nothing = {
+            name: tf.zeros([0, *spec.shape], tf.as_dtype(spec.dtype))
+            for name, spec in self.outputs.items()
+        }
+        none = tf.data.Dataset.from_tensors((nothing, tf.zeros([0], tf.int32)))
+        outputs, numbers = done.concatenate(none).take(1).get_single_element()
+        return self._tokenized(outputs), numbers
+
+    def _tokenized(self, outputs: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
+        """The results from the outputs of several examples."""
+        tf = import_tensorflow()
+        known = {**outputs}
+        if "text" in outputs and self.results.get("text") != self.outputs["text"]:
+            text = known.pop("text")
+            if self._raw_text is not None:
+                known[self._raw_text] = text
+            if self._tokenizer is not None:
+                ids = tf.numpy_function(self._tokenizer, [text], tf.int32, stateful=False)
+                ids.set_shape([None, self._tokenizer.context_length])
+                known["text"] = ids
+        return known
 
     def unpack(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Reads the packed fields of a batch back, each into an object array [b] of arrays."""
@@ -82,56 +154,97 @@ class ExampleGraph:
         for name, dtype in self.packed.items():
             rows = np.empty(len(batch[name]), object)
             for number, row in enumerate(batch[name]):
-                rows[number] = tf.io.parse_tensor(row, tf.as_dtype(dtype)).numpy()
+                # An example that could not be used has left nothing to parse.
+                empty = np.zeros(0, dtype)
+                rows[number] = tf.io.parse_tensor(row, tf.as_dtype(dtype)).numpy() if row else empty
             unpacked[name] = rows
         return unpacked
 
     def dataset(
-        self, indices_and_seeds: Callable[[int], tuple[np.ndarray, np.ndarray]], chunks: int | None
+        self,
+        indices_and_seeds: Callable[[int], tuple[np.ndarray, np.ndarray]],
+        chunks: int | None,
+        failed: Callable[[UserError], None],
     ) -> tf.data.Dataset:
-        """The examples of consecutive chunks, in order, each through all operations.
+        """What `chunk` makes of consecutive chunks, in order.
 
         Args:
           indices_and_seeds: for the number of a chunk, the examples to read, int64 [n], and their
             seeds, int32 [n, number of operations, 2].
           chunks: how many; None for no end.
+          failed: told of files that cannot be read, since TensorFlow keeps no exceptions.
         """
         tf = import_tensorflow()
-        specs = self._source.record_fields()
-        seed_shape = [None, len(self._ops), 2]
 
-        def fetch(chunk: np.int64) -> list[np.ndarray]:
-            indices, seeds = indices_and_seeds(int(chunk))
-            record = self._source.fetch(indices)
-            return [*(record[name] for name in specs), seeds]
+        def fetch(number: np.int64) -> list[np.ndarray]:
+            try:
+                indices, seeds = indices_and_seeds(int(number))
+                return [*self._fetch(indices).values(), seeds]
+            except UserError as error:
+                failed(error)
+                raise
 
-        def read(chunk: tf.Tensor) -> tuple[dict[str, tf.Tensor], tf.Tensor]:
+        def read(number: tf.Tensor) -> tuple[dict[str, tf.Tensor], tf.Tensor]:
+            specs = self._source.record_fields()
             types = [tf.as_dtype(spec.dtype) for spec in specs.values()]
-            *columns, seeds = tf.numpy_function(fetch, [chunk], [*types, tf.int32], stateful=False)
+            *columns, seeds = tf.numpy_function(fetch, [number], [*types, tf.int32], stateful=False)
             for column, spec in zip(columns, specs.values(), strict=True):
                 column.set_shape([None, *spec.shape])
-            seeds.set_shape(seed_shape)
+            seeds.set_shape([None, len(self._ops), 2])
             return dict(zip(specs, columns, strict=True)), seeds
 
-        read = tf.autograph.experimental.do_not_convert(read)
-        numbers = tf.data.Dataset.range(np.iinfo(np.int64).max if chunks is None else chunks)
-        examples = numbers.map(read, num_parallel_calls=2, deterministic=True).unbatch()
         # AutoGraph rewrites Python's `if` and `for`, of which none here is meant for the graph.
-        process = tf.autograph.experimental.do_not_convert(self.__call__)
-        return examples.map(process, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
+        as_written = tf.autograph.experimental.do_not_convert
+        numbers = tf.data.Dataset.range(np.iinfo(np.int64).max if chunks is None else chunks)
+        records = numbers.map(
+            as_written(read), num_parallel_calls=READING_AHEAD, deterministic=True
+        )
+        return records.map(
+            as_written(self.chunk), num_parallel_calls=tf.data.AUTOTUNE, deterministic=True
+        )
 
-    def find_culprit(self, indices: np.ndarray, seeds: np.ndarray) -> str | None:
-        """Says which of these examples cannot be processed and why; None if all can."""
+    def run_once(
+        self, indices: np.ndarray, seeds: np.ndarray
+    ) -> tuple[dict[str, np.ndarray], np.ndarray]:
+        """What `chunk` makes of a few examples, at once."""
         tf = import_tensorflow()
-        process = tf.function(self.__call__, autograph=False)
-        for number in range(len(indices)):
-            columns = self._source.fetch(indices[number : number + 1])
+        records = {name: tf.constant(column) for name, column in self._fetch(indices).items()}
+        outputs, numbers = self._chunk_function(records, tf.constant(seeds))
+        return {name: value.numpy() for name, value in outputs.items()}, numbers.numpy()
+
+    def diagnose(self, index: int, seeds: np.ndarray) -> Fault:
+        """Why an example that `chunk` left out cannot be used.
+
+        Args:
+          seeds: int32 [number of operations, 2].
+        """
+        tf = import_tensorflow()
+        columns = self._fetch(np.array([index]))
+        where = self._source.describe(index)
+        fault = columns.pop(faults.FAULT, [b""])[0]
+        if fault:
+            reason, detail = faults.explain(fault.decode())
+            return Fault(reason, f"{where}: {detail}")
+        try:
             record = {name: tf.constant(column[0]) for name, column in columns.items()}
-            try:
-                process(record, tf.constant(seeds[number]))
-            except tf.errors.OpError as error:
-                return f"{self._source.describe(int(indices[number]))}: {_first_line(error)}"
-        return None
+            self._example_function(record, tf.constant(seeds))
+        except tf.errors.OpError as error:
+            reason, detail = faults.explain(error.message or str(error))
+            return Fault(reason, f"{where}: {detail}")
+        return Fault(faults.UNREADABLE, f"{where}: it could not be read before, and now it can")
+
+    def _fetch(self, indices: np.ndarray) -> dict[str, np.ndarray]:
+        record = self._source.fetch(indices, self.inputs)
+        return {name: record[name] for name in self._source.record_fields()}
+
+    @cached_property
+    def _chunk_function(self) -> Any:
+        # Shapes are not part of the signature, so that it is traced once for all sizes.
+        return import_tensorflow().function(self.chunk, autograph=False, reduce_retracing=True)
+
+    @cached_property
+    def _example_function(self) -> Any:
+        return import_tensorflow().function(self.example, autograph=False, reduce_retracing=True)
 
 
 def run(dataset: tf.data.Dataset) -> Iterator[dict[str, np.ndarray]]:
@@ -143,26 +256,6 @@ def run(dataset: tf.data.Dataset) -> Iterator[dict[str, np.ndarray]]:
     # One operation on one example is too little work to share among threads.
     options.threading.max_intra_op_parallelism = 1
     yield from dataset.prefetch(2).with_options(options).as_numpy_iterator()
-
-
-def tokenize(
-    dataset: tf.data.Dataset, tokenizer: Tokenizer | None, raw_name: str | None
-) -> tf.data.Dataset:
-    """Replaces the strings `text` of batches by token ids, and keeps them under `raw_name`."""
-    tf = import_tensorflow()
-
-    def replace(batch: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
-        batch = dict(batch)
-        text = batch.pop("text")
-        if raw_name is not None:
-            batch[raw_name] = text
-        if tokenizer is not None:
-            ids = tf.numpy_function(tokenizer, [text], tf.int32, stateful=False)
-            ids.set_shape([None, tokenizer.context_length])
-            batch["text"] = ids
-        return batch
-
-    return dataset.map(tf.autograph.experimental.do_not_convert(replace))
 
 
 def choose_outputs(specs: Mapping[str, FieldSpec], extra_fields: Sequence[str]) -> list[str]:
@@ -234,11 +327,3 @@ def _ancestors(tensors: Sequence[tf.Tensor]) -> set[Any]:
         waiting.extend(new - reached)
         reached |= new
     return reached
-
-
-def _first_line(error: Exception) -> str:
-    """A TensorFlow error in one line, without the names of graph nodes and operations."""
-    message = getattr(error, "message", None) or str(error)
-    message = re.sub(r"\{\{[^}]*\}\}\s*|\s*\[Op:[^]]*\].*", "", message).strip()
-    lines = [line.strip() for line in message.splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__

@@ -20,13 +20,29 @@ EMPTY_TEXT = "empty caption"
 MISSING_FIELD = "missing field"
 UNREADABLE = "unreadable record"  # a checksum that is wrong, a record that does not parse
 TRUNCATED = "truncated shard"
-REASONS = (UNDECODABLE, TOO_LARGE, EMPTY_TEXT, MISSING_FIELD, UNREADABLE, TRUNCATED)
+FAILED = "failed operation"
+REASONS = (UNDECODABLE, TOO_LARGE, EMPTY_TEXT, MISSING_FIELD, UNREADABLE, TRUNCATED, FAILED)
+
+# The field of a record that says why it cannot be used; empty where it can.
+FAULT = "fault"
 
 _MARK = "bad example"
+_TRACEBACK = ("Graph execution error", "Detected at node", "File ", "node ")
 _MESSAGE = re.compile(rf"{_MARK} \(([a-z ]+)\): ([^\n]*)")
 
 
-def require(value: tf.Tensor, condition: tf.Tensor, reason: str, detail: str) -> tf.Tensor:
+# What TensorFlow says where the graph did not ask first.
+_KINDS = (
+    (re.compile(r"is required but could not be found|Number of \w+ values"), MISSING_FIELD),
+    (re.compile(r"Could not parse example input|Data types don't match"), UNREADABLE),
+    (re.compile(r"No such file|Permission denied|Is a directory"), UNREADABLE),
+    (re.compile(r"(?i)jpe?g|png|gif|bmp|webp|image|decode"), UNDECODABLE),
+)
+
+
+def require(
+    value: tf.Tensor, condition: tf.Tensor, reason: str, detail: str | tf.Tensor
+) -> tf.Tensor:
     """`value`, which cannot be had unless `condition` holds.
 
     The check is pruned with the value: where no output of the graph depends on it, it is not made.
@@ -39,27 +55,37 @@ def require(value: tf.Tensor, condition: tf.Tensor, reason: str, detail: str) ->
       reason: one of `REASONS`.
       detail: what is wrong, one line; a Python string or a scalar string tensor.
     """
+    message = import_tensorflow().strings.join([f"{_MARK} ({reason}): ", detail])
+    return require_marked(value, condition, message)
+
+
+def require_marked(value: tf.Tensor, condition: tf.Tensor, message: tf.Tensor) -> tf.Tensor:
+    """As `require`; `message` is a string that `marked` made."""
     tf = import_tensorflow()
-    message = tf.strings.join([f"{_MARK} ({reason}): ", detail])
     zero = tf.strings.to_number(tf.where(condition, "0", message), tf.int32)
     if value.dtype == tf.string:
         return tf.strings.substr(value, zero, tf.int32.max)
     return value + tf.cast(zero, value.dtype)
 
 
-def explain(message: str) -> tuple[str, str]:
-    """The reason and a one-line detail of a TensorFlow error's message.
+def marked(reason: str, detail: str) -> bytes:
+    """What a source puts into a record's `FAULT` that it could not read; see `require`."""
+    return f"{_MARK} ({reason}): {detail}".encode("utf-8", "replace")
 
-    What `require` did not raise itself comes from decoding an image.
-    """
+
+def explain(message: str) -> tuple[str, str]:
+    """The reason and a one-line detail of a TensorFlow error's message."""
     found = _MESSAGE.search(message)
     if found:
         return found[1], found[2].strip()
-    return UNDECODABLE, _first_line(message)
+    detail = _first_line(message)
+    return next((why for pattern, why in _KINDS if pattern.search(message)), FAILED), detail
 
 
 def _first_line(message: str) -> str:
     """A TensorFlow error in one line, without the names of graph nodes and operations."""
-    message = re.sub(r"\{\{[^}]*\}\}\s*|\s*\[Op:[^]]*\].*", "", message).strip()
+    message = re.sub(r"\{\{[^}]*\}\}\s*|\s*\[Op:[^]]*\].*|\[\[[^]]*\]\]", "", message)
     lines = [line.strip() for line in message.splitlines() if line.strip()]
-    return lines[0] if lines else "no message"
+    # An error within a function begins with where the function was made.
+    told = [line for line in lines if not line.startswith(_TRACEBACK)]
+    return told[0] if told else "no message"

@@ -45,6 +45,14 @@ class JoinedPipeline:
         """The number of examples of the first dataset, whose epochs are counted."""
         return len(self._first)
 
+    def pipelines(self) -> dict[str, TrainPipeline]:
+        """The first one under "", and the further ones under their names."""
+        return {"": self._first, **self._extra}
+
+    def fingerprint(self) -> str:
+        """What changes when an order cannot go on, because examples have other numbers."""
+        return ";".join(pipeline.fingerprint() for pipeline in self.pipelines().values())
+
     def batch_spec(self) -> BatchSpec:
         """Shape and dtype of every array of a global batch; reads no examples."""
         spec = self._first.batch_spec()

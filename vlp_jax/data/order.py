@@ -7,6 +7,10 @@ number of processes. Batches are cut from this stream without regard to the ends
 the size of the data is not a multiple of the batch size, one batch holds the end of an epoch and
 the beginning of the next, and no example is dropped or seen twice in an epoch.
 
+Files that are read by index are permuted example by example (`Order`). Files that are read best
+from front to back are permuted block by block, and the examples of a few blocks at a time among
+each other (`BlockOrder`); several lanes, each in another part of the data, feed every batch.
+
 The permutation is a keyed Feistel network (Luby and Rackoff 1988) on the next power of two, with
 cycle walking (Black and Rogaway 2002, "Ciphers with arbitrary finite domains") for the sizes
 between. It is written in NumPy, so that it is the same with and without TensorFlow.
@@ -14,7 +18,9 @@ between. It is written in NumPy, so that it is the same with and without TensorF
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Protocol
 
 import numpy as np
 
@@ -24,7 +30,8 @@ _ROUNDS = 8
 _MIN_BITS = 6
 _MAX_SIZE = 2**60
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
-_SHUFFLE, _EXAMPLE = np.uint64(0x5EED0001), np.uint64(0x5EED0002)  # purposes, kept apart
+# Purposes of keys, kept apart.
+_SHUFFLE, _EXAMPLE, _BLOCKS = np.uint64(0x5EED0001), np.uint64(0x5EED0002), np.uint64(0x5EED0003)
 
 
 def _mix(x: np.ndarray) -> np.ndarray:
@@ -69,9 +76,77 @@ def example_seeds(seed: int, positions: np.ndarray, count: int) -> np.ndarray:
     return np.ascontiguousarray(keys).view(np.int32).reshape(len(positions), count, 2)
 
 
+def _permute(values: np.ndarray, size: int, keys: np.ndarray) -> np.ndarray:
+    """Where a permutation of [0, size) puts each of `values`; the permutation is its key's.
+
+    Args:
+      values: int64 [n], in [0, size).
+      size: at least 1.
+      keys: uint64 [n].
+    """
+    if size == 1:
+        return values
+    rounds = _fold(keys[None, :], np.arange(_ROUNDS, dtype=np.uint64)[:, None])
+    result = _network(values.astype(np.uint64), rounds, size)
+    outside = np.flatnonzero(result >= size)
+    while outside.size:
+        result[outside] = _network(result[outside], rounds[:, outside], size)
+        outside = outside[result[outside] >= size]
+    return result.astype(np.int64)
+
+
+def _network(values: np.ndarray, keys: np.ndarray, size: int) -> np.ndarray:
+    """One pass of the Feistel network, a permutation of [0, 2^bits) for each key, 2^bits >= size.
+
+    `values` is uint64 [n], `keys` uint64 [rounds, n].
+    """
+    bits = max(_MIN_BITS, (size - 1).bit_length())
+    low_bits = np.uint64(bits // 2)
+    low_mask = np.uint64((1 << (bits // 2)) - 1)
+    high_mask = np.uint64((1 << (bits - bits // 2)) - 1)
+    high, low = values >> low_bits, values & low_mask
+    # The halves may differ by a bit, so they take turns instead of being swapped: each step
+    # is its own inverse whatever the widths are.
+    for even, odd in zip(keys[::2], keys[1::2], strict=True):
+        low ^= _scramble(high + even) & low_mask
+        high ^= _scramble(low + odd) & high_mask
+    return (high << low_bits) | low
+
+
+def _epochs_and_places(positions: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
+    positions = np.asarray(positions, np.int64)
+    if positions.size and positions.min() < 0:
+        raise ValueError(f"a position is at least 0, got {positions.min()}")
+    return np.divmod(positions, size)
+
+
+class ExampleOrder(Protocol):
+    """Attributes:
+    size: number of examples.
+    lanes: position n belongs to lane n % lanes (up to a shift that is constant in an epoch), and
+      the examples of a lane lie near each other in the files.
+    """
+
+    size: int
+    lanes: int
+
+    def indices(self, positions: np.ndarray) -> np.ndarray:
+        """The examples at `positions`, int64 [n], each at least 0; int64 [n], each in [0, size).
+
+        Every aligned run of `size` positions holds each example once. Positions need not be sorted
+        or of one epoch.
+
+        Raises:
+          ValueError: for a negative position.
+        """
+        ...
+
+
 @dataclass(frozen=True)
 class Order:
-    """The order of an endless stream over `size` examples.
+    """The order of an endless stream over `size` examples that are read by index.
+
+    Time and memory of `indices` do not depend on `size` or on the positions.
 
     Attributes:
       size: number of examples, from 1 to 2^60.
@@ -82,52 +157,91 @@ class Order:
     size: int
     seed: int = 0
     shuffle: bool = True
+    lanes: int = field(default=1, init=False)
 
     def __post_init__(self) -> None:
         if not 1 <= self.size <= _MAX_SIZE:
             raise ValueError(f"an order needs a size from 1 to 2^60, got {self.size}")
 
     def indices(self, positions: np.ndarray) -> np.ndarray:
-        """The examples at `positions`.
-
-        Args:
-          positions: int64 [n], each at least 0; they need not be sorted or of one epoch.
-
-        Returns:
-          int64 [n], each in [0, size). Every aligned run of `size` positions holds each example
-          once. Time and memory do not depend on `size` or on the positions.
-
-        Raises:
-          ValueError: for a negative position.
-        """
-        positions = np.asarray(positions, np.int64)
-        if positions.size and positions.min() < 0:
-            raise ValueError(f"a position is at least 0, got {positions.min()}")
-        epochs, places = np.divmod(positions, self.size)
-        if not self.shuffle or self.size == 1:
+        """See `ExampleOrder`."""
+        epochs, places = _epochs_and_places(positions, self.size)
+        if not self.shuffle:
             return places
         keys = _fold(_root_key(self.seed, _SHUFFLE), epochs.astype(np.uint64))
-        keys = _fold(keys[None, :], np.arange(_ROUNDS, dtype=np.uint64)[:, None])
-        values = self._network(places.astype(np.uint64), keys)
-        outside = np.flatnonzero(values >= self.size)
-        while outside.size:
-            values[outside] = self._network(values[outside], keys[:, outside])
-            outside = outside[values[outside] >= self.size]
-        return values.astype(np.int64)
+        return _permute(places, self.size, keys)
 
-    def _network(self, values: np.ndarray, keys: np.ndarray) -> np.ndarray:
-        """One pass of the Feistel network, a permutation of [0, 2^bits) for each key.
 
-        `values` is uint64 [n], `keys` uint64 [rounds, n].
-        """
-        bits = max(_MIN_BITS, (self.size - 1).bit_length())
-        low_bits = np.uint64(bits // 2)
-        low_mask = np.uint64((1 << (bits // 2)) - 1)
-        high_mask = np.uint64((1 << (bits - bits // 2)) - 1)
-        high, low = values >> low_bits, values & low_mask
-        # The halves may differ by a bit, so they take turns instead of being swapped: each step
-        # is its own inverse whatever the widths are.
-        for even, odd in zip(keys[::2], keys[1::2], strict=True):
-            low ^= _scramble(high + even) & low_mask
-            high ^= _scramble(low + odd) & high_mask
-        return (high << low_bits) | low
+@dataclass(frozen=True, eq=False)
+class BlockOrder:
+    """The order of an endless stream over examples that lie in blocks, for files read in sequence.
+
+    In every epoch the blocks are permuted and laid end to end, and that row of examples is cut into
+    `lanes` parts of equal length (to one). Position n of the epoch takes the next example of lane
+    n % lanes. Within a lane, the examples of each `window` consecutive places are permuted. So each
+    batch draws from all lanes, each lane from few blocks at a time, and whoever reads some lanes
+    needs the blocks of no other.
+
+    Memory is that of the blocks' sizes. An epoch's blocks are permuted when it is first asked for.
+
+    Attributes:
+      block_sizes: examples of each block, int64 [blocks], each at least 1, in the order in which
+        the examples are numbered.
+      seed: seed of the shuffling.
+      lanes: how many parts of the data are read side by side.
+      window: examples of a lane that are permuted among each other.
+    """
+
+    block_sizes: np.ndarray
+    seed: int
+    lanes: int
+    window: int
+
+    def __post_init__(self) -> None:
+        sizes = np.asarray(self.block_sizes, np.int64)
+        if not sizes.size or sizes.min() < 1 or not sizes.sum() <= _MAX_SIZE:
+            raise ValueError("blocks hold at least one example each and at most 2^60 together")
+        if self.lanes < 1 or self.window < 1:
+            raise ValueError(f"lanes and window are at least 1: {self.lanes}, {self.window}")
+        object.__setattr__(self, "block_sizes", sizes)
+        object.__setattr__(self, "_firsts", np.cumsum(sizes) - sizes)
+        # An epoch's end and the next one's beginning share a batch.
+        object.__setattr__(self, "_epoch", lru_cache(maxsize=4)(self._permuted_blocks))
+
+    @property
+    def size(self) -> int:
+        """The number of examples."""
+        return int(self._firsts[-1] + self.block_sizes[-1])
+
+    def indices(self, positions: np.ndarray) -> np.ndarray:
+        """See `ExampleOrder`."""
+        epochs, places = _epochs_and_places(positions, self.size)
+        result = np.empty_like(places)
+        for epoch in np.unique(epochs):
+            chosen = np.flatnonzero(epochs == epoch)
+            result[chosen] = self._of_epoch(int(epoch), places[chosen])
+        return result
+
+    def _of_epoch(self, epoch: int, places: np.ndarray) -> np.ndarray:
+        rows, lanes = np.divmod(places, self.lanes)
+        length, longer = divmod(self.size, self.lanes)
+        first = lanes * length + np.minimum(lanes, longer)
+        windows, inside = np.divmod(rows, self.window)
+        sizes = np.minimum(self.window, length + (lanes < longer) - windows * self.window)
+        key = _fold(_root_key(self.seed, _SHUFFLE), np.uint64(epoch))
+        keys = _fold(_fold(key, lanes.astype(np.uint64)), windows.astype(np.uint64))
+        for size in np.unique(sizes):
+            of_size = np.flatnonzero(sizes == size)
+            inside[of_size] = _permute(inside[of_size], int(size), keys[of_size])
+        row = first + windows * self.window + inside
+        blocks, starts = self._epoch(epoch)
+        block = np.searchsorted(starts, row, side="right") - 1
+        return self._firsts[blocks[block]] + row - starts[block]
+
+    def _permuted_blocks(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """The blocks in the order of an epoch, and the place at which each begins."""
+        count = len(self.block_sizes)
+        key = _fold(_root_key(self.seed, _BLOCKS), np.uint64(epoch))
+        blocks = _permute(np.arange(count), count, np.repeat(key, count))
+        sizes = self.block_sizes[blocks]
+        return blocks, np.cumsum(sizes) - sizes

@@ -1,203 +1,147 @@
 """From a data config to batches: endless and shuffled for training, once through for evaluation.
 
-Example n of a process's stream lies at a position of the global stream that is a pure function of
-n, and the order, the random numbers of the operations and so the batches are pure functions of
-(seed, position). The whole state of the input is therefore the number of the next batch, and the
-global batches are the same for every number of processes.
+Which example stands at which place of which batch, the random numbers of its operations and so the
+batches are pure functions of (seed, number of the batch). The whole state of the input is therefore
+that number, and the global batches are the same for every number of processes.
+
+An example that cannot be used is counted and, in training, its place is taken by the example that
+stands there a batch later; in evaluation its mask is False. So nothing shifts.
 """
 
 from __future__ import annotations
 
+import math
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property
-from itertools import count
 from typing import Any
 
 import numpy as np
 
-from vlp_jax.data.order import Order, example_seeds
-from vlp_jax.data.sources import Source, build_source
-from vlp_jax.data.sources.base import STRING, FieldSpec, as_plain
+from vlp_jax.data.fault_log import FaultLog
+from vlp_jax.data.schedule import Layout, Mixture, Schedule, check_weights
+from vlp_jax.data.sources.base import FieldSpec, as_plain
+from vlp_jax.data.stream import Chunk, Stream
 from vlp_jax.data.tokenizers import Tokenizer
 from vlp_jax.errors import UserError, unknown_key_message
+
+__all__ = ["Batch", "BatchSpec", "EvalPipeline", "Layout", "TrainPipeline"]
 
 Batch = dict[str, np.ndarray]
 BatchSpec = dict[str, tuple[tuple[int, ...], np.dtype]]
 
-RAW_TEXT = "text_raw"  # the name of the extra field that holds `text` before it is tokenized
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Which part of the global stream a process reads: block p of every batch is process p's.
-
-    Attributes:
-      batch_size: examples in a global batch.
-      process_index, process_count: this process, and how many there are.
-
-    Raises:
-      UserError: if the processes do not divide the batch.
-    """
-
-    batch_size: int
-    process_index: int = 0
-    process_count: int = 1
-
-    def __post_init__(self) -> None:
-        if self.batch_size < 1 or self.batch_size % self.process_count:
-            raise UserError(
-                f"batch_size={self.batch_size} cannot be divided among {self.process_count} "
-                f"processes: choose a multiple of {self.process_count}"
-            )
-        if not 0 <= self.process_index < self.process_count:
-            raise ValueError(f"process {self.process_index} of {self.process_count}")
-
-    @property
-    def local_size(self) -> int:
-        return self.batch_size // self.process_count
-
-    def positions(self, local: np.ndarray) -> np.ndarray:
-        """Global positions of the examples `local` (int64 [n]) of this process's stream."""
-        batch, place = np.divmod(local, self.local_size)
-        return batch * self.batch_size + self.process_index * self.local_size + place
-
-    def positions_of_batch(self, batch: int) -> np.ndarray:
-        """Global positions of this process's part of a batch, int64 [local_size]."""
-        return self.positions(np.arange(self.local_size) + batch * self.local_size)
+MIXTURE = "mixture"
+MAX_BAD_FRACTION = 0.1
+_MIXTURE_KEYS = ("source", "parts", "max_bad_fraction")
+_ONE = "data"  # the name of the source of a config that is no mixture
 
 
 class _Pipeline:
-    """What training and evaluation share: the source, its fields, and the two ways to read it."""
+    """What training and evaluation share: streams, and batches from them."""
 
     def __init__(
-        self,
-        config: Mapping[str, Any],
-        tokenizer: Tokenizer | None,
-        layout: Layout,
-        seed: int,
-        shuffle: bool,
-        extra_fields: Sequence[str] = (),
+        self, streams: Mapping[str, Stream], schedule: Schedule, faults: FaultLog, replace: bool
     ) -> None:
-        config = as_plain(config)
-        self.source: Source = build_source(config)
-        self.layout = layout
-        self._preprocess = config.get("preprocess") or {}
-        self._tokenizer = tokenizer
-        self._seed = seed
-        self._order = Order(len(self.source), seed, shuffle)
-        self._raw_text = RAW_TEXT in extra_fields
-        self._extra_fields = [name for name in extra_fields if name != RAW_TEXT]
-        outputs = self._outputs
-        if self._raw_text and outputs.get("text") != STRING:
-            raise UserError(f"extra field {RAW_TEXT}: data.preprocess leaves no string 'text'")
+        self._streams = dict(streams)
+        self._schedule = schedule
+        self._replace = replace
+        self.faults = faults
+        _ = self._arrays
 
     def __len__(self) -> int:
-        """The number of examples of the source."""
-        return len(self.source)
+        """The number of examples of all sources together."""
+        return sum(len(stream.source) for stream in self._streams.values())
+
+    @property
+    def source_names(self) -> tuple[str, ...]:
+        """The names under which bad examples are counted: "data", or those of a mixture's parts."""
+        return tuple(self._streams)
 
     def class_names(self, field: str) -> tuple[str, ...] | None:
         """The names of the classes that the integer `field` counts, or None if not known."""
-        return self.source.class_names(field)
+        known = [stream.source.class_names(field) for stream in self._streams.values()]
+        return known[0] if all(names == known[0] for names in known) else None
 
-    @cached_property
-    def _ops(self) -> list[Any]:
-        if not self._preprocess:
-            return []
-        from vlp_jax.data.ops import build_ops
-
-        return build_ops(self._preprocess)
-
-    @cached_property
-    def _graph(self) -> Any:
-        """The TensorFlow graph of an example; None if reading needs no TensorFlow."""
-        if not self._ops and not self.source.needs_tensorflow:
-            return None
-        from vlp_jax.data.example_graph import ExampleGraph
-
-        return ExampleGraph(self.source, self._ops, self._extra_fields)
-
-    @cached_property
-    def _outputs(self) -> Mapping[str, FieldSpec]:
-        """The fields of an example before its text is tokenized."""
-        if self._graph is not None:
-            return self._graph.outputs
-        specs = self.source.fields()
-        for name in self._extra_fields:
-            if name not in specs:
-                raise UserError(f"extra fields: {unknown_key_message(name, specs, 'the example')}")
-        kept = {"text", *self._extra_fields}
-        return {name: spec for name, spec in specs.items() if spec.is_array or name in kept}
+    def fingerprint(self) -> str:
+        """What changes when the order cannot go on, because examples have other numbers."""
+        return ",".join(stream.source.fingerprint() for stream in self._streams.values())
 
     @cached_property
     def _arrays(self) -> dict[str, FieldSpec]:
         """The fields of a batch that are numbers, without the leading dimension."""
-        arrays = {name: spec for name, spec in self._outputs.items() if spec.is_array}
-        if self._outputs.get("text") == STRING and self._tokenizer is not None:
-            arrays["text"] = FieldSpec((self._tokenizer.context_length,), np.dtype(np.int32))
-        return arrays
+        first, *others = self._streams.items()
+        for name, stream in others:
+            if stream.arrays != first[1].arrays:
+                raise UserError(
+                    f"the parts of a mixture must give the same fields: {first[0]} gives "
+                    f"{_listed(first[1].arrays)}, {name} gives {_listed(stream.arrays)}; change "
+                    "their preprocess"
+                )
+        return first[1].arrays
 
     def _batch_spec(self) -> BatchSpec:
-        size = self.layout.batch_size
+        size = self._schedule.layout.batch_size
         return {name: ((size, *spec.shape), spec.dtype) for name, spec in self._arrays.items()}
 
-    def _plan(self, local: np.ndarray, end: int | None) -> tuple[np.ndarray, np.ndarray]:
-        """Which examples this process reads as its `local` ones, and the seeds of their operations.
+    def _read(
+        self, first: int, batches: int | None, end: int | None = None
+    ) -> Iterator[tuple[Batch, np.ndarray]]:
+        """This process's part of batches from number `first` on, and which rows of it are sound.
 
         Positions from `end` on, which fill the last batch, repeat the one before it.
         """
-        positions = self.layout.positions(local)
-        if end is not None:
-            positions = np.minimum(positions, end - 1)
-        return self._order.indices(positions), example_seeds(self._seed, positions, len(self._ops))
+        from vlp_jax.data.example_graph import CHUNK
 
-    def _read(self, first: int, batches: int | None, end: int | None = None) -> Iterator[Batch]:
-        """This process's part of `batches` (None: endless) batches from number `first` on."""
-        if self._graph is None:
-            return self._read_arrays(first, batches, end)
-        return self._read_graph(first, batches, end)
+        local = self._schedule.layout.local_size
+        per_batch = -(-local // CHUNK)
+        names = list(self._streams)
 
-    def _read_arrays(self, first: int, batches: int | None, end: int | None) -> Iterator[Batch]:
-        size = self.layout.local_size
-        for number in count(first) if batches is None else range(first, first + batches):
-            indices, _ = self._plan(np.arange(size) + number * size, end)
-            record = self.source.fetch(indices)
-            batch = {name: record[name] for name in self._outputs}
-            if self._outputs.get("text") == STRING:
-                text = batch.pop("text")
-                if self._raw_text:
-                    batch[RAW_TEXT] = text
-                if self._tokenizer is not None:
-                    batch["text"] = self._tokenizer(list(text))
-            yield batch
+        def entries(chunk: int) -> list[tuple[np.ndarray, np.ndarray]]:
+            """Places and positions of a chunk, for each stream."""
+            batch, part = divmod(chunk, per_batch)
+            plan = self._schedule.of_batch(first + batch, len(names))
+            span = slice(part * CHUNK, (part + 1) * CHUNK)
+            return [(places[span], positions[span]) for places, positions in plan]
 
-    def _read_graph(self, first: int, batches: int | None, end: int | None) -> Iterator[Batch]:
-        from vlp_jax.data import example_graph
+        def positions_of(number: int) -> Any:
+            def positions(chunk: int) -> np.ndarray:
+                found = entries(chunk)[number][1]
+                return found if end is None else np.minimum(found, end - 1)
 
-        size = self.layout.local_size
-        total = None if batches is None else batches * size
-        chunk = min(example_graph.CHUNK, size)
+            return positions
 
-        def plan(number: int) -> tuple[np.ndarray, np.ndarray]:
-            stop = (number + 1) * chunk if total is None else min((number + 1) * chunk, total)
-            return self._plan(np.arange(number * chunk, stop) + first * size, end)
+        total = None if batches is None else batches * per_batch
+        readers = [
+            stream.chunks(positions_of(number), total, self._replace)
+            for number, stream in enumerate(self._streams.values())
+        ]
+        number = 0
+        while batches is None or number < batches:
+            pieces = []
+            for part in range(per_batch):
+                for which, reader in enumerate(readers):
+                    places = entries(number * per_batch + part)[which][0]
+                    chunk = next(reader)
+                    self.faults.add(first + number, chunk.read, names[which], chunk.faults)
+                    pieces.append((places, chunk))
+            yield _assembled(pieces, local)
+            number += 1
 
-        chunks = None if total is None else -(-total // chunk)
-        dataset = self._graph.dataset(plan, chunks).batch(size, drop_remainder=True)
-        if self._outputs.get("text") == STRING:
-            dataset = example_graph.tokenize(
-                dataset, self._tokenizer, RAW_TEXT if self._raw_text else None
-            )
-        number = first
-        try:
-            for batch in example_graph.run(dataset):
-                yield self._graph.unpack(batch)
-                number += 1
-        except example_graph.import_tensorflow().errors.OpError:
-            culprit = self._graph.find_culprit(*self._plan(np.arange(size) + number * size, end))
-            if culprit is None:
-                raise
-            raise UserError(f"batch {number} cannot be read: {culprit}") from None
+
+def _assembled(pieces: Sequence[tuple[np.ndarray, Chunk]], size: int) -> tuple[Batch, np.ndarray]:
+    """One batch from its chunks, each with the places of its examples."""
+    if len(pieces) == 1:
+        return pieces[0][1].arrays, pieces[0][1].sound
+    sound = np.empty(size, bool)
+    batch = {
+        name: np.empty((size, *array.shape[1:]), array.dtype)
+        for name, array in pieces[0][1].arrays.items()
+    }
+    for places, chunk in pieces:
+        sound[places] = chunk.sound
+        for name, array in chunk.arrays.items():
+            batch[name][places] = array
+    return batch, sound
 
 
 class TrainPipeline(_Pipeline):
@@ -207,6 +151,9 @@ class TrainPipeline(_Pipeline):
     operations leave a string `text` and there is a tokenizer) and every other field that is a
     number or an array of fixed shape; strings and lists of varying length are dropped. Epochs
     follow one another within batches: no example is dropped and no batch is short.
+
+    Attributes:
+      faults: the examples that could not be used.
     """
 
     def __init__(
@@ -218,21 +165,45 @@ class TrainPipeline(_Pipeline):
         seed: int,
         process_index: int = 0,
         process_count: int = 1,
+        extra_fields: Sequence[str] = (),
     ) -> None:
-        """Builds the source and checks everything that can be checked without reading examples.
+        """Builds the sources and checks everything that can be checked without reading examples.
 
         Args:
-          config: see `vlp_jax.data.sources.build_source`; `preprocess` as `ops.build_ops` takes it.
+          config: see `vlp_jax.data.sources.build_source`, `stream.make_order` and, for
+            `max_bad_fraction`, `FaultLog`; `preprocess` as `ops.build_ops` takes it. Or a mixture:
+            `source` is "mixture", and `parts` maps names to data configs that have a `weight` each;
+            an epoch of it is as many examples as its parts hold together.
           tokenizer: for `text`; None if the text is tokens already or not wanted.
           batch_size: examples in a global batch, over all processes.
           seed: of the order and of all random operations.
           process_index, process_count: this process, and how many there are.
+          extra_fields: as `EvalPipeline`.
 
         Raises:
           UserError: for a mistake in the config, or if the processes do not divide the batch.
         """
+        config = as_plain(config)
         layout = Layout(batch_size, process_index, process_count)
-        super().__init__(config, tokenizer, layout, seed, shuffle=True)
+        parts, weights = split_mixture(config)
+        streams = {}
+        for name, part in parts.items():
+            # The parts of a mixture do not march in step.
+            own = seed if name == _ONE else (seed + zlib.crc32(name.encode())) % 2**31
+            with _Within(name):
+                streams[name] = Stream(
+                    part,
+                    tokenizer,
+                    seed=own,
+                    shuffle=True,
+                    batch_size=batch_size,
+                    extra_fields=extra_fields,
+                )
+        # A lane of the stream is one lane of every source.
+        lanes = math.lcm(*(stream.order.lanes for stream in streams.values()))
+        mixture = Mixture.of_weights(weights, lanes)
+        faults = FaultLog(config.get("max_bad_fraction", MAX_BAD_FRACTION))
+        super().__init__(streams, Schedule(layout, mixture), faults, replace=True)
 
     def batch_spec(self) -> BatchSpec:
         """Shape and dtype of every array of a global batch; reads no examples."""
@@ -244,17 +215,26 @@ class TrainPipeline(_Pipeline):
         Seeking costs nothing: the batches are bit for bit those that an iterator from 0 comes to.
 
         Raises:
-          UserError: while iterating, for an example that cannot be read or decoded; names it.
+          UserError: while iterating, for files that cannot be read, or too many bad examples.
         """
-        return self._read(start_step, None)
+        for batch, _ in self._read(start_step, None):
+            yield batch
+
+    def bad_records(self, before: int | None = None) -> dict[tuple[str, str], int]:
+        """(source, reason) -> examples that could not be used in the batches below `before`."""
+        bad = self.faults.totals(before)["bad"]
+        return {(s, r): n for s, reasons in bad.items() for r, n in reasons.items()}
 
 
 class EvalPipeline(_Pipeline):
     """Every example once, in the order of the source, over all processes together.
 
     Batches are those of `TrainPipeline`, with `mask` (bool [b]): False marks the examples that
-    fill up the last batch. All processes yield the same number of batches. `len()` is the number
-    of examples, padding not counted.
+    fill up the last batch, and those that cannot be used. All processes yield the same number of
+    batches. `len()` is the number of examples, padding not counted.
+
+    Attributes:
+      faults: the examples that could not be used.
     """
 
     def __init__(
@@ -267,73 +247,88 @@ class EvalPipeline(_Pipeline):
         process_count: int = 1,
         extra_fields: Sequence[str] = (),
     ) -> None:
-        """As `TrainPipeline`.
+        """As `TrainPipeline`; a mixture cannot be evaluated.
 
         Args:
           extra_fields: further fields that batches shall hold as object arrays [b]: strings as
             bytes, lists of varying length as arrays. "text_raw" is `text` before it is tokenized.
         """
+        config = as_plain(config)
+        if config.get("source") == MIXTURE:
+            raise UserError(
+                "a mixture cannot be evaluated: give the evaluator the data of one of its parts"
+            )
         layout = Layout(batch_size, process_index, process_count)
-        super().__init__(config, tokenizer, layout, 0, shuffle=False, extra_fields=extra_fields)
+        stream = Stream(
+            config,
+            tokenizer,
+            seed=0,
+            shuffle=False,
+            batch_size=batch_size,
+            extra_fields=extra_fields,
+        )
+        faults = FaultLog(config.get("max_bad_fraction", MAX_BAD_FRACTION))
+        schedule = Schedule(layout, Mixture(((1, 1),), 1))
+        super().__init__({_ONE: stream}, schedule, faults, replace=False)
 
     @property
     def num_batches(self) -> int:
         """How many batches `batches()` yields, on every process."""
-        return -(-len(self) // self.layout.batch_size)
+        return -(-len(self) // self._schedule.layout.batch_size)
 
     def batch_spec(self) -> BatchSpec:
         """Shape and dtype of every numeric array of a global batch; reads no examples."""
-        mask = ((self.layout.batch_size,), np.dtype(bool))
+        mask = ((self._schedule.layout.batch_size,), np.dtype(bool))
         return {**self._batch_spec(), "mask": mask}
 
     def batches(self) -> Iterator[Batch]:
         """This process's part of all batches; may be called again.
 
         Raises:
-          UserError: while iterating, for an example that cannot be read or decoded; names it.
+          UserError: while iterating, for files that cannot be read, or too many bad examples.
         """
-        size = self.layout.local_size
-        for number, batch in enumerate(self._read(0, self.num_batches, end=len(self))):
-            positions = self.layout.positions(np.arange(size) + number * size)
-            yield {**batch, "mask": positions < len(self)}
+        layout = self._schedule.layout
+        read = self._read(0, self.num_batches, end=len(self))
+        for number, (batch, sound) in enumerate(read):
+            inside = layout.places + number * layout.batch_size < len(self)
+            yield {**batch, "mask": sound & inside}
 
 
-def sample_texts(config: Mapping[str, Any], limit: int = 20_000, seed: int = 0) -> Iterator[str]:
-    """Texts as the tokenizer will meet them in training, for a tokenizer to be trained on.
-
-    The operations of the config are run as far as `text` depends on them: captions are chosen and
-    lower-cased, no image is decoded. Examples come in random order, at most five times each.
-
-    Args:
-      config: the data config of the training split.
-      limit: the most texts to give.
-      seed: of the choice.
+def split_mixture(config: Mapping[str, Any]) -> tuple[dict[str, dict[str, Any]], list[float]]:
+    """The data configs of which a config consists, by name, and their weights.
 
     Raises:
-      UserError: for a mistake in the config, or if the operations leave no string `text`.
+      UserError: for a key that a mixture does not have, or weights that cannot be used.
     """
-    config = as_plain(config)
-    source = build_source(config)
-    size = min(limit, 5 * len(source))
-    positions = np.arange(size)
-    order = Order(len(source), seed)
-    if not config.get("preprocess") and not source.needs_tensorflow:
-        if source.fields().get("text") != STRING:
-            raise UserError("there is no string 'text' in data.arrays to train a tokenizer on")
-        texts = source.column("text")[order.indices(positions)]
-        yield from (text.decode("utf-8", "replace") for text in texts)
-        return
-    from vlp_jax.data import example_graph
-    from vlp_jax.data.ops import build_ops
+    if config.get("source") != MIXTURE:
+        return {_ONE: dict(config)}, [1.0]
+    # What the other sources take for granted is set in every config (`config.DATA_DEFAULTS`).
+    for key in config:
+        if key not in (*_MIXTURE_KEYS, "order", "lanes"):
+            raise UserError(unknown_key_message(key, _MIXTURE_KEYS, "data (a mixture)"))
+    parts = config.get("parts") or {}
+    shared = {key: config[key] for key in ("order", "lanes") if key in config}
+    weights = check_weights(parts)
+    chosen = {
+        name: {**shared, **{k: v for k, v in parts[name].items() if k != "weight"}}
+        for name in weights
+    }
+    return chosen, list(weights.values())
 
-    ops = build_ops(config.get("preprocess"))
-    graph = example_graph.ExampleGraph(source, ops, only=("text",))
-    chunk = example_graph.CHUNK
 
-    def plan(number: int) -> tuple[np.ndarray, np.ndarray]:
-        chosen = positions[number * chunk : (number + 1) * chunk]
-        return order.indices(chosen), example_seeds(seed, chosen, len(ops))
+class _Within:
+    """Says of a mistake in which part of a mixture it is."""
 
-    dataset = graph.dataset(plan, -(-size // chunk)).batch(chunk)
-    for batch in example_graph.run(dataset):
-        yield from (text.decode("utf-8", "replace") for text in batch["text"])
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: Any, error: Any, traceback: Any) -> None:
+        if self._name != _ONE and isinstance(error, UserError):
+            raise UserError(f"data.parts.{self._name}: {error}") from error
+
+
+def _listed(arrays: Mapping[str, FieldSpec]) -> str:
+    return ", ".join(f"{name} {spec.dtype}{list(spec.shape)}" for name, spec in arrays.items())

@@ -19,7 +19,13 @@ COMMON_KEYS = ("data", "every")
 
 
 def merged_data(train_data: Mapping[str, Any], section: Mapping[str, Any]) -> dict[str, Any]:
-    """The data of an evaluator: that of training with what its section's `data` replaces."""
+    """The data of an evaluator: that of training with what its section's `data` replaces.
+
+    If that names another source, nothing of the training data is left.
+    """
+    own = section.get("data", {})
+    if own.get("source", train_data.get("source")) != train_data.get("source"):
+        return dict(own.items())
     return {**dict(train_data.items()), **dict(section.get("data", {}).items())}
 
 

@@ -11,7 +11,6 @@ from ml_collections import ConfigDict
 from vlp_jax.data.joined import JoinedPipeline
 from vlp_jax.data.pipeline import EvalPipeline
 from vlp_jax.data.tokenizers import Tokenizer
-from vlp_jax.errors import UserError
 from vlp_jax.evaluators import make_evaluators, merged_data
 from vlp_jax.evaluators.base import Resources, compile_functions
 from vlp_jax.observe.throughput import StartupClock
@@ -20,6 +19,7 @@ from vlp_jax.training import setup as setup_lib
 from vlp_jax.training import workdir as workdir_lib
 from vlp_jax.training.checkpoint import Checkpointer
 from vlp_jax.training.init_from import Start, make_start
+from vlp_jax.training.input_state import InputState
 from vlp_jax.training.loop import Evaluation, When
 from vlp_jax.training.setup import Setup
 from vlp_jax.training.state import TrainState
@@ -38,6 +38,7 @@ class Parts:
     tokenizer: Tokenizer | None
     resources: Resources
     pipeline: JoinedPipeline
+    input_state: InputState
     evaluations: Sequence[Evaluation]
     save_when: When
     log_when: When
@@ -87,6 +88,7 @@ def build(config: ConfigDict, workdir: epath.Path, clock: StartupClock) -> Parts
         tokenizer=tokenizer,
         resources=resources,
         pipeline=pipeline,
+        input_state=InputState(pipeline, config.batch_size, config.checkpoint.accept_other_data),
         evaluations=evaluations,
         save_when=setup.every(config.checkpoint.every, "config.checkpoint.every"),
         log_when=setup.log_when(),
@@ -105,14 +107,6 @@ def make_checkpointer(config: ConfigDict, workdir: epath.Path) -> Checkpointer:
 
 def first_state(parts: Parts, checkpointer: Checkpointer, first_step: int) -> TrainState:
     """The state of the checkpoint at `first_step`; for step 0 that of the start."""
-    setup = parts.setup
     if not first_step:
-        return parts.start.state(setup)
-    state, position = checkpointer.restore(setup.abstract, first_step)
-    if position != first_step * setup.config.batch_size:
-        raise UserError(
-            f"the checkpoint of step {first_step} was made after {position:,} examples, which does "
-            f"not fit config.batch_size {setup.config.batch_size}; resume with the batch size "
-            f"{position // first_step}"
-        )
-    return state
+        return parts.start.state(parts.setup)
+    return checkpointer.restore(parts.setup.abstract, first_step)

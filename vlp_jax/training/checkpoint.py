@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Self
 
 import jax
@@ -22,8 +22,8 @@ MAX_LISTED = 4  # parameters that a mismatch names
 class Checkpointer:
     """Saves states under `workdir/checkpoints/STEP` and gives back the newest.
 
-    The checkpoint at step i holds all that is needed to go on with batch i: the state, and the
-    position of the input, which is one number. Saving is asynchronous: `save` returns as soon as
+    The checkpoint at step i holds all that is needed to go on with batch i: the state, and a
+    small record of the input (`input_state.InputState`). Saving is asynchronous: `save` returns as soon as
     the arrays are on the host. A checkpoint appears under its final name only when it is whole.
 
     Args:
@@ -66,14 +66,14 @@ class Checkpointer:
         """Step of the newest whole checkpoint; None if there is none."""
         return self._manager.latest_step()
 
-    def save(self, step: int, state: TrainState, position: int) -> None:
+    def save(self, step: int, state: TrainState, input_state: Mapping[str, Any]) -> None:
         """Saves `state`, just before batch `step`, unless that checkpoint exists already."""
         if step in self._manager.all_steps():
             return
         self._manager.save(
             step,
             args=ocp.args.Composite(
-                state=ocp.args.StandardSave(state), input=ocp.args.JsonSave({"position": position})
+                state=ocp.args.StandardSave(state), input=ocp.args.JsonSave(dict(input_state))
             ),
             force=True,
         )
@@ -96,20 +96,20 @@ class Checkpointer:
             )
         return step
 
-    def restore(self, abstract: TrainState, step: int) -> tuple[TrainState, int]:
-        """The state at `step` as arrays laid out as `abstract` says, and the input's position.
+    def restore(self, abstract: TrainState, step: int) -> TrainState:
+        """The state at `step` as arrays laid out as `abstract` says.
 
         Args:
           abstract: one that `check_fits`.
           step: of a checkpoint that exists.
         """
-        restored = self._manager.restore(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardRestore(abstract), input=ocp.args.JsonRestore()
-            ),
-        )
-        return restored.state, restored.input["position"]
+        args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
+        return self._manager.restore(step, args=args).state
+
+    def input_state(self, step: int) -> dict[str, Any]:
+        """The record of the input in the checkpoint at `step`, which exists."""
+        args = ocp.args.Composite(input=ocp.args.JsonRestore())
+        return self._manager.restore(step, args=args).input
 
     def wait(self) -> None:
         """Returns when everything saved is on disk."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 from vlp_jax.evaluators import Evaluator
 from vlp_jax.objectives.base import Batch
@@ -36,13 +37,13 @@ class Loop:
     Attributes:
       first_step: the step to begin with: 0, or that of the checkpoint.
       last_step: the run ends before this batch.
-      batch_size: examples of a step, over the whole mesh.
+      input_state: the record of the input just before a batch, for the checkpoint.
       preempted: whether to save and stop before this batch.
     """
 
     step_function: StepFunction
     batches: Iterator[Batch]
-    batch_size: int
+    input_state: Callable[[int], Mapping[str, Any]]
     first_step: int
     last_step: int
     save_when: When
@@ -97,5 +98,5 @@ class Loop:
         """Saves the state before batch `step`, once all steps before it proved finite."""
         self.report.settle()
         with self.clock.paused("checkpoint"), self.progress.paused():
-            self.checkpointer.save(step, state, position=step * self.batch_size)
+            self.checkpointer.save(step, state, self.input_state(step))
         self.writer.flush()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import jax
 
@@ -28,6 +28,7 @@ class StepReport:
     Args:
       log_when: steps whose metrics are written.
       batch_size: examples of a step, over the whole mesh.
+      input_metrics: what to tell of the input just before a batch.
     """
 
     def __init__(
@@ -39,6 +40,7 @@ class StepReport:
         progress: Progress,
         clock: StepClock,
         startup: StartupClock,
+        input_metrics: Callable[[int], Mapping[str, float]],
     ):
         self._log_when = log_when
         self._batch_size = batch_size
@@ -46,6 +48,7 @@ class StepReport:
         self._progress = progress
         self._clock = clock
         self._startup: StartupClock | None = startup
+        self._input_metrics = input_metrics
         self._pending: tuple[int, Metrics] | None = None
         self._rate = math.nan
 
@@ -83,5 +86,5 @@ class StepReport:
         if self._log_when(step):
             speed = self._clock.summary()
             self._rate = speed.get("perf/examples_per_second", self._rate)
-            self._writer.write_scalars(step, {**scalars, **speed})
+            self._writer.write_scalars(step, {**scalars, **speed, **self._input_metrics(step + 1)})
         self._progress.update(step + 1, scalars["train/loss"], self._rate)

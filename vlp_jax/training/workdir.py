@@ -10,7 +10,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from vlp_jax import config as config_lib
-from vlp_jax.data.pipeline import sample_texts
+from vlp_jax.data.samples import sample_texts
 from vlp_jax.data.tokenizers import Tokenizer, build_tokenizer
 from vlp_jax.errors import UserError
 

@@ -3,26 +3,38 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections.abc import Mapping, Sequence
 from importlib import import_module
 from typing import Any
 
 import numpy as np
 
-from vlp_jax.data.sources.base import FieldSpec, Source, as_plain
+from vlp_jax.data.sources.base import Blocks, FieldSpec, Source, as_plain
+from vlp_jax.data.sources.renamed import rename, usual_names
 from vlp_jax.errors import UserError, unknown_key_message
 
 __all__ = ["COMMON_KEYS", "SOURCES", "FieldSpec", "Source", "Subset", "build_source"]
 
 # name -> (module, class); imported when asked for, because some of them import TensorFlow.
 SOURCES: dict[str, tuple[str, str]] = {
+    "array_record": ("vlp_jax.data.sources.examples", "ArrayRecordSource"),
     "arrays": ("vlp_jax.data.sources.arrays", "ArraysSource"),
     "folder": ("vlp_jax.data.sources.folder", "FolderSource"),
+    "parquet": ("vlp_jax.data.sources.parquet", "ParquetSource"),
     "tfds": ("vlp_jax.data.sources.tfds", "TfdsSource"),
+    "tfrecord": ("vlp_jax.data.sources.examples", "TFRecordSource"),
+    "webdataset": ("vlp_jax.data.sources.webdataset", "WebDatasetSource"),
 }
+# Sources whose fields have the names of whoever wrote the files.
+FOREIGN_NAMES = ("array_record", "parquet", "tfrecord")
 
-# Keys of a data config that every source has, and that are not fields of its dataclass.
-COMMON_KEYS = ("source", "preprocess", "where", "limit")
+# Keys of a data config that every source has, and that are not fields of its dataclass. Those
+# behind `fields` are read by the pipeline.
+COMMON_KEYS = (
+    *("source", "where", "limit", "fields"),
+    *("preprocess", "order", "lanes", "window", "max_bad_fraction"),
+)
 
 
 def build_source(config: Mapping[str, Any]) -> Source:
@@ -31,8 +43,11 @@ def build_source(config: Mapping[str, Any]) -> Source:
     Args:
       config: `source`, a name in `SOURCES`; the fields of that source's dataclass; and optionally
         `where`, a mapping of scalar fields to the value that they must have (a class may be given
-        by its name), and `limit`, how many examples to keep, the first ones after `where`.
-        `preprocess` is left to the pipeline.
+        by its name), and `limit`, how many examples to keep, the first ones after `where`; and
+        `fields`, a mapping of the names that fields shall have to those that they have in the
+        data, of which no others are kept. Without it, sources of files with names of their own
+        give the usual ones ("jpg", "caption") ours (`renamed.USUAL`). The other `COMMON_KEYS` are
+        the pipeline's.
 
     Raises:
       UserError: for an unknown name, key or field, and for what the source itself refuses.
@@ -52,7 +67,11 @@ def build_source(config: Mapping[str, Any]) -> Source:
     for key, field in known.items():
         if key not in keys and field.default is dataclasses.MISSING:
             raise UserError(f"data.{key} is not set, and source {name!r} needs it")
-    return select(cls(**keys), config.get("where"), config.get("limit"))
+    source = cls(**keys)
+    names = config.get("fields")
+    if names is None and name in FOREIGN_NAMES:
+        names = usual_names(source.fields())
+    return select(rename(source, names), config.get("where"), config.get("limit"))
 
 
 def select(source: Source, where: Mapping[str, Any] | None, limit: int | None) -> Source:
@@ -101,8 +120,8 @@ def _wanted(source: Source, name: str, value: Any) -> Any:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Subset:
-    """The examples of another source at `indices`, int64 [n]."""
+class Subset(Source):
+    """The examples of another source at `indices`, int64 [n], in rising order."""
 
     source: Source
     indices: np.ndarray
@@ -126,11 +145,29 @@ class Subset:
     def __len__(self) -> int:
         return len(self.indices)
 
-    def fetch(self, indices: np.ndarray) -> dict[str, np.ndarray]:
-        return self.source.fetch(self.indices[indices])
+    def fetch(
+        self, indices: np.ndarray, names: Sequence[str] | None = None
+    ) -> dict[str, np.ndarray]:
+        return self.source.fetch(self.indices[indices], names)
 
     def column(self, name: str) -> np.ndarray:
         return self.source.column(name)[self.indices]
 
     def describe(self, index: int) -> str:
         return self.source.describe(int(self.indices[index]))
+
+    def fingerprint(self) -> str:
+        chosen = hashlib.sha256(self.indices.tobytes()).hexdigest()[:16]
+        return f"{self.source.fingerprint()}[{chosen}]"
+
+    def blocks(self) -> Blocks | None:
+        """Those of the other source, as far as examples of them are left."""
+        whole = self.source.blocks()
+        if whole is None:
+            return None
+        ends = np.searchsorted(self.indices, np.cumsum(whole.sizes))
+        sizes = np.diff(ends, prepend=0)
+        return Blocks(sizes[sizes > 0], whole.window)
+
+    def will_read(self, indices: np.ndarray) -> None:
+        self.source.will_read(self.indices[indices])

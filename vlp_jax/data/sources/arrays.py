@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from vlp_jax.data.sources.base import STRING, FieldSpec
+from vlp_jax.data.sources.base import STRING, FieldSpec, Source
 from vlp_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, eq=False)
-class ArraysSource:
+class ArraysSource(Source):
     """A dict of arrays with one leading dimension.
 
     Attributes:
@@ -60,7 +60,10 @@ class ArraysSource:
     def record_fields(self) -> dict[str, FieldSpec]:
         return self.fields()
 
-    def fetch(self, indices: np.ndarray) -> dict[str, np.ndarray]:
+    def fetch(
+        self, indices: np.ndarray, names: Sequence[str] | None = None
+    ) -> dict[str, np.ndarray]:
+        del names
         return {name: column[indices] for name, column in self._columns.items()}
 
     def parse(self, record: dict[str, tf.Tensor], names: Sequence[str]) -> dict[str, tf.Tensor]:
@@ -75,6 +78,9 @@ class ArraysSource:
 
     def describe(self, index: int) -> str:
         return f"data.arrays, example {index}"
+
+    def fingerprint(self) -> str:
+        return f"arrays:{len(self)}"
 
 
 def _as_column(name: str, values: Any) -> np.ndarray:

@@ -38,8 +38,21 @@ STRING = FieldSpec((), np.dtype(object))
 STRINGS = FieldSpec((None,), np.dtype(object))
 
 
+@dataclass(frozen=True, eq=False)
+class Blocks:
+    """Consecutive runs of examples.
+
+    Attributes:
+      sizes: examples of each, int64 [blocks], in the order of the examples.
+      window: how many may be open at a time in each of the lanes that read side by side.
+    """
+
+    sizes: np.ndarray
+    window: int
+
+
 class Source(Protocol):
-    """Examples with random access. An example is a flat dict of named fields.
+    """Examples that are numbered. An example is a flat dict of named fields.
 
     Reading has two halves, so that Python handles many examples at a time and TensorFlow one:
     `fetch` reads records of many examples in NumPy, and `parse` turns the record of one example
@@ -49,7 +62,7 @@ class Source(Protocol):
     @property
     def needs_tensorflow(self) -> bool:
         """False if records are the examples themselves, so that `parse` need not be called."""
-        ...
+        return True
 
     def __len__(self) -> int:
         """The number of examples."""
@@ -63,8 +76,18 @@ class Source(Protocol):
         """The fields of a record, as `fetch` returns them, without the leading dimension."""
         ...
 
-    def fetch(self, indices: np.ndarray) -> dict[str, np.ndarray]:
-        """The records of the examples at `indices`, int64 [n]; every array is [n, ...]."""
+    def fetch(
+        self, indices: np.ndarray, names: Sequence[str] | None = None
+    ) -> dict[str, np.ndarray]:
+        """The records of the examples at `indices`, int64 [n]; every array is [n, ...].
+
+        Args:
+          names: fields of the example that `parse` will be asked for; None for all. Of what only
+            others need, a record may hold anything.
+
+        Returns:
+          `record_fields`. If `faults.FAULT` is one of them, it says why a record cannot be used.
+        """
         ...
 
     def parse(self, record: dict[str, tf.Tensor], names: Sequence[str]) -> dict[str, tf.Tensor]:
@@ -77,11 +100,24 @@ class Source(Protocol):
 
     def class_names(self, field: str) -> tuple[str, ...] | None:
         """The names of the classes that the integer `field` counts, or None if not known."""
-        ...
+        del field
+        return None
 
     def describe(self, index: int) -> str:
         """Where example `index` lies, for messages: a file, or a shard and a record."""
         ...
+
+    def fingerprint(self) -> str:
+        """What changes when an example gets another number, so that an order cannot go on."""
+        ...
+
+    def blocks(self) -> Blocks | None:
+        """How the examples lie in blocks that are best read one by one; None: in any order."""
+        return None
+
+    def will_read(self, indices: np.ndarray) -> None:
+        """Told which examples will be read in a while; returns at once."""
+        del indices
 
 
 def as_plain(value: Any) -> Any:

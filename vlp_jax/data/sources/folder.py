@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from vlp_jax.data.lazy_tensorflow import import_tensorflow
-from vlp_jax.data.sources.base import STRING, STRINGS, FieldSpec
+from vlp_jax.data.sources.base import STRING, STRINGS, FieldSpec, Source
 from vlp_jax.data.sources.caption_files import Entry, find_caption_file, read_entries
 from vlp_jax.errors import UserError
 
@@ -24,7 +24,7 @@ SPLITS = ("train", "validation", "all")
 
 
 @dataclass(frozen=True)
-class FolderSource:
+class FolderSource(Source):
     """Image files below a folder, and a file in it that lists their paths and captions.
 
     The fields are `image` (encoded bytes), `captions` (byte strings [k], k at least 1), `path`
@@ -96,10 +96,6 @@ class FolderSource:
     def _labels(self) -> tuple[str, ...]:
         return _sorted_labels({entry.label for entry in self._entries if entry.label is not None})
 
-    @property
-    def needs_tensorflow(self) -> bool:
-        return True
-
     def __len__(self) -> int:
         return len(self._examples)
 
@@ -115,7 +111,10 @@ class FolderSource:
         count = FieldSpec((), np.dtype(np.int64))
         return {**fields, "file": STRING, "caption_count": count}
 
-    def fetch(self, indices: np.ndarray) -> dict[str, np.ndarray]:
+    def fetch(
+        self, indices: np.ndarray, names: Sequence[str] | None = None
+    ) -> dict[str, np.ndarray]:
+        del names
         entries = [self._examples[index] for index in indices]
         counts = np.array([len(entry.captions) for entry in entries], np.int64)
         captions = np.full((len(entries), int(counts.max(initial=0))), b"", object)
@@ -151,6 +150,10 @@ class FolderSource:
 
     def describe(self, index: int) -> str:
         return self._examples[index].file
+
+    def fingerprint(self) -> str:
+        paths = "\n".join(entry.path for entry in self._examples)
+        return hashlib.sha256(paths.encode()).hexdigest()[:16]
 
 
 def _byte_strings(values: Sequence[bytes]) -> np.ndarray:

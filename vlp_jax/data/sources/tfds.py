@@ -1,8 +1,7 @@
-"""Datasets prepared by tensorflow_datasets in ArrayRecord files, and the embedded `shapes`."""
+"""Datasets prepared by tensorflow_datasets, and the embedded `shapes`."""
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,19 +10,28 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from vlp_jax.data import faults
 from vlp_jax.data.lazy_tensorflow import import_tensorflow
-from vlp_jax.data.sources.base import STRING, FieldSpec
-from vlp_jax.data.sources.tfds_lookup import find_builder, split_info
+from vlp_jax.data.sources.base import STRING, Blocks, FieldSpec, Source
+from vlp_jax.data.sources.records import ArrayRecordFiles, RecordFiles, TFRecordFiles
+from vlp_jax.data.sources.shards import Piece
+from vlp_jax.data.sources.tfds_lookup import (
+    ARRAY_RECORD,
+    file_format,
+    find_builder,
+    split_info,
+)
 
 if TYPE_CHECKING:
     import tensorflow as tf
 
 _COLUMN_CHUNK = 1024
+BLOCK, WINDOW = 256, 4  # records of one file that are read together, such blocks at a time
 
 
 @dataclass(frozen=True)
-class TfdsSource:
-    """A split of a dataset that tensorflow_datasets has prepared, read by index.
+class TfdsSource(Source):
+    """A split of a dataset that tensorflow_datasets has prepared as ArrayRecord or TFRecord files.
 
     The fields are the dataset's features; nested ones are named by path ("objects/bbox"). Images
     and videos stay encoded. Features that are ragged in more than one dimension are left out.
@@ -44,7 +52,7 @@ class TfdsSource:
     data_dir: str | None = None
 
     def __post_init__(self) -> None:
-        _ = self._shards
+        _ = self._files
 
     @cached_property
     def _builder(self) -> Any:
@@ -52,16 +60,14 @@ class TfdsSource:
         return find_builder(self.dataset, self.data_dir)
 
     @cached_property
-    def _shards(self) -> _Shards:
+    def _files(self) -> RecordFiles:
         info = split_info(self._builder, self.dataset, self.split)
-        return _Shards([(str(f.filename), f.skip, f.take) for f in info.file_instructions])
-
-    @property
-    def needs_tensorflow(self) -> bool:
-        return True
+        pieces = [Piece(str(f.filename), f.skip, f.take) for f in info.file_instructions]
+        random_access = file_format(self._builder) == ARRAY_RECORD
+        return (ArrayRecordFiles if random_access else TFRecordFiles)(pieces)
 
     def __len__(self) -> int:
-        return len(self._shards)
+        return len(self._files.shards)
 
     def fields(self) -> dict[str, FieldSpec]:
         return self._fields
@@ -83,10 +89,14 @@ class TfdsSource:
         return fields
 
     def record_fields(self) -> dict[str, FieldSpec]:
-        return {"record": STRING}
+        return {"record": STRING, faults.FAULT: STRING}
 
-    def fetch(self, indices: np.ndarray) -> dict[str, np.ndarray]:
-        return {"record": self._shards.read(indices)}
+    def fetch(
+        self, indices: np.ndarray, names: Sequence[str] | None = None
+    ) -> dict[str, np.ndarray]:
+        del names
+        records, found = self._files.read(np.asarray(indices, np.int64))
+        return {"record": records, faults.FAULT: found}
 
     def parse(self, record: dict[str, tf.Tensor], names: Sequence[str]) -> dict[str, tf.Tensor]:
         top_level = list(dict.fromkeys(name.split("/")[0] for name in names))
@@ -108,7 +118,8 @@ class TfdsSource:
 
         def read(start: tf.Tensor) -> tf.Tensor:
             def chunk(first: np.int64) -> np.ndarray:
-                return self._shards.read(np.arange(first, min(first + _COLUMN_CHUNK, len(self))))
+                last = min(first + _COLUMN_CHUNK, len(self))
+                return self._files.read(np.arange(first, last))[0]
 
             records = tf.numpy_function(chunk, [start], tf.string, stateful=False)
             records.set_shape([None])
@@ -138,52 +149,22 @@ class TfdsSource:
         return tuple(feature.names) if isinstance(feature, tfds.features.ClassLabel) else None
 
     def describe(self, index: int) -> str:
-        shard, record = self._shards.locate(np.array([index]))
-        file = Path(self._shards.files[shard[0]][0]).name
+        piece, record = self._files.shards.locate(np.array([index]))
+        file = Path(self._files.shards.pieces[piece[0]].path).name
         return f"{self._builder.info.full_name} {self.split}, record {record[0]} of {file}"
 
+    def fingerprint(self) -> str:
+        return self._files.shards.fingerprint()
 
-class _Shards:
-    """Random access to the records of parts of ArrayRecord files, from many threads."""
+    def blocks(self) -> Blocks | None:
+        """None for ArrayRecord files, any record of which is found at once."""
+        shards = self._files.shards
+        if shards.in_place and isinstance(self._files, ArrayRecordFiles):
+            return None
+        return Blocks(shards.block_sizes(BLOCK), WINDOW if shards.in_place else 1)
 
-    def __init__(self, files: Sequence[tuple[str, int, int]]) -> None:
-        """`files` holds (file name, first record, number of records)."""
-        self.files = tuple(files)
-        self._skips = np.array([skip for _, skip, _ in files], np.int64)
-        self._ends = np.cumsum([take for _, _, take in files])
-        self._starts = self._ends - [take for _, _, take in files]
-        self._readers: dict[int, Any] = {}
-        self._lock = threading.Lock()
-
-    def __len__(self) -> int:
-        return int(self._ends[-1])
-
-    def locate(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The file and the record in it of each of `indices`; all int64 [n]."""
-        shards = np.searchsorted(self._ends, indices, side="right")
-        return shards, indices - self._starts[shards] + self._skips[shards]
-
-    def read(self, indices: np.ndarray) -> np.ndarray:
-        """The serialized examples at `indices`, as byte strings [n]."""
-        shards, records = self.locate(np.asarray(indices, np.int64))
-        result = np.empty(len(records), object)
-        for shard in np.unique(shards):
-            chosen = np.flatnonzero(shards == shard)
-            result[chosen] = self._reader(int(shard)).read(records[chosen].tolist())
-        return result
-
-    def _reader(self, shard: int) -> Any:
-        from array_record.python.array_record_module import ArrayRecordReader
-
-        with self._lock:
-            if shard not in self._readers:
-                # Reading ahead helps sequential reading alone, and costs 16 MiB a file.
-                self._readers[shard] = ArrayRecordReader(
-                    self.files[shard][0],
-                    options="readahead_buffer_size:0",
-                    file_reader_buffer_size=32768,
-                )
-            return self._readers[shard]
+    def will_read(self, indices: np.ndarray) -> None:
+        self._files.shards.will_read(indices)
 
 
 def _skip_images(feature: Any) -> Any:

@@ -9,7 +9,8 @@ from typing import Any
 from vlp_jax.errors import UserError
 
 EMBEDDED = "shapes"
-_FORMAT = "array_record"
+ARRAY_RECORD = "array_record"
+FORMATS = (ARRAY_RECORD, "tfrecord")  # those that are read here, the best first
 
 
 def find_builder(dataset: str, data_dir: str | None) -> Any:
@@ -23,7 +24,7 @@ def find_builder(dataset: str, data_dir: str | None) -> Any:
       data_dir: where prepared datasets lie; None is the default of tensorflow_datasets.
 
     Raises:
-      UserError: if it is not there, or not in ArrayRecord files.
+      UserError: if it is not there, or not in ArrayRecord or TFRecord files.
     """
     import tensorflow_datasets as tfds
 
@@ -42,19 +43,29 @@ def find_builder(dataset: str, data_dir: str | None) -> Any:
     except ValueError as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"data.dataset={dataset!r} is not a dataset name: {reason}") from None
-    formats = [builder.info.file_format, *builder.info.alternative_file_formats]
-    formats = [getattr(file_format, "value", file_format) for file_format in formats]
-    if _FORMAT not in formats:
+    formats = [_value(builder.info.file_format)]
+    formats += [_value(each) for each in builder.info.alternative_file_formats]
+    readable = [name for name in FORMATS if name in formats]
+    if not readable:
         raise UserError(
-            f"dataset {dataset!r} in {root} has {formats[0]} files, which cannot be read by index; "
+            f"dataset {dataset!r} in {root} has {formats[0]} files, which are not read here; "
             f"prepare it as ArrayRecord in another folder and set data.data_dir to it: "
             f"{_command(dataset, '<new folder>')}"
         )
-    if formats[0] != _FORMAT:
+    if formats[0] != readable[0]:
         builder = tfds.core.read_only_builder.builder_from_files(
-            dataset, data_dir=root, file_format=_FORMAT
+            dataset, data_dir=root, file_format=readable[0]
         )
     return builder
+
+
+def file_format(builder: Any) -> str:
+    """ "array_record" or "tfrecord"."""
+    return _value(builder.info.file_format)
+
+
+def _value(each: Any) -> str:
+    return getattr(each, "value", each)
 
 
 def split_info(builder: Any, dataset: str, split: str) -> Any:
@@ -115,6 +126,6 @@ def _nearest(name: str, known: Any) -> str:
 def _command(dataset: str, data_dir: str) -> str:
     return (
         'python -c "import tensorflow_datasets as tfds; '
-        f"tfds.builder('{dataset}', data_dir='{data_dir}', file_format='{_FORMAT}')"
+        f"tfds.builder('{dataset}', data_dir='{data_dir}', file_format='{ARRAY_RECORD}')"
         '.download_and_prepare()"'
     )

@@ -1,0 +1,182 @@
+"""Files of tf.train.Example records: TFRecord and ArrayRecord shards."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+
+from vlp_jax.data import faults
+from vlp_jax.data.lazy_tensorflow import import_tensorflow
+from vlp_jax.data.sources.base import STRING, Blocks, FieldSpec, Source
+from vlp_jax.data.sources.manifest import find_pieces
+from vlp_jax.data.sources.records import ArrayRecordFiles, RecordFiles, TFRecordFiles
+from vlp_jax.errors import UserError
+
+if TYPE_CHECKING:
+    import tensorflow as tf
+
+DTYPES = {"bytes": np.dtype(object), "int64": np.dtype(np.int64), "float32": np.dtype(np.float32)}
+BLOCK, WINDOW = 256, 4  # records of one file that are read together, and such blocks at a time
+_LOOKED_AT = 20  # records that are looked at to see which features there are
+_COLUMN_CHUNK = 1024
+
+
+@dataclass(frozen=True)
+class TFRecordSource(Source):
+    """tf.train.Example records in TFRecord files, gzipped or not.
+
+    The fields are the examples' features under their own names; `features` of img2dataset's files
+    are key, jpg, caption, url, width, height and so on.
+
+    Attributes:
+      path: files, patterns with "*" and brace ranges, a folder, on disk or scheme://; or the
+        manifest of prepared data.
+      features: name -> "bytes", "int64" or "float32" for one value, "bytes[]" and so on for a
+        list; None looks at the manifest, or at the first records.
+      cache_dir: where indexes and copies of remote files are kept; None: ~/.cache/vlp_jax/data.
+      cache_gib: room for the copies.
+
+    Raises:
+      UserError: for files that are not there, or hold no example.
+    """
+
+    path: str | Sequence[str]
+    features: Mapping[str, str] | None = None
+    cache_dir: str | None = None
+    cache_gib: float = 64.0
+
+    kind: ClassVar[str] = "tfrecord"
+    suffix: ClassVar[str] = ".tfrecord"
+    reader: ClassVar[type] = TFRecordFiles
+
+    def __post_init__(self) -> None:
+        _ = self._features
+
+    @cached_property
+    def _found(self) -> Any:
+        return find_pieces(self.path, self.suffix, self.kind)
+
+    @cached_property
+    def _files(self) -> RecordFiles:
+        return self.reader(self._found[0], cache_dir=self.cache_dir, cache_gib=self.cache_gib)
+
+    @cached_property
+    def _features(self) -> dict[str, FieldSpec]:
+        manifest = self._found[1]
+        if self.features is not None:
+            return {name: _feature(name, kind) for name, kind in dict(self.features).items()}
+        if manifest is not None:
+            return {name: _feature(name, kind) for name, kind in manifest.features.items()}
+        return self._seen_features()
+
+    def _seen_features(self) -> dict[str, FieldSpec]:
+        """The features of the first examples; one that ever has several values is a list."""
+        tf = import_tensorflow()
+        count = min(_LOOKED_AT, len(self))
+        records, bad = self._files.read(np.arange(count))
+        found: dict[str, FieldSpec] = {}
+        for record in records[bad == b""]:
+            try:
+                example = tf.train.Example.FromString(record)
+            except Exception as error:  # protobuf's DecodeError is not public
+                raise UserError(
+                    f"{self.describe(0)} and others hold no tf.train.Example: {error}"
+                ) from None
+            for name, feature in sorted(example.features.feature.items()):
+                spec = _spec_of(feature)
+                if spec is not None and (name not in found or spec.shape):
+                    found[name] = spec
+        if not found:
+            raise UserError(
+                f"data.path={self.path!r}: none of the first {count} records can be read as a "
+                "tf.train.Example; name their features by data.features"
+            )
+        return found
+
+    def __len__(self) -> int:
+        return len(self._files.shards)
+
+    def fields(self) -> dict[str, FieldSpec]:
+        return self._features
+
+    def record_fields(self) -> dict[str, FieldSpec]:
+        return {"record": STRING, faults.FAULT: STRING}
+
+    def fetch(
+        self, indices: np.ndarray, names: Sequence[str] | None = None
+    ) -> dict[str, np.ndarray]:
+        del names
+        records, found = self._files.read(np.asarray(indices, np.int64))
+        return {"record": records, faults.FAULT: found}
+
+    def parse(self, record: dict[str, tf.Tensor], names: Sequence[str]) -> dict[str, tf.Tensor]:
+        tf = import_tensorflow()
+        specs = {}
+        for name in names:
+            spec = self._features[name]
+            dtype = tf.as_dtype(spec.dtype)
+            one = tf.io.FixedLenFeature([], dtype)
+            several = tf.io.FixedLenSequenceFeature([], dtype, allow_missing=True)
+            specs[name] = several if spec.shape else one
+        return dict(tf.io.parse_single_example(record["record"], specs)) if specs else {}
+
+    def column(self, name: str) -> np.ndarray:
+        parse = import_tensorflow().function(
+            lambda record: self.parse({"record": record}, [name])[name], autograph=False
+        )
+        values = np.zeros(len(self), self._features[name].dtype)
+        for first in range(0, len(self), _COLUMN_CHUNK):
+            indices = np.arange(first, min(first + _COLUMN_CHUNK, len(self)))
+            records, bad = self._files.read(indices)
+            for index, record in zip(indices[bad == b""], records[bad == b""], strict=True):
+                values[index] = parse(record).numpy()
+        return values
+
+    def describe(self, index: int) -> str:
+        return self._files.shards.describe(index)
+
+    def fingerprint(self) -> str:
+        return self._files.shards.fingerprint()
+
+    def blocks(self) -> Blocks | None:
+        return Blocks(self._files.shards.block_sizes(BLOCK), WINDOW)
+
+    def will_read(self, indices: np.ndarray) -> None:
+        self._files.shards.will_read(indices)
+
+
+@dataclass(frozen=True)
+class ArrayRecordSource(TFRecordSource):
+    """tf.train.Example records in ArrayRecord files; see `TFRecordSource`."""
+
+    kind: ClassVar[str] = "array_record"
+    suffix: ClassVar[str] = ".array_record"
+    reader: ClassVar[type] = ArrayRecordFiles
+
+    def blocks(self) -> Blocks | None:
+        """None: any record is found at once. Files that are copied first are blocks."""
+        return None if self._files.shards.in_place else super().blocks()
+
+
+def _feature(name: str, kind: str) -> FieldSpec:
+    base = kind.removesuffix("[]") if isinstance(kind, str) else kind
+    if base not in DTYPES:
+        known = ", ".join(DTYPES)
+        raise UserError(f"data.features.{name}={kind!r} must be one of {known}, or that with []")
+    return FieldSpec((None,) if kind.endswith("[]") else (), DTYPES[base])
+
+
+def _spec_of(feature: Any) -> FieldSpec | None:
+    """What a tf.train.Feature holds; None if it is empty."""
+    kind = feature.WhichOneof("kind")
+    if kind is None:
+        return None
+    values = getattr(feature, kind).value
+    if not values:
+        return None
+    dtype = DTYPES[{"bytes_list": "bytes", "int64_list": "int64", "float_list": "float32"}[kind]]
+    return FieldSpec(() if len(values) == 1 else (None,), dtype)

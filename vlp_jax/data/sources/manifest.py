@@ -1,0 +1,77 @@
+"""The manifest of prepared data: its files, how many examples each holds, and their features."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from vlp_jax.data import files
+from vlp_jax.data.sources.shards import Piece
+from vlp_jax.errors import UserError
+
+SUFFIX = ".json"
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Attributes:
+    format: "array_record", "tfrecord" or "webdataset".
+    pieces: the files with their counts.
+    features: name -> "bytes", "int64" or "float32", with "[]" behind it for a list.
+    """
+
+    format: str
+    pieces: tuple[Piece, ...]
+    features: Mapping[str, str]
+
+
+def find_pieces(
+    path: str | Sequence[str], suffix: str, kind: str
+) -> tuple[list[Piece], Manifest | None]:
+    """The files that a config's `path` names, with their counts where a manifest says them.
+
+    Args:
+      path: as `files.expand` takes it, or a manifest.
+      suffix: of the files in a folder.
+      kind: the format that a manifest must name.
+
+    Raises:
+      UserError: for files that are not there, or a manifest that cannot be used.
+    """
+    if isinstance(path, str) and path.endswith(SUFFIX):
+        manifest = read_manifest(path)
+        if manifest.format != kind:
+            raise UserError(
+                f"data.path={path!r} is the manifest of {manifest.format} files: set data.source "
+                f"to {manifest.format!r}"
+            )
+        return list(manifest.pieces), manifest
+    return [Piece(file) for file in files.expand(path, suffix)], None
+
+
+def read_manifest(path: str) -> Manifest:
+    """Reads a manifest.
+
+    Raises:
+      UserError: it is not there, or none.
+    """
+
+    def read() -> str:
+        with files.filesystem(path).open(path) as stream:
+            return stream.read()
+
+    try:
+        content = json.loads(files.retrying(path, read))
+        folder = path.rpartition("/")[0]
+        pieces = [
+            Piece(f"{folder}/{shard['file']}" if folder else shard["file"], 0, shard["examples"])
+            for shard in content["shards"]
+        ]
+        features = {
+            name: field["dtype"] + ("[]" if field["list"] else "")
+            for name, field in content["fields"].items()
+        }
+        return Manifest(content["format"], tuple(pieces), features)
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is not a manifest of prepared data: {error!r}") from None

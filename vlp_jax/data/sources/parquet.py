@@ -1,0 +1,308 @@
+"""Parquet files with the bytes of images in them, as Hugging Face's `datasets` writes them."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from vlp_jax.data import faults
+from vlp_jax.data.files import retrying
+from vlp_jax.data.sources.base import STRING, STRINGS, Blocks, FieldSpec, Source
+from vlp_jax.data.sources.manifest import find_pieces
+from vlp_jax.data.sources.records import empty_strings, file_fault
+from vlp_jax.data.sources.shards import TRUNCATED, Index, Shards, group_by_piece
+from vlp_jax.errors import UserError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    import tensorflow as tf
+
+MIB = 2**20
+WINDOW = 1  # row groups that are open at a time in a lane
+_INT = FieldSpec((), np.dtype(np.int64))
+_LIST_COUNT = "{}/count"
+
+
+@dataclass(frozen=True)
+class ParquetSource(Source):
+    """Rows of Parquet files.
+
+    The fields are the columns under their own names: text, whole numbers, floats, bytes, lists of
+    text, and images, which are bytes or a struct with `bytes` in it. Columns of other types are
+    left out.
+
+    A row group is read whole and kept until the memory of `cache_mib` is needed for others. A run
+    reads `data.lanes` row groups of each `data.window` at a time.
+
+    Attributes:
+      path: files, patterns with "*" and brace ranges, a folder, on disk or scheme://.
+      cache_mib: memory for row groups.
+      cache_dir: where copies of remote files are kept; None: ~/.cache/vlp_jax/data.
+      cache_gib: room for the copies.
+
+    Raises:
+      UserError: for files that are not there, or hold no row.
+    """
+
+    path: str | Sequence[str]
+    cache_mib: int = 1024
+    cache_dir: str | None = None
+    cache_gib: float = 64.0
+
+    def __post_init__(self) -> None:
+        if self.cache_mib < 1:
+            raise UserError(f"data.cache_mib={self.cache_mib} must be at least 1")
+        _ = self._fields
+
+    @cached_property
+    def _shards(self) -> Shards:
+        pieces, _ = find_pieces(self.path, ".parquet", "parquet")
+        return Shards(pieces, "parquet", index_parquet, self.cache_dir, self.cache_gib)
+
+    @cached_property
+    def _groups(self) -> _RowGroups:
+        return _RowGroups(self.cache_mib * MIB)
+
+    @cached_property
+    def _schema(self) -> pa.Schema:
+        import pyarrow.parquet as pq
+
+        for piece in range(len(self._shards.pieces)):
+            if not self._shards.index(piece)["fault"].any():
+                return pq.read_schema(self._shards.local(piece))
+        raise UserError(f"data.path={self.path!r}: no file can be read as Parquet")
+
+    @cached_property
+    def _fields(self) -> dict[str, FieldSpec]:
+        found = {field.name: _spec_of(field.type) for field in self._schema}
+        fields = {name: spec for name, spec in found.items() if spec is not None}
+        if not fields:
+            raise UserError(f"data.path={self.path!r}: no column has a type that can be used")
+        return fields
+
+    def __len__(self) -> int:
+        return len(self._shards)
+
+    def fields(self) -> dict[str, FieldSpec]:
+        return self._fields
+
+    def record_fields(self) -> dict[str, FieldSpec]:
+        lists = {
+            _LIST_COUNT.format(name): _INT for name, spec in self._fields.items() if spec.shape
+        }
+        return {**self._fields, **lists, faults.FAULT: STRING}
+
+    def fetch(
+        self, indices: np.ndarray, names: Sequence[str] | None = None
+    ) -> dict[str, np.ndarray]:
+        indices = np.asarray(indices, np.int64)
+        wanted = list(self._fields) if names is None else list(names)
+        rows: dict[str, list[Any]] = {name: [None] * len(indices) for name in wanted}
+        found = empty_strings(len(indices))
+        pieces, places = self._shards.locate(indices)
+        for piece, chosen in group_by_piece(pieces):
+            index = self._shards.index(piece)
+            if index["fault"].any():
+                found[chosen] = file_fault(TRUNCATED)
+                continue
+            groups = np.searchsorted(index["group_end"], places[chosen], side="right")
+            for group, inside in group_by_piece(groups):
+                numbers = chosen[inside]
+                first = index["group_end"][group] - index["group_size"][group]
+                self._read_group(piece, group, places[numbers] - first, numbers, rows, found)
+        return {**dict(self._columns(rows, len(indices))), faults.FAULT: found}
+
+    def _read_group(
+        self,
+        piece: int,
+        group: int,
+        places: np.ndarray,
+        numbers: np.ndarray,
+        rows: dict[str, list[Any]],
+        found: np.ndarray,
+    ) -> None:
+        """Puts the rows at `places` of a row group at `numbers` of `rows`, or says why not."""
+        import pyarrow as pa
+
+        path = self._shards.pieces[piece].path
+        columns = tuple(sorted(rows))
+
+        def read() -> pa.Table:
+            import pyarrow.parquet as pq
+
+            with pq.ParquetFile(self._shards.local(piece)) as file:
+                return file.read_row_group(group, columns=list(columns))
+
+        try:
+            table = self._groups.get((path, group, columns), lambda: retrying(path, read))
+        except (pa.ArrowException, pa.ArrowInvalid) as error:
+            detail = f"row group {group}: {str(error).splitlines()[0]}"
+            found[numbers] = faults.marked(faults.UNREADABLE, detail)
+            return
+        for name, values in rows.items():
+            column, spec = table.column(name), self._fields[name]
+            for number, place in zip(numbers.tolist(), places.tolist(), strict=True):
+                values[number] = _value_of(column[place], spec)
+                if values[number] is None:
+                    found[number] = faults.marked(faults.MISSING_FIELD, f"{name!r} is null")
+
+    def _columns(self, rows: dict[str, list[Any]], count: int) -> Any:
+        """Every field of a record; those that were not asked for hold nothing."""
+        for name, spec in self._fields.items():
+            values = rows.get(name, [None] * count)
+            if spec.shape:
+                lists = [value or [] for value in values]
+                table = np.full((count, max(map(len, lists), default=0)), b"", object)
+                for row, texts in zip(table, lists, strict=True):
+                    row[: len(texts)] = texts
+                yield name, table
+                yield _LIST_COUNT.format(name), np.array([len(x) for x in lists], np.int64)
+            else:
+                column = np.empty(count, spec.dtype)
+                column[:] = [(b"" if spec.is_string else 0) if v is None else v for v in values]
+                yield name, column
+
+    def parse(self, record: dict[str, tf.Tensor], names: Sequence[str]) -> dict[str, tf.Tensor]:
+        return {
+            name: record[name][: record[_LIST_COUNT.format(name)]]
+            if self._fields[name].shape
+            else record[name]
+            for name in names
+        }
+
+    def column(self, name: str) -> np.ndarray:
+        chunks = [
+            self.fetch(np.arange(end - size, end), [name])[name]
+            for end, size in zip(np.cumsum(self.blocks().sizes), self.blocks().sizes, strict=True)
+        ]
+        return np.concatenate(chunks)
+
+    def class_names(self, field: str) -> tuple[str, ...] | None:
+        """Those that `datasets` notes in the schema for a ClassLabel."""
+        import json
+
+        note = (self._schema.metadata or {}).get(b"huggingface")
+        features = json.loads(note)["info"]["features"] if note else {}
+        names = features.get(field, {}).get("names")
+        return tuple(names) if names else None
+
+    def describe(self, index: int) -> str:
+        return self._shards.describe(index).replace("record", "row", 1)
+
+    def fingerprint(self) -> str:
+        return self._shards.fingerprint()
+
+    def blocks(self) -> Blocks | None:
+        return self._blocks
+
+    @cached_property
+    def _blocks(self) -> Blocks:
+        sizes = [
+            np.array([piece.count], np.int64)
+            if self._shards.index(number)["fault"].any() or not self._shards.in_place
+            else self._shards.index(number)["group_size"]
+            for number, piece in enumerate(self._shards.pieces)
+        ]
+        joined = np.concatenate(sizes)
+        return Blocks(joined[joined > 0], WINDOW)
+
+    def will_read(self, indices: np.ndarray) -> None:
+        self._shards.will_read(indices)
+
+
+class _RowGroups:
+    """The row groups that were read last, up to a number of bytes; each is read by one thread."""
+
+    def __init__(self, capacity: int) -> None:
+        self._capacity = capacity
+        self._lock = threading.Lock()
+        self._tables: OrderedDict[Any, Any] = OrderedDict()
+        self._reading: dict[Any, threading.Lock] = {}
+
+    def get(self, key: Any, read: Callable[[], Any]) -> Any:
+        with self._lock:
+            if key in self._tables:
+                self._tables.move_to_end(key)
+                return self._tables[key]
+            reading = self._reading.setdefault(key, threading.Lock())
+        with reading:
+            with self._lock:
+                if key in self._tables:
+                    return self._tables[key]
+            table = read()
+            with self._lock:
+                self._tables[key] = table
+                self._reading.pop(key, None)
+                while len(self._tables) > 1 and self._held() > self._capacity:
+                    self._tables.popitem(last=False)
+        return table
+
+    def _held(self) -> int:
+        return sum(table.nbytes for table in self._tables.values())
+
+
+def index_parquet(path: str) -> Index:
+    """How a Parquet file's rows lie in row groups.
+
+    Returns:
+      group_size and group_end (int64 [groups]) and fault (uint8 [rows]); a file whose end, where
+      its index is, cannot be read counts as one damaged row.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        about = pq.read_metadata(path)
+    except (pa.ArrowException, OSError):
+        nothing = np.zeros(0, np.int64)
+        return {
+            "group_size": nothing,
+            "group_end": nothing,
+            "fault": np.array([TRUNCATED], np.uint8),
+        }
+    sizes = np.array([about.row_group(i).num_rows for i in range(about.num_row_groups)], np.int64)
+    return {
+        "group_size": sizes,
+        "group_end": np.cumsum(sizes),
+        "fault": np.zeros(about.num_rows, np.uint8),
+    }
+
+
+def _spec_of(kind: pa.DataType) -> FieldSpec | None:
+    from pyarrow import types
+
+    def is_text(t: pa.DataType) -> bool:
+        return types.is_string(t) or types.is_large_string(t) or types.is_string_view(t)
+
+    def is_bytes(t: pa.DataType) -> bool:
+        return types.is_binary(t) or types.is_large_binary(t) or types.is_binary_view(t)
+
+    if is_text(kind) or is_bytes(kind):
+        return STRING
+    if types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
+        return STRING
+    if types.is_integer(kind) or types.is_boolean(kind):
+        return _INT
+    if types.is_floating(kind):
+        return FieldSpec((), np.dtype(np.float32))
+    if (types.is_list(kind) or types.is_large_list(kind)) and is_text(kind.value_type):
+        return STRINGS
+    return None
+
+
+def _value_of(scalar: pa.Scalar, spec: FieldSpec) -> Any:
+    """A cell as the source gives it; None for null."""
+    value = scalar.as_py()
+    if isinstance(value, dict):
+        value = value["bytes"]
+    if isinstance(value, str):
+        return value.encode("utf-8", "replace")
+    if spec.shape and value is not None:
+        return [text.encode("utf-8", "replace") for text in value if text is not None]
+    return value

@@ -1,0 +1,204 @@
+"""Serialized records in TFRecord and ArrayRecord files, read by their number."""
+
+from __future__ import annotations
+
+import os
+import struct
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import google_crc32c
+import numpy as np
+
+from vlp_jax.data import faults
+from vlp_jax.data.files import retrying
+from vlp_jax.data.sources.shards import (
+    DAMAGED,
+    OK,
+    TRUNCATED,
+    Index,
+    Piece,
+    Shards,
+    group_by_piece,
+)
+
+# length, masked CRC of the length; the data; masked CRC of the data (tensorflow/core/lib/io,
+# record_writer.h and crc32c.h)
+_HEADER, _FOOTER = struct.Struct("<QI"), struct.Struct("<I")
+_READERS = 256  # ArrayRecord files kept open
+
+
+class RecordFiles(Protocol):
+    """Attributes:
+    shards: which file holds which record.
+    """
+
+    shards: Shards
+
+    def read(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The records at `indices`, and their faults: byte strings [n], empty where all is well."""
+        ...
+
+
+class TFRecordFiles:
+    """TFRecord files, by an index of their records' places. Checksums are verified."""
+
+    def __init__(self, pieces: Sequence[Piece], **cache: Any) -> None:
+        """See `Shards`."""
+        self.shards = Shards(pieces, "tfrecord", index_tfrecord, **cache)
+
+    def read(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """See `RecordFiles`."""
+        records, found = empty_strings(len(indices)), empty_strings(len(indices))
+        pieces, rows = self.shards.locate(indices)
+        for piece, places in group_by_piece(pieces):
+            file, index = self.shards.local(piece), self.shards.index(piece)
+            offsets, lengths, faulty = index["offset"], index["length"], index["fault"]
+            for place in places:
+                row = rows[place]
+                if row >= len(faulty) or faulty[row]:
+                    found[place] = file_fault(faulty[row] if row < len(faulty) else TRUNCATED)
+                    continue
+                length = int(lengths[row])
+                raw = self.shards.opened.read(file, int(offsets[row]), length + _FOOTER.size)
+                data = raw[:length]
+                if raw[length:] != _FOOTER.pack(masked_crc(data)):
+                    found[place] = faults.marked(faults.UNREADABLE, "its checksum is wrong")
+                else:
+                    records[place] = data
+        return records, found
+
+
+class ArrayRecordFiles:
+    """ArrayRecord files, by the format's own index."""
+
+    def __init__(self, pieces: Sequence[Piece], **cache: Any) -> None:
+        """See `Shards`."""
+        self.shards = Shards(pieces, "array_record", index_array_record, **cache)
+        self._readers: OrderedDict[str, Any] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def read(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """See `RecordFiles`."""
+        records, found = empty_strings(len(indices)), empty_strings(len(indices))
+        pieces, rows = self.shards.locate(indices)
+        for piece, places in group_by_piece(pieces):
+            try:
+                reader = self._reader(self.shards.local(piece))
+                wanted = rows[places].tolist()
+                records[places] = retrying(
+                    self.shards.pieces[piece].path, lambda r=reader, w=wanted: _read(r, w)
+                )
+            except _ARRAY_RECORD_DAMAGE:
+                for place in places:
+                    self._read_one(piece, int(rows[place]), place, records, found)
+        return records, found
+
+    def _read_one(
+        self, piece: int, row: int, place: int, records: np.ndarray, found: np.ndarray
+    ) -> None:
+        """One record, where some of its file cannot be read."""
+        try:
+            records[place] = _read(self._reader(self.shards.local(piece)), [row])[0]
+        except _ARRAY_RECORD_DAMAGE as error:
+            broken = len(self.shards.index(piece)["fault"]) <= row
+            reason = faults.TRUNCATED if broken else faults.UNREADABLE
+            found[place] = faults.marked(reason, str(error).splitlines()[0])
+
+    def _reader(self, file: str) -> Any:
+        with self._lock:
+            if file in self._readers:
+                self._readers.move_to_end(file)
+            else:
+                self._readers[file] = _open_array_record(file)
+            if len(self._readers) > _READERS:
+                self._readers.popitem(last=False)  # closed when its last reader lets it go
+            return self._readers[file]
+
+
+# What the library raises for records that cannot be decoded.
+_ARRAY_RECORD_DAMAGE = (RuntimeError, IndexError, ValueError)
+
+
+def _read(reader: Any, rows: list[int]) -> np.ndarray:
+    result = empty_strings(len(rows))
+    result[:] = reader.read(rows)
+    return result
+
+
+def _open_array_record(file: str) -> Any:
+    from array_record.python.array_record_module import ArrayRecordReader
+
+    # Reading ahead helps sequential reading alone, and costs 16 MiB a file.
+    return ArrayRecordReader(file, options="readahead_buffer_size:0", file_reader_buffer_size=32768)
+
+
+def index_array_record(path: str) -> Index:
+    """The number of records of an ArrayRecord file; one that is damaged, if it cannot be opened."""
+    try:
+        count = _open_array_record(path).num_records()
+    except _ARRAY_RECORD_DAMAGE:
+        return {"fault": np.array([TRUNCATED], np.uint8)}
+    return {"fault": np.zeros(count, np.uint8)}
+
+
+def index_tfrecord(path: str) -> Index:
+    """The places of a TFRecord file's records.
+
+    Returns:
+      offset and length (of the data, int64) and fault (uint8), all [records]. What is left of a
+      file that ends within a record, or whose next length is damaged, counts as one record.
+    """
+    size = os.path.getsize(path)
+    offsets, lengths, faulty = [], [], []
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        place = 0
+        while place < size:
+            header = os.pread(descriptor, _HEADER.size, place)
+            length = fault = 0
+            if len(header) < _HEADER.size:
+                fault = TRUNCATED
+            else:
+                length, crc = _HEADER.unpack(header)
+                if crc != masked_crc(header[:8]):
+                    length, fault = 0, DAMAGED
+                elif place + _HEADER.size + length + _FOOTER.size > size:
+                    length, fault = 0, TRUNCATED
+            offsets.append(place + _HEADER.size)
+            lengths.append(length)
+            faulty.append(fault)
+            if fault:
+                break
+            place += _HEADER.size + length + _FOOTER.size
+    finally:
+        os.close(descriptor)
+    return {
+        "offset": np.array(offsets, np.int64),
+        "length": np.array(lengths, np.int64),
+        "fault": np.array(faulty, np.uint8),
+    }
+
+
+def masked_crc(data: bytes) -> int:
+    """The checksum of TFRecord files: CRC-32C, rotated by 15 bits, plus a constant."""
+    crc = google_crc32c.value(data)
+    return (((crc >> 15) | (crc << 17)) + 0xA282EAD8) & 0xFFFFFFFF
+
+
+def empty_strings(count: int) -> np.ndarray:
+    """Empty byte strings [count] as objects, which unlike NumPy's own keep trailing zero bytes."""
+    array = np.empty(count, object)
+    array[:] = b""
+    return array
+
+
+def file_fault(fault: int) -> bytes:
+    """What an index's column "fault" says of a record, as a source puts it; empty if nothing."""
+    if fault == OK:
+        return b""
+    if fault == TRUNCATED:
+        return faults.marked(faults.TRUNCATED, "the file ends within this record")
+    return faults.marked(faults.UNREADABLE, "the length of this record is damaged")

@@ -1,0 +1,106 @@
+"""Which field of a source becomes which field of an example."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from vlp_jax.data.sources.base import Blocks, FieldSpec, Source, as_plain
+from vlp_jax.errors import UserError, unknown_key_message
+
+# What writers of image-text data call these, the commonest first.
+USUAL = {
+    "image": ("image", "jpg", "jpeg", "png", "webp", "image_bytes", "image/encoded", "img"),
+    "text": ("text", "caption", "txt", "TEXT", "image/caption"),
+    "id": ("id", "key", "__key__", "image_id"),
+}
+
+
+def usual_names(known: Iterable[str]) -> dict[str, str]:
+    """Name in an example -> name in the source: all fields, the usual ones under our names."""
+    known = list(known)
+    chosen = {}
+    for ours, usual in USUAL.items():
+        present = [name for name in usual if name in known]
+        if present:
+            chosen[ours] = present[0]
+    taken = {*chosen, *chosen.values()}
+    return {**chosen, **{name: name for name in known if name not in taken}}
+
+
+def rename(source: Source, names: Mapping[str, str] | None) -> Source:
+    """`source` with the fields that a config's `fields` names, and no others.
+
+    Args:
+      names: name in an example -> name in the source; None leaves the source as it is.
+
+    Raises:
+      UserError: for a field that the source does not have; it says which exist.
+    """
+    if names is None:
+        return source
+    names, known = as_plain(names), source.fields()
+    if not isinstance(names, Mapping) or not names:
+        raise UserError(f"data.fields={names!r} must say which field of an example is which")
+    for ours, theirs in names.items():
+        if theirs not in known:
+            where = f"the data's fields (data.fields.{ours})"
+            raise UserError(unknown_key_message(str(theirs), known, where))
+    return Renamed(source, dict(names))
+
+
+@dataclass(frozen=True, eq=False)
+class Renamed(Source):
+    """The fields of another source under other names; `names` is ours -> theirs."""
+
+    source: Source
+    names: Mapping[str, str]
+
+    @property
+    def needs_tensorflow(self) -> bool:
+        # Records that are examples have the source's names, so that they are to be parsed.
+        return self.source.needs_tensorflow or any(k != v for k, v in self.names.items())
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def fields(self) -> dict[str, FieldSpec]:
+        known = self.source.fields()
+        return {ours: known[theirs] for ours, theirs in self.names.items()}
+
+    def record_fields(self) -> Mapping[str, FieldSpec]:
+        return self.source.record_fields()
+
+    def _theirs(self, names: Sequence[str] | None) -> list[str]:
+        wanted = self.names if names is None else names
+        return list(dict.fromkeys(self.names[name] for name in wanted))
+
+    def fetch(
+        self, indices: np.ndarray, names: Sequence[str] | None = None
+    ) -> dict[str, np.ndarray]:
+        return self.source.fetch(indices, self._theirs(names))
+
+    def parse(self, record: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
+        example = self.source.parse(record, self._theirs(names))
+        return {name: example[self.names[name]] for name in names}
+
+    def column(self, name: str) -> np.ndarray:
+        return self.source.column(self.names[name])
+
+    def class_names(self, field: str) -> tuple[str, ...] | None:
+        return self.source.class_names(self.names.get(field, field))
+
+    def describe(self, index: int) -> str:
+        return self.source.describe(index)
+
+    def fingerprint(self) -> str:
+        return self.source.fingerprint()
+
+    def blocks(self) -> Blocks | None:
+        return self.source.blocks()
+
+    def will_read(self, indices: np.ndarray) -> None:
+        self.source.will_read(indices)

@@ -1,0 +1,194 @@
+"""Datasets that lie in many files: which file holds an example, and where in it.
+
+An index of a file says where its records are. It is made by a walk through the file when the
+dataset is opened, and kept in the cache folder under the file's name, size and time, so that it is
+made once. Where the number of a file's records is known from elsewhere (a manifest, img2dataset's
+statistics), the walk waits until the file is read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+
+from vlp_jax.data import files
+from vlp_jax.data.files import LocalCopies, OpenFiles, default_cache_dir
+from vlp_jax.errors import UserError
+
+Index = Mapping[str, np.ndarray]
+
+# Values of an index's column "fault".
+OK, TRUNCATED, DAMAGED = 0, 1, 2
+_INDEX_VERSION = "1"
+_LOADED_INDEXES = 256
+_THREADS = 16
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Records `skip` to `skip + count` of a file; a count of None takes all from `skip` on."""
+
+    path: str
+    skip: int = 0
+    count: int | None = None
+
+
+class Shards:
+    """The records of many files, numbered through.
+
+    Attributes:
+      pieces: in their order, each with its count.
+      copies: gives the local file of a path.
+      opened: reads from local files.
+      in_place: whether all files are read where they lie.
+    """
+
+    def __init__(
+        self,
+        pieces: Sequence[Piece],
+        kind: str,
+        make_index: Callable[[str], Index],
+        cache_dir: str | None = None,
+        cache_gib: float = 64.0,
+    ) -> None:
+        """Counts the records of all pieces whose count is None.
+
+        Args:
+          kind: names the sort of index.
+          make_index: the index of a local file; every column is [records], and one is "fault".
+          cache_dir: where indexes and copies of remote files are kept; None is the default folder.
+          cache_gib: room for the copies.
+
+        Raises:
+          UserError: for a file that cannot be read, or if there is no record at all.
+        """
+        folder = Path(cache_dir).expanduser() if cache_dir else default_cache_dir()
+        self.copies = LocalCopies(folder / "copies", int(cache_gib * GIB))
+        self.opened = OpenFiles()
+        self._kind, self._make_index, self._index_folder = kind, make_index, folder / "index"
+        self._downloads: set[int] = set()
+        self._lock = threading.Lock()
+        self._background = ThreadPoolExecutor(4, thread_name_prefix="copy shards")
+        self._load = lru_cache(_LOADED_INDEXES)(self._load_index)
+        self.pieces = self._counted(pieces)
+        counts = np.array([piece.count for piece in self.pieces], np.int64)
+        self._ends = np.cumsum(counts)
+        self._starts = self._ends - counts
+        self._skips = np.array([piece.skip for piece in self.pieces], np.int64)
+        self.in_place = all(self.copies.in_place(piece.path) for piece in self.pieces)
+        if not len(self):
+            raise UserError(f"data.path: the {len(pieces)} files hold no example")
+
+    def _counted(self, pieces: Sequence[Piece]) -> list[Piece]:
+        from tqdm import tqdm
+
+        def counted(piece: Piece) -> Piece:
+            if piece.count is not None:
+                return piece
+            known = None if files.is_local(piece.path) else _img2dataset_count(piece.path)
+            if known is None:
+                known = len(self._index_of(piece.path)["fault"])
+            return Piece(piece.path, piece.skip, known - piece.skip)
+
+        unknown = sum(piece.count is None for piece in pieces)
+        with ThreadPoolExecutor(_THREADS) as threads:
+            done = threads.map(counted, pieces)
+            bar = tqdm(
+                done, "look through shards", len(pieces), delay=3, leave=False, disable=not unknown
+            )
+            return [piece for piece in bar if piece.count]
+
+    def __len__(self) -> int:
+        return int(self._ends[-1]) if len(self._ends) else 0
+
+    def locate(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The piece, and the record in its file, of each of `indices`; all int64 [n]."""
+        indices = np.asarray(indices, np.int64)
+        pieces = np.searchsorted(self._ends, indices, side="right")
+        return pieces, indices - self._starts[pieces] + self._skips[pieces]
+
+    def block_sizes(self, size: int) -> np.ndarray:
+        """Examples of consecutive blocks that do not cross files, int64 [blocks].
+
+        Blocks hold `size` records. A file that is copied before it is read is one block.
+        """
+        sizes = []
+        for piece in self.pieces:
+            whole = size if self.copies.in_place(piece.path) else piece.count
+            full, rest = divmod(piece.count, whole)
+            sizes.append(np.full(full, whole, np.int64))
+            sizes += [np.array([rest], np.int64)] if rest else []
+        return np.concatenate(sizes)
+
+    def fingerprint(self) -> str:
+        """What changes when other files, or other numbers of records in them, are named."""
+        rows = [(Path(p.path).name, p.skip, p.count) for p in self.pieces]
+        return hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]
+
+    def index(self, piece: int) -> Index:
+        """The index of the file of a piece."""
+        return self._load(self.pieces[piece].path)
+
+    def local(self, piece: int) -> str:
+        """The local file that holds what a piece does."""
+        return self.copies.get(self.pieces[piece].path)
+
+    def describe(self, index: int) -> str:
+        """The file, and the record in it, of an example."""
+        piece, record = self.locate(np.array([index]))
+        return f"record {record[0]} of {self.pieces[piece[0]].path}"
+
+    def will_read(self, indices: np.ndarray) -> None:
+        """Begins to copy the files of examples that are read soon; returns at once."""
+        if self.in_place:
+            return
+        for piece in np.unique(self.locate(indices)[0]).tolist():
+            with self._lock:
+                begun = piece in self._downloads
+                self._downloads.add(piece)
+            if not begun:
+                # A failure is not lost: whoever reads the file tries again, and raises.
+                done = self._background.submit(self.local, piece)
+                done.add_done_callback(lambda _, piece=piece: self._downloads.discard(piece))
+
+    def _load_index(self, path: str) -> Index:
+        return self._index_of(path)
+
+    def _index_of(self, path: str) -> Index:
+        stamp = files.retrying(path, lambda: files.stamp_of(path))
+        key = f"{_INDEX_VERSION}:{self._kind}:{path}:{stamp}"
+        kept = self._index_folder / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.npz"
+        if kept.exists():
+            with np.load(kept) as arrays:
+                return {name: arrays[name] for name in arrays.files}
+        index = self._make_index(self.copies.get(path))
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = kept.with_name(f"{kept.name}.{os.getpid()}.{threading.get_ident()}")
+        with open(unfinished, "wb") as stream:
+            np.savez(stream, **index)
+        unfinished.replace(kept)
+        return index
+
+
+def group_by_piece(pieces: np.ndarray) -> list[tuple[int, np.ndarray]]:
+    """(piece, places of it in `pieces`) for each piece that occurs."""
+    return [(int(piece), np.flatnonzero(pieces == piece)) for piece in np.unique(pieces)]
+
+
+def _img2dataset_count(path: str) -> int | None:
+    """The number of samples that img2dataset noted beside a shard, or None."""
+    stats = f"{os.path.splitext(path)[0]}_stats.json"
+    if not files.filesystem(stats).exists(stats):
+        return None
+    with files.filesystem(stats).open(stats) as stream:
+        return int(json.load(stream)["successes"])

@@ -1,0 +1,259 @@
+"""The examples of one source in their order, through their operations; bad ones left out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import count
+from typing import Any
+
+import numpy as np
+
+from vlp_jax.data.fault_log import Fault
+from vlp_jax.data.order import BlockOrder, ExampleOrder, Order, example_seeds
+from vlp_jax.data.sources import Source, build_source
+from vlp_jax.data.sources.base import STRING, FieldSpec
+from vlp_jax.data.tokenizers import Tokenizer
+from vlp_jax.errors import UserError, unknown_key_message
+
+RAW_TEXT = "text_raw"  # the name of the extra field that holds `text` before it is tokenized
+ORDERS = ("auto", "examples", "blocks")
+LANES = 16
+_SUBSTITUTES = 50  # examples that are tried for a bad one's place
+_PREFETCH_CHUNKS = 64  # how far ahead a source is told what will be read
+
+# For the number of a chunk, positions in the stream, int64 [n].
+Positions = Callable[[int], np.ndarray]
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """What was made of the examples at some positions.
+
+    Attributes:
+      arrays: name -> [n, ...]; zeros and empty strings where an example is bad and not replaced.
+      sound: bool [n]; False for these.
+      faults: of the examples that were bad, replaced or not.
+      read: how many were tried.
+    """
+
+    arrays: dict[str, np.ndarray]
+    sound: np.ndarray
+    faults: tuple[Fault, ...]
+    read: int
+
+
+class Stream:
+    """One data config's examples.
+
+    Args:
+      config: see `vlp_jax.data.sources.build_source`; `preprocess` as `ops.build_ops` takes it;
+        `order`, `lanes` and `window`, see `make_order`.
+      tokenizer: for `text`.
+      seed: of the order and of all random operations.
+      shuffle: False takes the examples in the order of the source.
+      batch_size: examples of a global batch.
+      extra_fields: further fields to keep, as `EvalPipeline` says.
+    """
+
+    def __init__(
+        self,
+        config: Mapping[str, Any],
+        tokenizer: Tokenizer | None,
+        *,
+        seed: int,
+        shuffle: bool,
+        batch_size: int,
+        extra_fields: Sequence[str] = (),
+    ) -> None:
+        self.source: Source = build_source(config)
+        self.order = make_order(config, self.source, seed, shuffle, batch_size)
+        self._preprocess = config.get("preprocess") or {}
+        self._tokenizer = tokenizer
+        self._seed = seed
+        # A bad example's place is taken by the one that follows a batch later: near in the files,
+        # and no second one of its batch.
+        self._stride = batch_size
+        self._raw_text = RAW_TEXT in extra_fields
+        self._extra_fields = [name for name in extra_fields if name != RAW_TEXT]
+        if self._raw_text and self._outputs.get("text") != STRING:
+            raise UserError(f"extra field {RAW_TEXT}: data.preprocess leaves no string 'text'")
+
+    @cached_property
+    def _ops(self) -> list[Any]:
+        if not self._preprocess:
+            return []
+        from vlp_jax.data.ops import build_ops
+
+        return build_ops(self._preprocess)
+
+    @cached_property
+    def _graph(self) -> Any:
+        """The TensorFlow graph of an example; None if reading needs no TensorFlow."""
+        if not self._ops and not self.source.needs_tensorflow:
+            return None
+        from vlp_jax.data.example_graph import ExampleGraph
+
+        return ExampleGraph(
+            self.source,
+            self._ops,
+            self._extra_fields,
+            tokenizer=self._tokenizer,
+            raw_text=RAW_TEXT if self._raw_text else None,
+        )
+
+    @cached_property
+    def _outputs(self) -> Mapping[str, FieldSpec]:
+        """The fields of an example before its text is tokenized."""
+        if self._graph is not None:
+            return self._graph.outputs
+        specs = self.source.fields()
+        for name in self._extra_fields:
+            if name not in specs:
+                raise UserError(f"extra fields: {unknown_key_message(name, specs, 'the example')}")
+        kept = {"text", *self._extra_fields}
+        return {name: spec for name, spec in specs.items() if spec.is_array or name in kept}
+
+    @cached_property
+    def arrays(self) -> dict[str, FieldSpec]:
+        """The fields that are numbers, without the leading dimension."""
+        arrays = {name: spec for name, spec in self._outputs.items() if spec.is_array}
+        if self._outputs.get("text") == STRING and self._tokenizer is not None:
+            arrays["text"] = FieldSpec((self._tokenizer.context_length,), np.dtype(np.int32))
+        return arrays
+
+    def indices_and_seeds(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Which examples stand at positions, and the seeds of their operations."""
+        seeds = example_seeds(self._seed, positions, len(self._ops))
+        return self.order.indices(positions), seeds
+
+    def chunks(self, positions: Positions, total: int | None, replace: bool) -> Iterator[Chunk]:
+        """Consecutive chunks, prepared ahead of their use.
+
+        Args:
+          positions: a pure function; called from several threads.
+          total: how many chunks; None for no end.
+          replace: whether a bad example's place is taken by another.
+
+        Raises:
+          UserError: while iterating, for files that cannot be read, or if nothing else is found for
+            a bad example's place.
+        """
+        if self._graph is None:
+            for number in count() if total is None else range(total):
+                yield self._from_arrays(positions(number))
+            return
+        from vlp_jax.data import example_graph
+
+        failures: list[UserError] = []
+
+        def plan(number: int) -> tuple[np.ndarray, np.ndarray]:
+            ahead = number + _PREFETCH_CHUNKS
+            if total is None or ahead < total:
+                self.source.will_read(self.order.indices(positions(ahead)))
+            return self.indices_and_seeds(positions(number))
+
+        dataset = self._graph.dataset(plan, total, failures.append)
+        try:
+            for number, (arrays, alive) in enumerate(example_graph.run(dataset)):
+                yield self._whole(positions(number), arrays, alive, replace)
+        except example_graph.import_tensorflow().errors.OpError:
+            # TensorFlow keeps of an exception in Python no more than its text.
+            if failures:
+                raise failures[0] from None
+            raise
+
+    def _from_arrays(self, positions: np.ndarray) -> Chunk:
+        record = self.source.fetch(self.order.indices(positions))
+        arrays = {name: record[name] for name in self._outputs}
+        if self._outputs.get("text") == STRING:
+            text = arrays.pop("text")
+            if self._raw_text:
+                arrays[RAW_TEXT] = text
+            if self._tokenizer is not None:
+                arrays["text"] = self._tokenizer(list(text))
+        return Chunk(arrays, np.ones(len(positions), bool), (), len(positions))
+
+    def _whole(
+        self, positions: np.ndarray, arrays: dict[str, np.ndarray], alive: np.ndarray, replace: bool
+    ) -> Chunk:
+        """A chunk from the examples of it that could be used."""
+        size = len(positions)
+        if len(alive) == size:
+            return Chunk(self._graph.unpack(arrays), np.ones(size, bool), (), size)
+        full = {
+            name: np.full((size, *spec.shape), b"" if spec.is_string else 0, spec.dtype)
+            for name, spec in self._graph.results.items()
+        }
+        for name, values in arrays.items():
+            full[name][alive] = values
+        missing = np.setdiff1d(np.arange(size), alive)
+        indices, seeds = self.indices_and_seeds(positions[missing])
+        found = [self._graph.diagnose(int(i), s) for i, s in zip(indices, seeds, strict=True)]
+        sound = np.ones(size, bool)
+        if replace:
+            self._substitute(positions, missing, full)
+        else:
+            sound[missing] = False
+        return Chunk(self._graph.unpack(full), sound, tuple(found), size)
+
+    def _substitute(
+        self, positions: np.ndarray, missing: np.ndarray, full: dict[str, np.ndarray]
+    ) -> None:
+        """Fills the places `missing` of `full`, with operations seeded as if nothing were wrong."""
+        left = missing
+        for attempt in range(1, _SUBSTITUTES + 1):
+            _, seeds = self.indices_and_seeds(positions[left])
+            others = self.order.indices(positions[left] + attempt * self._stride)
+            arrays, alive = self._graph.run_once(others, seeds)
+            for name, values in arrays.items():
+                full[name][left[alive]] = values
+            left = np.delete(left, alive)
+            if not left.size:
+                return
+        index = int(self.order.indices(positions[left[:1]])[0])
+        fault = self._graph.diagnose(index, seeds[0])
+        raise UserError(
+            f"none of {_SUBSTITUTES + 1} examples in a row can be used; the first is {fault.where} "
+            f"({fault.reason})"
+        )
+
+
+def make_order(
+    config: Mapping[str, Any], source: Source, seed: int, shuffle: bool, batch_size: int
+) -> ExampleOrder:
+    """The order in which a source is read.
+
+    Args:
+      config: `order`, "examples" (any example may follow any other), "blocks" (see `BlockOrder`) or
+        "auto" (what suits the files); `lanes`, how many places of the files are read side by side
+        by all processes together (16; if the batch is not a multiple of it, what divides both); and
+        `window`, how many blocks of each are mixed.
+
+    Raises:
+      UserError: for values that cannot be used, or blocks of files that have none.
+    """
+    name, lanes, window = (
+        config.get("order", "auto"),
+        config.get("lanes", LANES),
+        config.get("window"),
+    )
+    if name not in ORDERS:
+        raise UserError(unknown_key_message(str(name), ORDERS, "data.order"))
+    for key, value in (("lanes", lanes), ("window", window)):
+        if value is not None and (not isinstance(value, int) or value < 1):
+            raise UserError(f"data.{key}={value!r} must be a whole number of at least 1")
+    if not shuffle or name == "examples":
+        return Order(len(source), seed, shuffle)
+    blocks = source.blocks()
+    if blocks is None:
+        if name == "blocks":
+            raise UserError("data.order='blocks', but this source has no blocks; use 'auto'")
+        return Order(len(source), seed)
+    lanes = math.gcd(lanes or LANES, batch_size)
+    while lanes > len(blocks.sizes):
+        lanes = next(n for n in range(lanes - 1, 0, -1) if batch_size % n == 0)
+    mixed = (window or blocks.window) * int(blocks.sizes.mean())
+    return BlockOrder(blocks.sizes, seed, lanes, max(1, mixed))

@@ -1,0 +1,107 @@
+"""What a checkpoint keeps of the input, and what is told of examples that could not be used."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from vlp_jax.data.faults import REASONS
+from vlp_jax.data.joined import JoinedPipeline
+from vlp_jax.errors import UserError
+
+
+class InputState:
+    """The record of the input in a checkpoint: position, fingerprint, counts of bad examples.
+
+    Its size does not depend on the data or on the processes.
+
+    Args:
+      pipeline: of this process.
+      batch_size: examples of a step, over all processes.
+      accept_other_data: whether to go on with data that is not that of the checkpoint.
+    """
+
+    def __init__(self, pipeline: JoinedPipeline, batch_size: int, accept_other_data: bool):
+        self._pipeline = pipeline
+        self._batch_size = batch_size
+        self._accept_other_data = accept_other_data
+        self._kinds = [
+            (name, source, reason)
+            for name, pipe in pipeline.pipelines().items()
+            for source in pipe.source_names
+            for reason in REASONS
+        ]
+        self._begin = np.zeros(len(self._kinds) + 1, np.int64)  # read, and bad of each kind
+
+    def save(self, step: int) -> dict[str, Any]:
+        """The record just before batch `step`. With several processes, all of them call it."""
+        read, *bad = self._counts(step).tolist()
+        return {
+            "position": step * self._batch_size,
+            "data": self._pipeline.fingerprint(),
+            "read": read,
+            "bad": [[*kind, count] for kind, count in zip(self._kinds, bad, strict=True) if count],
+        }
+
+    def resume(self, saved: Mapping[str, Any], step: int) -> None:
+        """Goes on from what `save` gave at `step`.
+
+        Raises:
+          UserError: the batches were of another size, or the data has changed.
+        """
+        position = saved["position"]
+        if position != step * self._batch_size:
+            raise UserError(
+                f"the checkpoint of step {step} was made after {position:,} examples, which does "
+                f"not fit config.batch_size {self._batch_size}; resume with the batch size "
+                f"{position // step}"
+            )
+        before, now = saved.get("data"), self._pipeline.fingerprint()
+        if before not in (None, now) and not self._accept_other_data:
+            raise UserError(
+                "the training data is not that of the checkpoint (other files, or other numbers of "
+                "examples in them), so its order cannot go on; put the data back, or set "
+                "config.checkpoint.accept_other_data to go on in the order of the new data"
+            )
+        counts = {tuple(kind): count for *kind, count in saved.get("bad", ())}
+        self._begin = np.array(
+            [saved.get("read", 0), *(counts.get(kind, 0) for kind in self._kinds)], np.int64
+        )
+
+    def metrics(self, step: int) -> dict[str, float]:
+        """Bad examples before batch `step`, by source and reason, and their share.
+
+        With several processes, all of them call it.
+        """
+        read, *bad = self._counts(step).tolist()
+        named = {
+            "/".join(["data/bad", *filter(None, (name, source)), reason.replace(" ", "_")]): count
+            for (name, source, reason), count in zip(self._kinds, bad, strict=True)
+            if count
+        }
+        return {
+            **{k: float(v) for k, v in named.items()},
+            "data/bad_fraction": sum(bad) / max(read, 1),
+        }
+
+    def _counts(self, step: int) -> np.ndarray:
+        """Examples read, and bad ones of each kind, on all processes since step 0; int64."""
+        totals = {
+            name: pipe.faults.totals(before=step)
+            for name, pipe in self._pipeline.pipelines().items()
+        }
+        own = [sum(total["read"] for total in totals.values())]
+        own += [
+            totals[n]["bad"].get(source, {}).get(reason, 0) for n, source, reason in self._kinds
+        ]
+        counts = np.array(own, np.int64)
+        if jax.process_count() > 1:
+            # Two halves, since int64 would be cut to 32 bits on the way through the devices.
+            halves = np.stack([counts & 0x7FFFFFFF, counts >> 31]).astype(np.int32)
+            low, high = multihost_utils.process_allgather(halves).astype(np.int64).sum(axis=0)
+            counts = low + (high << 31)
+        return self._begin + counts
