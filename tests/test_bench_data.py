@@ -17,7 +17,6 @@ from vlp_jax.data.image_ops import random_resized_crop
 from vlp_jax.data.lazy_tensorflow import import_tensorflow
 from vlp_jax.data.ops import build_ops
 from vlp_jax.data.pipeline import EvalPipeline
-from vlp_jax.data.sources import SOURCES
 
 COUNT = 10
 
@@ -63,14 +62,8 @@ def test_files_that_are_there_are_not_written_again(corpus):
     assert before == {file.name: file.stat().st_mtime_ns for file in again.iterdir()}
 
 
-def available(name):
-    return name in SOURCES
-
-
 @pytest.mark.parametrize("name", bench_corpus.CONFIGS)
 def test_every_format_holds_the_same_bytes(corpus, name):
-    if not available(name):
-        pytest.skip(f"there is no source {name}")
     config = data_config(name, corpus, {"keep": {"fields": ["image"]}})
     pipeline = EvalPipeline(config, None, batch_size=4, extra_fields=["image"])
     read = [b for batch in pipeline.batches() for b in batch["image"][batch["mask"]]]
@@ -80,8 +73,6 @@ def test_every_format_holds_the_same_bytes(corpus, name):
 
 @pytest.mark.parametrize("name", bench_corpus.NAMES)
 def test_every_source_gives_images(corpus, name):
-    if not available(name):
-        pytest.skip(f"there is no source {name}")
     task = Task(size=32, batch_size=4)
     loader = PipelineLoader(data_config(name, corpus, task.preprocess), task)
     first, second = ([batch.copy() for batch in loader.open(3)] for _ in range(2))

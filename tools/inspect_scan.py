@@ -46,7 +46,7 @@ class Scan:
     """
 
     examples: int
-    read: int = 0
+    read: int
     bad: Counter[str] = field(default_factory=Counter)
     characters: list[int] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
@@ -110,22 +110,21 @@ def scan(
     Raises:
       UserError: a mistake in the config.
     """
+    source = build_source(data)
+    found = Scan(len(source), min(count, len(source)))
+    begin(found.read)
     try:
-        texts = _Reader(data, count, seed, extra=RAW_TEXT)
+        texts = _Reader(data, found, seed, extra=RAW_TEXT)
     except UserError:
-        texts = _Reader(data, count, seed)  # has no text, or another mistake, which is raised
-    found = Scan(texts.examples)
-    begin(texts.read)
+        texts = _Reader(data, found, seed)  # has no text, or another mistake, which is raised
     for batch in texts.batches():
-        size = len(batch[MASK])
         if RAW_TEXT in batch:
             _add_texts(found, list(batch[RAW_TEXT][batch[MASK]]), tokenizers)
-        found.read += size
-        advance(size)
+        advance(len(batch[MASK]))
     found.bad.update(texts.bad())
-    if "image" in build_source(data).fields():
+    if "image" in source.fields():
         as_stored = {**data, "preprocess": {"keep": {"fields": ["image"]}}}
-        for batch in _Reader(as_stored, count, seed, extra="image").batches():
+        for batch in _Reader(as_stored, found, seed, extra="image").batches():
             for image in batch["image"][batch[MASK]]:
                 _add_image(found, image)
     return found
@@ -135,25 +134,27 @@ class _Reader:
     """The examples of one source that a scan looks at, as training or evaluation reads them."""
 
     def __init__(
-        self, data: Mapping[str, Any], count: int, seed: int, extra: str | None = None
+        self, data: Mapping[str, Any], scan: Scan, seed: int, extra: str | None = None
     ) -> None:
         """`extra` names a field that batches shall hold that they would not."""
-        extras = [] if extra is None else [extra]
-        common = {"batch_size": min(BATCH, count), "extra_fields": extras}
-        self._pipeline: Any = EvalPipeline(data, None, **common)
-        self.examples = len(self._pipeline)
-        self.read = min(count, self.examples)
-        self._all = count >= self.examples
-        if not self._all:
+        self._read = scan.read
+        common = {
+            "batch_size": min(BATCH, scan.read),
+            "extra_fields": [] if extra is None else [extra],
+        }
+        self._pipeline: EvalPipeline | TrainPipeline
+        if scan.read == scan.examples:
+            self._pipeline = EvalPipeline(data, None, **common)
+        else:
             self._pipeline = TrainPipeline(data, None, seed=seed, **common)
-        self._count = -(-self.read // common["batch_size"])
+        self._count = -(-self._read // common["batch_size"])
 
     def batches(self) -> Iterator[dict[str, np.ndarray]]:
         """Each with `MASK`, which is False for what could not be used; no padding."""
-        left = self.read
+        left = self._read
         for batch in itertools.islice(self._pipeline.batches(), self._count):
             batch = {name: values[:left] for name, values in batch.items()}
-            size = min(left, min(map(len, batch.values())))
+            size = len(next(iter(batch.values())))
             left -= size
             yield {MASK: np.ones(size, bool), **batch}
 
@@ -194,7 +195,7 @@ def statistics(found: Scan, context_length: int | None) -> dict[str, Any]:
         "examples": found.examples,
         "scanned": found.read,
         "bad": dict(found.bad.most_common()),
-        "bad_share": sum(found.bad.values()) / max(found.read, 1),
+        "bad_share": sum(found.bad.values()) / found.read,
     }
     empty = found.bad[faults.EMPTY_TEXT]
     if found.characters or empty:
