@@ -163,7 +163,9 @@ def write_tfds(folder, shards, file_format="tfrecord"):
         name="toy",
         version="1.0.0",
         features=features,
-        split_datasets={"train": [{**r, "image": io.BytesIO(r["image"])} for r in rows]},
+        split_datasets={
+            "train": [(n, {**r, "image": io.BytesIO(r["image"])}) for n, r in enumerate(rows)]
+        },
         data_dir=str(folder),
         file_format=file_format,
         disable_shuffling=True,
