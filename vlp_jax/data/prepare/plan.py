@@ -239,10 +239,11 @@ def write_bucket(bucket: tuple[int, Iterable[str]], work: str) -> dict[str, Any]
     summary = Summary(buckets={str(number): len(lines)})
     for one, other in itertools.pairwise(lines):
         if one[:32] == other[:32]:
-            a, b = (Reference.loads(line[33:]) for line in (one, other))
-            wheres = [f"{r.path} at byte {r.offset}" for r in (a, b)]
+            pair = [Reference.loads(line[33:]) for line in (one, other)]
+            pair.sort(key=lambda reference: (reference.path, reference.offset))
+            wheres = [f"{reference.path} at byte {reference.offset}" for reference in pair]
             count = summary.duplicates[0] if summary.duplicates else 0
-            summary.duplicates = [count + 1, *(summary.duplicates[1:] or [a.id, *wheres])]
+            summary.duplicates = [count + 1, *(summary.duplicates[1:] or [pair[0].id, *wheres])]
     content = "".join(f"{line[33:]}\n" for line in lines)
     paths.write_bytes(bucket_path(work, number), content.encode())
     return vars(summary)

@@ -15,6 +15,7 @@ from vlp_jax.data.prepare.paths import INSTALL
 from vlp_jax.errors import UserError
 
 _OURS = re.compile(r"vlp_jax\.errors\.UserError: ([^\n]*)")
+_WHERE = re.compile(r"\s*\[while running [^\]]*\]")
 
 
 def import_beam() -> ModuleType:
@@ -84,11 +85,10 @@ def run(build: Callable[[Any], None], flags: Sequence[str]) -> None:
     try:
         build(pipeline)
         pipeline.run().wait_until_finish()
-    except UserError:
-        raise
     except Exception as error:
+        # In this process Beam keeps the type and adds to the message; elsewhere it is all text.
         found = _OURS.search(str(error))
-        if found is None:
+        if found is None and not isinstance(error, UserError):
             raise
-        message = re.sub(r" \[while running [^\]]*\]", "", found[1])
-        raise UserError(message.replace("\\n", " ").strip()) from None
+        message = str(error) if found is None else found[1]
+        raise UserError(_WHERE.sub("", message).strip()) from None
