@@ -464,7 +464,8 @@ def test_ids_that_occur_twice_are_an_error_that_names_both(tmp_path):
         jobs.prepare(job)
 
 
-def test_an_image_that_changes_between_the_passes_is_named(tmp_path, monkeypatch):
+@pytest.mark.parametrize("mode", ["in_memory", "multi_threading"])
+def test_an_image_that_changes_between_the_passes_is_named(tmp_path, monkeypatch, mode):
     pattern, fields, _ = write_folder(tmp_path / "in")
     image = tmp_path / "in" / "a.b" / "n003.gif"
     write, content = shard_files.write, image.read_bytes()
@@ -474,10 +475,14 @@ def test_an_image_that_changes_between_the_passes_is_named(tmp_path, monkeypatch
         write(*arguments)
 
     monkeypatch.setattr(shard_files, "write", change_and_write)
-    job = make_job(pattern, "folder", tmp_path / "out", fields=fields)
+    flags = (f"--direct_running_mode={mode}",)
+    job = make_job(pattern, "folder", tmp_path / "out", fields=fields, flags=flags)
     with pytest.raises(UserError, match=r"n003\.gif changed since it was listed") as raised:
         jobs.prepare(job)
     assert "\n" not in str(raised.value) and "while running" not in str(raised.value)
+    deadline = time.monotonic() + 30  # the other worker ends the shard that it is writing
+    while list((tmp_path / "out").glob(".*.tmp")) and time.monotonic() < deadline:
+        time.sleep(0.05)
     assert not list((tmp_path / "out").glob(".*.tmp"))
 
 
@@ -548,6 +553,19 @@ def test_brace_ranges():
     assert paths.expand_braces("plain") == ["plain"]
 
 
+def test_a_folder_a_glob_and_links_find_the_same_files(tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "links").mkdir()
+    for name in ("b.tar", "a.tar", "c.txt"):
+        (tmp_path / "in" / name).write_bytes(name.encode() * 100)
+        (tmp_path / "links" / name).symlink_to(tmp_path / "in" / name)
+    for folder in ("in", "links"):
+        root = str(tmp_path / folder)
+        expected = [(f"{root}/a.tar", 500), (f"{root}/b.tar", 500)]
+        for patterns in ([root], [f"{root}/*.tar"], [f"{root}/{{b,a}}.tar", f"{root}/a.tar"]):
+            assert paths.find_files(patterns, ".tar") == expected
+
+
 def test_mistakes_are_one_line_that_says_what_there_is(tmp_path, capsys):
     tars, _, _ = write_tars(tmp_path / "tars")
     folder, _, _ = write_folder(tmp_path / "folder")
@@ -564,6 +582,7 @@ def test_mistakes_are_one_line_that_says_what_there_is(tmp_path, capsys):
         (["--input", tars, "--fields", "text=json.texts", "--shards", "99"], "more than the 23"),
         (["--input", tars, "--split", "a-b"], "letters, digits and underscores"),
         (["--input", tars, "--direct_num_wrokers=3"], "did you mean --direct_num_workers?"),
+        (["--input", tars, "--fields", "text=json.texts", "--runner=Nonsense"], "DirectRunner"),
         (["--input", "nosuch://x/y.tar"], "nosuch"),
         (["--input-format", "folder", "--input", f"{tmp_path}/none"], "no such folder"),
         (["--input-format", "folder", "--input", folder, "--fields", "label=klass"], "'class'"),
@@ -577,7 +596,7 @@ def test_mistakes_are_one_line_that_says_what_there_is(tmp_path, capsys):
         assert last.startswith("error: ") and said in last
     assert prepare_data.main(["--verify", "--output", str(tmp_path / "out")]) == 2
     assert "to verify" in capsys.readouterr().err
-    assert not list((tmp_path / "out").glob("*"))
+    assert not list((tmp_path / "out").glob("*-of-*"))
 
 
 def test_without_beam_it_says_what_to_install(tmp_path, monkeypatch, capsys):

@@ -196,7 +196,8 @@ def _begin(
 
 
 def _look(job: Job, opened: Input, work: str, watch: Watch) -> plan.Summary:
-    paths.remove(paths.join(work, "looked_at"))
+    for begun in ("looked_at", "order", "staging"):
+        paths.remove(paths.join(work, begun))
     buckets = plan.number_of_buckets(opened.estimated_examples())
     units = opened.units(work)
 

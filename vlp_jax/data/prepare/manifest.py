@@ -56,7 +56,7 @@ def check_same(old: dict[str, Any], new: dict[str, Any], folder: str) -> None:
         name, before, now = found
         raise UserError(
             f"{folder} holds another job: {name} was {before} and is now {now}; give another "
-            "--output or --split, or remove its files"
+            f"--output or --split, or remove {new['split']}* there"
         )
 
 

@@ -112,12 +112,11 @@ def _matches(path: str, suffix: str) -> dict[str, int]:
         infos = [i for i in fs.ls(inner, detail=True) if i["name"].endswith(suffix)]
     else:
         infos = [fs.info(inner)]
-    local = is_local(path)
-    return {
-        info["name"] if local else fs.unstrip_protocol(info["name"]): info["size"]
-        for info in infos
-        if info["type"] == "file"
-    }
+    if is_local(path):  # links count as what they lead to, as in the cache of Hugging Face
+        names = [info["name"] for info in infos]
+        return {name: os.path.getsize(name) for name in names if os.path.isfile(name)}
+    files = [info for info in infos if info["type"] == "file"]
+    return {fs.unstrip_protocol(info["name"]): info["size"] for info in files}
 
 
 def join(folder: str, *parts: str) -> str:

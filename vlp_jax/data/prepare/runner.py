@@ -66,7 +66,8 @@ def run(build: Callable[[Any], None], flags: Sequence[str]) -> None:
     CPUs: Beam's own choice may be one that it has to download.
 
     Raises:
-      UserError: what a worker raised as such, on any runner; anything else as it is.
+      UserError: for a runner that is not there or lacks a flag, and what a worker raised as such,
+        on any runner; anything else is raised as it is.
     """
     beam = import_beam()
     from apache_beam.options.pipeline_options import (
@@ -81,7 +82,10 @@ def run(build: Callable[[Any], None], flags: Sequence[str]) -> None:
     in_process = runner in (None, "DirectRunner")
     if in_process and not any(flag.startswith("--direct_num_workers") for flag in flags):
         options.view_as(DirectOptions).direct_num_workers = os.cpu_count() or 1
-    pipeline = beam.Pipeline(runner=FnApiRunner() if in_process else runner, options=options)
+    try:
+        pipeline = beam.Pipeline(runner=FnApiRunner() if in_process else runner, options=options)
+    except (ValueError, ImportError) as error:
+        raise UserError(f"Apache Beam: {' '.join(str(error).split())}") from None
     try:
         build(pipeline)
         pipeline.run().wait_until_finish()
