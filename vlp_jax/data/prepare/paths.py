@@ -82,10 +82,11 @@ def find_files(patterns: Sequence[str], suffix: str) -> list[tuple[str, int]]:
     found: dict[str, int] = {}
     for pattern in patterns:
         expanded = expand_braces(pattern)
-        before, missing = len(found), []
+        here: dict[str, int] = {}
+        missing = []
         for path in expanded:
             sizes = _matches(path, suffix)
-            found.update(sizes)
+            here.update(sizes)
             if not sizes and not _is_glob(path):
                 missing.append(path)
         if missing and missing != [pattern]:
@@ -93,8 +94,9 @@ def find_files(patterns: Sequence[str], suffix: str) -> list[tuple[str, int]]:
                 f"--input {pattern}: {len(missing)} of {len(expanded)} files are not there; "
                 f"the first is {missing[0]}"
             )
-        if len(found) == before:
+        if not here:
             raise UserError(f"--input {pattern} matches no {suffix} file")
+        found.update(here)
     return sorted(found.items())
 
 
