@@ -391,6 +391,24 @@ def test_damaged_images_and_captions_of_a_folder_are_skipped_by_reason(tmp_path,
     assert os.listdir(out) == []
 
 
+def test_a_header_may_be_longer_than_what_is_read_first(tmp_path):
+    root = tmp_path / "in"
+    root.mkdir()
+    pixels = np.random.default_rng(0).integers(0, 256, (200, 200, 3), dtype=np.uint8)
+    image = Image.fromarray(pixels)
+    image.save(root / "profile.jpg", icc_profile=bytes(20_000))
+    image.save(root / "whole.webp", lossless=True)
+    assert (root / "whole.webp").stat().st_size > 20_000
+    (root / "cut.webp").write_bytes((root / "whole.webp").read_bytes()[:-9000])
+    rows = "".join(f"{name},text\n" for name in ("profile.jpg", "whole.webp", "cut.webp"))
+    (root / "captions.csv").write_text("file,caption\n" + rows)
+    job = make_job(str(root), "folder", tmp_path / "out", shards=1, max_bad_fraction=0.5)
+    manifest = jobs.prepare(job).manifest
+    ids = {example["id"] for example in read(tmp_path / "out", manifest)}
+    assert ids == {"profile.jpg", "whole.webp"}
+    assert manifest["skipped"] == {faults.UNDECODABLE: 1}
+
+
 def test_damaged_tars_and_members_are_skipped_by_reason(tmp_path):
     root = tmp_path / "in"
     root.mkdir()

@@ -138,7 +138,7 @@ def prepare(job: Job, watch: Watch = no_watch) -> Result:
         manifests.check_same(manifests.identity(finished), identity, output)
         damaged = manifests.faults(finished, output, job.verify)
         if not damaged:
-            _clean(output, job.split, work)
+            paths.remove(work)
             return Result(finished, True, {})
     _begin(output, job.split, work, identity, finished)
     summary = plan.load(work) or _look(job, opened, work, watch)
@@ -157,7 +157,7 @@ def prepare(job: Job, watch: Watch = no_watch) -> Result:
     _check_repaired(finished, records, output)
     skipped = {reason: count for reason, (count, _) in sorted(summary.faults.items())}
     manifest = manifests.write(identity, output, shards.types, skipped, records)
-    _clean(output, job.split, work)
+    paths.remove(work)
     named = {reason: lines for reason, (_, lines) in sorted(summary.faults.items())}
     return Result(manifest, False, named)
 
@@ -271,9 +271,3 @@ def _check_repaired(
                 f"{output}/{record['file']} was written again and differs: the images have changed "
                 "since; prepare them into a new folder"
             )
-
-
-def _clean(output: str, split: str, work: str) -> None:
-    paths.remove(work)
-    for leftover in paths.leftovers(output, split):
-        paths.remove(leftover)
