@@ -26,10 +26,10 @@ from vlp_jax.data.sources.caption_files import (
     CAPTION_FIELDS,
     IMAGE_FIELDS,
     SUFFIXES,
-    _choose,
-    _normal,
-    _rows,
-    _walk,
+    choose_column,
+    normal_path,
+    rows,
+    walk,
 )
 from vlp_jax.errors import UserError
 
@@ -97,15 +97,17 @@ class FolderInput:
                 f"it, not {' '.join(patterns)}"
             )
         file = _caption_file(Path(paths.absolute(patterns[0])))
-        _, row = next(iter(_rows(file)), (None, None))
+        _, row = next(iter(rows(file)), (None, None))
         if row is None:
             raise UserError(f"caption file {file} has no rows")
         columns = {
-            IMAGE: _choose(row, fields.get(IMAGE), IMAGE_FIELDS, "--fields image", file),
-            CAPTIONS: _choose(row, fields.get(CAPTIONS), CAPTION_FIELDS, "--fields text", file),
+            IMAGE: choose_column(row, fields.get(IMAGE), IMAGE_FIELDS, "--fields image", file),
+            CAPTIONS: choose_column(
+                row, fields.get(CAPTIONS), CAPTION_FIELDS, "--fields text", file
+            ),
         }
         for name in [name for name in fields if name not in columns]:
-            columns[name] = _choose(row, fields[name], (), f"--fields {name}", file)
+            columns[name] = choose_column(row, fields[name], (), f"--fields {name}", file)
         return FolderInput(str(file), columns)
 
     def extra_fields(self) -> list[str]:
@@ -125,25 +127,25 @@ class FolderInput:
 
     def _class_names(self) -> list[str]:
         column = self.columns[LABEL]
-        labels = {_label(row.get(column)) for _, row in _rows(Path(self.file))} - {None}
+        labels = {_label(row.get(column)) for _, row in rows(Path(self.file))} - {None}
         if all(label.isdecimal() for label in labels):
             return sorted(labels, key=lambda label: (int(label), label))
         return sorted(labels)
 
     def units(self, work: str) -> list[Unit]:
         root = os.path.dirname(self.file)
-        present = dict(_walk(root, ""))
+        present = dict(walk(root, ""))
         lines: list[str] = []
         images: dict[str, dict[str, Any]] = {}
         numbers = {}
         if LABEL in self.columns:
             numbers = {label: number for number, label in enumerate(self._class_names())}
-        for where, row in _rows(Path(self.file)):
+        for where, row in rows(Path(self.file)):
             path = str(row.get(self.columns[IMAGE]) or "").strip()
             if not path:
                 lines.append(json.dumps({"where": where}))
                 continue
-            path = _normal(os.path.relpath(path, root) if os.path.isabs(path) else path)
+            path = normal_path(os.path.relpath(path, root) if os.path.isabs(path) else path)
             captions = row.get(self.columns[CAPTIONS])
             captions = captions if isinstance(captions, list) else [captions or ""]
             fields = {name: row.get(self.columns[name]) for name in self.extra_fields()}
