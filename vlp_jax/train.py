@@ -26,7 +26,8 @@ from vlp_jax.parallel import startup
 from vlp_jax.parallel.batch import Prefetcher
 from vlp_jax.training import param_groups
 from vlp_jax.training import workdir as workdir_lib
-from vlp_jax.training.build import build, first_state, make_checkpointer
+from vlp_jax.training.build import Parts, build, first_state, make_checkpointer
+from vlp_jax.training.checkpoint import Checkpointer
 from vlp_jax.training.command import run_command
 from vlp_jax.training.loop import Loop
 from vlp_jax.training.preemption import PreemptionWatch
@@ -113,9 +114,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike, clock: StartupClock) -
     with contextlib.ExitStack() as stack:
         progress = stack.enter_context(make_progress(last_step, workdir.name))
         checkpointer = stack.enter_context(make_checkpointer(config, workdir))
-        first_step = checkpointer.check_fits(setup.abstract)
-        if first_step:
-            parts.input_state.resume(checkpointer.input_state(first_step), first_step)
+        first_step = find_first_step(parts, checkpointer)
         for change in workdir_lib.changes(workdir, config):
             progress.print(f"note: {change}")
         workdir_lib.prepare(workdir, config, parts.tokenizer)
@@ -159,6 +158,18 @@ def train(config: ConfigDict, workdir: str | os.PathLike, clock: StartupClock) -
         checkpointer.wait()
         progress.print(step_clock.goodput_line())
     return state
+
+
+def find_first_step(parts: Parts, checkpointer: Checkpointer) -> int:
+    """The step of the newest checkpoint; 0 if there is none.
+
+    Raises:
+      UserError: it is of another model, another batch size or other data.
+    """
+    step = checkpointer.check_fits(parts.setup.abstract)
+    if step:
+        parts.input_state.resume(checkpointer.input_state(step), step)
+    return step
 
 
 def describe_run(setup: Setup, first_step: int) -> str:

@@ -341,7 +341,9 @@ def test_tfds_mistakes(toy_dir, tmp_path, no_network):
     refuses(toy(toy_dir, split="train[:"), "slices look like")
     refuses(toy(toy_dir, split="train[5:2]"), "holds no examples")
     refuses(toy(toy_dir, split="train[100%:]"), "holds no examples")
-    make_toy(tmp_path, "riegeli", count=3)
+    make_toy(tmp_path, "tfrecord", count=3)
+    info = next(tmp_path.glob("toy/*/dataset_info.json"))
+    info.write_text(info.read_text().replace('"tfrecord"', '"riegeli"'))
     message = refuses(toy(tmp_path), "riegeli files")
     assert "file_format='array_record'" in message
 

@@ -53,6 +53,11 @@ class _Pipeline:
         return sum(len(stream.source) for stream in self._streams.values())
 
     @property
+    def lanes(self) -> int:
+        """How many lanes a batch consists of; see `Schedule`."""
+        return self._schedule.mixture.lanes
+
+    @property
     def source_names(self) -> tuple[str, ...]:
         """The names under which bad examples are counted: "data", or those of a mixture's parts."""
         return tuple(self._streams)

@@ -23,8 +23,9 @@ class Checkpointer:
     """Saves states under `workdir/checkpoints/STEP` and gives back the newest.
 
     The checkpoint at step i holds all that is needed to go on with batch i: the state, and a
-    small record of the input (`input_state.InputState`). Saving is asynchronous: `save` returns as soon as
-    the arrays are on the host. A checkpoint appears under its final name only when it is whole.
+    small record of the input (`input_state.InputState`). Saving is asynchronous: `save` returns as
+    soon as the arrays are on the host. A checkpoint appears under its final name only when it is
+    whole.
 
     Args:
       keep_last: how many of the newest to keep.

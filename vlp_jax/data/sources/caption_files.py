@@ -66,16 +66,16 @@ def read_entries(
     captions: dict[str, list[str]] = {}
     labels: dict[str, str] = {}
     columns: tuple[str, str] | None = None
-    for where, row in _rows(file):
+    for where, row in rows(file):
         if columns is None:
             columns = (
-                _choose(row, image_field, IMAGE_FIELDS, "data.image_field", file),
-                _choose(row, caption_field, CAPTION_FIELDS, "data.caption_field", file),
+                choose_column(row, image_field, IMAGE_FIELDS, "data.image_field", file),
+                choose_column(row, caption_field, CAPTION_FIELDS, "data.caption_field", file),
             )
             if label_field is not None:
-                _choose(row, label_field, (), "data.label_field", file)
+                choose_column(row, label_field, (), "data.label_field", file)
         path = _text(row.get(columns[0]), where, columns[0])
-        path = _normal(os.path.relpath(path, root) if os.path.isabs(path) else path)
+        path = normal_path(os.path.relpath(path, root) if os.path.isabs(path) else path)
         captions.setdefault(path, []).extend(_captions(row.get(columns[1]), where, columns[1]))
         if label_field is not None:
             label = _text(row.get(label_field), where, label_field)
@@ -87,7 +87,7 @@ def read_entries(
     return [Entry(p, files[p], tuple(texts), labels.get(p)) for p, texts in captions.items()]
 
 
-def _rows(file: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+def rows(file: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """The rows of a caption file, each with its file and line number for messages."""
     try:
         with file.open(encoding="utf-8-sig", newline="") as stream:
@@ -125,7 +125,7 @@ def _json_rows(file: Path, stream: Iterable[str]) -> Iterator[tuple[str, Mapping
         yield f"{file}, line {number}", row
 
 
-def _choose(
+def choose_column(
     row: Mapping[str, Any], name: str | None, usual: tuple[str, ...], key: str, file: Path
 ) -> str:
     """The column to read: `name` if given, else the first of the `usual` ones that exists."""
@@ -158,7 +158,7 @@ def _captions(value: Any, where: str, column: str) -> list[str]:
     return [_text(item, where, column) for item in values]
 
 
-def _normal(path: str) -> str:
+def normal_path(path: str) -> str:
     """A path with forward slashes, no "./" and composed accents, as macOS and Windows differ."""
     path = os.path.normpath(path.replace("\\", "/")).replace(os.sep, "/")
     return unicodedata.normalize("NFC", path)
@@ -166,7 +166,7 @@ def _normal(path: str) -> str:
 
 def _locate(root: Path, paths: Iterable[str], file: Path) -> dict[str, str]:
     """Path as written -> file to open, by one walk of the folder instead of a look at each."""
-    present = dict(_walk(str(root), ""))
+    present = dict(walk(str(root), ""))
     found: dict[str, str] = {}
     missing: list[str] = []
     for path in paths:
@@ -185,10 +185,11 @@ def _locate(root: Path, paths: Iterable[str], file: Path) -> dict[str, str]:
     return found
 
 
-def _walk(folder: str, prefix: str) -> Iterator[tuple[str, str]]:
+def walk(folder: str, prefix: str) -> Iterator[tuple[str, str]]:
+    """(normal path below the first folder, path to open) of all files below `folder`."""
     with os.scandir(folder) as entries:
         for entry in entries:
             if entry.is_dir(follow_symlinks=False):
-                yield from _walk(entry.path, f"{prefix}{entry.name}/")
+                yield from walk(entry.path, f"{prefix}{entry.name}/")
             elif entry.is_file():
                 yield unicodedata.normalize("NFC", prefix + entry.name), entry.path

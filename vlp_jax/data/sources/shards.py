@@ -31,6 +31,7 @@ OK, TRUNCATED, DAMAGED = 0, 1, 2
 _INDEX_VERSION = "1"
 _LOADED_INDEXES = 256
 _THREADS = 16
+_PARSER = threading.Lock()
 GIB = 2**30
 
 
@@ -169,7 +170,8 @@ class Shards:
         key = f"{_INDEX_VERSION}:{self._kind}:{path}:{stamp}"
         kept = self._index_folder / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.npz"
         if kept.exists():
-            with np.load(kept) as arrays:
+            # NumPy reads a file's header by Python's parser, which in 3.11 fails in many threads.
+            with _PARSER, np.load(kept) as arrays:
                 return {name: arrays[name] for name in arrays.files}
         index = self._make_index(self.copies.get(path))
         kept.parent.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,148 @@
+"""What holds for every source: fields, order, processes, resuming."""
+
+import itertools
+import os
+
+import corpora
+import numpy as np
+import pytest
+
+from vlp_jax.data.pipeline import EvalPipeline, TrainPipeline
+from vlp_jax.data.sources import build_source
+from vlp_jax.data.tokenizers import ByteTokenizer
+
+COUNT, BATCH = 101, 8
+ROWS = corpora.examples(COUNT)
+IDS = {row["id"]: number for number, row in enumerate(ROWS)}
+
+
+@pytest.fixture(scope="module", params=sorted(corpora.WRITERS))
+def data(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp(request.param)
+    return corpora.config(request.param, folder, ROWS, lanes=4, window=2)
+
+
+def pipeline(data, batch_size=BATCH, **keys):
+    keys.setdefault("seed", 3)
+    return TrainPipeline(
+        data, ByteTokenizer(16), batch_size=batch_size, extra_fields=["id"], **keys
+    )
+
+
+def take(pipeline, count, start=0):
+    return list(itertools.islice(pipeline.batches(start), count))
+
+
+def by_position(batches, lanes):
+    """The same batches with their rows in the order of the stream: a lane's lie together."""
+
+    def sort(rows):
+        return rows.reshape(lanes, -1, *rows.shape[1:]).swapaxes(0, 1).reshape(rows.shape)
+
+    return [{name: sort(rows) for name, rows in batch.items()} for batch in batches]
+
+
+def numbers(batches):
+    """Which rows batches hold."""
+    ids = [name.decode().removesuffix(".jpg") for batch in batches for name in batch["id"]]
+    return [IDS[name] for name in ids]
+
+
+def assert_same(first, second):
+    assert first.keys() == second.keys()
+    for name in first:
+        np.testing.assert_array_equal(first[name], second[name], err_msg=name)
+
+
+def test_every_example_comes_once_an_epoch_with_what_is_its_own(data):
+    stream = pipeline(data)
+    batches = by_position(take(stream, 2 * COUNT // BATCH + 1), stream.lanes)
+    seen = numbers(batches)
+    assert sorted(seen[:COUNT]) == sorted(seen[COUNT : 2 * COUNT]) == list(range(COUNT))
+    assert seen[:COUNT] != seen[COUNT : 2 * COUNT] and seen[:COUNT] != sorted(seen[:COUNT])
+    texts = ByteTokenizer(16).decode(np.concatenate([batch["text"] for batch in batches]))
+    assert texts == [f"Number {n}" for n in seen]
+    assert np.concatenate([batch["label"] for batch in batches]).tolist() == [n % 3 for n in seen]
+    # Of the pixels: equal for one example wherever it stands, and different for two.
+    images = np.concatenate([batch["image"] for batch in batches])
+    first = {n: images[place] for place, n in enumerate(seen[:COUNT])}
+    assert all(np.array_equal(images[COUNT + p], first[n]) for p, n in enumerate(seen[COUNT:]))
+    assert len({image.tobytes() for image in first.values()}) == COUNT
+
+
+def test_images_are_the_bytes_that_were_written(data):
+    source = build_source(data)
+    if not source.needs_tensorflow:
+        images = source.column("image")
+    else:
+        import tensorflow as tf
+
+        records = source.fetch(np.arange(COUNT))
+        records = {k: tf.constant(v) for k, v in records.items()}
+        images = [
+            source.parse({k: v[n] for k, v in records.items()}, ["image"])["image"].numpy()
+            for n in range(COUNT)
+        ]
+    assert [bytes(image) for image in images] == [row["image"] for row in ROWS]
+
+
+@pytest.mark.parametrize("processes", [2, 4, 8])
+def test_the_global_batches_do_not_depend_on_the_processes(data, processes):
+    whole = take(pipeline(data), 15, start=3)
+    parts = [
+        take(pipeline(data, process_index=i, process_count=processes), 15, start=3)
+        for i in range(processes)
+    ]
+    for number, batch in enumerate(whole):
+        joined = {name: np.concatenate([part[number][name] for part in parts]) for name in batch}
+        assert_same(batch, joined)
+
+
+def test_resuming_is_exact(data):
+    straight = take(pipeline(data), 20)
+    for step in (1, 12, 13, 17):
+        for a, b in zip(straight[step:], take(pipeline(data), 3, start=step), strict=False):
+            assert_same(a, b)
+    assert numbers(take(pipeline(data, seed=4), 5)) != numbers(straight[:5])
+
+
+def test_evaluation_is_in_order_and_each_once(data):
+    for processes in (1, 4):
+        seen = []
+        for index in range(processes):
+            batches = EvalPipeline(
+                data, None, batch_size=BATCH, process_index=index, process_count=processes,
+                extra_fields=["id"],
+            ).batches()  # fmt: skip
+            seen.append([numbers([{"id": b["id"][b["mask"]]}]) for b in batches])
+        merged = [n for parts in zip(*seen, strict=True) for part in parts for n in part]
+        assert merged == list(range(COUNT))
+
+
+def test_where_and_limit(data):
+    some = {**data, "where": {"label": 1}, "limit": 20}
+    seen = numbers(take(pipeline(some, batch_size=4), 5))
+    assert sorted(seen) == [n for n in range(COUNT) if n % 3 == 1][:20]
+
+
+def test_the_fingerprint_is_that_of_the_data(data, tmp_path):
+    same = build_source(data).fingerprint()
+    assert same == build_source(dict(data)).fingerprint()
+    assert same != build_source({**data, "limit": 50}).fingerprint()
+
+
+def test_a_process_reads_few_blocks(tmp_path, monkeypatch):
+    """With as many processes as lanes, each reads about its part of the files, not all of them."""
+    data = corpora.config("parquet", tmp_path, corpora.examples(400), shards=4, lanes=4, window=1)
+    read = set()
+    from vlp_jax.data.sources import parquet
+
+    get = parquet._RowGroups.get
+    monkeypatch.setattr(
+        parquet._RowGroups, "get", lambda self, key, f: (read.add(key), get(self, key, f))[1]
+    )
+    one = pipeline(data, process_index=1, process_count=4)
+    take(one, 400 // BATCH)
+    groups = len(build_source(data).blocks().sizes)
+    assert os.path.exists(tmp_path / "parquet") and groups >= 56
+    assert len(read) < groups / 4 + 20  # threads read a few chunks ahead

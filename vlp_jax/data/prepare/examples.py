@@ -1,0 +1,206 @@
+"""An example on its way from an input to a shard, and the types of its fields."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from vlp_jax.data.faults import EMPTY_TEXT, MISSING_FIELD, UNREADABLE
+from vlp_jax.errors import UserError
+
+ID, IMAGE, CAPTIONS = "id", "image", "captions"
+INTEGER, FLOAT, TEXT, BINARY, LIST = "integer", "float", "text", "binary", "list"
+Value = int | float | str | bytes | list[Any]
+
+
+class BadExample(Exception):
+    """An example that cannot be used: `reason` is one of `faults.REASONS`, `detail` one line."""
+
+    def __init__(self, reason: str, detail: str):
+        super().__init__(f"{reason}: {detail}")
+        self.reason, self.detail = reason, detail
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """What an input holds that is no example: why, and where."""
+
+    reason: str
+    where: str
+    detail: str
+
+    def line(self) -> str:
+        return f"{self.where}: {self.detail}"
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """An example as found in an input, its image not yet looked at.
+
+    Attributes:
+      id: unique in the input, and the same whatever else is read.
+      where: for messages.
+      path, offset, size: the bytes of the image. `path` is None where they cannot be read again
+        by themselves; `data` is then all of them.
+      data: the first bytes of the image, or all.
+      captions: at least one, none empty.
+      fields: the further fields.
+    """
+
+    id: str
+    where: str
+    path: str | None
+    offset: int
+    size: int
+    data: bytes
+    captions: list[str]
+    fields: dict[str, Value]
+
+
+@dataclass(frozen=True, slots=True)
+class Reference:
+    """An example without its image, which is `size` bytes at `offset` of the file `path`."""
+
+    id: str
+    path: str
+    offset: int
+    size: int
+    captions: list[str]
+    fields: dict[str, Value]
+
+    def dumps(self) -> str:
+        """One line of JSON; `loads` is the inverse."""
+        parts = [self.id, self.path, self.offset, self.size, self.captions, self.fields]
+        return json.dumps(parts, default=_encode_bytes, ensure_ascii=False)
+
+    @staticmethod
+    def loads(line: str) -> Reference:
+        return Reference(*json.loads(line, object_hook=_decode_bytes))
+
+
+def _encode_bytes(value: Any) -> dict[str, str]:
+    if isinstance(value, bytes):
+        return {"base64:": base64.b64encode(value).decode()}
+    raise TypeError(f"{type(value).__name__} is no value of a field")
+
+
+def _decode_bytes(value: dict[str, Any]) -> Any:
+    return base64.b64decode(value["base64:"]) if list(value) == ["base64:"] else value
+
+
+def place(seed: int, id: str) -> str:
+    """Where an example is in the global order: 32 hexadecimal digits, compared as text.
+
+    They are the first 16 bytes of SHA-256 of "seed:id", so an example keeps its place whatever the
+    order of the input and whoever computes it.
+    """
+    return hashlib.sha256(f"{seed}:{id}".encode()).hexdigest()[:32]
+
+
+def clean_captions(value: Any) -> list[str]:
+    """The captions of a string, a number, UTF-8 bytes or a list of them, without empty ones.
+
+    Raises:
+      BadExample: if nothing is left, or bytes are not UTF-8.
+    """
+    if value is None:
+        raise BadExample(MISSING_FIELD, "no caption")
+    captions = []
+    for item in value if isinstance(value, list | tuple) else [value]:
+        if isinstance(item, bytes):
+            item = decode_text(item, "caption")
+        elif isinstance(item, int | float) and not isinstance(item, bool):
+            item = str(item)
+        if item is not None and not isinstance(item, str):
+            raise BadExample(UNREADABLE, f"a caption is a {type(item).__name__}, not a string")
+        # JSON can spell half of a surrogate pair, which no encoder takes.
+        text = (item or "").strip().encode("utf-8", "replace").decode()
+        captions.extend([text] if text else [])
+    if not captions:
+        raise BadExample(EMPTY_TEXT, "all captions are empty")
+    return captions
+
+
+def clean_value(name: str, value: Any) -> Value:
+    """A value that a shard can hold: integer, float, string, bytes, or a list of one of them.
+
+    Raises:
+      BadExample: for null, a nested value, or an integer that takes more than 64 bits.
+    """
+    if isinstance(value, list | tuple):
+        items = [clean_value(name, item) for item in value]
+        if any(isinstance(item, list) for item in items):
+            raise BadExample(UNREADABLE, f"{name!r} is a list of lists")
+        return items
+    if value is None:
+        raise BadExample(MISSING_FIELD, f"{name!r} is null")
+    if isinstance(value, bool):
+        return int(value)
+    if isinstance(value, int) and not -(2**63) <= value < 2**63:
+        raise BadExample(UNREADABLE, f"{name!r} is {value}, which is no int64")
+    if isinstance(value, str):
+        return value.encode("utf-8", "replace").decode()
+    if not isinstance(value, int | float | bytes):
+        raise BadExample(UNREADABLE, f"{name!r} is a {type(value).__name__}")
+    return value
+
+
+def decode_text(data: bytes, name: str) -> str:
+    """UTF-8 text, with or without a BOM.
+
+    Raises:
+      BadExample: if it is none.
+    """
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise BadExample(UNREADABLE, f"{name} is not UTF-8") from None
+
+
+def kinds_of(value: Value) -> set[str]:
+    """What a value says about the type of its field."""
+    if isinstance(value, list):
+        return {LIST}.union(*(kinds_of(item) for item in value))
+    kinds = {int: INTEGER, float: FLOAT, str: TEXT, bytes: BINARY}
+    return {kinds[type(value)]}
+
+
+def field_types(
+    kinds: Mapping[str, Iterable[str]], names: Iterable[str], text_only: bool
+) -> dict[str, dict[str, Any]]:
+    """The manifest's `fields`: name -> {"dtype": "bytes", "int64" or "float32", "list": bool}.
+
+    Args:
+      kinds: by name of a further field, `kinds_of` of all its values together.
+      names: the further fields that were asked for.
+      text_only: whether the format holds bytes only as UTF-8 text.
+
+    Raises:
+      UserError: for a field that has numbers here and strings there, or does not fit the format.
+    """
+    types = {
+        ID: {"dtype": "bytes", "list": False},
+        IMAGE: {"dtype": "bytes", "list": False},
+        CAPTIONS: {"dtype": "bytes", "list": True},
+    }
+    for name in names:
+        found = set(kinds.get(name, ()))
+        scalars = found - {LIST}
+        if scalars & {TEXT, BINARY} and scalars & {INTEGER, FLOAT}:
+            raise UserError(
+                f"field {name!r} is a number in some examples and a string in others: leave it out"
+            )
+        if BINARY in scalars and text_only:
+            raise UserError(
+                f"field {name!r} holds bytes, which webdataset's JSON cannot: choose array_record "
+                "or tfrecord, or leave it out"
+            )
+        dtype = "bytes"
+        if scalars and scalars <= {INTEGER, FLOAT}:
+            dtype = "int64" if scalars == {INTEGER} else "float32"
+        types[name] = {"dtype": dtype, "list": LIST in found}
+    return types

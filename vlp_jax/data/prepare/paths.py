@@ -1,0 +1,232 @@
+"""Files on local disk or any fsspec filesystem: patterns, ranges of bytes, whole-or-nothing writes.
+
+A path is a string: a local path, or a URL such as gs://bucket/folder/file. The filesystems of
+clouds retry by themselves (gcsfs, s3fs); what they give up on is raised.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import re
+import shutil
+import uuid
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from vlp_jax.errors import UserError
+
+if TYPE_CHECKING:
+    import fsspec
+
+INSTALL = "pip install -r requirements-prepare.txt"
+_RANGE = re.compile(r"(\d+)\.\.(\d+)")
+
+
+def filesystem(path: str) -> tuple[fsspec.AbstractFileSystem, str]:
+    """The filesystem of a path, and the path in its own terms.
+
+    Raises:
+      UserError: for a scheme that fsspec does not know, or whose package is missing.
+    """
+    try:
+        import fsspec.core
+    except ImportError:
+        raise UserError(f"fsspec is not installed: {INSTALL}") from None
+    try:
+        return fsspec.core.url_to_fs(path)
+    except (ImportError, ValueError) as error:
+        raise UserError(f"{path}: {error}") from None
+
+
+def is_local(path: str) -> bool:
+    """Whether a path is on a mounted disk."""
+    return "://" not in path or path.startswith(("file://", "local://"))
+
+
+def absolute(path: str) -> str:
+    """A local path made absolute, ~ expanded; a URL as it is, without a trailing slash."""
+    return filesystem(path)[1] if is_local(path) else path.rstrip("/")
+
+
+def expand_braces(pattern: str) -> list[str]:
+    """What {a,b} and {000..041} stand for, in order; zeros in front are kept."""
+    found = re.search(r"\{([^{}]*)\}", pattern)
+    if found is None:
+        return [pattern]
+    numbers = _RANGE.fullmatch(found[1])
+    if numbers is not None:
+        first, last = int(numbers[1]), int(numbers[2])
+        width = len(numbers[1]) if numbers[1].startswith("0") else 0
+        step = 1 if first <= last else -1
+        choices = [f"{number:0{width}d}" for number in range(first, last + step, step)]
+    else:
+        choices = found[1].split(",")
+    before, after = pattern[: found.start()], pattern[found.end() :]
+    return [done for choice in choices for done in expand_braces(before + choice + after)]
+
+
+def find_files(patterns: Sequence[str], suffix: str) -> list[tuple[str, int]]:
+    """The files that patterns match, each once, sorted by path.
+
+    Args:
+      patterns: files, folders (their files that end in `suffix`), globs (* ? [] **), brace ranges.
+      suffix: such as ".tar".
+
+    Returns:
+      (path, size in bytes) pairs.
+
+    Raises:
+      UserError: if a pattern matches nothing, or a file that is named in full is not there.
+    """
+    found: dict[str, int] = {}
+    for pattern in patterns:
+        expanded = expand_braces(pattern)
+        here: dict[str, int] = {}
+        missing = []
+        for path in expanded:
+            sizes = _matches(path, suffix)
+            here.update(sizes)
+            if not sizes and not _is_glob(path):
+                missing.append(path)
+        if missing and missing != [pattern]:
+            raise UserError(
+                f"--input {pattern}: {len(missing)} of {len(expanded)} files are not there; "
+                f"the first is {missing[0]}"
+            )
+        if not here:
+            raise UserError(f"--input {pattern} matches no {suffix} file")
+        found.update(here)
+    return sorted(found.items())
+
+
+def _is_glob(path: str) -> bool:
+    return any(character in path for character in "*?[")
+
+
+def _matches(path: str, suffix: str) -> dict[str, int]:
+    fs, inner = filesystem(path)
+    if _is_glob(path):
+        infos = fs.glob(inner, detail=True).values()
+    elif not fs.exists(inner):
+        return {}
+    elif fs.isdir(inner):
+        infos = [i for i in fs.ls(inner, detail=True) if i["name"].endswith(suffix)]
+    else:
+        infos = [fs.info(inner)]
+    if is_local(path):  # links count as what they lead to, as in the cache of Hugging Face
+        names = [info["name"] for info in infos]
+        return {name: os.path.getsize(name) for name in names if os.path.isfile(name)}
+    files = [info for info in infos if info["type"] == "file"]
+    return {fs.unstrip_protocol(info["name"]): info["size"] for info in files}
+
+
+def join(folder: str, *parts: str) -> str:
+    """A path below a folder."""
+    return "/".join([folder.rstrip("/"), *parts])
+
+
+def size_of(path: str) -> int | None:
+    """The size of a file in bytes, or None if there is no such file."""
+    fs, inner = filesystem(path)
+    fs.invalidate_cache()
+    try:
+        return fs.info(inner)["size"]
+    except FileNotFoundError:
+        return None
+
+
+def names_in(folder: str) -> list[str]:
+    """The names in a folder, sorted; none if there is no such folder."""
+    fs, inner = filesystem(folder)
+    fs.invalidate_cache()
+    try:
+        return sorted(name.rstrip("/").rsplit("/", 1)[-1] for name in fs.ls(inner, detail=False))
+    except FileNotFoundError:
+        return []
+
+
+def read_bytes(path: str) -> bytes:
+    """The whole of a file."""
+    fs, inner = filesystem(path)
+    return fs.cat_file(inner)
+
+
+def read_ranges(ranges: Sequence[tuple[str, int, int]]) -> list[bytes]:
+    """The bytes of (path, offset, size) ranges, all on one filesystem; at once where it can.
+
+    Raises:
+      UserError: if a file is gone, or ends before a range does.
+    """
+    if not ranges:
+        return []
+    fs = filesystem(ranges[0][0])[0]
+    inner = [fs._strip_protocol(path) for path, _, _ in ranges]
+    starts = [offset for _, offset, _ in ranges]
+    ends = [offset + size for _, offset, size in ranges]
+    results = fs.cat_ranges(inner, starts, ends, on_error="return")
+    for (path, offset, size), data in zip(ranges, results, strict=True):
+        if isinstance(data, FileNotFoundError):
+            raise UserError(f"{path} is gone since it was listed: put it back, and run again")
+        if isinstance(data, BaseException):
+            raise data
+        if len(data) != size:
+            raise UserError(
+                f"{path} changed since it was listed: {len(data)} bytes at {offset}, not {size}; "
+                "prepare it into a new folder"
+            )
+    return results
+
+
+def write_bytes(path: str, data: bytes) -> None:
+    """Writes a file, whole or not at all."""
+    fs, inner = filesystem(path)
+    if not is_local(path):
+        fs.pipe_file(inner, data)
+        return
+    os.makedirs(os.path.dirname(inner), exist_ok=True)
+    temporary = temporary_name(inner)
+    with open(temporary, "wb") as stream:
+        stream.write(data)
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.replace(temporary, inner)
+
+
+def temporary_name(path: str) -> str:
+    """A name beside a local file that no other process takes, and `leftovers` finds."""
+    folder, name = os.path.split(path)
+    return os.path.join(folder, f".{name}.{uuid.uuid4().hex[:12]}.tmp")
+
+
+def leftovers(folder: str, split: str) -> list[str]:
+    """Temporary files of a split that an ended process left in a folder."""
+    ours = (f".{split}-", f".{split}.")
+    names = [n for n in names_in(folder) if n.startswith(ours) and n.endswith(".tmp")]
+    return [join(folder, name) for name in names]
+
+
+def put(local: str, path: str) -> None:
+    """Moves a whole local file to `path`: renamed on one disk, else uploaded and removed."""
+    fs, inner = filesystem(path)
+    if is_local(path):
+        os.makedirs(os.path.dirname(inner), exist_ok=True)
+        shutil.move(local, inner)
+    else:
+        fs.put_file(local, inner)
+        os.remove(local)
+
+
+def remove(path: str) -> None:
+    """Removes a file, or a folder with all that is in it, if it is there."""
+    fs, inner = filesystem(path)
+    fs.invalidate_cache()
+    if fs.exists(inner):
+        fs.rm(inner, recursive=True)
+
+
+def common_folder(paths: Sequence[str]) -> str:
+    """The deepest folder that holds all the files."""
+    folders = [path.split("/")[:-1] for path in paths]
+    same = itertools.takewhile(lambda parts: len(set(parts)) == 1, zip(*folders))
+    return "/".join(parts[0] for parts in same)

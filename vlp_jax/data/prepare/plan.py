@@ -1,0 +1,268 @@
+"""The first pass: looks at every example, and writes their global order without their images.
+
+The order is that of a hash of (seed, id): `examples.place`. It is cut into buckets by its first
+digits; a worker sorts each and writes it as lines of JSON. The buckets one after another are the
+global order, so that any shard is a run of lines, and exactly as long as the others.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+from vlp_jax.data.prepare import paths, runner
+from vlp_jax.data.prepare.examples import Candidate, Fault, Reference, kinds_of, place
+from vlp_jax.data.prepare.images import image_fault
+from vlp_jax.data.prepare.inputs import Input, Unit
+
+NAMED = 5  # faults of each reason that are named
+_AT_ONCE = 64  # examples whose images are looked at together
+_BUCKET_EXAMPLES, _MAX_BUCKETS = 20_000, 4096
+_PLAN = "plan.json"
+
+
+@dataclass
+class Summary:
+    """What a part of the first pass found; parts are merged by `merge`.
+
+    Attributes:
+      buckets: bucket -> examples.
+      faults: reason -> [count, the first few as lines].
+      kinds: further field -> `kinds_of` of its values.
+      duplicates: (count, id, where, where) of the ids that several examples have, the first named.
+      bytes: of all images.
+    """
+
+    buckets: dict[str, int] = field(default_factory=dict)
+    faults: dict[str, list[Any]] = field(default_factory=dict)
+    kinds: dict[str, list[str]] = field(default_factory=dict)
+    duplicates: list[Any] = field(default_factory=list)
+    bytes: int = 0
+
+    @property
+    def examples(self) -> int:
+        return sum(self.buckets.values())
+
+    def add_fault(self, fault: Fault) -> None:
+        count, lines = self.faults.get(fault.reason, [0, []])
+        self.faults[fault.reason] = [count + 1, [*lines, fault.line()][:NAMED]]
+
+    def add_kinds(self, candidate: Candidate) -> None:
+        for name, value in candidate.fields.items():
+            self.kinds[name] = sorted(kinds_of(value).union(self.kinds.get(name, ())))
+
+
+def merge(summaries: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    """One summary of several, as dicts; the order in which they come does not matter."""
+    total = Summary()
+    for part in (Summary(**summary) for summary in summaries):
+        total.buckets.update(part.buckets)
+        for reason, (count, lines) in part.faults.items():
+            before, named = total.faults.get(reason, [0, []])
+            total.faults[reason] = [before + count, sorted([*named, *lines])[:NAMED]]
+        for name, kinds in part.kinds.items():
+            total.kinds[name] = sorted(set(kinds).union(total.kinds.get(name, ())))
+        both = sorted([d for d in (total.duplicates, part.duplicates) if d], key=lambda d: d[1:])
+        total.duplicates = [sum(d[0] for d in both), *both[0][1:]] if both else []
+        total.bytes += part.bytes
+    return vars(total)
+
+
+@dataclass(frozen=True)
+class Pass:
+    """What the workers of the first pass are told.
+
+    Attributes:
+      input: what is read.
+      seed: of the global order.
+      check_images: whether images are decoded.
+      buckets: into how many parts the order is cut; it does not change the order.
+      work: the folder for what is only needed until the shards are written.
+    """
+
+    input: Input
+    seed: int
+    check_images: bool
+    buckets: int
+    work: str
+
+
+def number_of_buckets(estimated_examples: int) -> int:
+    """So many that a worker can hold one."""
+    return min(max(estimated_examples // _BUCKET_EXAMPLES, 1), _MAX_BUCKETS)
+
+
+def load(work: str) -> Summary | None:
+    """The summary of a finished first pass, or None."""
+    path = paths.join(work, _PLAN)
+    return Summary(**json.loads(paths.read_bytes(path))) if _PLAN in paths.names_in(work) else None
+
+
+def make(job: Pass, units: Sequence[Unit], flags: Sequence[str]) -> Summary:
+    """Runs the first pass; writes the buckets, and a summary last.
+
+    Raises:
+      UserError: what an input cannot read.
+    """
+
+    def build(pipeline: Any) -> None:
+        beam = runner.import_beam()
+        found = (
+            pipeline
+            | "Units" >> beam.Create(list(units))
+            | "Spread" >> beam.Reshuffle()
+            | "Look" >> beam.FlatMap(look, job)
+        )
+        buckets = (
+            found
+            | "References" >> beam.FlatMap(_references).with_output_types(tuple[int, str])
+            | "ByBucket" >> beam.GroupByKey()
+            | "WriteBucket" >> beam.Map(write_bucket, job.work)
+        )
+        summaries = found | "Summaries" >> beam.FlatMap(_summaries)
+        _ = (
+            (buckets, summaries)
+            | beam.Flatten()
+            | beam.CombineGlobally(merge)
+            | "WritePlan" >> beam.Map(_write_plan, job.work)
+        )
+
+    runner.run(build, flags)
+    summary = load(job.work)
+    assert summary is not None, f"the pipeline ended without {job.work}/{_PLAN}"
+    return summary
+
+
+def _references(element: tuple[int | None, Any]) -> Iterator[tuple[int, str]]:
+    if element[0] is not None:
+        yield element
+
+
+def _summaries(element: tuple[int | None, Any]) -> Iterator[dict[str, Any]]:
+    if element[0] is None:
+        yield element[1]
+
+
+def _write_plan(summary: dict[str, Any], work: str) -> None:
+    paths.write_bytes(paths.join(work, _PLAN), json.dumps(summary).encode())
+
+
+def look(unit: Unit, job: Pass) -> Iterator[tuple[int | None, Any]]:
+    """The good examples of a unit as (bucket, line), and last (None, summary as a dict)."""
+    summary = Summary()
+    count = 0
+    with _Staging(job.work, unit) as staging, ThreadPoolExecutor(os.cpu_count()) as pool:
+        scanned = iter(job.input.scan(unit, job.check_images))
+        while chunk := list(itertools.islice(scanned, _AT_ONCE)):
+            faults = (pool.map if job.check_images else map)(
+                lambda item: _fault(item, job.check_images), chunk
+            )
+            for item, fault in zip(chunk, faults, strict=True):
+                if fault is not None:
+                    summary.add_fault(fault)
+                    continue
+                path, offset = staging.keep(item)
+                order = place(job.seed, item.id)
+                reference = Reference(item.id, path, offset, item.size, item.captions, item.fields)
+                summary.add_kinds(item)
+                summary.bytes += item.size
+                count += 1
+                yield int(order[:8], 16) * job.buckets >> 32, f"{order} {reference.dumps()}"
+    paths.write_bytes(paths.join(job.work, "looked_at", f"{unit.number:06d}-{count}"), b"")
+    yield None, vars(summary)
+
+
+def _fault(item: Candidate | Fault, decode: bool) -> Fault | None:
+    if isinstance(item, Fault):
+        return item
+
+    def read_all() -> bytes:
+        return paths.read_ranges([(item.path, item.offset, item.size)])[0]
+
+    whole = len(item.data) == item.size
+    found = image_fault(item.data, None if whole else read_all, decode)
+    return None if found is None else Fault(found[0], item.where, found[1])
+
+
+class _Staging:
+    """Images that cannot be read again by themselves, one after another in a file of the unit.
+
+    A row of Parquet costs the decoding of its row group, so that shards of a shuffled order would
+    each decode nearly the whole input; this way it is decoded once.
+    """
+
+    def __init__(self, work: str, unit: Unit):
+        self._path = paths.join(work, "staging", f"{unit.number:06d}.images")
+        self._offset = 0
+        self._stream: Any = None
+
+    def __enter__(self) -> _Staging:
+        return self
+
+    def keep(self, item: Candidate) -> tuple[str, int]:
+        """Where the image can be read: (path, offset)."""
+        if item.path is not None:
+            return item.path, item.offset
+        if self._stream is None:
+            self._stream = local_temporary(self._path)
+        self._stream.write(item.data)
+        self._offset += item.size
+        return self._path, self._offset - item.size
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        if self._stream is None:
+            return
+        self._stream.close()
+        if kind is None:
+            paths.put(self._stream.name, self._path)
+        else:
+            os.remove(self._stream.name)
+
+
+def local_temporary(path: str) -> Any:
+    """An open local file that `paths.put` can move to `path`: on the same disk if that is local."""
+    if not paths.is_local(path):
+        return tempfile.NamedTemporaryFile("wb", prefix="prepare_data_", delete=False)
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    return open(paths.temporary_name(path), "wb")
+
+
+def write_bucket(bucket: tuple[int, Iterable[str]], work: str) -> dict[str, Any]:
+    """Sorts and writes the lines of a bucket; returns its summary, with its duplicates."""
+    number, lines = bucket[0], sorted(bucket[1])
+    summary = Summary(buckets={str(number): len(lines)})
+    for one, other in itertools.pairwise(lines):
+        if one[:32] == other[:32]:
+            pair = [Reference.loads(line[33:]) for line in (one, other)]
+            pair.sort(key=lambda reference: (reference.path, reference.offset))
+            wheres = [f"{reference.path} at byte {reference.offset}" for reference in pair]
+            count = summary.duplicates[0] if summary.duplicates else 0
+            summary.duplicates = [count + 1, *(summary.duplicates[1:] or [pair[0].id, *wheres])]
+    content = "".join(f"{line[33:]}\n" for line in lines)
+    paths.write_bytes(bucket_path(work, number), content.encode())
+    return vars(summary)
+
+
+def bucket_path(work: str, number: int) -> str:
+    """The file of a bucket: references in their global order, one a line."""
+    return paths.join(work, "order", f"{number:04d}.jsonl")
+
+
+def slice_lines(work: str, buckets: dict[str, int], start: int, stop: int) -> list[str]:
+    """The lines at [start, stop) of the global order."""
+    lines: list[str] = []
+    first = 0
+    for number in sorted(buckets, key=int):
+        count = buckets[number]
+        low, high = max(start - first, 0), min(stop - first, count)
+        if low < high:
+            content = paths.read_bytes(bucket_path(work, int(number))).decode()
+            lines += content.split("\n")[low:high]
+        first += count
+    return lines

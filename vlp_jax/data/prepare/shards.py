@@ -1,0 +1,183 @@
+"""The second pass: each shard is written by itself, from its run of the order."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from vlp_jax.data.prepare import paths, plan, runner
+from vlp_jax.data.prepare.examples import Reference
+from vlp_jax.data.prepare.writers import WRITERS, FieldTypes
+
+# Images that are read at once: where the filesystem allows, as so many requests at a time.
+_BATCH_EXAMPLES, _BATCH_BYTES = 64, 32 * 2**20
+_RECORDS = "shards"
+
+
+@dataclass(frozen=True)
+class Shards:
+    """What the workers of the second pass are told.
+
+    Attributes:
+      output: the folder of the shards.
+      split, format: as in the manifest.
+      number: of shards.
+      types: the manifest's `fields`.
+      buckets: bucket -> examples, of the first pass.
+      work: the folder of the first pass.
+      verify: whether a finished shard is read and its checksum compared, or only its size.
+    """
+
+    output: str
+    split: str
+    format: str
+    number: int
+    types: FieldTypes
+    buckets: dict[str, int]
+    work: str
+    verify: bool
+
+    def name(self, index: int) -> str:
+        """The file name of a shard."""
+        return f"{self.split}-{index:05d}-of-{self.number:05d}.{WRITERS[self.format][0]}"
+
+    def bounds(self, index: int) -> tuple[int, int]:
+        """The run [start, stop) of the global order; runs differ by one example at most."""
+        total = sum(self.buckets.values())
+        return index * total // self.number, (index + 1) * total // self.number
+
+
+def write(shards: Shards, indices: Sequence[int], flags: Sequence[str]) -> None:
+    """Writes the shards of `indices` that are not there yet.
+
+    Raises:
+      UserError: if an image is gone or has changed since the first pass.
+    """
+
+    def build(pipeline: Any) -> None:
+        beam = runner.import_beam()
+        _ = (
+            pipeline
+            | "Shards" >> beam.Create(list(indices))
+            | "Spread" >> beam.Reshuffle()
+            | "Write" >> beam.Map(write_shard, shards)
+        )
+
+    runner.run(build, flags)
+
+
+def write_shard(index: int, shards: Shards) -> None:
+    """Writes a shard under its name and its record beside the plan, unless it is there already.
+
+    The record comes first: a shard under its final name always has one, and a record counts only if
+    the shard is there and as long as it says.
+    """
+    name = shards.name(index)
+    lines = plan.slice_lines(shards.work, shards.buckets, *shards.bounds(index))
+    fingerprint = _fingerprint(lines, shards)
+    record = load_record(shards.work, name)
+    done = record is not None and record["fingerprint"] == fingerprint
+    if done and fault_of(record, shards.output, shards.verify) is None:
+        return
+    path = paths.join(shards.output, name)
+    stream = plan.local_temporary(path)
+    stream.close()
+    try:
+        writer = WRITERS[shards.format][1](stream.name, shards.types)
+        for batch in _batches([Reference.loads(line) for line in lines]):
+            images = paths.read_ranges([(r.path, r.offset, r.size) for r in batch])
+            for reference, image in zip(batch, images, strict=True):
+                writer.write(reference, image)
+        writer.close()
+        record = {
+            "file": name,
+            "examples": len(lines),
+            "bytes": os.path.getsize(stream.name),
+            "sha256": sha256(stream.name),
+            "fingerprint": fingerprint,
+        }
+        paths.write_bytes(_record_path(shards.work, name), json.dumps(record).encode())
+        paths.put(stream.name, path)
+    except BaseException:
+        if os.path.exists(stream.name):
+            os.remove(stream.name)
+        raise
+
+
+def _fingerprint(lines: Sequence[str], shards: Shards) -> str:
+    """SHA-256 of all that a shard is made of, its images by their place and size."""
+    digest = hashlib.sha256(json.dumps([shards.format, shards.types], sort_keys=True).encode())
+    for line in lines:
+        digest.update(f"{line}\n".encode())
+    return digest.hexdigest()
+
+
+def _batches(references: Sequence[Reference]) -> Iterator[list[Reference]]:
+    batch: list[Reference] = []
+    size = 0
+    for reference in references:
+        full = len(batch) == _BATCH_EXAMPLES or size + reference.size > _BATCH_BYTES
+        if batch and (full or _filesystem_of(reference) != _filesystem_of(batch[0])):
+            yield batch
+            batch, size = [], 0
+        batch.append(reference)
+        size += reference.size
+    if batch:
+        yield batch
+
+
+def _filesystem_of(reference: Reference) -> str:
+    return "" if paths.is_local(reference.path) else reference.path.partition("://")[0]
+
+
+def _record_path(work: str, name: str) -> str:
+    return paths.join(work, _RECORDS, f"{name}.json")
+
+
+def load_record(work: str, name: str) -> dict[str, Any] | None:
+    """What a worker noted of a shard: file, examples, bytes, sha256, fingerprint; or None."""
+    try:
+        return json.loads(paths.read_bytes(_record_path(work, name)))
+    except FileNotFoundError:
+        return None
+
+
+def records(work: str) -> list[str]:
+    """The names of the shards that have a record."""
+    names = paths.names_in(paths.join(work, _RECORDS))
+    return [name.removesuffix(".json") for name in names if not name.startswith(".")]
+
+
+def fault_of(record: dict[str, Any], folder: str, read: bool) -> str | None:
+    """What is wrong with a finished shard, or None; with `read`, its checksum is compared."""
+    path = paths.join(folder, record["file"])
+    size = paths.size_of(path)
+    if size is None:
+        return f"{path} is not there"
+    if size != record["bytes"]:
+        return f"{path} has {size} bytes, not {record['bytes']}"
+    if read and sha256(path) != record["sha256"]:
+        return f"{path} has another checksum than when it was written"
+    return None
+
+
+def sha256(path: str) -> str:
+    """The SHA-256 of a file, in hexadecimal."""
+    fs, inner = paths.filesystem(path)
+    digest = hashlib.sha256()
+    with fs.open(inner, "rb") as stream:
+        for block in iter(lambda: stream.read(2**20), b""):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def foreign_files(output: str, split: str, known: Sequence[str]) -> list[str]:
+    """Files in a folder that are named as shards of a split, and are not among the `known`."""
+    endings = tuple(f".{suffix}" for suffix, _ in WRITERS.values())
+    names = [name for name in paths.names_in(output) if name.endswith(endings)]
+    ours = [name for name in names if name.startswith(f"{split}-") and "-of-" in name]
+    return sorted(set(ours).difference(known))

@@ -1,0 +1,114 @@
+"""Every key that a config has, and its default. Configs derive from `base()`."""
+
+from __future__ import annotations
+
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+# What every data config has, so that it can be overridden. The largest share of examples that
+# cannot be used; the order, and how many places of the files are read side by side (see
+# `vlp_jax.data.stream.make_order`).
+DATA_DEFAULTS = {"max_bad_fraction": 0.1, "order": "auto", "lanes": 16}
+
+
+def duration(
+    steps: int | None = None,
+    examples: int | None = None,
+    epochs: float | None = None,
+    percent: float | None = None,
+) -> ConfigDict:
+    """A length of training in exactly one unit; `percent` is of the whole run.
+
+    All four keys exist, so that a command line can move from one unit to another:
+    `--config.duration.epochs=None --config.duration.steps=500`.
+    """
+    config = ConfigDict()
+    config.steps = placeholder(int)
+    config.examples = placeholder(int)
+    config.epochs = placeholder(float)
+    config.percent = placeholder(float)
+    config.update({"steps": steps, "examples": examples, "epochs": epochs, "percent": percent})
+    return config
+
+
+def base() -> ConfigDict:
+    """Every top-level key with its default. All configs derive from this one."""
+    config = ConfigDict()
+    config.seed = 0
+    config.batch_size = 256  # examples of the whole mesh, not of a device
+    # Parts in which a batch is computed, one after the other, to fit in memory. The loss is that of
+    # the whole batch, with all its negatives.
+    config.microbatches = 1
+    config.duration = duration(steps=1000)
+    # Sizes of the mesh axes; one of them may be -1: all devices that are left.
+    config.mesh = ConfigDict({"replica": -1, "fsdp": 1, "tensor": 1})
+    config.objective = ConfigDict()
+    config.data = ConfigDict()
+    config.extra_data = ConfigDict()  # further datasets by name, for parts of a composite objective
+    config.tokenizer = ConfigDict()
+    config.evaluators = ConfigDict()
+    config.optimizer = _optimizer()
+    # Weights that step 0 starts from; a run that resumes looks at its own checkpoint alone.
+    config.init_from = ConfigDict(
+        {
+            # None, the workdir of a run, hf:DIR, open_clip:FILE, big_vision:FILE.npz or timm:FILE
+            "source": placeholder(str),
+            "step": placeholder(int),  # of a workdir's checkpoints; None for the newest
+            # (regular expression of a whole path with stacked layers, "load", "fresh" or "skip");
+            # the first that fits decides
+            "rules": ((".*", "load"),),
+        }
+    )
+    config.log = ConfigDict({"every": duration(steps=10)})
+    config.checkpoint = ConfigDict(
+        {
+            "every": duration(percent=10.0),
+            "keep_last": 2,
+            "keep_every": 0,  # also keep each checkpoint whose step is a multiple of it; 0: none
+            "asynchronous": True,
+            # Go on although the training data is not that of the checkpoint.
+            "accept_other_data": False,
+        }
+    )
+    config.writers = ConfigDict(
+        {
+            "tensorboard": True,
+            "wandb": ConfigDict(
+                {
+                    "enabled": False,
+                    "project": "vlp_jax",
+                    "name": placeholder(str),
+                    "mode": "online",
+                }
+            ),
+        }
+    )
+    # Steps to trace, `first` to `last`; None for none.
+    config.profile = ConfigDict({"first": placeholder(int), "last": placeholder(int)})
+    config.prefetch = 2  # batches that wait on the devices
+    return config
+
+
+def _optimizer() -> ConfigDict:
+    return ConfigDict(
+        {
+            # adamw; muon: Muon for the kernels of layers, AdamW for the rest; adafactor; lion
+            "name": "adamw",
+            "learning_rate": 1e-3,  # of all but Muon's part
+            "muon": ConfigDict({"learning_rate": 0.02, "momentum": 0.95}),
+            "schedule": "cosine",  # cosine, rsqrt, linear or constant
+            "warmup": duration(percent=5.0),
+            "cooldown": duration(percent=0.0),  # a linear end to zero; rsqrt wants one
+            "b1": 0.9,
+            "b2": 0.98,  # adafactor: the bound that its own rises to (big_vision: 0.999)
+            "eps": 1e-8,  # of AdamW
+            "weight_decay": 0.1,
+            "no_decay": ("bias", "scale", "logit_scale", "logit_bias"),  # names of leaves
+            "clip_norm": 1.0,  # of the global gradient; 0 for none
+            "ema_decay": 0.0,  # of the parameters; 0 for none. Evaluation then uses the average
+            # Factor on the learning rate for each layer further from a tower's end (BEiT, MAE).
+            "layer_decay": ConfigDict({"image": 1.0, "text": 1.0}),
+            # Regular expressions: a parameter stays as it is if one is its whole path ("image/.*").
+            "frozen": (),
+        }
+    )
