@@ -4,7 +4,9 @@ import hashlib
 import io
 import json
 import math
+import multiprocessing
 import random
+import time
 
 import numpy as np
 import pytest
@@ -12,7 +14,7 @@ from PIL import Image
 
 from tools import bench_corpus, bench_data, bench_loaders
 from tools.bench_corpus import Corpus, data_config
-from tools.bench_loaders import DecodeLimit, PipelineLoader, Task, Turn
+from tools.bench_loaders import DecodeLimit, PipelineLoader, Speed, Task, Turn
 from vlp_jax.data.image_ops import random_resized_crop
 from vlp_jax.data.lazy_tensorflow import import_tensorflow
 from vlp_jax.data.ops import build_ops
@@ -168,6 +170,9 @@ class Clock:
     def perf_counter(self):
         return self.now
 
+    def process_time(self):
+        return self.now / 2
+
     def sleep(self, seconds):
         self.now += seconds
 
@@ -182,7 +187,8 @@ def clock(monkeypatch):
 def test_a_turn_times_the_batches_in_its_middle(clock):
     loader = Clockwork(clock, 0.5)
     turn = Turn(warm_up=2, timed=4, rest=3)
-    assert turn.rate(loader, batch_size=8) == pytest.approx(16) and loader.read == 9
+    speed = turn.speed(loader, batch_size=8)
+    assert speed == pytest.approx((16, 32)) and loader.read == 9
     assert turn.wait_share(loader, step_seconds=1.5) == pytest.approx(0.25)
 
 
@@ -196,13 +202,30 @@ def test_ratios_are_medians_of_the_rounds_and_rounds_begin_with_another(clock):
 
     loaders = {str(s): Named(clock, s) for s in (1, 2, 4)}
     status = bench_data.Console(quiet=True).status("")
-    rates = bench_data.measure(loaders, Turn(2, 4, 0), 4, 3, status)
+    speeds = bench_data.measure(loaders, Turn(2, 4, 0), 4, 3, status)
     assert order == [1, 2, 4, 2, 4, 1, 4, 1, 2]
-    assert rates == {name: [4 / float(name)] * 3 for name in loaders}
+    assert speeds == {name: [(4 / float(name), 8 / float(name))] * 3 for name in loaders}
     # The machine was slower in the third round; the ratio of the medians would be 3.
-    found = bench_data.ratios([30, 30, 20], [10, 20, 10])
+    found = bench_data.ratio([30, 30, 20], [10, 20, 10])
     assert found == {"median": 2, "min": 1.5, "max": 3}
-    assert bench_data.ratios([1], None) is None
+
+
+def test_the_work_of_other_processes_counts():
+    before = bench_loaders.cpu_seconds()
+    worker = multiprocessing.get_context("spawn").Process(target=work)
+    worker.start()
+    deadline = time.monotonic() + 60
+    while bench_loaders.cpu_seconds() - before < 0.5 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    spent = bench_loaders.cpu_seconds() - before
+    worker.terminate()
+    worker.join()
+    assert spent >= 0.5
+
+
+def work():
+    while True:
+        pass
 
 
 @pytest.fixture(scope="module")
@@ -231,19 +254,23 @@ def test_the_json_file_holds_what_was_measured(result):
     }.items():
         assert source[key] == pytest.approx(own / others[other]["images_per_second"])
         assert source[key] > 0 and math.isfinite(source[key])
+        assert source[f"cpu_{key}"] > 0 and math.isfinite(source[f"cpu_{key}"])
     assert result["machine"]["cores_used"] == 1 and "torch" in result["versions"]
     assert result["settings"]["mean_image_bytes"] > 50_000 and result["date"].startswith("20")
 
 
-RATES = {"source a": [6.0], bench_data.LIMIT: [12.0], bench_data.TORCH: [3.0]}
+SPEEDS = {"source a": (6, 3), bench_data.LIMIT: (12, 4), bench_data.TORCH: (3, 1)}
 
 
 def test_without_antialiasing_pillow_decodes_and_pytorch_resizes():
-    plain = bench_data.entry("source a", RATES, Task(antialias=False, cores=2))
+    speeds = {name: [Speed(*map(float, speed))] for name, speed in SPEEDS.items()}
+    plain = bench_data.entry("source a", speeds, Task(antialias=False, cores=2))
     assert (plain["antialias"], plain["images_per_second_per_core"]) == (False, 3)
     assert (plain["ratio_to_decode"], plain["ratio_to_pil"]) == (0.5, 2)
+    assert (plain["cpu_ratio_to_decode"], plain["cpu_ratio_to_pil"]) == (0.75, 3)
     assert plain["ratio_to_webdataset"] is None
-    smooth = bench_data.entry("source a", RATES | {bench_data.PILLOW: [4.0]}, Task())
+    speeds[bench_data.PILLOW] = [Speed(4.0, 2.0)]
+    smooth = bench_data.entry("source a", speeds, Task())
     assert (smooth["ratio_to_pil"], smooth["ratio_to_torch_tensor"]) == (1.5, 2)
 
 

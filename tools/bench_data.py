@@ -33,14 +33,15 @@ from rich.status import Status
 from rich.table import Table
 
 from tools.bench_corpus import NAMES, Corpus, data_config
-from tools.bench_loaders import DecodeLimit, Loader, PipelineLoader, Task, Turn, peak_memory
+from tools.bench_loaders import DecodeLimit, Loader, PipelineLoader, Speed, Task, Turn, peak_memory
 from vlp_jax.errors import UserError, unknown_key_message
 
 LIMIT, PILLOW, TORCH, WEBDATASET = "tf.data limit", "torch+pillow", "torch", "webdataset"
 WARM_UP_IMAGES = 384  # what may wait in buffers: of two workers of PyTorch, 4 batches of 64
 BUSY = 0.8  # of our throughput: what training uses where its waiting is measured
 LEGEND = (
-    "img/s is a median of {rounds} rounds, and a ratio that of the ratios of the rounds. PIL: "
+    "img/s/core is a median of {rounds} rounds, and a ratio that of the ratios of the rounds. /cpu "
+    "s: images for a second that a core worked, which other jobs disturb less. PIL: "
     "Pillow decodes in the workers of PyTorch, and with antialiasing resizes too; without it "
     "PyTorch resizes, which is faster than Pillow can. torch: PyTorch always resizes. wds: "
     "WebDataset's loader. waits: the share of its time that training waits for data while its "
@@ -172,51 +173,53 @@ def measure(
     batch_size: int,
     rounds: int,
     status: Status,
-) -> dict[str, list[float]]:
-    """Images per second of each loader in each round; another one begins each round."""
-    rates: dict[str, list[float]] = {name: [] for name in loaders}
+) -> dict[str, list[Speed]]:
+    """The speed of each loader in each round; another one begins each round."""
+    speeds: dict[str, list[Speed]] = {name: [] for name in loaders}
     names = list(loaders)
     for number in range(rounds):
         first = number % len(names)
         for name in names[first:] + names[:first]:
             say(status, f"round {number + 1} of {rounds}: {name}")
-            rates[name].append(turn.rate(loaders[name], batch_size))
-    return rates
+            speeds[name].append(turn.speed(loaders[name], batch_size))
+    return speeds
 
 
-def ratios(rates: Sequence[float], others: Sequence[float] | None) -> dict[str, Any] | None:
-    """Median, least and greatest of the ratios of the rounds; None beside nothing."""
-    if others is None:
-        return None
-    values = [rate / other for rate, other in zip(rates, others, strict=True)]
+def ratio(own: Sequence[float], other: Sequence[float]) -> dict[str, float]:
+    """Median, least and greatest of the ratios of the rounds."""
+    values = [mine / theirs for mine, theirs in zip(own, other, strict=True)]
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}
 
 
-def median(summary: Mapping[str, Any] | None) -> float | None:
-    """The median of `ratios`."""
-    return None if summary is None else summary["median"]
-
-
-def entry(name: str, rates: Mapping[str, list[float]], task: Task) -> dict[str, Any]:
+def entry(name: str, speeds: Mapping[str, list[Speed]], task: Task) -> dict[str, Any]:
     """The figures of one loader, as they stand in the JSON file."""
-    own = rates[name]
-    decode = ratios(own, rates[LIMIT])
-    # Without antialiasing, Pillow decodes and PyTorch resizes: there is nothing faster.
-    pil = ratios(own, rates.get(PILLOW if task.antialias else TORCH))
-    return {
+    own = [speed.second for speed in speeds[name]]
+    own_cpu = [speed.cpu_second for speed in speeds[name]]
+    figures: dict[str, Any] = {
         "name": name,
         "antialias": task.antialias,
         "method": task.method,
         "images_per_second": statistics.median(own),
         "images_per_second_per_core": statistics.median(own) / task.cores,
+        "images_per_cpu_second": statistics.median(own_cpu),
         "images_per_second_by_round": own,
-        "ratio_to_decode": median(decode),
-        "ratio_to_decode_range": decode,
-        "ratio_to_pil": median(pil),
-        "ratio_to_pil_range": pil,
-        "ratio_to_torch_tensor": median(ratios(own, rates.get(TORCH))),
-        "ratio_to_webdataset": median(ratios(own, rates.get(WEBDATASET))),
     }
+    for key, other in {
+        "decode": LIMIT,
+        # Without antialiasing, Pillow decodes and PyTorch resizes: there is nothing faster.
+        "pil": PILLOW if task.antialias else TORCH,
+        "torch_tensor": TORCH,
+        "webdataset": WEBDATASET,
+    }.items():
+        theirs = speeds.get(other)
+        by_clock = theirs and ratio(own, [speed.second for speed in theirs])
+        by_cpu = theirs and ratio(own_cpu, [speed.cpu_second for speed in theirs])
+        figures |= {
+            f"ratio_to_{key}": by_clock and by_clock["median"],
+            f"ratio_to_{key}_range": by_clock and [by_clock["min"], by_clock["max"]],
+            f"cpu_ratio_to_{key}": by_cpu and by_cpu["median"],
+        }
+    return figures
 
 
 def bench(
@@ -233,18 +236,18 @@ def bench(
     # Ours may have the name of another's: the source webdataset and the library.
     loaders = {f"source {name}": loader for name, loader in ours.items()} | others
     try:
-        rates = measure(loaders, turn, task.batch_size, arguments.rounds, status)
+        speeds = measure(loaders, turn, task.batch_size, arguments.rounds, status)
     finally:
         for loader in others.values():
             loader.close()
     sources = []
     for name, loader in ours.items():
-        figures = {**entry(f"source {name}", rates, task), "name": name}
+        figures = {**entry(f"source {name}", speeds, task), "name": name}
         say(status, f"waiting for data: {name}")
         step = task.batch_size / (BUSY * figures["images_per_second"])
         figures["wait_share"] = turn.wait_share(loader, step)
         sources.append(figures)
-    return sources, [entry(name, rates, task) for name in others]
+    return sources, [entry(name, speeds, task) for name in others]
 
 
 def versions() -> dict[str, str]:
@@ -277,8 +280,8 @@ def show(result: Mapping[str, Any], console: Console) -> None:
         return "-" if value is None else format(value, form)
 
     columns = {
-        "img/s": ("images_per_second", ",.0f"),
-        "/core": ("images_per_second_per_core", ",.0f"),
+        "img/s/core": ("images_per_second_per_core", ",.0f"),
+        "/cpu s": ("images_per_cpu_second", ",.0f"),
         "/limit": ("ratio_to_decode", ".2f"),
         "/PIL": ("ratio_to_pil", ".2f"),
         "/torch": ("ratio_to_torch_tensor", ".2f"),
@@ -287,7 +290,8 @@ def show(result: Mapping[str, Any], console: Console) -> None:
         "MiB": ("peak_mib", ",.0f"),
     }
     for antialias in result["settings"]["antialias"]:
-        title = f"{result['settings']['method']}, {'' if antialias else 'not '}antialiased"
+        way = f"{result['settings']['method']}, {'' if antialias else 'not '}antialiased"
+        title = f"{way}; {result['machine']['cores_used']} cores"
         table = Table(title=title, title_justify="left")
         table.add_column("loader", no_wrap=True)
         for name in columns:

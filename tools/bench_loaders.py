@@ -6,16 +6,19 @@ after it, so that nothing of it runs while another one is measured.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import itertools
 import json
+import multiprocessing
+import os
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -23,6 +26,7 @@ from tools.bench_corpus import Corpus, data_config
 from vlp_jax.data.lazy_tensorflow import import_tensorflow
 
 ROOT = Path(__file__).resolve().parent.parent
+CPU_TICK = 1 / os.sysconf("SC_CLK_TCK")  # seconds, in which Linux counts
 SETTLE_SECONDS = 0.2  # for the threads of a loader that was closed to come to rest
 
 
@@ -191,6 +195,16 @@ def decode_crop_resize(encoded: Any, window: Any, task: Task) -> Any:
     return tf.ensure_shape(tf.cast(resized[0] + 0.5, tf.uint8), [*size, 3])
 
 
+class Speed(NamedTuple):
+    """Images a second by the clock, and a second that a processor worked for them.
+
+    Where other jobs share the machine, the second depends far less on them.
+    """
+
+    second: float
+    cpu_second: float
+
+
 @dataclass(frozen=True)
 class Turn:
     """How many batches a loader is opened for, and which of them are timed.
@@ -209,19 +223,20 @@ class Turn:
     def total(self) -> int:
         return self.warm_up + self.timed + self.rest
 
-    def rate(self, loader: Loader, batch_size: int) -> float:
-        """Images per second of one turn."""
+    def speed(self, loader: Loader, batch_size: int) -> Speed:
+        """That of one turn."""
         stream = loader.open(self.total)
         for _ in range(self.warm_up):
             next(stream)
-        begin = time.perf_counter()
+        begin, cpu_begin = time.perf_counter(), cpu_seconds()
         for _ in range(self.timed):
             next(stream)
-        seconds = time.perf_counter() - begin
+        seconds, cpu = time.perf_counter() - begin, cpu_seconds() - cpu_begin
         for _ in stream:
             pass
         settle()
-        return self.timed * batch_size / seconds
+        images = self.timed * batch_size
+        return Speed(images / seconds, images / max(cpu, CPU_TICK))
 
     def wait_share(self, loader: Loader, step_seconds: float) -> float:
         """The share of its time that training waits for data, if each step takes so long.
@@ -242,6 +257,17 @@ class Turn:
             pass
         settle()
         return share
+
+
+def cpu_seconds() -> float:
+    """What this process and its workers have taken of the processors, all threads together."""
+    ticks = 0
+    for process in multiprocessing.active_children():
+        with contextlib.suppress(OSError):  # it has just ended
+            # proc(5): the name, in brackets, may hold spaces; utime and stime are fields 14 and 15.
+            fields = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()
+            ticks += int(fields[11]) + int(fields[12])
+    return time.process_time() + ticks * CPU_TICK
 
 
 def settle() -> None:
