@@ -143,7 +143,7 @@ def test_the_figures_are_those_of_an_independent_count(inspected, files):
 def test_bad_records_are_counted_by_reason(inspected):
     (stats,) = sources_of(inspected[0]).values()
     assert stats["bad"] == {"undecodable image": 3} and stats["bad_share"] == pytest.approx(3 / 17)
-    assert "undecodable image" in inspected[1] and "3  (17.65%)" in inspected[1]
+    assert "undecodable image" in inspected[1] and "3 (17.65%)" in inspected[1]
 
 
 def test_the_pictures_show_something(inspected):

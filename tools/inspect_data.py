@@ -24,11 +24,11 @@ from ml_collections import ConfigDict
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
-from vlp_jax.data.samples import sample_texts
 
 from tools.inspect_scan import Scan, Tokenizers, scan, statistics
 from vlp_jax import config as config_lib
 from vlp_jax.data.pipeline import EvalPipeline, TrainPipeline, split_mixture
+from vlp_jax.data.samples import sample_texts
 from vlp_jax.data.sources.base import as_plain
 from vlp_jax.errors import UserError
 from vlp_jax.evaluators import merged_data
@@ -183,7 +183,10 @@ def scan_all(
 
 def show(figures: Mapping[str, Mapping[str, Any]], console: Console) -> None:
     """Prints a table of the figures, a column for each source."""
-    table = Table("", *figures)
+    table = Table()
+    table.add_column("", no_wrap=True)
+    for name in figures:
+        table.add_column(name)
 
     def row(label: str, tell: Any) -> None:
         cells = []
@@ -199,26 +202,26 @@ def show(figures: Mapping[str, Mapping[str, Any]], console: Console) -> None:
             for key in keys:
                 found = found[key]
             low, middle, high = (format(found[q], form) for q in ("p5", "median", "p95"))
-            return f"{middle}  ({low} to {high})"
+            return f"{middle} ({low}-{high})"
 
         return tell
 
     row("examples", lambda f: f"{f['examples']:,}")
     row("looked at", lambda f: f"{f['scanned']:,}")
-    row("bad", lambda f: f"{sum(f['bad'].values()):,}  ({f['bad_share']:.2%})")
+    row("bad", lambda f: f"{sum(f['bad'].values()):,} ({f['bad_share']:.2%})")
     for reason in sorted({reason for found in figures.values() for reason in found["bad"]}):
         row(f"  {reason}", lambda f, reason=reason: f"{f['bad'].get(reason, 0):,}")
-    row("tokens of a text", spread("text", "tokens"))
-    row("  cut at the context", lambda f: f"{f['text']['truncated_share']:.2%}")
+    row("tokens", spread("text", "tokens"))
+    row("  cut at context", lambda f: f"{f['text']['truncated_share']:.2%}")
     row("characters", spread("text", "characters"))
-    row("width of an image", spread("image", "width"))
+    row("width", spread("image", "width"))
     row("height", spread("image", "height"))
-    row("width / height", spread("image", "aspect_ratio", form=".2f"))
-    row("encoded bytes", spread("image", "encoded_bytes"))
+    row("width/height", spread("image", "aspect_ratio", form=".2f"))
+    row("bytes", spread("image", "encoded_bytes"))
     row("formats", lambda f: ", ".join(f"{k} {n:,}" for k, n in f["image"]["formats"].items()))
-    row("duplicate images", lambda f: f"{f['duplicates']['share']:.2%}")
+    row("duplicates", lambda f: f"{f['duplicates']['share']:.2%}")
     console.print(table)
-    console.print("median  (5% to 95%); duplicates are among those looked at", highlight=False)
+    console.print("median (5%-95%); duplicates are among those looked at", highlight=False)
 
 
 def inspect(arguments: argparse.Namespace, config: ConfigDict) -> None:

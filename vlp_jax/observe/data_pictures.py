@@ -141,7 +141,7 @@ def draw_statistics(
 
 def _draw_tokens(axes: Axes, found: Mapping[str, Any]) -> None:
     if _has(axes, found["tokens"], "no text"):
-        _draw_histogram(axes, np.asarray(found["tokens"]), CURVE_COLORS[0])
+        _draw_histogram(axes, np.asarray(found["tokens"]), CURVE_COLORS[0], whole=True)
         axes.set_xlabel("tokens of a text", fontsize=6.5, labelpad=1.5)
         context = found["context_length"]
         if context is not None:
@@ -188,9 +188,15 @@ def _has(axes: Axes, values: Any, nothing: str) -> bool:
     return bool(len(values))
 
 
-def _draw_histogram(axes: Axes, values: np.ndarray, color: str) -> None:
+def _draw_histogram(axes: Axes, values: np.ndarray, color: str, whole: bool = False) -> None:
+    """`whole` numbers get bins that are as wide as a whole number."""
     top = np.percentile(values, 99.5)  # the last bin takes what lies beyond
-    axes.hist(np.minimum(values, top), bins=_MOST_BINS, color=color)
+    bins: Any = _MOST_BINS
+    if whole:
+        top = np.ceil(top)
+        step = max(1, np.ceil((top + 1) / _MOST_BINS))
+        bins = np.arange(0, top + 1 + step, step) - 0.5
+    axes.hist(np.minimum(values, top), bins=bins, color=color)
     axes.set_ylabel("examples", fontsize=6.5, labelpad=1.5)
 
 
