@@ -11,7 +11,7 @@ import numpy as np
 from vlp_jax.data import faults
 from vlp_jax.data.image_ops.checks import check_count, encoded_image
 from vlp_jax.data.image_ops.headers import exif_orientation, prepare
-from vlp_jax.data.lazy_tensorflow import import_tensorflow
+from vlp_jax.data.lazy_tensorflow import import_tensorflow, rare_case
 
 if TYPE_CHECKING:
     import tensorflow as tf
@@ -53,7 +53,7 @@ def decode_image(min_side: int | None = None, max_pixels: int = MAX_PIXELS) -> O
         image = tf.cond(
             tf.io.is_jpeg(encoded),
             lambda: _whole_jpeg(encoded, min_side, max_pixels),
-            lambda: _decode_other(encoded, max_pixels),
+            rare_case(lambda: _decode_other(encoded, max_pixels)),
         )
         return {**example, "image": tf.ensure_shape(image, [None, None, 3])}
 
@@ -87,7 +87,7 @@ def part_decoder(
         def jpeg() -> tuple[tf.Tensor, tf.Tensor]:
             return _part_of_jpeg(encoded, place, min_side, max_pixels)
 
-        image, how = tf.cond(tf.io.is_jpeg(encoded), jpeg, other)
+        image, how = tf.cond(tf.io.is_jpeg(encoded), jpeg, rare_case(other))
         return tf.ensure_shape(image, [None, None, 3]), how
 
     return decode
@@ -135,7 +135,7 @@ class _Turn:
             image = tf.cond(exchanged, lambda: tf.transpose(stored, [1, 0, 2]), lambda: stored)
             return tf.raw_ops.Reverse(tensor=image, dims=tf.stack([upside_down, mirrored, False]))
 
-        return tf.cond(self.orientation > 1, turn, lambda: stored)
+        return tf.cond(self.orientation > 1, rare_case(turn), lambda: stored)
 
     def sides(self, stored: tf.Tensor) -> tf.Tensor:
         tf = import_tensorflow()
@@ -155,7 +155,8 @@ class _Turn:
             window = tf.stack([start, extent])
             return tf.reshape(tf.where(exchanged, window[:, ::-1], window), [4])
 
-        return tf.cond(self.orientation > 1, turn, lambda: tf.concat([begin, extent], 0))
+        whole = tf.concat([begin, extent], 0)
+        return tf.cond(self.orientation > 1, rare_case(turn), lambda: whole)
 
 
 def _whole_jpeg(encoded: tf.Tensor, min_side: int | None, max_pixels: int) -> tf.Tensor:
@@ -224,7 +225,7 @@ def _jpeg_orientation(encoded: tf.Tensor) -> tf.Tensor:
         has_exif = tf.strings.regex_full_match(head, r"(?s)\C*Exif\x00\x00\C*")
         return tf.cond(has_exif, lambda: read(head), lambda: tf.constant(1))
 
-    return tf.cond(plain, lambda: tf.constant(1), search)
+    return tf.cond(plain, lambda: tf.constant(1), rare_case(search))
 
 
 def _decode_other(encoded: tf.Tensor, max_pixels: int) -> tf.Tensor:
