@@ -50,11 +50,11 @@ def decode_image(min_side: int | None = None, max_pixels: int = MAX_PIXELS) -> O
         del seed
         tf = import_tensorflow()
         encoded = encoded_image(example, "decode_image")
-        image = tf.cond(
-            tf.io.is_jpeg(encoded),
-            lambda: _whole_jpeg(encoded, min_side, max_pixels),
-            rare_case(lambda: _decode_other(encoded, max_pixels)),
-        )
+
+        def jpeg(orientation: tf.Tensor | None) -> tf.Tensor:
+            return _whole_jpeg(encoded, orientation, min_side, max_pixels)
+
+        image = _by_format(encoded, jpeg, lambda: _decode_other(encoded, max_pixels))
         return {**example, "image": tf.ensure_shape(image, [None, None, 3])}
 
     return apply
@@ -84,10 +84,10 @@ def part_decoder(
             _, begin, extent, how = place(tf.shape(image)[:2], None)
             return cut(image, begin, extent), how
 
-        def jpeg() -> tuple[tf.Tensor, tf.Tensor]:
-            return _part_of_jpeg(encoded, place, min_side, max_pixels)
+        def jpeg(orientation: tf.Tensor | None) -> tuple[tf.Tensor, tf.Tensor]:
+            return _part_of_jpeg(encoded, orientation, place, min_side, max_pixels)
 
-        image, how = tf.cond(tf.io.is_jpeg(encoded), jpeg, rare_case(other))
+        image, how = _by_format(encoded, jpeg, other)
         return tf.ensure_shape(image, [None, None, 3]), how
 
     return decode
@@ -108,6 +108,28 @@ def ratio_keeping(shortest: tf.Tensor, min_side: int | None) -> tf.Tensor:
     return tf.bitwise.left_shift(1, halvings)
 
 
+def _by_format(
+    encoded: tf.Tensor,
+    jpeg: Callable[[tf.Tensor | None], tf.Tensor | tuple[tf.Tensor, ...]],
+    other: Callable[[], tf.Tensor | tuple[tf.Tensor, ...]],
+) -> tf.Tensor | tuple[tf.Tensor, ...]:
+    """What one of two functions makes of a file; `jpeg` gets the orientation, None if it has none.
+
+    To decide, and to search a file for Exif, costs as much as to decode a small one. Most that hold
+    none say so at once, and are decoded without another question: after a JFIF header come the
+    quantization tables.
+    """
+    tf = import_tensorflow()
+    substr = tf.strings.substr
+    plain = (substr(encoded, 0, 6) == _JFIF_HEADER) & (substr(encoded, 20, 2) == _QUANTIZATION)
+
+    def unusual() -> tf.Tensor | tuple[tf.Tensor, ...]:
+        searched = lambda: jpeg(_jpeg_orientation(encoded))  # noqa: E731
+        return tf.cond(tf.io.is_jpeg(encoded), searched, rare_case(other))
+
+    return tf.cond(plain, lambda: jpeg(None), rare_case(unusual))
+
+
 def _check(min_side: int | None, max_pixels: int) -> None:
     if min_side is not None:
         check_count("decode_image", min_side, "min_side")
@@ -116,9 +138,9 @@ def _check(min_side: int | None, max_pixels: int) -> None:
 
 @dataclass(frozen=True)
 class _Turn:
-    """How a stored image becomes upright, by its Exif orientation, int32 []."""
+    """How a stored image becomes upright, by its Exif orientation, int32 []; None if it is."""
 
-    orientation: tf.Tensor
+    orientation: tf.Tensor | None
 
     def _flags(self) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
         """Whether rows and columns are exchanged, and, after that, whether each is reversed."""
@@ -129,6 +151,8 @@ class _Turn:
 
     def image(self, stored: tf.Tensor) -> tf.Tensor:
         tf = import_tensorflow()
+        if self.orientation is None:
+            return stored
 
         def turn() -> tf.Tensor:
             exchanged, upside_down, mirrored = self._flags()
@@ -138,8 +162,9 @@ class _Turn:
         return tf.cond(self.orientation > 1, rare_case(turn), lambda: stored)
 
     def sides(self, stored: tf.Tensor) -> tf.Tensor:
-        tf = import_tensorflow()
-        return tf.where(self.orientation >= 5, stored[::-1], stored)
+        if self.orientation is None:
+            return stored
+        return import_tensorflow().where(self.orientation >= 5, stored[::-1], stored)
 
     def stored_window(self, sides: tf.Tensor, begin: tf.Tensor, extent: tf.Tensor) -> tf.Tensor:
         """(y, x, height, width) in the stored image of a rectangle of the upright one.
@@ -147,6 +172,9 @@ class _Turn:
         `sides` are those of the upright image.
         """
         tf = import_tensorflow()
+        whole = tf.concat([begin, extent], 0)
+        if self.orientation is None:
+            return whole
 
         def turn() -> tf.Tensor:
             exchanged, upside_down, mirrored = self._flags()
@@ -155,11 +183,12 @@ class _Turn:
             window = tf.stack([start, extent])
             return tf.reshape(tf.where(exchanged, window[:, ::-1], window), [4])
 
-        whole = tf.concat([begin, extent], 0)
         return tf.cond(self.orientation > 1, rare_case(turn), lambda: whole)
 
 
-def _whole_jpeg(encoded: tf.Tensor, min_side: int | None, max_pixels: int) -> tf.Tensor:
+def _whole_jpeg(
+    encoded: tf.Tensor, orientation: tf.Tensor | None, min_side: int | None, max_pixels: int
+) -> tf.Tensor:
     tf = import_tensorflow()
     sides = tf.io.extract_jpeg_shape(encoded)[:2]
     encoded = _require_size(encoded, sides, max_pixels)
@@ -168,15 +197,19 @@ def _whole_jpeg(encoded: tf.Tensor, min_side: int | None, max_pixels: int) -> tf
         return tf.io.decode_jpeg(encoded, channels=3, ratio=ratio, dct_method=_DCT)
 
     image = _at_ratio(decode, ratio_keeping(tf.reduce_min(sides), min_side), min_side)
-    return _Turn(_jpeg_orientation(encoded)).image(image)
+    return _Turn(orientation).image(image)
 
 
 def _part_of_jpeg(
-    encoded: tf.Tensor, place: Place, min_side: int | None, max_pixels: int
+    encoded: tf.Tensor,
+    orientation: tf.Tensor | None,
+    place: Place,
+    min_side: int | None,
+    max_pixels: int,
 ) -> tuple[tf.Tensor, tf.Tensor]:
     tf = import_tensorflow()
     stored = tf.io.extract_jpeg_shape(encoded)[:2]
-    turn = _Turn(_jpeg_orientation(encoded))
+    turn = _Turn(orientation)
     sides = turn.sides(stored)
     ratio, begin, extent, how = place(sides, min_side)
     window = turn.stored_window(-(-sides // ratio), begin, extent)
@@ -201,17 +234,11 @@ def _at_ratio(
 def _require_size(encoded: tf.Tensor, sides: tf.Tensor, max_pixels: int) -> tf.Tensor:
     tf = import_tensorflow()
     fits = tf.reduce_prod(tf.cast(sides, tf.int64)) <= max_pixels
-    height, width = tf.unstack(tf.strings.as_string(sides))
-    detail = tf.strings.join([height, " x ", width, f" is more than {max_pixels} pixels"])
-    return faults.require(encoded, fits, faults.TOO_LARGE, detail)
+    return faults.require(encoded, fits, faults.TOO_LARGE, f"more than {max_pixels} pixels")
 
 
 def _jpeg_orientation(encoded: tf.Tensor) -> tf.Tensor:
     tf = import_tensorflow()
-    substr = tf.strings.substr
-    # To search a file for Exif costs as much as to decode a small one. Most that hold none say so
-    # at once: after a JFIF header come the quantization tables.
-    plain = (substr(encoded, 0, 6) == _JFIF_HEADER) & (substr(encoded, 20, 2) == _QUANTIZATION)
 
     def orientation_of(head: bytes) -> np.ndarray:
         return np.array(exif_orientation(head), np.int32)
@@ -220,12 +247,9 @@ def _jpeg_orientation(encoded: tf.Tensor) -> tf.Tensor:
         orientation = tf.numpy_function(orientation_of, [head], tf.int32, stateful=False)
         return tf.ensure_shape(orientation, [])
 
-    def search() -> tf.Tensor:
-        head = substr(encoded, 0, _HEAD)
-        has_exif = tf.strings.regex_full_match(head, r"(?s)\C*Exif\x00\x00\C*")
-        return tf.cond(has_exif, lambda: read(head), lambda: tf.constant(1))
-
-    return tf.cond(plain, lambda: tf.constant(1), rare_case(search))
+    head = tf.strings.substr(encoded, 0, _HEAD)
+    has_exif = tf.strings.regex_full_match(head, r"(?s)\C*Exif\x00\x00\C*")
+    return tf.cond(has_exif, lambda: read(head), lambda: tf.constant(1))
 
 
 def _decode_other(encoded: tf.Tensor, max_pixels: int) -> tf.Tensor:
