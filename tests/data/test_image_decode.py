@@ -52,7 +52,11 @@ def with_alpha():
 
 
 def files():
-    grey, few, red = picture().convert("L"), picture().quantize(8), Image.new("RGB", (64, 48), "red")
+    grey, few, red = (
+        picture().convert("L"),
+        picture().quantize(8),
+        Image.new("RGB", (64, 48), "red"),
+    )
     flat = few.convert("RGB")
     small = Image.new("P", (64, 48), 3)
     small.putpalette(few.getpalette())

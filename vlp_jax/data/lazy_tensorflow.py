@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable
 from functools import cache
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import tensorflow as tf
@@ -31,13 +31,3 @@ def import_tensorflow() -> ModuleType:
 
     tf.config.set_visible_devices([], "GPU")
     return tf
-
-
-def rare_case(function: Callable[[], Any]) -> Callable[[], Any]:
-    """`function` as one node of the graph, for the seldom taken branch of a `tf.cond`.
-
-    TensorFlow visits all nodes of a branch that is not taken, to say so to each: about half a
-    microsecond a node for every example.
-    """
-    tf = import_tensorflow()
-    return tf.function(function, autograph=False, experimental_attributes={"_noinline": True})

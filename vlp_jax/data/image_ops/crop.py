@@ -33,12 +33,13 @@ class Crop:
     Attributes:
       name: of the operation.
       place: (upright height and width, seed, min_side) -> the part, as `decode.part_decoder` says.
-      finish: (the part, uint8 [h, w, 3]; `how`) -> uint8 [size, size, 3].
+      finish: (the part, uint8 [h, w, 3]; `how`; whether min_side was given) -> uint8
+        [size, size, 3].
     """
 
     name: str
     place: Callable[[tf.Tensor, tf.Tensor, int | None], Part]
-    finish: Callable[[tf.Tensor, tf.Tensor], tf.Tensor]
+    finish: Callable[[tf.Tensor, tf.Tensor, bool], tf.Tensor]
 
     def op(self) -> Op:
         """The operation on an image that is decoded."""
@@ -47,17 +48,18 @@ class Crop:
             tf = import_tensorflow()
             image = decoded_image(example, self.name)
             _, begin, extent, how = self.place(tf.shape(image)[:2], seed, None)
-            return {**example, "image": self.finish(cut(image, begin, extent), how)}
+            return {**example, "image": self.finish(cut(image, begin, extent), how, False)}
 
         return apply
 
     def decoding_op(self, **arguments: Any) -> Op:
         """The operation on an image that is encoded; arguments are those of `decode_image`."""
         decode = part_decoder(**arguments)
+        scaled = arguments.get("min_side") is not None
 
         def apply(example: Example, seed: tf.Tensor) -> Example:
             part, how = decode(example, lambda sides, least: self.place(sides, seed, least))
-            return {**example, "image": self.finish(part, how)}
+            return {**example, "image": self.finish(part, how, scaled)}
 
         return apply
 
@@ -116,14 +118,20 @@ def _random_rectangle(
         )
         begin, extent = begin[:2], extent[:2]
         ratio = ratio_keeping(tf.reduce_min(extent), min_side)
-        if min_side is not None:
-            # Rounded outwards: at most a pixel of the scaled image more on each side.
-            end = -(-(begin + extent) // ratio)
-            begin //= ratio
-            extent = end - begin
-        return ratio, begin, extent, tf.zeros([0])
+        scale = tf.cast(size * ratio / extent, tf.float32)
+        if min_side is None:
+            return ratio, begin, extent, tf.stack([scale, tf.zeros([2])])
+        # In the scaled image the rectangle need not begin or end at a whole pixel.
+        start = tf.cast(begin / ratio, tf.float32)
+        end = -(-(begin + extent) // ratio)
+        begin //= ratio
+        translation = scale * (tf.cast(begin, tf.float32) - start)
+        return ratio, begin, end - begin, tf.stack([scale, translation])
 
-    return Crop(op, place, lambda part, how: resampler.fit(part))
+    def finish(part: tf.Tensor, how: tf.Tensor, scaled: bool) -> tf.Tensor:
+        return resampler.warp(part, how[0], how[1]) if scaled else resampler.fit(part)
+
+    return Crop(op, place, finish)
 
 
 def resize(size: int, method: str = "bicubic", antialias: bool = True) -> Op:
@@ -191,7 +199,7 @@ def _square(name: str, size: int, method: str, antialias: bool, offset: Offset) 
         )
         return ratio, begin, extent, tf.stack([scale, translation])
 
-    return Crop(name, place, lambda part, how: resampler.warp(part, how[0], how[1]))
+    return Crop(name, place, lambda part, how, _: resampler.warp(part, how[0], how[1]))
 
 
 # Pairs of operations that become one where they follow each other directly. (`resize` needs all

@@ -11,7 +11,7 @@ import numpy as np
 from vlp_jax.data import faults
 from vlp_jax.data.image_ops.checks import check_count, encoded_image
 from vlp_jax.data.image_ops.headers import exif_orientation, prepare
-from vlp_jax.data.lazy_tensorflow import import_tensorflow, rare_case
+from vlp_jax.data.lazy_tensorflow import import_tensorflow
 
 if TYPE_CHECKING:
     import tensorflow as tf
@@ -121,13 +121,14 @@ def _by_format(
     """
     tf = import_tensorflow()
     substr = tf.strings.substr
-    plain = (substr(encoded, 0, 6) == _JFIF_HEADER) & (substr(encoded, 20, 2) == _QUANTIZATION)
+    head = tf.strings.join([substr(encoded, 0, 22), b"\0" * 22])  # substr fails beyond the end
+    plain = (substr(head, 0, 6) == _JFIF_HEADER) & (substr(head, 20, 2) == _QUANTIZATION)
 
     def unusual() -> tf.Tensor | tuple[tf.Tensor, ...]:
         searched = lambda: jpeg(_jpeg_orientation(encoded))  # noqa: E731
-        return tf.cond(tf.io.is_jpeg(encoded), searched, rare_case(other))
+        return tf.cond(tf.io.is_jpeg(encoded), searched, other)
 
-    return tf.cond(plain, lambda: jpeg(None), rare_case(unusual))
+    return tf.cond(plain, lambda: jpeg(None), unusual)
 
 
 def _check(min_side: int | None, max_pixels: int) -> None:
@@ -159,7 +160,7 @@ class _Turn:
             image = tf.cond(exchanged, lambda: tf.transpose(stored, [1, 0, 2]), lambda: stored)
             return tf.raw_ops.Reverse(tensor=image, dims=tf.stack([upside_down, mirrored, False]))
 
-        return tf.cond(self.orientation > 1, rare_case(turn), lambda: stored)
+        return tf.cond(self.orientation > 1, turn, lambda: stored)
 
     def sides(self, stored: tf.Tensor) -> tf.Tensor:
         if self.orientation is None:
@@ -183,7 +184,7 @@ class _Turn:
             window = tf.stack([start, extent])
             return tf.reshape(tf.where(exchanged, window[:, ::-1], window), [4])
 
-        return tf.cond(self.orientation > 1, rare_case(turn), lambda: whole)
+        return tf.cond(self.orientation > 1, turn, lambda: whole)
 
 
 def _whole_jpeg(
