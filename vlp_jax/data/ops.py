@@ -108,7 +108,8 @@ def build_ops(preprocess: Mapping[str, Any] | Sequence[Any] | None) -> list[tupl
             raise UserError(unknown_key_message(str(name), OPS, "data.preprocess"))
     if isinstance(preprocess, Mapping):
         pairs.sort(key=lambda pair: list(OPS).index(pair[0]))
-    return [(name, _build(name, arguments or {})) for name, arguments in pairs]
+    pairs = [(name, arguments or {}) for name, arguments in pairs]
+    return image_ops.fuse(pairs, [(name, _build(name, arguments)) for name, arguments in pairs])
 
 
 def _build(name: str, arguments: Mapping[str, Any]) -> Op:
