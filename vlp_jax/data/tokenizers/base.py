@@ -138,12 +138,19 @@ def framing_json(model: tokenizers.Tokenizer, tokenizer: Tokenizer, lowercase: b
         special_tokens=list(zip(names, ids, strict=True)),
     )
     if lowercase:
-        steps = [library.normalizers.Lowercase()]
-        steps += [] if model.normalizer is None else [model.normalizer]
+        steps = [*lowercase_steps(), *([] if model.normalizer is None else [model.normalizer])]
         model.normalizer = library.normalizers.Sequence(steps)
     model.no_padding()
     model.no_truncation()
     return model.to_str(pretty=False)
+
+
+def lowercase_steps() -> list[Any]:
+    """Normalizers of the library that lower-case as Python and TensorFlow do."""
+    library = import_tokenizers()
+    # The library goes character by character, and so puts no final sigma at the end of a word.
+    sigma = library.Regex(r"(?<=[\p{L}\p{M}])\x{3a3}(?![\p{L}\p{M}])")
+    return [library.normalizers.Replace(sigma, "\u03c2"), library.normalizers.Lowercase()]
 
 
 def byte_symbols() -> list[str]:

@@ -92,11 +92,10 @@ class ClipTokenizer:
         return [encoding.ids for encoding in encodings]
 
     def decode(self, ids: np.ndarray) -> list[str]:
-        """The texts as they were after cleaning, with a space after every word."""
-        return [
-            b"".join(self._bytes[i] for i in row if i < self.bos_id).decode("utf-8", "replace")
-            for row in base.up_to_eos(ids, self.eos_id)
-        ]
+        """The texts as cleaning left them, with a space between what CLIP takes for words."""
+        rows = base.up_to_eos(ids, self.eos_id)
+        texts = [b"".join(self._bytes[i] for i in row if i < self.bos_id) for row in rows]
+        return [text.strip(b" ").decode("utf-8", "replace") for text in texts]
 
     def save(self, path: str | os.PathLike[str]) -> None:
         files.write_note(path, "clip", merges=self._merges)
@@ -198,14 +197,11 @@ def _cleaning_steps(normalizers: Any) -> list[Any]:
     entities = {"&lt;": "<", "&gt;": ">", "&quot;": '"', "&#39;": "'", "&apos;": "'"}
     # The ampersand once more at the end: "&amp;lt;" is "<" after two rounds.
     resolved = [("&amp;", "&"), *entities.items(), ("&amp;", "&"), *entities.items()]
-    # Python puts a final sigma at the end of a word, the library does not.
-    sigma = Regex(r"(?<=[\p{L}\p{M}])\x{3a3}(?![\p{L}\p{M}])")
     return [
         *(normalizers.Replace(old, new) for old, new in [*replaced, (control, "")]),
         normalizers.NFC(),
         *(normalizers.Replace(old, new) for old, new in resolved),
         normalizers.Replace(Regex(r"\s+"), " "),
         normalizers.Strip(),
-        normalizers.Replace(sigma, "\u03c2"),
-        normalizers.Lowercase(),
+        *base.lowercase_steps(),
     ]
