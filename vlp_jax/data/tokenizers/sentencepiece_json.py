@@ -158,7 +158,9 @@ def _normalization(file: ModelFile, library: Any) -> list[Any]:
     normalizers = library.normalizers
     steps = []
     if file.charsmap:
-        steps += [normalizers.NFC()]
+        # Spaces first, on which a mark may follow: they are what NFKC makes of them anyway.
+        spaces = library.Regex(r"[\x{a0}\x{2000}-\x{200a}\x{202f}\x{205f}\x{3000}]")
+        steps += [normalizers.Replace(spaces, " "), normalizers.NFC()]
         if file.normalizer in _FOLDING:
             # SentencePiece's folding leaves the dotted I as it is, lower-casing here does not.
             hidden, dotted = "\U0010fffd", "\u0130"
