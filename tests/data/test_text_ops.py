@@ -181,12 +181,19 @@ def python_canonicalize(text):
 
 
 def test_canonicalize_text():
-    texts = [*TEXTS, string.punctuation + "a" + string.punctuation, string.printable]
+    texts = [
+        *TEXTS,
+        "A\u0085B\x01C",
+        string.punctuation + "a" + string.punctuation,
+        string.printable,
+    ]
     assert mapped({"canonicalize_text": {}}, texts) == [python_canonicalize(t) for t in texts]
 
 
 def test_lowercase():
     assert mapped({"lowercase": {}}, TEXTS) == [text.lower() for text in TEXTS]
+    assert mapped({"lowercase": {}}, ["A\x00B", "\x00"]) == ["ab", ""]
+    assert mapped({"canonicalize_text": {}}, ["A\x00B, c"]) == ["ab c"]
 
 
 def test_templates():

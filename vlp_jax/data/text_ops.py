@@ -136,18 +136,17 @@ def canonicalize_text() -> Op:
         tf = import_tensorflow()
         text = tf.strings.regex_replace(_scalar(example, "canonicalize_text"), "_", " ")
         text = tf.strings.regex_replace(text, _PUNCTUATION, "")
-        return {**example, "text": _collapsed(tf.strings.lower(text, encoding="utf-8"))}
+        return {**example, "text": _collapsed(_lower(text))}
 
     return apply
 
 
 def lowercase() -> Op:
-    """Turns `text` into lower case (Unicode's mapping, with a final sigma)."""
+    """Turns `text` into lower case (Unicode's mapping, with a final sigma); NUL characters go."""
 
     def apply(example: Example, seed: tf.Tensor) -> Example:
         del seed
-        tf = import_tensorflow()
-        return {**example, "text": tf.strings.lower(example["text"], encoding="utf-8")}
+        return {**example, "text": _lower(_scalar(example, "lowercase"))}
 
     return apply
 
@@ -337,6 +336,12 @@ def _begin(share: tf.Tensor, most: tf.Tensor) -> tf.Tensor:
     tf = import_tensorflow()
     most = tf.maximum(most, 0)
     return tf.minimum(tf.cast(share * tf.cast(most + 1, tf.float32), tf.int32), most)
+
+
+def _lower(text: tf.Tensor) -> tf.Tensor:
+    tf = import_tensorflow()
+    # TensorFlow takes a NUL for the end of the text.
+    return tf.strings.lower(tf.strings.regex_replace(text, r"\x00", ""), encoding="utf-8")
 
 
 def _collapsed(text: tf.Tensor) -> tf.Tensor:

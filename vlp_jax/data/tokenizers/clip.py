@@ -24,8 +24,8 @@ MAX_MERGES = 49_152 - 256 - 2  # what CLIP reads of its file, which holds more
 MERGES_FILE = "bpe_simple_vocab_16e6.txt.gz"
 _BOS, _EOS = "<|startoftext|>", "<|endoftext|>"
 _END = "</w>"  # ends the last token of a word
-# CLIP's pattern disregards case, by which U+0345, a mark whose upper case is a letter, is one.
-_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[\p{L}\x{345}]+|\p{N}|[^\s\p{L}\p{N}\x{345}]+"
+# CLIP's pattern disregards case, so that U+0345, a mark whose upper case is a letter, fits nowhere.
+_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|\p{L}+|\p{N}|[^\s\p{L}\p{N}\x{345}]+"
 
 
 class ClipTokenizer:
