@@ -161,6 +161,7 @@ def subwords(vocab_size, context_length):
         {
             "name": "subword",
             "file": placeholder(str),
+            "pad": placeholder(str),  # None: the file's own token for it; "eos"
             "vocab_size": vocab_size,
             "context_length": context_length,
         }

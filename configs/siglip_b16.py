@@ -14,7 +14,8 @@ What differs: LAION-400M for the private WebLI. The paper does not name the sche
 models: here it is that of SigLIP 2 (Tschannen et al. 2025, arXiv:2502.14786: cosine, 20,000 steps
 of warm-up, 40 billion examples). Weight decay and learning rate are those of the authors' other
 configs (`_recipes.big_vision_adafactor`). Texts are put in lower case, punctuation stays. Padding
-is the token that the tokenizer's file has for it; published models pad with the end of text.
+is the token that the tokenizer's file has for it; published models pad with the end of text, as
+--config.tokenizer.pad=eos does. --config.tokenizer.name=sentencepiece takes a .model file.
 """
 
 from ml_collections import ConfigDict

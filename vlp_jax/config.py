@@ -266,9 +266,8 @@ def smoke(config: ConfigDict) -> ConfigDict:
     image_size = _shrink_models(config.objective)
     if config.tokenizer:
         config.tokenizer.context_length = 16
-    if config.tokenizer.get("name") == "subword":
-        config.tokenizer.vocab_size = 300
-        config.tokenizer.file = None
+    if config.tokenizer.get("name", "bytes") != "bytes":  # the others' files may not be here
+        config.tokenizer.update({"name": "subword", "vocab_size": 300, "file": None})
     config.data = _smoke_data(config.data, "train", image_size)
     for name, data in config.extra_data.items():
         config.extra_data[name] = _smoke_data(data, "train", image_size)
@@ -303,6 +302,6 @@ def _smoke_data(data: ConfigDict, split: str, image_size: int | None) -> ConfigD
         small.preprocess = data.preprocess.copy_and_resolve_references()
         for name, op in small.preprocess.items():
             op.update({"size": image_size} if "size" in op else {})
-            if name == "choose_text" and "field" in op:
-                del op["field"]  # it was that of the other data
+            for key in {"field", "fields", "weights"} & set(op) if name == "choose_text" else ():
+                del op[key]  # it was that of the other data
     return small

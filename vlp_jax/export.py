@@ -15,7 +15,7 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from vlp_jax.data.tokenizers import Tokenizer
+from vlp_jax.data.tokenizers import ClipTokenizer, Tokenizer
 from vlp_jax.errors import UserError, unknown_key_message
 from vlp_jax.interop import format_named, stack_layers
 from vlp_jax.interop.base import INTERPOLATIONS, RESIZES
@@ -191,7 +191,19 @@ def extras_of(
         }
     elif tokenizer is not None:
         ids = {name: getattr(tokenizer, name) for name in ("bos_id", "eos_id", "pad_id")}
-        lowercase = any(name == "lowercase" for name, _ in _ops(config.data.get("preprocess", {})))
+        ops = [name for name, _ in _ops(config.data.get("preprocess", {}))]
+        lowercase = "lowercase" in ops or "canonicalize_text" in ops
+        notes += [
+            f"the run's texts went through {name}, which the tokenizer's files do not do: do it "
+            f"before tokenizing"
+            for name in ("clean_text", "canonicalize_text")
+            if name in ops
+        ]
+        if isinstance(tokenizer, ClipTokenizer):
+            notes.append(
+                "the run's tokenizer repairs text that was decoded wrongly (ftfy) and resolves "
+                "all HTML entities; its files for others do not"
+            )
         extras |= ids
         extras["tokenizer"] = TokenizerFiles.made(
             tokenizer.to_json(lowercase), context_length=tokenizer.context_length, **ids

@@ -12,8 +12,7 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from vlp_jax.data import image_ops
-from vlp_jax.data.lazy_tensorflow import import_tensorflow
+from vlp_jax.data import image_ops, text_ops
 from vlp_jax.data.sources.base import as_plain
 from vlp_jax.errors import UserError, unknown_key_message
 
@@ -21,43 +20,6 @@ if TYPE_CHECKING:
     import tensorflow as tf
 
     from vlp_jax.data.lazy_tensorflow import Example, Op
-
-
-def choose_text(field: str = "captions", index: int | None = None) -> Op:
-    """Sets `text` to one of the strings in `field`, which may also be a single string.
-
-    Args:
-      field: a string field, [] or [k].
-      index: which of the k; None takes one at random, anew in every epoch.
-    """
-    if index is not None and (not isinstance(index, int) or index < 0):
-        raise UserError(f"choose_text: index must be None or a number from 0, got {index!r}")
-
-    def apply(example: Example, seed: tf.Tensor) -> Example:
-        tf = import_tensorflow()
-        texts = example[field]
-        if texts.dtype != tf.string or texts.shape.rank not in (0, 1):
-            raise UserError(f"choose_text: field {field!r} holds no strings")
-        if texts.shape.rank == 0:
-            return {**example, "text": texts}
-        chosen = index
-        if chosen is None:
-            # The seed is a uniform random number already.
-            chosen = tf.math.floormod(seed[0], tf.shape(texts)[0])
-        return {**example, "text": texts[chosen]}
-
-    return apply
-
-
-def lowercase() -> Op:
-    """Turns `text` into lower case (Unicode's simple mapping)."""
-
-    def apply(example: Example, seed: tf.Tensor) -> Example:
-        del seed
-        tf = import_tensorflow()
-        return {**example, "text": tf.strings.lower(example["text"], encoding="utf-8")}
-
-    return apply
 
 
 def keep(fields: Sequence[str]) -> Op:
@@ -73,8 +35,12 @@ def keep(fields: Sequence[str]) -> Op:
 
 # In the order in which a mapping in a config runs them.
 OPS: dict[str, Callable[..., Op]] = {
-    "choose_text": choose_text,
-    "lowercase": lowercase,
+    "choose_text": text_ops.choose_text,
+    "clean_text": text_ops.clean_text,
+    "prompt_template": text_ops.prompt_template,
+    "canonicalize_text": text_ops.canonicalize_text,
+    "lowercase": text_ops.lowercase,
+    "truncate_text": text_ops.truncate_text,
     "decode_image": image_ops.decode_image,
     "random_resized_crop": image_ops.random_resized_crop,
     "resize": image_ops.resize,
@@ -108,7 +74,8 @@ def build_ops(preprocess: Mapping[str, Any] | Sequence[Any] | None) -> list[tupl
             raise UserError(unknown_key_message(str(name), OPS, "data.preprocess"))
     if isinstance(preprocess, Mapping):
         pairs.sort(key=lambda pair: list(OPS).index(pair[0]))
-    return [(name, _build(name, arguments or {})) for name, arguments in pairs]
+    pairs = [(name, arguments or {}) for name, arguments in pairs]
+    return image_ops.fuse(pairs, [(name, _build(name, arguments)) for name, arguments in pairs])
 
 
 def _build(name: str, arguments: Mapping[str, Any]) -> Op:

@@ -18,10 +18,10 @@ from typing import Any
 
 import numpy as np
 
-from vlp_jax.data.fault_log import FaultLog
+from vlp_jax.data.fault_log import Fault, FaultLog
 from vlp_jax.data.schedule import Layout, Mixture, Schedule, check_weights
 from vlp_jax.data.sources.base import FieldSpec, as_plain
-from vlp_jax.data.stream import Chunk, Stream
+from vlp_jax.data.stream import Chunk, Positions, Report, Stream
 from vlp_jax.data.tokenizers import Tokenizer
 from vlp_jax.errors import UserError, unknown_key_message
 
@@ -108,16 +108,26 @@ class _Pipeline:
             span = slice(part * CHUNK, (part + 1) * CHUNK)
             return [(places[span], positions[span]) for places, positions in plan]
 
-        def positions_of(number: int) -> Any:
+        def positions_of(number: int) -> Positions:
             def positions(chunk: int) -> np.ndarray:
                 found = entries(chunk)[number][1]
                 return found if end is None else np.minimum(found, end - 1)
 
             return positions
 
+        def report_of(number: int) -> Report:
+            def report(chunk: int, faults: Sequence[tuple[int, Fault]]) -> None:
+                found = entries(chunk)[number][1]
+                real = np.ones(len(found), bool) if end is None else found < end
+                kept = [fault for place, fault in faults if real[place]]
+                batch = first + chunk // per_batch
+                self.faults.add(batch, int(real.sum()), names[number], kept)
+
+            return report
+
         total = None if batches is None else batches * per_batch
         readers = [
-            stream.chunks(positions_of(number), total, self._replace)
+            stream.chunks(positions_of(number), total, self._replace, report_of(number))
             for number, stream in enumerate(self._streams.values())
         ]
         number = 0
@@ -126,9 +136,7 @@ class _Pipeline:
             for part in range(per_batch):
                 for which, reader in enumerate(readers):
                     places = entries(number * per_batch + part)[which][0]
-                    chunk = next(reader)
-                    self.faults.add(first + number, chunk.read, names[which], chunk.faults)
-                    pieces.append((places, chunk))
+                    pieces.append((places, next(reader)))
             yield _assembled(pieces, local)
             number += 1
 

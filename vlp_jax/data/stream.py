@@ -26,6 +26,8 @@ _PREFETCH_CHUNKS = 64  # how far ahead a source is told what will be read
 
 # For the number of a chunk, positions in the stream, int64 [n].
 Positions = Callable[[int], np.ndarray]
+# Told the number of a chunk, and the place in it and the fault of every bad example.
+Report = Callable[[int, Sequence[tuple[int, Fault]]], None]
 
 
 @dataclass(frozen=True)
@@ -35,14 +37,10 @@ class Chunk:
     Attributes:
       arrays: name -> [n, ...]; zeros and empty strings where an example is bad and not replaced.
       sound: bool [n]; False for these.
-      faults: of the examples that were bad, replaced or not.
-      read: how many were tried.
     """
 
     arrays: dict[str, np.ndarray]
     sound: np.ndarray
-    faults: tuple[Fault, ...]
-    read: int
 
 
 class Stream:
@@ -129,13 +127,16 @@ class Stream:
         seeds = example_seeds(self._seed, positions, len(self._ops))
         return self.order.indices(positions), seeds
 
-    def chunks(self, positions: Positions, total: int | None, replace: bool) -> Iterator[Chunk]:
+    def chunks(
+        self, positions: Positions, total: int | None, replace: bool, report: Report
+    ) -> Iterator[Chunk]:
         """Consecutive chunks, prepared ahead of their use.
 
         Args:
           positions: a pure function; called from several threads.
           total: how many chunks; None for no end.
           replace: whether a bad example's place is taken by another.
+          report: called for every chunk, before it is given.
 
         Raises:
           UserError: while iterating, for files that cannot be read, or if nothing else is found for
@@ -143,6 +144,7 @@ class Stream:
         """
         if self._graph is None:
             for number in count() if total is None else range(total):
+                report(number, ())
                 yield self._from_arrays(positions(number))
             return
         from vlp_jax.data import example_graph
@@ -158,6 +160,8 @@ class Stream:
         dataset = self._graph.dataset(plan, total, failures.append)
         try:
             for number, (arrays, alive) in enumerate(example_graph.run(dataset)):
+                faults = self._faults(positions(number), alive)
+                report(number, faults)
                 yield self._whole(positions(number), arrays, alive, replace)
         except example_graph.import_tensorflow().errors.OpError:
             # TensorFlow keeps of an exception in Python no more than its text.
@@ -174,7 +178,16 @@ class Stream:
                 arrays[RAW_TEXT] = text
             if self._tokenizer is not None:
                 arrays["text"] = self._tokenizer(list(text))
-        return Chunk(arrays, np.ones(len(positions), bool), (), len(positions))
+        return Chunk(arrays, np.ones(len(positions), bool))
+
+    def _faults(self, positions: np.ndarray, alive: np.ndarray) -> list[tuple[int, Fault]]:
+        """Why the examples that are not `alive` cannot be used."""
+        missing = np.setdiff1d(np.arange(len(positions)), alive)
+        if not missing.size:
+            return []
+        indices, seeds = self.indices_and_seeds(positions[missing])
+        found = [self._graph.diagnose(int(i), s) for i, s in zip(indices, seeds, strict=True)]
+        return list(zip(missing.tolist(), found, strict=True))
 
     def _whole(
         self, positions: np.ndarray, arrays: dict[str, np.ndarray], alive: np.ndarray, replace: bool
@@ -182,7 +195,7 @@ class Stream:
         """A chunk from the examples of it that could be used."""
         size = len(positions)
         if len(alive) == size:
-            return Chunk(self._graph.unpack(arrays), np.ones(size, bool), (), size)
+            return Chunk(self._graph.unpack(arrays), np.ones(size, bool))
         full = {
             name: np.full((size, *spec.shape), b"" if spec.is_string else 0, spec.dtype)
             for name, spec in self._graph.results.items()
@@ -190,14 +203,12 @@ class Stream:
         for name, values in arrays.items():
             full[name][alive] = values
         missing = np.setdiff1d(np.arange(size), alive)
-        indices, seeds = self.indices_and_seeds(positions[missing])
-        found = [self._graph.diagnose(int(i), s) for i, s in zip(indices, seeds, strict=True)]
         sound = np.ones(size, bool)
         if replace:
             self._substitute(positions, missing, full)
         else:
             sound[missing] = False
-        return Chunk(self._graph.unpack(full), sound, tuple(found), size)
+        return Chunk(self._graph.unpack(full), sound)
 
     def _substitute(
         self, positions: np.ndarray, missing: np.ndarray, full: dict[str, np.ndarray]

@@ -10,7 +10,7 @@ import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 from vlp_jax.interop import files
 
@@ -49,14 +49,13 @@ class TokenizerFiles:
           bos_id, eos_id, pad_id: special tokens in it.
           context_length: rows are cut to and padded to this.
         """
-        names = {
-            token["id"]: token["content"] for token in json.loads(tokenizer_json)["added_tokens"]
-        }
+        content = json.loads(tokenizer_json)
+        names = {token["id"]: token["content"] for token in content["added_tokens"]}
         config = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "eos_token": names[eos_id],
             "pad_token": names[pad_id],
-            "unk_token": names[eos_id],  # as CLIP's; bytes leave nothing unknown
+            "unk_token": _unknown(content["model"]) or names[eos_id],
             "model_max_length": context_length,
             "padding_side": "right",
             "truncation_side": "right",
@@ -85,6 +84,13 @@ class TokenizerFiles:
         config["model_input_names"] = list(inputs)
         contents = {**self.contents, CONFIG: (json.dumps(config, indent=2) + "\n").encode()}
         return [files.save_bytes(content, directory / name) for name, content in contents.items()]
+
+
+def _unknown(model: Mapping[str, Any]) -> str | None:
+    """The token for what a model does not know; None, as for CLIP's, if bytes leave nothing so."""
+    if model.get("unk_id") is not None:
+        return model["vocab"][model["unk_id"]][0]
+    return model.get("unk_token")
 
 
 def write(tokenizer: TokenizerFiles | None, directory: Path, inputs: Sequence[str]) -> list[Path]:

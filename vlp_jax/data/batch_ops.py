@@ -1,0 +1,162 @@
+"""Operations on a finished batch, in NumPy: what mixes examples with each other.
+
+An operation is called with a batch, arrays [b, ...], and a seed for each example,
+int32 [b, 2], and returns the new batch; `output_spec` says its shapes and types without running it.
+Example i is mixed with example i ^ 1 alone, so that the result does not depend on how many
+processes share a batch, as long as each has an even number of its examples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from vlp_jax.errors import UserError
+
+Spec = dict[str, tuple[tuple[int, ...], np.dtype]]
+
+
+@dataclass(frozen=True)
+class MixUp:
+    """MixUp (Zhang et al. 2018, eq. 1) and CutMix (Yun et al. 2019, eq. 1 and 2); see `mixup`."""
+
+    alpha: float
+    num_classes: int
+    label_field: str = "label"
+    cutmix_alpha: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("alpha", "cutmix_alpha"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float) or value < 0:
+                raise UserError(f"mixup: {name} must be a number of at least 0, got {value!r}")
+        if self.alpha == 0 and self.cutmix_alpha == 0:
+            raise UserError("mixup: alpha and cutmix_alpha are both 0; leave the operation out")
+        classes = self.num_classes
+        if isinstance(classes, bool) or not isinstance(classes, int) or classes < 2:
+            raise UserError(f"mixup: num_classes must be a whole number above 1, got {classes!r}")
+
+    def output_spec(self, spec: Spec) -> Spec:
+        """The shapes, without the batch, and types of the result, from those of the input.
+
+        Raises:
+          UserError: without a uint8 image of three dimensions or a single whole number as label.
+        """
+        image, label = spec.get("image"), spec.get(self.label_field)
+        if image is None or image[1] != np.uint8 or len(image[0]) != 3:
+            raise UserError(f"mixup: needs 'image', uint8 [height, width, 3], got {image}")
+        if label is None or label[0] != () or not np.issubdtype(label[1], np.integer):
+            name = self.label_field
+            raise UserError(f"mixup: needs {name!r}, a whole number; set label_field (got {label})")
+        return {**spec, self.label_field: ((self.num_classes,), np.dtype(np.float32))}
+
+    def __call__(self, batch: Mapping[str, np.ndarray], seeds: np.ndarray) -> dict[str, np.ndarray]:
+        """Mixes each pair; other fields stay as they are.
+
+        Args:
+          batch: `image`, uint8 [b, h, w, 3], the labels, whole numbers [b], and other fields.
+          seeds: int32 [b, 2]; those of the first of a pair decide.
+
+        Returns:
+          The batch with new images and labels, float32 [b, num_classes], that sum to 1.
+
+        Raises:
+          UserError: if b is odd, a label is out of range, or a field is not as it should be.
+        """
+        self.output_spec({k: (v.shape[1:], v.dtype) for k, v in batch.items()})
+        images, labels = batch["image"], batch[self.label_field]
+        if len(images) % 2:
+            raise UserError(
+                f"mixup: a process has {len(images)} examples of a batch, and pairs need an even "
+                "number; choose another batch_size"
+            )
+        if labels.size and not 0 <= labels.min() <= labels.max() < self.num_classes:
+            top = self.num_classes - 1
+            raise UserError(
+                f"mixup: labels must be 0 to {top}, got {labels.min()} to {labels.max()}"
+            )
+        mixed = np.empty_like(images)
+        weights = np.empty(len(images), np.float32)
+        for first in range(0, len(images), 2):
+            pair = slice(first, first + 2)
+            weights[pair] = self._mix_pair(images[pair], seeds[first], mixed[pair])
+        return {**batch, "image": mixed, self.label_field: self._soft(labels, weights)}
+
+    def _mix_pair(self, pair: np.ndarray, seed: np.ndarray, mixed: np.ndarray) -> float:
+        """Writes both mixtures of two images; returns the share that each keeps of itself."""
+        key = np.asarray(seed, np.int32).astype(np.uint32).astype(np.uint64)
+        random = np.random.Generator(np.random.Philox(key=key))
+        both = self.alpha > 0 and self.cutmix_alpha > 0
+        cut = random.random() < 0.5 if both else self.cutmix_alpha > 0
+        alpha = self.cutmix_alpha if cut else self.alpha
+        share = float(random.beta(alpha, alpha))
+        if cut:
+            return _exchange_rectangle(pair, share, random, mixed)
+        return _blend(pair, share, mixed)
+
+    def _soft(self, labels: np.ndarray, weights: np.ndarray) -> np.ndarray:
+        rows = np.arange(len(labels))
+        soft = np.zeros((len(labels), self.num_classes), np.float32)
+        soft[rows, labels] = weights
+        soft[rows, labels[rows ^ 1]] += 1 - weights
+        return soft
+
+
+def _blend(pair: np.ndarray, share: float, mixed: np.ndarray) -> float:
+    """share * own + (1 - share) * other, rounded, for both of a pair; returns the share.
+
+    The share is rounded to 1/128, so that 16-bit whole numbers hold every product.
+    """
+    parts = round(128 * share)
+    first, second = pair[0].astype(np.int16), pair[1].astype(np.int16)
+    step = first - second
+    step *= np.int16(parts)
+    step += np.int16(64)
+    step >>= 7
+    np.add(second, step, out=mixed[0], casting="unsafe")
+    np.subtract(first, step, out=mixed[1], casting="unsafe")
+    return parts / 128
+
+
+def _exchange_rectangle(
+    pair: np.ndarray, share: float, random: np.random.Generator, mixed: np.ndarray
+) -> float:
+    """Exchanges a rectangle of 1 - share of the area, about a point taken anywhere.
+
+    Source: Yun et al. 2019, eq. 2 and their `rand_bbox`, which cuts off what lies outside.
+    """
+    height, width = pair.shape[1:3]
+    side = np.sqrt(1 - share)
+    center = random.random(2) * (height, width)
+    half = side * np.array([height, width]) / 2
+    top, left = np.clip(np.rint(center - half).astype(int), 0, (height, width))
+    bottom, right = np.clip(np.rint(center + half).astype(int), 0, (height, width))
+    mixed[:] = pair
+    mixed[:, top:bottom, left:right] = pair[::-1, top:bottom, left:right]
+    return 1 - (bottom - top) * (right - left) / (height * width)
+
+
+def mixup(
+    alpha: float, num_classes: int, label_field: str = "label", cutmix_alpha: float = 0.0
+) -> MixUp:
+    """Mixes each image and its label with those of its neighbour in the batch.
+
+    A pair draws one share from Beta(alpha, alpha), and each of the two keeps that much of itself
+    (rounded to 1/128).
+    With both alphas above 0 a pair is mixed by MixUp or by CutMix, each half of the time.
+
+    Args:
+      alpha: of MixUp; Zhang et al. 2018 take 0.1 to 0.4 on ImageNet. 0 turns it off.
+      num_classes: length of the soft labels that replace the labels.
+      label_field: the field with the class, a whole number.
+      cutmix_alpha: of CutMix; Yun et al. 2019 take 1. 0 turns it off.
+
+    Raises:
+      UserError: for other settings.
+    """
+    return MixUp(alpha, num_classes, label_field, cutmix_alpha)
+
+
+BATCH_OPS: dict[str, Callable[..., MixUp]] = {"mixup": mixup}

@@ -1,0 +1,63 @@
+"""What image operations check of their settings and of an example's `image`."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from vlp_jax.data.lazy_tensorflow import import_tensorflow
+from vlp_jax.errors import UserError
+
+if TYPE_CHECKING:
+    import tensorflow as tf
+
+    from vlp_jax.data.lazy_tensorflow import Example
+
+
+def encoded_image(example: Example, op: str) -> tf.Tensor:
+    """The string `image` of an example; a UserError if it is decoded already."""
+    tf = import_tensorflow()
+    if example["image"].dtype != tf.string:
+        raise UserError(f"{op}: 'image' is decoded already; leave the operation out")
+    return example["image"]
+
+
+def decoded_image(example: Example, op: str) -> tf.Tensor:
+    """The uint8 `image` of an example, [h, w, 3]; a UserError if it is anything else."""
+    tf = import_tensorflow()
+    image = example["image"]
+    if image.dtype == tf.string:
+        raise UserError(f"{op}: 'image' is still encoded; put decode_image before it")
+    if image.dtype != tf.uint8 or image.shape.rank != 3:
+        found = f"{image.dtype.name} {tuple(image.shape)}"
+        raise UserError(f"{op}: 'image' must be uint8 [height, width, 3], got {found}")
+    return image
+
+
+def check_count(op: str, value: int, name: str, unit: str = "pixels") -> None:
+    """A UserError unless `value` is a whole number above 0."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise UserError(f"{op}: {name} must be a whole number of {unit} above 0, got {value!r}")
+
+
+def check_number(op: str, value: float, name: str, low: float, high: float = math.inf) -> None:
+    """A UserError unless `value` is a number in [low, high]."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not low <= value <= high:
+        bound = f"of at least {low:g}" if high == math.inf else f"from {low:g} to {high:g}"
+        raise UserError(f"{op}: {name} must be a number {bound}, got {value!r}")
+
+
+def check_range(op: str, low: float, high: float, name: str, bound: float = math.inf) -> None:
+    """A UserError unless 0 < low <= high <= bound; the settings are min_`name` and max_`name`."""
+    if not 0 < low <= high <= bound:
+        last = "" if bound == math.inf else f" <= {bound:g}"
+        raise UserError(f"{op}: needs 0 < min_{name} <= max_{name}{last}: {low}, {high}")
+
+
+def check_fill(op: str, fill: int | tuple[int, int, int]) -> tuple[int, int, int]:
+    """A colour as three numbers from 0 to 255; one number is a grey."""
+    color = (fill,) * 3 if isinstance(fill, int) else tuple(fill)
+    if len(color) != 3 or not all(isinstance(c, int) and 0 <= c <= 255 for c in color):
+        raise UserError(f"{op}: fill must be one or three whole numbers 0 to 255, got {fill!r}")
+    return color

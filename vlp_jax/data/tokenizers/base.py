@@ -1,0 +1,164 @@
+"""What every tokenizer has, and what they share: framing, truncation, and a file for others."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+from vlp_jax.errors import UserError
+
+if TYPE_CHECKING:
+    import tokenizers
+
+# The special tokens of the tokenizers that are made here, and their ids.
+PAD_ID, EOS_ID, BOS_ID = 0, 1, 2
+SPECIAL_TOKENS = ("<pad>", "<eos>", "<bos>")
+
+
+class Tokenizer(Protocol):
+    """What the pipeline and the models ask of a tokenizer.
+
+    Attributes:
+      vocab_size: the number of rows that an embedding needs: every id is below it.
+      context_length: the length of a row of ids.
+      pad_id, bos_id, eos_id: the special tokens; without a bos (None), rows begin with the text.
+    """
+
+    vocab_size: int
+    context_length: int
+    pad_id: int
+    bos_id: int | None
+    eos_id: int
+
+    def __call__(self, texts: Sequence[str | bytes]) -> np.ndarray:
+        """Token ids of n texts, int32 [n, context_length]."""
+        ...
+
+    def encode(self, texts: Sequence[str | bytes]) -> list[list[int]]:
+        """The ids of n texts, whole: without bos, eos and padding, and not cut."""
+        ...
+
+    def decode(self, ids: np.ndarray) -> list[str]:
+        """The texts of rows of ids, int [n, length], without special tokens, up to eos."""
+        ...
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes what is needed to build it again to a file, whole or not at all."""
+        ...
+
+    def to_json(self, lowercase: bool) -> str:
+        """A tokenizer.json of the Hugging Face `tokenizers` library with which it frames as here.
+
+        Padding, truncation and `encode_special_tokens` are the caller's there.
+
+        Args:
+          lowercase: texts come as they are, and are to be lower-cased first.
+
+        Raises:
+          UserError: that library cannot express it.
+        """
+        ...
+
+
+def check_context_length(context_length: Any) -> int:
+    """`context_length`, if it is one.
+
+    Raises:
+      UserError: it is no number, or a row of it would not hold bos, a token and eos.
+    """
+    if not isinstance(context_length, int) or context_length < 3:
+        raise UserError(
+            f"tokenizer.context_length={context_length!r} must be a number of at least 3: "
+            f"bos, one token and eos"
+        )
+    return context_length
+
+
+def as_text(text: str | bytes) -> str:
+    """A text that is in every encoding: what cannot be read of it is replaced."""
+    if isinstance(text, bytes):
+        return text.decode("utf-8", "replace")
+    # A lone surrogate, which JSON can spell, is in no encoding.
+    return text.encode("utf-8", "replace").decode("utf-8")
+
+
+def frame_length(tokenizer: Tokenizer) -> int:
+    """How many special tokens frame a text."""
+    return 1 if tokenizer.bos_id is None else 2
+
+
+def frame(rows: Sequence[Sequence[int] | np.ndarray], tokenizer: Tokenizer) -> np.ndarray:
+    """bos (if there is one), ids, eos and padding, int32 [n, context_length].
+
+    Of a row that is too long the end is cut, never eos.
+    """
+    ids = np.full((len(rows), tokenizer.context_length), tokenizer.pad_id, np.int32)
+    room = tokenizer.context_length - frame_length(tokenizer)
+    begin = 0
+    if tokenizer.bos_id is not None:
+        ids[:, 0], begin = tokenizer.bos_id, 1
+    for target, row in zip(ids, rows, strict=True):
+        end = begin + min(len(row), room)
+        target[begin:end] = row[:room]
+        target[end] = tokenizer.eos_id
+    return ids
+
+
+def up_to_eos(ids: np.ndarray, eos_id: int) -> list[np.ndarray]:
+    """What stands before the first eos of each row of ids, int [n, length]."""
+    rows = []
+    for row in np.asarray(ids):
+        ends = np.flatnonzero(row == eos_id)
+        rows.append(row[: ends[0]] if ends.size else row)
+    return rows
+
+
+def import_tokenizers() -> Any:
+    """The Hugging Face library `tokenizers`, without threads of its own."""
+    # Texts are tokenized in the input pipeline's own threads; a second pool would compete with
+    # the training step for the same cores, and warns when a process forks.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    import tokenizers
+
+    return tokenizers
+
+
+def framing_json(model: tokenizers.Tokenizer, tokenizer: Tokenizer, lowercase: bool) -> str:
+    """The file of a library's model that puts bos and eos around a text as `tokenizer` does."""
+    library = import_tokenizers()
+    ids = [i for i in (tokenizer.bos_id, tokenizer.eos_id) if i is not None]
+    names = [model.id_to_token(i) for i in ids]
+    before, after = names[:-1], names[-1:]
+    model.post_processor = library.processors.TemplateProcessing(
+        single=[*before, "$A", *after],
+        pair=[*before, "$A", *after, "$B:1", *(f"{name}:1" for name in after)],
+        special_tokens=list(zip(names, ids, strict=True)),
+    )
+    if lowercase:
+        steps = [*lowercase_steps(), *([] if model.normalizer is None else [model.normalizer])]
+        model.normalizer = library.normalizers.Sequence(steps)
+    model.no_padding()
+    model.no_truncation()
+    return model.to_str(pretty=False)
+
+
+def lowercase_steps() -> list[Any]:
+    """Normalizers of the library that lower-case as Python and TensorFlow do."""
+    library = import_tokenizers()
+    # The library goes character by character, and so puts no final sigma at the end of a word.
+    sigma = library.Regex(r"(?<=[\p{L}\p{M}])\x{3a3}(?![\p{L}\p{M}])")
+    return [library.normalizers.Replace(sigma, "\u03c2"), library.normalizers.Lowercase()]
+
+
+def byte_symbols() -> list[str]:
+    """The character that stands for each byte in a byte-level BPE, in the order of the bytes.
+
+    Bytes that print stand for themselves, the others for characters from 256 on, in their order
+    (openai/gpt-2, encoder.py, `bytes_to_unicode`).
+    """
+    printing = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = iter(range(256, 512))
+    return [chr(byte if byte in printing else next(others)) for byte in range(256)]

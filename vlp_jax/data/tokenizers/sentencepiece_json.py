@@ -1,0 +1,192 @@
+"""A SentencePiece model as a model of the Hugging Face `tokenizers` library.
+
+Source: google/sentencepiece, src/normalizer.cc, unigram_model.cc and bpe_model.cc; for what the
+other side computes, huggingface/tokenizers, normalizers/precompiled.rs and models/.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Any
+
+from vlp_jax.data.tokenizers import base
+from vlp_jax.data.tokenizers.sentencepiece_file import (
+    BPE,
+    CONTROL,
+    NORMAL,
+    UNIGRAM,
+    UNKNOWN,
+    UNUSED,
+    USER_DEFINED,
+    ModelFile,
+)
+from vlp_jax.errors import UserError
+
+if TYPE_CHECKING:
+    import tokenizers
+
+_SPACE = "\u2581"
+
+# The library applies these rules to one grapheme at a time, and misses those that need several of
+# its characters, unless the text was composed (and lower-cased, for folding) before.
+_NFKC, _FOLDING = ("nfkc", "nmt_nfkc"), ("nfkc_cf", "nmt_nfkc_cf")
+
+# What a conversion has to encode as SentencePiece does, or it is not handed out.
+PROBES = (
+    "",
+    " a  red circle,\tleft of 2 blue squares\n",
+    "Größe ŒUVRE İstanbul naïve ½ ﬁne ① ™",
+    "красный круг, ένας κόκκινος ΚΥΚΛΟΣ",
+    "دائرة حمراء בצד ריבוע כחול",
+    "नीले वर्ग के पास วงกลมสีแดงอยู่ข้าง",
+    "红色圆圈，青い四角の左に 파란 사각형 ㌔",
+    "კარგი ቀይ ክብ 🟥👩‍👩‍👧 x\u200by \u00a0 z",
+    "e\u0301 o\u0308 \u1112\u1161\u11ab \u304b\u3099",
+    "[email protected] #tag 1,234.5% <b> x_y {}",
+)
+
+
+def convert(content: bytes) -> tokenizers.Tokenizer:
+    """A model of the library that gives a text the ids that the .model file `content` gives it.
+
+    Unigram and BPE models with the rules of normalization that come with SentencePiece (identity,
+    nfkc, nmt_nfkc, and both with case folding), byte fallback, and user-defined symbols if no
+    space is put before a text. What stays different is normalization where a character that NFKC
+    replaces carries a combining mark that it does not compose with, and, of a unigram model, text
+    that spells the name of a byte ("<0x41>", with byte fallback).
+
+    Raises:
+      UserError: the model is of another kind, or the result differs on one of `PROBES`.
+    """
+    file = ModelFile.parse(content)
+    for wrong, why in _obstacles(file):
+        if wrong:
+            raise _refusal(why)
+    library = base.import_tokenizers()
+    make = _unigram if file.model_type == UNIGRAM else _bpe
+    model = library.Tokenizer(make(file, library))
+    special = [piece.text for piece in file.pieces if piece.type in (CONTROL, UNKNOWN)]
+    model.add_special_tokens([library.AddedToken(text, normalized=False) for text in special])
+    symbols = [piece.text for piece in file.pieces if piece.type == USER_DEFINED]
+    model.add_tokens([library.AddedToken(text, normalized=True) for text in symbols])
+    model.normalizer = library.normalizers.Sequence(_normalization(file, library))
+    splitting = _keep_apart(special, file, library) if file.model_type == UNIGRAM else None
+    if splitting is not None:
+        model.pre_tokenizer = splitting
+    model.decoder = _decoder(file, library.decoders)
+    _check(model, content)
+    return model
+
+
+def _obstacles(file: ModelFile) -> list[tuple[bool, str]]:
+    types = {piece.type for piece in file.pieces}
+    known = (*_NFKC, *_FOLDING)
+    return [
+        (file.model_type not in (UNIGRAM, BPE), "it is neither a unigram nor a BPE model"),
+        (file.whitespace_as_suffix, "it puts spaces behind words"),
+        (not file.escape_whitespaces, "it does not escape spaces"),
+        (UNUSED in types, "it has unused pieces"),
+        (
+            bool(file.charsmap) and file.normalizer not in known,
+            f"its rules of normalization are its own ({file.normalizer})",
+        ),
+        (
+            USER_DEFINED in types and (file.add_dummy_prefix or bool(file.charsmap)),
+            "it has user-defined symbols and normalizes, or puts a space before a text",
+        ),
+    ]
+
+
+def _refusal(why: str) -> UserError:
+    return UserError(
+        f"this SentencePiece model cannot be written as a tokenizer.json: {why}; those who use the "
+        f"exported weights need its .model file"
+    )
+
+
+def _unigram(file: ModelFile, library: Any) -> Any:
+    unknown = next(i for i, piece in enumerate(file.pieces) if piece.type == UNKNOWN)
+    lowest = min((piece.score for piece in file.pieces if piece.type == NORMAL), default=0.0)
+    # An unknown character costs 10 more than the lowest score there is, in SentencePiece of the
+    # normal pieces, in the library of all; and pieces that stand for no text are to be unlikely.
+    vocab = [
+        (piece.text, piece.score if piece.type in (NORMAL, USER_DEFINED) else lowest)
+        for piece in file.pieces
+    ]
+    return library.models.Unigram(vocab, unknown, file.byte_fallback)
+
+
+def _bpe(file: ModelFile, library: Any) -> Any:
+    scores = {piece.text: piece.score for piece in file.pieces if piece.type == NORMAL}
+    unknown = next(piece.text for piece in file.pieces if piece.type == UNKNOWN)
+    merges = []
+    for text in sorted(scores, key=lambda text: -scores[text]):
+        pairs = ((text[:place], text[place:]) for place in range(1, len(text)))
+        merges += [pair for pair in pairs if pair[0] in scores and pair[1] in scores]
+    return library.models.BPE(
+        vocab={piece.text: i for i, piece in enumerate(file.pieces)},
+        merges=merges,
+        unk_token=unknown,
+        fuse_unk=True,
+        byte_fallback=file.byte_fallback,
+    )
+
+
+def _keep_apart(special: list[str], file: ModelFile, library: Any) -> Any:
+    """A split within text that spells a special token, which a unigram model would take for it.
+
+    The split is where no piece lies across, so that nothing else changes; if there is no such
+    place, text that spells the token becomes the token.
+    """
+    pieces = {piece.text for piece in file.pieces if piece.type in (NORMAL, USER_DEFINED)}
+    patterns = []
+    for text in special:
+        for place in range(1, len(text)):
+            across = text[place - 1 : place + 1]
+            # A run of unknown characters is one token, and so must not be split either.
+            known = any(character in pieces for character in across)
+            if known and not any(across in piece for piece in pieces):
+                before, after = re.escape(text[:place]), re.escape(text[place:])
+                patterns.append(f"(?<={before}){after}")
+                break
+    if not patterns:
+        return None
+    return library.pre_tokenizers.Split(library.Regex("|".join(patterns)), "merged_with_next")
+
+
+def _normalization(file: ModelFile, library: Any) -> list[Any]:
+    normalizers = library.normalizers
+    steps = []
+    if file.charsmap:
+        # Spaces first, on which a mark may follow: they are what NFKC makes of them anyway.
+        spaces = library.Regex(r"[\x{a0}\x{2000}-\x{200a}\x{202f}\x{205f}\x{3000}]")
+        steps += [normalizers.Replace(spaces, " "), normalizers.NFC()]
+        if file.normalizer in _FOLDING:
+            # SentencePiece's folding leaves the dotted I as it is, lower-casing here does not.
+            hidden, dotted = "\U0010fffd", "\u0130"
+            steps += [normalizers.Replace(dotted, hidden), normalizers.Lowercase()]
+            steps += [normalizers.Replace(hidden, dotted)]
+        steps += [normalizers.Precompiled(file.charsmap)]
+    if file.remove_extra_whitespaces:
+        ends = library.Regex(r"\A +| +\z")
+        steps += [normalizers.Replace(library.Regex(" {2,}"), " "), normalizers.Replace(ends, "")]
+    if file.add_dummy_prefix:
+        steps += [normalizers.Prepend(" ")]
+    return [*steps, normalizers.Replace(" ", _SPACE)]
+
+
+def _decoder(file: ModelFile, decoders: Any) -> Any:
+    steps = [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    if file.add_dummy_prefix:
+        steps += [decoders.Strip(" ", 1, 0)]
+    return decoders.Sequence(steps)
+
+
+def _check(model: tokenizers.Tokenizer, content: bytes) -> None:
+    """Raises UserError for the first probe that the model encodes differently."""
+    import sentencepiece
+
+    expected = sentencepiece.SentencePieceProcessor(model_proto=content)
+    for probe in PROBES:
+        if model.encode(probe, add_special_tokens=False).ids != expected.encode(probe):
+            raise _refusal(f"{probe!r} would get other ids")

@@ -1,0 +1,126 @@
+"""Subwords: a tokenizer.json of the Hugging Face `tokenizers` library, or one trained here."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from vlp_jax.data.tokenizers import base, files
+from vlp_jax.errors import UserError
+
+if TYPE_CHECKING:
+    import tokenizers
+
+_MIN_VOCAB = 256 + len(base.SPECIAL_TOKENS)
+
+# The names under which tokenizer.json files of others hold the three special tokens.
+_PAD_TOKENS = ("<pad>", "[PAD]", "<|pad|>", "<|padding|>")
+_BOS_TOKENS = ("<bos>", "<s>", "[CLS]", "[BOS]", "<|startoftext|>", "<|begin_of_text|>")
+_EOS_TOKENS = ("<eos>", "</s>", "[SEP]", "[EOS]", "<|endoftext|>", "<|end_of_text|>")
+
+
+class SubwordTokenizer:
+    """A tokenizer.json of the Hugging Face `tokenizers` library, framed by bos and eos.
+
+    The file's own post-processing, truncation and padding are not used. Text that spells a special
+    token ("<eos>") is encoded as text. Without a token for padding, as in CLIP's file, eos pads;
+    without one for bos, as in SigLIP's, rows begin with the text.
+
+    Raises:
+      UserError: if the file lacks a special token for eos.
+    """
+
+    def __init__(self, model: tokenizers.Tokenizer, context_length: int, where: str) -> None:
+        self.context_length = base.check_context_length(context_length)
+        self._model = model
+        self.bos_id = _special_id(model, _BOS_TOKENS)
+        eos_id, pad_id = _special_id(model, _EOS_TOKENS), _special_id(model, _PAD_TOKENS)
+        if eos_id is None:
+            raise UserError(f"{where} has no eos token (looked for {', '.join(_EOS_TOKENS)})")
+        self.eos_id, self.pad_id = eos_id, eos_id if pad_id is None else pad_id
+        self.vocab_size = 1 + max(model.get_vocab(with_added_tokens=True).values())
+        model.encode_special_tokens = True
+        model.no_padding()
+        self._file = model.to_str(pretty=False)
+        model.no_truncation()
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], context_length: int) -> SubwordTokenizer:
+        """Reads a tokenizer.json.
+
+        Raises:
+          UserError: if the file does not exist, is not one, or lacks special tokens.
+        """
+        library = base.import_tokenizers()
+        content = files.read(path, "subword")
+        try:
+            model = library.Tokenizer.from_str(content.decode())
+        except Exception as error:  # the library raises plain Exception for every kind of damage
+            reason = str(error).splitlines()[0]
+            raise UserError(f"{path} is not a tokenizer.json that can be read: {reason}") from None
+        return cls(model, context_length, str(path))
+
+    def __call__(self, texts: Sequence[str | bytes]) -> np.ndarray:
+        return base.frame(self.encode(texts), self)
+
+    def encode(self, texts: Sequence[str | bytes]) -> list[list[int]]:
+        batch = [base.as_text(text) for text in texts]
+        encodings = self._model.encode_batch_fast(batch, add_special_tokens=False)
+        return [encoding.ids for encoding in encodings]
+
+    def decode(self, ids: np.ndarray) -> list[str]:
+        return self._model.decode_batch(
+            [row.tolist() for row in base.up_to_eos(ids, self.eos_id)], skip_special_tokens=True
+        )
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        files.write_whole(path, self._file)
+
+    def to_json(self, lowercase: bool) -> str:
+        model = base.import_tokenizers().Tokenizer.from_str(self._file)
+        return base.framing_json(model, self, lowercase)
+
+
+def train_subword(
+    texts: Iterable[str | bytes], vocab_size: int, context_length: int
+) -> SubwordTokenizer:
+    """Trains a byte-level BPE (Sennrich et al. 2016; Radford et al. 2019), which any text survives.
+
+    Args:
+      texts: what to train on; the same texts in any order give the same tokenizer.
+      vocab_size: an upper bound; few texts give fewer tokens.
+      context_length: the length of the rows of ids.
+
+    Raises:
+      UserError: for a vocabulary that does not hold the 256 bytes and 3 special tokens, or no text.
+    """
+    if vocab_size < _MIN_VOCAB:
+        raise UserError(
+            f"tokenizer.vocab_size={vocab_size} must be at least {_MIN_VOCAB}: "
+            f"256 bytes and {len(base.SPECIAL_TOKENS)} special tokens"
+        )
+    library = base.import_tokenizers()
+    sorted_texts = sorted(base.as_text(text) for text in texts)
+    if not any(sorted_texts):
+        raise UserError("there is no text to train a tokenizer on")
+    model = library.Tokenizer(library.models.BPE())
+    model.pre_tokenizer = library.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    model.decoder = library.decoders.ByteLevel()
+    trainer = library.trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=list(base.SPECIAL_TOKENS),
+        initial_alphabet=sorted(library.pre_tokenizers.ByteLevel.alphabet()),
+        min_frequency=2,
+        show_progress=False,
+    )
+    model.train_from_iterator(sorted_texts, trainer)
+    return SubwordTokenizer(model, context_length, "the trained tokenizer")
+
+
+def _special_id(model: tokenizers.Tokenizer, names: Sequence[str]) -> int | None:
+    """The id of the first of these names that the model has."""
+    ids = (model.token_to_id(name) for name in names)
+    return next((token_id for token_id in ids if token_id is not None), None)
