@@ -34,7 +34,7 @@ FALLBACK_FONTS = (
 )
 _ACROSS = 8  # images side by side
 _CELL, _GAP, _TOP = 1.25, 0.1, 0.6  # inches: an image, between images, titles
-_TEXT, _FONT = 0.95, 6.5  # inches, at most, and points: what is written under an image
+_TEXT, _FONT = 1.5, 6.5  # inches, at most, and points: what is written under an image
 _LINE = _FONT * LINE_SPACING / 72  # inches
 _PANELS = 4
 _MOST_BINS = 40
