@@ -197,18 +197,30 @@ def test_a_mixture_is_looked_at_source_by_source(folder, tmp_path):
     assert picture(tmp_path / "out" / "contact_sheet.png").std() > 20
 
 
-def test_data_without_text_or_encoded_images(tmp_path):
-    arrays = {"image": np.zeros((6, 5, 7, 3), np.uint8), "label": np.arange(6)}
-    arrays["image"][3] = 9
+def statistics_of(data):
     found = inspect_scan.scan(
-        {"source": "arrays", "arrays": arrays},
+        {**data, "max_bad_fraction": 1.0},
         inspect_scan.Tokenizers({}, lambda: iter(())),
         count=10,
         seed=0,
         begin=lambda count: None,
         advance=lambda count: None,
     )
-    stats = inspect_scan.statistics(found, None)
+    return inspect_scan.statistics(found, None)
+
+
+@pytest.mark.parametrize("preprocess", [{}, {"lowercase": {}}])
+def test_empty_texts_are_counted(preprocess):
+    arrays = {"text": ["one", "", "three", "four", ""]}
+    stats = statistics_of({"source": "arrays", "arrays": arrays, "preprocess": preprocess})
+    assert stats["text"]["empty"] == 2 and stats["scanned"] == 5
+    assert "tokens" not in stats["text"] and "image" not in stats
+
+
+def test_data_without_text_or_encoded_images(tmp_path):
+    arrays = {"image": np.zeros((6, 5, 7, 3), np.uint8), "label": np.arange(6)}
+    arrays["image"][3] = 9
+    stats = statistics_of({"source": "arrays", "arrays": arrays})
     assert "text" not in stats and stats["scanned"] == 6 and stats["bad"] == {}
     assert stats["image"]["aspect_ratio"]["mean"] == pytest.approx(7 / 5)
     assert stats["image"]["encoded_bytes"] is None

@@ -110,6 +110,7 @@ def scan(
     Raises:
       UserError: a mistake in the config.
     """
+    data = {key: value for key, value in data.items() if key != "batch_ops"}  # they mix examples
     source = build_source(data)
     found = Scan(len(source), min(count, len(source)))
     begin(found.read)
@@ -197,7 +198,7 @@ def statistics(found: Scan, context_length: int | None) -> dict[str, Any]:
         "bad": dict(found.bad.most_common()),
         "bad_share": sum(found.bad.values()) / found.read,
     }
-    empty = found.bad[faults.EMPTY_TEXT]
+    empty = found.bad[faults.EMPTY_TEXT] + found.characters.count(0)
     if found.characters or empty:
         text = {"empty": empty, "characters": summary(found.characters)}
         if found.tokens and context_length is not None:
