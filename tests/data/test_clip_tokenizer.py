@@ -7,13 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import corpus
 import numpy as np
 import pytest
 import tokenizers
-
-sys.path.insert(0, str(Path(__file__).resolve().parent))  # for `corpus`
-
-import corpus
 
 from vlp_jax.data.tokenizers import ClipTokenizer, build_tokenizer
 from vlp_jax.data.tokenizers.clip import MAX_MERGES, clean

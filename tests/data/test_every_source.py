@@ -10,6 +10,7 @@ import pytest
 from vlp_jax.data.pipeline import EvalPipeline, TrainPipeline
 from vlp_jax.data.sources import build_source
 from vlp_jax.data.tokenizers import ByteTokenizer
+from vlp_jax.errors import UserError
 
 COUNT, BATCH = 101, 8
 ROWS = corpora.examples(COUNT)
@@ -146,3 +147,32 @@ def test_a_process_reads_few_blocks(tmp_path, monkeypatch):
     groups = len(build_source(data).blocks().sizes)
     assert os.path.exists(tmp_path / "parquet") and groups >= 56
     assert len(read) < groups / 4 + 20  # threads read a few chunks ahead
+
+
+def test_pairs_are_mixed_within_a_batch_whatever_the_processes(tmp_path):
+    data = corpora.config("tfrecord", tmp_path, ROWS, lanes=2)
+    mixed = {**data, "batch_ops": {"mixup": {"alpha": 0.4, "num_classes": 3}}}
+    plain, blended = take(pipeline(data), 3), take(pipeline(mixed), 3)
+    spec = pipeline(mixed).batch_spec()
+    assert spec["label"] == ((BATCH, 3), np.dtype(np.float32))
+    for before, after in zip(plain, blended, strict=True):
+        for first in range(0, BATCH, 2):
+            a, b = before["image"][first : first + 2].astype(float)
+            # The share that the labels tell is the share of the pixels.
+            own = before["label"][first]
+            other = before["label"][first + 1]
+            if own != other:
+                share = after["label"][first, own]
+                np.testing.assert_allclose(
+                    after["image"][first], share * a + (1 - share) * b, atol=1.01
+                )
+        np.testing.assert_allclose(after["label"].sum(axis=1), 1, atol=1e-6)
+    parts = [take(pipeline(mixed, process_index=i, process_count=2), 3) for i in range(2)]
+    for number, batch in enumerate(blended):
+        for name in batch:
+            joined = np.concatenate([part[number][name] for part in parts])
+            np.testing.assert_array_equal(joined, batch[name])
+    with pytest.raises(UserError, match="an even number"):
+        pipeline(mixed, process_count=8)
+    with pytest.raises(UserError, match="did you mean 'mixup'"):
+        pipeline({**data, "batch_ops": {"mixxup": {}}})

@@ -1,17 +1,12 @@
 """SentencePiece models: their ids, their files, and what others get of them."""
 
 import json
-import sys
-from pathlib import Path
 
+import corpus
 import numpy as np
 import pytest
 import sentencepiece
 import tokenizers
-
-sys.path.insert(0, str(Path(__file__).resolve().parent))  # for `corpus`
-
-import corpus
 
 from vlp_jax.data.tokenizers import (
     SentencePieceTokenizer,

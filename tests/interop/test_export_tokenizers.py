@@ -1,17 +1,11 @@
 """Runs with CLIP's tokenizer and with SentencePiece: what others read of a text afterwards."""
 
-import sys
-from pathlib import Path
-
+import corpus
 import numpy as np
 import open_clip
 import pytest
 import runs
 import transformers
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "data"))  # for `corpus`
-
-import corpus
 
 from vlp_jax import export
 from vlp_jax.data.tokenizers import build_tokenizer

@@ -1,19 +1,14 @@
 """Our tokenizers against those of open_clip and transformers, on a thousand captions."""
 
 import html
-import sys
 import unicodedata
-from pathlib import Path
 
+import corpus
 import ftfy
 import numpy as np
 import open_clip
 import pytest
 import transformers
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "data"))  # for `corpus`
-
-import corpus
 
 from vlp_jax.data.tokenizers import SentencePieceTokenizer, build_tokenizer
 from vlp_jax.data.tokenizers.clip import clean

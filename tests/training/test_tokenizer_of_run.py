@@ -3,17 +3,12 @@
 import base64
 import importlib.util
 import json
-import sys
-from pathlib import Path
 
+import corpus
 import numpy as np
 import pytest
 from etils import epath
 from ml_collections import ConfigDict
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "data"))  # for `corpus`
-
-import corpus
 
 from vlp_jax import config as config_lib
 from vlp_jax.errors import UserError

@@ -8,12 +8,15 @@ processes share a batch, as long as each has an even number of its examples.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
-from vlp_jax.errors import UserError
+from vlp_jax.data.sources.base import as_plain
+from vlp_jax.errors import UserError, unknown_key_message
 
 Spec = dict[str, tuple[tuple[int, ...], np.dtype]]
 
@@ -159,4 +162,34 @@ def mixup(
     return MixUp(alpha, num_classes, label_field, cutmix_alpha)
 
 
+# In the order in which they run.
 BATCH_OPS: dict[str, Callable[..., MixUp]] = {"mixup": mixup}
+
+
+def build_batch_ops(config: Mapping[str, Any] | None, local_size: int) -> list[MixUp]:
+    """The operations that a config's `batch_ops` names, a mapping of names to arguments.
+
+    Args:
+      local_size: examples of a batch that a process has.
+
+    Raises:
+      UserError: for an unknown operation or argument, a value that it refuses, or an odd number of
+        examples.
+    """
+    chosen = as_plain(config or {})
+    for name, arguments in chosen.items():
+        if name not in BATCH_OPS:
+            raise UserError(unknown_key_message(str(name), BATCH_OPS, "data.batch_ops"))
+        parameters = inspect.signature(BATCH_OPS[name]).parameters
+        for key in arguments:
+            if key not in parameters:
+                raise UserError(unknown_key_message(key, parameters, f"data.batch_ops.{name}"))
+        for key, parameter in parameters.items():
+            if key not in arguments and parameter.default is parameter.empty:
+                raise UserError(f"data.batch_ops.{name} needs {key}")
+    if chosen and local_size % 2:
+        raise UserError(
+            f"data.batch_ops mixes pairs, and a process has {local_size} examples of a batch: "
+            "choose a batch_size that gives every process an even number"
+        )
+    return [BATCH_OPS[name](**chosen[name]) for name in BATCH_OPS if name in chosen]

@@ -47,6 +47,14 @@ OPS: dict[str, Callable[..., Op]] = {
     "resize_shortest_and_random_crop": image_ops.resize_shortest_and_random_crop,
     "resize_shortest_and_center_crop": image_ops.resize_shortest_and_center_crop,
     "flip_left_right": image_ops.flip_left_right,
+    "random_rotation": image_ops.random_rotation,
+    "random_translation": image_ops.random_translation,
+    "rand_augment": image_ops.rand_augment,
+    "color_jitter": image_ops.color_jitter,
+    "grayscale": image_ops.grayscale,
+    "solarize": image_ops.solarize,
+    "gaussian_blur": image_ops.gaussian_blur,
+    "random_erasing": image_ops.random_erasing,
     "keep": keep,
 }
 

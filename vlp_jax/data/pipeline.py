@@ -18,7 +18,9 @@ from typing import Any
 
 import numpy as np
 
+from vlp_jax.data.batch_ops import build_batch_ops
 from vlp_jax.data.fault_log import Fault, FaultLog
+from vlp_jax.data.order import example_seeds
 from vlp_jax.data.schedule import Layout, Mixture, Schedule, check_weights
 from vlp_jax.data.sources.base import FieldSpec, as_plain
 from vlp_jax.data.stream import Chunk, Positions, Report, Stream
@@ -32,7 +34,7 @@ BatchSpec = dict[str, tuple[tuple[int, ...], np.dtype]]
 
 MIXTURE = "mixture"
 MAX_BAD_FRACTION = 0.1
-_MIXTURE_KEYS = ("source", "parts", "max_bad_fraction")
+_MIXTURE_KEYS = ("source", "parts", "max_bad_fraction", "batch_ops")
 _ONE = "data"  # the name of the source of a config that is no mixture
 
 
@@ -84,9 +86,12 @@ class _Pipeline:
                 )
         return first[1].arrays
 
-    def _batch_spec(self) -> BatchSpec:
+    def _example_spec(self) -> BatchSpec:
+        return {name: (spec.shape, spec.dtype) for name, spec in self._arrays.items()}
+
+    def _batch_spec(self, example: BatchSpec) -> BatchSpec:
         size = self._schedule.layout.batch_size
-        return {name: ((size, *spec.shape), spec.dtype) for name, spec in self._arrays.items()}
+        return {name: ((size, *shape), dtype) for name, (shape, dtype) in example.items()}
 
     def _read(
         self, first: int, batches: int | None, end: int | None = None
@@ -184,7 +189,8 @@ class TrainPipeline(_Pipeline):
 
         Args:
           config: see `vlp_jax.data.sources.build_source`, `stream.make_order` and, for
-            `max_bad_fraction`, `FaultLog`; `preprocess` as `ops.build_ops` takes it. Or a mixture:
+            `max_bad_fraction`, `FaultLog`; `preprocess` as `ops.build_ops` takes it, `batch_ops`
+            as `batch_ops.build_batch_ops`. Or a mixture:
             `source` is "mixture", and `parts` maps names to data configs that have a `weight` each;
             an epoch of it is as many examples as its parts hold together.
           tokenizer: for `text`; None if the text is tokens already or not wanted.
@@ -217,10 +223,15 @@ class TrainPipeline(_Pipeline):
         mixture = Mixture.of_weights(weights, lanes)
         faults = FaultLog(config.get("max_bad_fraction", MAX_BAD_FRACTION))
         super().__init__(streams, Schedule(layout, mixture), faults, replace=True)
+        self._seed = seed
+        self._batch_ops = build_batch_ops(config.get("batch_ops"), layout.local_size)
+        self._spec = self._example_spec()
+        for op in self._batch_ops:
+            self._spec = op.output_spec(self._spec)
 
     def batch_spec(self) -> BatchSpec:
         """Shape and dtype of every array of a global batch; reads no examples."""
-        return self._batch_spec()
+        return self._batch_spec(self._spec)
 
     def batches(self, start_step: int = 0) -> Iterator[Batch]:
         """This process's part of the global batches from number `start_step` on.
@@ -230,7 +241,12 @@ class TrainPipeline(_Pipeline):
         Raises:
           UserError: while iterating, for files that cannot be read, or too many bad examples.
         """
-        for batch, _ in self._read(start_step, None):
+        layout, count = self._schedule.layout, len(self._batch_ops)
+        for number, (batch, _) in enumerate(self._read(start_step, None), start_step):
+            places = layout.places + number * layout.batch_size
+            seeds = example_seeds(self._seed + 1, places, count) if count else ()
+            for which, op in enumerate(self._batch_ops):
+                batch = op(batch, seeds[:, which])
             yield batch
 
     def bad_records(self, before: int | None = None) -> dict[tuple[str, str], int]:
@@ -260,7 +276,7 @@ class EvalPipeline(_Pipeline):
         process_count: int = 1,
         extra_fields: Sequence[str] = (),
     ) -> None:
-        """As `TrainPipeline`; a mixture cannot be evaluated.
+        """As `TrainPipeline`; a mixture cannot be evaluated, and `batch_ops` are left out.
 
         Args:
           extra_fields: further fields that batches shall hold as object arrays [b]: strings as
@@ -292,7 +308,7 @@ class EvalPipeline(_Pipeline):
     def batch_spec(self) -> BatchSpec:
         """Shape and dtype of every numeric array of a global batch; reads no examples."""
         mask = ((self._schedule.layout.batch_size,), np.dtype(bool))
-        return {**self._batch_spec(), "mask": mask}
+        return {**self._batch_spec(self._example_spec()), "mask": mask}
 
     def batches(self) -> Iterator[Batch]:
         """This process's part of all batches; may be called again.

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
-from vlp_jax.data.image_ops.checks import decoded_image
+from vlp_jax.data.image_ops import pixels
+from vlp_jax.data.image_ops.checks import check_fill, check_number, decoded_image
 from vlp_jax.data.lazy_tensorflow import import_tensorflow
 from vlp_jax.errors import UserError
 
@@ -45,5 +47,62 @@ def flip_left_right(unless_text: str | None = r"\b(left|right)\b") -> Op:
             flip &= ~tf.strings.regex_full_match(example["text"], pattern)
         flipped = tf.cond(flip, lambda: tf.reverse(image, [1]), lambda: image)
         return {**example, "image": tf.ensure_shape(flipped, image.shape)}
+
+    return apply
+
+
+def random_rotation(
+    degrees: float, interpolation: str = "bilinear", fill: int | tuple[int, int, int] = 0
+) -> Op:
+    """Turns about the middle by an angle drawn evenly from [-degrees, degrees].
+
+    No text is looked at: by more than a few degrees "above" and "below", "left" and "right" in a
+    caption become wrong, and by 90 exchanged. Keep it small, or for images without captions.
+
+    Args:
+      degrees: from 0 to 180.
+      interpolation: "nearest" or "bilinear".
+      fill: the colour, or grey, of corners that come from outside.
+    """
+    op = "random_rotation"
+    check_number(op, degrees, "degrees", 0, 180)
+    if interpolation not in ("nearest", "bilinear"):
+        raise UserError(f"{op}: interpolation {interpolation!r} is not one of nearest, bilinear")
+    color = check_fill(op, fill)
+
+    def apply(example: Example, seed: tf.Tensor) -> Example:
+        tf = import_tensorflow()
+        image = decoded_image(example, op)
+        angle = tf.random.stateless_uniform([], seed, -1.0, 1.0) * (degrees * math.pi / 180)
+        moved = pixels.affine(image, rotation(angle), tf.zeros([2]), interpolation, color)
+        return {**example, "image": moved}
+
+    return apply
+
+
+def rotation(angle: tf.Tensor) -> tf.Tensor:
+    """The matrix of `pixels.affine` that turns an image counterclockwise, by radians."""
+    tf = import_tensorflow()
+    cosine, sine = tf.cos(angle), tf.sin(angle)
+    return tf.stack([tf.stack([cosine, -sine]), tf.stack([sine, cosine])])
+
+
+def random_translation(fraction: float, fill: int | tuple[int, int, int] = 0) -> Op:
+    """Shifts by whole pixels, drawn evenly up to `fraction` of each side, in all four directions.
+
+    Args:
+      fraction: from 0 to 1.
+      fill: the colour, or grey, of what comes from outside.
+    """
+    op = "random_translation"
+    check_number(op, fraction, "fraction", 0, 1)
+    color = check_fill(op, fill)
+
+    def apply(example: Example, seed: tf.Tensor) -> Example:
+        tf = import_tensorflow()
+        image = decoded_image(example, op)
+        sides = tf.cast(tf.shape(image)[1::-1], tf.float32)
+        shift = tf.round(tf.random.stateless_uniform([2], seed, -1.0, 1.0) * fraction * sides)
+        return {**example, "image": pixels.affine(image, tf.eye(2), shift, "nearest", color)}
 
     return apply

@@ -33,7 +33,7 @@ FOREIGN_NAMES = ("array_record", "parquet", "tfrecord")
 # behind `fields` are read by the pipeline.
 COMMON_KEYS = (
     *("source", "where", "limit", "fields"),
-    *("preprocess", "order", "lanes", "window", "max_bad_fraction"),
+    *("preprocess", "batch_ops", "order", "lanes", "window", "max_bad_fraction"),
 )
 
 

@@ -1,0 +1,172 @@
+"""Random changes of colour and sharpness, and erasing, on uint8 RGB [h, w, 3]."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from vlp_jax.data.image_ops import pixels
+from vlp_jax.data.image_ops.checks import (
+    check_fill,
+    check_number,
+    check_range,
+    decoded_image,
+)
+from vlp_jax.data.lazy_tensorflow import import_tensorflow
+from vlp_jax.errors import UserError
+
+if TYPE_CHECKING:
+    import tensorflow as tf
+
+    from vlp_jax.data.lazy_tensorflow import Example, Op
+
+
+def random_op(
+    name: str, probability: float, change: Callable[[tf.Tensor, tf.Tensor], tf.Tensor]
+) -> Op:
+    """The operation that applies `change` (image, seed) with a probability."""
+    check_number(name, probability, "probability", 0, 1)
+
+    def apply(example: Example, seed: tf.Tensor) -> Example:
+        tf = import_tensorflow()
+        image = decoded_image(example, name)
+        whether, how = tf.unstack(tf.random.split(seed, 2))
+
+        def changed() -> tf.Tensor:
+            return tf.ensure_shape(change(image, how), image.shape)
+
+        if probability < 1:
+            chosen = tf.random.stateless_uniform([], whether) < probability
+            return {**example, "image": tf.cond(chosen, changed, lambda: image)}
+        return {**example, "image": changed()}
+
+    return apply
+
+
+def color_jitter(
+    brightness: float = 0.0,
+    contrast: float = 0.0,
+    saturation: float = 0.0,
+    hue: float = 0.0,
+    probability: float = 1.0,
+) -> Op:
+    """Changes colours at random, in a random order, as torchvision's ColorJitter does.
+
+    Args:
+      brightness, contrast, saturation: a factor is drawn evenly from [max(0, 1 - it), 1 + it].
+      hue: a turn is drawn evenly from [-it, it]; at most 0.5, half of the way round.
+      probability: of changing an image at all.
+    """
+    limits = {"brightness": brightness, "contrast": contrast, "saturation": saturation}
+    for name, value in limits.items():
+        check_number("color_jitter", value, name, 0)
+    check_number("color_jitter", hue, "hue", 0, 0.5)
+    ranges = [(max(0.0, 1 - limit), 1 + limit) for limit in limits.values()] + [(-hue, hue)]
+    functions = [pixels.brightness, pixels.contrast, pixels.saturation, pixels.hue]
+    used = [n for n, (low, high) in enumerate(ranges) if low < high]
+    if not used:
+        raise UserError("color_jitter: all strengths are 0; leave the operation out")
+
+    def change(image: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
+        tf = import_tensorflow()
+        draw, shuffle = tf.unstack(tf.random.split(seed, 2))
+        uniform = tf.unstack(tf.random.stateless_uniform([4], draw))
+        order = tf.argsort(tf.random.stateless_uniform([len(used)], shuffle))
+
+        def step(number: int, image: tf.Tensor) -> tf.Tensor:
+            low, high = ranges[number]
+            return functions[number](image, low + (high - low) * uniform[number])
+
+        for place in range(len(used)):
+            branches = [lambda n=number, i=image: step(n, i) for number in used]
+            image = tf.switch_case(order[place], branches)
+        return image
+
+    return random_op("color_jitter", probability, change)
+
+
+def grayscale(probability: float = 0.1) -> Op:
+    """Turns an image grey (three equal colours) with a probability."""
+
+    def change(image: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
+        del seed
+        return import_tensorflow().tile(pixels.luma(image), [1, 1, 3])
+
+    return random_op("grayscale", probability, change)
+
+
+def gaussian_blur(probability: float = 0.5, min_sigma: float = 0.1, max_sigma: float = 2.0) -> Op:
+    """Blurs with a probability; the standard deviation, in pixels, is drawn evenly.
+
+    The kernel ends at three times `max_sigma`. The defaults are those of Chen et al. 2020 (SimCLR,
+    appendix A).
+    """
+    check_range("gaussian_blur", min_sigma, max_sigma, "sigma")
+    radius = math.ceil(3 * max_sigma)
+
+    def change(image: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
+        tf = import_tensorflow()
+        sigma = tf.random.stateless_uniform([], seed, min_sigma, max_sigma + 1e-6)
+        return pixels.blur(image, sigma, radius)
+
+    return random_op("gaussian_blur", probability, change)
+
+
+def solarize(probability: float = 0.2, threshold: int = 128) -> Op:
+    """Inverts, with a probability, the numbers that are at least the threshold."""
+    check_number("solarize", threshold, "threshold", 0, 256)
+    return random_op(
+        "solarize", probability, lambda image, seed: pixels.solarize(image, float(threshold))
+    )
+
+
+def random_erasing(
+    probability: float = 0.5,
+    min_area: float = 0.02,
+    max_area: float = 1 / 3,
+    min_ratio: float = 0.3,
+    max_ratio: float = 1 / 0.3,
+    fill: int | tuple[int, int, int] | str = "random",
+) -> Op:
+    """Covers a random rectangle with a probability (Zhong et al. 2020, algorithm 1).
+
+    Args:
+      probability: of covering anything.
+      min_area, max_area: of the rectangle, as fractions of the image's.
+      min_ratio, max_ratio: height over width; the logarithm is drawn evenly, as timm does. Of 10
+        rectangles the first that fits is taken; if none does the image stays.
+      fill: a colour, a grey, or "random" for a random number in every place.
+    """
+    op = "random_erasing"
+    check_range(op, min_area, max_area, "area", 1)
+    check_range(op, min_ratio, max_ratio, "ratio")
+    color = None if fill == "random" else check_fill(op, fill)
+    logs = math.log(min_ratio), math.log(max_ratio)
+
+    def change(image: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
+        tf = import_tensorflow()
+        draw, noise = tf.unstack(tf.random.split(seed, 2))
+        sides = tf.shape(image)[:2]
+        u = tf.random.stateless_uniform([10, 4], draw)
+        area = (min_area + (max_area - min_area) * u[:, 0]) * tf.cast(
+            tf.reduce_prod(sides), tf.float32
+        )
+        ratio = tf.exp(logs[0] + (logs[1] - logs[0]) * u[:, 1])
+        extents = tf.stack([tf.sqrt(area * ratio), tf.sqrt(area / ratio)], 1)
+        extents = tf.maximum(tf.cast(tf.round(extents), tf.int32), 1)
+        fits = tf.reduce_all(extents <= sides, 1)
+        chosen = tf.argmax(fits)
+        extent = tf.where(fits[chosen], extents[chosen], 0)
+        free = tf.cast(sides - extent + 1, tf.float32)
+        begin = tf.cast(tf.floor(u[chosen, 2:] * free), tf.int32)
+        rows = tf.range(sides[0])[:, None] - begin[0]
+        columns = tf.range(sides[1])[None] - begin[1]
+        inside = (rows >= 0) & (rows < extent[0]) & (columns >= 0) & (columns < extent[1])
+        cover = tf.constant(color or (0, 0, 0), tf.uint8)
+        if color is None:
+            bits = tf.random.stateless_uniform(tf.shape(image), noise, 0, 256, tf.int32)
+            cover = tf.cast(bits, tf.uint8)
+        return tf.where(inside[..., None], cover, image)
+
+    return random_op(op, probability, change)
