@@ -3,7 +3,7 @@
 `tf.raw_ops.ScaleAndTranslate` computes it, but its pass along columns handles the three numbers of
 one pixel at a time, and its pass along rows hands every few rows to a pool of threads. So each pass
 is a call of its own whose "pixels" are whole rows, on the image and then on its transpose, which
-takes a third of the time (docs/data_images.md). Float32 throughout, rounded once.
+takes less than half of the time (docs/data_images.md). Float32 throughout, rounded once.
 """
 
 from __future__ import annotations
