@@ -120,14 +120,14 @@ def test_too_many_end_the_run(kind, tmp_path):
 
 
 def test_wrong_checksums_and_damaged_row_groups(tmp_path):
-    data = corpora.config("tfrecord", tmp_path, corpora.examples(40), shards=1)
+    data = corpora.config("tfrecord", tmp_path, corpora.examples(48), shards=1)
     (file,) = (tmp_path / "tfrecord").iterdir()
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
     pipe = pipeline(data)
     take(pipe, 3)
-    assert pipe.bad_records(before=2) | pipe.bad_records() == {("data", "unreadable record"): 1}
+    assert pipe.bad_records() == {("data", "unreadable record"): 1}
 
 
 def test_a_passing_fault_is_read_again(tmp_path, monkeypatch, caplog):

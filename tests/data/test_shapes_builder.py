@@ -29,6 +29,8 @@ def data_dir(tmp_path_factory):
 def tiny(data_dir):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        # That of protobuf 6 to tensorflow_datasets.
+        warnings.filterwarnings("ignore", message=r"label\(\) is deprecated")
         return builder_lib.prepare("tiny", data_dir)
 
 

@@ -8,6 +8,7 @@ cache folder when they are first needed.
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import gzip
 import hashlib
@@ -312,12 +313,16 @@ class LocalCopies:
         unfinished.replace(target)
 
     def _make_room(self, keep: Path) -> None:
-        files = [(f.stat().st_mtime, f.stat().st_size, f) for f in self._folder.iterdir()]
-        total = sum(size for _, size, _ in files)
-        for _, size, file in sorted(files):
+        found = []
+        for file in self._folder.iterdir():
+            with contextlib.suppress(FileNotFoundError):  # another thread or process was quicker
+                stat = file.stat()
+                found.append((stat.st_mtime, stat.st_size, file))
+        total = sum(size for _, size, _ in found)
+        for _, size, file in sorted(found):
             if total <= self._capacity or file == keep:
                 break
-            file.unlink(missing_ok=True)  # another process may have done so
+            file.unlink(missing_ok=True)
             total -= size
 
 
