@@ -252,7 +252,7 @@ def run(dataset: tf.data.Dataset) -> Iterator[dict[str, np.ndarray]]:
     tf = import_tensorflow()
     options = tf.data.Options()
     options.deterministic = True
-    options.threading.private_threadpool_size = os.cpu_count() or 1
+    options.threading.private_threadpool_size = len(os.sched_getaffinity(0))
     # One operation on one example is too little work to share among threads.
     options.threading.max_intra_op_parallelism = 1
     yield from dataset.prefetch(2).with_options(options).as_numpy_iterator()

@@ -64,17 +64,14 @@ class WebDatasetSource(Source):
         """What the first samples hold."""
         extensions: set[str] = set()
         documents: list[Any] = []
-        pieces, rows = self._shards.locate(np.arange(min(_LOOKED_AT, len(self))))
-        for piece, row in zip(pieces.tolist(), rows.tolist(), strict=True):
+        for piece, row in self._first_samples():
             index = self._shards.index(piece)
-            if row >= len(index["fault"]) or index["fault"][row]:
-                continue
             present = index["extension"][index["size"][row] >= 0].tolist()
             extensions.update(present)
             if "json" in present:
                 documents.append(_parsed_json(self._content(piece, row, "json")))
         if not extensions:
-            raise UserError(f"data.path={self.path!r}: the first samples are all damaged")
+            raise UserError(f"data.path={self.path!r}: all samples are damaged")
         fields = {"image": STRING} if extensions & set(IMAGE_EXTENSIONS) else {}
         fields |= {"text": STRING} if "txt" in extensions else {}
         fields["id"] = STRING
@@ -85,6 +82,16 @@ class WebDatasetSource(Source):
                 if spec is not None:
                     fields.setdefault(f"json.{name}", spec)
         return fields
+
+    def _first_samples(self) -> list[tuple[int, int]]:
+        """(piece, row) of some sound samples, of one shard if it has any: each may be a download."""
+        for piece, shard in enumerate(self._shards.pieces):
+            rows = range(shard.skip, shard.skip + min(shard.count, _LOOKED_AT))
+            sound = np.flatnonzero(self._shards.index(piece)["fault"] == 0)
+            found = [(piece, row) for row in rows if row in sound]
+            if found:
+                return found
+        return []
 
     def __len__(self) -> int:
         return len(self._shards)
