@@ -304,4 +304,6 @@ def _smoke_data(data: ConfigDict, split: str, image_size: int | None) -> ConfigD
             op.update({"size": image_size} if "size" in op else {})
             for key in {"field", "fields", "weights"} & set(op) if name == "choose_text" else ():
                 del op[key]  # it was that of the other data
+        if "choose_text" not in small.preprocess:
+            small.preprocess.choose_text = ConfigDict()  # the other data had a text of its own
     return small

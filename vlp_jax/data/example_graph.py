@@ -252,10 +252,17 @@ def run(dataset: tf.data.Dataset) -> Iterator[dict[str, np.ndarray]]:
     tf = import_tensorflow()
     options = tf.data.Options()
     options.deterministic = True
-    options.threading.private_threadpool_size = len(os.sched_getaffinity(0))
+    options.threading.private_threadpool_size = _processors()
     # One operation on one example is too little work to share among threads.
     options.threading.max_intra_op_parallelism = 1
     yield from dataset.prefetch(2).with_options(options).as_numpy_iterator()
+
+
+def _processors() -> int:
+    """How many this process may use; of all there are, where the system does not say."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def choose_outputs(specs: Mapping[str, FieldSpec], extra_fields: Sequence[str]) -> list[str]:

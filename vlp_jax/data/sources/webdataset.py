@@ -84,7 +84,7 @@ class WebDatasetSource(Source):
         return fields
 
     def _first_samples(self) -> list[tuple[int, int]]:
-        """(piece, row) of some sound samples, of one shard if it has any: each may be a download."""
+        """(piece, row) of some sound samples, of the first shard that has any."""
         for piece, shard in enumerate(self._shards.pieces):
             rows = range(shard.skip, shard.skip + min(shard.count, _LOOKED_AT))
             sound = np.flatnonzero(self._shards.index(piece)["fault"] == 0)
