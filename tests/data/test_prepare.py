@@ -33,6 +33,7 @@ from prepare_cases import (  # noqa: E402
 )
 
 from tools import prepare_data  # noqa: E402
+from vlp_jax.data import files  # noqa: E402
 from vlp_jax.data.prepare import job as jobs  # noqa: E402
 from vlp_jax.data.prepare import paths  # noqa: E402
 from vlp_jax.errors import UserError  # noqa: E402
@@ -267,7 +268,7 @@ def test_urls_and_examples_per_shard(tmp_path):
 
     pattern, fields, ids = write_tars(tmp_path / "in")
     fs = fsspec.filesystem("memory")
-    for path in paths.expand_braces(pattern):
+    for path in files.expand_braces(pattern):
         fs.pipe_file(f"/data/in/{Path(path).name}", Path(path).read_bytes())
     url = "memory://data/in/{00000..00002}.tar"
     job = make_job(url, "webdataset", "memory://data/out", fields=fields, examples_per_shard=7)
@@ -282,11 +283,11 @@ def test_urls_and_examples_per_shard(tmp_path):
 
 
 def test_brace_ranges():
-    assert paths.expand_braces("a{08..10}.{tar,zip}") == [
+    assert files.expand_braces("a{08..10}.{tar,zip}") == [
         f"a{n}.{e}" for n in ("08", "09", "10") for e in ("tar", "zip")
     ]
-    assert paths.expand_braces("{9..11}") == ["9", "10", "11"]
-    assert paths.expand_braces("plain") == ["plain"]
+    assert files.expand_braces("{9..11}") == ["9", "10", "11"]
+    assert files.expand_braces("plain") == ["plain"]
 
 
 def test_a_folder_a_glob_and_links_find_the_same_files(tmp_path):

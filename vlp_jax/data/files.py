@@ -66,11 +66,20 @@ def expand(patterns: str | Sequence[str], suffix: str) -> list[str]:
     return sorted(found)
 
 
-def _expand_one(pattern: str, suffix: str) -> list[str]:
+def expand_braces(pattern: str) -> list[str]:
+    """What {a,b} and {000..041} stand for, in order; zeros in front are kept.
+
+    Raises:
+      UserError: for a brace that is not closed.
+    """
     try:
-        names = list(braceexpand.braceexpand(pattern))
+        return list(braceexpand.braceexpand(pattern, escape=False))
     except braceexpand.UnbalancedBracesError:
-        raise UserError(f"data.path={pattern!r} has a brace that is not closed") from None
+        raise UserError(f"{pattern} has a brace that is not closed") from None
+
+
+def _expand_one(pattern: str, suffix: str) -> list[str]:
+    names = expand_braces(pattern)
     found: list[str] = []
     missing: list[str] = []
     for name in names:

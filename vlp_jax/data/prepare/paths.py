@@ -8,19 +8,18 @@ from __future__ import annotations
 
 import itertools
 import os
-import re
 import shutil
 import uuid
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from vlp_jax.data.files import expand_braces
 from vlp_jax.errors import UserError
 
 if TYPE_CHECKING:
     import fsspec
 
 INSTALL = "pip install -r requirements-prepare.txt"
-_RANGE = re.compile(r"(\d+)\.\.(\d+)")
 
 
 def filesystem(path: str) -> tuple[fsspec.AbstractFileSystem, str]:
@@ -47,23 +46,6 @@ def is_local(path: str) -> bool:
 def absolute(path: str) -> str:
     """A local path made absolute, ~ expanded; a URL as it is, without a trailing slash."""
     return filesystem(path)[1] if is_local(path) else path.rstrip("/")
-
-
-def expand_braces(pattern: str) -> list[str]:
-    """What {a,b} and {000..041} stand for, in order; zeros in front are kept."""
-    found = re.search(r"\{([^{}]*)\}", pattern)
-    if found is None:
-        return [pattern]
-    numbers = _RANGE.fullmatch(found[1])
-    if numbers is not None:
-        first, last = int(numbers[1]), int(numbers[2])
-        width = len(numbers[1]) if numbers[1].startswith("0") else 0
-        step = 1 if first <= last else -1
-        choices = [f"{number:0{width}d}" for number in range(first, last + step, step)]
-    else:
-        choices = found[1].split(",")
-    before, after = pattern[: found.start()], pattern[found.end() :]
-    return [done for choice in choices for done in expand_braces(before + choice + after)]
 
 
 def find_files(patterns: Sequence[str], suffix: str) -> list[tuple[str, int]]:

@@ -13,6 +13,7 @@ import numpy as np
 
 from vlp_jax.data import faults
 from vlp_jax.data.files import retrying
+from vlp_jax.data.sources import columns
 from vlp_jax.data.sources.base import STRING, STRINGS, Blocks, FieldSpec, Source
 from vlp_jax.data.sources.manifest import find_pieces
 from vlp_jax.data.sources.records import empty_strings, file_fault
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
 MIB = 2**20
 WINDOW = 1  # row groups that are open at a time in a lane
 _INT = FieldSpec((), np.dtype(np.int64))
-_LIST_COUNT = "{}/count"
 
 
 @dataclass(frozen=True)
@@ -93,10 +93,7 @@ class ParquetSource(Source):
         return self._fields
 
     def record_fields(self) -> dict[str, FieldSpec]:
-        lists = {
-            _LIST_COUNT.format(name): _INT for name, spec in self._fields.items() if spec.shape
-        }
-        return {**self._fields, **lists, faults.FAULT: STRING}
+        return columns.record_fields(self._fields)
 
     def fetch(
         self, indices: np.ndarray, names: Sequence[str] | None = None
@@ -116,7 +113,7 @@ class ParquetSource(Source):
                 numbers = chosen[inside]
                 first = index["group_end"][group] - index["group_size"][group]
                 self._read_group(piece, group, places[numbers] - first, numbers, rows, found)
-        return {**dict(self._columns(rows, len(indices))), faults.FAULT: found}
+        return columns.pack(self._fields, rows, found)
 
     def _read_group(
         self,
@@ -131,16 +128,16 @@ class ParquetSource(Source):
         import pyarrow as pa
 
         path = self._shards.pieces[piece].path
-        columns = tuple(sorted(rows))
+        wanted = tuple(sorted(rows))
 
         def read() -> pa.Table:
             import pyarrow.parquet as pq
 
             with pq.ParquetFile(self._shards.local(piece)) as file:
-                return file.read_row_group(group, columns=list(columns))
+                return file.read_row_group(group, columns=list(wanted))
 
         try:
-            table = self._groups.get((path, group, columns), lambda: retrying(path, read))
+            table = self._groups.get((path, group, wanted), lambda: retrying(path, read))
         except (pa.ArrowException, pa.ArrowInvalid) as error:
             detail = f"row group {group}: {str(error).splitlines()[0]}"
             found[numbers] = faults.marked(faults.UNREADABLE, detail)
@@ -152,29 +149,8 @@ class ParquetSource(Source):
                 if values[number] is None:
                     found[number] = faults.marked(faults.MISSING_FIELD, f"{name!r} is null")
 
-    def _columns(self, rows: dict[str, list[Any]], count: int) -> Any:
-        """Every field of a record; those that were not asked for hold nothing."""
-        for name, spec in self._fields.items():
-            values = rows.get(name, [None] * count)
-            if spec.shape:
-                lists = [value or [] for value in values]
-                table = np.full((count, max(map(len, lists), default=0)), b"", object)
-                for row, texts in zip(table, lists, strict=True):
-                    row[: len(texts)] = texts
-                yield name, table
-                yield _LIST_COUNT.format(name), np.array([len(x) for x in lists], np.int64)
-            else:
-                column = np.empty(count, spec.dtype)
-                column[:] = [(b"" if spec.is_string else 0) if v is None else v for v in values]
-                yield name, column
-
     def parse(self, record: dict[str, tf.Tensor], names: Sequence[str]) -> dict[str, tf.Tensor]:
-        return {
-            name: record[name][: record[_LIST_COUNT.format(name)]]
-            if self._fields[name].shape
-            else record[name]
-            for name in names
-        }
+        return columns.parse(self._fields, record, names)
 
     def column(self, name: str) -> np.ndarray:
         chunks = [

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from vlp_jax.data import faults
+from vlp_jax.data.sources import columns
 from vlp_jax.data.sources.base import STRING, STRINGS, Blocks, FieldSpec, Source
 from vlp_jax.data.sources.manifest import find_pieces
 from vlp_jax.data.sources.records import empty_strings, file_fault
@@ -100,22 +101,20 @@ class WebDatasetSource(Source):
         return self._fields
 
     def record_fields(self) -> dict[str, FieldSpec]:
-        lists = {_count(name): _INT for name, spec in self._fields.items() if spec.shape}
-        return {**self._fields, **lists, faults.FAULT: STRING}
+        return columns.record_fields(self._fields)
 
     def fetch(
         self, indices: np.ndarray, names: Sequence[str] | None = None
     ) -> dict[str, np.ndarray]:
         indices = np.asarray(indices, np.int64)
         wanted = list(self._fields) if names is None else list(names)
-        rows: dict[str, list[Any]] = {name: [_NOTHING] * len(indices) for name in wanted}
+        rows: dict[str, list[Any]] = {name: [None] * len(indices) for name in wanted}
         found = empty_strings(len(indices))
         pieces, places = self._shards.locate(indices)
         for piece, chosen in group_by_piece(pieces):
             for number in chosen.tolist():
                 found[number] = self._sample(piece, int(places[number]), number, rows)
-        record = {name: column for name, column in self._columns(rows, len(indices))}
-        return {**record, faults.FAULT: found}
+        return columns.pack(self._fields, rows, found)
 
     def _sample(self, piece: int, row: int, number: int, rows: dict[str, list[Any]]) -> bytes:
         """Puts the fields of a sample into `rows`; returns its fault."""
@@ -123,7 +122,7 @@ class WebDatasetSource(Source):
         if row >= len(index["fault"]) or index["fault"][row]:
             beyond = row >= len(index["fault"])
             return file_fault(TRUNCATED if beyond else index["fault"][row])
-        document: Any = _NOTHING
+        document: Any = _UNREAD
         for name, column in rows.items():
             if name == "id":
                 column[number] = bytes(index["key"][row])
@@ -135,7 +134,7 @@ class WebDatasetSource(Source):
             if not key:
                 column[number] = raw if name != "cls" else _whole_number(raw)
             else:
-                document = _parsed_json(raw) if document is _NOTHING else document
+                document = _parsed_json(raw) if document is _UNREAD else document
                 column[number] = _value_of(document, key, self._fields[name])
             if column[number] is None:
                 return faults.marked(faults.MISSING_FIELD, f"it has no {name!r} that can be read")
@@ -153,28 +152,8 @@ class WebDatasetSource(Source):
                     return self._shards.opened.read(file, int(index["offset"][row, column]), size)
         return None
 
-    def _columns(self, rows: dict[str, list[Any]], count: int) -> Any:
-        """Every field of a record; those that were not asked for hold nothing."""
-        for name, spec in self._fields.items():
-            values = rows.get(name, [_NOTHING] * count)
-            if spec.shape:
-                lists = [[] if value is _NOTHING or value is None else value for value in values]
-                table = np.full((count, max(map(len, lists), default=0)), b"", object)
-                for row, texts in zip(table, lists, strict=True):
-                    row[: len(texts)] = texts
-                yield name, table
-                yield _count(name), np.array([len(texts) for texts in lists], np.int64)
-            else:
-                nothing = b"" if spec.is_string else 0
-                column = np.empty(count, spec.dtype)
-                column[:] = [nothing if v is _NOTHING or v is None else v for v in values]
-                yield name, column
-
     def parse(self, record: dict[str, tf.Tensor], names: Sequence[str]) -> dict[str, tf.Tensor]:
-        return {
-            name: record[name][: record[_count(name)]] if self._fields[name].shape else record[name]
-            for name in names
-        }
+        return columns.parse(self._fields, record, names)
 
     def column(self, name: str) -> np.ndarray:
         chunks = [
@@ -199,11 +178,7 @@ class WebDatasetSource(Source):
         self._shards.will_read(indices)
 
 
-_NOTHING = object()
-
-
-def _count(name: str) -> str:
-    return f"{name}/count"
+_UNREAD = object()
 
 
 def _parsed_json(raw: bytes | None) -> Mapping[str, Any] | None:

@@ -1,0 +1,66 @@
+"""Records whose columns are the fields themselves; lists of text are padded, with their lengths."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from vlp_jax.data import faults
+from vlp_jax.data.sources.base import STRING, FieldSpec
+
+if TYPE_CHECKING:
+    import tensorflow as tf
+
+_COUNT = FieldSpec((), np.dtype(np.int64))
+
+
+def record_fields(fields: Mapping[str, FieldSpec]) -> dict[str, FieldSpec]:
+    """The fields of the records that `pack` makes."""
+    counts = {_count_of(name): _COUNT for name, spec in fields.items() if spec.shape}
+    return {**fields, **counts, faults.FAULT: STRING}
+
+
+def pack(
+    fields: Mapping[str, FieldSpec],
+    rows: Mapping[str, Sequence[Any]],
+    found: np.ndarray,
+) -> dict[str, np.ndarray]:
+    """Records of n examples.
+
+    Args:
+      fields: all fields of the source: scalars, and lists of text.
+      rows: the values of some of them, n each; None where there is none.
+      found: the faults, byte strings [n].
+    """
+    record: dict[str, np.ndarray] = {}
+    for name, spec in fields.items():
+        values = rows.get(name, [None] * len(found))
+        if spec.shape:
+            lists = [value or [] for value in values]
+            table = np.full((len(lists), max(map(len, lists), default=0)), b"", object)
+            for row, texts in zip(table, lists, strict=True):
+                row[: len(texts)] = texts
+            record[name] = table
+            record[_count_of(name)] = np.array([len(texts) for texts in lists], np.int64)
+        else:
+            nothing = b"" if spec.is_string else 0
+            column = np.empty(len(found), spec.dtype)
+            column[:] = [nothing if value is None else value for value in values]
+            record[name] = column
+    return {**record, faults.FAULT: found}
+
+
+def parse(
+    fields: Mapping[str, FieldSpec], record: Mapping[str, tf.Tensor], names: Sequence[str]
+) -> dict[str, tf.Tensor]:
+    """The fields `names` of one example from its record, in graph mode."""
+    return {
+        name: record[name][: record[_count_of(name)]] if fields[name].shape else record[name]
+        for name in names
+    }
+
+
+def _count_of(name: str) -> str:
+    return f"{name}/count"
