@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import sys
 import threading
 import time
@@ -27,6 +28,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from vlp_jax.data.prepare import job as jobs
 from vlp_jax.data.prepare import manifest as manifests
 from vlp_jax.data.prepare import paths, runner
+from vlp_jax.data.prepare.examples import IMAGE
 from vlp_jax.data.prepare.writers import WRITERS
 from vlp_jax.errors import UserError
 from vlp_jax.training.command import run_command
@@ -126,10 +128,24 @@ def report(arguments: argparse.Namespace, result: jobs.Result, seconds: float) -
         f"{manifest['examples']:,} examples in {len(sizes)} shards of {min(sizes):,} to "
         f"{max(sizes):,}, {sum(shard['bytes'] for shard in manifest['shards']):,} bytes: {done}",
         "To train on them:",
-        f'  config.data.source = "{manifest["format"]}"',
-        f'  config.data.path = "{manifests.manifest_path(folder, split)}"',
+        *(f"  {line}" for line in config_lines(manifest, manifests.manifest_path(folder, split))),
     ]
     return "\n".join(lines)
+
+
+def config_lines(manifest: manifests.Manifest, path: str) -> list[str]:
+    """What a config must say so that examples have the fields of the manifest in any format."""
+    lines = [f'config.data.source = "{manifest["format"]}"', f'config.data.path = "{path}"']
+    if manifest["format"] == "webdataset":
+        # All but the image is in KEY.json; its readers know no lists of numbers.
+        known = [
+            name
+            for name, kind in manifest["fields"].items()
+            if not kind["list"] or kind["dtype"] == "bytes"
+        ]
+        names = {name: name if name == IMAGE else f"json.{name}" for name in known}
+        lines.append(f"config.data.fields = {json.dumps(names)}")
+    return lines
 
 
 @contextlib.contextmanager

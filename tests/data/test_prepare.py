@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 
 pytest.importorskip("apache_beam")
 pa = pytest.importorskip("pyarrow")
@@ -36,6 +37,7 @@ from tools import prepare_data  # noqa: E402
 from vlp_jax.data import files  # noqa: E402
 from vlp_jax.data.prepare import job as jobs  # noqa: E402
 from vlp_jax.data.prepare import paths  # noqa: E402
+from vlp_jax.data.sources import build_source  # noqa: E402
 from vlp_jax.errors import UserError  # noqa: E402
 
 
@@ -261,6 +263,29 @@ def test_further_fields_take_their_types_from_all_examples(tmp_path):
         )
         with pytest.raises(UserError, match=said):
             jobs.prepare(job)
+
+
+def test_the_lines_for_a_config_give_the_same_fields_in_every_format(tmp_path, capsys):
+    values = {"whole": 1, "real": 0.5, "name": "x", "texts": ["a", "b"], "several": [1, 2]}
+    with tarfile.open(tmp_path / "0.tar", "w") as tar:
+        add(tar, "0.png", encode("png", 0))
+        add(tar, "0.txt", b"text")
+        add(tar, "0.json", json.dumps(values).encode())
+    fields = ["--fields", *(f"{name}=json.{name}" for name in values)]
+    found = {}
+    for output_format in OUTPUTS:
+        out = ["--output", str(tmp_path / output_format), "--output-format", output_format]
+        where = ["--input", str(tmp_path / "0.tar"), "--input-format", "webdataset"]
+        assert prepare_data.main([*where, *out, *fields, "--shards", "1"]) == 0
+        config = ConfigDict({"data": {"cache_dir": str(tmp_path / "cache")}})
+        lines = capsys.readouterr().out.partition("To train on them:\n")[2].splitlines()
+        for line in lines:
+            exec(line.strip(), {"config": config})
+        found[output_format] = dict(build_source(config.data).fields())
+    assert set(found["tfrecord"]) == {"id", "image", "captions", *values}
+    assert found["array_record"] == found["tfrecord"]
+    del found["tfrecord"]["several"]  # a tar's numbers are not read as lists
+    assert found["webdataset"] == found["tfrecord"]
 
 
 def test_urls_and_examples_per_shard(tmp_path):
