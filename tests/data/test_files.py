@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from vlp_jax.data import files
-from vlp_jax.data.files import LocalCopies, OpenFiles, expand, retrying
+from vlp_jax.data.files import expand, retrying
+from vlp_jax.data.local_copies import LocalCopies, OpenFiles
 from vlp_jax.data.pipeline import TrainPipeline
 from vlp_jax.data.sources import build_source
 from vlp_jax.errors import UserError
@@ -152,9 +153,8 @@ def test_retries_end_and_lasting_faults_are_not_tried_again(monkeypatch):
     assert len(calls) == 1
 
 
-def test_many_files_are_read_with_few_open(tmp_path, monkeypatch):
-    monkeypatch.setattr(files, "_OPEN_FILES", 3)
-    opened = OpenFiles()
+def test_many_files_are_read_with_few_open(tmp_path):
+    opened = OpenFiles(3)
     for n in range(10):
         (tmp_path / str(n)).write_bytes(bytes([n]) * 10)
     before = len(os.listdir("/proc/self/fd"))

@@ -1,29 +1,19 @@
-"""Files of data: patterns of names, reading that outlasts a passing fault, local copies.
+"""Files of data: patterns of names, file systems, reading that outlasts a passing fault.
 
 A path without "://" is local. Others are opened by fsspec where it has a filesystem for their
 scheme (s3://, https://, memory://, gs:// with gcsfs), else by TensorFlow's tf.io.gfile (gs://).
-Files that cannot be read at any place at once (on a bucket, or compressed) are copied whole into a
-cache folder when they are first needed.
 """
 
 from __future__ import annotations
 
-import contextlib
 import glob
-import gzip
-import hashlib
 import logging
 import os
 import random
-import shutil
-import threading
 import time
-import zlib
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
 import braceexpand
@@ -37,7 +27,9 @@ ATTEMPTS = 6
 FIRST_DELAY, LONGEST_DELAY = 0.5, 30.0  # seconds between attempts
 # Faults that time does not heal.
 _LASTING = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, UserError)
-_OPEN_FILES = 512
+# Those of TensorFlow, which may not be imported.
+_LASTING_NAMES = ("NotFoundError", "PermissionDeniedError", "UnauthenticatedError")
+_TRUSTED = 1000  # files of a brace range that are looked for before they are read
 _log = logging.getLogger("vlp_jax.data")
 
 
@@ -84,14 +76,16 @@ def _expand_one(pattern: str, suffix: str) -> list[str]:
     missing: list[str] = []
     for name in names:
         files = filesystem(name)
-        if files.is_folder(name):
-            matches = files.glob(f"{name.rstrip('/')}/*{suffix}")
+        if len(names) > _TRUSTED:
+            matches = [name]  # to ask for each would take long; a missing one is told when read
+        elif files.exists(name):
+            matches = [name]
+        elif len(names) == 1 and files.is_folder(name):
+            matches = files.glob(f"{glob.escape(name.rstrip('/'))}/*{suffix}")
             if not matches:
                 raise UserError(f"data.path={name!r} is a folder with no file *{suffix} in it")
-        elif any(sign in name for sign in "*?["):
-            matches = files.glob(name)
         else:
-            matches = [name] if len(names) > 256 or files.exists(name) else []
+            matches = files.glob(name) if any(sign in name for sign in "*?[") else []
         found += matches
         missing += [] if matches else [name]
     if not found:
@@ -220,7 +214,8 @@ def retrying(what: str, function: Callable[[], Result]) -> Result:
                 raise
             raise UserError(f"{what} cannot be read: {error.strerror or error}") from error
         except Exception as error:
-            # Every client of a bucket has exceptions of its own, for what mostly passes.
+            if type(error).__name__ in _LASTING_NAMES:
+                raise UserError(f"{what} cannot be read: {_line(error)}") from error
             if not _may_pass(error):
                 raise
             if attempt == ATTEMPTS:
@@ -233,107 +228,13 @@ def retrying(what: str, function: Callable[[], Result]) -> Result:
 
 
 def _may_pass(error: Exception) -> bool:
+    """Whether to try again: every client of a bucket has exceptions of its own."""
     if isinstance(error, OSError):
         return True
+    if isinstance(error, ValueError | TypeError | LookupError | ArithmeticError):
+        return False
     return type(error).__module__.partition(".")[0] not in ("builtins", "vlp_jax", "numpy")
 
 
 def _line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-class OpenFiles:
-    """Reads pieces of local files at any place, from many threads."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._descriptors: OrderedDict[str, int] = OrderedDict()
-
-    def read(self, path: str, offset: int, length: int) -> bytes:
-        """`length` bytes from `offset` on; fewer where the file ends."""
-        return retrying(path, lambda: os.pread(self._descriptor(path), length, offset))
-
-    def _descriptor(self, path: str) -> int:
-        with self._lock:
-            if path in self._descriptors:
-                self._descriptors.move_to_end(path)
-            else:
-                self._descriptors[path] = os.open(path, os.O_RDONLY)
-            # The oldest is certainly not being read: there are fewer threads than files kept open.
-            if len(self._descriptors) > _OPEN_FILES:
-                os.close(self._descriptors.popitem(last=False)[1])
-            return self._descriptors[path]
-
-
-def default_cache_dir() -> Path:
-    """~/.cache/vlp_jax/data, or as XDG_CACHE_HOME says."""
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "vlp_jax" / "data"
-
-
-class LocalCopies:
-    """Local copies of files that cannot be read in place; the least recently used go first.
-
-    Args:
-      folder: where they lie.
-      capacity: bytes; one file may exceed it.
-    """
-
-    def __init__(self, folder: Path, capacity: int) -> None:
-        self._folder, self._capacity = folder, capacity
-        self._locks: dict[str, threading.Lock] = {}
-        self._lock = threading.Lock()
-
-    def get(self, path: str) -> str:
-        """A local, uncompressed file that holds what `path` does.
-
-        Raises:
-          UserError: it cannot be read, or not be written here.
-        """
-        if self.in_place(path):
-            return path
-        stamp = retrying(path, lambda: stamp_of(path))
-        name = hashlib.sha256(f"{path}:{stamp}".encode()).hexdigest()[:20] + "-" + Path(path).name
-        target = self._folder / name
-        with self._lock:
-            lock = self._locks.setdefault(name, threading.Lock())
-        with lock:
-            if target.exists():
-                os.utime(target)
-            else:
-                retrying(path, lambda: self._copy(path, target))
-                self._make_room(keep=target)
-        return str(target)
-
-    @staticmethod
-    def in_place(path: str) -> bool:
-        """Whether `path` is read where it lies."""
-        return is_local(path) and not _is_compressed(path)
-
-    @staticmethod
-    def _copy(path: str, target: Path) -> None:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = target.with_name(f"{target.name}.{os.getpid()}.unfinished")
-        with filesystem(path).open(path) as raw, open(unfinished, "wb") as out:
-            try:
-                shutil.copyfileobj(gzip.open(raw) if _is_compressed(path) else raw, out, 1 << 22)
-            except (EOFError, gzip.BadGzipFile, zlib.error):
-                # A truncated archive keeps what came before the cut; its reader finds the cut.
-                _log.warning("%s is truncated or damaged", path)
-        unfinished.replace(target)
-
-    def _make_room(self, keep: Path) -> None:
-        found = []
-        for file in self._folder.iterdir():
-            with contextlib.suppress(FileNotFoundError):  # another thread or process was quicker
-                stat = file.stat()
-                found.append((stat.st_mtime, stat.st_size, file))
-        total = sum(size for _, size, _ in found)
-        for _, size, file in sorted(found):
-            if total <= self._capacity or file == keep:
-                break
-            file.unlink(missing_ok=True)
-            total -= size
-
-
-def _is_compressed(path: str) -> bool:
-    return path.endswith((".gz", ".gzip", ".tgz"))

@@ -54,7 +54,7 @@ class TFRecordFiles:
         records, found = empty_strings(len(indices)), empty_strings(len(indices))
         pieces, rows = self.shards.locate(indices)
         for piece, places in group_by_piece(pieces):
-            file, index = self.shards.local(piece), self.shards.index(piece)
+            index = self.shards.index(piece)
             offsets, lengths, faulty = index["offset"], index["length"], index["fault"]
             for place in places:
                 row = rows[place]
@@ -62,7 +62,7 @@ class TFRecordFiles:
                     found[place] = file_fault(faulty[row] if row < len(faulty) else TRUNCATED)
                     continue
                 length = int(lengths[row])
-                raw = self.shards.opened.read(file, int(offsets[row]), length + _FOOTER.size)
+                raw = self.shards.read(piece, int(offsets[row]), length + _FOOTER.size)
                 data = raw[:length]
                 if raw[length:] != _FOOTER.pack(masked_crc(data)):
                     found[place] = faults.marked(faults.UNREADABLE, "its checksum is wrong")

@@ -8,10 +8,16 @@ statistics), the walk waits until the file is read.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import logging
 import os
+import queue
 import threading
+import uuid
+import weakref
+import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -21,7 +27,7 @@ from pathlib import Path
 import numpy as np
 
 from vlp_jax.data import files
-from vlp_jax.data.files import LocalCopies, OpenFiles, default_cache_dir
+from vlp_jax.data.local_copies import LocalCopies, default_cache_dir, writing
 from vlp_jax.errors import UserError
 
 Index = Mapping[str, np.ndarray]
@@ -31,7 +37,9 @@ OK, TRUNCATED, DAMAGED = 0, 1, 2
 _INDEX_VERSION = "1"
 _LOADED_INDEXES = 256
 _THREADS = 16
+_DOWNLOADS = 4  # at a time, ahead of their use
 _PARSER = threading.Lock()
+_log = logging.getLogger("vlp_jax.data")
 GIB = 2**30
 
 
@@ -50,7 +58,6 @@ class Shards:
     Attributes:
       pieces: in their order, each with its count.
       copies: gives the local file of a path.
-      opened: reads from local files.
       in_place: whether all files are read where they lie.
     """
 
@@ -75,11 +82,8 @@ class Shards:
         """
         folder = Path(cache_dir).expanduser() if cache_dir else default_cache_dir()
         self.copies = LocalCopies(folder / "copies", int(cache_gib * GIB))
-        self.opened = OpenFiles()
         self._kind, self._make_index, self._index_folder = kind, make_index, folder / "index"
-        self._downloads: set[int] = set()
-        self._lock = threading.Lock()
-        self._background = ThreadPoolExecutor(4, thread_name_prefix="copy shards")
+        self._downloads = _Downloads(self.copies)
         self._load = lru_cache(_LOADED_INDEXES)(self._load_index)
         self.pieces = self._counted(pieces)
         counts = np.array([piece.count for piece in self.pieces], np.int64)
@@ -98,9 +102,12 @@ class Shards:
                 return piece
             known = None if files.is_local(piece.path) else _img2dataset_count(piece.path)
             if known is None:
-                known = len(self._index_of(piece.path)["fault"])
+                known = kept.get(self._index_name(piece.path))
+            if known is None:
+                known = len(self._load_index(piece.path)["fault"])
             return Piece(piece.path, piece.skip, known - piece.skip)
 
+        kept = self._kept_counts()
         unknown = sum(piece.count is None for piece in pieces)
         with ThreadPoolExecutor(_THREADS) as threads:
             done = threads.map(counted, pieces)
@@ -108,6 +115,12 @@ class Shards:
                 done, "look through shards", len(pieces), delay=3, leave=False, disable=not unknown
             )
             return [piece for piece in bar if piece.count]
+
+    def _kept_counts(self) -> dict[str, int]:
+        """Records by the name of an index, which is in the names of the kept files."""
+        names = self._index_folder.glob("*.npz") if self._index_folder.is_dir() else ()
+        parts = (file.name.split(".") for file in names)
+        return {name[0]: int(name[1]) for name in parts if len(name) == 3 and name[1].isdigit()}
 
     def __len__(self) -> int:
         return int(self._ends[-1]) if len(self._ends) else 0
@@ -154,32 +167,75 @@ class Shards:
         if self.in_place:
             return
         for piece in np.unique(self.locate(indices)[0]).tolist():
-            with self._lock:
-                begun = piece in self._downloads
-                self._downloads.add(piece)
-            if not begun:
-                # A failure is not lost: whoever reads the file tries again, and raises.
-                done = self._background.submit(self.local, piece)
-                done.add_done_callback(lambda _, piece=piece: self._downloads.discard(piece))
+            self._downloads.begin(self.pieces[piece].path)
+
+    def read(self, piece: int, offset: int, length: int) -> bytes:
+        """`length` bytes of the file of a piece, uncompressed; fewer where it ends."""
+        return self.copies.read(self.pieces[piece].path, offset, length)
 
     def _load_index(self, path: str) -> Index:
-        return self._index_of(path)
+        """The index of a file: the kept one, or a new one, which is then kept."""
+        name = self._index_name(path)
+        for kept in self._index_folder.glob(f"{name}.*.npz"):
+            try:
+                # NumPy takes Python's parser to a header, which in 3.11 fails in many threads.
+                with _PARSER, np.load(kept) as arrays:
+                    return {column: arrays[column] for column in arrays.files}
+            except (OSError, EOFError, ValueError, zipfile.BadZipFile):
+                kept.unlink(missing_ok=True)  # cut off by a power failure, or not ours
+        index = files.retrying(path, lambda: self._make_index(self.copies.get(path)))
+        count = len(index["fault"])
+        if count == 1 and index["fault"][0]:
+            _log.warning("%s: nothing of it can be read; it counts as one bad example", path)
+            return index
+        with writing(self._index_folder):
+            self._index_folder.mkdir(parents=True, exist_ok=True)
+            unfinished = self._index_folder / f"{name}.{uuid.uuid4().hex}"
+            with open(unfinished, "wb") as stream:
+                np.savez(stream, **index)
+            unfinished.replace(self._index_folder / f"{name}.{count}.npz")
+        return index
 
-    def _index_of(self, path: str) -> Index:
+    def _index_name(self, path: str) -> str:
         stamp = files.retrying(path, lambda: files.stamp_of(path))
         key = f"{_INDEX_VERSION}:{self._kind}:{path}:{stamp}"
-        kept = self._index_folder / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.npz"
-        if kept.exists():
-            # NumPy reads a file's header by Python's parser, which in 3.11 fails in many threads.
-            with _PARSER, np.load(kept) as arrays:
-                return {name: arrays[name] for name in arrays.files}
-        index = self._make_index(self.copies.get(path))
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = kept.with_name(f"{kept.name}.{os.getpid()}.{threading.get_ident()}")
-        with open(unfinished, "wb") as stream:
-            np.savez(stream, **index)
-        unfinished.replace(kept)
-        return index
+        return hashlib.sha256(key.encode()).hexdigest()[:32]
+
+
+class _Downloads:
+    """Copies files in the background, by threads that end with the process."""
+
+    def __init__(self, copies: LocalCopies) -> None:
+        self._copies = copies
+        self._lock = threading.Lock()
+        self._waiting: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+        self._begun: set[str] = set()
+        self._threads = 0
+
+    def begin(self, path: str) -> None:
+        with self._lock:
+            if path in self._begun:
+                return
+            self._begun.add(path)
+            if self._threads < _DOWNLOADS:
+                self._threads += 1
+                threading.Thread(target=self._work, name="copy shards", daemon=True).start()
+                if self._threads == 1:
+                    weakref.finalize(self, _end, self._waiting)
+        self._waiting.put(path)
+
+    def _work(self) -> None:
+        while (path := self._waiting.get()) is not None:
+            # A failure is not lost: whoever reads the file tries again, and raises.
+            with contextlib.suppress(UserError):
+                self._copies.get(path)
+            with self._lock:
+                self._begun.discard(path)
+
+
+def _end(waiting: queue.SimpleQueue[str | None]) -> None:
+    for _ in range(_DOWNLOADS):
+        waiting.put(None)
 
 
 def group_by_piece(pieces: np.ndarray) -> list[tuple[int, np.ndarray]]:
@@ -192,5 +248,9 @@ def _img2dataset_count(path: str) -> int | None:
     stats = f"{os.path.splitext(path)[0]}_stats.json"
     if not files.filesystem(stats).exists(stats):
         return None
-    with files.filesystem(stats).open(stats) as stream:
-        return int(json.load(stream)["successes"])
+
+    def read() -> int:
+        with files.filesystem(stats).open(stats) as stream:
+            return int(json.load(stream)["successes"])
+
+    return files.retrying(stats, read)

@@ -148,8 +148,7 @@ class WebDatasetSource(Source):
             for column in np.flatnonzero(index["extension"] == candidate):
                 size = int(index["size"][row, column])
                 if size >= 0:
-                    file = self._shards.local(piece)
-                    return self._shards.opened.read(file, int(index["offset"][row, column]), size)
+                    return self._shards.read(piece, int(index["offset"][row, column]), size)
         return None
 
     def parse(self, record: dict[str, tf.Tensor], names: Sequence[str]) -> dict[str, tf.Tensor]:

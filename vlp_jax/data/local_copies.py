@@ -1,0 +1,216 @@
+"""Reading from local files at any place, and local copies of files that cannot be read so.
+
+Files on a bucket, or compressed, are copied whole into a cache folder when they are first needed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import hashlib
+import logging
+import os
+import threading
+import uuid
+import zlib
+from collections import OrderedDict
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+from vlp_jax.data.files import filesystem, is_local, retrying, stamp_of
+from vlp_jax.errors import UserError
+
+_OPEN_FILES = 512
+_UNFINISHED = ".unfinished"
+# Of the process: several sources may read one file.
+_LOCK = threading.Lock()
+_COPYING: dict[str, threading.Lock] = {}
+_log = logging.getLogger("vlp_jax.data")
+
+
+class _Descriptor:
+    """An open file, how many threads read from it, and whether the last of them is to close it."""
+
+    def __init__(self, path: str) -> None:
+        self.number = os.open(path, os.O_RDONLY)
+        self.users, self.dropped = 0, False
+
+    def close_if_unused(self) -> None:
+        if self.dropped and not self.users:
+            os.close(self.number)
+
+
+class OpenFiles:
+    """Reads pieces of local files at any place, from many threads, and keeps some files open.
+
+    Args:
+      most: how many files are kept open.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._lock = threading.Lock()
+        self._descriptors: OrderedDict[str, _Descriptor] = OrderedDict()
+
+    def read(self, path: str, offset: int, length: int) -> bytes:
+        """`length` bytes from `offset` on; fewer where the file ends.
+
+        Raises:
+          OSError: it cannot be read.
+        """
+        descriptor = self._take(path)
+        try:
+            return os.pread(descriptor.number, length, offset)
+        except OSError:
+            self.drop(path)  # what went stale is opened anew by the next attempt
+            raise
+        finally:
+            with self._lock:
+                descriptor.users -= 1
+                descriptor.close_if_unused()
+
+    def drop(self, path: str) -> None:
+        """Lets go of a file, for example because it was removed."""
+        with self._lock:
+            if path in self._descriptors:
+                self._close(path)
+
+    def _take(self, path: str) -> _Descriptor:
+        with self._lock:
+            if path not in self._descriptors:
+                self._descriptors[path] = _Descriptor(path)
+            self._descriptors.move_to_end(path)
+            descriptor = self._descriptors[path]
+            descriptor.users += 1
+            while len(self._descriptors) > self._most:
+                self._close(next(iter(self._descriptors)))
+            return descriptor
+
+    def _close(self, path: str) -> None:
+        descriptor = self._descriptors.pop(path)
+        descriptor.dropped = True
+        descriptor.close_if_unused()
+
+
+@cache
+def open_files() -> OpenFiles:
+    """Those of the process: a quarter of the files that it may open, at most 512."""
+    import resource
+
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return OpenFiles(max(8, min(_OPEN_FILES, limit // 4)))
+
+
+@contextlib.contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Says of a failure to write that it is the cache that cannot be written.
+
+    Raises:
+      UserError: instead of an OSError.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"the cache {folder} cannot be written: {error.strerror or error}; make room there, or "
+            "set data.cache_dir to another folder"
+        ) from error
+
+
+def default_cache_dir() -> Path:
+    """~/.cache/vlp_jax/data, or as XDG_CACHE_HOME says."""
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "vlp_jax" / "data"
+
+
+class LocalCopies:
+    """Local copies of files that cannot be read in place; the least recently used go first.
+
+    Args:
+      folder: where they lie.
+      capacity: bytes; one file may exceed it.
+    """
+
+    def __init__(self, folder: Path, capacity: int) -> None:
+        self._folder, self._capacity = folder, capacity
+
+    def get(self, path: str) -> str:
+        """A local, uncompressed file that holds what `path` does.
+
+        Raises:
+          UserError: it cannot be read, or not be written here.
+        """
+        if self.in_place(path):
+            return path
+        stamp = retrying(path, lambda: stamp_of(path))
+        name = hashlib.sha256(f"{path}:{stamp}".encode()).hexdigest()[:20] + "-" + Path(path).name
+        target = self._folder / name
+        with _LOCK:
+            lock = _COPYING.setdefault(str(target), threading.Lock())
+        with lock:
+            try:
+                os.utime(target)
+            except FileNotFoundError:
+                retrying(path, lambda: self._copy(path, target))
+                self._make_room(keep=target)
+        return str(target)
+
+    def read(self, path: str, offset: int, length: int) -> bytes:
+        """`length` bytes of what `path` holds, from `offset` on; fewer where it ends.
+
+        Raises:
+          UserError: it cannot be read.
+        """
+
+        def once() -> bytes:
+            while True:
+                local = self.get(path)
+                try:
+                    return open_files().read(local, offset, length)
+                except FileNotFoundError:
+                    if self.in_place(path):
+                        raise  # a copy may have made room for another; it is made again
+
+        return retrying(path, once)
+
+    @staticmethod
+    def in_place(path: str) -> bool:
+        """Whether `path` is read where it lies."""
+        return is_local(path) and not _is_compressed(path)
+
+    @staticmethod
+    def _copy(path: str, target: Path) -> None:
+        unfinished = target.with_name(f"{target.name}.{uuid.uuid4().hex}{_UNFINISHED}")
+        with writing(target.parent):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            out = open(unfinished, "wb")
+        with filesystem(path).open(path) as raw, out:
+            try:
+                source = gzip.open(raw) if _is_compressed(path) else raw
+                while piece := source.read(1 << 22):
+                    with writing(target.parent):
+                        out.write(piece)
+            except (EOFError, gzip.BadGzipFile, zlib.error):
+                # A truncated archive keeps what came before the cut; its reader finds the cut.
+                _log.warning("%s is truncated or damaged", path)
+        unfinished.replace(target)
+
+    def _make_room(self, keep: Path) -> None:
+        found = []
+        for file in self._folder.iterdir():
+            if file.name.endswith(_UNFINISHED):
+                continue
+            with contextlib.suppress(FileNotFoundError):  # another thread or process was quicker
+                stat = file.stat()
+                found.append((stat.st_mtime, stat.st_size, file))
+        total = sum(size for _, size, _ in found)
+        for _, size, file in sorted(found):
+            if total <= self._capacity or file == keep:
+                break
+            file.unlink(missing_ok=True)
+            open_files().drop(str(file))
+            total -= size
+
+
+def _is_compressed(path: str) -> bool:
+    return path.endswith((".gz", ".gzip", ".tgz"))
