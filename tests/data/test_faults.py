@@ -106,7 +106,7 @@ def test_too_many_end_the_run(kind, tmp_path):
     examples = [{**row, "image": b"junk"} for row in corpora.examples(300)]
     data = corpora.config(kind, tmp_path, examples)
     # Whatever is tolerated, there must be some example to train on.
-    with pytest.raises(UserError, match="none of 51 examples in a row can be used.*undecodable"):
+    with pytest.raises(UserError, match="no example can be used: 41 were tried.*undecodable"):
         take(pipeline({**data, "max_bad_fraction": 1.0}), 1)
     some = [
         row if n % 4 else {**row, "image": b"junk"} for n, row in enumerate(corpora.examples(300))
@@ -160,10 +160,16 @@ def test_the_log_counts_by_batch_and_goes_on_from_a_checkpoint():
     assert log.totals(before=1) == {"read": 10, "bad": {"a": {"x": 1}}}
     whole = log.totals()
     assert whole == {"read": 20, "bad": {"a": {"x": 1}, "b": {"x": 1, "y": 1}}}
-    again = FaultLog(0.5)
-    again.restore(whole)
+    again = FaultLog(0.01)
+    again.begin_with(20, {("a", "x"): 9})
     again.add(2, 10, "a", [Fault("x", "here")])
-    assert again.totals()["bad"]["a"] == {"x": 2} and again.totals()["read"] == 30
+    assert again.totals() == {"read": 10, "bad": {"a": {"x": 1}}}
+    with pytest.raises(UserError, match="11 of 40 examples"):
+        again.add(3, 10, "a", [Fault("x", "here")])
+    few = FaultLog(0.5)
+    few.add(0, 3, "a", [Fault("x", "here")] * 2)
+    with pytest.raises(UserError, match="2 of 3 examples"):
+        few.check_all()
 
 
 def test_the_share_is_of_at_least_a_thousand():

@@ -164,7 +164,7 @@ class ExampleGraph:
         self,
         indices_and_seeds: Callable[[int], tuple[np.ndarray, np.ndarray]],
         chunks: int | None,
-        failed: Callable[[UserError], None],
+        failed: Callable[[Exception], None],
     ) -> tf.data.Dataset:
         """What `chunk` makes of consecutive chunks, in order.
 
@@ -172,7 +172,7 @@ class ExampleGraph:
           indices_and_seeds: for the number of a chunk, the examples to read, int64 [n], and their
             seeds, int32 [n, number of operations, 2].
           chunks: how many; None for no end.
-          failed: told of files that cannot be read, since TensorFlow keeps no exceptions.
+          failed: told of what reading raised, of which TensorFlow keeps the text alone.
         """
         tf = import_tensorflow()
 
@@ -180,7 +180,7 @@ class ExampleGraph:
             try:
                 indices, seeds = indices_and_seeds(int(number))
                 return [*self._fetch(indices).values(), seeds]
-            except UserError as error:
+            except Exception as error:
                 failed(error)
                 raise
 

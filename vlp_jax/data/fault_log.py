@@ -47,6 +47,7 @@ class FaultLog:
         self._settled: Counter[tuple[str, str]] = Counter()
         self._settled_read = 0
         self._ahead: deque[tuple[int, int, Counter[tuple[str, str]]]] = deque()
+        # For the share: with what was counted before a checkpoint.
         self._all: Counter[tuple[str, str]] = Counter()
         self._read = 0
 
@@ -95,11 +96,18 @@ class FaultLog:
                 bad.setdefault(source, {})[reason] = count
             return {"read": self._settled_read, "bad": bad}
 
-    def restore(self, totals: Mapping[str, Any]) -> None:
-        """Goes on from what `totals` gave when a checkpoint was made."""
+    def begin_with(self, read: int, bad: Mapping[tuple[str, str], int]) -> None:
+        """Takes into the share, not into the totals, what was counted before a checkpoint.
+
+        Args:
+          read: examples.
+          bad: (source, reason) -> examples.
+        """
         with self._lock:
-            self._settled_read = int(totals["read"])
-            self._settled = Counter(
-                {(s, r): n for s, reasons in totals["bad"].items() for r, n in reasons.items()}
-            )
-            self._all, self._read = self._settled.copy(), self._settled_read
+            self._all.update(bad)
+            self._read += read
+
+    def check_all(self) -> None:
+        """Raises UserError if the share of all that was read, however few, is too large."""
+        if sum(self._all.values()) > self._max_fraction * self._read:
+            raise UserError(self._too_many(()))

@@ -24,7 +24,7 @@ FAILED = "failed operation"
 REASONS = (UNDECODABLE, TOO_LARGE, EMPTY_TEXT, MISSING_FIELD, UNREADABLE, TRUNCATED, FAILED)
 
 # The field of a record that says why it cannot be used; empty where it can.
-FAULT = "fault"
+FAULT = "__fault__"
 
 _MARK = "bad example"
 _TRACEBACK = ("Graph execution error", "Detected at node", "File ", "node ")

@@ -18,6 +18,7 @@ between. It is written in NumPy, so that it is the same with and without TensorF
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Protocol
@@ -32,6 +33,7 @@ _MAX_SIZE = 2**60
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 # Purposes of keys, kept apart.
 _SHUFFLE, _EXAMPLE, _BLOCKS = np.uint64(0x5EED0001), np.uint64(0x5EED0002), np.uint64(0x5EED0003)
+OPERATIONS, BATCH_OPERATIONS = _EXAMPLE, np.uint64(0x5EED0004)
 
 
 def _mix(x: np.ndarray) -> np.ndarray:
@@ -59,19 +61,22 @@ def _root_key(seed: int, purpose: np.uint64) -> np.ndarray:
     return _fold(np.array([seed % 2**64], np.uint64), purpose)
 
 
-def example_seeds(seed: int, positions: np.ndarray, count: int) -> np.ndarray:
+def example_seeds(
+    seed: int, positions: np.ndarray, count: int, purpose: np.uint64 = OPERATIONS
+) -> np.ndarray:
     """Seeds for the random operations on the examples at `positions`.
 
     Args:
       seed: the seed of the run.
       positions: int64 [n], positions in the stream, at least 0.
       count: how many independent seeds an example needs.
+      purpose: `OPERATIONS` or `BATCH_OPERATIONS`.
 
     Returns:
       int32 [n, count, 2], each pair a seed for `tf.random.stateless_*`; a pure function of
       (seed, position, which of the `count`).
     """
-    keys = _fold(_root_key(seed, _EXAMPLE), np.asarray(positions, np.int64).astype(np.uint64))
+    keys = _fold(_root_key(seed, purpose), np.asarray(positions, np.int64).astype(np.uint64))
     keys = _fold(keys[:, None], np.arange(count, dtype=np.uint64)[None, :] + np.uint64(1))
     return np.ascontiguousarray(keys).view(np.int32).reshape(len(positions), count, 2)
 
@@ -130,6 +135,10 @@ class ExampleOrder(Protocol):
     size: int
     lanes: int
 
+    def fingerprint(self) -> str:
+        """What changes when any position holds another example."""
+        ...
+
     def indices(self, positions: np.ndarray) -> np.ndarray:
         """The examples at `positions`, int64 [n], each at least 0; int64 [n], each in [0, size).
 
@@ -162,6 +171,10 @@ class Order:
     def __post_init__(self) -> None:
         if not 1 <= self.size <= _MAX_SIZE:
             raise ValueError(f"an order needs a size from 1 to 2^60, got {self.size}")
+
+    def fingerprint(self) -> str:
+        """See `ExampleOrder`."""
+        return f"examples:{self.size}:{self.seed}:{self.shuffle}"
 
     def indices(self, positions: np.ndarray) -> np.ndarray:
         """See `ExampleOrder`."""
@@ -212,6 +225,11 @@ class BlockOrder:
     def size(self) -> int:
         """The number of examples."""
         return int(self._firsts[-1] + self.block_sizes[-1])
+
+    def fingerprint(self) -> str:
+        """See `ExampleOrder`."""
+        sizes = hashlib.sha256(self.block_sizes.tobytes()).hexdigest()[:16]
+        return f"blocks:{sizes}:{self.seed}:{self.lanes}:{self.window}"
 
     def indices(self, positions: np.ndarray) -> np.ndarray:
         """See `ExampleOrder`."""

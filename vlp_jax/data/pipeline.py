@@ -10,17 +10,18 @@ stands there a batch later; in evaluation its mask is False. So nothing shifts.
 
 from __future__ import annotations
 
+import hashlib
 import math
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
 
 from vlp_jax.data.batch_ops import build_batch_ops
 from vlp_jax.data.fault_log import Fault, FaultLog
-from vlp_jax.data.order import example_seeds
+from vlp_jax.data.order import BATCH_OPERATIONS, example_seeds
 from vlp_jax.data.schedule import Layout, Mixture, Schedule, check_weights
 from vlp_jax.data.sources.base import FieldSpec, as_plain
 from vlp_jax.data.stream import Chunk, Positions, Report, Stream
@@ -71,7 +72,12 @@ class _Pipeline:
 
     def fingerprint(self) -> str:
         """What changes when the order cannot go on, because examples have other numbers."""
-        return ",".join(stream.source.fingerprint() for stream in self._streams.values())
+        parts = [
+            f"{name}:{stream.source.fingerprint()}:{stream.order.fingerprint()}"
+            for name, stream in self._streams.items()
+        ]
+        whole = "\n".join([*parts, str(self._schedule.mixture)])
+        return hashlib.sha256(whole.encode()).hexdigest()[:32]
 
     @cached_property
     def _arrays(self) -> dict[str, FieldSpec]:
@@ -105,11 +111,13 @@ class _Pipeline:
         local = self._schedule.layout.local_size
         per_batch = -(-local // CHUNK)
         names = list(self._streams)
+        # Every source asks for every batch, some ahead of others.
+        of_batch = lru_cache(maxsize=512)(lambda b: self._schedule.of_batch(b, len(names)))
 
         def entries(chunk: int) -> list[tuple[np.ndarray, np.ndarray]]:
             """Places and positions of a chunk, for each stream."""
             batch, part = divmod(chunk, per_batch)
-            plan = self._schedule.of_batch(first + batch, len(names))
+            plan = of_batch(first + batch)
             span = slice(part * CHUNK, (part + 1) * CHUNK)
             return [(places[span], positions[span]) for places, positions in plan]
 
@@ -208,8 +216,9 @@ class TrainPipeline(_Pipeline):
         streams = {}
         for name, part in parts.items():
             # The parts of a mixture do not march in step.
-            own = seed if name == _ONE else (seed + zlib.crc32(name.encode())) % 2**31
-            with _Within(name):
+            mixed = config.get("source") == MIXTURE
+            own = (seed + zlib.crc32(name.encode())) % 2**31 if mixed else seed
+            with _Within(f"data.parts.{name}: " if mixed else ""):
                 streams[name] = Stream(
                     part,
                     tokenizer,
@@ -244,7 +253,7 @@ class TrainPipeline(_Pipeline):
         layout, count = self._schedule.layout, len(self._batch_ops)
         for number, (batch, _) in enumerate(self._read(start_step, None), start_step):
             places = layout.places + number * layout.batch_size
-            seeds = example_seeds(self._seed + 1, places, count) if count else ()
+            seeds = example_seeds(self._seed, places, count, BATCH_OPERATIONS) if count else ()
             for which, op in enumerate(self._batch_ops):
                 batch = op(batch, seeds[:, which])
             yield batch
@@ -263,7 +272,7 @@ class EvalPipeline(_Pipeline):
     batches. `len()` is the number of examples, padding not counted.
 
     Attributes:
-      faults: the examples that could not be used.
+      faults: the examples that could not be used, of the newest `batches()`.
     """
 
     def __init__(
@@ -296,8 +305,9 @@ class EvalPipeline(_Pipeline):
             batch_size=batch_size,
             extra_fields=extra_fields,
         )
-        faults = FaultLog(config.get("max_bad_fraction", MAX_BAD_FRACTION))
+        self._max_bad_fraction = config.get("max_bad_fraction", MAX_BAD_FRACTION)
         schedule = Schedule(layout, Mixture(((1, 1),), 1))
+        faults = FaultLog(self._max_bad_fraction)
         super().__init__({_ONE: stream}, schedule, faults, replace=False)
 
     @property
@@ -317,10 +327,12 @@ class EvalPipeline(_Pipeline):
           UserError: while iterating, for files that cannot be read, or too many bad examples.
         """
         layout = self._schedule.layout
+        self.faults = FaultLog(self._max_bad_fraction)
         read = self._read(0, self.num_batches, end=len(self))
         for number, (batch, sound) in enumerate(read):
             inside = layout.places + number * layout.batch_size < len(self)
             yield {**batch, "mask": sound & inside}
+        self.faults.check_all()
 
 
 def split_mixture(config: Mapping[str, Any]) -> tuple[dict[str, dict[str, Any]], list[float]]:
@@ -333,10 +345,16 @@ def split_mixture(config: Mapping[str, Any]) -> tuple[dict[str, dict[str, Any]],
         return {_ONE: dict(config)}, [1.0]
     # What the other sources take for granted is set in every config (`config.DATA_DEFAULTS`).
     for key in config:
-        if key not in (*_MIXTURE_KEYS, "order", "lanes"):
+        if key not in (*_MIXTURE_KEYS, "order", "lanes", "window"):
             raise UserError(unknown_key_message(key, _MIXTURE_KEYS, "data (a mixture)"))
     parts = config.get("parts") or {}
-    shared = {key: config[key] for key in ("order", "lanes") if key in config}
+    if not isinstance(parts, Mapping) or not all(isinstance(p, Mapping) for p in parts.values()):
+        raise UserError("data.parts must map the name of each part to its data config")
+    for name, part in parts.items():
+        for key in ("max_bad_fraction", "batch_ops"):
+            if key in part:
+                raise UserError(f"data.parts.{name}.{key}: set data.{key}, of the whole mixture")
+    shared = {key: config[key] for key in ("order", "lanes", "window") if key in config}
     weights = check_weights(parts)
     chosen = {
         name: {**shared, **{k: v for k, v in parts[name].items() if k != "weight"}}
@@ -348,15 +366,15 @@ def split_mixture(config: Mapping[str, Any]) -> tuple[dict[str, dict[str, Any]],
 class _Within:
     """Says of a mistake in which part of a mixture it is."""
 
-    def __init__(self, name: str) -> None:
-        self._name = name
+    def __init__(self, prefix: str) -> None:
+        self._prefix = prefix
 
     def __enter__(self) -> None:
         pass
 
     def __exit__(self, kind: Any, error: Any, traceback: Any) -> None:
-        if self._name != _ONE and isinstance(error, UserError):
-            raise UserError(f"data.parts.{self._name}: {error}") from error
+        if self._prefix and isinstance(error, UserError):
+            raise UserError(f"{self._prefix}{error}") from error
 
 
 def _listed(arrays: Mapping[str, FieldSpec]) -> str:

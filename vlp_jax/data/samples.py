@@ -53,7 +53,7 @@ def _of_one(config: Mapping[str, Any], limit: int, seed: int) -> Iterator[str]:
         chosen = positions[number * size : (number + 1) * size]
         return order.indices(chosen), example_seeds(seed, chosen, len(ops))
 
-    failures: list[UserError] = []
+    failures: list[Exception] = []
     dataset = graph.dataset(plan, -(-len(positions) // size), failures.append)
     try:
         for batch, _ in example_graph.run(dataset):

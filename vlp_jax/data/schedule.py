@@ -76,7 +76,11 @@ class Mixture:
         shares = []
         for number, weight in enumerate(exact):
             share = (weight / sum(exact[number:])).limit_denominator(_MAX_DENOMINATOR)
-            shares.append((max(share.numerator, 1), share.denominator))
+            # What is less than can be told apart is taken for the least, never for all or nothing.
+            share = max(share, Fraction(1, _MAX_DENOMINATOR))
+            if number + 1 < len(exact):
+                share = min(share, Fraction(_MAX_DENOMINATOR - 1, _MAX_DENOMINATOR))
+            shares.append((share.numerator, share.denominator))
         return cls(tuple(shares), lanes)
 
     def assign(self, rows: np.ndarray, lanes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

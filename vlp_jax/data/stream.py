@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,7 +22,9 @@ from vlp_jax.errors import UserError, unknown_key_message
 RAW_TEXT = "text_raw"  # the name of the extra field that holds `text` before it is tokenized
 ORDERS = ("auto", "examples", "blocks")
 LANES = 16
-_SUBSTITUTES = 50  # examples that are tried for a bad one's place
+_log = logging.getLogger("vlp_jax.data")
+_SUBSTITUTES = 40  # examples that are tried for a bad one's place
+_NEAR = 8  # of them are of the batches that follow
 _PREFETCH_CHUNKS = 64  # how far ahead a source is told what will be read
 
 # For the number of a chunk, positions in the stream, int64 [n].
@@ -149,7 +152,7 @@ class Stream:
             return
         from vlp_jax.data import example_graph
 
-        failures: list[UserError] = []
+        failures: list[Exception] = []
 
         def plan(number: int) -> tuple[np.ndarray, np.ndarray]:
             ahead = number + _PREFETCH_CHUNKS
@@ -217,7 +220,9 @@ class Stream:
         left = missing
         for attempt in range(1, _SUBSTITUTES + 1):
             _, seeds = self.indices_and_seeds(positions[left])
-            others = self.order.indices(positions[left] + attempt * self._stride)
+            # Near at first; then ever farther, since what is damaged may be a whole file.
+            steps = min(attempt, _NEAR) * 2 ** max(0, attempt - _NEAR)
+            others = self.order.indices(positions[left] + steps * self._stride)
             arrays, alive = self._graph.run_once(others, seeds)
             for name, values in arrays.items():
                 full[name][left[alive]] = values
@@ -227,7 +232,7 @@ class Stream:
         index = int(self.order.indices(positions[left[:1]])[0])
         fault = self._graph.diagnose(index, seeds[0])
         raise UserError(
-            f"none of {_SUBSTITUTES + 1} examples in a row can be used; the first is {fault.where} "
+            f"no example can be used: {_SUBSTITUTES + 1} were tried; the first is {fault.where} "
             f"({fault.reason})"
         )
 
@@ -254,7 +259,8 @@ def make_order(
     if name not in ORDERS:
         raise UserError(unknown_key_message(str(name), ORDERS, "data.order"))
     for key, value in (("lanes", lanes), ("window", window)):
-        if value is not None and (not isinstance(value, int) or value < 1):
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        if value is not None and (not whole or value < 1):
             raise UserError(f"data.{key}={value!r} must be a whole number of at least 1")
     if not shuffle or name == "examples":
         return Order(len(source), seed, shuffle)
@@ -266,5 +272,12 @@ def make_order(
     lanes = math.gcd(lanes or LANES, batch_size)
     while lanes > len(blocks.sizes):
         lanes = next(n for n in range(lanes - 1, 0, -1) if batch_size % n == 0)
+    needed = lanes * (1 + (window or blocks.window)) * blocks.memory
+    if needed > blocks.room:
+        _log.warning(
+            "data: %d lanes hold up to %d MiB of row groups in memory, and data.cache_mib is %d: "
+            "groups may be read several times; raise data.cache_mib, or lower data.lanes",
+            *(lanes, needed >> 20, blocks.room >> 20),
+        )
     mixed = (window or blocks.window) * int(blocks.sizes.mean())
     return BlockOrder(blocks.sizes, seed, lanes, max(1, mixed))

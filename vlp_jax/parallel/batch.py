@@ -34,6 +34,7 @@ class Prefetcher:
             raise ValueError(f"a prefetcher keeps at least one batch, not {size}")
         self._queue: queue.Queue = queue.Queue(maxsize=size)
         self._stop = threading.Event()
+        self._ended: BaseException | None = None
         self._thread = threading.Thread(
             target=self._fill, args=(batches, mesh), name="prefetch", daemon=True
         )
@@ -67,8 +68,9 @@ class Prefetcher:
         return self
 
     def __next__(self) -> dict[str, jax.Array]:
-        item = self._queue.get()
+        item = self._queue.get() if self._ended is None else self._ended
         if isinstance(item, BaseException):
             self._stop.set()
+            self._ended = item  # whoever asks again is told again
             raise item
         return item

@@ -63,14 +63,16 @@ class InputState:
         before, now = saved.get("data"), self._pipeline.fingerprint()
         if before not in (None, now) and not self._accept_other_data:
             raise UserError(
-                "the training data is not that of the checkpoint (other files, or other numbers of "
-                "examples in them), so its order cannot go on; put the data back, or set "
-                "config.checkpoint.accept_other_data to go on in the order of the new data"
+                "the training data is not that of the checkpoint, or not in its order (other files "
+                "or numbers of examples in them, another seed, lanes, window or weights); put it "
+                "back, or set config.checkpoint.accept_other_data to go on in the new order"
             )
         counts = {tuple(kind): count for *kind, count in saved.get("bad", ())}
-        self._begin = np.array(
-            [saved.get("read", 0), *(counts.get(kind, 0) for kind in self._kinds)], np.int64
-        )
+        read = saved.get("read", 0)
+        self._begin = np.array([read, *(counts.get(kind, 0) for kind in self._kinds)], np.int64)
+        for name, pipe in self._pipeline.pipelines().items():
+            own = {(s, r): count for (n, s, r), count in counts.items() if n == name}
+            pipe.faults.begin_with(read, own)
 
     def metrics(self, step: int) -> dict[str, float]:
         """Bad examples before batch `step`, by source and reason, and their share.

@@ -27,7 +27,7 @@ SOURCES: dict[str, tuple[str, str]] = {
     "webdataset": ("vlp_jax.data.sources.webdataset", "WebDatasetSource"),
 }
 # Sources whose fields have the names of whoever wrote the files.
-FOREIGN_NAMES = ("array_record", "parquet", "tfrecord")
+FOREIGN_NAMES = ("array_record", "parquet", "tfrecord", "webdataset")
 
 # Keys of a data config that every source has, and that are not fields of its dataclass. Those
 # behind `fields` are read by the pipeline.
@@ -46,7 +46,7 @@ def build_source(config: Mapping[str, Any]) -> Source:
         by its name), and `limit`, how many examples to keep, the first ones after `where`; and
         `fields`, a mapping of the names that fields shall have to those that they have in the
         data, of which no others are kept. Without it, sources of files with names of their own
-        give the usual ones ("jpg", "caption") ours (`renamed.USUAL`). The other `COMMON_KEYS` are
+        keep the usual ones alone and give them ours (`renamed.USUAL`). The other `COMMON_KEYS` are
         the pipeline's.
 
     Raises:
@@ -81,13 +81,15 @@ def select(source: Source, where: Mapping[str, Any] | None, limit: int | None) -
       UserError: for a field that does not exist or is not a scalar, an unknown class name, a limit
         below 1, or if no example is left.
     """
-    if limit is not None and limit < 1:
-        raise UserError(f"data.limit={limit} must be at least 1")
+    whole = isinstance(limit, int) and not isinstance(limit, bool)
+    if limit is not None and (not whole or limit < 1):
+        raise UserError(f"data.limit={limit!r} must be a whole number of at least 1")
     if where:
         kept = np.ones(len(source), bool)
         for name, value in where.items():
             wanted = _wanted(source, name, value)
-            kept &= source.column(name) == wanted
+            values = source.column(name)  # masked where a record lacks it
+            kept &= (np.ma.getdata(values) == wanted) & ~np.ma.getmaskarray(values)
         indices = np.flatnonzero(kept)
         if not indices.size:
             raise UserError(f"data.where={dict(where)} matches none of {len(source)} examples")
@@ -167,7 +169,7 @@ class Subset(Source):
             return None
         ends = np.searchsorted(self.indices, np.cumsum(whole.sizes))
         sizes = np.diff(ends, prepend=0)
-        return Blocks(sizes[sizes > 0], whole.window)
+        return dataclasses.replace(whole, sizes=sizes[sizes > 0])
 
     def will_read(self, indices: np.ndarray) -> None:
         self.source.will_read(self.indices[indices])

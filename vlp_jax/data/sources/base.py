@@ -45,10 +45,14 @@ class Blocks:
     Attributes:
       sizes: examples of each, int64 [blocks], in the order of the examples.
       window: how many may be open at a time in each of the lanes that read side by side.
+      memory: bytes of the largest, if open blocks are held in memory; else 0.
+      room: bytes that there are for all open blocks.
     """
 
     sizes: np.ndarray
     window: int
+    memory: int = 0
+    room: int = 0
 
 
 class Source(Protocol):
@@ -95,7 +99,10 @@ class Source(Protocol):
         ...
 
     def column(self, name: str) -> np.ndarray:
-        """The scalar field `name` of every example, [len(self)], reading no image."""
+        """The scalar field `name` of every example, [len(self)], reading no image.
+
+        A masked array where records are damaged or lack the field.
+        """
         ...
 
     def class_names(self, field: str) -> tuple[str, ...] | None:

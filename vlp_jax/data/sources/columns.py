@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from vlp_jax.data import faults
-from vlp_jax.data.sources.base import STRING, FieldSpec
+from vlp_jax.data.sources.base import STRING, FieldSpec, Source
 
 if TYPE_CHECKING:
     import tensorflow as tf
@@ -60,6 +60,37 @@ def parse(
         name: record[name][: record[_count_of(name)]] if fields[name].shape else record[name]
         for name in names
     }
+
+
+def column(source: Source, name: str, ends: Sequence[int]) -> np.ndarray:
+    """The field `name` of all examples, masked where it cannot be read; see `Source.column`.
+
+    Args:
+      ends: examples are read up to each of these, in turn.
+    """
+    parts = []
+    for first, end in zip([0, *ends[:-1]], ends, strict=True):
+        record = source.fetch(np.arange(first, end), [name])
+        parts.append(np.ma.masked_array(record[name], record[faults.FAULT] != b""))
+    return np.ma.concatenate(parts)
+
+
+def fitting(value: Any, spec: FieldSpec) -> Any:
+    """`value` as a field of `spec` holds it; None if it is of another type or too large."""
+    if spec.shape:
+        if not isinstance(value, list):
+            return None
+        return [str(item).encode("utf-8", "replace") for item in value if item is not None]
+    if spec.is_string:
+        if isinstance(value, str):
+            return value.encode("utf-8", "replace")
+        return value if isinstance(value, bytes) else None
+    if not isinstance(value, bool | int | float):
+        return None
+    if spec.dtype.kind == "f":
+        return float(value)
+    whole = int(value) if value == value and abs(value) < 2**63 else None
+    return whole if whole == value else None
 
 
 def _count_of(name: str) -> str:

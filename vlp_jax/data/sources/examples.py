@@ -125,15 +125,16 @@ class TFRecordSource(Source):
         return dict(tf.io.parse_single_example(record["record"], specs)) if specs else {}
 
     def column(self, name: str) -> np.ndarray:
-        parse = import_tensorflow().function(
-            lambda record: self.parse({"record": record}, [name])[name], autograph=False
-        )
-        values = np.zeros(len(self), self._features[name].dtype)
+        tf = import_tensorflow()
+        values = np.ma.masked_all(len(self), self._features[name].dtype)
         for first in range(0, len(self), _COLUMN_CHUNK):
             indices = np.arange(first, min(first + _COLUMN_CHUNK, len(self)))
             records, bad = self._files.read(indices)
             for index, record in zip(indices[bad == b""], records[bad == b""], strict=True):
-                values[index] = parse(record).numpy()
+                feature = tf.train.Example.FromString(record).features.feature[name]
+                found = getattr(feature, feature.WhichOneof("kind") or "int64_list").value
+                if len(found) == 1:
+                    values[index] = found[0]
         return values
 
     def describe(self, index: int) -> str:

@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from vlp_jax.data.lazy_tensorflow import import_tensorflow
+from vlp_jax.data import faults
+from vlp_jax.data.files import retrying
+from vlp_jax.data.sources import columns
 from vlp_jax.data.sources.base import STRING, STRINGS, FieldSpec, Source
 from vlp_jax.data.sources.caption_files import Entry, find_caption_file, read_entries
+from vlp_jax.data.sources.records import empty_strings
 from vlp_jax.errors import UserError
 
 if TYPE_CHECKING:
     import tensorflow as tf
 
+# Of one file: it is a bad example. Anything else is the disk's, and ends the run.
+_GONE = (FileNotFoundError, PermissionError, IsADirectoryError)
 SPLITS = ("train", "validation", "all")
 
 
@@ -106,44 +110,39 @@ class FolderSource(Source):
         return fields
 
     def record_fields(self) -> dict[str, FieldSpec]:
-        fields = self.fields()
-        del fields["image"]
-        count = FieldSpec((), np.dtype(np.int64))
-        return {**fields, "file": STRING, "caption_count": count}
+        return columns.record_fields(self.fields())
 
     def fetch(
         self, indices: np.ndarray, names: Sequence[str] | None = None
     ) -> dict[str, np.ndarray]:
-        del names
         entries = [self._examples[index] for index in indices]
-        counts = np.array([len(entry.captions) for entry in entries], np.int64)
-        captions = np.full((len(entries), int(counts.max(initial=0))), b"", object)
-        for row, entry in zip(captions, entries, strict=True):
-            row[: len(entry.captions)] = [caption.encode() for caption in entry.captions]
-        record = {
-            "captions": captions,
-            "caption_count": counts,
-            "path": _byte_strings([entry.path.encode() for entry in entries]),
-            "file": _byte_strings([os.fsencode(entry.file) for entry in entries]),
+        found = empty_strings(len(entries))
+        rows: dict[str, list[Any]] = {
+            "captions": [[text.encode() for text in entry.captions] for entry in entries],
+            "path": [entry.path.encode() for entry in entries],
         }
         if self.label_field is not None:
-            label_of = {label: number for number, label in enumerate(self._labels)}
-            record["label"] = np.array([label_of[entry.label] for entry in entries], np.int64)
-        return record
+            rows["label"] = [self._label_numbers[entry.label] for entry in entries]
+        if names is None or "image" in names:
+            rows["image"] = [None] * len(entries)
+            for number, entry in enumerate(entries):
+                try:
+                    rows["image"][number] = retrying(entry.file, Path(entry.file).read_bytes)
+                except UserError as error:
+                    if not isinstance(error.__cause__, _GONE):
+                        raise
+                    found[number] = faults.marked(faults.UNREADABLE, str(error))
+        return columns.pack(self.fields(), rows, found)
+
+    @cached_property
+    def _label_numbers(self) -> dict[str | None, int]:
+        return {label: number for number, label in enumerate(self._labels)}
 
     def parse(self, record: dict[str, tf.Tensor], names: Sequence[str]) -> dict[str, tf.Tensor]:
-        tf = import_tensorflow()
-        example = {name: record[name] for name in names if name != "image"}
-        if "captions" in names:
-            example["captions"] = record["captions"][: record["caption_count"]]
-        if "image" in names:
-            example["image"] = tf.io.read_file(record["file"])
-        return example
+        return columns.parse(self.fields(), record, names)
 
     def column(self, name: str) -> np.ndarray:
-        if name == "path":
-            return _byte_strings([entry.path.encode() for entry in self._examples])
-        return self.fetch(np.arange(len(self)))[name]
+        return self.fetch(np.arange(len(self)), [name])[name]
 
     def class_names(self, field: str) -> tuple[str, ...] | None:
         return self._labels if field == "label" and self.label_field is not None else None
@@ -154,13 +153,6 @@ class FolderSource(Source):
     def fingerprint(self) -> str:
         paths = "\n".join(entry.path for entry in self._examples)
         return hashlib.sha256(paths.encode()).hexdigest()[:16]
-
-
-def _byte_strings(values: Sequence[bytes]) -> np.ndarray:
-    """Byte strings [n] as objects, which unlike NumPy's own keep trailing zero bytes."""
-    array = np.empty(len(values), object)
-    array[:] = values
-    return array
 
 
 def _fraction(path: str) -> float:

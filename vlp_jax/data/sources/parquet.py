@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     import tensorflow as tf
 
 MIB = 2**20
+_LOOKED_AT = 20  # files whose row groups are taken for typical
 WINDOW = 1  # row groups that are open at a time in a lane
 _INT = FieldSpec((), np.dtype(np.int64))
 
@@ -133,31 +134,35 @@ class ParquetSource(Source):
         def read() -> pa.Table:
             import pyarrow.parquet as pq
 
-            with pq.ParquetFile(self._shards.local(piece)) as file:
-                return file.read_row_group(group, columns=list(wanted))
+            try:
+                with pq.ParquetFile(self._shards.local(piece)) as file:
+                    return file.read_row_group(group, columns=list(wanted))
+            except OSError as error:
+                if error.errno is None:  # Arrow's own, of bytes that make no sense
+                    raise pa.ArrowInvalid(str(error)) from error
+                raise
 
         try:
             table = self._groups.get((path, group, wanted), lambda: retrying(path, read))
-        except (pa.ArrowException, pa.ArrowInvalid) as error:
-            detail = f"row group {group}: {str(error).splitlines()[0]}"
+        except pa.ArrowException as error:
+            detail = f"row group {group}: {(str(error).splitlines() or ['it cannot be read'])[0]}"
             found[numbers] = faults.marked(faults.UNREADABLE, detail)
             return
         for name, values in rows.items():
+            if name not in table.column_names:
+                found[numbers] = faults.marked(faults.MISSING_FIELD, f"the file has no {name!r}")
+                continue
             column, spec = table.column(name), self._fields[name]
             for number, place in zip(numbers.tolist(), places.tolist(), strict=True):
                 values[number] = _value_of(column[place], spec)
                 if values[number] is None:
-                    found[number] = faults.marked(faults.MISSING_FIELD, f"{name!r} is null")
+                    found[number] = faults.marked(faults.MISSING_FIELD, f"it has no {name!r}")
 
     def parse(self, record: dict[str, tf.Tensor], names: Sequence[str]) -> dict[str, tf.Tensor]:
         return columns.parse(self._fields, record, names)
 
     def column(self, name: str) -> np.ndarray:
-        chunks = [
-            self.fetch(np.arange(end - size, end), [name])[name]
-            for end, size in zip(np.cumsum(self.blocks().sizes), self.blocks().sizes, strict=True)
-        ]
-        return np.concatenate(chunks)
+        return columns.column(self, name, np.cumsum(self._blocks.sizes).tolist())
 
     def class_names(self, field: str) -> tuple[str, ...] | None:
         """Those that `datasets` notes in the schema for a ClassLabel."""
@@ -185,8 +190,12 @@ class ParquetSource(Source):
             else self._shards.index(number)["group_size"]
             for number, piece in enumerate(self._shards.pieces)
         ]
+        largest = max(
+            int(self._shards.index(number)["group_bytes"].max(initial=0))
+            for number in range(min(_LOOKED_AT, len(self._shards.pieces)))
+        )
         joined = np.concatenate(sizes)
-        return Blocks(joined[joined > 0], WINDOW)
+        return Blocks(joined[joined > 0], WINDOW, largest, self.cache_mib * MIB)
 
     def will_read(self, indices: np.ndarray) -> None:
         self._shards.will_read(indices)
@@ -227,24 +236,29 @@ def index_parquet(path: str) -> Index:
     """How a Parquet file's rows lie in row groups.
 
     Returns:
-      group_size and group_end (int64 [groups]) and fault (uint8 [rows]); a file whose end, where
-      its index is, cannot be read counts as one damaged row.
+      group_size, group_end and group_bytes (int64 [groups]) and fault (uint8 [rows]); a file whose
+      end, where its index is, cannot be read counts as one damaged row.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
         about = pq.read_metadata(path)
-    except (pa.ArrowException, OSError):
+    except (pa.ArrowException, OSError) as error:
+        if getattr(error, "errno", None) is not None:
+            raise
         nothing = np.zeros(0, np.int64)
         return {
             "group_size": nothing,
+            "group_bytes": nothing,
             "group_end": nothing,
             "fault": np.array([TRUNCATED], np.uint8),
         }
-    sizes = np.array([about.row_group(i).num_rows for i in range(about.num_row_groups)], np.int64)
+    groups = [about.row_group(number) for number in range(about.num_row_groups)]
+    sizes = np.array([group.num_rows for group in groups], np.int64)
     return {
         "group_size": sizes,
+        "group_bytes": np.array([group.total_byte_size for group in groups], np.int64),
         "group_end": np.cumsum(sizes),
         "fault": np.zeros(about.num_rows, np.uint8),
     }
@@ -252,6 +266,9 @@ def index_parquet(path: str) -> Index:
 
 def _spec_of(kind: pa.DataType) -> FieldSpec | None:
     from pyarrow import types
+
+    if types.is_dictionary(kind):
+        kind = kind.value_type
 
     def is_text(t: pa.DataType) -> bool:
         return types.is_string(t) or types.is_large_string(t) or types.is_string_view(t)
@@ -273,12 +290,6 @@ def _spec_of(kind: pa.DataType) -> FieldSpec | None:
 
 
 def _value_of(scalar: pa.Scalar, spec: FieldSpec) -> Any:
-    """A cell as the source gives it; None for null."""
+    """A cell as the source gives it; None for null, or what does not fit."""
     value = scalar.as_py()
-    if isinstance(value, dict):
-        value = value["bytes"]
-    if isinstance(value, str):
-        return value.encode("utf-8", "replace")
-    if spec.shape and value is not None:
-        return [text.encode("utf-8", "replace") for text in value if text is not None]
-    return value
+    return columns.fitting(value["bytes"] if isinstance(value, dict) else value, spec)

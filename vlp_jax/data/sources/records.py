@@ -103,9 +103,11 @@ class ArrayRecordFiles:
         try:
             records[place] = _read(self._reader(self.shards.local(piece)), [row])[0]
         except _ARRAY_RECORD_DAMAGE as error:
-            broken = len(self.shards.index(piece)["fault"]) <= row
+            index = self.shards.index(piece)["fault"]
+            broken = row >= len(index) or index[row]
             reason = faults.TRUNCATED if broken else faults.UNREADABLE
-            found[place] = faults.marked(reason, str(error).splitlines()[0])
+            detail = (str(error).splitlines() or ["it cannot be read"])[0]
+            found[place] = faults.marked(reason, detail)
 
     def _reader(self, file: str) -> Any:
         with self._lock:
@@ -137,6 +139,8 @@ def _open_array_record(file: str) -> Any:
 
 def index_array_record(path: str) -> Index:
     """The number of records of an ArrayRecord file; one that is damaged, if it cannot be opened."""
+    with open(path, "rb") as file:
+        file.read(1)  # what fails here is the disk, not the format
     try:
         count = _open_array_record(path).num_records()
     except _ARRAY_RECORD_DAMAGE:

@@ -15,20 +15,30 @@ from vlp_jax.errors import UserError, unknown_key_message
 USUAL = {
     "image": ("image", "jpg", "jpeg", "png", "webp", "image_bytes", "image/encoded", "img"),
     "text": ("text", "caption", "txt", "TEXT", "image/caption"),
+    "captions": ("captions", "json.captions"),
+    "label": ("label", "cls"),
     "id": ("id", "key", "__key__", "image_id"),
 }
 
 
 def usual_names(known: Iterable[str]) -> dict[str, str]:
-    """Name in an example -> name in the source: all fields, the usual ones under our names."""
+    """Name in an example -> name in the source, of the usual fields that there are.
+
+    The others are left out: not every record need have them, and what is taken must be there.
+
+    Raises:
+      UserError: there is none; it says which fields there are.
+    """
     known = list(known)
     chosen = {}
     for ours, usual in USUAL.items():
         present = [name for name in usual if name in known]
         if present:
             chosen[ours] = present[0]
-    taken = {*chosen, *chosen.values()}
-    return {**chosen, **{name: name for name in known if name not in taken}}
+    if not chosen:
+        listed = ", ".join(sorted(known))
+        raise UserError(f"none of the data's fields has a usual name ({listed}): set data.fields")
+    return chosen
 
 
 def rename(source: Source, names: Mapping[str, str] | None) -> Source:

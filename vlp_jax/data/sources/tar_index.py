@@ -95,7 +95,11 @@ def members(path: str) -> Iterator[Member]:
             size, kind, begin = _number(header[124:136]), header[156:157], place + _BLOCK
             cut = begin + size > total
             if kind in (_PAX, _GNU_NAME) and not cut:
-                long_name = _long_name(os.pread(descriptor, size, begin), kind) or long_name
+                try:
+                    long_name = _long_name(os.pread(descriptor, size, begin), kind) or long_name
+                except ValueError:
+                    yield Member("", place, 0, DAMAGED)
+                    return
             elif kind not in (_PAX_GLOBAL, _GNU_LINK):
                 if kind in _REGULAR:
                     name = long_name or _name(header)
@@ -137,6 +141,8 @@ def _long_name(content: bytes, kind: bytes) -> str | None:
         return content.partition(b"\0")[0].decode("utf-8", "surrogateescape")
     while content:  # records of "LENGTH KEY=VALUE\n"
         length = int(content.partition(b" ")[0])
+        if not 0 < length <= len(content):
+            raise ValueError(f"a record of {length} bytes")
         key, _, value = content[:length].partition(b" ")[2].partition(b"=")
         if key == b"path":
             return value[:-1].decode("utf-8", "surrogateescape")

@@ -80,8 +80,9 @@ class WebDatasetSource(Source):
         for document in documents:
             for name, value in (document or {}).items():
                 spec = _spec_of(value)
-                if spec is not None:
-                    fields.setdefault(f"json.{name}", spec)
+                # A number that is whole here and there is a float.
+                if spec is not None and fields.get(f"json.{name}") in (None, _INT):
+                    fields[f"json.{name}"] = spec
         return fields
 
     def _first_samples(self) -> list[tuple[int, int]]:
@@ -135,7 +136,7 @@ class WebDatasetSource(Source):
                 column[number] = raw if name != "cls" else _whole_number(raw)
             else:
                 document = _parsed_json(raw) if document is _UNREAD else document
-                column[number] = _value_of(document, key, self._fields[name])
+                column[number] = columns.fitting((document or {}).get(key), self._fields[name])
             if column[number] is None:
                 return faults.marked(faults.MISSING_FIELD, f"it has no {name!r} that can be read")
         return b""
@@ -155,11 +156,8 @@ class WebDatasetSource(Source):
         return columns.parse(self._fields, record, names)
 
     def column(self, name: str) -> np.ndarray:
-        chunks = [
-            self.fetch(np.arange(first, min(first + _COLUMN_CHUNK, len(self))), [name])[name]
-            for first in range(0, len(self), _COLUMN_CHUNK)
-        ]
-        return np.concatenate(chunks)
+        ends = [*range(_COLUMN_CHUNK, len(self), _COLUMN_CHUNK), len(self)]
+        return columns.column(self, name, ends)
 
     def describe(self, index: int) -> str:
         piece, row = (int(x[0]) for x in self._shards.locate(np.array([index])))
@@ -200,19 +198,8 @@ def _spec_of(value: Any) -> FieldSpec | None:
     return None
 
 
-def _value_of(document: Mapping[str, Any] | None, key: str, spec: FieldSpec) -> Any:
-    """The value under `key`, as `spec` says; None if there is none of that type."""
-    value = None if document is None else document.get(key)
-    if spec == STRINGS and isinstance(value, list):
-        return [str(item).encode("utf-8", "replace") for item in value]
-    if spec == STRING and isinstance(value, str):
-        return value.encode("utf-8", "replace")
-    if spec == _INT and isinstance(value, bool | int):
-        return int(value)
-    if spec == _FLOAT and isinstance(value, int | float):
-        return float(value)
-    return None
-
-
 def _whole_number(raw: bytes) -> int | None:
-    return int(raw) if raw.strip().isdigit() else None
+    try:
+        return columns.fitting(int(raw), _INT)
+    except ValueError:
+        return None
