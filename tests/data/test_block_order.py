@@ -68,6 +68,25 @@ def test_seeking_to_a_billion_takes_seconds():
     assert time.perf_counter() - begin < 1
 
 
+@pytest.mark.parametrize("lanes", [1, 8, 16])
+@pytest.mark.parametrize("weights", [(1,), (3, 1, 2.5)])
+def test_batches_are_one_plan_for_any_number_of_processes(lanes, weights):
+    mixture = Mixture.of_weights(weights, lanes)
+    for batch in (0, 1, 12_345):
+        whole = Schedule(Layout(48), mixture).of_batch(batch, len(weights))
+        assert sorted(np.concatenate([places for places, _ in whole])) == list(range(48))
+        for processes in (1, 2, 4, 8):
+            found = [[] for _ in weights]
+            for index in range(processes):
+                part = Schedule(Layout(48, index, processes), mixture)
+                for source, (places, positions) in enumerate(part.of_batch(batch, len(weights))):
+                    places = places + index * (48 // processes)
+                    found[source] += zip(places.tolist(), positions.tolist(), strict=True)
+            for source, (places, positions) in enumerate(whole):
+                expected = list(zip(places.tolist(), positions.tolist(), strict=True))
+                assert sorted(found[source]) == expected
+
+
 def test_bad_arguments():
     with pytest.raises(ValueError, match="at least one example"):
         BlockOrder(np.array([3, 0]), 0, 1, 1)

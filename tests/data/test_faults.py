@@ -86,7 +86,7 @@ def test_resuming_and_processes_with_bad_examples(damaged):
     for a, b in zip(straight[7:], take(pipeline(damaged), 11, start=7), strict=True):
         for name in a:
             np.testing.assert_array_equal(a[name], b[name])
-    parts = [take(pipeline(damaged, process_index=i, process_count=4), 18) for i in range(4)]
+    parts = [take(pipeline(damaged, process_index=i, process_count=2), 18) for i in range(2)]
     for number, batch in enumerate(straight):
         for name in batch:
             joined = np.concatenate([part[number][name] for part in parts])

@@ -193,3 +193,70 @@ def test_statistics_of_img2dataset_spare_the_walk(tmp_path, memory):
     assert copied == 1  # the first, to see which fields there are
     assert sorted(source.column("id")) == [f"id{n:06d}".encode() for n in range(30)]
     assert np.array_equal(np.sort(source.blocks().sizes), np.sort(counts))
+
+
+def test_a_copy_that_vanishes_is_made_again(tmp_path, memory):
+    fsspec.filesystem("memory").pipe("bucket/data/x", b"0123456789")
+    copies = LocalCopies(tmp_path, capacity=10**6)
+    assert copies.read(f"{memory}/x", 2, 3) == b"234"
+    from vlp_jax.data.local_copies import open_files
+
+    open_files().drop(copies.get(f"{memory}/x"))
+    os.remove(copies.get(f"{memory}/x"))
+    assert copies.read(f"{memory}/x", 8, 5) == b"89"
+
+
+def test_a_cache_that_cannot_be_written_is_named(tmp_path, memory):
+    fsspec.filesystem("memory").pipe("bucket/data/x.tar", b"0" * 512)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="the cache .*file.* cannot be written.*data.cache_dir"):
+        LocalCopies(tmp_path / "file", 1).get(f"{memory}/x.tar")
+
+
+def test_an_index_that_was_cut_off_is_made_again(tmp_path):
+    data = corpora.config("tfrecord", tmp_path, corpora.examples(30), shards=2)
+    assert len(build_source(data)) == 30
+    kept = list((tmp_path / "cache" / "index").glob("*.npz"))
+    for file in kept:
+        file.write_bytes(file.read_bytes()[:100])
+    assert build_source(data).fetch(np.arange(30))["record"][29]
+    assert len(kept) == 2
+
+
+def test_a_passing_fault_while_indexing_loses_nothing(tmp_path, monkeypatch):
+    import pyarrow.parquet as pq
+
+    data = corpora.config("parquet", tmp_path, corpora.examples(30), shards=2)
+    monkeypatch.setattr(files, "FIRST_DELAY", 0.0)
+    original, failures = pq.read_metadata, iter([True, True])
+
+    def flaky(path):
+        if next(failures, False):
+            raise OSError(5, "Input/output error")
+        return original(path)
+
+    monkeypatch.setattr(pq, "read_metadata", flaky)
+    assert len(build_source(data)) == 30
+
+
+def test_reading_waits_for_no_download_when_the_process_ends(tmp_path):
+    """Downloads ahead of their use must not keep a stopped run alive."""
+    import subprocess
+    import sys
+    import time
+
+    code = f"""
+import time, fsspec, numpy as np
+from vlp_jax.data.sources.shards import Piece, Shards
+fs = fsspec.filesystem("memory")
+for n in range(40):
+    fs.pipe(f"b/{{n}}.bin", b"x")
+shards = Shards([Piece(f"memory://b/{{n}}.bin", 0, 1) for n in range(40)], "x", None, {str(tmp_path)!r})
+original = type(shards.copies)._copy
+type(shards.copies)._copy = staticmethod(lambda *a: (time.sleep(5), original(*a)))
+shards.will_read(np.arange(40))
+print("end", flush=True)
+"""
+    begin = time.perf_counter()
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+    assert time.perf_counter() - begin < 30  # of 50 seconds that the copies would take

@@ -124,7 +124,7 @@ def test_folder_several_captions_and_labels(tmp_path):
     assert source.class_names("label") == ("9", "10")
     assert source.column("label").tolist() == [1, 0, 0]
     batch = source.fetch(np.array([1, 0]))
-    assert batch["captions"].shape == (2, 3) and batch["caption_count"].tolist() == [1, 3]
+    assert batch["captions"].shape == (2, 3) and batch["captions/count"].tolist() == [1, 3]
     nine = build_source(folder_config(tmp_path, label_field="kind", where={"label": "9"}))
     assert list(read_all(nine)) == ["b.jpg", "c.jpg"]
 

@@ -7,9 +7,11 @@ import tarfile
 import numpy as np
 import pytest
 
+from vlp_jax.data.faults import FAULT
 from vlp_jax.data.sources import build_source
 from vlp_jax.data.sources.shards import DAMAGED, OK, TRUNCATED
 from vlp_jax.data.sources.tar_index import index_tar, members, split_name
+from vlp_jax.data.sources.webdataset import WebDatasetSource
 from vlp_jax.errors import UserError
 
 
@@ -116,17 +118,16 @@ def test_fields_of_samples(tmp_path):
             (f"{n}.cls", b" %d\n" % n),
         ]
     write(tmp_path / "x.tar", files)
-    source = build_source({"source": "webdataset", "path": str(tmp_path / "x.tar"),
-                           "cache_dir": str(tmp_path / "cache")})  # fmt: skip
+    source = WebDatasetSource(str(tmp_path / "x.tar"), cache_dir=str(tmp_path / "cache"))
     assert set(source.fields()) == {
         *("image", "id", "jpg", "png", "webp", "json", "cls"),
         *("json.caption", "json.width", "json.score", "json.tags", "json.ok"),
     }
     record = source.fetch(np.arange(3))
-    assert record["fault"].tolist()[0] != b""  # it lacks png, which only others have
+    assert record[FAULT].tolist()[0] != b""  # it lacks png, which only others have
     wanted = ["image", "id", "cls", "json.caption", "json.width", "json.score", "json.tags"]
     record = source.fetch(np.arange(3), wanted)
-    assert record["fault"].tolist() == [b""] * 3
+    assert record[FAULT].tolist() == [b""] * 3
     assert record["image"].tolist() == [b"image 0", b"image 1", b"image 2"]
     assert record["cls"].tolist() == record["json.width"].tolist() == [0, 1, 2]
     assert record["json.score"].tolist() == [0, 0.5, 1]
@@ -134,3 +135,46 @@ def test_fields_of_samples(tmp_path):
     with pytest.raises(UserError, match="unknown key 'txt'.*data.fields.text.*known: cls, id, im"):
         build_source({"source": "webdataset", "path": str(tmp_path / "x.tar"),
                       "cache_dir": str(tmp_path / "cache"), "fields": {"text": "txt"}})  # fmt: skip
+
+
+def test_values_that_do_not_fit_and_fields_that_only_some_have(tmp_path):
+    def sample(n, document, label):
+        return [
+            (f"{n}.jpg", b"image"),
+            (f"{n}.json", json.dumps(document).encode()),
+            (f"{n}.cls", label),
+        ]
+
+    files = [
+        *sample(0, {"hash": 1, "score": 1}, b"1"),
+        *sample(1, {"hash": 2**63, "score": 0.5}, b"-1"),
+        *sample(2, {"score": 2}, b"9" * 20),
+    ]
+    path = str(write(tmp_path / "x.tar", files))
+    source = WebDatasetSource(path, cache_dir=str(tmp_path / "cache"))
+    reasons = {
+        name: [b"missing field" in fault for fault in source.fetch(np.arange(3), [name])[FAULT]]
+        for name in ("cls", "json.hash", "json.score")
+    }
+    assert reasons == {
+        "cls": [False, False, True],
+        "json.hash": [False, True, True],
+        "json.score": [False] * 3,
+    }
+    assert source.fetch(np.arange(3), ["json.score"])["json.score"].tolist() == [1, 0.5, 2]
+    # Where a record lacks the field it equals nothing, not even 0.
+    data = {"source": "webdataset", "path": path, "cache_dir": str(tmp_path / "cache")}
+    fields = {"id": "id", "hash": "json.hash"}
+    assert len(build_source({**data, "fields": fields, "where": {"hash": 1}})) == 1
+    with pytest.raises(UserError, match="matches none of 3"):
+        build_source({**data, "fields": fields, "where": {"hash": 0}})
+    assert set(build_source(data).fields()) == {"image", "id", "label"}
+
+
+def test_damaged_long_names_end_the_archive(tmp_path):
+    for body in (b"0 path=x\n", b"zz path=x\n", b"999 path=x\n"):
+        path = write(tmp_path / "x.tar", [(f"{LONG}.jpg", b"x")])
+        raw = path.read_bytes()
+        start = raw.index(b"path=") - 4
+        path.write_bytes(raw[:start] + body + raw[start + len(body) :])
+        assert index_tar(str(path))["fault"].tolist() == [DAMAGED]
