@@ -251,7 +251,8 @@ from vlp_jax.data.sources.shards import Piece, Shards
 fs = fsspec.filesystem("memory")
 for n in range(40):
     fs.pipe(f"b/{{n}}.bin", b"x")
-shards = Shards([Piece(f"memory://b/{{n}}.bin", 0, 1) for n in range(40)], "x", None, {str(tmp_path)!r})
+pieces = [Piece(f"memory://b/{{n}}.bin", 0, 1) for n in range(40)]
+shards = Shards(pieces, "x", None, {str(tmp_path)!r})
 original = type(shards.copies)._copy
 type(shards.copies)._copy = staticmethod(lambda *a: (time.sleep(5), original(*a)))
 shards.will_read(np.arange(40))
