@@ -44,7 +44,8 @@ LEGEND = (
     "a core worked, which other jobs on the machine disturb far less. /limit and /PIL: medians of "
     "the ratios of the rounds by the clock, and (cpu) by the work. PIL: Pillow decodes in the "
     "workers of PyTorch, and with antialiasing resizes too; without it PyTorch resizes, which is "
-    "faster than Pillow can. waits: the share of its time that training waits for data while its "
+    "faster than Pillow can (/Pillow: Pillow does both). waits: the share of its time that "
+    "training waits for data while its "
     f"steps take {1 / BUSY:.2f} times as long as the data of a step. MiB: peak memory of a process "
     "that reads the source, above its imports."
 )
@@ -154,11 +155,11 @@ def open_peers(corpus: Corpus, task: Task, turn: Turn, status: Status) -> dict:
     def transform(resize: str) -> bench_peers.Transform:
         return bench_peers.Transform(task.size, task.min_scale, task.method, task.antialias, resize)
 
-    loaders = {TORCH: bench_peers.files_loader(corpus.files, transform("torch"), **common)}
-    fastest = "torch"
-    if task.antialias:
-        fastest = "pillow"
-        loaders[PILLOW] = bench_peers.files_loader(corpus.files, transform("pillow"), **common)
+    loaders = {
+        TORCH: bench_peers.files_loader(corpus.files, transform("torch"), **common),
+        PILLOW: bench_peers.files_loader(corpus.files, transform("pillow"), **common),
+    }
+    fastest = "pillow" if task.antialias else "torch"
     try:
         shards = sorted(str(path) for path in corpus.path("webdataset").iterdir())
         loaders[WEBDATASET] = bench_peers.webdataset_loader(shards, transform(fastest), **common)
@@ -208,6 +209,7 @@ def entry(name: str, speeds: Mapping[str, list[Speed]], task: Task) -> dict[str,
         "decode": LIMIT,
         # Without antialiasing, Pillow decodes and PyTorch resizes: there is nothing faster.
         "pil": PILLOW if task.antialias else TORCH,
+        "pillow": PILLOW,
         "torch_tensor": TORCH,
         "webdataset": WEBDATASET,
     }.items():
@@ -286,6 +288,7 @@ def show(result: Mapping[str, Any], console: Console) -> None:
         "(cpu)": ("cpu_ratio_to_decode", ".2f"),
         "/PIL": ("ratio_to_pil", ".2f"),
         "(cpu) ": ("cpu_ratio_to_pil", ".2f"),
+        "/Pillow": ("ratio_to_pillow", ".2f"),
         "waits": ("wait_share", ".1%"),
         "MiB": ("peak_mib", ",.0f"),
     }

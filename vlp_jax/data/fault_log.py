@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -46,7 +46,7 @@ class FaultLog:
         self._lock = threading.Lock()
         self._settled: Counter[tuple[str, str]] = Counter()
         self._settled_read = 0
-        self._ahead: deque[tuple[int, int, Counter[tuple[str, str]]]] = deque()
+        self._ahead: list[tuple[int, int, Counter[tuple[str, str]]]] = []
         # For the share: with what was counted before a checkpoint.
         self._all: Counter[tuple[str, str]] = Counter()
         self._read = 0
@@ -87,8 +87,12 @@ class FaultLog:
         What was asked for once is settled: `before` must not become less.
         """
         with self._lock:
-            while self._ahead and (before is None or self._ahead[0][0] < before):
-                _, read, counts = self._ahead.popleft()
+            ahead, self._ahead = self._ahead, []
+            for entry in ahead:
+                batch, read, counts = entry
+                if before is not None and batch >= before:
+                    self._ahead.append(entry)
+                    continue
                 self._settled_read += read
                 self._settled.update(counts)
             bad: dict[str, dict[str, int]] = {}

@@ -14,23 +14,23 @@ import hashlib
 import math
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from functools import cached_property, lru_cache
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 
 from vlp_jax.data.batch_ops import build_batch_ops
-from vlp_jax.data.fault_log import Fault, FaultLog
+from vlp_jax.data.batches import Batch, BatchReader
+from vlp_jax.data.fault_log import FaultLog
 from vlp_jax.data.order import BATCH_OPERATIONS, example_seeds
 from vlp_jax.data.schedule import Layout, Mixture, Schedule, check_weights
 from vlp_jax.data.sources.base import FieldSpec, as_plain
-from vlp_jax.data.stream import Chunk, Positions, Report, Stream
+from vlp_jax.data.stream import Stream
 from vlp_jax.data.tokenizers import Tokenizer
 from vlp_jax.errors import UserError, unknown_key_message
 
 __all__ = ["Batch", "BatchSpec", "EvalPipeline", "Layout", "TrainPipeline"]
 
-Batch = dict[str, np.ndarray]
 BatchSpec = dict[str, tuple[tuple[int, ...], np.dtype]]
 
 MIXTURE = "mixture"
@@ -102,72 +102,17 @@ class _Pipeline:
     def _read(
         self, first: int, batches: int | None, end: int | None = None
     ) -> Iterator[tuple[Batch, np.ndarray]]:
-        """This process's part of batches from number `first` on, and which rows of it are sound.
-
-        Positions from `end` on, which fill the last batch, repeat the one before it.
-        """
-        from vlp_jax.data.example_graph import CHUNK
-
-        local = self._schedule.layout.local_size
-        per_batch = -(-local // CHUNK)
-        names = list(self._streams)
-        # Every source asks for every batch, some ahead of others.
-        of_batch = lru_cache(maxsize=512)(lambda b: self._schedule.of_batch(b, len(names)))
-
-        def entries(chunk: int) -> list[tuple[np.ndarray, np.ndarray]]:
-            """Places and positions of a chunk, for each stream."""
-            batch, part = divmod(chunk, per_batch)
-            plan = of_batch(first + batch)
-            span = slice(part * CHUNK, (part + 1) * CHUNK)
-            return [(places[span], positions[span]) for places, positions in plan]
-
-        def positions_of(number: int) -> Positions:
-            def positions(chunk: int) -> np.ndarray:
-                found = entries(chunk)[number][1]
-                return found if end is None else np.minimum(found, end - 1)
-
-            return positions
-
-        def report_of(number: int) -> Report:
-            def report(chunk: int, faults: Sequence[tuple[int, Fault]]) -> None:
-                found = entries(chunk)[number][1]
-                real = np.ones(len(found), bool) if end is None else found < end
-                kept = [fault for place, fault in faults if real[place]]
-                batch = first + chunk // per_batch
-                self.faults.add(batch, int(real.sum()), names[number], kept)
-
-            return report
-
-        total = None if batches is None else batches * per_batch
-        readers = [
-            stream.chunks(positions_of(number), total, self._replace, report_of(number))
-            for number, stream in enumerate(self._streams.values())
-        ]
-        number = 0
-        while batches is None or number < batches:
-            pieces = []
-            for part in range(per_batch):
-                for which, reader in enumerate(readers):
-                    places = entries(number * per_batch + part)[which][0]
-                    pieces.append((places, next(reader)))
-            yield _assembled(pieces, local)
-            number += 1
-
-
-def _assembled(pieces: Sequence[tuple[np.ndarray, Chunk]], size: int) -> tuple[Batch, np.ndarray]:
-    """One batch from its chunks, each with the places of its examples."""
-    if len(pieces) == 1:
-        return pieces[0][1].arrays, pieces[0][1].sound
-    sound = np.empty(size, bool)
-    batch = {
-        name: np.empty((size, *array.shape[1:]), array.dtype)
-        for name, array in pieces[0][1].arrays.items()
-    }
-    for places, chunk in pieces:
-        sound[places] = chunk.sound
-        for name, array in chunk.arrays.items():
-            batch[name][places] = array
-    return batch, sound
+        """This process's part of batches from number `first` on, and which rows of it are sound."""
+        reader = BatchReader(
+            self._streams,
+            self._schedule,
+            self.faults,
+            replace=self._replace,
+            first=first,
+            batches=batches,
+            end=end,
+        )
+        return iter(reader)
 
 
 class TrainPipeline(_Pipeline):
