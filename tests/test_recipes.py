@@ -15,7 +15,14 @@ from vlp_jax.training.optimizer import make_optimizer, make_schedule
 from vlp_jax.training.weights import Source
 from vlp_jax.training.when import Units
 
-NO_RECIPES = {"clip_folder", "clip_shapes", "siglip_shapes", "demo", "mae_then_clip"}
+NO_RECIPES = {
+    "clip_folder",
+    "clip_webdataset",
+    "clip_shapes",
+    "siglip_shapes",
+    "demo",
+    "mae_then_clip",
+}
 DEBUG = {"debug_cpu", "debug_gpu"}
 RECIPES = sorted({p.stem for p in CONFIGS.glob("[!_]*.py")} - NO_RECIPES - DEBUG)
 SPECS = [*RECIPES, "flip_l16:tune", "siglip_so400m14:378", *sorted(DEBUG)]

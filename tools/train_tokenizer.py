@@ -31,7 +31,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from vlp_jax import config as config_lib
-from vlp_jax.data.pipeline import sample_texts
+from vlp_jax.data.samples import sample_texts
 from vlp_jax.data.tokenizers import SentencePieceTokenizer, Tokenizer, train_subword
 from vlp_jax.data.tokenizers import train_sentencepiece as train_sentencepiece_model
 from vlp_jax.data.tokenizers.base import frame_length

@@ -107,17 +107,17 @@ def test_a_file_without_config_needs_a_model_like_it(clip_folder, tmp_path, caps
 @pytest.mark.parametrize(
     ("source", "target", "message"),
     [
-        ("hf:/nowhere", "hf_clip:/tmp/x", "/nowhere does not exist"),
-        ("{clip}", "hf_clip:/tmp/x", "named FORMAT:PATH"),
-        ("hf:{clip}", "/tmp/x", "--to is FORMAT:DIR"),
-        ("hf:{clip}", "hf_clap:/tmp/x", "did you mean 'hf_clip'"),
-        ("hf:{clip}", "hf_siglip:/tmp/x", "image.pooling 'map', not 'cls'"),
+        ("hf:/nowhere", "hf_clip:{tmp}/x", "/nowhere does not exist"),
+        ("{clip}", "hf_clip:{tmp}/x", "named FORMAT:PATH"),
+        ("hf:{clip}", "{tmp}/x", "--to is FORMAT:DIR"),
+        ("hf:{clip}", "hf_clap:{tmp}/x", "did you mean 'hf_clip'"),
+        ("hf:{clip}", "hf_siglip:{tmp}/x", "image.pooling 'map', not 'cls'"),
         ("hf:{clip}", "hf_clip:{clip}", "is not empty"),
-        ("hf_siglip:{clip}", "hf_siglip:/tmp/x", "model_type 'clip'"),
+        ("hf_siglip:{clip}", "hf_siglip:{tmp}/x", "model_type 'clip'"),
     ],
 )
-def test_mistakes_end_with_a_message(source, target, message, clip_folder, capsys):
-    words = (word.format(clip=clip_folder) for word in (source, target))
+def test_mistakes_end_with_a_message(source, target, message, clip_folder, tmp_path, capsys):
+    words = (word.format(clip=clip_folder, tmp=tmp_path) for word in (source, target))
     assert command(*words) == 2
     assert message in capsys.readouterr().err.strip().splitlines()[-1]
 

@@ -150,7 +150,7 @@ class LocalCopies:
         with lock:
             try:
                 os.utime(target)
-            except FileNotFoundError:
+            except (FileNotFoundError, NotADirectoryError):
                 retrying(path, lambda: self._copy(path, target))
                 self._make_room(keep=target)
         return str(target)

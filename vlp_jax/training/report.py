@@ -84,6 +84,10 @@ class StepReport:
                     "look at the data of this batch"
                 )
         if self._log_when(step):
+            if self._pending and jax.process_count() > 1:
+                # The input's counts are gathered from all processes, which must not get mixed up
+                # with what the devices exchange in the step that is under way.
+                jax.block_until_ready(self._pending[1])
             speed = self._clock.summary()
             self._rate = speed.get("perf/examples_per_second", self._rate)
             self._writer.write_scalars(step, {**scalars, **speed, **self._input_metrics(step + 1)})

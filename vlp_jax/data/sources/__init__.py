@@ -46,7 +46,8 @@ def build_source(config: Mapping[str, Any]) -> Source:
         by its name), and `limit`, how many examples to keep, the first ones after `where`; and
         `fields`, a mapping of the names that fields shall have to those that they have in the
         data, of which no others are kept. Without it, sources of files with names of their own
-        keep the usual ones alone and give them ours (`renamed.USUAL`). The other `COMMON_KEYS` are
+        give the usual ones ours (`renamed.USUAL`); others are kept if a manifest or `features`
+        declares them. The other `COMMON_KEYS` are
         the pipeline's.
 
     Raises:
@@ -70,7 +71,7 @@ def build_source(config: Mapping[str, Any]) -> Source:
     source = cls(**keys)
     names = config.get("fields")
     if names is None and name in FOREIGN_NAMES:
-        names = usual_names(source.fields())
+        names = usual_names(source.fields(), others=getattr(source, "fields_are_declared", False))
     return select(rename(source, names), config.get("where"), config.get("limit"))
 
 

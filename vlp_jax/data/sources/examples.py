@@ -73,6 +73,11 @@ class TFRecordSource(Source):
             return {name: _feature(name, kind) for name, kind in manifest.features.items()}
         return self._seen_features()
 
+    @property
+    def fields_are_declared(self) -> bool:
+        """Whether a manifest or the config says which features there are."""
+        return self.features is not None or self._found[1] is not None
+
     def _seen_features(self) -> dict[str, FieldSpec]:
         """The features of the first examples; one that ever has several values is a list."""
         tf = import_tensorflow()

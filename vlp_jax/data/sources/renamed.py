@@ -21,10 +21,12 @@ USUAL = {
 }
 
 
-def usual_names(known: Iterable[str]) -> dict[str, str]:
+def usual_names(known: Iterable[str], others: bool) -> dict[str, str]:
     """Name in an example -> name in the source, of the usual fields that there are.
 
-    The others are left out: not every record need have them, and what is taken must be there.
+    Args:
+      others: whether to take the other fields too, under their own names. Where fields were seen in
+        some records alone, not every record need have them, and what is taken must be there.
 
     Raises:
       UserError: there is none; it says which fields there are.
@@ -38,7 +40,8 @@ def usual_names(known: Iterable[str]) -> dict[str, str]:
     if not chosen:
         listed = ", ".join(sorted(known))
         raise UserError(f"none of the data's fields has a usual name ({listed}): set data.fields")
-    return chosen
+    left = set(known) - set(chosen) - set(chosen.values()) if others else ()
+    return {**chosen, **{name: name for name in known if name in left}}
 
 
 def rename(source: Source, names: Mapping[str, str] | None) -> Source:
