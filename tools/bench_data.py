@@ -42,7 +42,7 @@ BUSY = 0.8  # of our throughput: what training uses where its waiting is measure
 LEGEND = (
     "/core: images a second and core, median of {rounds} rounds. /cpu-s: images for a second that "
     "a core worked, which other jobs on the machine disturb far less. /limit and /PIL: medians of "
-    "the ratios of the rounds by the clock, and (cpu) by the work. PIL: Pillow decodes in the "
+    "the ratios of the rounds by the clock, (cpu) by the work. PIL: Pillow decodes in the "
     "workers of PyTorch, and with antialiasing resizes too; without it PyTorch resizes, which is "
     "faster than Pillow can (/Pillow: Pillow does both). waits: the share of its time that "
     "training waits for data while its "
@@ -287,7 +287,6 @@ def show(result: Mapping[str, Any], console: Console) -> None:
         "/limit": ("ratio_to_decode", ".2f"),
         "(cpu)": ("cpu_ratio_to_decode", ".2f"),
         "/PIL": ("ratio_to_pil", ".2f"),
-        "(cpu) ": ("cpu_ratio_to_pil", ".2f"),
         "/Pillow": ("ratio_to_pillow", ".2f"),
         "waits": ("wait_share", ".1%"),
         "MiB": ("peak_mib", ",.0f"),

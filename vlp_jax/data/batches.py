@@ -13,9 +13,9 @@ from vlp_jax.data.stream import Chunk, Positions, Report, Stream
 
 Batch = dict[str, np.ndarray]
 
-# Examples that are prepared together, at least: what a chunk costs by itself is that of a tenth of
-# an image of 224 pixels.
-GROUP = 256
+# Examples of a source that are prepared together, about at least, since a chunk has costs of its
+# own; many more would come in gusts.
+GROUP = 64
 
 
 class BatchReader:
@@ -50,7 +50,7 @@ class BatchReader:
         self._streams, self._faults, self._schedule = dict(streams), faults, schedule
         self._replace, self._first, self._batches, self._end = replace, first, batches, end
         self._local = schedule.layout.local_size
-        self._in_group = max(1, GROUP // self._local)
+        self._in_group = max(1, GROUP * len(self._streams) // self._local)
         self._chunk = CHUNK
         self._per_group = -(-self._in_group * self._local // CHUNK)
         # Every source asks for every group, some ahead of others.
