@@ -22,7 +22,7 @@ STEPS = damage.COUNT // 16  # an epoch
 OPS = {"decode_image": {}, "resize": {"size": 16}, "keep": {"fields": ("image", "text")}}
 
 
-def config_of(data, steps=STEPS):
+def config_of(data, steps=STEPS, mesh=None):
     config = config_lib.smoke(config_lib.load(str(ROOT / "configs" / "clip_shapes.py"))).unlock()
     config.duration = config_lib.duration(steps=steps)
     config.checkpoint.every = config_lib.duration(steps=5)
@@ -30,6 +30,7 @@ def config_of(data, steps=STEPS):
     config.tokenizer = {"name": "bytes", "context_length": 16}
     config.objective.text.pooling = "eos"
     config.evaluators = {}
+    config.mesh.update(mesh or {})
     config.data = {**config_lib.DATA_DEFAULTS, **data, "preprocess": OPS}
     return config.lock()
 
@@ -90,7 +91,9 @@ def test_all_damaged_ends_soon_with_one_line(tmp_path):
         cwd=ROOT, capture_output=True, text=True, timeout=240, env=environment(),
     )  # fmt: skip
     last = done.stderr.strip().splitlines()[-1]
-    assert done.returncode == 2 and "could not be used" in last, done.stderr
+    # Which of the two it is depends on how far ahead the input is.
+    told = "could not be used" in last or "no example can be used" in last
+    assert done.returncode == 2 and told, done.stderr
     assert "undecodable image" in last and ".tar" in last
 
 
@@ -122,11 +125,12 @@ def test_two_processes_count_together_and_one_goes_on(tmp_path):
     """Counts are those of one process; what two have saved, one resumes."""
     data = damage.write("webdataset", tmp_path)
     alone = tmp_path / "alone"
+    mesh = {"replica": 2, "fsdp": 2, "tensor": 1}
     train(config_of(data), alone, StartupClock())
     file = tmp_path / "config.py"
     file.write_text(
         "from vlp_jax.config import from_json\ndef get_config(arg=None):\n"
-        f"    return from_json({config_lib.to_json(config_of(data, steps=10))!r})\n"
+        f"    return from_json({config_lib.to_json(config_of(data, steps=10, mesh=mesh))!r})\n"
     )
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -136,7 +140,7 @@ def test_two_processes_count_together_and_one_goes_on(tmp_path):
     command += ["--coordinator", f"127.0.0.1:{port}", "--processes", "2", "--process-id"]
     jobs = [
         subprocess.Popen(
-            [*command, str(index)], cwd=ROOT, env=environment(4),
+            [*command, str(index)], cwd=ROOT, env=environment(2),
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         )
         for index in range(2)
