@@ -8,7 +8,6 @@ processes share a batch, as long as each has an even number of its examples.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from vlp_jax.data.sources.base import as_plain
-from vlp_jax.errors import UserError, unknown_key_message
+from vlp_jax.errors import UserError, check_arguments, unknown_key_message
 
 Spec = dict[str, tuple[tuple[int, ...], np.dtype]]
 
@@ -180,13 +179,7 @@ def build_batch_ops(config: Mapping[str, Any] | None, local_size: int) -> list[M
     for name, arguments in chosen.items():
         if name not in BATCH_OPS:
             raise UserError(unknown_key_message(str(name), BATCH_OPS, "data.batch_ops"))
-        parameters = inspect.signature(BATCH_OPS[name]).parameters
-        for key in arguments:
-            if key not in parameters:
-                raise UserError(unknown_key_message(key, parameters, f"data.batch_ops.{name}"))
-        for key, parameter in parameters.items():
-            if key not in arguments and parameter.default is parameter.empty:
-                raise UserError(f"data.batch_ops.{name} needs {key}")
+        check_arguments(BATCH_OPS[name], arguments, f"data.batch_ops.{name}")
     if chosen and local_size % 2:
         raise UserError(
             f"data.batch_ops mixes pairs, and a process has {local_size} examples of a batch: "

@@ -8,13 +8,12 @@ this one, and one line in `OPS`.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from vlp_jax.data import image_ops, text_ops
 from vlp_jax.data.sources.base import as_plain
-from vlp_jax.errors import UserError, unknown_key_message
+from vlp_jax.errors import UserError, check_arguments, unknown_key_message
 
 if TYPE_CHECKING:
     import tensorflow as tf
@@ -87,13 +86,7 @@ def build_ops(preprocess: Mapping[str, Any] | Sequence[Any] | None) -> list[tupl
 
 
 def _build(name: str, arguments: Mapping[str, Any]) -> Op:
-    parameters = inspect.signature(OPS[name]).parameters
-    for key in arguments:
-        if key not in parameters:
-            raise UserError(unknown_key_message(key, parameters, f"data.preprocess.{name}"))
-    for key, parameter in parameters.items():
-        if key not in arguments and parameter.default is parameter.empty:
-            raise UserError(f"data.preprocess.{name} needs {key}")
+    check_arguments(OPS[name], arguments, f"data.preprocess.{name}")
     return OPS[name](**arguments)
 
 
