@@ -63,11 +63,33 @@ def base() -> ConfigDict:
     config.checkpoint = ConfigDict(
         {
             "every": duration(percent=10.0),
+            # Also after so many minutes without one, looked at where steps are logged; 0: never.
+            # It is what a run that is killed loses at most.
+            "minutes": 30.0,
+            "max_failed": 5,  # saves that fail in a row (a full disk) before the run ends
             "keep_last": 2,
             "keep_every": 0,  # also keep each checkpoint whose step is a multiple of it; 0: none
             "asynchronous": True,
             # Go on although the training data is not that of the checkpoint.
             "accept_other_data": False,
+        }
+    )
+    # Steps that leave the state as it is: those whose loss or gradient is not finite, always.
+    config.guard = ConfigDict(
+        {
+            "max_skipped": 5,  # one after the other; then the run ends and names the examples
+            # Also those whose loss is so many standard deviations above its running mean; 0: none.
+            "spike_deviations": 0.0,
+            "spike_window": 200,  # steps over which the mean is taken, and before the rule holds
+        }
+    )
+    # What a process waits for before it ends itself, to be started again; 0 for no end.
+    config.watchdog = ConfigDict(
+        {
+            "first_step_minutes": 60.0,  # from the start to the end of the first step
+            "step_minutes": 10.0,  # a later step
+            "pause_minutes": 60.0,  # an evaluation, a checkpoint
+            "heartbeat_seconds": 100.0,  # a process of the job that is silent for so long is lost
         }
     )
     config.writers = ConfigDict(

@@ -48,7 +48,7 @@ def load_run(workdir: str | os.PathLike, step: int | None = None) -> tuple[Parts
     workdir = epath.Path(workdir)
     config = workdir_lib.load_config(workdir)
     parts = build(config, workdir, StartupClock())
-    with make_checkpointer(config, workdir) as checkpointer:
+    with make_checkpointer(config, workdir, read_only=True) as checkpointer:
         newest = checkpointer.check_fits(parts.setup.abstract)
         step = newest if step is None else step
         if not step or step not in checkpointer.steps():

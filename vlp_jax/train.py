@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import os
 import sys
 import textwrap
@@ -20,15 +21,18 @@ from vlp_jax.errors import UserError
 from vlp_jax.observe.profiler import NullProfiler, Profiler
 from vlp_jax.observe.progress import NullProgress, Progress
 from vlp_jax.observe.throughput import StartupClock, StepClock, peak_flops
+from vlp_jax.observe.watchdog import NullWatchdog, Watchdog
 from vlp_jax.observe.writers import build_writers, check_writers
 from vlp_jax.parallel import mesh as mesh_lib
 from vlp_jax.parallel import startup
 from vlp_jax.parallel.batch import Prefetcher
+from vlp_jax.parallel.maintenance import MaintenanceWatch
 from vlp_jax.training import param_groups
 from vlp_jax.training import workdir as workdir_lib
 from vlp_jax.training.build import Parts, build, first_state, make_checkpointer
 from vlp_jax.training.checkpoint import Checkpointer
 from vlp_jax.training.command import run_command
+from vlp_jax.training.lock import locked
 from vlp_jax.training.loop import Loop
 from vlp_jax.training.preemption import PreemptionWatch
 from vlp_jax.training.report import StepReport
@@ -46,8 +50,15 @@ examples:
       starts from the weights of the run in DIR, or of hf:DIR, open_clip:FILE, big_vision:FILE.npz
       or timm:FILE; config.init_from.rules say which
 
-Run the same command again to resume. Exit status: 0 the run is complete, 2 a mistake in config,
-data or workdir (the last line of stderr says which), 75 told to stop and saved: start it again.
+Run the same command again to resume. Exit status (the last line of stderr says more):
+   0  the run is complete
+   2  a mistake in config, data or workdir; starting again does not help, all else is worth it:
+  65  losses or gradients were not finite, several steps in a row
+  70  no sign of life: ended by the watchdog, which has written where each thread was
+  74  checkpoints could not be written
+  75  told to stop (SIGTERM, Ctrl-C, a maintenance notice), and saved
+  76  another process of the job was lost
+The scripts in launch/ start a run again accordingly.
 """
 
 
@@ -71,10 +82,25 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, ConfigDict]:
     parser.add_argument("--config", metavar="FILE[:ARG]", help="a config file, and its argument")
     parser.add_argument("--workdir", metavar="DIR", help="folder of the run; may be gs://...")
     parser.add_argument("--config.KEY", metavar="VALUE", help="replaces a key: --config.a.b=VALUE")
-    several = parser.add_argument_group("several processes (give all three)")
+    several = parser.add_argument_group(
+        "several processes (give the first three; without, SLURM, Cloud TPU and GKE are asked)"
+    )
     several.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 listens")
     several.add_argument("--processes", type=int, metavar="N", help="how many take part")
     several.add_argument("--process-id", type=int, metavar="I", help="which one this is")
+    several.add_argument(
+        "--expect-processes",
+        type=int,
+        metavar="N",
+        help="fail if the job has another number, however it was found",
+    )
+    several.add_argument(
+        "--join-seconds",
+        type=float,
+        default=startup.JOIN_SECONDS,
+        metavar="S",
+        help="how long to wait for process 0 (default: %(default)g)",
+    )
     overrides = [a.removeprefix("--config.") for a in argv if a.startswith("--config.")]
     arguments, unknown = parser.parse_known_args([a for a in argv if not a.startswith("--config.")])
     if unknown:
@@ -98,27 +124,40 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, ConfigDict]:
     return arguments, config
 
 
-def train(config: ConfigDict, workdir: str | os.PathLike, clock: StartupClock) -> TrainState:
+def train(
+    config: ConfigDict,
+    workdir: str | os.PathLike,
+    clock: StartupClock,
+    job: str = startup.ALONE,
+) -> TrainState:
     """Trains, from the newest checkpoint in `workdir` if there is one; returns the last state.
 
+    Args:
+      job: how the processes found each other, for the log.
+
     Raises:
-      UserError: a mistake in config, data or workdir, or a loss that is not finite.
-      Preempted: told to stop; the state is saved.
+      UserError: a mistake in config, data or workdir.
+      Preempted, NotFinite, CannotSave: see `Loop.run`.
     """
     workdir = epath.Path(workdir)
     workdir_lib.check_writable(workdir)
     check_writers(config.writers)
     profiler = make_profiler(config, workdir)
-    parts = build(config, workdir, clock)
-    setup, last_step = parts.setup, parts.setup.units.total_steps
     with contextlib.ExitStack() as stack:
+        watchdog = stack.enter_context(make_watchdog(config, workdir))
+        parts = build(config, workdir, clock)
+        setup, last_step = parts.setup, parts.setup.units.total_steps
         progress = stack.enter_context(make_progress(last_step, workdir.name))
-        checkpointer = stack.enter_context(make_checkpointer(config, workdir))
+        stack.enter_context(locked(workdir))
+        with clock.phase("check the checkpoints"):
+            checkpointer = make_checkpointer(config, workdir, tell=progress.print)
+        stack.enter_context(checkpointer)
         first_step = find_first_step(parts, checkpointer)
         for change in workdir_lib.changes(workdir, config):
             progress.print(f"note: {change}")
         workdir_lib.prepare(workdir, config, parts.tokenizer)
         parts.start.announce(workdir, progress.print)
+        progress.print(startup.describe_processes(job))
         progress.print(mesh_lib.describe(setup.mesh))
         with clock.phase("compile the step"):
             step_function = compile_step(setup.step, setup.abstract, setup.batch_spec, setup.mesh)
@@ -129,6 +168,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike, clock: StartupClock) -
             step_clock = make_step_clock(setup, clock)
         writer = build_writers(config.writers, workdir, first_step, config.to_dict())
         stack.callback(writer.close)
+        stack.enter_context(MaintenanceWatch())
         prefetcher = Prefetcher(parts.pipeline.batches(first_step), setup.mesh, config.prefetch)
         loop = Loop(
             step_function=step_function,
@@ -139,6 +179,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike, clock: StartupClock) -
             save_when=parts.save_when,
             evaluations=parts.evaluations,
             preempted=stack.enter_context(PreemptionWatch()),
+            log_when=parts.log_when,
             report=StepReport(
                 log_when=parts.log_when,
                 batch_size=config.batch_size,
@@ -147,15 +188,17 @@ def train(config: ConfigDict, workdir: str | os.PathLike, clock: StartupClock) -
                 clock=step_clock,
                 startup=clock,
                 input_metrics=parts.input_state.metrics,
+                max_skipped=config.guard.max_skipped,
+                keep_examples=functools.partial(parts.input_state.write_examples, workdir),
             ),
             checkpointer=checkpointer,
             writer=writer,
             progress=progress,
             clock=step_clock,
             profiler=stack.enter_context(profiler),
+            watchdog=watchdog,
         )
         state = loop.run(state)
-        checkpointer.wait()
         progress.print(step_clock.goodput_line())
     return state
 
@@ -199,6 +242,21 @@ def make_profiler(config: ConfigDict, workdir: epath.Path) -> Profiler | NullPro
     return Profiler(first, last, workdir / "profile")
 
 
+def make_watchdog(config: ConfigDict, workdir: epath.Path) -> Watchdog | NullWatchdog:
+    """Ends this process when it hangs, after the limits of `config.watchdog`.
+
+    Raises:
+      UserError: only some of the limits are 0.
+    """
+    limits = config.watchdog
+    minutes = (limits.first_step_minutes, limits.step_minutes, limits.pause_minutes)
+    if not any(minutes):
+        return NullWatchdog()
+    if not all(minute > 0 for minute in minutes):
+        raise UserError("config.watchdog: the limits in minutes are above 0, or all of them 0")
+    return Watchdog(*(60 * minute for minute in minutes), directory=workdir / "stacks")
+
+
 def make_step_clock(setup: Setup, clock: StartupClock) -> StepClock:
     """Examples per second, MFU and goodput, against the peak of the devices at hand."""
     device = setup.mesh.devices.flat[0]
@@ -218,9 +276,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     def command() -> None:
         arguments, config = parse(sys.argv[1:] if argv is None else argv)
         with clock.phase("find the devices"):
-            startup.initialize(arguments.coordinator, arguments.processes, arguments.process_id)
+            job = startup.initialize(
+                arguments.coordinator,
+                arguments.processes,
+                arguments.process_id,
+                expected=arguments.expect_processes,
+                heartbeat_seconds=config.watchdog.heartbeat_seconds,
+                join_seconds=arguments.join_seconds,
+            )
             startup.use_compilation_cache()
-        train(config, arguments.workdir, clock)
+        train(config, arguments.workdir, clock, job)
 
     return run_command(command)
 

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import itertools
 import json
+import time
+from collections import Counter
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -26,7 +28,9 @@ T = TypeVar("T")
 # checkpoint, listing shards) takes minutes; a process that died is noticed by the heartbeat.
 TIMEOUT_SECONDS = 1800.0
 
-_rounds = itertools.count()
+BARRIER_LOOK_MS = 500  # how often a barrier asks whether somebody failed
+
+_rounds, _chapters = itertools.count(), itertools.count()
 
 
 def gather(value: Any, timeout: float = TIMEOUT_SECONDS) -> list[Any]:
@@ -75,6 +79,67 @@ def everywhere(function: Callable[[], T], timeout: float = TIMEOUT_SECONDS) -> l
       UserError: it raised one on some process; every process raises that of the first.
     """
     return _shared(function, timeout)
+
+
+class Barrier:
+    """Waits for all processes at a named point, unless one of them has said that it failed.
+
+    An ordinary barrier lets the others wait for a process that will not come until the time is up.
+    It may be called from any thread. `renew` begins a new chapter, in which nobody has failed.
+    """
+
+    def __init__(self) -> None:
+        self._chapter = next(_chapters)
+        self._own: list[str] = []
+        self._visits: Counter[str] = Counter()
+
+    def renew(self) -> None:
+        """Forgets failures and what was waited for. All processes call it, after they agreed."""
+        if jax.process_count() > 1:
+            for key in self._own:
+                distributed.global_state.client.key_value_delete(key)
+        self._own, self._chapter = [], next(_chapters)
+        self._visits.clear()
+
+    def fail(self, reason: str) -> None:
+        """Tells whoever waits, or will wait, in this chapter that this process will not come."""
+        if jax.process_count() > 1:
+            key = f"vlp_jax/failed/{self._chapter}"
+            distributed.global_state.client.key_value_set(key, reason, allow_overwrite=True)
+            self._own.append(key)
+
+    def __call__(self, *, key: str, timeout_ms: int) -> None:
+        """Returns when all processes have called it with this `key`.
+
+        Raises:
+          RuntimeError: a process has failed.
+          TimeoutError: one did not come in time.
+        """
+        if jax.process_count() == 1:
+            return
+        client, until = distributed.global_state.client, time.monotonic() + timeout_ms / 1000
+        self._visits[key] += 1
+        name = f"vlp_jax/barrier/{self._chapter}/{key}/{self._visits[key]}"
+        own = f"{name}/{jax.process_index()}"
+        client.key_value_set(own, "")
+        self._own.append(own)
+        for process in range(jax.process_count()):
+            while not _there(client, f"{name}/{process}", BARRIER_LOOK_MS):
+                if _there(client, f"vlp_jax/failed/{self._chapter}", 1):
+                    raise RuntimeError(f"another process failed before {key}")
+                if time.monotonic() > until:
+                    raise TimeoutError(f"process {process} did not come to {key} in time")
+
+
+def _there(client: Any, key: str, wait_ms: int) -> bool:
+    """Whether `key` is set, or is so within the time."""
+    try:
+        client.blocking_key_value_get(key, wait_ms)
+    except jax.errors.JaxRuntimeError as error:
+        if "DEADLINE_EXCEEDED" in str(error) or "NOT_FOUND" in str(error):
+            return False
+        raise
+    return True
 
 
 def _shared(function: Callable[[], T], timeout: float) -> list[T]:

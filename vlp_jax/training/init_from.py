@@ -80,7 +80,12 @@ class FromSeed:
     def state(self, setup: Setup) -> TrainState:
         """A fresh state."""
         return init_state(
-            setup.objective, setup.optimizer, setup.batch_spec, setup.abstract, setup.config.seed
+            setup.objective,
+            setup.optimizer,
+            setup.batch_spec,
+            setup.abstract,
+            setup.config.seed,
+            setup.guard,
         )
 
     def announce(self, workdir: epath.Path, tell: Callable[[str], None]) -> None:

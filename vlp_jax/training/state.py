@@ -15,6 +15,7 @@ from vlp_jax.objectives import Objective
 from vlp_jax.objectives.base import BatchSpec
 from vlp_jax.parallel import mesh as mesh_lib
 from vlp_jax.parallel import rules
+from vlp_jax.training.guard import NO_SPIKE_RULE, Guard
 
 # What randomness is for: the third number, after seed and step, that a key is folded from.
 PURPOSE_INIT, PURPOSE_LOSS = 0, 1
@@ -29,12 +30,14 @@ class TrainState:
       params: parameters, float32.
       opt_state: the optimizer's.
       ema: exponential moving average of `params`; an empty dict if there is none.
+      guard: what the rule about spikes of the loss remembers; an empty dict if there is none.
     """
 
     step: jax.Array
     params: Any
     opt_state: Any
     ema: Any
+    guard: Any = flax.struct.field(default_factory=dict)
 
     @property
     def eval_params(self) -> Any:
@@ -53,10 +56,11 @@ def _init(
     batch_spec: BatchSpec,
     seed: int,
     with_ema: bool,
+    guard: Guard,
 ) -> TrainState:
     params = nn.unbox(objective.init(key_for(seed, 0, PURPOSE_INIT), batch_spec))
     ema = jax.tree.map(jnp.copy, params) if with_ema else {}
-    return TrainState(jnp.int32(0), params, optimizer.init(params), ema)
+    return TrainState(jnp.int32(0), params, optimizer.init(params), ema, guard.init())
 
 
 def abstract_state(
@@ -65,6 +69,7 @@ def abstract_state(
     batch_spec: BatchSpec,
     mesh: Mesh,
     with_ema: bool = False,
+    guard: Guard = NO_SPIKE_RULE,
 ) -> TrainState:
     """Shapes, dtypes and shardings of the state; no array is made.
 
@@ -72,7 +77,7 @@ def abstract_state(
     """
     boxed = jax.eval_shape(lambda: objective.init(key_for(0, 0, PURPOSE_INIT), batch_spec))
     shardings = rules.param_shardings(boxed, mesh)
-    shapes = jax.eval_shape(lambda: _init(objective, optimizer, batch_spec, 0, with_ema))
+    shapes = jax.eval_shape(lambda: _init(objective, optimizer, batch_spec, 0, with_ema, guard))
     whole = mesh_lib.replicated(mesh)
 
     def place(leaf: Any, sharding: Any) -> jax.ShapeDtypeStruct:
@@ -85,6 +90,7 @@ def abstract_state(
             place, shapes.opt_state, _like_params(shapes.opt_state, shapes.params, shardings, whole)
         ),
         ema=jax.tree.map(place, shapes.ema, shardings) if with_ema else {},
+        guard=jax.tree.map(lambda leaf: place(leaf, whole), shapes.guard),
     )
 
 
@@ -114,10 +120,12 @@ def init_state(
     batch_spec: BatchSpec,
     abstract: TrainState,
     seed: int,
+    guard: Guard = NO_SPIKE_RULE,
 ) -> TrainState:
     """A fresh state, made in place: each device computes its own part and no more."""
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     with_ema = bool(abstract.ema)
     return jax.jit(
-        lambda: _init(objective, optimizer, batch_spec, seed, with_ema), out_shardings=shardings
+        lambda: _init(objective, optimizer, batch_spec, seed, with_ema, guard),
+        out_shardings=shardings,
     )()
