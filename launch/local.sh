@@ -159,11 +159,9 @@ ended() {
   case $2 in
     0 | "$STATUS_TOLD_TO_STOP") in_seconds "$save_grace" ;; # the others save the same step
     *)
-      [[ -n $sent ]] || {
-        say "process $1 ended with status $2; stopping the other $running"
-        signal_all TERM
-      }
-      in_seconds "$grace"
+      say "process $1 ended with status $2"
+      # Those that notice by themselves that a peer is gone get the time to say what they saw.
+      [[ -n $sent ]] || in_seconds 1
       ;;
   esac
 }
@@ -184,7 +182,7 @@ told_to_stop() {
 overdue() {
   deadline=""
   if [[ -z $sent ]]; then
-    say "$running of $processes processes have not ended after the others; stopping them"
+    say "stopping the $running of $processes processes that still run"
     signal_all TERM
     in_seconds "$grace"
   else

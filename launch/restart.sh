@@ -199,11 +199,11 @@ restart_loop() {
     elif ((${stop_signals:-0})); then
       ((status == 143)) && status=$STATUS_TOLD_TO_STOP
       reason="stopped; the same command goes on from checkpoint ${after:-none}"
-    elif ((status == STATUS_TOLD_TO_STOP)) && [[ ${return_on_75-} == yes ]]; then
-      reason="saved at ${after:-none}"
     elif ((idle > max_restarts_without_progress)); then
       reason="status $status, and $idle attempts led to no newer checkpoint than ${after:-none}:"
       reason+=" not restarted"
+    elif ((status == STATUS_TOLD_TO_STOP)) && [[ ${return_on_75-} == yes ]]; then
+      reason="saved at ${after:-none}"
     elif ((idle > 0)); then
       delay=$((backoff << (idle - 1 > 20 ? 20 : idle - 1)))
       ((delay <= max_backoff)) || delay=$max_backoff
