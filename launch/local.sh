@@ -35,6 +35,7 @@ while (($#)); do
     --help | -h) print_help "${BASH_SOURCE[0]}"; exit 0 ;;
     --dry-run) dry_run=yes; shift; continue ;;
     --) shift; break ;;
+    --*=*) set -- "${1%%=*}" "${1#*=}" "${@:2}" ;;
   esac
   need "$1" $#
   case $1 in
