@@ -17,6 +17,8 @@
 # stop_signals is the number of SIGTERMs and SIGINTs that the caller's handler has seen: nothing is
 # restarted after the first.
 #
+# After restart_loop, gave_up is "yes" if it ended because of restarts that led nowhere.
+#
 # shellcheck disable=SC2154  # these variables are the caller's
 
 # Exit statuses of python -m vlp_jax.train
@@ -178,10 +180,12 @@ pause() {
 # launcher was told to stop, or the restarts lead nowhere. Returns the exit status of the launcher.
 restart_loop() {
   local attempt=0 idle=0 before after status delay reason
+  gave_up=""
   before=$(newest_checkpoint "$workdir") || before=""
   [[ -z ${starts_file-} ]] || idle=$(starts_at "$starts_file" "$launch_id" "${before:-none}")
   if ((idle > max_restarts_without_progress)); then
     say "$idle starts from checkpoint ${before:-none} led nowhere: not started again"
+    gave_up=yes
     return 1
   fi
   while true; do
@@ -201,7 +205,7 @@ restart_loop() {
       reason="stopped; the same command goes on from checkpoint ${after:-none}"
     elif ((idle > max_restarts_without_progress)); then
       reason="status $status, and $idle attempts led to no newer checkpoint than ${after:-none}:"
-      reason+=" not restarted"
+      reason+=" not restarted" gave_up=yes
     elif ((status == STATUS_TOLD_TO_STOP)) && [[ ${return_on_75-} == yes ]]; then
       reason="saved at ${after:-none}"
     elif ((idle > 0)); then

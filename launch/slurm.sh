@@ -82,6 +82,9 @@ else
   workdir=$(realpath -m -- "$workdir")
 fi
 state=$(realpath -m -- "${state:-$workdir.slurm}")
+# In a directive sbatch would take a space for the end of a value.
+[[ $state =~ ^[A-Za-z0-9_./+=:,@-]+$ ]] || die "'$state' has a character that SLURM may not take in the \
+name of a file; give a plain path with --state"
 log=$(realpath -m -- "${log:-$workdir.restarts.jsonl}")
 
 tasks=1

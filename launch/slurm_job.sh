@@ -49,7 +49,7 @@ run_attempt() {
 
 restart_loop
 status=$?
-if ((status == STATUS_TOLD_TO_STOP)) && ((!stop_signals)); then
+if ((status == STATUS_TOLD_TO_STOP && !stop_signals)) && [[ -z $gave_up ]]; then
   if scontrol requeue "$SLURM_JOB_ID"; then
     say "requeued"
     sleep 60 # until SLURM ends this shell
