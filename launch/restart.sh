@@ -19,7 +19,7 @@
 #
 # After restart_loop, gave_up is "yes" if it ended because of restarts that led nowhere.
 #
-# shellcheck disable=SC2154  # these variables are the caller's
+# shellcheck disable=SC2034,SC2154  # the caller's variables
 
 # Exit statuses of python -m vlp_jax.train
 STATUS_MISTAKE=2        # config, data or workdir: a restart would end the same way

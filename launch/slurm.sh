@@ -14,8 +14,8 @@
 #   --sbatch OPTION           any other option of sbatch, e.g. --sbatch=--mem=0; may be repeated
 #   --accelerator NAME        flags of launch/env/NAME.sh (default gpu_hopper)
 #   --container IMAGE         runs in a container, by the pyxis plugin (srun --container-image)
-#   --container-mounts LIST   more of its mounts, SOURCE:TARGET,...; the repository and the state
-#                             are mounted by themselves
+#   --container-mounts LIST   more of its mounts, SOURCE:TARGET,...; the repository, this folder,
+#                             the state and the folder of WORKDIR are mounted by themselves
 #   --python PATH             (default: .venv/bin/python of this repository; in a container, python)
 #   --save-grace S            seconds to save before the time limit, and for the other processes
 #                             once one has ended (default 300)
@@ -113,8 +113,12 @@ if [[ -n $cpus ]]; then
 fi
 if [[ -n $container ]]; then
   root=$(realpath -m -- "$here/..")
-  srun_options+=("--container-image=$container" "--container-workdir=$root")
-  srun_options+=("--container-mounts=$root:$root,$state:$state$mounts")
+  folders=("$root" "$PWD" "$state")
+  [[ $workdir == gs://* ]] || folders+=("$(dirname -- "$workdir")")
+  mapfile -t folders < <(printf '%s\n' "${folders[@]}" | sort -u)
+  for folder in "${folders[@]}"; do mounts=$mounts,$folder:$folder; done
+  srun_options+=("--container-image=$container" "--container-workdir=$PWD")
+  srun_options+=("--container-mounts=${mounts#,}")
 fi
 
 as_array() { # NAME WORD...
@@ -127,7 +131,7 @@ as_array() { # NAME WORD...
 batch_script() {
   printf '#!/usr/bin/env bash\n'
   printf '#SBATCH %s\n' "${directives[@]}"
-  printf '\nset -uo pipefail\n'
+  printf '\nset -uo pipefail\ncd %q || exit 2\n' "$PWD"
   printf '%s=%q\n' workdir "$workdir" restart_log "$log" state "$state" accelerator "$accelerator" \
     processes "$processes" per "$per" gpus "$gpus" save_grace "$save_grace" \
     max_restarts_without_progress "$retries"
@@ -143,6 +147,6 @@ if [[ -n $dry_run ]]; then
   exit 0
 fi
 command -v sbatch >/dev/null || die "sbatch is not here: run this on a login node"
-mkdir -p -- "$state" || die "--state $state cannot be made"
+mkdir -p -- "$state" "$(dirname -- "$log")" || die "--state $state cannot be made"
 batch_script >"$state/job.sh"
 sbatch "$state/job.sh"

@@ -1,8 +1,9 @@
 """Stands in for `python -m vlp_jax.train` under the launchers: does what FAKE_PLAN says.
 
 FAKE_PLAN is JSON: for each attempt, for each process, a list of actions that are done in order:
-["save", STEP], ["exit", STATUS], ["sleep", SECONDS], ["stop"] (SIGSTOP to itself), ["crash"] (SIGABRT),
-["on_term", STATUS, STEP or null] (the handler of SIGTERM), ["wait_for", FILE], ["touch", FILE].
+["save", STEP], ["exit", STATUS], ["sleep", SECONDS], ["stop"] (SIGSTOP to itself),
+["crash"] (SIGABRT), ["on_term", STATUS, STEP or null] (the handler of SIGTERM), ["wait_for", FILE],
+["touch", FILE].
 Attempts are counted in WORKDIR by process; the last attempt of the plan is repeated.
 """
 

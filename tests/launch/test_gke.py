@@ -142,7 +142,7 @@ LOST = "Pod default/vlp-slice-0-3-x2 has condition DisruptionTarget matching Fai
     ],
 )
 def test_what_jobset_does_when_a_job_fails(manifest, options, reason, message, action):
-    """As JobSet chooses: the first rule whose reasons and patterns fit; None is a restart that counts."""
+    """As JobSet chooses: the first rule that fits; None stands for a restart that counts."""
     chosen = [
         rule["action"]
         for rule in manifest(options)["spec"]["failurePolicy"]["rules"]
