@@ -164,9 +164,9 @@ class Run:
                 words = (entry / "cmdline").read_bytes().split(b"\0")
             except OSError:  # gone, or nobody's
                 continue
-            if b"tools.fault_worker" in words and str(self.workdir).encode() in words:
-                if Path(words[0].decode()).name.startswith("python"):
-                    found[int(words[words.index(b"--process-id") + 1])] = int(entry.name)
+            ours = b"tools.fault_worker" in words and str(self.workdir).encode() in words
+            if ours and Path(words[0].decode()).name.startswith("python"):
+                found[int(words[words.index(b"--process-id") + 1])] = int(entry.name)
         return [found[number] for number in sorted(found)]
 
     def losses(self) -> dict[tuple[int, str], float]:

@@ -1,4 +1,4 @@
-"""vlp_jax.train as tools.fault_drill runs it: a little slower, and with a NaN where it asks for one.
+"""vlp_jax.train as tools.fault_drill runs it: slower, and with NaNs where it asks for them.
 
 The folder that the variable VLP_FAULT_DRILL names may hold a file `nan_at` with the number of a
 step: before that one, the parameters of every process become NaN, as by a broken device.
