@@ -16,11 +16,11 @@ from jax.experimental import topologies
 
 from vlp_jax.errors import UserError
 
-# Chips along each axis of a slice, as https://docs.cloud.google.com/tpu/docs/v5e, v6e, v4, v5p and
-# tpu7x list them. A slice of at most 256 chips of v5e and v6e is a flat grid.
+# Chips along each axis of a slice, from the pages v5e, v6e, v4, v5p and tpu7x of
+# https://docs.cloud.google.com/tpu/docs. v5e and v6e are flat grids of at most 256 chips.
 _FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 _SMALL = ("2x2x1", "2x2x2", "2x2x4", "2x4x4")
-# Slices of 64 chips and more are put together from cubes of 4x4x4: the longest side, and most chips.
+# Slices of 64 chips and more are put together from cubes of 4x4x4: longest side, and most chips.
 _CUBES = {"v4": (16, 4096), "v5p": (24, 6144), "tpu7x": (24, 6144)}
 # On v4 the two cores of a chip are one device, as Cloud TPU has it; libtpu's default is two.
 _OPTIONS = {"v4": {"chip_config_name": "megacore"}}
