@@ -77,7 +77,7 @@ def place(devices: Sequence[Any], shape: tuple[int, ...]) -> np.ndarray:
         local = sum(d.process_index == devices[0].process_index for d in devices)
         raise UserError(
             f"config.mesh.tensor {tensor} would run over several processes, but each reads a part "
-            f"of the batch of its own; set it to a divisor of the devices of a process, which are {local}"
+            f"of the batch of its own; set it to a divisor of the devices of a process ({local})"
         )
     return array
 
