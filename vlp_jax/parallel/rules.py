@@ -65,7 +65,7 @@ def leaf_sharding(names: Sequence[str | None], shape: Sequence[int], mesh: Mesh)
 
     First each name takes the mesh axes that `AXIS_RULES` give it. A mesh axis whose size does not
     divide the dimension is left out, and the array lies whole along it: a bias of 3 heads is not
-    worth an error, and `sharding_table` shows it.
+    worth an error, and `python -m tools.show_sharding` shows it.
 
     Then, if no dimension has taken `fsdp`, the largest one does that it divides and that no other
     axis took, `layers` excepted; of equal ones the first. If there is none, it joins the axes of
@@ -94,21 +94,3 @@ def _axes(axes: str | tuple[str, ...], dim: int, mesh: Mesh) -> tuple[str, ...]:
     axes = (axes,) if isinstance(axes, str) else axes
     axes = tuple(axis for axis in axes if mesh.shape[axis] > 1)
     return axes if dim % math.prod(mesh.shape[axis] for axis in axes) == 0 else ()
-
-
-def sharding_table(params: Any, shardings: Any) -> str:
-    """A line per parameter: path, shape, spec, bytes on a device; then the totals."""
-    rows, total, local = [], 0, 0
-    leaves = jax.tree_util.tree_leaves_with_path(params)
-    for (path, leaf), sharding in zip(leaves, jax.tree.leaves(shardings), strict=True):
-        bytes_each = leaf.dtype.itemsize * math.prod(sharding.shard_shape(leaf.shape))
-        total += leaf.dtype.itemsize * math.prod(leaf.shape)
-        local += bytes_each
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
-        rows.append((name, str(tuple(leaf.shape)), str(sharding.spec), f"{bytes_each:,}"))
-    rows.append(("total", "", f"{total:,} bytes in all", f"{local:,}"))
-    widths = [max(len(row[i]) for row in rows) for i in range(4)]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in rows
-    )
