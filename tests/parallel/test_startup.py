@@ -1,6 +1,7 @@
 """How the processes of a job find each other, and what is said when they do not."""
 
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -105,7 +106,7 @@ import sys
 from vlp_jax.parallel import startup
 from vlp_jax.training.command import run_command
 def command():
-    print(startup.initialize({", ".join(map(repr, arguments))}, join_seconds=2, expected=1))
+    print(startup.initialize(*{arguments!r}, join_seconds=2, expected=1))
     import jax
     print(jax.process_count(), jax.distributed.is_initialized(), float(jax.numpy.ones(3).sum()))
 sys.exit(run_command(command))
@@ -127,9 +128,27 @@ def test_a_coordinator_that_cannot_be_reached():
     done = run("127.0.0.1:9", 2, 1)
     assert done.returncode == 2, (done.returncode, done.stderr)
     last = done.stderr.strip().splitlines()[-1]
-    assert last.startswith("error: could not join the job (flags) at 127.0.0.1:9")
-    assert "see that process 0 runs" in last
+    assert last.startswith("error: no process 0 at 127.0.0.1:9 within 2 s: Connection refused")
     assert time.monotonic() - began < 60
+
+
+def test_processes_that_do_not_come():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    done = run(address, 2, 0)
+    assert done.returncode == 76, (done.returncode, done.stderr)
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("error: the 2 processes of the job (flags) did not meet at " + address)
+
+
+def test_a_port_that_is_taken():
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        done = run(f"127.0.0.1:{taken.getsockname()[1]}", 2, 0)
+    assert done.returncode == 2
+    assert "process 0 cannot listen at" in done.stderr and "another port" in done.stderr
 
 
 def test_a_job_of_another_size_is_refused():
