@@ -10,8 +10,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -183,8 +184,20 @@ class Run:
         import jax
         import orbax.checkpoint as ocp
 
-        with ocp.StandardCheckpointer() as checkpointer:
-            state = checkpointer.restore(self.workdir / "checkpoints" / str(self.steps) / "state")
+        folder = self.workdir / "checkpoints" / str(self.steps) / "state"
+        with contextlib.closing(ocp.PyTreeCheckpointHandler()) as handler:
+            tree = handler.metadata(folder).tree
+
+            def each(function: Callable[[Any], Any]) -> Any:
+                return jax.tree.map(function, tree, is_leaf=lambda x: hasattr(x, "shape"))
+
+            state = handler.restore(
+                folder,
+                args=ocp.args.PyTreeRestore(
+                    item=each(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)),
+                    restore_args=each(lambda x: ocp.RestoreArgs(restore_type=np.ndarray)),
+                ),
+            )
         return {
             jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(leaf)
             for path, leaf in jax.tree_util.tree_leaves_with_path(state)

@@ -99,12 +99,12 @@ def test_spikes_are_skipped_in_training_and_their_memory_is_part_of_the_state():
     setup = helpers.setup_on(config, {"replica": 2}, 2)
     setup = dataclasses.replace(setup, objective=Poisoned(setup.objective, factor=100.0))
     step, state, skipped = helpers.compiled(setup), helpers.fresh(setup), []
-    for value in (0, 255, 0, 0, 0, 0, 0, 0, 255, 0):
+    for value in (0, 0, 0, 0, 0, 0, 0, 0, 255, 0):
         batch = marked(next(helpers.batches(1)), value)
         before = jax.device_get(state.guard)
         state, metrics = step(state, put_batch(batch, setup.mesh))
         skipped.append(float(metrics["skipped"][0]))
-    assert skipped == [0] * 8 + [1, 0]  # the first leap came before there was anything to leap from
+    assert skipped == [0] * 8 + [1, 0]
     assert int(before["count"]) == int(state.guard["count"]) == 4
 
 
