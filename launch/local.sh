@@ -174,7 +174,8 @@ told_to_stop() {
     signal_all KILL
   else
     say "told to stop: the processes save and end, within $save_grace s"
-    signal_all TERM
+    # Once only: a second SIGTERM would end a process that is saving.
+    [[ -n $sent ]] || signal_all TERM
     in_seconds "$save_grace"
   fi
 }
