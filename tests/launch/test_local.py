@@ -211,6 +211,19 @@ def test_no_process_is_left_behind(job):
     assert found.stdout == ""
 
 
+def test_two_jobs_never_share_a_workdir(job):
+    """Also if the launcher of the first was killed and its processes go on."""
+    first = job([[[["on_term", 0, 1], ["touch", "ready"], ["sleep", 60]]]])
+    wait_for(job.workdir / "ready")
+    first.kill()
+    first.wait()
+    status, _, errors = finish(job([[COMPLETE]]))
+    assert status == 2 and "another job" in errors
+    subprocess.run(["pkill", "-TERM", "-f", f"fake_train.py.*{job.workdir}"], check=True)
+    first.communicate(timeout=20)
+    assert finish(job([[COMPLETE]]))[0] == 0
+
+
 def test_output_is_kept_by_process_and_attempt(job, tmp_path):
     crash = [["wait_for", "started"], ["exit", 1]]
     plan = [[crash, [["touch", "started"], *crash]], [COMPLETE, COMPLETE]]
