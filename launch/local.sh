@@ -240,4 +240,5 @@ run_attempt() {
 stop_signals=0 pids=() sent="" deadline="" running=0
 trap 'stop_signals=$((stop_signals + 1)); echo "signal TERM 0" >&9' TERM INT
 trap '' HUP # a detached launcher goes on when its terminal is closed
-restart_loop
+# On one line: bash reads a script as it goes, and this one may be replaced while the job runs.
+restart_loop; exit "$?"
