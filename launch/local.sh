@@ -26,7 +26,9 @@ here=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
 # shellcheck source=launch/restart.sh
 source "$here/restart.sh"
 ((BASH_VERSINFO[0] * 100 + BASH_VERSINFO[1] >= 501)) || die "bash 5.1 or newer is needed"
-command -v setsid >/dev/null || die "the command setsid (util-linux) is needed"
+for tool in setsid flock; do
+  command -v "$tool" >/dev/null || die "the command $tool (util-linux) is needed"
+done
 
 processes=1 devices="" accelerator="" grace=30 save_grace=300 restart_log="" logs="" dry_run=""
 max_restarts_without_progress=3 backoff=10 max_backoff=300
@@ -102,6 +104,13 @@ if [[ -n $dry_run ]]; then
   exit 0
 fi
 
+# The processes inherit this lock. So it is also held where only the launcher was killed, and two jobs
+# never write to one workdir.
+mkdir -p -- "$(dirname -- "$restart_log")" || exit 2
+exec 8>>"$restart_log.lock"
+flock --nonblock 8 ||
+  die "a launcher, or what one left running, has $restart_log.lock: another job in this workdir"
+
 # Events arrive in one queue: "started INDEX PID", "end INDEX STATUS", "signal NAME 0".
 queue=$(mktemp -u)
 mkfifo -m 600 "$queue" || die "could not make a named pipe in ${TMPDIR:-/tmp}"
@@ -174,7 +183,8 @@ told_to_stop() {
     signal_all KILL
   else
     say "told to stop: the processes save and end, within $save_grace s"
-    signal_all TERM
+    # Once only: a second SIGTERM would end a process that is saving.
+    [[ -n $sent ]] || signal_all TERM
     in_seconds "$save_grace"
   fi
 }
@@ -230,4 +240,5 @@ run_attempt() {
 stop_signals=0 pids=() sent="" deadline="" running=0
 trap 'stop_signals=$((stop_signals + 1)); echo "signal TERM 0" >&9' TERM INT
 trap '' HUP # a detached launcher goes on when its terminal is closed
-restart_loop
+# On one line: bash reads a script as it goes, and this one may be replaced while the job runs.
+restart_loop; exit "$?"

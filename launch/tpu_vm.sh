@@ -38,6 +38,8 @@
 # https://cloud.google.com/sdk/gcloud/reference/compute/tpus/queued-resources/create,
 # https://docs.cloud.google.com/tpu/docs/spot-compute,
 # https://cloud.google.com/sdk/gcloud/reference/compute/tpus/tpu-vm/ssh
+#
+# shellcheck disable=SC2329  # functions are called by the name of the command
 set -uo pipefail
 
 here=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
@@ -245,4 +247,4 @@ case $command in
   create | install | start | status | logs | stop | delete | watch) "$command" ;;
   wait) wait_until_active ;;
   *) die "unknown command '$command'; see --help" ;;
-esac
+esac; exit "$?" # on one line: bash reads a script as it goes, and watch runs for days

@@ -55,4 +55,4 @@ case ${1-} in
     echo "error: unknown command '${1-}'; they are start, status, outcome and stop" >&2
     exit 2
     ;;
-esac
+esac; exit "$?" # on one line: bash reads a script as it goes, and install replaces this one

@@ -21,8 +21,8 @@ unset xla_flags
 
 # The part of a GPU's memory that JAX takes at the start (its own default is 0.75). The rest is for
 # NCCL and the libraries. https://docs.nvidia.com/jax-toolbox/performance-profiling/gpu-performance
-export XLA_PYTHON_CLIENT_MEM_FRACTION=0.9
+export XLA_PYTHON_CLIENT_MEM_FRACTION=${XLA_PYTHON_CLIENT_MEM_FRACTION:-0.9}
 
 # NCCL says why a connection failed.
 # https://docs.nvidia.com/deeplearning/nccl/user-guide/docs/env.html#nccl-debug
-export NCCL_DEBUG=WARN
+export NCCL_DEBUG=${NCCL_DEBUG:-WARN}

@@ -3,6 +3,7 @@
 import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import time
@@ -209,6 +210,39 @@ def test_no_process_is_left_behind(job):
     assert status == 1
     found = subprocess.run(["pgrep", "-f", str(job.workdir)], capture_output=True, text=True)
     assert found.stdout == ""
+
+
+def test_the_launcher_may_be_replaced_while_it_runs(tmp_path, fake_environment):
+    """bash reads a script as it goes; a new version of it, in place, must not reach a running job."""
+    shutil.copytree(LAUNCH, tmp_path / "launch")
+    script = tmp_path / "launch" / "local.sh"
+    plan = [[[["touch", "ready"], ["wait_for", "go"], ["save", 1], ["exit", 1]]], [COMPLETE]]
+    process = subprocess.Popen(
+        [str(script), "--", "--config", "c.py", "--workdir", str(tmp_path / "run")],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**fake_environment, "FAKE_PLAN": json.dumps(plan)},
+    )
+    wait_for(tmp_path / "run" / "ready")
+    with script.open("r+") as file:  # in place: the same inode
+        file.write("echo replaced)\n" * 2000)
+    (tmp_path / "run" / "go").touch()
+    status, out, errors = finish(process)
+    assert status == 0 and "replaced" not in out + errors, errors
+
+
+def test_two_jobs_never_share_a_workdir(job):
+    """Also if the launcher of the first was killed and its processes go on."""
+    first = job([[[["on_term", 0, 1], ["touch", "ready"], ["sleep", 60]]]])
+    wait_for(job.workdir / "ready")
+    first.kill()
+    first.wait()
+    status, _, errors = finish(job([[COMPLETE]]))
+    assert status == 2 and "another job" in errors
+    subprocess.run(["pkill", "-TERM", "-f", f"fake_train.py.*{job.workdir}"], check=True)
+    first.communicate(timeout=20)
+    assert finish(job([[COMPLETE]]))[0] == 0
 
 
 def test_output_is_kept_by_process_and_attempt(job, tmp_path):
