@@ -182,7 +182,7 @@ def describe_run(setup: Setup, first_step: int) -> str:
     part = (
         f"{state.per_device / 2**20:,.1f} MiB of state a device, {state.ratio:.2f} of an even part"
     )
-    return f"{size:,} parameters, of which {frozen:,} frozen; {part}; {steps}"
+    return f"{size:,} parameters, of which {frozen:,} frozen; {steps}; {part}"
 
 
 def make_progress(last_step: int, name: str) -> Progress | NullProgress:
