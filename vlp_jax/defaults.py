@@ -83,8 +83,13 @@ def base() -> ConfigDict:
             ),
         }
     )
-    # Steps to trace, `first` to `last`; None for none.
-    config.profile = ConfigDict({"first": placeholder(int), "last": placeholder(int)})
+    # Steps to trace, `first` to `last`; None for none. SIGUSR1 traces the next `steps_on_signal`.
+    config.profile = ConfigDict(
+        {"first": placeholder(int), "last": placeholder(int), "steps_on_signal": 5}
+    )
+    # Python's garbage is collected at steps that are multiples of this, so that the processes of a
+    # job do not stall each other at random; 0 leaves it to Python.
+    config.garbage_collection_every = 1000
     config.prefetch = 2  # batches that wait on the devices
     return config
 

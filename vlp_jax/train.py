@@ -17,10 +17,10 @@ from ml_collections import ConfigDict
 
 from vlp_jax import config as config_lib
 from vlp_jax.errors import UserError
-from vlp_jax.observe.profiler import NullProfiler, Profiler
+from vlp_jax.observe.profiler import parse_steps
 from vlp_jax.observe.progress import NullProgress, Progress
 from vlp_jax.observe.throughput import StartupClock, StepClock, peak_flops
-from vlp_jax.observe.writers import build_writers, check_writers
+from vlp_jax.observe.writers import Writer, build_writers, check_writers
 from vlp_jax.parallel import mesh as mesh_lib
 from vlp_jax.parallel import startup
 from vlp_jax.parallel.batch import Prefetcher
@@ -30,6 +30,7 @@ from vlp_jax.training.build import Parts, build, first_state, make_checkpointer
 from vlp_jax.training.checkpoint import Checkpointer
 from vlp_jax.training.command import run_command
 from vlp_jax.training.loop import Loop
+from vlp_jax.training.measures import Measures, profile_steps, take_profile_flag
 from vlp_jax.training.preemption import PreemptionWatch
 from vlp_jax.training.report import StepReport
 from vlp_jax.training.setup import Setup
@@ -71,6 +72,9 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, ConfigDict]:
     parser.add_argument("--config", metavar="FILE[:ARG]", help="a config file, and its argument")
     parser.add_argument("--workdir", metavar="DIR", help="folder of the run; may be gs://...")
     parser.add_argument("--config.KEY", metavar="VALUE", help="replaces a key: --config.a.b=VALUE")
+    parser.add_argument(
+        "--profile", metavar="FIRST:LAST", type=parse_steps, help="traces these steps"
+    )
     several = parser.add_argument_group("several processes (give all three)")
     several.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 listens")
     several.add_argument("--processes", type=int, metavar="N", help="how many take part")
@@ -87,6 +91,7 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, ConfigDict]:
         raise UserError("--config is missing; see --help")
     config = config_lib.load(arguments.config)
     config_lib.override(config, overrides)
+    take_profile_flag(config, arguments.profile)
     config_lib.check(config)
     if arguments.help:
         print(f"\nkeys of {arguments.config}:")
@@ -108,28 +113,30 @@ def train(config: ConfigDict, workdir: str | os.PathLike, clock: StartupClock) -
     workdir = epath.Path(workdir)
     workdir_lib.check_writable(workdir)
     check_writers(config.writers)
-    profiler = make_profiler(config, workdir)
+    profile_steps(config)
     parts = build(config, workdir, clock)
     setup, last_step = parts.setup, parts.setup.units.total_steps
     with contextlib.ExitStack() as stack:
         progress = stack.enter_context(make_progress(last_step, workdir.name))
+        measures = stack.enter_context(Measures(config, workdir, clock, progress))
         checkpointer = stack.enter_context(make_checkpointer(config, workdir))
         first_step = find_first_step(parts, checkpointer)
         for change in workdir_lib.changes(workdir, config):
             progress.print(f"note: {change}")
         workdir_lib.prepare(workdir, config, parts.tokenizer)
+        measures.begin(first_step, last_step)
         parts.start.announce(workdir, progress.print)
         progress.print(mesh_lib.describe(setup.mesh))
-        with clock.phase("compile the step"):
+        with clock.phase("compile the step"), measures.compiling_step():
             step_function = compile_step(setup.step, setup.abstract, setup.batch_spec, setup.mesh)
         with clock.phase("restore the state" if first_step else "initialize the state"):
             state = first_state(parts, checkpointer, first_step)
         progress.print(describe_run(setup, first_step))
-        with clock.phase("measure the devices"):
-            step_clock = make_step_clock(setup, clock)
         writer = build_writers(config.writers, workdir, first_step, config.to_dict())
         stack.callback(writer.close)
         prefetcher = Prefetcher(parts.pipeline.batches(first_step), setup.mesh, config.prefetch)
+        with clock.phase("measure the devices"):
+            step_clock = measures.use(make_step_clock(setup, clock))
         loop = Loop(
             step_function=step_function,
             batches=stack.enter_context(prefetcher),
@@ -139,25 +146,39 @@ def train(config: ConfigDict, workdir: str | os.PathLike, clock: StartupClock) -
             save_when=parts.save_when,
             evaluations=parts.evaluations,
             preempted=stack.enter_context(PreemptionWatch()),
-            report=StepReport(
-                log_when=parts.log_when,
-                batch_size=config.batch_size,
-                writer=writer,
-                progress=progress,
-                clock=step_clock,
-                startup=clock,
-                input_metrics=parts.input_state.metrics,
-            ),
+            report=make_report(parts, writer, progress, step_clock, clock, measures),
             checkpointer=checkpointer,
             writer=writer,
             progress=progress,
             clock=step_clock,
-            profiler=stack.enter_context(profiler),
+            profiler=stack.enter_context(measures.profiler()),
+            measures=measures,
         )
-        state = loop.run(state)
+        with measures.training():
+            state = loop.run(state)
         checkpointer.wait()
-        progress.print(step_clock.goodput_line())
     return state
+
+
+def make_report(
+    parts: Parts,
+    writer: Writer,
+    progress: Progress | NullProgress,
+    step_clock: StepClock,
+    clock: StartupClock,
+    measures: Measures,
+) -> StepReport:
+    """What is told of each step."""
+    return StepReport(
+        log_when=parts.log_when,
+        batch_size=parts.setup.config.batch_size,
+        writer=writer,
+        progress=progress,
+        clock=step_clock,
+        startup=clock,
+        input_metrics=parts.input_state.metrics,
+        measures=measures,
+    )
 
 
 def find_first_step(parts: Parts, checkpointer: Checkpointer) -> int:
@@ -185,29 +206,13 @@ def make_progress(last_step: int, name: str) -> Progress | NullProgress:
     return Progress(last_step, name) if jax.process_index() == 0 else NullProgress()
 
 
-def make_profiler(config: ConfigDict, workdir: epath.Path) -> Profiler | NullProfiler:
-    """Traces the steps of `config.profile`, if it names any.
-
-    Raises:
-      UserError: only one of `first` and `last` is set, or they are the wrong way round.
-    """
-    first, last = config.profile.first, config.profile.last
-    if first is None and last is None:
-        return NullProfiler()
-    if first is None or last is None:
-        raise UserError("config.profile needs both first and last")
-    return Profiler(first, last, workdir / "profile")
-
-
 def make_step_clock(setup: Setup, clock: StartupClock) -> StepClock:
     """Examples per second, MFU and goodput, against the peak of the devices at hand."""
-    device = setup.mesh.devices.flat[0]
-    dtype = setup.objective.compute_dtype
     return StepClock(
         forward_flops_per_example=setup.objective.flops_per_example(setup.batch_spec),
-        peak_flops_per_device=peak_flops(device, dtype).flops,
+        peak=peak_flops(setup.mesh.devices.flat[0], setup.objective.compute_dtype),
         device_count=setup.mesh.size,
-        startup_seconds=clock.total(),
+        before=clock.causes(),
     )
 
 

@@ -13,6 +13,7 @@ from vlp_jax.observe.progress import Progress
 from vlp_jax.observe.throughput import StepClock
 from vlp_jax.observe.writers import Writer
 from vlp_jax.training.checkpoint import Checkpointer
+from vlp_jax.training.measures import LoopMeasures
 from vlp_jax.training.preemption import Preempted
 from vlp_jax.training.report import StepReport
 from vlp_jax.training.state import TrainState
@@ -55,6 +56,7 @@ class Loop:
     progress: Progress
     clock: StepClock
     profiler: Profiler
+    measures: LoopMeasures
 
     def run(self, state: TrainState) -> TrainState:
         """Trains from `state`, just before batch `first_step`, to the end.
@@ -75,9 +77,10 @@ class Loop:
                 self.save(step, state)
             if step == self.last_step:
                 break
+            self.measures.collect_garbage(step)
+            self.profiler.step(step, state)
             with self.clock.data_wait():
                 batch = next(self.batches)
-            self.profiler.step(step)
             state, metrics = self.step_function(state, batch)
             self.report.take(step, metrics)
         return state
@@ -99,4 +102,5 @@ class Loop:
         self.report.settle()
         with self.clock.paused("checkpoint"), self.progress.paused():
             self.checkpointer.save(step, state, self.input_state(step))
+        self.measures.saved(step)
         self.writer.flush()

@@ -12,6 +12,7 @@ from vlp_jax.objectives.base import Metrics
 from vlp_jax.observe.progress import Progress
 from vlp_jax.observe.throughput import StartupClock, StepClock
 from vlp_jax.observe.writers import Writer
+from vlp_jax.training.measures import LoopMeasures
 
 
 def to_scalars(metrics: Metrics, prefix: str) -> dict[str, float]:
@@ -29,6 +30,7 @@ class StepReport:
       log_when: steps whose metrics are written.
       batch_size: examples of a step, over the whole mesh.
       input_metrics: what to tell of the input just before a batch.
+      measures: what else to tell of a logged step.
     """
 
     def __init__(
@@ -41,6 +43,7 @@ class StepReport:
         clock: StepClock,
         startup: StartupClock,
         input_metrics: Callable[[int], Mapping[str, float]],
+        measures: LoopMeasures,
     ):
         self._log_when = log_when
         self._batch_size = batch_size
@@ -49,11 +52,13 @@ class StepReport:
         self._clock = clock
         self._startup: StartupClock | None = startup
         self._input_metrics = input_metrics
+        self._measures = measures
         self._pending: tuple[int, Metrics] | None = None
         self._rate = math.nan
 
     def take(self, step: int, metrics: Metrics) -> None:
         """Holds the metrics of batch `step`, and settles those of the one before."""
+        self._clock.dispatched(metrics)
         pending, self._pending = self._pending, (step, metrics)
         if pending:
             self._settle(*pending)
@@ -73,7 +78,8 @@ class StepReport:
             self._settle(*pending)
 
     def _settle(self, step: int, metrics: Metrics) -> None:
-        scalars = to_scalars(metrics, "train/")
+        with self._clock.device_wait():
+            scalars = to_scalars(metrics, "train/")
         self._clock.step_done(self._batch_size)
         for name in ("train/loss", "train/grad_norm"):
             if not math.isfinite(scalars[name]):
@@ -87,8 +93,10 @@ class StepReport:
             if self._pending and jax.process_count() > 1:
                 # The input's counts are gathered from all processes, which must not get mixed up
                 # with what the devices exchange in the step that is under way.
-                jax.block_until_ready(self._pending[1])
+                with self._clock.device_wait():
+                    jax.block_until_ready(self._pending[1])
             speed = self._clock.summary()
             self._rate = speed.get("perf/examples_per_second", self._rate)
-            self._writer.write_scalars(step, {**scalars, **speed, **self._input_metrics(step + 1)})
+            scalars.update({**speed, **self._measures.scalars(step, speed)})
+            self._writer.write_scalars(step, {**scalars, **self._input_metrics(step + 1)})
         self._progress.update(step + 1, scalars["train/loss"], self._rate)
