@@ -25,7 +25,8 @@ class Compiled:
     Attributes:
       programs: how many.
       seconds: in XLA, or in reading the cache.
-      requests: programs that were looked for in the persistent cache; 0 if it is off.
+      requests: programs that were looked for in the persistent cache; 0 if
+        `jax_enable_compilation_cache` is off.
       hits: of these, found.
       saved_seconds: what the programs that were found had taken to compile, less the reading.
     """

@@ -164,7 +164,7 @@ class Profiler:
         jax.block_until_ready(wait_for)
         try:
             with self._pause(PAUSE_CAUSE):
-                jax.profiler.start_trace(self._directory)
+                jax.profiler.start_trace(self._directory, profiler_options=_options())
         except (OSError, RuntimeError) as error:
             self._steps = range(0)  # or every one of these steps would say so
             self._say(f"warning: no trace of steps {steps.start} to {steps.stop - 1}: {error}")
@@ -176,6 +176,13 @@ class Profiler:
         if self._annotation is not None:
             self._annotation.__exit__(None, None, None)
             self._annotation = None
+
+
+def _options() -> jax.profiler.ProfileOptions:
+    """Without the calls of Python functions: to note these makes Python several times as slow."""
+    options = jax.profiler.ProfileOptions()
+    options.python_tracer_level = 0
+    return options
 
 
 def check_steps(first: int, last: int) -> None:

@@ -71,6 +71,7 @@ class RunSummary:
             ("speed", self._speed()),
             ("compiled", self._compiled()),
             ("memory", self._memory()),
+            ("compile cache", self.cache),
             *((label, str(value)) for label, value in self.notes.items()),
         ]
         lines = [f"summary: {self.outcome}"]
@@ -82,11 +83,9 @@ class RunSummary:
     def _steps(self) -> str:
         done = self.last_step - self.first_step
         text = f"{self.last_step:,} of {self.total_steps:,}"
-        if self.first_step:
-            text += f", since this start {done:,} from step {self.first_step:,} on"
-        text += f"; {self.examples:,} examples"
+        text += f"; this start did {done:,} with {self.examples:,} examples"
         if self.run.steps_lost:
-            text += f"; {self.run.steps_lost:,} steps of earlier starts were done again"
+            text += f"; {self.run.steps_lost:,} of earlier starts were lost and done again"
         return text
 
     def _speed(self) -> str:
@@ -102,7 +101,7 @@ class RunSummary:
     def _compiled(self) -> str:
         text = describe(self.step_compiled, self.step_seconds)
         if self.compiled.requests:
-            text += f"; {self.compiled.hits} of {self.compiled.programs} programs from {self.cache}"
+            text += f"; {self.compiled.hits} of {self.compiled.programs} programs came from it"
         return text
 
     def _memory(self) -> str:

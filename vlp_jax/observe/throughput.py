@@ -9,6 +9,8 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Self
 
+import jax
+
 from vlp_jax.observe.accelerators import PeakFlops, peak_flops
 from vlp_jax.observe.device_busy import DeviceWatch
 
@@ -141,7 +143,7 @@ class StepClock:
             yield
             return
         begin = self._time()
-        with self._ledger.cause(_DATA_WAIT):
+        with self._ledger.cause(_DATA_WAIT), jax.profiler.TraceAnnotation(_DATA_WAIT):
             yield
         end = self._time()
         self._ledger.move(self._watch.busy_between(begin, end), _DATA_WAIT, _USEFUL)
@@ -161,7 +163,7 @@ class StepClock:
         """Wraps what is not training: "compile", "evaluation", "checkpoint", ..."""
         if cause in (_USEFUL, _DATA_WAIT):
             raise ValueError(f"{cause!r} is not a cause of a pause")
-        with self._ledger.cause(cause):
+        with self._ledger.cause(cause), jax.profiler.TraceAnnotation(cause):
             yield
 
     def compiled(self, seconds: float) -> None:

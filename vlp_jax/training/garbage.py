@@ -36,7 +36,8 @@ class ScheduledCollection:
                 gc.disable()
                 self._undo.callback(gc.enable)
             if not gc.get_freeze_count():  # else somebody else's objects would be unfrozen
-                gc.collect()
+                with self._pause(CAUSE):
+                    gc.collect()
                 gc.freeze()
                 self._undo.callback(gc.unfreeze)
         return self
