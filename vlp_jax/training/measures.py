@@ -6,7 +6,7 @@ import contextlib
 import socket
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Protocol, Self
 
 import jax
@@ -41,6 +41,7 @@ class LoopMeasures(Protocol):
     def scalars(self, step: int, speed: Mapping[str, float]) -> Mapping[str, float]: ...
     def saved(self, step: int) -> None: ...
     def collect_garbage(self, step: int) -> None: ...
+    def note(self, label: str, value: str | float) -> None: ...
 
 
 class NullMeasures:
@@ -55,6 +56,9 @@ class NullMeasures:
 
     def collect_garbage(self, step: int) -> None:
         del step
+
+    def note(self, label: str, value: str | float) -> None:
+        del label, value
 
 
 class Measures:
@@ -95,6 +99,7 @@ class Measures:
         self._first_step = self._total_steps = 0
         self._trained = False
         self._notes: dict[str, str | float] = {}
+        self._collection: Callable[[int], None] = lambda step: None
 
     def __enter__(self) -> Self:
         self._stack.enter_context(self._request)
@@ -152,13 +157,14 @@ class Measures:
         self._trained = True
         every = self._config.garbage_collection_every
         try:
-            with ScheduledCollection(every, self._clock.paused) as self.collect_garbage:
+            with ScheduledCollection(every, self._clock.paused) as self._collection:
                 yield
         finally:
             self._clock.finish()
 
     def collect_garbage(self, step: int) -> None:
-        """Collects Python's garbage if that is due before batch `step`; nothing before the loop."""
+        """Collects Python's garbage if that is due before batch `step`; within `training`."""
+        self._collection(step)
 
     def saved(self, step: int) -> None:
         """Says that the state before batch `step` was handed over to be saved."""
