@@ -83,15 +83,16 @@ def base() -> ConfigDict:
             ),
         }
     )
-    # Steps to trace, `first` to `last`; None for none. SIGUSR1 traces the next `steps_on_signal`.
-    config.profile = ConfigDict(
-        {"first": placeholder(int), "last": placeholder(int), "steps_on_signal": 5}
-    )
-    # Python's garbage is collected at steps that are multiples of this, so that the processes of a
-    # job do not stall each other at random; 0 leaves it to Python.
+    config.profile = _profile()
+    # Steps between two collections of Python's garbage, on all processes together; 0: Python's own.
     config.garbage_collection_every = 1000
     config.prefetch = 2  # batches that wait on the devices
     return config
+
+
+def _profile() -> ConfigDict:
+    """Steps to trace, `first` to `last`; None for none. SIGUSR1 traces the next few."""
+    return ConfigDict({"first": placeholder(int), "last": placeholder(int), "steps_on_signal": 5})
 
 
 def _optimizer() -> ConfigDict:
