@@ -108,10 +108,16 @@ def base() -> ConfigDict:
             ),
         }
     )
-    # Steps to trace, `first` to `last`; None for none.
-    config.profile = ConfigDict({"first": placeholder(int), "last": placeholder(int)})
+    config.profile = _profile()
+    # Steps between two collections of Python's garbage, on all processes together; 0: Python's own.
+    config.garbage_collection_every = 1000
     config.prefetch = 2  # batches that wait on the devices
     return config
+
+
+def _profile() -> ConfigDict:
+    """Steps to trace, `first` to `last`; None for none. SIGUSR1 traces the next few."""
+    return ConfigDict({"first": placeholder(int), "last": placeholder(int), "steps_on_signal": 5})
 
 
 def _optimizer() -> ConfigDict:

@@ -8,7 +8,7 @@ import functools
 import os
 import sys
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
@@ -18,11 +18,11 @@ from ml_collections import ConfigDict
 
 from vlp_jax import config as config_lib
 from vlp_jax.errors import UserError
-from vlp_jax.observe.profiler import NullProfiler, Profiler
+from vlp_jax.observe.profiler import parse_steps
 from vlp_jax.observe.progress import NullProgress, Progress
 from vlp_jax.observe.throughput import StartupClock, StepClock, peak_flops
 from vlp_jax.observe.watchdog import NullWatchdog, Watchdog
-from vlp_jax.observe.writers import build_writers, check_writers
+from vlp_jax.observe.writers import Writer, build_writers, check_writers
 from vlp_jax.parallel import mesh as mesh_lib
 from vlp_jax.parallel import startup
 from vlp_jax.parallel.batch import Prefetcher
@@ -35,6 +35,7 @@ from vlp_jax.training.checkpoint import Checkpointer
 from vlp_jax.training.command import run_command
 from vlp_jax.training.lock import locked
 from vlp_jax.training.loop import Loop
+from vlp_jax.training.measures import Measures, profile_steps, take_profile_flag
 from vlp_jax.training.preemption import PreemptionWatch
 from vlp_jax.training.report import StepReport
 from vlp_jax.training.setup import Setup
@@ -83,6 +84,9 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, ConfigDict]:
     parser.add_argument("--config", metavar="FILE[:ARG]", help="a config file, and its argument")
     parser.add_argument("--workdir", metavar="DIR", help="folder of the run; may be gs://...")
     parser.add_argument("--config.KEY", metavar="VALUE", help="replaces a key: --config.a.b=VALUE")
+    parser.add_argument(
+        "--profile", metavar="FIRST:LAST", type=parse_steps, help="traces these steps"
+    )
     several = parser.add_argument_group(
         "several processes (give the first three; without, SLURM, Cloud TPU and GKE are asked)"
     )
@@ -114,6 +118,7 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, ConfigDict]:
         raise UserError("--config is missing; see --help")
     config = config_lib.load(arguments.config)
     config_lib.override(config, overrides)
+    take_profile_flag(config, arguments.profile)
     config_lib.check(config)
     if arguments.help:
         print(f"\nkeys of {arguments.config}:")
@@ -141,39 +146,33 @@ def train(
       Preempted, NotFinite, CannotSave: see `Loop.run`.
     """
     workdir = epath.Path(workdir)
-    workdir_lib.check_writable(workdir)
-    check_writers(config.writers)
-    profiler = make_profiler(config, workdir)
+    check_before_start(config, workdir)
     with contextlib.ExitStack() as stack:
         watchdog = stack.enter_context(make_watchdog(config, workdir))
         parts = build(config, workdir, clock)
         setup, last_step = parts.setup, parts.setup.units.total_steps
         progress = stack.enter_context(make_progress(last_step, workdir.name))
         stack.enter_context(locked(workdir))
+        measures = stack.enter_context(Measures(config, workdir, clock, progress))
         with clock.phase("check the checkpoints"):
             checkpointer = make_checkpointer(config, workdir, tell=progress.print)
-        stack.enter_context(checkpointer)
+            stack.enter_context(checkpointer)
         first_step = find_first_step(parts, checkpointer)
-        for change in workdir_lib.changes(workdir, config):
-            progress.print(f"note: {change}")
-        workdir_lib.prepare(workdir, config, parts.tokenizer)
-        parts.start.announce(workdir, progress.print)
-        progress.print(startup.describe_processes(job))
-        progress.print(mesh_lib.describe(setup.mesh))
-        with clock.phase("compile the step"):
+        begin(parts, workdir, job, progress.print)
+        measures.begin(first_step, last_step)
+        with clock.phase("compile the step"), measures.compiling_step():
             step_function = compile_step(setup.step, setup.abstract, setup.batch_spec, setup.mesh)
         with clock.phase("restore the state" if first_step else "initialize the state"):
             state = first_state(parts, checkpointer, first_step)
         progress.print(describe_run(setup, first_step))
-        with clock.phase("measure the devices"):
-            step_clock = make_step_clock(setup, clock)
         writer = build_writers(config.writers, workdir, first_step, config.to_dict())
         stack.callback(writer.close)
         stack.enter_context(MaintenanceWatch())
-        prefetcher = Prefetcher(parts.pipeline.batches(first_step), setup.mesh, config.prefetch)
+        with clock.phase("measure the devices"):
+            step_clock = measures.use(make_step_clock(setup, clock))
         loop = Loop(
             step_function=step_function,
-            batches=stack.enter_context(prefetcher),
+            batches=stack.enter_context(make_prefetcher(parts, first_step)),
             input_state=parts.input_state.save,
             first_step=first_step,
             last_step=last_step,
@@ -181,27 +180,48 @@ def train(
             evaluations=parts.evaluations,
             preempted=stack.enter_context(PreemptionWatch()),
             log_when=parts.log_when,
-            report=StepReport(
-                log_when=parts.log_when,
-                batch_size=config.batch_size,
-                writer=writer,
-                progress=progress,
-                clock=step_clock,
-                startup=clock,
-                input_metrics=parts.input_state.metrics,
-                max_skipped=config.guard.max_skipped,
-                keep_examples=functools.partial(parts.input_state.write_examples, workdir),
-            ),
+            report=make_report(parts, workdir, writer, progress, step_clock, clock, measures),
             checkpointer=checkpointer,
             writer=writer,
             progress=progress,
             clock=step_clock,
-            profiler=stack.enter_context(profiler),
+            profiler=stack.enter_context(measures.profiler()),
             watchdog=watchdog,
+            measures=measures,
         )
-        state = loop.run(state)
-        progress.print(step_clock.goodput_line())
+        with measures.training():
+            state = loop.run(state)
     return state
+
+
+def make_report(
+    parts: Parts,
+    workdir: epath.Path,
+    writer: Writer,
+    progress: Progress | NullProgress,
+    step_clock: StepClock,
+    clock: StartupClock,
+    measures: Measures,
+) -> StepReport:
+    """What is told of each step."""
+    return StepReport(
+        log_when=parts.log_when,
+        batch_size=parts.setup.config.batch_size,
+        writer=writer,
+        progress=progress,
+        clock=step_clock,
+        startup=clock,
+        input_metrics=parts.input_state.metrics,
+        measures=measures,
+        max_skipped=parts.setup.config.guard.max_skipped,
+        keep_examples=functools.partial(parts.input_state.write_examples, workdir),
+    )
+
+
+def make_prefetcher(parts: Parts, first_step: int) -> Prefetcher:
+    """The batches from `first_step` on, on their way to the devices."""
+    batches = parts.pipeline.batches(first_step)
+    return Prefetcher(batches, parts.setup.mesh, parts.setup.config.prefetch)
 
 
 def find_first_step(parts: Parts, checkpointer: Checkpointer) -> int:
@@ -214,6 +234,24 @@ def find_first_step(parts: Parts, checkpointer: Checkpointer) -> int:
     if step:
         parts.input_state.resume(checkpointer.input_state(step), step)
     return step
+
+
+def check_before_start(config: ConfigDict, workdir: epath.Path) -> None:
+    """Raises UserError for what can be seen to be wrong without building anything."""
+    workdir_lib.check_writable(workdir)
+    check_writers(config.writers)
+    profile_steps(config)
+
+
+def begin(parts: Parts, workdir: epath.Path, job: str, tell: Callable[[str], None]) -> None:
+    """Writes config and tokenizer, and tells what has changed, who takes part and how."""
+    config = parts.setup.config
+    for change in workdir_lib.changes(workdir, config):
+        tell(f"note: {change}")
+    workdir_lib.prepare(workdir, config, parts.tokenizer)
+    parts.start.announce(workdir, tell)
+    tell(startup.describe_processes(job))
+    tell(mesh_lib.describe(parts.setup.mesh))
 
 
 def describe_run(setup: Setup, first_step: int) -> str:
@@ -233,20 +271,6 @@ def make_progress(last_step: int, name: str) -> Progress | NullProgress:
     return Progress(last_step, name) if jax.process_index() == 0 else NullProgress()
 
 
-def make_profiler(config: ConfigDict, workdir: epath.Path) -> Profiler | NullProfiler:
-    """Traces the steps of `config.profile`, if it names any.
-
-    Raises:
-      UserError: only one of `first` and `last` is set, or they are the wrong way round.
-    """
-    first, last = config.profile.first, config.profile.last
-    if first is None and last is None:
-        return NullProfiler()
-    if first is None or last is None:
-        raise UserError("config.profile needs both first and last")
-    return Profiler(first, last, workdir / "profile")
-
-
 def make_watchdog(config: ConfigDict, workdir: epath.Path) -> Watchdog | NullWatchdog:
     """Ends this process when it hangs, after the limits of `config.watchdog`.
 
@@ -264,13 +288,11 @@ def make_watchdog(config: ConfigDict, workdir: epath.Path) -> Watchdog | NullWat
 
 def make_step_clock(setup: Setup, clock: StartupClock) -> StepClock:
     """Examples per second, MFU and goodput, against the peak of the devices at hand."""
-    device = setup.mesh.devices.flat[0]
-    dtype = setup.objective.compute_dtype
     return StepClock(
         forward_flops_per_example=setup.objective.flops_per_example(setup.batch_spec),
-        peak_flops_per_device=peak_flops(device, dtype).flops,
+        peak=peak_flops(setup.mesh.devices.flat[0], setup.objective.compute_dtype),
         device_count=setup.mesh.size,
-        startup_seconds=clock.total(),
+        before=clock.causes(),
     )
 
 

@@ -12,10 +12,11 @@ import pytest
 
 from vlp_jax.errors import NotFinite, UserError
 from vlp_jax.observe.progress import NullProgress
-from vlp_jax.observe.throughput import StepClock
+from vlp_jax.observe.throughput import PeakFlops, StepClock
 from vlp_jax.observe.writers import NullWriter
 from vlp_jax.parallel.batch import put_batch
 from vlp_jax.training.guard import Guard
+from vlp_jax.training.measures import NullMeasures
 from vlp_jax.training.report import StepReport
 
 
@@ -130,9 +131,12 @@ def make_report(tmp_path, lines, max_skipped=3):
         batch_size=1,
         writer=NullWriter(),
         progress=progress,
-        clock=StepClock(forward_flops_per_example=1.0, peak_flops_per_device=1.0, device_count=1),
+        clock=StepClock(
+            forward_flops_per_example=1.0, peak=PeakFlops(1.0, "table"), device_count=1
+        ),
         startup=None,
         input_metrics=lambda step: {},
+        measures=NullMeasures(),
         max_skipped=max_skipped,
         keep_examples=keep,
     )
