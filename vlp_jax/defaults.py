@@ -77,24 +77,8 @@ def base() -> ConfigDict:
             "accept_other_data": False,
         }
     )
-    # Steps that leave the state as it is: those whose loss or gradient is not finite, always.
-    config.guard = ConfigDict(
-        {
-            "max_skipped": 5,  # one after the other; then the run ends and names the examples
-            # Also those whose loss is so many standard deviations above its running mean; 0: none.
-            "spike_deviations": 0.0,
-            "spike_window": 200,  # steps over which the mean is taken, and before the rule holds
-        }
-    )
-    # What a process waits for before it ends itself, to be started again; 0 for no end.
-    config.watchdog = ConfigDict(
-        {
-            "first_step_minutes": 60.0,  # from the start to the end of the first step
-            "step_minutes": 10.0,  # a later step
-            "pause_minutes": 60.0,  # an evaluation, a checkpoint
-            "heartbeat_seconds": 100.0,  # a process of the job that is silent for so long is lost
-        }
-    )
+    config.guard = _guard()
+    config.watchdog = _watchdog()
     config.writers = ConfigDict(
         {
             "tensorboard": True,
@@ -118,6 +102,30 @@ def base() -> ConfigDict:
 def _profile() -> ConfigDict:
     """Steps to trace, `first` to `last`; None for none. SIGUSR1 traces the next few."""
     return ConfigDict({"first": placeholder(int), "last": placeholder(int), "steps_on_signal": 5})
+
+
+def _guard() -> ConfigDict:
+    # Steps that leave the state as it is: those whose loss or gradient is not finite, always.
+    return ConfigDict(
+        {
+            "max_skipped": 5,  # one after the other; then the run ends and names the examples
+            # Also those whose loss is so many standard deviations above its running mean; 0: none.
+            "spike_deviations": 0.0,
+            "spike_window": 200,  # steps over which the mean is taken, and before the rule holds
+        }
+    )
+
+
+def _watchdog() -> ConfigDict:
+    # What a process waits for before it ends itself, to be started again; all minutes 0: no end.
+    return ConfigDict(
+        {
+            "first_step_minutes": 60.0,  # from the start to the end of the first step
+            "step_minutes": 10.0,  # a later step
+            "pause_minutes": 60.0,  # an evaluation, a checkpoint
+            "heartbeat_seconds": 100.0,  # a process of the job that is silent for so long is lost
+        }
+    )
 
 
 def _optimizer() -> ConfigDict:

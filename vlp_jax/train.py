@@ -150,23 +150,23 @@ def train(
     with contextlib.ExitStack() as stack:
         watchdog = stack.enter_context(make_watchdog(config, workdir))
         parts = build(config, workdir, clock)
-        setup, last_step = parts.setup, parts.setup.units.total_steps
-        progress = stack.enter_context(make_progress(last_step, workdir.name))
+        setup = parts.setup
+        progress = stack.enter_context(make_progress(setup.units.total_steps, workdir.name))
         stack.enter_context(locked(workdir))
         measures = stack.enter_context(Measures(config, workdir, clock, progress))
         with clock.phase("check the checkpoints"):
-            checkpointer = make_checkpointer(config, workdir, tell=progress.print)
-            stack.enter_context(checkpointer)
+            opened = make_checkpointer(config, workdir, tell=progress.print)
+            checkpointer = stack.enter_context(opened)
         first_step = find_first_step(parts, checkpointer)
         begin(parts, workdir, job, progress.print)
-        measures.begin(first_step, last_step)
+        measures.begin(first_step, setup.units.total_steps)
         with clock.phase("compile the step"), measures.compiling_step():
             step_function = compile_step(setup.step, setup.abstract, setup.batch_spec, setup.mesh)
         with clock.phase("restore the state" if first_step else "initialize the state"):
             state = first_state(parts, checkpointer, first_step)
         progress.print(describe_run(setup, first_step))
-        writer = build_writers(config.writers, workdir, first_step, config.to_dict())
-        stack.callback(writer.close)
+        writers = build_writers(config.writers, workdir, first_step, config.to_dict())
+        writer = stack.enter_context(contextlib.closing(writers))
         stack.enter_context(MaintenanceWatch())
         with clock.phase("measure the devices"):
             step_clock = measures.use(make_step_clock(setup, clock))
@@ -175,7 +175,7 @@ def train(
             batches=stack.enter_context(make_prefetcher(parts, first_step)),
             input_state=parts.input_state.save,
             first_step=first_step,
-            last_step=last_step,
+            last_step=setup.units.total_steps,
             save_when=parts.save_when,
             evaluations=parts.evaluations,
             preempted=stack.enter_context(PreemptionWatch()),
@@ -190,8 +190,7 @@ def train(
             measures=measures,
         )
         with measures.training():
-            state = loop.run(state)
-    return state
+            return loop.run(state)
 
 
 def make_report(

@@ -213,7 +213,7 @@ def test_no_process_is_left_behind(job):
 
 
 def test_the_launcher_may_be_replaced_while_it_runs(tmp_path, fake_environment):
-    """bash reads a script as it goes; a new version of it, in place, must not reach a running job."""
+    """bash reads a script as it goes; a new version, in place, must not reach a running job."""
     shutil.copytree(LAUNCH, tmp_path / "launch")
     script = tmp_path / "launch" / "local.sh"
     plan = [[[["touch", "ready"], ["wait_for", "go"], ["save", 1], ["exit", 1]]], [COMPLETE]]
