@@ -12,12 +12,18 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
+import importlib.metadata
+import json
 import os
 import statistics
+import sys
+import tempfile
 import threading
 import time
 import types
 from collections.abc import Callable, Sequence
+from typing import Any
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ.setdefault("JAX_NUM_CPU_DEVICES", "2")  # as the demo
@@ -28,17 +34,20 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from vlp_jax import config as config_lib
+from vlp_jax.errors import UserError
 from vlp_jax.parallel import mesh as mesh_lib
+from vlp_jax.parallel import startup
 from vlp_jax.parallel.batch import put_batch
-from vlp_jax.training.checkpoint import Checkpointer
+from vlp_jax.training.checkpoint import Checkpointer, absolute
+from vlp_jax.training.command import run_command
 from vlp_jax.training.setup import Setup, make_setup
-from vlp_jax.training.state import init_state
+from vlp_jax.training.state import TrainState, init_state
 from vlp_jax.training.step import compile_step
 
 MEGABYTE = 1_000_000
 WIDTH, IMAGE_SIZE, WORDS, VOCABULARY = 384, 32, 16, 512
 POLL_SECONDS = 0.002
-VERSIONS = ("jax", "orbax-checkpoint", "tensorstore")
+VERSIONS = ("jax", "orbax-checkpoint", "tensorstore")  # whose versions count
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -56,10 +65,10 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         "--rounds", type=int, default=5, help="saves of each kind (default: %(default)s)"
     )
     parser.add_argument(
-        "--steps", type=int, default=10, help="steps of a round with no save (default: %(default)s)"
+        "--steps", type=int, default=5, help="steps of a round with no save (default: %(default)s)"
     )
     parser.add_argument(
-        "--batch-size", type=int, default=32, help="examples of a step (default: %(default)s)"
+        "--batch-size", type=int, default=8, help="examples of a step (default: %(default)s)"
     )
     parser.add_argument(
         "--directory", metavar="DIR", help="where the checkpoints go (default: a temporary folder)"
@@ -160,73 +169,156 @@ class Appearance(threading.Thread):
 
 @dataclasses.dataclass
 class Times:
-    """Seconds of each round.
+    """Seconds, one value a round.
 
     Attributes:
-      step: of a step with no save under way.
       synchronous: of a synchronous save, which blocks all the while.
       blocked: for which an asynchronous save blocks.
-      step_meanwhile: of a step while an asynchronous save is being written.
       whole: from the call of an asynchronous save until its checkpoint is whole.
+      step: of a step with no save under way.
+      step_meanwhile: of a step while an asynchronous save is being written.
       restored: of a restore.
     """
 
-    step: list[float] = dataclasses.field(default_factory=list)
     synchronous: list[float] = dataclasses.field(default_factory=list)
     blocked: list[float] = dataclasses.field(default_factory=list)
-    step_meanwhile: list[float] = dataclasses.field(default_factory=list)
     whole: list[float] = dataclasses.field(default_factory=list)
+    step: list[float] = dataclasses.field(default_factory=list)
+    step_meanwhile: list[float] = dataclasses.field(default_factory=list)
     restored: list[float] = dataclasses.field(default_factory=list)
 
 
-def save_synchronously(trainer: Trainer, checkpointer: Checkpointer, step: int) -> float:
-    """Seconds of the save."""
-    return seconds(lambda: checkpointer.save(step, trainer.state, {"position": step}))
+@dataclasses.dataclass
+class Bench:
+    """Saves of one state both ways, and steps before and meanwhile.
 
+    Attributes:
+      directory: where the asynchronous checkpoints go.
+    """
 
-def save_meanwhile(
-    trainer: Trainer, checkpointer: Checkpointer, folder: epath.Path, step: int, times: Times
-) -> None:
-    """Saves and trains on until the checkpoint is whole."""
-    appearance = Appearance(folder / "checkpoints" / str(step))
-    appearance.start()
-    times.blocked.append(
-        seconds(lambda: checkpointer.save(step, trainer.state, {"position": step}))
-    )
-    steps = []
-    while appearance.is_alive():
-        steps.append(seconds(trainer.step))
-    times.step_meanwhile.append(statistics.mean(steps))
-    checkpointer.wait()
-    times.whole.append(appearance.seconds)
+    trainer: Trainer
+    synchronous: Checkpointer
+    asynchronous: Checkpointer
+    directory: epath.Path
+    abstract: TrainState
+
+    def round(self, number: int, steps: int) -> Times:
+        """The times of one round, each of one value; every second round has the other order."""
+        times = Times()
+        times.step.append(statistics.mean(seconds(self.trainer.step) for _ in range(steps)))
+        turns = [self._save_synchronously, self._save_meanwhile]
+        for turn in turns if number % 2 else turns[::-1]:
+            turn(number, times)
+        times.restored.append(seconds(lambda: self._restore(number)))
+        return times
+
+    def _save_synchronously(self, number: int, times: Times) -> None:
+        state = self.trainer.state
+        save = functools.partial(self.synchronous.save, number, state, {"position": number})
+        times.synchronous.append(seconds(save))
+
+    def _save_meanwhile(self, number: int, times: Times) -> None:
+        appearance = Appearance(self.directory / "checkpoints" / str(number))
+        appearance.start()
+        state = self.trainer.state
+        save = functools.partial(self.asynchronous.save, number, state, {"position": number})
+        times.blocked.append(seconds(save))
+        meanwhile = []
+        while appearance.is_alive():
+            meanwhile.append(seconds(self.trainer.step))
+        times.step_meanwhile.append(statistics.mean(meanwhile))
+        self.asynchronous.finish(number)
+        times.whole.append(appearance.seconds)
+
+    def _restore(self, number: int) -> None:
+        jax.block_until_ready(self.asynchronous.restore(self.abstract, number))
 
 
 def measure(setup: Setup, rounds: int, steps: int, folder: epath.Path) -> Times:
     """The times of `rounds` rounds, after one that does not count."""
-    trainer, times = Trainer(setup), Times()
+    times = Times()
     with (
         Checkpointer(folder / "synchronous", asynchronous=False) as synchronous,
         Checkpointer(folder / "asynchronous", asynchronous=True) as asynchronous,
     ):
-        for number in range(1, rounds + 2):
-            if number == 2:
-                times = Times()
-            times.step.append(statistics.mean(seconds(trainer.step) for _ in range(steps)))
-
-            def run_synchronous(number: int = number) -> None:
-                times.synchronous.append(save_synchronously(trainer, synchronous, number))
-
-            def run_asynchronous(number: int = number) -> None:
-                save_meanwhile(trainer, asynchronous, folder / "asynchronous", number, times)
-
-            turns = [run_synchronous, run_asynchronous]
-            for turn in turns if number % 2 else turns[::-1]:
-                turn()
-            times.restored.append(
-                seconds(
-                    lambda number=number: jax.block_until_ready(
-                        asynchronous.restore(setup.abstract, number)
-                    )
-                )
-            )
+        bench = Bench(
+            Trainer(setup), synchronous, asynchronous, folder / "asynchronous", setup.abstract
+        )
+        bench.round(0, steps)
+        for number in range(1, rounds + 1):
+            for name, values in vars(bench.round(number, steps)).items():
+                getattr(times, name).extend(values)
     return times
+
+
+def summary(setup: Setup, times: Times) -> dict[str, Any]:
+    """The figures: of every list of times the median, the shares of each round and their median."""
+    shares = [a / b for a, b in zip(times.blocked, times.synchronous, strict=True)]
+    slower = [a / b for a, b in zip(times.step_meanwhile, times.step, strict=True)]
+    return {
+        "megabytes": state_bytes(setup) / MEGABYTE,
+        "arrays": len(jax.tree.leaves(setup.abstract)),
+        "mesh": mesh_lib.describe(setup.mesh),
+        "versions": {name: importlib.metadata.version(name) for name in VERSIONS},
+        "median_seconds": {name: statistics.median(all) for name, all in vars(times).items()},
+        "seconds": vars(times),
+        "blocked_share": statistics.median(shares),
+        "blocked_share_min": min(shares),
+        "blocked_share_max": max(shares),
+        "slowdown_of_steps": statistics.median(slower),
+    }
+
+
+def table(figures: dict[str, Any]) -> str:
+    """The figures as a Markdown table, and a line on the share."""
+    names = {
+        "synchronous": "synchronous save (blocks all the while)",
+        "blocked": "asynchronous save: blocks",
+        "whole": "asynchronous save: until the checkpoint is whole",
+        "step": "a step",
+        "step_meanwhile": "a step while a checkpoint is being written",
+        "restored": "restore",
+    }
+    rows = ["| what | median s | least | most |", "| --- | ---: | ---: | ---: |"]
+    for name, title in names.items():
+        all = figures["seconds"][name]
+        rows.append(f"| {title} | {statistics.median(all):.3f} | {min(all):.3f} | {max(all):.3f} |")
+    low, high = figures["blocked_share_min"], figures["blocked_share_max"]
+    return "\n".join(
+        [
+            *rows,
+            "",
+            f"an asynchronous save blocks for {figures['blocked_share']:.1%} of a synchronous one "
+            f"(median of {len(figures['seconds']['blocked'])} rounds, {low:.1%} to {high:.1%}); "
+            f"steps take {figures['slowdown_of_steps']:.2f} times as long meanwhile",
+        ]
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; returns its exit status."""
+    arguments = parse(sys.argv[1:] if argv is None else argv)
+
+    def command() -> None:
+        for name in ("megabytes", "rounds", "steps"):
+            if getattr(arguments, name) < 1:
+                raise UserError(f"--{name} must be at least 1")
+        startup.initialize()
+        startup.use_compilation_cache()
+        setup = setup_of_size(int(arguments.megabytes * MEGABYTE), arguments.batch_size)
+        print(
+            f"{mesh_lib.describe(setup.mesh)}; a state of {state_bytes(setup) / MEGABYTE:.0f} MB "
+            f"in {len(jax.tree.leaves(setup.abstract)):,} arrays"
+        )
+        with tempfile.TemporaryDirectory(dir=arguments.directory) as folder:
+            times = measure(setup, arguments.rounds, arguments.steps, absolute(folder))
+        figures = summary(setup, times)
+        print(table(figures))
+        if arguments.json:
+            epath.Path(arguments.json).write_text(json.dumps(figures, indent=2) + "\n")
+
+    return run_command(command)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
