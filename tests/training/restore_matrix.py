@@ -1,9 +1,11 @@
 """Saves a state on three meshes of four devices, and restores what others have saved.
 
-As a program it is one of several processes that form a job: restore_matrix.py DIR PORT COUNT INDEX.
+As a program it is one of several processes that form a job:
+restore_matrix.py DIR PORT COUNT INDEX PAIRS.
 The states are random numbers that follow from a seed, so that each process knows all of them.
 """
 
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -17,12 +19,17 @@ from vlp_jax.training.checkpoint import Checkpointer
 
 MESHES = {"dp": {"replica": 4}, "fsdp": {"fsdp": 4}, "fsdp_tp": {"fsdp": 2, "tensor": 2}}
 JOBS = ("1", "2")  # folders of what one process and two have saved
+# (saved on, restored on)
+PAIRS = {
+    "quick": (("dp", "fsdp"), ("fsdp", "fsdp_tp"), ("fsdp_tp", "dp")),
+    "all": tuple(itertools.product(MESHES, MESHES)),
+}
 
 
-def setups():
+def setups(names=tuple(MESHES)):
     config = helpers.tiny_config()
     config.optimizer.ema_decay = 0.9
-    return {name: helpers.setup_on(config, sizes, 4) for name, sizes in MESHES.items()}
+    return {name: helpers.setup_on(config, MESHES[name], 4) for name in names}
 
 
 def values(setup, job, saved_on):
@@ -73,27 +80,27 @@ def save_all(found, root, job):
             checkpointer.wait()
 
 
-def restore_all(found, root):
+def restore_all(found, root, pairs):
     """ "JOB SAVED_ON RESTORED_ON" -> what came of it."""
     report = {}
     for job in JOBS:
-        for saved_on in found:
-            for name, setup in found.items():
-                with Checkpointer(root / job / saved_on, read_only=True) as checkpointer:
-                    assert checkpointer.check_fits(setup.abstract) == 1
-                    state = checkpointer.restore(setup.abstract, 1)
-                report[f"{job} {saved_on} {name}"] = compared(
-                    setup, state, values(setup, job, saved_on)
-                )
+        for saved_on, name in pairs:
+            setup = found[name]
+            with Checkpointer(root / job / saved_on, read_only=True) as checkpointer:
+                assert checkpointer.check_fits(setup.abstract) == 1
+                state = checkpointer.restore(setup.abstract, 1)
+            report[f"{job} {saved_on} {name}"] = compared(
+                setup, state, values(setup, job, saved_on)
+            )
     return report
 
 
-def main(root, port, count, index):
+def main(root, port, count, index, pairs):
     startup.initialize(f"127.0.0.1:{port}", int(count), int(index))
     assert jax.process_count() == int(count) and jax.device_count() == 4
     found = setups()
     save_all(found, Path(root), count)
-    report = restore_all(found, Path(root))
+    report = restore_all(found, Path(root), PAIRS[pairs])
     (Path(root) / f"{count}_{index}.json").write_text(json.dumps(report))
 
 
