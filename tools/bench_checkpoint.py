@@ -226,6 +226,9 @@ class Bench:
         meanwhile = []
         while appearance.is_alive():
             meanwhile.append(seconds(self.trainer.step))
+            self.asynchronous.poll()
+            if self.asynchronous.failed:
+                raise UserError(f"a checkpoint could not be written in {self.directory}")
         times.step_meanwhile.append(statistics.mean(meanwhile))
         self.asynchronous.finish(number)
         times.whole.append(appearance.seconds)
