@@ -18,12 +18,12 @@ ELSEWHERE = {"replica": 2, "fsdp": 2, "tensor": 2}
 BYTES_READ = "/tensorstore/kvstore/file/bytes_read"
 
 
-def setup_of(scan, optimizer="adamw", sizes=None, ema=0.9, frozen=(), **objective):
+def setup_of(scan, optimizer="adamw", sizes=None, ema=0.9, frozen=(), devices=8, **objective):
     config = helpers.tiny_config(scan_layers=scan, **objective)
     config.optimizer.name = optimizer
     config.optimizer.ema_decay = ema
     config.optimizer.frozen = frozen
-    return helpers.setup_on(config, sizes or {"replica": 8})
+    return helpers.setup_on(config, sizes or {"replica": devices}, devices)
 
 
 def random_state(setup, seed=0):
@@ -112,9 +112,8 @@ def go_on(setup, state, first, last):
 
 
 def check_training_goes_on(tmp_path, optimizer, scan):
-    setup, other = setup_of(scan, optimizer), setup_of(not scan, optimizer)
-    for config in (setup.config, other.config):
-        assert config.optimizer.learning_rate > 0
+    setup = setup_of(scan, optimizer, devices=1)
+    other = setup_of(not scan, optimizer, devices=1)
     state, _ = helpers.train(setup, 4)
     save(tmp_path, state, step=4)
     converted, _ = restore(tmp_path, other)
