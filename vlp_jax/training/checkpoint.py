@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import logging
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Self
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
@@ -18,9 +16,9 @@ from vlp_jax.errors import CannotSave, UserError
 from vlp_jax.observe.jsonl import is_remote
 from vlp_jax.parallel import agreement
 from vlp_jax.training import checkpoint_files
+from vlp_jax.training.restore import Reader
 from vlp_jax.training.state import TrainState
 
-MAX_LISTED = 4  # parameters that a mismatch names
 # What Orbax and TensorStore raise when files cannot be written: OSError, ValueError with the
 # system's words, RuntimeError from the threads that write.
 SAVE_ERRORS = (OSError, ValueError, RuntimeError, TimeoutError)
@@ -257,19 +255,16 @@ class Checkpointer:
     def check_fits(self, abstract: TrainState) -> int:
         """Step of the newest checkpoint, whose state `restore` can put into `abstract`; 0 if none.
 
+        Tells whether layers have to be stacked or taken apart for that.
+
         Raises:
           UserError: the checkpoint holds other parameters; it names them with both shapes.
         """
         step = self.latest_step()
         if step is None:
             return 0
-        saved = shapes_of(self._manager.item_metadata(step).state)
-        report = mismatch_report(saved, shapes_of(abstract))
-        if report:
-            raise UserError(
-                f"the checkpoint {self._directory / str(step)} belongs to another model: {report}; "
-                "use the config it was trained with, or another workdir"
-            )
+        for note in self._reader(step, abstract).notes:
+            self._tell(f"note: {note}")
         return step
 
     def restore(self, abstract: TrainState, step: int) -> TrainState:
@@ -279,8 +274,10 @@ class Checkpointer:
           abstract: one that `check_fits`.
           step: of a checkpoint that exists.
         """
-        args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
-        return self._manager.restore(step, args=args).state
+        return self._reader(step, abstract).read()
+
+    def _reader(self, step: int, abstract: TrainState) -> Reader:
+        return Reader.of(self._directory / str(step) / "state", abstract)
 
     def input_state(self, step: int) -> dict[str, Any]:
         """The record of the input in the checkpoint at `step`, which exists."""
@@ -350,84 +347,23 @@ def saved_steps(workdir: epath.Path) -> list[int]:
     return sorted(ocp.utils.checkpoint_steps(workdir / "checkpoints"))
 
 
-@dataclasses.dataclass(frozen=True)
-class SavedParameters:
-    """The parameters of a checkpoint, of whatever model and mesh; nothing else of it is read.
+def choose_step(workdir: epath.Path, step: int | None, where: str = "") -> int:
+    """`step`, or for None that of the newest checkpoint in `workdir`.
 
-    Attributes:
-      directory: of the state in the checkpoint.
-      part: "ema" if the checkpoint has averaged parameters, else "params".
-      shapes: path -> shape.
+    Args:
+      where: the key or option that says so, for the message.
+
+    Raises:
+      UserError: there is no checkpoint, or none of this step.
     """
-
-    directory: epath.Path
-    part: str
-    shapes: dict[str, tuple[int, ...]]
-
-    @classmethod
-    def of(cls, workdir: epath.Path, step: int) -> Self:
-        """Those of the checkpoint at `step`, which exists."""
-        directory = workdir / "checkpoints" / str(step) / "state"
-        tree = _metadata(directory)
-        part = "ema" if shapes_of(tree["ema"]) else "params"
-        return cls(directory, part, shapes_of(tree[part]))
-
-    def read(self) -> dict[str, np.ndarray]:
-        """path -> float32 array on the host, every process reading all of them."""
-        part = {self.part: _metadata(self.directory)[self.part]}
-
-        def each(function: Callable[[Any], Any]) -> Any:
-            return jax.tree.map(function, part, is_leaf=lambda x: hasattr(x, "shape"))
-
-        with contextlib.closing(ocp.PyTreeCheckpointHandler()) as handler:
-            restored = handler.restore(
-                self.directory,
-                args=ocp.args.PyTreeRestore(
-                    item=each(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)),
-                    restore_args=each(
-                        lambda x: ocp.RestoreArgs(restore_type=np.ndarray, dtype=np.float32)
-                    ),
-                    partial_restore=True,
-                ),
-            )
-        leaves = jax.tree_util.tree_leaves_with_path(restored[self.part])
-        return {
-            jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(x, np.float32)
-            for path, x in leaves
-        }
-
-
-def _metadata(directory: epath.Path) -> dict[str, Any]:
-    with contextlib.closing(ocp.PyTreeCheckpointHandler()) as handler:
-        return handler.metadata(directory).tree
-
-
-def shapes_of(tree: Any) -> dict[str, tuple[int, ...]]:
-    """ "params/image/..." -> shape, for every array of a tree of arrays or Orbax's metadata."""
-    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: hasattr(x, "shape"))
-    return {
-        jax.tree_util.keystr(path, simple=True, separator="/"): tuple(leaf.shape)
-        for path, leaf in leaves
-        if hasattr(leaf, "shape")
-    }
-
-
-def mismatch_report(saved: dict[str, tuple[int, ...]], wanted: dict[str, tuple[int, ...]]) -> str:
-    """What differs between two trees of shapes, one line; empty if nothing does.
-
-    Optimizer state and averages follow the parameters, so these are named only where the
-    parameters agree.
-    """
-
-    def differing(prefix: str) -> list[str]:
-        keys = sorted(k for k in {*saved, *wanted} if k.startswith(prefix))
-        return [
-            f"{key} is {saved.get(key, 'absent')} in the checkpoint "
-            f"and {wanted.get(key, 'absent')} in the model"
-            for key in keys
-            if saved.get(key) != wanted.get(key)
-        ]
-
-    rows = differing("params/") or differing("")
-    more = [f"and {len(rows) - MAX_LISTED} more"] if len(rows) > MAX_LISTED else []
-    return ", ".join(rows[:MAX_LISTED] + more)
+    steps, prefix = saved_steps(workdir), f"{where}: " if where else ""
+    if not steps:
+        raise UserError(
+            f"{prefix}{workdir} holds no checkpoint; give the workdir of a run that has saved one"
+        )
+    if step is not None and step not in steps:
+        raise UserError(
+            f"{prefix}{workdir} has no checkpoint of step {step} "
+            f"(it has: {', '.join(map(str, steps))}); give one of these, or none for the newest"
+        )
+    return steps[-1] if step is None else step
