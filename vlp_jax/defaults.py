@@ -63,20 +63,7 @@ def base() -> ConfigDict:
         }
     )
     config.log = ConfigDict({"every": duration(steps=10)})
-    config.checkpoint = ConfigDict(
-        {
-            "every": duration(percent=10.0),
-            # Also after so many minutes without one, looked at where steps are logged; 0: never.
-            # It is what a run that is killed loses at most.
-            "minutes": 30.0,
-            "max_failed": 5,  # saves that fail in a row (a full disk) before the run ends
-            "keep_last": 2,
-            "keep_every": 0,  # also keep each checkpoint whose step is a multiple of it; 0: none
-            "asynchronous": True,
-            # Go on although the training data is not that of the checkpoint.
-            "accept_other_data": False,
-        }
-    )
+    config.checkpoint = _checkpoint()
     config.guard = _guard()
     config.watchdog = _watchdog()
     config.writers = ConfigDict(
@@ -102,6 +89,23 @@ def base() -> ConfigDict:
 def _profile() -> ConfigDict:
     """Steps to trace, `first` to `last`; None for none. SIGUSR1 traces the next few."""
     return ConfigDict({"first": placeholder(int), "last": placeholder(int), "steps_on_signal": 5})
+
+
+def _checkpoint() -> ConfigDict:
+    return ConfigDict(
+        {
+            "every": duration(percent=10.0),
+            # Also after so many minutes without one, looked at where steps are logged; 0: never.
+            # It is what a run that is killed loses at most.
+            "minutes": 30.0,
+            "max_failed": 5,  # saves that fail in a row (a full disk) before the run ends
+            "keep_last": 2,
+            "keep_every": 0,  # also keep each checkpoint whose step is a multiple of it; 0: none
+            "asynchronous": True,
+            # Go on although the training data is not that of the checkpoint.
+            "accept_other_data": False,
+        }
+    )
 
 
 def _guard() -> ConfigDict:

@@ -87,25 +87,7 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, ConfigDict]:
     parser.add_argument(
         "--profile", metavar="FIRST:LAST", type=parse_steps, help="traces these steps"
     )
-    several = parser.add_argument_group(
-        "several processes (give the first three; without, SLURM, Cloud TPU and GKE are asked)"
-    )
-    several.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 listens")
-    several.add_argument("--processes", type=int, metavar="N", help="how many take part")
-    several.add_argument("--process-id", type=int, metavar="I", help="which one this is")
-    several.add_argument(
-        "--expect-processes",
-        type=int,
-        metavar="N",
-        help="fail if the job has another number, however it was found",
-    )
-    several.add_argument(
-        "--join-seconds",
-        type=float,
-        default=startup.JOIN_SECONDS,
-        metavar="S",
-        help="how long to wait for process 0 (default: %(default)g)",
-    )
+    _add_process_arguments(parser)
     overrides = [a.removeprefix("--config.") for a in argv if a.startswith("--config.")]
     arguments, unknown = parser.parse_known_args([a for a in argv if not a.startswith("--config.")])
     if unknown:
@@ -128,6 +110,28 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, ConfigDict]:
     if not arguments.workdir:
         raise UserError("--workdir is missing; see --help")
     return arguments, config
+
+
+def _add_process_arguments(parser: argparse.ArgumentParser) -> None:
+    several = parser.add_argument_group(
+        "several processes (give the first three; without, SLURM, Cloud TPU and GKE are asked)"
+    )
+    several.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 listens")
+    several.add_argument("--processes", type=int, metavar="N", help="how many take part")
+    several.add_argument("--process-id", type=int, metavar="I", help="which one this is")
+    several.add_argument(
+        "--expect-processes",
+        type=int,
+        metavar="N",
+        help="fail if the job has another number, however it was found",
+    )
+    several.add_argument(
+        "--join-seconds",
+        type=float,
+        default=startup.JOIN_SECONDS,
+        metavar="S",
+        help="how long to wait for process 0 (default: %(default)g)",
+    )
 
 
 def train(

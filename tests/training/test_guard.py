@@ -15,6 +15,7 @@ from vlp_jax.observe.progress import NullProgress
 from vlp_jax.observe.throughput import PeakFlops, StepClock
 from vlp_jax.observe.writers import NullWriter
 from vlp_jax.parallel.batch import put_batch
+from vlp_jax.training.checkpoint import Checkpointer
 from vlp_jax.training.guard import Guard
 from vlp_jax.training.measures import NullMeasures
 from vlp_jax.training.report import StepReport
@@ -171,3 +172,26 @@ def test_a_leap_is_told_as_one(tmp_path):
     report.take(0, metrics(7.5, 1))
     report.settle()
     assert lines == ["warning: step 0 is skipped: train/loss leaps to 7.5"]
+
+
+@pytest.mark.parametrize("before", [0.0, 5.0])
+def test_the_rule_about_spikes_may_come_and_go_in_a_run(tmp_path, before):
+    def setup(deviations):
+        config = helpers.tiny_config()
+        config.guard.spike_deviations = deviations
+        return helpers.setup_on(config, {"replica": 2}, 2)
+
+    state, _ = helpers.train(setup(before), 2)
+    with Checkpointer(tmp_path) as checkpointer:
+        checkpointer.save(2, state, {"position": 32})
+    other = setup(5.0 - before)
+    with Checkpointer(tmp_path) as checkpointer:
+        assert checkpointer.check_fits(other.abstract) == 2
+        restored = checkpointer.restore(other.abstract, 2)
+    wanted = {} if before else {"count": 0, "mean": 0, "variance": 0}
+    assert {name: float(value) for name, value in restored.guard.items()} == wanted
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        jax.device_get((restored.params, restored.opt_state)),
+        jax.device_get((state.params, state.opt_state)),
+    )
