@@ -118,7 +118,9 @@ class Watchdog:
                 self._bite(activity, limit)
                 return
             if self._end is os._exit:
-                faulthandler.dump_traceback_later(left + _BACKSTOP * limit, exit=True)
+                later = left + _BACKSTOP * limit
+                # sys.stderr may be replaced by what is no file, as in a notebook.
+                faulthandler.dump_traceback_later(later, exit=True, file=sys.__stderr__)
 
     def _bite(self, activity: str, limit: float) -> None:
         stacks = _stacks()

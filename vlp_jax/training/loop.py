@@ -92,7 +92,8 @@ class Loop:
             self.watchdog.beat()
             if self.log_when(step):
                 self.checkpointer.poll()
-                self.measures.note("saves that failed", self.checkpointer.failed)
+                if self.checkpointer.failed:
+                    self.measures.note("saves failed", self.checkpointer.failed)
         self.finish(step)
         return state
 
