@@ -87,25 +87,7 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, ConfigDict]:
     parser.add_argument(
         "--profile", metavar="FIRST:LAST", type=parse_steps, help="traces these steps"
     )
-    several = parser.add_argument_group(
-        "several processes (give the first three; without, SLURM, Cloud TPU and GKE are asked)"
-    )
-    several.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 listens")
-    several.add_argument("--processes", type=int, metavar="N", help="how many take part")
-    several.add_argument("--process-id", type=int, metavar="I", help="which one this is")
-    several.add_argument(
-        "--expect-processes",
-        type=int,
-        metavar="N",
-        help="fail if the job has another number, however it was found",
-    )
-    several.add_argument(
-        "--join-seconds",
-        type=float,
-        default=startup.JOIN_SECONDS,
-        metavar="S",
-        help="how long to wait for process 0 (default: %(default)g)",
-    )
+    add_job_arguments(parser)
     overrides = [a.removeprefix("--config.") for a in argv if a.startswith("--config.")]
     arguments, unknown = parser.parse_known_args([a for a in argv if not a.startswith("--config.")])
     if unknown:
@@ -128,6 +110,29 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, ConfigDict]:
     if not arguments.workdir:
         raise UserError("--workdir is missing; see --help")
     return arguments, config
+
+
+def add_job_arguments(parser: argparse.ArgumentParser) -> None:
+    """Those that say how the processes of a job find each other."""
+    several = parser.add_argument_group(
+        "several processes (give the first three; without, SLURM, Cloud TPU and GKE are asked)"
+    )
+    several.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 listens")
+    several.add_argument("--processes", type=int, metavar="N", help="how many take part")
+    several.add_argument("--process-id", type=int, metavar="I", help="which one this is")
+    several.add_argument(
+        "--expect-processes",
+        type=int,
+        metavar="N",
+        help="fail if the job has another number, however it was found",
+    )
+    several.add_argument(
+        "--join-seconds",
+        type=float,
+        default=startup.JOIN_SECONDS,
+        metavar="S",
+        help="how long to wait for process 0 (default: %(default)g)",
+    )
 
 
 def train(
@@ -168,8 +173,7 @@ def train(
         writer = build_writers(config.writers, workdir, first_step, config.to_dict())
         stack.callback(writer.close)
         stack.enter_context(MaintenanceWatch())
-        with clock.phase("measure the devices"):
-            step_clock = measures.use(make_step_clock(setup, clock))
+        step_clock = measures.use(make_step_clock(setup, clock))
         loop = Loop(
             step_function=step_function,
             batches=stack.enter_context(make_prefetcher(parts, first_step)),
@@ -190,8 +194,7 @@ def train(
             measures=measures,
         )
         with measures.training():
-            state = loop.run(state)
-    return state
+            return loop.run(state)
 
 
 def make_report(
@@ -288,9 +291,11 @@ def make_watchdog(config: ConfigDict, workdir: epath.Path) -> Watchdog | NullWat
 
 def make_step_clock(setup: Setup, clock: StartupClock) -> StepClock:
     """Examples per second, MFU and goodput, against the peak of the devices at hand."""
+    with clock.phase("measure the devices"):
+        peak = peak_flops(setup.mesh.devices.flat[0], setup.objective.compute_dtype)
     return StepClock(
         forward_flops_per_example=setup.objective.flops_per_example(setup.batch_spec),
-        peak=peak_flops(setup.mesh.devices.flat[0], setup.objective.compute_dtype),
+        peak=peak,
         device_count=setup.mesh.size,
         before=clock.causes(),
     )
