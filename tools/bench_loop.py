@@ -8,6 +8,7 @@ Both run in one process, in turns, so that a change in the speed of the machine 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import statistics
@@ -26,6 +27,7 @@ from vlp_jax import config as config_lib
 from vlp_jax.observe.profiler import NullProfiler
 from vlp_jax.observe.progress import Progress
 from vlp_jax.observe.throughput import StartupClock
+from vlp_jax.observe.watchdog import NullWatchdog
 from vlp_jax.observe.writers import build_writers
 from vlp_jax.parallel import mesh as mesh_lib
 from vlp_jax.parallel import startup
@@ -76,6 +78,8 @@ class LoopRunner:
             startup=startup_clock,
             input_metrics=parts.input_state.metrics,
             measures=NullMeasures(),
+            max_skipped=config.guard.max_skipped,
+            keep_examples=functools.partial(parts.input_state.write_examples, workdir),
         )
 
     def __call__(self, state: TrainState, batches: Prefetcher, steps: int) -> TrainState:
@@ -90,12 +94,14 @@ class LoopRunner:
             save_when=lambda step: False,
             evaluations=(),
             preempted=lambda step: False,
+            log_when=self._parts.log_when,
             report=self._report,
             checkpointer=self._checkpointer,
             writer=self._writer,
             progress=self.progress,
             clock=self._clock,
             profiler=NullProfiler(),
+            watchdog=NullWatchdog(),
             measures=NullMeasures(),
         )
         state = loop.run(state)

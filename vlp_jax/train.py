@@ -87,7 +87,7 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, ConfigDict]:
     parser.add_argument(
         "--profile", metavar="FIRST:LAST", type=parse_steps, help="traces these steps"
     )
-    _add_process_arguments(parser)
+    add_job_arguments(parser)
     overrides = [a.removeprefix("--config.") for a in argv if a.startswith("--config.")]
     arguments, unknown = parser.parse_known_args([a for a in argv if not a.startswith("--config.")])
     if unknown:
@@ -112,7 +112,8 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, ConfigDict]:
     return arguments, config
 
 
-def _add_process_arguments(parser: argparse.ArgumentParser) -> None:
+def add_job_arguments(parser: argparse.ArgumentParser) -> None:
+    """Those that say how the processes of a job find each other."""
     several = parser.add_argument_group(
         "several processes (give the first three; without, SLURM, Cloud TPU and GKE are asked)"
     )
@@ -172,8 +173,7 @@ def train(
         writers = build_writers(config.writers, workdir, first_step, config.to_dict())
         writer = stack.enter_context(contextlib.closing(writers))
         stack.enter_context(MaintenanceWatch())
-        with clock.phase("measure the devices"):
-            step_clock = measures.use(make_step_clock(setup, clock))
+        step_clock = measures.use(make_step_clock(setup, clock))
         loop = Loop(
             step_function=step_function,
             batches=stack.enter_context(make_prefetcher(parts, first_step)),
@@ -291,9 +291,11 @@ def make_watchdog(config: ConfigDict, workdir: epath.Path) -> Watchdog | NullWat
 
 def make_step_clock(setup: Setup, clock: StartupClock) -> StepClock:
     """Examples per second, MFU and goodput, against the peak of the devices at hand."""
+    with clock.phase("measure the devices"):
+        peak = peak_flops(setup.mesh.devices.flat[0], setup.objective.compute_dtype)
     return StepClock(
         forward_flops_per_example=setup.objective.flops_per_example(setup.batch_spec),
-        peak=peak_flops(setup.mesh.devices.flat[0], setup.objective.compute_dtype),
+        peak=peak,
         device_count=setup.mesh.size,
         before=clock.causes(),
     )

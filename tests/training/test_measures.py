@@ -149,22 +149,28 @@ def test_a_config_of_before_these_keys_is_loaded():
     assert config.garbage_collection_every == 1000 and config.profile.steps_on_signal == 5
 
 
-# One process of the job gets each batch a while after the others.
+# One process of the job gets each batch long after the others, also on a machine that is busy.
 SLOW_DATA = """
 import sys, time
 if sys.argv[-1] == "1":
     from vlp_jax.parallel import batch
     take = batch.Prefetcher.__next__
-    batch.Prefetcher.__next__ = lambda self: (time.sleep(0.25), take(self))[1]
+    batch.Prefetcher.__next__ = lambda self: (time.sleep(1), take(self))[1]
 from vlp_jax.train import main
 sys.exit(main(sys.argv[1:]))
 """
 
 
+@pytest.mark.slow
 def test_the_process_that_holds_the_others_back_is_named(config_file, shapes_dir, tmp_path):
     workdir, port = tmp_path / "run", free_port()
     arguments = ["--config", str(config_file), "--workdir", str(workdir), "--processes", "2"]
-    arguments += ["--config.evaluators.retrieval=None", "--coordinator", f"127.0.0.1:{port}"]
+    arguments += [
+        "--config.evaluators.retrieval=None",
+        "--config.duration.steps=9",
+        "--coordinator",
+        f"127.0.0.1:{port}",
+    ]
     environment = {
         **os.environ,
         "TFDS_DATA_DIR": shapes_dir,
