@@ -300,5 +300,6 @@ def test_mistakes_end_with_one_line_and_status_2(launcher, arguments, says):
 @pytest.mark.parametrize("name", ["local.sh", "slurm.sh", "tpu_vm.sh", "gke.sh"])
 def test_help_is_enough(launcher, name):
     text = launcher(name, "--help").stdout
-    assert text.startswith(("Trains", "Runs")) and "--dry-run" in text and "#!" not in text
+    assert text.startswith(("Trains", "Runs")) and "--dry-run" in text
+    assert "#!" not in text and "shellcheck" not in text
     assert os.access(LAUNCH / name, os.X_OK)
