@@ -11,8 +11,8 @@
 #                             failed (default 30); one that is stopped or hangs only knows SIGKILL
 #   --save-grace S            the same when they were told to stop and save (default 300)
 #   --max-restarts-without-progress K   (default 3) progress is a newer checkpoint
-#   --backoff S               seconds before a restart without progress, doubled each time
-#                             (default 10, at most 300)
+#   --backoff S               seconds before a restart (none after 75 with progress), doubled with every
+#                             further one without progress (default 10, at most 300)
 #   --log FILE                a line of JSON per attempt (default WORKDIR.restarts.jsonl)
 #   --logs DIR                also keeps the output of each process and attempt in DIR
 #   --dry-run                 prints the commands and runs nothing

@@ -6,7 +6,8 @@
 #   workdir                        of the run: a local path or gs://...
 #   restart_log                    a local file; one line of JSON is appended per attempt
 #   max_restarts_without_progress  restarts in a row that are allowed without a newer checkpoint
-#   backoff, max_backoff           seconds before the first restart without progress; it doubles
+#   backoff, max_backoff           seconds before a restart (none after 75 with progress); they double
+#                                  with every further restart without progress
 #   starts_file, launch_id         optional: a file that outlives this process, in which starts are
 #                                  counted (a SLURM job that is requeued starts a new shell)
 #   return_on_75                   optional: "yes" hands 75 back to the caller instead of restarting
@@ -171,7 +172,7 @@ starts_at() {
 
 # pause SECONDS: sleeps, and returns at once when a trapped signal comes
 pause() {
-  sleep "$1" &
+  sleep "$1" 8>&- 9>&- & # without the lock and the queue of local.sh
   wait "$!" || true
   kill "$!" 2>/dev/null || true
 }
@@ -208,8 +209,8 @@ restart_loop() {
       reason+=" not restarted" gave_up=yes
     elif ((status == STATUS_TOLD_TO_STOP)) && [[ ${return_on_75-} == yes ]]; then
       reason="saved at ${after:-none}"
-    elif ((idle > 0)); then
-      delay=$((backoff << (idle - 1 > 20 ? 20 : idle - 1)))
+    elif ((idle || status != STATUS_TOLD_TO_STOP)); then
+      delay=$((backoff << (idle < 2 ? 0 : idle > 20 ? 20 : idle - 1)))
       ((delay <= max_backoff)) || delay=$max_backoff
     fi
     log_attempt "$attempt" "$status" "$before" "$after" "$([[ -z $reason ]] && echo true || echo false)"
