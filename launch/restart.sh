@@ -170,11 +170,13 @@ starts_at() {
     END { print count + 0 }'
 }
 
-# pause SECONDS: sleeps, and returns at once when a trapped signal comes
+# pause SECONDS: sleeps, but not on when the launcher is told to stop
 pause() {
-  sleep "$1" 8>&- 9>&- & # without the lock and the queue of local.sh
-  wait "$!" || true
-  kill "$!" 2>/dev/null || true
+  local i
+  for ((i = 0; i < $1; i++)); do
+    ((!${stop_signals:-0})) || return 0
+    sleep 1 8>&- 9>&- # without the lock and the queue of local.sh
+  done
 }
 
 # restart_loop: runs run_attempt until the job is complete, the user has to do something, the
@@ -221,7 +223,7 @@ restart_loop() {
     say "status $status (${statuses[*]}); checkpoint ${before:-none} -> ${after:-none};" \
       "starting again in $delay s ($idle of $max_restarts_without_progress without progress)"
     before=$after
-    ((delay == 0)) || pause "$delay"
+    pause "$delay"
     if ((${stop_signals:-0})); then
       say "told to stop before the restart"
       return "$STATUS_TOLD_TO_STOP"

@@ -215,7 +215,7 @@ def test_sigterm_during_the_back_off_ends_the_launcher(job):
 
 
 def test_no_process_is_left_behind(job):
-    plan = [[[["exit", 1]], [["stop"]]]]
+    plan = [[[["wait_for", "stopping"], ["exit", 1]], [["touch", "stopping"], ["stop"]]]]
     status, *_ = finish(job(plan, "--max-restarts-without-progress", "0", processes=2))
     assert status == 1
     for process in (0, 1):
