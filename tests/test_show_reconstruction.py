@@ -29,9 +29,9 @@ def picture(path):
 
 
 def test_the_three_views_are_of_the_images_of_the_evaluator(workdir):
-    parts, state = evaluate.load_run(workdir)
+    parts, loaded = evaluate.load_run(workdir)
     objective = parts.setup.objective
-    views = show_reconstruction.paint(parts, state, "reconstruction", 20)  # of two batches of 16
+    views = show_reconstruction.paint(parts, loaded, "reconstruction", 20)  # of two batches of 16
     true = np.concatenate(
         [b["image"][b["mask"]] for b in parts.open_evaluation_data("reconstruction").batches()]
     )[:20]

@@ -156,6 +156,8 @@ def test_a_finished_run_can_be_started_again_and_evaluated(command, tmp_path, ca
             assert found[key] == pytest.approx(value, abs=1e-6), key
     assert evaluate.main(["--workdir", workdir, "--step", "1"]) == 2
     assert "no checkpoint of step 1 (it has: 2)" in capsys.readouterr().err
+    assert evaluate.main(["--workdir", workdir, "--params", "ema"]) == 2
+    assert "holds no averaged parameters" in capsys.readouterr().err
     assert evaluate.main(["--workdir", workdir, "--evaluators", "retreival"]) == 2
     assert "did you mean 'retrieval'" in capsys.readouterr().err
     assert evaluate.main(["--workdir", str(tmp_path / "none")]) == 2

@@ -31,7 +31,7 @@ from vlp_jax.parallel import startup
 from vlp_jax.train import train
 from vlp_jax.training.build import Parts
 from vlp_jax.training.command import run_command
-from vlp_jax.training.state import TrainState
+from vlp_jax.training.restore import LoadedParameters
 from vlp_jax.training.workdir import METRICS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -81,7 +81,7 @@ def last_scores(metrics: Path) -> dict[str, float]:
     }
 
 
-def test_pairs(parts: Parts, state: TrainState) -> dict[str, Any]:
+def test_pairs(parts: Parts, loaded: LoadedParameters) -> dict[str, Any]:
     """Images and captions of the retrieval evaluator, and their similarity, image by caption."""
     (retrieval,) = (e.evaluator for e in parts.evaluations if e.name == "retrieval")
     pipeline: EvalPipeline = parts.open_evaluation_data("retrieval", ("text_raw",))
@@ -92,7 +92,7 @@ def test_pairs(parts: Parts, state: TrainState) -> dict[str, Any]:
     return {
         "images": np.concatenate(images),
         "captions": captions,
-        "similarity": retrieval.similarity(state.eval_params),
+        "similarity": retrieval.similarity(loaded.params),
     }
 
 

@@ -22,7 +22,7 @@ from vlp_jax.observe.pictures import draw_reconstructions
 from vlp_jax.parallel import startup
 from vlp_jax.training.build import Parts
 from vlp_jax.training.command import run_command
-from vlp_jax.training.state import TrainState
+from vlp_jax.training.restore import LoadedParameters
 
 FUNCTION = "reconstruct"
 
@@ -44,7 +44,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def paint(parts: Parts, state: TrainState, evaluator: str, count: int) -> np.ndarray:
+def paint(parts: Parts, loaded: LoadedParameters, evaluator: str, count: int) -> np.ndarray:
     """Three views of each of `count` images, float32 [images, 3, height, width, 3] in [0, 1].
 
     Raises:
@@ -57,7 +57,7 @@ def paint(parts: Parts, state: TrainState, evaluator: str, count: int) -> np.nda
         raise UserError(f"the run has no evaluator {evaluator!r} (it has: {known})")
     pipeline, views, found = parts.open_evaluation_data(evaluator), [], 0
     for batch in pipeline.batches():
-        painted, _ = parts.resources.embed(state.eval_params, iter([batch]), {"image": FUNCTION})
+        painted, _ = parts.resources.embed(loaded.params, iter([batch]), {"image": FUNCTION})
         views.append(painted["image"])
         found += len(views[-1])
         if found >= count:
@@ -67,16 +67,16 @@ def paint(parts: Parts, state: TrainState, evaluator: str, count: int) -> np.nda
 
 def draw(workdir: Path, output: Path, step: int | None, evaluator: str, count: int) -> None:
     """Writes the picture of the run in `workdir`."""
-    parts, state = evaluate.load_run(workdir, step)
+    parts, loaded = evaluate.load_run(workdir, step)
     objective = parts.setup.objective
-    views = paint(parts, state, evaluator, count)
+    views = paint(parts, loaded, evaluator, count)
     hidden = 1 - objective.kept / objective.model.image.patches
     draw_reconstructions(
         output,
         views,
         title="What a masked autoencoder paints",
         subtitle=(
-            f"{int(state.step):,} steps; {hidden:.0%} of the patches are hidden; images it was not "
+            f"{loaded.step:,} steps; {hidden:.0%} of the patches are hidden; images it was not "
             "trained on"
         ),
     )

@@ -1,20 +1,56 @@
-"""The one exception for mistakes that a user can mend."""
+"""The exceptions that end in one line, and the exit statuses of all commands."""
 
 from __future__ import annotations
 
 import difflib
+import enum
 import inspect
 from collections.abc import Callable, Iterable
 from typing import Any
+
+
+class ExitStatus(enum.IntEnum):
+    """How a command ended. The launchers start again what ended otherwise than in the first two.
+
+    The numbers are those of sysexits.h where it has one that fits.
+    """
+
+    COMPLETE = 0
+    MISTAKE = 2  # of the user: it would come again
+    NOT_FINITE = 65  # EX_DATAERR: losses or gradients, several steps in a row
+    HANG = 70  # EX_SOFTWARE: no sign of life, ended by the watchdog
+    CANNOT_SAVE = 74  # EX_IOERR: checkpoints cannot be written
+    PREEMPTED = 75  # EX_TEMPFAIL: told to stop; the state is saved
+    PEER_LOST = 76  # EX_PROTOCOL: another process of the job is gone
 
 
 class UserError(Exception):
     """A mistake in a config, a command line, a file or a workdir that the user can mend.
 
     Its message is one line: what is wrong, where, and what to do about it. The entry points print
-    that line to stderr and exit with status 2; anything else that is raised is a defect of ours and
+    that line to stderr and exit with `status`; anything else that is raised is a defect of ours and
     keeps its traceback.
     """
+
+    status = ExitStatus.MISTAKE
+
+
+class NotFinite(UserError):
+    """Losses or gradients that are no numbers, too many steps in a row."""
+
+    status = ExitStatus.NOT_FINITE
+
+
+class CannotSave(UserError):
+    """Checkpoints that a run depends on could not be written."""
+
+    status = ExitStatus.CANNOT_SAVE
+
+
+class Preempted(UserError):
+    """The run was told to stop and can be resumed by the same command."""
+
+    status = ExitStatus.PREEMPTED
 
 
 def unknown_key_message(key: str, known: Iterable[str], where: str) -> str:

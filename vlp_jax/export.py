@@ -12,7 +12,6 @@ from typing import Any
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 import numpy as np
-from etils import epath
 from ml_collections import ConfigDict
 
 from vlp_jax.data.tokenizers import ClipTokenizer, Tokenizer
@@ -29,6 +28,7 @@ from vlp_jax.parallel import startup
 from vlp_jax.training import checkpoint
 from vlp_jax.training import workdir as workdir_lib
 from vlp_jax.training.command import run_command
+from vlp_jax.training.restore import CHOICES, SavedParameters
 
 # How images come to the model's size, by the operation in `data.preprocess` that brings them there.
 RESIZED_BY = {"resize": "squash", "resize_shortest_and_center_crop": "crop"}
@@ -59,6 +59,13 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         "--step", type=int, metavar="N", help="which checkpoint; default: the newest"
     )
     parser.add_argument(
+        "--params",
+        choices=CHOICES,
+        default="auto",
+        help="of the checkpoint its parameters, their average (ema), or the average if there is "
+        "one (auto, the default)",
+    )
+    parser.add_argument(
         "--part", metavar="NAME", help="of a composite objective, the part whose model is written"
     )
     add_writing_arguments(parser)
@@ -84,21 +91,6 @@ def add_writing_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_false",
         help="do not read the result back, which holds the model in memory twice",
     )
-
-
-def read_parameters(workdir: epath.Path, step: int | None) -> tuple[int, dict[str, Any]]:
-    """The step, and the averaged parameters of its checkpoint, or its parameters if it has none.
-
-    Raises:
-      UserError: there is no such checkpoint.
-    """
-    steps = checkpoint.saved_steps(workdir)
-    step = steps[-1] if step is None and steps else step
-    if step not in steps:
-        known = ", ".join(map(str, steps)) or "none"
-        wanted = "" if step is None else f" of step {step}"
-        raise UserError(f"{workdir} has no checkpoint{wanted} (it has: {known})")
-    return step, stack_layers(checkpoint.SavedParameters.of(workdir, step).read())
 
 
 def leaves(objective: Objective, name: str = "") -> dict[str, Objective]:
@@ -237,7 +229,9 @@ def export(arguments: argparse.Namespace) -> str:
     config = workdir_lib.load_config(workdir)
     tokenizer = workdir_lib.open_kept_tokenizer(workdir, config)
     objective = make_objective(config.objective, tokenizer, config.microbatches)
-    step, parameters = read_parameters(workdir, arguments.step)
+    step = checkpoint.choose_step(workdir, arguments.step)
+    saved = SavedParameters.of(workdir, step, arguments.params)
+    parameters = stack_layers(saved.read())
     leaf, model, note = choose(objective, parameters, arguments.format, arguments.part)
     notes = [note] if note else []
     extras = extras_of(config, leaf, tokenizer, notes) | chosen_settings(arguments)
@@ -249,7 +243,7 @@ def export(arguments: argparse.Namespace) -> str:
         check=arguments.check,
         **extras,
     )
-    head = [f"{workdir}, step {step:,}", *(f"note: {note}" for note in notes)]
+    head = [f"{workdir}, {saved.part} of step {step:,}", *(f"note: {note}" for note in notes)]
     return "\n".join([*head, report(arguments.format, output, written, difference)])
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import os
 import sys
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
@@ -17,19 +18,24 @@ from ml_collections import ConfigDict
 
 from vlp_jax import config as config_lib
 from vlp_jax.errors import UserError
-from vlp_jax.observe.profiler import NullProfiler, Profiler
+from vlp_jax.observe.profiler import parse_steps
 from vlp_jax.observe.progress import NullProgress, Progress
 from vlp_jax.observe.throughput import StartupClock, StepClock, peak_flops
-from vlp_jax.observe.writers import build_writers, check_writers
+from vlp_jax.observe.watchdog import NullWatchdog, Watchdog
+from vlp_jax.observe.writers import Writer, build_writers, check_writers
 from vlp_jax.parallel import mesh as mesh_lib
 from vlp_jax.parallel import startup
 from vlp_jax.parallel.batch import Prefetcher
+from vlp_jax.parallel.maintenance import MaintenanceWatch
+from vlp_jax.parallel.sharding_report import spread
 from vlp_jax.training import param_groups
 from vlp_jax.training import workdir as workdir_lib
 from vlp_jax.training.build import Parts, build, first_state, make_checkpointer
 from vlp_jax.training.checkpoint import Checkpointer
 from vlp_jax.training.command import run_command
+from vlp_jax.training.lock import locked
 from vlp_jax.training.loop import Loop
+from vlp_jax.training.measures import Measures, profile_steps, take_profile_flag
 from vlp_jax.training.preemption import PreemptionWatch
 from vlp_jax.training.report import StepReport
 from vlp_jax.training.setup import Setup
@@ -46,8 +52,15 @@ examples:
       starts from the weights of the run in DIR, or of hf:DIR, open_clip:FILE, big_vision:FILE.npz
       or timm:FILE; config.init_from.rules say which
 
-Run the same command again to resume. Exit status: 0 the run is complete, 2 a mistake in config,
-data or workdir (the last line of stderr says which), 75 told to stop and saved: start it again.
+Run the same command again to resume. Exit status (the last line of stderr says more):
+   0  the run is complete
+   2  a mistake in config, data or workdir; starting again does not help, all else is worth it:
+  65  losses or gradients were not finite, several steps in a row
+  70  no sign of life: ended by the watchdog, which has written where each thread was
+  74  checkpoints could not be written
+  75  told to stop (SIGTERM, Ctrl-C, a maintenance notice), and saved
+  76  another process of the job was lost
+The scripts in launch/ start a run again accordingly.
 """
 
 
@@ -71,10 +84,28 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, ConfigDict]:
     parser.add_argument("--config", metavar="FILE[:ARG]", help="a config file, and its argument")
     parser.add_argument("--workdir", metavar="DIR", help="folder of the run; may be gs://...")
     parser.add_argument("--config.KEY", metavar="VALUE", help="replaces a key: --config.a.b=VALUE")
-    several = parser.add_argument_group("several processes (give all three)")
+    parser.add_argument(
+        "--profile", metavar="FIRST:LAST", type=parse_steps, help="traces these steps"
+    )
+    several = parser.add_argument_group(
+        "several processes (give the first three; without, SLURM, Cloud TPU and GKE are asked)"
+    )
     several.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 listens")
     several.add_argument("--processes", type=int, metavar="N", help="how many take part")
     several.add_argument("--process-id", type=int, metavar="I", help="which one this is")
+    several.add_argument(
+        "--expect-processes",
+        type=int,
+        metavar="N",
+        help="fail if the job has another number, however it was found",
+    )
+    several.add_argument(
+        "--join-seconds",
+        type=float,
+        default=startup.JOIN_SECONDS,
+        metavar="S",
+        help="how long to wait for process 0 (default: %(default)g)",
+    )
     overrides = [a.removeprefix("--config.") for a in argv if a.startswith("--config.")]
     arguments, unknown = parser.parse_known_args([a for a in argv if not a.startswith("--config.")])
     if unknown:
@@ -87,6 +118,7 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, ConfigDict]:
         raise UserError("--config is missing; see --help")
     config = config_lib.load(arguments.config)
     config_lib.override(config, overrides)
+    take_profile_flag(config, arguments.profile)
     config_lib.check(config)
     if arguments.help:
         print(f"\nkeys of {arguments.config}:")
@@ -98,66 +130,97 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, ConfigDict]:
     return arguments, config
 
 
-def train(config: ConfigDict, workdir: str | os.PathLike, clock: StartupClock) -> TrainState:
+def train(
+    config: ConfigDict,
+    workdir: str | os.PathLike,
+    clock: StartupClock,
+    job: str = startup.ALONE,
+) -> TrainState:
     """Trains, from the newest checkpoint in `workdir` if there is one; returns the last state.
 
+    Args:
+      job: how the processes found each other, for the log.
+
     Raises:
-      UserError: a mistake in config, data or workdir, or a loss that is not finite.
-      Preempted: told to stop; the state is saved.
+      UserError: a mistake in config, data or workdir.
+      Preempted, NotFinite, CannotSave: see `Loop.run`.
     """
     workdir = epath.Path(workdir)
-    workdir_lib.check_writable(workdir)
-    check_writers(config.writers)
-    profiler = make_profiler(config, workdir)
-    parts = build(config, workdir, clock)
-    setup, last_step = parts.setup, parts.setup.units.total_steps
+    check_before_start(config, workdir)
     with contextlib.ExitStack() as stack:
-        progress = stack.enter_context(make_progress(last_step, workdir.name))
-        checkpointer = stack.enter_context(make_checkpointer(config, workdir))
+        watchdog = stack.enter_context(make_watchdog(config, workdir))
+        parts = build(config, workdir, clock)
+        setup = parts.setup
+        progress = stack.enter_context(make_progress(setup.units.total_steps, workdir.name))
+        stack.enter_context(locked(workdir))
+        measures = stack.enter_context(Measures(config, workdir, clock, progress))
+        with clock.phase("check the checkpoints"):
+            opened = make_checkpointer(config, workdir, tell=progress.print)
+            checkpointer = stack.enter_context(opened)
         first_step = find_first_step(parts, checkpointer)
-        for change in workdir_lib.changes(workdir, config):
-            progress.print(f"note: {change}")
-        workdir_lib.prepare(workdir, config, parts.tokenizer)
-        parts.start.announce(workdir, progress.print)
-        progress.print(mesh_lib.describe(setup.mesh))
-        with clock.phase("compile the step"):
+        begin(parts, workdir, job, progress.print)
+        measures.begin(first_step, setup.units.total_steps)
+        with clock.phase("compile the step"), measures.compiling_step():
             step_function = compile_step(setup.step, setup.abstract, setup.batch_spec, setup.mesh)
         with clock.phase("restore the state" if first_step else "initialize the state"):
             state = first_state(parts, checkpointer, first_step)
         progress.print(describe_run(setup, first_step))
+        writers = build_writers(config.writers, workdir, first_step, config.to_dict())
+        writer = stack.enter_context(contextlib.closing(writers))
+        stack.enter_context(MaintenanceWatch())
         with clock.phase("measure the devices"):
-            step_clock = make_step_clock(setup, clock)
-        writer = build_writers(config.writers, workdir, first_step, config.to_dict())
-        stack.callback(writer.close)
-        prefetcher = Prefetcher(parts.pipeline.batches(first_step), setup.mesh, config.prefetch)
+            step_clock = measures.use(make_step_clock(setup, clock))
         loop = Loop(
             step_function=step_function,
-            batches=stack.enter_context(prefetcher),
+            batches=stack.enter_context(make_prefetcher(parts, first_step)),
             input_state=parts.input_state.save,
             first_step=first_step,
-            last_step=last_step,
+            last_step=setup.units.total_steps,
             save_when=parts.save_when,
             evaluations=parts.evaluations,
             preempted=stack.enter_context(PreemptionWatch()),
-            report=StepReport(
-                log_when=parts.log_when,
-                batch_size=config.batch_size,
-                writer=writer,
-                progress=progress,
-                clock=step_clock,
-                startup=clock,
-                input_metrics=parts.input_state.metrics,
-            ),
+            log_when=parts.log_when,
+            report=make_report(parts, workdir, writer, progress, step_clock, clock, measures),
             checkpointer=checkpointer,
             writer=writer,
             progress=progress,
             clock=step_clock,
-            profiler=stack.enter_context(profiler),
+            profiler=stack.enter_context(measures.profiler()),
+            watchdog=watchdog,
+            measures=measures,
         )
-        state = loop.run(state)
-        checkpointer.wait()
-        progress.print(step_clock.goodput_line())
-    return state
+        with measures.training():
+            return loop.run(state)
+
+
+def make_report(
+    parts: Parts,
+    workdir: epath.Path,
+    writer: Writer,
+    progress: Progress | NullProgress,
+    step_clock: StepClock,
+    clock: StartupClock,
+    measures: Measures,
+) -> StepReport:
+    """What is told of each step."""
+    return StepReport(
+        log_when=parts.log_when,
+        batch_size=parts.setup.config.batch_size,
+        writer=writer,
+        progress=progress,
+        clock=step_clock,
+        startup=clock,
+        input_metrics=parts.input_state.metrics,
+        measures=measures,
+        max_skipped=parts.setup.config.guard.max_skipped,
+        keep_examples=functools.partial(parts.input_state.write_examples, workdir),
+    )
+
+
+def make_prefetcher(parts: Parts, first_step: int) -> Prefetcher:
+    """The batches from `first_step` on, on their way to the devices."""
+    batches = parts.pipeline.batches(first_step)
+    return Prefetcher(batches, parts.setup.mesh, parts.setup.config.prefetch)
 
 
 def find_first_step(parts: Parts, checkpointer: Checkpointer) -> int:
@@ -172,12 +235,34 @@ def find_first_step(parts: Parts, checkpointer: Checkpointer) -> int:
     return step
 
 
+def check_before_start(config: ConfigDict, workdir: epath.Path) -> None:
+    """Raises UserError for what can be seen to be wrong without building anything."""
+    workdir_lib.check_writable(workdir)
+    check_writers(config.writers)
+    profile_steps(config)
+
+
+def begin(parts: Parts, workdir: epath.Path, job: str, tell: Callable[[str], None]) -> None:
+    """Writes config and tokenizer, and tells what has changed, who takes part and how."""
+    config = parts.setup.config
+    for change in workdir_lib.changes(workdir, config):
+        tell(f"note: {change}")
+    workdir_lib.prepare(workdir, config, parts.tokenizer)
+    parts.start.announce(workdir, tell)
+    tell(startup.describe_processes(job))
+    tell(mesh_lib.describe(parts.setup.mesh))
+
+
 def describe_run(setup: Setup, first_step: int) -> str:
-    """One line for the log: the size of the model, and the steps that are ahead."""
+    """One line for the log: the size of the model and of its state, and the steps ahead."""
     size, frozen = param_groups.count(setup.abstract.params, setup.config.optimizer.frozen)
     last_step, batch_size = setup.units.total_steps, setup.config.batch_size
     steps = f"steps {first_step:,} to {last_step:,} of {batch_size:,} examples"
-    return f"{size:,} parameters, of which {frozen:,} frozen; {steps}"
+    state = spread(setup.abstract, setup.mesh)
+    part = (
+        f"{state.per_device / 2**20:,.1f} MiB of state a device, {state.ratio:.2f} of an even part"
+    )
+    return f"{size:,} parameters, of which {frozen:,} frozen; {steps}; {part}"
 
 
 def make_progress(last_step: int, name: str) -> Progress | NullProgress:
@@ -185,29 +270,28 @@ def make_progress(last_step: int, name: str) -> Progress | NullProgress:
     return Progress(last_step, name) if jax.process_index() == 0 else NullProgress()
 
 
-def make_profiler(config: ConfigDict, workdir: epath.Path) -> Profiler | NullProfiler:
-    """Traces the steps of `config.profile`, if it names any.
+def make_watchdog(config: ConfigDict, workdir: epath.Path) -> Watchdog | NullWatchdog:
+    """Ends this process when it hangs, after the limits of `config.watchdog`.
 
     Raises:
-      UserError: only one of `first` and `last` is set, or they are the wrong way round.
+      UserError: only some of the limits are 0.
     """
-    first, last = config.profile.first, config.profile.last
-    if first is None and last is None:
-        return NullProfiler()
-    if first is None or last is None:
-        raise UserError("config.profile needs both first and last")
-    return Profiler(first, last, workdir / "profile")
+    limits = config.watchdog
+    minutes = (limits.first_step_minutes, limits.step_minutes, limits.pause_minutes)
+    if not any(minutes):
+        return NullWatchdog()
+    if not all(minute > 0 for minute in minutes):
+        raise UserError("config.watchdog: the limits in minutes are above 0, or all of them 0")
+    return Watchdog(*(60 * minute for minute in minutes), directory=workdir / "stacks")
 
 
 def make_step_clock(setup: Setup, clock: StartupClock) -> StepClock:
     """Examples per second, MFU and goodput, against the peak of the devices at hand."""
-    device = setup.mesh.devices.flat[0]
-    dtype = setup.objective.compute_dtype
     return StepClock(
         forward_flops_per_example=setup.objective.flops_per_example(setup.batch_spec),
-        peak_flops_per_device=peak_flops(device, dtype).flops,
+        peak=peak_flops(setup.mesh.devices.flat[0], setup.objective.compute_dtype),
         device_count=setup.mesh.size,
-        startup_seconds=clock.total(),
+        before=clock.causes(),
     )
 
 
@@ -218,9 +302,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     def command() -> None:
         arguments, config = parse(sys.argv[1:] if argv is None else argv)
         with clock.phase("find the devices"):
-            startup.initialize(arguments.coordinator, arguments.processes, arguments.process_id)
+            job = startup.initialize(
+                arguments.coordinator,
+                arguments.processes,
+                arguments.process_id,
+                expected=arguments.expect_processes,
+                heartbeat_seconds=config.watchdog.heartbeat_seconds,
+                join_seconds=arguments.join_seconds,
+            )
             startup.use_compilation_cache()
-        train(config, arguments.workdir, clock)
+        train(config, arguments.workdir, clock, job)
 
     return run_command(command)
 

@@ -233,6 +233,21 @@ def test_what_a_run_says_of_its_images():
     assert settings == {"resize": "squash"} and len(notes) == 2
 
 
+@pytest.mark.parametrize(
+    ("choice", "part"), [("params", "params"), ("ema", "ema"), ("auto", "ema")]
+)
+def test_the_parameters_or_their_average_are_written(choice, part, clip_run, tmp_path, capsys):
+    workdir, _, trees = clip_run
+    arguments = ("--workdir", workdir, "--format", "hf", "--output", tmp_path, "--no-check")
+    assert command(*arguments, "--params", choice) == 0
+    assert f"{workdir}, {part} of step 7" in capsys.readouterr().out
+    scale = float(transformers.CLIPModel.from_pretrained(tmp_path).logit_scale)
+    # The run has perturbed the average, and left the parameters as they were initialized.
+    average, first = float(trees[7]["logit_scale"]), np.log(1 / 0.07)
+    assert abs(average - first) > 1e-3
+    assert scale == pytest.approx(average if part == "ema" else first, abs=1e-6)
+
+
 def test_command_line_overrides_the_run(clip_run, tmp_path):
     settings = ("--resize", "squash", "--interpolation", "bicubic")
     arguments = ("--workdir", clip_run[0], "--format", "hf_clip", "--output", tmp_path)

@@ -7,7 +7,8 @@ import pytest
 
 from vlp_jax.errors import UserError
 from vlp_jax.parallel.batch import put_batch
-from vlp_jax.training.checkpoint import Checkpointer, absolute, mismatch_report
+from vlp_jax.training.checkpoint import Checkpointer, absolute
+from vlp_jax.training.restore import mismatch_report
 
 
 def setup_with(**objective):

@@ -203,6 +203,20 @@ class TrainPipeline(_Pipeline):
                 batch = op(batch, seeds[:, which])
             yield batch
 
+    def examples_of(self, batch: int) -> list[str]:
+        """Where each example of a global batch lies, by its place; reads no examples.
+
+        A place whose example cannot be used holds another, which is not told here.
+        """
+        whole = Schedule(Layout(self._schedule.layout.batch_size), self._schedule.mixture)
+        found = [""] * whole.layout.batch_size
+        parts = whole.of_batch(batch, len(self._streams))
+        for stream, (places, positions) in zip(self._streams.values(), parts, strict=True):
+            indices = stream.order.indices(positions)
+            for place, index in zip(places.tolist(), indices.tolist(), strict=True):
+                found[place] = stream.source.describe(index)
+        return found
+
     def bad_records(self, before: int | None = None) -> dict[tuple[str, str], int]:
         """(source, reason) -> examples that could not be used in the batches below `before`."""
         bad = self.faults.totals(before)["bad"]

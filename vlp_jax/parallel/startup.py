@@ -2,37 +2,256 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import os
+import re
+import socket
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 
-from vlp_jax.errors import UserError
+# JAX has no public way to ask whether its devices are in use already.
+from jax._src import xla_bridge
+
+from vlp_jax.errors import ExitStatus, UserError
+from vlp_jax.parallel import agreement
+
+HEARTBEAT_SECONDS = 100.0
+JOIN_SECONDS = 300.0  # how long a process waits for the coordinator
+FAREWELL_SECONDS = 60  # how long one that is through waits for the others
+
+_NO_TABLE = 16  # processes from which on the table of processes is cut
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """How the processes of a job find each other.
+
+    Attributes:
+      kind: what told so, for people.
+      arguments: of `jax.distributed.initialize`.
+    """
+
+    kind: str
+    arguments: Mapping[str, Any]
 
 
 def initialize(
-    coordinator: str | None = None, processes: int | None = None, process_id: int | None = None
-) -> None:
-    """Joins the processes of a job. Without arguments it is a job of this process alone.
+    coordinator: str | None = None,
+    processes: int | None = None,
+    process_id: int | None = None,
+    *,
+    expected: int | None = None,
+    heartbeat_seconds: float = HEARTBEAT_SECONDS,
+    join_seconds: float = JOIN_SECONDS,
+) -> str:
+    """Joins the processes of a job, through `jax.distributed`; also a job of this process alone.
+
+    Without the first three arguments SLURM, Cloud TPU VMs, GKE and Open MPI are asked, by their
+    variables; where there is none of these, the job is this process alone.
 
     Args:
       coordinator: host:port on which process 0 listens.
       processes: how many take part.
       process_id: which of them this is.
+      expected: how many have to take part; None for any number.
+      heartbeat_seconds: after which a silent process is taken for lost, and all others end.
+      join_seconds: how long to wait for the coordinator.
+
+    Returns:
+      How the job was found, for the log.
 
     Raises:
-      UserError: some but not all of the three are given, or the coordinator was not reached.
+      UserError: some but not all of the three are given, the coordinator was not reached, or the
+        job has not the expected number of processes. If processes do not come, this one ends.
     """
     widen_cpu_thread_pool()
-    given = (coordinator, processes, process_id)
-    if all(value is None for value in given):
+    job = find_job(coordinator, processes, process_id)
+    if job.kind == ALONE and _devices_are_in_use():
+        _check_count(1, expected)
+        return f"{job.kind} (devices were in use before, so that JAX's services are not there)"
+    if not jax.distributed.is_initialized():
+        if job.kind == ALONE:
+            # Devices of one process need no network between them.
+            jax.config.update("jax_cpu_collectives_implementation", None)
+        _look_for_coordinator(job.arguments, join_seconds)
+        with _time_to_meet(job, join_seconds):
+            jax.distributed.initialize(
+                **job.arguments,
+                heartbeat_timeout_seconds=max(1, round(heartbeat_seconds)),
+                initialization_timeout=round(join_seconds) + 60,
+                shutdown_timeout_seconds=FAREWELL_SECONDS,
+            )
+    _check_count(jax.process_count(), expected)
+    return job.kind
+
+
+def _look_for_coordinator(arguments: Mapping[str, Any], seconds: float) -> None:
+    """Waits until process 0 listens, which JAX itself would do, to abort when the time is up.
+
+    Raises:
+      UserError: it does not, or its port is taken.
+    """
+    if "coordinator_address" not in arguments:
+        return  # JAX finds it
+    host, _, port = arguments["coordinator_address"].rpartition(":")
+    place = f"{host}:{port}"
+    if arguments["process_id"] == 0:
+        try:
+            with socket.socket() as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                probe.bind(("", int(port)))
+        except OSError as error:
+            raise UserError(
+                f"process 0 cannot listen at {place}: {error.strerror}; choose another port"
+            ) from error
         return
-    if any(value is None for value in given):
-        raise UserError("--coordinator, --processes and --process-id belong together: give all")
+    until = time.monotonic() + seconds
+    while True:
+        try:
+            socket.create_connection((host, int(port)), timeout=max(1.0, seconds / 4)).close()
+            return
+        except OSError as error:
+            if time.monotonic() > until:
+                raise UserError(
+                    f"no process 0 at {place} within {seconds:g} s: {error.strerror or error}; see "
+                    "that it runs, that the address is the same for all processes and that the "
+                    "port is open to this host"
+                ) from error
+            time.sleep(0.2)
+
+
+@contextlib.contextmanager
+def _time_to_meet(job: Job, seconds: float) -> Iterator[None]:
+    """Ends the process with one line if the others do not come; JAX would abort with its stack."""
+
+    def give_up() -> None:
+        where = job.arguments.get("coordinator_address", "the place that was found")
+        print(
+            f"error: the {job.arguments.get('num_processes', '')} processes of the job "
+            f"({job.kind}) did not meet at {where} within {seconds:g} s; see that all of them were "
+            "started, with the same address and number of processes",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(ExitStatus.PEER_LOST)
+
+    timer = threading.Timer(seconds, give_up)
+    timer.daemon = True
+    timer.start()
     try:
-        jax.distributed.initialize(coordinator, processes, process_id)
-    except (RuntimeError, ValueError) as error:
-        raise UserError(f"could not join the job at {coordinator}: {error}") from error
+        yield
+    finally:
+        timer.cancel()
+
+
+ALONE = "this process alone"
+
+
+def find_job(
+    coordinator: str | None = None, processes: int | None = None, process_id: int | None = None
+) -> Job:
+    """From the arguments, if they are given, else from what the cluster tells its processes.
+
+    Raises:
+      UserError: some but not all of the three are given, or numbers that do not fit.
+    """
+    given = (coordinator, processes, process_id)
+    if any(value is not None for value in given):
+        if any(value is None for value in given):
+            raise UserError("--coordinator, --processes and --process-id belong together: give all")
+        if not 0 <= process_id < processes:
+            raise UserError(f"--process-id is from 0 to {processes - 1}, not {process_id}")
+        if not re.fullmatch(r".+:\d+", coordinator):
+            raise UserError(f"--coordinator is HOST:PORT, not {coordinator}")
+        return _explicit("flags", coordinator, processes, process_id)
+    if int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
+        return _slurm()
+    for kind, names in {
+        "Cloud TPU": ("MEGASCALE_COORDINATOR_ADDRESS", "TPU_WORKER_HOSTNAMES"),
+        "Open MPI": ("OMPI_MCA_orte_hnp_uri", "PMIX_SERVER_URI"),
+    }.items():
+        if any(name in os.environ for name in names):
+            return Job(kind, {})
+    if jax.config.jax_platforms in (None, "", "tpu") and any(
+        Path(device).exists() for device in ("/dev/accel0", "/dev/vfio/0")
+    ):
+        return Job("Cloud TPU VM", {})
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    return _explicit(ALONE, address, 1, 0, coordinator_bind_address=address)
+
+
+def _explicit(kind: str, address: str, processes: int, process_id: int, **more: Any) -> Job:
+    arguments = {
+        "coordinator_address": address,
+        "num_processes": processes,
+        "process_id": process_id,
+        "cluster_detection_method": "deactivate",
+    }
+    return Job(kind, {**arguments, **more})
+
+
+def _slurm() -> Job:
+    """The job of a step of `srun`.
+
+    JAX finds it by itself as well, but then gives each process one GPU alone, also where there is
+    one process a node.
+    """
+    number = int(os.environ["SLURM_JOB_ID"])
+    port = os.environ.get("JAX_COORDINATOR_PORT", str(61440 + number % 4096))
+    # "node[001-004,007],other3" begins with node001.
+    first = re.match(r"([^,\[]+)(?:\[([^,\-\]]+))?", os.environ["SLURM_STEP_NODELIST"])
+    host = first[1] + (first[2] or "")
+    tasks_here = int(re.match(r"\d+", os.environ["SLURM_STEP_TASKS_PER_NODE"])[0])
+    own = {"local_device_ids": [int(os.environ["SLURM_LOCALID"])]} if tasks_here > 1 else {}
+    count, process = int(os.environ["SLURM_STEP_NUM_TASKS"]), int(os.environ["SLURM_PROCID"])
+    return _explicit("SLURM", f"{host}:{port}", count, process, **own)
+
+
+def _check_count(found: int, expected: int | None) -> None:
+    if expected is not None and found != expected:
+        raise UserError(
+            f"the job has {found} processes and --expect-processes {expected} were expected; start "
+            "it on all hosts, or see why some were not found"
+        )
+
+
+def _devices_are_in_use() -> bool:
+    """Whether it is too late for `jax.distributed`: in a notebook, or in another program."""
+    return xla_bridge.backends_are_initialized() and not jax.distributed.is_initialized()
+
+
+def describe_processes(job: str) -> str:
+    """A table of the processes of the job and their devices, the same on all of them."""
+    own = {
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "devices": [f"{d.device_kind}" for d in jax.local_devices()],
+        "slices": sorted({getattr(d, "slice_index", 0) or 0 for d in jax.local_devices()}),
+    }
+    rows = agreement.gather(own)
+    lines = [f"{len(rows)} process(es), found by: {job}"]
+    for number, row in enumerate(rows[:_NO_TABLE]):
+        kinds = Counter(row["devices"])
+        devices = ", ".join(f"{count} x {kind}" for kind, count in kinds.items())
+        where = f"slice {', '.join(map(str, row['slices']))}" if any(row["slices"]) else ""
+        lines.append(f"  {number:>4}  {row['host']}  pid {row['pid']}  {devices}  {where}".rstrip())
+    if len(rows) > _NO_TABLE:
+        lines.append(f"  ... and {len(rows) - _NO_TABLE} more")
+    if any(d.platform == "gpu" for d in jax.local_devices()):
+        names = ("XLA_PYTHON_CLIENT_PREALLOCATE", "XLA_PYTHON_CLIENT_MEM_FRACTION")
+        told = ", ".join(f"{n}={os.environ.get(n, 'not set')}" for n in names)
+        lines.append(f"  GPU memory: {told}; TensorFlow is kept off the GPUs")
+    return "\n".join(lines)
 
 
 def widen_cpu_thread_pool() -> None:

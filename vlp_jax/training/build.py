@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from etils import epath
 from ml_collections import ConfigDict
@@ -14,6 +14,7 @@ from vlp_jax.data.tokenizers import Tokenizer
 from vlp_jax.evaluators import make_evaluators, merged_data
 from vlp_jax.evaluators.base import Resources, compile_functions
 from vlp_jax.observe.throughput import StartupClock
+from vlp_jax.parallel import agreement
 from vlp_jax.parallel import mesh as mesh_lib
 from vlp_jax.training import setup as setup_lib
 from vlp_jax.training import workdir as workdir_lib
@@ -23,6 +24,7 @@ from vlp_jax.training.input_state import InputState
 from vlp_jax.training.loop import Evaluation, When
 from vlp_jax.training.setup import Setup
 from vlp_jax.training.state import TrainState
+from vlp_jax.training.when import EveryMinutes, StepsOrMinutes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,18 +92,30 @@ def build(config: ConfigDict, workdir: epath.Path, clock: StartupClock) -> Parts
         pipeline=pipeline,
         input_state=InputState(pipeline, config.batch_size, config.checkpoint.accept_other_data),
         evaluations=evaluations,
-        save_when=setup.every(config.checkpoint.every, "config.checkpoint.every"),
+        save_when=StepsOrMinutes(
+            setup.every(config.checkpoint.every, "config.checkpoint.every"),
+            EveryMinutes(config.checkpoint.minutes, setup.log_when(), agreement.from_first),
+        ),
         log_when=setup.log_when(),
     )
 
 
-def make_checkpointer(config: ConfigDict, workdir: epath.Path) -> Checkpointer:
-    """The checkpoints of the run in `workdir`."""
+def make_checkpointer(
+    config: ConfigDict,
+    workdir: epath.Path,
+    *,
+    read_only: bool = False,
+    tell: Callable[[str], None] = print,
+) -> Checkpointer:
+    """The checkpoints of the run in `workdir`; arguments as for `Checkpointer`."""
     return Checkpointer(
         workdir,
         keep_last=config.checkpoint.keep_last,
         keep_every=config.checkpoint.keep_every,
         asynchronous=config.checkpoint.asynchronous,
+        max_failed=config.checkpoint.max_failed,
+        read_only=read_only,
+        tell=tell,
     )
 
 

@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-from collections.abc import Callable, Mapping
+import logging
+import uuid
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Self
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-from vlp_jax.errors import UserError
+from vlp_jax.errors import CannotSave, UserError
 from vlp_jax.observe.jsonl import is_remote
+from vlp_jax.parallel import agreement
+from vlp_jax.training import checkpoint_files
+from vlp_jax.training.restore import Reader
 from vlp_jax.training.state import TrainState
 
-MAX_LISTED = 4  # parameters that a mismatch names
+# What Orbax and TensorStore raise when files cannot be written: OSError, ValueError with the
+# system's words, RuntimeError from the threads that write.
+SAVE_ERRORS = (OSError, ValueError, RuntimeError, TimeoutError)
+_log = logging.getLogger("vlp_jax.training")
 
 
 class Checkpointer:
@@ -25,11 +31,21 @@ class Checkpointer:
     The checkpoint at step i holds all that is needed to go on with batch i: the state, and a
     small record of the input (`input_state.InputState`). Saving is asynchronous: `save` returns as
     soon as the arrays are on the host. A checkpoint appears under its final name only when it is
-    whole.
+    whole, with checksums of its files. On opening, those that are not as they were written are set
+    aside, from the newest on until one is sound.
+
+    A save that fails, for want of room above all, is told and does not end the run, unless it has
+    to succeed (`finish`) or too many fail in a row.
 
     Args:
       keep_last: how many of the newest to keep.
       keep_every: also keep each whose step is a multiple of this; 0 for none.
+      max_failed: saves that fail one after the other before the run ends.
+      read_only: neither saves nor removes anything: for a workdir in which a run may be under way.
+      tell: takes a line about what went wrong.
+
+    Attributes:
+      failed: how many saves have failed.
     """
 
     def __init__(
@@ -39,25 +55,71 @@ class Checkpointer:
         keep_last: int = 1,
         keep_every: int = 0,
         asynchronous: bool = True,
+        max_failed: int = 5,
+        read_only: bool = False,
+        tell: Callable[[str], None] = _log.warning,
     ):
         if keep_last < 1:
             raise UserError(f"config.checkpoint.keep_last must be at least 1, not {keep_last}")
+        if max_failed < 1:
+            raise UserError(f"config.checkpoint.max_failed must be at least 1, not {max_failed}")
         policies = [ocp.checkpoint_managers.LatestN(keep_last)]
         if keep_every:
             policies.append(ocp.checkpoint_managers.EveryNSteps(keep_every))
+        self._keep = ocp.checkpoint_managers.AnyPreservationPolicy(policies)
         self._directory = absolute(workdir) / "checkpoints"
-        self._manager = ocp.CheckpointManager(
-            self._directory,
-            item_handlers={
-                "state": ocp.StandardCheckpointHandler(),
-                "input": ocp.JsonCheckpointHandler(),
-            },
-            options=ocp.CheckpointManagerOptions(
-                preservation_policy=ocp.checkpoint_managers.AnyPreservationPolicy(policies),
-                enable_async_checkpointing=asynchronous,
-                cleanup_tmp_directories=True,
-            ),
-        )
+        self._asynchronous, self._read_only = asynchronous, read_only
+        self._max_failed, self._tell = max_failed, tell
+        self._barrier = agreement.Barrier()
+        self._writing: int | None = None  # the step whose checkpoint is being written
+        self._in_a_row = self.failed = 0
+        if not read_only:
+            for line in agreement.on_first(lambda: list(mend(self._directory))):
+                self._tell(line)
+        self._manager = self._open()
+
+    def _open(self) -> ocp.CheckpointManager:
+        several = _processes()
+        try:
+            if not self._read_only:
+                agreement.on_first(self._make_directory)
+            return ocp.CheckpointManager(
+                self._directory,
+                item_handlers={
+                    "state": ocp.StandardCheckpointHandler(multiprocessing_options=several),
+                    "input": ocp.JsonCheckpointHandler(multiprocessing_options=several),
+                },
+                options=ocp.CheckpointManagerOptions(
+                    preservation_policy=None if self._read_only else self._keep,
+                    async_options=ocp.AsyncOptions(
+                        barrier_sync_fn=self._barrier,
+                        post_finalization_callback=self._add_checksums,
+                    ),
+                    multiprocessing_options=several,
+                    cleanup_tmp_directories=not self._read_only,
+                    read_only=self._read_only,
+                    create=False,
+                ),
+            )
+        except OSError as error:
+            raise CannotSave(_no_place(self._directory, error)) from error
+
+    def _make_directory(self) -> None:
+        try:
+            self._directory.mkdir(parents=True, exist_ok=True)
+            probe = self._directory / f".write_test_{uuid.uuid4().hex}"
+            probe.write_text("")
+            probe.unlink()
+        except OSError as error:
+            raise CannotSave(_no_place(self._directory, error)) from error
+
+    def _add_checksums(self) -> None:
+        """Called in the background when all files of a checkpoint are written, on process 0."""
+        step = self._writing
+        for directory in [*checkpoint_files.unfinished(self._directory, step)] or [
+            self._directory / str(step)  # in an object store, where folders have no other name
+        ]:
+            checkpoint_files.write_checksums(directory)
 
     def steps(self) -> list[int]:
         """Steps of all whole checkpoints, in order."""
@@ -68,19 +130,132 @@ class Checkpointer:
         return self._manager.latest_step()
 
     def save(self, step: int, state: TrainState, input_state: Mapping[str, Any]) -> None:
-        """Saves `state`, just before batch `step`, unless that checkpoint exists already."""
+        """Saves `state`, just before batch `step`, unless that checkpoint exists already.
+
+        All processes call it. What fails is told; see `finish`.
+
+        Raises:
+          CannotSave: too many saves have failed, one after the other.
+        """
+        self.wait()
         if step in self._manager.all_steps():
             return
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardSave(state), input=ocp.args.JsonSave(dict(input_state))
-            ),
-            force=True,
-        )
+        try:
+            agreement.on_first(lambda: self._check_room(state))
+        except UserError as error:
+            self._note_failure(step, str(error))
+            return
+        self._barrier.renew()
+        self._writing, error = step, None
+        try:
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardSave(state), input=ocp.args.JsonSave(dict(input_state))
+                ),
+                force=True,
+            )
+        except SAVE_ERRORS as caught:
+            error = caught
+        if error is not None or not self._asynchronous:
+            self._settle(error)
+
+    def poll(self) -> None:
+        """Tells how a save ended that is over by now. All processes call it at the same step.
+
+        Raises:
+          CannotSave: as `save`.
+        """
+        if self._writing is not None:
+            over = not self._manager.is_saving_in_progress()
+            if all(agreement.gather(over)):
+                self._settle(None)
+
+    def wait(self) -> None:
+        """Returns when nothing is being written any more. All processes call it.
+
+        Raises:
+          CannotSave: as `save`.
+        """
+        if self._writing is not None:
+            self._settle(None)
+
+    def finish(self, step: int) -> None:
+        """Returns when the checkpoint of `step` is on disk.
+
+        Raises:
+          CannotSave: it is not, and will not be.
+        """
+        self.wait()
+        if step not in self.steps():
+            newest = self.latest_step()
+            kept = "no checkpoint is kept" if newest is None else f"the newest is of step {newest}"
+            raise CannotSave(
+                f"the checkpoint of step {step} could not be saved in {self._directory}, {kept}; "
+                "make room or mend the disk, and run the same command to go on from there"
+            )
+
+    def _settle(self, error: Exception | None) -> None:
+        """Waits for the save that is under way, and has all processes agree on how it ended."""
+        step = self._writing  # the background needs it until it is done
+        try:
+            self._manager.wait_until_finished()
+        except SAVE_ERRORS as caught:
+            error = error or caught
+        self._writing = None
+        if error is not None:
+            self._barrier.fail(str(error))
+        reasons = agreement.gather(None if error is None else _first_line(error))
+        failed = [f"process {i}: {text}" for i, text in enumerate(reasons) if text is not None]
+        if not failed:
+            self._in_a_row = 0
+            return
+        self._reopen(step)
+        self._note_failure(step, failed[0].removeprefix("process 0: "))
+
+    def _reopen(self, step: int) -> None:
+        """Begins anew after a failure, which an open manager would tell for ever."""
+        with contextlib.suppress(*SAVE_ERRORS):  # told already
+            self._manager.close()
+        if jax.process_index() == 0:
+            for directory in checkpoint_files.unfinished(self._directory, step):
+                directory.rmtree(missing_ok=True)
+        self._barrier.renew()
+        self._manager = self._open()
+
+    def _note_failure(self, step: int, reason: str) -> None:
+        self.failed += 1
+        self._in_a_row += 1
+        newest = self.latest_step()
+        kept = "none is kept yet" if newest is None else f"the newest is of step {newest}"
+        what = f"the checkpoint of step {step} could not be saved ({reason}); {kept}"
+        if self._in_a_row >= self._max_failed:
+            raise CannotSave(
+                f"{what}; {self._in_a_row} saves in a row have failed: make room, or mend the "
+                "disk, and run the same command to go on"
+            )
+        self._tell(f"warning: {what}; failure {self._in_a_row} of {self._max_failed} in a row")
+
+    def _check_room(self, state: TrainState) -> None:
+        """Raises UserError if there is certainly no room, before half of a checkpoint is written.
+
+        Numbers are compressed, so that less may do than they take in memory: most of what the
+        newest checkpoint took is asked for.
+        """
+        newest, free = self.latest_step(), checkpoint_files.free_bytes(self._directory)
+        if newest is None:
+            likely = sum(leaf.nbytes for leaf in jax.tree.leaves(state)) // 2
+        else:
+            likely = checkpoint_files.size_of(self._directory / str(newest)) * 4 // 5
+        if free is not None and free < likely:
+            raise UserError(
+                f"{free:,} bytes are free in {self._directory} and about {likely:,} are needed"
+            )
 
     def check_fits(self, abstract: TrainState) -> int:
         """Step of the newest checkpoint, whose state `restore` can put into `abstract`; 0 if none.
+
+        Tells whether layers have to be stacked or taken apart for that.
 
         Raises:
           UserError: the checkpoint holds other parameters; it names them with both shapes.
@@ -88,13 +263,8 @@ class Checkpointer:
         step = self.latest_step()
         if step is None:
             return 0
-        saved = shapes_of(self._manager.item_metadata(step).state)
-        report = mismatch_report(saved, shapes_of(abstract))
-        if report:
-            raise UserError(
-                f"the checkpoint {self._directory / str(step)} belongs to another model: {report}; "
-                "use the config it was trained with, or another workdir"
-            )
+        for note in self._reader(step, abstract).notes:
+            self._tell(f"note: {note}")
         return step
 
     def restore(self, abstract: TrainState, step: int) -> TrainState:
@@ -104,24 +274,66 @@ class Checkpointer:
           abstract: one that `check_fits`.
           step: of a checkpoint that exists.
         """
-        args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
-        return self._manager.restore(step, args=args).state
+        return self._reader(step, abstract).read()
+
+    def _reader(self, step: int, abstract: TrainState) -> Reader:
+        return Reader.of(self._directory / str(step) / "state", abstract)
 
     def input_state(self, step: int) -> dict[str, Any]:
         """The record of the input in the checkpoint at `step`, which exists."""
         args = ocp.args.Composite(input=ocp.args.JsonRestore())
         return self._manager.restore(step, args=args).input
 
-    def wait(self) -> None:
-        """Returns when everything saved is on disk."""
-        self._manager.wait_until_finished()
-
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *exception: object) -> None:
-        """Finishes what is being written."""
-        self._manager.close()
+    def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
+        """Finishes what is being written; a job that fails does not wait for its other processes.
+
+        A single process that fails still finishes it, since it may be the best that there is.
+        """
+        if kind is None or jax.process_count() == 1 or issubclass(kind, UserError):
+            self._manager.close()
+
+
+def mend(checkpoints: epath.Path) -> Iterator[str]:
+    """Sets aside the newest checkpoints as long as they are damaged; a line about each.
+
+    Those that were being written when a run ended are removed by Orbax on opening.
+    """
+    for step in reversed(saved_steps(checkpoints.parent) if checkpoints.exists() else []):
+        directory = checkpoints / str(step)
+        what = checkpoint_files.damage(directory)
+        if what is None:
+            return
+        kept = checkpoint_files.set_aside(directory)
+        yield f"warning: the checkpoint of step {step} is damaged ({what}); moved to {kept}"
+
+
+def _processes() -> ocp.options.MultiprocessingOptions:
+    """Has Orbax wait for other processes through JAX's coordination service.
+
+    Without it, it uses collectives on the devices, which get mixed up with a step under way.
+    """
+    if jax.process_count() == 1:
+        return ocp.options.MultiprocessingOptions()
+    return ocp.options.MultiprocessingOptions(
+        primary_host=0,
+        active_processes=set(range(jax.process_count())),
+        barrier_sync_key_prefix="vlp_jax",
+    )
+
+
+def _no_place(directory: epath.Path, error: OSError) -> str:
+    return (
+        f"checkpoints cannot be kept in {directory}: {error.strerror or error}; make it writable, "
+        "or choose another --workdir"
+    )
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0][:300] if text else type(error).__name__
 
 
 def absolute(path: str | epath.Path) -> epath.Path:
@@ -135,84 +347,23 @@ def saved_steps(workdir: epath.Path) -> list[int]:
     return sorted(ocp.utils.checkpoint_steps(workdir / "checkpoints"))
 
 
-@dataclasses.dataclass(frozen=True)
-class SavedParameters:
-    """The parameters of a checkpoint, of whatever model and mesh; nothing else of it is read.
+def choose_step(workdir: epath.Path, step: int | None, where: str = "") -> int:
+    """`step`, or for None that of the newest checkpoint in `workdir`.
 
-    Attributes:
-      directory: of the state in the checkpoint.
-      part: "ema" if the checkpoint has averaged parameters, else "params".
-      shapes: path -> shape.
+    Args:
+      where: the key or option that says so, for the message.
+
+    Raises:
+      UserError: there is no checkpoint, or none of this step.
     """
-
-    directory: epath.Path
-    part: str
-    shapes: dict[str, tuple[int, ...]]
-
-    @classmethod
-    def of(cls, workdir: epath.Path, step: int) -> Self:
-        """Those of the checkpoint at `step`, which exists."""
-        directory = workdir / "checkpoints" / str(step) / "state"
-        tree = _metadata(directory)
-        part = "ema" if shapes_of(tree["ema"]) else "params"
-        return cls(directory, part, shapes_of(tree[part]))
-
-    def read(self) -> dict[str, np.ndarray]:
-        """path -> float32 array on the host, every process reading all of them."""
-        part = {self.part: _metadata(self.directory)[self.part]}
-
-        def each(function: Callable[[Any], Any]) -> Any:
-            return jax.tree.map(function, part, is_leaf=lambda x: hasattr(x, "shape"))
-
-        with contextlib.closing(ocp.PyTreeCheckpointHandler()) as handler:
-            restored = handler.restore(
-                self.directory,
-                args=ocp.args.PyTreeRestore(
-                    item=each(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)),
-                    restore_args=each(
-                        lambda x: ocp.RestoreArgs(restore_type=np.ndarray, dtype=np.float32)
-                    ),
-                    partial_restore=True,
-                ),
-            )
-        leaves = jax.tree_util.tree_leaves_with_path(restored[self.part])
-        return {
-            jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(x, np.float32)
-            for path, x in leaves
-        }
-
-
-def _metadata(directory: epath.Path) -> dict[str, Any]:
-    with contextlib.closing(ocp.PyTreeCheckpointHandler()) as handler:
-        return handler.metadata(directory).tree
-
-
-def shapes_of(tree: Any) -> dict[str, tuple[int, ...]]:
-    """ "params/image/..." -> shape, for every array of a tree of arrays or Orbax's metadata."""
-    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: hasattr(x, "shape"))
-    return {
-        jax.tree_util.keystr(path, simple=True, separator="/"): tuple(leaf.shape)
-        for path, leaf in leaves
-        if hasattr(leaf, "shape")
-    }
-
-
-def mismatch_report(saved: dict[str, tuple[int, ...]], wanted: dict[str, tuple[int, ...]]) -> str:
-    """What differs between two trees of shapes, one line; empty if nothing does.
-
-    Optimizer state and averages follow the parameters, so these are named only where the
-    parameters agree.
-    """
-
-    def differing(prefix: str) -> list[str]:
-        keys = sorted(k for k in {*saved, *wanted} if k.startswith(prefix))
-        return [
-            f"{key} is {saved.get(key, 'absent')} in the checkpoint "
-            f"and {wanted.get(key, 'absent')} in the model"
-            for key in keys
-            if saved.get(key) != wanted.get(key)
-        ]
-
-    rows = differing("params/") or differing("")
-    more = [f"and {len(rows) - MAX_LISTED} more"] if len(rows) > MAX_LISTED else []
-    return ", ".join(rows[:MAX_LISTED] + more)
+    steps, prefix = saved_steps(workdir), f"{where}: " if where else ""
+    if not steps:
+        raise UserError(
+            f"{prefix}{workdir} holds no checkpoint; give the workdir of a run that has saved one"
+        )
+    if step is not None and step not in steps:
+        raise UserError(
+            f"{prefix}{workdir} has no checkpoint of step {step} "
+            f"(it has: {', '.join(map(str, steps))}); give one of these, or none for the newest"
+        )
+    return steps[-1] if step is None else step

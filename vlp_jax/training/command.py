@@ -2,24 +2,56 @@
 
 from __future__ import annotations
 
+import os
 import sys
+import traceback
 from collections.abc import Callable
 
+import jax
 from absl import logging
 
-from vlp_jax.errors import UserError
-from vlp_jax.training.preemption import EXIT_RESTART, Preempted
+from vlp_jax.errors import ExitStatus, Preempted, UserError
+
+# What JAX says when another process of the job cannot be reached any more.
+PEER_LOST_WORDS = ("gloo", "nccl", "heartbeat", "coordination", "unavailable", "peer", "barrier")
 
 
 def run_command(command: Callable[[], None]) -> int:
-    """Runs `command` and returns the exit status: 0, 2 for a `UserError`, 75 if told to stop."""
+    """Runs `command` and returns the exit status, one of `ExitStatus`.
+
+    Of a job of several processes, one that fails ends at once and without waiting for the others,
+    which otherwise would wait for it: the status is that of the process, and nothing is returned.
+    """
     logging.set_verbosity(logging.WARNING)
     try:
         command()
     except Preempted as stop:
         print(stop, file=sys.stderr)
-        return EXIT_RESTART
+        return stop.status
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+        return _leave(error.status)
+    except Exception as error:
+        if _processes() == 1:
+            raise
+        traceback.print_exc()
+        lost = isinstance(error, jax.errors.JaxRuntimeError | TimeoutError) and any(
+            word in str(error).lower() for word in PEER_LOST_WORDS
+        )
+        if lost:
+            print("error: another process of this job was lost; start it again", file=sys.stderr)
+        return _leave(ExitStatus.PEER_LOST if lost else 1)
+    return ExitStatus.COMPLETE
+
+
+def _leave(status: int) -> int:
+    """Returns `status`, or ends the process with it if others would wait for its farewell."""
+    if _processes() > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    return status
+
+
+def _processes() -> int:
+    return jax.process_count() if jax.distributed.is_initialized() else 1

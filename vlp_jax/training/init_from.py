@@ -17,6 +17,7 @@ from etils import epath
 from vlp_jax.data.tokenizers import Tokenizer
 from vlp_jax.errors import UserError, unknown_key_message
 from vlp_jax.training import checkpoint, param_groups
+from vlp_jax.training.layer_layout import Shape, stack_layers, stacked_name
 from vlp_jax.training.setup import Setup
 from vlp_jax.training.state import TrainState, init_state
 from vlp_jax.training.weights import (
@@ -24,13 +25,10 @@ from vlp_jax.training.weights import (
     POSITIONS,
     Arrays,
     Grid,
-    Shape,
     Source,
     open_source,
     patch_grid,
     square_grid,
-    stack_layers,
-    stacked_name,
 )
 
 REPORT = "init_from.txt"
@@ -80,7 +78,12 @@ class FromSeed:
     def state(self, setup: Setup) -> TrainState:
         """A fresh state."""
         return init_state(
-            setup.objective, setup.optimizer, setup.batch_spec, setup.abstract, setup.config.seed
+            setup.objective,
+            setup.optimizer,
+            setup.batch_spec,
+            setup.abstract,
+            setup.config.seed,
+            setup.guard,
         )
 
     def announce(self, workdir: epath.Path, tell: Callable[[str], None]) -> None:

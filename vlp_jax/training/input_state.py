@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
+from etils import epath
 
 from vlp_jax.data.faults import REASONS
 from vlp_jax.data.joined import JoinedPipeline
 from vlp_jax.errors import UserError
+from vlp_jax.parallel import agreement
 
 
 class InputState:
@@ -90,6 +92,26 @@ class InputState:
             "data/bad_fraction": sum(bad) / max(read, 1),
         }
 
+    def write_examples(self, directory: epath.Path, steps: Sequence[int]) -> epath.Path:
+        """Writes which examples the batches of `steps` hold, a line of JSON for each; the file.
+
+        Process 0 writes it, for the batches of the whole job.
+        """
+        file = directory / f"skipped-steps-{steps[0]}-{steps[-1]}.jsonl"
+        if jax.process_index() == 0:
+            records = [
+                {
+                    "step": step,
+                    "examples": {
+                        name or "data": pipe.examples_of(step)
+                        for name, pipe in self._pipeline.pipelines().items()
+                    },
+                }
+                for step in steps
+            ]
+            file.write_text("".join(json.dumps(record) + "\n" for record in records))
+        return file
+
     def _counts(self, step: int) -> np.ndarray:
         """Examples read, and bad ones of each kind, on all processes since step 0; int64."""
         totals = {
@@ -100,10 +122,5 @@ class InputState:
         own += [
             totals[n]["bad"].get(source, {}).get(reason, 0) for n, source, reason in self._kinds
         ]
-        counts = np.array(own, np.int64)
-        if jax.process_count() > 1:
-            # Two halves, since int64 would be cut to 32 bits on the way through the devices.
-            halves = np.stack([counts & 0x7FFFFFFF, counts >> 31]).astype(np.int32)
-            low, high = multihost_utils.process_allgather(halves).astype(np.int64).sum(axis=0)
-            counts = low + (high << 31)
+        counts = np.array(agreement.gather(own), np.int64).sum(axis=0)
         return self._begin + counts

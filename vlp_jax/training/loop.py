@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+from vlp_jax.errors import Preempted
 from vlp_jax.evaluators import Evaluator
 from vlp_jax.objectives.base import Batch
 from vlp_jax.observe.profiler import Profiler
 from vlp_jax.observe.progress import Progress
 from vlp_jax.observe.throughput import StepClock
+from vlp_jax.observe.watchdog import Watchdog
 from vlp_jax.observe.writers import Writer
 from vlp_jax.training.checkpoint import Checkpointer
-from vlp_jax.training.preemption import Preempted
+from vlp_jax.training.measures import LoopMeasures
 from vlp_jax.training.report import StepReport
 from vlp_jax.training.state import TrainState
 from vlp_jax.training.step import StepFunction
@@ -39,6 +42,8 @@ class Loop:
       last_step: the run ends before this batch.
       input_state: the record of the input just before a batch, for the checkpoint.
       preempted: whether to save and stop before this batch.
+      log_when: the steps whose metrics are written. At these the processes of a job tell each other
+        how things are.
     """
 
     step_function: StepFunction
@@ -49,12 +54,15 @@ class Loop:
     save_when: When
     evaluations: Sequence[Evaluation]
     preempted: When
+    log_when: When
     report: StepReport
     checkpointer: Checkpointer
     writer: Writer
     progress: Progress
     clock: StepClock
     profiler: Profiler
+    watchdog: Watchdog
+    measures: LoopMeasures
 
     def run(self, state: TrainState) -> TrainState:
         """Trains from `state`, just before batch `first_step`, to the end.
@@ -64,39 +72,74 @@ class Loop:
 
         Raises:
           Preempted: told to stop; the state is saved.
-          UserError: a loss or gradient that is not finite; no later state was saved.
+          NotFinite: too many steps were skipped, one after the other; none of them was saved.
+          CannotSave: a checkpoint that the run depends on could not be written.
         """
         for step in range(self.first_step, self.last_step + 1):
             if self.preempted(step):
-                self.save(step, state)
-                raise Preempted(f"told to stop; saved step {step}, run the same command to go on")
+                raise self.stop(step, state)
             self.evaluate(step, state)
             if self.save_when(step):
                 self.save(step, state)
             if step == self.last_step:
                 break
+            self.measures.collect_garbage(step)
+            self.profiler.step(step, state)
             with self.clock.data_wait():
                 batch = next(self.batches)
-            self.profiler.step(step)
             state, metrics = self.step_function(state, batch)
             self.report.take(step, metrics)
+            self.watchdog.beat()
+            if self.log_when(step):
+                self.checkpointer.poll()
+                self.measures.note("saves that failed", self.checkpointer.failed)
+        self.finish(step)
         return state
+
+    def stop(self, step: int, state: TrainState) -> Preempted:
+        """Saves the state before batch `step`, for the run to be resumed; what to end it with."""
+        saved = self.save(step, state)
+        if saved:
+            self.finish(step)
+        newest = self.checkpointer.latest_step()
+        why = "" if saved else " in the middle of steps that are skipped"
+        return Preempted(f"told to stop{why}; saved step {newest}, run the same command to go on")
 
     def evaluate(self, step: int, state: TrainState) -> None:
         """Runs the evaluators that are due before batch `step`."""
         for evaluation in self.evaluations:
             if evaluation.when(step):
                 self.report.settle()
-                with self.clock.paused("evaluation"), self.progress.paused():
+                with self.pause("evaluation"):
                     scores = dict(evaluation.evaluator(state.eval_params))
                 named = {f"eval/{evaluation.name}/{key}": value for key, value in scores.items()}
                 self.writer.write_scalars(step, named)
                 text = "  ".join(f"{key} {value:.4g}" for key, value in scores.items())
                 self.progress.print(f"step {step:,}  {evaluation.name}: {text}")
 
-    def save(self, step: int, state: TrainState) -> None:
-        """Saves the state before batch `step`, once all steps before it proved finite."""
+    def save(self, step: int, state: TrainState) -> bool:
+        """Saves the state before batch `step`, once it is known how all steps before it went.
+
+        Not so in the middle of steps that are skipped: what made them wrong may be gone after a
+        restart, which then goes back to before the first of them. Returns whether it was saved.
+        """
         self.report.settle()
-        with self.clock.paused("checkpoint"), self.progress.paused():
+        if self.report.skipped_in_a_row and step != self.last_step:
+            self.progress.print(f"step {step:,}  not saved: the steps before it were skipped")
+            return False
+        with self.pause("checkpoint"):
             self.checkpointer.save(step, state, self.input_state(step))
+        self.measures.saved(step)
         self.writer.flush()
+        return True
+
+    def finish(self, step: int) -> None:
+        """Waits until the checkpoint of `step` is on disk."""
+        with self.pause("checkpoint"):
+            self.checkpointer.finish(step)
+
+    @contextlib.contextmanager
+    def pause(self, cause: str) -> Iterator[None]:
+        """Wraps what is not training, which has more time than a step."""
+        with self.watchdog.patient(cause), self.clock.paused(cause), self.progress.paused():
+            yield

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from types import FrameType
 from typing import Self
@@ -9,41 +10,35 @@ from typing import Self
 import jax
 from jax.experimental import multihost_utils
 
-from vlp_jax.errors import UserError
-
-# sysexits.h, EX_TEMPFAIL: nothing is wrong, start the same command again to go on.
-EXIT_RESTART = 75
-
-
-class Preempted(UserError):
-    """The run was told to stop, saved its state and can be resumed by the same command."""
-
 
 class PreemptionWatch:
     """True once the run was told to stop, at the same step on every process.
 
-    With one process it takes SIGTERM and SIGINT itself; a second one ends the process as usual.
-    With several, JAX's own handler agrees on a step (it takes SIGTERM alone).
+    A job of one process takes SIGTERM and SIGINT itself. With several, JAX's own handler of SIGTERM
+    has them agree on a step, which it needs `jax.distributed` for; a SIGINT is passed on to it. A
+    second SIGINT, or SIGTERM with one process, ends the process as usual.
     """
-
-    SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
     def __init__(self) -> None:
         self._received = False
+        self._several = jax.process_count() > 1
         self._before: dict[signal.Signals, object] = {}
 
     def __enter__(self) -> Self:
-        if not jax.distributed.is_initialized():
-            for number in self.SIGNALS:
-                self._before[number] = signal.signal(number, self._receive)
+        taken = [signal.SIGINT] if self._several else [signal.SIGTERM, signal.SIGINT]
+        for number in taken:
+            self._before[number] = signal.signal(number, self._receive)
         return self
 
     def __exit__(self, *exception: object) -> None:
         self._restore()
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
+        del frame
         self._received = True
         self._restore()
+        if self._several and number == signal.SIGINT:
+            os.kill(os.getpid(), signal.SIGTERM)
 
     def _restore(self) -> None:
         for number, handler in self._before.items():
@@ -52,6 +47,6 @@ class PreemptionWatch:
 
     def __call__(self, step: int) -> bool:
         """Whether to save and stop before batch `step`."""
-        if jax.distributed.is_initialized():
+        if self._several:
             return multihost_utils.reached_preemption_sync_point(step)
         return self._received

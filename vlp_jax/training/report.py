@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
+from etils import epath
 
-from vlp_jax.errors import UserError
+from vlp_jax.errors import NotFinite
 from vlp_jax.objectives.base import Metrics
 from vlp_jax.observe.progress import Progress
 from vlp_jax.observe.throughput import StartupClock, StepClock
 from vlp_jax.observe.writers import Writer
+from vlp_jax.training.measures import LoopMeasures
 
 
 def to_scalars(metrics: Metrics, prefix: str) -> dict[str, float]:
@@ -29,6 +31,13 @@ class StepReport:
       log_when: steps whose metrics are written.
       batch_size: examples of a step, over the whole mesh.
       input_metrics: what to tell of the input just before a batch.
+      measures: what else to tell of a logged step.
+      max_skipped: steps that are skipped one after the other before the run ends.
+      keep_examples: writes down which examples the batches of some steps hold, and where.
+
+    Attributes:
+      skipped: how many steps were skipped.
+      skipped_in_a_row: of these, how many just before the newest step that was settled.
     """
 
     def __init__(
@@ -41,6 +50,9 @@ class StepReport:
         clock: StepClock,
         startup: StartupClock,
         input_metrics: Callable[[int], Mapping[str, float]],
+        measures: LoopMeasures,
+        max_skipped: int,
+        keep_examples: Callable[[Sequence[int]], epath.Path],
     ):
         self._log_when = log_when
         self._batch_size = batch_size
@@ -49,11 +61,16 @@ class StepReport:
         self._clock = clock
         self._startup: StartupClock | None = startup
         self._input_metrics = input_metrics
+        self._measures = measures
+        self._max_skipped = max_skipped
+        self._keep_examples = keep_examples
+        self.skipped = self.skipped_in_a_row = 0
         self._pending: tuple[int, Metrics] | None = None
         self._rate = math.nan
 
     def take(self, step: int, metrics: Metrics) -> None:
         """Holds the metrics of batch `step`, and settles those of the one before."""
+        self._clock.dispatched(metrics)
         pending, self._pending = self._pending, (step, metrics)
         if pending:
             self._settle(*pending)
@@ -63,32 +80,47 @@ class StepReport:
             self._startup = None
 
     def settle(self) -> None:
-        """Waits for the newest step, so that all that follows builds on numbers that are finite.
+        """Waits for the newest step, so that it is known how all steps so far went.
 
         Raises:
-          UserError: the loss or the gradient of a step is not finite.
+          NotFinite: too many were skipped, one after the other.
         """
         if self._pending:
             pending, self._pending = self._pending, None
             self._settle(*pending)
 
     def _settle(self, step: int, metrics: Metrics) -> None:
-        scalars = to_scalars(metrics, "train/")
+        with self._clock.device_wait():
+            scalars = to_scalars(metrics, "train/")
         self._clock.step_done(self._batch_size)
-        for name in ("train/loss", "train/grad_norm"):
-            if not math.isfinite(scalars[name]):
-                self._writer.write_scalars(step, scalars)
-                raise UserError(
-                    f"{name} is {scalars[name]} at step {step}; no later state was saved. Resume "
-                    "from the last checkpoint with a lower learning rate or a longer warm-up, and "
-                    "look at the data of this batch"
-                )
+        if scalars["train/skipped"]:
+            self._note_skipped(step, scalars)
+        else:
+            self.skipped_in_a_row = 0
         if self._log_when(step):
-            if self._pending and jax.process_count() > 1:
-                # The input's counts are gathered from all processes, which must not get mixed up
-                # with what the devices exchange in the step that is under way.
-                jax.block_until_ready(self._pending[1])
             speed = self._clock.summary()
             self._rate = speed.get("perf/examples_per_second", self._rate)
-            self._writer.write_scalars(step, {**scalars, **speed, **self._input_metrics(step + 1)})
+            scalars.update({**speed, **self._measures.scalars(step, speed)})
+            self._writer.write_scalars(step, {**scalars, **self._input_metrics(step + 1)})
         self._progress.update(step + 1, scalars["train/loss"], self._rate)
+
+    def _note_skipped(self, step: int, scalars: Mapping[str, float]) -> None:
+        self.skipped += 1
+        self.skipped_in_a_row += 1
+        self._measures.note("steps skipped", self.skipped)
+        names = ("train/loss", "train/grad_norm")
+        bad = [name for name in names if not math.isfinite(scalars[name])]
+        what = " and ".join(f"{name} is {scalars[name]}" for name in bad)
+        what = what or f"train/loss leaps to {scalars['train/loss']:.4g}"
+        self._progress.print(f"warning: step {step:,} is skipped: {what}")
+        if self.skipped_in_a_row < self._max_skipped:
+            return
+        self._writer.write_scalars(step, scalars)
+        first = step - self.skipped_in_a_row + 1
+        file = self._keep_examples(range(first, step + 1))
+        raise NotFinite(
+            f"{what} at step {step}, the last of {self.skipped_in_a_row} that were skipped in a "
+            f"row; their examples are named in {file}. The last checkpoint is of before them: "
+            "start the run again; if it comes here once more, lower the learning rate, lengthen "
+            "the warm-up, or look at these examples"
+        )

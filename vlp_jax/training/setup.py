@@ -16,6 +16,7 @@ from vlp_jax.errors import UserError
 from vlp_jax.objectives import Objective, make_objective
 from vlp_jax.objectives.base import BatchSpec
 from vlp_jax.parallel import mesh as mesh_lib
+from vlp_jax.training.guard import Guard
 from vlp_jax.training.optimizer import make_optimizer, make_schedule
 from vlp_jax.training.param_groups import check_groups
 from vlp_jax.training.state import TrainState, abstract_state
@@ -52,7 +53,13 @@ class Setup:
             seed=self.config.seed,
             ema_decay=self.config.optimizer.ema_decay,
             frozen=self.config.optimizer.frozen,
+            guard=self.guard,
         )
+
+    @property
+    def guard(self) -> Guard:
+        """Decides which steps are skipped."""
+        return Guard.of(self.config.guard)
 
     def every(self, duration: ConfigDict, where: str) -> EverySteps:
         """True at each multiple of `duration` and at the end of the run."""
@@ -90,10 +97,16 @@ def make_setup(
     units = dataclasses.replace(units, total_steps=total)
     objective = make_objective(config.objective, tokenizer, config.microbatches)
     optimizer = make_optimizer(config.optimizer, units)
+    guard = Guard.of(config.guard)
     spec = {name: jax.ShapeDtypeStruct(*value) for name, value in batch_spec.items()}
     try:
         abstract = abstract_state(
-            objective, optimizer, spec, mesh, with_ema=bool(config.optimizer.ema_decay)
+            objective,
+            optimizer,
+            spec,
+            mesh,
+            with_ema=bool(config.optimizer.ema_decay),
+            guard=guard,
         )
     except (ValueError, KeyError) as error:
         shapes = {name: shape for name, (shape, _) in batch_spec.items()}

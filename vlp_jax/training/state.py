@@ -15,6 +15,7 @@ from vlp_jax.objectives import Objective
 from vlp_jax.objectives.base import BatchSpec
 from vlp_jax.parallel import mesh as mesh_lib
 from vlp_jax.parallel import rules
+from vlp_jax.training.guard import NO_SPIKE_RULE, Guard
 
 # What randomness is for: the third number, after seed and step, that a key is folded from.
 PURPOSE_INIT, PURPOSE_LOSS = 0, 1
@@ -29,12 +30,14 @@ class TrainState:
       params: parameters, float32.
       opt_state: the optimizer's.
       ema: exponential moving average of `params`; an empty dict if there is none.
+      guard: what the rule about spikes of the loss remembers; an empty dict if there is none.
     """
 
     step: jax.Array
     params: Any
     opt_state: Any
     ema: Any
+    guard: Any = flax.struct.field(default_factory=dict)
 
     @property
     def eval_params(self) -> Any:
@@ -53,10 +56,11 @@ def _init(
     batch_spec: BatchSpec,
     seed: int,
     with_ema: bool,
+    guard: Guard,
 ) -> TrainState:
     params = nn.unbox(objective.init(key_for(seed, 0, PURPOSE_INIT), batch_spec))
     ema = jax.tree.map(jnp.copy, params) if with_ema else {}
-    return TrainState(jnp.int32(0), params, optimizer.init(params), ema)
+    return TrainState(jnp.int32(0), params, optimizer.init(params), ema, guard.init())
 
 
 def abstract_state(
@@ -65,14 +69,16 @@ def abstract_state(
     batch_spec: BatchSpec,
     mesh: Mesh,
     with_ema: bool = False,
+    guard: Guard = NO_SPIKE_RULE,
 ) -> TrainState:
     """Shapes, dtypes and shardings of the state; no array is made.
 
-    Whatever in the optimizer's state has the shape of a parameter lies as that parameter does.
+    Whatever in the optimizer's state has the shape of a parameter lies as that parameter does, and
+    what else belongs to one is spread as `rules.leaf_sharding` spreads it.
     """
     boxed = jax.eval_shape(lambda: objective.init(key_for(0, 0, PURPOSE_INIT), batch_spec))
     shardings = rules.param_shardings(boxed, mesh)
-    shapes = jax.eval_shape(lambda: _init(objective, optimizer, batch_spec, 0, with_ema))
+    shapes = jax.eval_shape(lambda: _init(objective, optimizer, batch_spec, 0, with_ema, guard))
     whole = mesh_lib.replicated(mesh)
 
     def place(leaf: Any, sharding: Any) -> jax.ShapeDtypeStruct:
@@ -82,30 +88,42 @@ def abstract_state(
         step=place(shapes.step, whole),
         params=jax.tree.map(place, shapes.params, shardings),
         opt_state=jax.tree.map(
-            place, shapes.opt_state, _like_params(shapes.opt_state, shapes.params, shardings, whole)
+            place, shapes.opt_state, _like_params(shapes.opt_state, boxed, mesh)
         ),
         ema=jax.tree.map(place, shapes.ema, shardings) if with_ema else {},
+        guard=jax.tree.map(lambda leaf: place(leaf, whole), shapes.guard),
     )
 
 
-def _like_params(tree: Any, params: Any, shardings: Any, other: Any) -> Any:
+def _like_params(tree: Any, boxed: Any, mesh: Mesh) -> Any:
     """A sharding for each leaf of an optimizer's state.
 
-    A leaf whose path ends in that of a parameter and that has its shape lies as that parameter
-    does; every other leaf lies as `other`. (`optax.tree_map_params` does not hold a state that is
+    A leaf whose path ends in that of a parameter lies as that parameter does if it has its shape,
+    and by the names of the dimensions that it has left if not (a factored moment). A leaf that
+    belongs to no parameter lies whole. (`optax.tree_map_params` does not hold a state that is
     partitioned by the names of the parameters, as Muon's is.)
     """
-    paths = jax.tree_util.tree_leaves_with_path(params)
-    known = {
-        (path, leaf.shape): sharding
-        for (path, leaf), sharding in zip(paths, jax.tree.leaves(shardings), strict=True)
-    }
+    params = dict(jax.tree_util.tree_leaves_with_path(boxed, is_leaf=rules.is_boxed))
 
     def sharding(path: tuple, leaf: Any) -> Any:
-        ends = (known.get((path[start:], leaf.shape)) for start in range(len(path)))
-        return next((found for found in ends if found is not None), other)
+        ends = (params.get(path[start:]) for start in range(len(path)))
+        param = next((found for found in ends if found is not None), None)
+        if param is None:
+            return mesh_lib.replicated(mesh)
+        names = _names_left(rules.names_of(param), nn.unbox(param).shape, leaf.shape)
+        return rules.leaf_sharding(names, leaf.shape, mesh)
 
     return jax.tree_util.tree_map_with_path(sharding, tree)
+
+
+def _names_left(names: tuple, shape: tuple[int, ...], left: tuple[int, ...]) -> tuple:
+    """The names of the dimensions `left` of a parameter of `shape`, one of which may be gone."""
+    if left == shape:
+        return names
+    for gone in reversed(range(len(shape))):
+        if left == shape[:gone] + shape[gone + 1 :]:
+            return names[:gone] + names[gone + 1 :]
+    return (*names[:1], *(None,) * len(left))[: len(left)]
 
 
 def init_state(
@@ -114,10 +132,12 @@ def init_state(
     batch_spec: BatchSpec,
     abstract: TrainState,
     seed: int,
+    guard: Guard = NO_SPIKE_RULE,
 ) -> TrainState:
     """A fresh state, made in place: each device computes its own part and no more."""
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     with_ema = bool(abstract.ema)
     return jax.jit(
-        lambda: _init(objective, optimizer, batch_spec, seed, with_ema), out_shardings=shardings
+        lambda: _init(objective, optimizer, batch_spec, seed, with_ema, guard),
+        out_shardings=shardings,
     )()

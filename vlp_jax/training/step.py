@@ -14,6 +14,7 @@ from vlp_jax.objectives.base import Batch, BatchSpec, Metrics, Params
 from vlp_jax.parallel import mesh as mesh_lib
 from vlp_jax.parallel import rules
 from vlp_jax.training import param_groups
+from vlp_jax.training.guard import NO_SPIKE_RULE, Guard, choose
 from vlp_jax.training.state import PURPOSE_LOSS, TrainState, key_for
 
 StepFunction = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
@@ -27,15 +28,18 @@ def make_step(
     seed: int,
     ema_decay: float = 0.0,
     frozen: Sequence[str] = (),
+    guard: Guard = NO_SPIKE_RULE,
 ) -> StepFunction:
     """(state before batch i, batch i) -> (state before batch i + 1, metrics of batch i).
 
-    The metrics are the objective's, the learning rate, and the global norms of gradient, update and
-    parameters.
+    The metrics are the objective's, the learning rate, the global norms of gradient, update and
+    parameters, and whether the step was skipped. A skipped step leaves all of the state as it is,
+    but for its number, so that the next one is of the next batch.
 
     Args:
       frozen: regular expressions of the paths of parameters that stay as they are. The loss is not
         differentiated by these, so that their part of the backward pass is not computed.
+      guard: decides which steps are skipped.
     """
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
@@ -45,21 +49,27 @@ def make_step(
         def loss(trained: Params) -> tuple[jax.Array, Metrics]:
             return objective.loss(param_groups.merge(trained, fixed), batch, rng, True)
 
-        (_, metrics), grads = jax.value_and_grad(loss, has_aux=True)(trained)
+        (value, metrics), grads = jax.value_and_grad(loss, has_aux=True)(trained)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         trained = optax.apply_updates(trained, updates)
         params = param_groups.merge(trained, fixed)
         ema, fixed_ema = param_groups.split(state.ema, frozen)
         ema = ema and optax.incremental_update(trained, ema, 1 - ema_decay)
         ema = param_groups.merge(ema, fixed_ema)
+        grad_norm = optax.tree.norm(grads)
+        ahead, memory = guard(state.guard, value, grad_norm)
+        before = (state.params, state.opt_state, state.ema)
+        params, opt_state, ema = choose(ahead, (params, opt_state, ema), before)
         one = jnp.float32(1)
         own = {
             "learning_rate": (schedule(state.step), one),
-            "grad_norm": (optax.tree.norm(grads), one),
+            "grad_norm": (grad_norm, one),
             "update_norm": (optax.tree.norm(updates), one),
             "param_norm": (optax.tree.norm(params), one),
+            "skipped": (1 - ahead.astype(jnp.float32), one),
         }
-        return TrainState(state.step + 1, params, opt_state, ema), {**metrics, **own}
+        state = TrainState(state.step + 1, params, opt_state, ema, memory)
+        return state, {**metrics, **own}
 
     return step
 

@@ -9,21 +9,20 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 from etils import epath
 
 from vlp_jax.errors import UserError, unknown_key_message
 from vlp_jax.training import checkpoint
+from vlp_jax.training.layer_layout import Shape, stack_layers
+from vlp_jax.training.restore import SavedParameters
 from vlp_jax.training.workdir import CONFIG, TOKENIZER
 
-Shape = tuple[int, ...]
 Grid = tuple[int, int]  # rows and columns of patches
 Arrays = dict[str, np.ndarray]
-T = TypeVar("T")
 
 # Prefixes of `config.init_from.source` that `vlp_jax.interop.read_weights` takes.
 FORMATS = {
@@ -113,19 +112,8 @@ def from_workdir(source: str, step: int | None) -> Source:
             f"config.init_from.source: the folder {source} does not exist; give a workdir or one "
             f"of {', '.join(FORMATS.values())}"
         )
-    steps = checkpoint.saved_steps(workdir)
-    if not steps:
-        raise UserError(
-            f"config.init_from.source: {source} holds no checkpoint; give the workdir of a run "
-            f"that has saved one, or one of {', '.join(FORMATS.values())}"
-        )
-    step = steps[-1] if step is None else step
-    if step not in steps:
-        raise UserError(
-            f"config.init_from.step: {source} has no checkpoint of step {step} "
-            f"(it has: {', '.join(map(str, steps))})"
-        )
-    saved = checkpoint.SavedParameters.of(workdir, step)
+    step = checkpoint.choose_step(workdir, step, "config.init_from")
+    saved = SavedParameters.of(workdir, step)
     shapes = stack_layers(saved.shapes, lambda layers: (len(layers), *layers[0]))
     return Source(
         title=f"{source}, {saved.part} of step {step:,}",
@@ -157,24 +145,3 @@ def square_grid(patches: int) -> Grid | None:
     """The square grid of so many patches, None if the number is no square."""
     side = math.isqrt(max(patches, 0))
     return (side, side) if side and side * side == patches else None
-
-
-def stacked_name(path: str) -> tuple[str, int | None]:
-    """("encoder/layers/mlp", 3) of "encoder/layer_3/mlp"; a path of no layer as it is, and None."""
-    match = re.fullmatch(r"((?:.*/)?)layer_(\d+)(/.*)", path)
-    return (f"{match[1]}layers{match[3]}", int(match[2])) if match else (path, None)
-
-
-def stack_layers(flat: Mapping[str, T], join: Callable[[list[T]], T]) -> dict[str, T]:
-    """path -> value with the layers under one name: `join` of their values, from first to last."""
-    found: dict[str, T] = {}
-    layers: dict[str, dict[int, T]] = {}
-    for path, value in flat.items():
-        name, index = stacked_name(path)
-        if index is None:
-            found[name] = value
-        else:
-            layers.setdefault(name, {})[index] = value
-    for name, values in layers.items():
-        found[name] = join([values[index] for index in sorted(values)])
-    return found

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 
 from vlp_jax.config import DURATION_UNITS
 from vlp_jax.errors import UserError
@@ -68,3 +69,53 @@ class EverySteps:
         if step == 0:
             return self.at_start
         return self.period > 0 and step % self.period == 0
+
+
+class EveryMinutes:
+    """True when `minutes` have passed since it last was, or since `reset`.
+
+    The clock is that of process 0, so that all processes agree; they do so where `look` says, since
+    it takes a message.
+
+    Args:
+      minutes: the period; 0 for never.
+      look: the steps at which the clock is looked at, the same on all processes.
+      agree: gives the value of process 0 on every process.
+      time_fn: the clock, in seconds.
+    """
+
+    def __init__(
+        self,
+        minutes: float,
+        look: Callable[[int], bool],
+        agree: Callable[[bool], bool],
+        time_fn: Callable[[], float] = time.monotonic,
+    ):
+        self._seconds = 60 * minutes
+        self._look, self._agree, self._time = look, agree, time_fn
+        self._since = time_fn()
+
+    def __call__(self, step: int) -> bool:
+        """Whether it is time, just before batch `step`."""
+        if not self._seconds or not self._look(step):
+            return False
+        return self._agree(self._time() - self._since >= self._seconds)
+
+    def reset(self) -> None:
+        """Begins a new period."""
+        self._since = self._time()
+
+
+@dataclasses.dataclass(frozen=True)
+class StepsOrMinutes:
+    """True at the steps of the one and at the times of the other, whose period then begins anew."""
+
+    steps: EverySteps
+    minutes: EveryMinutes
+
+    def __call__(self, step: int) -> bool:
+        """Whether it is time, just before batch `step`."""
+        due = self.steps(step) or self.minutes(step)
+        if due:
+            self.minutes.reset()
+        return due

@@ -1,0 +1,263 @@
+"""What a checkpoint holds, read into arrays on any mesh of any number of processes.
+
+Only paths and shapes decide: neither the mesh nor the processes that wrote a checkpoint matter, nor
+whether the layers of its model were stacked. Each process reads what its devices hold.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, Self
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+
+from vlp_jax.errors import UserError
+from vlp_jax.training import layer_layout
+from vlp_jax.training.layer_layout import Shape
+
+MAX_LISTED = 4  # parameters that a mismatch names
+# Which parameters of a checkpoint are meant: "auto" is the average if there is one.
+CHOICES = ("auto", "params", "ema")
+
+
+def shapes_of(tree: Any) -> dict[str, Shape]:
+    """ "params/image/..." -> shape, for every array of a tree of arrays or Orbax's metadata."""
+    return {path: tuple(leaf.shape) for path, leaf in _flatten(tree).items()}
+
+
+def _flatten(tree: Any) -> dict[str, Any]:
+    """path -> leaf, of those that have a shape."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=_is_array)
+    return {_name(path): leaf for path, leaf in leaves if _is_array(leaf)}
+
+
+def _name(path: tuple) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def _is_array(leaf: Any) -> bool:
+    return hasattr(leaf, "shape")
+
+
+def _metadata(directory: epath.Path) -> dict[str, Any]:
+    with contextlib.closing(ocp.PyTreeCheckpointHandler()) as handler:
+        return handler.metadata(directory).tree
+
+
+def mismatch_report(saved: Mapping[str, Shape], wanted: Mapping[str, Shape]) -> str:
+    """What differs between two trees of shapes, one line; empty if nothing does.
+
+    Optimizer state and averages follow the parameters, so these are named only where the
+    parameters agree.
+    """
+
+    def differing(prefix: str) -> list[str]:
+        keys = sorted(k for k in {*saved, *wanted} if k.startswith(prefix))
+        return [
+            f"{key} is {saved.get(key, 'absent')} in the checkpoint "
+            f"and {wanted.get(key, 'absent')} in the model"
+            for key in keys
+            if saved.get(key) != wanted.get(key)
+        ]
+
+    rows = differing("params/") or differing("")
+    more = [f"and {len(rows) - MAX_LISTED} more"] if len(rows) > MAX_LISTED else []
+    return ", ".join(rows[:MAX_LISTED] + more)
+
+
+@dataclasses.dataclass(frozen=True)
+class Reader:
+    """Reads the whole or a part of the state in a checkpoint into arrays laid out as wanted.
+
+    Attributes:
+      directory: of the state in the checkpoint, "checkpoints/STEP/state".
+      tree: Orbax's metadata of what is read.
+      abstract: what is wanted, a tree of shapes, dtypes and shardings; that of a part is {"ema":
+        ...}, as in the state.
+      origins: path in `abstract` -> where that is in the checkpoint.
+    """
+
+    directory: epath.Path
+    tree: Any
+    abstract: Any
+    origins: Mapping[str, layer_layout.Origin]
+
+    @classmethod
+    def of(cls, directory: epath.Path, abstract: Any) -> Self:
+        """Looks at the checkpoint; nothing but its table of contents is read.
+
+        Args:
+          abstract: a `TrainState`, or a dict with some of its fields, of which alone it reads.
+
+        Raises:
+          UserError: the checkpoint holds other parameters, which are named with both shapes, or an
+            optimizer's state that cannot be had with layers stacked in another way.
+        """
+        tree = _metadata(directory)
+        if isinstance(abstract, dict):
+            tree = {field: tree[field] for field in abstract}
+        saved, wanted = shapes_of(tree), shapes_of(abstract)
+        origins = layer_layout.find_origins(saved, wanted)
+        report = mismatch_report(layer_layout.converted_shapes(saved, origins), wanted)
+        if report and layer_layout.is_other(origins) and "opt_state/" in report:
+            raise UserError(
+                f"the checkpoint {directory.parent} stacks the layers in another way than the "
+                f"model, and the optimizer's state cannot be converted: {report}; set scan_layers "
+                "and config.optimizer as the checkpoint has them, or give another workdir and "
+                "config.init_from.source, which takes the parameters alone"
+            )
+        if report:
+            raise UserError(
+                f"the checkpoint {directory.parent} belongs to another model: {report}; "
+                "use the config it was trained with, or another workdir"
+            )
+        used = {path for origin in origins.values() for path in origin.paths}
+        return cls(directory, _without(tree, saved.keys() - used), abstract, origins)
+
+    @property
+    def notes(self) -> list[str]:
+        """What is worth a line in the log."""
+        text = layer_layout.describe(self.origins)
+        return [f"the layout of the layers is converted: {text}"] if text else []
+
+    def read(self) -> Any:
+        """The tree of arrays.
+
+        Each device gets its own part from disk. If layers are converted, the peak is what is read
+        and one stack of layers more.
+        """
+        wanted = _flatten(self.abstract)
+        layout = layer_layout.saved_layout(shapes_of(self.tree), wanted, self.origins)
+        arrays = _flatten(
+            _restore(
+                self.directory,
+                self.tree,
+                lambda path, leaf: layout[path],
+                lambda path, leaf: ocp.ArrayRestoreArgs(
+                    sharding=layout[path].sharding,
+                    global_shape=layout[path].shape,
+                    dtype=layout[path].dtype,
+                ),
+            )
+        )
+        made = layer_layout.convert(arrays, wanted, self.origins)
+        return jax.tree.unflatten(jax.tree.structure(self.abstract), [made[p] for p in wanted])
+
+
+def _without(tree: Any, paths: Collection[str], above: str = "") -> Any:
+    """The tree without the arrays at `paths`, all of which are in mappings."""
+    if isinstance(tree, dict):
+        names = {key: f"{above}{key}" for key in tree}
+        return {
+            key: _without(value, paths, f"{names[key]}/")
+            for key, value in tree.items()
+            if names[key] not in paths
+        }
+    if isinstance(tree, list | tuple):
+        return [_without(value, paths, f"{above}{i}/") for i, value in enumerate(tree)]
+    return tree
+
+
+def _restore(
+    directory: epath.Path,
+    tree: Any,
+    item: Callable[[str, Any], Any],
+    arguments: Callable[[str, Any], ocp.RestoreArgs],
+) -> Any:
+    """The arrays of `tree`, all or a part of what the metadata names; no others are read."""
+
+    def each(function: Callable[[str, Any], Any]) -> Any:
+        return jax.tree_util.tree_map_with_path(
+            lambda path, leaf: function(_name(path), leaf) if _is_array(leaf) else leaf,
+            tree,
+            is_leaf=_is_array,
+        )
+
+    with contextlib.closing(ocp.PyTreeCheckpointHandler()) as handler:
+        return handler.restore(
+            directory,
+            args=ocp.args.PyTreeRestore(
+                item=each(item), restore_args=each(arguments), partial_restore=True
+            ),
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadedParameters:
+    """Parameters of a checkpoint as arrays on a mesh.
+
+    Attributes:
+      step: steps that they were trained for.
+      part: which they are, "params" or "ema".
+      params: the tree.
+    """
+
+    step: int
+    part: str
+    params: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class SavedParameters:
+    """The parameters of a checkpoint, of whatever model and mesh; nothing else of it is read.
+
+    Attributes:
+      directory: of the state in the checkpoint.
+      step: of the checkpoint.
+      part: which they are, "params" or "ema".
+      shapes: path -> shape.
+    """
+
+    directory: epath.Path
+    step: int
+    part: str
+    shapes: dict[str, Shape]
+
+    @classmethod
+    def of(cls, workdir: epath.Path, step: int, choice: str = "auto") -> Self:
+        """Those of the checkpoint at `step`, which exists.
+
+        Args:
+          choice: one of `CHOICES`.
+
+        Raises:
+          UserError: the average is wanted and there is none.
+        """
+        directory = workdir / "checkpoints" / str(step) / "state"
+        tree = _metadata(directory)
+        has_average = bool(shapes_of(tree["ema"]))
+        if choice == "ema" and not has_average:
+            raise UserError(
+                f"the checkpoint {directory.parent} holds no averaged parameters, as its run had "
+                "config.optimizer.ema_decay=0; ask for its parameters"
+            )
+        part = "ema" if choice != "params" and has_average else "params"
+        return cls(directory, step, part, shapes_of(tree[part]))
+
+    def read(self) -> dict[str, np.ndarray]:
+        """path -> float32 array on the host, every process reading all of them."""
+        restored = _restore(
+            self.directory,
+            {self.part: _metadata(self.directory)[self.part]},
+            lambda path, leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype),
+            lambda path, leaf: ocp.RestoreArgs(restore_type=np.ndarray, dtype=np.float32),
+        )
+        leaves = _flatten(restored[self.part])
+        return {path: np.asarray(leaf, np.float32) for path, leaf in leaves.items()}
+
+    def load(self, abstract: Any) -> LoadedParameters:
+        """Them on the mesh, each device reading its own part of each.
+
+        Args:
+          abstract: parameters of the model: shapes, dtypes and shardings.
+
+        Raises:
+          UserError: they are of another model.
+        """
+        reader = Reader.of(self.directory, {self.part: abstract})
+        return LoadedParameters(self.step, self.part, reader.read()[self.part])
