@@ -104,8 +104,8 @@ if [[ -n $dry_run ]]; then
   exit 0
 fi
 
-# The processes inherit this lock. So it is also held where only the launcher was killed, and two jobs
-# never write to one workdir.
+# Training locks a local workdir while it runs. This one also holds between two attempts and for gs://;
+# the processes inherit it, so that it outlasts a launcher that was killed.
 mkdir -p -- "$(dirname -- "$restart_log")" || exit 2
 exec 8>>"$restart_log.lock"
 flock --nonblock 8 ||
