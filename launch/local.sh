@@ -11,8 +11,8 @@
 #                             failed (default 30); one that is stopped or hangs only knows SIGKILL
 #   --save-grace S            the same when they were told to stop and save (default 300)
 #   --max-restarts-without-progress K   (default 3) progress is a newer checkpoint
-#   --backoff S               seconds before a restart without progress, doubled each time
-#                             (default 10, at most 300)
+#   --backoff S               seconds before a restart (none after 75 with progress), doubled with every
+#                             further one without progress (default 10, at most 300)
 #   --log FILE                a line of JSON per attempt (default WORKDIR.restarts.jsonl)
 #   --logs DIR                also keeps the output of each process and attempt in DIR
 #   --dry-run                 prints the commands and runs nothing
@@ -104,8 +104,8 @@ if [[ -n $dry_run ]]; then
   exit 0
 fi
 
-# The processes inherit this lock. So it is also held where only the launcher was killed, and two jobs
-# never write to one workdir.
+# Training locks a local workdir while it runs. This one also holds between two attempts and for gs://;
+# the processes inherit it, so that it outlasts a launcher that was killed.
 mkdir -p -- "$(dirname -- "$restart_log")" || exit 2
 exec 8>>"$restart_log.lock"
 flock --nonblock 8 ||

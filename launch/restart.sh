@@ -6,7 +6,8 @@
 #   workdir                        of the run: a local path or gs://...
 #   restart_log                    a local file; one line of JSON is appended per attempt
 #   max_restarts_without_progress  restarts in a row that are allowed without a newer checkpoint
-#   backoff, max_backoff           seconds before the first restart without progress; it doubles
+#   backoff, max_backoff           seconds before a restart (none after 75 with progress); they double
+#                                  with every further restart without progress
 #   starts_file, launch_id         optional: a file that outlives this process, in which starts are
 #                                  counted (a SLURM job that is requeued starts a new shell)
 #   return_on_75                   optional: "yes" hands 75 back to the caller instead of restarting
@@ -169,11 +170,13 @@ starts_at() {
     END { print count + 0 }'
 }
 
-# pause SECONDS: sleeps, and returns at once when a trapped signal comes
+# pause SECONDS: sleeps, but not on when the launcher is told to stop
 pause() {
-  sleep "$1" &
-  wait "$!" || true
-  kill "$!" 2>/dev/null || true
+  local i
+  for ((i = 0; i < $1; i++)); do
+    ((!${stop_signals:-0})) || return 0
+    sleep 1 8>&- 9>&- # without the lock and the queue of local.sh
+  done
 }
 
 # restart_loop: runs run_attempt until the job is complete, the user has to do something, the
@@ -208,8 +211,8 @@ restart_loop() {
       reason+=" not restarted" gave_up=yes
     elif ((status == STATUS_TOLD_TO_STOP)) && [[ ${return_on_75-} == yes ]]; then
       reason="saved at ${after:-none}"
-    elif ((idle > 0)); then
-      delay=$((backoff << (idle - 1 > 20 ? 20 : idle - 1)))
+    elif ((idle || status != STATUS_TOLD_TO_STOP)); then
+      delay=$((backoff << (idle < 2 ? 0 : idle > 20 ? 20 : idle - 1)))
       ((delay <= max_backoff)) || delay=$max_backoff
     fi
     log_attempt "$attempt" "$status" "$before" "$after" "$([[ -z $reason ]] && echo true || echo false)"
@@ -220,7 +223,7 @@ restart_loop() {
     say "status $status (${statuses[*]}); checkpoint ${before:-none} -> ${after:-none};" \
       "starting again in $delay s ($idle of $max_restarts_without_progress without progress)"
     before=$after
-    ((delay == 0)) || pause "$delay"
+    pause "$delay"
     if ((${stop_signals:-0})); then
       say "told to stop before the restart"
       return "$STATUS_TOLD_TO_STOP"

@@ -133,8 +133,7 @@ batch_script() {
   printf '#SBATCH %s\n' "${directives[@]}"
   printf '\nset -uo pipefail\ncd %q || exit 2\n' "$PWD"
   printf '%s=%q\n' workdir "$workdir" restart_log "$log" state "$state" accelerator "$accelerator" \
-    processes "$processes" per "$per" gpus "$gpus" save_grace "$save_grace" \
-    max_restarts_without_progress "$retries"
+    processes "$processes" save_grace "$save_grace" max_restarts_without_progress "$retries"
   if ((${#srun_options[@]})); then as_array srun_options "${srun_options[@]}"; else
     printf 'srun_options=()\n'
   fi

@@ -2,8 +2,8 @@
 # The body of the batch script that launch/slurm.sh writes; sourced by it, on the first node.
 #
 # The batch script sets: workdir, restart_log, state (a folder that all nodes see), processes,
-# per (node or gpu), gpus, save_grace, max_restarts_without_progress, accelerator, srun_options and
-# train (arrays).
+# save_grace, max_restarts_without_progress, accelerator, srun_options and train (arrays). The
+# processes find each other, and their GPUs, by what srun tells them (vlp_jax/parallel/startup.py).
 #
 # shellcheck disable=SC2154  # these are the batch script's
 
@@ -14,13 +14,6 @@ use_accelerator "$accelerator"
 # A requeued job runs this script again, with the same job number.
 # shellcheck disable=SC2034  # read by restart_loop
 starts_file=$state/starts launch_id=$SLURM_JOB_ID return_on_75=yes backoff=30 max_backoff=300
-
-# With SLURM_* in the environment JAX gives each process the one GPU of its local number. A process
-# per node takes all of them. jax/_src/clusters/slurm_cluster.py, jax/_src/distributed.py
-if [[ $per == node ]]; then
-  JAX_LOCAL_DEVICE_IDS=$(seq -s , 0 $((gpus - 1)))
-  export JAX_LOCAL_DEVICE_IDS
-fi
 
 # --signal=TERM@S signals the tasks alone. This shell gets SIGTERM from scancel or preemption, which
 # also reach the tasks: nothing to pass on, but no restart and no requeue.

@@ -38,7 +38,7 @@
 # https://cloud.google.com/sdk/gcloud/reference/compute/tpus/queued-resources/create,
 # https://docs.cloud.google.com/tpu/docs/spot-compute,
 # https://cloud.google.com/sdk/gcloud/reference/compute/tpus/tpu-vm/ssh
-#
+
 # shellcheck disable=SC2329  # functions are called by the name of the command
 set -uo pipefail
 

@@ -47,6 +47,12 @@ class CannotSave(UserError):
     status = ExitStatus.CANNOT_SAVE
 
 
+class PeerLost(UserError):
+    """Another process of the job is not there: it may be late, so starting again can help."""
+
+    status = ExitStatus.PEER_LOST
+
+
 class Preempted(UserError):
     """The run was told to stop and can be resumed by the same command."""
 

@@ -27,7 +27,9 @@ counter = workdir / f"attempts.{process}"
 attempt = int(counter.read_text()) if counter.exists() else 0
 counter.write_text(str(attempt + 1))
 with (workdir / f"arguments.{process}").open("a") as file:
-    file.write(json.dumps({"argv": sys.argv[1:], "env": dict(os.environ)}) + "\n")
+    file.write(
+        json.dumps({"argv": sys.argv[1:], "env": dict(os.environ), "pid": os.getpid()}) + "\n"
+    )
 
 plan = json.loads(os.environ["FAKE_PLAN"])
 actions = plan[min(attempt, len(plan) - 1)][process]

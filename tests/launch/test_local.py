@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -109,6 +110,15 @@ def test_progress_resets_the_count(job):
     assert status == 0 and len(starts(job.workdir)) == 6
 
 
+def test_restarts_wait_longer_without_progress(job):
+    """1 s after a crash with progress or the first without, 2 s after the second, none after 75."""
+    crash, saved = [["exit", 1]], [["save", 5], ["exit", 1]]
+    plan = [[saved], [crash], [crash], [[["save", 6], ["exit", 75]]], [COMPLETE]]
+    _, _, errors = finish(job(plan, "--backoff", "1"))
+    delays = re.findall(r"starting again in (\d+) s", errors)
+    assert delays == ["1", "1", "2", "0"]
+
+
 def test_told_to_stop_goes_on_until_nothing_is_saved_in_between(job):
     """Status 75 without the launcher being told, as after maintenance of a host."""
     plan = [[[["save", 1], ["exit", 75]]], [[["save", 2], ["exit", 75]]], [[["exit", 75]]]]
@@ -205,20 +215,30 @@ def test_sigterm_during_the_back_off_ends_the_launcher(job):
 
 
 def test_no_process_is_left_behind(job):
-    plan = [[[["exit", 1]], [["stop"]]]]
+    plan = [[[["wait_for", "stopping"], ["exit", 1]], [["touch", "stopping"], ["stop"]]]]
     status, *_ = finish(job(plan, "--max-restarts-without-progress", "0", processes=2))
     assert status == 1
-    found = subprocess.run(["pgrep", "-f", str(job.workdir)], capture_output=True, text=True)
-    assert found.stdout == ""
+    for process in (0, 1):
+        with pytest.raises(ProcessLookupError):
+            os.kill(starts(job.workdir, process)[0]["pid"], 0)
 
 
 def test_the_launcher_may_be_replaced_while_it_runs(tmp_path, fake_environment):
-    """bash reads a script as it goes; a new version, in place, must not reach a running job."""
+    """bash reads a script as it goes; a new version in its place must not reach a running job."""
     shutil.copytree(LAUNCH, tmp_path / "launch")
     script = tmp_path / "launch" / "local.sh"
     plan = [[[["touch", "ready"], ["wait_for", "go"], ["save", 1], ["exit", 1]]], [COMPLETE]]
     process = subprocess.Popen(
-        [str(script), "--", "--config", "c.py", "--workdir", str(tmp_path / "run")],
+        [
+            str(script),
+            "--backoff",
+            "0",
+            "--",
+            "--config",
+            "c.py",
+            "--workdir",
+            str(tmp_path / "run"),
+        ],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -240,7 +260,7 @@ def test_two_jobs_never_share_a_workdir(job):
     first.wait()
     status, _, errors = finish(job([[COMPLETE]]))
     assert status == 2 and "another job" in errors
-    subprocess.run(["pkill", "-TERM", "-f", f"fake_train.py.*{job.workdir}"], check=True)
+    os.kill(starts(job.workdir)[0]["pid"], signal.SIGTERM)
     first.communicate(timeout=20)
     assert finish(job([[COMPLETE]]))[0] == 0
 
@@ -300,5 +320,6 @@ def test_mistakes_end_with_one_line_and_status_2(launcher, arguments, says):
 @pytest.mark.parametrize("name", ["local.sh", "slurm.sh", "tpu_vm.sh", "gke.sh"])
 def test_help_is_enough(launcher, name):
     text = launcher(name, "--help").stdout
-    assert text.startswith(("Trains", "Runs")) and "--dry-run" in text and "#!" not in text
+    assert text.startswith(("Trains", "Runs")) and "--dry-run" in text
+    assert "#!" not in text and "shellcheck" not in text
     assert os.access(LAUNCH / name, os.X_OK)

@@ -126,7 +126,7 @@ def test_one_process_has_the_services_of_a_job():
 def test_a_coordinator_that_cannot_be_reached():
     began = time.monotonic()
     done = run("127.0.0.1:9", 2, 1)
-    assert done.returncode == 2, (done.returncode, done.stderr)
+    assert done.returncode == 76, (done.returncode, done.stderr)
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith("error: no process 0 at 127.0.0.1:9 within 2 s: Connection refused")
     assert time.monotonic() - began < 60

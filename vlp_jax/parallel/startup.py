@@ -20,7 +20,7 @@ import jax
 # JAX has no public way to ask whether its devices are in use already.
 from jax._src import xla_bridge
 
-from vlp_jax.errors import ExitStatus, UserError
+from vlp_jax.errors import ExitStatus, PeerLost, UserError
 from vlp_jax.parallel import agreement
 
 HEARTBEAT_SECONDS = 100.0
@@ -97,7 +97,8 @@ def _look_for_coordinator(arguments: Mapping[str, Any], seconds: float) -> None:
     """Waits until process 0 listens, which JAX itself would do, to abort when the time is up.
 
     Raises:
-      UserError: it does not, or its port is taken.
+      PeerLost: it does not.
+      UserError: its port is taken.
     """
     if "coordinator_address" not in arguments:
         return  # JAX finds it
@@ -120,7 +121,7 @@ def _look_for_coordinator(arguments: Mapping[str, Any], seconds: float) -> None:
             return
         except OSError as error:
             if time.monotonic() > until:
-                raise UserError(
+                raise PeerLost(
                     f"no process 0 at {place} within {seconds:g} s: {error.strerror or error}; see "
                     "that it runs, that the address is the same for all processes and that the "
                     "port is open to this host"
