@@ -99,7 +99,7 @@ def test_spikes_are_skipped_in_training_and_their_memory_is_part_of_the_state():
     config = helpers.tiny_config()
     config.guard.update(spike_deviations=20.0, spike_window=4)
     setup = helpers.setup_on(config, {"replica": 2}, 2)
-    setup = dataclasses.replace(setup, objective=Poisoned(setup.objective, factor=100.0))
+    setup = dataclasses.replace(setup, objective=Poisoned(setup.objective, factor=1e5))
     step, state, skipped = helpers.compiled(setup), helpers.fresh(setup), []
     for value in (0, 0, 0, 0, 0, 0, 0, 0, 255, 0):
         batch = marked(next(helpers.batches(1)), value)

@@ -169,12 +169,15 @@ class Reader:
 def _without(tree: Any, paths: Collection[str], above: str = "") -> Any:
     """The tree without the arrays at `paths`, all of which are in mappings."""
     if isinstance(tree, dict):
-        names = {key: f"{above}{key}" for key in tree}
-        return {
-            key: _without(value, paths, f"{names[key]}/")
-            for key, value in tree.items()
-            if names[key] not in paths
-        }
+        kept = {}
+        for key, value in tree.items():
+            if f"{above}{key}" in paths:
+                continue
+            rest = _without(value, paths, f"{above}{key}/")
+            if rest == {} and value != {}:  # all of it is left out, and its name as well
+                continue
+            kept[key] = rest
+        return kept
     if isinstance(tree, list | tuple):
         return [_without(value, paths, f"{above}{i}/") for i, value in enumerate(tree)]
     return tree
