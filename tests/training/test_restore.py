@@ -244,5 +244,5 @@ def test_an_average_that_is_not_there_is_refused(tmp_path):
 def test_parameters_of_another_model_are_refused(averaged):
     workdir, _, _ = averaged
     saved = SavedParameters.of(checkpoint.absolute(workdir), 5)
-    with pytest.raises(UserError, match=r"ema/image_projection/kernel is \(256, 16\) in the"):
+    with pytest.raises(UserError, match=r"key/bias is \(2, 2, 128\) in the checkpoint and"):
         saved.load(setup_of(True).abstract.params)
