@@ -80,7 +80,7 @@ def test_the_command_fails_where_there_is_a_fault(monkeypatch, capsys):
         (["--devices", "8"], "at least two rising numbers"),
         (["--devices", "8", "4"], "at least two rising numbers"),
         (["--dim", "0"], "--dim is at least 1"),
-        (["--topology", "no:such"], "--topology no:such: "),
+        (["--topology", "no:such"], "topology 'no:such' does not exist"),
     ],
 )
 def test_arguments_that_make_no_sense_are_refused(arguments, words, monkeypatch, capsys):

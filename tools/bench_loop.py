@@ -34,6 +34,7 @@ from vlp_jax.train import make_step_clock
 from vlp_jax.training.build import Parts, build, first_state, make_checkpointer
 from vlp_jax.training.command import run_command
 from vlp_jax.training.loop import Loop
+from vlp_jax.training.measures import NullMeasures
 from vlp_jax.training.report import StepReport
 from vlp_jax.training.state import TrainState
 from vlp_jax.training.step import StepFunction, compile_step
@@ -74,6 +75,7 @@ class LoopRunner:
             clock=self._clock,
             startup=startup_clock,
             input_metrics=parts.input_state.metrics,
+            measures=NullMeasures(),
         )
 
     def __call__(self, state: TrainState, batches: Prefetcher, steps: int) -> TrainState:
@@ -94,6 +96,7 @@ class LoopRunner:
             progress=self.progress,
             clock=self._clock,
             profiler=NullProfiler(),
+            measures=NullMeasures(),
         )
         state = loop.run(state)
         self._report.settle()

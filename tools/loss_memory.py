@@ -17,14 +17,12 @@ from __future__ import annotations
 import argparse
 import functools
 import math
-import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import topologies
 from jax.sharding import Mesh
 
 from vlp_jax.errors import UserError
@@ -32,6 +30,7 @@ from vlp_jax.objectives.blocked import blocked_loss
 from vlp_jax.objectives.pairwise import PAIRWISE_LOSSES, pair_logits
 from vlp_jax.parallel import mesh as mesh_lib
 from vlp_jax.parallel import rules
+from vlp_jax.parallel.topologies import tpu_devices
 from vlp_jax.training.command import run_command
 
 FORMS = ("plain", "blocked")
@@ -79,23 +78,6 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--markdown", action="store_true", help="print a table for the docs")
     return parser.parse_args(argv)
-
-
-def tpu_devices(topology: str) -> list[Any]:
-    """The devices of a TPU that need not be here; they can be compiled for.
-
-    Raises:
-      UserError: libtpu is missing or does not know the topology.
-    """
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # not to look for a TPU VM's metadata server
-    try:
-        return list(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)
-    except Exception as error:  # JAX and libtpu raise several kinds, RuntimeError among them
-        reason = str(error).splitlines()[0]
-        raise UserError(
-            f"--topology {topology}: {reason}; this needs the package libtpu (pip install libtpu) "
-            "and a name that it knows, such as v5e:16x16"
-        ) from error
 
 
 def make_meshes(arguments: argparse.Namespace) -> list[Mesh]:

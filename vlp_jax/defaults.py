@@ -40,8 +40,11 @@ def base() -> ConfigDict:
     # the whole batch, with all its negatives.
     config.microbatches = 1
     config.duration = duration(steps=1000)
-    # Sizes of the mesh axes; one of them may be -1: all devices that are left.
-    config.mesh = ConfigDict({"replica": -1, "fsdp": 1, "tensor": 1})
+    # A preset ("dp", "fsdp", "fsdp_tp", "hybrid"; None is as "dp", but takes any sizes) and sizes
+    # of the mesh axes. None is what the preset makes of it; one may be -1: all devices that are
+    # left. See `vlp_jax.parallel.mesh_sizes`.
+    config.mesh = ConfigDict({axis: placeholder(int) for axis in ("replica", "fsdp", "tensor")})
+    config.mesh.preset = placeholder(str)
     config.objective = ConfigDict()
     config.data = ConfigDict()
     config.extra_data = ConfigDict()  # further datasets by name, for parts of a composite objective
@@ -60,38 +63,9 @@ def base() -> ConfigDict:
         }
     )
     config.log = ConfigDict({"every": duration(steps=10)})
-    config.checkpoint = ConfigDict(
-        {
-            "every": duration(percent=10.0),
-            # Also after so many minutes without one, looked at where steps are logged; 0: never.
-            # It is what a run that is killed loses at most.
-            "minutes": 30.0,
-            "max_failed": 5,  # saves that fail in a row (a full disk) before the run ends
-            "keep_last": 2,
-            "keep_every": 0,  # also keep each checkpoint whose step is a multiple of it; 0: none
-            "asynchronous": True,
-            # Go on although the training data is not that of the checkpoint.
-            "accept_other_data": False,
-        }
-    )
-    # Steps that leave the state as it is: those whose loss or gradient is not finite, always.
-    config.guard = ConfigDict(
-        {
-            "max_skipped": 5,  # one after the other; then the run ends and names the examples
-            # Also those whose loss is so many standard deviations above its running mean; 0: none.
-            "spike_deviations": 0.0,
-            "spike_window": 200,  # steps over which the mean is taken, and before the rule holds
-        }
-    )
-    # What a process waits for before it ends itself, to be started again; 0 for no end.
-    config.watchdog = ConfigDict(
-        {
-            "first_step_minutes": 60.0,  # from the start to the end of the first step
-            "step_minutes": 10.0,  # a later step
-            "pause_minutes": 60.0,  # an evaluation, a checkpoint
-            "heartbeat_seconds": 100.0,  # a process of the job that is silent for so long is lost
-        }
-    )
+    config.checkpoint = _checkpoint()
+    config.guard = _guard()
+    config.watchdog = _watchdog()
     config.writers = ConfigDict(
         {
             "tensorboard": True,
@@ -105,10 +79,57 @@ def base() -> ConfigDict:
             ),
         }
     )
-    # Steps to trace, `first` to `last`; None for none.
-    config.profile = ConfigDict({"first": placeholder(int), "last": placeholder(int)})
+    config.profile = _profile()
+    # Steps between two collections of Python's garbage, on all processes together; 0: Python's own.
+    config.garbage_collection_every = 1000
     config.prefetch = 2  # batches that wait on the devices
     return config
+
+
+def _profile() -> ConfigDict:
+    """Steps to trace, `first` to `last`; None for none. SIGUSR1 traces the next few."""
+    return ConfigDict({"first": placeholder(int), "last": placeholder(int), "steps_on_signal": 5})
+
+
+def _checkpoint() -> ConfigDict:
+    return ConfigDict(
+        {
+            "every": duration(percent=10.0),
+            # Also after so many minutes without one, looked at where steps are logged; 0: never.
+            # It is what a run that is killed loses at most.
+            "minutes": 30.0,
+            "max_failed": 5,  # saves that fail in a row (a full disk) before the run ends
+            "keep_last": 2,
+            "keep_every": 0,  # also keep each checkpoint whose step is a multiple of it; 0: none
+            "asynchronous": True,
+            # Go on although the training data is not that of the checkpoint.
+            "accept_other_data": False,
+        }
+    )
+
+
+def _guard() -> ConfigDict:
+    # Steps that leave the state as it is: those whose loss or gradient is not finite, always.
+    return ConfigDict(
+        {
+            "max_skipped": 5,  # one after the other; then the run ends and names the examples
+            # Also those whose loss is so many standard deviations above its running mean; 0: none.
+            "spike_deviations": 0.0,
+            "spike_window": 200,  # steps over which the mean is taken, and before the rule holds
+        }
+    )
+
+
+def _watchdog() -> ConfigDict:
+    # What a process waits for before it ends itself, to be started again; all minutes 0: no end.
+    return ConfigDict(
+        {
+            "first_step_minutes": 60.0,  # from the start to the end of the first step
+            "step_minutes": 10.0,  # a later step
+            "pause_minutes": 60.0,  # an evaluation, a checkpoint
+            "heartbeat_seconds": 100.0,  # a process of the job that is silent for so long is lost
+        }
+    )
 
 
 def _optimizer() -> ConfigDict:

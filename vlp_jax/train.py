@@ -8,7 +8,7 @@ import functools
 import os
 import sys
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
@@ -18,15 +18,16 @@ from ml_collections import ConfigDict
 
 from vlp_jax import config as config_lib
 from vlp_jax.errors import UserError
-from vlp_jax.observe.profiler import NullProfiler, Profiler
+from vlp_jax.observe.profiler import parse_steps
 from vlp_jax.observe.progress import NullProgress, Progress
 from vlp_jax.observe.throughput import StartupClock, StepClock, peak_flops
 from vlp_jax.observe.watchdog import NullWatchdog, Watchdog
-from vlp_jax.observe.writers import build_writers, check_writers
+from vlp_jax.observe.writers import Writer, build_writers, check_writers
 from vlp_jax.parallel import mesh as mesh_lib
 from vlp_jax.parallel import startup
 from vlp_jax.parallel.batch import Prefetcher
 from vlp_jax.parallel.maintenance import MaintenanceWatch
+from vlp_jax.parallel.sharding_report import spread
 from vlp_jax.training import param_groups
 from vlp_jax.training import workdir as workdir_lib
 from vlp_jax.training.build import Parts, build, first_state, make_checkpointer
@@ -34,6 +35,7 @@ from vlp_jax.training.checkpoint import Checkpointer
 from vlp_jax.training.command import run_command
 from vlp_jax.training.lock import locked
 from vlp_jax.training.loop import Loop
+from vlp_jax.training.measures import Measures, profile_steps, take_profile_flag
 from vlp_jax.training.preemption import PreemptionWatch
 from vlp_jax.training.report import StepReport
 from vlp_jax.training.setup import Setup
@@ -82,6 +84,35 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, ConfigDict]:
     parser.add_argument("--config", metavar="FILE[:ARG]", help="a config file, and its argument")
     parser.add_argument("--workdir", metavar="DIR", help="folder of the run; may be gs://...")
     parser.add_argument("--config.KEY", metavar="VALUE", help="replaces a key: --config.a.b=VALUE")
+    parser.add_argument(
+        "--profile", metavar="FIRST:LAST", type=parse_steps, help="traces these steps"
+    )
+    _add_process_arguments(parser)
+    overrides = [a.removeprefix("--config.") for a in argv if a.startswith("--config.")]
+    arguments, unknown = parser.parse_known_args([a for a in argv if not a.startswith("--config.")])
+    if unknown:
+        raise UserError(f"unknown argument {unknown[0]!r}; see --help")
+    if arguments.help:
+        parser.print_help()
+    if not arguments.config:
+        if arguments.help:
+            raise SystemExit(0)
+        raise UserError("--config is missing; see --help")
+    config = config_lib.load(arguments.config)
+    config_lib.override(config, overrides)
+    take_profile_flag(config, arguments.profile)
+    config_lib.check(config)
+    if arguments.help:
+        print(f"\nkeys of {arguments.config}:")
+        for key, value in config_lib.flatten(config):
+            print(f"  --config.{key}={textwrap.shorten(str(value), LONGEST_VALUE)}")
+        raise SystemExit(0)
+    if not arguments.workdir:
+        raise UserError("--workdir is missing; see --help")
+    return arguments, config
+
+
+def _add_process_arguments(parser: argparse.ArgumentParser) -> None:
     several = parser.add_argument_group(
         "several processes (give the first three; without, SLURM, Cloud TPU and GKE are asked)"
     )
@@ -101,27 +132,6 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, ConfigDict]:
         metavar="S",
         help="how long to wait for process 0 (default: %(default)g)",
     )
-    overrides = [a.removeprefix("--config.") for a in argv if a.startswith("--config.")]
-    arguments, unknown = parser.parse_known_args([a for a in argv if not a.startswith("--config.")])
-    if unknown:
-        raise UserError(f"unknown argument {unknown[0]!r}; see --help")
-    if arguments.help:
-        parser.print_help()
-    if not arguments.config:
-        if arguments.help:
-            raise SystemExit(0)
-        raise UserError("--config is missing; see --help")
-    config = config_lib.load(arguments.config)
-    config_lib.override(config, overrides)
-    config_lib.check(config)
-    if arguments.help:
-        print(f"\nkeys of {arguments.config}:")
-        for key, value in config_lib.flatten(config):
-            print(f"  --config.{key}={textwrap.shorten(str(value), LONGEST_VALUE)}")
-        raise SystemExit(0)
-    if not arguments.workdir:
-        raise UserError("--workdir is missing; see --help")
-    return arguments, config
 
 
 def train(
@@ -140,67 +150,81 @@ def train(
       Preempted, NotFinite, CannotSave: see `Loop.run`.
     """
     workdir = epath.Path(workdir)
-    workdir_lib.check_writable(workdir)
-    check_writers(config.writers)
-    profiler = make_profiler(config, workdir)
+    check_before_start(config, workdir)
     with contextlib.ExitStack() as stack:
         watchdog = stack.enter_context(make_watchdog(config, workdir))
         parts = build(config, workdir, clock)
-        setup, last_step = parts.setup, parts.setup.units.total_steps
-        progress = stack.enter_context(make_progress(last_step, workdir.name))
+        setup = parts.setup
+        progress = stack.enter_context(make_progress(setup.units.total_steps, workdir.name))
         stack.enter_context(locked(workdir))
+        measures = stack.enter_context(Measures(config, workdir, clock, progress))
         with clock.phase("check the checkpoints"):
-            checkpointer = make_checkpointer(config, workdir, tell=progress.print)
-        stack.enter_context(checkpointer)
+            opened = make_checkpointer(config, workdir, tell=progress.print)
+            checkpointer = stack.enter_context(opened)
         first_step = find_first_step(parts, checkpointer)
-        for change in workdir_lib.changes(workdir, config):
-            progress.print(f"note: {change}")
-        workdir_lib.prepare(workdir, config, parts.tokenizer)
-        parts.start.announce(workdir, progress.print)
-        progress.print(startup.describe_processes(job))
-        progress.print(mesh_lib.describe(setup.mesh))
-        with clock.phase("compile the step"):
+        begin(parts, workdir, job, progress.print)
+        measures.begin(first_step, setup.units.total_steps)
+        with clock.phase("compile the step"), measures.compiling_step():
             step_function = compile_step(setup.step, setup.abstract, setup.batch_spec, setup.mesh)
         with clock.phase("restore the state" if first_step else "initialize the state"):
             state = first_state(parts, checkpointer, first_step)
         progress.print(describe_run(setup, first_step))
-        with clock.phase("measure the devices"):
-            step_clock = make_step_clock(setup, clock)
-        writer = build_writers(config.writers, workdir, first_step, config.to_dict())
-        stack.callback(writer.close)
+        writers = build_writers(config.writers, workdir, first_step, config.to_dict())
+        writer = stack.enter_context(contextlib.closing(writers))
         stack.enter_context(MaintenanceWatch())
-        prefetcher = Prefetcher(parts.pipeline.batches(first_step), setup.mesh, config.prefetch)
+        with clock.phase("measure the devices"):
+            step_clock = measures.use(make_step_clock(setup, clock))
         loop = Loop(
             step_function=step_function,
-            batches=stack.enter_context(prefetcher),
+            batches=stack.enter_context(make_prefetcher(parts, first_step)),
             input_state=parts.input_state.save,
             first_step=first_step,
-            last_step=last_step,
+            last_step=setup.units.total_steps,
             save_when=parts.save_when,
             evaluations=parts.evaluations,
             preempted=stack.enter_context(PreemptionWatch()),
             log_when=parts.log_when,
-            report=StepReport(
-                log_when=parts.log_when,
-                batch_size=config.batch_size,
-                writer=writer,
-                progress=progress,
-                clock=step_clock,
-                startup=clock,
-                input_metrics=parts.input_state.metrics,
-                max_skipped=config.guard.max_skipped,
-                keep_examples=functools.partial(parts.input_state.write_examples, workdir),
-            ),
+            report=make_report(parts, workdir, writer, progress, step_clock, clock, measures),
             checkpointer=checkpointer,
             writer=writer,
             progress=progress,
             clock=step_clock,
-            profiler=stack.enter_context(profiler),
+            profiler=stack.enter_context(measures.profiler()),
             watchdog=watchdog,
+            measures=measures,
         )
-        state = loop.run(state)
-        progress.print(step_clock.goodput_line())
-    return state
+        with measures.training():
+            return loop.run(state)
+
+
+def make_report(
+    parts: Parts,
+    workdir: epath.Path,
+    writer: Writer,
+    progress: Progress | NullProgress,
+    step_clock: StepClock,
+    clock: StartupClock,
+    measures: Measures,
+) -> StepReport:
+    """What is told of each step."""
+    return StepReport(
+        log_when=parts.log_when,
+        batch_size=parts.setup.config.batch_size,
+        writer=writer,
+        progress=progress,
+        clock=step_clock,
+        startup=clock,
+        input_metrics=parts.input_state.metrics,
+        measures=measures,
+        max_skipped=parts.setup.config.guard.max_skipped,
+        keep_examples=functools.partial(parts.input_state.write_examples, workdir),
+    )
+
+
+def make_prefetcher(parts: Parts, first_step: int) -> Prefetcher:
+    """The batches from `first_step` on, on their way to the devices."""
+    batches = parts.pipeline.batches(first_step)
+    return Prefetcher(batches, parts.setup.mesh, parts.setup.config.prefetch)
 
 
 def find_first_step(parts: Parts, checkpointer: Checkpointer) -> int:
@@ -215,31 +239,39 @@ def find_first_step(parts: Parts, checkpointer: Checkpointer) -> int:
     return step
 
 
+def check_before_start(config: ConfigDict, workdir: epath.Path) -> None:
+    """Raises UserError for what can be seen to be wrong without building anything."""
+    workdir_lib.check_writable(workdir)
+    check_writers(config.writers)
+    profile_steps(config)
+
+
+def begin(parts: Parts, workdir: epath.Path, job: str, tell: Callable[[str], None]) -> None:
+    """Writes config and tokenizer, and tells what has changed, who takes part and how."""
+    config = parts.setup.config
+    for change in workdir_lib.changes(workdir, config):
+        tell(f"note: {change}")
+    workdir_lib.prepare(workdir, config, parts.tokenizer)
+    parts.start.announce(workdir, tell)
+    tell(startup.describe_processes(job))
+    tell(mesh_lib.describe(parts.setup.mesh))
+
+
 def describe_run(setup: Setup, first_step: int) -> str:
-    """One line for the log: the size of the model, and the steps that are ahead."""
+    """One line for the log: the size of the model and of its state, and the steps ahead."""
     size, frozen = param_groups.count(setup.abstract.params, setup.config.optimizer.frozen)
     last_step, batch_size = setup.units.total_steps, setup.config.batch_size
     steps = f"steps {first_step:,} to {last_step:,} of {batch_size:,} examples"
-    return f"{size:,} parameters, of which {frozen:,} frozen; {steps}"
+    state = spread(setup.abstract, setup.mesh)
+    part = (
+        f"{state.per_device / 2**20:,.1f} MiB of state a device, {state.ratio:.2f} of an even part"
+    )
+    return f"{size:,} parameters, of which {frozen:,} frozen; {steps}; {part}"
 
 
 def make_progress(last_step: int, name: str) -> Progress | NullProgress:
     """The live line, on the first process alone."""
     return Progress(last_step, name) if jax.process_index() == 0 else NullProgress()
-
-
-def make_profiler(config: ConfigDict, workdir: epath.Path) -> Profiler | NullProfiler:
-    """Traces the steps of `config.profile`, if it names any.
-
-    Raises:
-      UserError: only one of `first` and `last` is set, or they are the wrong way round.
-    """
-    first, last = config.profile.first, config.profile.last
-    if first is None and last is None:
-        return NullProfiler()
-    if first is None or last is None:
-        raise UserError("config.profile needs both first and last")
-    return Profiler(first, last, workdir / "profile")
 
 
 def make_watchdog(config: ConfigDict, workdir: epath.Path) -> Watchdog | NullWatchdog:
@@ -259,13 +291,11 @@ def make_watchdog(config: ConfigDict, workdir: epath.Path) -> Watchdog | NullWat
 
 def make_step_clock(setup: Setup, clock: StartupClock) -> StepClock:
     """Examples per second, MFU and goodput, against the peak of the devices at hand."""
-    device = setup.mesh.devices.flat[0]
-    dtype = setup.objective.compute_dtype
     return StepClock(
         forward_flops_per_example=setup.objective.flops_per_example(setup.batch_spec),
-        peak_flops_per_device=peak_flops(device, dtype).flops,
+        peak=peak_flops(setup.mesh.devices.flat[0], setup.objective.compute_dtype),
         device_count=setup.mesh.size,
-        startup_seconds=clock.total(),
+        before=clock.causes(),
     )
 
 

@@ -1,4 +1,5 @@
 import sys
+import threading
 import time
 from types import SimpleNamespace
 
@@ -7,7 +8,13 @@ import jax.numpy as jnp
 import pytest
 
 from vlp_jax.observe import accelerators
-from vlp_jax.observe.throughput import StartupClock, StepClock, TimeLedger, peak_flops
+from vlp_jax.observe.throughput import (
+    PeakFlops,
+    StartupClock,
+    StepClock,
+    TimeLedger,
+    peak_flops,
+)
 
 
 class Clock:
@@ -22,7 +29,7 @@ def _step_clock(**overrides):
     clock = Clock()
     arguments = dict(
         forward_flops_per_example=1e9,
-        peak_flops_per_device=1e12,
+        peak=PeakFlops(1e12, "table"),
         device_count=4,
         time_fn=clock,
     )
@@ -115,6 +122,7 @@ def test_summary_arithmetic():
             "perf/steps_per_second": 2.5,
             "perf/mfu": 3 * 1e9 * 80 / 4e12,
             "perf/data_wait_fraction": 0.25,
+            "perf/device_wait_fraction": 0.0,
             "perf/step_seconds": 0.4,
         }
     )
@@ -144,7 +152,6 @@ def test_windows_are_separate_and_pauses_are_not_in_them():
     assert clock.goodput() == pytest.approx(
         {
             "useful": 1,
-            "start": 0,
             "compile": 20,
             "evaluation": 100,
             "checkpoint": 50,
@@ -163,7 +170,7 @@ def test_a_summary_without_a_step_keeps_the_window():
 
 
 def test_goodput_accounts_for_every_second():
-    clock, now = _step_clock(startup_seconds=30.0)
+    clock, now = _step_clock(before={"start": 30.0, "compile": 4.0})
     begun = now.now
     with clock.paused("compile"):
         now.now += 10
@@ -172,9 +179,111 @@ def test_goodput_accounts_for_every_second():
             now.now += 1
         now.now += 5
         clock.step_done(1)
-    assert sum(clock.goodput().values()) == pytest.approx(30 + now.now - begun)
-    line = "1m40s, of which useful 50.0%, start 30.0%, compile 10.0%, data wait 10.0%"
-    assert clock.goodput_line() == line
+    clock.finish()
+    now.now += 6
+    assert sum(clock.goodput().values()) == pytest.approx(34 + now.now - begun)
+    assert clock.goodput() == pytest.approx(
+        {"useful": 50, "start": 30, "compile": 14, "data wait": 10, "checkpoint": 6}
+    )
+
+
+def test_overall_is_over_all_windows_and_steps():
+    clock, now = _step_clock()
+    assert clock.overall() == {}
+    for seconds in (1.0, 3.0):
+        with clock.data_wait():
+            now.now += 0.5
+        now.now += seconds
+        clock.step_done(10)
+        assert clock.summary()
+        with clock.paused("evaluation"):
+            now.now += 100
+    assert clock.overall() == pytest.approx(
+        {
+            "perf/examples_per_second": 20 / 5,
+            "perf/steps_per_second": 2 / 5,
+            "perf/mfu": 3 * 1e9 * 4 / 4e12,
+        }
+    )
+    assert (clock.steps_done, clock.examples_done) == (2, 20)
+
+
+class Step:
+    """Stands for the arrays of a step; `jax.block_until_ready` waits until it is `done`."""
+
+    def __init__(self):
+        self.done = threading.Event()
+
+    def block_until_ready(self):
+        assert self.done.wait(10)
+        return self
+
+
+def _wait_until_noted(clock, count):
+    while clock._watch._done[0] < count:
+        time.sleep(0.001)
+
+
+def test_waiting_for_data_costs_nothing_while_the_devices_are_busy():
+    clock, now = _step_clock()
+    step = Step()
+    clock.dispatched(step)
+    with clock.data_wait():
+        now.now += 4
+        step.done.set()
+        _wait_until_noted(clock, 1)
+        now.now += 1  # of these 5 seconds, the devices had nothing to do for this one alone
+    clock.step_done(8)
+    assert clock.summary()["perf/data_wait_fraction"] == pytest.approx(1 / 5)
+    with clock.data_wait():  # the devices are done already
+        now.now += 2
+    later = Step()
+    clock.dispatched(later)
+    with clock.data_wait():  # they are busy all the time
+        now.now += 8
+    clock.step_done(8)
+    assert clock.summary()["perf/data_wait_fraction"] == pytest.approx(2 / 10)
+    later.done.set()
+    clock.finish()
+    assert clock.goodput() == pytest.approx({"useful": 12, "data wait": 3, "checkpoint": 0})
+
+
+def test_a_step_that_failed_is_done():
+    clock, now = _step_clock()
+
+    class Failed:
+        def block_until_ready(self):
+            raise RuntimeError
+
+    clock.dispatched(Failed())
+    _wait_until_noted(clock, 1)
+    with clock.data_wait():
+        now.now += 3
+    assert clock.goodput()["data wait"] == pytest.approx(3)
+
+
+def test_waiting_for_the_devices_is_told_and_stays_useful():
+    clock, now = _step_clock()
+    now.now += 1
+    with clock.device_wait():
+        now.now += 3
+    clock.step_done(8)
+    with clock.paused("evaluation"), clock.device_wait():
+        now.now += 50
+    assert clock.summary()["perf/device_wait_fraction"] == pytest.approx(0.75)
+    assert clock.goodput() == pytest.approx({"useful": 4, "evaluation": 50})
+
+
+def test_compiling_is_charged_wherever_it_happens():
+    clock, now = _step_clock()
+    with clock.paused("evaluation"):
+        now.now += 10
+        clock.compiled(7)
+    now.now += 5
+    clock.compiled(2)
+    assert clock.goodput() == pytest.approx({"useful": 3, "evaluation": 3, "compile": 9})
+    clock.compiled(1e6)  # never more than there is
+    assert clock.goodput() == pytest.approx({"useful": 0, "evaluation": 3, "compile": 12})
 
 
 def test_a_pause_has_a_cause_of_its_own():
@@ -206,6 +315,7 @@ def test_startup_report():
     with startup.phase("compile"):
         now.now += 0.5
     assert startup.total() == pytest.approx(10)
+    assert startup.causes() == pytest.approx({"start": 4.5, "compile": 5.5})
     assert startup.report().splitlines() == [
         "first step after 10.0 s:",
         "  import tensorflow     3.00 s   30%",

@@ -52,7 +52,12 @@ def setup_on(config, sizes, devices=None):
 
 def fresh(setup):
     return init_state(
-        setup.objective, setup.optimizer, setup.batch_spec, setup.abstract, setup.config.seed
+        setup.objective,
+        setup.optimizer,
+        setup.batch_spec,
+        setup.abstract,
+        setup.config.seed,
+        setup.guard,
     )
 
 

@@ -113,6 +113,16 @@ def assert_same_run(config_file, workdir, undisturbed):
     )
 
 
+def assert_time_adds_up(workdir, starts):
+    """The ledger has all steps and seconds of all processes, killed ones among them."""
+    ledger = json.loads((workdir / "goodput.json").read_text())
+    assert ledger["starts"] == starts and ledger["ended"] == "complete"
+    assert ledger["step"] == STEPS == ledger["steps_done"] - ledger["steps_lost"]
+    seconds = ledger["seconds"]
+    assert sum(seconds.values()) == pytest.approx(ledger["alive_at"] - ledger["began_at"], abs=1)
+    assert seconds["start"] > 0 and seconds["useful"] > 0 and seconds["down"] > 0
+
+
 def killed_until_done(config_file, workdir, shapes_dir, kills, seed):
     rng = random.Random(seed)
     for _ in range(kills):
@@ -129,6 +139,7 @@ def killed_until_done(config_file, workdir, shapes_dir, kills, seed):
 def test_killed_twice_and_resumed(config_file, undisturbed, shapes_dir, tmp_path):
     killed_until_done(config_file, tmp_path, shapes_dir, kills=2, seed=0)
     assert_same_run(config_file, tmp_path, undisturbed)
+    assert_time_adds_up(tmp_path, starts=3)
 
 
 @pytest.mark.slow

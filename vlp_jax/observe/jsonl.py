@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import logging
 import math
 import os
 import time
@@ -24,6 +26,8 @@ Texts = Mapping[str, str]
 # JSON has no literal for these three, and Python's own `NaN` breaks every strict reader (jq,
 # browsers, pandas). They are written as strings, which `read_metrics` turns back.
 _NONFINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_log = logging.getLogger("vlp_jax.observe")
 _RESERVED = ("step", "time", "texts")
 
 
@@ -100,19 +104,43 @@ def is_remote(path: epath.PathLike) -> bool:
 
 
 class _LocalLines:
-    """Appends lines to a local file, each handed to the operating system at once."""
+    """Appends lines to a local file, each handed to the operating system at once.
+
+    What a full disk does not take waits in memory and is written when there is room again: that
+    metrics cannot be written is no reason to end a run.
+    """
 
     def __init__(self, path: epath.Path):
-        self._file: BinaryIO = open(os.fspath(path), "ab")
+        self._file: BinaryIO = open(os.fspath(path), "ab", buffering=0)
+        self._waiting = bytearray()
 
     def append(self, line: bytes) -> None:
-        self._file.write(line)
-        self._file.flush()
+        before = bool(self._waiting)
+        self._waiting += line
+        try:
+            while self._waiting:
+                del self._waiting[: self._file.write(self._waiting)]
+        except OSError as error:
+            if error.errno not in _FULL:
+                raise
+            if not before:
+                _log.warning(
+                    "metrics wait in memory until they can be written: %s: %s",
+                    *(self._file.name, error.strerror),
+                )
 
     def flush(self) -> None:
-        os.fsync(self._file.fileno())
+        self.append(b"")
+        try:
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            if error.errno not in _FULL:
+                raise
 
     def close(self) -> None:
+        self.append(b"")
+        if self._waiting:
+            _log.warning("%d bytes of metrics were lost: the disk is full", len(self._waiting))
         self._file.close()
 
 

@@ -4,21 +4,27 @@ from __future__ import annotations
 
 import contextlib
 import os
+import threading
 import time
-from collections.abc import Callable, Iterator
-from typing import Self
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Self
+
+import jax
 
 from vlp_jax.observe.accelerators import PeakFlops, peak_flops
-from vlp_jax.observe.progress import format_duration
+from vlp_jax.observe.device_busy import DeviceWatch
 
 __all__ = ["PeakFlops", "StartupClock", "StepClock", "TimeLedger", "peak_flops"]
 
-_USEFUL, _START, _DATA_WAIT = "useful", "start", "data wait"
+_USEFUL, _START, _DATA_WAIT, _CHECKPOINT = "useful", "start", "data wait", "checkpoint"
+_COMPILE = "compile"
 _OTHER = "other"
 
 
 class TimeLedger:
     """Charges every second that passes to exactly one cause: the innermost that is open.
+
+    One thread opens and closes causes; any thread may ask for the seconds.
 
     Args:
         default: the cause while none is open.
@@ -31,6 +37,7 @@ class TimeLedger:
         self._marked = time_fn() if started is None else started
         self._open = [default]
         self._seconds: dict[str, float] = {}
+        self._lock = threading.Lock()
 
     @property
     def current(self) -> str:
@@ -38,22 +45,41 @@ class TimeLedger:
 
     @contextlib.contextmanager
     def cause(self, name: str) -> Iterator[None]:
-        self._settle()
-        self._open.append(name)
+        with self._lock:
+            self._settle()
+            self._open.append(name)
         try:
             yield
         finally:
+            with self._lock:
+                self._settle()
+                self._open.pop()
+
+    def change_default(self, name: str) -> None:
+        """From now on, time in which no cause is open is charged to `name`."""
+        with self._lock:
             self._settle()
-            self._open.pop()
+            self._open[0] = name
 
     def charge(self, name: str, seconds: float) -> None:
         """Adds time that passed before the ledger was opened."""
-        self._seconds[name] = self._seconds.get(name, 0.0) + seconds
+        with self._lock:
+            self._seconds[name] = self._seconds.get(name, 0.0) + seconds
+
+    def move(self, seconds: float, source: str, target: str) -> None:
+        """Charges to `target` up to `seconds` that had been charged to `source`."""
+        with self._lock:
+            self._settle()
+            moved = min(max(seconds, 0.0), self._seconds.get(source, 0.0))
+            if moved:
+                self._seconds[source] -= moved
+                self._seconds[target] = self._seconds.get(target, 0.0) + moved
 
     def seconds(self) -> dict[str, float]:
         """Seconds by cause up to now, in the order in which the causes first came."""
-        self._settle()
-        return dict(self._seconds)
+        with self._lock:
+            self._settle()
+            return dict(self._seconds)
 
     def _settle(self) -> None:
         now = self._time()
@@ -65,16 +91,16 @@ class StepClock:
     """Speed of the steps between two summaries, and a ledger of the whole run.
 
     A window is the time since the last summary, without what was spent in `paused`. A step that
-    finishes inside `paused` (the first one, in `paused("compile")`) counts in no window.
+    finishes inside `paused` counts in no window.
 
     JAX returns before the device is done, so a summary is true only when the loop has just waited
     for the newest step, as it does when it fetches the metrics it logs.
 
     Args:
         forward_flops_per_example: FLOPs of a forward pass, analytic.
-        peak_flops_per_device: FLOP/s of one device, from `peak_flops`.
+        peak: of one device, from `peak_flops`.
         device_count: devices of the whole job.
-        startup_seconds: what passed before this clock was made, for the goodput.
+        before: seconds by cause that passed before this clock was made, for the goodput.
         time_fn: the clock, in seconds.
     """
 
@@ -82,39 +108,80 @@ class StepClock:
         self,
         *,
         forward_flops_per_example: float,
-        peak_flops_per_device: float,
+        peak: PeakFlops,
         device_count: int,
-        startup_seconds: float = 0.0,
+        before: Mapping[str, float] | None = None,
         time_fn: Callable[[], float] = time.perf_counter,
     ):
+        self._time = time_fn
         self._flops_per_example = 3 * forward_flops_per_example  # backward costs twice the forward
-        self._peak = peak_flops_per_device * device_count
-        self._startup_seconds = startup_seconds
+        self.peak = peak
+        self._peak_of_all = peak.flops * device_count
+        self._before = dict(before or {})
         self._ledger = TimeLedger(_USEFUL, time_fn)
+        self._watch = DeviceWatch(time_fn)
         self._window_start = self._ledger.seconds()
+        self._device_wait = 0.0
         self._steps = 0
         self._examples = 0
+        self.steps_done = 0  # of this process, in windows or not
+        self.examples_done = 0
+
+    def dispatched(self, arrays: Any) -> None:
+        """Says that the step which computes `arrays` was handed to the devices."""
+        self._watch.watch(arrays)
 
     @contextlib.contextmanager
     def data_wait(self) -> Iterator[None]:
-        """Wraps waiting for the next batch; inside `paused` it is part of the pause."""
+        """Wraps waiting for the next batch; inside `paused` it is part of the pause.
+
+        While the devices still compute the step before, nothing is lost by waiting: only what
+        passes after they are done is charged to "data wait".
+        """
         cause = self._ledger.current
-        with self._ledger.cause(_DATA_WAIT if cause == _USEFUL else cause):
+        if cause != _USEFUL:
             yield
+            return
+        begin = self._time()
+        with self._ledger.cause(_DATA_WAIT), jax.profiler.TraceAnnotation(_DATA_WAIT):
+            yield
+        end = self._time()
+        self._ledger.move(self._watch.busy_between(begin, end), _DATA_WAIT, _USEFUL)
+
+    @contextlib.contextmanager
+    def device_wait(self) -> Iterator[None]:
+        """Wraps waiting for the devices. It is part of the step, whose cause stays "useful"."""
+        begin = self._time()
+        try:
+            yield
+        finally:
+            if self._ledger.current == _USEFUL:
+                self._device_wait += self._time() - begin
 
     @contextlib.contextmanager
     def paused(self, cause: str) -> Iterator[None]:
         """Wraps what is not training: "compile", "evaluation", "checkpoint", ..."""
         if cause in (_USEFUL, _DATA_WAIT):
             raise ValueError(f"{cause!r} is not a cause of a pause")
-        with self._ledger.cause(cause):
+        with self._ledger.cause(cause), jax.profiler.TraceAnnotation(cause):
             yield
+
+    def compiled(self, seconds: float) -> None:
+        """Says that the last `seconds` went into compiling, whatever the cause that is open."""
+        self._ledger.move(seconds, self._ledger.current, _COMPILE)
 
     def step_done(self, n_examples: int) -> None:
         """Counts a step on a batch of `n_examples`, over all hosts."""
+        self.steps_done += 1
+        self.examples_done += n_examples
         if self._ledger.current == _USEFUL:
             self._steps += 1
             self._examples += n_examples
+
+    def finish(self) -> None:
+        """Says that the last step is done: what follows waits for the last checkpoint."""
+        self._ledger.change_default(_CHECKPOINT)
+        self._watch.close()
 
     def summary(self) -> dict[str, float]:
         """Speed over the window that ends now; a new one begins. Empty if no step finished in it.
@@ -124,7 +191,9 @@ class StepClock:
             perf/mfu, 3 x forward FLOPs x examples/s over the peak of all devices, in [0, 1]
             (PaLM, arXiv:2204.02311, appendix B; recomputation does not count, and the backward
             pass of frozen parameters, which is not computed, does);
-            perf/data_wait_fraction, the share of the time spent waiting for batches, in [0, 1];
+            perf/data_wait_fraction, the share of the time in which the devices had nothing to do
+            because the next batch was not there, in [0, 1];
+            perf/device_wait_fraction, the share in which this process waited for the devices;
             perf/step_seconds, the mean time of a step with its wait.
         """
         seconds = self._ledger.seconds()
@@ -133,31 +202,39 @@ class StepClock:
             for cause in (_USEFUL, _DATA_WAIT)
         }
         active = sum(spent.values())
-        steps, examples = self._steps, self._examples
+        steps, examples, device_wait = self._steps, self._examples, self._device_wait
         if steps == 0 or active <= 0:
             return {}
         self._window_start, self._steps, self._examples = seconds, 0, 0
+        self._device_wait = 0.0
         return {
-            "perf/examples_per_second": examples / active,
-            "perf/steps_per_second": steps / active,
-            "perf/mfu": self._flops_per_example * examples / active / self._peak,
+            **self._speed(steps, examples, active),
             "perf/data_wait_fraction": spent[_DATA_WAIT] / active,
+            "perf/device_wait_fraction": min(device_wait / active, 1.0),
             "perf/step_seconds": active / steps,
         }
 
+    def overall(self) -> dict[str, float]:
+        """The first three figures of `summary` over all steps of this process; empty if none."""
+        seconds = self._ledger.seconds()
+        active = seconds.get(_USEFUL, 0.0) + seconds.get(_DATA_WAIT, 0.0)
+        if not self.steps_done or active <= 0:
+            return {}
+        return self._speed(self.steps_done, self.examples_done, active)
+
     def goodput(self) -> dict[str, float]:
         """Seconds by cause since the process started: "useful" (training steps), "start", ..."""
-        useful_first = {_USEFUL: 0.0, _START: self._startup_seconds}
+        useful_first = {_USEFUL: 0.0, **self._before}
         for cause, seconds in self._ledger.seconds().items():
             useful_first[cause] = useful_first.get(cause, 0.0) + seconds
         return useful_first
 
-    def goodput_line(self) -> str:
-        """For the end of a run: `12m04s, of which useful 83.1%, start 3.2%, evaluation 6.0%`."""
-        seconds = self.goodput()
-        total = sum(seconds.values())
-        shares = [f"{cause} {value / total:.1%}" for cause, value in seconds.items() if value > 0]
-        return f"{format_duration(total)}, of which {', '.join(shares)}"
+    def _speed(self, steps: int, examples: int, active: float) -> dict[str, float]:
+        return {
+            "perf/examples_per_second": examples / active,
+            "perf/steps_per_second": steps / active,
+            "perf/mfu": self._flops_per_example * examples / active / self._peak_of_all,
+        }
 
 
 class StartupClock:
@@ -195,6 +272,13 @@ class StartupClock:
     def total(self) -> float:
         """Seconds since the start."""
         return sum(self._ledger.seconds().values())
+
+    def causes(self) -> dict[str, float]:
+        """The seconds since the start as the goodput has them: "start", and "compile"."""
+        causes = {_START: 0.0, _COMPILE: 0.0}
+        for name, seconds in self._ledger.seconds().items():
+            causes[_COMPILE if name.startswith(_COMPILE) else _START] += seconds
+        return causes
 
     def report(self) -> str:
         """A heading with the total, then each phase with its seconds and share, then the rest."""

@@ -8,7 +8,9 @@ writer forgets it on opening: every step of a resumed run is there once.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
+import shutil
 import uuid
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
@@ -39,6 +41,8 @@ __all__ = [
     "read_metrics",
 ]
 
+_ROOM_BYTES = 1 << 24  # more than pictures of one step take
+_log = logging.getLogger("vlp_jax.observe")
 _WANDB_MODES = ("online", "offline")
 
 
@@ -102,7 +106,8 @@ class TensorBoardWriter:
     """Event files for TensorBoard by tensorboardX, without TensorFlow.
 
     Event files are append-only: on opening, an event is written that makes TensorBoard hide what
-    earlier files say of steps >= `start_step`.
+    earlier files say of steps >= `start_step`. Where the disk is full, nothing is written, and that
+    is told once: the thread in which tensorboardX writes would not survive it.
 
     Raises:
         UserError: `directory` is not local, or tensorboardX is not installed.
@@ -121,25 +126,40 @@ class TensorBoardWriter:
                 "writers.tensorboard is on but tensorboardX is not installed: "
                 "`pip install tensorboardX`, or set writers.tensorboard=false"
             ) from error
+        self._directory, self._told = os.fspath(directory), False
         # tensorboardX names files by the second; the suffix keeps a quick restart from overwriting.
         self._writer = tensorboardX.SummaryWriter(
             os.fspath(directory), purge_step=start_step, filename_suffix=f".from_step_{start_step}"
         )
 
+    def _has_room(self) -> bool:
+        room = shutil.disk_usage(self._directory).free > _ROOM_BYTES
+        if not room and not self._told:
+            _log.warning("nothing more is written to %s: the disk is full", self._directory)
+        self._told = not room
+        return room
+
     def write_scalars(self, step: int, scalars: Scalars) -> None:
+        if not self._has_room():
+            return
         for name, value in scalars.items():
             self._writer.add_scalar(name, float(value), global_step=step)
 
     def write_images(self, step: int, images: Images) -> None:
+        if not self._has_room():
+            return
         for name, image in images.items():
             self._writer.add_image(name, _checked_image(name, image), step, dataformats="HWC")
 
     def write_text(self, step: int, texts: Texts) -> None:
+        if not self._has_room():
+            return
         for name, text in texts.items():
             self._writer.add_text(name, text, global_step=step)
 
     def flush(self) -> None:
-        self._writer.flush()
+        if self._has_room():
+            self._writer.flush()
 
     def close(self) -> None:
         self._writer.close()

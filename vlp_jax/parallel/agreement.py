@@ -31,6 +31,7 @@ TIMEOUT_SECONDS = 1800.0
 BARRIER_LOOK_MS = 500  # how often a barrier asks whether somebody failed
 
 _rounds, _chapters = itertools.count(), itertools.count()
+_rounds_to_first = itertools.count()
 
 
 def gather(value: Any, timeout: float = TIMEOUT_SECONDS) -> list[Any]:
@@ -56,6 +57,29 @@ def gather(value: Any, timeout: float = TIMEOUT_SECONDS) -> list[Any]:
     if number:
         client.key_value_delete(_key(number - 1, own))
     return values
+
+
+def to_first(value: Any, timeout: float = TIMEOUT_SECONDS) -> list[Any] | None:
+    """The `value` of every process in the order of their numbers, on process 0; None on the others.
+
+    The others do not wait, and process 0 alone reads, so that it costs little with many processes.
+
+    Raises:
+      RuntimeError: a process did not come in time.
+    """
+    if jax.process_count() == 1:
+        return [value]
+    client, own = distributed.global_state.client, jax.process_index()
+    folder = f"vlp_jax/to_first/{next(_rounds_to_first)}"
+    if own:
+        client.key_value_set(f"{folder}/{own}", json.dumps(value))
+        return None
+    others = [
+        json.loads(client.blocking_key_value_get(f"{folder}/{process}", int(timeout * 1000)))
+        for process in range(1, jax.process_count())
+    ]
+    client.key_value_delete(folder)
+    return [value, *others]
 
 
 def from_first(value: Any, timeout: float = TIMEOUT_SECONDS) -> Any:

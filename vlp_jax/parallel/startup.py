@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import re
 import socket
+import sys
+import threading
+import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +20,7 @@ import jax
 # JAX has no public way to ask whether its devices are in use already.
 from jax._src import xla_bridge
 
-from vlp_jax.errors import UserError
+from vlp_jax.errors import ExitStatus, UserError
 from vlp_jax.parallel import agreement
 
 HEARTBEAT_SECONDS = 100.0
@@ -66,7 +70,7 @@ def initialize(
 
     Raises:
       UserError: some but not all of the three are given, the coordinator was not reached, or the
-        job has not the expected number of processes.
+        job has not the expected number of processes. If processes do not come, this one ends.
     """
     widen_cpu_thread_pool()
     job = find_job(coordinator, processes, process_id)
@@ -77,22 +81,75 @@ def initialize(
         if job.kind == ALONE:
             # Devices of one process need no network between them.
             jax.config.update("jax_cpu_collectives_implementation", None)
-        try:
+        _look_for_coordinator(job.arguments, join_seconds)
+        with _time_to_meet(job, join_seconds):
             jax.distributed.initialize(
                 **job.arguments,
                 heartbeat_timeout_seconds=max(1, round(heartbeat_seconds)),
-                initialization_timeout=max(1, round(join_seconds)),
+                initialization_timeout=round(join_seconds) + 60,
                 shutdown_timeout_seconds=FAREWELL_SECONDS,
             )
-        except (RuntimeError, ValueError, OSError) as error:
-            where = job.arguments.get("coordinator_address", "the place that was found")
-            raise UserError(
-                f"could not join the job ({job.kind}) at {where}: {str(error).splitlines()[0]}; "
-                "see that process 0 runs, that its port is free there and open to this host, and "
-                "that all processes were given the same address and number of processes"
-            ) from error
     _check_count(jax.process_count(), expected)
     return job.kind
+
+
+def _look_for_coordinator(arguments: Mapping[str, Any], seconds: float) -> None:
+    """Waits until process 0 listens, which JAX itself would do, to abort when the time is up.
+
+    Raises:
+      UserError: it does not, or its port is taken.
+    """
+    if "coordinator_address" not in arguments:
+        return  # JAX finds it
+    host, _, port = arguments["coordinator_address"].rpartition(":")
+    place = f"{host}:{port}"
+    if arguments["process_id"] == 0:
+        try:
+            with socket.socket() as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                probe.bind(("", int(port)))
+        except OSError as error:
+            raise UserError(
+                f"process 0 cannot listen at {place}: {error.strerror}; choose another port"
+            ) from error
+        return
+    until = time.monotonic() + seconds
+    while True:
+        try:
+            socket.create_connection((host, int(port)), timeout=max(1.0, seconds / 4)).close()
+            return
+        except OSError as error:
+            if time.monotonic() > until:
+                raise UserError(
+                    f"no process 0 at {place} within {seconds:g} s: {error.strerror or error}; see "
+                    "that it runs, that the address is the same for all processes and that the "
+                    "port is open to this host"
+                ) from error
+            time.sleep(0.2)
+
+
+@contextlib.contextmanager
+def _time_to_meet(job: Job, seconds: float) -> Iterator[None]:
+    """Ends the process with one line if the others do not come; JAX would abort with its stack."""
+
+    def give_up() -> None:
+        where = job.arguments.get("coordinator_address", "the place that was found")
+        print(
+            f"error: the {job.arguments.get('num_processes', '')} processes of the job "
+            f"({job.kind}) did not meet at {where} within {seconds:g} s; see that all of them were "
+            "started, with the same address and number of processes",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(ExitStatus.PEER_LOST)
+
+    timer = threading.Timer(seconds, give_up)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 ALONE = "this process alone"

@@ -15,13 +15,15 @@ from etils import epath
 from vlp_jax.observe.jsonl import is_remote
 
 CHECKSUMS = "checksums.json"
+# Orbax notes times there when all else is written; nothing of the state is in it.
+_NOT_CHECKED = (CHECKSUMS, "_CHECKPOINT_METADATA")
 SET_ASIDE = "damaged"  # the folder beside the checkpoints
 _READ_BYTES = 1 << 22
 _TEMPORARY = re.compile(r"(\d+)\.orbax-checkpoint-tmp.*")
 
 
 def write_checksums(directory: epath.Path) -> None:
-    """Writes `checksums.json`: size and CRC-32C (RFC 3720) of every file below `directory`.
+    """Writes `checksums.json`: size and CRC-32C (RFC 3720) of every file of state and input.
 
     Of files in an object store the sizes alone, since reading all of them back would double the
     traffic and the store has checksums of its own.
@@ -87,12 +89,12 @@ def free_bytes(directory: epath.Path) -> int | None:
 
 
 def _files(directory: epath.Path) -> Iterator[tuple[str, int]]:
-    """(path below `directory`, bytes) of every file but the checksums, sorted."""
+    """(path below `directory`, bytes) of every file that is checked, sorted."""
     for entry in sorted(directory.iterdir()):
         if entry.is_dir():
             for name, size in _files(entry):
                 yield f"{entry.name}/{name}", size
-        elif entry.name != CHECKSUMS:
+        elif entry.name not in _NOT_CHECKED:
             yield entry.name, entry.stat().length
 
 

@@ -16,6 +16,7 @@ from vlp_jax.observe.throughput import StepClock
 from vlp_jax.observe.watchdog import Watchdog
 from vlp_jax.observe.writers import Writer
 from vlp_jax.training.checkpoint import Checkpointer
+from vlp_jax.training.measures import LoopMeasures
 from vlp_jax.training.report import StepReport
 from vlp_jax.training.state import TrainState
 from vlp_jax.training.step import StepFunction
@@ -61,6 +62,7 @@ class Loop:
     clock: StepClock
     profiler: Profiler
     watchdog: Watchdog
+    measures: LoopMeasures
 
     def run(self, state: TrainState) -> TrainState:
         """Trains from `state`, just before batch `first_step`, to the end.
@@ -81,14 +83,16 @@ class Loop:
                 self.save(step, state)
             if step == self.last_step:
                 break
+            self.measures.collect_garbage(step)
+            self.profiler.step(step, state)
             with self.clock.data_wait():
                 batch = next(self.batches)
-            self.profiler.step(step)
             state, metrics = self.step_function(state, batch)
             self.report.take(step, metrics)
             self.watchdog.beat()
             if self.log_when(step):
                 self.checkpointer.poll()
+                self.measures.note("saves that failed", self.checkpointer.failed)
         self.finish(step)
         return state
 
@@ -125,6 +129,7 @@ class Loop:
             return False
         with self.pause("checkpoint"):
             self.checkpointer.save(step, state, self.input_state(step))
+        self.measures.saved(step)
         self.writer.flush()
         return True
 

@@ -13,6 +13,7 @@ from vlp_jax.objectives.base import Metrics
 from vlp_jax.observe.progress import Progress
 from vlp_jax.observe.throughput import StartupClock, StepClock
 from vlp_jax.observe.writers import Writer
+from vlp_jax.training.measures import LoopMeasures
 
 
 def to_scalars(metrics: Metrics, prefix: str) -> dict[str, float]:
@@ -30,6 +31,7 @@ class StepReport:
       log_when: steps whose metrics are written.
       batch_size: examples of a step, over the whole mesh.
       input_metrics: what to tell of the input just before a batch.
+      measures: what else to tell of a logged step.
       max_skipped: steps that are skipped one after the other before the run ends.
       keep_examples: writes down which examples the batches of some steps hold, and where.
 
@@ -48,6 +50,7 @@ class StepReport:
         clock: StepClock,
         startup: StartupClock,
         input_metrics: Callable[[int], Mapping[str, float]],
+        measures: LoopMeasures,
         max_skipped: int,
         keep_examples: Callable[[Sequence[int]], epath.Path],
     ):
@@ -58,6 +61,7 @@ class StepReport:
         self._clock = clock
         self._startup: StartupClock | None = startup
         self._input_metrics = input_metrics
+        self._measures = measures
         self._max_skipped = max_skipped
         self._keep_examples = keep_examples
         self.skipped = self.skipped_in_a_row = 0
@@ -66,6 +70,7 @@ class StepReport:
 
     def take(self, step: int, metrics: Metrics) -> None:
         """Holds the metrics of batch `step`, and settles those of the one before."""
+        self._clock.dispatched(metrics)
         pending, self._pending = self._pending, (step, metrics)
         if pending:
             self._settle(*pending)
@@ -85,7 +90,8 @@ class StepReport:
             self._settle(*pending)
 
     def _settle(self, step: int, metrics: Metrics) -> None:
-        scalars = to_scalars(metrics, "train/")
+        with self._clock.device_wait():
+            scalars = to_scalars(metrics, "train/")
         self._clock.step_done(self._batch_size)
         if scalars["train/skipped"]:
             self._note_skipped(step, scalars)
@@ -94,12 +100,14 @@ class StepReport:
         if self._log_when(step):
             speed = self._clock.summary()
             self._rate = speed.get("perf/examples_per_second", self._rate)
-            self._writer.write_scalars(step, {**scalars, **speed, **self._input_metrics(step + 1)})
+            scalars.update({**speed, **self._measures.scalars(step, speed)})
+            self._writer.write_scalars(step, {**scalars, **self._input_metrics(step + 1)})
         self._progress.update(step + 1, scalars["train/loss"], self._rate)
 
     def _note_skipped(self, step: int, scalars: Mapping[str, float]) -> None:
         self.skipped += 1
         self.skipped_in_a_row += 1
+        self._measures.note("steps skipped", self.skipped)
         names = ("train/loss", "train/grad_norm")
         bad = [name for name in names if not math.isfinite(scalars[name])]
         what = " and ".join(f"{name} is {scalars[name]}" for name in bad)

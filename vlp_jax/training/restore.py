@@ -25,6 +25,9 @@ MAX_LISTED = 4  # parameters that a mismatch names
 CHOICES = ("auto", "params", "ema")
 
 
+MEMORY = "guard/"  # what may be in the state or not, as `config.guard` says
+
+
 def shapes_of(tree: Any) -> dict[str, Shape]:
     """ "params/image/..." -> shape, for every array of a tree of arrays or Orbax's metadata."""
     return {path: tuple(leaf.shape) for path, leaf in _flatten(tree).items()}
@@ -80,12 +83,15 @@ class Reader:
       abstract: what is wanted, a tree of shapes, dtypes and shardings; that of a part is {"ema":
         ...}, as in the state.
       origins: path in `abstract` -> where that is in the checkpoint.
+      fresh: paths in `abstract` that begin anew, as zeros: the memory of the rule about spikes of
+        the loss, where the checkpoint was made without that rule.
     """
 
     directory: epath.Path
     tree: Any
     abstract: Any
     origins: Mapping[str, layer_layout.Origin]
+    fresh: Collection[str] = ()
 
     @classmethod
     def of(cls, directory: epath.Path, abstract: Any) -> Self:
@@ -102,6 +108,10 @@ class Reader:
         if isinstance(abstract, dict):
             tree = {field: tree[field] for field in abstract}
         saved, wanted = shapes_of(tree), shapes_of(abstract)
+        memory = {path for path in saved.keys() ^ wanted.keys() if path.startswith(MEMORY)}
+        fresh = memory & wanted.keys()
+        wanted = {path: shape for path, shape in wanted.items() if path not in memory}
+        saved = {path: shape for path, shape in saved.items() if path not in memory}
         origins = layer_layout.find_origins(saved, wanted)
         report = mismatch_report(layer_layout.converted_shapes(saved, origins), wanted)
         if report and layer_layout.is_other(origins) and "opt_state/" in report:
@@ -117,7 +127,8 @@ class Reader:
                 "use the config it was trained with, or another workdir"
             )
         used = {path for origin in origins.values() for path in origin.paths}
-        return cls(directory, _without(tree, saved.keys() - used), abstract, origins)
+        unused = shapes_of(tree).keys() - used
+        return cls(directory, _without(tree, unused), abstract, origins, fresh)
 
     @property
     def notes(self) -> list[str]:
@@ -131,7 +142,8 @@ class Reader:
         Each device gets its own part from disk. If layers are converted, the peak is what is read
         and one stack of layers more.
         """
-        wanted = _flatten(self.abstract)
+        leaves = _flatten(self.abstract)
+        wanted = {path: leaf for path, leaf in leaves.items() if path not in self.fresh}
         layout = layer_layout.saved_layout(shapes_of(self.tree), wanted, self.origins)
         arrays = _flatten(
             _restore(
@@ -146,7 +158,12 @@ class Reader:
             )
         )
         made = layer_layout.convert(arrays, wanted, self.origins)
-        return jax.tree.unflatten(jax.tree.structure(self.abstract), [made[p] for p in wanted])
+        for path in self.fresh:
+            zeros = np.zeros(leaves[path].shape, leaves[path].dtype)
+            made[path] = jax.make_array_from_callback(
+                zeros.shape, leaves[path].sharding, lambda index, zeros=zeros: zeros[index]
+            )
+        return jax.tree.unflatten(jax.tree.structure(self.abstract), [made[p] for p in leaves])
 
 
 def _without(tree: Any, paths: Collection[str], above: str = "") -> Any:

@@ -1,0 +1,265 @@
+"""Where the time of a run went, over all the processes that it took: WORKDIR/goodput.json."""
+
+from __future__ import annotations
+
+import bisect
+import dataclasses
+import json
+import math
+import threading
+import time
+import uuid
+from collections.abc import Callable, Mapping
+from typing import Any, Self
+
+from etils import epath
+
+from vlp_jax.observe.jsonl import is_remote
+
+GOODPUT_FILE = "goodput.json"
+FORMAT = 1
+MAX_MARKS = 256
+
+USEFUL, LOST, DOWN = "useful", "lost work", "down"
+# The order of tables. A cause that a clock has and this list has not comes before the last two.
+CAUSES = (USEFUL, "start", "compile", "data wait", "checkpoint", "evaluation")
+
+
+@dataclasses.dataclass(frozen=True)
+class OwnTime:
+    """What this process has done since it started: seconds by cause, and steps."""
+
+    seconds: Mapping[str, float]
+    steps: int
+
+
+@dataclasses.dataclass
+class RunTime:
+    """The time of a run up to `alive_at`. The seconds sum up to what passed since `began_at`.
+
+    Attributes:
+      began_at: Unix time at which the first process started.
+      alive_at: Unix time of the last sign of life.
+      starts: processes 0 that began.
+      seconds: by cause. "useful" is the time of those steps alone that the newest state consists
+        of; that of steps which a restart did again is "lost work".
+      step: steps that the newest state consists of.
+      steps_done: all that were done, those that were lost among them.
+      marks: (step, useful seconds of the steps before it), ascending, for saved steps.
+      ended: how the last process ended; None while it runs, and if it was killed.
+    """
+
+    began_at: float
+    alive_at: float
+    starts: int = 0
+    seconds: dict[str, float] = dataclasses.field(default_factory=dict)
+    step: int = 0
+    steps_done: int = 0
+    steps_lost: int = 0
+    marks: list[tuple[int, float]] = dataclasses.field(default_factory=list)
+    ended: str | None = None
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """Reads what `to_json` wrote.
+
+        Raises:
+          ValueError: it is something else.
+        """
+        try:
+            record = json.loads(text)
+            if record.pop("format") != FORMAT:
+                raise ValueError("it is of another format")
+            time_of_run = cls(**record)
+            time_of_run.seconds = {str(k): float(v) for k, v in time_of_run.seconds.items()}
+            time_of_run.marks = [(int(step), float(s)) for step, s in time_of_run.marks]
+            numbers = [time_of_run.began_at, time_of_run.alive_at, *time_of_run.seconds.values()]
+            numbers += [seconds for _, seconds in time_of_run.marks]
+            counts = (time_of_run.starts, time_of_run.step, time_of_run.steps_done)
+            whole = all(isinstance(n, int) for n in (*counts, time_of_run.steps_lost))
+            if not whole or not all(math.isfinite(n) for n in numbers):
+                raise ValueError("a number in it is none")
+        except (AttributeError, KeyError, TypeError) as error:
+            raise ValueError(f"it lacks {error}") from error
+        return time_of_run
+
+    def to_json(self) -> str:
+        """One JSON object; a torn one is no JSON."""
+        return json.dumps({"format": FORMAT, **dataclasses.asdict(self)}, allow_nan=False) + "\n"
+
+    def restart(self, step: int, started_at: float) -> None:
+        """A new process started at `started_at` (Unix time) and goes on from `step`.
+
+        A clock that was set back would make the time in between negative: it counts as none.
+        """
+        self.starts += 1
+        self.ended = None
+        self._add(DOWN, max(started_at - self.alive_at, 0.0))
+        if step < self.step:
+            known_from = self.marks[0][0] if self.marks else 0
+            useful = self.seconds.get(USEFUL, 0.0)
+            kept = self._useful_before(step)
+            self._add(LOST, useful - kept)
+            self.seconds[USEFUL] = kept
+            self.steps_lost += self.step - max(step, known_from)
+        else:
+            # Steps after the last sign of life, of which a checkpoint is left.
+            self.steps_done += step - self.step
+        self.step = step
+        self.marks = [mark for mark in self.marks if mark[0] < step]
+        self.mark()
+
+    def mark(self) -> None:
+        """Keeps what is useful up to `step`, to which a restart may return."""
+        if self.marks and self.marks[-1][0] >= self.step:
+            return
+        self.marks.append((self.step, self.seconds.get(USEFUL, 0.0)))
+        if len(self.marks) > MAX_MARKS:
+            # The older ones are thinned out, not forgotten: a run may be set back far.
+            del self.marks[1 : MAX_MARKS // 2 : 2]
+
+    def _useful_before(self, step: int) -> float:
+        """Useful seconds of the steps before `step`; between two marks, in proportion."""
+        points = [*self.marks, (self.step, self.seconds.get(USEFUL, 0.0))]
+        after = bisect.bisect_left(points, step, key=lambda point: point[0])
+        (right, more) = points[after]
+        if right == step or after == 0:
+            return more if right == step else 0.0
+        left, less = points[after - 1]
+        return less + (more - less) * (step - left) / (right - left)
+
+    def _add(self, cause: str, seconds: float) -> None:
+        self.seconds[cause] = self.seconds.get(cause, 0.0) + seconds
+
+
+class RunLedger:
+    """Adds the time of this process to that of the run, and keeps both in a file.
+
+    Neither reading nor writing it can end a run: what is not readable is counted anew, and a file
+    that cannot be written is warned of once.
+
+    Args:
+      path: of goodput.json, in a folder that exists.
+      own: what this process has done so far; called from any thread.
+      warn: takes a line for the user.
+      time_fn: the Unix time.
+    """
+
+    def __init__(
+        self,
+        path: epath.Path,
+        own: Callable[[], OwnTime],
+        warn: Callable[[str], None],
+        time_fn: Callable[[], float] = time.time,
+    ):
+        self._path = path
+        self._own = own
+        self._warn = warn
+        self._time = time_fn
+        self._warned = False
+        self._lock = threading.Lock()
+        self._before = RunTime(0.0, 0.0)  # at the start of this process
+        self._marks: list[tuple[int, float]] = []
+        self._ended: str | None = None
+
+    def begin(self, step: int) -> None:
+        """Reads the file and goes on from `step`."""
+        started_at = self._time() - sum(self._own().seconds.values())
+        before = self._read(step)
+        if before is None:
+            before = RunTime(began_at=started_at, alive_at=started_at, step=step)
+        before.restart(step, started_at)
+        self._before = before
+        self._marks = before.marks
+
+    def saved(self, step: int) -> None:
+        """Says that all steps before `step`, and no other, are done, and that it is being saved."""
+        with self._lock:
+            now = self._now()
+            now.step = step
+            now.mark()
+            self._marks = now.marks
+
+    def end(self, how: str) -> None:
+        """Says how this process ends."""
+        self._ended = how
+
+    def now(self) -> RunTime:
+        """The time of the run up to now."""
+        with self._lock:
+            return self._now()
+
+    def write(self) -> None:
+        """Writes the file, whole or not at all. Does not raise."""
+        try:
+            write_atomically(self._path, self.now().to_json())
+        except Exception as error:  # whatever an object store raises
+            if not self._warned:
+                self._warned = True
+                self._warn(
+                    f"warning: {self._path} cannot be written ({error}); the run goes on, but a "
+                    "restart will not know the time that was spent since"
+                )
+
+    def _now(self) -> RunTime:
+        own, before = self._own(), self._before
+        seconds = dict(before.seconds)
+        for cause, value in own.seconds.items():
+            seconds[cause] = seconds.get(cause, 0.0) + value
+        return dataclasses.replace(
+            before,
+            alive_at=self._time(),
+            seconds=seconds,
+            step=before.step + own.steps,
+            steps_done=before.steps_done + own.steps,
+            marks=list(self._marks),
+            ended=self._ended,
+        )
+
+    def _read(self, step: int) -> RunTime | None:
+        """What the file says; None, with a warning unless the run is new, if it says nothing."""
+        try:
+            if self._path.exists():
+                return RunTime.from_json(self._path.read_text())
+            problem = "it is not there"
+        except Exception as error:  # whatever an object store raises; not UTF-8; not a RunTime
+            problem = str(error)
+        else:
+            if not step:
+                return None
+        self._warn(
+            f"warning: {self._path} does not tell where the time of this run went so far "
+            f"({problem}); it is counted anew from step {step:,}"
+        )
+        return None
+
+
+def write_atomically(path: epath.Path, text: str) -> None:
+    """Puts `text` into the file, so that a reader sees the old file or the new one.
+
+    Raises:
+      OSError: it cannot be written; of an object store, also others.
+    """
+    if is_remote(path):
+        path.write_text(text)  # an object appears when it is whole
+        return
+    temporary = path.parent / f".{path.name}.{uuid.uuid4().hex[:8]}.tmp"
+    try:
+        temporary.write_text(text)
+        temporary.replace(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def in_order(seconds: Mapping[str, float]) -> dict[str, float]:
+    """`seconds` in the order of a table: useful first, what was lost between processes last."""
+    more = [cause for cause in seconds if cause not in (*CAUSES, LOST, DOWN)]
+    return {c: seconds[c] for c in (*CAUSES, *more, LOST, DOWN) if c in seconds}
+
+
+def goodput_metrics(seconds: Mapping[str, float]) -> dict[str, Any]:
+    """`goodput/useful_fraction`, in [0, 1], and `goodput/CAUSE_seconds` for each cause."""
+    total = sum(seconds.values())
+    named = {f"goodput/{c.replace(' ', '_')}_seconds": s for c, s in in_order(seconds).items()}
+    return {"goodput/useful_fraction": seconds.get(USEFUL, 0.0) / total if total else 0.0, **named}

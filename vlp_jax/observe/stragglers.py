@@ -1,0 +1,128 @@
+"""Which process holds the others back.
+
+In a job of several processes every step ends with exchanges between all devices, so no process can
+be a step ahead: the time from dispatch to the end of a step, and the time of a step as a whole, are
+the same everywhere, whichever process is slow. What differs is what a process does before it
+dispatches: it waits for its part of the batch, or works in Python. The others have dispatched by
+then and wait for their devices, which wait for those of the slow one. So the straggler is the
+process that waits least for its devices, and the share of the time that it waits for data, or works
+on the host, says why. A slow device or link shows in none of these: all wait for it alike.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+# By how much of the time one process must differ from the median of the others to be named.
+CLEARLY = 0.15
+
+
+@dataclasses.dataclass(frozen=True)
+class ProcessSpeed:
+    """One process over the steps since the last log.
+
+    Attributes:
+      host: name of its host.
+      step_seconds: mean time of a step.
+      data_wait, device_wait: shares of the time, in [0, 1]; the rest is work on the host.
+    """
+
+    host: str
+    step_seconds: float
+    data_wait: float
+    device_wait: float
+
+    @classmethod
+    def of(cls, host: str, speed: Mapping[str, float]) -> ProcessSpeed:
+        """From `StepClock.summary`, which is not empty."""
+        return cls(
+            host,
+            speed["perf/step_seconds"],
+            speed["perf/data_wait_fraction"],
+            speed["perf/device_wait_fraction"],
+        )
+
+    @property
+    def host_work(self) -> float:
+        return max(1.0 - self.data_wait - self.device_wait, 0.0)
+
+
+def spread(speeds: Sequence[ProcessSpeed]) -> dict[str, float]:
+    """How far the processes lie apart.
+
+    Returns:
+      perf/step_seconds_min and _max; perf/data_wait_fraction_max, of the process that waits longest
+      for data; perf/device_wait_fraction_min, of the one that waits least for its devices.
+    """
+    return {
+        "perf/step_seconds_min": min(s.step_seconds for s in speeds),
+        "perf/step_seconds_max": max(s.step_seconds for s in speeds),
+        "perf/data_wait_fraction_max": max(s.data_wait for s in speeds),
+        "perf/device_wait_fraction_min": min(s.device_wait for s in speeds),
+    }
+
+
+class StragglerWatch:
+    """Names the process that holds the others back, once it did so twice in a row.
+
+    Args:
+      silence: seconds in which the same process is named once.
+    """
+
+    def __init__(self, silence: float = 600.0):
+        self._silence = silence
+        self._last: tuple[int, str] | None = None
+        self._named: dict[tuple[int, str], float] = {}
+
+    def look(self, speeds: Sequence[ProcessSpeed], now: float) -> str | None:
+        """A line for the log, or None.
+
+        Args:
+          now: seconds, on any clock.
+        """
+        found = straggler(speeds)
+        before, self._last = self._last, found
+        # The first steps of a process include its first batch, which takes as long as it takes.
+        if found is None or found != before:
+            return None
+        if now - self._named.get(found, -self._silence) < self._silence:
+            return None
+        self._named[found] = now
+        process, why = found
+        own, others = speeds[process], [s for i, s in enumerate(speeds) if i != process]
+        attribute, doing = _KINDS[why]
+        usual = statistics.median(getattr(s, attribute) for s in others)
+        return (
+            f"warning: process {process} on host {own.host} {doing} {getattr(own, attribute):.0%} "
+            f"of the time, the others {usual:.0%}: all wait for it"
+        )
+
+
+_KINDS: dict[str, tuple[str, str]] = {
+    "data": ("data_wait", "waits for its data"),
+    "host": ("host_work", "is busy outside of its devices (Python, other programs)"),
+}
+
+
+def straggler(speeds: Sequence[ProcessSpeed]) -> tuple[int, str] | None:
+    """The process that waits clearly less for its devices than the others, and why.
+
+    Returns:
+      its number and "data" or "host"; None if there is none.
+    """
+    if len(speeds) < 2:
+        return None
+    process = min(range(len(speeds)), key=lambda i: speeds[i].device_wait)
+    own, others = speeds[process], [s for i, s in enumerate(speeds) if i != process]
+
+    def more(attribute: str) -> float:
+        return getattr(own, attribute) - statistics.median(getattr(s, attribute) for s in others)
+
+    if -more("device_wait") < CLEARLY:
+        return None
+    excess: dict[str, Any] = {why: more(attribute) for why, (attribute, _) in _KINDS.items()}
+    why = max(excess, key=excess.__getitem__)
+    return (process, why) if excess[why] >= CLEARLY else None

@@ -1,0 +1,140 @@
+"""The setup of a run from its config alone, for tools that compile or count and never run.
+
+What a run learns from data and tokenizer on disk follows here from the config: images have the size
+that the model wants, texts the length of `config.tokenizer`, vocabularies the size that is known or
+allowed. So neither needs to be there, nor do the devices of the mesh.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+
+import numpy as np
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from vlp_jax.data.pipeline import BatchSpec
+from vlp_jax.data.tokenizers import KEYS, TOKENIZERS, ByteTokenizer
+from vlp_jax.data.tokenizers.base import EOS_ID, PAD_ID, check_context_length
+from vlp_jax.errors import UserError, unknown_key_message
+from vlp_jax.objectives import Objective, make_objective
+from vlp_jax.objectives.composite import SEPARATOR, Composite
+from vlp_jax.training.setup import Setup, make_setup
+
+# Of tokenizers without a file of the user's. CLIP: the merges of openai/CLIP, `ClipTokenizer`.
+KNOWN_VOCABULARIES = {"bytes": ByteTokenizer.vocab_size, "clip": 49_408}
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenizerSizes:
+    """What a model asks of a tokenizer. It cannot tokenize."""
+
+    vocab_size: int
+    context_length: int
+    pad_id: int = PAD_ID
+    eos_id: int = EOS_ID
+
+
+def abstract_setup(config: ConfigDict, mesh: Mesh, epoch_examples: int | None = None) -> Setup:
+    """The `Setup` of the run that `config` describes, without data, tokenizer or devices.
+
+    Where the config leaves the dtype of the computation open, it is that of the mesh's devices and
+    not of those of this process: bfloat16 on accelerators and float32 on CPU. The vocabulary may be
+    larger than that of the run (see `tokenizer_sizes`), and fields that data would add to a batch
+    and no model reads are left out.
+
+    Args:
+      mesh: of devices that may be those of `jax.experimental.topologies`.
+      epoch_examples: examples of the training set, for durations in epochs.
+
+    Raises:
+      UserError: the config does not fit the mesh or itself, or lacks what is needed here: the size
+        of the vocabulary, or of an epoch.
+    """
+    config = config.copy_and_resolve_references()
+    _set_dtypes(config, "float32" if mesh.devices.flat[0].platform == "cpu" else "bfloat16")
+    _check_epochs(config, epoch_examples)
+    tokenizer = tokenizer_sizes(config.tokenizer)
+    objective = make_objective(config.objective, tokenizer, config.microbatches)
+    spec = batch_spec(config, objective)
+    return make_setup(config, mesh, tokenizer, spec, epoch_examples)
+
+
+def tokenizer_sizes(section: ConfigDict) -> TokenizerSizes | None:
+    """A stand-in for the tokenizer of `config.tokenizer`; None if that is empty.
+
+    The vocabulary is that of the tokenizer's kind (`KNOWN_VOCABULARIES`) if it names no file, else
+    the bound `vocab_size`, which the recipes set to the published number. No file is looked at.
+
+    Raises:
+      UserError: an unknown tokenizer or key, or neither says how large the vocabulary is.
+    """
+    if not section:
+        return None
+    for key in section:
+        if key not in KEYS:
+            raise UserError(unknown_key_message(key, KEYS, "tokenizer"))
+    name = section.get("name")
+    if name not in TOKENIZERS:
+        raise UserError(unknown_key_message(str(name), TOKENIZERS, "tokenizer.name"))
+    vocab_size = section.get("vocab_size")
+    if section.get("file") is None:
+        vocab_size = KNOWN_VOCABULARIES.get(name, vocab_size)
+    if vocab_size is None:
+        raise UserError(
+            f"the vocabulary of the {name} tokenizer is not known without its file; set "
+            "--config.tokenizer.vocab_size, the number of its tokens"
+        )
+    return TokenizerSizes(vocab_size, check_context_length(section.get("context_length")))
+
+
+def batch_spec(config: ConfigDict, objective: Objective) -> BatchSpec:
+    """Shape and dtype of what models read of a global batch.
+
+    Each dataset that the objective reads gives `image` and, if there is a tokenizer, `text`.
+    """
+    spec: BatchSpec = {}
+    for dataset, part in _readers(objective):
+        if dataset and dataset not in config.extra_data:
+            continue  # the part itself says that it has no data
+        prefix = dataset + SEPARATOR if dataset else ""
+        size = part.model.image.image_size
+        spec[f"{prefix}image"] = ((config.batch_size, *size, 3), np.dtype(np.uint8))
+        if config.tokenizer:
+            length = config.tokenizer.context_length
+            spec[f"{prefix}text"] = ((config.batch_size, length), np.dtype(np.int32))
+    return spec
+
+
+def _readers(objective: Objective) -> Iterator[tuple[str, Objective]]:
+    """(dataset, objective that reads it) of each part; "" is `config.data`."""
+    if not isinstance(objective, Composite):
+        yield "", objective
+        return
+    for part in objective.parts:
+        for dataset, inner in _readers(part.objective):
+            yield part.data or dataset, inner
+
+
+def _set_dtypes(config: ConfigDict, dtype: str) -> None:
+    """Puts `dtype` where an objective, or a part of one, leaves its own open."""
+    with config.unlocked():
+        parts = config.objective.get("parts")
+        for section in [config.objective] if parts is None else parts.values():
+            if section.get("dtype") is None:
+                section.dtype = dtype
+
+
+def _check_epochs(config: ConfigDict, epoch_examples: int | None) -> None:
+    durations = {
+        "config.duration": config.duration,
+        "config.optimizer.warmup": config.optimizer.warmup,
+        "config.optimizer.cooldown": config.optimizer.cooldown,
+    }
+    for where, duration in durations.items():
+        if duration.epochs is not None and epoch_examples is None:
+            raise UserError(
+                f"{where} is in epochs, and without data nothing says how many examples one has: "
+                "give that number (epoch_examples), or set the duration in steps or examples"
+            )

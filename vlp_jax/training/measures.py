@@ -1,0 +1,304 @@
+"""What a run measures about itself beside the speed of its steps, and what it says at its end."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Protocol, Self
+
+import jax
+from etils import epath
+from ml_collections import ConfigDict
+
+from vlp_jax.errors import UserError
+from vlp_jax.observe.compilation import Compiled, CompileWatch, describe
+from vlp_jax.observe.goodput import (
+    GOODPUT_FILE,
+    OwnTime,
+    RunLedger,
+    goodput_metrics,
+    write_atomically,
+)
+from vlp_jax.observe.heartbeat import Heartbeat
+from vlp_jax.observe.memory import largest, memory_metrics
+from vlp_jax.observe.profiler import Profiler, TraceSignal, check_steps
+from vlp_jax.observe.progress import NullProgress, Progress
+from vlp_jax.observe.stragglers import ProcessSpeed, StragglerWatch, spread
+from vlp_jax.observe.summary import SUMMARY_FILE, RunSummary
+from vlp_jax.observe.throughput import StartupClock, StepClock
+from vlp_jax.parallel import agreement
+from vlp_jax.training.garbage import ScheduledCollection
+
+LEDGER_SECONDS = 30.0  # between two writes of goodput.json: what a kill can leave uncounted
+
+
+class LoopMeasures(Protocol):
+    """What the loop and its report ask for."""
+
+    def scalars(self, step: int, speed: Mapping[str, float]) -> Mapping[str, float]: ...
+    def saved(self, step: int) -> None: ...
+    def collect_garbage(self, step: int) -> None: ...
+    def note(self, label: str, value: str | float) -> None: ...
+
+
+class NullMeasures:
+    """Measures nothing."""
+
+    def scalars(self, step: int, speed: Mapping[str, float]) -> Mapping[str, float]:
+        del step, speed
+        return {}
+
+    def saved(self, step: int) -> None:
+        del step
+
+    def collect_garbage(self, step: int) -> None:
+        del step
+
+    def note(self, label: str, value: str | float) -> None:
+        del label, value
+
+
+class Measures:
+    """The time of the run by cause, memory, compilation, stragglers, traces, and the summary.
+
+    Entered early and left late, so that what comes before and after the loop is counted; then, in
+    this order, `begin`, `compiling_step`, `use` and `training`. On leaving, process 0 prints the
+    summary, if `training` has begun, and writes it.
+
+    Args:
+      config: of the run.
+      workdir: its folder.
+      startup: counts the time up to `use`.
+      progress: where to print.
+    """
+
+    def __init__(
+        self,
+        config: ConfigDict,
+        workdir: epath.Path,
+        startup: StartupClock,
+        progress: Progress | NullProgress,
+    ):
+        self._config = config
+        self._workdir = workdir
+        self._startup = startup
+        self._progress = progress
+        self._clock: StepClock | None = None
+        self._stack = contextlib.ExitStack()
+        self._request = TraceSignal()
+        self._compile_watch = CompileWatch(self._charge_compilation)
+        self._step_compiled, self._step_seconds = Compiled(), 0.0
+        self._told_step = False
+        self._ledger = RunLedger(workdir / GOODPUT_FILE, self._own, progress.print)
+        self._heartbeat: Heartbeat | None = None
+        self._stragglers = StragglerWatch()
+        self._memory: dict[str, float] = {}
+        self._first_step = self._total_steps = 0
+        self._trained = False
+        self._notes: dict[str, str | float] = {}
+        self._collection: Callable[[int], None] = lambda step: None
+
+    def __enter__(self) -> Self:
+        self._stack.enter_context(self._request)
+        self._stack.enter_context(self._compile_watch)
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        with self._stack:
+            if self._heartbeat is None:
+                return
+            self._ledger.end("complete" if error is None else _one_line(error))
+            self._heartbeat.__exit__()
+            if self._trained:
+                self._tell_summary("complete" if error is None else _one_line(error))
+
+    def begin(self, first_step: int, total_steps: int) -> None:
+        """Goes on with the ledger of the run, which this process takes up at `first_step`."""
+        self._first_step, self._total_steps = first_step, total_steps
+        if jax.process_index() == 0:
+            self._ledger.begin(first_step)
+            self._heartbeat = Heartbeat(self._ledger.write, LEDGER_SECONDS).__enter__()
+            self._heartbeat.soon()
+
+    @contextlib.contextmanager
+    def compiling_step(self) -> Iterator[None]:
+        """Wraps the compilation of the training step."""
+        before, begin = self._compile_watch.so_far(), time.perf_counter()
+        yield
+        self._step_compiled = self._compile_watch.so_far() - before
+        self._step_seconds = time.perf_counter() - begin
+        self._progress.print(f"compiled {describe(self._step_compiled, self._step_seconds)}")
+
+    def use(self, clock: StepClock) -> StepClock:
+        """From now on `clock` counts the time; it begins where the clock of the start-up ends."""
+        self._clock = clock
+        return clock
+
+    def profiler(self) -> Profiler:
+        """Traces the steps of `config.profile`, and some more on SIGUSR1; after `use`."""
+        own, count = jax.process_index(), jax.process_count()
+        folder = self._workdir / "profile"
+        return Profiler(
+            profile_steps(self._config),
+            # Processes that share a host would write the same file.
+            folder / f"process_{own}" if count > 1 else folder,
+            requested=self._request.take,
+            steps_on_request=self._config.profile.steps_on_signal,
+            say=self._progress.print if own == 0 else _say_as_process,
+            pause=self._clock.paused,
+        )
+
+    @contextlib.contextmanager
+    def training(self) -> Iterator[None]:
+        """Wraps the loop. What comes after it is waiting for the last checkpoint."""
+        self._trained = True
+        every = self._config.garbage_collection_every
+        try:
+            with ScheduledCollection(every, self._clock.paused) as self._collection:
+                yield
+        finally:
+            self._clock.finish()
+
+    def collect_garbage(self, step: int) -> None:
+        """Collects Python's garbage if that is due before batch `step`; within `training`."""
+        self._collection(step)
+
+    def saved(self, step: int) -> None:
+        """Says that the state before batch `step` was handed over to be saved."""
+        if self._heartbeat is not None:
+            self._ledger.saved(step)
+            self._heartbeat.soon()
+
+    def scalars(self, step: int, speed: Mapping[str, float]) -> dict[str, float]:
+        """Metrics of a logged step, on process 0; all processes call it.
+
+        Args:
+          speed: of this process, from `StepClock.summary`.
+
+        Returns:
+          goodput/..., memory/..., compile/..., with several processes perf/..._min and _max.
+        """
+        own = {"host": socket.gethostname(), "speed": dict(speed), "memory": memory_metrics()}
+        rows = agreement.to_first(own)
+        if rows is None:
+            return {}
+        self._memory = largest(row["memory"] for row in rows)
+        compiled = self._compile_watch.so_far()
+        return {
+            **goodput_metrics(self._ledger.now().seconds),
+            **self._memory,
+            **self._spread([ProcessSpeed.of(r["host"], r["speed"]) for r in rows if r["speed"]]),
+            "compile/programs": compiled.programs,
+            "compile/seconds": compiled.seconds,
+            **self._step_compilation(),
+        }
+
+    def note(self, label: str, value: str | float) -> None:
+        """Adds a row to the summary, or replaces it."""
+        self._notes[label] = value
+
+    def _spread(self, speeds: list[ProcessSpeed]) -> dict[str, float]:
+        if len(speeds) < 2 or len(speeds) < jax.process_count():
+            return {}
+        line = self._stragglers.look(speeds, time.monotonic())
+        if line:
+            self._progress.print(line)
+        return spread(speeds)
+
+    def _step_compilation(self) -> dict[str, float]:
+        """Once a start, at its first logged step."""
+        if self._told_step:
+            return {}
+        self._told_step = True
+        return {
+            "compile/step_seconds": self._step_seconds,
+            "compile/step_from_cache": float(self._step_compiled.from_cache()),
+        }
+
+    def _own(self) -> OwnTime:
+        if self._clock is None:
+            return OwnTime(self._startup.causes(), 0)
+        return OwnTime(self._clock.goodput(), self._clock.steps_done)
+
+    def _charge_compilation(self, seconds: float) -> None:
+        if self._clock is not None:  # before, a phase of the start-up has it
+            self._clock.compiled(seconds)
+
+    def _tell_summary(self, outcome: str) -> None:
+        summary = self._summary(outcome)
+        self._progress.print(summary.text())
+        path = self._workdir / SUMMARY_FILE
+        try:
+            write_atomically(path, summary.to_json())
+        except Exception as error:  # whatever an object store raises; the run is over anyway
+            self._progress.print(f"warning: {path} cannot be written ({error})")
+
+    def _summary(self, outcome: str) -> RunSummary:
+        workdir = self._workdir
+        return RunSummary(
+            outcome=outcome,
+            first_step=self._first_step,
+            last_step=self._first_step + self._clock.steps_done,
+            total_steps=self._total_steps,
+            examples=self._clock.examples_done,
+            speed=self._clock.overall(),
+            peak=self._clock.peak,
+            step_compiled=self._step_compiled,
+            step_seconds=self._step_seconds,
+            compiled=self._compile_watch.so_far(),
+            cache=jax.config.jax_compilation_cache_dir,
+            memory=largest([self._memory, memory_metrics()]),
+            seconds=self._clock.goodput(),
+            run=self._ledger.now(),
+            notes=self._notes,
+            files={
+                "metrics": str(workdir / "metrics.jsonl"),
+                "checkpoints": str(workdir / "checkpoints"),
+                "this summary": str(workdir / SUMMARY_FILE),
+            },
+        )
+
+
+def profile_steps(config: ConfigDict) -> tuple[int, int] | None:
+    """The first and the last step to trace, from `config.profile`; None if it names none.
+
+    Raises:
+      UserError: only one of `first` and `last` is set, or they are no steps.
+    """
+    first, last = config.profile.first, config.profile.last
+    if config.profile.steps_on_signal < 1:
+        raise UserError("config.profile.steps_on_signal must be at least 1")
+    if first is None and last is None:
+        return None
+    if first is None or last is None:
+        raise UserError("config.profile needs both first and last")
+    check_steps(first, last)
+    return first, last
+
+
+def take_profile_flag(config: ConfigDict, steps: tuple[int, int] | None) -> None:
+    """Puts what `--profile FIRST:LAST` gave into `config.profile`.
+
+    Raises:
+      UserError: the config names other steps.
+    """
+    if steps is None:
+        return
+    named = (config.profile.first, config.profile.last)
+    if named != (None, None) and named != steps:
+        raise UserError(
+            f"--profile {steps[0]}:{steps[1]} contradicts config.profile, which has first="
+            f"{named[0]} and last={named[1]}: give one of them"
+        )
+    config.profile.first, config.profile.last = steps
+
+
+def _say_as_process(line: str) -> None:
+    print(f"process {jax.process_index()}: {line}", file=sys.stderr, flush=True)
+
+
+def _one_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
