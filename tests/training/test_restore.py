@@ -12,7 +12,7 @@ from vlp_jax.errors import UserError
 from vlp_jax.parallel.batch import put_batch
 from vlp_jax.training import checkpoint, layer_layout
 from vlp_jax.training.checkpoint import Checkpointer
-from vlp_jax.training.restore import SavedParameters, shapes_of
+from vlp_jax.training.restore import SavedParameters, mismatch_report, shapes_of
 
 ELSEWHERE = {"replica": 2, "fsdp": 2, "tensor": 2}
 BYTES_READ = "/tensorstore/kvstore/file/bytes_read"
@@ -137,14 +137,27 @@ def test_training_goes_on_with_every_optimizer(tmp_path, optimizer, scan):
     check_training_goes_on(tmp_path, optimizer, scan)
 
 
-def test_other_depths_are_refused_with_both_shapes_in_another_layout_too(tmp_path):
-    tower = {"width": 32, "depth": 3, "mlp_dim": 64, "heads": 2}
-    deeper = setup_of(False, text={"variant": "mu", **tower})
-    save(tmp_path, random_state(setup_of(True)))
-    with pytest.raises(UserError) as error:
-        restore(tmp_path, deeper)
-    assert "belongs to another model: params/text/encoder/layer_2/" in str(error.value)
-    assert "is absent in the checkpoint and (" in str(error.value)
+@pytest.mark.parametrize("saved_stacked", [True, False])
+@pytest.mark.parametrize(("saved_depth", "depth"), [(2, 3), (3, 2)])
+def test_other_depths_are_refused_in_another_layout_too(saved_stacked, saved_depth, depth):
+    def abstract(stacked, depth):
+        tower = {"width": 32, "depth": depth, "mlp_dim": 64, "heads": 2}
+        return shapes_of(setup_of(stacked, text={"variant": "mu", **tower}).abstract)
+
+    saved, wanted = abstract(saved_stacked, saved_depth), abstract(not saved_stacked, depth)
+    origins = layer_layout.find_origins(saved, wanted)
+    report = mismatch_report(layer_layout.converted_shapes(saved, origins), wanted)
+    if saved_stacked:
+        shape = "(2, 16)"
+        there = (shape, "absent") if depth == 2 else ("absent", shape)
+        path = "params/text/encoder/layer_2/attention/key/bias"
+    else:
+        there = (f"({saved_depth}, 2, 16)", f"({depth}, 2, 16)")
+        path = "params/text/encoder/layers/attention/key/bias"
+    assert f"{path} is {there[0]} in the checkpoint and {there[1]} in the model" in report
+    same = abstract(not saved_stacked, saved_depth)
+    origins = layer_layout.find_origins(saved, same)
+    assert mismatch_report(layer_layout.converted_shapes(saved, origins), same) == ""
 
 
 def test_a_layer_that_alone_is_frozen_has_no_state_to_be_stacked(tmp_path):
@@ -205,9 +218,10 @@ def test_parameters_alone_come_onto_any_mesh_whatever_the_optimizer(averaged, ch
     jax.tree.map(np.testing.assert_array_equal, stacked, wanted)
     jax.tree.map(np.testing.assert_array_equal, saved.read(), wanted)
     size = sum(array.nbytes for array in wanted.values())
-    assert 0.8 * size < read < 1.3 * size
+    # The index of the files counts as well, some of it more than once.
+    assert 0.8 * size < read < 2 * size
     _, all_read = bytes_read(lambda: restore(workdir, setup))
-    assert all_read > 3 * size  # parameters, average and two moments: the count counts
+    assert all_read > 3 * size  # parameters, average and two moments
 
 
 def test_the_whole_state_of_another_optimizer_is_refused(averaged):
@@ -230,5 +244,5 @@ def test_an_average_that_is_not_there_is_refused(tmp_path):
 def test_parameters_of_another_model_are_refused(averaged):
     workdir, _, _ = averaged
     saved = SavedParameters.of(checkpoint.absolute(workdir), 5)
-    with pytest.raises(UserError, match=r"ema/image_projection/kernel is \(256, 16\) in the"):
+    with pytest.raises(UserError, match=r"key/bias is \(2, 2, 128\) in the checkpoint and"):
         saved.load(setup_of(True).abstract.params)

@@ -141,7 +141,13 @@ def converted_shapes(saved: Shapes, origins: Mapping[str, Origin]) -> dict[str, 
     shapes = {path: origin.shape(saved) for path, origin in origins.items()}
     # All counts are the same number, so one that the model does not have is no loss.
     spare = {path for path in saved if _place(path)[2] is not None} if is_other(origins) else set()
-    return shapes | {path: saved[path] for path in saved if path not in used | spare}
+    shapes |= {path: saved[path] for path in saved if path not in used | spare}
+    for path, origin in origins.items():
+        if origin.kind is Kind.LAYER:  # a layer that the model does not have is there all the same
+            before, _, after = path.rpartition(f"layer_{origin.n}/")
+            for layer in range(saved[origin.paths[0]][0]):
+                shapes.setdefault(f"{before}layer_{layer}/{after}", origin.shape(saved))
+    return shapes
 
 
 def is_other(origins: Mapping[str, Origin]) -> bool:
