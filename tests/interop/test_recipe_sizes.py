@@ -36,7 +36,7 @@ def so400m_sizes(size, context_length):
 
 
 def g_opt_sizes():
-    """As the library's own converter has them, transformers/models/siglip/convert_siglip_to_hf.py."""
+    """As the library has them in models/siglip/convert_siglip_to_hf.py."""
     text = {**so400m_sizes(224, 64)["text_config"], "vocab_size": 256_000, "projection_size": 1536}
     vision = {
         "hidden_size": 1536,
