@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from vlp_jax.observe.writers import read_metrics
 
@@ -20,6 +21,11 @@ def get_config(arg=None):
     config.mesh.update(replica=2, fsdp=2)
     for evaluator in config.evaluators.values():
         evaluator.every = duration(steps=5)
+    if arg:
+        config.duration = duration(steps=20)
+        tensor = 2 if arg == "fsdp_tp" else None
+        config.mesh.update(preset=arg, replica=None, fsdp=None, tensor=tensor)
+        config.evaluators = {{}}
     return config
 """
 
@@ -30,7 +36,7 @@ def free_port():
         return probe.getsockname()[1]
 
 
-def run(config, workdir, shapes_dir, processes):
+def run(config, workdir, shapes_dir, processes, devices=4):
     """Starts the job and returns its metrics by (step, name)."""
     port = free_port()
     started = []
@@ -39,14 +45,14 @@ def run(config, workdir, shapes_dir, processes):
         several += ["--process-id", str(index)]
         started.append(
             subprocess.Popen(
-                [sys.executable, "-m", "vlp_jax.train", "--config", str(config)]
+                [sys.executable, "-m", "vlp_jax.train", "--config", config]
                 + ["--workdir", str(workdir), *(several if processes > 1 else [])],
                 cwd=ROOT,
                 env={
                     **os.environ,
                     "TFDS_DATA_DIR": shapes_dir,
                     "JAX_PLATFORMS": "cpu",
-                    "JAX_NUM_CPU_DEVICES": str(4 // processes),
+                    "JAX_NUM_CPU_DEVICES": str(devices // processes),
                     "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
                     "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".cache" / "xla"),
                 },
@@ -69,9 +75,31 @@ def run(config, workdir, shapes_dir, processes):
 def test_two_processes_equal_one(tmp_path, shapes_dir):
     config = tmp_path / "several.py"
     config.write_text(CONFIG)
-    one = run(config, tmp_path / "one", shapes_dir, 1)
-    two = run(config, tmp_path / "two", shapes_dir, 2)
+    one = run(str(config), tmp_path / "one", shapes_dir, 1)
+    two = run(str(config), tmp_path / "two", shapes_dir, 2)
     assert one.keys() == two.keys() and len(one) > 15
     for key in one:
         np.testing.assert_allclose(two[key], one[key], rtol=1e-4, atol=1e-6, err_msg=str(key))
     assert (tmp_path / "two" / "checkpoints" / "5").is_dir()
+
+
+# A process reads its own part of a batch, so that `tensor` lies within one: four have two devices
+# each there.
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("preset", "processes", "devices"),
+    [("dp", 2, 4), ("dp", 4, 4), ("fsdp", 2, 4), ("fsdp", 4, 4)]
+    + [("fsdp_tp", 2, 4), ("fsdp_tp", 4, 8)],
+)
+def test_losses_of_twenty_steps_equal_those_of_one(
+    tmp_path, shapes_dir, preset, processes, devices
+):
+    config = tmp_path / "several.py"
+    config.write_text(CONFIG)
+    one = run(f"{config}:{preset}", tmp_path / "one", shapes_dir, 1, devices)
+    several = run(f"{config}:{preset}", tmp_path / "several", shapes_dir, processes, devices)
+    losses = [key for key in one if key[1] == "train/loss"]
+    assert len(losses) == 20 and abs(one[0, "train/loss"] - one[19, "train/loss"]) > 0.1
+    assert several.keys() == one.keys()
+    for key in one:
+        np.testing.assert_allclose(several[key], one[key], rtol=1e-4, err_msg=str(key))
