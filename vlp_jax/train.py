@@ -253,7 +253,9 @@ def begin(parts: Parts, workdir: epath.Path, job: str, tell: Callable[[str], Non
         tell(f"note: {change}")
     workdir_lib.prepare(workdir, config, parts.tokenizer)
     parts.start.announce(workdir, tell)
-    tell(startup.describe_processes(job))
+    processes = startup.describe_processes(job)
+    if processes:
+        tell(processes)
     tell(mesh_lib.describe(parts.setup.mesh))
 
 

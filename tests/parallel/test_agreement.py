@@ -67,7 +67,7 @@ try:
 except TimeoutError as error:
     assert "process 1 did not come to alone" in str(error)
 agreement.gather(None)
-print("done", startup.describe_processes("test").splitlines()[0])
+print("done", startup.describe_processes("test"))
 """
 
 
@@ -90,7 +90,8 @@ def test_two_processes(tmp_path):
     for process in processes:
         output = process.communicate(timeout=120)[0]
         assert process.returncode == 0, output
-        assert "done 2 process(es), found by: test" in output
+        assert "done 2 processes, found by: test\n     0  " in output
+        assert output.rstrip().endswith("1 x cpu")
 
 
 def test_one_process_needs_nobody():

@@ -5,6 +5,7 @@ import socket
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import pytest
@@ -154,3 +155,15 @@ def test_a_port_that_is_taken():
 def test_a_job_of_another_size_is_refused():
     with pytest.raises(UserError, match="has 1 processes and --expect-processes 4 were expected"):
         startup.initialize(expected=4)
+
+
+def test_a_process_alone_has_no_table_and_gpus_a_line_about_memory(monkeypatch):
+    assert startup.describe_processes(startup.ALONE) == ""
+    gpu = types.SimpleNamespace(device_kind="NVIDIA H100", platform="gpu")
+    monkeypatch.setattr(startup.jax, "local_devices", lambda: [gpu])
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.9")
+    monkeypatch.delenv("XLA_PYTHON_CLIENT_PREALLOCATE", raising=False)
+    assert startup.describe_processes(startup.ALONE) == (
+        "GPU memory: XLA_PYTHON_CLIENT_PREALLOCATE=not set, XLA_PYTHON_CLIENT_MEM_FRACTION=0.9; "
+        "TensorFlow is kept off the GPUs"
+    )

@@ -232,26 +232,29 @@ def _devices_are_in_use() -> bool:
 
 
 def describe_processes(job: str) -> str:
-    """A table of the processes of the job and their devices, the same on all of them."""
+    """A table of the processes of the job and their devices, the same on all of them.
+
+    A process that is alone has no table. On GPUs there is a line about their memory.
+    """
     own = {
         "host": socket.gethostname(),
         "pid": os.getpid(),
-        "devices": [f"{d.device_kind}" for d in jax.local_devices()],
+        "devices": [device.device_kind for device in jax.local_devices()],
         "slices": sorted({getattr(d, "slice_index", 0) or 0 for d in jax.local_devices()}),
     }
     rows = agreement.gather(own)
-    lines = [f"{len(rows)} process(es), found by: {job}"]
-    for number, row in enumerate(rows[:_NO_TABLE]):
+    lines = [f"{len(rows)} processes, found by: {job}"] if len(rows) > 1 else []
+    for number, row in enumerate(rows[:_NO_TABLE] if len(rows) > 1 else []):
         kinds = Counter(row["devices"])
         devices = ", ".join(f"{count} x {kind}" for kind, count in kinds.items())
         where = f"slice {', '.join(map(str, row['slices']))}" if any(row["slices"]) else ""
         lines.append(f"  {number:>4}  {row['host']}  pid {row['pid']}  {devices}  {where}".rstrip())
     if len(rows) > _NO_TABLE:
         lines.append(f"  ... and {len(rows) - _NO_TABLE} more")
-    if any(d.platform == "gpu" for d in jax.local_devices()):
+    if any(device.platform == "gpu" for device in jax.local_devices()):
         names = ("XLA_PYTHON_CLIENT_PREALLOCATE", "XLA_PYTHON_CLIENT_MEM_FRACTION")
-        told = ", ".join(f"{n}={os.environ.get(n, 'not set')}" for n in names)
-        lines.append(f"  GPU memory: {told}; TensorFlow is kept off the GPUs")
+        told = ", ".join(f"{name}={os.environ.get(name, 'not set')}" for name in names)
+        lines.append(f"GPU memory: {told}; TensorFlow is kept off the GPUs")
     return "\n".join(lines)
 
 
