@@ -117,9 +117,13 @@ class Drill:
 
 
 def problems(rounds: Sequence[Round]) -> list[str]:
-    """Checkpoints that were whole before a fault and that the run did not go on from."""
+    """Checkpoints that were whole before a fault and that the run did not go on from, and hangs
+    that nobody noticed.
+    """
     found = []
     for done in rounds:
+        if done.fault == "sigstop" and done.resumed is None:
+            found.append(f"round {done.number}: a process was stopped and nobody noticed")
         whole = done.checkpoints[:-1] if done.fault == "truncate" else done.checkpoints
         if done.resumed is not None and whole and done.resumed < whole[-1]:
             found.append(

@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 DISK_MIB = 48
 CHECKPOINT_EVERY = 8
 # Long enough for a start of all processes on few cores, short enough for a drill.
-WATCHDOG = {"first_step_minutes": 8.0, "step_minutes": 0.3, "pause_minutes": 2.0}
+WATCHDOG = {"first_step_minutes": 8.0, "step_minutes": 0.3, "pause_minutes": 0.75}
 PATIENCE_SECONDS = 900
 CONFIG = """
 from vlp_jax.config import duration, load, smoke

@@ -160,20 +160,37 @@ class ExampleGraph:
             unpacked[name] = rows
         return unpacked
 
-    def dataset(
+    def chunks(
+        self,
+        indices_and_seeds: Callable[[int], tuple[np.ndarray, np.ndarray]],
+        total: int | None,
+    ) -> Iterator[tuple[dict[str, np.ndarray], np.ndarray]]:
+        """What `chunk` makes of consecutive chunks, in order, prepared ahead of their use.
+
+        Args:
+          indices_and_seeds: for the number of a chunk, the examples to read, int64 [n], and their
+            seeds, int32 [n, number of operations, 2].
+          total: how many; None for no end.
+
+        Raises:
+          Exception: whatever reading raised.
+        """
+        failures: list[Exception] = []
+        try:
+            yield from _run(self._dataset(indices_and_seeds, total, failures.append))
+        except import_tensorflow().errors.OpError:
+            # TensorFlow keeps of an exception in Python no more than its text.
+            if failures:
+                raise failures[0] from None
+            raise
+
+    def _dataset(
         self,
         indices_and_seeds: Callable[[int], tuple[np.ndarray, np.ndarray]],
         chunks: int | None,
         failed: Callable[[Exception], None],
     ) -> tf.data.Dataset:
-        """What `chunk` makes of consecutive chunks, in order.
-
-        Args:
-          indices_and_seeds: for the number of a chunk, the examples to read, int64 [n], and their
-            seeds, int32 [n, number of operations, 2].
-          chunks: how many; None for no end.
-          failed: told of what reading raised, of which TensorFlow keeps the text alone.
-        """
+        """`chunks`, to be run; `failed` is told of what reading raised."""
         tf = import_tensorflow()
 
         def fetch(number: np.int64) -> list[np.ndarray]:
@@ -247,8 +264,8 @@ class ExampleGraph:
         return import_tensorflow().function(self.example, autograph=False, reduce_retracing=True)
 
 
-def run(dataset: tf.data.Dataset) -> Iterator[dict[str, np.ndarray]]:
-    """The batches of a dataset, prepared ahead of their use by threads of its own."""
+def _run(dataset: tf.data.Dataset) -> Iterator[tuple[dict[str, np.ndarray], np.ndarray]]:
+    """The elements of a dataset, prepared ahead of their use by threads of its own."""
     tf = import_tensorflow()
     options = tf.data.Options()
     options.deterministic = True

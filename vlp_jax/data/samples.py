@@ -53,15 +53,8 @@ def _of_one(config: Mapping[str, Any], limit: int, seed: int) -> Iterator[str]:
         chosen = positions[number * size : (number + 1) * size]
         return order.indices(chosen), example_seeds(seed, chosen, len(ops))
 
-    failures: list[Exception] = []
-    dataset = graph.dataset(plan, -(-len(positions) // size), failures.append)
-    try:
-        for batch, _ in example_graph.run(dataset):
-            yield from (text.decode("utf-8", "replace") for text in batch["text"])
-    except example_graph.import_tensorflow().errors.OpError:
-        if failures:
-            raise failures[0] from None
-        raise
+    for batch, _ in graph.chunks(plan, -(-len(positions) // size)):
+        yield from (text.decode("utf-8", "replace") for text in batch["text"])
 
 
 def _column(source: Source) -> np.ndarray:

@@ -150,9 +150,6 @@ class Stream:
                 report(number, ())
                 yield self._from_arrays(positions(number))
             return
-        from vlp_jax.data import example_graph
-
-        failures: list[Exception] = []
 
         def plan(number: int) -> tuple[np.ndarray, np.ndarray]:
             ahead = number + _PREFETCH_CHUNKS
@@ -160,17 +157,10 @@ class Stream:
                 self.source.will_read(self.order.indices(positions(ahead)))
             return self.indices_and_seeds(positions(number))
 
-        dataset = self._graph.dataset(plan, total, failures.append)
-        try:
-            for number, (arrays, alive) in enumerate(example_graph.run(dataset)):
-                faults = self._faults(positions(number), alive)
-                report(number, faults)
-                yield self._whole(positions(number), arrays, alive, replace)
-        except example_graph.import_tensorflow().errors.OpError:
-            # TensorFlow keeps of an exception in Python no more than its text.
-            if failures:
-                raise failures[0] from None
-            raise
+        for number, (arrays, alive) in enumerate(self._graph.chunks(plan, total)):
+            faults = self._faults(positions(number), alive)
+            report(number, faults)
+            yield self._whole(positions(number), arrays, alive, replace)
 
     def _from_arrays(self, positions: np.ndarray) -> Chunk:
         record = self.source.fetch(self.order.indices(positions))
