@@ -72,10 +72,10 @@ def long_run(config):
 def shard_parameters(config):
     """Parameters and optimizer state spread over all devices, for models of more than a base size.
 
-    On several slices or hosts with a slow network between them, let `config.mesh.replica` count
-    these and `config.mesh.fsdp` the devices of each.
+    On several slices or hosts with a slow network between them, `--config.mesh.preset=hybrid`
+    spreads them over the devices of each.
     """
-    config.mesh.replica, config.mesh.fsdp = 1, -1
+    config.mesh.preset = "fsdp"
     return config
 
 

@@ -40,8 +40,11 @@ def base() -> ConfigDict:
     # the whole batch, with all its negatives.
     config.microbatches = 1
     config.duration = duration(steps=1000)
-    # Sizes of the mesh axes; one of them may be -1: all devices that are left.
-    config.mesh = ConfigDict({"replica": -1, "fsdp": 1, "tensor": 1})
+    # A preset ("dp", "fsdp", "fsdp_tp", "hybrid"; None is as "dp", but takes any sizes) and sizes
+    # of the mesh axes. None is what the preset makes of it; one may be -1: all devices that are
+    # left. See `vlp_jax.parallel.mesh_sizes`.
+    config.mesh = ConfigDict({axis: placeholder(int) for axis in ("replica", "fsdp", "tensor")})
+    config.mesh.preset = placeholder(str)
     config.objective = ConfigDict()
     config.data = ConfigDict()
     config.extra_data = ConfigDict()  # further datasets by name, for parts of a composite objective

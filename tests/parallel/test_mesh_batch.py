@@ -14,38 +14,6 @@ from vlp_jax.parallel import startup
 from vlp_jax.parallel.batch import Prefetcher, put_batch
 
 
-@pytest.mark.parametrize(
-    ("sizes", "shape"),
-    [
-        ({}, None),
-        ({"replica": -1}, (8, 1, 1)),
-        ({"replica": 2, "fsdp": -1}, (2, 4, 1)),
-        ({"replica": 2, "fsdp": 2, "tensor": 2}, (2, 2, 2)),
-    ],
-)
-def test_mesh_shapes(sizes, shape):
-    if shape is None:
-        with pytest.raises(UserError, match="does not fit the 8 devices"):
-            mesh_lib.make_mesh(sizes)
-    else:
-        assert mesh_lib.make_mesh(sizes).devices.shape == shape
-
-
-@pytest.mark.parametrize(
-    ("sizes", "message"),
-    [
-        ({"replica": 3}, "mesh replica 3 x fsdp 1 x tensor 1 does not fit the 8 devices"),
-        ({"replica": -1, "fsdp": 3}, "does not fit"),
-        ({"replica": -1, "fsdp": -1}, "at most one"),
-        ({"replica": 0}, "at least 1"),
-        ({"data": 8}, "unknown key 'data' in config.mesh"),
-    ],
-)
-def test_meshes_that_do_not_fit(sizes, message):
-    with pytest.raises(UserError, match=message):
-        mesh_lib.make_mesh(sizes)
-
-
 def test_batch_size_must_be_divisible():
     mesh = mesh_lib.make_mesh({"replica": 2, "fsdp": 2, "tensor": 2})
     mesh_lib.check_batch_size(12, mesh)

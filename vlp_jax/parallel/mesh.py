@@ -4,45 +4,33 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from vlp_jax.errors import UserError, unknown_key_message
+from vlp_jax.errors import UserError
+from vlp_jax.parallel.mesh_sizes import AXES, resolve_sizes
+from vlp_jax.parallel.placement import islands, place
 
-# Data parallel (across hosts or slices), sharded parameters, sharded matrix products.
-AXES = ("replica", "fsdp", "tensor")
 # The axes over which the examples of a batch are spread.
 BATCH_AXES = ("replica", "fsdp")
 
 
-def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(section: Mapping[str, Any], devices: Sequence[jax.Device] | None = None) -> Mesh:
     """A mesh of `AXES` over `devices` (default: all of the job).
 
     Args:
-      sizes: devices along each axis, 1 for an axis that is not named. One may be -1: all devices
-        that the others leave.
+      section: `config.mesh`: `preset`, and devices along each axis; see
+        `mesh_sizes.resolve_sizes`.
 
     Raises:
-      UserError: an unknown axis, or sizes whose product is not the number of devices.
+      UserError: an unknown axis or preset, sizes that contradict each other or are not of these
+        devices, or a mesh that would split slices or processes; see `placement.place`.
     """
     devices = list(jax.devices() if devices is None else devices)
-    for axis in sizes:
-        if axis not in AXES:
-            raise UserError(unknown_key_message(axis, AXES, "config.mesh"))
-    shape = [int(sizes.get(axis, 1)) for axis in AXES]
-    text = " x ".join(f"{axis} {size}" for axis, size in zip(AXES, shape, strict=True))
-    if any(size < 1 and size != -1 for size in shape) or shape.count(-1) > 1:
-        raise UserError(f"mesh {text}: sizes are at least 1, and at most one of them is -1")
-    given = math.prod(size for size in shape if size != -1)
-    if -1 in shape and len(devices) % given == 0:
-        shape[shape.index(-1)] = len(devices) // given
-    if math.prod(shape) != len(devices):
-        raise UserError(
-            f"mesh {text} does not fit the {len(devices)} devices of this job; "
-            "set config.mesh so that the product of its sizes is the number of devices"
-        )
-    return jax.make_mesh(tuple(shape), AXES, (AxisType.Auto,) * len(AXES), devices=devices)
+    shape = resolve_sizes(section, len(devices), len(islands(devices)))
+    return Mesh(place(devices, shape), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
@@ -71,4 +59,6 @@ def describe(mesh: Mesh) -> str:
     """One line for the log."""
     axes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
     kind = mesh.devices.flat[0].device_kind
-    return f"{mesh.size} x {kind} in {jax.process_count()} process(es), mesh {axes}"
+    groups = len(islands(mesh.devices.flat))
+    slices = f" and {groups} slices" if groups > 1 else ""
+    return f"{mesh.size} x {kind} in {jax.process_count()} process(es){slices}, mesh {axes}"

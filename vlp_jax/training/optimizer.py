@@ -138,9 +138,9 @@ def adafactor(config: Mapping[str, Any], units: Units) -> optax.GradientTransfor
     - Weight decay is decoupled. There it follows the schedule and not the peak learning rate, here
       both: their `wd` of 1e-4 with an `lr` of 1e-3 is a `weight_decay` of 0.1 here.
 
-    Rows and columns of the factored moments have not the parameter's shape, so they lie whole on
-    every device; the first moment lies as its parameter does. Stacked layers are factored each on
-    its own, as separate ones are.
+    Rows and columns of the factored moments lie as the dimensions do that they have left of their
+    parameter (`training/state.py`), the first moment as its parameter does. Stacked layers are
+    factored each on its own, as separate ones are.
     """
 
     def decay(step: jax.Array, exponent: float) -> jax.Array:

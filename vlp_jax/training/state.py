@@ -68,7 +68,8 @@ def abstract_state(
 ) -> TrainState:
     """Shapes, dtypes and shardings of the state; no array is made.
 
-    Whatever in the optimizer's state has the shape of a parameter lies as that parameter does.
+    Whatever in the optimizer's state has the shape of a parameter lies as that parameter does, and
+    what else belongs to one is spread as `rules.leaf_sharding` spreads it.
     """
     boxed = jax.eval_shape(lambda: objective.init(key_for(0, 0, PURPOSE_INIT), batch_spec))
     shardings = rules.param_shardings(boxed, mesh)
@@ -82,30 +83,41 @@ def abstract_state(
         step=place(shapes.step, whole),
         params=jax.tree.map(place, shapes.params, shardings),
         opt_state=jax.tree.map(
-            place, shapes.opt_state, _like_params(shapes.opt_state, shapes.params, shardings, whole)
+            place, shapes.opt_state, _like_params(shapes.opt_state, boxed, mesh)
         ),
         ema=jax.tree.map(place, shapes.ema, shardings) if with_ema else {},
     )
 
 
-def _like_params(tree: Any, params: Any, shardings: Any, other: Any) -> Any:
+def _like_params(tree: Any, boxed: Any, mesh: Mesh) -> Any:
     """A sharding for each leaf of an optimizer's state.
 
-    A leaf whose path ends in that of a parameter and that has its shape lies as that parameter
-    does; every other leaf lies as `other`. (`optax.tree_map_params` does not hold a state that is
+    A leaf whose path ends in that of a parameter lies as that parameter does if it has its shape,
+    and by the names of the dimensions that it has left if not (a factored moment). A leaf that
+    belongs to no parameter lies whole. (`optax.tree_map_params` does not hold a state that is
     partitioned by the names of the parameters, as Muon's is.)
     """
-    paths = jax.tree_util.tree_leaves_with_path(params)
-    known = {
-        (path, leaf.shape): sharding
-        for (path, leaf), sharding in zip(paths, jax.tree.leaves(shardings), strict=True)
-    }
+    params = dict(jax.tree_util.tree_leaves_with_path(boxed, is_leaf=rules.is_boxed))
 
     def sharding(path: tuple, leaf: Any) -> Any:
-        ends = (known.get((path[start:], leaf.shape)) for start in range(len(path)))
-        return next((found for found in ends if found is not None), other)
+        ends = (params.get(path[start:]) for start in range(len(path)))
+        param = next((found for found in ends if found is not None), None)
+        if param is None:
+            return mesh_lib.replicated(mesh)
+        names = _names_left(rules.names_of(param), nn.unbox(param).shape, leaf.shape)
+        return rules.leaf_sharding(names, leaf.shape, mesh)
 
     return jax.tree_util.tree_map_with_path(sharding, tree)
+
+
+def _names_left(names: tuple, shape: tuple[int, ...], left: tuple[int, ...]) -> tuple:
+    """The names of the dimensions `left` of a parameter of `shape`, one of which may be gone."""
+    if left == shape:
+        return names
+    for gone in reversed(range(len(shape))):
+        if left == shape[:gone] + shape[gone + 1 :]:
+            return names[:gone] + names[gone + 1 :]
+    return (*names[:1], *(None,) * len(left))[: len(left)]
 
 
 def init_state(

@@ -1,0 +1,117 @@
+"""From `config.mesh` to the sizes of the mesh axes: presets, sizes that are given, and the rest."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from vlp_jax.errors import UserError, unknown_key_message
+
+# Data parallel (across hosts or slices), sharded parameters, sharded matrix products.
+AXES = ("replica", "fsdp", "tensor")
+# name -> the axis that takes the devices which are left; if its size is given, `replica` does.
+PRESETS = {"dp": "replica", "fsdp": "fsdp", "fsdp_tp": "fsdp", "hybrid": "fsdp"}
+KEYS = ("preset", *AXES)
+
+
+def resolve_sizes(section: Mapping[str, Any], devices: int, islands: int) -> tuple[int, ...]:
+    """Devices along each of `AXES`; their product is `devices`.
+
+    A size that is given holds; -1 is all devices that the others leave. Of those that are not
+    given (None, or no such key), one takes the rest unless a size is -1, and the others are 1:
+
+    | preset | takes the rest | besides |
+    |---|---|---|
+    | none, "dp" | `replica` | |
+    | "fsdp" | `fsdp` | |
+    | "fsdp_tp" | `fsdp` | `tensor` must be given |
+    | "hybrid" | `fsdp` | `replica` is the number of islands |
+
+    Where the preset's axis is given, `replica` takes the rest.
+
+    Args:
+      section: `config.mesh`, or any part of it.
+      devices: of the whole job.
+      islands: groups of devices with a fast network, see `placement.islands`.
+
+    Raises:
+      UserError: an unknown axis or preset, a size that contradicts the preset, or sizes whose
+        product is not the number of devices.
+    """
+    for key in section:
+        if key not in KEYS:
+            raise UserError(unknown_key_message(key, KEYS, "config.mesh"))
+    preset = section.get("preset")
+    if preset is not None and preset not in PRESETS:
+        raise UserError(unknown_key_message(str(preset), PRESETS, "config.mesh.preset"))
+    given = {axis: int(section[axis]) for axis in AXES if section.get(axis) is not None}
+    text = ", ".join(f"{axis} {size}" for axis, size in given.items())
+    if any(size < 1 and size != -1 for size in given.values()) or [*given.values()].count(-1) > 1:
+        raise UserError(f"mesh {text}: sizes are at least 1, and at most one of them is -1")
+    if preset is not None:
+        _check_against(preset, given)
+    sizes = _fill(preset, given, islands)
+    shape = _with_rest(sizes, devices, preset)
+    if preset == "hybrid" and shape[0] % islands:
+        raise UserError(
+            f"config.mesh.preset hybrid has replica run over the {islands} slices or processes of "
+            f"this job, but replica is {shape[0]}: set it to a multiple, or leave it out"
+        )
+    return shape
+
+
+def _check_against(preset: str, given: Mapping[str, int]) -> None:
+    """Raises UserError for a size that makes the preset pointless."""
+    fsdp, tensor = given.get("fsdp"), given.get("tensor")
+    what = f"config.mesh.preset {preset}"
+    drop = "or leave the preset out (--config.mesh.preset=None)"
+    if preset == "dp":
+        for axis, size in (("fsdp", fsdp), ("tensor", tensor)):
+            if size not in (None, 1):
+                raise UserError(
+                    f"{what} keeps parameters whole, but config.mesh.{axis} is {size}: remove that "
+                    f"size, {drop}"
+                )
+        return
+    if fsdp == 1:
+        raise UserError(
+            f"{what} shards parameters, but config.mesh.fsdp is 1: remove that size, {drop}"
+        )
+    if preset == "fsdp" and tensor not in (None, 1):
+        raise UserError(
+            f"{what} has no tensor axis, but config.mesh.tensor is {tensor}: "
+            f"use preset fsdp_tp, {drop}"
+        )
+    if preset == "fsdp_tp" and tensor in (None, 1):
+        raise UserError(
+            f"{what} needs the size of the tensor axis, at least 2: set --config.mesh.tensor=N, "
+            "or use preset fsdp"
+        )
+
+
+def _fill(preset: str | None, given: Mapping[str, int], islands: int) -> dict[str, int]:
+    """A size for each axis; at most one is -1."""
+    sizes = {"replica": islands if preset == "hybrid" else 1, "fsdp": 1, "tensor": 1, **given}
+    if -1 not in given.values():
+        takers = (PRESETS.get(preset or "dp", "replica"), "replica")
+        taker = next((axis for axis in takers if axis not in given), None)
+        if taker is not None:
+            sizes[taker] = -1
+    return sizes
+
+
+def _with_rest(sizes: Mapping[str, int], devices: int, preset: str | None) -> tuple[int, ...]:
+    """The sizes in order, with the devices that are left in the place of -1."""
+    shape = [sizes[axis] for axis in AXES]
+    text = " x ".join(f"{axis} {size}" for axis, size in zip(AXES, shape, strict=True))
+    known = math.prod(size for size in shape if size != -1)
+    if -1 in shape and devices % known == 0:
+        shape[shape.index(-1)] = devices // known
+    if math.prod(shape) != devices:
+        named = "" if preset is None else f" (preset {preset})"
+        raise UserError(
+            f"mesh {text}{named} does not fit the {devices} devices of this job; "
+            "set config.mesh so that the product of its sizes is the number of devices"
+        )
+    return tuple(shape)

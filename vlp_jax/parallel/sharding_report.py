@@ -1,0 +1,138 @@
+"""How a state lies on a mesh: a row per parameter, and what a device holds of the whole."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+from jax.sharding import Mesh
+
+from vlp_jax.parallel import rules
+
+# The axes of a mesh that parts of a state are meant to lie over; `replica` repeats it.
+SHARDING_AXES = ("fsdp", "tensor")
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A parameter, and how it lies.
+
+    Attributes:
+      names: the logical name of each dimension, None where it has none.
+      spec: the mesh axes of each dimension, () where it is not sharded.
+      bytes_per_device: of its part on a device.
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    names: tuple[str | None, ...]
+    spec: tuple[tuple[str, ...], ...]
+    bytes_per_device: int
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether every device holds all of it."""
+        return not any(self.spec)
+
+
+@dataclasses.dataclass(frozen=True)
+class Spread:
+    """Bytes of some arrays, all together and on one device.
+
+    Attributes:
+      ratio: a device's bytes relative to an even part: `total` over as many devices as the mesh
+        has along `fsdp` and `tensor`. 1.0 is ideal.
+    """
+
+    total: int
+    per_device: int
+    ratio: float
+
+
+def _local_bytes(leaf: Any) -> int:
+    return leaf.dtype.itemsize * math.prod(leaf.sharding.shard_shape(leaf.shape))
+
+
+def spread(tree: Any, mesh: Mesh) -> Spread:
+    """Of a tree of arrays, or of abstract ones with shardings."""
+    leaves = jax.tree.leaves(tree)
+    total = sum(leaf.dtype.itemsize * math.prod(leaf.shape) for leaf in leaves)
+    local = sum(_local_bytes(leaf) for leaf in leaves)
+    parts = math.prod(mesh.shape[axis] for axis in SHARDING_AXES)
+    return Spread(total, local, local * parts / total if total else 1.0)
+
+
+def rows(params: Any, boxed: Any) -> list[Row]:
+    """A row for each parameter, in the order of the tree.
+
+    Args:
+      params: abstract parameters with shardings.
+      boxed: the same tree with logical names, as `Objective.init` gives it.
+    """
+    found = []
+    with_names = jax.tree.leaves(boxed, is_leaf=rules.is_boxed)
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    for (path, leaf), box in zip(leaves, with_names, strict=True):
+        assert nn.unbox(box).shape == leaf.shape, (path, box, leaf)
+        spec = (*leaf.sharding.spec, *(None,) * (leaf.ndim - len(leaf.sharding.spec)))
+        found.append(
+            Row(
+                path=jax.tree_util.keystr(path, simple=True, separator="/"),
+                shape=tuple(leaf.shape),
+                names=rules.names_of(box),
+                spec=tuple(
+                    axes if isinstance(axes, tuple) else () if axes is None else (axes,)
+                    for axes in spec
+                ),
+                bytes_per_device=_local_bytes(leaf),
+            )
+        )
+    return found
+
+
+def table(found: Sequence[Row]) -> str:
+    """A line per row: path, each dimension as `name=size/axes`, bytes on a device."""
+    cells = [(row.path, _dimensions(row), f"{row.bytes_per_device:,}") for row in found]
+    widths = [max(len(line[column]) for line in cells) for column in range(3)]
+    return "\n".join(
+        f"{path.ljust(widths[0])}  {dims.ljust(widths[1])}  {size.rjust(widths[2])}"
+        for path, dims, size in cells
+    )
+
+
+def _dimensions(row: Row) -> str:
+    parts = [
+        f"{name or '.'}={size}" + (f"/{'+'.join(axes)}" if axes else "")
+        for name, size, axes in zip(row.names, row.shape, row.spec, strict=True)
+    ]
+    return " ".join(parts) or "scalar"
+
+
+def warnings(found: Sequence[Row], mesh: Mesh) -> list[str]:
+    """What does not follow from the mesh as one would think: a line for each kind of it."""
+    lines = []
+    tensor = mesh.shape["tensor"]
+    stuck: dict[tuple[str, int], int] = {}
+    for row in found:
+        for name, size, axes in zip(row.names, row.shape, row.spec, strict=True):
+            if tensor > 1 and "tensor" not in axes and name in _tensor_names():
+                stuck[name, size] = stuck.get((name, size), 0) + 1
+    for (name, size), count in sorted(stuck.items()):
+        lines.append(
+            f"tensor {tensor} does not divide {size} {name}: {count} parameters lie whole along "
+            "them, and every device of the tensor axis does the same work there"
+        )
+    whole = [row for row in found if row.is_whole]
+    if whole and any(mesh.shape[axis] > 1 for axis in SHARDING_AXES):
+        size = sum(row.bytes_per_device for row in whole)
+        listed = ", ".join(row.path for row in whole)
+        lines.append(f"{len(whole)} parameters of {size:,} bytes lie whole: {listed}")
+    return lines
+
+
+def _tensor_names() -> set[str]:
+    return {name for name, axes in rules.AXIS_RULES if axes == "tensor"}
