@@ -93,9 +93,7 @@ class _Element:
     index: int
 
 
-def _comparison(
-    module: Module, condition: Computation
-) -> tuple[int, int | _Element, str] | None:
+def _comparison(module: Module, condition: Computation) -> tuple[int, int | _Element, str] | None:
     """(index of the counter, its bound, "LT" or "LE") of "counter < bound"."""
     root, values = condition.root, [_value(condition, n) for n in condition.root.operands]
     if root.opcode == _FUSED:  # the comparison is a kernel of its own

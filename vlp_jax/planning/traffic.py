@@ -88,9 +88,7 @@ def collectives(module: Module, runs: Runs, mesh_shape: Mapping[str, int]) -> li
     return found
 
 
-def _within(
-    module: Module, computation: Computation
-) -> Iterator[tuple[Computation, Instruction]]:
+def _within(module: Module, computation: Computation) -> Iterator[tuple[Computation, Instruction]]:
     """The collectives of a computation and of the kernels that it runs."""
     for instruction in computation.instructions:
         if instruction.opcode.removesuffix("-start") in KINDS:
