@@ -79,7 +79,7 @@ def trip_count(module: Module, around: Computation, loop: Instruction) -> float 
     if isinstance(bound, _Element):
         bound = _element(around, loop, bound.index)
     start = _element(around, loop, index)
-    step = _step(body, index)
+    step = _step(module, body, index)
     if start is None or step is None or bound is None or step <= 0:
         return None
     last = bound + 1 if direction == "LE" else bound
@@ -95,17 +95,7 @@ class _Element:
 
 def _comparison(module: Module, condition: Computation) -> tuple[int, int | _Element, str] | None:
     """(index of the counter, its bound, "LT" or "LE") of "counter < bound"."""
-    root, values = condition.root, [_value(condition, n) for n in condition.root.operands]
-    if root.opcode == _FUSED:  # the comparison is a kernel of its own
-        inner = module.computations[root.called["calls"][0]]
-        root = inner.root
-        outer, values = values, []
-        for name in root.operands:
-            operand = _origin(inner, name)
-            if operand.opcode == "parameter":
-                values.append(outer[int(operand.literal)])
-            else:
-                values.append(_value(inner, name))
+    root, values = _operation(module, condition, condition.root)
     direction = root.attribute(r"direction=(\w+)")
     if root.opcode != "compare" or len(values) != 2 or None in values:
         return None
@@ -115,6 +105,21 @@ def _comparison(module: Module, condition: Computation) -> tuple[int, int | _Ele
     if direction not in ("LT", "LE") or not isinstance(left, _Element):
         return None
     return left.index, right, direction
+
+
+def _operation(
+    module: Module, computation: Computation, instruction: Instruction
+) -> tuple[Instruction, list[int | _Element | None]]:
+    """An instruction and its operands' values; of a fusion its last one, inside."""
+    values = [_value(computation, name) for name in instruction.operands]
+    if instruction.opcode != _FUSED:
+        return instruction, values
+    inner = module.computations[instruction.called["calls"][0]]
+    operands = [_origin(inner, name) for name in inner.root.operands]
+    return inner.root, [
+        values[int(one.literal)] if one.opcode == "parameter" else _value(inner, one.name)
+        for one in operands
+    ]
 
 
 def _origin(computation: Computation, name: str) -> Instruction:
@@ -145,16 +150,13 @@ def _element(around: Computation, loop: Instruction, index: int) -> int | None:
     return value if isinstance(value, int) else None
 
 
-def _step(body: Computation, index: int) -> int | None:
+def _step(module: Module, body: Computation, index: int) -> int | None:
     """What a round adds to element `index`."""
     root = _origin(body, body.root.name)
     if root.opcode != "tuple":
         return None
-    new = _origin(body, root.operands[index])
-    if new.opcode != "add":
-        return None
-    values = [_value(body, name) for name in new.operands]
-    if _Element(index) not in values:
+    new, values = _operation(module, body, _origin(body, root.operands[index]))
+    if new.opcode != "add" or _Element(index) not in values:
         return None
     other = values[1 - values.index(_Element(index))]
     return other if isinstance(other, int) else None

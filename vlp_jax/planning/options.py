@@ -133,12 +133,10 @@ def advice(plan: Plan) -> list[str]:
     shards = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
     part = config.batch_size // shards // config.microbatches
     if part > 1:
-        divisor = next(n for n in range(2, part + 1) if part % n == 0)
+        times = next(n for n in range(2, part + 1) if part % n == 0)
         lines.append(
-            f"compute the batch in parts: --config.microbatches={config.microbatches * divisor} "
-            f"halves activations or better, and changes no loss"
-            if divisor == 2
-            else f"compute the batch in parts: --config.microbatches={config.microbatches * divisor}"
+            f"compute the batch in {times} times as many parts, which changes no loss: "
+            f"--config.microbatches={config.microbatches * times}"
         )
     share = (available - state) / (plan.needed - state) if plan.needed > state else 0
     if 0 < share < 1:

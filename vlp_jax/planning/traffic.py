@@ -65,20 +65,19 @@ def collectives(module: Module, runs: Runs, mesh_shape: Mapping[str, int]) -> li
     """Those that join at least two devices.
 
     A collective that the TPU compiler lets several kernels carry along, one after the other, stands
-    in each of them under one channel; it counts once in the computation that runs them.
+    in each of them with one number of a chain; it counts once in the computation that runs them.
     """
     found = []
     for name in module.computations:
         if name not in runs.times or name in runs.fused:
             continue
-        seen = set()
+        seen: set[str | None] = set()
         for computation, instruction in _within(module, module.computations[name]):
             kind = _kind(computation, instruction)
-            channel = instruction.attribute(r"channel_id=(\d+)")
-            if computation.name in runs.fused and channel is not None:
-                if (kind, channel) in seen:
-                    continue
-                seen.add((kind, channel))
+            chain = instruction.attribute(r'chain_id="(\d+)"')
+            if chain is not None and chain in seen:
+                continue
+            seen.add(chain)
             groups = parse_groups(instruction.attributes, module.partitions)
             axes = axes_of(groups, mesh_shape)
             if axes:
