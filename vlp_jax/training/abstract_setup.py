@@ -136,5 +136,6 @@ def _check_epochs(config: ConfigDict, epoch_examples: int | None) -> None:
         if duration.epochs is not None and epoch_examples is None:
             raise UserError(
                 f"{where} is in epochs, and without data nothing says how many examples one has: "
-                "give that number (epoch_examples, --epoch-examples), or set the duration in steps or examples"
+                "give that number (epoch_examples, --epoch-examples), or set the duration in steps "
+                "or examples"
             )
