@@ -69,9 +69,15 @@ def peak_flops(plan: Plan) -> float | None:
     return plan.setup.mesh.size * plan.target.chip.peak_flops(plan.setup.objective.compute_dtype)
 
 
-def notes(plan: Plan) -> list[str]:
+def notes(findings: Findings) -> list[str]:
     """What a reader should know of the figures."""
+    plan = findings.plan
     found = [f"FLOPs not counted: {what}" for what in plan.hardware.uncounted]
+    bound = findings.costs().get("roofline, all at once")
+    if findings.mfu and bound and bound.mfu and findings.mfu > bound.mfu:
+        found.append(
+            f"{findings.mfu:.0%} MFU cannot be reached: the roofline allows {bound.mfu:.1%}"
+        )
     if plan.compiled is None:
         if plan.memory is None:
             found.append(
@@ -129,7 +135,7 @@ def as_json(findings: Findings, versions: dict[str, str]) -> dict[str, Any]:
         "compiler_cycles": compiled.cycles if compiled else None,
         "steps": plan.setup.units.total_steps,
         "costs": {name: dataclasses.asdict(one) for name, one in findings.costs().items()},
-        "notes": notes(plan),
+        "notes": notes(findings),
     }
     if plan.fits is False:
         result["reason"] = reason(plan)
@@ -178,7 +184,7 @@ def as_table(findings: Findings) -> Group:
     if plan.fits is False:
         parts.append(Text(f"does not fit: {reason(plan)}", style="bold red"))
         parts += [Text(f"  - {line}") for line in advice(plan)]
-    parts += [Text(f"note: {note}", style="dim") for note in notes(plan)]
+    parts += [Text(f"note: {note}", style="dim") for note in notes(findings)]
     return Group(*parts)
 
 
