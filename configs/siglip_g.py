@@ -22,9 +22,9 @@ What differs: SigLIP 2 adds a captioning decoder (LocCa), self-distillation and 
 optimizer, whose settings are those of `configs/siglip_b16.py`; what differs from the published one
 is said there. The argument is none; 384 pixels, the other published size, went on from 256.
 
-Per device the state is even for `fsdp` of 16 and 64 (`python -m tools.show_sharding`). For more
-devices let `config.mesh.replica` count groups of these, as --config.mesh.preset=hybrid does for
-slices, or add a tensor axis.
+The state is even over `fsdp` of 16 and 64. 1152 is no multiple of 256: on so many devices set
+--config.mesh.fsdp=64, or --config.mesh.preset=fsdp_tp and --config.mesh.tensor=4
+(`python -m tools.show_sharding` says what a device holds).
 """
 
 from configs import _recipes, siglip_b16

@@ -13,6 +13,7 @@ pixels that the second one is named after its patches of 14 cover 378.
 
 `configs/siglip_b16.py` with other towers; what differs from the paper is said there. The larger
 resolution is trained from the start here, while the published one went on from a smaller one.
+1152 is no multiple of 256: on so many devices set --config.mesh.fsdp=64 (or 128, 16).
 """
 
 from configs import _recipes, siglip_b16

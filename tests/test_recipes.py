@@ -34,7 +34,7 @@ def total_steps(config, epoch_examples=IMAGENET):
 
 
 def test_the_recipes_are_there_and_say_what_they_aim_at():
-    families = {"clip": 3, "siglip": 2, "lit": 1, "flip": 1, "mae": 3}
+    families = {"clip": 3, "siglip": 3, "lit": 1, "flip": 1, "mae": 3}
     assert len(RECIPES) == sum(families.values())
     for name in RECIPES:
         docstring = ast.get_docstring(ast.parse((CONFIGS / f"{name}.py").read_text()))
@@ -45,7 +45,7 @@ def test_the_recipes_are_there_and_say_what_they_aim_at():
 @pytest.mark.parametrize(
     ("spec", "parameters"),
     [("clip_b16", 149_620_737), ("clip_b32", 151_277_313), ("clip_l14", 427_616_513)]
-    + [("siglip_b16", 203_155_970)],
+    + [("siglip_b16", 203_155_970), ("siglip_g", 1_871_393_906)],
 )
 def test_parameters_are_as_many_as_in_the_published_weights(spec, parameters):
     assert count(shapes_of(load(spec))) == parameters
@@ -76,6 +76,7 @@ def test_formats_can_express_the_model(spec, formats, eos_id):
         ("clip_l14", 390_625, 2_000, 4e-4),
         ("siglip_b16", 1_220_704, 20_000, 1e-3),
         ("siglip_so400m14", 1_220_704, 20_000, 1e-3),
+        ("siglip_g", 1_220_704, 20_000, 1e-3),
         ("lit_b16", 60_000, 10_000, 1e-3),
         ("flip_l16", 195_491, 782, 1.024e-3),
         ("flip_l16:tune", 1_955, 391, 1.024e-5),

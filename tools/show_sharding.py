@@ -43,6 +43,7 @@ class Report:
     Attributes:
       mesh: devices along each axis.
       state: parameters, the optimizer's state, and the average if there is one.
+      whole: paths of the parameters that lie whole on every device although the mesh shards.
     """
 
     config: str
@@ -50,6 +51,7 @@ class Report:
     rows: list[report_lib.Row]
     params: report_lib.Spread
     state: report_lib.Spread
+    whole: list[str]
     warnings: list[str]
 
 
@@ -103,6 +105,7 @@ def make_report(name: str, setup: Setup) -> Report:
         rows=rows,
         params=report_lib.spread(setup.abstract.params, setup.mesh),
         state=report_lib.spread(setup.abstract, setup.mesh),
+        whole=[row.path for row in report_lib.whole(rows, setup.mesh)],
         warnings=report_lib.warnings(rows, setup.mesh),
     )
 
@@ -126,7 +129,8 @@ def text(report: Report) -> str:
         )
     count = sum(math.prod(row.shape) for row in report.rows)
     lines.append(f"{count:,} parameters in {len(report.rows)} arrays")
-    return "\n".join([*lines, *(f"warning: {line}" for line in report.warnings)])
+    lines += [f"warning: {line}" for line in report.warnings]
+    return "\n".join([*lines, *(f"  {path}" for path in report.whole)])
 
 
 def main(argv: Sequence[str] | None = None) -> int:

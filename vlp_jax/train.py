@@ -24,6 +24,7 @@ from vlp_jax.observe.writers import build_writers, check_writers
 from vlp_jax.parallel import mesh as mesh_lib
 from vlp_jax.parallel import startup
 from vlp_jax.parallel.batch import Prefetcher
+from vlp_jax.parallel.sharding_report import spread
 from vlp_jax.training import param_groups
 from vlp_jax.training import workdir as workdir_lib
 from vlp_jax.training.build import Parts, build, first_state, make_checkpointer
@@ -173,11 +174,15 @@ def find_first_step(parts: Parts, checkpointer: Checkpointer) -> int:
 
 
 def describe_run(setup: Setup, first_step: int) -> str:
-    """One line for the log: the size of the model, and the steps that are ahead."""
+    """One line for the log: the size of the model and of its state, and the steps ahead."""
     size, frozen = param_groups.count(setup.abstract.params, setup.config.optimizer.frozen)
     last_step, batch_size = setup.units.total_steps, setup.config.batch_size
     steps = f"steps {first_step:,} to {last_step:,} of {batch_size:,} examples"
-    return f"{size:,} parameters, of which {frozen:,} frozen; {steps}"
+    state = spread(setup.abstract, setup.mesh)
+    part = (
+        f"{state.per_device / 2**20:,.1f} MiB of state a device, {state.ratio:.2f} of an even part"
+    )
+    return f"{size:,} parameters, of which {frozen:,} frozen; {steps}; {part}"
 
 
 def make_progress(last_step: int, name: str) -> Progress | NullProgress:

@@ -35,6 +35,20 @@ def so400m_sizes(size, context_length):
     }
 
 
+def g_opt_sizes():
+    """As the library has them in models/siglip/convert_siglip_to_hf.py."""
+    text = {**so400m_sizes(224, 64)["text_config"], "vocab_size": 256_000, "projection_size": 1536}
+    vision = {
+        "hidden_size": 1536,
+        "num_hidden_layers": 40,
+        "num_attention_heads": 16,
+        "intermediate_size": 6144,
+        "patch_size": 16,
+        "image_size": 256,
+    }
+    return {"vision_config": vision, "text_config": text}
+
+
 def vit_mae_sizes(width, depth, heads, patch):
     return {
         "hidden_size": width,
@@ -54,6 +68,7 @@ PUBLISHED = {
     "siglip_b16": ("Siglip", {}),
     "siglip_so400m14": ("Siglip", so400m_sizes(224, 16)),
     "siglip_so400m14:378": ("Siglip", so400m_sizes(384, 64)),
+    "siglip_g": ("Siglip", g_opt_sizes()),
     "mae_b16": ("ViTMAE", vit_mae_sizes(768, 12, 12, 16)),
     "mae_l16": ("ViTMAE", vit_mae_sizes(1024, 24, 16, 16)),
     "mae_h14": ("ViTMAE", vit_mae_sizes(1280, 32, 16, 14)),

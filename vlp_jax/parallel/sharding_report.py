@@ -126,12 +126,18 @@ def warnings(found: Sequence[Row], mesh: Mesh) -> list[str]:
             f"tensor {tensor} does not divide {size} {name}: {count} parameters lie whole along "
             "them, and every device of the tensor axis does the same work there"
         )
-    whole = [row for row in found if row.is_whole]
-    if whole and any(mesh.shape[axis] > 1 for axis in SHARDING_AXES):
-        size = sum(row.bytes_per_device for row in whole)
-        listed = ", ".join(row.path for row in whole)
-        lines.append(f"{len(whole)} parameters of {size:,} bytes lie whole: {listed}")
+    left = whole(found, mesh)
+    if left:
+        size = sum(row.bytes_per_device for row in left)
+        lines.append(f"parameters that lie whole on every device: {len(left)}, of {size:,} bytes")
     return lines
+
+
+def whole(found: Sequence[Row], mesh: Mesh) -> list[Row]:
+    """The parameters that lie whole on every device of a mesh that shards."""
+    if all(mesh.shape[axis] == 1 for axis in SHARDING_AXES):
+        return []
+    return [row for row in found if row.is_whole]
 
 
 def _tensor_names() -> set[str]:
