@@ -26,6 +26,7 @@ MAY_IMPORT = {
         "models",
     },
     "interop": {"models"},
+    "planning": {"training", "objectives", "models", "parallel", "observe"},
 }
 LEAVES = {"config", "defaults", "errors"}
 ENTRY_POINTS = {"train", "evaluate", "export"}

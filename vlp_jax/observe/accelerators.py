@@ -112,6 +112,18 @@ def peak_flops(device: jax.Device, dtype: Any) -> PeakFlops:
     return PeakFlops(_measured_flops(device, dtype), "measured")
 
 
+def table_flops(device_kind: str, dtype: Any) -> float:
+    """Peak of a known accelerator that need not be here, in FLOP/s; see `peak_flops`.
+
+    Raises:
+        KeyError: the table has no such device.
+    """
+    tflops = _table_tflops(device_kind, jnp.dtype(dtype).name)
+    if tflops is None:
+        raise KeyError(f"no peak is known of {device_kind!r}")
+    return tflops * 1e12
+
+
 def _table_tflops(device_kind: str, dtype: str) -> float | None:
     if "MIG" in device_kind:  # a slice of the GPU whose name it bears
         return None

@@ -60,6 +60,9 @@ def tpu_devices(name: str, slices: int = 1) -> list[Any]:
     # lock on TPUs that are not used here.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    # What a TPU VM has; libtpu complains of its absence, and makes any topology with it.
+    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
+    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
     kind, _, shape = name.partition(":")
     options: dict[str, Any] = dict(_OPTIONS.get(kind, {}))
     if shape in _HOSTS:

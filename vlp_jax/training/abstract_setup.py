@@ -53,7 +53,7 @@ def abstract_setup(config: ConfigDict, mesh: Mesh, epoch_examples: int | None = 
         of the vocabulary, or of an epoch.
     """
     config = config.copy_and_resolve_references()
-    _set_dtypes(config, "float32" if mesh.devices.flat[0].platform == "cpu" else "bfloat16")
+    set_dtypes(config, "float32" if mesh.devices.flat[0].platform == "cpu" else "bfloat16")
     _check_epochs(config, epoch_examples)
     tokenizer = tokenizer_sizes(config.tokenizer)
     objective = make_objective(config.objective, tokenizer, config.microbatches)
@@ -117,7 +117,7 @@ def _readers(objective: Objective) -> Iterator[tuple[str, Objective]]:
             yield part.data or dataset, inner
 
 
-def _set_dtypes(config: ConfigDict, dtype: str) -> None:
+def set_dtypes(config: ConfigDict, dtype: str) -> None:
     """Puts `dtype` where an objective, or a part of one, leaves its own open."""
     with config.unlocked():
         parts = config.objective.get("parts")
@@ -136,5 +136,6 @@ def _check_epochs(config: ConfigDict, epoch_examples: int | None) -> None:
         if duration.epochs is not None and epoch_examples is None:
             raise UserError(
                 f"{where} is in epochs, and without data nothing says how many examples one has: "
-                "give that number (epoch_examples), or set the duration in steps or examples"
+                "give that number (epoch_examples, --epoch-examples), or set the duration in steps "
+                "or examples"
             )

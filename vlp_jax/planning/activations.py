@@ -1,0 +1,64 @@
+"""What the forward pass keeps for the backward pass, from the shapes that JAX hands on."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+
+from vlp_jax.objectives import Objective
+from vlp_jax.objectives.base import BatchSpec
+from vlp_jax.objectives.composite import Composite
+from vlp_jax.parallel import rules
+from vlp_jax.parallel.mesh import BATCH_AXES
+from vlp_jax.training.setup import Setup
+from vlp_jax.training.state import PURPOSE_LOSS, key_for
+
+
+def activation_bytes(setup: Setup) -> int:
+    """Kept on a device between the passes, of one microbatch; an estimate.
+
+    It counts every array that JAX's backward pass takes over from the forward pass and whose size
+    follows the batch, spread over the devices that share a batch. A compiler may keep less, since
+    it can compute some of them again or merge them, or more, since it pads. The axis `tensor`
+    divides only some of them, and is left out.
+    """
+    parts = setup.config.microbatches
+    objective = in_one_part(setup.objective)
+    shards = math.prod(setup.mesh.shape[axis] for axis in BATCH_AXES)
+    spec = _resized(setup.batch_spec, setup.config.batch_size // parts)
+    with rules.use_mesh(setup.mesh):
+        kept = _residuals(objective, setup.abstract.params, spec)
+        doubled = _resized(spec, 2 * setup.config.batch_size // parts)
+        larger = _residuals(objective, setup.abstract.params, doubled)
+    follow = (a for a, b in zip(kept, larger, strict=True) if a.shape != b.shape)
+    return sum(leaf.dtype.itemsize * math.prod(leaf.shape) for leaf in follow) // shards
+
+
+def in_one_part(objective: Objective) -> Objective:
+    """`objective` without microbatches: what it does with one of them."""
+    if isinstance(objective, Composite):
+        parts = (
+            dataclasses.replace(part, objective=in_one_part(part.objective))
+            for part in objective.parts
+        )
+        return dataclasses.replace(objective, parts=tuple(parts))
+    return dataclasses.replace(objective, microbatches=1)
+
+
+def _resized(spec: BatchSpec, batch_size: int) -> BatchSpec:
+    return {
+        name: jax.ShapeDtypeStruct((batch_size, *one.shape[1:]), one.dtype)
+        for name, one in spec.items()
+    }
+
+
+def _residuals(objective: Objective, params: Any, spec: BatchSpec) -> list[Any]:
+    def backward(params: Any, batch: Any) -> Any:
+        rng = key_for(0, 0, PURPOSE_LOSS)
+        loss = lambda params: objective.loss(params, batch, rng, True)  # noqa: E731
+        return jax.vjp(loss, params, has_aux=True)[1]
+
+    return [leaf for leaf in jax.tree.leaves(jax.eval_shape(backward, params, spec))]

@@ -1,0 +1,145 @@
+"""Bytes that a compiled program moves to and from a device's main memory, and the cycles it counts.
+
+Every kernel of the program reads its operands and writes its results; what stays in memory nearer
+the cores does not count, nor does an instruction that only gives another name to data. Tiles count
+with their padding. Of a large array of which a kernel takes or replaces a slice the slice counts.
+A collective that kernels carry along while they compute counts once, where it starts.
+"""
+
+from __future__ import annotations
+
+from vlp_jax.planning.hlo import Array, Computation, Instruction, Module
+from vlp_jax.planning.loops import Runs
+
+HBM = 0  # XLA's memory space
+# Nothing moves, or what moves is counted where the call or the start of it is.
+_FREE = {
+    "parameter",
+    "constant",
+    "get-tuple-element",
+    "tuple",
+    "bitcast",
+    "while",
+    "conditional",
+    "call",
+    "after-all",
+    "partition-id",
+    "replica-id",
+    "opt-barrier",
+}
+_FREE_CALLS = ("AllocateBuffer", "ConcatBitcast", "AssumeGatherIndicesInBound")
+_SLICES = {"dynamic-slice", "slice", "gather"}
+_VIEWS = {"bitcast", "reshape"}
+_UPDATE = "dynamic-update-slice"
+_COLLECTIVE_START = "async-collective-start"  # the TPU compiler's name for such a fusion
+_CARRIED = "chain_id="  # what it writes beside a collective that several kernels carry
+
+
+def hbm_bytes(module: Module, runs: Runs) -> float:
+    """Read and written by a device in one call of the program."""
+    total = 0.0
+    for name, computation in module.computations.items():
+        if name in runs.times and name not in runs.fused:
+            moved = sum(_moved(module, computation, i) for i in computation.instructions)
+            total += runs.times[name] * moved
+    return total
+
+
+def estimated_cycles(module: Module, runs: Runs) -> float:
+    """The TPU compiler's own estimate for its kernels, waiting for the network not included."""
+    total = 0.0
+    for name, computation in module.computations.items():
+        if name in runs.times and name not in runs.fused:
+            said = (i.attribute(r'"estimated_cycles":"?(\d+)') for i in computation.instructions)
+            total += runs.times[name] * sum(int(cycles) for cycles in said if cycles)
+    return total
+
+
+def _moved(module: Module, computation: Computation, instruction: Instruction) -> int:
+    opcode = instruction.opcode
+    if opcode in _FREE or opcode.endswith("-done"):
+        return 0
+    if opcode == "custom-call" and any(name in instruction.attributes for name in _FREE_CALLS):
+        return 0
+    if opcode.removesuffix("-start") == "slice" and opcode != "slice":
+        source, target = instruction.arrays[0], instruction.arrays[1]
+        return target.padded_bytes * sum(array.memory == HBM for array in (source, target))
+    if opcode.endswith("-start"):  # its result holds operands and results
+        return _in_hbm(instruction.arrays)
+    if opcode in _SLICES:
+        source = computation.by_name[instruction.operands[0]].arrays[0]
+        read = instruction.arrays[0].padded_bytes if source.memory == HBM else 0
+        return read + _in_hbm(instruction.arrays)
+    if opcode == _UPDATE:
+        update = computation.by_name[instruction.operands[1]].arrays
+        written = update[0].padded_bytes if instruction.arrays[0].memory == HBM else 0
+        return written + _in_hbm(update)
+    if opcode == "fusion":
+        return _fusion(module, computation, instruction)
+    operands = (computation.by_name[name] for name in dict.fromkeys(instruction.operands))
+    return _in_hbm(instruction.arrays) + sum(_in_hbm(operand.arrays) for operand in operands)
+
+
+def _in_hbm(arrays: tuple[Array, ...]) -> int:
+    return sum(array.padded_bytes for array in arrays if array.memory == HBM)
+
+
+def _fusion(module: Module, computation: Computation, fusion: Instruction) -> int:
+    if fusion.name.startswith(_COLLECTIVE_START):
+        return _in_hbm(fusion.arrays)
+    inner = module.computations[fusion.called["calls"][0]]
+    total = 0
+    for number, name in enumerate(fusion.operands):
+        arrays = computation.by_name[name].arrays
+        if len(arrays) == 1 and arrays[0].memory == HBM:
+            total += _read(module, inner, inner.parameters[number].name, arrays[0].padded_bytes)
+    written = _written(module, inner, inner.root.name)
+    if len(written) != len(fusion.arrays):
+        return total + _in_hbm(fusion.arrays)
+    for array, part in zip(fusion.arrays, written, strict=True):
+        if array.memory == HBM:
+            total += array.padded_bytes if part is None else min(part, array.padded_bytes)
+    return total
+
+
+def _read(module: Module, computation: Computation, name: str, whole: int) -> int:
+    """Bytes that a kernel reads of the value `name`, of which there are `whole`."""
+    total = 0
+    if computation.root.name == name:
+        return whole
+    for user in computation.users.get(name, ()):
+        first = user.operands[0] == name and user.operands.count(name) == 1
+        if user.opcode in _SLICES and first:
+            total += user.arrays[0].padded_bytes
+        elif user.opcode == _UPDATE and first:
+            continue  # what is not replaced stays where it is
+        elif user.opcode == "tuple" or _CARRIED in user.attributes:
+            continue
+        elif user.opcode in _VIEWS:
+            total += _read(module, computation, user.name, whole)
+        elif user.opcode == "fusion":
+            inner = module.computations[user.called["calls"][0]]
+            for number, operand in enumerate(user.operands):
+                if operand == name:
+                    total += _read(module, inner, inner.parameters[number].name, whole)
+        else:
+            return whole
+    return min(total, whole)
+
+
+def _written(module: Module, computation: Computation, name: str) -> list[int | None]:
+    """Bytes that a kernel writes of each of its results; None for all of them."""
+    instruction = computation.by_name[name]
+    if instruction.opcode == "tuple":
+        parts = (_written(module, computation, operand) for operand in instruction.operands)
+        return [part for one in parts for part in one]
+    if instruction.opcode == "parameter" or _CARRIED in instruction.attributes:
+        return [0] * len(instruction.arrays)  # it is handed on as it is
+    if instruction.opcode in _VIEWS:
+        return _written(module, computation, instruction.operands[0])
+    if instruction.opcode == "fusion":
+        inner = module.computations[instruction.called["calls"][0]]
+        return _written(module, inner, inner.root.name)
+    if instruction.opcode == _UPDATE:
+        return [computation.by_name[instruction.operands[1]].arrays[0].padded_bytes]
+    return [None] * len(instruction.arrays)

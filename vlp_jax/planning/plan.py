@@ -1,0 +1,186 @@
+"""From a config and a target to a plan: what fits, what moves, what it takes."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from vlp_jax.parallel import mesh as mesh_lib
+from vlp_jax.parallel import rules
+from vlp_jax.planning import hbm, hlo, loops, network, traffic
+from vlp_jax.planning.activations import activation_bytes
+from vlp_jax.planning.compile import OutOfMemory, Program, compile_setup
+from vlp_jax.planning.flops import Flops, count_flops
+from vlp_jax.planning.roofline import Roofline
+from vlp_jax.planning.state_bytes import StateBytes, share, state_bytes
+from vlp_jax.planning.target import Target
+from vlp_jax.training.abstract_setup import abstract_setup, set_dtypes
+from vlp_jax.training.setup import Setup
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """What the text of a compiled step says of a device in a step.
+
+    Attributes:
+      hbm_traffic: bytes to and from its main memory.
+      collectives: what it sends.
+      cycles: the TPU compiler's estimate of its kernels, without the network.
+      repeated: instructions that the compiler computes again to save memory, beside what
+        `remat` does.
+      notes: what could not be read, in words.
+    """
+
+    hbm_traffic: float
+    collectives: list[traffic.Collective]
+    cycles: float
+    repeated: int
+    notes: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What is known of a training step. Bytes are of a device, FLOPs of all devices.
+
+    Attributes:
+      waiting: of the batches that wait on the devices while a step runs (`config.prefetch`).
+      activations: an estimate of what is kept between forward and backward pass.
+      memory: of the compiled program; its refusal; None where nothing compiles.
+      compiled: None where there is no compiled program.
+    """
+
+    setup: Setup
+    target: Target
+    state: StateBytes
+    waiting: int
+    activations: int
+    model_flops: float
+    hardware: Flops
+    memory: Program | OutOfMemory | None
+    compiled: Compiled | None
+
+    @property
+    def available(self) -> int | None:
+        """Main memory of a device; None if not known."""
+        if isinstance(self.memory, OutOfMemory):
+            return self.memory.available
+        return self.target.chip.hbm_bytes if self.target.chip else None
+
+    @property
+    def needed(self) -> int | None:
+        """What the step takes of it, with the batches that wait; None without a compiler."""
+        if self.memory is None:
+            return None
+        if isinstance(self.memory, OutOfMemory):
+            return self.memory.needed + self.waiting
+        return self.memory.bytes + self.waiting
+
+    @property
+    def fits(self) -> bool | None:
+        """None if it cannot be known: there is no compiler, and the state alone would fit."""
+        if isinstance(self.memory, OutOfMemory):
+            return False
+        if self.memory is not None:
+            return self.needed <= self.available
+        if self.available is not None and self.state.device > self.available:
+            return False
+        return None
+
+    @property
+    def roofline(self) -> Roofline:
+        """The least time of a step."""
+        chip, devices = self.target.chip, self.setup.mesh.devices
+        if chip is None:
+            return Roofline(None, None, None)
+        dtype = self.setup.objective.compute_dtype
+        compute = self.hardware.passes / devices.size / chip.peak_flops(dtype)
+        if self.compiled is None:
+            return Roofline(compute, None, None)
+        return Roofline(
+            compute,
+            self.compiled.hbm_traffic / chip.hbm_bandwidth,
+            network.seconds(self.compiled.collectives, list(devices.flat), chip),
+        )
+
+    @property
+    def cycle_seconds(self) -> float | None:
+        """The compiler's own estimate of its kernels in seconds; None without one, or a clock."""
+        clock = self.target.chip.clock if self.target.chip else None
+        return self.compiled.cycles / clock if self.compiled and clock else None
+
+
+def make_setup_for(config: ConfigDict, target: Target, epoch_examples: int | None) -> Setup:
+    """The setup of `config` on the devices of `target`.
+
+    Raises:
+      UserError: the config does not fit the devices or itself.
+    """
+    config = config.copy_and_resolve_references()
+    set_dtypes(config, target.dtype)
+    if not target.compiles:
+        _set_everywhere(config.objective, "attention", "xla")  # the FLOPs are the same
+    mesh = mesh_lib.make_mesh(config.mesh, target.devices)
+    return abstract_setup(config, mesh, epoch_examples)
+
+
+def _set_everywhere(section: ConfigDict, key: str, value: Any) -> None:
+    with section.unlocked():
+        for name, inner in section.items():
+            if isinstance(inner, ConfigDict):
+                _set_everywhere(inner, key, value)
+            elif name == key:
+                section[key] = value
+
+
+def step_flops(setup: Setup) -> Flops:
+    """Of a step on all devices together, with what is computed again."""
+    with rules.use_mesh(setup.mesh):
+        return count_flops(setup.step, setup.abstract, setup.batch_spec)
+
+
+def make_plan(setup: Setup, target: Target) -> Plan:
+    """Compiles the step if the target has a compiler, and reads what came out."""
+    spread = mesh_lib.batch_sharding(setup.mesh)
+    batch = [
+        jax.ShapeDtypeStruct(spec.shape, spec.dtype, sharding=spread)
+        for spec in setup.batch_spec.values()
+    ]
+    memory = compile_setup(setup) if target.compiles else None
+    return Plan(
+        setup=setup,
+        target=target,
+        state=state_bytes(setup.abstract),
+        waiting=setup.config.prefetch * share(batch).device,
+        activations=activation_bytes(setup),
+        model_flops=3
+        * setup.objective.flops_per_example(setup.batch_spec)
+        * setup.config.batch_size,
+        hardware=step_flops(setup),
+        memory=memory,
+        compiled=read_program(memory, setup) if isinstance(memory, Program) else None,
+    )
+
+
+def read_program(program: Program, setup: Setup) -> Compiled:
+    """What the text of a compiled step says."""
+    module = hlo.parse(program.text)
+    runs = loops.count_runs(module)
+    notes = tuple(
+        f"the rounds of the loop {name} are not known: counted once" for name in runs.unknown
+    )
+    running = (
+        instruction
+        for name, computation in module.computations.items()
+        if name in runs.times and name not in runs.fused
+        for instruction in computation.instructions
+    )
+    return Compiled(
+        hbm_traffic=hbm.hbm_bytes(module, runs),
+        collectives=traffic.collectives(module, runs, dict(setup.mesh.shape)),
+        cycles=hbm.estimated_cycles(module, runs),
+        repeated=sum(".remat" in instruction.name for instruction in running),
+        notes=notes,
+    )

@@ -1,0 +1,57 @@
+"""Bytes of a training state on a device, from its shapes and shardings."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+
+from vlp_jax.training.state import TrainState
+
+
+@dataclasses.dataclass(frozen=True)
+class Share:
+    """Bytes of a tree of arrays: of all of it once, and of the largest part that a device holds."""
+
+    total: int
+    device: int
+
+    @property
+    def shards(self) -> float:
+        """Over how many devices the tree is spread; 1 if each holds all of it."""
+        return self.total / self.device if self.device else 1.0
+
+
+def share(tree: Any) -> Share:
+    """Of the `jax.ShapeDtypeStruct`s of `tree`, which have shardings."""
+    total = device = 0
+    for leaf in jax.tree.leaves(tree):
+        total += leaf.dtype.itemsize * math.prod(leaf.shape)
+        device += leaf.dtype.itemsize * math.prod(leaf.sharding.shard_shape(leaf.shape))
+    return Share(total, device)
+
+
+@dataclasses.dataclass(frozen=True)
+class StateBytes:
+    """Of the parts of a training state; the average of the parameters is with `optimizer`."""
+
+    params: Share
+    optimizer: Share
+
+    @property
+    def device(self) -> int:
+        """On a device, all parts together."""
+        return self.params.device + self.optimizer.device
+
+    @property
+    def total(self) -> int:
+        """Of the whole state once."""
+        return self.params.total + self.optimizer.total
+
+
+def state_bytes(abstract: TrainState) -> StateBytes:
+    """Of an abstract state."""
+    others = (abstract.step, abstract.opt_state, abstract.ema)
+    return StateBytes(share(abstract.params), share(others))
