@@ -114,6 +114,24 @@ def test_resuming_is_exact(photos, step):
         assert_same(a, b)
 
 
+@pytest.mark.parametrize("processes", [1, 2])
+def test_the_examples_of_a_batch_are_named_without_reading_them(photos, processes):
+    parts = [
+        train(photos, process_index=index, process_count=processes) for index in range(processes)
+    ]
+    batches = [take(part, 12) for part in parts]
+    for number in (0, 7, 11):
+        named = parts[0].examples_of(number)
+        texts = [
+            "".join(chr(t - 3) if t > 3 else "" for t in row)
+            for part in batches
+            for row in part[number]["text"]
+        ]
+        assert len(named) == 8
+        for where, text in zip(named, texts, strict=True):
+            assert f"/{numbers_of([text])[0]}.jpg" in where
+
+
 def test_resuming_far_away_is_instant(photos):
     (batch,) = take(train(photos), 1, start=10**15)
     assert batch["image"].shape == (8, SIZE, SIZE, 3)

@@ -142,3 +142,29 @@ def test_remote_lines_are_uploaded_whole_on_flush_and_close(tmp_path):
 
 def _child_env():
     return {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+
+
+def test_a_full_disk_keeps_the_lines_until_there_is_room(tmp_path, caplog):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(disk)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("this needs a mount, which is not allowed here")
+    try:
+        writer = JsonlWriter(disk / "metrics.jsonl")
+        writer.write_scalars(0, {"loss": 1.0})
+        filler = disk / "filler"
+        with pytest.raises(OSError), open(filler, "wb", buffering=0) as file:
+            while True:
+                file.write(b"x" * 512)
+        for step in range(1, 200):  # more than the page that the file has already
+            writer.write_scalars(step, {"loss": 1.0})
+            writer.flush()
+        assert len(read_metrics(disk / "metrics.jsonl")) < 200
+        assert len([r for r in caplog.records if "metrics wait in memory" in r.message]) == 1
+        filler.unlink()
+        writer.write_scalars(200, {"loss": 1.0})
+        assert [r["step"] for r in read_metrics(disk / "metrics.jsonl")] == list(range(201))
+        writer.close()
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], check=True)

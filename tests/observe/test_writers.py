@@ -260,3 +260,20 @@ class _FakeWandb:
 
 def _child_env():
     return {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+
+
+def test_tensorboard_writes_nothing_to_a_full_disk_and_says_so_once(tmp_path, monkeypatch, caplog):
+    free = [0]
+    monkeypatch.setattr(
+        "vlp_jax.observe.writers.shutil.disk_usage",
+        lambda path: type("Usage", (), {"free": free[0]}),
+    )
+    writer = TensorBoardWriter(tmp_path)
+    for step in range(3):
+        writer.write_scalars(step, {"loss": 1.0})
+        writer.write_text(step, {"note": "x"})
+    free[0] = 1 << 30
+    writer.write_scalars(3, {"loss": 2.0})
+    writer.close()
+    assert _scalars(_events(tmp_path)) == {(3, "loss"): 2.0}
+    assert len([r for r in caplog.records if "the disk is full" in r.message]) == 1

@@ -12,7 +12,7 @@ from vlp_jax.errors import UserError
 from vlp_jax.parallel.batch import put_batch
 from vlp_jax.training.optimizer import decay_mask, make_optimizer, make_schedule
 from vlp_jax.training.state import key_for
-from vlp_jax.training.when import EverySteps, Units
+from vlp_jax.training.when import EveryMinutes, EverySteps, StepsOrMinutes, Units
 
 UNITS = Units(batch_size=100, epoch_examples=1050, total_steps=1000)
 
@@ -54,6 +54,42 @@ def test_every_steps():
     when = EverySteps(4, last=10)
     assert [step for step in range(11) if when(step)] == [4, 8, 10]
     assert [step for step in range(11) if EverySteps(0, last=10)(step)] == [10]
+
+
+def test_every_so_many_minutes_where_the_clock_is_looked_at():
+    now, asked = [0.0], []
+
+    def agree(due):
+        asked.append(due)
+        return due
+
+    when = EveryMinutes(1.0, lambda step: step % 5 == 0, agree, time_fn=lambda: now[0])
+    due = []
+    for step in range(40):
+        now[0] = 10.0 * step  # six steps a minute
+        if when(step):
+            due.append(step)
+            when.reset()
+    assert due == [10, 20, 30]  # at 60 s nobody looks; then a minute after each
+    assert len(asked) == 8  # no message but at the steps that are looked at
+    never = EveryMinutes(0.0, lambda step: True, agree, time_fn=lambda: 1e9 * now[0])
+    assert not any(never(step) for step in range(10)) and len(asked) == 8
+
+
+def test_the_clock_of_the_first_process_decides():
+    now = [0.0]
+    slow = EveryMinutes(1.0, lambda step: True, lambda due: True, time_fn=lambda: now[0])
+    assert slow(1)  # its own minute is not over
+
+
+def test_a_save_by_steps_begins_a_new_period_of_minutes():
+    now = [0.0]
+    minutes = EveryMinutes(1.0, lambda step: True, lambda due: due, time_fn=lambda: now[0])
+    when, due = StepsOrMinutes(EverySteps(10, last=100), minutes), []
+    for step in range(1, 30):
+        now[0] = 8.0 * step
+        due += [step] if when(step) else []
+    assert due == [8, 10, 18, 20, 28]
 
 
 def schedule_values(name, **changes):

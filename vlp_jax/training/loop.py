@@ -79,8 +79,7 @@ class Loop:
             if self.preempted(step):
                 raise self.stop(step, state)
             self.evaluate(step, state)
-            if self.save_when(step):
-                self.save(step, state)
+            saved = self.save_when(step) and self.save(step, state)
             if step == self.last_step:
                 break
             self.measures.collect_garbage(step)
@@ -94,7 +93,8 @@ class Loop:
                 self.checkpointer.poll()
                 if self.checkpointer.failed:
                     self.measures.note("saves failed", self.checkpointer.failed)
-        self.finish(step)
+        if saved:
+            self.finish(step)
         return state
 
     def stop(self, step: int, state: TrainState) -> Preempted:
