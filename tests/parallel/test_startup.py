@@ -97,6 +97,7 @@ def test_a_step_of_one_task_is_no_job_of_several(monkeypatch):
 )
 def test_other_clusters_are_left_to_jax(monkeypatch, name, kind):
     monkeypatch.setenv(name, "a,b")
+    monkeypatch.setattr(startup, "_platforms", lambda: "")
     job = startup.find_job()
     assert job.kind == kind and job.arguments == {}
 
@@ -167,3 +168,14 @@ def test_a_process_alone_has_no_table_and_gpus_a_line_about_memory(monkeypatch):
         "GPU memory: XLA_PYTHON_CLIENT_PREALLOCATE=not set, XLA_PYTHON_CLIENT_MEM_FRACTION=0.9; "
         "TensorFlow is kept off the GPUs"
     )
+
+
+def test_what_libtpu_says_where_there_is_no_tpu_is_no_cluster(monkeypatch):
+    monkeypatch.setenv("TPU_WORKER_HOSTNAMES", "WARNING: could not determine TPU worker hostnames")
+    assert startup.find_job().kind == startup.ALONE
+
+
+def test_a_tpu_that_is_not_wanted_is_not_looked_for(monkeypatch):
+    monkeypatch.setenv("TPU_WORKER_HOSTNAMES", "a,b")
+    assert startup.jax.config.jax_platforms == "cpu"  # as all tests run
+    assert startup.find_job().kind == startup.ALONE

@@ -175,20 +175,30 @@ def find_job(
         return _explicit("flags", coordinator, processes, process_id)
     if int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
         return _slurm()
-    for kind, names in {
-        "Cloud TPU": ("MEGASCALE_COORDINATOR_ADDRESS", "TPU_WORKER_HOSTNAMES"),
-        "Open MPI": ("OMPI_MCA_orte_hnp_uri", "PMIX_SERVER_URI"),
-    }.items():
-        if any(name in os.environ for name in names):
-            return Job(kind, {})
-    if jax.config.jax_platforms in (None, "", "tpu") and any(
-        Path(device).exists() for device in ("/dev/accel0", "/dev/vfio/0")
-    ):
-        return Job("Cloud TPU VM", {})
+    if "tpu" in (_platforms() or "tpu"):
+        if any(_names_hosts(name) for name in _TPU_HOSTS):
+            return Job("Cloud TPU", {})
+        if any(Path(device).exists() for device in ("/dev/accel0", "/dev/vfio/0")):
+            return Job("Cloud TPU VM", {})
+    if any(name in os.environ for name in ("OMPI_MCA_orte_hnp_uri", "PMIX_SERVER_URI")):
+        return Job("Open MPI", {})
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{probe.getsockname()[1]}"
     return _explicit(ALONE, address, 1, 0, coordinator_bind_address=address)
+
+
+def _platforms() -> str:
+    """Those that JAX is told to look for; empty for all."""
+    return jax.config.jax_platforms or ""
+
+
+_TPU_HOSTS = ("MEGASCALE_COORDINATOR_ADDRESS", "TPU_WORKER_HOSTNAMES")
+
+
+def _names_hosts(variable: str) -> bool:
+    """Whether it is set, and not by libtpu itself, which puts a warning there when it finds none."""
+    return bool(os.environ.get(variable)) and "WARNING" not in os.environ[variable]
 
 
 def _explicit(kind: str, address: str, processes: int, process_id: int, **more: Any) -> Job:
