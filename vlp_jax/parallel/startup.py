@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib.util
 import os
 import re
 import socket
@@ -82,13 +83,19 @@ def initialize(
             # Devices of one process need no network between them.
             jax.config.update("jax_cpu_collectives_implementation", None)
         _look_for_coordinator(job.arguments, join_seconds)
-        with _time_to_meet(job, join_seconds):
-            jax.distributed.initialize(
-                **job.arguments,
-                heartbeat_timeout_seconds=max(1, round(heartbeat_seconds)),
-                initialization_timeout=round(join_seconds) + 60,
-                shutdown_timeout_seconds=FAREWELL_SECONDS,
-            )
+        try:
+            with _time_to_meet(job, join_seconds):
+                jax.distributed.initialize(
+                    **job.arguments,
+                    heartbeat_timeout_seconds=max(1, round(heartbeat_seconds)),
+                    initialization_timeout=round(join_seconds) + 60,
+                    shutdown_timeout_seconds=FAREWELL_SECONDS,
+                )
+        except (ValueError, RuntimeError) as error:
+            raise UserError(
+                f"the processes of the job ({job.kind}) could not be joined: "
+                f"{str(error).splitlines()[0]}; give --coordinator, --processes and --process-id"
+            ) from error
     _check_count(jax.process_count(), expected)
     return job.kind
 
@@ -178,7 +185,8 @@ def find_job(
     if "tpu" in (_platforms() or "tpu"):
         if any(_names_hosts(name) for name in _TPU_HOSTS):
             return Job("Cloud TPU", {})
-        if any(Path(device).exists() for device in ("/dev/accel0", "/dev/vfio/0")):
+        chips = any(Path(device).exists() for device in ("/dev/accel0", "/dev/vfio/0"))
+        if chips and importlib.util.find_spec("libtpu"):
             return Job("Cloud TPU VM", {})
     if any(name in os.environ for name in ("OMPI_MCA_orte_hnp_uri", "PMIX_SERVER_URI")):
         return Job("Open MPI", {})
@@ -197,7 +205,7 @@ _TPU_HOSTS = ("MEGASCALE_COORDINATOR_ADDRESS", "TPU_WORKER_HOSTNAMES")
 
 
 def _names_hosts(variable: str) -> bool:
-    """Whether it is set, and not by libtpu itself, which puts a warning there when it finds none."""
+    """Whether it is set, and not by libtpu, which puts a warning there when it finds none."""
     return bool(os.environ.get(variable)) and "WARNING" not in os.environ[variable]
 
 
