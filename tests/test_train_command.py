@@ -105,17 +105,23 @@ def test_checkpoint_of_another_model_stays_untouched(command, tmp_path):
     assert (tmp_path / "run" / "checkpoints" / "2").is_dir()
 
 
-def test_nan_loss_says_the_step_and_keeps_the_last_good_checkpoint(command, tmp_path):
+def test_nan_losses_end_the_run_name_their_examples_and_are_not_saved(command, tmp_path):
     unstable = ["--config.optimizer.learning_rate=1e30", "--config.optimizer.clip_norm=0.0"]
     steps = ["--config.duration.steps=20", "--config.checkpoint.every.steps=1"]
     status, last = command(*unstable, *steps, "--config.optimizer.warmup.percent=0.0")
-    assert status == 2
+    assert status == 65
     assert "nan at step" in last or "inf at step" in last
-    step = int(last.split("at step ")[1].split(";")[0])
+    assert "the last of 5 that were skipped in a row" in last
+    step = int(last.split("at step ")[1].split(",")[0])
     kept = sorted(int(p.name) for p in (tmp_path / "run" / "checkpoints").iterdir())
-    assert kept and max(kept) <= step
+    assert kept and max(kept) <= step - 4  # nothing was saved in the middle of them
     records = read_metrics(tmp_path / "run" / "metrics.jsonl")
     assert not np.isfinite([r["train/loss"] + r["train/grad_norm"] for r in records][-1])
+    [file] = (tmp_path / "run").glob("skipped-steps-*.jsonl")
+    assert str(file) in last
+    named = [json.loads(line) for line in file.read_text().splitlines()]
+    assert [each["step"] for each in named] == list(range(step - 4, step + 1))
+    assert all(len(each["examples"]["data"]) == 16 for each in named)
 
 
 def test_metrics_hold_what_is_promised(command, tmp_path):
