@@ -42,7 +42,7 @@ def marked(batch, value):
     return batch
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("optimizer", ["adamw", pytest.param("muon", marks=pytest.mark.slow)])
 def test_a_step_that_is_not_finite_changes_nothing_but_the_number(optimizer):
     config = helpers.tiny_config()
     config.optimizer.name, config.optimizer.ema_decay = optimizer, 0.9

@@ -66,7 +66,10 @@ def assert_laid_out(tree, abstract):
         assert leaf.sharding == wanted.sharding
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon", "adafactor", "lion"])
+@pytest.mark.parametrize(
+    "optimizer",
+    ["adamw", "adafactor", *(pytest.param(o, marks=pytest.mark.slow) for o in ("muon", "lion"))],
+)
 def test_stacked_layers_are_taken_apart_and_stacked_again(tmp_path, optimizer):
     stacked, separate = setup_of(True, optimizer), setup_of(False, optimizer, ELSEWHERE)
     state = random_state(stacked)
@@ -126,6 +129,7 @@ def check_training_goes_on(tmp_path, optimizer, scan):
     assert np.abs(np.subtract(go_on(other, lost, 4, 10), wanted)).max() > 1e-3
 
 
+@pytest.mark.slow
 def test_training_goes_on_after_a_conversion(tmp_path):
     check_training_goes_on(tmp_path, "adamw", scan=True)
 
