@@ -53,7 +53,10 @@ def counts(workdir, step=STEPS - 1):
     }
 
 
-@pytest.mark.parametrize("kind", ["parquet", "tfrecord", "webdataset"])
+@pytest.mark.parametrize(
+    "kind",
+    ["webdataset", *(pytest.param(k, marks=pytest.mark.slow) for k in ("parquet", "tfrecord"))],
+)
 def test_it_completes_and_resumes(kind, tmp_path):
     data = damage.write(kind, tmp_path)
     straight = tmp_path / "straight"
@@ -121,6 +124,7 @@ def environment(devices=1):
     }
 
 
+@pytest.mark.slow
 def test_two_processes_count_together_and_one_goes_on(tmp_path):
     """Counts are those of one process; what two have saved, one resumes."""
     data = damage.write("webdataset", tmp_path)
