@@ -59,6 +59,12 @@ class Preempted(UserError):
     status = ExitStatus.PREEMPTED
 
 
+def error_of_status(status: int) -> type[UserError]:
+    """The kind of `UserError` that ends a command with `status`, as another process told it."""
+    kinds = {kind.status: kind for kind in UserError.__subclasses__()}
+    return kinds.get(status, UserError)
+
+
 def unknown_key_message(key: str, known: Iterable[str], where: str) -> str:
     """One line that says `key` is not known in `where`, and which known key is nearest."""
     known = sorted(known)

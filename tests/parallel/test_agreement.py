@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 PROGRAM = """
 import sys, threading, time
 import jax
-from vlp_jax.errors import UserError
+from vlp_jax.errors import CannotSave, UserError
 from vlp_jax.parallel import agreement, startup
 
 port, me = sys.argv[1], int(sys.argv[2])
@@ -37,6 +37,14 @@ except UserError as error:
     assert str(error) == "process 1: no disk", error
 else:
     raise AssertionError("process 0 was told nothing")
+def cannot_save():
+    raise CannotSave("no disk")
+try:
+    agreement.on_first(cannot_save)
+except CannotSave as error:  # not a mistake of the user, which would not be started again
+    assert error.status == 74 and str(error) == "process 0: no disk", error
+else:
+    raise AssertionError("nobody was told")
 for number in range(20):
     assert agreement.gather(number) == [number, number]
 

@@ -20,7 +20,7 @@ import jax
 # JAX has no public name for the client of its key-value store. This is the one place that uses it.
 from jax._src import distributed
 
-from vlp_jax.errors import UserError
+from vlp_jax.errors import UserError, error_of_status
 
 T = TypeVar("T")
 
@@ -91,7 +91,7 @@ def on_first(function: Callable[[], T], timeout: float = TIMEOUT_SECONDS) -> T:
     """What `function` gives on process 0, which alone calls it; JSON has to hold it.
 
     Raises:
-      UserError: `function` raised one, which every process raises then.
+      UserError: `function` raised one, which every process raises then, with the same status.
     """
     return _shared(function if jax.process_index() == 0 else lambda: None, timeout)[0]
 
@@ -100,7 +100,8 @@ def everywhere(function: Callable[[], T], timeout: float = TIMEOUT_SECONDS) -> l
     """What `function` gives on each process; JSON has to hold it.
 
     Raises:
-      UserError: it raised one on some process; every process raises that of the first.
+      UserError: it raised one on some process; every process raises that of the first, with the
+        same status.
     """
     return _shared(function, timeout)
 
@@ -172,11 +173,12 @@ def _shared(function: Callable[[], T], timeout: float) -> list[T]:
     except UserError as error:
         if jax.process_count() == 1:
             raise
-        own = {"error": str(error)}
+        own = {"error": str(error), "status": error.status}
     outcomes = gather(own, timeout)
     for process, outcome in enumerate(outcomes):
         if "error" in outcome:
-            raise UserError(f"process {process}: {outcome['error']}")
+            kind = error_of_status(outcome["status"])
+            raise kind(f"process {process}: {outcome['error']}")
     return [outcome["value"] for outcome in outcomes]
 
 

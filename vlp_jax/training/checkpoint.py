@@ -80,13 +80,12 @@ class Checkpointer:
         if not read_only:
             for line in agreement.on_first(lambda: list(mend(self._directory))):
                 self._tell(line)
+            agreement.on_first(self._make_directory)
         self._manager = self._open()
 
     def _open(self) -> ocp.CheckpointManager:
         several = _processes()
         try:
-            if not self._read_only:
-                agreement.on_first(self._make_directory)
             return ocp.CheckpointManager(
                 self._directory,
                 item_handlers={
