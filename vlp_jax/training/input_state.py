@@ -41,7 +41,8 @@ class InputState:
 
     def save(self, step: int) -> dict[str, Any]:
         """The record just before batch `step`. With several processes, all of them call it."""
-        read, *bad = self._counts(step).tolist()
+        counts = self._begin + np.array(agreement.gather(self._counts(step)), np.int64).sum(axis=0)
+        read, *bad = counts.tolist()
         return {
             "position": step * self._batch_size,
             "data": self._pipeline.fingerprint(),
@@ -79,9 +80,12 @@ class InputState:
     def metrics(self, step: int) -> dict[str, float]:
         """Bad examples before batch `step`, by source and reason, and their share.
 
-        With several processes, all of them call it.
+        With several processes, all of them call it, and process 0 alone is told.
         """
-        read, *bad = self._counts(step).tolist()
+        rows = agreement.to_first(self._counts(step))
+        if rows is None:
+            return {}
+        read, *bad = (self._begin + np.array(rows, np.int64).sum(axis=0)).tolist()
         named = {
             "/".join(["data/bad", *filter(None, (name, source)), reason.replace(" ", "_")]): count
             for (name, source, reason), count in zip(self._kinds, bad, strict=True)
@@ -112,15 +116,13 @@ class InputState:
             file.write_text("".join(json.dumps(record) + "\n" for record in records))
         return file
 
-    def _counts(self, step: int) -> np.ndarray:
-        """Examples read, and bad ones of each kind, on all processes since step 0; int64."""
+    def _counts(self, step: int) -> list[int]:
+        """Examples read, and bad ones of each kind, of this process since it began."""
         totals = {
             name: pipe.faults.totals(before=step)
             for name, pipe in self._pipeline.pipelines().items()
         }
         own = [sum(total["read"] for total in totals.values())]
-        own += [
+        return own + [
             totals[n]["bad"].get(source, {}).get(reason, 0) for n, source, reason in self._kinds
         ]
-        counts = np.array(agreement.gather(own), np.int64).sum(axis=0)
-        return self._begin + counts
