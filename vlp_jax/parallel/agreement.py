@@ -150,7 +150,7 @@ class Barrier:
         self._own.append(own)
         for process in range(jax.process_count()):
             while not _there(client, f"{name}/{process}", BARRIER_LOOK_MS):
-                if _there(client, f"vlp_jax/failed/{self._chapter}", 1):
+                if _is_set(client, f"vlp_jax/failed/{self._chapter}"):
                     raise RuntimeError(f"another process failed before {key}")
                 if time.monotonic() > until:
                     raise TimeoutError(f"process {process} did not come to {key} in time")
@@ -158,8 +158,17 @@ class Barrier:
 
 def _there(client: Any, key: str, wait_ms: int) -> bool:
     """Whether `key` is set, or is so within the time."""
+    return _found(lambda: client.blocking_key_value_get(key, wait_ms))
+
+
+def _is_set(client: Any, key: str) -> bool:
+    """Whether `key` is set now; the answer may take its time over the network."""
+    return _found(lambda: client.key_value_try_get(key))
+
+
+def _found(look: Callable[[], Any]) -> bool:
     try:
-        client.blocking_key_value_get(key, wait_ms)
+        look()
     except jax.errors.JaxRuntimeError as error:
         if "DEADLINE_EXCEEDED" in str(error) or "NOT_FOUND" in str(error):
             return False
