@@ -26,10 +26,11 @@ MAY_IMPORT = {
         "models",
     },
     "interop": {"models"},
+    "encoders": {"training", "objectives", "data", "interop", "models"},
     "planning": {"training", "objectives", "models", "parallel", "observe"},
 }
 LEAVES = {"config", "defaults", "errors"}
-ENTRY_POINTS = {"train", "evaluate", "export"}
+ENTRY_POINTS = {"train", "evaluate", "export", "__init__"}
 MODELS_MAY_IMPORT = {"flax", "jax", "einops", "jaxtyping", "numpy"}
 MAX_FILE, MAX_FUNCTION = 400, 60
 

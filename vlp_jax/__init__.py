@@ -1,3 +1,25 @@
-"""Vision-language pretraining in JAX."""
+"""Vision-language pretraining in JAX.
+
+import vlp_jax
+model = vlp_jax.load("runs/clip")
+model.embed_image(["a.jpg"]) @ model.embed_text(["a red ring", "a blue star"]).T
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vlp_jax.encoders import load
 
 __version__ = "0.1.0"
+__all__ = ["load"]
+
+
+def __getattr__(name: str) -> Any:
+    # Imported when it is asked for: most commands have no use for it, and it takes a second.
+    if name == "load":
+        from vlp_jax.encoders import load
+
+        return load
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from vlp_jax.data import image_ops, text_ops
+from vlp_jax.data.lazy_tensorflow import import_tensorflow
 from vlp_jax.data.sources.base import as_plain
 from vlp_jax.errors import UserError, check_arguments, unknown_key_message
 
@@ -116,3 +117,19 @@ def apply_ops(ops: Sequence[tuple[str, Op]], example: Example, seeds: tf.Tensor)
     for number, (name, op) in enumerate(ops):
         example = op(_Fields(example, name), seeds[number])
     return dict(example)
+
+
+def apply_to_texts(preprocess: Mapping[str, Any], texts: Sequence[str]) -> list[str]:
+    """What deterministic operations on `text` make of texts, outside of a pipeline.
+
+    TensorFlow is imported only if there are operations.
+    """
+    ops = build_ops(preprocess)
+    if not ops:
+        return list(texts)
+    tf = import_tensorflow()
+    seeds = tf.zeros([len(ops), 2], tf.int32)
+    return [
+        apply_ops(ops, {"text": tf.constant(text)}, seeds)["text"].numpy().decode()
+        for text in texts
+    ]

@@ -1,0 +1,72 @@
+"""A tokenizer.json that came with a model of others and frames texts by itself."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from vlp_jax.data.tokenizers import base
+from vlp_jax.errors import UserError
+
+
+class FramedTokenizer:
+    """Token ids as `transformers` makes them with `padding="max_length", truncation=True`.
+
+    The file's own normalization and special tokens are used, unlike in `SubwordTokenizer`, which
+    frames texts itself.
+    """
+
+    def __init__(
+        self,
+        tokenizer_json: bytes,
+        context_length: int,
+        pad_token: str | int,
+        *,
+        texts_may_hold_special_tokens: bool = True,
+    ) -> None:
+        """
+        Args:
+          tokenizer_json: the content of the file.
+          context_length: of a row of ids.
+          pad_token: what rows are filled up with, as it is spelled or its id.
+          texts_may_hold_special_tokens: a text that spells "</s>" gets that token, as in
+            `transformers` unless it is told otherwise.
+
+        Raises:
+          UserError: the file cannot be read, or has no such token.
+        """
+        library = base.import_tokenizers()
+        try:
+            model = library.Tokenizer.from_str(tokenizer_json.decode())
+        except Exception as error:  # the library raises plain Exception for every kind of damage
+            reason = str(error).splitlines()[0]
+            raise UserError(f"the tokenizer.json cannot be read: {reason}") from None
+        pad_id = model.token_to_id(pad_token) if isinstance(pad_token, str) else pad_token
+        if pad_id is None:
+            raise UserError(f"the tokenizer.json has no token {pad_token!r}, which pads texts")
+        self.context_length, self.pad_id = context_length, pad_id
+        self.vocab_size = 1 + max(model.get_vocab(with_added_tokens=True).values())
+        model.encode_special_tokens = not texts_may_hold_special_tokens
+        model.no_padding()
+        model.enable_truncation(context_length)
+        self._cut = model
+        self._whole = library.Tokenizer.from_str(model.to_str())
+        self._whole.encode_special_tokens = model.encode_special_tokens
+        self._whole.no_truncation()
+
+    def __call__(self, texts: Sequence[str | bytes]) -> np.ndarray:
+        """Token ids of n texts, int32 [n, context_length]."""
+        batch = [base.as_text(text) for text in texts]
+        ids = np.full((len(batch), self.context_length), self.pad_id, np.int32)
+        for row, encoding in zip(ids, self._cut.encode_batch_fast(batch), strict=True):
+            row[: len(encoding.ids)] = encoding.ids
+        return ids
+
+    def lengths(self, texts: Sequence[str]) -> list[int]:
+        """How many ids n texts have, framed and not cut."""
+        return [len(e.ids) for e in self._whole.encode_batch_fast([base.as_text(t) for t in texts])]
+
+    def decode(self, ids: np.ndarray) -> list[str]:
+        """The texts of rows of ids, int [n, length], without special tokens."""
+        return self._whole.decode_batch([row.tolist() for row in ids], skip_special_tokens=True)

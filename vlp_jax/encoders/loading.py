@@ -1,0 +1,176 @@
+"""A trained model from a run or from files of others."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+from etils import epath
+from ml_collections import ConfigDict
+
+from vlp_jax import interop
+from vlp_jax.encoders.encoder import Encoder
+from vlp_jax.encoders.images import ImageProcessor
+from vlp_jax.encoders.texts import TEXT_OPS, TextProcessor, tokenizer_from, tokenizer_of_files
+from vlp_jax.errors import UserError
+from vlp_jax.interop.trees import Module, image_of, plain
+from vlp_jax.models.dual_encoder import DualEncoder, l2_normalize, normalize_pixels
+from vlp_jax.models.masked_autoencoder import MaskedAutoencoder
+from vlp_jax.models.vit import VisionTransformer
+from vlp_jax.objectives.compute import DTYPES
+from vlp_jax.objectives.contrastive import Contrastive
+from vlp_jax.objectives.masked_autoencoding import MaskedAutoencoding
+from vlp_jax.training.run_model import RunModel, bounded, leaves, preprocessing, resizing
+
+
+def load(
+    source: str | os.PathLike,
+    *,
+    step: int | None = None,
+    params: str = "auto",
+    dtype: str = "float32",
+    tokenizer: str | None = None,
+) -> Encoder:
+    """A model with its preprocessing, ready to embed images and texts.
+
+        model = load("runs/clip")            # or "hf:DIR", "open_clip:DIR", "big_vision:FILE.npz"
+        model.embed_image(["a.jpg", "b.png"]) @ model.embed_text(["a red ring"]).T
+
+    Args:
+      source: the workdir of a run, or FORMAT:PATH with one of `vlp_jax.interop.FORMATS`.
+      step: of a run's checkpoints; default: the newest.
+      params: of a run's checkpoint its parameters ("params"), their average ("ema"), or the average
+        if there is one ("auto").
+      dtype: of the computation, "float32" or "bfloat16".
+      tokenizer: a tokenizer.json or a SentencePiece .model, for files that come without one.
+
+    Raises:
+      UserError: there is no run or checkpoint, or the files cannot be read.
+    """
+    source = os.fspath(source)
+    if dtype not in DTYPES:
+        raise UserError(f"dtype={dtype!r} must be {' or '.join(DTYPES)}")
+    prefix, colon, rest = source.partition(":")
+    foreign = colon and not rest.startswith("//") and not epath.Path(source).exists()
+    if not foreign:
+        if tokenizer is not None:
+            raise UserError(f"{source} is a run, which has its own tokenizer")
+        return _of_run(source, RunModel.read(source, step, params), dtype)
+    if step is not None or params != "auto":
+        raise UserError(f"{source} is no run: it has no steps, and one kind of parameters")
+    interop.format_named(prefix)
+    return _of_files(source, dtype, tokenizer)
+
+
+def _of_run(source: str, run: RunModel, dtype: str) -> Encoder:
+    found = leaves(run.objective).values()
+    known = (DualEncoder, MaskedAutoencoder)
+    usable = sorted(
+        (leaf for leaf in found if isinstance(leaf.model, known)),
+        key=lambda leaf: known.index(type(leaf.model)),
+    )
+    if not usable:
+        kinds = ", ".join(type(leaf.model).__name__ for leaf in found)
+        raise UserError(f"{source} is a run of {kinds}, which has no embeddings of its own")
+    objective, notes = usable[0], []
+    module = _in_dtype(plain(objective.model), dtype)
+    expected = interop.trees.expected_shapes(objective.model)
+    weights = {k: v for k, v in bounded(objective, run.params).items() if k in expected}
+    texts = None
+    if isinstance(module, DualEncoder):
+        texts = TextProcessor(run.tokenizer, text_preprocessing(run.config.data))
+    return Encoder(
+        source=source,
+        module=module,
+        weights=weights,
+        functions=functions_of(module),
+        images=ImageProcessor(image_of(module).image_size, **resizing(run.config, notes)),
+        texts=texts,
+        step=run.step,
+        notes=tuple(notes),
+    )
+
+
+def _of_files(source: str, dtype: str, tokenizer: str | None) -> Encoder:
+    imported = interop.read(source)
+    module = _in_dtype(plain(imported.module), dtype)
+    extras, texts = imported.extras, None
+    if isinstance(module, DualEncoder):
+        if tokenizer is not None:
+            made = tokenizer_from(str(Path(tokenizer).expanduser()), module.text)
+        else:
+            made = tokenizer_of_files(
+                extras.get("tokenizer"), module.text, extras.get("pad_id"), source
+            )
+        texts = TextProcessor(made)
+    elif tokenizer is not None:
+        raise UserError(f"{source} is an image model: it takes no tokenizer")
+    how = {name: extras[name] for name in ("resize", "interpolation") if name in extras}
+    functions = functions_of(module, extras)
+    return Encoder(
+        source=source,
+        module=module,
+        weights=imported.params,
+        functions=functions,
+        images=ImageProcessor(image_of(module).image_size, **how),
+        texts=texts,
+        notes=tuple(imported.notes),
+    )
+
+
+def text_preprocessing(data: ConfigDict) -> dict[str, dict[str, Any]]:
+    """What a run does to the wording of its texts before it tokenizes them."""
+    return {name: dict(args) for name, args in preprocessing(data) if name in TEXT_OPS}
+
+
+def functions_of(
+    module: Module, extras: Mapping[str, Any] | None = None
+) -> dict[str, Callable[..., Any]]:
+    """`f(params, array)` by name: what evaluators may ask of a model, as its objective has it.
+
+    Args:
+      extras: fields of `vlp_jax.interop.Extras`: pixels of an image tower alone, and the masks of a
+        masked autoencoder.
+    """
+    extras = extras or {}
+    if isinstance(module, DualEncoder):
+        kind = "softmax" if module.logit_bias_init is None else "sigmoid"
+        return Contrastive(module, kind, max_logit_scale=0.0).functions()
+    if isinstance(module, MaskedAutoencoder):
+        defaults = interop.Extras()
+        ratio = extras.get("mask_ratio", defaults.mask_ratio)
+        normalize = extras.get("norm_pix_loss", defaults.norm_pix_loss)
+        return MaskedAutoencoding(module, ratio, normalize).functions()
+    return {"embed_image": _embed_tower(module, interop.Extras(**_pixels(extras)))}
+
+
+def _pixels(extras: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: extras[name] for name in ("image_mean", "image_std") if name in extras}
+
+
+def _embed_tower(module: VisionTransformer, extras: interop.Extras) -> Callable[..., Any]:
+    def embed_image(params: Any, image: Any) -> Any:
+        pixels = normalize_pixels(image, extras.image_mean, extras.image_std)
+        features = module.apply({"params": params}, pixels)
+        if features.ndim == 3:  # no pooling of its own: the class token, or else the mean
+            first = module.prefix_tokens
+            features = features[:, 0] if module.class_token else features[:, first:].mean(axis=1)
+        return l2_normalize(features)
+
+    return embed_image
+
+
+def _in_dtype(module: Any, dtype: str) -> Any:
+    """The same model, computed in `dtype`."""
+    kind = DTYPES[dtype]
+    if kind == jnp.float32:
+        return module
+    parts = {
+        name: getattr(module, name).clone(dtype=kind)
+        for name in ("image", "text", "decoder")
+        if hasattr(module, name)
+    }
+    return module.clone(**parts) if parts else module.clone(dtype=kind)

@@ -1,0 +1,117 @@
+"""The model of a run by itself: module, parameters, tokenizer, and how images come to its size."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from etils import epath
+from ml_collections import ConfigDict
+
+from vlp_jax.data.tokenizers import Tokenizer
+from vlp_jax.interop import stack_layers
+from vlp_jax.interop.base import INTERPOLATIONS
+from vlp_jax.objectives import Objective, make_objective
+from vlp_jax.objectives.composite import Composite
+from vlp_jax.training import checkpoint
+from vlp_jax.training import workdir as workdir_lib
+from vlp_jax.training.restore import SavedParameters
+
+# How images come to the model's size, by the operation in `data.preprocess` that brings them there.
+RESIZED_BY = {"resize": "squash", "resize_shortest_and_center_crop": "crop"}
+
+
+@dataclasses.dataclass(frozen=True)
+class RunModel:
+    """What a checkpoint of a run holds, read to the host. No training data is opened.
+
+    Attributes:
+      workdir, config, step: which run and checkpoint.
+      part: which parameters they are, "params" or "ema".
+      objective: as the config describes it; of a composite, the whole.
+      params: path -> float32 array, layers stacked (see `vlp_jax.interop.trees`).
+      tokenizer: the run's; None if it has no text.
+    """
+
+    workdir: epath.Path
+    config: ConfigDict
+    step: int
+    part: str
+    objective: Objective
+    params: dict[str, np.ndarray]
+    tokenizer: Tokenizer | None
+
+    @classmethod
+    def read(cls, workdir: str | epath.Path, step: int | None, choice: str = "auto") -> RunModel:
+        """The newest checkpoint of `workdir`, or that of `step`.
+
+        Args:
+          choice: one of `vlp_jax.training.restore.CHOICES`.
+
+        Raises:
+          UserError: there is no run, or no such checkpoint or average, in `workdir`.
+        """
+        workdir = checkpoint.absolute(workdir)
+        config = workdir_lib.load_config(workdir)
+        step = checkpoint.choose_step(workdir, step)
+        tokenizer = workdir_lib.open_kept_tokenizer(workdir, config)
+        objective = make_objective(config.objective, tokenizer, config.microbatches)
+        saved = SavedParameters.of(workdir, step, choice)
+        params = stack_layers(saved.read())
+        return cls(workdir, config, step, saved.part, objective, params, tokenizer)
+
+
+def leaves(objective: Objective, name: str = "") -> dict[str, Objective]:
+    """The objectives that have a model, by the names of their parts, or the only one under ""."""
+    if not isinstance(objective, Composite):
+        return {name: objective}
+    found: dict[str, Objective] = {}
+    for part in objective.parts:
+        found |= leaves(part.objective, f"{name}/{part.name}" if name else part.name)
+    return found
+
+
+def bounded(objective: Objective, parameters: dict[str, Any]) -> dict[str, Any]:
+    """The parameters with the logit scale that the loss saw: others do not bound it again."""
+    bound = getattr(objective, "max_logit_scale", 0.0)
+    if not bound or "logit_scale" not in parameters:
+        return parameters
+    scale = np.minimum(parameters["logit_scale"], np.float32(np.log(bound)))
+    return {**parameters, "logit_scale": scale}
+
+
+def resizing(config: ConfigDict, notes: list[str]) -> dict[str, str]:
+    """`resize` and `interpolation` of the images that a run evaluates on, or else trains on.
+
+    Notes what image processors of others cannot do of it.
+    """
+    sections = [e.data for e in config.evaluators.values() if "preprocess" in e.get("data", {})]
+    for section in [*sections, config.data]:
+        for name, arguments in preprocessing(section):
+            if name in RESIZED_BY:
+                return {"resize": RESIZED_BY[name], **_interpolation(arguments, notes)}
+    notes.append(
+        "the run does not say how whole images come to the model's size: they are squashed "
+        "bicubically (or give --resize and --interpolation)"
+    )
+    return {}
+
+
+def preprocessing(data: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """(name, arguments) of the operations in the `preprocess` of a section of data."""
+    given = data.get("preprocess", {})
+    pairs: Sequence[Any] = given.items() if isinstance(given, Mapping | ConfigDict) else given
+    for name, arguments in pairs:
+        yield name, arguments or {}
+
+
+def _interpolation(arguments: Mapping[str, Any], notes: list[str]) -> dict[str, str]:
+    method = arguments.get("method", "bicubic")
+    if not arguments.get("antialias", True):
+        notes.append("the run resizes without antialiasing, which image processors always do")
+    if method in INTERPOLATIONS:
+        return {"interpolation": method}
+    notes.append(f"the run resizes by {method!r}, which is written as bicubic")
+    return {}
