@@ -106,6 +106,20 @@ class Encoder:
         texts = [texts] if isinstance(texts, str) else list(texts)
         return self._embed("embed_text", iter(self._texts(texts)), batch_size)
 
+    def apply(
+        self, name: str, rows: Iterable[np.ndarray], batch_size: int = BATCH_SIZE
+    ) -> np.ndarray:
+        """What a function of the model makes of rows that are prepared already.
+
+        Args:
+          name: in `functions`.
+          rows: pixels or token ids of one example each.
+
+        Raises:
+          UserError: the model has no such function.
+        """
+        return self._embed(name, iter(rows), batch_size)
+
     def logits(
         self, images: Image | Iterable[Image], texts: str | Sequence[str]
     ) -> Float[np.ndarray, "images texts"]:

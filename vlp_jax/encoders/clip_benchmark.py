@@ -1,0 +1,108 @@
+"""What CLIP_benchmark asks of a model (clip_benchmark/models/__init__.py, 1.6).
+
+    from clip_benchmark import models
+    models.TYPE2FUNC["vlp_jax"] = load_for_clip_benchmark
+    models.MODEL_TYPES.append("vlp_jax")
+
+`python -m tools.clip_benchmark` does so and hands over to its command.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from vlp_jax.encoders.encoder import Encoder
+from vlp_jax.encoders.images import ImageProcessor
+from vlp_jax.encoders.loading import load
+from vlp_jax.errors import UserError
+
+MODEL_TYPE = "vlp_jax"
+
+
+def register() -> None:
+    """Makes `--model_type vlp_jax` known to an installed CLIP_benchmark, in this process.
+
+    Raises:
+      UserError: it is not installed.
+    """
+    try:
+        from clip_benchmark import models
+    except ImportError as error:
+        raise UserError(
+            f"CLIP_benchmark cannot be imported ({error}): pip install clip-benchmark"
+        ) from None
+    models.TYPE2FUNC[MODEL_TYPE] = load_for_clip_benchmark
+    if MODEL_TYPE not in models.MODEL_TYPES:
+        models.MODEL_TYPES.append(MODEL_TYPE)
+
+
+def load_for_clip_benchmark(
+    model_name: str, pretrained: str = "", cache_dir: str | None = None, device: Any = "cpu"
+) -> tuple[BenchmarkModel, Callable[..., torch.Tensor], Callable[..., torch.Tensor]]:
+    """(model, transform, tokenizer) as `clip_benchmark.models.load_clip` returns them.
+
+    Args:
+      model_name: what `vlp_jax.load` takes: a workdir, or hf:DIR and so on.
+      pretrained: a step of the workdir; empty for the newest.
+      cache_dir: not used: nothing is downloaded.
+      device: of PyTorch, where results go. The model itself runs where JAX does.
+
+    Raises:
+      UserError: see `vlp_jax.load`; or the model takes no texts.
+    """
+    del cache_dir
+    if pretrained and not pretrained.isdigit():
+        raise UserError(f"--pretrained {pretrained!r}: give a step of {model_name}, or ''")
+    encoder = load(model_name, step=int(pretrained) if pretrained else None)
+    if encoder.texts is None:
+        raise UserError(f"{model_name} is an image model, and CLIP_benchmark needs texts")
+    return BenchmarkModel(encoder, device), Transform(encoder.images), Tokenize(encoder.texts)
+
+
+class BenchmarkModel(torch.nn.Module):
+    """`encode_image` and `encode_text` on PyTorch tensors. It has no gradients."""
+
+    def __init__(self, encoder: Encoder, device: Any):
+        super().__init__()
+        self._encoder, self._device = encoder, device
+
+    def encode_image(self, images: torch.Tensor) -> torch.Tensor:
+        """uint8 [n, 3, height, width] to unit vectors [n, dim]."""
+        pixels = np.ascontiguousarray(images.cpu().numpy().transpose(0, 2, 3, 1))
+        return self._as_tensor(self._encoder.apply("embed_image", pixels))
+
+    def encode_text(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Token ids [n, context] to unit vectors [n, dim]."""
+        return self._as_tensor(self._encoder.apply("embed_text", tokens.cpu().numpy()))
+
+    def _as_tensor(self, vectors: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(np.array(vectors)).to(self._device)
+
+
+@dataclasses.dataclass(frozen=True)
+class Transform:
+    """A Pillow image to uint8 [3, height, width]; the model itself normalizes the pixels.
+
+    It goes to the processes of a `DataLoader`, and so holds nothing of JAX.
+    """
+
+    images: ImageProcessor
+
+    def __call__(self, image: Any) -> torch.Tensor:
+        return torch.from_numpy(self.images(image).transpose(2, 0, 1).copy())
+
+
+@dataclasses.dataclass(frozen=True)
+class Tokenize:
+    """Texts to token ids [n, context]."""
+
+    texts: Callable[[Sequence[str]], np.ndarray]
+
+    def __call__(self, texts: str | Sequence[str]) -> torch.Tensor:
+        listed = [texts] if isinstance(texts, str) else list(texts)
+        return torch.from_numpy(self.texts(listed).astype(np.int64))
