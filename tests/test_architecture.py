@@ -26,7 +26,15 @@ MAY_IMPORT = {
         "models",
     },
     "interop": {"models"},
-    "encoders": {"training", "objectives", "data", "interop", "models"},
+    "encoders": {
+        "training",
+        "evaluators",
+        "objectives",
+        "data",
+        "parallel",
+        "interop",
+        "models",
+    },
     "planning": {"training", "objectives", "models", "parallel", "observe"},
 }
 LEAVES = {"config", "defaults", "errors"}

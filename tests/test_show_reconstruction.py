@@ -29,11 +29,11 @@ def picture(path):
 
 
 def test_the_three_views_are_of_the_images_of_the_evaluator(workdir):
-    parts, loaded = evaluate.load_run(workdir)
-    objective = parts.setup.objective
-    views = show_reconstruction.paint(parts, loaded, "reconstruction", 20)  # of two batches of 16
+    subject, loaded = evaluate.load_run(workdir)
+    objective = subject.objective
+    views = show_reconstruction.paint(subject, loaded, "reconstruction", 20)  # of two batches of 16
     true = np.concatenate(
-        [b["image"][b["mask"]] for b in parts.open_evaluation_data("reconstruction").batches()]
+        [b["image"][b["mask"]] for b in subject.open_evaluation_data("reconstruction").batches()]
     )[:20]
     assert views.shape == (20, 3, *true.shape[1:])
     seen, painted, shown = views.swapaxes(0, 1)
@@ -78,6 +78,8 @@ def test_mistakes_of_the_command(workdir, tmp_path, capsys, folder, more, words)
 
 
 def test_an_objective_that_does_not_paint_is_refused():
-    parts = types.SimpleNamespace(resources=types.SimpleNamespace(functions={"embed_image": None}))
+    subject = types.SimpleNamespace(
+        resources=types.SimpleNamespace(functions={"embed_image": None})
+    )
     with pytest.raises(UserError, match="it is no masked autoencoder"):
-        show_reconstruction.paint(parts, None, "reconstruction", 1)
+        show_reconstruction.paint(subject, None, "reconstruction", 1)

@@ -24,12 +24,12 @@ import numpy as np
 from vlp_jax import config as config_lib
 from vlp_jax import evaluate
 from vlp_jax.data.pipeline import EvalPipeline
+from vlp_jax.encoders.subject import Subject
 from vlp_jax.observe.plots import draw_report
 from vlp_jax.observe.throughput import StartupClock
 from vlp_jax.observe.writers import read_metrics
 from vlp_jax.parallel import startup
 from vlp_jax.train import train
-from vlp_jax.training.build import Parts
 from vlp_jax.training.command import run_command
 from vlp_jax.training.restore import LoadedParameters
 from vlp_jax.training.workdir import METRICS
@@ -81,10 +81,10 @@ def last_scores(metrics: Path) -> dict[str, float]:
     }
 
 
-def test_pairs(parts: Parts, loaded: LoadedParameters) -> dict[str, Any]:
+def test_pairs(subject: Subject, loaded: LoadedParameters) -> dict[str, Any]:
     """Images and captions of the retrieval evaluator, and their similarity, image by caption."""
-    (retrieval,) = (e.evaluator for e in parts.evaluations if e.name == "retrieval")
-    pipeline: EvalPipeline = parts.open_evaluation_data("retrieval", ("text_raw",))
+    retrieval = subject.evaluators["retrieval"]
+    pipeline: EvalPipeline = subject.open_evaluation_data("retrieval", ("text_raw",))
     images, captions = [], []
     for batch in pipeline.batches():
         images.append(batch["image"][batch["mask"]])

@@ -17,10 +17,10 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 import numpy as np
 
 from vlp_jax import evaluate
+from vlp_jax.encoders.subject import Subject
 from vlp_jax.errors import UserError
 from vlp_jax.observe.pictures import draw_reconstructions
 from vlp_jax.parallel import startup
-from vlp_jax.training.build import Parts
 from vlp_jax.training.command import run_command
 from vlp_jax.training.restore import LoadedParameters
 
@@ -44,20 +44,20 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def paint(parts: Parts, loaded: LoadedParameters, evaluator: str, count: int) -> np.ndarray:
+def paint(subject: Subject, loaded: LoadedParameters, evaluator: str, count: int) -> np.ndarray:
     """Three views of each of `count` images, float32 [images, 3, height, width, 3] in [0, 1].
 
     Raises:
       UserError: the run's objective does not paint, or it has no such evaluator.
     """
-    if FUNCTION not in parts.resources.functions:
+    if FUNCTION not in subject.resources.functions:
         raise UserError("the objective of this run does not paint: it is no masked autoencoder")
-    if evaluator not in parts.setup.config.evaluators:
-        known = ", ".join(parts.setup.config.evaluators) or "none"
+    if evaluator not in subject.config.evaluators:
+        known = ", ".join(subject.config.evaluators) or "none"
         raise UserError(f"the run has no evaluator {evaluator!r} (it has: {known})")
-    pipeline, views, found = parts.open_evaluation_data(evaluator), [], 0
+    pipeline, views, found = subject.open_evaluation_data(evaluator), [], 0
     for batch in pipeline.batches():
-        painted, _ = parts.resources.embed(loaded.params, iter([batch]), {"image": FUNCTION})
+        painted, _ = subject.resources.embed(loaded.params, iter([batch]), {"image": FUNCTION})
         views.append(painted["image"])
         found += len(views[-1])
         if found >= count:
@@ -67,9 +67,9 @@ def paint(parts: Parts, loaded: LoadedParameters, evaluator: str, count: int) ->
 
 def draw(workdir: Path, output: Path, step: int | None, evaluator: str, count: int) -> None:
     """Writes the picture of the run in `workdir`."""
-    parts, loaded = evaluate.load_run(workdir, step)
-    objective = parts.setup.objective
-    views = paint(parts, loaded, evaluator, count)
+    subject, loaded = evaluate.load_run(workdir, step)
+    objective = subject.objective
+    views = paint(subject, loaded, evaluator, count)
     hidden = 1 - objective.kept / objective.model.image.patches
     draw_reconstructions(
         output,

@@ -1,37 +1,89 @@
-"""Evaluates a run's checkpoint: python -m vlp_jax.evaluate --workdir DIR."""
+"""Evaluates checkpoints or weights of others: python -m vlp_jax.evaluate --workdir DIR."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import os
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
+import jax
 from etils import epath
 
-from vlp_jax.errors import UserError, unknown_key_message
-from vlp_jax.observe.throughput import StartupClock
-from vlp_jax.parallel import startup
-from vlp_jax.training import checkpoint
+from vlp_jax import config as config_lib
+from vlp_jax.encoders.subject import Subject
+from vlp_jax.errors import UserError
+from vlp_jax.objectives.compute import DTYPES
+from vlp_jax.observe.goodput import GOODPUT_FILE, RunTime
+from vlp_jax.observe.jsonl import JsonlWriter, read_metrics
+from vlp_jax.parallel import agreement, startup
 from vlp_jax.training import workdir as workdir_lib
-from vlp_jax.training.build import Parts, build
 from vlp_jax.training.command import run_command
-from vlp_jax.training.restore import CHOICES, LoadedParameters, SavedParameters
+from vlp_jax.training.restore import CHOICES, LoadedParameters
+
+# Scores of checkpoints that were evaluated beside the run or after it, a line each.
+EVALUATIONS = "evaluations.jsonl"
+LOOK_SECONDS = 10.0  # how often --follow looks for a new checkpoint
+
+EPILOG = """examples:
+  python -m vlp_jax.evaluate --workdir runs/clip                     the newest checkpoint
+  python -m vlp_jax.evaluate --workdir runs/clip --all               every checkpoint that is kept
+  python -m vlp_jax.evaluate --workdir runs/clip --follow            each as it appears
+  python -m vlp_jax.evaluate --weights hf:DIR --config configs/X.py  weights of others
+
+--all and --follow keep scores in WORKDIR/evaluations.jsonl and leave out what is there already.
+"""
 
 
-def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """The arguments."""
+def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """The arguments, and the assignments of --config.KEY=VALUE.
+
+    Raises:
+      UserError: an argument that does not exist, or some that exclude each other.
+    """
     parser = argparse.ArgumentParser(
         prog="python -m vlp_jax.evaluate",
-        description="Runs the evaluators of a run's config on one of its checkpoints.",
+        description="Runs the evaluators of a config on checkpoints of a run, or on weights that "
+        "another library has written.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--workdir", metavar="DIR", required=True, help="folder of the run")
+    _add_subject(parser)
     parser.add_argument(
+        "--evaluators", metavar="A,B", help="names in config.evaluators; default: all"
+    )
+    parser.add_argument(
+        "--batch-size",
+        type=int,
+        metavar="N",
+        help="examples at a time, on all devices; scores do not depend on it",
+    )
+    parser.add_argument("--output", metavar="FILE", help="also write the scores there, as JSON")
+    overrides = [a.removeprefix("--config.") for a in argv if a.startswith("--config.")]
+    arguments, unknown = parser.parse_known_args([a for a in argv if not a.startswith("--config.")])
+    if unknown:
+        raise UserError(f"unknown argument {unknown[0]!r}; see --help")
+    _check(arguments)
+    return arguments, overrides
+
+
+def _add_subject(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--workdir", metavar="DIR", help="folder of the run")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument(
         "--step", type=int, metavar="N", help="which checkpoint; default: the newest"
+    )
+    which.add_argument("--all", action="store_true", help="all checkpoints, in order")
+    which.add_argument(
+        "--follow", action="store_true", help="all checkpoints, and new ones until the run's end"
     )
     parser.add_argument(
         "--params",
@@ -41,18 +93,75 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         "one (auto, the default)",
     )
     parser.add_argument(
-        "--evaluators", metavar="A,B", help="names in config.evaluators; default: all"
+        "--weights",
+        metavar="FORMAT:PATH",
+        help="instead of a checkpoint: hf:DIR, open_clip:DIR, timm:DIR, big_vision:FILE.npz, ...",
     )
-    parser.add_argument("--output", metavar="FILE", help="also write the scores there, as JSON")
-    return parser.parse_args(argv)
+    parser.add_argument(
+        "--tokenizer", metavar="FILE", help="for weights that come without: .json or .model"
+    )
+    parser.add_argument(
+        "--dtype", choices=DTYPES, default="float32", help="in which --weights are computed"
+    )
+    parser.add_argument(
+        "--config",
+        metavar="FILE[:ARG]",
+        help="whose evaluators judge --weights; default: those of --workdir",
+    )
+    parser.add_argument(
+        "--config.KEY", metavar="VALUE", help="replaces a key: --config.evaluators.NAME.KEY=VALUE"
+    )
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    if arguments.workdir is None and arguments.weights is None:
+        raise UserError("say what is evaluated: --workdir DIR, or --weights FORMAT:PATH")
+    if arguments.weights is None:
+        for name in ("config", "tokenizer"):
+            if getattr(arguments, name) is not None:
+                raise UserError(f"--{name} belongs to --weights; a run has its own")
+        return
+    if (arguments.workdir is None) == (arguments.config is None):
+        raise UserError(
+            "--weights needs evaluators: those of --config FILE, or those of --workdir DIR"
+        )
+    if arguments.step is not None or arguments.all or arguments.follow:
+        raise UserError("--weights are one set of parameters: they have no steps")
+    if arguments.params != "auto":
+        raise UserError("--weights are one set of parameters: leave --params out")
+
+
+def open_subject(
+    arguments: argparse.Namespace, overrides: Sequence[str], names: Sequence[str] | None
+) -> Subject:
+    """What the command line names.
+
+    Raises:
+      UserError: it is not there, or cannot be evaluated so.
+    """
+    if arguments.weights is None:
+        return Subject.of_run(
+            arguments.workdir, overrides=overrides, names=names, batch_size=arguments.batch_size
+        )
+    if arguments.config is None:
+        config = workdir_lib.load_config(epath.Path(arguments.workdir))
+    else:
+        config = config_lib.load(arguments.config)
+    config_lib.override(config, list(overrides))
+    return Subject.of_weights(
+        arguments.weights,
+        config,
+        names=names,
+        batch_size=arguments.batch_size,
+        dtype=arguments.dtype,
+        tokenizer=arguments.tokenizer,
+    )
 
 
 def load_run(
     workdir: str | os.PathLike, step: int | None = None, choice: str = "auto"
-) -> tuple[Parts, LoadedParameters]:
-    """The parts of the run in `workdir` and its parameters at `step` (default: the newest).
-
-    Of the checkpoint only these are read, onto the mesh of the run's config; nothing is written.
+) -> tuple[Subject, LoadedParameters]:
+    """The run in `workdir` with its evaluators, and its parameters at `step` (default: the newest).
 
     Args:
       choice: one of `restore.CHOICES`.
@@ -60,17 +169,29 @@ def load_run(
     Raises:
       UserError: there is no run, or no such checkpoint or average, in `workdir`.
     """
-    workdir = checkpoint.absolute(workdir)
-    config = workdir_lib.load_config(workdir)
-    saved = SavedParameters.of(workdir, checkpoint.choose_step(workdir, step), choice)
-    parts = build(config, workdir, StartupClock())
-    return parts, saved.load(parts.setup.abstract.params)
+    subject = Subject.of_run(workdir)
+    return subject, subject.load(step, choice)
+
+
+def scores_of(
+    subject: Subject, loaded: LoadedParameters, names: Sequence[str] | None = None
+) -> dict[str, float]:
+    """`eval/NAME/SCORE` -> value.
+
+    Args:
+      names: of evaluators; None for all that the subject has.
+    """
+    scores = {}
+    for name in subject.evaluators if names is None else names:
+        for score, value in subject.evaluators[name](loaded.params):
+            scores[f"eval/{name}/{score}"] = value
+    return scores
 
 
 def evaluate(
     workdir: str | os.PathLike,
-    step: int | None,
-    names: Sequence[str] | None,
+    step: int | None = None,
+    names: Sequence[str] | None = None,
     choice: str = "auto",
 ) -> dict[str, float]:
     """`eval/NAME/SCORE` -> value, and `step`.
@@ -78,31 +199,140 @@ def evaluate(
     Raises:
       UserError: an evaluator that the run's config does not have, or see `load_run`.
     """
-    parts, loaded = load_run(workdir, step, choice)
-    evaluators = {e.name: e.evaluator for e in parts.evaluations}
-    for name in names or ():
-        if name not in evaluators:
-            raise UserError(unknown_key_message(name, evaluators, "--evaluators"))
-    scores = {"step": float(loaded.step)}
-    for name in names or evaluators:
-        for score, value in evaluators[name](loaded.params):
-            scores[f"eval/{name}/{score}"] = value
-    return scores
+    subject = Subject.of_run(workdir, names=names)
+    loaded = subject.load(step, choice)
+    return {"step": float(loaded.step), **scores_of(subject, loaded)}
+
+
+def known_scores(workdir: epath.Path) -> dict[int, dict[str, float]]:
+    """Step -> the newest scores in `evaluations.jsonl`."""
+    file, found = workdir / EVALUATIONS, {}
+    for record in read_metrics(file) if file.exists() else ():
+        scores = {key: value for key, value in record.items() if key.startswith("eval/")}
+        found.setdefault(record["step"], {}).update(scores)
+    return found
+
+
+def missing(subject: Subject, known: dict[int, dict[str, float]], step: int) -> list[str]:
+    """The evaluators of which there is no score at `step` yet."""
+    there = {key.split("/")[1] for key in known.get(step, {})}
+    return [name for name in subject.evaluators if name not in there]
+
+
+def checkpoints(subject: Subject, follow: bool, stop: threading.Event) -> Iterator[int]:
+    """Steps of the run's checkpoints in order; with `follow` also those that are still to come.
+
+    Follows until the run is complete, or `stop` is set.
+    """
+    seen: set[int] = set()
+    waiting = False
+    while not stop.is_set():
+        # Asked before the list is made: a run saves its last checkpoint before it says so.
+        last = not follow or agreement.from_first(_is_complete(subject.workdir))
+        new = [s for s in agreement.from_first(subject.saved_steps()) if s not in seen]
+        for step in new:
+            seen.add(step)
+            waiting = False
+            yield step
+            if stop.is_set():
+                return
+        if last:
+            return
+        if not waiting:
+            _say(f"waiting for checkpoints in {subject.workdir} (Ctrl-C ends this)")
+            waiting = True
+        stop.wait(LOOK_SECONDS)
+
+
+def _is_complete(workdir: epath.Path) -> bool:
+    """Whether the run has come to its end."""
+    file = workdir / GOODPUT_FILE
+    return file.exists() and RunTime.from_json(file.read_text()).ended == "complete"
+
+
+def evaluate_many(subject: Subject, arguments: argparse.Namespace) -> dict[str, float]:
+    """Evaluates all checkpoints, keeps their scores, and returns those of the last.
+
+    Raises:
+      UserError: there is no checkpoint.
+    """
+    stop = threading.Event()
+    if arguments.follow:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: stop.set())
+    elif not subject.saved_steps():
+        subject.load()  # says that there are none
+    writer = None
+    if jax.process_index() == 0:
+        writer = JsonlWriter(subject.workdir / EVALUATIONS, start_step=sys.maxsize)
+    last: dict[str, float] = {}
+    for step in checkpoints(subject, arguments.follow, stop):
+        known = agreement.from_first(_of_step(subject, step))
+        names = missing(subject, {step: known}, step)
+        scores = dict(known)
+        if names:
+            begin = time.monotonic()
+            try:
+                loaded = subject.load(step, arguments.params)
+            except (UserError, FileNotFoundError) as error:
+                # The run removes old checkpoints while this waits and computes.
+                if step in subject.saved_steps():
+                    raise
+                _say(f"step {step:,} is gone, as the run keeps its newest alone ({error})")
+                continue
+            new = scores_of(subject, loaded, names)
+            if writer is not None:
+                writer.write_scalars(step, new)
+            scores |= new
+            _say(f"step {step:,} evaluated in {time.monotonic() - begin:.0f} s")
+        else:
+            _say(f"step {step:,} was evaluated before")
+        last = {"step": float(step), **scores}
+        _print_scores(last)
+    if writer is not None:
+        writer.close()
+    return last
+
+
+def _of_step(subject: Subject, step: int) -> dict[str, float]:
+    return known_scores(subject.workdir).get(step, {}) if jax.process_index() == 0 else {}
+
+
+def _say(line: str) -> None:
+    if jax.process_index() == 0:
+        print(line, flush=True)
+
+
+def _print_scores(scores: dict[str, Any]) -> None:
+    for name, value in scores.items():
+        _say(f"{name} {value:.6g}")
+
+
+def run(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
+    """Evaluates what the command line names, and writes what it asks for."""
+    names = arguments.evaluators.split(",") if arguments.evaluators else None
+    subject = open_subject(arguments, overrides, names)
+    for note in subject.notes:
+        _say(f"note: {note}")
+    if arguments.all or arguments.follow:
+        scores = evaluate_many(subject, arguments)
+    else:
+        loaded = subject.load(arguments.step, arguments.params)
+        steps = {} if subject.workdir is None else {"step": float(loaded.step)}
+        scores = {**steps, **scores_of(subject, loaded)}
+        _print_scores(scores)
+    if arguments.output and jax.process_index() == 0:
+        epath.Path(arguments.output).write_text(json.dumps(scores, indent=2) + "\n")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit status."""
-    arguments = parse(sys.argv[1:] if argv is None else argv)
 
     def command() -> None:
+        arguments, overrides = parse(sys.argv[1:] if argv is None else argv)
         startup.initialize()
         startup.use_compilation_cache()
-        names = arguments.evaluators.split(",") if arguments.evaluators else None
-        scores = evaluate(arguments.workdir, arguments.step, names, arguments.params)
-        for name, value in scores.items():
-            print(f"{name} {value:.6g}")
-        if arguments.output:
-            epath.Path(arguments.output).write_text(json.dumps(scores, indent=2) + "\n")
+        run(arguments, overrides)
 
     return run_command(command)
 

@@ -9,9 +9,8 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from vlp_jax.data.joined import JoinedPipeline
-from vlp_jax.data.pipeline import EvalPipeline
 from vlp_jax.data.tokenizers import Tokenizer
-from vlp_jax.evaluators import make_evaluators, merged_data
+from vlp_jax.evaluators import make_evaluators
 from vlp_jax.evaluators.base import Resources, compile_functions
 from vlp_jax.observe.throughput import StartupClock
 from vlp_jax.parallel import agreement
@@ -44,12 +43,6 @@ class Parts:
     evaluations: Sequence[Evaluation]
     save_when: When
     log_when: When
-
-    def open_evaluation_data(self, name: str, extra_fields: Sequence[str] = ()) -> EvalPipeline:
-        """The examples of the evaluator `name`, to look at."""
-        config = self.setup.config
-        data = merged_data(config.data, config.evaluators[name])
-        return self.resources.pipeline(data, extra_fields)
 
 
 def build(config: ConfigDict, workdir: epath.Path, clock: StartupClock) -> Parts:

@@ -1,0 +1,242 @@
+"""What is evaluated: a model with the evaluators of a config, and nothing of its training.
+
+Neither the training data nor an optimizer is needed, and the devices need not be those of the run.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+from etils import epath
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from vlp_jax import config as config_lib
+from vlp_jax.data.pipeline import EvalPipeline
+from vlp_jax.encoders.loading import load
+from vlp_jax.errors import UserError
+from vlp_jax.evaluators import make_evaluators, merged_data
+from vlp_jax.evaluators.base import Evaluator, Resources, compile_functions
+from vlp_jax.interop.trees import Module, image_of, to_tree
+from vlp_jax.models.dual_encoder import DualEncoder
+from vlp_jax.models.masked_autoencoder import MaskedAutoencoder
+from vlp_jax.models.masking import mask_from_noise
+from vlp_jax.objectives import Objective, make_objective
+from vlp_jax.parallel import mesh as mesh_lib
+from vlp_jax.parallel import rules
+from vlp_jax.training import checkpoint
+from vlp_jax.training import workdir as workdir_lib
+from vlp_jax.training.abstract_setup import batch_spec
+from vlp_jax.training.restore import LoadedParameters, SavedParameters
+
+EXAMPLES_PER_DEVICE = 64  # of an evaluation batch, where the run's own does not fit
+
+
+@dataclasses.dataclass(frozen=True)
+class Subject:
+    """A model and the evaluators that judge it.
+
+    Attributes:
+      title: the workdir or the files.
+      config: whose evaluators they are; of a run, its own.
+      objective: None for files of others.
+      module: the model; of a composite, that of its first part.
+      resources: functions, tokenizer, mesh and batch size of the evaluators.
+      evaluators: name in the config -> evaluator.
+      workdir: of a run.
+      notes: what the user should know, a line each.
+    """
+
+    title: str
+    config: ConfigDict
+    objective: Objective | None
+    module: nn.Module
+    resources: Resources
+    evaluators: dict[str, Evaluator]
+    workdir: epath.Path | None
+    notes: tuple[str, ...]
+    _abstract: Any = None
+    _loaded: LoadedParameters | None = None
+
+    @classmethod
+    def of_run(
+        cls,
+        workdir: str | epath.Path,
+        *,
+        overrides: Sequence[str] = (),
+        names: Sequence[str] | None = None,
+        batch_size: int | None = None,
+    ) -> Subject:
+        """The run in `workdir`.
+
+        Args:
+          overrides: "evaluators.NAME.KEY=VALUE" and the like, see `vlp_jax.config.override`.
+          names: the evaluators that are wanted; None for all. The data of others is not opened.
+          batch_size: examples of an evaluation batch; None: see `_layout`.
+
+        Raises:
+          UserError: there is no run, an evaluator or a key is not there, or its data is not.
+        """
+        workdir = checkpoint.absolute(workdir)
+        config = workdir_lib.load_config(workdir)
+        config_lib.override(config, list(overrides))
+        tokenizer = workdir_lib.open_kept_tokenizer(workdir, config)
+        objective = make_objective(config.objective, tokenizer, config.microbatches)
+        mesh, batch_size, notes = _layout(config, batch_size)
+        spec = {k: jax.ShapeDtypeStruct(*v) for k, v in batch_spec(config, objective).items()}
+        boxed = jax.eval_shape(lambda: objective.init(jax.random.key(0), spec))
+        resources = Resources(
+            functions=compile_functions(objective.functions(), mesh),
+            tokenizer=tokenizer,
+            mesh=mesh,
+            batch_size=batch_size,
+        )
+        return cls(
+            title=str(workdir),
+            config=config,
+            objective=objective,
+            module=objective.model,
+            resources=resources,
+            evaluators=_evaluators(config, resources, names),
+            workdir=workdir,
+            notes=notes,
+            _abstract=_placed(boxed, mesh),
+        )
+
+    @classmethod
+    def of_weights(
+        cls,
+        weights: str,
+        config: ConfigDict,
+        *,
+        names: Sequence[str] | None = None,
+        batch_size: int | None = None,
+        dtype: str = "float32",
+        tokenizer: str | None = None,
+    ) -> Subject:
+        """Files of others, judged by the evaluators of a config.
+
+        Args:
+          weights: "hf:DIR" and so on, see `vlp_jax.load`.
+          config: its `evaluators` and `data`; its objective and tokenizer are not looked at.
+          dtype, tokenizer: see `vlp_jax.load`.
+
+        Raises:
+          UserError: the files cannot be read, or see `of_run`.
+        """
+        encoder = load(weights, dtype=dtype, tokenizer=tokenizer)
+        mesh, batch_size, notes = _layout(config, batch_size)
+        resources = Resources(
+            functions=compile_functions(encoder.functions, mesh),
+            tokenizer=None if encoder.texts is None else encoder.tokenizer,
+            mesh=mesh,
+            batch_size=batch_size,
+        )
+        tree = to_tree(encoder.module, encoder.weights)
+        boxed = jax.eval_shape(lambda: _init(encoder.module))
+        params = jax.device_put(tree, rules.param_shardings(boxed, mesh))
+        return cls(
+            title=weights,
+            config=config,
+            objective=None,
+            module=encoder.module,
+            resources=resources,
+            evaluators=_evaluators(config, resources, names),
+            workdir=None,
+            notes=(*notes, *encoder.notes),
+            _loaded=LoadedParameters(step=0, part="params", params=params),
+        )
+
+    def saved_steps(self) -> list[int]:
+        """Steps of the run's checkpoints, in order."""
+        return checkpoint.saved_steps(self.workdir)
+
+    def load(self, step: int | None = None, choice: str = "auto") -> LoadedParameters:
+        """The parameters at `step` (default: the newest) on the mesh; of files, those.
+
+        Args:
+          choice: one of `vlp_jax.training.restore.CHOICES`.
+
+        Raises:
+          UserError: there is no such checkpoint or average.
+        """
+        if self._loaded is not None:
+            return self._loaded
+        step = checkpoint.choose_step(self.workdir, step)
+        return SavedParameters.of(self.workdir, step, choice).load(self._abstract)
+
+    def open_evaluation_data(self, name: str, extra_fields: Sequence[str] = ()) -> EvalPipeline:
+        """The examples of the evaluator `name`, to look at."""
+        data = merged_data(self.config.data, self.config.evaluators[name])
+        return self.resources.pipeline(data, extra_fields)
+
+
+def choose_evaluators(config: ConfigDict, names: Sequence[str] | None) -> ConfigDict:
+    """The sections of `config.evaluators` that are wanted.
+
+    Raises:
+      UserError: one of them is not there, or there is none at all.
+    """
+    known = ", ".join(config.evaluators) or "none"
+    for name in names or ():
+        if name not in config.evaluators:
+            raise UserError(f"the config has no evaluator {name!r} (it has: {known})")
+    if not config.evaluators:
+        raise UserError("the config has no evaluators: give one that has, with --config")
+    chosen = config.evaluators if names is None else {n: config.evaluators[n] for n in names}
+    return ConfigDict(dict(chosen.items()))
+
+
+def _evaluators(
+    config: ConfigDict, resources: Resources, names: Sequence[str] | None
+) -> dict[str, Evaluator]:
+    return make_evaluators(choose_evaluators(config, names), config.data, resources)
+
+
+def _layout(config: ConfigDict, batch_size: int | None) -> tuple[Mesh, int, tuple[str, ...]]:
+    """Mesh and batch size: the run's, if they fit these devices.
+
+    Scores depend on neither. Else parameters are spread over all devices, and a batch has
+    `EXAMPLES_PER_DEVICE` for each.
+    """
+    notes: tuple[str, ...] = ()
+    try:
+        mesh = mesh_lib.make_mesh(config.mesh)
+    except UserError as error:
+        mesh = mesh_lib.make_mesh({"preset": "fsdp"} if jax.device_count() > 1 else {})
+        notes = (f"not on the run's mesh ({error}), but on {mesh_lib.describe(mesh)}",)
+    parts = math.prod(mesh.shape[axis] for axis in mesh_lib.BATCH_AXES)
+    most = EXAMPLES_PER_DEVICE * parts
+    chosen = batch_size
+    if chosen is None:
+        own = config.batch_size
+        chosen = own if own <= most and own % parts == 0 else most
+    mesh_lib.check_batch_size(chosen, mesh, "--batch-size")
+    return mesh, chosen, notes
+
+
+def _placed(boxed: Any, mesh: Mesh) -> Any:
+    """Shapes, dtypes and shardings of parameters."""
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        nn.unbox(boxed),
+        rules.param_shardings(boxed, mesh),
+    )
+
+
+def _init(module: Module) -> Any:
+    """Fresh parameters of a model in their boxes, for the names of their dimensions."""
+    vit = image_of(module)
+    dtype = "uint8" if module is not vit else "float32"
+    inputs = [jax.numpy.zeros((1, *vit.image_size, 3), dtype)]
+    if isinstance(module, DualEncoder):
+        inputs.append(jax.numpy.zeros((1, module.text.context_length), "int32"))
+    elif isinstance(module, MaskedAutoencoder):
+        noise = jax.numpy.zeros((1, vit.patches))
+        inputs.append(mask_from_noise(noise, max(1, vit.patches // 2)))
+    return module.init(jax.random.key(0), *inputs)["params"]
