@@ -50,17 +50,26 @@ class TextProcessor:
             if not text.strip():
                 raise UserError(f"text {number} is empty: there is nothing to embed")
         prepared = apply_to_texts(self.preprocess, texts)
+        note = self._too_long(texts, prepared)
+        if note:
+            warnings.warn(note, stacklevel=3)
+        return self.tokenizer(prepared)
+
+    def too_long(self, texts: Sequence[str]) -> str | None:
+        """A line on the texts that are longer than the context; None if there are none."""
+        return self._too_long(texts, apply_to_texts(self.preprocess, texts))
+
+    def _too_long(self, texts: Sequence[str], prepared: Sequence[str]) -> str | None:
         limit = self.tokenizer.context_length
         long = [(n, k) for n, k in enumerate(self._lengths(prepared)) if k > limit]
-        if long:
-            number, length = long[0]
-            more = f" (and {len(long) - 1} more)" if len(long) > 1 else ""
-            warnings.warn(
-                f"text {number} has {length} tokens{more}; the model reads the first {limit}: "
-                f"{texts[number][:60]!r}",
-                stacklevel=3,
-            )
-        return self.tokenizer(prepared)
+        if not long:
+            return None
+        number, length = long[0]
+        more = f" (and {len(long) - 1} more)" if len(long) > 1 else ""
+        return (
+            f"text {number} has {length} tokens{more}; the model reads the first {limit}: "
+            f"{texts[number][:60]!r}"
+        )
 
     def _lengths(self, texts: Sequence[str]) -> list[int]:
         if isinstance(self.tokenizer, FramedTokenizer):
