@@ -61,13 +61,18 @@ class ImageProcessor:
         Raises:
           UserError: it is no image, damaged, or has more than `max_pixels`.
         """
-        opened, name = self._open(image, name)
+        opened, name = self.open(image, name)
         try:
             return np.asarray(self._fit(upright_rgb(opened)), np.uint8)
         except (OSError, ValueError, SyntaxError) as error:
             raise UserError(f"{name} is damaged: {error}") from None
 
-    def _open(self, image: Image, name: str) -> tuple[PIL.Image.Image, str]:
+    def open(self, image: Image, name: str = "the image") -> tuple[PIL.Image.Image, str]:
+        """The Pillow image, whose pixels may not be decoded yet, and its name.
+
+        Raises:
+          UserError: it is no image, or has more than `max_pixels`.
+        """
         if isinstance(image, np.ndarray):
             opened = _from_array(image, name)
         elif isinstance(image, PIL.Image.Image):

@@ -63,6 +63,11 @@ class Subject:
     _abstract: Any = None
     _loaded: LoadedParameters | None = None
 
+    @staticmethod
+    def config_of(workdir: str | epath.Path) -> ConfigDict:
+        """The config of the run in `workdir`. Raises UserError: there is none."""
+        return workdir_lib.load_config(checkpoint.absolute(workdir))
+
     @classmethod
     def of_run(
         cls,
@@ -174,6 +179,12 @@ class Subject:
         """The examples of the evaluator `name`, to look at."""
         data = merged_data(self.config.data, self.config.evaluators[name])
         return self.resources.pipeline(data, extra_fields)
+
+    def open_stored_data(self, name: str, fields: Sequence[str]) -> EvalPipeline:
+        """`fields` of the examples of the evaluator `name` as the source stores them: images are
+        not decoded, texts not chosen."""
+        data = merged_data(self.config.data, self.config.evaluators[name])
+        return self.resources.pipeline({**data, "preprocess": {}}, fields)
 
 
 def choose_evaluators(config: ConfigDict, names: Sequence[str] | None) -> ConfigDict:

@@ -44,23 +44,26 @@ class TextProcessor:
         Raises:
           UserError: a text is empty, or no text.
         """
-        for number, text in enumerate(texts):
-            if not isinstance(text, str):
-                raise UserError(f"text {number} is of {type(text).__name__}: give a str")
-            if not text.strip():
-                raise UserError(f"text {number} is empty: there is nothing to embed")
-        prepared = apply_to_texts(self.preprocess, texts)
-        note = self._too_long(texts, prepared)
+        note = self.too_long(texts)
         if note:
             warnings.warn(note, stacklevel=3)
-        return self.tokenizer(prepared)
+        return self.ids(texts)
+
+    def ids(self, texts: Sequence[str]) -> Int[np.ndarray, "n context"]:
+        """The same without a warning; see `too_long`.
+
+        Raises:
+          UserError: a text is empty, or no text.
+        """
+        return self.tokenizer(self._prepared(texts))
 
     def too_long(self, texts: Sequence[str]) -> str | None:
-        """A line on the texts that are longer than the context; None if there are none."""
-        return self._too_long(texts, apply_to_texts(self.preprocess, texts))
+        """A line on the texts that are longer than the context; None if there are none.
 
-    def _too_long(self, texts: Sequence[str], prepared: Sequence[str]) -> str | None:
-        limit = self.tokenizer.context_length
+        Raises:
+          UserError: a text is empty, or no text.
+        """
+        limit, prepared = self.tokenizer.context_length, self._prepared(texts)
         long = [(n, k) for n, k in enumerate(self._lengths(prepared)) if k > limit]
         if not long:
             return None
@@ -70,6 +73,14 @@ class TextProcessor:
             f"text {number} has {length} tokens{more}; the model reads the first {limit}: "
             f"{texts[number][:60]!r}"
         )
+
+    def _prepared(self, texts: Sequence[str]) -> list[str]:
+        for number, text in enumerate(texts):
+            if not isinstance(text, str):
+                raise UserError(f"text {number} is of {type(text).__name__}: give a str")
+            if not text.strip():
+                raise UserError(f"text {number} is empty: there is nothing to embed")
+        return apply_to_texts(self.preprocess, texts)
 
     def _lengths(self, texts: Sequence[str]) -> list[int]:
         if isinstance(self.tokenizer, FramedTokenizer):

@@ -1,0 +1,215 @@
+"""The page over HTTP: what a browser may ask, how much it may send, and what it is told."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
+from starlette.middleware import Middleware
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from vlp_jax.errors import UserError
+from vlp_jax.serve.explorer import Explorer
+
+PAGE = Path(__file__).with_name("page")
+FILES = {
+    "/": ("index.html", "text/html; charset=utf-8"),
+    "/style.css": ("style.css", "text/css; charset=utf-8"),
+    "/page.js": ("page.js", "text/javascript; charset=utf-8"),
+    "/icon.svg": ("icon.svg", "image/svg+xml"),
+}
+MAX_JSON = 1 << 20  # bytes of a request that is no image
+DEFAULT_COUNT = 24
+
+# Nothing from elsewhere is loaded, run or framed, whatever a file name or a text may contain.
+HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; "
+    "img-src 'self' blob:; connect-src 'self'; base-uri 'none'; form-action 'none'; "
+    "frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Cache-Control": "no-store",
+}
+
+
+class TooLarge(Exception):
+    """A request with more bytes than are accepted."""
+
+
+def make_app(explorer: Explorer, hosts: list[str], max_upload: int) -> Starlette:
+    """The application.
+
+    Args:
+      hosts: names under which the page may be asked for. Others are refused, so that a page
+        elsewhere cannot read this one under a name that it lets point here.
+      max_upload: bytes of an image.
+    """
+    endpoints = Endpoints(explorer, max_upload)
+    files = [Route(path, functools.partial(_file, *file)) for path, file in FILES.items()]
+    return Starlette(
+        routes=[
+            *files,
+            Route("/api/about", endpoints.about),
+            Route("/api/search", endpoints.search, methods=["POST"]),
+            Route("/api/look", endpoints.look, methods=["POST"]),
+            Route("/api/look/{number:int}", endpoints.look_at_known, methods=["POST"]),
+            Route("/api/compare", endpoints.compare, methods=["POST"]),
+            Route("/api/heat_map", endpoints.heat_map, methods=["POST"]),
+            Route("/thumbnail/{number:int}", endpoints.thumbnail),
+        ],
+        middleware=[
+            Middleware(TrustedHostMiddleware, allowed_hosts=hosts, www_redirect=False),
+            Middleware(Guarded),
+        ],
+    )
+
+
+class Guarded:
+    """Adds the headers, and refuses what another site's page makes a browser send."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        request = Request(scope)
+
+        async def send_with_headers(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                own = [(k.lower().encode(), v.encode()) for k, v in HEADERS.items()]
+                message["headers"] = [*message.get("headers", []), *own]
+            await send(message)
+
+        origin = request.headers.get("origin")
+        own = (f"http://{request.headers.get('host')}", f"https://{request.headers.get('host')}")
+        if request.method == "POST" and origin is not None and origin not in own:
+            response: ASGIApp = _error(f"requests from {origin} are not answered", 403)
+            await response(scope, receive, send_with_headers)
+            return
+        await self._app(scope, receive, send_with_headers)
+
+
+def _answering(
+    endpoint: Callable[[Endpoints, Request], Awaitable[Response]],
+) -> Callable[[Endpoints, Request], Awaitable[Response]]:
+    """Mistakes of the user as an answer that the page shows."""
+
+    @functools.wraps(endpoint)
+    async def answer(self: Endpoints, request: Request) -> Response:
+        try:
+            return await endpoint(self, request)
+        except UserError as error:
+            return _error(str(error), 400)
+        except TooLarge as error:
+            return _error(str(error), 413)
+        except ClientDisconnect:
+            return Response(status_code=204)
+
+    return answer
+
+
+class Endpoints:
+    """What can be asked for. The model computes in threads, so that the page stays responsive."""
+
+    def __init__(self, explorer: Explorer, max_upload: int) -> None:
+        self._explorer, self._max_upload = explorer, max_upload
+
+    @_answering
+    async def about(self, request: Request) -> Response:
+        """`Explorer.about`, and the limit of an upload in bytes."""
+        del request
+        return JSONResponse({**self._explorer.about(), "max_upload": self._max_upload})
+
+    @_answering
+    async def search(self, request: Request) -> Response:
+        """{"text", "count"} -> `Explorer.search`."""
+        asked = await _json(request)
+        count = asked.get("count", DEFAULT_COUNT)
+        return await _in_thread(self._explorer.search, asked.get("text"), count)
+
+    @_answering
+    async def look(self, request: Request) -> Response:
+        """The bytes of an image file -> `Explorer.look`."""
+        content = await _body(request, self._max_upload)
+        if not content:
+            raise UserError("the file is empty")
+        return await _in_thread(self._explorer.look, content, DEFAULT_COUNT)
+
+    @_answering
+    async def look_at_known(self, request: Request) -> Response:
+        """`Explorer.look` at an image of the index."""
+        number = request.path_params["number"]
+        return await _in_thread(self._explorer.look_at_known, number, DEFAULT_COUNT)
+
+    @_answering
+    async def compare(self, request: Request) -> Response:
+        """{"key", "texts"} -> `Explorer.compare`."""
+        asked = await _json(request)
+        return await _in_thread(self._explorer.compare, asked.get("key"), asked.get("texts"))
+
+    @_answering
+    async def heat_map(self, request: Request) -> Response:
+        """{"key", "text"} -> a PNG."""
+        asked = await _json(request)
+        draw = self._explorer.heat_map
+        content = await run_in_threadpool(draw, asked.get("key"), asked.get("text"))
+        return Response(content, media_type="image/png")
+
+    @_answering
+    async def thumbnail(self, request: Request) -> Response:
+        """A WebP."""
+        number = request.path_params["number"]
+        content = await run_in_threadpool(self._explorer.thumbnail, number)
+        return Response(content, media_type="image/webp")
+
+
+async def _file(name: str, kind: str, request: Request) -> Response:
+    del request
+    return Response((PAGE / name).read_bytes(), media_type=kind)
+
+
+async def _in_thread(function: Callable[..., dict[str, Any]], *args: Any) -> Response:
+    return JSONResponse(await run_in_threadpool(function, *args))
+
+
+async def _body(request: Request, limit: int) -> bytes:
+    """What was sent, of which no more than `limit` bytes are ever held."""
+    message = f"the file has more than {limit / 2**20:.0f} MiB, the most that is accepted"
+    said = request.headers.get("content-length", "0")
+    if not said.isdigit() or int(said) > limit:
+        raise TooLarge(message)
+    content = bytearray()
+    async for chunk in request.stream():
+        content += chunk
+        if len(content) > limit:
+            raise TooLarge(message)
+    return bytes(content)
+
+
+async def _json(request: Request) -> dict[str, Any]:
+    kind = request.headers.get("content-type", "").partition(";")[0].strip()
+    if kind != "application/json":  # which a form of another site cannot send
+        raise UserError("send JSON, with Content-Type: application/json")
+    asked = None
+    with contextlib.suppress(ValueError):
+        asked = json.loads(await _body(request, MAX_JSON))
+    if not isinstance(asked, dict):
+        raise UserError("send a JSON object")
+    return asked
+
+
+def _error(message: str, status: int) -> JSONResponse:
+    return JSONResponse({"error": message}, status_code=status)

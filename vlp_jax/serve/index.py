@@ -1,0 +1,192 @@
+"""An index of the embeddings of images, kept on disk by faiss (Johnson et al. 2017).
+
+FOLDER/index.faiss    the vectors
+FOLDER/entries.json   what they are of: the model, and name and version of each image
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+from vlp_jax.encoders import Encoder
+from vlp_jax.errors import UserError
+from vlp_jax.serve.pictures import Pictures
+
+VECTORS, ENTRIES = "index.faiss", "entries.json"
+EXACT_UP_TO = 200_000  # images; beyond, the graph of HNSW finds nearly all of the nearest
+FORMAT = 1
+BATCH = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class Entries:
+    """What the vectors of an index are of, in their order.
+
+    Attributes:
+      model: fingerprint of what embedded them.
+      names, versions: of each image.
+    """
+
+    model: str
+    names: list[str]
+    versions: list[str]
+
+
+class ImageIndex:
+    """The images that are nearest to a vector."""
+
+    def __init__(self, vectors: Any, places: Sequence[int]) -> None:
+        """
+        Args:
+          vectors: a faiss index of unit vectors by inner product.
+          places: number of the image of each of its vectors.
+        """
+        self._vectors, self._places = vectors, list(places)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def nearest(self, query: Float[np.ndarray, " dim"], count: int) -> list[tuple[int, float]]:
+        """(number of the image, cosine similarity), the most similar first."""
+        scores, found = self._vectors.search(query[None], min(count, len(self)))
+        pairs = zip(found[0], scores[0], strict=True)
+        return [(self._places[i], float(score)) for i, score in pairs if i >= 0]
+
+
+def fingerprint(encoder: Encoder) -> str:
+    """Changes with the parameters of an image tower and with how it gets its pixels."""
+    digest = hashlib.sha256(repr((encoder.images, encoder.module)).encode())
+    for path in sorted(encoder.weights):
+        digest.update(path.encode())
+        digest.update(np.ascontiguousarray(encoder.weights[path]).tobytes())
+    return digest.hexdigest()[:32]
+
+
+def default_folder(title: str) -> Path:
+    """Where the index of these images is kept if nothing else is said."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return cache / "vlp_jax" / "index" / hashlib.sha256(title.encode()).hexdigest()[:16]
+
+
+def build_index(
+    encoder: Encoder,
+    pictures: Pictures,
+    folder: Path,
+    advance: Callable[[int], None],
+    tell: Callable[[str], None],
+) -> ImageIndex:
+    """The index of all images that can be read; only those that are new or changed are embedded.
+
+    Args:
+      folder: where it is kept, and read from if it is of this model.
+      advance: told how many more images are done.
+      tell: told of images that are left out.
+
+    Raises:
+      UserError: none of the images can be read, or the folder cannot be written.
+    """
+    model = fingerprint(encoder)
+    known = _known(folder, model)
+    rows: dict[int, np.ndarray] = {}
+    todo = []
+    for number, key in enumerate(zip(pictures.names, pictures.versions, strict=True)):
+        if key in known:
+            rows[number] = known[key]
+        else:
+            todo.append(number)
+    advance(len(rows))
+    bad = 0
+    for begin in range(0, len(todo), BATCH):
+        part = todo[begin : begin + BATCH]
+        readable, pixels = [], []
+        for number in part:
+            try:
+                pixels.append(encoder.images(pictures.content(number), pictures.names[number]))
+                readable.append(number)
+            except UserError as error:
+                bad += 1
+                if bad <= 5:
+                    tell(f"left out: {error}")
+        if pixels:
+            rows |= zip(readable, encoder.apply("embed_image", pixels), strict=True)
+        advance(len(part))
+    if bad > 5:
+        tell(f"left out: {bad - 5} more")
+    if not rows:
+        raise UserError(f"{pictures.title}: none of the images can be read")
+    places = sorted(rows)
+    vectors = _faiss_index(np.stack([rows[n] for n in places]))
+    if todo or len(known) != len(rows):
+        entries = Entries(
+            model, [pictures.names[n] for n in places], [pictures.versions[n] for n in places]
+        )
+        _write(folder, vectors, entries)
+    return ImageIndex(vectors, places)
+
+
+def import_faiss() -> Any:
+    """
+    Raises:
+      UserError: it is not installed.
+    """
+    try:
+        import faiss
+    except ImportError as error:
+        raise UserError(
+            f"the page needs faiss ({error}): pip install -r requirements-serve.txt"
+        ) from None
+    return faiss
+
+
+def _faiss_index(vectors: Float[np.ndarray, "n dim"]) -> Any:
+    faiss = import_faiss()
+    kind = "Flat" if len(vectors) <= EXACT_UP_TO else "HNSW32"
+    index = faiss.index_factory(vectors.shape[1], kind, faiss.METRIC_INNER_PRODUCT)
+    index.add(np.ascontiguousarray(vectors, np.float32))
+    return index
+
+
+def _known(folder: Path, model: str) -> dict[tuple[str, str], np.ndarray]:
+    """(name, version) -> vector of what is kept in `folder`; nothing if it is another model's."""
+    try:
+        content = json.loads((folder / ENTRIES).read_text())
+        if content.pop("format") != FORMAT:
+            return {}
+        entries = Entries(**content)
+        if entries.model != model:
+            return {}
+        index = import_faiss().read_index(str(folder / VECTORS))
+        keys = list(zip(entries.names, entries.versions, strict=True))
+        if index.ntotal != len(keys):
+            return {}
+        return dict(zip(keys, index.reconstruct_n(0, index.ntotal), strict=True))
+    except (OSError, ValueError, TypeError, KeyError, RuntimeError):
+        return {}  # not there, or torn: it is made anew
+
+
+def _write(folder: Path, vectors: Any, entries: Entries) -> None:
+    """Puts both files in place, the entries last: torn, they do not fit together and are redone."""
+    faiss = import_faiss()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / ENTRIES).unlink(missing_ok=True)
+        unfinished = folder / f"{VECTORS}.{os.getpid()}"
+        faiss.write_index(vectors, str(unfinished))
+        os.replace(unfinished, folder / VECTORS)
+        content = {"format": FORMAT, **dataclasses.asdict(entries)}
+        unfinished = folder / f"{ENTRIES}.{os.getpid()}"
+        unfinished.write_text(json.dumps(content))
+        os.replace(unfinished, folder / ENTRIES)
+    except (OSError, RuntimeError) as error:
+        raise UserError(
+            f"the index cannot be kept in {folder} ({error}): name another folder with --index"
+        ) from None

@@ -1,0 +1,124 @@
+"""The images that can be found: those of a folder, or of an evaluator's data."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import PIL.Image
+
+from vlp_jax.encoders.images import ImageProcessor, upright_rgb
+from vlp_jax.encoders.subject import Subject
+from vlp_jax.errors import UserError
+
+SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp"}
+THUMBNAIL = 256  # pixels of the longer side
+BATCH = 64
+
+
+class Pictures(Protocol):
+    """Numbered images with names.
+
+    Attributes:
+      title: where they are from, for people.
+      names: of each, unique.
+      versions: changes when the content of that image does.
+    """
+
+    title: str
+    names: Sequence[str]
+    versions: Sequence[str]
+
+    def content(self, number: int) -> bytes:
+        """The file of an image."""
+
+
+class Folder:
+    """All image files below a folder, in the order of their paths."""
+
+    def __init__(self, folder: Path, limit: int) -> None:
+        """
+        Raises:
+          UserError: there is no such folder, or no image in it.
+        """
+        if not folder.is_dir():
+            raise UserError(f"--images {folder} is no folder")
+        files = sorted(f for f in folder.rglob("*") if f.suffix.lower() in SUFFIXES and f.is_file())
+        if not files:
+            raise UserError(f"--images {folder} holds no image ({', '.join(sorted(SUFFIXES))})")
+        self.found = len(files)
+        self._files = files[:limit]
+        self.title = str(folder)
+        self.names = [str(f.relative_to(folder)) for f in self._files]
+        stats = [f.stat() for f in self._files]
+        self.versions = [f"{s.st_size}-{s.st_mtime_ns}" for s in stats]
+
+    def content(self, number: int) -> bytes:
+        try:
+            return self._files[number].read_bytes()
+        except OSError as error:
+            raise UserError(f"{self.names[number]} cannot be read any more: {error}") from None
+
+
+class EvaluationImages:
+    """The images of an evaluator of a run, as its data holds them."""
+
+    def __init__(self, subject: Subject, evaluator: str, limit: int) -> None:
+        """
+        Raises:
+          UserError: the data cannot be read.
+        """
+        self.title = f"the images of the evaluator {evaluator}"
+        self._contents = list(_encoded(subject, evaluator, limit))
+        self.found = len(self._contents)
+        self.names = [f"{evaluator} {number}" for number in range(self.found)]
+        self.versions = [hashlib.sha256(c).hexdigest()[:16] for c in self._contents]
+
+    def content(self, number: int) -> bytes:
+        return self._contents[number]
+
+
+def _encoded(subject: Subject, evaluator: str, limit: int) -> Iterator[bytes]:
+    pipeline = subject.open_stored_data(evaluator, ("image",))
+    left = limit
+    for batch in pipeline.batches():
+        for place in np.flatnonzero(batch["mask"])[:left]:
+            image = batch["image"][place]
+            yield image if isinstance(image, bytes) else png(PIL.Image.fromarray(image))
+            left -= 1
+        if not left:
+            return
+
+
+def png(image: PIL.Image.Image) -> bytes:
+    """An image as the content of a PNG file."""
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def thumbnail(content: bytes, process: ImageProcessor) -> bytes:
+    """A file's image, at most `THUMBNAIL` pixels wide and high, as a WebP.
+
+    A small one is enlarged pixel by pixel: blurred, it would look broken.
+
+    Raises:
+      UserError: it is no image, or too large.
+    """
+    opened, name = process.open(content, "the image")
+    try:
+        image = upright_rgb(opened)
+    except (OSError, ValueError, SyntaxError) as error:
+        raise UserError(f"{name} is damaged: {error}") from None
+    factor = THUMBNAIL // max(image.size)
+    if factor > 1:
+        size = tuple(side * factor for side in image.size)
+        image = image.resize(size, PIL.Image.Resampling.NEAREST)
+    image.thumbnail((THUMBNAIL, THUMBNAIL))
+    buffer = io.BytesIO()
+    image.save(buffer, "WEBP", quality=90)
+    return buffer.getvalue()
