@@ -11,7 +11,7 @@ import pytest
 import runs
 import torch
 import transformers
-from ml_collections import ConfigDict
+from etils import epath
 
 import vlp_jax
 from vlp_jax import export
@@ -19,6 +19,7 @@ from vlp_jax.data.pipeline import EvalPipeline
 from vlp_jax.encoders import ImageProcessor
 from vlp_jax.errors import UserError
 from vlp_jax.interop.trees import plain
+from vlp_jax.training import workdir as workdir_lib
 
 CROP = {"resize_shortest_and_center_crop": {"size": 24, "method": "bilinear"}}
 SQUASH = {"resize": {"size": 24}}
@@ -132,12 +133,13 @@ def test_a_run_embeds_as_its_objective_does_and_chooses_the_step(clip_run, pictu
     assert model.step == 7 and vlp_jax.load(workdir, step=3).step == 3
     pixels = pipeline_pixels([png(p) for p in pictures], CROP)
     tokens = model.tokenizer([text.lower() for text in TEXTS])
+    rows = np.resize(tokens, (3, 12))
     for step in (3, 7):
         loaded = vlp_jax.load(workdir, step=step)
-        out = plain(objective.model).apply(
-            {"params": trees[step]}, pixels, np.resize(tokens, (3, 12))
-        )
-        np.testing.assert_allclose(loaded.embed_image(pictures), out["image"], atol=3e-3)
+        out = plain(objective.model).apply({"params": trees[step]}, pixels, rows)
+        np.testing.assert_allclose(loaded.apply("embed_image", pixels), out["image"], atol=1e-5)
+        # Pillow and TensorFlow round a resized pixel differently now and then.
+        np.testing.assert_allclose(loaded.embed_image(pictures), out["image"], atol=1e-2)
     words = plain(objective.model).apply({"params": trees[7]}, tokens, method="embed_text")
     np.testing.assert_allclose(model.embed_text(TEXTS), words, atol=1e-5)
     shouted = model.embed_text([text.upper() for text in TEXTS[:2]])
@@ -268,10 +270,8 @@ def test_mistakes(clip_run, tmp_path):
 
 
 def test_a_workdir_without_a_checkpoint(tmp_path):
-    from vlp_jax.training import workdir as workdir_lib
-
     config = runs.run_config(runs.MAE, {}, {})
-    workdir_lib.prepare(__import__("etils.epath", fromlist=["Path"]).Path(tmp_path), config, None)
+    workdir_lib.prepare(epath.Path(tmp_path), config, None)
     with pytest.raises(UserError, match="holds no checkpoint"):
         vlp_jax.load(tmp_path)
 
@@ -294,4 +294,3 @@ def test_tokenizer_argument_of_files_without_one(clip_run, tmp_path):
         vlp_jax.load(f"hf:{folder}")
     given, run = vlp_jax.load(f"hf:{folder}", tokenizer=str(kept)), vlp_jax.load(clip_run[0])
     np.testing.assert_allclose(given.embed_text(TEXTS), run.embed_text(TEXTS), atol=1e-5)
-    assert isinstance(run.texts.preprocess, dict | ConfigDict)
