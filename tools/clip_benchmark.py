@@ -25,10 +25,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
 
     def command() -> None:
-        from vlp_jax.encoders.clip_benchmark import register
+        from vlp_jax.encoders.clip_benchmark import mend_accuracy, register
 
         startup.use_compilation_cache()
         register()
+        if mend_accuracy():
+            print("note: CLIP_benchmark's accuracy() does not run with this NumPy; ours counts")
         from clip_benchmark import cli
 
         if "--model_type" not in arguments and arguments[0] == "eval":

@@ -41,6 +41,31 @@ def register() -> None:
         models.MODEL_TYPES.append(MODEL_TYPE)
 
 
+def mend_accuracy() -> bool:
+    """Lets CLIP_benchmark count hits with NumPy 2.4, where its 1.6.2 raises a TypeError.
+
+    Its `accuracy` makes a float of an array with one element, which NumPy does not do any more. The
+    stand-in counts the same. Returns whether it was needed.
+    """
+    from clip_benchmark.metrics import linear_probe, zeroshot_classification
+
+    try:
+        zeroshot_classification.accuracy(torch.eye(2), torch.arange(2))
+        return False
+    except TypeError:
+        for module in (zeroshot_classification, linear_probe):
+            module.accuracy = _accuracy
+        return True
+
+
+def _accuracy(
+    output: torch.Tensor, target: torch.Tensor, topk: Sequence[int] = (1,)
+) -> list[float]:
+    ranked = output.topk(max(topk), dim=1).indices
+    hits = ranked == target[:, None]
+    return [hits[:, :k].any(dim=1).double().mean().item() for k in topk]
+
+
 def load_for_clip_benchmark(
     model_name: str, pretrained: str = "", cache_dir: str | None = None, device: Any = "cpu"
 ) -> tuple[BenchmarkModel, Callable[..., torch.Tensor], Callable[..., torch.Tensor]]:

@@ -1,0 +1,91 @@
+"""CLIP_benchmark's own command on a run of ours, over data that we wrote for it."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from tools import clip_benchmark as command
+from tools import write_evaluation_tars
+from vlp_jax import config as config_lib
+from vlp_jax import evaluate
+from vlp_jax.encoders.clip_benchmark import _accuracy
+from vlp_jax.observe.throughput import StartupClock
+from vlp_jax.train import train
+
+pytest.importorskip("clip_benchmark")
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory, shapes_dir):
+    """A run of two steps on pictures."""
+    folder = tmp_path_factory.mktemp("run")
+    train(config_lib.smoke(config_lib.load("configs/clip_shapes.py")), folder, StartupClock())
+    return folder
+
+
+def benchmark(workdir, root, output, *arguments, monkeypatch):
+    monkeypatch.setattr(sys, "argv", list(sys.argv))
+    status = command.main(
+        ["eval", "--model", str(workdir), "--pretrained", "", "--dataset", "wds/mine"]
+        + ["--dataset_root", str(root), "--output", str(output), "--num_workers", "0"]
+        + ["--batch_size", "32", *arguments]
+    )
+    assert status == 0
+    return json.loads(output.read_text())["metrics"]
+
+
+def written(workdir, evaluator, folder, *arguments):
+    argv = ["--workdir", workdir, "--evaluator", evaluator, "--output", folder, *arguments]
+    assert write_evaluation_tars.main([str(a) for a in argv]) == 0
+
+
+def test_zero_shot(workdir, tmp_path, monkeypatch, capsys):
+    written(workdir, "zero_shot", tmp_path / "data", "--shard-examples", "7")
+    scores = evaluate.evaluate(workdir, names=["zero_shot"])
+    n = int(scores["eval/zero_shot/examples"])
+    assert (tmp_path / "data/test/nshards.txt").read_text() == f"{-(-n // 7)}\n"
+    assert len((tmp_path / "data/classnames.txt").read_text().splitlines()) == 48
+    theirs = benchmark(
+        workdir,
+        tmp_path / "data",
+        tmp_path / "out.json",
+        "--task",
+        "zeroshot_classification",
+        "--no_amp",
+        monkeypatch=monkeypatch,
+    )
+    # An image on the border of two classes may fall to the other: its file is decoded by Pillow.
+    assert theirs["acc1"] == pytest.approx(scores["eval/zero_shot/top1"], abs=1.5 / n)
+    assert theirs["acc5"] == pytest.approx(scores["eval/zero_shot/top5"], abs=1.5 / n)
+
+
+def test_retrieval(workdir, tmp_path, monkeypatch):
+    written(workdir, "retrieval", tmp_path / "data")
+    scores = evaluate.evaluate(workdir, names=["retrieval"])
+    arguments = ("--task", "zeroshot_retrieval", "--recall_k", "5", "--no_amp")
+    theirs = benchmark(
+        workdir, tmp_path / "data", tmp_path / "out.json", *arguments, monkeypatch=monkeypatch
+    )
+    n = scores["eval/retrieval/pairs"] if "eval/retrieval/pairs" in scores else 16
+    ours = scores["eval/retrieval/image_to_text_r5"]
+    assert theirs["text_retrieval_recall@5"] == pytest.approx(ours, abs=2.5 / n)
+
+
+def test_the_stand_in_counts_hits():
+    logits = torch.tensor(np.random.default_rng(0).normal(size=(50, 9)))
+    target = torch.arange(50) % 9
+    order = np.argsort(-logits.numpy(), axis=1)
+    for k, value in zip((1, 5), _accuracy(logits, target, (1, 5)), strict=True):
+        assert value == pytest.approx((order[:, :k] == target.numpy()[:, None]).any(1).mean())
+
+
+def test_mistakes(workdir, tmp_path, capsys):
+    argv = ["--workdir", str(workdir), "--output", str(tmp_path / "x")]
+    assert write_evaluation_tars.main([*argv, "--evaluator", "zeroshot"]) == 2
+    assert "did you mean 'zero_shot'" in capsys.readouterr().err
+    (tmp_path / "x" / "test").mkdir(parents=True)
+    assert write_evaluation_tars.main([*argv, "--evaluator", "zero_shot"]) == 2
+    assert "exists; name another --output" in capsys.readouterr().err
