@@ -11,10 +11,10 @@ demo: $(VENV)/.installed
 	$(BIN)/python -m tools.demo --output demo --setup-seconds $$(cat $(SETUP_SECONDS))
 
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-slow: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -n 2 -m slow
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m slow
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff format --check .

@@ -113,6 +113,7 @@ def check(kind, tmp_path, kills):
     assert killed_until_done(data, disturbed, kills, seed=1) == undisturbed
 
 
+@pytest.mark.slow  # tests/training/test_resume.py kills a whole run
 def test_killed_and_resumed_on_other_processes(tmp_path):
     check("webdataset", tmp_path, kills=2)
 

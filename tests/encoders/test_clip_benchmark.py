@@ -69,7 +69,7 @@ def test_retrieval(workdir, tmp_path, monkeypatch):
     theirs = benchmark(
         workdir, tmp_path / "data", tmp_path / "out.json", *arguments, monkeypatch=monkeypatch
     )
-    n = scores["eval/retrieval/pairs"] if "eval/retrieval/pairs" in scores else 16
+    n = scores["eval/retrieval/pairs"]
     ours = scores["eval/retrieval/image_to_text_r5"]
     assert theirs["text_retrieval_recall@5"] == pytest.approx(ours, abs=2.5 / n)
 

@@ -68,7 +68,7 @@ def assert_laid_out(tree, abstract):
 
 @pytest.mark.parametrize(
     "optimizer",
-    ["adamw", "adafactor", *(pytest.param(o, marks=pytest.mark.slow) for o in ("muon", "lion"))],
+    ["adamw", *(pytest.param(o, marks=pytest.mark.slow) for o in ("adafactor", "muon", "lion"))],
 )
 def test_stacked_layers_are_taken_apart_and_stacked_again(tmp_path, optimizer):
     stacked, separate = setup_of(True, optimizer), setup_of(False, optimizer, ELSEWHERE)
