@@ -9,21 +9,10 @@ import torch
 
 from tools import clip_benchmark as command
 from tools import write_evaluation_tars
-from vlp_jax import config as config_lib
 from vlp_jax import evaluate
 from vlp_jax.encoders.clip_benchmark import _accuracy
-from vlp_jax.observe.throughput import StartupClock
-from vlp_jax.train import train
 
 pytest.importorskip("clip_benchmark")
-
-
-@pytest.fixture(scope="module")
-def workdir(tmp_path_factory, shapes_dir):
-    """A run of two steps on pictures."""
-    folder = tmp_path_factory.mktemp("run")
-    train(config_lib.smoke(config_lib.load("configs/clip_shapes.py")), folder, StartupClock())
-    return folder
 
 
 def benchmark(workdir, root, output, *arguments, monkeypatch):

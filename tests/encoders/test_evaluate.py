@@ -1,0 +1,145 @@
+"""The evaluate command: checkpoints one by one, all, as they appear, and weights of others."""
+
+import json
+import shutil
+import threading
+
+import jax
+import pytest
+
+from vlp_jax import evaluate, export
+from vlp_jax.data.pipeline import TrainPipeline
+from vlp_jax.observe.goodput import GOODPUT_FILE
+from vlp_jax.observe.jsonl import read_metrics
+
+NAME = "zero_shot"
+TOP5 = f"eval/{NAME}/top5"
+
+
+def command(*arguments):
+    return evaluate.main([str(argument) for argument in arguments])
+
+
+@pytest.fixture
+def copy(workdir, tmp_path):
+    """The run, to be written to."""
+    shutil.copytree(workdir, tmp_path / "run")
+    return tmp_path / "run"
+
+
+def test_the_scores_are_those_of_the_run_without_its_training_data(workdir, tmp_path, monkeypatch):
+    def refuse(*arguments, **more):
+        raise AssertionError("the training data was opened")
+
+    monkeypatch.setattr(TrainPipeline, "__init__", refuse)
+    assert command("--workdir", workdir, "--output", tmp_path / "scores.json") == 0
+    scores = json.loads((tmp_path / "scores.json").read_text())
+    records = read_metrics(workdir / "metrics.jsonl")
+    told = {k: v for r in records if r["step"] == 2 for k, v in r.items() if k.startswith("eval/")}
+    assert scores.pop("step") == 2 and len(told) > 10
+    assert scores == pytest.approx(told, rel=1e-4)
+
+
+def test_other_devices_and_batches_change_nothing(workdir, capsys):
+    usual = evaluate.evaluate(workdir, names=[NAME])
+    subject = evaluate.Subject.of_run(
+        workdir, names=[NAME], batch_size=24, overrides=["mesh.replica=2", "mesh.fsdp=4"]
+    )
+    assert subject.resources.mesh.shape["fsdp"] == 4 and list(subject.evaluators) == [NAME]
+    assert evaluate.scores_of(subject, subject.load()) == pytest.approx(
+        {k: v for k, v in usual.items() if k != "step"}, rel=1e-4
+    )
+    elsewhere = ["--config.mesh.replica=1024", "--evaluators", NAME, "--workdir", workdir]
+    assert command(*elsewhere) == 0
+    out = capsys.readouterr().out
+    assert f"fit the {jax.device_count()} devices of this job" in out and TOP5 in out
+
+
+def test_all_checkpoints_once(copy, capsys):
+    arguments = ("--workdir", copy, "--evaluators", NAME)
+    assert command(*arguments, "--all") == 0
+    first = read_metrics(copy / evaluate.EVALUATIONS)
+    assert [r["step"] for r in first] == [1, 2] and all(TOP5 in r for r in first)
+    for record in first:
+        one = evaluate.evaluate(copy, record["step"], [NAME])
+        assert one[TOP5] == pytest.approx(record[TOP5])
+    capsys.readouterr()
+    assert command(*arguments, "--all") == 0
+    assert capsys.readouterr().out.count("was evaluated before") == 2
+    assert read_metrics(copy / evaluate.EVALUATIONS) == first
+    # Another evaluator adds its scores to what is there.
+    assert command("--workdir", copy, "--evaluators", f"{NAME},zero_shot_unseen", "--all") == 0
+    known = evaluate.known_scores(copy)
+    assert {k.split("/")[1] for k in known[2]} == {NAME, "zero_shot_unseen"}
+
+
+def test_following_a_run_until_it_is_complete(copy, capsys, monkeypatch):
+    later, checkpoints = copy / "later", copy / "checkpoints"
+    (checkpoints / "2").rename(later)
+    ledger = json.loads((copy / GOODPUT_FILE).read_text())
+    (copy / GOODPUT_FILE).write_text(json.dumps({**ledger, "ended": None}))
+    monkeypatch.setattr(evaluate, "LOOK_SECONDS", 0.05)
+    waited = threading.Event()
+    monkeypatch.setattr(
+        evaluate, "_say", lambda line, say=evaluate._say: (say(line), _note(line, waited))
+    )
+
+    def go_on():
+        assert waited.wait(120)
+        later.rename(checkpoints / "2")
+        (copy / GOODPUT_FILE).write_text(json.dumps({**ledger, "ended": "complete"}))
+
+    thread = threading.Thread(target=go_on)
+    thread.start()
+    monkeypatch.setattr(evaluate.signal, "signal", lambda number, handler: None)
+    assert command("--workdir", copy, "--evaluators", NAME, "--follow") == 0
+    thread.join()
+    assert [r["step"] for r in read_metrics(copy / evaluate.EVALUATIONS)] == [1, 2]
+    assert "waiting for checkpoints" in capsys.readouterr().out
+
+
+def _note(line, waited):
+    if line.startswith("waiting"):
+        waited.set()
+
+
+def test_weights_of_others_are_judged_as_the_run_is(workdir, tmp_path, capsys):
+    folder = tmp_path / "hf"
+    arguments = ("--workdir", workdir, "--format", "hf", "--output", folder)
+    assert export.main([str(a) for a in arguments]) == 0
+    run = evaluate.evaluate(workdir, names=[NAME])
+    for where in (("--workdir", workdir), ("--config", "configs/clip_shapes.py")):
+        more = [] if where[0] == "--workdir" else ["--config.evaluators.zero_shot.data.limit=20"]
+        output = tmp_path / "scores.json"
+        status = command(
+            "--weights", f"hf:{folder}", *where, "--evaluators", NAME, "--output", output, *more
+        )
+        assert status == 0
+        scores = json.loads(output.read_text())
+        if not more:
+            assert scores == pytest.approx({k: v for k, v in run.items() if k != "step"}, rel=1e-4)
+        else:
+            assert scores[f"eval/{NAME}/examples"] == 20
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "say what is evaluated"),
+        (("--workdir", "none"), "none holds no run"),
+        (("--weights", "hf:none"), "needs evaluators"),
+        (("--weights", "hf:none", "--workdir", "W"), "none does not exist"),
+        (("--weights", "hf:x", "--workdir", "W", "--all"), "they have no steps"),
+        (("--weights", "hf:x", "--workdir", "W", "--params", "ema"), "leave --params out"),
+        (("--workdir", "W", "--config", "configs/demo.py"), "--config belongs to --weights"),
+        (("--workdir", "W", "--step", "7"), "no checkpoint of step 7 (it has: 1, 2)"),
+        (("--workdir", "W", "--evaluators", "zeroshot"), "no evaluator 'zeroshot' (it has:"),
+        (("--workdir", "W", "--batch-size", "3"), "--batch-size 3 is not divisible by"),
+        (("--workdir", "W", "--stp", "3"), "unknown argument '--stp'"),
+        (("--workdir", "W", "--config.evaluators.zero_shot.data.limt=3"), "limt"),
+    ],
+)
+def test_mistakes_are_one_line(workdir, arguments, message, capsys):
+    assert command(*(workdir if a == "W" else a for a in arguments)) == 2
+    (line,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error:")]
+    assert message in line
