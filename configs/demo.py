@@ -3,22 +3,21 @@
 from configs import clip_shapes
 from vlp_jax.config import duration
 
-TOWER = {"width": 128, "mlp_dim": 512, "heads": 4}
+TOWER = {"width": 128, "mlp_dim": 512, "heads": 4}  # of CLIP's form, so that others can load it
 
 
 def get_config(arg=None):
     config = clip_shapes.get_config(arg)
     config.batch_size = 128
-    config.duration = duration(steps=400)
+    config.duration = duration(steps=500)
     # AdamW learns colors in a hundred steps and shapes not within the demo; Muon learns both.
     config.optimizer.name = "muon"
     config.optimizer.learning_rate = 8e-4
     config.optimizer.muon.learning_rate = 0.01
     config.optimizer.warmup = duration(percent=10.0)
     config.objective.embed_dim = 128
-    config.objective.image.update(variant="Ti/16", depth=2, **clip_shapes.MEAN_POOLING, **TOWER)
-    text = {"causal": False, "pooling": "mean", "norm_eps": 1e-6}
-    config.objective.text.update(depth=1, **text, **TOWER)
+    config.objective.image.update({"variant": "Ti/16", **TOWER, "depth": 2})
+    config.objective.text.update({**TOWER, "depth": 1})
     config.objective.remat = "dots"  # XLA fuses the backward pass badly on CPU otherwise
     config.data.preprocess = {
         "choose_text": {},

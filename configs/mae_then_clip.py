@@ -4,7 +4,8 @@
     python -m vlp_jax.train --config configs/mae_then_clip.py:clip --workdir runs/clip \
         --config.init_from.source=runs/mae
 
-The second stage is the demo, evaluated more often; without `init_from` it starts from nothing.
+The second stage is the demo with towers that average their tokens, in 400 steps, evaluated more
+often; without `init_from` it starts from nothing.
 `python -m tools.mae_then_clip` runs both stages and that one, and draws what comes out.
 """
 
@@ -14,12 +15,15 @@ from configs import clip_shapes, demo
 from vlp_jax.config import duration
 
 DECODER = {"depth": 4, **demo.TOWER}
-# What a masked autoencoder and CLIP's tower would choose differently, as the demo has it.
-DEMO_TOWER = {"class_token": False, "position": "learned", "activation": "gelu_tanh"}
+# What a masked autoencoder would choose differently from CLIP's tower.
+SHARED = {"class_token": False, "position": "learned", "activation": "gelu_tanh"}
 
 
 def get_config(arg=None):
     config = demo.get_config()
+    config.duration = duration(steps=400)
+    config.objective.image.update(clip_shapes.MEAN_POOLING)
+    config.objective.text.update({"causal": False, "pooling": "mean", "norm_eps": 1e-6})
     if arg in (None, "clip"):
         return clip(config)
     if arg != "mae":
@@ -33,7 +37,7 @@ def mae(config):
     config.optimizer.muon.learning_rate = 0.02
     # With less, Muon lets the kernels grow so far that the short second stage hardly moves them.
     config.optimizer.weight_decay = 0.3
-    image = {**config.objective.image.to_dict(), **DEMO_TOWER}
+    image = {**config.objective.image.to_dict(), **SHARED}
     del image["pooling"]
     config.objective = ConfigDict(
         {
