@@ -53,6 +53,7 @@ from vlp_jax.parallel import startup
 from vlp_jax.training.command import run_command
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
+PROJECTIONS = {"pca": "PCA", "tsne": "t-SNE"}
 # Of the embedded dataset, a point in a projection has the color of its object.
 SCENE_COLORS = {
     **{"red": "#d62728", "orange": "#ff9f1c", "yellow": "#f2e205", "green": "#2ca02c"},
@@ -164,6 +165,7 @@ def draw_texts(
     )
     written = [output / "heat_maps.png"]
     found = relevance(encoder.module, encoder.params, images, tokens)
+    relevant = heat_map(encoder.module, encoder.params, images, tokens, method="relevance")
     tower = encoder.module.text
     for number, text in enumerate(texts):
         words = token_strings(encoder.tokenizer, tokens[number], tower.eos_id, tower.pad_id)
@@ -171,7 +173,7 @@ def draw_texts(
         pictures.draw_relevance(
             written[-1],
             pixels,
-            found.image[number],
+            relevant[number],
             words,
             found.text[number, : len(words)],
             title=f"What makes the image similar to “{text}”",
@@ -187,16 +189,16 @@ def draw_attention(encoder: Encoder, pixels: np.ndarray, output: Path) -> list[P
     maps = attention_maps(module, encoder.params, images=pixels[None])
     first, (rows, columns) = module.image.prefix_tokens, module.image.grid
     weights = maps["image"][0]
-    whose = "the class token" if module.image.pooling == "cls" else "all tokens, on average"
+    whose = "of the class token" if module.image.pooling == "cls" else "mean over all tokens"
     looked = weights[:, :, 0] if module.image.pooling == "cls" else weights.mean(axis=2)
     looked = looked[..., first:].reshape(*weights.shape[:2], rows, columns)
     pictures.draw_attention(
         output / "attention.png",
         pixels,
         looked,
-        title=f"Attention of {whose} to each patch",
-        subtitle=f"{encoder.source}; each map from its least (dark blue) to its largest weight "
-        "(yellow), which stand beneath it",
+        title=f"Attention to each patch, {whose}",
+        subtitle=f"{encoder.source}; each map from its least weight (dark) to its "
+        "largest (yellow), which stands beneath it",
     )
     rolled = image_rollout(module, maps)[0]
     pictures.draw_attention(
@@ -205,7 +207,7 @@ def draw_attention(encoder: Encoder, pixels: np.ndarray, output: Path) -> list[P
         rolled[None, None],
         title="Attention rollout to what is pooled",
         subtitle=f"{encoder.source}; all layers together; {pictures.LEGEND}",
-        captions=[f"share of a patch: {rolled.min():.3f} to {rolled.max():.3f}"],
+        captions=[f"share of a patch: up to {rolled.max():.3f}"],
     )
     return [output / "attention.png", output / "rollout.png"]
 
@@ -240,7 +242,7 @@ def draw_among(
             written[-1],
             project(index, arguments.projection),
             collection.groups,
-            title=f"Image embeddings by {arguments.projection}",
+            title=f"Image embeddings, projected by {PROJECTIONS[arguments.projection]}",
             subtitle=f"{encoder.source}; {collection.what}, a point each"
             + ("; groups are the colors of the objects" if scenes else "; groups are subfolders"),
             colors=SCENE_COLORS if scenes else None,

@@ -112,7 +112,7 @@ def token_strings(
     """What each id of a text stands for, up to its eos and with it; the padding is left out.
 
     Args:
-      tokenizer: of which `decode` is asked, one id at a time.
+      tokenizer: of which `decode` is asked, one id at a time; `bos_id` if it has one.
       eos_id, pad_id: those of the text tower.
     """
     ids = np.asarray(ids)
@@ -121,6 +121,6 @@ def token_strings(
         length = int(ends[0]) + 1
     else:
         length = int(np.flatnonzero(ids != pad_id).max(initial=0)) + 1
-    special = {pad_id: "<pad>", eos_id: "<eos>"}
+    special = {pad_id: "<pad>", eos_id: "<eos>", getattr(tokenizer, "bos_id", None): "<bos>"}
     words = [special.get(int(i)) or tokenizer.decode(np.array([[i]]))[0] for i in ids[:length]]
     return [word if word.strip() else "<special>" for word in words]

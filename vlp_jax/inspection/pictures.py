@@ -20,7 +20,7 @@ _GAP, _TOP, _LEAST_WIDTH = 0.12, 0.62, 5.0  # inches
 _FONT = 7.0  # points
 _MARKERS = "os^*Pv"  # a shape each, so that colors are not all that tells groups apart
 _MOST_GROUPS = 12
-LEGEND = "dark blue: least, yellow: most"  # what the colors of a map mean, for a subtitle
+LEGEND = "dark: least, yellow: most"  # what the colors of a map mean, for a subtitle
 
 
 def draw_heat_maps(
@@ -66,12 +66,12 @@ def draw_attention(
 ) -> None:
     """Writes a PNG with a row for each layer and a column for each head: where it looks.
 
-    Each map is drawn between its own least and largest weight, which stand beneath it.
+    Each map is drawn between its own least and largest weight; the latter stands beneath it.
 
     Args:
       path: the PNG; its directory is made.
       maps: weights of the patches.
-      captions: of all maps, layer by layer; default: layer, head and the two weights.
+      captions: of all maps, layer by layer; default: layer, head and the largest weight.
 
     Raises:
       ValueError: the maps have another number of dimensions.
@@ -79,12 +79,12 @@ def draw_attention(
     if maps.ndim != 4:
         raise ValueError(f"maps are [layers, heads, rows, columns], not {list(maps.shape)}")
     captions = captions or [
-        f"layer {layer + 1}, head {head + 1}: {heat.min():.3f} to {heat.max():.3f}"
+        f"layer {layer + 1}, head {head + 1}: up to {heat.max():.3f}"
         for layer, of_layer in enumerate(maps)
         for head, heat in enumerate(of_layer)
     ]
     panels = [overlay(image, _scaled(heat)) for heat in maps.reshape(-1, *maps.shape[2:])]
-    figure, _ = _grid(panels, captions, title, subtitle, across=maps.shape[1], side=1.25)
+    figure, _ = _grid(panels, captions, title, subtitle, across=maps.shape[1], side=1.45)
     save_figure(figure, path)
 
 
