@@ -198,7 +198,5 @@ def test_token_strings_name_what_is_special_and_leave_padding_out():
     expected = ["<bos>", "a", "<special>", "ring", "<eos>"]
     assert token_strings(tokenizer, row, eos_id=1, pad_id=0) == expected
     del tokenizer.bos_id
-    names[2] = ""
-    assert token_strings(tokenizer, row, eos_id=9, pad_id=0)[0] == "<special>"
-    names[1] = "."
-    assert token_strings(tokenizer, row, eos_id=9, pad_id=0)[-1] == "."
+    names |= {1: ".", 2: ""}
+    assert token_strings(tokenizer, row, eos_id=9, pad_id=0) == ["<special>", *expected[1:4], "."]

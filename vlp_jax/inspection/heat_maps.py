@@ -57,7 +57,7 @@ def heat_map(
     | method | value of a place | forward passes an image |
     |---|---|---|
     | "windows" | similarity of the text and the image of which a window alone is shown | 49 |
-    | "occlusion" | what the similarity loses when the window is hidden | 50 |
+    | "occlusion" | what the similarity loses when the window is hidden | 49 |
     | "patches" | similarity of the text and a patch as the pooling would see it alone | 16 |
     | "relevance" | `relevance`, which also needs the gradient | 16 |
 
