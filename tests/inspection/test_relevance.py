@@ -9,7 +9,7 @@ from foreign import clip, images, pixels, random_params, siglip, token_ids
 
 from vlp_jax import interop
 from vlp_jax.inspection import relevance
-from vlp_jax.inspection.taps import layer_path, tapped
+from vlp_jax.inspection.taps import tapped
 
 EOS = 5
 
@@ -56,21 +56,22 @@ def test_it_is_that_of_attention_and_gradients_by_torch(kind, tmp_path):
 
 @pytest.mark.parametrize("pooling", ["mean", "map"])
 def test_the_gradient_of_a_weight_is_the_finite_difference(pooling):
-    """What `relevance` makes of pooling by mean and by attention, of a model without layers' say:
-    with no attention but the pooling's, a patch counts as far as more weight on it would help."""
+    """Without attention but the pooling's, a patch counts as far as more weight would help."""
     module = siglip(
         image=dict(pooling=pooling, norm_after_pool=False), text=dict(pooling="mean", pad_id=-1)
     )
-    params = interop.to_tree(module, random_params(module))
+    params = jax.tree_util.tree_map_with_path(
+        lambda path, x: 0 * x if "attention" in str(path) and "layers" in str(path) else x,
+        interop.to_tree(module, random_params(module)),
+    )
     image, tokens = images(32), token_ids(41, 9, EOS)
 
     @jax.jit
     def similarity(scale):
-        edits = {layer_path("image", i): lambda x: 0 * x for i in range(2)}
         if pooling == "map":
-            edits["image/pooling/attention"] = lambda x: x * scale[:, None, None]
+            edits = {"image/pooling/attention": lambda x: x * scale[:, None, None]}
         else:
-            edits["image/encoder"] = lambda x: x * scale[..., None]
+            edits = {"image/encoder": lambda x: x * scale[..., None]}
         out, _ = tapped(module, params, image, tokens, edits=edits)
         return (out["image"] * out["text"]).sum(axis=-1)
 
@@ -79,17 +80,12 @@ def test_the_gradient_of_a_weight_is_the_finite_difference(pooling):
         nudge = np.zeros((3, 16), np.float32)
         nudge[:, patch] = step
         expected[:, patch] = (similarity(1 + nudge) - similarity(1 - nudge)) / (2 * step)
-    silent = jax.tree_util.tree_map_with_path(
-        lambda path, x: 0 * x if "attention" in str(path) and "layers" in str(path) else x, params
-    )
-    got = relevance(module, silent, image, tokens).image.reshape(3, 16)
-    plain = similarity(np.ones((3, 16), np.float32))
-    assert np.isfinite(plain).all()
+    got = relevance(module, params, image, tokens).image.reshape(3, 16)
     if pooling == "mean":
         np.testing.assert_allclose(got, np.maximum(expected, 0), atol=2e-3)
-    else:  # positive parts are taken of each head, so the sum of heads is a lower bound
+    else:  # positive parts are taken of each of the four heads: the sum of all is a lower bound
         assert (got >= np.maximum(expected / 4, 0) - 2e-3).all()
-    assert expected.max() > 2e-2
+    assert expected.max() > 1e-2
 
 
 def test_pairs_do_not_depend_on_each_other():
