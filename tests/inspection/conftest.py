@@ -1,3 +1,3 @@
-"""The other projects' libraries, as the tests of interop set them up; torch takes gradients here."""
+"""The other projects' libraries, as the tests of interop set them up."""
 
 import tests.interop.conftest  # noqa: F401
