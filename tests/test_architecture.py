@@ -35,6 +35,7 @@ MAY_IMPORT = {
         "interop",
         "models",
     },
+    "inspection": {"models", "observe"},
     "planning": {"training", "objectives", "models", "parallel", "observe"},
 }
 LEAVES = {"config", "defaults", "errors"}

@@ -1,0 +1,25 @@
+"""Looking inside a trained dual encoder: what it attends to, and what makes a pair similar.
+
+Functions of a module, its parameters and arrays; `vlp_jax.load` gives the first two. See
+docs/inspection.md.
+"""
+
+from vlp_jax.inspection.attention import attention_maps, image_rollout, rollout, token_strings
+from vlp_jax.inspection.embeddings import nearest, project
+from vlp_jax.inspection.heat_maps import heat_map, patch_embeddings
+from vlp_jax.inspection.overlay import overlay
+from vlp_jax.inspection.relevance import Relevance, relevance
+
+__all__ = [
+    "Relevance",
+    "attention_maps",
+    "heat_map",
+    "image_rollout",
+    "nearest",
+    "overlay",
+    "patch_embeddings",
+    "project",
+    "relevance",
+    "rollout",
+    "token_strings",
+]

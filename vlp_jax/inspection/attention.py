@@ -1,0 +1,126 @@
+"""Attention maps of both towers, and attention rollout."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Array, Float, Int, UInt8
+
+from vlp_jax.inspection.taps import POOLING, Params, Seen, layer_path, tapped
+from vlp_jax.models.dual_encoder import DualEncoder
+
+Maps = dict[str, Float[np.ndarray, "..."]]
+
+
+def attention_maps(
+    module: DualEncoder,
+    params: Params,
+    images: UInt8[np.ndarray, "n height width 3"] | None = None,
+    tokens: Int[np.ndarray, "n context"] | None = None,
+) -> Maps:
+    """Softmax weights of every layer and head, as the forward pass uses them.
+
+    Row i of a map says where token i looks; it sums to 1. The tokens of an image are the class
+    token if there is one, the registers, and the patches row by row.
+
+    Args:
+      params: the parameters, of layers stacked or not.
+      images: of the model's size; None for texts alone.
+      tokens: token ids; None for images alone.
+
+    Returns:
+      "image" and "text", float32 [n, layers, heads, tokens, tokens]; where the pooling is an
+      attention also "image_pooling" and "text_pooling", [n, heads, tokens].
+
+    Raises:
+      ValueError: neither images nor tokens, or of another shape than the model takes.
+    """
+    if images is None and tokens is None:
+        raise ValueError("attention_maps needs images or tokens")
+    found: Maps = {}
+    for tower, inputs in (("image", images), ("text", tokens)):
+        if inputs is not None:
+            found |= jax.tree.map(np.asarray, _maps(module, tower, params, inputs))
+    return found
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _maps(module: DualEncoder, tower: str, params: Params, inputs: Array) -> dict[str, Array]:
+    _, seen = tapped(module, params, inputs, method=f"embed_{tower}")
+    maps = {tower: layers_of(module, tower, seen)}
+    if f"{tower}/{POOLING}" in seen:
+        maps[f"{tower}_pooling"] = seen[f"{tower}/{POOLING}"][:, :, 0]
+    return maps
+
+
+def layers_of(module: DualEncoder, tower: str, seen: Seen) -> Float[Array, "n layers heads q k"]:
+    """The weights of all layers of a tower, of what `tapped` has seen."""
+    depth = getattr(module, tower).depth
+    return jax.numpy.stack([seen[layer_path(tower, i)] for i in range(depth)], axis=1)
+
+
+def rollout(
+    maps: Float[np.ndarray, "n layers heads tokens tokens"], residual: float = 0.5
+) -> Float[np.ndarray, "n tokens tokens"]:
+    """How much of each first token arrives in each last one, if attention were all there is.
+
+    The mean over heads, mixed with the residual connection, multiplied layer by layer (Abnar and
+    Zuidema 2020, "Quantifying Attention Flow in Transformers", 3.1). Rows sum to 1.
+
+    Args:
+      maps: "image" or "text" of `attention_maps`.
+      residual: share of a token that goes past the attention; 0.5 in the paper.
+
+    Raises:
+      ValueError: the share is not in [0, 1], or the maps have another number of dimensions.
+    """
+    maps = np.asarray(maps, np.float32)
+    if maps.ndim != 5:
+        raise ValueError(f"maps are [n, layers, heads, tokens, tokens], not {list(maps.shape)}")
+    if not 0 <= residual <= 1:
+        raise ValueError(f"residual {residual} is not in [0, 1]")
+    identity = np.eye(maps.shape[-1], dtype=np.float32)
+    mixed = (1 - residual) * maps.mean(axis=2) + residual * identity
+    return functools.reduce(lambda before, layer: layer @ before, mixed.swapaxes(0, 1))
+
+
+def image_rollout(module: DualEncoder, maps: Maps) -> Float[np.ndarray, "n rows columns"]:
+    """Rollout from the patches to what the image tower pools: the class token, the mean over the
+    patches, or the tokens as the attention pooling weighs them. Sums to 1 with what the tokens that
+    are no patches have of it.
+
+    Args:
+      maps: of `attention_maps`, with those of images.
+    """
+    image, rolled = module.image, rollout(maps["image"])
+    first = image.prefix_tokens
+    if image.pooling == "cls":
+        pooled = rolled[:, 0]
+    elif image.pooling == "map":
+        pooled = np.einsum("nt,ntk->nk", maps["image_pooling"].mean(axis=1), rolled)
+    else:
+        pooled = rolled[:, first:].mean(axis=1)
+    return pooled[:, first:].reshape(-1, *image.grid)
+
+
+def token_strings(
+    tokenizer: Any, ids: Int[np.ndarray, " context"], eos_id: int, pad_id: int
+) -> list[str]:
+    """What each id of a text stands for, up to its eos and with it; the padding is left out.
+
+    Args:
+      tokenizer: of which `decode` is asked, one id at a time; `bos_id` if it has one.
+      eos_id, pad_id: those of the text tower.
+    """
+    ids = np.asarray(ids)
+    ends = np.flatnonzero(ids == eos_id)
+    if ends.size:
+        length = int(ends[0]) + 1
+    else:
+        length = int(np.flatnonzero(ids != pad_id).max(initial=0)) + 1
+    special = {pad_id: "<pad>", eos_id: "<eos>", getattr(tokenizer, "bos_id", None): "<bos>"}
+    words = [special.get(int(i)) or tokenizer.decode(np.array([[i]]))[0] for i in ids[:length]]
+    return [word if word.strip() else "<special>" for word in words]

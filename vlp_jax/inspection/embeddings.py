@@ -1,0 +1,111 @@
+"""What lies near what: nearest neighbours among embeddings, and their projection to a plane."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from vlp_jax.errors import UserError, unknown_key_message
+
+BLOCK = 4096  # rows of the index that are compared at a time
+TSNE_MOST = 20_000  # points, for which t-SNE takes minutes
+
+
+def nearest(
+    queries: Float[np.ndarray, "queries dim"],
+    index: Float[np.ndarray, "n dim"],
+    k: int,
+    block: int = BLOCK,
+) -> tuple[Int[np.ndarray, "queries k"], Float[np.ndarray, "queries k"]]:
+    """The k rows of `index` with the largest inner product with each query, best first.
+
+    Exact: all rows are compared, `block` at a time, so that memory does not grow with the index.
+    Of equal ones that with the smaller number comes first. Of unit vectors the products are cosine
+    similarities.
+
+    Args:
+      index: an array, or a `numpy.memmap`, of which a block is read at a time.
+      k: at most the rows of the index.
+
+    Returns:
+      Numbers of rows, int64, and their products, float32.
+
+    Raises:
+      ValueError: k is not in [1, rows of the index], or the widths differ.
+    """
+    if queries.ndim != 2 or index.ndim != 2 or queries.shape[1] != index.shape[1]:
+        raise ValueError(
+            f"queries {list(queries.shape)} and index {list(index.shape)} are not rows of one width"
+        )
+    if not 1 <= k <= len(index):
+        raise ValueError(f"k={k} is not between 1 and the {len(index)} rows of the index")
+    queries = np.asarray(queries, np.float32)
+    best = np.empty((len(queries), 0), np.float32)
+    rows = np.empty((len(queries), 0), np.int64)
+    for first in range(0, len(index), block):
+        products = queries @ np.asarray(index[first : first + block], np.float32).T
+        numbers = np.broadcast_to(first + np.arange(products.shape[1]), products.shape)
+        best, rows = _largest(
+            np.concatenate([best, products], axis=1), np.concatenate([rows, numbers], axis=1), k
+        )
+    return rows, best
+
+
+def _largest(products: np.ndarray, rows: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    # A stable sort of what stands in the order of its numbers keeps that order among equals.
+    order = np.argsort(-products, axis=1, kind="stable")[:, :k]
+    return np.take_along_axis(products, order, axis=1), np.take_along_axis(rows, order, axis=1)
+
+
+def project(
+    embeddings: Float[np.ndarray, "n dim"], method: str = "pca", seed: int = 0
+) -> Float[np.ndarray, "n 2"]:
+    """Embeddings on a plane, centred, float32.
+
+    Args:
+      method: "pca" (the two directions of most variance, exact; each has the sign that makes its
+        largest loading positive) or "tsne" (van der Maaten and Hinton 2008; of scikit-learn, which
+        needs `pip install scikit-learn`).
+      seed: of t-SNE.
+
+    Raises:
+      UserError: an unknown method, fewer than 3 embeddings, or t-SNE without scikit-learn or of
+        more than 20,000 points.
+    """
+    if method not in METHODS:
+        raise UserError(unknown_key_message(method, METHODS, "the methods of projection"))
+    if embeddings.ndim != 2 or len(embeddings) < 3:
+        raise UserError(f"a projection needs at least 3 embeddings, not {list(embeddings.shape)}")
+    return METHODS[method](np.asarray(embeddings, np.float64), seed).astype(np.float32)
+
+
+def _pca(embeddings: np.ndarray, seed: int) -> np.ndarray:
+    del seed
+    centred = embeddings - embeddings.mean(axis=0)
+    _, directions = np.linalg.eigh(centred.T @ centred)  # ascending
+    plane = directions[:, :-3:-1]
+    if plane.shape[1] < 2:
+        raise UserError("embeddings of one number have no plane to be projected on")
+    largest = np.take_along_axis(plane, np.abs(plane).argmax(axis=0)[None], axis=0)
+    return centred @ (plane * np.where(largest < 0, -1.0, 1.0))
+
+
+def _tsne(embeddings: np.ndarray, seed: int) -> np.ndarray:
+    try:
+        from sklearn.manifold import TSNE
+    except ImportError:
+        raise UserError(
+            "projection by t-SNE needs scikit-learn: pip install scikit-learn"
+        ) from None
+    if len(embeddings) > TSNE_MOST:
+        raise UserError(f"t-SNE of {len(embeddings):,} points: give at most {TSNE_MOST:,}, or pca")
+    perplexity = min(30.0, (len(embeddings) - 1) / 3)
+    plane = TSNE(perplexity=perplexity, init="pca", random_state=seed).fit_transform(
+        embeddings.astype(np.float32)
+    )
+    return plane - plane.mean(axis=0)
+
+
+METHODS: dict[str, Callable[[np.ndarray, int], np.ndarray]] = {"pca": _pca, "tsne": _tsne}

@@ -1,0 +1,266 @@
+"""Which region of an image answers a text: heat maps in the image's resolution."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+
+import einops
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, UInt8
+
+from vlp_jax.inspection.relevance import relevance
+from vlp_jax.inspection.taps import Params, layer_path, tapped
+from vlp_jax.models.dual_encoder import DualEncoder
+
+# Chosen on validation scenes of `shapes`; see docs/inspection.md.
+WINDOW = 3 / 8  # of the shorter side of the image
+STEPS = 8  # a window's centre lies on each of the seven inner lines that cut a side in eight
+SHIFTS = 4  # of a patch, along each axis
+_WINDOW_SPREAD = 5 / 64  # standard deviation, of the shorter side
+_PATCH_SPREAD = 7 / 16  # likewise, of a patch
+
+Texts = Int[np.ndarray, "n context"] | Float[np.ndarray, "n embed"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Samples:
+    """What a method says of some places of each of n images.
+
+    Attributes:
+      values: the larger, the more the place answers the text.
+      rows, columns: where these places are, in pixels from the upper left corner.
+      spread: standard deviation of the Gaussian that each of them becomes, in pixels.
+    """
+
+    values: Float[np.ndarray, "n rows columns"]
+    rows: Float[np.ndarray, " rows"]
+    columns: Float[np.ndarray, " columns"]
+    spread: float
+
+
+def heat_map(
+    module: DualEncoder,
+    params: Params,
+    images: UInt8[np.ndarray, "n height width 3"],
+    texts: Texts,
+    *,
+    method: str = "windows",
+    against: Float[np.ndarray, "m embed"] | None = None,
+    batch_size: int = 64,
+) -> Float[np.ndarray, "n height width"]:
+    """Where image i answers text i: float32 in [0, 1], 1 at the peak of each map.
+
+    | method | value of a place | forward passes an image |
+    |---|---|---|
+    | "windows" | similarity of the text and the image of which a window alone is shown | 49 |
+    | "occlusion" | what the similarity loses when the window is hidden | 49 |
+    | "patches" | similarity of the text and a patch as the pooling would see it alone | 16 |
+    | "relevance" | `relevance`, which also needs the gradient | 16 |
+
+    Around a window, or in its place, there is the median color of the image. "Occlusion" is of
+    Zeiler and Fergus 2014, "Visualizing and Understanding Convolutional Networks", 4.2; to show a
+    part and hide the rest is Petsiuk et al. 2018, "RISE", with one window for a mask. For the two
+    others see `patch_embeddings` and `relevance`; the image is shifted by quarters of a patch, so
+    that their maps are finer than the grid of patches.
+
+    Args:
+      params: the parameters, of layers stacked or not.
+      images: of the model's size.
+      texts: token ids, or unit vectors (not for "relevance").
+      against: embeddings of other texts, whose mean is subtracted from that of each text, so that
+        what every text finds in an image counts no more (Li et al. 2023, "CLIP Surgery", 3.3: the
+        redundant features are the mean over texts). None for none.
+      batch_size: images that are computed at a time.
+
+    Raises:
+      ValueError: an unknown method, or shapes that do not fit each other, the model or the method.
+    """
+    if method not in METHODS:
+        raise ValueError(f"unknown method {method!r} (known: {', '.join(METHODS)})")
+    _check(module, images, texts)
+    words = _is_tokens(texts)
+    if method == "relevance" and (against is not None or not words):
+        raise ValueError("method 'relevance' takes token ids, and nothing to go against")
+    if method != "relevance":
+        texts = _embed_texts(module, params, texts) if words else texts
+        texts = np.asarray(texts, np.float32)
+        if against is not None:
+            texts = texts - np.asarray(against, np.float32).mean(axis=0)
+    maps = np.zeros(images.shape[:3], np.float32)
+    for first in range(0, len(images), batch_size):
+        part = slice(first, first + batch_size)
+        count = len(images[part])
+        # Few sizes of a batch, for each of them is compiled.
+        size = min(1 << (count - 1).bit_length(), batch_size)
+        batch = [_padded(np.asarray(x[part]), size) for x in (images, texts)]
+        samples = METHODS[method](module, params, *batch)
+        maps[part] = spread_out(samples, images.shape[1:3])[:count]
+    return maps
+
+
+def patch_embeddings(
+    module: DualEncoder, params: Params, images: UInt8[Array, "n height width 3"]
+) -> Float[Array, "n rows columns embed"]:
+    """A unit vector for each patch, in the space of the image's embedding. To be called under jit.
+
+    It is what the model makes of an image whose pooling sees this one patch: the patch in the place
+    of the class token; the mean over it alone; or it alone under the query of an attention pooling.
+    In the last layer each token attends to itself alone, for what it gathers there is for the
+    pooling and not of its own place (Zhou, Loy and Dai 2022, "Extract Free Dense Labels from CLIP",
+    MaskCLIP, 3.2: the value path of the last layer).
+    """
+    image = module.image
+    first = image.prefix_tokens
+
+    def one_by_one(tokens: Array) -> Array:
+        patches = einops.rearrange(tokens[:, first:], "n t w -> (n t) 1 w")
+        if image.pooling == "mean" and first:  # which leaves so many tokens out
+            return jnp.pad(patches, ((0, 0), (first, 0), (0, 0)))
+        return patches
+
+    edits = {"image/encoder": one_by_one, layer_path("image", image.depth - 1): _itself}
+    embeddings, _ = tapped(module, params, images, method="embed_image", edits=edits)
+    rows, columns = image.grid
+    return einops.rearrange(embeddings, "(n r c) d -> n r c d", r=rows, c=columns)
+
+
+def _itself(weights: Array) -> Array:
+    return jnp.broadcast_to(jnp.eye(weights.shape[-1], dtype=weights.dtype), weights.shape)
+
+
+def spread_out(samples: Samples, size: tuple[int, int]) -> Float[np.ndarray, "n height width"]:
+    """A map of an image's height and width, in [0, 1], of what is known of some places.
+
+    Each place adds a Gaussian of the height by which its value is above the least. So a map fades
+    beyond the outermost places, instead of being continued there.
+    """
+    values = samples.values - samples.values.min(axis=(1, 2), keepdims=True)
+    down, across = (
+        np.exp(-0.5 * ((np.arange(side)[:, None] + 0.5 - places) / samples.spread) ** 2)
+        for side, places in zip(size, (samples.rows, samples.columns))
+    )
+    maps = np.einsum("hr,nrc,wc->nhw", down, values, across, optimize=True)
+    peak = maps.max(axis=(1, 2), keepdims=True)
+    return (maps / np.where(peak > 0, peak, 1)).astype(np.float32)
+
+
+def shifts_of(module: DualEncoder, shifts: int = SHIFTS) -> Int[np.ndarray, " shifts"]:
+    """By how many pixels an image is shifted, along an axis: `shifts` parts of a patch."""
+    patch = module.image.patch_size
+    return np.unique(np.round((np.arange(shifts) - shifts // 2) * patch / shifts).astype(int))
+
+
+def _windows(module: DualEncoder, params: Params, images: Array, texts: Array) -> Samples:
+    values = np.asarray(_window_similarities(module, params, images, texts, False))
+    return _window_samples(module, values)
+
+
+def _occlusion(module: DualEncoder, params: Params, images: Array, texts: Array) -> Samples:
+    values = -np.asarray(_window_similarities(module, params, images, texts, True))
+    return _window_samples(module, values)
+
+
+def _window_samples(module: DualEncoder, values: np.ndarray) -> Samples:
+    rows, columns = (np.arange(1, STEPS) * side / STEPS for side in module.image.image_size)
+    return Samples(values, rows, columns, _WINDOW_SPREAD * min(module.image.image_size))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 4))
+def _window_similarities(
+    module: DualEncoder, params: Params, images: Array, texts: Array, hide: bool
+) -> Float[Array, "n rows columns"]:
+    height, width = module.image.image_size
+    half = WINDOW * min(height, width) / 2
+    y, x = jnp.arange(height)[:, None] + 0.5, jnp.arange(width)[None] + 0.5
+    fill = jnp.median(images.astype(jnp.float32), axis=(1, 2), keepdims=True).astype(images.dtype)
+
+    def similarity(place: Array) -> Float[Array, " n"]:
+        centre = place * jnp.array([height, width]) / STEPS
+        inside = (jnp.abs(y - centre[0]) < half) & (jnp.abs(x - centre[1]) < half)
+        seen = (inside ^ hide)[None, :, :, None]
+        shown = jnp.where(seen, images, fill)
+        embeddings = module.apply({"params": params}, shown, method="embed_image")
+        return jnp.sum(embeddings * texts, axis=-1)
+
+    steps = np.arange(1, STEPS)
+    places = np.stack(np.meshgrid(steps, steps, indexing="ij"), axis=-1).reshape(-1, 2)
+    values = jax.lax.map(similarity, jnp.asarray(places, jnp.float32))
+    return einops.rearrange(values, "(r c) n -> n r c", r=STEPS - 1)
+
+
+def _patches(module: DualEncoder, params: Params, images: np.ndarray, texts: Array) -> Samples:
+    def values(shifted: np.ndarray) -> np.ndarray:
+        return np.asarray(_patch_similarities(module, params, shifted, texts))
+
+    return _shifted_samples(module, images, values)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _patch_similarities(
+    module: DualEncoder, params: Params, images: Array, texts: Array
+) -> Float[Array, "n rows columns"]:
+    return jnp.einsum("nrcd,nd->nrc", patch_embeddings(module, params, images), texts)
+
+
+def _relevance(module: DualEncoder, params: Params, images: np.ndarray, texts: Array) -> Samples:
+    return _shifted_samples(
+        module, images, lambda shifted: relevance(module, params, shifted, texts).image
+    )
+
+
+def _shifted_samples(
+    module: DualEncoder, images: np.ndarray, values: Callable[[np.ndarray], np.ndarray]
+) -> Samples:
+    """What `values` says of the patches of the image, shifted in all ways; its edges go on."""
+    offsets, patch = shifts_of(module), module.image.patch_size
+    (height, width), (rows, columns) = module.image.image_size, module.image.grid
+    padded = np.pad(images, ((0, 0), (patch, patch), (patch, patch), (0, 0)), mode="edge")
+    found = np.empty((len(images), rows, len(offsets), columns, len(offsets)), np.float32)
+    for i, down in enumerate(patch + offsets):
+        for j, across in enumerate(patch + offsets):
+            found[:, :, i, :, j] = values(padded[:, down : down + height, across : across + width])
+    places = [
+        ((np.arange(count)[:, None] + 0.5) * patch + offsets).reshape(-1)
+        for count in (rows, columns)
+    ]
+    grids = einops.rearrange(found, "n r i c j -> n (r i) (c j)")
+    return Samples(grids, *places, _PATCH_SPREAD * patch)
+
+
+METHODS: dict[str, Callable[..., Samples]] = {
+    "windows": _windows,
+    "occlusion": _occlusion,
+    "patches": _patches,
+    "relevance": _relevance,
+}
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _embed_texts(module: DualEncoder, params: Params, tokens: Array) -> Float[Array, "n embed"]:
+    return module.apply({"params": params}, tokens, method="embed_text")
+
+
+def _is_tokens(texts: Texts) -> bool:
+    return np.issubdtype(np.asarray(texts).dtype, np.integer)
+
+
+def _padded(rows: np.ndarray, size: int) -> np.ndarray:
+    return np.concatenate([rows, np.repeat(rows[-1:], size - len(rows), axis=0)])
+
+
+def _check(module: DualEncoder, images: np.ndarray, texts: Texts) -> None:
+    size = tuple(module.image.image_size)
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1:] != (*size, 3):
+        raise ValueError(
+            f"images are uint8 [n, {size[0]}, {size[1]}, 3], not {images.dtype} {images.shape}"
+        )
+    width = module.text.context_length if _is_tokens(texts) else module.embed_dim
+    if np.shape(texts) != (len(images), width):
+        raise ValueError(
+            f"the texts of {len(images)} images are {[len(images), width]}, not "
+            f"{list(np.shape(texts))}"
+        )
