@@ -45,7 +45,7 @@ def folder(tmp_path):
 def explorer(encoder, folder, tmp_path):
     pictures = Folder(folder, limit=100)
     index = build_index(encoder, pictures, tmp_path / "index", lambda n: None, lambda line: None)
-    classes = Classes.of_names("the classes", NAMES, ("{}", "a picture of {}"))
+    classes = Classes.of_names("the classes", NAMES, ("{}", "my {}"))
     return Explorer(encoder, pictures, index, classes)
 
 

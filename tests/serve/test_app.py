@@ -41,7 +41,7 @@ def test_an_image_gets_its_classes_and_its_neighbours(client, encoder, folder):
     assert answer["results"][0]["name"] == "red.png"
     assert answer["results"][0]["similarity"] == pytest.approx(1, abs=1e-4)
     image = encoder.embed_image(content)[0]
-    prompts = [encoder.embed_text([name, f"a picture of {name}"]).mean(axis=0) for name in NAMES]
+    prompts = [encoder.embed_text([name, f"my {name}"]).mean(axis=0) for name in NAMES]
     classes = np.stack([p / np.linalg.norm(p) for p in prompts])
     logits = encoder.logit_scale * classes @ image
     expected = np.exp(logits - logits.max())
@@ -53,7 +53,11 @@ def test_an_image_gets_its_classes_and_its_neighbours(client, encoder, folder):
 
 
 def test_texts_that_are_typed_and_heat_maps(client):
-    key = client.post("/api/look", content=png()).json()["key"]
+    two = PIL.Image.open(io.BytesIO(png((60, 60))))
+    two.paste("blue", (30, 10, 55, 35))
+    file = io.BytesIO()
+    two.save(file, "PNG")
+    key = client.post("/api/look", content=file.getvalue()).json()["key"]
     answer = client.post("/api/compare", json={"key": key, "texts": ["a red box", "blue"]}).json()
     assert {c["text"] for c in answer["classes"]} == {"a red box", "blue"}
     assert sum(c["probability"] for c in answer["classes"]) == pytest.approx(1)
