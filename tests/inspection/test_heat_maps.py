@@ -8,11 +8,13 @@ from foreign import clip, images, random_params, siglip, token_ids
 from vlp_jax import interop
 from vlp_jax.inspection import heat_map, heat_maps, overlay, patch_embeddings
 from vlp_jax.inspection.heat_maps import Samples, spread_out
+from vlp_jax.models.dual_encoder import normalize_pixels
+from vlp_jax.models.layers import AttentionPooling
 
 MODULES = {
     "cls": clip(),
     "mean": clip(image=dict(pooling="mean", registers=1)),
-    "map": siglip(image=dict(norm_after_pool=True)),
+    "map": siglip(),
 }
 
 
@@ -23,7 +25,7 @@ def of(name):
 
 @pytest.mark.parametrize("name", MODULES)
 def test_a_patch_is_embedded_as_the_pooling_would_see_it_alone(name):
-    """Of a model whose last layer adds nothing, in NumPy by the parts that come after it."""
+    """Of a model whose last layer adds nothing, by the parts that come after it."""
     module, params = of(name)
     flat = random_params(module)
     for path in flat:
@@ -37,15 +39,16 @@ def test_a_patch_is_embedded_as_the_pooling_would_see_it_alone(name):
     one = module.clone(image=module.image.clone(depth=1))
     cut = {p: x[:1] if "image/encoder/layers/" in p else x for p, x in flat.items()}
     tree = interop.to_tree(one, cut)
-    bare = one.clone(image=one.image.clone(pooling="none", norm_after_pool=False))
-    if one.image.norm_after_pool:  # the encoder then ends without a norm
-        tree["image"]["encoder"]["norm"] = {"scale": np.ones(32), "bias": np.zeros(32)}
-        return
-    from vlp_jax.models.dual_encoder import normalize_pixels
-
+    image_tower = one.image.clone(pooling="none")
+    own = {name: x for name, x in tree["image"].items() if name != "pooling"}
     pixels = normalize_pixels(image, one.image_mean, one.image_std)
-    tokens = np.asarray(bare.image.apply({"params": tree["image"]}, pixels))
-    features = tokens[:, one.image.prefix_tokens :] @ flat["image_projection/kernel"]
+    tokens = image_tower.apply({"params": own}, pixels)[:, one.image.prefix_tokens :]
+    if name == "map":
+        pooling = AttentionPooling(one.image.heads, one.image.mlp_dim)
+        each = tokens.reshape(-1, 1, one.image.width)
+        features = pooling.apply({"params": tree["image"]["pooling"]}, each).reshape(3, 16, -1)
+    else:
+        features = np.asarray(tokens) @ flat["image_projection/kernel"]
     expected = features / np.linalg.norm(features, axis=-1, keepdims=True)
     np.testing.assert_allclose(got.reshape(3, 16, -1), expected, atol=2e-5)
 

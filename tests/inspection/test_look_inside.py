@@ -73,7 +73,7 @@ def test_the_nearest_of_a_collection_is_the_image_itself(workdir, folder):
     [
         (["--image", "nothing.png"], "nothing.png is no file"),
         (["--image", "{folder}/notes.txt"], "notes.txt is not an image that can be read"),
-        (["--image", "{folder}/wide.png"], "has 20,000 x 9,000 pixels, more than the 178,956,970"),
+        (["--image", "{folder}/wide.png"], "wide.png is too large: Image size (180000000 pixels)"),
         (["--text", " "], "text 0 is empty"),
         (["--method", "window"], "did you mean 'windows'"),
         (["--projection", "umap"], "unknown key 'umap' in --projection"),
