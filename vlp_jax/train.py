@@ -182,6 +182,7 @@ def train(
             last_step=setup.units.total_steps,
             save_when=parts.save_when,
             evaluations=parts.evaluations,
+            one_evaluation=parts.resources.one_evaluation,
             preempted=stack.enter_context(PreemptionWatch()),
             log_when=parts.log_when,
             report=make_report(parts, workdir, writer, progress, step_clock, clock, measures),

@@ -9,7 +9,6 @@ import pytest
 from vlp_jax.errors import UserError
 from vlp_jax.evaluators import make_evaluators
 from vlp_jax.evaluators.base import Resources, compile_functions
-from vlp_jax.evaluators.retrieval import recall_at
 from vlp_jax.parallel import mesh as mesh_lib
 
 N, CLASSES, DIM, WORDS = 37, 5, 8, 11
@@ -106,12 +105,6 @@ def test_zero_shot_equals_numpy(world, devices, batch_size):
     top5 = np.argsort(-logits, axis=1)[:, :5]
     assert scores["top5"] == (top5 == world.arrays["label"][:, None]).any(1).mean()
     assert scores["examples"] == N and scores["chance"] == 1 / CLASSES
-
-
-def test_ties_are_worth_chance():
-    collapsed = np.ones((10, 10), np.float32)
-    assert recall_at(collapsed, (1, 5)) == pytest.approx({1: 0.1, 5: 0.5})
-    assert recall_at(np.eye(4, dtype=np.float32), (1,)) == {1: 1.0}
 
 
 def test_collapsed_zero_shot_scores_nothing(world):
