@@ -147,8 +147,7 @@ def train(
       job: how the processes found each other, for the log.
 
     Raises:
-      UserError: a mistake in config, data or workdir.
-      Preempted, NotFinite, CannotSave: see `Loop.run`.
+      UserError: a mistake in config, data or workdir, or one of its kinds that `Loop.run` raises.
     """
     workdir = epath.Path(workdir)
     check_before_start(config, workdir)
