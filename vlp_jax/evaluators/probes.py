@@ -129,7 +129,7 @@ def _classifier(
 ) -> LinearClassifier:
     """From scikit-learn's numbers, which are one row for two classes."""
     if len(seen) == 2:
-        coefficients = np.concatenate([-coefficients, coefficients]) / 2
+        coefficients = np.stack([-coefficients.ravel(), coefficients.ravel()]) / 2
         intercepts = np.concatenate([-intercepts, intercepts]) / 2
     kernel = np.zeros((coefficients.shape[1], classes))
     bias = np.full(classes, -np.inf)
@@ -155,7 +155,7 @@ def fit_ridge(
     from sklearn.linear_model import RidgeClassifierCV
 
     _check_two(labels)
-    model = RidgeClassifierCV(alphas=tuple(grid)).fit(x.astype(np.float64), labels)
+    model = RidgeClassifierCV(alphas=np.array(grid)).fit(x.astype(np.float64), labels)
     fitted = _classifier(model.coef_, np.atleast_1d(model.intercept_), model.classes_, classes)
     return fitted, float(model.alpha_)
 
@@ -173,7 +173,7 @@ def few_per_class(
     if few.size:
         raise UserError(
             f"shots={shots}, but {len(few)} classes have fewer training images, such as class "
-            f"{few[0]} with {counts[few[0]]}: raise the limit of train_data, or leave these shots out"
+            f"{few[0]} with {counts[few[0]]}: raise the limit of train_data, or ask for fewer shots"
         )
     order = np.random.default_rng([seed, shots]).permutation(len(labels))
     by_class = order[np.argsort(labels[order], kind="stable")]
