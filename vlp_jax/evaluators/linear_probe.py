@@ -29,7 +29,7 @@ class LinearProbeOutcome(Outcome):
       method: "lbfgs" or "sgd".
       chosen: the regularization (lbfgs) or the learning rate (sgd).
       tried: value -> top-1 on the part of the training split that was held out.
-      settings: of the fit: holdout, seed, epochs, batch_size.
+      settings: of the fit: holdout, seed, max_iterations, epochs, batch_size.
     """
 
     features: FrozenFeatures
@@ -85,6 +85,7 @@ class LinearProbe:
       grid: strengths of l2 regularization (lbfgs; default: `probes.search_l2`) or learning rates
         (sgd; default: 0.01, 0.1 and 1).
       holdout: share of the training split that is held out.
+      max_iterations: of each fit of lbfgs.
       epochs, batch_size: of sgd alone.
       seed: of what is held out, and of the order of sgd's batches.
 
@@ -105,6 +106,7 @@ class LinearProbe:
         label_field: str = "label",
         grid: Sequence[float] | None = None,
         holdout: float = 0.2,
+        max_iterations: int = 1000,
         epochs: int = 20,
         batch_size: int = 512,
         seed: int = 0,
@@ -113,8 +115,11 @@ class LinearProbe:
             raise UserError(unknown_key_message(str(method), METHODS, "method"))
         if grid is not None and (not len(grid) or min(grid) <= 0):
             raise UserError(f"grid needs numbers above 0, got {tuple(grid)}")
-        if min(epochs, batch_size) < 1:
-            raise UserError(f"epochs={epochs} and batch_size={batch_size} must be at least 1")
+        counts = {"max_iterations": max_iterations, "epochs": epochs, "batch_size": batch_size}
+        for key, value in counts.items():
+            if value < 1:
+                raise UserError(f"{key}={value} must be at least 1")
+        self._max_iterations = max_iterations
         self._method, self._grid, self._holdout, self._seed = method, grid, holdout, seed
         self._sgd = {"epochs": epochs, "batch_size": batch_size, "seed": seed}
         self._splits = FeatureSplits(resources, data, train_data, label_field, features)
@@ -128,19 +133,25 @@ class LinearProbe:
         features = self._splits(params)
         fit = {"lbfgs": self._lbfgs, "sgd": self._by_sgd}[self._method]
         logits, chosen, tried = fit(features)
-        settings = {"holdout": self._holdout, **self._sgd}
+        settings = {
+            "holdout": self._holdout,
+            "max_iterations": self._max_iterations,
+            **self._sgd,
+        }
         return LinearProbeOutcome(features, logits, self._method, chosen, tried, settings)
 
     def _lbfgs(self, f: FrozenFeatures) -> tuple[np.ndarray, float, dict[float, float]]:
         kept, held = probes.hold_out(len(f.train), self._holdout, self._seed)
 
+        def fit(x: np.ndarray, labels: np.ndarray, l2: float) -> probes.LinearClassifier:
+            return probes.fit_logistic(x, labels, f.classes, l2, self._max_iterations)
+
         def score(l2: float) -> float:
-            fitted = probes.fit_logistic(f.train[kept], f.train_labels[kept], f.classes, l2)
+            fitted = fit(f.train[kept], f.train_labels[kept], l2)
             return probes.accuracy(fitted(f.train[held]), f.train_labels[held])
 
         chosen, tried = probes.search_l2(score, self._grid)
-        fitted = probes.fit_logistic(f.train, f.train_labels, f.classes, chosen)
-        return fitted(f.test), chosen, tried
+        return fit(f.train, f.train_labels, chosen)(f.test), chosen, tried
 
     def _by_sgd(self, f: FrozenFeatures) -> tuple[np.ndarray, float, dict[float, float]]:
         kept, held = probes.hold_out(len(f.train), self._holdout, self._seed)
