@@ -184,9 +184,13 @@ def few_per_class(
 def standardize(
     x: Float[np.ndarray, "n dim"], *others: Float[np.ndarray, "m dim"]
 ) -> tuple[Float[np.ndarray, "n dim"], ...]:
-    """All with the mean of `x` taken away and divided by its standard deviation, per dimension."""
+    """All with the mean of `x` taken away and divided by its standard deviation, per dimension.
+
+    A dimension that is constant in `x` is not divided.
+    """
     mean = x.mean(axis=0, dtype=np.float64)
-    std = np.sqrt(x.var(axis=0, dtype=np.float64) + 1e-6)
+    std = x.std(axis=0, dtype=np.float64)
+    std[std < 1e-7 * np.abs(x).max(axis=0)] = 1  # of what is constant, rounding is left
     return tuple(((y - mean) / std).astype(np.float32) for y in (x, *others))
 
 
