@@ -59,6 +59,28 @@ def probes(every, train_limit=10_000):
     return sections
 
 
+def evaluators():
+    """Often what is cheap, at the end what trains on features or embeds all captions."""
+    every = duration(percent=20.0)
+    return {
+        "zero_shot": zero_shot(unseen=False),
+        "zero_shot_unseen": zero_shot(unseen=True),
+        "retrieval": {
+            "name": "retrieval",
+            "data": test_data(limit=1000),
+            "every": every,
+        },
+        "retrieval_captions": {
+            "name": "retrieval",
+            "captions": "captions",
+            "data": test_data(limit=1000),
+            "every": duration(percent=100.0),
+        },
+        "geometry": {"name": "geometry", "data": test_data(limit=1000), "every": every},
+        **probes(duration(percent=100.0)),
+    }
+
+
 def get_config(arg=None):
     del arg
     config = base()
@@ -101,24 +123,5 @@ def get_config(arg=None):
         }
     )
     config.optimizer.weight_decay = 0.05
-    every = duration(percent=20.0)
-    config.evaluators = ConfigDict(
-        {
-            "zero_shot": zero_shot(unseen=False),
-            "zero_shot_unseen": zero_shot(unseen=True),
-            "retrieval": {
-                "name": "retrieval",
-                "data": test_data(limit=1000),
-                "every": every,
-            },
-            "retrieval_captions": {
-                "name": "retrieval",
-                "captions": "captions",
-                "data": test_data(limit=1000),
-                "every": duration(percent=100.0),
-            },
-            "geometry": {"name": "geometry", "data": test_data(limit=1000), "every": every},
-            **probes(duration(percent=100.0)),
-        }
-    )
+    config.evaluators = ConfigDict(evaluators())
     return config
