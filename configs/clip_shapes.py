@@ -18,6 +18,7 @@ MEAN_POOLING = {
     "pre_norm": False,
     "norm_eps": 1e-6,
 }
+PROBES = ("linear_probe", "knn", "few_shot")
 TEMPLATES = ("{}", "a picture of {}", "there is {}", "an image of {}")
 
 
@@ -43,6 +44,40 @@ def zero_shot(unseen):
         "class_names": tuple(vocabulary.with_article(name) for name in vocabulary.CLASS_NAMES),
         "data": test_data({"num_objects": 1, "unseen": unseen}),
         "every": duration(percent=20.0),
+    }
+
+
+def probes(every, train_limit=10_000):
+    """What frozen features say of the one object of a scene, learned from so many scenes."""
+    data = {
+        "data": test_data({"num_objects": 1, "unseen": False}),
+        "train_data": {"split": "train", "limit": train_limit},
+        "every": every,
+    }
+    sections = {name: {"name": name, **data} for name in PROBES}
+    sections["linear_probe"]["grid"] = (1e-2, 1.0, 1e2, 1e4)
+    return sections
+
+
+def evaluators():
+    """Often what is cheap, at the end what trains on features or embeds all captions."""
+    every = duration(percent=20.0)
+    return {
+        "zero_shot": zero_shot(unseen=False),
+        "zero_shot_unseen": zero_shot(unseen=True),
+        "retrieval": {
+            "name": "retrieval",
+            "data": test_data(limit=1000),
+            "every": every,
+        },
+        "retrieval_captions": {
+            "name": "retrieval",
+            "captions": "captions",
+            "data": test_data(limit=1000),
+            "every": duration(percent=100.0),
+        },
+        "geometry": {"name": "geometry", "data": test_data(limit=1000), "every": every},
+        **probes(duration(percent=100.0)),
     }
 
 
@@ -88,15 +123,5 @@ def get_config(arg=None):
         }
     )
     config.optimizer.weight_decay = 0.05
-    config.evaluators = ConfigDict(
-        {
-            "zero_shot": zero_shot(unseen=False),
-            "zero_shot_unseen": zero_shot(unseen=True),
-            "retrieval": {
-                "name": "retrieval",
-                "data": test_data(limit=1000),
-                "every": duration(percent=20.0),
-            },
-        }
-    )
+    config.evaluators = ConfigDict(evaluators())
     return config

@@ -26,6 +26,10 @@ def get_config(arg=None):
         "keep": {"fields": ("image", "text")},
     }
     config.checkpoint.every = duration(percent=25.0)
+    for name in ("retrieval_captions", *clip_shapes.PROBES):
+        del config.evaluators[name]
     for evaluator in config.evaluators.values():
         evaluator.every = duration(percent=25.0)
+    # It looks at the pairs of `retrieval`, whose embeddings it shares.
+    config.evaluators.geometry.every = duration(percent=100.0)
     return config

@@ -93,7 +93,9 @@ def test_mistakes_in_overrides(assignment, message):
 def test_an_evaluator_can_be_left_out():
     config = config_lib.load("configs/demo.py")
     config_lib.override(config, ["evaluators.zero_shot=None"])
-    assert set(config.evaluators) == {"zero_shot_unseen", "retrieval"} and config.is_locked
+    assert (
+        set(config.evaluators) == {"zero_shot_unseen", "retrieval", "geometry"} and config.is_locked
+    )
     with pytest.raises(UserError, match="is a section"):
         config_lib.override(config, ["optimizer=None"])
 

@@ -93,6 +93,7 @@ class LoopRunner:
             last_step=self.step,
             save_when=lambda step: False,
             evaluations=(),
+            one_evaluation=self._parts.resources.one_evaluation,
             preempted=lambda step: False,
             log_when=self._parts.log_when,
             report=self._report,

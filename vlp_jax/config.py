@@ -244,7 +244,13 @@ def _first_line(error: BaseException) -> str:
 SMOKE_SIZES = {"width": 32, "depth": 2, "mlp_dim": 64, "heads": 2, "embed_dim": 32}
 SMOKE_PATCHES = 2  # patches along one side of an image
 SMOKE_BATCH_SIZE = 16
-SMOKE_EVALUATOR = {"batch_size": SMOKE_BATCH_SIZE, "templates": ("{}",)}
+SMOKE_EVALUATOR = {
+    "batch_size": SMOKE_BATCH_SIZE,
+    "templates": ("{}",),
+    "grid": (100.0, 1000.0),
+    "shots": (1,),
+    "max_iterations": 10,
+}
 
 
 def smoke(config: ConfigDict) -> ConfigDict:
@@ -277,6 +283,9 @@ def smoke(config: ConfigDict) -> ConfigDict:
         if "data" in evaluator:
             evaluator.data = _smoke_data(evaluator.data, "test", image_size)
             evaluator.data.limit = 2 * SMOKE_BATCH_SIZE + 1
+        if "train_data" in evaluator:
+            evaluator.train_data = _smoke_data(evaluator.train_data, "train", image_size)
+            evaluator.train_data.limit = 4 * SMOKE_BATCH_SIZE + 1
     return config.lock()
 
 

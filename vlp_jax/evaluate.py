@@ -182,9 +182,10 @@ def scores_of(
       names: of evaluators; None for all that the subject has.
     """
     scores = {}
-    for name in subject.evaluators if names is None else names:
-        for score, value in subject.evaluators[name](loaded.params):
-            scores[f"eval/{name}/{score}"] = value
+    with subject.resources.one_evaluation(loaded.params):
+        for name in subject.evaluators if names is None else names:
+            for score, value in subject.evaluators[name](loaded.params):
+                scores[f"eval/{name}/{score}"] = value
     return scores
 
 

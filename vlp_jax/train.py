@@ -147,8 +147,7 @@ def train(
       job: how the processes found each other, for the log.
 
     Raises:
-      UserError: a mistake in config, data or workdir.
-      Preempted, NotFinite, CannotSave: see `Loop.run`.
+      UserError: a mistake in config, data or workdir, or one of its kinds that `Loop.run` raises.
     """
     workdir = epath.Path(workdir)
     check_before_start(config, workdir)
@@ -182,6 +181,7 @@ def train(
             last_step=setup.units.total_steps,
             save_when=parts.save_when,
             evaluations=parts.evaluations,
+            one_evaluation=parts.resources.one_evaluation,
             preempted=stack.enter_context(PreemptionWatch()),
             log_when=parts.log_when,
             report=make_report(parts, workdir, writer, progress, step_clock, clock, measures),

@@ -1,78 +1,30 @@
 """Evaluators against independent NumPy computations, on any number of devices and batch sizes."""
 
-import types
-
 import jax
 import numpy as np
 import pytest
+from toy_models import (
+    CLASS_NAMES,
+    CLASSES,
+    LAYOUTS,
+    LOGIT_SCALE,
+    WORDS,
+    N,
+    WordTokenizer,
+    evaluators,
+    make_world,
+    unit,
+)
 
-from vlp_jax.errors import UserError
+from vlp_jax.errors import NotFinite, UserError
 from vlp_jax.evaluators import make_evaluators
-from vlp_jax.evaluators.base import Resources, compile_functions
-from vlp_jax.evaluators.retrieval import recall_at
+from vlp_jax.evaluators.base import Resources
 from vlp_jax.parallel import mesh as mesh_lib
-
-N, CLASSES, DIM, WORDS = 37, 5, 8, 11
-CLASS_NAMES = tuple(f"class {i}" for i in range(CLASSES))
-
-
-class WordTokenizer:
-    """Every text is a row of numbers that depend on it alone."""
-
-    context_length, vocab_size, pad_id, bos_id, eos_id = 4, WORDS, 0, 1, 2
-
-    def __call__(self, texts):
-        rows = [np.random.default_rng(list(t.encode())).integers(0, WORDS, 4) for t in texts]
-        return np.stack(rows).astype(np.int32)
-
-
-def unit(x):
-    return x / np.linalg.norm(x, axis=-1, keepdims=True)
-
-
-def functions():
-    """Embeddings that are linear in pixels and in counts of tokens."""
-
-    def embed_image(params, image):
-        x = image.reshape(len(image), -1).astype(np.float32) @ params["image"]
-        return x / jax.numpy.linalg.norm(x, axis=-1, keepdims=True)
-
-    def embed_text(params, tokens):
-        x = jax.nn.one_hot(tokens, WORDS).sum(axis=1) @ params["text"]
-        return x / jax.numpy.linalg.norm(x, axis=-1, keepdims=True)
-
-    return {"embed_image": embed_image, "embed_text": embed_text}
 
 
 @pytest.fixture(scope="module")
 def world():
-    rng = np.random.default_rng(0)
-    arrays = {
-        "image": rng.integers(0, 256, (N, 4, 4, 3)).astype(np.uint8),
-        "text": rng.integers(0, WORDS, (N, 4)).astype(np.int32),
-        "label": rng.integers(0, CLASSES, N).astype(np.int32),
-    }
-    params = {
-        "image": (rng.normal(size=(48, DIM)) / 100).astype(np.float32),
-        "text": rng.normal(size=(WORDS, DIM)).astype(np.float32),
-    }
-    images = unit(arrays["image"].reshape(N, -1) / 1.0 @ params["image"])
-    texts = unit(np.eye(WORDS)[arrays["text"]].sum(1) @ params["text"])
-    return types.SimpleNamespace(arrays=arrays, params=params, images=images, texts=texts)
-
-
-def evaluators(world, devices, batch_size, sections):
-    mesh = mesh_lib.make_mesh({"replica": devices}, jax.devices()[:devices])
-    resources = Resources(
-        functions=compile_functions(functions(), mesh),
-        tokenizer=WordTokenizer(),
-        mesh=mesh,
-        batch_size=batch_size,
-    )
-    return make_evaluators(sections, {"source": "arrays", "arrays": world.arrays}, resources)
-
-
-LAYOUTS = [(1, 37), (1, 8), (2, 10), (8, 16), (8, 40)]
+    return make_world()
 
 
 @pytest.mark.parametrize(("devices", "batch_size"), LAYOUTS)
@@ -85,6 +37,8 @@ def test_retrieval_equals_numpy(world, devices, batch_size):
         place = [int(np.flatnonzero(order[i] == i)[0]) for i in range(N)]
         for k in (1, 5, 10):
             assert scores[f"{name}_r{k}"] == pytest.approx(np.mean(np.array(place) < k), abs=1e-6)
+        assert scores[f"{name}_median_rank"] == np.median(place) + 1
+        assert scores[f"{name}_mrr"] == pytest.approx(np.mean(1 / (np.array(place) + 1)))
     assert scores["pairs"] == N and scores["chance_r1"] == 1 / N
     assert 0 < scores["image_to_text_r10"] < 1  # neither trivial nor perfect
 
@@ -106,12 +60,52 @@ def test_zero_shot_equals_numpy(world, devices, batch_size):
     top5 = np.argsort(-logits, axis=1)[:, :5]
     assert scores["top5"] == (top5 == world.arrays["label"][:, None]).any(1).mean()
     assert scores["examples"] == N and scores["chance"] == 1 / CLASSES
+    hits = logits.argmax(1) == world.arrays["label"]
+    recalls = [hits[world.arrays["label"] == c].mean() for c in range(CLASSES)]
+    assert scores["mean_per_class_recall"] == pytest.approx(np.mean(recalls), abs=1e-6)
+    p = np.exp(LOGIT_SCALE * logits)
+    p /= p.sum(1, keepdims=True)
+    own = p[np.arange(N), world.arrays["label"]]
+    assert scores["nll"] == pytest.approx(-np.log(own).mean(), abs=1e-5)
+    bins = np.ceil(p.max(1) * 15).astype(int)
+    gaps = [abs((hits - p.max(1))[bins == b].sum()) for b in range(1, 16)]
+    assert scores["calibration_error"] == pytest.approx(sum(gaps) / N, abs=1e-6)
+    outcome = evaluator.outcome(world.params)
+    np.testing.assert_allclose(outcome.probabilities, p, atol=1e-5)
+    assert outcome.index.tolist() == list(range(N)) and outcome.scores() == scores
 
 
-def test_ties_are_worth_chance():
-    collapsed = np.ones((10, 10), np.float32)
-    assert recall_at(collapsed, (1, 5)) == pytest.approx({1: 0.1, 5: 0.5})
-    assert recall_at(np.eye(4, dtype=np.float32), (1,)) == {1: 1.0}
+def test_zero_shot_without_a_temperature_has_no_calibration(world):
+    section = {"name": "zero_shot", "class_names": CLASS_NAMES}
+    evaluator = evaluators(world, 1, 8, {"x": section})["x"]
+    del evaluator._resources.functions["logit_scale"]
+    scores = dict(evaluator(world.params))
+    assert "top1" in scores and not {"nll", "calibration_error"} & set(scores)
+
+
+def test_names_and_templates_from_files(world, tmp_path):
+    (tmp_path / "names.txt").write_text("# five\n" + "\n".join(CLASS_NAMES) + "\n\n")
+    (tmp_path / "templates.txt").write_text("a {c}\n# no template\none {} here\n")
+    files = {
+        "class_names": str(tmp_path / "names.txt"),
+        "templates": str(tmp_path / "templates.txt"),
+    }
+    inline = {"class_names": CLASS_NAMES, "templates": ("a {}", "one {} here")}
+    found = evaluators(
+        world,
+        1,
+        8,
+        {"file": {"name": "zero_shot", **files}, "inline": {"name": "zero_shot", **inline}},
+    )
+    assert dict(found["file"](world.params)) == dict(found["inline"](world.params))
+    assert found["file"].class_names == CLASS_NAMES
+
+
+def test_embeddings_that_are_no_numbers_end_it(world):
+    params = {**world.params, "image": world.params["image"] * np.nan}
+    evaluator = evaluators(world, 1, 8, {"x": {"name": "retrieval"}})["x"]
+    with pytest.raises(NotFinite, match="embed_image gives no finite numbers for 37 of 37"):
+        evaluator.outcome(params)
 
 
 def test_collapsed_zero_shot_scores_nothing(world):
@@ -130,11 +124,28 @@ def test_collapsed_zero_shot_scores_nothing(world):
         ({"x": {"name": "retreival"}}, "did you mean 'retrieval'"),
         ({"x": {"name": "retrieval", "k": 3}}, "unknown key 'k' in config.evaluators.x"),
         ({"x": {"name": "zero_shot"}}, "no names of the classes"),
+        ({"x": {"name": "zero_shot", "class_names": ("a", "b", "a")}}, r"'a' \(2 times\)"),
+        ({"x": {"name": "zero_shot", "class_names": "/no.txt"}}, "cannot read the file /no.txt"),
+        ({"x": {"name": "zero_shot", "class_names": ("a",), "templates": ("{d}",)}}, "need {}"),
+        ({"x": {"name": "retrieval", "ks": (0, 1)}}, "ks are numbers from 1"),
+        ({"x": {"name": "retrieval", "captions": "label"}}, "'label' holds numbers"),
+        ({"x": {"name": "retrieval", "captions": "lable"}}, "did you mean 'label'"),
     ],
 )
 def test_mistakes(world, sections, message):
     with pytest.raises(UserError, match=message):
         evaluators(world, 1, 8, sections)
+
+
+def test_a_label_beyond_the_classes_is_named(world):
+    section = {"name": "zero_shot", "class_names": CLASS_NAMES[:3]}
+    evaluator = evaluators(world, 1, 8, {"x": section})["x"]
+    with pytest.raises(UserError, match="'label' goes from 0 to 4, and class_names has 3"):
+        evaluator.outcome(world.params)
+    section = {"name": "zero_shot", "class_names": CLASS_NAMES, "label_field": "text"}
+    evaluator = evaluators(world, 1, 8, {"x": section})["x"]
+    with pytest.raises(UserError, match="no number 'text' in the examples|'text'"):
+        evaluator.outcome(world.params)
 
 
 def test_missing_function_is_named(world):

@@ -8,14 +8,26 @@ from typing import Any
 from vlp_jax import config as config_lib
 from vlp_jax.errors import UserError
 from vlp_jax.evaluators.base import Evaluator, Resources
+from vlp_jax.evaluators.few_shot import FewShot
+from vlp_jax.evaluators.geometry import Geometry
+from vlp_jax.evaluators.knn import Knn
+from vlp_jax.evaluators.linear_probe import LinearProbe
 from vlp_jax.evaluators.reconstruction import Reconstruction
 from vlp_jax.evaluators.retrieval import Retrieval
 from vlp_jax.evaluators.zero_shot import ZeroShot
 
-EVALUATORS = {"reconstruction": Reconstruction, "retrieval": Retrieval, "zero_shot": ZeroShot}
+EVALUATORS = {
+    "few_shot": FewShot,
+    "geometry": Geometry,
+    "knn": Knn,
+    "linear_probe": LinearProbe,
+    "reconstruction": Reconstruction,
+    "retrieval": Retrieval,
+    "zero_shot": ZeroShot,
+}
 
 # Keys of an evaluator's section that say on what and when it runs, not what it computes.
-COMMON_KEYS = ("data", "every")
+COMMON_KEYS = ("data", "every", "train_data")
 
 
 def merged_data(train_data: Mapping[str, Any], section: Mapping[str, Any]) -> dict[str, Any]:
@@ -35,7 +47,8 @@ def make_evaluators(
     """An evaluator for each section of `config.evaluators`, under the section's own key.
 
     A section has `name` (a key of `EVALUATORS`), `data` (what differs from `config.data`), `every`
-    (a duration) and the arguments of what it names.
+    (a duration) and the arguments of what it names; `train_data`, of those that train something,
+    has what differs from the data that they test on.
 
     Raises:
       UserError: an unknown name or key, data that does not exist, or a function that the objective
@@ -50,6 +63,8 @@ def make_evaluators(
             raise UserError(f"{where} needs {', '.join(missing)}, which the objective lacks")
         data = merged_data(train_data, section)
         arguments = {k: v for k, v in section.items() if k not in COMMON_KEYS}
+        if "train_data" in section:
+            arguments["train_data"] = merged_data(data, {"data": section["train_data"]})
         evaluators[key] = config_lib.build(
             constructor, arguments, where, data=data, resources=resources
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
@@ -12,12 +13,27 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from vlp_jax.data.pipeline import EvalPipeline
+from vlp_jax.errors import UserError
+from vlp_jax.evaluators.cache import EmbeddingCache
 from vlp_jax.parallel import mesh as mesh_lib
 from vlp_jax.parallel import rules
 from vlp_jax.parallel.batch import put_batch
 
 INPUTS = ("image", "text")  # what a model takes; the other fields of a batch describe it
+INDEX = "_index"  # the place of an example in its data, among the fields of `Resources.embed`
 Pairs = Iterator[tuple[str, float]]
+
+
+class Outcome:
+    """What an evaluator found out, as arrays, before it is boiled down to scores."""
+
+    def scores(self) -> dict[str, float]:
+        """Name -> value, as the evaluator yields them."""
+        raise NotImplementedError
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Everything from which the scores can be computed again, for `save_embeddings`."""
+        raise NotImplementedError
 
 
 class Evaluator(Protocol):
@@ -40,12 +56,37 @@ class Resources:
       tokenizer: that of the run.
       mesh: devices over which a batch is spread.
       batch_size: examples of an evaluation batch, over the whole mesh.
+      cache: embeddings that several evaluators ask for, within `one_evaluation`.
     """
 
     functions: Mapping[str, Callable[..., Any]]
     tokenizer: Any
     mesh: Mesh
     batch_size: int
+    cache: EmbeddingCache = dataclasses.field(default_factory=EmbeddingCache)
+
+    @contextlib.contextmanager
+    def one_evaluation(self, params: Any) -> Iterator[None]:
+        """Inside, evaluators that look at the same data with these `params` embed it once.
+
+        Nothing is kept after it, and nothing is shared without it.
+        """
+        with self.cache.open(params):
+            yield
+
+    def check_function(self, name: str) -> str:
+        """`name`; raises UserError if the objective has no such function."""
+        if name not in self.functions:
+            known = ", ".join(sorted(self.functions)) or "none"
+            raise UserError(f"the objective has no function {name!r} (it has: {known})")
+        return name
+
+    def logit_scale(self, params: Any) -> float | None:
+        """The model's factor on the cosine similarity; None if the objective has none."""
+        if "logit_scale" not in self.functions:
+            return None
+        unused = np.zeros((), np.float32)
+        return float(self.functions["logit_scale"](params, unused, {})[0])
 
     def pipeline(self, data: Mapping[str, Any], extra_fields: Sequence[str] = ()) -> EvalPipeline:
         """The examples of `data`, each once."""
@@ -66,12 +107,17 @@ class Resources:
     ) -> tuple[dict[str, Float[np.ndarray, "n dim"]], dict[str, np.ndarray]]:
         """What `functions` (field -> name of a function) make of their fields, in one pass.
 
-        Returns the outputs by field, and the other fields of all batches, both without padding.
+        Returns the outputs by field, and the other fields of all batches that are numbers, both
+        without padding, and as `INDEX` the place of each example in the data: int64 [n].
         Every process gets the rows of all, in one order.
         """
         outputs, fields = [], []
-        for batch in batches:
-            wanted = {k: v for k, v in batch.items() if k in functions or k not in INPUTS}
+        for number, batch in enumerate(batches):
+            wanted = {
+                k: v
+                for k, v in batch.items()
+                if k in functions or (k not in INPUTS and v.dtype != object)
+            }
             rest = put_batch(wanted, self.mesh)
             arrays = {field: rest.pop(field) for field in functions}
             made = {}
@@ -80,6 +126,7 @@ class Resources:
             keep = np.asarray(rest.pop("mask"))
             outputs.append({name: np.asarray(value)[keep] for name, value in made.items()})
             fields.append({name: np.asarray(value)[keep] for name, value in rest.items()})
+            fields[-1][INDEX] = np.flatnonzero(keep) + number * len(keep)
         return _concatenated(outputs), _concatenated(fields)
 
     def embed_texts(self, params: Any, texts: Sequence[str]) -> Float[np.ndarray, "n dim"]:

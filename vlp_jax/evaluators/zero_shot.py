@@ -2,25 +2,117 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from vlp_jax.errors import UserError
-from vlp_jax.evaluators.base import Pairs, Resources
+from vlp_jax.evaluators import classification
+from vlp_jax.evaluators.base import Outcome, Pairs, Resources
+from vlp_jax.evaluators.class_lists import check_class_names, check_templates, fill, lines
+from vlp_jax.evaluators.splits import Split
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ZeroShotOutcome(Outcome):
+    """What the model makes of every image of a split, in the order of the source.
+
+    Attributes:
+      image: unit vectors, float32 [n, dim].
+      class_embeddings: a unit vector per class, float32 [classes, dim].
+      labels: int64 [n], numbers of `class_names`.
+      class_names: by label, as they stand in the prompts.
+      index: int64 [n], the place of each example in its source (after `where` and `limit`).
+      logit_scale: the model's factor on the cosine; None if it has none, and then there are no
+        probabilities. A bias on all logits would not change them.
+    """
+
+    image: Float[np.ndarray, "n dim"]
+    class_embeddings: Float[np.ndarray, "classes dim"]
+    labels: Int[np.ndarray, " n"]
+    class_names: tuple[str, ...]
+    index: Int[np.ndarray, " n"]
+    logit_scale: float | None
+
+    @cached_property
+    def cosines(self) -> Float[np.ndarray, "n classes"]:
+        """Of images and classes, in [-1, 1]."""
+        return self.image @ self.class_embeddings.T
+
+    @cached_property
+    def ranks(self) -> Int[np.ndarray, " n"]:
+        """How many other classes score at least as high as the right one; 0 is a hit."""
+        return classification.label_ranks(self.cosines, self.labels)
+
+    @cached_property
+    def log_probabilities(self) -> Float[np.ndarray, "n classes"]:
+        """Of the softmax of logit_scale * cosine, float64.
+
+        Raises:
+          ValueError: the model has no logit_scale.
+        """
+        if self.logit_scale is None:
+            raise ValueError("the model has no logit_scale, and so no probabilities")
+        return classification.log_softmax(self.logit_scale * self.cosines.astype(np.float64))
+
+    @property
+    def probabilities(self) -> Float[np.ndarray, "n classes"]:
+        """exp(log_probabilities)."""
+        return np.exp(self.log_probabilities)
+
+    def scores(self) -> dict[str, float]:
+        """See `ZeroShot`."""
+        classes = len(self.class_names)
+        scores = {
+            "top1": classification.top_k(self.ranks, 1),
+            "top5": classification.top_k(self.ranks, 5),
+            "mean_per_class_recall": classification.mean_per_class_recall(self.ranks, self.labels),
+        }
+        if self.logit_scale is not None:
+            confidences = self.probabilities.max(axis=1)
+            scores |= {
+                "calibration_error": classification.calibration_error(confidences, self.ranks < 1),
+                "nll": classification.negative_log_likelihood(self.log_probabilities, self.labels),
+            }
+        return {
+            **scores,
+            "examples": float(len(self.labels)),
+            "classes": float(classes),
+            "chance": 1 / classes,
+        }
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """What `save_embeddings` writes."""
+        scale = {} if self.logit_scale is None else {"logit_scale": np.float32(self.logit_scale)}
+        return {
+            "image": self.image,
+            "class_embeddings": self.class_embeddings,
+            "labels": self.labels,
+            "class_names": np.array(self.class_names),
+            "index": self.index,
+            **scale,
+        }
 
 
 class ZeroShot:
-    """Top-1 and top-5 of the class whose prompts are most similar to the image.
+    """How often the class whose prompts are most similar to the image is the right one.
 
     A class is the normalized mean of the unit vectors of all its prompts.
 
     Args:
       data: of the images, with the class as an integer in `label_field`.
-      templates: prompts, each with `{}` where the name of the class goes.
-      class_names: by label; default: those that the dataset knows for `label_field`.
+      templates: prompts, each with `{}` or `{c}` where the name of the class goes, or the path of a
+        file with one a line.
+      class_names: by label, or the path of a file with one a line; default: those that the dataset
+        knows for `label_field`. In files, empty lines and lines that begin with # are skipped.
+
+    Raises:
+      UserError: a template without a place for the class, a name that occurs twice or no names, or
+        a file that cannot be read.
     """
 
     needs = ("embed_image", "embed_text")
@@ -30,43 +122,51 @@ class ZeroShot:
         *,
         data: Mapping[str, Any],
         resources: Resources,
-        templates: Sequence[str] = ("a photo of a {}.",),
+        templates: Sequence[str] | str = ("a photo of a {}.",),
         label_field: str = "label",
-        class_names: Sequence[str] | None = None,
+        class_names: Sequence[str] | str | None = None,
     ):
-        bad = [t for t in templates if "{}" not in t]
-        if bad or not templates:
-            raise UserError(f"zero-shot templates need {{}} for the class; got {bad or 'none'}")
         self._resources = resources
         self._label_field = label_field
-        self._templates = tuple(templates)
-        self._pipeline = resources.pipeline(data, extra_fields=(label_field,))
-        class_names = class_names or self._pipeline.class_names(label_field)
+        self._templates = check_templates(lines(templates, "templates"))
+        self._split = Split(resources, data, extra_fields=(label_field,))
+        class_names = lines(class_names or (), "class_names")
+        class_names = class_names or self._split.pipeline.class_names(label_field)
         if not class_names:
             raise UserError(
                 f"the data has no names of the classes in {label_field!r}: set class_names"
             )
-        self.class_names = tuple(class_names)
+        self.class_names = check_class_names(class_names)
 
     def class_embeddings(self, params: Any) -> Float[np.ndarray, "classes dim"]:
         """A unit vector per class."""
-        prompts = [t.format(name) for name in self.class_names for t in self._templates]
+        prompts = [fill(t, name) for name in self.class_names for t in self._templates]
         vectors = self._resources.embed_texts(params, prompts)
         means = vectors.reshape(len(self.class_names), len(self._templates), -1).mean(axis=1)
         return means / np.linalg.norm(means, axis=1, keepdims=True)
 
-    def __call__(self, params: Any) -> Pairs:
-        """`top1` and `top5` in [0, 1], `examples`, `classes` and `chance`."""
-        classes = self.class_embeddings(params)
-        embeddings, fields = self._resources.embed(
-            params, self._pipeline.batches(), {"image": "embed_image"}
+    def outcome(self, params: Any) -> ZeroShotOutcome:
+        """Embeddings, labels and probabilities of the whole split.
+
+        Raises:
+          UserError: a label that is not the number of a class.
+        """
+        found = self._split.embed(params, {"image": "embed_image"})
+        labels = self._split.labels(found, self._label_field, len(self.class_names))
+        return ZeroShotOutcome(
+            image=found.outputs["image"],
+            class_embeddings=self.class_embeddings(params),
+            labels=labels,
+            class_names=self.class_names,
+            index=found.index,
+            logit_scale=self._resources.logit_scale(params),
         )
-        scores = embeddings["image"] @ classes.T
-        own = np.take_along_axis(scores, fields[self._label_field][:, None].astype(int), axis=1)
-        # Ties count against the model, so that equal scores for all classes are no success.
-        rank = (scores >= own).sum(axis=1) - 1
-        yield "top1", float((rank < 1).mean())
-        yield "top5", float((rank < 5).mean())
-        yield "examples", float(len(scores))
-        yield "classes", float(len(self.class_names))
-        yield "chance", 1 / len(self.class_names)
+
+    def __call__(self, params: Any) -> Pairs:
+        """`top1`, `top5` and `mean_per_class_recall` in [0, 1], `examples`, `classes`, `chance`.
+
+        If the model has a temperature also `calibration_error` (expected, 15 bins of equal width:
+        Guo et al. 2017) in [0, 1] and `nll`, the mean negative log likelihood in nats, both of the
+        softmax of logit_scale * cosine.
+        """
+        yield from self.outcome(params).scores().items()

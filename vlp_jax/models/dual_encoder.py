@@ -93,6 +93,13 @@ class DualEncoder(nn.Module):
             features if self.image_head == "none" else self.image_projection(features)
         )
 
+    def image_features(
+        self, image: UInt8[Array, "batch height width 3"]
+    ) -> Float[Array, "batch width"]:
+        """The image tower's output of uint8 images before the projection, float32."""
+        pixels = normalize_pixels(image, self.image_mean, self.image_std)
+        return self.image(pixels).astype(jnp.float32)
+
     def embed_text(
         self, text: Int[Array, "batch tokens"], train: bool = False
     ) -> Float[Array, "batch embed"]:

@@ -125,12 +125,24 @@ class Contrastive:
         return math.log(self.max_logit_scale) if self.max_logit_scale else math.inf
 
     def functions(self) -> dict[str, Callable[..., Array]]:
-        """`embed_image(params, uint8 images)` and `embed_text(params, token ids)`: unit vectors."""
+        """What evaluators and export may ask for.
+
+        `embed_image` of uint8 images and `embed_text` of token ids: unit vectors.
+        `image_features` of uint8 images: what the tower's pooling gives, before the projection.
+        `logit_scale`, whatever its array is: the factor on the cosine similarity, as training
+        bounds it.
+        """
 
         def apply(method: str) -> Callable[..., Array]:
             return lambda params, x: self.model.apply({"params": params}, x, method=method)
 
-        return {"embed_image": apply("embed_image"), "embed_text": apply("embed_text")}
+        def logit_scale(params: Params, unused: Array) -> Float[Array, ""]:
+            del unused
+            log_scale, _ = self.model.apply({"params": params}, method="logit_parameters")
+            return jnp.exp(bound_above(log_scale, self._log_bound()))
+
+        names = ("embed_image", "embed_text", "image_features")
+        return {**{name: apply(name) for name in names}, "logit_scale": logit_scale}
 
     def flops_per_example(self, batch_spec: BatchSpec) -> float:
         """Forward FLOPs of one pair: both towers, and its row of the logits."""

@@ -125,18 +125,21 @@ class MaskedAutoencoding:
         `reconstruction_error`: mean squared error over the hidden patches, as the loss has it.
         `reconstruct`: see `MaskedAutoencoding.reconstruct`.
         `embed_image`: unit vectors of whole images.
+        `image_features`: the same before they are normalized.
         """
 
         def mask(image: Array) -> PatchMask:
             return self.mask(jax.random.key(EVALUATION_SEED), len(image))
 
         def features(params: Params, image: Array) -> Array:
-            return l2_normalize(self.model.apply({"params": params}, image, method="features"))
+            features = self.model.apply({"params": params}, image, method="features")
+            return features.astype(jnp.float32)
 
         return {
             "reconstruction_error": lambda params, x: self._errors(params, x, mask(x)),
             "reconstruct": lambda params, x: self.reconstruct(params, x, mask(x)),
-            "embed_image": features,
+            "embed_image": lambda params, x: l2_normalize(features(params, x)),
+            "image_features": features,
         }
 
     def reconstruct(

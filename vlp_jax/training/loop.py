@@ -41,6 +41,7 @@ class Loop:
       first_step: the step to begin with: 0, or that of the checkpoint.
       last_step: the run ends before this batch.
       input_state: the record of the input just before a batch, for the checkpoint.
+      one_evaluation: within it, evaluators share what they compute of the given parameters.
       preempted: whether to save and stop before this batch.
       log_when: the steps whose metrics are written. At these the processes of a job tell each other
         how things are.
@@ -53,6 +54,7 @@ class Loop:
     last_step: int
     save_when: When
     evaluations: Sequence[Evaluation]
+    one_evaluation: Callable[[Any], contextlib.AbstractContextManager]
     preempted: When
     log_when: When
     report: StepReport
@@ -108,11 +110,13 @@ class Loop:
 
     def evaluate(self, step: int, state: TrainState) -> None:
         """Runs the evaluators that are due before batch `step`."""
-        for evaluation in self.evaluations:
-            if evaluation.when(step):
+        due = [evaluation for evaluation in self.evaluations if evaluation.when(step)]
+        params = state.eval_params
+        with self.one_evaluation(params):
+            for evaluation in due:
                 self.report.settle()
                 with self.pause("evaluation"):
-                    scores = dict(evaluation.evaluator(state.eval_params))
+                    scores = dict(evaluation.evaluator(params))
                 named = {f"eval/{evaluation.name}/{key}": value for key, value in scores.items()}
                 self.writer.write_scalars(step, named)
                 text = "  ".join(f"{key} {value:.4g}" for key, value in scores.items())

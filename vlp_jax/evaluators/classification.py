@@ -1,0 +1,91 @@
+"""Scores of a classifier from its logits, in NumPy: ranks, calibration, likelihood.
+
+All are sums over examples in float64, so that neither batches nor devices matter.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from jaxtyping import Float, Int
+
+CALIBRATION_BINS = 15  # Guo et al. 2017, section 5
+
+
+def label_ranks(
+    logits: Float[np.ndarray, "n classes"], labels: Int[np.ndarray, " n"]
+) -> Int[np.ndarray, " n"]:
+    """How many other classes score at least as high as the right one; 0 is a hit.
+
+    Ties count against the model, so that equal scores for all classes are no success.
+
+    Raises:
+      ValueError: a label is not in [0, classes).
+    """
+    check_labels(labels, logits.shape[1])
+    own = np.take_along_axis(logits, labels[:, None], axis=1)
+    return (logits >= own).sum(axis=1) - 1
+
+
+def top_k(ranks: Int[np.ndarray, " n"], k: int) -> float:
+    """Share of examples whose class is among the k highest, in [0, 1]."""
+    return float((ranks < k).mean())
+
+
+def mean_per_class_recall(ranks: Int[np.ndarray, " n"], labels: Int[np.ndarray, " n"]) -> float:
+    """Top-1 of each class that occurs, averaged over these classes, in [0, 1]."""
+    counts = np.bincount(labels)
+    hits = np.bincount(labels[ranks < 1], minlength=len(counts))
+    present = counts > 0
+    return float((hits[present] / counts[present]).mean())
+
+
+def log_softmax(logits: Float[np.ndarray, "n classes"]) -> Float[np.ndarray, "n classes"]:
+    """Logarithms of the probabilities, float64."""
+    shifted = logits.astype(np.float64)
+    shifted -= shifted.max(axis=1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+
+
+def negative_log_likelihood(
+    log_probabilities: Float[np.ndarray, "n classes"], labels: Int[np.ndarray, " n"]
+) -> float:
+    """Mean of -log p(right class), in nats."""
+    return float(-np.take_along_axis(log_probabilities, labels[:, None], axis=1).mean())
+
+
+def calibration_bins(
+    confidences: Float[np.ndarray, " n"], hits: np.ndarray, bins: int = CALIBRATION_BINS
+) -> tuple[Int[np.ndarray, " bins"], Float[np.ndarray, " bins"], Float[np.ndarray, " bins"]]:
+    """Examples, mean confidence and accuracy of each of `bins` equal parts of (0, 1].
+
+    A part holds its upper end and not its lower one (Guo et al. 2017, section 2). Means of empty
+    parts are 0.
+
+    Args:
+      confidences: the probability of the class that is predicted.
+      hits: bool [n], whether it is the right one.
+    """
+    edges = np.linspace(0, 1, bins + 1)[1:-1]
+    place = np.searchsorted(edges, confidences, side="left")
+    counts = np.bincount(place, minlength=bins)
+    divisor = np.maximum(counts, 1)
+    confidence = np.bincount(place, weights=confidences, minlength=bins) / divisor
+    accuracy = np.bincount(place, weights=hits.astype(np.float64), minlength=bins) / divisor
+    return counts, confidence, accuracy
+
+
+def calibration_error(
+    confidences: Float[np.ndarray, " n"], hits: np.ndarray, bins: int = CALIBRATION_BINS
+) -> float:
+    """Expected calibration error, in [0, 1] (Guo et al. 2017, eq. 3): the gap between confidence
+    and accuracy of each of `calibration_bins`, weighted by its examples."""
+    counts, confidence, accuracy = calibration_bins(confidences, hits, bins)
+    return float((counts * np.abs(accuracy - confidence)).sum() / counts.sum())
+
+
+def check_labels(labels: Int[np.ndarray, " n"], classes: int) -> None:
+    """Raises ValueError if a label is not in [0, classes)."""
+    if len(labels) and not 0 <= labels.min() <= labels.max() < classes:
+        raise ValueError(
+            f"labels go from {labels.min()} to {labels.max()}, and there are {classes} classes"
+        )

@@ -1,0 +1,127 @@
+"""Few-shot classification: ridge regression on a few images of each class."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+from vlp_jax.errors import UserError
+from vlp_jax.evaluators import probes
+from vlp_jax.evaluators.base import Outcome, Pairs, Resources
+from vlp_jax.evaluators.frozen_features import FeatureSplits, FrozenFeatures
+
+L2_GRID = tuple(10.0**power for power in range(-3, 5))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class FewShotOutcome(Outcome):
+    """How well each draw of a few images did.
+
+    Attributes:
+      features: of both splits, and their labels.
+      shots: images per class.
+      seeds: of the draws.
+      accuracy: top-1 on the test split, float64 [shots, seeds].
+      l2: what was chosen, float64 [shots, seeds].
+      grid: what it was chosen from.
+    """
+
+    features: FrozenFeatures
+    shots: tuple[int, ...]
+    seeds: tuple[int, ...]
+    accuracy: Float[np.ndarray, "shots seeds"]
+    l2: Float[np.ndarray, "shots seeds"]
+    grid: tuple[float, ...]
+
+    def scores(self) -> dict[str, float]:
+        """See `FewShot`."""
+        scores = {}
+        for shots, row in zip(self.shots, self.accuracy, strict=True):
+            scores[f"top1_{shots}shot"] = float(row.mean())
+            scores[f"top1_{shots}shot_std"] = float(row.std())
+        return {
+            **scores,
+            "seeds": float(len(self.seeds)),
+            "examples": float(len(self.features.test)),
+            "classes": float(self.features.classes),
+        }
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """What `save_embeddings` writes."""
+        return {
+            **self.features.arrays(),
+            "shots": np.array(self.shots),
+            "seeds": np.array(self.seeds),
+            "accuracy": self.accuracy,
+            "l2": self.l2,
+            "grid": np.array(self.grid),
+        }
+
+
+class FewShot:
+    """Top-1 of ridge regression on n training images of each class, over several draws.
+
+    Features are standardized by the images that were drawn; targets are 1 for the class and -1 for
+    the others. The strength of regularization is the one of `grid` with the least squared error
+    when each of the drawn images in turn is left out: no other image is looked at.
+
+    Args:
+      data: of the test images, with the class as an integer in `label_field`.
+      train_data: what differs from `data` for the training images, such as {"split": "train"}.
+      shots: images of each class; each number is scored.
+      seeds: how many draws, with the seeds 0, 1, ... Which images are drawn is a pure function of
+        (seed, shots).
+      grid: strengths of l2 regularization.
+      features: the function of the objective that gives them.
+
+    Raises:
+      UserError: a value that cannot be used, or features that the objective lacks.
+    """
+
+    needs = ()
+
+    def __init__(
+        self,
+        *,
+        data: Mapping[str, Any],
+        train_data: Mapping[str, Any],
+        resources: Resources,
+        shots: Sequence[int] = (1, 2, 4, 8, 16),
+        seeds: int = 3,
+        grid: Sequence[float] = L2_GRID,
+        features: str = "image_features",
+        label_field: str = "label",
+    ):
+        if not shots or min(shots) < 1 or seeds < 1:
+            raise UserError(f"shots={tuple(shots)} and seeds={seeds} must be at least 1")
+        if not len(grid) or min(grid) <= 0:
+            raise UserError(f"grid needs numbers above 0, got {tuple(grid)}")
+        self._shots, self._seeds, self._grid = tuple(shots), tuple(range(seeds)), tuple(grid)
+        self._splits = FeatureSplits(resources, data, train_data, label_field, features)
+
+    def outcome(self, params: Any) -> FewShotOutcome:
+        """Fits every draw, and scores it on the whole test split.
+
+        Raises:
+          UserError: a class has fewer training images than a number of shots.
+        """
+        found = self._splits(params)
+        accuracy = np.zeros((len(self._shots), len(self._seeds)))
+        l2 = np.zeros(accuracy.shape)
+        for i, shots in enumerate(self._shots):
+            for j, seed in enumerate(self._seeds):
+                rows = probes.few_per_class(found.train_labels, shots, seed)
+                train, test = probes.standardize(found.train[rows], found.test)
+                labels = found.train_labels[rows]
+                fitted, l2[i, j] = probes.fit_ridge(train, labels, found.classes, self._grid)
+                accuracy[i, j] = probes.accuracy(fitted(test), found.test_labels)
+        return FewShotOutcome(found, self._shots, self._seeds, accuracy, l2, self._grid)
+
+    def __call__(self, params: Any) -> Pairs:
+        """`top1_Nshot` in [0, 1] and `top1_Nshot_std` (the population's, over the draws) for each
+        N, `seeds`, `examples`, `classes`."""
+        yield from self.outcome(params).scores().items()

@@ -1,0 +1,99 @@
+"""Features of a training and a test split with their labels, for classifiers on top of them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from vlp_jax.evaluators.base import Resources
+from vlp_jax.evaluators.splits import Split
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class FrozenFeatures:
+    """Both splits, in the order of their sources.
+
+    Attributes:
+      train: float32 [m, dim].
+      train_labels: int64 [m].
+      test: float32 [n, dim].
+      test_labels: int64 [n].
+      classes: one more than the largest label, or the number of the dataset's class names.
+      class_names: by label, if the dataset knows them.
+      index: int64 [n], the place of each test example in its source (after `where` and `limit`).
+    """
+
+    train: Float[np.ndarray, "m dim"]
+    train_labels: Int[np.ndarray, " m"]
+    test: Float[np.ndarray, "n dim"]
+    test_labels: Int[np.ndarray, " n"]
+    classes: int
+    class_names: tuple[str, ...] | None
+    index: Int[np.ndarray, " n"]
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """What `save_embeddings` writes of these."""
+        names = {} if self.class_names is None else {"class_names": np.array(self.class_names)}
+        return {
+            "train": self.train,
+            "train_labels": self.train_labels,
+            "test": self.test,
+            "test_labels": self.test_labels,
+            "classes": np.array(self.classes),
+            "index": self.index,
+            **names,
+        }
+
+
+class FeatureSplits:
+    """Makes the `FrozenFeatures` of some parameters.
+
+    Args:
+      data, train_data: of the images to test and to train on, with the class in `label_field`.
+      features: the function of the objective that gives them.
+
+    Raises:
+      UserError: the objective has no such function.
+    """
+
+    def __init__(
+        self,
+        resources: Resources,
+        data: Mapping[str, Any],
+        train_data: Mapping[str, Any],
+        label_field: str,
+        features: str,
+    ) -> None:
+        self._function = resources.check_function(features)
+        self._label_field = label_field
+        self._test = Split(resources, data, (label_field,))
+        self._train = Split(resources, train_data, (label_field,))
+
+    def __call__(self, params: Any) -> FrozenFeatures:
+        """Features and labels of both splits.
+
+        Raises:
+          UserError: labels that are no numbers of classes.
+        """
+        names = self._test.pipeline.class_names(self._label_field)
+        known = None if names is None else len(names)
+        test, test_labels = self._of(self._test, params, known)
+        train, train_labels = self._of(self._train, params, known)
+        largest = max(int(test_labels.max()), int(train_labels.max()))
+        return FrozenFeatures(
+            train.outputs["image"],
+            train_labels,
+            test.outputs["image"],
+            test_labels,
+            classes=largest + 1 if known is None else known,
+            class_names=names,
+            index=test.index,
+        )
+
+    def _of(self, split: Split, params: Any, classes: int | None) -> tuple[Any, Any]:
+        found = split.embed(params, {"image": self._function})
+        return found, split.labels(found, self._label_field, classes)

@@ -1,0 +1,243 @@
+"""Linear classifiers on frozen features: logistic regression, SGD, ridge regression.
+
+Each is fitted on arrays that every process holds whole, so that all come to the same numbers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Float, Int
+
+from vlp_jax.errors import UserError
+
+# Radford et al. 2021, A.3: 1e-6 to 1e6 in 8 steps a decade, at first in steps of two decades.
+STEPS_PER_DECADE, LAST_STEP, FIRST_STRIDE = 8, 48, 16
+MOMENTUM = 0.9
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class LinearClassifier:
+    """logits = x @ kernel + bias; of a class that was not seen, -inf."""
+
+    kernel: Float[np.ndarray, "dim classes"]
+    bias: Float[np.ndarray, " classes"]
+
+    def __call__(self, x: Float[np.ndarray, "n dim"]) -> Float[np.ndarray, "n classes"]:
+        """Logits, float64."""
+        return x.astype(np.float64) @ self.kernel + self.bias
+
+
+def accuracy(logits: Float[np.ndarray, "n classes"], labels: Int[np.ndarray, " n"]) -> float:
+    """Share of examples whose highest logit is that of their class; of equal ones the first."""
+    return float((logits.argmax(axis=1) == labels).mean())
+
+
+def hold_out(
+    count: int, share: float, seed: int
+) -> tuple[Int[np.ndarray, " kept"], Int[np.ndarray, " held_out"]]:
+    """Numbers below `count` in two parts, the second `share` of all: a pure function of these.
+
+    Raises:
+      UserError: a part would be empty.
+    """
+    held = round(count * share)
+    if not 0 < held < count:
+        raise UserError(f"holdout={share} of {count} training examples leaves none in one part")
+    order = np.random.default_rng(seed).permutation(count)
+    return np.sort(order[held:]), np.sort(order[:held])
+
+
+def search_l2(
+    score: Callable[[float], float], grid: Sequence[float] | None = None
+) -> tuple[float, dict[float, float]]:
+    """The strength of regularization with the highest score, and the score of each that was tried.
+
+    Of equally good ones the strongest.
+
+    Args:
+      score: of a strength.
+      grid: strengths that are all tried. Without it, 97 from 1e-6 to 1e6 are searched as Radford
+        et al. 2021, A.3 do: of steps of two decades the best, and then around it in steps of half
+        the width, four times.
+    """
+    if grid is not None:
+        tried = {value: score(value) for value in sorted(grid, reverse=True)}
+        return _best(tried), tried
+    steps = {
+        step: score(_strength(step)) for step in range(LAST_STEP, -LAST_STEP - 1, -FIRST_STRIDE)
+    }
+    stride = FIRST_STRIDE
+    while stride > 1:
+        stride //= 2
+        center = max(steps, key=lambda step: (steps[step], step))
+        for step in (center + stride, center - stride):
+            if abs(step) <= LAST_STEP and step not in steps:
+                steps[step] = score(_strength(step))
+    tried = {_strength(step): steps[step] for step in sorted(steps)}
+    return _best(tried), tried
+
+
+def _strength(step: int) -> float:
+    return 10.0 ** (step / STEPS_PER_DECADE)
+
+
+def _best(tried: dict[float, float]) -> float:
+    return max(tried, key=lambda value: (tried[value], value))
+
+
+def fit_logistic(
+    x: Float[np.ndarray, "n dim"],
+    labels: Int[np.ndarray, " n"],
+    classes: int,
+    l2: float,
+    max_iterations: int = 1000,
+) -> LinearClassifier:
+    """Minimizes sum of cross-entropies + l2 / 2 |kernel|^2 by L-BFGS; the bias is free.
+
+    It is scikit-learn's `LogisticRegression` with C = 1 / l2, as Radford et al. 2021, A.3 use it.
+    With two classes that has one column of weights and not two.
+
+    Raises:
+      UserError: there are fewer than two classes among the labels.
+    """
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.linear_model import LogisticRegression
+
+    _check_two(labels)
+    model = LogisticRegression(C=1 / l2, solver="lbfgs", max_iter=max_iterations)
+    with warnings.catch_warnings():
+        # With next to no regularization of data that can be separated there is no minimum.
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        model.fit(x.astype(np.float64), labels)
+    return _classifier(model.coef_, model.intercept_, model.classes_, classes)
+
+
+def _check_two(labels: Int[np.ndarray, " n"]) -> None:
+    if len(np.unique(labels)) < 2:
+        raise UserError("train_data holds fewer than two classes: raise its limit")
+
+
+def _classifier(
+    coefficients: np.ndarray, intercepts: np.ndarray, seen: np.ndarray, classes: int
+) -> LinearClassifier:
+    """From scikit-learn's numbers, which are one row for two classes."""
+    if len(seen) == 2:
+        coefficients = np.stack([-coefficients.ravel(), coefficients.ravel()]) / 2
+        intercepts = np.concatenate([-intercepts, intercepts]) / 2
+    kernel = np.zeros((coefficients.shape[1], classes))
+    bias = np.full(classes, -np.inf)
+    kernel[:, seen], bias[seen] = coefficients.T, intercepts
+    return LinearClassifier(kernel, bias)
+
+
+def fit_ridge(
+    x: Float[np.ndarray, "n dim"],
+    labels: Int[np.ndarray, " n"],
+    classes: int,
+    grid: Sequence[float],
+) -> tuple[LinearClassifier, float]:
+    """Least squares on targets of +-1 with l2 |kernel|^2, and the `l2` of `grid` that it took.
+
+    That with the least squared error when each example in turn is left out, in closed form
+    (generalizes to one example a class; nothing but these examples is looked at). It is
+    scikit-learn's `RidgeClassifierCV`.
+
+    Raises:
+      UserError: there are fewer than two classes among the labels.
+    """
+    from sklearn.linear_model import RidgeClassifierCV
+
+    _check_two(labels)
+    model = RidgeClassifierCV(alphas=np.array(grid)).fit(x.astype(np.float64), labels)
+    fitted = _classifier(model.coef_, np.atleast_1d(model.intercept_), model.classes_, classes)
+    return fitted, float(model.alpha_)
+
+
+def few_per_class(
+    labels: Int[np.ndarray, " n"], shots: int, seed: int
+) -> Int[np.ndarray, " chosen"]:
+    """Numbers of `shots` examples of each class that occurs, sorted: a pure function of these.
+
+    Raises:
+      UserError: a class has fewer.
+    """
+    counts = np.bincount(labels)
+    few = np.flatnonzero((counts > 0) & (counts < shots))
+    if few.size:
+        raise UserError(
+            f"shots={shots}, but {len(few)} classes have fewer training images, such as class "
+            f"{few[0]} with {counts[few[0]]}: raise the limit of train_data, or ask for fewer shots"
+        )
+    order = np.random.default_rng([seed, shots]).permutation(len(labels))
+    by_class = order[np.argsort(labels[order], kind="stable")]
+    starts = np.cumsum(counts)[counts > 0] - counts[counts > 0]
+    return np.sort(by_class[(starts[:, None] + np.arange(shots)).ravel()])
+
+
+def standardize(
+    x: Float[np.ndarray, "n dim"], *others: Float[np.ndarray, "m dim"]
+) -> tuple[Float[np.ndarray, "n dim"], ...]:
+    """All with the mean of `x` taken away and divided by its standard deviation, per dimension.
+
+    A dimension that is constant in `x` is not divided.
+    """
+    mean = x.mean(axis=0, dtype=np.float64)
+    std = x.std(axis=0, dtype=np.float64)
+    std[std < 1e-7 * np.abs(x).max(axis=0)] = 1  # of what is constant, rounding is left
+    return tuple(((y - mean) / std).astype(np.float32) for y in (x, *others))
+
+
+def fit_sgd(
+    x: Float[np.ndarray, "n dim"],
+    labels: Int[np.ndarray, " n"],
+    classes: int,
+    learning_rates: Sequence[float],
+    *,
+    epochs: int,
+    batch_size: int,
+    seed: int,
+) -> list[LinearClassifier]:
+    """A classifier for each learning rate, all on the same batches, trained side by side.
+
+    SGD with momentum 0.9 on the mean cross-entropy, from zeros, the learning rate falling to 0
+    along a cosine, no weight decay. What an epoch leaves over of its last batch is dropped.
+    """
+    batch_size = min(batch_size, len(x))
+    per_epoch = len(x) // batch_size
+    random = np.random.default_rng(seed)
+    orders = [random.permutation(len(x))[: per_epoch * batch_size] for _ in range(epochs)]
+    batches = jnp.asarray(np.stack(orders).reshape(-1, batch_size))
+    x, labels = jnp.asarray(x), jnp.asarray(labels)
+
+    def loss(params: dict[str, Array], rows: Array) -> Array:
+        logits = x[rows] @ params["kernel"] + params["bias"]
+        return optax.softmax_cross_entropy_with_integer_labels(logits, labels[rows]).mean()
+
+    def fit(rate: Array) -> dict[str, Array]:
+        schedule = optax.cosine_decay_schedule(1.0, len(batches))
+        optimizer = optax.chain(
+            optax.trace(decay=MOMENTUM),
+            optax.scale_by_schedule(lambda step: -rate * schedule(step)),
+        )
+        params = {"kernel": jnp.zeros((x.shape[1], classes)), "bias": jnp.zeros(classes)}
+
+        def step(carry: tuple, rows: Array) -> tuple:
+            params, state = carry
+            updates, state = optimizer.update(jax.grad(loss)(params, rows), state)
+            return (optax.apply_updates(params, updates), state), None
+
+        return jax.lax.scan(step, (params, optimizer.init(params)), batches)[0][0]
+
+    with jax.default_matmul_precision("float32"):
+        fitted = jax.device_get(jax.jit(jax.vmap(fit))(jnp.asarray(learning_rates, jnp.float32)))
+    return [
+        LinearClassifier(kernel.astype(np.float64), bias.astype(np.float64))
+        for kernel, bias in zip(fitted["kernel"], fitted["bias"], strict=True)
+    ]
