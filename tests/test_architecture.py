@@ -26,6 +26,7 @@ MAY_IMPORT = {
         "models",
     },
     "interop": {"models"},
+    "serve": {"encoders", "inspection", "training", "parallel"},
     "encoders": {
         "training",
         "evaluators",
