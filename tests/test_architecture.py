@@ -36,6 +36,7 @@ MAY_IMPORT = {
         "models",
     },
     "inspection": {"models", "observe"},
+    "handover": {"training", "objectives", "observe", "interop", "models", "data"},
     "planning": {"training", "objectives", "models", "parallel", "observe"},
 }
 LEAVES = {"config", "defaults", "errors"}
