@@ -132,7 +132,10 @@ def _results(subject: Subject) -> list[dict[str, Any]]:
 def _dataset(config: ConfigDict, evaluator: str) -> str:
     section = config.evaluators.get(evaluator, {})
     own = {**config.data.to_dict(), **dict(section.get("data", {}))}
-    return f"{_named(own)}, split {own['split']}" if own.get("split") else _named(own)
+    chosen = {**dict(own.get("where") or {}), "limit": own.get("limit")}
+    words = [f"split {own['split']}"] if own.get("split") else []
+    words += [f"{key} {value}" for key, value in chosen.items() if value is not None]
+    return ", ".join([_named(own), *words])
 
 
 def _named(data: Mapping[str, Any]) -> str:
@@ -240,7 +243,8 @@ def _recipe(subject: Subject) -> str:
     name = "`, `".join(filter(None, (objective.name, objective.get("loss"))))
     lines = [
         f"objective `{name}`",
-        f"batches of {config.batch_size:,}, {subject.step:,} steps of {_duration(config.duration)}",
+        f"batches of {config.batch_size:,}, step {subject.step:,} of a run of "
+        f"{_duration(config.duration)}",
         f"optimizer `{optimizer.name}`, learning rate {optimizer.learning_rate:g}"
         + (
             f" (matrices of layers {optimizer.muon.learning_rate:g})"

@@ -41,7 +41,9 @@ def write(functions: list[Function], signature: dict[str, Any], directory: Path)
         weights |= function.weights
         said = signature["functions"][function.name]
         said["program"] = file.name
-        said["output"]["shape"] = [str(n) for n in exported.out_avals[0].shape]
+        said["output"]["shape"] = [
+            n if isinstance(n, int) else str(n) for n in exported.out_avals[0].shape
+        ]
         said["calling_convention_version"] = exported.calling_convention_version
     signature["platforms"] = list(PLATFORMS)
     signature["jax"] = jax.__version__

@@ -131,7 +131,16 @@ def run_foreign(
         np.savez(there, **inputs)
         done = subprocess.run(
             # -I: neither the current folder nor PYTHONPATH, where vlp_jax may be.
-            [sys.executable, "-I", program, library, os.fspath(directory.resolve()), there, back],
+            [
+                sys.executable,
+                "-I",
+                "-B",
+                program,
+                library,
+                os.fspath(directory.resolve()),
+                there,
+                back,
+            ],
             capture_output=True,
             text=True,
             cwd=scratch,

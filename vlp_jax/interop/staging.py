@@ -68,15 +68,12 @@ def _publish(folder: Path, directory: Path) -> None:
     if not directory.exists() or not any(directory.iterdir()):
         os.rename(folder, directory)
         return
-    names = sorted(
-        (path.name for path in folder.iterdir()), key=lambda name: (name == RECORD, name)
-    )
+    paths = [path.relative_to(folder) for path in folder.rglob("*") if path.is_file()]
     for name in _files_of_export(directory):
         (directory / name).unlink(missing_ok=True)
-    for name in names:
-        if (directory / name).is_dir():
-            shutil.rmtree(directory / name)
-        os.replace(folder / name, directory / name)
+    for path in sorted(paths, key=lambda path: (path.name == RECORD, path)):
+        (directory / path).parent.mkdir(parents=True, exist_ok=True)
+        os.replace(folder / path, directory / path)
 
 
 def _files_of_export(directory: Path) -> list[str]:
