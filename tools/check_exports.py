@@ -11,6 +11,7 @@ of them differs from the run by more than 0.1 points.
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
 import subprocess
@@ -39,6 +40,7 @@ from vlp_jax.training.restore import SavedParameters
 
 FORMATS = ("hf", "open_clip", "stablehlo", "saved_model")
 TOLERANCE = 0.001  # a tenth of a point
+BATCH = 64
 HEADS = ("format", "library", "evaluator", "images", "there", "the run's", "difference")
 
 
@@ -71,19 +73,18 @@ def write_task(config: ConfigDict, name: str, directory: Path) -> int:
       How many they are.
     """
     section = config.evaluators[name]
-    data = {**merged_data(config.data, section), "preprocess": {"decode_image": {}}}
+    data = {**merged_data(config.data, section), "preprocess": {}}
     field = section.get("label_field", "label")
-    pipeline = EvalPipeline(
-        data, None, batch_size=1, process_index=0, process_count=1, extra_fields=(field,)
-    )
+    pipeline = EvalPipeline(data, None, batch_size=BATCH, extra_fields=("image", field))
     classes = section.get("class_names") or pipeline.class_names(field)
     templates = section.get("templates") or ("a photo of a {}.",)
     directory.mkdir(parents=True)
     files, labels = [], []
     for batch in pipeline.batches():
-        files.append(f"{len(files):06d}.png")
-        Image.fromarray(np.asarray(batch["image"][0])).save(directory / files[-1])
-        labels.append(int(batch[field][0]))
+        for image, label in zip(batch["image"][batch["mask"]], batch[field][batch["mask"]]):
+            files.append(f"{len(files):06d}.png")
+            _picture(image).save(directory / files[-1])
+            labels.append(int(label))
     task = {
         "images": files,
         "labels": labels,
@@ -91,6 +92,13 @@ def write_task(config: ConfigDict, name: str, directory: Path) -> int:
     }
     (directory / "task.json").write_text(json.dumps(task), encoding="utf-8")
     return len(files)
+
+
+def _picture(image: bytes | np.ndarray) -> Image.Image:
+    """Of an encoded file or of its pixels."""
+    if isinstance(image, bytes):
+        return Image.open(io.BytesIO(image)).convert("RGB")
+    return Image.fromarray(image)
 
 
 def evaluated_elsewhere(format: str, folder: Path, data: Path) -> dict[str, Any]:

@@ -43,7 +43,7 @@ class NoVlpJax:
 def patch_torchvision() -> None:
     """Defines two operators that a torchvision of another build of PyTorch looks for and lacks.
 
-    open_clip and timm import torchvision; nothing here runs its operators.
+    transformers, open_clip and timm import torchvision; nothing here runs its operators.
     """
     import torch
 
@@ -62,6 +62,8 @@ def patch_torchvision() -> None:
 def with_transformers(folder: Path, inputs: Arrays) -> Arrays:
     """What `transformers` computes, in float32."""
     import torch
+
+    patch_torchvision()
     import transformers
 
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))

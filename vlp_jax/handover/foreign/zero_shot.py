@@ -38,6 +38,8 @@ def batches(items: Sequence[Any]) -> Iterator[Sequence[Any]]:
 def by_transformers(folder: Path) -> tuple[Callable, Callable]:
     """Unit vectors of pictures and of texts."""
     import torch
+
+    sibling("check").patch_torchvision()
     import transformers
 
     model = transformers.AutoModel.from_pretrained(folder, dtype=torch.float32).eval()
