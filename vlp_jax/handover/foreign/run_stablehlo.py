@@ -42,8 +42,8 @@ class Model:
         for image in images:
             image = image.convert("RGB")
             if said["resize"] == "crop":
-                scale = max(height / image.height, width / image.width)
-                size = (round(image.width * scale), round(image.height * scale))
+                short, side = min(image.size), min(height, width)
+                size = (image.width * side // short, image.height * side // short)
                 image = image.resize(size, method) if size != image.size else image
                 left, top = (image.width - width) // 2, (image.height - height) // 2
                 image = image.crop((left, top, left + width, top + height))

@@ -22,11 +22,13 @@ BATCH = 128
 
 
 def sibling(name: str) -> Any:
-    """The module in another file of this folder, which is on no path."""
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    """The module in another file of this folder, which is on no path; always the same one."""
+    key = f"sibling_{name}"
+    if key not in sys.modules:
+        spec = importlib.util.spec_from_file_location(key, Path(__file__).with_name(f"{name}.py"))
+        sys.modules[key] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[key])
+    return sys.modules[key]
 
 
 def batches(items: Sequence[Any]) -> Iterator[Sequence[Any]]:
@@ -99,7 +101,8 @@ def by_tensorflow(folder: Path) -> tuple[Callable, Callable]:
     import tensorflow as tf
 
     model = tf.saved_model.load(str(folder))
-    run = sibling("run_stablehlo").Model.__new__(sibling("run_stablehlo").Model)
+    kind = sibling("run_stablehlo").Model
+    run = kind.__new__(kind)  # of which only the preparation is used
     run.folder = folder
     run.signature = json.loads((folder / "signature.json").read_text(encoding="utf-8"))
     return (
