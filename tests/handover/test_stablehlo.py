@@ -117,7 +117,7 @@ def test_a_masked_autoencoder_embeds_and_paints(tmp_path):
     params, image = random_params(module), images(32, 2)
     program = written(module, params, tmp_path, mask_ratio=0.5, norm_pix_loss=True)
     tree = {"params": interop.to_tree(module, params)}
-    features = np.asarray(module.apply(tree, image, method="features"))
+    features = np.array(module.apply(tree, image, method="features"))
     features /= np.linalg.norm(features, axis=1, keepdims=True)
     np.testing.assert_allclose(program("embed_image", image), features, atol=1e-6)
     noise = np.random.default_rng(0).random((2, 16), np.float32)

@@ -154,15 +154,19 @@ def with_safetensors(folder: Path, inputs: Arrays) -> Arrays:
     import numpy as np
     import safetensors
 
-    with safetensors.safe_open(folder / "model.safetensors", "numpy") as file:
-        arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    outputs = {}
-    for name, x in arrays.items():
-        if x.dtype.itemsize == 2:  # bfloat16, which NumPy lacks: the upper half of a float32
-            x = (x.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
-        if not name.endswith(".scale"):
-            outputs[name] = x.astype(np.float32) * arrays.get(f"{name}.scale", np.float32(1))
-    return outputs
+    arrays = {}
+    for name, said in safetensors.deserialize((folder / "model.safetensors").read_bytes()):
+        raw, kind = bytes(said["data"]), said["dtype"]
+        if kind == "BF16":  # which NumPy lacks: the upper half of a float32
+            x = (np.frombuffer(raw, "<u2").astype(np.uint32) << 16).view(np.float32)
+        else:
+            x = np.frombuffer(raw, {"F32": "<f4", "I8": "i1"}[kind])
+        arrays[name] = x.reshape(said["shape"])
+    return {
+        name: x.astype(np.float32) * arrays.get(f"{name}.scale", np.float32(1))
+        for name, x in arrays.items()
+        if not name.endswith(".scale")
+    }
 
 
 # The distribution, what else has to be there, and what computes.
