@@ -40,7 +40,10 @@ def pair(tmp_path_factory):
     return module, params, written(module, params, folder), folder
 
 
-@pytest.mark.parametrize("batch", [1, 3, 64])
+@pytest.mark.parametrize(
+    "batch",
+    [3, 64, pytest.param(1, marks=pytest.mark.slow)],  # the proof of each export takes 1
+)
 def test_any_batch(pair, batch):
     module, params, program, _ = pair
     tree = {"params": interop.to_tree(module, params)}
@@ -80,7 +83,7 @@ def test_new_weights_go_into_the_same_program(pair):
         program.weights = kept
 
 
-@pytest.mark.parametrize("weights", ["bfloat16", "int8"])
+@pytest.mark.parametrize("weights", [pytest.param("bfloat16", marks=pytest.mark.slow), "int8"])
 def test_weights_in_fewer_bits_are_restored_inside(weights, tmp_path):
     module = siglip()
     params, image = random_params(module), images(32, 2)
@@ -92,6 +95,7 @@ def test_weights_in_fewer_bits_are_restored_inside(weights, tmp_path):
     np.testing.assert_allclose(program("embed_image", image), expected, atol=2e-6)
 
 
+@pytest.mark.slow
 def test_products_in_bfloat16(pair, tmp_path):
     module, params, exact, _ = pair
     program = written(module, params, tmp_path, "bfloat16")
@@ -103,6 +107,7 @@ def test_products_in_bfloat16(pair, tmp_path):
     assert "bf16" in exported.mlir_module()
 
 
+@pytest.mark.slow
 def test_an_image_tower_alone_normalizes_inside(tmp_path):
     module, mean, std = vit(pooling="mean", class_token=False), (0.1, 0.2, 0.3), (0.3, 0.2, 0.4)
     params, image = random_params(module), images(32, 2)
