@@ -18,6 +18,8 @@ DTYPES = {"F32": "float32", "BF16": jax.numpy.bfloat16, "I8": "int8"}
 
 
 class Model:
+    """The programs of a folder and their weights; images are Pillow's, texts strings."""
+
     def __init__(self, folder):
         self.folder = Path(folder)
         self.signature = json.loads((self.folder / "signature.json").read_text(encoding="utf-8"))
@@ -63,6 +65,7 @@ class Model:
 
 
 def main(arguments):
+    """The command; see above."""
     if not arguments or arguments[0] in ("-h", "--help"):
         print(__doc__)
         return
