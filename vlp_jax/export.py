@@ -12,14 +12,20 @@ from typing import Any
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 import numpy as np
+from etils import epath
 from ml_collections import ConfigDict
 
 from vlp_jax.data.tokenizers import ClipTokenizer, Tokenizer
 from vlp_jax.errors import UserError, unknown_key_message
-from vlp_jax.interop import format_named, stack_layers
+from vlp_jax.handover.artifacts import ARTIFACTS
+from vlp_jax.handover.functions import DTYPES
+from vlp_jax.handover.job import Job, kinds_of, known_formats
+from vlp_jax.interop import stack_layers
 from vlp_jax.interop.base import INTERPOLATIONS, RESIZES
 from vlp_jax.interop.hf_tokenizer import TokenizerFiles
-from vlp_jax.interop.transfer import Model, fitting_part, how_to_load, write_checked
+from vlp_jax.interop.precision import WEIGHTS
+from vlp_jax.interop.staging import check_free
+from vlp_jax.interop.transfer import Model, fitting_part, how_to_load
 from vlp_jax.interop.trees import expected_shapes
 from vlp_jax.models.masked_autoencoder import MaskedAutoencoder
 from vlp_jax.objectives import Objective, make_objective
@@ -38,6 +44,8 @@ EPILOG = """formats:
   hf_vit      transformers ViTModel         hf_vit_mae  transformers ViTMAEForPreTraining
   hf          whichever of these fits       open_clip   a folder for "local-dir:DIR"
   timm        VisionTransformer             big_vision  model.npz
+  safetensors our own: any model, float32, bfloat16 or int8
+  stablehlo   programs of jax.export        saved_model TensorFlow's SavedModel
 """
 
 
@@ -69,11 +77,41 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         "--part", metavar="NAME", help="of a composite objective, the part whose model is written"
     )
     add_writing_arguments(parser)
+    add_handover_arguments(parser)
     return parser.parse_args(argv)
+
+
+def add_handover_arguments(parser: argparse.ArgumentParser) -> None:
+    """What an export of a run asks for besides."""
+    parser.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        help="of the matrix products in stablehlo and saved_model; default: float32",
+    )
+    parser.add_argument(
+        "--evaluate",
+        action=argparse.BooleanOptionalAction,
+        help="run the run's evaluators on what is written; default: only if --weights rounds them "
+        "and the data is there",
+    )
+    parser.add_argument(
+        "--no-verify",
+        dest="verify",
+        action="store_false",
+        help="do not load the result with the library that it is for, in another process",
+    )
+    parser.add_argument("--license", metavar="NAME", help="for the model card, such as apache-2.0")
 
 
 def add_writing_arguments(parser: argparse.ArgumentParser) -> None:
     """What every command that writes a model asks for."""
+    parser.add_argument(
+        "--weights",
+        choices=WEIGHTS,
+        default="float32",
+        help="numbers in the files (default: %(default)s); int8 has a scale for each output of a "
+        "matrix, and only our own safetensors, stablehlo and saved_model have a place for it",
+    )
     parser.add_argument(
         "--resize",
         choices=RESIZES,
@@ -115,12 +153,15 @@ def choose(
     if part is not None and part not in parts:
         raise UserError(unknown_key_message(part, parts, "--part"))
     candidates = list(parts.values()) if part is None else [parts[part]]
-    kinds = format_named(format).KINDS
+    kinds = kinds_of(format)
     leaf = next((leaf for leaf in candidates if isinstance(leaf.model, kinds)), candidates[0])
     own = dict(parameters)
     if isinstance(objective, Composite):
         own = {k: own[k] for k in expected_shapes(leaf.model) if k in own}
-    model, note = fitting_part(format, Model(leaf.model, bounded(leaf, own)))
+    model = Model(leaf.model, bounded(leaf, own))
+    if format in ARTIFACTS:
+        return leaf, model, ""
+    model, note = fitting_part(format, model)
     return leaf, model, note
 
 
@@ -204,8 +245,8 @@ def extras_of(
 
 
 def chosen_settings(arguments: argparse.Namespace) -> dict[str, str]:
-    """What the command line says of the resize."""
-    settings = {name: getattr(arguments, name) for name in ("resize", "interpolation")}
+    """What the command line says of the resize and the weights."""
+    settings = {name: getattr(arguments, name) for name in ("resize", "interpolation", "weights")}
     return {name: value for name, value in settings.items() if value is not None}
 
 
@@ -221,11 +262,11 @@ def export(arguments: argparse.Namespace) -> str:
     """Writes what the command asks for; returns a report.
 
     Raises:
-      UserError: no run or checkpoint, or a format that does not hold the model.
+      UserError: no run or checkpoint, a folder that is not free, a format that does not hold the
+        model, or one that its own library does not load.
     """
     workdir, output = checkpoint.absolute(arguments.workdir), Path(arguments.output).expanduser()
-    if "://" in arguments.output:
-        raise UserError(f"--output {arguments.output}: write to a local folder, then copy it")
+    check_arguments_fit(arguments, workdir, output)
     config = workdir_lib.load_config(workdir)
     tokenizer = workdir_lib.open_kept_tokenizer(workdir, config)
     objective = make_objective(config.objective, tokenizer, config.microbatches)
@@ -235,16 +276,46 @@ def export(arguments: argparse.Namespace) -> str:
     leaf, model, note = choose(objective, parameters, arguments.format, arguments.part)
     notes = [note] if note else []
     extras = extras_of(config, leaf, tokenizer, notes) | chosen_settings(arguments)
-    written, difference = write_checked(
-        arguments.format,
-        model,
-        output,
+    job = Job(
+        format=arguments.format,
+        model=model,
+        extras=extras,
+        workdir=workdir,
+        config=config,
+        saved=saved,
+        dtype=arguments.dtype or "float32",
         overwrite=arguments.overwrite,
         check=arguments.check,
-        **extras,
+        prove=arguments.verify,
+        evaluate=arguments.evaluate,
+        license=arguments.license,
+        notes=notes,
     )
-    head = [f"{workdir}, {saved.part} of step {step:,}", *(f"note: {note}" for note in notes)]
-    return "\n".join([*head, report(arguments.format, output, written, difference)])
+    return job.run(output)
+
+
+def check_arguments_fit(arguments: argparse.Namespace, workdir: epath.Path, output: Path) -> None:
+    """
+    Raises:
+      UserError: a format that is not known, an option that it does not have, or an output that
+        cannot be.
+    """
+    if arguments.format not in known_formats():
+        raise UserError(unknown_key_message(arguments.format, known_formats(), "--format"))
+    if arguments.dtype is not None and arguments.format not in ARTIFACTS:
+        raise UserError(
+            f"--dtype is of the computation in {' and '.join(ARTIFACTS)}; {arguments.format} holds "
+            f"weights alone, for which there is --weights"
+        )
+    if "://" in arguments.output:
+        raise UserError(f"--output {arguments.output}: write to a local folder, then copy it")
+    check_free(output, arguments.overwrite)
+    inside = os.path.realpath(output)
+    if Path(inside).is_relative_to(os.path.realpath(workdir)):
+        raise UserError(
+            f"--output {output} is inside the run's folder {workdir}, which is the run's own: "
+            f"choose a folder beside it"
+        )
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -7,6 +7,7 @@ import torch
 from vlp_jax import interop
 from vlp_jax.interop.trees import expected_shapes
 from vlp_jax.models.dual_encoder import DualEncoder, normalize_pixels
+from vlp_jax.models.masked_autoencoder import MaskedAutoencoder, MaskedDecoder
 from vlp_jax.models.text import TextTransformer
 from vlp_jax.models.vit import VisionTransformer
 
@@ -151,3 +152,9 @@ def siglip(image=None, text=None, **fields):
         logit_scale_init=2.3,
         **{**defaults, "image_mean": MEAN, "image_std": STD, **fields},
     )
+
+
+def autoencoder():
+    """A small masked autoencoder of ours."""
+    image = vit(pooling="none", position="sincos")
+    return MaskedAutoencoder(image, MaskedDecoder((4, 4), True, 192, 16, 1, 32, 2))

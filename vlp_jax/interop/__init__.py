@@ -16,8 +16,19 @@ from pathlib import Path
 from typing import Any
 
 from vlp_jax.errors import UserError, unknown_key_message
-from vlp_jax.interop import big_vision, hf, hf_clip, hf_siglip, hf_vit, hf_vit_mae, open_clip, timm
+from vlp_jax.interop import (
+    big_vision,
+    hf,
+    hf_clip,
+    hf_siglip,
+    hf_vit,
+    hf_vit_mae,
+    native,
+    open_clip,
+    timm,
+)
 from vlp_jax.interop.base import Extras, Format, Imported, differences
+from vlp_jax.interop.precision import rounded
 from vlp_jax.interop.trees import (
     Module,
     Params,
@@ -37,6 +48,7 @@ FORMATS: dict[str, Format] = {
     "hf_vit": hf_vit,
     "hf_vit_mae": hf_vit_mae,
     "open_clip": open_clip,
+    "safetensors": native,
     "timm": timm,
 }
 
@@ -90,7 +102,7 @@ def write(
 
     Args:
       format: a name in `FORMATS`.
-      module, params: a model and all its parameters.
+      module, params: a model and all its parameters, which are rounded as `weights` says.
       directory: made if it is not there.
       extras: the fields of `Extras`: what the config says and the module does not.
 
@@ -107,10 +119,21 @@ def write(
             raise UserError(unknown_key_message(key, known, "the export's settings"))
     given, chosen = Extras(**extras), format_named(format)
     problems = chosen.check(module, given)
+    if given.weights not in chosen.HOLDS:
+        problems.append(no_place_for(format, given.weights, chosen.HOLDS))
     if problems:
         raise UserError(f"this model cannot be written as {format}: {'; '.join(problems)}")
     check_params(module, params)
-    return chosen.write(module, dict(params), Path(directory), given)
+    return chosen.write(module, rounded(params, given.weights), Path(directory), given)
+
+
+def no_place_for(format: str, weights: str, holds: tuple[str, ...]) -> str:
+    """Why a format does not take weights of some kind, and what does."""
+    able = [name for name, known in FORMATS.items() if weights in known.HOLDS]
+    return (
+        f"{format} has no place for weights in {weights} (it takes {' or '.join(holds)}; "
+        f"{', '.join(able)} and stablehlo take {weights})"
+    )
 
 
 def format_named(name: str) -> Format:
@@ -134,8 +157,10 @@ __all__ = [
     "differences",
     "format_named",
     "from_tree",
+    "no_place_for",
     "read",
     "read_weights",
+    "rounded",
     "stack_layers",
     "to_tree",
     "unstack_layers",

@@ -13,6 +13,7 @@ import numpy as np
 
 from vlp_jax.errors import UserError
 from vlp_jax.interop.hf_tokenizer import TokenizerFiles
+from vlp_jax.interop.precision import WEIGHTS
 from vlp_jax.interop.tables import Shape
 from vlp_jax.interop.trees import Module, Params, image_of
 from vlp_jax.models.dual_encoder import DualEncoder
@@ -52,6 +53,9 @@ class Imported:
     extras: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
+_CHOICES = (("resize", RESIZES), ("interpolation", INTERPOLATIONS), ("weights", WEIGHTS))
+
+
 @dataclasses.dataclass(frozen=True)
 class Extras:
     """What a foreign config wants to know and our modules do not say.
@@ -64,6 +68,7 @@ class Extras:
       interpolation: "bicubic" or "bilinear", both antialiased.
       norm_pix_loss, mask_ratio: of masked autoencoding.
       tokenizer: its files, for formats that have some.
+      weights: of `precision.WEIGHTS`, to which the parameters have been rounded.
     """
 
     bos_id: int | None = None
@@ -76,9 +81,15 @@ class Extras:
     norm_pix_loss: bool = False
     mask_ratio: float = 0.75
     tokenizer: TokenizerFiles | None = None
+    weights: str = "float32"
+
+    @property
+    def narrow(self) -> bool:
+        """Whether files hold bfloat16."""
+        return self.weights == "bfloat16"
 
     def __post_init__(self) -> None:
-        for field, known in (("resize", RESIZES), ("interpolation", INTERPOLATIONS)):
+        for field, known in _CHOICES:
             if getattr(self, field) not in known:
                 raise UserError(f"{field}={getattr(self, field)!r} must be {' or '.join(known)}")
 
@@ -96,10 +107,12 @@ class Format(Protocol):
       KINDS: the modules of which it can hold some.
       LOADED_BY: a line of Python that loads a folder of it, in which `{}` stands for the folder and
         `{architecture}` for the class that its config names.
+      HOLDS: those of `precision.WEIGHTS` that it has a place for.
     """
 
     KINDS: tuple[type, ...]
     LOADED_BY: str
+    HOLDS: tuple[str, ...]
 
     def read(self, path: Path, like: Module | None) -> Imported:
         """Reads a file or a directory; `like` says what the files do not."""

@@ -34,6 +34,7 @@ from vlp_jax.models.vit import VisionTransformer
 MODEL = "big_vision"
 KINDS = (DualEncoder, VisionTransformer)
 LOADED_BY = 'numpy.load("{}/model.npz")'
+HOLDS = ("float32",)  # NumPy has no bfloat16, and so .npz has none
 FILE = "model.npz"
 LEFT_OUT = ("head/kernel", "head/bias", "pre_logits/kernel", "pre_logits/bias")  # of a classifier
 

@@ -20,6 +20,7 @@ import safetensors
 import safetensors.numpy
 
 from vlp_jax.errors import UserError
+from vlp_jax.interop import precision
 
 Tensors = dict[str, np.ndarray]
 
@@ -85,8 +86,13 @@ def load_tensors(path: Path) -> Tensors:
     )
 
 
-def save_safetensors(tensors: Tensors, path: Path) -> Path:
-    """Writes arrays, whole or not at all, as the PyTorch libraries expect them; returns `path`."""
+def save_safetensors(tensors: Tensors, path: Path, narrow: bool = False) -> Path:
+    """Writes arrays, whole or not at all, as the PyTorch libraries expect them; returns `path`.
+
+    Args:
+      narrow: see `precision.narrowed`.
+    """
+    tensors = precision.narrowed(tensors) if narrow else tensors
     # The library writes an array's memory as it lies there: a transposed view would come out wrong.
     whole = {key: np.array(x, order="C", copy=None) for key, x in tensors.items()}
     return save_bytes(safetensors.numpy.save(whole, metadata={"format": "pt"}), path)

@@ -15,6 +15,7 @@ from vlp_jax.models.vit import VisionTransformer
 
 KINDS = (DualEncoder, MaskedAutoencoder, VisionTransformer)
 LOADED_BY = 'transformers.{architecture}.from_pretrained("{}")'
+HOLDS = ("float32", "bfloat16")
 
 BY_MODEL_TYPE: dict[str, Format] = {
     "clip": hf_clip,

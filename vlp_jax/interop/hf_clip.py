@@ -32,6 +32,7 @@ from vlp_jax.models.vit import VisionTransformer
 MODEL = "CLIPModel"
 KINDS = (DualEncoder,)
 LOADED_BY = 'transformers.CLIPModel.from_pretrained("{}")'
+HOLDS = ("float32", "bfloat16")
 TOKENIZER_GIVES = ("input_ids", "attention_mask")
 HIGHEST_ID = 2  # the eos_token_id that means "pool at the highest id"
 
@@ -155,7 +156,7 @@ def write(module: DualEncoder, params: Params, directory: Path, extras: Extras) 
     config = {
         "architectures": [MODEL],
         "model_type": "clip",
-        "torch_dtype": "float32",
+        "torch_dtype": extras.weights,
         "projection_dim": module.embed_dim,
         "logit_scale_init_value": module.logit_scale_init,
         "vision_config": {
@@ -177,7 +178,9 @@ def write(module: DualEncoder, params: Params, directory: Path, extras: Extras) 
         config["text_config"]["eos_token_id"] = HIGHEST_ID
     return [
         files.save_json(config, directory / "config.json"),
-        files.save_safetensors(to_theirs(TABLE, params), directory / "model.safetensors"),
+        files.save_safetensors(
+            to_theirs(TABLE, params), directory / "model.safetensors", extras.narrow
+        ),
         hf_common.write_processor(
             module, directory, extras, "CLIPImageProcessor", "CLIPImageProcessor"
         ),

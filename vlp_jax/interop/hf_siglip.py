@@ -39,6 +39,7 @@ from vlp_jax.models.vit import VisionTransformer
 MODEL = "SiglipModel"
 KINDS = (DualEncoder,)
 LOADED_BY = 'transformers.SiglipModel.from_pretrained("{}")'
+HOLDS = ("float32", "bfloat16")
 
 TABLE: Table = [
     Entry("logit_scale", "logit_scale", SCALAR),
@@ -172,7 +173,7 @@ def write(module: DualEncoder, params: Params, directory: Path, extras: Extras) 
     config = {
         "architectures": [MODEL],
         "model_type": "siglip",
-        "torch_dtype": "float32",
+        "torch_dtype": extras.weights,
         "vision_config": {
             "model_type": "siglip_vision_model",
             **hf_common.encoder_config(image),
@@ -189,7 +190,9 @@ def write(module: DualEncoder, params: Params, directory: Path, extras: Extras) 
     }
     return [
         files.save_json(config, directory / "config.json"),
-        files.save_safetensors(to_theirs(TABLE, params), directory / "model.safetensors"),
+        files.save_safetensors(
+            to_theirs(TABLE, params), directory / "model.safetensors", extras.narrow
+        ),
         hf_common.write_processor(
             module, directory, extras, "SiglipImageProcessor", "CLIPImageProcessor"
         ),

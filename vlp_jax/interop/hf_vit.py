@@ -30,6 +30,7 @@ from vlp_jax.models.vit import VisionTransformer
 MODEL = "ViTModel"
 KINDS = (VisionTransformer,)
 LOADED_BY = 'transformers.ViTModel.from_pretrained("{}", add_pooling_layer=False)'
+HOLDS = ("float32", "bfloat16")
 
 TABLE: Table = [
     Entry("image/class_token", "embeddings.cls_token", BATCHED),
@@ -120,7 +121,7 @@ def write(module: VisionTransformer, params: Params, directory: Path, extras: Ex
     config = {
         "architectures": [MODEL],
         "model_type": "vit",
-        "torch_dtype": "float32",
+        "torch_dtype": extras.weights,
         **hf_common.encoder_config(image),
         "image_size": height if height == width else [height, width],
         "patch_size": image.patch_size,
@@ -129,7 +130,9 @@ def write(module: VisionTransformer, params: Params, directory: Path, extras: Ex
     }
     return [
         files.save_json(config, directory / "config.json"),
-        files.save_safetensors(to_theirs(TABLE, params), directory / "model.safetensors"),
+        files.save_safetensors(
+            to_theirs(TABLE, params), directory / "model.safetensors", extras.narrow
+        ),
         hf_common.write_processor(
             module, directory, extras, "ViTImageProcessor", "CLIPImageProcessor"
         ),

@@ -35,6 +35,7 @@ from vlp_jax.models.vit import VisionTransformer
 MODEL = "ViTMAEForPreTraining"
 KINDS = (MaskedAutoencoder,)
 LOADED_BY = 'transformers.ViTMAEForPreTraining.from_pretrained("{}")'
+HOLDS = ("float32", "bfloat16")
 
 TABLE: Table = [
     Entry("image/class_token", "vit.embeddings.cls_token", BATCHED),
@@ -122,7 +123,7 @@ def write(module: MaskedAutoencoder, params: Params, directory: Path, extras: Ex
     config = {
         "architectures": [MODEL],
         "model_type": "vit_mae",
-        "torch_dtype": "float32",
+        "torch_dtype": extras.weights,
         **hf_common.encoder_config(decoder, "decoder_"),
         **hf_common.encoder_config(image),
         "image_size": image.image_size[0],
@@ -134,7 +135,9 @@ def write(module: MaskedAutoencoder, params: Params, directory: Path, extras: Ex
     }
     return [
         files.save_json(config, directory / "config.json"),
-        files.save_safetensors(to_theirs(TABLE, params), directory / "model.safetensors"),
+        files.save_safetensors(
+            to_theirs(TABLE, params), directory / "model.safetensors", extras.narrow
+        ),
         hf_common.write_processor(
             module, directory, extras, "ViTImageProcessor", "CLIPImageProcessor"
         ),

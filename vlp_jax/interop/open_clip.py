@@ -55,6 +55,7 @@ from vlp_jax.models.vit import VisionTransformer
 MODEL = "open_clip"
 KINDS = (DualEncoder,)
 LOADED_BY = 'open_clip.create_model_and_transforms("local-dir:{}")'
+HOLDS = ("float32", "bfloat16")
 CONFIG = "open_clip_config.json"
 TOKENIZER_GIVES = ("input_ids", "attention_mask")
 WEIGHTS = (
@@ -252,7 +253,7 @@ def write(module: DualEncoder, params: Params, directory: Path, extras: Extras) 
     tensors = to_theirs(table(trunk, module.text_head == "linear_bias"), params)
     return [
         files.save_json(config, directory / CONFIG),
-        files.save_safetensors(tensors, directory / WEIGHTS[0]),
+        files.save_safetensors(tensors, directory / WEIGHTS[0], extras.narrow),
         *hf_tokenizer.write(extras.tokenizer, directory, TOKENIZER_GIVES),
     ]
 

@@ -45,6 +45,7 @@ from vlp_jax.models.vit import VisionTransformer
 MODEL = "timm's VisionTransformer"
 KINDS = (VisionTransformer,)
 LOADED_BY = 'timm.create_model("local-dir:{}", pretrained=True)'
+HOLDS = ("float32", "bfloat16")
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 HEAD = ("head.weight", "head.bias")  # a classifier, for which the tower has no place
 
@@ -173,7 +174,9 @@ def write(module: VisionTransformer, params: Params, directory: Path, extras: Ex
     }
     return [
         files.save_json(config, directory / "config.json"),
-        files.save_safetensors(to_theirs(table(), params), directory / "model.safetensors"),
+        files.save_safetensors(
+            to_theirs(table(), params), directory / "model.safetensors", extras.narrow
+        ),
     ]
 
 

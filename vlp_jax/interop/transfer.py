@@ -12,7 +12,7 @@ import numpy as np
 
 from vlp_jax import interop
 from vlp_jax.errors import UserError
-from vlp_jax.interop import files
+from vlp_jax.interop import files, staging
 from vlp_jax.interop.trees import Module, Params, image_of, plain, to_tree
 from vlp_jax.models.dual_encoder import DualEncoder, normalize_pixels
 from vlp_jax.models.masked_autoencoder import MaskedAutoencoder
@@ -76,10 +76,15 @@ def write_checked(
       UserError: the folder is not empty, `vlp_jax.interop.write` raises it, or what is read back
         is another model.
     """
-    if directory.exists() and not directory.is_dir():
-        raise UserError(f"{directory} is a file; name a folder that is to be made")
-    if directory.is_dir() and any(directory.iterdir()) and not overwrite:
-        raise UserError(f"{directory} is not empty; choose another folder, or add --overwrite")
+    with staging.staged(directory, overwrite) as folder:
+        written, difference = write_into(format, model, folder, check=check, **extras)
+    return [directory / path.relative_to(folder) for path in written], difference
+
+
+def write_into(
+    format: str, model: Model, directory: Path, *, check: bool, **extras: Any
+) -> tuple[list[Path], float | None]:
+    """The same, into a folder that is made if it is not there, and file by file."""
     module = model.module
     written = interop.write(format, module, model.params, directory, **extras)
     if not check:
@@ -88,11 +93,13 @@ def write_checked(
     read_back = again.module
     if isinstance(module, VisionTransformer):  # some files do not say how their user is to pool
         read_back = read_back.clone(pooling=module.pooling)
-    difference = deviation(model, Model(read_back, again.params))
+    weights = extras.get("weights", "float32")
+    as_written = Model(module, interop.rounded(model.params, weights))
+    difference = deviation(as_written, Model(read_back, again.params))
     if not difference <= TOLERANCE:
         raise UserError(
-            f"{directory} was read back and computes something else: features differ by "
-            f"{difference:.3g}; do not use it, and report this with the config of the model"
+            f"what was written as {format} was read back and computes something else: features "
+            f"differ by {difference:.3g}; do not use it, and report this with the model's config"
         )
     return written, difference
 

@@ -59,7 +59,7 @@ class MaskedDecoder(nn.Module):
         mask_token = self.param("mask_token", init, (1, self.width)).astype(x.dtype)
         prefix, visible = x[:, : int(self.class_token)], x[:, int(self.class_token) :]
         hidden = self.patches - visible.shape[1]
-        filler = jnp.broadcast_to(mask_token, (len(x), hidden, self.width))
+        filler = jnp.broadcast_to(mask_token, (x.shape[0], hidden, self.width))
         patches = take_tokens(jnp.concatenate([visible, filler], axis=1), restore)
         x = jnp.concatenate([prefix, patches], axis=1) + self._positions().astype(x.dtype)
         x = nn.with_logical_constraint(x, ("batch", "act_tokens", "act_embed"))

@@ -1,0 +1,217 @@
+"""Do others get a run's zero-shot accuracy from its exports?
+
+    python -m tools.check_exports --workdir demo/run --output exports
+
+Writes the images of the run's zero-shot evaluators to a folder of plain PNG files, exports the run
+in several formats, and evaluates each export on these files with the library it is for, its
+tokenizer and its image processor, in a process that cannot import vlp_jax. The status is 1 if one
+of them differs from the run by more than 0.1 points.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+import numpy as np
+from ml_collections import ConfigDict
+from PIL import Image
+
+from vlp_jax import export
+from vlp_jax.data.pipeline import EvalPipeline
+from vlp_jax.errors import UserError, unknown_key_message
+from vlp_jax.evaluators import merged_data
+from vlp_jax.handover import foreign, scores
+from vlp_jax.interop.staging import check_free
+from vlp_jax.parallel import startup
+from vlp_jax.training import checkpoint
+from vlp_jax.training import workdir as workdir_lib
+from vlp_jax.training.command import run_command
+from vlp_jax.training.restore import SavedParameters
+
+FORMATS = ("hf", "open_clip", "stablehlo", "saved_model")
+TOLERANCE = 0.001  # a tenth of a point
+BATCH = 64
+HEADS = ("format", "library", "evaluator", "images", "there", "the run's", "difference")
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """The arguments."""
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.check_exports",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--workdir", metavar="DIR", required=True, help="folder of the run")
+    parser.add_argument("--output", metavar="DIR", required=True, help="folder that is made")
+    parser.add_argument(
+        "--formats", metavar="A,B", default=",".join(FORMATS), help="default: %(default)s"
+    )
+    parser.add_argument("--step", type=int, metavar="N", help="which checkpoint")
+    return parser.parse_args(argv)
+
+
+def write_task(config: ConfigDict, name: str, directory: Path) -> int:
+    """Writes what the zero-shot evaluator `name` sees as PNG files, with task.json beside them.
+
+    Images are as the dataset has them, before any resize.
+
+    Returns:
+      How many they are.
+    """
+    section = config.evaluators[name]
+    data = {**merged_data(config.data, section), "preprocess": {}}
+    field = section.get("label_field", "label")
+    pipeline = EvalPipeline(data, None, batch_size=BATCH, extra_fields=("image", field))
+    classes = section.get("class_names") or pipeline.class_names(field)
+    templates = section.get("templates") or ("a photo of a {}.",)
+    directory.mkdir(parents=True)
+    files, labels = [], []
+    for batch in pipeline.batches():
+        for image, label in zip(batch["image"][batch["mask"]], batch[field][batch["mask"]]):
+            files.append(f"{len(files):06d}.png")
+            _picture(image).save(directory / files[-1])
+            labels.append(int(label))
+    task = {
+        "images": files,
+        "labels": labels,
+        "prompts": [[template.format(one) for template in templates] for one in classes],
+    }
+    (directory / "task.json").write_text(json.dumps(task), encoding="utf-8")
+    return len(files)
+
+
+def _picture(image: bytes | np.ndarray) -> Image.Image:
+    """Of an encoded file or of its pixels."""
+    if isinstance(image, bytes):
+        return Image.open(io.BytesIO(image)).convert("RGB")
+    return Image.fromarray(image)
+
+
+def evaluated_elsewhere(format: str, folder: Path, data: Path) -> dict[str, Any]:
+    """What foreign/zero_shot.py says.
+
+    Raises:
+      UserError: it ended with an error.
+    """
+    program = Path(foreign.__file__).parent / "zero_shot.py"
+    done = subprocess.run(
+        [sys.executable, "-I", "-B", program, format, folder.resolve(), data.resolve()],
+        capture_output=True,
+        text=True,
+        cwd=data,
+    )
+    if done.returncode:
+        reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        raise UserError(f"{format}: the evaluation of {folder} failed: {reason}")
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def of_the_run(workdir: Any, config: ConfigDict, step: int) -> dict[str, float]:
+    """ "EVALUATOR/SCORE" -> value of a checkpoint: as the run noted it, or else evaluated now."""
+    noted = scores.noted(workdir, step)
+    if noted is not None and noted.step == step:
+        return noted.values
+    saved = SavedParameters.of(workdir, step)
+    return scores.evaluate_rounded(workdir, config, saved, "float32")[0].values
+
+
+def export_one(arguments: argparse.Namespace, format: str, folder: Path, step: int) -> str:
+    """Exports the run; returns why that is refused, empty if it is not.
+
+    The format's library need not compute a random batch first: it is to evaluate.
+    """
+    words = ["--workdir", arguments.workdir, "--format", format, "--output", str(folder)]
+    words.append("--no-verify")
+    try:
+        print(export.export(export.parse([*words, "--step", str(step)])), flush=True)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return str(error)
+    return ""
+
+
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """Rows in Markdown, columns aligned."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = [" | ".join(f"{x:<{w}}" for x, w in zip(row, widths, strict=True)) for row in rows]
+    lines.insert(1, " | ".join("-" * w for w in widths))
+    return "\n".join(f"| {line} |" for line in lines)
+
+
+def check(arguments: argparse.Namespace) -> bool:
+    """Exports, evaluates, prints the table; whether all agree.
+
+    Raises:
+      UserError: no run, no zero-shot evaluator in it, an unknown format, or a folder that is not
+        free.
+    """
+    formats = arguments.formats.split(",")
+    for format in formats:
+        if format not in FORMATS:
+            raise UserError(unknown_key_message(format, FORMATS, "--formats"))
+    workdir, output = checkpoint.absolute(arguments.workdir), Path(arguments.output).expanduser()
+    check_free(output, overwrite=False)
+    config = workdir_lib.load_config(workdir)
+    step = checkpoint.choose_step(workdir, arguments.step)
+    tasks = [key for key, e in config.evaluators.items() if e.name == "zero_shot"]
+    if not tasks:
+        raise UserError(f"{workdir}: the run's config has no zero_shot evaluator")
+    expected = of_the_run(workdir, config, step)
+    rows, failed = [HEADS], False
+    for name in tasks:
+        count = write_task(config, name, output / "data" / name)
+        print(f"{name}: {count:,} images", flush=True)
+    for format in formats:
+        refusal = export_one(arguments, format, output / format, step)
+        if refusal:
+            rows.append((format, "refused", "-", "-", "-", "-", "-"))
+            failed = True
+            continue
+        for name in tasks:
+            said = evaluated_elsewhere(format, output / format, output / "data" / name)
+            row, agrees = _row(format, name, said, expected[f"{name}/top1"])
+            print(f"{format}, {name}: {row[4]} there, {row[5]} in the run", flush=True)
+            rows.append(row)
+            failed |= not agrees
+    print(table(rows))
+    return not failed
+
+
+def _row(
+    format: str, name: str, said: dict[str, Any], expected: float
+) -> tuple[tuple[str, ...], bool]:
+    """A row of the table, and whether it is as it should be."""
+    if "skipped" in said:
+        return (format, said["skipped"], name, "-", "-", f"{expected:.4f}", "-"), True
+    difference = said["top1"] - expected
+    library = f"{said['library']} {said['version']}"
+    numbers = (f"{said['top1']:.4f}", f"{expected:.4f}", f"{difference:+.4f}")
+    return (format, library, name, str(said["examples"]), *numbers), abs(difference) <= TOLERANCE
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; returns its exit status."""
+    arguments = parse(sys.argv[1:] if argv is None else argv)
+    agree = True
+
+    def command() -> None:
+        nonlocal agree
+        startup.use_compilation_cache()
+        agree = check(arguments)
+
+    return run_command(command) or int(not agree)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,306 @@
+"""README.md of an export: what the model is, of what data and recipe, what it scores, how to load.
+
+Everything in it is taken from the run's config, its metrics and the model; what these do not say is
+left out. The head is that of the model cards of the Hugging Face hub (huggingface.co/docs/hub,
+"Model Cards"); JSON is YAML.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import PurePosixPath
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from vlp_jax.handover.examples import TEXTS, example
+from vlp_jax.handover.scores import Scores, is_score
+from vlp_jax.interop.base import Extras
+from vlp_jax.interop.transfer import Model
+from vlp_jax.interop.trees import image_of
+from vlp_jax.models.dual_encoder import DualEncoder
+from vlp_jax.models.masked_autoencoder import MaskedAutoencoder
+
+LIBRARY = {
+    "hf": "transformers",
+    "saved": "tensorflow",
+    "stablehlo": "jax",
+    "safetensors": "vlp_jax",
+}
+TOWER_FIELDS = {
+    "width": "width",
+    "depth": "layers",
+    "heads": "heads",
+    "mlp_dim": "MLP width",
+    "activation": "activation",
+    "pooling": "pooling",
+}
+# Says what is known of a dataset, and no more.
+DATA_LIMITS = {
+    "shapes": "`shapes` is drawn: scenes of colored shapes with generated captions. Nothing here "
+    "says how the model fares on photographs or on other sentences.",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Subject:
+    """What a card is about.
+
+    Attributes:
+      name: of the model, the folder's.
+      format: of the export.
+      model: the module and its parameters.
+      extras: what the formats are told besides.
+      config: of the run.
+      step: of the checkpoint.
+      part: of it, "params" or "ema".
+      scores: none, or what is known.
+      versions: name -> version.
+      commit: of the code, None if it is not known.
+      architecture: the class of `transformers`, for its formats.
+      license: as the hub names it, None if it was not given.
+      notes: what a user has to know, a line each.
+    """
+
+    name: str
+    format: str
+    model: Model
+    extras: Extras
+    config: ConfigDict
+    step: int
+    part: str
+    scores: Scores | None
+    versions: Mapping[str, str]
+    commit: str | None
+    architecture: str = ""
+    license: str | None = None
+    notes: Sequence[str] = ()
+
+
+def text(subject: Subject) -> str:
+    """The whole card."""
+    sections = [
+        ("", _what(subject)),
+        ("Load it", f"Inside this folder:\n\n```python\n{_example(subject)}\n```"),
+        ("Model", _architecture(subject)),
+        ("Images and texts", _preprocessing(subject)),
+        ("Training data", _data(subject)),
+        ("Recipe", _recipe(subject)),
+        ("Scores", _scores(subject)),
+        ("Limits", _limits(subject)),
+        ("Made with", _made(subject)),
+    ]
+    body = "\n\n".join(f"## {title}\n\n{x}" if title else x for title, x in sections)
+    return f"---\n{_head(subject)}---\n\n# {subject.name}\n\n{body}\n"
+
+
+def _head(subject: Subject) -> str:
+    two = isinstance(subject.model.module, DualEncoder)
+    name = subject.format
+    head: dict[str, Any] = {
+        "library_name": LIBRARY.get(name.split("_")[0], name),
+        "tags": ["vlp_jax", subject.config.objective.name, name],
+        "pipeline_tag": "zero-shot-image-classification" if two else "image-feature-extraction",
+    }
+    if subject.license:
+        head["license"] = subject.license
+    results = _results(subject) if subject.scores else []
+    if results:
+        head["model-index"] = [{"name": subject.name, "results": results}]
+    return "".join(f"{key}: {json.dumps(value)}\n" for key, value in head.items())
+
+
+def _results(subject: Subject) -> list[dict[str, Any]]:
+    """The scores as the hub lists them: an entry for each evaluator."""
+    by_evaluator: dict[str, list[tuple[str, float]]] = {}
+    for name, value in subject.scores.values.items():
+        if is_score(name):
+            evaluator, _, score = name.partition("/")
+            by_evaluator.setdefault(evaluator, []).append((score, value))
+    return [
+        {
+            "task": {"type": name},
+            "dataset": {"name": _dataset(subject.config, name), "type": "custom"},
+            "metrics": [{"type": score, "value": value} for score, value in scores],
+        }
+        for name, scores in by_evaluator.items()
+    ]
+
+
+def _dataset(config: ConfigDict, evaluator: str) -> str:
+    section = config.evaluators.get(evaluator, {})
+    own = {**config.data.to_dict(), **dict(section.get("data", {}))}
+    chosen = {**dict(own.get("where") or {}), "limit": own.get("limit")}
+    words = [f"split {own['split']}"] if own.get("split") else []
+    words += [f"{key} {value}" for key, value in chosen.items() if value is not None]
+    return ", ".join([_named(own), *words])
+
+
+def _named(data: Mapping[str, Any]) -> str:
+    """The name of a dataset: not the path to it, which says nothing elsewhere."""
+    for key in ("dataset", "path", "files", "pattern"):
+        if isinstance(data.get(key), str):
+            return PurePosixPath(data[key]).name
+    return str(data.get("source", "unknown"))
+
+
+def _what(subject: Subject) -> str:
+    module = subject.model.module
+    kinds = {
+        DualEncoder: "An image and a text encoder that end in one embedding space",
+        MaskedAutoencoder: "A masked autoencoder: an image encoder and a decoder that paints what "
+        "was hidden",
+    }
+    kind = kinds.get(type(module), "An image encoder")
+    numbers = sum(x.size for x in subject.model.params.values())
+    kept = {"params": "its parameters", "ema": "the average of its parameters"}[subject.part]
+    return (
+        f"{kind}, {numbers:,} parameters, written as `{subject.format}` with weights in "
+        f"{subject.extras.weights}. It is {kept} at step {subject.step:,} of a run of vlp_jax."
+    )
+
+
+def _example(subject: Subject) -> str:
+    names = [
+        list(section.get("class_names") or ()) for section in subject.config.evaluators.values()
+    ]
+    texts = next((own[:2] for own in names if len(own) > 1), TEXTS)
+    return example(subject.format, subject.model.module, subject.architecture, texts)
+
+
+def _architecture(subject: Subject) -> str:
+    module = subject.model.module
+    names = [name for name in ("text", "decoder") if hasattr(module, name)]
+    towers = {"image": image_of(module)} | {name: getattr(module, name) for name in names}
+    rows = [
+        (label, *(str(getattr(tower, field, "-")) for tower in towers.values()))
+        for field, label in TOWER_FIELDS.items()
+    ]
+    lines = [_row(["", *towers]), _row(["---"] * (1 + len(towers))), *map(_row, rows)]
+    vit = towers["image"]
+    more = [
+        f"Images of {vit.image_size[0]} x {vit.image_size[1]} pixels in patches of "
+        f"{vit.patch_size}."
+    ]
+    if isinstance(module, DualEncoder):
+        more.append(
+            f"Texts of {module.text.context_length} tokens out of {module.text.vocab_size:,}. "
+            f"Embeddings of {module.embed_dim} numbers."
+        )
+    return "\n".join([*lines, "", " ".join(more)])
+
+
+def _row(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def _preprocessing(subject: Subject) -> str:
+    extras, module = subject.extras, subject.model.module
+    mean, std = extras.pixels_of(module)
+    height, width = image_of(module).image_size
+    how = {
+        "squash": f"resized to {height} x {width} pixels, whatever their shape",
+        "crop": f"scaled to cover {height} x {width} pixels, of which the middle is cut out",
+    }[extras.resize]
+    lines = [
+        f"Images are RGB, {how} ({extras.interpolation}, antialiased), scaled to [0, 1], and "
+        f"normalized with mean {_numbers(mean)} and standard deviation {_numbers(std)}."
+    ]
+    if isinstance(module, DualEncoder) and extras.tokenizer is not None:
+        lines.append(
+            "Texts are tokenized, framed, cut and padded as `tokenizer.json` and its "
+            "neighbours say."
+        )
+    return " ".join(lines)
+
+
+def _numbers(values: Sequence[float]) -> str:
+    return "(" + ", ".join(f"{x:g}" for x in values) + ")"
+
+
+def _data(subject: Subject) -> str:
+    config = subject.config
+    sets = {"": config.data, **{f" ({name})": data for name, data in config.extra_data.items()}}
+    lines = []
+    for which, data in sets.items():
+        split = f", split `{data.split}`" if data.get("split") else ""
+        lines.append(f"- `{_named(data)}`{which}, read as `{data.get('source')}`{split}")
+        operations = data.get("preprocess") or {}
+        pairs = operations.items() if hasattr(operations, "items") else operations
+        names = [name for name, _ in pairs]
+        if names:
+            lines.append(f"  - each example: {', '.join(f'`{name}`' for name in names)}")
+    seen = subject.step * config.batch_size
+    lines.append(f"- {seen:,} examples seen, counting repetitions, at step {subject.step:,}")
+    return "\n".join(lines)
+
+
+def _recipe(subject: Subject) -> str:
+    config = subject.config
+    optimizer, objective = config.optimizer, config.objective
+    name = "`, `".join(filter(None, (objective.name, objective.get("loss"))))
+    lines = [
+        f"objective `{name}`",
+        f"batches of {config.batch_size:,}, step {subject.step:,} of a run of "
+        f"{_duration(config.duration)}",
+        f"optimizer `{optimizer.name}`, learning rate {optimizer.learning_rate:g}"
+        + (
+            f" (matrices of layers {optimizer.muon.learning_rate:g})"
+            if optimizer.name == "muon"
+            else ""
+        )
+        + f", weight decay {optimizer.weight_decay:g}",
+        f"schedule `{optimizer.schedule}`, warmup of {_duration(optimizer.warmup)}",
+        f"seed {config.seed}",
+    ]
+    if objective.get("mask_ratio"):
+        lines.append(f"share of the patches that is hidden {objective.mask_ratio:g}")
+    if optimizer.ema_decay:
+        lines.append(f"average of the parameters with decay {optimizer.ema_decay:g}")
+    if config.init_from.source:
+        lines.append(f"started from `{PurePosixPath(config.init_from.source).name}`")
+    if optimizer.frozen:
+        lines.append(f"kept as they were: {', '.join(f'`{x}`' for x in optimizer.frozen)}")
+    return "\n".join(f"- {line}" for line in lines)
+
+
+def _duration(section: Mapping[str, Any]) -> str:
+    for unit in ("steps", "examples", "epochs"):
+        if section.get(unit) is not None:
+            return f"{section[unit]:,} {unit}"
+    return f"{section['percent']:g} % of the run"
+
+
+def _scores(subject: Subject) -> str:
+    scores = subject.scores
+    if scores is None:
+        return "None are known."
+    lines = [_row(["evaluator", "data", "score", "value"]), _row(["---"] * 3 + ["---:"])]
+    for name, value in scores.values.items():
+        if is_score(name):
+            evaluator, _, score = name.partition("/")
+            data = _dataset(subject.config, evaluator)
+            lines.append(_row([evaluator, data, score, f"{value:.4f}"]))
+    chance = [
+        f"{name.partition('/')[0]} {value:.4f}"
+        for name, value in scores.values.items()
+        if name.rpartition("/")[2] in ("chance", "chance_r1")
+    ]
+    more = f" By chance: {', '.join(chance)}." if chance else ""
+    return "\n".join([*lines, "", f"{scores.source[0].upper()}{scores.source[1:]}.{more}"])
+
+
+def _limits(subject: Subject) -> str:
+    sets = [subject.config.data, *subject.config.extra_data.values()]
+    lines = [DATA_LIMITS[name] for name in map(_named, sets) if name in DATA_LIMITS]
+    lines += [f"{note[0].upper()}{note[1:]}." for note in subject.notes]
+    lines.append("Nothing but the scores above has been measured.")
+    return "\n".join(f"- {line}" for line in dict.fromkeys(lines))
+
+
+def _made(subject: Subject) -> str:
+    used = ", ".join(f"{name} {version}" for name, version in subject.versions.items())
+    commit = f" at commit `{subject.commit}`" if subject.commit else ""
+    return f"Exported by vlp_jax{commit}, with {used}. `export.json` has the digests of all files."

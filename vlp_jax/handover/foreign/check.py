@@ -1,0 +1,216 @@
+"""Loads an export with the library it is for, and computes: a program by itself.
+
+    python -I check.py LIBRARY FOLDER INPUTS.npz OUTPUTS.npz
+
+LIBRARY is a key of `LIBRARIES`. It prints one JSON object: {"library", "version"} or {"skipped":
+reason}. It cannot import vlp_jax: an attempt to is an error.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import importlib.util
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+# Progress bars and notices of the libraries would hide what this program says, and nothing is
+# looked for in the network.
+QUIET = {
+    "HF_HUB_OFFLINE": "1",
+    "TRANSFORMERS_OFFLINE": "1",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "TOKENIZERS_PARALLELISM": "false",
+    "TF_CPP_MIN_LOG_LEVEL": "3",
+    "CUDA_VISIBLE_DEVICES": "",
+    "JAX_PLATFORMS": "cpu",
+}
+Arrays = dict[str, Any]
+
+
+class NoVlpJax:
+    """Refuses to import vlp_jax, also where it is installed."""
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> None:
+        if name.partition(".")[0] == "vlp_jax":
+            raise ImportError("this program does without vlp_jax")
+
+
+def patch_torchvision() -> None:
+    """Defines two operators that a torchvision of another build of PyTorch looks for and lacks.
+
+    transformers, open_clip and timm import torchvision; nothing here runs its operators.
+    """
+    import torch
+
+    library = torch.library.Library("torchvision", "DEF")
+    for schema in (
+        "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
+        "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
+    ):
+        try:
+            torch._C._get_schema(f"torchvision::{schema.split('(')[0]}", "")
+        except RuntimeError:
+            library.define(schema)
+    patch_torchvision.kept = library  # it is undone when the object goes
+
+
+def with_transformers(folder: Path, inputs: Arrays) -> Arrays:
+    """What `transformers` computes, in float32."""
+    import torch
+
+    patch_torchvision()
+    import transformers
+
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    name = config["architectures"][0]
+    options = {"add_pooling_layer": False} if name == "ViTModel" else {}
+    kind = getattr(transformers, name)
+    model, loading = kind.from_pretrained(
+        folder, dtype=torch.float32, output_loading_info=True, **options
+    )
+    for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if loading[what]:
+            raise ValueError(f"{what}: {sorted(map(str, loading[what]))[:4]}")
+    model.eval()
+    x = torch.from_numpy(inputs["pixels"])
+    if name == "ViTMAEForPreTraining":
+        return {"prediction": model(x, noise=torch.from_numpy(inputs["noise"])).logits}
+    if name == "ViTModel":
+        return {"features": pooled(model(x).last_hidden_state, str(inputs["pooling"]))}
+    out = model(pixel_values=x, input_ids=torch.from_numpy(inputs["text"]).long())
+    return {"image": out.image_embeds, "text": out.text_embeds, "logits": out.logits_per_image}
+
+
+def pooled(tokens: Any, pooling: str) -> Any:
+    """Of tokens with a class token in front what our tower ends in."""
+    if pooling == "cls":
+        return tokens[:, 0]
+    return tokens[:, 1:].mean(dim=1) if pooling == "mean" else tokens
+
+
+def with_open_clip(folder: Path, inputs: Arrays) -> Arrays:
+    """What `open_clip` computes."""
+    import torch
+
+    patch_torchvision()
+    import open_clip
+
+    model = open_clip.create_model(f"local-dir:{folder}").eval()
+    out = model(torch.from_numpy(inputs["pixels"]), torch.from_numpy(inputs["text"]).long())
+    image, text, scale, *bias = out
+    logits = scale * image @ text.T + (bias[0] if bias else 0.0)
+    return {"image": image, "text": text, "logits": logits}
+
+
+def with_timm(folder: Path, inputs: Arrays) -> Arrays:
+    """What `timm` computes."""
+    import torch
+
+    patch_torchvision()
+    import timm
+
+    model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    x = torch.from_numpy(inputs["pixels"])
+    whole = str(inputs["pooling"]) == "none"
+    return {"features": model.forward_features(x) if whole else model(x)}
+
+
+def with_jax(folder: Path, inputs: Arrays) -> Arrays:
+    """What the programs of a folder compute, by the example that is in it."""
+    spec = importlib.util.spec_from_file_location("run", folder / "run.py")
+    run = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(run)
+    model = run.Model(folder)
+    outputs = {}
+    for name, said in model.signature["functions"].items():
+        arrays = [inputs[x["name"]] for x in said["inputs"]]
+        outputs[name] = model(name, *arrays)
+        single = model(name, *(array[:1] for array in arrays))  # another batch, the same program
+        if single.shape[1:] != outputs[name].shape[1:] or len(single) != 1:
+            raise ValueError(f"{name} does not take a batch of one")
+    return outputs
+
+
+def with_tensorflow(folder: Path, inputs: Arrays) -> Arrays:
+    """What the signatures of a SavedModel compute."""
+    import tensorflow as tf
+
+    model = tf.saved_model.load(str(folder))
+    signature = json.loads((folder / "signature.json").read_text(encoding="utf-8"))
+    outputs = {}
+    for name, said in signature["functions"].items():
+        arrays = {x["name"]: tf.constant(inputs[x["name"]]) for x in said["inputs"]}
+        (outputs[name],) = (x.numpy() for x in model.signatures[name](**arrays).values())
+    return outputs
+
+
+def with_safetensors(folder: Path, inputs: Arrays) -> Arrays:
+    """The arrays of a file in our own format, in float32."""
+    import numpy as np
+    import safetensors
+
+    arrays = {}
+    for name, said in safetensors.deserialize((folder / "model.safetensors").read_bytes()):
+        raw, kind = bytes(said["data"]), said["dtype"]
+        if kind == "BF16":  # which NumPy lacks: the upper half of a float32
+            x = (np.frombuffer(raw, "<u2").astype(np.uint32) << 16).view(np.float32)
+        else:
+            x = np.frombuffer(raw, {"F32": "<f4", "I8": "i1"}[kind])
+        arrays[name] = x.reshape(said["shape"])
+    return {
+        name: x.astype(np.float32) * arrays.get(f"{name}.scale", np.float32(1))
+        for name, x in arrays.items()
+        if not name.endswith(".scale")
+    }
+
+
+# The distribution, what else has to be there, and what computes.
+LIBRARIES = {
+    "transformers": (with_transformers, ("torch", "transformers")),
+    "open_clip_torch": (with_open_clip, ("torch", "open_clip")),
+    "timm": (with_timm, ("torch", "timm")),
+    "jax": (with_jax, ("jax",)),
+    "tensorflow": (with_tensorflow, ("tensorflow",)),
+    "safetensors": (with_safetensors, ("safetensors",)),
+}
+
+
+def as_array(x: Any) -> Any:
+    """NumPy's array of what a library gave."""
+    return x.detach().numpy() if hasattr(x, "detach") else x
+
+
+def main(library: str, folder: str, inputs: str, outputs: str) -> int:
+    """The program; see above."""
+    os.environ.update(QUIET)
+    sys.meta_path.insert(0, NoVlpJax())
+    compute, modules = LIBRARIES[library]
+    for name in modules:
+        if importlib.util.find_spec(name) is None:
+            print(json.dumps({"skipped": f"{name} is not installed"}))
+            return 0
+    import numpy as np
+
+    with np.load(inputs, allow_pickle=False) as arrays:
+        made = compute(Path(folder), {name: arrays[name] for name in arrays.files})
+    np.savez(outputs, **{name: as_array(x) for name, x in made.items()})
+    if any(name.partition(".")[0] == "vlp_jax" for name in sys.modules):
+        raise AssertionError("vlp_jax was imported")
+    print(json.dumps({"library": library, "version": version_of(library)}))
+    return 0
+
+
+def version_of(library: str) -> str:
+    """Of the distribution; TensorFlow's has several names."""
+    if library == "tensorflow":
+        return importlib.import_module("tensorflow").__version__
+    return importlib.metadata.version(library)
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))

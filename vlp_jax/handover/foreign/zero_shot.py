@@ -1,0 +1,164 @@
+"""Zero-shot accuracy of an export, by the library it is for: a program by itself.
+
+    python -I zero_shot.py FORMAT FOLDER DATA
+
+DATA holds task.json, {"images": [file, ...], "labels": [...], "prompts": [[of a class], ...]}, and
+the files. Texts go through the library's own tokenizer and images through its own processor. It
+prints one JSON object: {"library", "version", "top1", "examples"} or {"skipped": reason}; vlp_jax
+cannot be imported.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+BATCH = 128
+
+
+def sibling(name: str) -> Any:
+    """The module in another file of this folder, which is on no path; always the same one."""
+    key = f"sibling_{name}"
+    if key not in sys.modules:
+        spec = importlib.util.spec_from_file_location(key, Path(__file__).with_name(f"{name}.py"))
+        sys.modules[key] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[key])
+    return sys.modules[key]
+
+
+def batches(items: Sequence[Any]) -> Iterator[Sequence[Any]]:
+    """Of items so many at a time."""
+    for first in range(0, len(items), BATCH):
+        yield items[first : first + BATCH]
+
+
+def by_transformers(folder: Path) -> tuple[Callable, Callable]:
+    """Unit vectors of pictures and of texts."""
+    import torch
+
+    sibling("check").patch_torchvision()
+    import transformers
+
+    model = transformers.AutoModel.from_pretrained(folder, dtype=torch.float32).eval()
+    processor = transformers.AutoProcessor.from_pretrained(folder)
+    blank = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
+
+    def embed(pictures: Any, texts: Any) -> Any:
+        with torch.no_grad():
+            return model(**processor(text=list(texts), images=list(pictures), **blank))
+
+    from PIL import Image
+
+    empty = [Image.new("RGB", (64, 64))]
+    return (
+        lambda pictures: embed(pictures, [""]).image_embeds.numpy(),
+        lambda texts: embed(empty, texts).text_embeds.numpy(),
+    )
+
+
+def by_open_clip(folder: Path) -> tuple[Callable, Callable]:
+    """The same."""
+    sibling("check").patch_torchvision()
+    import open_clip
+    import torch
+
+    name = f"local-dir:{folder}"
+    model, _, transform = open_clip.create_model_and_transforms(name)
+    model, tokenizer = model.eval(), open_clip.get_tokenizer(name)
+
+    def images(pictures: Any) -> Any:
+        with torch.no_grad():
+            batch = torch.stack([transform(picture) for picture in pictures])
+            return model.encode_image(batch, normalize=True).numpy()
+
+    def texts(prompts: Any) -> Any:
+        with torch.no_grad():
+            return model.encode_text(tokenizer(list(prompts)), normalize=True).numpy()
+
+    return images, texts
+
+
+def by_jax(folder: Path) -> tuple[Callable, Callable]:
+    """The same, by the example in the folder."""
+    spec = importlib.util.spec_from_file_location("run", folder / "run.py")
+    run = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(run)
+    model = run.Model(folder)
+    return (
+        lambda pictures: model("embed_image", model.pixels(pictures)),
+        lambda prompts: model("embed_text", model.ids(prompts)),
+    )
+
+
+def by_tensorflow(folder: Path) -> tuple[Callable, Callable]:
+    """The same. A SavedModel has no processor: pixels and ids are made as its signature.json says,
+    by the code of the other artifact."""
+    import tensorflow as tf
+
+    model = tf.saved_model.load(str(folder))
+    kind = sibling("run_stablehlo").Model
+    run = kind.__new__(kind)  # of which only the preparation is used
+    run.folder = folder
+    run.signature = json.loads((folder / "signature.json").read_text(encoding="utf-8"))
+    return (
+        lambda pictures: model.embed_image(run.pixels(pictures)).numpy(),
+        lambda prompts: model.embed_text(run.ids(prompts)).numpy(),
+    )
+
+
+# What has to be there, the distribution whose version is told, and what embeds.
+LIBRARIES = {
+    "hf": (("torch", "transformers"), "transformers", by_transformers),
+    "open_clip": (("torch", "open_clip"), "open_clip_torch", by_open_clip),
+    "stablehlo": (("jax", "tokenizers", "PIL"), "jax", by_jax),
+    "saved_model": (("tensorflow", "tokenizers", "PIL"), "tensorflow", by_tensorflow),
+}
+
+
+def top1(embed_images: Callable, embed_texts: Callable, data: Path) -> tuple[float, int]:
+    """The share of images whose own class is the most similar (a tie is a miss), and how many.
+
+    A class is the normalized mean of the unit vectors of its prompts.
+    """
+    import numpy as np
+    from PIL import Image
+
+    task = json.loads((data / "task.json").read_text(encoding="utf-8"))
+    prompts = [prompt for of_class in task["prompts"] for prompt in of_class]
+    vectors = np.concatenate([embed_texts(batch) for batch in batches(prompts)])
+    classes = vectors.reshape(len(task["prompts"]), -1, vectors.shape[-1]).mean(axis=1)
+    classes /= np.linalg.norm(classes, axis=1, keepdims=True)
+    rows = []
+    for names in batches(task["images"]):
+        rows.append(embed_images([Image.open(data / name).convert("RGB") for name in names]))
+    scores = np.concatenate(rows) @ classes.T
+    own = np.take_along_axis(scores, np.asarray(task["labels"])[:, None], axis=1)
+    hits = (scores >= own).sum(axis=1) == 1
+    return float(hits.mean()), len(hits)
+
+
+def main(format: str, folder: str, data: str) -> int:
+    """The program; see above."""
+    check = sibling("check")
+    os.environ.update(check.QUIET)
+    sys.meta_path.insert(0, check.NoVlpJax())
+    modules, library, load = LIBRARIES[format]
+    for name in modules:
+        if importlib.util.find_spec(name) is None:
+            print(json.dumps({"skipped": f"{name} is not installed"}))
+            return 0
+    accuracy, examples = top1(*load(Path(folder)), Path(data))
+    if any(name.partition(".")[0] == "vlp_jax" for name in sys.modules):
+        raise AssertionError("vlp_jax was imported")
+    said = {"library": library, "version": check.version_of(library)}
+    print(json.dumps({**said, "top1": accuracy, "examples": examples}))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))

@@ -1,0 +1,158 @@
+"""What a compiled artifact offers of a model: functions of arrays, without names of ours."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vlp_jax.interop import precision
+from vlp_jax.interop.base import Extras
+from vlp_jax.interop.trees import Module, Params, image_of, plain, to_tree
+from vlp_jax.models.dual_encoder import DualEncoder, l2_normalize, normalize_pixels
+from vlp_jax.models.masked_autoencoder import MaskedAutoencoder
+from vlp_jax.models.masking import kept_patches, mask_from_noise
+from vlp_jax.models.vit import VisionTransformer
+from vlp_jax.objectives.masked_autoencoding import MaskedAutoencoding
+
+KINDS = (DualEncoder, MaskedAutoencoder, VisionTransformer)
+DTYPES = ("float32", "bfloat16")
+
+
+@dataclasses.dataclass(frozen=True)
+class Input:
+    """An argument of a function; its first dimension, the batch, is any number.
+
+    Attributes:
+      shape: of one example.
+      dtype: name of it.
+      meaning: for people.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    meaning: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Function:
+    """One thing that a model computes.
+
+    Attributes:
+      name: "embed_image", "embed_text" or "reconstruct".
+      inputs: what it takes besides the weights.
+      output: what it gives, for people.
+      weights: the arrays it needs, as they are stored (`precision.stored`).
+      call: `call(weights, *inputs) -> array`.
+    """
+
+    name: str
+    inputs: tuple[Input, ...]
+    output: str
+    weights: Mapping[str, np.ndarray]
+    call: Callable[..., jax.Array]
+
+
+def functions_of(
+    module: Module, params: Params, extras: Extras, dtype: str = "float32"
+) -> list[Function]:
+    """What a model offers.
+
+    Args:
+      params: all parameters of the module (`vlp_jax.interop.trees`).
+      extras: `weights` says how they are stored; for an image tower alone the normalization of
+        pixels; for a masked autoencoder what share is hidden.
+      dtype: of the matrix products, one of `DTYPES`.
+    """
+    module = with_dtype(module, jnp.dtype(dtype))
+    stored = precision.stored(params, extras.weights)
+    image = Input(
+        "image",
+        (*image_of(module).image_size, 3),
+        "uint8",
+        "RGB pixels, resized and not normalized",
+    )
+
+    def make(
+        name: str, inputs: tuple[Input, ...], output: str, body: Any, parts: tuple[str, ...]
+    ) -> Function:
+        own = {key: x for key, x in stored.items() if key.split("/")[0] in parts}
+
+        def call(weights: Mapping[str, Any], *arrays: Any) -> jax.Array:
+            tree = to_tree(module, precision.restored(weights))
+            return body({"params": tree}, *arrays).astype(jnp.float32)
+
+        return Function(name, inputs, output, own, call)
+
+    if isinstance(module, VisionTransformer):
+        embed = _tower(module, extras)
+        return [make("embed_image", (image,), "features", embed, ("image",))]
+    if isinstance(module, MaskedAutoencoder):
+        return _autoencoder(module, extras, image, make)
+    text = Input(
+        "text",
+        (module.text.context_length,),
+        "int32",
+        "ids of tokens, framed and padded as tokenizer.json says",
+    )
+
+    def tower(method: str) -> Callable[..., jax.Array]:
+        def embed(tree: Any, x: jax.Array) -> jax.Array:
+            # The module asks for these two whatever it computes.
+            unused = dict.fromkeys(("logit_scale", "logit_bias"), jnp.zeros(()))
+            return module.apply({"params": {**unused, **tree["params"]}}, x, method=method)
+
+        return embed
+
+    unit = "unit vectors"
+    parts = ("image", "image_projection"), ("text", "text_projection")
+    return [
+        make("embed_image", (image,), unit, tower("embed_image"), parts[0]),
+        make("embed_text", (text,), unit, tower("embed_text"), parts[1]),
+    ]
+
+
+def _tower(module: VisionTransformer, extras: Extras) -> Callable[..., jax.Array]:
+    def embed(tree: Any, image: jax.Array) -> jax.Array:
+        return module.apply(tree, normalize_pixels(image, extras.image_mean, extras.image_std))
+
+    return embed
+
+
+def _autoencoder(
+    module: MaskedAutoencoder, extras: Extras, image: Input, make: Callable[..., Function]
+) -> list[Function]:
+    objective = MaskedAutoencoding(module, extras.mask_ratio, extras.norm_pix_loss)
+    patches = module.image.patches
+    kept = kept_patches(patches, extras.mask_ratio)
+    noise = Input(
+        "noise", (patches,), "float32", f"of each patch; the {kept} with the least are seen"
+    )
+
+    def embed(tree: Any, image: jax.Array) -> jax.Array:
+        return l2_normalize(module.apply(tree, image, method="features"))
+
+    def reconstruct(tree: Any, image: jax.Array, noise: jax.Array) -> jax.Array:
+        return objective.reconstruct(tree["params"], image, mask_from_noise(noise, kept))
+
+    views = "[batch, 3, height, width, 3] in [0, 1]: what is seen, what is painted, the image"
+    return [
+        make("embed_image", (image,), "unit vectors", embed, ("image",)),
+        make("reconstruct", (image, noise), views, reconstruct, ("image", "decoder")),
+    ]
+
+
+def with_dtype(module: Module, dtype: Any) -> Module:
+    """The same model with its matrix products in `dtype`, and XLA's attention on every platform."""
+    module = plain(module)
+    parts = {
+        name: getattr(module, name).clone(dtype=dtype)
+        for name in ("image", "text", "decoder")
+        if hasattr(module, name)
+    }
+    return module.clone(**parts) if parts else module.clone(dtype=dtype)

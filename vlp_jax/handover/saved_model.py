@@ -1,0 +1,68 @@
+"""TensorFlow's SavedModel, by `jax.experimental.jax2tf`, which JAX 0.10 and 0.11 have.
+
+The graph holds the same StableHLO as the other artifact, in an XlaCallModule, and the weights as
+variables; to load it TensorFlow alone is needed, with XLA, which its packages have. One graph is
+for any batch and for CPU, CUDA and TPU.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from vlp_jax.data.lazy_tensorflow import import_tensorflow
+from vlp_jax.errors import UserError
+from vlp_jax.handover.functions import Function
+from vlp_jax.handover.stablehlo import PLATFORMS
+
+
+def write(functions: list[Function], signature: dict[str, Any], directory: Path) -> list[Path]:
+    """Writes the SavedModel; its signatures have the names of the functions.
+
+    Raises:
+      UserError: TensorFlow is not installed, or JAX is one without `jax2tf`.
+    """
+    tf = import_tensorflow()
+    try:
+        from jax.experimental import jax2tf
+    except ImportError as error:
+        raise UserError(
+            f"--format saved_model needs jax.experimental.jax2tf, which this JAX {jax.__version__} "
+            f"lacks ({error}); take --format stablehlo"
+        ) from None
+    module = tf.Module()
+    module.weights = {}
+    calls = {}
+    for function in functions:
+        for key, x in function.weights.items():
+            if key not in module.weights:
+                module.weights[key] = tf.Variable(x, trainable=False, name=key)
+        calls[function.name] = _graph(tf, jax2tf, module.weights, function)
+        setattr(module, function.name, calls[function.name])
+        said = signature["functions"][function.name]
+        said["signature"] = function.name
+    tf.saved_model.save(module, str(directory), signatures=calls)
+    signature["platforms"] = list(PLATFORMS)
+    signature["jax"], signature["tensorflow"] = jax.__version__, tf.__version__
+    return sorted(path for path in directory.rglob("*") if path.is_file())
+
+
+def _graph(tf: Any, jax2tf: Any, variables: Any, function: Function) -> Any:
+    """A function as a `tf.function` of its inputs."""
+    shapes = [", ".join(["batch", *map(str, x.shape)]) for x in function.inputs]
+    converted = jax2tf.convert(
+        function.call,
+        polymorphic_shapes=[None, *(f"({shape})" for shape in shapes)],
+        native_serialization_platforms=PLATFORMS,
+        with_gradient=False,
+    )
+    own = {key: variables[key] for key in function.weights}
+    specs = [
+        tf.TensorSpec((None, *x.shape), np.dtype(x.dtype), name=x.name) for x in function.inputs
+    ]
+    return tf.function(
+        lambda *inputs: converted(own, *inputs), autograph=False, input_signature=specs
+    )

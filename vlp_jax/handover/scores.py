@@ -1,0 +1,156 @@
+"""What a model scores: as its run has noted it, or evaluated anew before and after rounding."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+from ml_collections import ConfigDict
+
+from vlp_jax.handover.functions import functions_of
+from vlp_jax.interop import precision
+from vlp_jax.interop.base import Extras
+from vlp_jax.interop.transfer import Model
+from vlp_jax.observe.jsonl import METRICS_FILE, read_metrics
+from vlp_jax.observe.throughput import StartupClock
+from vlp_jax.training.build import build
+from vlp_jax.training.restore import SavedParameters
+
+PREFIX = "eval/"
+# What evaluators tell besides scores.
+NO_SCORES = ("examples", "classes", "pairs", "chance", "chance_r1")
+RANDOM_INPUTS = 16  # whose embeddings are compared before and after rounding
+
+
+@dataclasses.dataclass(frozen=True)
+class Scores:
+    """Attributes:
+    values: "EVALUATOR/SCORE" -> value; with what evaluators tell besides.
+    source: where they are from, for people.
+    step: of the state that they are of.
+    """
+
+    values: dict[str, float]
+    source: str
+    step: int
+
+    def as_json(self) -> dict[str, Any]:
+        """For export.json."""
+        return {"source": self.source, "step": self.step, "values": self.values}
+
+
+def is_score(name: str) -> bool:
+    """Whether a name is one of a score, not of a size or of chance."""
+    return name.rpartition("/")[2] not in NO_SCORES
+
+
+def noted(workdir: epath.Path, step: int) -> Scores | None:
+    """Those in a run's metrics.jsonl nearest to a step, the earlier of two; None if there are none.
+
+    A resumed run can have noted a step twice: the last counts.
+    """
+    file = workdir / METRICS_FILE
+    if not file.exists():
+        return None
+    by_step: dict[int, dict[str, float]] = {}
+    for record in read_metrics(file):
+        own = {
+            name.removeprefix(PREFIX): float(value)
+            for name, value in record.items()
+            if name.startswith(PREFIX) and isinstance(value, int | float)
+        }
+        by_step.setdefault(record["step"], {}).update(own)
+    by_step = {at: values for at, values in by_step.items() if values}
+    if not by_step:
+        return None
+    nearest = min(by_step, key=lambda at: (abs(at - step), at))
+    return Scores(by_step[nearest], f"noted by the run at step {nearest:,}", nearest)
+
+
+def evaluate_rounded(
+    workdir: epath.Path, config: ConfigDict, saved: SavedParameters, weights: str
+) -> tuple[Scores, Scores | None]:
+    """Runs the run's evaluators on a checkpoint's parameters, and on what rounding leaves of them.
+
+    Returns:
+      Both; None for the second if nothing is rounded.
+
+    Raises:
+      UserError: the data is not there, or see `build`.
+    """
+    parts = build(config, workdir, StartupClock())
+    params = saved.load(parts.setup.abstract.params).params
+
+    def run(params: Any, source: str) -> Scores:
+        values = {}
+        for evaluation in parts.evaluations:
+            for score, value in evaluation.evaluator(params):
+                values[f"{evaluation.name}/{score}"] = value
+        return Scores(values, source, saved.step)
+
+    before = run(params, "evaluated on export")
+    if weights == "float32":
+        return before, None
+    after = run(_rounded(params, weights), f"evaluated on export, weights in {weights}")
+    return before, after
+
+
+def _rounded(params: Any, weights: str) -> Any:
+    """A tree of parameters rounded, on the same devices."""
+
+    def one(path: tuple, x: jax.Array) -> jax.Array:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        return jax.device_put(precision.rounded({name: np.asarray(x)}, weights)[name], x.sharding)
+
+    return jax.tree_util.tree_map_with_path(one, params)
+
+
+def table(before: Scores, after: Scores | None) -> list[str]:
+    """Lines of scores, with the drop if there are two sets of them."""
+    names = [name for name in before.values if is_score(name)]
+    width = max((len(name) for name in names), default=0)
+    if after is None:
+        return [f"  {name:<{width}}  {before.values[name]:.4f}" for name in names]
+    lines = [f"  {'score':<{width}}  float32  rounded    drop"]
+    for name in names:
+        one, other = before.values[name], after.values[name]
+        lines.append(f"  {name:<{width}}  {one:7.4f}  {other:7.4f}  {one - other:+.4f}")
+    return lines
+
+
+def cosines(model: Model, extras: Extras) -> dict[str, float]:
+    """The least cosine between what a model makes of random inputs before and after rounding.
+
+    Returns:
+      A number for each function that embeds one input.
+    """
+    whole = Extras(**{**vars(extras), "weights": "float32"})
+    rng, least = np.random.default_rng(0), {}
+    pairs = [functions_of(model.module, model.params, x) for x in (whole, extras)]
+    for one, other in zip(*pairs, strict=True):
+        if not one.name.startswith("embed"):
+            continue
+        inputs = [_random(rng, x.shape, x.dtype, model) for x in one.inputs]
+        a, b = (
+            np.asarray(jax.jit(f.call)(f.weights, *inputs), np.float64).reshape(RANDOM_INPUTS, -1)
+            for f in (one, other)
+        )
+        norms = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
+        least[one.name] = float(np.min(np.sum(a * b, axis=1) / norms))
+    return least
+
+
+def _random(
+    rng: np.random.Generator, shape: tuple[int, ...], dtype: str, model: Model
+) -> np.ndarray:
+    high = 256 if dtype == "uint8" else model.module.text.vocab_size
+    return rng.integers(0, high, (RANDOM_INPUTS, *shape)).astype(dtype)
+
+
+def as_lines(cosine: Mapping[str, float]) -> list[str]:
+    """The cosines, for people."""
+    return [f"  {name}: least cosine with float32 {value:.6f}" for name, value in cosine.items()]

@@ -1,0 +1,73 @@
+"""StableHLO: what a model computes, as `jax.export` serializes it, with its weights beside it.
+
+The weights are arguments and not constants: both functions share one file of them, it can be
+mapped into memory, and a program stays small enough to be compiled and cached by itself. The batch
+is a symbolic dimension, so one program takes any number of examples, and it is lowered for every
+platform of `PLATFORMS` whatever this machine has.
+
+Source: docs.jax.dev, "Exporting and serializing staged-out computations"; JAX keeps serialized
+programs loadable for at least six months.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.export
+import jax.numpy as jnp
+import numpy as np
+
+from vlp_jax.handover import foreign
+from vlp_jax.handover.functions import Function
+from vlp_jax.interop import files
+
+PLATFORMS = ("cpu", "cuda", "tpu")
+WEIGHTS = "weights.safetensors"
+EXAMPLE = "run.py"
+# The file that holds a function.
+PROGRAMS = {"embed_image": "image", "embed_text": "text", "reconstruct": "reconstruct"}
+
+
+def write(functions: list[Function], signature: dict[str, Any], directory: Path) -> list[Path]:
+    """Writes the programs, the weights and an example; adds to the signature where they are."""
+    written, weights = [], {}
+    for function in functions:
+        exported = lower(function)
+        file = directory / f"{PROGRAMS[function.name]}.stablehlo"
+        written.append(files.save_bytes(bytes(exported.serialize()), file))
+        weights |= function.weights
+        said = signature["functions"][function.name]
+        said["program"] = file.name
+        said["output"]["shape"] = [
+            n if isinstance(n, int) else str(n) for n in exported.out_avals[0].shape
+        ]
+        said["calling_convention_version"] = exported.calling_convention_version
+    signature["platforms"] = list(PLATFORMS)
+    signature["jax"] = jax.__version__
+    written.append(files.save_safetensors(weights, directory / WEIGHTS))
+    # Of the arrays in the order in which the flattened dict of weights has them.
+    signature["arrays"] = {
+        key: {"shape": list(x.shape), "dtype": str(x.dtype)} for key, x in sorted(weights.items())
+    }
+    example = Path(foreign.__file__).parent / "run_stablehlo.py"
+    shutil.copyfile(example, directory / EXAMPLE)
+    return [*written, directory / EXAMPLE]
+
+
+def lower(function: Function) -> jax.export.Exported:
+    """A function as StableHLO: its weights as a dict, then its inputs, for any batch."""
+    weights = {
+        key: jax.ShapeDtypeStruct(np.shape(x), x.dtype) for key, x in function.weights.items()
+    }
+    scope = jax.export.SymbolicScope()
+    inputs = [
+        jax.ShapeDtypeStruct(
+            jax.export.symbolic_shape(", ".join(["batch", *map(str, x.shape)]), scope=scope),
+            jnp.dtype(x.dtype),
+        )
+        for x in function.inputs
+    ]
+    return jax.export.export(jax.jit(function.call), platforms=PLATFORMS)(weights, *inputs)

@@ -1,0 +1,158 @@
+"""Our own format: config.json and model.safetensors, which say everything and need no table.
+
+model.safetensors has an array for each path (`vlp_jax.interop.trees`), in float32, bfloat16 or int8
+(`vlp_jax.interop.precision`). config.json names the module and its fields, nested as the modules
+are, and what images and texts go through before:
+
+    {"format": "vlp_jax", "version": 1, "weights": "float32",
+     "model": {"class": "DualEncoder", "image": {"class": "VisionTransformer", ...}, ...},
+     "extras": {"resize": "squash", "interpolation": "bicubic", "eos_id": 1, ...}}
+
+Fields that change how a model runs and not what it computes are not written.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from vlp_jax.errors import UserError, unknown_key_message
+from vlp_jax.interop import files, hf_tokenizer, precision
+from vlp_jax.interop.base import Extras, Imported
+from vlp_jax.interop.hf_tokenizer import TokenizerFiles
+from vlp_jax.interop.tables import mismatch_report
+from vlp_jax.interop.trees import Module, Params, expected_shapes
+from vlp_jax.models.dual_encoder import DualEncoder
+from vlp_jax.models.masked_autoencoder import MaskedAutoencoder, MaskedDecoder
+from vlp_jax.models.text import TextTransformer
+from vlp_jax.models.vit import VisionTransformer
+
+KINDS = (DualEncoder, MaskedAutoencoder, VisionTransformer)
+LOADED_BY = 'vlp_jax.interop.read("safetensors:{}")'
+HOLDS = precision.WEIGHTS
+FORMAT, VERSION = "vlp_jax", 1
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
+TOKENIZER_GIVES = ("input_ids",)
+
+_CLASSES = {
+    kind.__name__: kind
+    for kind in (
+        *(DualEncoder, MaskedAutoencoder, MaskedDecoder, TextTransformer, VisionTransformer),
+    )
+}
+_HOW_IT_RUNS = {"parent", "name", "attention", "scan_layers", "remat", "dtype"}
+# What the tokenizer's files and the head of config.json say.
+_NOT_IN_EXTRAS = {"tokenizer", "weights"}
+
+
+def read(path: Path, like: Module | None = None) -> Imported:
+    """Reads a folder.
+
+    Raises:
+      UserError: the files are not there, damaged, of another format or version, or do not fit each
+        other.
+    """
+    del like
+    directory = path if path.is_dir() else path.parent
+    where = directory / CONFIG
+    config = files.load_json(where)
+    if config.get("format") != FORMAT:
+        raise UserError(f"{where} is not of this format: it has format {config.get('format')!r}")
+    if config.get("version") != VERSION:
+        raise UserError(
+            f"{where} has version {config.get('version')!r} of the format, and this vlp_jax reads "
+            f"{VERSION}: write it again, or take the vlp_jax that wrote it"
+        )
+    module = _module(config.get("model"), where)
+    weights = path if path.is_file() else directory / WEIGHTS
+    params = precision.restored(files.load_tensors(weights))
+    report = mismatch_report(
+        expected_shapes(module), {key: tuple(x.shape) for key, x in params.items()}
+    )
+    if report:
+        raise UserError(f"{weights} does not fit its {CONFIG}: {report}")
+    extras = _extras(config.get("extras"), where)
+    tokenizer = TokenizerFiles.found(directory)
+    return Imported(
+        module, params, [], extras if tokenizer is None else extras | {"tokenizer": tokenizer}
+    )
+
+
+def check(module: Module, extras: Extras) -> list[str]:
+    """Nothing: every model of ours can be written."""
+    del module, extras
+    return []
+
+
+def write(module: Module, params: Params, directory: Path, extras: Extras) -> list[Path]:
+    """Writes a folder."""
+    config = {
+        "format": FORMAT,
+        "version": VERSION,
+        "weights": extras.weights,
+        "model": _fields(module),
+        "extras": {
+            field.name: getattr(extras, field.name)
+            for field in dataclasses.fields(extras)
+            if field.name not in _NOT_IN_EXTRAS and getattr(extras, field.name) is not None
+        },
+    }
+    arrays = precision.stored(params, extras.weights)
+    return [
+        files.save_json(config, directory / CONFIG),
+        files.save_safetensors(arrays, directory / WEIGHTS),
+        *hf_tokenizer.write(extras.tokenizer, directory, TOKENIZER_GIVES),
+    ]
+
+
+def _fields(module: Any) -> dict[str, Any]:
+    """The class of a module and its fields, those that are modules nested."""
+    fields = {"class": type(module).__name__}
+    for field in dataclasses.fields(module):
+        if field.name not in _HOW_IT_RUNS:
+            value = getattr(module, field.name)
+            fields[field.name] = _fields(value) if type(value).__name__ in _CLASSES else value
+    return fields
+
+
+def _module(fields: Any, where: Path) -> Any:
+    """The inverse of `_fields`.
+
+    Raises:
+      UserError: a class or a field that is not known, or a field that is missing.
+    """
+    if not isinstance(fields, dict) or fields.get("class") not in _CLASSES:
+        raise UserError(f"{where} describes no model of ours (known: {', '.join(_CLASSES)})")
+    kind = _CLASSES[fields["class"]]
+    known = {field.name: field for field in dataclasses.fields(kind)}
+    values = {}
+    for name, value in fields.items():
+        if name == "class":
+            continue
+        if name not in known:
+            raise UserError(unknown_key_message(name, known, f"{where}, {kind.__name__}"))
+        if isinstance(value, dict):
+            value = _module(value, where)
+        values[name] = tuple(value) if isinstance(value, list) else value
+    missing = [
+        name
+        for name, field in known.items()
+        if field.default is dataclasses.MISSING
+        and field.default_factory is dataclasses.MISSING
+        and name not in values
+    ]
+    if missing:
+        raise UserError(f"{where}: {kind.__name__} needs {', '.join(missing)}")
+    return kind(**values)
+
+
+def _extras(said: Any, where: Path) -> dict[str, Any]:
+    known = {field.name for field in dataclasses.fields(Extras)} - _NOT_IN_EXTRAS
+    extras = {}
+    for name, value in (said or {}).items() if isinstance(said, Mapping | None) else ():
+        if name not in known:
+            raise UserError(unknown_key_message(name, known, f"{where}, extras"))
+        extras[name] = tuple(value) if isinstance(value, list) else value
+    return extras
