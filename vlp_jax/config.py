@@ -244,7 +244,19 @@ def _first_line(error: BaseException) -> str:
 SMOKE_SIZES = {"width": 32, "depth": 2, "mlp_dim": 64, "heads": 2, "embed_dim": 32}
 SMOKE_PATCHES = 2  # patches along one side of an image
 SMOKE_BATCH_SIZE = 16
-SMOKE_EVALUATOR = {"batch_size": SMOKE_BATCH_SIZE, "templates": ("{}",)}
+SMOKE_EVALUATOR = {
+    "batch_size": SMOKE_BATCH_SIZE,
+    "templates": ("{}",),
+    "corruptions": ("gaussian_noise", "contrast"),
+    "severities": (5,),
+    "radii": (8,),
+    "steps": 2,
+}
+# Arguments of operations that name fields which the embedded data does not have.
+SMOKE_OTHER_FIELDS = {
+    "choose_text": ("field", "fields", "weights"),
+    "choose_question": ("question", "answer", "kind"),
+}
 
 
 def smoke(config: ConfigDict) -> ConfigDict:
@@ -302,7 +314,7 @@ def _smoke_data(data: ConfigDict, split: str, image_size: int | None) -> ConfigD
         small.preprocess = data.preprocess.copy_and_resolve_references()
         for name, op in small.preprocess.items():
             op.update({"size": image_size} if "size" in op else {})
-            for key in {"field", "fields", "weights"} & set(op) if name == "choose_text" else ():
+            for key in set(SMOKE_OTHER_FIELDS.get(name, ())) & set(op):
                 del op[key]  # it was that of the other data
         if "choose_text" not in small.preprocess:
             small.preprocess.choose_text = ConfigDict()  # the other data had a text of its own

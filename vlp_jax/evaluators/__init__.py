@@ -7,12 +7,21 @@ from typing import Any
 
 from vlp_jax import config as config_lib
 from vlp_jax.errors import UserError
+from vlp_jax.evaluators.accuracy import Accuracy, Answers
 from vlp_jax.evaluators.base import Evaluator, Resources
+from vlp_jax.evaluators.loss import Loss
 from vlp_jax.evaluators.reconstruction import Reconstruction
 from vlp_jax.evaluators.retrieval import Retrieval
 from vlp_jax.evaluators.zero_shot import ZeroShot
 
-EVALUATORS = {"reconstruction": Reconstruction, "retrieval": Retrieval, "zero_shot": ZeroShot}
+EVALUATORS = {
+    "accuracy": Accuracy,
+    "answers": Answers,
+    "loss": Loss,
+    "reconstruction": Reconstruction,
+    "retrieval": Retrieval,
+    "zero_shot": ZeroShot,
+}
 
 # Keys of an evaluator's section that say on what and when it runs, not what it computes.
 COMMON_KEYS = ("data", "every")
