@@ -15,7 +15,7 @@ MAY_IMPORT = {
     "observe": set(),
     "parallel": set(),
     "objectives": {"models", "parallel"},
-    "evaluators": {"objectives", "models", "data", "parallel", "observe"},
+    "evaluators": {"objectives", "data", "parallel", "observe"},
     "training": {
         "evaluators",
         "objectives",

@@ -7,9 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, PRNGKeyArray
-
-from vlp_jax.models.dual_encoder import Pixels
+from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt8
 
 Scores = Callable[[Float[Array, "batch height width 3"]], Float[Array, "batch classes"]]
 PREFIX = "attacked_"  # of the name of the function that is attacked
@@ -20,7 +18,7 @@ SETTINGS = ("radius", "step_size", "steps", "random_start")
 
 def attacked_images(
     scores: Scores,
-    image: Pixels,
+    image: UInt8[Array, "batch height width 3"] | Float[Array, "batch height width 3"],
     label: Int[Array, " batch"],
     keys: PRNGKeyArray,
     *,
