@@ -12,6 +12,7 @@ from vlp_jax.evaluators.base import Evaluator, Resources
 from vlp_jax.evaluators.loss import Loss
 from vlp_jax.evaluators.reconstruction import Reconstruction
 from vlp_jax.evaluators.retrieval import Retrieval
+from vlp_jax.evaluators.robustness import Robustness
 from vlp_jax.evaluators.zero_shot import ZeroShot
 
 EVALUATORS = {
@@ -20,6 +21,7 @@ EVALUATORS = {
     "loss": Loss,
     "reconstruction": Reconstruction,
     "retrieval": Retrieval,
+    "robustness": Robustness,
     "zero_shot": ZeroShot,
 }
 

@@ -25,6 +25,7 @@ def outputs_of(
     function: str,
     inputs: Sequence[str],
     change: Change = dict,
+    more: Mapping[str, Any] | None = None,
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """The outputs of `function(params, {name: array})` on all batches, and their other fields.
 
@@ -33,13 +34,14 @@ def outputs_of(
     Args:
       inputs: fields that the function takes; of a single one it takes the bare array.
       change: see `Change`; it gets and gives all fields of a batch.
+      more: what the function takes besides, the same for every batch.
     """
     outputs, fields = [], []
     for batch in batches:
         wanted = {k: v for k, v in batch.items() if k in inputs or k not in INPUTS}
         rest = change(put_batch(wanted, resources.mesh))
         taken = {name: rest.pop(name) for name in inputs}
-        argument = taken if len(inputs) > 1 else taken[inputs[0]]
+        argument = {**taken, **(more or {})} if more or len(inputs) > 1 else taken[inputs[0]]
         made, rest = resources.functions[function](params, argument, rest)
         keep = np.asarray(rest.pop("mask"))
         outputs.append(np.asarray(made)[keep])
