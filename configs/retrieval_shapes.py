@@ -25,6 +25,11 @@ def get_config(arg=None):
     validation = clip_shapes.test_data()
     validation["split"] = "validation"
     config.evaluators.loss = ConfigDict(
-        {"name": "loss", "data": validation, "every": duration(percent=25.0)}
+        {
+            "name": "loss",
+            "batch_size": config.batch_size,
+            "data": validation,
+            "every": duration(percent=25.0),
+        }
     )
     return config

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from vlp_jax.evaluators.attacks import attack_functions
@@ -15,5 +15,9 @@ def functions_of(objective: Objective) -> dict[str, Callable[..., Any]]:
 
     They cost nothing until one is called.
     """
-    own = objective.functions()
-    return {**loss_functions(objective), **attack_functions(own), **own}
+    return {**loss_functions(objective), **with_attacks(objective.functions())}
+
+
+def with_attacks(functions: Mapping[str, Callable[..., Any]]) -> dict[str, Callable[..., Any]]:
+    """The functions, and attacks on those that classify."""
+    return {**attack_functions(functions), **functions}

@@ -17,6 +17,7 @@ from vlp_jax.evaluators.base import Pairs, Resources
 from vlp_jax.evaluators.outputs import numbered
 from vlp_jax.objectives import Composite, Objective
 from vlp_jax.objectives.composite import SEPARATOR
+from vlp_jax.parallel import mesh as mesh_lib
 from vlp_jax.parallel.batch import put_batch
 
 SEED = 0  # of what a loss draws, such as masks: the same at every step of a run
@@ -73,12 +74,14 @@ class Loss:
 
     A loss that is a mean over examples is exact: every example counts once, whatever the batch. A
     loss of whole batches (a contrastive one, whose examples are told apart from the others of their
-    batch) is the mean over the full batches, of the training's size, in the order of the source.
+    batch) is the mean over the full batches, of `batch_size`, in the order of the source.
     The examples of the last batch that do not fill it are left out, and so is a batch that holds an
     example which cannot be used.
 
     Args:
       data: of the examples.
+      batch_size: of a loss of whole batches; default: the evaluation's, which is the training's if
+        the devices are those of the run. Another one is another loss.
       extra_data: for a composite whose parts have data of their own: name -> data, as in
         `config.extra_data`. Read side by side, up to the end of the shortest.
     """
@@ -90,8 +93,12 @@ class Loss:
         *,
         data: Mapping[str, Any],
         resources: Resources,
+        batch_size: int | None = None,
         extra_data: Mapping[str, Mapping[str, Any]] | None = None,
     ):
+        if batch_size is not None:
+            mesh_lib.check_batch_size(batch_size, resources.mesh, "batch_size of the loss")
+            resources = dataclasses.replace(resources, batch_size=batch_size)
         self._resources = resources
         self._pipelines = {"": resources.pipeline(data)}
         for name, more in (extra_data or {}).items():
@@ -101,7 +108,7 @@ class Loss:
         if self._coupled and shortest < resources.batch_size:
             raise UserError(
                 f"this loss is of whole batches of {resources.batch_size}, and the split has "
-                f"{shortest} examples; take more of them (limit) or a smaller config.batch_size"
+                f"{shortest} examples; take more of them (limit) or a smaller batch_size"
             )
 
     def __call__(self, params: Any) -> Pairs:

@@ -56,9 +56,7 @@ CHROMA_TABLE = (
 )
 
 
-def of(
-    name: str, severity: int, height: int, width: int, *, small: bool
-) -> tuple[np.ndarray, ...]:
+def of(name: str, severity: int, height: int, width: int, *, small: bool) -> tuple[np.ndarray, ...]:
     """The arrays that the corruption `name` takes after the image, float32.
 
     Args:
