@@ -18,7 +18,7 @@ EXAMPLE = {
     "questions/answer_label": np.array([7, 3, 0], np.int64),
     "questions/kind": np.array([0, 6, 2], np.int64),
 }
-SHAPES = {"source": "tfds", "dataset": "shapes/tiny", "split": "test"}
+SHAPES = {"source": "tfds", "dataset": "shapes/tiny", "split": "test", "limit": 64}
 
 
 def run(example, seed=(0, 0), **arguments):
@@ -94,16 +94,16 @@ def test_questions_of_shapes_each_once_and_at_random(shapes_dir):
             batch["num_objects"].tolist(), batch["mask"].tolist(), strict=True)]  # fmt: skip
         return [row for row in rows if row[-1]]
 
-    asked = [texts(index) for index in range(6)]
+    asked = [texts(index) for index in (0, 3, 5)]
     for questions in zip(*asked, strict=True):  # of one scene
-        assert len({question[0] for question in questions}) == 6
+        assert len({question[0] for question in questions}) == 3
         for text, answer, kind, objects, _ in questions:
             if text == b"how many objects are there?":
                 assert vocabulary.ANSWERS[answer] == vocabulary.COUNTS[objects]
                 assert vocabulary.QUESTION_KINDS[kind] == "count"
     # Training asks another one in another epoch.
     data = {**SHAPES, "preprocess": {"choose_question": {}, **keep}}
-    pipeline = TrainPipeline(data, None, batch_size=256, seed=0)
+    pipeline = TrainPipeline(data, None, batch_size=64, seed=0)
     batches = pipeline.batches()
     first, second = next(batches), next(batches)
     assert sorted(first["answer"].tolist()) != sorted(second["answer"].tolist())

@@ -33,28 +33,31 @@ def differences(one, other):
     return np.abs(one.astype(float) - other.astype(float))
 
 
-@pytest.mark.parametrize("severity", [1, 3, 5])
+def as_jpeg(image, quality):
+    file = io.BytesIO()
+    Image.fromarray(image).save(file, "JPEG", quality=quality)
+    return np.asarray(Image.open(file))
+
+
+@pytest.mark.parametrize("severity", [1, 5])
 def test_jpeg_is_that_of_libjpeg(severity):
     quality, images = constants.SMALL["jpeg_compression"][severity - 1], pictures()
-    expected = []
-    for image in images:
-        file = io.BytesIO()
-        Image.fromarray(image).save(file, "JPEG", quality=quality)
-        expected.append(np.asarray(Image.open(file)))
-    expected = np.stack(expected)
+    grey = np.repeat(images[..., :1], 3, axis=-1)
+    expected = np.stack([as_jpeg(image, quality) for image in grey])
+    assert differences(corrupted(grey, "jpeg_compression", severity), expected).max() <= 1
+    # libjpeg computes color with whole numbers, and where a value lies between two steps it may be
+    # rounded the other way.
+    expected = np.stack([as_jpeg(image, quality) for image in images])
     found = corrupted(images, "jpeg_compression", severity)
-    # libjpeg computes with whole numbers, which rounds some values the other way.
-    assert differences(found, expected).mean() < 0.7
-    assert differences(images, expected).mean() > 4 * differences(found, expected).mean()
+    assert (differences(found, expected) <= 1).mean() > 0.8
+    assert differences(images, expected).mean() > 5 * differences(found, expected).mean()
 
 
 def test_jpeg_of_a_size_that_blocks_do_not_divide():
     images = pictures(2, 27)[:, :, :21]
-    file = io.BytesIO()
-    Image.fromarray(images[0]).save(file, "JPEG", quality=25)
     found = corrupted(images, "jpeg_compression", 5)
     assert found.shape == images.shape
-    assert differences(found[0], np.asarray(Image.open(file))).mean() < 1
+    assert differences(found[0], as_jpeg(images[0], 25)).mean() < 1
 
 
 @pytest.mark.parametrize("severity", [1, 2, 5])
@@ -180,7 +183,7 @@ def test_what_is_random_depends_on_seed_and_image():
 
 
 def test_large_images_have_the_other_constants():
-    large = np.full((1, 128, 128, 3), 128, np.uint8)
+    large = np.full((1, 128, 130, 3), 128, np.uint8)
     assert (corrupted(large, "gaussian_noise", 1) / 255).std() == pytest.approx(0.08, rel=0.03)
     assert (corrupted(large[:, :127], "gaussian_noise", 1) / 255).std() == pytest.approx(
         0.04, rel=0.03

@@ -43,9 +43,12 @@ def choose_question(
             raise UserError(f"choose_question: field {question!r} is no list of strings")
         count = tf.size(texts)
         wanted = 0 if index is None else index
-        texts = require(texts, count > wanted, MISSING_FIELD, f"there is no question {wanted}")
         # The seed is a uniform random number already.
         chosen = tf.math.floormod(seed[0], tf.maximum(count, 1)) if index is None else index
+        chosen = require(
+            tf.convert_to_tensor(chosen), count > wanted, MISSING_FIELD,
+            f"there is no question {wanted}",
+        )  # fmt: skip
         found = {"text": texts[chosen], "answer": _number(example, answer, chosen)}
         if kind is not None:
             found["kind"] = _number(example, kind, chosen)
@@ -54,7 +57,7 @@ def choose_question(
     return apply
 
 
-def _number(example: Example, name: str, chosen: tf.Tensor | int) -> tf.Tensor:
+def _number(example: Example, name: str, chosen: tf.Tensor) -> tf.Tensor:
     """Entry `chosen` of a list of whole numbers, int32."""
     tf = import_tensorflow()
     numbers = example[name]
