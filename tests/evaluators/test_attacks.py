@@ -41,13 +41,14 @@ def attack(world, radius, settings, seed=0):
     weights, images, labels = world
     keys = jax.random.split(jax.random.key(seed), N)
 
-    @jax.jit
-    def run(radius, settings):
-        return attacked_images(
-            lambda x: scores(weights, x), images, labels, keys, radius=radius, **settings
-        )
+    return np.asarray(_attack(weights, images, labels, keys, radius, settings))
 
-    return np.asarray(run(radius, settings))
+
+@jax.jit
+def _attack(weights, images, labels, keys, radius, settings):
+    return attacked_images(
+        lambda x: scores(weights, x), images, labels, keys, radius=radius, **settings
+    )
 
 
 def losses(world, x):
@@ -103,7 +104,7 @@ def test_more_steps_and_larger_radii_hurt_more(world):
 
 
 def test_the_random_start_is_the_keys(world):
-    settings = {**pgd(4, 1), "step_size": 0.0}
+    settings = {**pgd(4.0, 1), "step_size": 0.0}
     one, same, other = (attack(world, 4, settings, seed) for seed in (0, 0, 1))
     np.testing.assert_array_equal(one, same)
     assert np.abs(one - other).max() > 1
@@ -132,11 +133,11 @@ def test_attacks_on_a_zero_shot_classifier_and_on_the_same_scores_are_one(world)
     functions = attack_functions({"embed_image": embed, "classify": lambda p, x: 5 * embed(p, x),
                                   "embed_text": None})  # fmt: skip
     assert set(functions) == {"attacked_embed_image", "attacked_classify"}
-    zero_shot = functions["attacked_embed_image"](
+    zero_shot = jax.jit(functions["attacked_embed_image"])(
         weights,
         inputs(world, classes=np.eye(CLASSES, dtype=np.float32), logit_scale=np.float32(5)),
     )
-    own = functions["attacked_classify"](weights, inputs(world))
+    own = jax.jit(functions["attacked_classify"])(weights, inputs(world))
     np.testing.assert_allclose(zero_shot, own, atol=1e-4)
     assert np.abs(own - 5 * embed(weights, world[1].astype(np.float32))).max() > 0.05
 

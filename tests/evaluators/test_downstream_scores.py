@@ -117,10 +117,9 @@ def started(section, microbatches=1):
             "label": jax.ShapeDtypeStruct((1,), np.int32)}  # fmt: skip
     params = jax.jit(lambda: nn.unbox(objective.init(jax.random.key(1), spec)))()
     # Parameters that are far from their start, at which many scores are equal.
-    keys = iter(jax.random.split(jax.random.key(2), len(jax.tree.leaves(params))))
-    return objective, jax.tree.map(
-        lambda x: x + 0.2 * jax.random.normal(next(keys), x.shape), params
-    )
+    rng = np.random.default_rng(2)
+    moved = lambda x: (x + 0.2 * rng.normal(size=x.shape)).astype(np.float32)  # noqa: E731
+    return objective, jax.tree.map(moved, jax.tree.map(np.asarray, params))
 
 
 @pytest.mark.parametrize(("devices", "batch_size"), LAYOUTS[1:])
@@ -128,7 +127,7 @@ def test_loss_of_a_mean_over_examples_is_exact(world, devices, batch_size):
     objective, params = started(CLASSIFICATION, microbatches=2)
     found = evaluator(world, devices, batch_size, {"name": "loss"}, functions_of(objective))
     scores = dict(found(params))
-    logits = np.asarray(objective.functions()["classify"](params, world.arrays["image"]))
+    logits = np.asarray(jax.jit(objective.functions()["classify"])(params, world.arrays["image"]))
     labels = world.arrays["label"]
     shares = np.exp(logits.astype(np.float64)) / np.exp(logits.astype(np.float64)).sum(1)[:, None]
     expected = metrics.log_loss(labels, shares, labels=range(CLASSES))
@@ -152,10 +151,10 @@ def test_loss_of_whole_batches_leaves_out_what_does_not_fill_one(world):
     objective, params = started(CONTRASTIVE)
     section = {"name": "loss", "batch_size": 16}
     scores = dict(evaluator(world, devices, 8, section, functions_of(objective))(params))
-    expected = []
+    expected, loss = [], jax.jit(lambda p, b: objective.loss(p, b, jax.random.key(0), False)[0])
     for first in (0, 16):
         batch = {k: world.arrays[k][first : first + 16] for k in ("image", "text")}
-        expected.append(objective.loss(params, batch, jax.random.key(0), False)[0])
+        expected.append(loss(params, batch))
     assert scores["loss"] == pytest.approx(np.mean(expected), rel=1e-5)
     assert scores["examples"] == 32
     with pytest.raises(UserError, match="whole batches of 40, and the split has 37 examples"):

@@ -54,8 +54,14 @@ def start(section, microbatches=1):
     """An objective and parameters that are far from the zeros of a new head."""
     objective = make_objective(section, TOKENIZER, microbatches)
     params = jax.jit(lambda: nn.unbox(objective.init(jax.random.key(0), spec_of(batch()))))()
-    params["head"]["kernel"] = jax.random.normal(KEY, params["head"]["kernel"].shape)
+    kernel = np.random.default_rng(3).normal(size=params["head"]["kernel"].shape)
+    params["head"]["kernel"] = jnp.asarray(kernel, jnp.float32)
     return objective, params
+
+
+def loss_of(objective, train=True):
+    """Compiled: operations one by one would each be compiled by itself."""
+    return jax.jit(lambda params, fields: objective.loss(params, fields, KEY, train))
 
 
 @pytest.fixture(scope="module")
@@ -97,9 +103,10 @@ def test_labels_of_mixup_and_smoothing_in_training_alone():
     hard = batch()
     seeds = np.stack([np.arange(BATCH), np.arange(BATCH)], 1).astype(np.int32)
     mixed = mixup(1.0, CLASSES)(hard, seeds)
-    scores = np.asarray(objective.functions()["classify"](params, mixed["image"]), np.float64)
+    classify = jax.jit(objective.functions()["classify"])
+    scores = np.asarray(classify(params, mixed["image"]), np.float64)
     for train, smoothing in ((True, 0.2), (False, 0.0)):
-        value, metrics = objective.loss(params, mixed, KEY, train)
+        value, metrics = loss_of(objective, train)(params, mixed)
         expected = torch.nn.functional.cross_entropy(
             torch.tensor(scores), torch.tensor(mixed["label"]).double(), label_smoothing=smoothing
         )
@@ -107,7 +114,7 @@ def test_labels_of_mixup_and_smoothing_in_training_alone():
     hits, count = metrics["accuracy"]
     assert hits / count == np.mean(scores.argmax(1) == mixed["label"].argmax(1))
     one_hot = {**hard, "label": np.eye(CLASSES, dtype=np.float32)[hard["label"]]}
-    soft, plain = (objective.loss(params, b, KEY, True)[0] for b in (one_hot, hard))
+    soft, plain = (loss_of(objective)(params, fields)[0] for fields in (one_hot, hard))
     np.testing.assert_allclose(soft, plain, rtol=1e-6)
 
 
@@ -126,11 +133,13 @@ def test_microbatches_equal_the_whole_batch(section):
 def test_pixels_may_be_float_with_the_same_scores():
     objective, params = start(CLASSIFICATION)
     image = batch()["image"]
-    classify = objective.functions()["classify"]
+    classify = jax.jit(objective.functions()["classify"])
     exact = classify(params, image)
     np.testing.assert_array_equal(exact, classify(params, image.astype(np.float32)))
     assert np.abs(exact - classify(params, image + np.float32(0.4))).max() > 1e-4
-    gradient = jax.grad(lambda x: classify(params, x)[:, 0].sum())(image.astype(np.float32))
+    gradient = jax.jit(jax.grad(lambda x: classify(params, x)[:, 0].sum()))(
+        image.astype(np.float32)
+    )
     assert np.isfinite(gradient).all() and np.abs(gradient).max() > 0
     np.testing.assert_allclose(
         normalize_pixels(jnp.full((1, 1, 1, 3), 127.5), (0.5,) * 3, (0.5,) * 3), 0, atol=1e-6
@@ -139,8 +148,8 @@ def test_pixels_may_be_float_with_the_same_scores():
 
 def test_a_new_head_gives_all_classes_the_same_score():
     objective = make_objective(CLASSIFICATION, None)
-    params = nn.unbox(objective.init(jax.random.key(0), spec_of(batch())))
-    value, _ = objective.loss(params, batch(), KEY, True)
+    params = jax.jit(lambda: nn.unbox(objective.init(jax.random.key(0), spec_of(batch()))))()
+    value, _ = loss_of(objective)(params, batch())
     np.testing.assert_allclose(value, np.log(CLASSES), rtol=1e-3)
 
 
@@ -170,13 +179,13 @@ def test_layer_decay_reaches_the_head_with_one_and_the_patches_with_the_least():
     smallest = {p for p, f in factors.items() if np.min(f) == 0.5**3}
     assert {p.split("/")[1] for p in smallest} == {"patch_embedding", "position_embedding"}
     # And the updates follow: of the same gradients, against the same optimizer without decay.
-    params = jax.tree.map(lambda x: jnp.ones(x.shape), setup.abstract.params)
+    params = jax.tree.map(lambda x: np.ones(x.shape, np.float32), setup.abstract.params)
     updates = []
     for decay in (0.5, 1.0):
         config.optimizer.layer_decay.image = decay
         optimizer = setup_of(config).optimizer
         updates.append(param_groups.flatten(
-            jax.jit(optimizer.update)(params, optimizer.init(params), params)[0]
+            jax.jit(lambda p, o=optimizer: o.update(p, o.init(p), p)[0])(params)
         ))  # fmt: skip
     for path, factor in (("head/kernel", 1), ("image/patch_embedding/projection/kernel", 0.125)):
         np.testing.assert_allclose(updates[0][path], factor * updates[1][path], rtol=1e-5)
@@ -210,12 +219,14 @@ def test_answers_depend_on_image_and_question_and_not_on_padding(answering):
         assert np.abs(answering.answer(answering.params, other) - scores).max() > 1e-3
     # What the embedding of the padding is does not matter, nor its position.
     params = jax.tree.map(lambda x: x, answering.params)
-    table = params["text"]["token_embedding"]["embedding"]
-    params["text"]["token_embedding"]["embedding"] = table.at[0].add(7.0)
-    positions = params["text"]["position_embedding"]
-    params["text"]["position_embedding"] = positions.at[4:].add(7.0)
+    table = np.array(params["text"]["token_embedding"]["embedding"])
+    table[0] += 7
+    positions = np.array(params["text"]["position_embedding"])
+    positions[4:] += 7
+    params["text"]["token_embedding"]["embedding"] = table
+    params["text"]["position_embedding"] = positions
     np.testing.assert_allclose(answering.answer(params, inputs), scores, atol=1e-5)
-    params["text"]["position_embedding"] = positions.at[3].add(7.0)
+    positions[3] += 7
     assert np.abs(answering.answer(params, inputs) - scores).max() > 1e-3
 
 
