@@ -1,7 +1,7 @@
 """How a trained model stands corruptions and attacks: python -m tools.robustness --workdir DIR.
 
-Of a run with a `zero_shot` or an `accuracy` evaluator: their data, and the prompts of the first, are
-taken for `robustness` (docs/downstream.md), which the run's config need not have.
+Of a run with a `zero_shot` or an `accuracy` evaluator: its data and prompts are taken for
+`robustness` (docs/downstream.md), which the run's config need not have.
 """
 
 from __future__ import annotations
