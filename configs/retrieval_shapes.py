@@ -17,7 +17,7 @@ from vlp_jax.config import duration
 
 def get_config(arg=None):
     config = demo.get_config(arg)
-    config.duration = duration(steps=200)
+    config.duration = duration(steps=100)
     config.tokenizer.file = placeholder(str)
     config.data.preprocess.choose_text = {"index": 0}
     config.optimizer.learning_rate /= 10

@@ -96,6 +96,9 @@ def test_answers_over_all_and_by_kind(world, devices, batch_size):
         assert scores[f"accuracy_{name}"] == pytest.approx(right[kinds == number].mean())
     assert scores["questions"] == N
     assert scores["most_common"] == np.bincount(world.arrays["answer"]).max() / N
+    answers = world.arrays["answer"]
+    best = [np.bincount(answers[kinds == kind]).max() for kind in range(KINDS)]
+    assert scores["most_common_of_kind"] == pytest.approx(sum(best) / N)
     without = evaluator(world, devices, batch_size, {"name": "answers"}, drop=("kind",))
     assert set(dict(without(world.params))) == {"accuracy", "questions", "most_common"}
 

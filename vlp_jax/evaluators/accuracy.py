@@ -84,8 +84,9 @@ class Answers:
         self._kinds = tuple(names or ())
 
     def __call__(self, params: Any) -> Pairs:
-        """`accuracy`, `accuracy_KIND` of each kind that occurs, in [0, 1]; `questions`, and
-        `most_common`, the accuracy of always giving the split's most common answer.
+        """`accuracy`, `accuracy_KIND` of each kind that occurs, in [0, 1]; `questions`; and what
+        knowing no image comes to: `most_common`, the accuracy of always giving the most common
+        answer of the split, and `most_common_of_kind`, that of always giving the one of the kind.
 
         Raises:
           UserError: an answer that the model has no score for.
@@ -102,12 +103,15 @@ class Answers:
             kinds.append(fields.get("kind", np.zeros(len(own), int)))
         right, labels, kinds = (np.concatenate(x) for x in (right, labels, kinds))
         yield "accuracy", float(right.mean())
-        if self._has_kind:
-            for kind in np.unique(kinds).tolist():
-                name = self._kinds[kind] if 0 <= kind < len(self._kinds) else str(kind)
-                yield f"accuracy_{name}", float(right[kinds == kind].mean())
+        by_kind = 0
+        for kind in np.unique(kinds).tolist() if self._has_kind else ():
+            name = self._kinds[kind] if 0 <= kind < len(self._kinds) else str(kind)
+            yield f"accuracy_{name}", float(right[kinds == kind].mean())
+            by_kind += np.bincount(labels[kinds == kind]).max()
         yield "questions", float(len(right))
         yield "most_common", float(np.bincount(labels).max() / len(labels))
+        if self._has_kind:
+            yield "most_common_of_kind", float(by_kind / len(labels))
 
 
 def _each_question(data: Mapping[str, Any], questions: int | None) -> Iterator[dict[str, Any]]:
