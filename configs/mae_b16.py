@@ -14,8 +14,8 @@ activation "gelu") can start from it, without its decoder:
     --config.init_from.source=DIR
     --config.init_from.rules="(('decoder/.*','skip'),('image/.*','load'),('.*','fresh'))"
 
-What differs: evaluation is the error of reconstruction on the validation split; fine-tuning is not
-part of this codebase.
+What differs: evaluation is the error of reconstruction on the validation split; fine-tuning on
+ImageNet would be the objective `classification` (docs/downstream.md), and has no config here.
 """
 
 from ml_collections import ConfigDict

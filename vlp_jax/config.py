@@ -250,6 +250,15 @@ SMOKE_EVALUATOR = {
     "grid": (100.0, 1000.0),
     "shots": (1,),
     "max_iterations": 10,
+    "corruptions": ("gaussian_noise", "contrast"),
+    "severities": (5,),
+    "radii": (8,),
+    "steps": 2,
+}
+# Arguments of operations that name fields which the embedded data does not have.
+SMOKE_OTHER_FIELDS = {
+    "choose_text": ("field", "fields", "weights"),
+    "choose_question": ("question", "answer", "kind"),
 }
 
 
@@ -311,7 +320,7 @@ def _smoke_data(data: ConfigDict, split: str, image_size: int | None) -> ConfigD
         small.preprocess = data.preprocess.copy_and_resolve_references()
         for name, op in small.preprocess.items():
             op.update({"size": image_size} if "size" in op else {})
-            for key in {"field", "fields", "weights"} & set(op) if name == "choose_text" else ():
+            for key in set(SMOKE_OTHER_FIELDS.get(name, ())) & set(op):
                 del op[key]  # it was that of the other data
         if "choose_text" not in small.preprocess:
             small.preprocess.choose_text = ConfigDict()  # the other data had a text of its own

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from vlp_jax.data import image_ops, text_ops
+from vlp_jax.data import image_ops, question_ops, text_ops
 from vlp_jax.data.lazy_tensorflow import import_tensorflow
 from vlp_jax.data.sources.base import as_plain
 from vlp_jax.errors import UserError, check_arguments, unknown_key_message
@@ -36,6 +36,7 @@ def keep(fields: Sequence[str]) -> Op:
 # In the order in which a mapping in a config runs them.
 OPS: dict[str, Callable[..., Op]] = {
     "choose_text": text_ops.choose_text,
+    "choose_question": question_ops.choose_question,
     "clean_text": text_ops.clean_text,
     "prompt_template": text_ops.prompt_template,
     "canonicalize_text": text_ops.canonicalize_text,

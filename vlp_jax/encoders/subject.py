@@ -22,6 +22,7 @@ from vlp_jax.encoders.loading import load
 from vlp_jax.errors import UserError
 from vlp_jax.evaluators import make_evaluators, merged_data
 from vlp_jax.evaluators.base import Evaluator, Resources, compile_functions
+from vlp_jax.evaluators.derived import functions_of, with_attacks
 from vlp_jax.interop.trees import Module, image_of, to_tree
 from vlp_jax.models.dual_encoder import DualEncoder
 from vlp_jax.models.masked_autoencoder import MaskedAutoencoder
@@ -96,7 +97,7 @@ class Subject:
         spec = {k: jax.ShapeDtypeStruct(*v) for k, v in batch_spec(config, objective).items()}
         boxed = jax.eval_shape(lambda: objective.init(jax.random.key(0), spec))
         resources = Resources(
-            functions=compile_functions(objective.functions(), mesh),
+            functions=compile_functions(functions_of(objective), mesh),
             tokenizer=tokenizer,
             mesh=mesh,
             batch_size=batch_size,
@@ -137,7 +138,7 @@ class Subject:
         encoder = load(weights, dtype=dtype, tokenizer=tokenizer)
         mesh, batch_size, notes = _layout(config, batch_size)
         resources = Resources(
-            functions=compile_functions(encoder.functions, mesh),
+            functions=compile_functions(with_attacks(encoder.functions), mesh),
             tokenizer=None if encoder.texts is None else encoder.tokenizer,
             mesh=mesh,
             batch_size=batch_size,

@@ -7,22 +7,29 @@ from typing import Any
 
 from vlp_jax import config as config_lib
 from vlp_jax.errors import UserError
+from vlp_jax.evaluators.accuracy import Accuracy, Answers
 from vlp_jax.evaluators.base import Evaluator, Resources
 from vlp_jax.evaluators.few_shot import FewShot
 from vlp_jax.evaluators.geometry import Geometry
 from vlp_jax.evaluators.knn import Knn
 from vlp_jax.evaluators.linear_probe import LinearProbe
+from vlp_jax.evaluators.loss import Loss
 from vlp_jax.evaluators.reconstruction import Reconstruction
 from vlp_jax.evaluators.retrieval import Retrieval
+from vlp_jax.evaluators.robustness import Robustness
 from vlp_jax.evaluators.zero_shot import ZeroShot
 
 EVALUATORS = {
+    "accuracy": Accuracy,
+    "answers": Answers,
     "few_shot": FewShot,
     "geometry": Geometry,
     "knn": Knn,
     "linear_probe": LinearProbe,
+    "loss": Loss,
     "reconstruction": Reconstruction,
     "retrieval": Retrieval,
+    "robustness": Robustness,
     "zero_shot": ZeroShot,
 }
 

@@ -14,14 +14,17 @@ from vlp_jax.models.text import TextTransformer
 from vlp_jax.models.vit import VisionTransformer
 
 HEADS = ("linear", "linear_bias", "none")
+# Images as they are stored, or float32 with values in [0, 255]: what is computed from an image,
+# such as an attack on it, is not rounded.
+Pixels = UInt8[Array, "batch height width 3"] | Float[Array, "batch height width 3"]
 
 
 def normalize_pixels(
-    image: UInt8[Array, "batch height width 3"],
+    image: Pixels,
     mean: tuple[float, ...],
     std: tuple[float, ...],
 ) -> Float[Array, "batch height width 3"]:
-    """uint8 pixels to (x / 255 - mean) / std, in float32."""
+    """Pixels in [0, 255] to (x / 255 - mean) / std, in float32."""
     scaled = image.astype(jnp.float32) / 255.0
     return (scaled - jnp.asarray(mean, jnp.float32)) / jnp.asarray(std, jnp.float32)
 
@@ -82,11 +85,11 @@ class DualEncoder(nn.Module):
 
     def embed_image(
         self,
-        image: UInt8[Array, "batch height width 3"],
+        image: Pixels,
         keep: Int[Array, "batch kept"] | None = None,
         train: bool = False,
     ) -> Float[Array, "batch embed"]:
-        """Unit vectors of uint8 images, float32; of the patches `keep` alone if given."""
+        """Unit vectors of images, float32; of the patches `keep` alone if given."""
         pixels = normalize_pixels(image, self.image_mean, self.image_std)
         features = self.image(pixels, keep, train)
         return l2_normalize(

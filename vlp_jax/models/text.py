@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 from vlp_jax.models import layers, variants
 from vlp_jax.models.variants import check_choice
 
-POOLINGS = ("eos", "argmax", "first", "last", "mean", "map")
+POOLINGS = ("eos", "argmax", "first", "last", "mean", "map", "none")
 
 
 class TokenEmbedding(nn.Module):
@@ -37,7 +37,7 @@ class TokenEmbedding(nn.Module):
 
 
 class TextTransformer(nn.Module):
-    """Token ids to one vector.
+    """Token ids to one vector, or to one of each token.
 
     Attributes:
       vocab_size: number of token ids.
@@ -45,7 +45,8 @@ class TextTransformer(nn.Module):
       causal: each token sees only those before it (Radford et al. 2021, CLIP).
       pooling: "eos" (at the first `eos_id`), "argmax" (at the highest token id, which in CLIP's
         vocabulary is the end of text), "first" and "last" (that position), "mean" (over tokens that
-        are not `pad_id`) or "map" (`AttentionPooling`, over all positions that are seen).
+        are not `pad_id`), "map" (`AttentionPooling`, over all positions that are seen) or "none"
+        (all tokens are returned, those of the padding too).
       padding_mask: no token sees what lies behind the last one that is not `pad_id` (Devlin et al.
         2019, BERT).
       qk_norm, layer_scale, stochastic_depth: see `layers.Block` and `layers.Encoder`.
@@ -76,7 +77,7 @@ class TextTransformer(nn.Module):
     @nn.compact
     def __call__(
         self, tokens: Int[Array, "batch tokens"], train: bool = False
-    ) -> Float[Array, "batch width"]:
+    ) -> Float[Array, "batch width"] | Float[Array, "batch tokens width"]:
         """Pooled features, in `dtype`.
 
         Args:
@@ -91,7 +92,7 @@ class TextTransformer(nn.Module):
         positions = layers.position_embedding(self, self.context_length, self.width, 0.01)
         x = x + positions.astype(x.dtype)
         x = nn.with_logical_constraint(x, ("batch", "act_tokens", "act_embed"))
-        lengths = self._lengths(tokens) if self.padding_mask else None
+        lengths = self.lengths(tokens) if self.padding_mask else None
         x = layers.Encoder(
             depth=self.depth,
             heads=self.heads,
@@ -110,7 +111,7 @@ class TextTransformer(nn.Module):
         )(x, lengths, train)
         return self._pool(x, tokens, lengths)
 
-    def _lengths(self, tokens: Int[Array, "batch tokens"]) -> Int[Array, " batch"]:
+    def lengths(self, tokens: Int[Array, "batch tokens"]) -> Int[Array, " batch"]:
         """Tokens up to the last that is no padding; one at least, since attention needs one."""
         last = jnp.max(jnp.where(tokens != self.pad_id, jnp.arange(tokens.shape[1]), 0), axis=1)
         return (last + 1).astype(jnp.int32)
@@ -120,7 +121,9 @@ class TextTransformer(nn.Module):
         x: Float[Array, "batch tokens width"],
         tokens: Int[Array, "batch tokens"],
         lengths: Int[Array, " batch"] | None,
-    ) -> Float[Array, "batch width"]:
+    ) -> Float[Array, "batch *tokens width"]:
+        if self.pooling == "none":
+            return x
         if self.pooling in ("eos", "argmax"):
             marks = tokens == self.eos_id if self.pooling == "eos" else tokens
             position = jnp.argmax(marks, axis=1)

@@ -7,9 +7,11 @@ from typing import Any
 
 from vlp_jax import config as config_lib
 from vlp_jax.objectives.base import Objective
+from vlp_jax.objectives.classification import make_classification
 from vlp_jax.objectives.composite import Composite, make_composite
 from vlp_jax.objectives.contrastive import make_contrastive
 from vlp_jax.objectives.masked_autoencoding import make_masked_autoencoding
+from vlp_jax.objectives.question_answering import make_question_answering
 
 
 def make_objective(
@@ -40,7 +42,9 @@ def _composite(*, parts: Mapping[str, Any], tokenizer: Any, microbatches: int) -
 
 
 OBJECTIVES = {
+    "classification": make_classification,
     "composite": _composite,
     "contrastive": make_contrastive,
     "masked_autoencoding": make_masked_autoencoding,
+    "question_answering": make_question_answering,
 }

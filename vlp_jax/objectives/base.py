@@ -38,7 +38,8 @@ class Objective(Protocol):
         """The scalar to minimize, and what else is worth knowing."""
 
     def functions(self) -> dict[str, Callable[..., Array]]:
-        """What evaluators and export may ask for, each `f(params, array) -> array`."""
+        """What evaluators and export may ask for, each `f(params, array) -> array`, or of a dict of
+        arrays where a model takes several."""
 
     def flops_per_example(self, batch_spec: BatchSpec) -> float:
         """Analytic FLOPs of the forward pass on one example; a multiply-add counts 2."""

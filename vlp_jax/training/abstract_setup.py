@@ -92,7 +92,8 @@ def tokenizer_sizes(section: ConfigDict) -> TokenizerSizes | None:
 def batch_spec(config: ConfigDict, objective: Objective) -> BatchSpec:
     """Shape and dtype of what models read of a global batch.
 
-    Each dataset that the objective reads gives `image` and, if there is a tokenizer, `text`.
+    Each dataset that the objective reads gives `image`, `text` if there is a tokenizer, and the
+    class of each example if the objective has a field for it.
     """
     spec: BatchSpec = {}
     for dataset, part in _readers(objective):
@@ -104,6 +105,8 @@ def batch_spec(config: ConfigDict, objective: Objective) -> BatchSpec:
         if config.tokenizer:
             length = config.tokenizer.context_length
             spec[f"{prefix}text"] = ((config.batch_size, length), np.dtype(np.int32))
+        if hasattr(part, "label_field"):
+            spec[f"{prefix}{part.label_field}"] = ((config.batch_size,), np.dtype(np.int32))
     return spec
 
 

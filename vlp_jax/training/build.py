@@ -12,6 +12,7 @@ from vlp_jax.data.joined import JoinedPipeline
 from vlp_jax.data.tokenizers import Tokenizer
 from vlp_jax.evaluators import make_evaluators
 from vlp_jax.evaluators.base import Resources, compile_functions
+from vlp_jax.evaluators.derived import functions_of
 from vlp_jax.observe.throughput import StartupClock
 from vlp_jax.parallel import agreement
 from vlp_jax.parallel import mesh as mesh_lib
@@ -62,7 +63,7 @@ def build(config: ConfigDict, workdir: epath.Path, clock: StartupClock) -> Parts
     with clock.phase("find the weights to start from"):
         start = make_start(setup, workdir, tokenizer)
     resources = Resources(
-        functions=compile_functions(setup.objective.functions(), mesh),
+        functions=compile_functions(functions_of(setup.objective), mesh),
         tokenizer=tokenizer,
         mesh=mesh,
         batch_size=config.batch_size,

@@ -1,0 +1,95 @@
+"""Attacks on the pixels of an image: the worst that a small change can do to a classifier."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt8
+
+Scores = Callable[[Float[Array, "batch height width 3"]], Float[Array, "batch classes"]]
+PREFIX = "attacked_"  # of the name of the function that is attacked
+ATTACKABLE = ("classify", "embed_image")
+# Fields of what an attacked function takes, besides `image`.
+SETTINGS = ("radius", "step_size", "steps", "random_start")
+
+
+def attacked_images(
+    scores: Scores,
+    image: UInt8[Array, "batch height width 3"] | Float[Array, "batch height width 3"],
+    label: Int[Array, " batch"],
+    keys: PRNGKeyArray,
+    *,
+    radius: float | Float[Array, ""],
+    step_size: float | Float[Array, ""],
+    steps: int | Int[Array, ""],
+    random_start: bool | Float[Array, ""],
+) -> Float[Array, "batch height width 3"]:
+    """Images no further than `radius` from the true ones, of which the classifier is less sure.
+
+    Each step follows the sign of the gradient of the cross-entropy of the true class. One step of
+    the length of the radius from the image itself is FGSM (Goodfellow et al. 2015, "Explaining and
+    Harnessing Adversarial Examples", 4); several from a random point of the ball, each brought back
+    into it, are PGD (Madry et al. 2018, "Towards Deep Learning Models Resistant to Adversarial
+    Attacks", 2.1).
+
+    Args:
+      scores: of the classes, before the softmax; those of an image depend on it alone.
+      image: values in [0, 255].
+      label: the true class.
+      keys: of the random start, one for each image [batch].
+      radius: the largest change of a value, on the scale of 0 to 255 (the maximum norm).
+      step_size: length of a step, on the same scale.
+      steps: how many.
+      random_start: whether to start from a random point of the ball, or from the image.
+
+    Returns:
+      float32 values, within the ball and within [0, 255]; they are not rounded.
+    """
+    image = image.astype(jnp.float32)
+    low, high = jnp.maximum(image - radius, 0), jnp.minimum(image + radius, 255)
+
+    def loss(x: Array) -> Array:
+        log = jax.nn.log_softmax(scores(x).astype(jnp.float32))
+        return -jnp.take_along_axis(log, label[:, None], axis=1).sum()
+
+    def step(_: Any, x: Array) -> Array:
+        return jnp.clip(x + step_size * jnp.sign(jax.grad(loss)(x)), low, high)
+
+    noise = jax.vmap(lambda key, x: jax.random.uniform(key, x.shape, minval=-1.0))(keys, image)
+    start = jnp.clip(image + jnp.float32(random_start) * radius * noise, low, high)
+    return jax.lax.fori_loop(0, steps, step, start)
+
+
+def attack_functions(
+    functions: Mapping[str, Callable[..., Array]],
+) -> dict[str, Callable[..., Array]]:
+    """What `Robustness` needs of an objective's functions, for `compile_functions`.
+
+    Each takes `(params, inputs)`, where the inputs are `image`, `label`, `number` (of the example
+    in its split, for the random start), `seed` and `SETTINGS`, and gives the scores
+    [batch, classes] of the attacked images. That of `embed_image` also takes `classes`, unit
+    vectors [classes, dim], and `logit_scale`, the factor on the cosine similarity in the softmax.
+    """
+
+    def attacked(function: Callable[..., Array], embeds: bool) -> Callable[..., Array]:
+        def run(params: Any, inputs: Mapping[str, Array]) -> Array:
+            def scores(pixels: Array) -> Array:
+                out = function(params, pixels).astype(jnp.float32)
+                return inputs["logit_scale"] * out @ inputs["classes"].T if embeds else out
+
+            base = jax.random.key(inputs["seed"])
+            keys = jax.vmap(lambda n: jax.random.fold_in(base, n))(inputs["number"])
+            settings = {name: inputs[name] for name in SETTINGS}
+            label = inputs["label"].astype(jnp.int32)
+            return scores(attacked_images(scores, inputs["image"], label, keys, **settings))
+
+        return run
+
+    return {
+        PREFIX + name: attacked(functions[name], name == "embed_image")
+        for name in ATTACKABLE
+        if name in functions
+    }

@@ -1,0 +1,23 @@
+"""Functions that evaluators call and that follow from any objective."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from vlp_jax.evaluators.attacks import attack_functions
+from vlp_jax.evaluators.loss import loss_functions
+from vlp_jax.objectives import Objective
+
+
+def functions_of(objective: Objective) -> dict[str, Callable[..., Any]]:
+    """The objective's own functions, its loss on examples, and attacks on its classifiers.
+
+    They cost nothing until one is called.
+    """
+    return {**loss_functions(objective), **with_attacks(objective.functions())}
+
+
+def with_attacks(functions: Mapping[str, Callable[..., Any]]) -> dict[str, Callable[..., Any]]:
+    """The functions, and attacks on those that classify."""
+    return {**attack_functions(functions), **functions}

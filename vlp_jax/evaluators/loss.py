@@ -1,0 +1,162 @@
+"""The loss of an objective over a split that it is not trained on."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from vlp_jax.errors import UserError
+from vlp_jax.evaluators.base import Pairs, Resources
+from vlp_jax.evaluators.outputs import numbered
+from vlp_jax.objectives import Composite, Objective
+from vlp_jax.objectives.composite import SEPARATOR
+from vlp_jax.parallel import mesh as mesh_lib
+from vlp_jax.parallel.batch import put_batch
+
+SEED = 0  # of what a loss draws, such as masks: the same at every step of a run
+NUMBER = "number"  # of an example in its split
+EACH, WHOLE = "loss_of_each", "loss_of_batch"  # names of the functions, one of which there is
+
+
+def loss_functions(objective: Objective) -> dict[str, Callable[..., Any]]:
+    """What `Loss` needs of an objective, for `compile_functions`.
+
+    `loss_of_each(params, batch)`: metric -> (sum, count), float32 [batch] each, of every example by
+    itself. What the loss draws at random depends on the example's number alone. If an example's
+    loss depends on the others, there is `loss_of_batch` instead: metric -> (sum, count), scalars.
+    """
+    if objective.couples_batch:
+        return {WHOLE: lambda params, batch: _loss_of_batch(objective, params, batch)}
+    objective = undivided(objective)
+
+    def of_each(params: Any, batch: dict[str, Array]) -> dict[str, tuple[Array, Array]]:
+        def one(example: dict[str, Array], number: Array) -> dict[str, tuple[Array, Array]]:
+            key = jax.random.fold_in(jax.random.key(SEED), number)
+            alone = {name: value[None] for name, value in example.items()}
+            metrics = objective.loss(params, alone, key, False)[1]
+            return jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), metrics)
+
+        fields = {name: value for name, value in batch.items() if name != NUMBER}
+        # A batch of one example cannot be spread over devices; the many of them are.
+        with nn.logical_axis_rules(()):
+            return jax.vmap(one)(fields, batch[NUMBER])
+
+    return {EACH: of_each}
+
+
+def _loss_of_batch(objective: Objective, params: Any, batch: dict[str, Array]) -> Any:
+    fields = {name: value for name, value in batch.items() if name != NUMBER}
+    key = jax.random.fold_in(jax.random.key(SEED), batch[NUMBER][0])
+    return objective.loss(params, fields, key, False)[1]
+
+
+def undivided(objective: Objective) -> Objective:
+    """The objective without microbatches, so that a batch may have any size."""
+    if isinstance(objective, Composite):
+        parts = (
+            dataclasses.replace(part, objective=undivided(part.objective))
+            for part in objective.parts
+        )
+        return dataclasses.replace(objective, parts=tuple(parts))
+    return dataclasses.replace(objective, microbatches=1)
+
+
+class Loss:
+    """The loss and the other metrics of the objective over a split, as in training without noise:
+    no masks of patches, no stochastic depth, no label smoothing where the objective says so.
+
+    A loss that is a mean over examples is exact: every example counts once, whatever the batch. A
+    loss of whole batches (a contrastive one, whose examples are told apart from the others of their
+    batch) is the mean over the full batches, of `batch_size`, in the order of the source.
+    The examples of the last batch that do not fill it are left out, and so is a batch that holds an
+    example which cannot be used.
+
+    Args:
+      data: of the examples.
+      batch_size: of a loss of whole batches; default: the evaluation's, which is the training's if
+        the devices are those of the run. Another one is another loss.
+      extra_data: for a composite whose parts have data of their own: name -> data, as in
+        `config.extra_data`. Read side by side, up to the end of the shortest.
+    """
+
+    needs = ()
+
+    def __init__(
+        self,
+        *,
+        data: Mapping[str, Any],
+        resources: Resources,
+        batch_size: int | None = None,
+        extra_data: Mapping[str, Mapping[str, Any]] | None = None,
+    ):
+        if batch_size is not None:
+            mesh_lib.check_batch_size(batch_size, resources.mesh, "batch_size of the loss")
+            resources = dataclasses.replace(resources, batch_size=batch_size)
+        self._resources = resources
+        self._pipelines = {"": resources.pipeline(data)}
+        for name, more in (extra_data or {}).items():
+            self._pipelines[f"{name}{SEPARATOR}"] = resources.pipeline(more)
+        self._coupled = WHOLE in resources.functions
+        shortest = min(len(pipeline) for pipeline in self._pipelines.values())
+        if self._coupled and shortest < resources.batch_size:
+            raise UserError(
+                f"this loss is of whole batches of {resources.batch_size}, and the split has "
+                f"{shortest} examples; take more of them (limit) or a smaller batch_size"
+            )
+
+    def __call__(self, params: Any) -> Pairs:
+        """Each metric of the objective, `loss` among them, and `examples`, how many count.
+
+        Raises:
+          UserError: there is no batch without an example that cannot be used.
+        """
+        sums: dict[str, np.ndarray] = {}
+        examples = 0
+        for batch in numbered(self._batches(), NUMBER):
+            count, metrics = self._sums(params, batch)
+            examples += count
+            for name, pair in metrics.items():
+                sums[name] = sums.get(name, 0) + pair
+        if not examples:
+            raise UserError("no batch of the split is full and without a damaged example")
+        for name, (total, count) in sums.items():
+            yield name, float(total / count)
+        yield "examples", float(examples)
+
+    def _sums(
+        self, params: Any, batch: Mapping[str, np.ndarray]
+    ) -> tuple[int, dict[str, Float[np.ndarray, 2]]]:
+        """How many examples of the batch count, and the sum and the count of each metric."""
+        fields = put_batch(batch, self._resources.mesh)
+        rest = {"mask": fields.pop("mask")}
+        function = self._resources.functions[WHOLE if self._coupled else EACH]
+        metrics, rest = function(params, fields, rest)
+        keep = np.asarray(rest["mask"])
+        if self._coupled and not keep.all():
+            return 0, {}
+        chosen = {
+            name: np.stack([np.asarray(x, np.float64) for x in pair])
+            for name, pair in metrics.items()
+        }
+        if not self._coupled:
+            chosen = {name: pair[:, keep].sum(axis=1) for name, pair in chosen.items()}
+        return int(keep.sum()), chosen
+
+    def _batches(self) -> Iterator[dict[str, np.ndarray]]:
+        """The batches of all datasets joined; masked is what any of them masks."""
+        streams = [pipeline.batches() for pipeline in self._pipelines.values()]
+        for parts in zip(*streams, strict=False):
+            joined = {
+                f"{prefix}{name}": value
+                for prefix, batch in zip(self._pipelines, parts, strict=True)
+                for name, value in batch.items()
+                if name != "mask"
+            }
+            yield {**joined, "mask": np.logical_and.reduce([batch["mask"] for batch in parts])}

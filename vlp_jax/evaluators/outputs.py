@@ -1,0 +1,92 @@
+"""What a function of several fields makes of a split, gathered on the host."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from vlp_jax.data.pipeline import EvalPipeline
+from vlp_jax.errors import UserError
+from vlp_jax.evaluators.base import INPUTS, Resources
+from vlp_jax.parallel.batch import put_batch
+
+# What is done to the arrays of a batch, already on the devices, before the function sees them.
+Change = Callable[[dict[str, Array]], dict[str, Array]]
+
+
+def outputs_of(
+    resources: Resources,
+    params: Any,
+    batches: Iterable[Mapping[str, np.ndarray]],
+    function: str,
+    inputs: Sequence[str],
+    change: Change = dict,
+    more: Mapping[str, Any] | None = None,
+) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """The outputs of `function(params, {name: array})` on all batches, and their other fields.
+
+    Both are without padding, and every process gets those of all, in one order.
+
+    Args:
+      inputs: fields that the function takes; of a single one it takes the bare array.
+      change: see `Change`; it gets and gives all fields of a batch.
+      more: what the function takes besides, the same for every batch.
+    """
+    outputs, fields = [], []
+    for batch in batches:
+        wanted = {k: v for k, v in batch.items() if k in inputs or k not in INPUTS}
+        rest = change(put_batch(wanted, resources.mesh))
+        taken = {name: rest.pop(name) for name in inputs}
+        argument = {**taken, **(more or {})} if more or len(inputs) > 1 else taken[inputs[0]]
+        made, rest = resources.functions[function](params, argument, rest)
+        keep = np.asarray(rest.pop("mask"))
+        outputs.append(np.asarray(made)[keep])
+        fields.append({name: np.asarray(value)[keep] for name, value in rest.items()})
+    named = {name: np.concatenate([f[name] for f in fields]) for name in fields[0]}
+    return np.concatenate(outputs), named
+
+
+def numbered(
+    batches: Iterable[Mapping[str, np.ndarray]], name: str = "number"
+) -> Iterable[dict[str, np.ndarray]]:
+    """The batches with the number of each example in the whole split, int32, as field `name`."""
+    for step, batch in enumerate(batches):
+        local = len(batch["mask"])
+        whole = local * jax.process_count()
+        first = step * whole + jax.process_index() * local
+        yield {**batch, name: np.arange(first, first + local, dtype=np.int32)}
+
+
+def ranks(
+    scores: Float[np.ndarray, "n classes"], labels: Int[np.ndarray, " n"]
+) -> Int[np.ndarray, " n"]:
+    """How many classes stand before the right one, 0 if none.
+
+    Ties count against the model, so that equal scores for all classes are no success; so does a
+    score that is no number.
+    """
+    own = np.take_along_axis(scores, labels[:, None].astype(int), axis=1)
+    return (~(scores < own)).sum(axis=1) - 1
+
+
+def check_labels(labels: Int[np.ndarray, " n"], classes: int, field: str) -> None:
+    """Raises UserError for a label without a score."""
+    if labels.size and not 0 <= labels.min() <= labels.max() < classes:
+        raise UserError(
+            f"the labels in {field!r} go from {labels.min()} to {labels.max()}, and the model "
+            f"scores {classes} classes: set the objective's number of them, or other data"
+        )
+
+
+def check_field(pipeline: EvalPipeline, field: str, where: str) -> None:
+    """Raises UserError if batches have no such field of whole numbers."""
+    spec = pipeline.batch_spec()
+    if field not in spec or not np.issubdtype(spec[field][1], np.integer):
+        raise UserError(
+            f"{where}: the data has no whole numbers {field!r} after its preprocess (it has: "
+            f"{', '.join(sorted(spec))})"
+        )

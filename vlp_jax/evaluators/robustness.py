@@ -1,0 +1,190 @@
+"""Accuracy on images that are corrupted or attacked."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Array, Float
+
+from vlp_jax.errors import UserError
+from vlp_jax.evaluators import corruptions as corruptions_lib
+from vlp_jax.evaluators.attacks import PREFIX
+from vlp_jax.evaluators.base import Pairs, Resources
+from vlp_jax.evaluators.outputs import check_field, check_labels, numbered, outputs_of, ranks
+from vlp_jax.evaluators.zero_shot import ZeroShot
+
+NUMBER = "number"  # of an image in its split
+TRUE = "true_label"  # what scores are compared with; an attack takes "label" for itself
+# Of a whole run of PGD, in radii: Madry et al. 2018 go 2.5 times as far as the radius.
+REACH = 2.5
+
+
+class Robustness:
+    """Top-1 of a classifier on clean images, under common corruptions and under attacks.
+
+    The classifier is the objective's own (`classify`), or a zero-shot one if there are `templates`.
+
+    Args:
+      data: of the images, with the class as a whole number in `label_field`.
+      templates, class_names: see `ZeroShot`.
+      corruptions: keys of `corruptions.CORRUPTIONS`; None for all, () for none.
+      severities: of each corruption, 1 to 5.
+      radii: of the attacks, the largest change of a pixel's value on the scale of 0 to 255; () for
+        none.
+      steps: of PGD; each is 2.5 * radius / steps long.
+      logit_scale: factor on the cosine similarity in the softmax that an attack on a zero-shot
+        classifier climbs. With a large one the softmax has no gradient left where the classifier is
+        sure, and the attack fails.
+      seed: of all that is random.
+    """
+
+    needs = ()
+
+    def __init__(
+        self,
+        *,
+        data: Mapping[str, Any],
+        resources: Resources,
+        label_field: str = "label",
+        templates: Sequence[str] | None = None,
+        class_names: Sequence[str] | None = None,
+        corruptions: Sequence[str] | None = None,
+        severities: Sequence[int] = corruptions_lib.SEVERITIES,
+        radii: Sequence[float] = (1, 2, 4, 8),
+        steps: int = 10,
+        logit_scale: float = 1 / 0.07,
+        seed: int = 0,
+    ):
+        chosen = corruptions_lib.CORRUPTIONS if corruptions is None else corruptions
+        self._corruptions, self._severities = tuple(chosen), tuple(severities)
+        self._radii, self._steps = tuple(radii), steps
+        corruptions_lib.check(self._corruptions, self._severities)
+        _check_attacks(self._radii, steps)
+        if self._corruptions and not self._severities:
+            raise UserError("robustness: severities is empty; set corruptions to () for none")
+        self._resources, self._label_field = resources, label_field
+        self._logit_scale, self._seed = logit_scale, seed
+        names = {"class_names": class_names} if class_names else {}
+        self._zero_shot = templates and ZeroShot(
+            data=data, resources=resources, templates=templates, label_field=label_field, **names
+        )
+        self._function = "embed_image" if self._zero_shot else "classify"
+        for name in (self._function, *(["embed_text"] if self._zero_shot else [])):
+            if name not in resources.functions:
+                advice = "" if self._zero_shot else "; for a zero-shot classifier set templates"
+                raise UserError(f"robustness needs {name}, which the objective lacks{advice}")
+        self._pipeline = resources.pipeline(data)
+        check_field(self._pipeline, label_field, "robustness")
+
+    def __call__(self, params: Any) -> Pairs:
+        """All in [0, 1]: `clean`; `NAME`, the mean over the severities of a corruption, and
+        `NAME_SEVERITY`; `corruption_mean`, the mean over all, and `corruption_relative`, that
+        divided by `clean`; `fgsm_RADIUS` and `pgd_RADIUS`. And `examples`.
+
+        Raises:
+          UserError: a label that the model has no score for.
+        """
+        classes = self._zero_shot.class_embeddings(params) if self._zero_shot else None
+        right = self._right(params, classes)
+        clean = float(right.mean())
+        yield "clean", clean
+        means = []
+        for name in self._corruptions:
+            of_name = []
+            for severity in self._severities:
+                change = functools.partial(_corrupted, name, severity, self._seed)
+                of_name.append(float(self._right(params, classes, change).mean()))
+                yield f"{name}_{severity}", of_name[-1]
+            means.append(float(np.mean(of_name)))
+            yield name, means[-1]
+        if means:
+            yield "corruption_mean", float(np.mean(means))
+            yield "corruption_relative", float(np.mean(means)) / clean if clean else 0.0
+        for radius in self._radii:
+            yield f"fgsm_{radius:g}", self._attacked(params, classes, radius, fgsm(radius))
+            settings = pgd(radius, self._steps)
+            yield f"pgd_{radius:g}", self._attacked(params, classes, radius, settings)
+        yield "examples", float(len(right))
+
+    def _right(
+        self,
+        params: Any,
+        classes: Float[np.ndarray, "classes dim"] | None,
+        change: Callable[[dict[str, Array]], dict[str, Array]] = dict,
+    ) -> np.ndarray:
+        """Which images are told right, after a change to the batches on the devices."""
+        scores, fields = outputs_of(
+            self._resources, params, self._batches(), self._function, ("image",), change
+        )
+        return self._hits(scores if classes is None else scores @ classes.T, fields)
+
+    def _attacked(
+        self,
+        params: Any,
+        classes: Float[np.ndarray, "classes dim"] | None,
+        radius: float,
+        settings: Mapping[str, float],
+    ) -> float:
+        """Top-1 on images that are attacked."""
+        more: dict[str, Any] = {
+            "radius": np.float32(radius),
+            "seed": np.uint32(self._seed),
+            "step_size": np.float32(settings["step_size"]),
+            "steps": np.int32(settings["steps"]),
+            "random_start": np.float32(settings["random_start"]),
+        }
+        if classes is not None:
+            more |= {"classes": classes, "logit_scale": np.float32(self._logit_scale)}
+        scores, fields = outputs_of(
+            self._resources,
+            params,
+            self._batches(),
+            PREFIX + self._function,
+            ("image", "label", NUMBER),
+            more=more,
+        )
+        return float(self._hits(scores, fields).mean())
+
+    def _batches(self) -> Iterator[dict[str, np.ndarray]]:
+        for batch in numbered(self._pipeline.batches(), NUMBER):
+            label = batch[self._label_field]
+            kept = {name: batch[name] for name in ("image", "mask", NUMBER)}
+            yield {**kept, "label": label, TRUE: label}
+
+    def _hits(
+        self, scores: Float[np.ndarray, "n classes"], fields: Mapping[str, np.ndarray]
+    ) -> np.ndarray:
+        labels = fields[TRUE]
+        check_labels(labels, scores.shape[1], self._label_field)
+        return ranks(scores, labels) < 1
+
+
+def fgsm(radius: float) -> dict[str, float]:
+    """One step to the border of the ball; see `attacks.attacked_images`."""
+    return {"step_size": radius, "steps": 1, "random_start": 0.0}
+
+
+def pgd(radius: float, steps: int) -> dict[str, float]:
+    """Several from a random start; see `attacks.attacked_images`."""
+    return {"step_size": REACH * radius / steps, "steps": steps, "random_start": 1.0}
+
+
+def _corrupted(
+    name: str, severity: int, seed: int, batch: Mapping[str, jax.Array]
+) -> dict[str, jax.Array]:
+    images = corruptions_lib.corrupt(batch["image"], batch[NUMBER], name, severity, seed)
+    return {**batch, "image": images}
+
+
+def _check_attacks(radii: Sequence[float], steps: int) -> None:
+    bad = [r for r in radii if isinstance(r, bool) or not isinstance(r, int | float) or r <= 0]
+    if bad:
+        raise UserError(
+            f"robustness: radii are numbers above 0 on the scale of 0 to 255, got {bad}"
+        )
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+        raise UserError(f"robustness: steps must be a whole number of at least 1, got {steps!r}")

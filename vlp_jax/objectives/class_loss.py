@@ -1,0 +1,106 @@
+"""The loss of scores of classes, against labels that are numbers or shares."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from vlp_jax.models.variants import check_choice
+from vlp_jax.objectives.base import BatchSpec, Metrics
+
+Targets = Int[Array, " batch"] | Float[Array, "batch classes"]
+
+
+def _softmax_loss(
+    scores: Float[Array, "batch classes"], shares: Float[Array, "batch classes"]
+) -> Float[Array, " batch"]:
+    return -jnp.sum(shares * jax.nn.log_softmax(scores), axis=-1)
+
+
+def _sigmoid_loss(
+    scores: Float[Array, "batch classes"], shares: Float[Array, "batch classes"]
+) -> Float[Array, " batch"]:
+    yes, no = jax.nn.log_sigmoid(scores), jax.nn.log_sigmoid(-scores)
+    return -jnp.sum(shares * yes + (1 - shares) * no, axis=-1)
+
+
+# softmax: one class is right. sigmoid: each class is a question of its own, and their losses are
+# added up (Beyer et al. 2020, "Are we done with ImageNet?", 4.2; ViLT, 4.2, for answers).
+CLASS_LOSSES: dict[str, Callable[[Array, Array], Array]] = {
+    "softmax": _softmax_loss,
+    "sigmoid": _sigmoid_loss,
+}
+
+
+def class_losses(
+    scores: Float[Array, "batch classes"],
+    targets: Targets,
+    kind: str,
+    label_smoothing: float = 0.0,
+) -> Float[Array, " batch"]:
+    """The cross-entropy of each example, float32.
+
+    Args:
+      scores: before softmax or sigmoid.
+      targets: the class of each example, or the share of each class, as MixUp makes them.
+      kind: a key of `CLASS_LOSSES`.
+      label_smoothing: this much of the shares is spread evenly over all classes (Szegedy et al.
+        2016, "Rethinking the Inception Architecture", 7).
+
+    Returns:
+      A class that is not there has the loss NaN, so that the step is skipped and told.
+    """
+    scores = scores.astype(jnp.float32)
+    classes = scores.shape[-1]
+    if jnp.issubdtype(targets.dtype, jnp.integer):
+        shares = jax.nn.one_hot(targets, classes)
+        known = (targets >= 0) & (targets < classes)
+    else:
+        shares, known = targets.astype(jnp.float32), jnp.ones(len(targets), bool)
+    shares = (1 - label_smoothing) * shares + label_smoothing / classes
+    return jnp.where(known, CLASS_LOSSES[kind](scores, shares), jnp.nan)
+
+
+def loss_and_accuracy(
+    scores: Float[Array, "batch classes"], targets: Targets, kind: str, label_smoothing: float
+) -> tuple[Float[Array, ""], Metrics]:
+    """The mean of `class_losses`, and how many examples have their class at the top.
+
+    The class of an example with shares is that of its largest.
+    """
+    losses = class_losses(scores, targets, kind, label_smoothing)
+    soft = not jnp.issubdtype(targets.dtype, jnp.integer)
+    label = jnp.argmax(targets, axis=-1) if soft else targets
+    hits = (jnp.argmax(scores, axis=-1) == label).sum().astype(jnp.float32)
+    count = jnp.float32(len(scores))
+    return losses.mean(), {"loss": (losses.sum(), count), "accuracy": (hits, count)}
+
+
+def check_loss(kind: str, label_smoothing: float) -> None:
+    """Raises ValueError for an unknown loss, or smoothing outside of [0, 1)."""
+    check_choice("loss", kind, tuple(CLASS_LOSSES))
+    if not 0 <= label_smoothing < 1:
+        raise ValueError(f"label_smoothing is at least 0 and below 1, not {label_smoothing}")
+
+
+def check_targets(batch_spec: BatchSpec, field: str, classes: int, key: str) -> None:
+    """Raises ValueError if `field` of the batch is neither a class nor shares of the classes.
+
+    Args:
+      key: what says how many `classes` there are.
+    """
+    spec = batch_spec.get(field)
+    if spec is None:
+        known = ", ".join(sorted(batch_spec))
+        raise ValueError(
+            f"the batch has no {field!r} (it has: {known}); set label_field, or keep it"
+        )
+    hard = jnp.issubdtype(spec.dtype, jnp.integer) and len(spec.shape) == 1
+    soft = jnp.issubdtype(spec.dtype, jnp.floating) and len(spec.shape) == 2
+    if not hard and not soft:
+        raise ValueError(f"{field!r} holds no classes: it is {spec.dtype}{list(spec.shape)}")
+    if soft and spec.shape[1] != classes:
+        raise ValueError(f"{field!r} has shares of {spec.shape[1]} classes, and {key} is {classes}")

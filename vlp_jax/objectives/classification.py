@@ -1,0 +1,123 @@
+"""Classification of images: fine-tuning of a tower, or a linear probe of a frozen one."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from vlp_jax import config as config_lib
+from vlp_jax.models.classifier import Classifier
+from vlp_jax.models.vit import make_vit
+from vlp_jax.objectives.base import Batch, BatchSpec, Metrics, Params
+from vlp_jax.objectives.class_loss import check_loss, check_targets, loss_and_accuracy
+from vlp_jax.objectives.compute import compute_fields
+from vlp_jax.objectives.microbatch import mean_over_parts
+
+
+@dataclasses.dataclass(frozen=True)
+class Classification:
+    """Tells the class of an image.
+
+    Attributes:
+      model: the tower and its head.
+      class_loss: "softmax" or "sigmoid"; see `class_loss.CLASS_LOSSES`.
+      label_smoothing: share of a label that is spread over all classes, in training alone.
+      label_field: the field of a batch with the class, or with the share of each (MixUp).
+      microbatches: parts of a batch that are computed one after the other.
+    """
+
+    model: Classifier
+    class_loss: str = "softmax"
+    label_smoothing: float = 0.0
+    label_field: str = "label"
+    microbatches: int = 1
+    couples_batch: bool = False
+
+    @property
+    def compute_dtype(self) -> Any:
+        """Of the matrix products."""
+        return self.model.image.dtype
+
+    def init(self, rng: PRNGKeyArray, batch_spec: BatchSpec) -> Params:
+        """Fresh parameters, in `nn.LogicallyPartitioned` boxes.
+
+        Raises:
+          ValueError: the batch has no labels of these classes, or images of another shape.
+        """
+        check_targets(batch_spec, self.label_field, self.model.classes, "classes")
+        spec = batch_spec["image"]
+        return self.model.init(rng, jnp.zeros((1, *spec.shape[1:]), spec.dtype))["params"]
+
+    def loss(
+        self, params: Params, batch: Batch, rng: PRNGKeyArray, train: bool
+    ) -> tuple[Float[Array, ""], Metrics]:
+        """The mean cross-entropy, and the accuracy."""
+        fields = (batch["image"], batch[self.label_field])
+        smoothing = self.label_smoothing if train else 0.0
+
+        def part(params: Params, fields: Any, key: PRNGKeyArray) -> tuple[Array, Metrics]:
+            image, label = fields
+            rngs = {"drop_path": key}
+            scores = self.model.apply({"params": params}, image, train, rngs=rngs)
+            return loss_and_accuracy(scores, label, self.class_loss, smoothing)
+
+        return mean_over_parts(part, params, fields, rng, self.microbatches)
+
+    def functions(self) -> dict[str, Callable[..., Array]]:
+        """Of images with values in [0, 255]: `classify`, the score of each class, and
+        `embed_image`, unit vectors of what the head sees."""
+        return {
+            "classify": lambda params, x: self.model.apply({"params": params}, x),
+            "embed_image": lambda params, x: self.model.apply(
+                {"params": params}, x, method="embed_image"
+            ),
+        }
+
+    def flops_per_example(self, batch_spec: BatchSpec) -> float:
+        """Forward FLOPs of one image."""
+        return self.model.flops()
+
+
+def make_classification(
+    *,
+    tokenizer: Any = None,
+    microbatches: int = 1,
+    image: Mapping[str, Any],
+    classes: int,
+    loss: str = "softmax",
+    label_smoothing: float = 0.0,
+    label_field: str = "label",
+    image_mean: tuple[float, ...] = (0.5, 0.5, 0.5),
+    image_std: tuple[float, ...] = (0.5, 0.5, 0.5),
+    dtype: str | None = None,
+    scan_layers: bool = True,
+    remat: str = "none",
+    attention: str = "xla",
+) -> Classification:
+    """`Classification` from `config.objective`.
+
+    Args:
+      tokenizer: not used.
+      image: arguments of `make_vit`, with a pooling.
+      classes: how many there are.
+      loss, label_smoothing, label_field: see `Classification`.
+      dtype: of the computation; default bfloat16 on accelerators and float32 on CPU.
+
+    Raises:
+      ValueError: an unknown variant, loss or dtype, fewer than two classes, smoothing outside of
+        [0, 1), or a tower without pooling.
+    """
+    del tokenizer
+    check_loss(loss, label_smoothing)
+    if classes < 2:
+        raise ValueError(f"classes must be at least 2, not {classes}")
+    shared = compute_fields(dtype, scan_layers, remat, attention)
+    vit = config_lib.build(make_vit, image, "config.objective.image", **shared)
+    if vit.pooling == "none":
+        raise ValueError("the image tower needs a pooling to end in one vector")
+    model = Classifier(vit, classes, tuple(image_mean), tuple(image_std))
+    return Classification(model, loss, label_smoothing, label_field, microbatches)

@@ -1,0 +1,152 @@
+"""Visual question answering as the choice of an answer from a closed list."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from vlp_jax import config as config_lib
+from vlp_jax.models.fusion import Fusion, QuestionAnswerer
+from vlp_jax.models.text import make_text
+from vlp_jax.models.variants import size_of
+from vlp_jax.models.vit import make_vit
+from vlp_jax.objectives.base import Batch, BatchSpec, Metrics, Params
+from vlp_jax.objectives.class_loss import check_loss, check_targets, loss_and_accuracy
+from vlp_jax.objectives.compute import compute_fields
+from vlp_jax.objectives.microbatch import mean_over_parts
+
+INPUTS = ("image", "text")
+
+
+@dataclasses.dataclass(frozen=True)
+class QuestionAnswering:
+    """Tells the answer to a question about an image.
+
+    The towers are those of a dual encoder, without their pooling and projections; what looks at the
+    tokens of both is new (Dou et al. 2022, "METER"; Kim et al. 2021, "ViLT", 4.2, for the answers
+    as classes).
+
+    Attributes:
+      model: the towers, the fusion and the head.
+      class_loss: "softmax" or "sigmoid"; see `class_loss.CLASS_LOSSES`.
+      label_smoothing: share of a label that is spread over all answers, in training alone.
+      label_field: the field of a batch with the answer, a whole number, or the share of each.
+      microbatches: parts of a batch that are computed one after the other.
+    """
+
+    model: QuestionAnswerer
+    class_loss: str = "softmax"
+    label_smoothing: float = 0.0
+    label_field: str = "answer"
+    microbatches: int = 1
+    couples_batch: bool = False
+
+    @property
+    def compute_dtype(self) -> Any:
+        """Of the matrix products."""
+        return self.model.image.dtype
+
+    def init(self, rng: PRNGKeyArray, batch_spec: BatchSpec) -> Params:
+        """Fresh parameters, in `nn.LogicallyPartitioned` boxes.
+
+        Raises:
+          ValueError: the batch has no answers of this list, or images or texts of another shape.
+        """
+        check_targets(batch_spec, self.label_field, self.model.answers, "answers")
+        one = (
+            jnp.zeros((1, *batch_spec[name].shape[1:]), batch_spec[name].dtype) for name in INPUTS
+        )
+        return self.model.init(rng, *one)["params"]
+
+    def loss(
+        self, params: Params, batch: Batch, rng: PRNGKeyArray, train: bool
+    ) -> tuple[Float[Array, ""], Metrics]:
+        """The mean cross-entropy, and the accuracy."""
+        fields = (batch["image"], batch["text"], batch[self.label_field])
+        smoothing = self.label_smoothing if train else 0.0
+
+        def part(params: Params, fields: Any, key: PRNGKeyArray) -> tuple[Array, Metrics]:
+            image, text, label = fields
+            rngs = {"drop_path": key}
+            scores = self.model.apply({"params": params}, image, text, train, rngs=rngs)
+            return loss_and_accuracy(scores, label, self.class_loss, smoothing)
+
+        return mean_over_parts(part, params, fields, rng, self.microbatches)
+
+    def functions(self) -> dict[str, Callable[..., Array]]:
+        """`answer(params, {"image": pixels, "text": token ids})`: the score of each answer."""
+        return {
+            "answer": lambda params, x: self.model.apply(
+                {"params": params}, *(x[name] for name in INPUTS)
+            )
+        }
+
+    def flops_per_example(self, batch_spec: BatchSpec) -> float:
+        """Forward FLOPs of one image and its question."""
+        return self.model.flops()
+
+
+def make_question_answering(
+    *,
+    tokenizer: Any,
+    microbatches: int = 1,
+    image: Mapping[str, Any],
+    text: Mapping[str, Any],
+    fusion: Mapping[str, Any],
+    answers: int,
+    loss: str = "softmax",
+    label_smoothing: float = 0.0,
+    label_field: str = "answer",
+    image_mean: tuple[float, ...] = (0.5, 0.5, 0.5),
+    image_std: tuple[float, ...] = (0.5, 0.5, 0.5),
+    dtype: str | None = None,
+    scan_layers: bool = True,
+    remat: str = "none",
+    attention: str = "xla",
+) -> QuestionAnswering:
+    """`QuestionAnswering` from `config.objective`.
+
+    Args:
+      tokenizer: gives the text tower its vocabulary and context length.
+      image, text: arguments of `make_vit` and `make_text`; the pooling is none.
+      fusion: `width`, `depth`, `mlp_dim`, `heads`, and other fields of `Fusion`.
+      answers: how many there are.
+      loss, label_smoothing, label_field: see `QuestionAnswering`.
+      dtype: of the computation; default bfloat16 on accelerators and float32 on CPU.
+
+    Raises:
+      ValueError: an unknown variant, loss or dtype, no tokenizer, fewer than two answers, or
+        smoothing outside of [0, 1).
+    """
+    check_loss(loss, label_smoothing)
+    if tokenizer is None:
+        raise ValueError("question answering needs config.tokenizer")
+    if answers < 2:
+        raise ValueError(f"answers must be at least 2, not {answers}")
+    shared = compute_fields(dtype, scan_layers, remat, attention)
+    ids = {
+        name: getattr(tokenizer, name)
+        for name in ("vocab_size", "context_length", "eos_id", "pad_id")
+    }
+    # The class token that the pooling of a source's tower had is a token like the others here.
+    token = {"class_token": image.get("pooling", "cls") == "cls"}
+    model = QuestionAnswerer(
+        config_lib.build(
+            make_vit, {**token, **image, "pooling": "none"}, "config.objective.image", **shared
+        ),
+        config_lib.build(
+            make_text, {**text, "pooling": "none"}, "config.objective.text", **shared, **ids
+        ),
+        config_lib.build(
+            Fusion, fusion, "config.objective.fusion", parent=None, name=None, **shared
+        ),
+        answers,
+        tuple(image_mean),
+        tuple(image_std),
+    )
+    size_of("B", width=model.fusion.width, heads=model.fusion.heads)  # raises if they do not fit
+    return QuestionAnswering(model, loss, label_smoothing, label_field, microbatches)
