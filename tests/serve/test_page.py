@@ -7,7 +7,7 @@ import time
 import pytest
 import uvicorn
 
-from tests import browser
+import browser
 from vlp_jax.serve.__main__ import listen
 from vlp_jax.serve.app import make_app
 
@@ -45,7 +45,7 @@ def search(page, text):
 def look(page, file):
     page.set_input_files("#file", file)
     page.wait_for_selector("#heat-image[src^=blob]", state="visible")
-    page.wait_for_function("document.querySelectorAll('#look-results img').length > 0")
+    page.locator("#look-results img").first.wait_for()
 
 
 @pytest.mark.parametrize(("width", "dark"), [(1280, False), (360, True)])
@@ -65,9 +65,7 @@ def test_search_and_look(address, folder, width, dark):
         assert pressed in page.locator("#heat-caption").text_content()
         page.locator("#classes button").nth(1).click()
         chosen = page.locator("#classes button").nth(1).locator(".text").text_content()
-        page.wait_for_function(
-            "text => document.getElementById('heat-image').alt.includes(text)", arg=chosen
-        )
+        page.get_by_alt_text(chosen).wait_for()
         page.get_by_label("Compare it with texts of your own").fill("a blue box\nsomething green")
         page.get_by_role("button", name="Compare").click()
         page.get_by_text("Among your texts").wait_for()

@@ -72,7 +72,7 @@ class EvaluationImages:
         Raises:
           UserError: the data cannot be read.
         """
-        self.title = f"the images of the evaluator {evaluator}"
+        self.title = f"the data of the evaluator {evaluator}"
         self._contents = list(_encoded(subject, evaluator, limit))
         self.found = len(self._contents)
         self.names = [f"{evaluator} {number}" for number in range(self.found)]
