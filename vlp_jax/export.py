@@ -5,13 +5,12 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
-import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
@@ -20,7 +19,6 @@ from vlp_jax.errors import UserError, unknown_key_message
 from vlp_jax.handover.artifacts import ARTIFACTS
 from vlp_jax.handover.functions import DTYPES
 from vlp_jax.handover.job import Job, kinds_of, known_formats
-from vlp_jax.interop import stack_layers
 from vlp_jax.interop.base import INTERPOLATIONS, RESIZES
 from vlp_jax.interop.hf_tokenizer import TokenizerFiles
 from vlp_jax.interop.precision import WEIGHTS
@@ -28,16 +26,13 @@ from vlp_jax.interop.staging import check_free
 from vlp_jax.interop.transfer import Model, fitting_part, how_to_load
 from vlp_jax.interop.trees import expected_shapes
 from vlp_jax.models.masked_autoencoder import MaskedAutoencoder
-from vlp_jax.objectives import Objective, make_objective
+from vlp_jax.objectives import Objective
 from vlp_jax.objectives.composite import Composite
 from vlp_jax.parallel import startup
 from vlp_jax.training import checkpoint
-from vlp_jax.training import workdir as workdir_lib
 from vlp_jax.training.command import run_command
-from vlp_jax.training.restore import CHOICES, SavedParameters
-
-# How images come to the model's size, by the operation in `data.preprocess` that brings them there.
-RESIZED_BY = {"resize": "squash", "resize_shortest_and_center_crop": "crop"}
+from vlp_jax.training.restore import CHOICES
+from vlp_jax.training.run_model import RunModel, bounded, leaves, preprocessing, resizing
 
 EPILOG = """formats:
   hf_clip     transformers CLIPModel        hf_siglip   transformers SiglipModel
@@ -131,16 +126,6 @@ def add_writing_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def leaves(objective: Objective, name: str = "") -> dict[str, Objective]:
-    """The objectives that have a model, by the names of their parts, or the only one under ""."""
-    if not isinstance(objective, Composite):
-        return {name: objective}
-    found: dict[str, Objective] = {}
-    for part in objective.parts:
-        found |= leaves(part.objective, f"{name}/{part.name}" if name else part.name)
-    return found
-
-
 def choose(
     objective: Objective, parameters: Mapping[str, Any], format: str, part: str | None
 ) -> tuple[Objective, Model, str]:
@@ -165,48 +150,6 @@ def choose(
     return leaf, model, note
 
 
-def bounded(objective: Objective, parameters: dict[str, Any]) -> dict[str, Any]:
-    """The parameters with the logit scale that the loss saw: others do not bound it again."""
-    bound = getattr(objective, "max_logit_scale", 0.0)
-    if not bound or "logit_scale" not in parameters:
-        return parameters
-    scale = np.minimum(parameters["logit_scale"], np.float32(np.log(bound)))
-    return {**parameters, "logit_scale": scale}
-
-
-def resizing(config: ConfigDict, notes: list[str]) -> dict[str, str]:
-    """`resize` and `interpolation` of the images that a run evaluates on, or else trains on.
-
-    Notes what the formats cannot say of them.
-    """
-    sections = [e.data for e in config.evaluators.values() if "preprocess" in e.get("data", {})]
-    for section in [*sections, config.data]:
-        for name, arguments in _ops(section.get("preprocess", {})):
-            if name in RESIZED_BY:
-                return {"resize": RESIZED_BY[name], **_interpolation(arguments, notes)}
-    notes.append(
-        "the run does not say how whole images come to the model's size: they are squashed "
-        "bicubically (or give --resize and --interpolation)"
-    )
-    return {}
-
-
-def _ops(preprocess: Any) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    pairs = preprocess.items() if isinstance(preprocess, Mapping | ConfigDict) else preprocess
-    for name, arguments in pairs:
-        yield name, arguments or {}
-
-
-def _interpolation(arguments: Mapping[str, Any], notes: list[str]) -> dict[str, str]:
-    method = arguments.get("method", "bicubic")
-    if not arguments.get("antialias", True):
-        notes.append("the run resizes without antialiasing, which image processors always do")
-    if method in INTERPOLATIONS:
-        return {"interpolation": method}
-    notes.append(f"the run resizes by {method!r}, which is written as bicubic")
-    return {}
-
-
 def extras_of(
     config: ConfigDict, objective: Objective, tokenizer: Tokenizer | None, notes: list[str]
 ) -> dict[str, Any]:
@@ -224,7 +167,7 @@ def extras_of(
         }
     elif tokenizer is not None:
         ids = {name: getattr(tokenizer, name) for name in ("bos_id", "eos_id", "pad_id")}
-        ops = [name for name, _ in _ops(config.data.get("preprocess", {}))]
+        ops = [name for name, _ in preprocessing(config.data)]
         lowercase = "lowercase" in ops or "canonicalize_text" in ops
         notes += [
             f"the run's texts went through {name}, which the tokenizer's files do not do: do it "
@@ -267,22 +210,17 @@ def export(arguments: argparse.Namespace) -> str:
     """
     workdir, output = checkpoint.absolute(arguments.workdir), Path(arguments.output).expanduser()
     check_arguments_fit(arguments, workdir, output)
-    config = workdir_lib.load_config(workdir)
-    tokenizer = workdir_lib.open_kept_tokenizer(workdir, config)
-    objective = make_objective(config.objective, tokenizer, config.microbatches)
-    step = checkpoint.choose_step(workdir, arguments.step)
-    saved = SavedParameters.of(workdir, step, arguments.params)
-    parameters = stack_layers(saved.read())
-    leaf, model, note = choose(objective, parameters, arguments.format, arguments.part)
+    run = RunModel.read(workdir, arguments.step, arguments.params)
+    leaf, model, note = choose(run.objective, run.params, arguments.format, arguments.part)
     notes = [note] if note else []
-    extras = extras_of(config, leaf, tokenizer, notes) | chosen_settings(arguments)
+    extras = extras_of(run.config, leaf, run.tokenizer, notes) | chosen_settings(arguments)
     job = Job(
         format=arguments.format,
         model=model,
         extras=extras,
         workdir=workdir,
-        config=config,
-        saved=saved,
+        config=run.config,
+        saved=run.saved,
         dtype=arguments.dtype or "float32",
         overwrite=arguments.overwrite,
         check=arguments.check,

@@ -125,7 +125,9 @@ def test_an_image_of_too_many_pixels_is_refused_before_it_is_decoded(client):
     file = io.BytesIO()
     PIL.Image.new("1", (20_000, 10_000)).save(file, "PNG")
     answer = client.post("/api/look", content=file.getvalue())
-    assert answer.status_code == 400 and re.search("(200000000|20,000 x 10,000) pixels", answer.json()["error"])
+    assert answer.status_code == 400 and re.search(
+        "(200000000|20,000 x 10,000) pixels", answer.json()["error"]
+    )
     wide = client.post("/api/look", content=png((20_000, 20)))
     assert wide.status_code == 200
 

@@ -4,10 +4,10 @@ import contextlib
 import threading
 import time
 
+import browser
 import pytest
 import uvicorn
 
-import browser
 from vlp_jax.serve.__main__ import listen
 from vlp_jax.serve.app import make_app
 

@@ -89,7 +89,7 @@ def _of_run(source: str, run: RunModel, dtype: str) -> Encoder:
         functions=functions_of(module),
         images=ImageProcessor(image_of(module).image_size, **resizing(run.config, notes)),
         texts=texts,
-        step=run.step,
+        step=run.saved.step,
         notes=tuple(notes),
     )
 

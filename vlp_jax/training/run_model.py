@@ -28,8 +28,8 @@ class RunModel:
     """What a checkpoint of a run holds, read to the host. No training data is opened.
 
     Attributes:
-      workdir, config, step: which run and checkpoint.
-      part: which parameters they are, "params" or "ema".
+      workdir, config: of the run.
+      saved: which checkpoint of it, and which parameters.
       objective: as the config describes it; of a composite, the whole.
       params: path -> float32 array, layers stacked (see `vlp_jax.interop.trees`).
       tokenizer: the run's; None if it has no text.
@@ -37,8 +37,7 @@ class RunModel:
 
     workdir: epath.Path
     config: ConfigDict
-    step: int
-    part: str
+    saved: SavedParameters
     objective: Objective
     params: dict[str, np.ndarray]
     tokenizer: Tokenizer | None
@@ -60,7 +59,7 @@ class RunModel:
         objective = make_objective(config.objective, tokenizer, config.microbatches)
         saved = SavedParameters.of(workdir, step, choice)
         params = stack_layers(saved.read())
-        return cls(workdir, config, step, saved.part, objective, params, tokenizer)
+        return cls(workdir, config, saved, objective, params, tokenizer)
 
 
 def leaves(objective: Objective, name: str = "") -> dict[str, Objective]:
