@@ -56,6 +56,7 @@ def probes(every, train_limit=10_000):
     }
     sections = {name: {"name": name, **data} for name in PROBES}
     sections["linear_probe"]["grid"] = (1e-2, 1.0, 1e2, 1e4)
+    sections["few_shot"]["shots"] = (1, 2, 4, 8, 16)
     return sections
 
 

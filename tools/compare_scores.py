@@ -115,7 +115,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (UserError, OSError, json.JSONDecodeError) as error:
         print(error, file=sys.stderr)
         return 2
-    Console(width=120).print(table)
+    Console(width=132).print(table)
     print(f"largest difference {worst:.1e}, allowed {arguments.tolerance:g}")
     return int(worst > arguments.tolerance)
 

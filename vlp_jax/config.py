@@ -249,6 +249,7 @@ SMOKE_EVALUATOR = {
     "templates": ("{}",),
     "grid": (100.0, 1000.0),
     "shots": (1,),
+    "captions": "captions",
     "max_iterations": 10,
     "corruptions": ("gaussian_noise", "contrast"),
     "severities": (5,),
