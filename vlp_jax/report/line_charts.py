@@ -53,12 +53,9 @@ def line_chart(
     shown = [(n, curve, *p) for n, (curve, p) in enumerate(zip(curves, points)) if len(p[0])]
     if not shown:
         return None
-    names = [curve.name for _, curve, _, _ in shown]
-    right = WIDTH - max(12.0, *(_BOLD * text_width(name) + 12 for name in names))
     every = np.concatenate([y for _, _, _, y in shown])
     levels = [curve.level for _, curve, _, _ in shown if curve.level is not None]
-    across = fit(np.concatenate([x for _, _, x, _ in shown]), _LEFT, right)
-    across = dataclasses.replace(across, high=max(x[-1] for _, _, x, _ in shown) or across.high)
+    across = _horizontal([(curve.name, x) for _, curve, x, _ in shown])
     up = _vertical([*every, *levels], share, log)
     ends = "; ".join(
         f"{curve.name or 'value'} from {_text(y[0], share)} to {_text(y[-1], share)}"
@@ -69,10 +66,22 @@ def line_chart(
     for number, curve, x, y in shown:
         if curve.level is not None:
             place = up(curve.level)
-            drawing.line(_LEFT, place, right, place, f"s-{number % SERIES} dotted")
+            drawing.line(_LEFT, place, across.end, place, f"s-{number % SERIES} dotted")
         _curve(drawing, number, curve, x, y, across, up, share)
     _names(drawing, [(n, c.name, across(x[-1]), up(y[-1])) for n, c, x, y in shown if c.name])
     return drawing.markup()
+
+
+def _horizontal(curves: Sequence[tuple[str, np.ndarray]]) -> Scale:
+    """Steps on places that leave room for the name of each curve behind its end."""
+    scale = fit(np.concatenate([x for _, x in curves]), _LEFT, WIDTH)
+    scale = dataclasses.replace(scale, high=max(x[-1] for _, x in curves) or scale.high)
+    end = WIDTH - 12
+    for name, x in curves:
+        room = WIDTH - _LEFT - 12 - _BOLD * text_width(name)
+        share = (x[-1] - scale.low) / (scale.high - scale.low)
+        end = min(end, _LEFT + max(room, WIDTH / 4) / max(share, 0.01))
+    return dataclasses.replace(scale, end=end)
 
 
 def _vertical(values: Sequence[float], share: bool, log: bool) -> Scale:
