@@ -38,6 +38,15 @@ MAY_IMPORT = {
     },
     "inspection": {"models", "observe"},
     "handover": {"training", "objectives", "observe", "interop", "models", "data"},
+    "report": {
+        "encoders",
+        "evaluators",
+        "inspection",
+        "training",
+        "data",
+        "observe",
+        "models",
+    },
     "planning": {"training", "objectives", "models", "parallel", "observe"},
 }
 LEAVES = {"config", "defaults", "errors"}

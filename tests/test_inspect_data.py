@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tools import inspect_data, inspect_scan
+from tools import inspect_data
 from tools.inspect_data import main
+from vlp_jax.data import scan as data_scan
 from vlp_jax.observe.data_pictures import draw_contact_sheet
 
 CONTEXT = 16
@@ -198,15 +199,15 @@ def test_a_mixture_is_looked_at_source_by_source(folder, tmp_path):
 
 
 def statistics_of(data):
-    found = inspect_scan.scan(
+    found = data_scan.scan(
         {**data, "max_bad_fraction": 1.0},
-        inspect_scan.Tokenizers({}, lambda: iter(())),
+        data_scan.Tokenizers({}, lambda: iter(())),
         count=10,
         seed=0,
         begin=lambda count: None,
         advance=lambda count: None,
     )
-    return inspect_scan.statistics(found, None)
+    return data_scan.statistics(found, None)
 
 
 @pytest.mark.parametrize("preprocess", [{}, {"lowercase": {}}])

@@ -25,10 +25,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from tools.inspect_scan import Scan, Tokenizers, scan, statistics
 from vlp_jax import config as config_lib
 from vlp_jax.data.pipeline import EvalPipeline, TrainPipeline, split_mixture
 from vlp_jax.data.samples import sample_texts
+from vlp_jax.data.scan import Scan, Tokenizers, scan, statistics
 from vlp_jax.data.sources.base import as_plain
 from vlp_jax.errors import UserError
 from vlp_jax.evaluators import merged_data

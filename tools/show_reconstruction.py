@@ -14,17 +14,11 @@ from pathlib import Path
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
-import numpy as np
-
 from vlp_jax import evaluate
-from vlp_jax.encoders.subject import Subject
-from vlp_jax.errors import UserError
 from vlp_jax.observe.pictures import draw_reconstructions
 from vlp_jax.parallel import startup
+from vlp_jax.report.paintings import hidden_share, paint
 from vlp_jax.training.command import run_command
-from vlp_jax.training.restore import LoadedParameters
-
-FUNCTION = "reconstruct"
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -44,40 +38,17 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def paint(subject: Subject, loaded: LoadedParameters, evaluator: str, count: int) -> np.ndarray:
-    """Three views of each of `count` images, float32 [images, 3, height, width, 3] in [0, 1].
-
-    Raises:
-      UserError: the run's objective does not paint, or it has no such evaluator.
-    """
-    if FUNCTION not in subject.resources.functions:
-        raise UserError("the objective of this run does not paint: it is no masked autoencoder")
-    if evaluator not in subject.config.evaluators:
-        known = ", ".join(subject.config.evaluators) or "none"
-        raise UserError(f"the run has no evaluator {evaluator!r} (it has: {known})")
-    pipeline, views, found = subject.open_evaluation_data(evaluator), [], 0
-    for batch in pipeline.batches():
-        painted, _ = subject.resources.embed(loaded.params, iter([batch]), {"image": FUNCTION})
-        views.append(painted["image"])
-        found += len(views[-1])
-        if found >= count:
-            break
-    return np.concatenate(views)[:count]
-
-
 def draw(workdir: Path, output: Path, step: int | None, evaluator: str, count: int) -> None:
     """Writes the picture of the run in `workdir`."""
     subject, loaded = evaluate.load_run(workdir, step)
-    objective = subject.objective
     views = paint(subject, loaded, evaluator, count)
-    hidden = 1 - objective.kept / objective.model.image.patches
     draw_reconstructions(
         output,
         views,
         title="What a masked autoencoder paints",
         subtitle=(
-            f"{loaded.step:,} steps; {hidden:.0%} of the patches are hidden; images it was not "
-            "trained on"
+            f"{loaded.step:,} steps; {hidden_share(subject):.0%} of the patches are hidden; images "
+            "it was not trained on"
         ),
     )
     print(f"wrote {output}")

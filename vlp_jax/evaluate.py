@@ -9,7 +9,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
@@ -24,12 +24,12 @@ from vlp_jax.objectives.compute import DTYPES
 from vlp_jax.observe.goodput import GOODPUT_FILE, RunTime
 from vlp_jax.observe.jsonl import JsonlWriter, read_metrics
 from vlp_jax.parallel import agreement, startup
+from vlp_jax.report import command as report_command
 from vlp_jax.training import workdir as workdir_lib
 from vlp_jax.training.command import run_command
 from vlp_jax.training.restore import CHOICES, LoadedParameters
+from vlp_jax.training.workdir import EVALUATIONS
 
-# Scores of checkpoints that were evaluated beside the run or after it, a line each.
-EVALUATIONS = "evaluations.jsonl"
 LOOK_SECONDS = 10.0  # how often --follow looks for a new checkpoint
 
 EPILOG = """examples:
@@ -37,6 +37,8 @@ EPILOG = """examples:
   python -m vlp_jax.evaluate --workdir runs/clip --all               every checkpoint that is kept
   python -m vlp_jax.evaluate --workdir runs/clip --follow            each as it appears
   python -m vlp_jax.evaluate --weights hf:DIR --config configs/X.py  weights of others
+  python -m vlp_jax.evaluate --workdir runs/clip --report clip.html  also a page to look at
+  python -m vlp_jax.evaluate --workdir runs/a --compare runs/b --report both.html
 
 --all and --follow keep scores in WORKDIR/evaluations.jsonl and leave out what is there already.
 """
@@ -67,11 +69,13 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         help="examples at a time, on all devices; scores do not depend on it",
     )
     parser.add_argument("--output", metavar="FILE", help="also write the scores there, as JSON")
+    report_command.add_arguments(parser)
     overrides = [a.removeprefix("--config.") for a in argv if a.startswith("--config.")]
     arguments, unknown = parser.parse_known_args([a for a in argv if not a.startswith("--config.")])
     if unknown:
         raise UserError(f"unknown argument {unknown[0]!r}; see --help")
     _check(arguments)
+    report_command.check_arguments(arguments)
     return arguments, overrides
 
 
@@ -304,24 +308,37 @@ def _say(line: str) -> None:
         print(line, flush=True)
 
 
+def _say_all(lines: Iterable[str]) -> None:
+    for line in lines:
+        _say(line)
+
+
 def _print_scores(scores: dict[str, Any]) -> None:
     for name, value in scores.items():
         _say(f"{name} {value:.6g}")
 
 
-def run(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
+def run(arguments: argparse.Namespace, overrides: Sequence[str], argv: Sequence[str] = ()) -> None:
     """Evaluates what the command line names, and writes what it asks for."""
     names = arguments.evaluators.split(",") if arguments.evaluators else None
+    if arguments.compare:
+        _say_all(report_command.compare(arguments, argv))
+        return
     subject = open_subject(arguments, overrides, names)
-    for note in subject.notes:
-        _say(f"note: {note}")
+    _say_all(f"note: {note}" for note in subject.notes)
+    report = report_command.Report.prepare(arguments, subject, argv)
     if arguments.all or arguments.follow:
         scores = evaluate_many(subject, arguments)
     else:
         loaded = subject.load(arguments.step, arguments.params)
         steps = {} if subject.workdir is None else {"step": float(loaded.step)}
-        scores = {**steps, **scores_of(subject, loaded)}
+        if report is None:
+            found, lines = scores_of(subject, loaded), []
+        else:
+            found, lines = report.evaluate(subject, loaded, names)
+        scores = {**steps, **found}
         _print_scores(scores)
+        _say_all(lines)
     if arguments.output and jax.process_index() == 0:
         epath.Path(arguments.output).write_text(json.dumps(scores, indent=2) + "\n")
 
@@ -330,10 +347,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit status."""
 
     def command() -> None:
-        arguments, overrides = parse(sys.argv[1:] if argv is None else argv)
+        typed = sys.argv[1:] if argv is None else argv
+        arguments, overrides = parse(typed)
         startup.initialize()
         startup.use_compilation_cache()
-        run(arguments, overrides)
+        run(arguments, overrides, typed)
 
     return run_command(command)
 

@@ -15,6 +15,8 @@ from vlp_jax.data.tokenizers import Tokenizer, build_tokenizer
 from vlp_jax.errors import UserError
 
 CONFIG, TOKENIZER, METRICS = "config.json", "tokenizer.json", "metrics.jsonl"
+# Scores of checkpoints that were evaluated beside the run or after it, a line each.
+EVALUATIONS = "evaluations.jsonl"
 
 
 def check_writable(workdir: epath.Path) -> None:

@@ -1,4 +1,4 @@
-"""What `tools.inspect_data` counts: lengths of texts, sizes of images, bad records, duplicates."""
+"""What is in the data of a config: lengths of texts, sizes of images, bad records, duplicates."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import itertools
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
+from etils import epath
 from PIL import Image
 
 from vlp_jax.data import faults
@@ -59,8 +59,16 @@ class Scan:
 class Tokenizers:
     """The tokenizer of a config, and the same one with room for long texts."""
 
-    def __init__(self, config: Mapping[str, Any], texts: Callable[[], Iterator[str]]) -> None:
+    def __init__(
+        self,
+        config: Mapping[str, Any],
+        texts: Callable[[], Iterator[str]],
+        kept: epath.PathLike | None = None,
+    ) -> None:
         """Trains it on `texts()` if the config says so. Without a config there is none.
+
+        Args:
+          kept: the tokenizer.json of a run, which is read instead.
 
         Raises:
           UserError: as `build_tokenizer`.
@@ -70,7 +78,8 @@ class Tokenizers:
         if not config:
             return
         with TemporaryDirectory() as folder:
-            file = Path(folder) / "tokenizer.json"  # trained once, read twice
+            # Trained once, read twice.
+            file = epath.Path(folder) / "tokenizer.json" if kept is None else epath.Path(kept)
             self.usual = build_tokenizer(config, texts, file)
             longest = max(LONGEST, 2 * self.usual.context_length)
             config = {**as_plain(config), "context_length": longest}

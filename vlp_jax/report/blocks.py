@@ -1,0 +1,179 @@
+"""What a page consists of: sections of blocks, each of which the template knows how to show."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import ClassVar
+
+from markupsafe import Markup
+
+GOOD, BAD, PLAIN = "good", "bad", "plain"  # tones; what they say is always said in words too
+
+
+@dataclasses.dataclass(frozen=True)
+class Text:
+    """A paragraph."""
+
+    kind: ClassVar[str] = "text"
+    text: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Tile:
+    """A score that is shown large.
+
+    Attributes:
+      label: its name.
+      value: itself, as text.
+      notes: lines below it.
+      change: (text, tone) of its difference from the baseline; None for none.
+    """
+
+    label: str
+    value: str
+    notes: Sequence[str] = ()
+    change: tuple[str, str] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiles:
+    """Scores side by side."""
+
+    kind: ClassVar[str] = "tiles"
+    tiles: Sequence[Tile]
+
+
+@dataclasses.dataclass(frozen=True)
+class Chart:
+    """A drawing with what it shows.
+
+    Attributes:
+      title: its heading.
+      svg: the drawing.
+      caption: what to read from it.
+      natural: it has a size of its own and scrolls where there is less room.
+    """
+
+    title: str
+    svg: Markup
+    caption: str = ""
+    natural: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Charts:
+    """Drawings side by side, as many as there is room for."""
+
+    kind: ClassVar[str] = "charts"
+    charts: Sequence[Chart]
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """A cell of a table with a tone, or with a drawing before its text."""
+
+    text: str
+    tone: str = PLAIN
+    svg: Markup | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """Rows under a head; the first cell of a row names it.
+
+    Attributes:
+      caption: what it is a table of.
+      numeric: numbers of the columns that hold numbers.
+      rows: cells; those of a row of one cell stand over the rows below it.
+    """
+
+    kind: ClassVar[str] = "table"
+    caption: str
+    head: Sequence[str]
+    rows: Sequence[Sequence[str | Cell]]
+    numeric: Sequence[int] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Picture:
+    """An image inside the page.
+
+    Attributes:
+      uri: "data:...".
+      alt: what it shows, for those who do not see it.
+      width, height: in pixels of the image.
+      label: a word above it.
+    """
+
+    uri: str
+    alt: str
+    width: int
+    height: int
+    label: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Card:
+    """Pictures with what is to be said of them.
+
+    Attributes:
+      lines: (what, text) pairs.
+      verdict: (text, tone); None for none.
+    """
+
+    pictures: Sequence[Picture]
+    lines: Sequence[tuple[str, str]]
+    verdict: tuple[str, str] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Cards:
+    """Cards side by side under a heading."""
+
+    kind: ClassVar[str] = "cards"
+    title: str
+    cards: Sequence[Card]
+    text: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Code:
+    """Text as it stands in a file."""
+
+    kind: ClassVar[str] = "code"
+    label: str
+    text: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Fold:
+    """Blocks that are shown when they are asked for."""
+
+    kind: ClassVar[str] = "fold"
+    summary: str
+    blocks: Sequence[Block]
+
+
+@dataclasses.dataclass(frozen=True)
+class Beside:
+    """Blocks side by side, where there is room."""
+
+    kind: ClassVar[str] = "beside"
+    blocks: Sequence[Block]
+
+
+Block = Text | Tiles | Charts | Table | Cards | Code | Fold | Beside
+
+
+@dataclasses.dataclass(frozen=True)
+class Section:
+    """A part of the page with a heading.
+
+    Attributes:
+      key: unique on the page; links lead to it.
+    """
+
+    key: str
+    title: str
+    blocks: Sequence[Block]

@@ -1,0 +1,122 @@
+"""The part of `python -m vlp_jax.evaluate` that writes pages.
+
+What draws and renders is imported when a page is asked for.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import jax
+
+from vlp_jax.encoders.subject import Subject
+from vlp_jax.errors import UserError
+from vlp_jax.training.restore import LoadedParameters
+
+if TYPE_CHECKING:
+    from vlp_jax.report.baseline import Baseline
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds --report, --baseline and --compare."""
+    parser.add_argument("--report", metavar="FILE.html", help="also write a page to look at")
+    parser.add_argument(
+        "--baseline",
+        metavar="DIR|FILE.json",
+        help='what the page compares with: another run, or numbers as {"zero_shot/top1": 0.9}',
+    )
+    parser.add_argument(
+        "--compare",
+        nargs="+",
+        metavar="DIR",
+        help="evaluate nothing: the page shows --workdir and these runs side by side, from what "
+        "they have written",
+    )
+
+
+def check_arguments(arguments: argparse.Namespace) -> None:
+    """Raises UserError for arguments that do not go together."""
+    if arguments.report is None:
+        for name in ("baseline", "compare"):
+            if getattr(arguments, name) is not None:
+                raise UserError(f"--{name} belongs to a page: add --report FILE.html")
+        return
+    if arguments.all or arguments.follow:
+        raise UserError("--report is of one checkpoint: leave --all and --follow out")
+    if arguments.compare is None:
+        return
+    if arguments.workdir is None:
+        raise UserError("--compare needs --workdir DIR, the first of the runs")
+    for name in ("weights", "step", "evaluators", "baseline", "output"):
+        if getattr(arguments, name) is not None:
+            raise UserError(f"--compare evaluates nothing: leave --{name} out")
+
+
+def compare(arguments: argparse.Namespace, argv: Sequence[str]) -> list[str]:
+    """Writes the page of several runs, on process 0; lines for the user.
+
+    Raises:
+      UserError: one of them is no run, or the page cannot be written.
+    """
+    from vlp_jax.report.comparison import write_comparison
+
+    if jax.process_index() != 0:
+        return []
+    return write_comparison(arguments.report, [arguments.workdir, *arguments.compare], argv)
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """A page that is to be written.
+
+    Attributes:
+      path: the HTML file.
+      baseline: what is compared with; None for nothing.
+      argv: what the user typed after `python -m vlp_jax.evaluate`.
+    """
+
+    path: str
+    baseline: Baseline | None
+    argv: Sequence[str]
+
+    @classmethod
+    def prepare(
+        cls, arguments: argparse.Namespace, subject: Subject, argv: Sequence[str]
+    ) -> Report | None:
+        """Looks at everything that can be wrong before something is computed; None for no page.
+
+        Raises:
+          UserError: no file can be written there, or the baseline is none.
+        """
+        if arguments.report is None:
+            return None
+        from vlp_jax.report.baseline import read_baseline
+        from vlp_jax.report.page import check_output
+
+        check_output(arguments.report)
+        baseline = None
+        if arguments.baseline is not None:
+            baseline = read_baseline(arguments.baseline, list(subject.config.evaluators))
+        return cls(arguments.report, baseline, argv)
+
+    def evaluate(
+        self, subject: Subject, loaded: LoadedParameters, names: Sequence[str] | None
+    ) -> tuple[dict[str, float], list[str]]:
+        """Evaluates and writes the page: the scores, and lines for the user. On every process.
+
+        Raises:
+          UserError: the page cannot be written.
+        """
+        from vlp_jax.report.material import collect
+        from vlp_jax.report.report import write_report
+
+        material = collect(subject, loaded, names)
+        scores, lines = dict(material.findings.scores), []
+        if jax.process_index() == 0:
+            lines = write_report(
+                self.path, subject, loaded, material, baseline=self.baseline, command=self.argv
+            )
+        return scores, lines

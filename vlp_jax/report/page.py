@@ -1,0 +1,105 @@
+"""Sections to one HTML file that needs nothing else."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import os
+from collections.abc import Callable, Mapping, Sequence
+
+import jinja2
+from etils import epath
+
+from vlp_jax.errors import UserError
+from vlp_jax.report.blocks import Section
+from vlp_jax.report.palette import DARK, LIGHT, declarations
+from vlp_jax.report.pictures import Album
+
+MAX_BYTES = 5_000_000
+# Of all pictures, tried in turn until the page is below `MAX_BYTES`.
+_PICTURE_BYTES = (3_000_000, 1_000_000, 0)
+
+
+def _environment() -> jinja2.Environment:
+    return jinja2.Environment(
+        loader=jinja2.PackageLoader("vlp_jax.report"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+
+
+def render(
+    title: str,
+    facts: Sequence[str],
+    sections: Sequence[Section],
+    made_by: Mapping[str, str],
+) -> str:
+    """The page as HTML. Whatever is put into it is text and is escaped.
+
+    It has no script, and its policy (Content-Security-Policy) allows its one style sheet and
+    pictures that are part of it, and nothing else: no network, no script, no form.
+
+    Args:
+      facts: what stands under the title, a line each.
+      made_by: what is told at the end: name -> text.
+    """
+    environment = _environment()
+    style = environment.get_template("style.css").render(
+        light=declarations(LIGHT), dark=declarations(DARK), series=range(6)
+    )
+    digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
+    return environment.get_template("page.html").render(
+        title=title,
+        facts=facts,
+        sections=sections,
+        made_by=made_by,
+        style=jinja2.utils.markupsafe.Markup(style),
+        policy=f"default-src 'none'; style-src 'sha256-{digest}'; img-src data:; "
+        "base-uri 'none'; form-action 'none'",
+    )
+
+
+def render_small(build: Callable[[Album], str]) -> str:
+    """The page that `build` makes, with as many pictures as leave it below `MAX_BYTES`.
+
+    Raises:
+      UserError: it is too large without any.
+    """
+    for most in _PICTURE_BYTES:
+        page = build(Album(most))
+        size = len(page.encode())
+        if size < MAX_BYTES:
+            return page
+    raise UserError(
+        f"the page has {size:,} bytes without a picture: evaluate fewer at a time "
+        "(--evaluators A,B)"
+    )
+
+
+def check_output(path: str | os.PathLike[str]) -> epath.Path:
+    """Where a page is to be written; looked at before anything is computed.
+
+    Raises:
+      UserError: it is a folder, or its folder is not there.
+    """
+    file = epath.Path(path)
+    if file.is_dir():
+        raise UserError(f"--report {path} is a folder: name a file in it, such as report.html")
+    folder = file.parent
+    if "://" not in os.fspath(path) and not folder.is_dir():
+        raise UserError(f"--report {path}: the folder {folder} does not exist")
+    return file
+
+
+def write(file: epath.Path, page: str) -> None:
+    """Writes the page.
+
+    Raises:
+      UserError: it cannot be written.
+    """
+    try:
+        file.write_text(page)
+    except OSError as error:
+        raise UserError(f"--report {file} cannot be written: {error.strerror or error}") from None

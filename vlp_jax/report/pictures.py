@@ -1,0 +1,48 @@
+"""Arrays as pictures inside a page, within a budget of bytes."""
+
+from __future__ import annotations
+
+import base64
+import io
+
+import numpy as np
+import PIL.Image
+from jaxtyping import UInt8
+
+from vlp_jax.report.blocks import Picture
+
+LONGEST = 224  # pixels; larger ones are made smaller
+_SMALL = 96  # up to here without loss
+_QUALITY = 82
+
+
+class Album:
+    """Makes pictures until their bytes are used up.
+
+    Args:
+      max_bytes: of all pictures, as they stand in the page.
+
+    Attributes:
+      left_out: how many there was no room for.
+    """
+
+    def __init__(self, max_bytes: int) -> None:
+        self._left = max_bytes
+        self.left_out = 0
+
+    def add(
+        self, image: UInt8[np.ndarray, "height width 3"], alt: str, label: str = ""
+    ) -> Picture | None:
+        """The picture of an array; None if there is no room for it any more."""
+        shown = PIL.Image.fromarray(np.ascontiguousarray(image))
+        shown.thumbnail((LONGEST, LONGEST), PIL.Image.Resampling.LANCZOS)
+        stream = io.BytesIO()
+        kind = "png" if max(shown.size) <= _SMALL else "webp"
+        options = {"optimize": True} if kind == "png" else {"quality": _QUALITY, "method": 4}
+        shown.save(stream, kind, **options)
+        uri = f"data:image/{kind};base64,{base64.b64encode(stream.getvalue()).decode()}"
+        if len(uri) > self._left:
+            self.left_out += 1
+            return None
+        self._left -= len(uri)
+        return Picture(uri, alt, *shown.size, label)

@@ -1,0 +1,124 @@
+"""The report of one model: what it scores and how it came about, as one HTML file."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+from vlp_jax.encoders.subject import Subject
+from vlp_jax.evaluators.retrieval import RetrievalOutcome
+from vlp_jax.evaluators.zero_shot import ZeroShotOutcome
+from vlp_jax.report import page
+from vlp_jax.report.baseline import Baseline
+from vlp_jax.report.blocks import Section
+from vlp_jax.report.material import Material
+from vlp_jax.report.pictures import Album
+from vlp_jax.report.provenance import provenance
+from vlp_jax.report.run_record import RunRecord
+from vlp_jax.report.section_config import config_section
+from vlp_jax.report.section_curves import curves_section
+from vlp_jax.report.section_data import data_section
+from vlp_jax.report.section_pictures import heat_section, left_out, paintings_section
+from vlp_jax.report.section_retrieval import retrieval_section
+from vlp_jax.report.section_scores import headline_section, table_section
+from vlp_jax.report.section_time import time_section
+from vlp_jax.report.section_zero_shot import zero_shot_section
+from vlp_jax.report.wording import plain
+from vlp_jax.training.restore import LoadedParameters
+
+
+def write_report(
+    path: str | os.PathLike[str],
+    subject: Subject,
+    loaded: LoadedParameters,
+    material: Material,
+    *,
+    baseline: Baseline | None = None,
+    command: Sequence[str] = (),
+) -> list[str]:
+    """Writes the page; lines for the user: what was written, and what is missing in it.
+
+    Args:
+      path: the HTML file.
+      loaded: the parameters that `material` is of.
+      baseline: what the scores are compared with.
+      command: what the user typed after `python -m vlp_jax.evaluate`.
+
+    Raises:
+      UserError: it cannot be written, or a file of the run is damaged.
+    """
+    file = page.check_output(path)
+    run = None if subject.workdir is None else RunRecord.read(subject.workdir)
+    notices = [] if baseline is None else baseline.unknown(material.findings.scores)
+    title = "/".join(str(subject.title).rstrip("/").split("/")[-2:])
+    facts = _facts(subject, loaded, material, run, baseline)
+
+    def build(album: Album) -> str:
+        sections = _sections(subject, material, run, baseline, notices, album)
+        return page.render(title, facts, sections, provenance(command))
+
+    page.write(file, page.render_small(build))
+    return [f"wrote {path}", *(f"note: {notice}" for notice in notices)]
+
+
+def _sections(
+    subject: Subject,
+    material: Material,
+    run: RunRecord | None,
+    baseline: Baseline | None,
+    notices: list[str],
+    album: Album,
+) -> list[Section]:
+    scores = material.findings.scores
+    found: list[Section | None] = [
+        headline_section(scores, baseline),
+        table_section(scores, baseline, notices),
+        None if run is None else curves_section(run),
+    ]
+    for name, outcome in material.outcomes(ZeroShotOutcome).items():
+        found.append(zero_shot_section(name, outcome, material.mistakes[name], album))
+    for name, outcome in material.outcomes(RetrievalOutcome).items():
+        texts, pairs = material.texts[name], material.pairs[name]
+        found.append(retrieval_section(name, outcome, texts, pairs, album))
+    found.append(heat_section(material.heat, album))
+    if material.views is not None:
+        found.append(paintings_section(material.views, material.hidden, album))
+    tokenizer = subject.resources.tokenizer
+    if run is not None:
+        context = None if tokenizer is None else tokenizer.context_length
+        found.append(data_section(material.data, context))
+        found.append(time_section(run))
+        other = None if baseline is None or baseline.run is None else baseline.run.config
+        found.append(config_section(run.config, other, "baseline"))
+    if album.left_out:
+        found.append(Section("left-out", "Left out", left_out(album)))
+    return [section for section in found if section is not None]
+
+
+def _facts(
+    subject: Subject,
+    loaded: LoadedParameters,
+    material: Material,
+    run: RunRecord | None,
+    baseline: Baseline | None,
+) -> list[str]:
+    """What stands under the title."""
+    size = f"{plain(material.parameters)} parameters"
+    if material.parameters >= 1e6:
+        size = f"{material.parameters / 1e6:,.1f} million parameters"
+    if run is None:
+        facts = [f"Weights of {subject.title}, {size}, judged by the evaluators of a config."]
+    else:
+        config = run.config
+        kind = config.objective.get("name", "")
+        loss = f" ({config.objective.loss})" if "loss" in config.objective else ""
+        part = ", averaged" if loaded.part == "ema" else ""
+        examples = plain(loaded.step * config.batch_size)
+        facts = [
+            f"{kind}{loss}, {size}; step {loaded.step:,}{part}: {examples} examples "
+            f"in batches of {config.batch_size:,}."
+        ]
+        facts[0] = facts[0][:1].upper() + facts[0][1:]
+    if baseline is not None:
+        facts.append(f"Compared with {baseline.title}.")
+    return [*facts, *subject.notes]

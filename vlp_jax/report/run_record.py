@@ -1,0 +1,114 @@
+"""What a run has written about itself, read without a model or a device."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from etils import epath
+from ml_collections import ConfigDict
+
+from vlp_jax.errors import UserError
+from vlp_jax.observe.goodput import GOODPUT_FILE, RunTime
+from vlp_jax.observe.jsonl import read_metrics
+from vlp_jax.observe.summary import SUMMARY_FILE
+from vlp_jax.report.scores import PREFIX
+from vlp_jax.training import workdir as workdir_lib
+from vlp_jax.training.checkpoint import saved_steps
+
+
+@dataclasses.dataclass(frozen=True)
+class RunRecord:
+    """The files of a workdir.
+
+    Attributes:
+      path: the workdir as the user named it.
+      config: of the run.
+      records: of metrics.jsonl, then those of evaluations.jsonl; empty if there are none.
+      run_time: where the time went; None if that is not known.
+      summary: what the newest process said at its end; empty if it did not.
+      steps_saved: steps of the checkpoints.
+    """
+
+    path: str
+    config: ConfigDict
+    records: Sequence[Mapping[str, Any]]
+    run_time: RunTime | None
+    summary: Mapping[str, Any]
+    steps_saved: Sequence[int]
+
+    @classmethod
+    def read(cls, workdir: str | os.PathLike[str]) -> RunRecord:
+        """Reads a workdir.
+
+        Raises:
+          UserError: there is no run in it, or a file of it is damaged.
+        """
+        folder = epath.Path(workdir)
+        config = workdir_lib.load_config(folder)
+        files = [folder / name for name in (workdir_lib.METRICS, workdir_lib.EVALUATIONS)]
+        return cls(
+            path=os.fspath(workdir),
+            config=config,
+            records=[r for file in files if file.exists() for r in read_metrics(file)],
+            run_time=_run_time(folder / GOODPUT_FILE),
+            summary=_summary(folder / SUMMARY_FILE),
+            steps_saved=saved_steps(folder.expanduser().resolve()),
+        )
+
+    def curve(self, name: str) -> tuple[list[int], list[float]]:
+        """(steps, values) of a metric, in order; of a step that was written twice, the newest."""
+        found = {r["step"]: r[name] for r in self.records if name in r}
+        return sorted(found), [found[step] for step in sorted(found)]
+
+    def names(self, prefix: str) -> list[str]:
+        """The metrics whose names begin so, in the order in which they were written first."""
+        return list(dict.fromkeys(k for r in self.records for k in r if k.startswith(prefix)))
+
+    def last_scores(self) -> tuple[dict[str, float], Sequence[int]]:
+        """The newest value of every score, and the steps that they are of, in order."""
+        scores, steps = {}, set()
+        for name in self.names(PREFIX):
+            at, values = self.curve(name)
+            scores[name] = values[-1]
+            steps.add(at[-1])
+        return scores, sorted(steps)
+
+    @property
+    def last_step(self) -> int:
+        """The newest step of which there is a record or a checkpoint; 0 for none."""
+        return max([*(r["step"] for r in self.records), *self.steps_saved], default=0)
+
+
+def short_names(paths: Sequence[str]) -> list[str]:
+    """The shortest ends of paths that tell them apart: "a/run", "b/run"."""
+    parts = [str(epath.Path(path).expanduser().resolve()).split("/") for path in paths]
+    for length in range(1, max(map(len, parts)) + 1):
+        names = ["/".join(p[-length:]) for p in parts]
+        if len(set(names)) == len(names):
+            return names
+    return list(paths)
+
+
+def _run_time(file: epath.Path) -> RunTime | None:
+    if not file.exists():
+        return None
+    try:
+        return RunTime.from_json(file.read_text())
+    except ValueError as error:
+        raise UserError(f"{file} is damaged ({error}): mend or remove it") from None
+
+
+def _summary(file: epath.Path) -> dict[str, Any]:
+    if not file.exists():
+        return {}
+    try:
+        found = json.loads(file.read_text())
+        if not isinstance(found, dict):
+            raise ValueError("it is no JSON object")
+    except ValueError as error:
+        raise UserError(f"{file} is damaged ({error}): mend or remove it") from None
+    return found

@@ -1,0 +1,157 @@
+"""Scores beside what chance and a baseline reach."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Iterator, Mapping
+
+from vlp_jax.report.wording import difference_text, is_share, score_text
+
+PREFIX = "eval/"
+# Names that say over how much a score is taken, or what chance is: no scores of their own.
+_ABOUT = re.compile(r"(examples|classes|pairs|images|texts|seeds)$|^chance")
+_LOWER_IS_BETTER = re.compile(r"(^|_)(error|loss|nll|median_rank|mse)$")
+_NEITHER = re.compile(r"_std$")
+# The first of these that an evaluator has is shown large; of retrieval both ways.
+_HEADLINES = (
+    ("image_to_text_r1", "text_to_image_r1"),
+    ("top1",),
+    ("accuracy",),
+    ("error",),
+)
+BETTER, WORSE, SAME, OTHER = "better", "worse", "equal", "different"
+_ARROWS = {BETTER: "\N{BLACK UP-POINTING TRIANGLE}", WORSE: "\N{BLACK DOWN-POINTING TRIANGLE}"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Score:
+    """A number that an evaluator found.
+
+    Attributes:
+      evaluator: its name in the config.
+      name: of the score.
+      value: of the run.
+      chance: what guessing reaches; None if that is not known.
+      baseline: what it is compared with; None if there is nothing.
+    """
+
+    evaluator: str
+    name: str
+    value: float
+    chance: float | None = None
+    baseline: float | None = None
+
+    @property
+    def text(self) -> str:
+        """The value as it is written."""
+        return score_text(self.name, self.value)
+
+    @property
+    def verdict(self) -> str | None:
+        """How the value stands to the baseline; None without one."""
+        if self.baseline is None or not math.isfinite(self.baseline):
+            return None
+        if self.value == self.baseline:
+            return SAME
+        direction = better_direction(self.name)
+        if not direction:
+            return OTHER
+        return BETTER if (self.value - self.baseline) * direction > 0 else WORSE
+
+    @property
+    def change(self) -> str:
+        """The difference from the baseline with sign, arrow and word; "" without one.
+
+        The triangle points up for better and down for worse, whatever the sign.
+        """
+        if self.verdict is None:
+            return ""
+        if self.verdict == SAME:
+            return "equal"
+        text = difference_text(self.name, self.value - self.baseline)
+        if self.verdict == OTHER:
+            return text
+        return f"{_ARROWS[self.verdict]} {text}, {self.verdict}"
+
+
+def better_direction(name: str) -> int:
+    """1 if more of this score is better, -1 if less is, 0 if that cannot be said of it."""
+    if _NEITHER.search(name):
+        return 0
+    if _LOWER_IS_BETTER.search(name):
+        return -1
+    return 1 if is_share(name) or name.endswith("mrr") else 0
+
+
+def by_evaluator(scores: Mapping[str, float]) -> dict[str, dict[str, float]]:
+    """evaluator -> name -> value, of "eval/EVALUATOR/NAME" -> value; other keys are left out."""
+    found: dict[str, dict[str, float]] = {}
+    for key, value in scores.items():
+        if key.startswith(PREFIX) and key.count("/") >= 2:
+            evaluator, _, name = key.removeprefix(PREFIX).partition("/")
+            found.setdefault(evaluator, {})[name] = value
+    return found
+
+
+def scores_of(
+    scores: Mapping[str, float], baseline: Mapping[str, float] | None = None
+) -> Iterator[Score]:
+    """Every score in its order, with its chance and its baseline.
+
+    Args:
+      scores, baseline: "eval/EVALUATOR/NAME" -> value.
+    """
+    for evaluator, named in by_evaluator(scores).items():
+        for name, value in named.items():
+            if not _ABOUT.search(name):
+                chance = chance_of(name, named)
+                key = f"{PREFIX}{evaluator}/{name}"
+                yield Score(evaluator, name, value, chance, (baseline or {}).get(key))
+
+
+def about(named: Mapping[str, float]) -> str:
+    """Over how much the scores of an evaluator are taken: "1,015 examples, 48 classes"."""
+    parts = [
+        f"{int(value):,} {name.replace('_', ' ')}"
+        for name, value in named.items()
+        if _ABOUT.search(name) and not name.startswith("chance")
+    ]
+    return ", ".join(parts)
+
+
+def chance_of(name: str, named: Mapping[str, float]) -> float | None:
+    """What guessing would reach of the score `name`, as far as the evaluator's others tell it."""
+    if "chance_r1" in named and (match := re.search(r"_r(\d+)$", name)):
+        return min(int(match[1]) * named["chance_r1"], 1.0)
+    classes = named.get("classes") or (1 / named["chance"] if named.get("chance") else None)
+    if classes is None or name.endswith("_std"):
+        return None
+    if match := re.match(r"top(\d+)", name):
+        return min(int(match[1]) / classes, 1.0)
+    return 1 / classes if "recall" in name or "accuracy" in name else None
+
+
+def headlines(scores: Mapping[str, float], baseline: Mapping[str, float] | None) -> list[Score]:
+    """The scores that are shown large: the first ones of each evaluator."""
+    found: dict[str, dict[str, Score]] = {}
+    for score in scores_of(scores, baseline):
+        found.setdefault(score.evaluator, {})[score.name] = score
+    chosen = []
+    for named in found.values():
+        for names in _HEADLINES:
+            if all(name in named for name in names):
+                chosen += [named[name] for name in names]
+                break
+        else:
+            shares = [s for s in named.values() if better_direction(s.name) > 0]
+            chosen += shares[:1]
+    return chosen
+
+
+def title_of(name: str) -> str:
+    """A score's name in words: "image_to_text_r1" -> "image to text R@1"."""
+    name = re.sub(r"_r(\d+)$", r" R@\1", name)
+    name = re.sub(r"^top(\d+)", r"top-\1", name)
+    return name.replace("_", " ").replace("mrr", "mean reciprocal rank")

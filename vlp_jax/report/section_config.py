@@ -1,0 +1,84 @@
+"""The config: what differs from a baseline's or from the defaults, and the whole of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from vlp_jax import config as config_lib
+from vlp_jax import defaults
+from vlp_jax.report.blocks import Block, Code, Fold, Section, Table, Text
+
+_LONGEST_VALUE = 90  # letters
+_LONGEST_TEXT = 150_000
+ABSENT = "\N{EN DASH}"
+
+
+def config_section(config: ConfigDict, other: ConfigDict | None, title: str) -> Section:
+    """The differences to another run's config, or to the defaults, and the config folded away.
+
+    Args:
+      other: None for the defaults.
+      title: what the other one is called.
+    """
+    own = flat(config)
+    blocks: list[Block] = []
+    if other is not None:
+        blocks.append(_difference_table({title: flat(other), "this run": own}))
+    else:
+        base = flat(defaults.base())
+        changed = {key: value for key, value in own.items() if key in base}
+        blocks.append(_difference_table({"default": base, "this run": changed}))
+        parts = {k: v for k, v in own.items() if k not in base}
+        rows = [[key, written(value)] for key, value in parts.items()]
+        table = Table("Keys of the parts that the config chooses", ["key", "value"], rows)
+        blocks.append(Fold(f"{len(rows)} keys that have no common default", [table]))
+    text = config_lib.to_json(config)
+    if len(text) > _LONGEST_TEXT:
+        text = text[:_LONGEST_TEXT] + "\n(cut here)\n"
+    blocks.append(Fold("The whole config", [Code("config.json", text)]))
+    return Section("config", "Config", blocks)
+
+
+def differences(configs: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """The keys whose values are not the same in all flat configs, in order."""
+    first, *others = configs.values()
+    keys = sorted({key for config in configs.values() for key in config})
+    missing = object()
+    return [k for k in keys if any(o.get(k, missing) != first.get(k, missing) for o in others)]
+
+
+def difference_table(configs: Mapping[str, ConfigDict]) -> Table | Text:
+    """The keys that differ, with the values of each config."""
+    return _difference_table({name: flat(config) for name, config in configs.items()})
+
+
+def flat(config: ConfigDict) -> dict[str, Any]:
+    """Dotted key -> value, as the config is read back from a run."""
+    return dict(config_lib.flatten(config_lib.from_json(config_lib.to_json(config))))
+
+
+def written(value: Any) -> str:
+    """A value as it is shown; long ones cut in the middle."""
+    text = repr(value) if not isinstance(value, str) else value
+    if len(text) <= _LONGEST_VALUE:
+        return text or "''"
+    many = (
+        f" {len(value):,} in all"
+        if isinstance(value, Sequence) and not isinstance(value, str)
+        else ""
+    )
+    return f"{text[: _LONGEST_VALUE - 20]} …{many}"
+
+
+def _difference_table(configs: Mapping[str, Mapping[str, Any]]) -> Table | Text:
+    keys = differences(configs)
+    if not keys:
+        return Text(f"No key differs: {' and '.join(configs)} are the same.")
+    rows = [
+        [key, *(written(c[key]) if key in c else ABSENT for c in configs.values())] for key in keys
+    ]
+    count = f"{len(keys)} keys" if len(keys) > 1 else "1 key"
+    return Table(f"{count} that differ", ["key", *configs], rows)
