@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
@@ -18,6 +19,7 @@ import jax
 from etils import epath
 
 from vlp_jax import config as config_lib
+from vlp_jax.encoders.findings import find
 from vlp_jax.encoders.subject import Subject
 from vlp_jax.errors import UserError
 from vlp_jax.objectives.compute import DTYPES
@@ -69,6 +71,12 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         help="examples at a time, on all devices; scores do not depend on it",
     )
     parser.add_argument("--output", metavar="FILE", help="also write the scores there, as JSON")
+    parser.add_argument(
+        "--embeddings",
+        metavar="DIR",
+        help="also write what the scores are computed from: an .npz for each evaluator, which "
+        "python -m tools.compare_scores reads",
+    )
     report_command.add_arguments(parser)
     overrides = [a.removeprefix("--config.") for a in argv if a.startswith("--config.")]
     arguments, unknown = parser.parse_known_args([a for a in argv if not a.startswith("--config.")])
@@ -118,6 +126,8 @@ def _add_subject(parser: argparse.ArgumentParser) -> None:
 
 
 def _check(arguments: argparse.Namespace) -> None:
+    if arguments.embeddings and (arguments.all or arguments.follow):
+        raise UserError("--embeddings are of one checkpoint: leave --all and --follow out")
     if arguments.workdir is None and arguments.weights is None:
         raise UserError("say what is evaluated: --workdir DIR, or --weights FORMAT:PATH")
     if arguments.weights is None:
@@ -185,12 +195,7 @@ def scores_of(
     Args:
       names: of evaluators; None for all that the subject has.
     """
-    scores = {}
-    with subject.resources.one_evaluation(loaded.params):
-        for name in subject.evaluators if names is None else names:
-            for score, value in subject.evaluators[name](loaded.params):
-                scores[f"eval/{name}/{score}"] = value
-    return scores
+    return dict(find(subject, loaded, names).scores)
 
 
 def evaluate(
@@ -332,13 +337,13 @@ def run(arguments: argparse.Namespace, overrides: Sequence[str], argv: Sequence[
     else:
         loaded = subject.load(arguments.step, arguments.params)
         steps = {} if subject.workdir is None else {"step": float(loaded.step)}
-        if report is None:
-            found, lines = scores_of(subject, loaded), []
-        else:
-            found, lines = report.evaluate(subject, loaded, names)
-        scores = {**steps, **found}
+        findings = find(subject, loaded)
+        scores = {**steps, **findings.scores}
         _print_scores(scores)
-        _say_all(lines)
+        if report is not None:
+            _say_all(report.write(subject, loaded, findings))
+        if arguments.embeddings and jax.process_index() == 0:
+            _say_all(findings.save_embeddings(Path(arguments.embeddings)))
     if arguments.output and jax.process_index() == 0:
         epath.Path(arguments.output).write_text(json.dumps(scores, indent=2) + "\n")
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import jax
 
+from vlp_jax.encoders.findings import Findings
 from vlp_jax.encoders.subject import Subject
 from vlp_jax.errors import UserError
 from vlp_jax.training.restore import LoadedParameters
@@ -102,10 +103,8 @@ class Report:
             baseline = read_baseline(arguments.baseline, list(subject.config.evaluators))
         return cls(arguments.report, baseline, argv)
 
-    def evaluate(
-        self, subject: Subject, loaded: LoadedParameters, names: Sequence[str] | None
-    ) -> tuple[dict[str, float], list[str]]:
-        """Evaluates and writes the page: the scores, and lines for the user. On every process.
+    def write(self, subject: Subject, loaded: LoadedParameters, findings: Findings) -> list[str]:
+        """Writes the page; lines for the user. On every process.
 
         Raises:
           UserError: the page cannot be written.
@@ -113,10 +112,9 @@ class Report:
         from vlp_jax.report.material import collect
         from vlp_jax.report.report import write_report
 
-        material = collect(subject, loaded, names)
-        scores, lines = dict(material.findings.scores), []
-        if jax.process_index() == 0:
-            lines = write_report(
-                self.path, subject, loaded, material, baseline=self.baseline, command=self.argv
-            )
-        return scores, lines
+        material = collect(subject, loaded, findings)
+        if jax.process_index() != 0:
+            return []
+        return write_report(
+            self.path, subject, loaded, material, baseline=self.baseline, command=self.argv
+        )

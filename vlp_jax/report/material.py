@@ -10,11 +10,12 @@ import numpy as np
 from jaxtyping import Float
 
 from vlp_jax.data.scan import Scan
+from vlp_jax.encoders.findings import Findings
 from vlp_jax.encoders.subject import Subject
 from vlp_jax.evaluators.retrieval import RetrievalOutcome
 from vlp_jax.evaluators.zero_shot import ZeroShotOutcome
 from vlp_jax.report import section_pictures, section_retrieval, section_zero_shot
-from vlp_jax.report.findings import Findings, captions_and_images, find, images_at
+from vlp_jax.report.examples import captions_and_images, images_at
 from vlp_jax.report.paintings import FUNCTION, hidden_share, paint
 from vlp_jax.report.section_data import scan_training_data
 from vlp_jax.report.section_pictures import Heat
@@ -55,15 +56,8 @@ class Material:
         return dict(list(found.items())[:MOST_EVALUATORS])
 
 
-def collect(
-    subject: Subject, loaded: LoadedParameters, names: Sequence[str] | None = None
-) -> Material:
-    """Evaluates, and looks for what is worth showing. On every process.
-
-    Args:
-      names: of evaluators; None for all that the subject has.
-    """
-    findings = find(subject, loaded, names)
+def collect(subject: Subject, loaded: LoadedParameters, findings: Findings) -> Material:
+    """Looks for what is worth showing of what was found. On every process."""
     views = _views(subject, loaded)
     material = Material(
         findings=findings,

@@ -1,9 +1,8 @@
-"""What the evaluators find out of a set of parameters, kept for the page, and examples of it."""
+"""Examples from the data of evaluators, for what they found out."""
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -13,47 +12,8 @@ from vlp_jax.data.pipeline import EvalPipeline
 from vlp_jax.data.stream import RAW_TEXT
 from vlp_jax.encoders.subject import Subject
 from vlp_jax.evaluators import merged_data
-from vlp_jax.evaluators.base import Outcome
-from vlp_jax.report.scores import PREFIX
-from vlp_jax.training.restore import LoadedParameters
 
 _BATCH = 64
-
-
-@dataclasses.dataclass(frozen=True)
-class Findings:
-    """What was found out about a model.
-
-    Attributes:
-      scores: "eval/EVALUATOR/NAME" -> value.
-      outcomes: evaluator -> its arrays, of those that give them.
-    """
-
-    scores: Mapping[str, float]
-    outcomes: Mapping[str, Outcome]
-
-
-def find(
-    subject: Subject, loaded: LoadedParameters, names: Sequence[str] | None = None
-) -> Findings:
-    """Runs the evaluators, each once. On every process.
-
-    Args:
-      names: of evaluators; None for all that the subject has.
-    """
-    scores: dict[str, float] = {}
-    outcomes: dict[str, Outcome] = {}
-    with subject.resources.one_evaluation(loaded.params):
-        for name in subject.evaluators if names is None else names:
-            evaluator = subject.evaluators[name]
-            outcome = evaluator.outcome(loaded.params) if hasattr(evaluator, "outcome") else None
-            if isinstance(outcome, Outcome):
-                outcomes[name] = outcome
-                named = outcome.scores()
-            else:
-                named = dict(evaluator(loaded.params))
-            scores |= {f"{PREFIX}{name}/{score}": value for score, value in named.items()}
-    return Findings(scores, outcomes)
 
 
 def open_examples(subject: Subject, name: str, extra_fields: Sequence[str] = ()) -> EvalPipeline:

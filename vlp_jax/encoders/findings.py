@@ -1,0 +1,63 @@
+"""What the evaluators of a subject find out about a set of parameters."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+from vlp_jax.encoders.subject import Subject
+from vlp_jax.errors import UserError
+from vlp_jax.evaluators.base import Outcome
+from vlp_jax.evaluators.saved import save_embeddings
+from vlp_jax.training.restore import LoadedParameters
+
+
+@dataclasses.dataclass(frozen=True)
+class Findings:
+    """What was found out about a model.
+
+    Attributes:
+      scores: "eval/EVALUATOR/NAME" -> value.
+      outcomes: evaluator -> its arrays, of those that give them.
+    """
+
+    scores: Mapping[str, float]
+    outcomes: Mapping[str, Outcome]
+
+    def save_embeddings(self, folder: Path) -> Iterator[str]:
+        """Writes EVALUATOR.npz for each outcome (`vlp_jax.evaluators.saved`); a line for each.
+
+        Raises:
+          UserError: the folder cannot be written.
+        """
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            for name, outcome in self.outcomes.items():
+                save_embeddings(outcome, folder / f"{name}.npz")
+                yield f"wrote {folder / name}.npz"
+        except OSError as error:
+            raise UserError(f"--embeddings {folder} cannot be written: {error}") from None
+
+
+def find(
+    subject: Subject, loaded: LoadedParameters, names: Sequence[str] | None = None
+) -> Findings:
+    """Runs the evaluators, each once. On every process.
+
+    Args:
+      names: of evaluators; None for all that the subject has.
+    """
+    scores: dict[str, float] = {}
+    outcomes: dict[str, Outcome] = {}
+    with subject.resources.one_evaluation(loaded.params):
+        for name in subject.evaluators if names is None else names:
+            evaluator = subject.evaluators[name]
+            outcome = evaluator.outcome(loaded.params) if hasattr(evaluator, "outcome") else None
+            if isinstance(outcome, Outcome):
+                outcomes[name] = outcome
+                named = outcome.scores()
+            else:
+                named = dict(evaluator(loaded.params))
+            scores |= {f"eval/{name}/{score}": value for score, value in named.items()}
+    return Findings(scores, outcomes)
