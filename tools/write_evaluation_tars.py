@@ -29,6 +29,7 @@ from rich.progress import track
 from vlp_jax import config as config_lib
 from vlp_jax.data.pipeline import EvalPipeline
 from vlp_jax.data.sources.base import as_plain
+from vlp_jax.data.stream import RAW_TEXT
 from vlp_jax.errors import UserError, unknown_key_message
 from vlp_jax.evaluators import merged_data
 from vlp_jax.training import checkpoint
@@ -176,7 +177,7 @@ def write(arguments: argparse.Namespace) -> str:
     else:
         (output / "dataset_type.txt").write_text("retrieval\n")
         ops = {k: v for k, v in data.get("preprocess", {}).items() if k in TEXT_OPS}
-        field, ops = ("text", ops) if arguments.captions is None else (arguments.captions, {})
+        field, ops = (RAW_TEXT, ops) if arguments.captions is None else (arguments.captions, {})
         found = ((x, "txt", _lines(y)) for x, y in examples(data, field, ops))
     count, shards = write_shards(found, folder, arguments.shard_examples)
     (folder / "nshards.txt").write_text(f"{shards}\n")

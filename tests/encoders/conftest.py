@@ -14,7 +14,7 @@ __all__ = ["no_gradients"]
 def workdir(tmp_path_factory, shapes_dir):
     """A run of two steps on pictures, with a checkpoint after each; not to be written to."""
     folder = tmp_path_factory.mktemp("run")
-    config = config_lib.smoke(config_lib.load("configs/clip_shapes.py"))
+    config = config_lib.smoke(config_lib.load("configs/demo.py"))
     config_lib.override(config, ["checkpoint.every.percent=None", "checkpoint.every.steps=1"])
     train(config, folder, StartupClock())
     return folder

@@ -108,8 +108,10 @@ def test_weights_of_others_are_judged_as_the_run_is(workdir, tmp_path, capsys):
     arguments = ("--workdir", workdir, "--format", "hf", "--output", folder)
     assert export.main([str(a) for a in arguments]) == 0
     run = evaluate.evaluate(workdir, names=[NAME])
-    for where in (("--workdir", workdir), ("--config", "configs/clip_shapes.py")):
-        more = [] if where[0] == "--workdir" else ["--config.evaluators.zero_shot.data.limit=20"]
+    limited = "--config.evaluators.zero_shot.data.limit=20"
+    sized = "--config.evaluators.zero_shot.data.preprocess.resize.size=16"
+    for where in (("--workdir", workdir), ("--config", "configs/demo.py")):
+        more = [] if where[0] == "--workdir" else [limited, sized]
         output = tmp_path / "scores.json"
         status = command(
             "--weights", f"hf:{folder}", *where, "--evaluators", NAME, "--output", output, *more
@@ -120,6 +122,11 @@ def test_weights_of_others_are_judged_as_the_run_is(workdir, tmp_path, capsys):
             assert scores == pytest.approx({k: v for k, v in run.items() if k != "step"}, rel=1e-4)
         else:
             assert scores[f"eval/{NAME}/examples"] == 20
+    arguments = ("--weights", f"hf:{folder}", "--config", "configs/demo.py", "--evaluators", NAME)
+    assert command(*arguments) == 2
+    assert "takes images of 16 x 16 pixels, and config.evaluators.zero_shot" in (
+        capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize(

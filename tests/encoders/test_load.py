@@ -205,7 +205,8 @@ def test_odd_images_become_the_pixels_that_a_run_sees(pictures, resize):
     theirs = pipeline_pixels(list(files.values()), resize)
     for (name, file), expected in zip(files.items(), theirs, strict=True):
         difference = np.abs(process(file).astype(int) - expected.astype(int))
-        limit = 4 if name == "cmyk" else 1  # the two decoders convert CMYK by other tables
+        # The two decoders convert CMYK by other tables.
+        limit = {"cmyk": 4, "palette": 2}.get(name, 1)
         assert difference.max() <= limit, (name, difference.max())
 
 
@@ -237,7 +238,9 @@ def test_bfloat16_is_near_and_not_the_same(clip_run, pictures):
 def test_a_long_text_warns_and_loses_its_end(clip_run):
     model = vlp_jax.load(clip_run[0])
     long = "one two three four five six seven eight nine ten eleven twelve"
-    with pytest.warns(UserWarning, match="text 1 has .* tokens; the model reads the first 12"):
+    with pytest.warns(
+        UserWarning, match=r"text 1 has 62 tokens \(and 1 more\); the model reads the first 12"
+    ):
         rows = model.embed_text(["a", long, long + " thirteen"])
     np.testing.assert_allclose(rows[1], rows[2], atol=1e-6)
 

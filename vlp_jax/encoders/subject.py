@@ -146,17 +146,20 @@ class Subject:
         tree = to_tree(encoder.module, encoder.weights)
         boxed = jax.eval_shape(lambda: _init(encoder.module))
         params = jax.device_put(tree, rules.param_shardings(boxed, mesh))
-        return cls(
+        evaluators = _evaluators(config, resources, names)
+        subject = cls(
             title=weights,
             config=config,
             objective=None,
             module=encoder.module,
             resources=resources,
-            evaluators=_evaluators(config, resources, names),
+            evaluators=evaluators,
             workdir=None,
             notes=(*notes, *encoder.notes),
             _loaded=LoadedParameters(step=0, part="params", params=params),
         )
+        subject._check_image_sizes(encoder.image_size)
+        return subject
 
     def saved_steps(self) -> list[int]:
         """Steps of the run's checkpoints, in order."""
@@ -180,6 +183,17 @@ class Subject:
         """The examples of the evaluator `name`, to look at."""
         data = merged_data(self.config.data, self.config.evaluators[name])
         return self.resources.pipeline(data, extra_fields)
+
+    def _check_image_sizes(self, size: tuple[int, int]) -> None:
+        """Raises UserError if an evaluator gives images of another size than the model takes."""
+        for name in self.evaluators:
+            shape = self.open_evaluation_data(name).batch_spec()["image"][0]
+            if tuple(shape[1:3]) != tuple(size):
+                raise UserError(
+                    f"{self.title} takes images of {size[0]} x {size[1]} pixels, and "
+                    f"config.evaluators.{name} gives {shape[1]} x {shape[2]}: set the size in "
+                    f"--config.evaluators.{name}.data.preprocess"
+                )
 
     def open_stored_data(self, name: str, fields: Sequence[str]) -> EvalPipeline:
         """`fields` of the examples of the evaluator `name` as the source stores them: images are
