@@ -51,9 +51,11 @@ def check_arguments(arguments: argparse.Namespace) -> None:
         return
     if arguments.workdir is None:
         raise UserError("--compare needs --workdir DIR, the first of the runs")
-    for name in ("weights", "step", "evaluators", "baseline", "output"):
+    evaluating = ("weights", "step", "evaluators", "batch_size", "output", "embeddings")
+    for name in (*evaluating, "baseline"):
         if getattr(arguments, name) is not None:
-            raise UserError(f"--compare evaluates nothing: leave --{name} out")
+            option = name.replace("_", "-")
+            raise UserError(f"--compare evaluates nothing: leave --{option} out")
 
 
 def compare(arguments: argparse.Namespace, argv: Sequence[str]) -> list[str]:
