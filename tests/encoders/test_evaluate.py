@@ -109,7 +109,7 @@ def test_weights_of_others_are_judged_as_the_run_is(workdir, tmp_path, capsys):
     assert export.main([str(a) for a in arguments]) == 0
     run = evaluate.evaluate(workdir, names=[NAME])
     limited = "--config.evaluators.zero_shot.data.limit=20"
-    sized = "--config.evaluators.zero_shot.data.preprocess.resize.size=16"
+    sized = "--config.evaluators.zero_shot.data.preprocess.resize.size=32"
     for where in (("--workdir", workdir), ("--config", "configs/demo.py")):
         more = [] if where[0] == "--workdir" else [limited, sized]
         output = tmp_path / "scores.json"
@@ -124,7 +124,7 @@ def test_weights_of_others_are_judged_as_the_run_is(workdir, tmp_path, capsys):
             assert scores[f"eval/{NAME}/examples"] == 20
     arguments = ("--weights", f"hf:{folder}", "--config", "configs/demo.py", "--evaluators", NAME)
     assert command(*arguments) == 2
-    assert "takes images of 16 x 16 pixels, and config.evaluators.zero_shot" in (
+    assert "takes images of 32 x 32 pixels, and config.evaluators.zero_shot" in (
         capsys.readouterr().err
     )
 
