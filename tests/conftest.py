@@ -27,3 +27,17 @@ def shapes_dir(tmp_path_factory):
     """Where the embedded dataset is built for the tests: once for all, kept between runs."""
     os.environ["TFDS_DATA_DIR"] = str(ROOT / ".cache" / "tfds")
     return os.environ["TFDS_DATA_DIR"]
+
+
+@pytest.fixture(scope="session")
+def finished_run(tmp_path_factory, shapes_dir):
+    """A run of the demo's config in two steps, with a checkpoint of each; not to be written to."""
+    from vlp_jax import config as config_lib
+    from vlp_jax.observe.throughput import StartupClock
+    from vlp_jax.train import train
+
+    folder = tmp_path_factory.mktemp("finished") / "runs" / "first"
+    config = config_lib.smoke(config_lib.load(str(ROOT / "configs" / "demo.py")))
+    config_lib.override(config, ["checkpoint.every.percent=None", "checkpoint.every.steps=1"])
+    train(config, folder, StartupClock())
+    return folder

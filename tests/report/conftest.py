@@ -3,22 +3,17 @@
 import numpy as np
 import pytest
 
-from vlp_jax import config as config_lib
 from vlp_jax.evaluators.ranking import rank_both_ways
 from vlp_jax.evaluators.retrieval import RetrievalOutcome
 from vlp_jax.evaluators.zero_shot import ZeroShotOutcome
-from vlp_jax.observe.throughput import StartupClock
-from vlp_jax.train import train
 
 HOSTILE = "<script>alert('x')</script> & \"quoted\" <img src=http://example.org/x.png>"
 
 
 @pytest.fixture(scope="session")
-def workdir(tmp_path_factory, shapes_dir):
+def workdir(finished_run):
     """A finished run of the demo's config; not to be written to."""
-    folder = tmp_path_factory.mktemp("report") / "runs" / "first"
-    train(config_lib.smoke(config_lib.load("configs/demo.py")), folder, StartupClock())
-    return folder
+    return finished_run
 
 
 def unit(rows):
