@@ -33,7 +33,7 @@ def third_loss(config, workdir, state=None):
 
 
 # Larger forms of what the other configs try, and recipes that share their parts with these.
-FAST = {"demo", "mae_then_clip", "flip_l16", "clip_webdataset"}
+FAST = {"demo", "mae_then_clip", "flip_l16"}
 MARKED = [pytest.param(n, marks=pytest.mark.slow) if n not in FAST else n for n in CONFIGS]
 
 

@@ -174,6 +174,7 @@ def test_captions_say_what_the_tokens_say(folder, monkeypatch, tmp_path):
     assert sources_of(tmp_path / "out")["test"]["examples"] == 3
 
 
+@pytest.mark.slow
 def test_a_sample_is_part_of_the_whole(folder, tmp_path):
     config = write_config(tmp_path / "config.py", data_of(folder))
     output = ["--output", str(tmp_path / "out"), "--examples", "1"]

@@ -22,6 +22,9 @@ NO_RECIPES = {
     "siglip_shapes",
     "demo",
     "mae_then_clip",
+    "classify_shapes",
+    "vqa_shapes",
+    "retrieval_shapes",
 }
 DEBUG = {"debug_cpu", "debug_gpu"}
 RECIPES = sorted({p.stem for p in CONFIGS.glob("[!_]*.py")} - NO_RECIPES - DEBUG)

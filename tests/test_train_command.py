@@ -28,7 +28,7 @@ def command(tmp_path, shapes_dir, capsys):
     file.parent.mkdir()
     file.write_text(SMOKE)
 
-    def run(*arguments, workdir=tmp_path / "run", config="clip_shapes"):
+    def run(*arguments, workdir=tmp_path / "run", config="demo"):
         status = train.main(["--config", f"{file}:{config}", "--workdir", str(workdir), *arguments])
         lines = capsys.readouterr().err.strip().splitlines()
         return status, lines[-1] if lines else ""
@@ -47,7 +47,7 @@ BAD = {
     "loss": ("--config.objective.loss=softmx", "known: softmax, sigmoid"),
     "patch": ("--config.objective.image.image_size=15", "do not tile"),
     "heads": ("--config.objective.image.heads=5", "do not divide"),
-    "size of images": ("--config.data.preprocess.random_resized_crop.size=8", "pixels"),
+    "size of images": ("--config.data.preprocess.resize.size=8", "pixels"),
     "vocabulary": ("--config.tokenizer.vocab_size=10", "vocab_size=10"),
     "optimizer": ("--config.optimizer.name=mouon", "did you mean 'muon'"),
     "duration": ("--config.duration.epochs=1.0", "exactly one of"),

@@ -17,7 +17,14 @@ ROWS = corpora.examples(COUNT)
 IDS = {row["id"]: number for number, row in enumerate(ROWS)}
 
 
-@pytest.fixture(scope="module", params=sorted(corpora.WRITERS))
+QUICK = {"arrays", "parquet", "tfds_array_record", "webdataset"}  # others: make test-slow
+KINDS = [
+    kind if kind in QUICK else pytest.param(kind, marks=pytest.mark.slow)
+    for kind in sorted(corpora.WRITERS)
+]
+
+
+@pytest.fixture(scope="module", params=KINDS)
 def data(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param)
     return corpora.config(request.param, folder, ROWS, lanes=4, window=2)

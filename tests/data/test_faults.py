@@ -33,7 +33,13 @@ def ids(batches):
     return np.concatenate([batch["id"] for batch in batches])
 
 
-@pytest.fixture(scope="module", params=KINDS)
+QUICK = "webdataset"  # the others are for make test-slow
+
+
+@pytest.fixture(
+    scope="module",
+    params=[k if k == QUICK else pytest.param(k, marks=pytest.mark.slow) for k in KINDS],
+)
 def kind(request):
     return request.param
 

@@ -65,6 +65,7 @@ def test_every_source_has_its_own_preprocessing(parts):
             assert text.startswith(b"number" if number >= 2000 else b"Number")
 
 
+@pytest.mark.slow
 def test_one_order_for_all_processes_and_resuming(parts):
     whole = take(pipeline(parts), 12)
     split = [take(pipeline(parts, process_index=i, process_count=4), 8, start=4) for i in range(4)]

@@ -264,8 +264,9 @@ def test_a_mapping_runs_in_the_order_of_the_table():
     }
     text = run(preprocess, {"captions": ["  Fish &amp; CHIPS too"]})["text"].decode()
     assert text == "a photo of fish"
-    assert list(OPS)[:6] == [
+    assert list(OPS)[:7] == [
         "choose_text",
+        "choose_question",
         "clean_text",
         "prompt_template",
         "canonicalize_text",

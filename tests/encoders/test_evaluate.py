@@ -140,7 +140,7 @@ def test_weights_of_others_are_judged_as_the_run_is(workdir, tmp_path, capsys):
         (("--weights", "hf:x", "--workdir", "W", "--params", "ema"), "leave --params out"),
         (("--workdir", "W", "--config", "configs/demo.py"), "--config belongs to --weights"),
         (("--workdir", "W", "--step", "7"), "no checkpoint of step 7 (it has: 1, 2)"),
-        (("--workdir", "W", "--evaluators", "zeroshot"), "no evaluator 'zeroshot' (it has:"),
+        (("--workdir", "W", "--evaluators", "zeroshot"), "did you mean 'zero_shot'"),
         (("--workdir", "W", "--batch-size", "3"), "--batch-size 3 is not divisible by"),
         (("--workdir", "W", "--stp", "3"), "unknown argument '--stp'"),
         (("--workdir", "W", "--config.evaluators.zero_shot.data.limt=3"), "limt"),

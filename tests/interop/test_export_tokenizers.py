@@ -19,7 +19,15 @@ def export_run(tokenizer, preprocess, objective, format, folder):
     """Writes a run and exports it; returns the tokenizer that the run has kept."""
     config = runs.run_config(objective, tokenizer, preprocess)
     runs.write_run(config, folder / "run")
-    arguments = ("--workdir", folder / "run", "--format", format, "--output", folder / "out")
+    arguments = (
+        "--workdir",
+        folder / "run",
+        "--format",
+        format,
+        "--output",
+        folder / "out",
+        "--no-verify",
+    )
     assert export.main([str(argument) for argument in arguments]) == 0
     return workdir_lib.open_kept_tokenizer(folder / "run", config)
 
@@ -43,7 +51,7 @@ def test_a_run_with_clips_tokenizer(format, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("pad", [None, "eos"])
-@pytest.mark.parametrize("name", ["t5", "llama"])
+@pytest.mark.parametrize("name", ["t5", pytest.param("llama", marks=pytest.mark.slow)])
 def test_a_run_with_sentencepiece(name, pad, tmp_path):
     file = tmp_path / "spiece.model"
     file.write_bytes(corpus.sentencepiece_model(**corpus.MODELS[name]))

@@ -55,8 +55,14 @@ def value_and_grad(section, microbatches=1):
 
 @pytest.mark.parametrize(
     "section",
-    [{**CONTRASTIVE, "loss": "sigmoid", "mask_ratio": 0.5}, COMPOSITE],
-    ids=["sigmoid-masked", "softmax-and-mae"],
+    [
+        pytest.param(
+            {**CONTRASTIVE, "loss": "sigmoid", "mask_ratio": 0.5},
+            id="sigmoid-masked",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(COMPOSITE, id="softmax-and-mae"),
+    ],
 )
 def test_four_microbatches_equal_the_whole_batch(section):
     value, gradient = value_and_grad(section)

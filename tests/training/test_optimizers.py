@@ -125,7 +125,8 @@ def test_what_is_held_and_where_it_lies(name):
     assert sum(leaf.size for leaf in rest) < 0.2 * sizes
 
 
-@pytest.mark.parametrize("name", ["adafactor", pytest.param("lion", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["adafactor", "lion"])
 def test_losses_do_not_depend_on_the_mesh_and_fall(name):
     config = config_of(name, frozen=("text/position_embedding",))
     config.optimizer.layer_decay = {"image": 0.9, "text": 1.0}

@@ -22,6 +22,8 @@ def get_config(arg=None):
     config.duration = duration(steps={STEPS})
     config.checkpoint.every = duration(steps=7)
     config.optimizer.ema_decay = 0.9
+    for name in set(config.evaluators) - {{"retrieval", "zero_shot", "zero_shot_unseen"}}:
+        del config.evaluators[name]
     for evaluator in config.evaluators.values():
         evaluator.every = duration(steps=25)
     return config

@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 from vlp_jax import config as config_lib
 from vlp_jax.data.pipeline import EvalPipeline
 from vlp_jax.encoders.loading import load
-from vlp_jax.errors import UserError
+from vlp_jax.errors import UserError, unknown_key_message
 from vlp_jax.evaluators import make_evaluators, merged_data
 from vlp_jax.evaluators.base import Evaluator, Resources, compile_functions
 from vlp_jax.evaluators.derived import functions_of, with_attacks
@@ -208,10 +208,9 @@ def choose_evaluators(config: ConfigDict, names: Sequence[str] | None) -> Config
     Raises:
       UserError: one of them is not there, or there is none at all.
     """
-    known = ", ".join(config.evaluators) or "none"
     for name in names or ():
         if name not in config.evaluators:
-            raise UserError(f"the config has no evaluator {name!r} (it has: {known})")
+            raise UserError(unknown_key_message(name, config.evaluators, "config.evaluators"))
     if not config.evaluators:
         raise UserError("the config has no evaluators: give one that has, with --config")
     chosen = config.evaluators if names is None else {n: config.evaluators[n] for n in names}
