@@ -7,7 +7,7 @@ import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from vlp_jax.errors import Preempted
+from vlp_jax.errors import NotFinite, Preempted
 from vlp_jax.evaluators import Evaluator
 from vlp_jax.objectives.base import Batch
 from vlp_jax.observe.profiler import Profiler
@@ -115,8 +115,12 @@ class Loop:
         with self.one_evaluation(params):
             for evaluation in due:
                 self.report.settle()
-                with self.pause("evaluation"):
-                    scores = dict(evaluation.evaluator(params))
+                try:
+                    with self.pause("evaluation"):
+                        scores = dict(evaluation.evaluator(params))
+                except NotFinite as error:  # what the run does then is for its guard to say
+                    self.progress.print(f"step {step:,}  {evaluation.name}: no scores: {error}")
+                    continue
                 named = {f"eval/{evaluation.name}/{key}": value for key, value in scores.items()}
                 self.writer.write_scalars(step, named)
                 text = "  ".join(f"{key} {value:.4g}" for key, value in scores.items())
