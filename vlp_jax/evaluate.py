@@ -223,9 +223,9 @@ def known_scores(workdir: epath.Path) -> dict[int, dict[str, float]]:
     return found
 
 
-def missing(subject: Subject, known: dict[int, dict[str, float]], step: int) -> list[str]:
-    """The evaluators of which there is no score at `step` yet."""
-    there = {key.split("/")[1] for key in known.get(step, {})}
+def missing(subject: Subject, known: dict[str, float]) -> list[str]:
+    """The evaluators that have no score among those that are known of a checkpoint."""
+    there = {key.split("/")[1] for key in known}
     return [name for name in subject.evaluators if name not in there]
 
 
@@ -278,7 +278,7 @@ def evaluate_many(subject: Subject, arguments: argparse.Namespace) -> dict[str, 
     last: dict[str, float] = {}
     for step in checkpoints(subject, arguments.follow, stop):
         known = agreement.from_first(_of_step(subject, step))
-        names = missing(subject, {step: known}, step)
+        names = missing(subject, known)
         scores = dict(known)
         if names:
             begin = time.monotonic()

@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
 from etils import epath
 from ml_collections import ConfigDict
 
@@ -16,7 +15,7 @@ from vlp_jax.encoders.encoder import Encoder
 from vlp_jax.encoders.images import ImageProcessor
 from vlp_jax.encoders.texts import TEXT_OPS, TextProcessor, tokenizer_from, tokenizer_of_files
 from vlp_jax.errors import UserError
-from vlp_jax.interop.trees import Module, image_of, plain
+from vlp_jax.interop.trees import Module, image_of, with_dtype
 from vlp_jax.models.dual_encoder import DualEncoder, l2_normalize, normalize_pixels
 from vlp_jax.models.masked_autoencoder import MaskedAutoencoder
 from vlp_jax.models.vit import VisionTransformer
@@ -76,7 +75,7 @@ def _of_run(source: str, run: RunModel, dtype: str) -> Encoder:
         kinds = ", ".join(type(leaf.model).__name__ for leaf in found)
         raise UserError(f"{source} is a run of {kinds}, which has no embeddings of its own")
     objective, notes = usable[0], []
-    module = _in_dtype(plain(objective.model), dtype)
+    module = with_dtype(objective.model, DTYPES[dtype])
     expected = interop.trees.expected_shapes(objective.model)
     weights = {k: v for k, v in bounded(objective, run.params).items() if k in expected}
     texts = None
@@ -96,7 +95,7 @@ def _of_run(source: str, run: RunModel, dtype: str) -> Encoder:
 
 def _of_files(source: str, dtype: str, tokenizer: str | None) -> Encoder:
     imported = interop.read(source)
-    module = _in_dtype(plain(imported.module), dtype)
+    module = with_dtype(imported.module, DTYPES[dtype])
     extras, texts = imported.extras, None
     if isinstance(module, DualEncoder):
         if tokenizer is not None:
@@ -161,16 +160,3 @@ def _embed_tower(module: VisionTransformer, extras: interop.Extras) -> Callable[
         return l2_normalize(features)
 
     return embed_image
-
-
-def _in_dtype(module: Any, dtype: str) -> Any:
-    """The same model, computed in `dtype`."""
-    kind = DTYPES[dtype]
-    if kind == jnp.float32:
-        return module
-    parts = {
-        name: getattr(module, name).clone(dtype=kind)
-        for name in ("image", "text", "decoder")
-        if hasattr(module, name)
-    }
-    return module.clone(**parts) if parts else module.clone(dtype=kind)

@@ -12,7 +12,7 @@ import numpy as np
 
 from vlp_jax.interop import precision
 from vlp_jax.interop.base import Extras
-from vlp_jax.interop.trees import Module, Params, image_of, plain, to_tree
+from vlp_jax.interop.trees import Module, Params, image_of, to_tree, with_dtype
 from vlp_jax.models.dual_encoder import DualEncoder, l2_normalize, normalize_pixels
 from vlp_jax.models.masked_autoencoder import MaskedAutoencoder
 from vlp_jax.models.masking import kept_patches, mask_from_noise
@@ -145,14 +145,3 @@ def _autoencoder(
         make("embed_image", (image,), "unit vectors", embed, ("image",)),
         make("reconstruct", (image, noise), views, reconstruct, ("image", "decoder")),
     ]
-
-
-def with_dtype(module: Module, dtype: Any) -> Module:
-    """The same model with its matrix products in `dtype`, and XLA's attention on every platform."""
-    module = plain(module)
-    parts = {
-        name: getattr(module, name).clone(dtype=dtype)
-        for name in ("image", "text", "decoder")
-        if hasattr(module, name)
-    }
-    return module.clone(**parts) if parts else module.clone(dtype=dtype)

@@ -142,3 +142,14 @@ def plain(module: Any) -> Any:
     if isinstance(module, MaskedAutoencoder):
         return module.clone(image=plain(module.image), decoder=plain(module.decoder))
     return module.clone(**fields)
+
+
+def with_dtype(module: Module, dtype: Any) -> Module:
+    """The same model with its matrix products in `dtype`, and XLA's attention on every platform."""
+    module = plain(module)
+    parts = {
+        name: getattr(module, name).clone(dtype=dtype)
+        for name in ("image", "text", "decoder")
+        if hasattr(module, name)
+    }
+    return module.clone(**parts) if parts else module.clone(dtype=dtype)
