@@ -49,7 +49,7 @@ REMAT_POLICIES: dict[str, Callable[..., Any]] = {
     "full": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "names": jax.checkpoint_policies.save_only_these_names(*NAMES),
-    # Half of it: no matrix product of attention is repeated, one of the feed-forward layer is.
+    # Half of it: the first product of the feed-forward layer is done again too.
     "names_lean": jax.checkpoint_policies.save_only_these_names(*NAMES[:-1]),
     # All of it, in the memory of the host while it is not needed.
     "offload": jax.checkpoint_policies.save_and_offload_only_these_names(

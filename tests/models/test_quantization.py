@@ -1,0 +1,77 @@
+"""Products in 8 bits, against NumPy on numbers rounded by ml_dtypes."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+
+from vlp_jax.models import layers
+from vlp_jax.models.quantization import dot_general_of, fp8_dot_general, quantize
+
+DIMS = (((1,), (0,)), ((), ()))
+
+
+def rounded(x, dtype):
+    """`x` to 8 bits and back, as the definition says."""
+    factor = np.abs(x).max() / float(ml_dtypes.finfo(dtype).max)
+    return (x / factor).astype(dtype).astype(np.float64) * factor
+
+
+def normal(seed, *shape):
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+def test_a_product_is_that_of_rounded_factors():
+    x, w = normal(0, 6, 32), normal(1, 32, 5) * 100
+    expected = rounded(x, ml_dtypes.float8_e4m3fn) @ rounded(w, ml_dtypes.float8_e4m3fn)
+    np.testing.assert_allclose(fp8_dot_general(x, w, DIMS), expected, rtol=1e-5, atol=1e-3)
+    assert np.abs(expected - x @ w).max() > 1e-2  # rounding is seen
+
+
+def test_gradients_are_products_with_a_rounded_gradient():
+    x, w, g = normal(0, 6, 32), normal(1, 32, 5), normal(2, 6, 5)
+    _, pull = jax.vjp(lambda x, w: fp8_dot_general(x, w, DIMS), x, w)
+    to_x, to_w = pull(g)
+    a, b = (rounded(t, ml_dtypes.float8_e4m3fn) for t in (x, w))
+    c = rounded(g, ml_dtypes.float8_e5m2)
+    np.testing.assert_allclose(to_x, c @ b.T, rtol=1e-5, atol=1e-4)
+    np.testing.assert_allclose(to_w, a.T @ c, rtol=1e-5, atol=1e-4)
+
+
+def test_several_dimensions_are_contracted():
+    x, w = normal(0, 2, 3, 4, 8), normal(1, 4, 8, 5)
+    out = fp8_dot_general(x, w, (((2, 3), (0, 1)), ((), ())))
+    flat = fp8_dot_general(x.reshape(6, 32), w.reshape(32, 5), DIMS)
+    np.testing.assert_array_equal(out, flat.reshape(2, 3, 5))
+    with pytest.raises(ValueError, match="has no products"):
+        fp8_dot_general(x, w, (((0,), (0,)), ((), ())))
+
+
+def test_zeros_and_numbers_that_are_none():
+    value, factor = quantize(jnp.zeros(4), jnp.float8_e4m3fn)
+    assert factor == 1 and not np.asarray(value, np.float32).any()
+    value, factor = quantize(jnp.array([1.0, jnp.nan]), jnp.float8_e4m3fn)
+    assert np.isnan(np.float32(value)[1] * factor)  # the guard of a step sees it
+
+
+def test_an_encoder_has_the_same_parameters_and_is_near():
+    x = jnp.asarray(normal(0, 2, 9, 64))
+    fields = {"depth": 2, "heads": 2, "mlp_dim": 128}
+    plain, small = (layers.Encoder(**fields, quantization=q) for q in ("none", "fp8"))
+    params = plain.init(jax.random.key(0), x)
+    shapes = jax.eval_shape(small.init, jax.random.key(0), x)
+    assert jax.tree.structure(nn.unbox(shapes)) == jax.tree.structure(nn.unbox(params))
+    expected, out = plain.apply(params, x), small.apply(params, x)
+    error = jnp.linalg.norm(out - expected) / jnp.linalg.norm(expected)
+    assert 1e-3 < error < 0.1
+    text = str(jax.make_jaxpr(lambda p: small.apply(p, x))(params))
+    products = [line for line in text.splitlines() if "dot_general[" in line]
+    assert len(products) == 8  # q, k, v, out, up, down; scores and values are as they were
+    assert sum("f8_e4m3fn" in line for line in text.splitlines()) >= 12
+
+
+def test_an_unknown_name_is_refused():
+    with pytest.raises(ValueError, match="unknown quantization 'int4'.*fp8"):
+        dot_general_of("int4")
