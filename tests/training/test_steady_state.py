@@ -1,4 +1,4 @@
-"""Once a run is under way, nothing is compiled, and nothing moves between host and devices unasked."""
+"""In a run that is under way nothing is compiled, and nothing moves to or from devices unasked."""
 
 import json
 import threading
