@@ -24,7 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,9 +39,9 @@ from vlp_jax import config as config_lib
 from vlp_jax.observe.compilation import CompileWatch
 from vlp_jax.observe.profiler import NullProfiler
 from vlp_jax.observe.progress import NullProgress
-from vlp_jax.observe.throughput import StartupClock
+from vlp_jax.observe.throughput import StartupClock, StepClock
 from vlp_jax.observe.watchdog import NullWatchdog
-from vlp_jax.observe.writers import build_writers
+from vlp_jax.observe.writers import Writer, build_writers
 from vlp_jax.parallel import mesh as mesh_lib
 from vlp_jax.parallel.batch import put_batch
 from vlp_jax.planning.variants import with_depth
@@ -194,14 +194,10 @@ def measure_host(file: str, rounds: int, steps: int) -> dict[str, Any]:
     return {**median, "arrays_of_the_state": leaves}
 
 
-def _run(
-    setup: Setup, step: Any, state: Any, batch: Any, first: int, steps: int, folder: epath.Path
-) -> tuple[Any, dict[str, float]]:
-    """A turn of the loop; microseconds of a step by part."""
-    startup = StartupClock()
-    clock = make_step_clock(setup, startup)
-    writer = build_writers(setup.config.writers, folder, first, {})
-    report = StepReport(
+def _make_report(
+    setup: Setup, writer: Writer, clock: StepClock, startup: StartupClock
+) -> StepReport:
+    return StepReport(
         log_when=setup.log_when(),
         batch_size=setup.config.batch_size,
         writer=writer,
@@ -211,14 +207,20 @@ def _run(
         input_metrics=lambda step: {},
         measures=NullMeasures(),
         max_skipped=setup.config.guard.max_skipped,
-        keep_examples=lambda steps: folder,
+        keep_examples=lambda steps: epath.Path(),
     )
+
+
+def _run(
+    setup: Setup, step: Any, state: Any, batch: Any, first: int, steps: int, folder: epath.Path
+) -> tuple[Any, dict[str, float]]:
+    """A turn of the loop; microseconds of a step by part."""
+    startup = StartupClock()
+    clock = make_step_clock(setup, startup)
+    writer = build_writers(setup.config.writers, folder, first, {})
+    report = _make_report(setup, writer, clock, startup)
     dispatch, reporting = Spent(), Spent()
     report.take = reporting.timed(report.take)
-
-    @contextlib.contextmanager
-    def one_evaluation(params: Any) -> Iterator[None]:
-        yield
 
     loop = Loop(
         step_function=dispatch.timed(step),
@@ -228,7 +230,7 @@ def _run(
         last_step=first + steps,
         save_when=lambda step: False,
         evaluations=(),
-        one_evaluation=one_evaluation,
+        one_evaluation=contextlib.nullcontext,
         preempted=lambda step: False,
         log_when=setup.log_when(),
         report=report,
