@@ -34,7 +34,7 @@ def lower(factor):
 def test_ahead_of_time_compilation_uses_the_persistent_cache(own_cache):
     lowered = [lower(1.25), lower(1.25)]
     seconds = []
-    with CompileWatch(seconds.append) as watch:
+    with CompileWatch(lambda took, name: seconds.append(took)) as watch:
         lowered[0].compile()
         first = watch.so_far()
         assert any(own_cache.iterdir())
@@ -58,7 +58,7 @@ def test_without_a_cache(own_cache):
 
 def test_the_callback_is_for_its_own_thread_alone(own_cache):
     lowered, seconds = lower(3.5), []
-    with CompileWatch(seconds.append) as watch:
+    with CompileWatch(lambda took, name: seconds.append(took)) as watch:
         thread = threading.Thread(target=lowered.compile)
         thread.start()
         thread.join()

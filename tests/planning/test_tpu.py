@@ -8,13 +8,17 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.experimental import pallas as pl
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from vlp_jax.parallel import mesh as mesh_lib
 from vlp_jax.parallel import rules
 from vlp_jax.parallel.topologies import tpu_devices
 from vlp_jax.planning import hbm, hlo, loops, traffic
+from vlp_jax.planning.chips import TPUS
+from vlp_jax.planning.pallas_calls import pallas_calls
 
 pytestmark = [
     pytest.mark.slow,
@@ -59,6 +63,41 @@ def test_a_program_of_this_compiler_reads_as_the_one_that_is_kept(monkeypatch):
     assert scattered == weights * 3 / 4
     assert found["all-reduce"]["replica"] == weights / 4
     assert hbm.hbm_bytes(module, runs) > 0 and hbm.estimated_cycles(module, runs) > 0
+
+
+def pallas_product(x, w):
+    """x @ w in a Pallas kernel, whose cost is said to be another: that of pallas_v5e.hlo."""
+
+    def kernel(x, w, out):
+        product = jnp.dot(x[...], w[...], preferred_element_type=jnp.float32)
+        out[...] = product.astype(out.dtype)
+
+    rows = pl.BlockSpec((128, 256), lambda i: (i, 0))
+    return pl.pallas_call(
+        kernel,
+        grid=(4,),
+        in_specs=[rows, pl.BlockSpec((256, 256), lambda i: (0, 0))],
+        out_specs=rows,
+        out_shape=jax.ShapeDtypeStruct((512, 256), x.dtype),
+        cost_estimate=pl.CostEstimate(flops=10**9, transcendentals=7, bytes_accessed=12_345_678),
+    )(x, w)
+
+
+def test_a_pallas_kernel_in_a_scan_is_added_once_a_round():
+    mesh = Mesh(np.array(tpu_devices("v5e:2x2")[:1]), ("one",))
+    whole = NamedSharding(mesh, PartitionSpec())
+
+    def rounds(x, w):
+        return jax.lax.scan(lambda x, _: (pallas_product(x, w) * 0.5, None), x, length=5)[0]
+
+    shapes = [jax.ShapeDtypeStruct(s, jnp.bfloat16) for s in ((512, 256), (256, 256))]
+    jitted = jax.jit(rounds, in_shardings=(whole, whole), out_shardings=whole)
+    module = hlo.parse(jitted.lower(*shapes).compile().as_text())
+    runs = loops.count_runs(module)
+    found = pallas_calls(module, runs, TPUS["v5e"], "bfloat16")
+    assert (found.runs, found.flops, found.bytes, found.uncosted) == (5, 5e9, 5 * 12_345_678, ())
+    assert found.seconds == pytest.approx(5 * 12_345_678 / 819e9)
+    assert hbm.estimated_cycles(module, runs) > 0  # of the compiler's own kernels
 
 
 def plan(*arguments):

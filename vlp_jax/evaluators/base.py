@@ -85,8 +85,8 @@ class Resources:
         """The model's factor on the cosine similarity; None if the objective has none."""
         if "logit_scale" not in self.functions:
             return None
-        unused = np.zeros((), np.float32)
-        return float(self.functions["logit_scale"](params, unused, {})[0])
+        unused = jax.device_put(np.zeros((), np.float32), mesh_lib.replicated(self.mesh))
+        return float(jax.device_get(self.functions["logit_scale"](params, unused, {})[0]))
 
     def pipeline(self, data: Mapping[str, Any], extra_fields: Sequence[str] = ()) -> EvalPipeline:
         """The examples of `data`, each once."""
@@ -123,9 +123,10 @@ class Resources:
             made = {}
             for field, name in functions.items():
                 made[field], rest = self.functions[name](params, arrays[field], rest)
-            keep = np.asarray(rest.pop("mask"))
-            outputs.append({name: np.asarray(value)[keep] for name, value in made.items()})
-            fields.append({name: np.asarray(value)[keep] for name, value in rest.items()})
+            made, rest = jax.device_get((made, rest))
+            keep = rest.pop("mask")
+            outputs.append({name: value[keep] for name, value in made.items()})
+            fields.append({name: value[keep] for name, value in rest.items()})
             fields[-1][INDEX] = np.flatnonzero(keep) + number * len(keep)
         return _concatenated(outputs), _concatenated(fields)
 

@@ -137,8 +137,8 @@ class Loss:
         fields = put_batch(batch, self._resources.mesh)
         rest = {"mask": fields.pop("mask")}
         function = self._resources.functions[WHOLE if self._coupled else EACH]
-        metrics, rest = function(params, fields, rest)
-        keep = np.asarray(rest["mask"])
+        metrics, rest = jax.device_get(function(params, fields, rest))
+        keep = rest["mask"]
         if self._coupled and not keep.all():
             return 0, {}
         chosen = {

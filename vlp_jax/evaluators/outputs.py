@@ -42,10 +42,10 @@ def outputs_of(
         rest = change(put_batch(wanted, resources.mesh))
         taken = {name: rest.pop(name) for name in inputs}
         argument = {**taken, **(more or {})} if more or len(inputs) > 1 else taken[inputs[0]]
-        made, rest = resources.functions[function](params, argument, rest)
-        keep = np.asarray(rest.pop("mask"))
-        outputs.append(np.asarray(made)[keep])
-        fields.append({name: np.asarray(value)[keep] for name, value in rest.items()})
+        made, rest = jax.device_get(resources.functions[function](params, argument, rest))
+        keep = rest.pop("mask")
+        outputs.append(made[keep])
+        fields.append({name: value[keep] for name, value in rest.items()})
     named = {name: np.concatenate([f[name] for f in fields]) for name in fields[0]}
     return np.concatenate(outputs), named
 

@@ -213,8 +213,10 @@ def fit_sgd(
     per_epoch = len(x) // batch_size
     random = np.random.default_rng(seed)
     orders = [random.permutation(len(x))[: per_epoch * batch_size] for _ in range(epochs)]
-    batches = jnp.asarray(np.stack(orders).reshape(-1, batch_size))
-    x, labels = jnp.asarray(x), jnp.asarray(labels)
+    batches = np.stack(orders).reshape(-1, batch_size).astype(np.int32)
+    batches, x, labels, rates = jax.device_put(
+        (batches, x, labels, np.asarray(learning_rates, np.float32))
+    )
 
     def loss(params: dict[str, Array], rows: Array) -> Array:
         logits = x[rows] @ params["kernel"] + params["bias"]
@@ -236,7 +238,7 @@ def fit_sgd(
         return jax.lax.scan(step, (params, optimizer.init(params)), batches)[0][0]
 
     with jax.default_matmul_precision("float32"):
-        fitted = jax.device_get(jax.jit(jax.vmap(fit))(jnp.asarray(learning_rates, jnp.float32)))
+        fitted = jax.device_get(jax.jit(jax.vmap(fit))(rates))
     return [
         LinearClassifier(kernel.astype(np.float64), bias.astype(np.float64))
         for kernel, bias in zip(fitted["kernel"], fitted["bias"], strict=True)

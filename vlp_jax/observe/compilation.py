@@ -50,10 +50,11 @@ class CompileWatch:
     """Counts compilations from `__enter__` to `__exit__`, of all threads.
 
     Args:
-      compiled: called with the seconds of each compilation in the thread that entered, as it ends.
+      compiled: called with the seconds of each compilation in the thread that entered, as it ends,
+        and with the name of the program.
     """
 
-    def __init__(self, compiled: Callable[[float], None] = lambda seconds: None):
+    def __init__(self, compiled: Callable[[float, str], None] = lambda seconds, name: None):
         self._compiled = compiled
         self._thread = 0
         self._so_far = Compiled()
@@ -81,13 +82,12 @@ class CompileWatch:
             self._add(hits=1)
 
     def _duration(self, event: str, duration: float, **more: Any) -> None:
-        del more
         if event == _SAVED:
             self._add(saved_seconds=duration)
         elif event == _BACKEND:
             self._add(programs=1, seconds=duration)
             if threading.get_ident() == self._thread:
-                self._compiled(duration)
+                self._compiled(duration, str(more.get("fun_name", "a program")))
 
     def _add(self, **increments: float) -> None:
         with self._lock:

@@ -166,6 +166,11 @@ class StepClock:
         with self._ledger.cause(cause), jax.profiler.TraceAnnotation(cause):
             yield
 
+    @property
+    def pausing(self) -> bool:
+        """Whether something that is not training is under way."""
+        return self._ledger.current not in (_USEFUL, _DATA_WAIT)
+
     def compiled(self, seconds: float) -> None:
         """Says that the last `seconds` went into compiling, whatever the cause that is open."""
         self._ledger.move(seconds, self._ledger.current, _COMPILE)

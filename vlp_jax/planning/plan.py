@@ -12,8 +12,10 @@ from vlp_jax.parallel import mesh as mesh_lib
 from vlp_jax.parallel import rules
 from vlp_jax.planning import hbm, hlo, loops, network, traffic
 from vlp_jax.planning.activations import activation_bytes
+from vlp_jax.planning.chips import Chip
 from vlp_jax.planning.compile import OutOfMemory, Program, compile_setup
 from vlp_jax.planning.flops import Flops, count_flops
+from vlp_jax.planning.pallas_calls import PallasCalls, pallas_calls
 from vlp_jax.planning.roofline import Roofline
 from vlp_jax.planning.state_bytes import StateBytes, share, state_bytes
 from vlp_jax.planning.target import Target
@@ -28,7 +30,9 @@ class Compiled:
     Attributes:
       hbm_traffic: bytes to and from its main memory.
       collectives: what it sends.
-      cycles: the TPU compiler's estimate of its kernels, without the network.
+      cycles: the TPU compiler's estimate of its kernels, without the network, and `pallas` at its
+        roofline.
+      pallas: the kernels that the compiler does not estimate.
       repeated: instructions that the compiler computes again to save memory, beside what
         `remat` does.
       notes: what could not be read, in words.
@@ -37,6 +41,7 @@ class Compiled:
     hbm_traffic: float
     collectives: list[traffic.Collective]
     cycles: float
+    pallas: PallasCalls
     repeated: int
     notes: tuple[str, ...]
 
@@ -160,12 +165,12 @@ def make_plan(setup: Setup, target: Target) -> Plan:
         * setup.config.batch_size,
         hardware=step_flops(setup),
         memory=memory,
-        compiled=read_program(memory, setup) if isinstance(memory, Program) else None,
+        compiled=read_program(memory, setup, target.chip) if isinstance(memory, Program) else None,
     )
 
 
-def read_program(program: Program, setup: Setup) -> Compiled:
-    """What the text of a compiled step says."""
+def read_program(program: Program, setup: Setup, chip: Chip) -> Compiled:
+    """What the text of a step says that was compiled for devices of the kind `chip`."""
     module = hlo.parse(program.text)
     runs = loops.count_runs(module)
     notes = tuple(
@@ -177,10 +182,12 @@ def read_program(program: Program, setup: Setup) -> Compiled:
         if name in runs.times and name not in runs.fused
         for instruction in computation.instructions
     )
+    pallas = pallas_calls(module, runs, chip, setup.objective.compute_dtype)
     return Compiled(
         hbm_traffic=hbm.hbm_bytes(module, runs),
         collectives=traffic.collectives(module, runs, dict(setup.mesh.shape)),
-        cycles=hbm.estimated_cycles(module, runs),
+        cycles=hbm.estimated_cycles(module, runs) + pallas.cycles(chip.clock),
+        pallas=pallas,
         repeated=sum(".remat" in instruction.name for instruction in running),
-        notes=notes,
+        notes=(*notes, *pallas.notes(chip.clock)),
     )

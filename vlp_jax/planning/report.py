@@ -133,6 +133,7 @@ def as_json(findings: Findings, versions: dict[str, str]) -> dict[str, Any]:
         "step_seconds": roofline.step_seconds,
         "bound_by": roofline.bound_by,
         "compiler_cycles": compiled.cycles if compiled else None,
+        "pallas": dataclasses.asdict(compiled.pallas) if compiled else None,
         "steps": plan.setup.units.total_steps,
         "costs": {name: dataclasses.asdict(one) for name, one in findings.costs().items()},
         "notes": notes(findings),
@@ -244,7 +245,8 @@ def _work(plan: Plan) -> Table:
         sent = sum(one.step_bytes for one in plan.compiled.collectives)
         row("memory", f"{plan.compiled.hbm_traffic / 1e9:,.2f} GB", roofline.memory)
         row("network", f"{sent / 1e9:,.3f} GB", roofline.network)
-        cycles = f"{plan.compiled.cycles / 1e6:,.1f} M cycles"
+        mark = "+" if plan.compiled.pallas.runs else ""
+        cycles = f"{plan.compiled.cycles / 1e6:,.1f}{mark} M cycles"
         table.add_row("compiler's cycles", cycles, _seconds(plan.cycle_seconds))
     return table
 

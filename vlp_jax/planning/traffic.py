@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 
 from vlp_jax.planning.groups import Groups, axes_of, parse_groups
-from vlp_jax.planning.hlo import Computation, Instruction, Module
+from vlp_jax.planning.hlo import Array, Computation, Instruction, Module
 from vlp_jax.planning.loops import Runs
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
@@ -23,6 +23,8 @@ class Collective:
       payload_bytes: of the operands on a device, in one run of it.
       times: how often it runs in a step.
       groups: places in the mesh that it joins; pairs of source and target for a permutation.
+      arrays: what a device sends or gets, whichever is larger: the results of an all-gather, the
+        operands of the others.
     """
 
     kind: str
@@ -31,6 +33,7 @@ class Collective:
     payload_bytes: int
     times: float
     groups: Groups
+    arrays: tuple[Array, ...] = ()
 
     @property
     def group_size(self) -> int:
@@ -83,7 +86,10 @@ def collectives(module: Module, runs: Runs, mesh_shape: Mapping[str, int]) -> li
             if axes:
                 payload = _payload(computation, instruction)
                 times = runs.times[name]
-                found.append(Collective(kind, instruction.name, axes, payload, times, groups))
+                arrays = _whole(computation, instruction)
+                found.append(
+                    Collective(kind, instruction.name, axes, payload, times, groups, arrays)
+                )
     return found
 
 
@@ -106,6 +112,50 @@ def _kind(computation: Computation, instruction: Instruction) -> str:
 def _payload(computation: Computation, instruction: Instruction) -> int:
     operands = (computation.by_name[name] for name in instruction.operands)
     return sum(array.bytes for operand in operands for array in operand.arrays)
+
+
+def _whole(computation: Computation, instruction: Instruction) -> tuple[Array, ...]:
+    count = len(instruction.operands)
+    if instruction.opcode == "all-gather-start":  # it gives operands and results
+        return instruction.arrays[count : 2 * count]
+    if instruction.opcode == "all-gather":
+        return instruction.arrays
+    return tuple(a for name in instruction.operands for a in computation.by_name[name].arrays)
+
+
+def gathered_rows(
+    found: list[Collective],
+    rows: int,
+    width: int,
+    devices: int,
+    other_shapes: Collection[tuple[int, ...]] = (),
+) -> list[str]:
+    """The collectives that bring a device the rows of the others, of [rows, width] each.
+
+    That is an all-gather of an array of n x `rows` rows, n above 1, or an all-reduce of the rows of
+    all `devices`, which the TPU compiler sometimes makes of a gather. The order of dimensions, and
+    dimensions of one, do not matter.
+
+    Args:
+      rows: that a device has of its own.
+      other_shapes: of arrays that are something else, such as parameters.
+
+    Returns:
+      Kind, shape and runs of each, in words.
+    """
+    others = {tuple(sorted(size for size in shape if size != 1)) for shape in other_shapes}
+    told = []
+    for one in found:
+        for array in one.arrays if one.kind in ("all-gather", "all-reduce") else ():
+            dims = tuple(sorted(size for size in array.dims if size != 1))
+            if len(dims) != 2 or width not in dims or dims in others:
+                continue
+            length = sum(dims) - width
+            several = length % rows == 0 and length > rows
+            if length == rows * devices or (several and one.kind == "all-gather"):
+                shape = ",".join(map(str, array.dims))
+                told.append(f"{one.kind} {array.dtype}[{shape}] x {one.times:g}")
+    return told
 
 
 def by_kind_and_axis(found: list[Collective]) -> dict[str, dict[str, float]]:

@@ -92,6 +92,7 @@ class Measures:
         self._compile_watch = CompileWatch(self._charge_compilation)
         self._step_compiled, self._step_seconds = Compiled(), 0.0
         self._told_step = False
+        self._compiled_between_steps = 0
         self._ledger = RunLedger(workdir / GOODPUT_FILE, self._own, progress.print)
         self._heartbeat: Heartbeat | None = None
         self._stragglers = StragglerWatch()
@@ -193,6 +194,7 @@ class Measures:
             **self._spread([ProcessSpeed.of(r["host"], r["speed"]) for r in rows if r["speed"]]),
             "compile/programs": compiled.programs,
             "compile/seconds": compiled.seconds,
+            "compile/between_steps": self._compiled_between_steps,
             **self._step_compilation(),
         }
 
@@ -223,9 +225,17 @@ class Measures:
             return OwnTime(self._startup.causes(), 0)
         return OwnTime(self._clock.goodput(), self._clock.steps_done)
 
-    def _charge_compilation(self, seconds: float) -> None:
-        if self._clock is not None:  # before, a phase of the start-up has it
-            self._clock.compiled(seconds)
+    def _charge_compilation(self, seconds: float, name: str) -> None:
+        if self._clock is None:
+            return  # a phase of the start-up has it
+        self._clock.compiled(seconds)
+        if self._told_step and not self._clock.pausing:
+            self._compiled_between_steps += 1
+            self.note("programs compiled between steps", self._compiled_between_steps)
+            self._progress.print(
+                f"warning: {name} was compiled between two steps, in {seconds:.1f} s; after the "
+                "first logged step nothing should be: look for a shape or a constant that changes"
+            )
 
     def _tell_summary(self, outcome: str) -> None:
         summary = self._summary(outcome)

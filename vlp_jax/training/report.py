@@ -15,6 +15,10 @@ from vlp_jax.observe.throughput import StartupClock, StepClock
 from vlp_jax.observe.writers import Writer
 from vlp_jax.training.measures import LoopMeasures
 
+# What is looked at after each step; the others are fetched when a step is logged, for each array
+# that is fetched costs the host some time.
+EVERY_STEP = ("loss", "skipped")
+
 
 def to_scalars(metrics: Metrics, prefix: str) -> dict[str, float]:
     """Sums over counts, as Python numbers, each name behind `prefix`. Waits for the devices."""
@@ -91,13 +95,16 @@ class StepReport:
 
     def _settle(self, step: int, metrics: Metrics) -> None:
         with self._clock.device_wait():
-            scalars = to_scalars(metrics, "train/")
+            scalars = to_scalars({name: metrics[name] for name in EVERY_STEP}, "train/")
         self._clock.step_done(self._batch_size)
-        if scalars["train/skipped"]:
+        logged, skipped = self._log_when(step), scalars["train/skipped"]
+        if logged or skipped:
+            scalars = to_scalars(metrics, "train/")
+        if skipped:
             self._note_skipped(step, scalars)
         else:
             self.skipped_in_a_row = 0
-        if self._log_when(step):
+        if logged:
             speed = self._clock.summary()
             self._rate = speed.get("perf/examples_per_second", self._rate)
             scalars.update({**speed, **self._measures.scalars(step, speed)})

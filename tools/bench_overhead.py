@@ -1,0 +1,294 @@
+"""What there is around the steps of a run, on a CPU: compiling, starting again, work of the host.
+
+python -m tools.bench_overhead [--json FILE] [--rounds N] [--steps N] [--part compile|warm|host ...]
+
+compile: seconds to trace and compile the step at 6, 12 and 24 layers of the same width, cold, in
+turns; layers are one scan, so the ratio to 6 layers should stay near 1. warm: the same in processes
+of their own, with an empty and with a filled persistent cache. host: what the main thread computes
+for a step of the real loop (time.thread_time: waiting is not counted), with as many arrays and
+layers as the config's model has and a width that a CPU can hold. That the step itself does not run
+inside of this thread is seen from the CPU time of all others, which is told beside it.
+
+Sizes other than depth are those of a smoke test; nothing here says how fast a step is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+import jax
+import numpy as np
+from etils import epath
+from ml_collections import ConfigDict
+
+from vlp_jax import config as config_lib
+from vlp_jax.observe.compilation import CompileWatch
+from vlp_jax.observe.profiler import NullProfiler
+from vlp_jax.observe.progress import NullProgress
+from vlp_jax.observe.throughput import StartupClock, StepClock
+from vlp_jax.observe.watchdog import NullWatchdog
+from vlp_jax.observe.writers import Writer, build_writers
+from vlp_jax.parallel import mesh as mesh_lib
+from vlp_jax.parallel.batch import put_batch
+from vlp_jax.planning.variants import with_depth
+from vlp_jax.train import make_step_clock
+from vlp_jax.training.abstract_setup import abstract_setup
+from vlp_jax.training.command import run_command
+from vlp_jax.training.init_from import FromSeed
+from vlp_jax.training.loop import Loop
+from vlp_jax.training.measures import NullMeasures
+from vlp_jax.training.report import StepReport
+from vlp_jax.training.setup import Setup
+from vlp_jax.training.step import compile_step
+
+DEPTHS = (6, 12, 24)
+PARTS = ("compile", "warm", "host")
+WARM_UP = 5  # steps that are not counted
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """The arguments."""
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.bench_overhead",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--config", default="configs/clip_l14.py", help="whose arrays and layers to take")
+    add("--part", nargs="+", choices=PARTS, default=PARTS, help="what to measure")
+    add("--rounds", type=int, default=3, help="turns of each")
+    add("--steps", type=int, default=200, help="steps of a turn of the loop")
+    add("--json", metavar="FILE", help="also write the figures there")
+    add("--compile-once", type=int, metavar="DEPTH", help=argparse.SUPPRESS)
+    return parser.parse_args(argv)
+
+
+def narrow_config(file: str, depth: int | None) -> ConfigDict:
+    """The config with the sizes of a smoke test, but for its layers."""
+    config = config_lib.load(file)
+    small = config_lib.smoke(config).unlock()
+    small.mesh = config_lib.base().mesh
+    small.log.every.steps = 10
+    small.duration.steps = 1_000_000
+    return with_depth(small, depth or DEPTHS[-1])
+
+
+def make_narrow_setup(file: str, depth: int | None) -> Setup:
+    """Its setup on the CPU devices of this process."""
+    config = narrow_config(file, depth)
+    return abstract_setup(config, mesh_lib.make_mesh(config.mesh))
+
+
+def compile_seconds(setup: Setup) -> tuple[float, float]:
+    """(to trace and compile the step, of this in XLA or in reading its cache)."""
+    begin = time.perf_counter()
+    with CompileWatch() as watch:
+        compile_step(setup.step, setup.abstract, setup.batch_spec, setup.mesh)
+    return time.perf_counter() - begin, watch.so_far().seconds
+
+
+def measure_depths(file: str, rounds: int) -> dict[str, Any]:
+    """Medians of cold compilations, the depths in turns."""
+    jax.config.update("jax_enable_compilation_cache", False)
+    setups = {depth: make_narrow_setup(file, depth) for depth in DEPTHS}
+    times: dict[int, list[float]] = {depth: [] for depth in DEPTHS}
+    for _ in range(rounds):
+        for depth, setup in setups.items():
+            jax.clear_caches()
+            times[depth].append(compile_seconds(setup)[0])
+    medians = {depth: statistics.median(found) for depth, found in times.items()}
+    return {f"seconds_{depth}_layers": found for depth, found in medians.items()} | {
+        f"ratio_{depth}_layers": statistics.median(
+            [a / b for a, b in zip(times[depth], times[DEPTHS[0]], strict=True)]
+        )
+        for depth in DEPTHS
+    }
+
+
+def measure_warm_start(file: str, rounds: int) -> dict[str, Any]:
+    """Compilation in fresh processes, first with an empty cache and then with what it left."""
+    found: dict[str, list[tuple[float, float]]] = {"cold": [], "warm": []}
+    for _ in range(rounds):
+        with tempfile.TemporaryDirectory() as cache:
+            for state in ("cold", "warm"):
+                found[state].append(_in_new_process(file, cache))
+    ratios = [w[0] / c[0] for w, c in zip(found["warm"], found["cold"], strict=True)]
+    in_xla = [w[1] / c[1] for w, c in zip(found["warm"], found["cold"], strict=True)]
+    return {
+        **{f"seconds_{k}": statistics.median(t for t, _ in v) for k, v in found.items()},
+        "ratio": statistics.median(ratios),
+        "ratio_without_tracing": statistics.median(in_xla),
+    }
+
+
+def _in_new_process(file: str, cache: str) -> tuple[float, float]:
+    command = [sys.executable, "-m", "tools.bench_overhead", "--config", file]
+    command += ["--compile-once", str(DEPTHS[-1])]
+    variables = {**os.environ, "JAX_COMPILATION_CACHE_DIR": cache, "JAX_PLATFORMS": "cpu"}
+    root = Path(__file__).resolve().parent.parent
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=variables, cwd=root, check=True
+    )
+    return tuple(json.loads(done.stdout.splitlines()[-1]))
+
+
+class NullCheckpointer:
+    """Saves nothing."""
+
+    failed = 0
+
+    def poll(self) -> None:
+        """There is nothing to look at."""
+
+
+@dataclasses.dataclass
+class Spent:
+    """CPU seconds of the calling thread in one part of the loop."""
+
+    seconds: float = 0.0
+
+    def timed(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """`function`, with its CPU time counted here."""
+
+        def call(*arguments: Any) -> Any:
+            begin = time.thread_time()
+            try:
+                return function(*arguments)
+            finally:
+                self.seconds += time.thread_time() - begin
+
+        return call
+
+
+def measure_host(file: str, rounds: int, steps: int) -> dict[str, Any]:
+    """CPU time of the main thread for a step of the real loop: medians over the rounds."""
+    setup = make_narrow_setup(file, None)
+    step = compile_step(setup.step, setup.abstract, setup.batch_spec, setup.mesh)
+    state = FromSeed().state(setup)
+    fields = {name: np.zeros(s.shape, s.dtype) for name, s in setup.batch_spec.items()}
+    batch = put_batch(fields, setup.mesh)
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        at = 0
+        for number in range(rounds + 1):
+            count = steps if number else WARM_UP
+            state, row = _run(setup, step, state, batch, at, count, epath.Path(folder))
+            at += count
+            rows.append(row)
+    median = {name: statistics.median(row[name] for row in rows[1:]) for name in rows[0]}
+    leaves = len(jax.tree.leaves(setup.abstract))
+    return {**median, "arrays_of_the_state": leaves}
+
+
+def _make_report(
+    setup: Setup, writer: Writer, clock: StepClock, startup: StartupClock
+) -> StepReport:
+    return StepReport(
+        log_when=setup.log_when(),
+        batch_size=setup.config.batch_size,
+        writer=writer,
+        progress=NullProgress(),
+        clock=clock,
+        startup=startup,
+        input_metrics=lambda step: {},
+        measures=NullMeasures(),
+        max_skipped=setup.config.guard.max_skipped,
+        keep_examples=lambda steps: epath.Path(),
+    )
+
+
+def _run(
+    setup: Setup, step: Any, state: Any, batch: Any, first: int, steps: int, folder: epath.Path
+) -> tuple[Any, dict[str, float]]:
+    """A turn of the loop; microseconds of a step by part."""
+    startup = StartupClock()
+    clock = make_step_clock(setup, startup)
+    writer = build_writers(setup.config.writers, folder, first, {})
+    report = _make_report(setup, writer, clock, startup)
+    dispatch, reporting = Spent(), Spent()
+    report.take = reporting.timed(report.take)
+
+    loop = Loop(
+        step_function=dispatch.timed(step),
+        batches=iter(lambda: batch, None),
+        input_state=lambda step: {},
+        first_step=first,
+        last_step=first + steps,
+        save_when=lambda step: False,
+        evaluations=(),
+        one_evaluation=contextlib.nullcontext,
+        preempted=lambda step: False,
+        log_when=setup.log_when(),
+        report=report,
+        checkpointer=NullCheckpointer(),
+        writer=writer,
+        progress=NullProgress(),
+        clock=clock,
+        profiler=NullProfiler(),
+        watchdog=NullWatchdog(),
+        measures=NullMeasures(),
+    )
+    begin, whole = time.thread_time(), time.process_time()
+    state = loop.run(state)
+    own = time.thread_time() - begin
+    report.settle()
+    jax.block_until_ready(state)
+    others = time.process_time() - whole - (time.thread_time() - begin)
+    clock.finish()
+    writer.close()
+    seconds = {
+        "host": own,
+        "dispatch": dispatch.seconds,
+        "report": reporting.seconds,
+        "rest": own - dispatch.seconds - reporting.seconds,
+        "other_threads": others,
+    }
+    return state, {f"{k}_microseconds": v / steps * 1e6 for k, v in seconds.items()}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; returns its exit status."""
+    arguments = parse(sys.argv[1:] if argv is None else argv)
+
+    def command() -> None:
+        jax.config.update("jax_platforms", "cpu")
+        # Else a step would be computed within its dispatch, and count as work of the host.
+        jax.config.update("jax_cpu_enable_async_dispatch", True)
+        if arguments.compile_once:
+            jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+            setup = make_narrow_setup(arguments.config, arguments.compile_once)
+            print(json.dumps(compile_seconds(setup)))
+            return
+        measured = {
+            "host": lambda: measure_host(arguments.config, arguments.rounds, arguments.steps),
+            "warm": lambda: measure_warm_start(arguments.config, arguments.rounds),
+            "compile": lambda: measure_depths(arguments.config, arguments.rounds),
+        }
+        found = {}
+        for part in (name for name in measured if name in arguments.part):
+            found[part] = measured[part]()
+            print(f"{part}:")
+            for name, value in found[part].items():
+                print(f"  {name.replace('_', ' '):<28} {value:.4g}")
+        if arguments.json:
+            Path(arguments.json).write_text(json.dumps(found, indent=2) + "\n")
+
+    return run_command(command)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
