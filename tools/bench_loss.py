@@ -9,8 +9,8 @@ The plain form has all logits of the batch in memory, several times; the blocked
   themselves, at `--memory-batch`. Nothing is run for it.
 - Time is that of loss and gradients at `--time-batch`, both forms in turns; the ratio is the median
   of the rounds' ratios.
-- Numbers: the largest difference of loss and gradients between the forms at `--time-batch`, relative
-  to the largest number of the array.
+- Numbers: the largest difference of loss and gradients between the forms at `--time-batch`, each
+  relative to the largest number of its array.
 
 The exit status is 1 if a ratio is beyond its limit: `--least-memory-ratio`, `--most-time-ratio`,
 `--most-difference`.

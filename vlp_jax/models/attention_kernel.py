@@ -53,8 +53,8 @@ def check_shapes(tokens: int, keys: int, heads: int, head_dim: int, itemsize: in
     scores = 6 * rows[0] * _round_up(keys, LANES) * 4
     if blocks + scores > VMEM_BYTES:
         raise ValueError(
-            f"attention 'pallas' holds an example in fast memory: {tokens} x {keys} tokens of width "
-            f"{width} need {(blocks + scores) / 2**20:.0f} MiB of {VMEM_BYTES / 2**20:.0f}; take "
+            f"attention 'pallas' holds an example in fast memory: {tokens} x {keys} tokens of "
+            f"width {width} need {(blocks + scores) / 2**20:.0f} MiB of {VMEM_BYTES / 2**20:.0f}; take "
             "attention 'xla', or shard the heads"
         )
 
