@@ -1,0 +1,169 @@
+"""The speed of the real training step of a config, on one batch in memory, beside that of others.
+
+python -m tools.bench_step --config configs/bench_small.py --peer plain --peer open_clip
+python -m tools.bench_step --config configs/siglip_b16.py --batch 256 --peer open_clip
+python -m tools.bench_step --config configs/mae_b16.py --batch 512 --profile DIR
+
+Forward, loss, backward, optimizer and guard, as in a run; no data and no TensorFlow. Peers have the
+same batch and sizes and take turns with ours in one process: plain (our step with every
+optimization off), open_clip, timm (classification), transformers (masked autoencoding).
+docs/bench_step.md says what the numbers mean.
+
+Exit status: 0; 1 a peer could not be measured; 2 a mistake in the arguments or the config.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+from ml_collections import ConfigDict
+from rich.console import Console
+
+from vlp_jax import config as config_lib
+from vlp_jax.benchmarking import contender as turns
+from vlp_jax.benchmarking.jax_step import JaxStep
+from vlp_jax.benchmarking.peak import measure_peak
+from vlp_jax.benchmarking.peers import PEERS, check_peers, make_peer, uses_torch
+from vlp_jax.benchmarking.profile import profile
+from vlp_jax.benchmarking.provenance import provenance
+from vlp_jax.benchmarking.result import Measured, Result, as_json, as_table
+from vlp_jax.errors import UserError
+from vlp_jax.parallel import startup
+from vlp_jax.training.command import run_command
+
+CPU_DEVICES = 2  # as the demo
+A_PEER_FAILED = 1
+
+
+def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, ConfigDict]:
+    """The arguments, and the config with its overrides.
+
+    Raises:
+      UserError: an argument, a config file or a key that does not exist.
+    """
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.bench_step",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--config", metavar="FILE[:ARG]", required=True, help="a config file, and its argument")
+    add("--config.KEY", metavar="VALUE", help="replaces a key: --config.a.b=VALUE")
+    add("--batch", type=int, metavar="N", help="examples of a step, for config.batch_size")
+    add("--peer", action="append", default=[], metavar="NAME", help=f"one of {', '.join(PEERS)}")
+    add("--rounds", type=int, default=5, metavar="R", help="turns of each (default 5)")
+    add("--steps", type=int, default=10, metavar="S", help="steps of a turn (default 10)")
+    add(
+        "--devices",
+        type=int,
+        metavar="N",
+        help=f"that share the batch: {CPU_DEVICES} on CPU, elsewhere all, if it is not given",
+    )
+    add(
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        help="torch.compile for peers of PyTorch; without it on GPU alone",
+    )
+    add("--json", metavar="FILE", help="also write everything there")
+    add("--profile", metavar="DIR", help="trace a few steps into DIR, and list the dearest kernels")
+    overrides = [a.removeprefix("--config.") for a in argv if a.startswith("--config.")]
+    arguments = parser.parse_args([a for a in argv if not a.startswith("--config.")])
+    for name in ("rounds", "steps", "batch", "devices"):
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name} is at least 1, not {value}")
+    config = config_lib.load(arguments.config)
+    config_lib.override(config, overrides)
+    if arguments.batch:
+        config.batch_size = arguments.batch
+    config_lib.check(config)
+    return arguments, config
+
+
+def start_jax(arguments: argparse.Namespace) -> list[jax.Device]:
+    """The devices that share the batch, after what has to be set before JAX finds them.
+
+    Raises:
+      UserError: there are fewer than are wanted.
+    """
+    if uses_torch(arguments.peer):
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    jax.config.update("jax_num_cpu_devices", arguments.devices or CPU_DEVICES)
+    startup.widen_cpu_thread_pool()
+    devices = jax.devices()
+    wanted = arguments.devices or len(devices)
+    if wanted > len(devices):
+        raise UserError(f"--devices {wanted}: there are {len(devices)} of {devices[0].device_kind}")
+    return devices[:wanted]
+
+
+def run(arguments: argparse.Namespace, config: ConfigDict, console: Console) -> Result:
+    """Makes ours and the peers, and measures them in turns.
+
+    Raises:
+      UserError: the config, the devices and the peers do not fit each other.
+    """
+    devices = start_jax(arguments)
+    ours = JaxStep(
+        "ours", config, devices, twice=True, check=lambda o: check_peers(arguments.peer, o)
+    )
+    console.print(f"ours: compiled in {ours.facts['compile_seconds']['cold']:.1f} s")
+    ours.run(turns.WARM_UP_STEPS)
+    ours.read_peak_memory()
+    peak = measure_peak(devices, ours.setup.objective.compute_dtype)
+    contenders, failed = [ours], {}
+    for name in dict.fromkeys(arguments.peer):
+        try:
+            peer = make_peer(name, ours, arguments.compile)
+            peer.run(turns.WARM_UP_STEPS)
+        except RuntimeError as error:  # of JAX and of PyTorch, their being out of memory included
+            failed[name] = " ".join(str(error).split())[:300]
+            console.print(f"{name}: failed: {failed[name]}", markup=False)
+        else:
+            console.print(f"{name}: ready")
+            contenders.append(peer)
+    times = turns.measure(contenders, arguments.rounds, arguments.steps, say=console.print)
+    measured = [Measured(ours, times[0], None)]
+    for peer, own in zip(contenders[1:], times[1:], strict=True):
+        measured.append(Measured(peer, own, turns.ratio(times[0], own)))
+    if arguments.profile:
+        console.print(profile(ours, arguments.profile, peak), markup=False)
+    return Result(measured, config.batch_size, len(devices), ours.step_flops, peak, failed)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; returns its exit status."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    failed: list[str] = []
+
+    def command() -> None:
+        arguments, config = parse(argv)
+        console = Console(width=None if sys.stdout.isatty() else 140)
+        result = run(arguments, config, console)
+        failed.extend(result.failed)
+        console.print(as_table(result), markup=False)
+        if arguments.json:
+            content = {
+                **provenance("tools.bench_step", argv),
+                "config": {
+                    key: value.to_dict() if isinstance(value, ConfigDict) else value
+                    for key, value in config.items()
+                    if key in ("objective", "optimizer", "tokenizer", "mesh", "microbatches")
+                },
+                **as_json(result),
+            }
+            Path(arguments.json).write_text(json.dumps(content, indent=2) + "\n")
+
+    status = run_command(command)
+    return status or (A_PEER_FAILED if failed else 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

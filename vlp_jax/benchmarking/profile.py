@@ -1,0 +1,5 @@
+"""stub"""
+
+
+def profile(*a):
+    return ""
