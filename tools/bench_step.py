@@ -27,10 +27,10 @@ from rich.console import Console
 
 from vlp_jax import config as config_lib
 from vlp_jax.benchmarking import contender as turns
+from vlp_jax.benchmarking import profile as profiles
 from vlp_jax.benchmarking.jax_step import JaxStep
 from vlp_jax.benchmarking.peak import measure_peak
 from vlp_jax.benchmarking.peers import PEERS, check_peers, make_peer, uses_torch
-from vlp_jax.benchmarking.profile import profile
 from vlp_jax.benchmarking.provenance import provenance
 from vlp_jax.benchmarking.result import Measured, Result, as_json, as_table
 from vlp_jax.errors import UserError
@@ -134,7 +134,9 @@ def run(arguments: argparse.Namespace, config: ConfigDict, console: Console) -> 
     for peer, own in zip(contenders[1:], times[1:], strict=True):
         measured.append(Measured(peer, own, turns.ratio(times[0], own)))
     if arguments.profile:
-        console.print(profile(ours, arguments.profile, peak), markup=False)
+        profile = profiles.take_profile(ours, arguments.profile)
+        ours.facts["profile"] = profiles.as_json(profile)
+        console.print(profiles.as_table(profile), markup=False)
     return Result(measured, config.batch_size, len(devices), ours.step_flops, peak, failed)
 
 

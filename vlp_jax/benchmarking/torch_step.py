@@ -63,6 +63,7 @@ class TorchStep:
     ):
         import torch
 
+        patch_torchvision()
         if on_gpu and not torch.cuda.is_available():
             raise UserError(f"--peer {name}: this PyTorch sees no GPU; install one with CUDA")
         self.name = name
@@ -158,3 +159,25 @@ def to_tensors(
         else:
             tensors[name] = torch.from_numpy(value.astype(np.int64))
     return tensors
+
+
+def patch_torchvision() -> None:
+    """Defines two operators that a torchvision of another build of PyTorch looks for and lacks.
+
+    open_clip, timm and transformers import torchvision; nothing here runs its operators.
+    """
+    import torch
+
+    library = torch.library.Library("torchvision", "FRAGMENT")
+    for schema in (
+        "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
+        "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
+    ):
+        try:
+            torch._C._get_schema(f"torchvision::{schema.split('(')[0]}", "")
+        except RuntimeError:
+            library.define(schema)
+    _LIBRARIES.append(library)
+
+
+_LIBRARIES: list[Any] = []  # a definition is undone when its library goes
