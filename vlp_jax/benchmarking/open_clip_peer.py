@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from typing import Any
 
 from vlp_jax.benchmarking.timm_peer import timm_arguments
@@ -57,7 +58,6 @@ def recipe(objective: Contrastive) -> Recipe:
 
 def _build(model: DualEncoder, mask_ratio: float) -> Any:
     import open_clip
-    import timm
 
     image = model.image
     if image.class_token:
@@ -72,7 +72,6 @@ def _build(model: DualEncoder, mask_ratio: float) -> Any:
             "timm_proj": "none" if model.image_head == "none" else "linear",
             "timm_proj_bias": model.image_head == "linear_bias",
         }
-        assert timm.is_model(_NAME)
     return open_clip.CustomTextCLIP(
         embed_dim=model.embed_dim,
         vision_cfg=vision,
@@ -98,7 +97,9 @@ def _register_timm(arguments: dict[str, Any], mask_ratio: float) -> None:
 
     make.__name__ = _NAME
     make.__module__ = timm.models.vision_transformer.__name__
-    timm.models.register_model(make)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # that it overwrites the one before
+        timm.models.register_model(make)
 
 
 def _loss(pairwise_loss: str) -> Any:

@@ -47,5 +47,9 @@ def recipe(objective: MaskedAutoencoding) -> Recipe:
     def loss(module: Any, batch: Any) -> Any:
         return module(pixel_values=batch["image"]).loss
 
-    notes = () if image.class_token else ("its encoder has a class token",)
-    return Recipe(build, loss, notes)
+    notes = [
+        "it embeds all patches and then drops the hidden ones, and also predicts for its token"
+    ]
+    if not image.class_token:
+        notes.append("its encoder has a class token")
+    return Recipe(build, loss, tuple(notes))
