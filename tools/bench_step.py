@@ -18,8 +18,9 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 from ml_collections import ConfigDict
@@ -32,8 +33,9 @@ from vlp_jax.benchmarking.jax_step import JaxStep
 from vlp_jax.benchmarking.peak import measure_peak
 from vlp_jax.benchmarking.peers import PEERS, check_peers, make_peer, uses_torch
 from vlp_jax.benchmarking.provenance import provenance
-from vlp_jax.benchmarking.result import Measured, Result, as_json, as_table
+from vlp_jax.benchmarking.result import Measured, Result, as_json, as_table, last_round
 from vlp_jax.errors import UserError
+from vlp_jax.objectives import Objective
 from vlp_jax.parallel import startup
 from vlp_jax.training.command import run_command
 
@@ -104,40 +106,98 @@ def start_jax(arguments: argparse.Namespace) -> list[jax.Device]:
     return devices[:wanted]
 
 
-def run(arguments: argparse.Namespace, config: ConfigDict, console: Console) -> Result:
-    """Makes ours and the peers, and measures them in turns.
+class Benchmark:
+    """Ours and its peers, measured in turns; what is known is kept on disk as it grows.
 
     Raises:
       UserError: the config, the devices and the peers do not fit each other.
     """
-    devices = start_jax(arguments)
-    ours = JaxStep(
-        "ours", config, devices, twice=True, check=lambda o: check_peers(arguments.peer, o)
-    )
-    console.print(f"ours: compiled in {ours.facts['compile_seconds']['cold']:.1f} s")
-    ours.run(turns.WARM_UP_STEPS)
-    ours.read_peak_memory()
-    peak = measure_peak(devices, ours.setup.objective.compute_dtype)
-    contenders, failed = [ours], {}
-    for name in dict.fromkeys(arguments.peer):
-        try:
-            peer = make_peer(name, ours, arguments.compile)
-            peer.run(turns.WARM_UP_STEPS)
-        except RuntimeError as error:  # of JAX and of PyTorch, their being out of memory included
-            failed[name] = " ".join(str(error).split())[:300]
-            console.print(f"{name}: failed: {failed[name]}", markup=False)
-        else:
-            console.print(f"{name}: ready")
-            contenders.append(peer)
-    times = turns.measure(contenders, arguments.rounds, arguments.steps, say=console.print)
-    measured = [Measured(ours, times[0], None)]
-    for peer, own in zip(contenders[1:], times[1:], strict=True):
-        measured.append(Measured(peer, own, turns.ratio(times[0], own)))
-    if arguments.profile:
-        profile = profiles.take_profile(ours, arguments.profile)
-        ours.facts["profile"] = profiles.as_json(profile)
-        console.print(profiles.as_table(profile), markup=False)
-    return Result(measured, config.batch_size, len(devices), ours.step_flops, peak, failed)
+
+    def __init__(
+        self,
+        arguments: argparse.Namespace,
+        config: ConfigDict,
+        console: Console,
+        keep: Callable[[Result], None],
+    ):
+        self._arguments, self._config, self._console, self._keep = arguments, config, console, keep
+        self._devices = start_jax(arguments)
+        self._failed: dict[str, str] = {}
+
+        def check(objective: Objective) -> None:
+            check_peers(arguments.peer, objective)
+
+        self._ours = JaxStep("ours", config, self._devices, twice=True, check=check)
+        console.print(f"ours: compiled in {self._ours.facts['compile_seconds']['cold']:.1f} s")
+        self._ours.run(turns.WARM_UP_STEPS)
+        self._ours.read_peak_memory()
+        dtype = self._ours.setup.objective.compute_dtype
+        self._peak = measure_peak(self._devices, dtype)
+
+    def run(self) -> Result:
+        """All turns, and the trace if one is wanted."""
+        contenders: list[turns.Contender] = [self._ours]
+        if self._arguments.peer:  # they take a while; so there is something, whatever happens
+            self._measure(contenders, rounds=1)
+        contenders += self._peers()
+        times = self._measure(contenders, self._arguments.rounds)
+        if self._arguments.profile:
+            profile = profiles.take_profile(self._ours, self._arguments.profile)
+            self._ours.facts["profile"] = profiles.as_json(profile)
+            self._console.print(profiles.as_table(profile), markup=False)
+        return self._result(contenders, times, complete=True)
+
+    def _peers(self) -> Iterator[turns.Contender]:
+        for name in dict.fromkeys(self._arguments.peer):
+            try:
+                peer = make_peer(name, self._ours, self._arguments.compile)
+                peer.run(turns.WARM_UP_STEPS)
+            except RuntimeError as error:  # of JAX and PyTorch, which may be out of memory
+                self._failed[name] = " ".join(str(error).split())[:300]
+                self._console.print(f"{name}: failed: {self._failed[name]}", markup=False)
+            else:
+                self._console.print(f"{name}: ready")
+                yield peer
+
+    def _measure(self, contenders: list[turns.Contender], rounds: int) -> list[turns.Times]:
+        def each_round(times: list[turns.Times]) -> None:
+            result = self._result(contenders, times, complete=False)
+            self._console.print(last_round(result))
+            self._keep(result)
+
+        return turns.measure(contenders, rounds, self._arguments.steps, each_round)
+
+    def _result(
+        self, contenders: list[turns.Contender], times: list[turns.Times], complete: bool
+    ) -> Result:
+        measured = [Measured(contenders[0], times[0], None)]
+        for peer, own in zip(contenders[1:], times[1:], strict=True):
+            measured.append(Measured(peer, own, turns.ratio(times[0], own)))
+        return Result(
+            measured,
+            self._config.batch_size,
+            len(self._devices),
+            self._ours.step_flops,
+            self._peak,
+            self._failed,
+            complete,
+        )
+
+
+def write_json(file: str, argv: Sequence[str], config: ConfigDict, result: Result) -> None:
+    """Everything that is known, with where it is from."""
+    sections = ("objective", "optimizer", "tokenizer", "mesh", "microbatches")
+    content = {
+        **provenance("tools.bench_step", argv),
+        "config": {name: to_plain(config[name]) for name in sections},
+        **as_json(result),
+    }
+    Path(file).write_text(json.dumps(content, indent=2) + "\n")
+
+
+def to_plain(value: Any) -> Any:
+    """A section as a dict."""
+    return value.to_dict() if isinstance(value, ConfigDict) else value
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -148,20 +208,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     def command() -> None:
         arguments, config = parse(argv)
         console = Console(width=None if sys.stdout.isatty() else 140)
-        result = run(arguments, config, console)
+
+        def keep(result: Result) -> None:
+            if arguments.json:
+                write_json(arguments.json, argv, config, result)
+
+        result = Benchmark(arguments, config, console, keep).run()
+        keep(result)
         failed.extend(result.failed)
         console.print(as_table(result), markup=False)
-        if arguments.json:
-            content = {
-                **provenance("tools.bench_step", argv),
-                "config": {
-                    key: value.to_dict() if isinstance(value, ConfigDict) else value
-                    for key, value in config.items()
-                    if key in ("objective", "optimizer", "tokenizer", "mesh", "microbatches")
-                },
-                **as_json(result),
-            }
-            Path(arguments.json).write_text(json.dumps(content, indent=2) + "\n")
 
     status = run_command(command)
     return status or (A_PEER_FAILED if failed else 0)

@@ -42,7 +42,10 @@ def test_turns_alternate_and_the_ratio_is_of_the_rounds():
     order = []
     ours = Scripted("ours", [1.0, 2.0, 4.0], order)
     peer = Scripted("peer", [3.0, 4.0, 16.0], order)
-    times = turns.measure([ours, peer], rounds=3, steps=4)
+    seen = []
+    each_round = lambda times: seen.append([len(one.rounds) for one in times])  # noqa: E731
+    times = turns.measure([ours, peer], rounds=3, steps=4, each_round=each_round)
+    assert seen == [[1, 1], [2, 2], [3, 3]]
     assert order == ["ours", "peer"] * 3
     found = turns.ratio(*times)
     assert found.rounds == (3.0, 2.0, 4.0) and found.median == 3.0
@@ -152,7 +155,7 @@ def test_the_command_needs_no_tensorflow_and_writes_what_it_found(tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "False False"
     found = json.loads(file.read_text())
-    assert found["contenders"].keys() == {"ours", "plain"}
+    assert found["contenders"].keys() == {"ours", "plain"} and found["complete"]
     ours = found["contenders"]["ours"]
     assert (found["devices"], ours["devices"], found["examples_per_device"]) == (2, 2, 4)
     assert found["contenders"]["plain"]["devices"] == 1

@@ -68,24 +68,20 @@ def measure(
     contenders: Sequence[Contender],
     rounds: int,
     steps: int,
-    say: Callable[[str], None] = lambda line: None,
+    each_round: Callable[[list[Times]], None] = lambda times: None,
 ) -> list[Times]:
     """The times of each, taken in turns: a change in the speed of the machine meets all of them.
 
     Args:
       rounds: turns of each.
       steps: of a turn.
-      say: takes a line for the log after each round.
+      each_round: is given the times so far after each round.
     """
     times: list[list[tuple[float, ...]]] = [[] for _ in contenders]
-    for number in range(rounds):
+    for _ in range(rounds):
         for contender, own in zip(contenders, times, strict=True):
             own.append(tuple(contender.run(steps)))
-        medians = (statistics.median(own[-1]) for own in times)
-        told = ", ".join(
-            f"{c.name} {1e3 * m:.1f} ms" for c, m in zip(contenders, medians, strict=True)
-        )
-        say(f"round {number + 1} of {rounds}: {told}")
+        each_round([Times(tuple(own)) for own in times])
     return [Times(tuple(own)) for own in times]
 
 

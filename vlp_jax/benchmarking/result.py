@@ -39,6 +39,7 @@ class Result:
       step_flops: analytic FLOPs of the model in a step of ours. Those of others are taken to be as
         many; their notes say what differs.
       failed: name -> why a peer could not be measured.
+      complete: False while the measurement goes on.
     """
 
     measured: Sequence[Measured]
@@ -47,6 +48,7 @@ class Result:
     step_flops: float
     peak: Peak
     failed: dict[str, str]
+    complete: bool = True
 
     def figures(self, one: Measured) -> dict[str, float]:
         """Rates of one contender, from the median of its steps."""
@@ -61,6 +63,12 @@ class Result:
         if self.peak.data_sheet:
             figures["mfu_of_data_sheet"] = rate / self.peak.data_sheet
         return figures
+
+
+def last_round(result: Result) -> str:
+    """A line about the newest round of each, for the log."""
+    told = (f"{m.contender.name} {1e3 * m.times.round_medians[-1]:.1f} ms" for m in result.measured)
+    return f"round {len(result.measured[0].times.rounds)}: {', '.join(told)}"
 
 
 def as_json(result: Result) -> dict[str, Any]:
@@ -93,6 +101,7 @@ def as_json(result: Result) -> dict[str, Any]:
         "contenders": contenders,
         "ours_over": ratios,
         "failed": result.failed,
+        "complete": result.complete,
     }
 
 
