@@ -45,6 +45,7 @@ step() {
     return
   fi
   left=$((limit - (SECONDS - began)))
+  [[ -z $cpu ]] || most=$((most * 4))
   if ((left < 5)); then
     status="no time left"
   else
@@ -65,13 +66,9 @@ bench() {
   step "$name" "$most" "$python" -m tools.bench_step --json "$OUT/$name.json" "$@"
 }
 
-# Tiny towers for CPU=1: tiny NAME... prints the overrides for sections of config.objective.
+# tiny OVERRIDE...: overrides of config.objective, for CPU=1 alone.
 tiny() {
-  [[ -n $cpu ]] || return 0
-  local section
-  for section in "$@"; do
-    printf -- '--config.objective.%s\n' "$section".{width=32,depth=1,mlp_dim=32,heads=2}
-  done
+  [[ -z $cpu ]] || printf -- '--config.objective.%s\n' "$@"
 }
 
 # size GPU_BATCH: the arguments that say how much is measured.
@@ -108,21 +105,21 @@ attention() {
 
 # The peers' optimizer is AdamW, so ours is.
 measurements() {
-  local trace towers decoder width=()
+  local trace sized small adamw=--config.optimizer.name=adamw
+  local decoder=(decoder.{width=32,depth=1,mlp_dim=32,heads=2}) text=(text.variant=mu embed_dim=32)
   trace=$(mktemp -d)
-  mapfile -t towers < <(tiny image text)
-  mapfile -t decoder < <(tiny image decoder)
-  [[ -z $cpu ]] || width=(--config.objective.embed_dim=32)
-  local adamw=--config.optimizer.name=adamw sized
+  mapfile -t small < <(tiny image.variant=mu/16 "${text[@]}")
   mapfile -t sized < <(size 256)
-  bench siglip_b16 170 --config configs/siglip_b16.py "${sized[@]}" $adamw "${towers[@]}" "${width[@]}" \
+  bench siglip_b16 170 --config configs/siglip_b16.py "${sized[@]}" "${small[@]}" $adamw \
     --peer plain --peer open_clip --profile "$trace"
+  mapfile -t small < <(tiny image.variant=mu/16 "${decoder[@]}")
   mapfile -t sized < <(size 384)
-  bench mae_b16 110 --config configs/mae_b16.py "${sized[@]}" "${decoder[@]}" --peer transformers
+  bench mae_b16 110 --config configs/mae_b16.py "${sized[@]}" "${small[@]}" --peer transformers
   mapfile -t sized < <(size 256)
-  bench mae_l16 110 --config configs/mae_l16.py "${sized[@]}" "${decoder[@]}" --peer transformers
+  bench mae_l16 110 --config configs/mae_l16.py "${sized[@]}" "${small[@]}" --peer transformers
+  mapfile -t small < <(tiny image.variant=mu/14 "${text[@]}")
   mapfile -t sized < <(size 96)
-  bench clip_l14 130 --config configs/clip_l14.py "${sized[@]}" "${towers[@]}" "${width[@]}" \
+  bench clip_l14 130 --config configs/clip_l14.py "${sized[@]}" "${small[@]}" \
     --config.objective.remat=dots --peer open_clip
   rm -rf "$trace"
 }

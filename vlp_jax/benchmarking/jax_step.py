@@ -14,6 +14,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from ml_collections import ConfigDict
 
 from vlp_jax.benchmarking.contender import StepTimer
+from vlp_jax.defaults import duration
 from vlp_jax.errors import UserError
 from vlp_jax.objectives import Objective
 from vlp_jax.objectives.composite import SEPARATOR
@@ -25,9 +26,11 @@ from vlp_jax.training.setup import Setup
 from vlp_jax.training.state import init_state
 from vlp_jax.training.step import compile_step
 
-# Examples of an epoch, for a config whose durations are in epochs: they set the learning rate of
-# the steps, and nothing about their speed.
+# Examples of an epoch, for a config whose durations are in epochs, and steps of the run. They set
+# the learning rate, and nothing about the speed; a published run in small batches would have more
+# steps than an int32 holds.
 NOMINAL_EPOCH = 1_281_167
+NOMINAL_STEPS = 1_000_000_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,6 +72,8 @@ class JaxStep:
         check: Callable[[Objective], None] = lambda objective: None,
     ):
         self.name, self.notes = name, tuple(notes)
+        config = config.copy_and_resolve_references().unlock()
+        config.duration = duration(steps=NOMINAL_STEPS)
         self.setup = abstract_setup(config, make_mesh(config.mesh, devices), NOMINAL_EPOCH)
         check(self.setup.objective)
         begin = time.perf_counter()
