@@ -87,17 +87,22 @@ def measure(
 
 class StepTimer:
     """Times steps that the host starts ahead of the device, as the loop does: the next one is
-    started before the end of this one is waited for."""
+    started before the end of this one is waited for.
 
-    def __init__(self, wait: Callable[[Any], None]):
-        self._wait = wait
+    Args:
+      wait: returns when a result is there.
+      ahead: steps that are started before one is waited for; 0 where starting a step is doing it.
+    """
+
+    def __init__(self, wait: Callable[[Any], None], ahead: int = 1):
+        self._wait, self._ahead = wait, ahead
         self._marks = [time.perf_counter()]
         self._pending: list[Any] = []
 
     def started(self, result: Any) -> None:
         """A step was started; `result` is there when it ends."""
         self._pending.append(result)
-        if len(self._pending) > 1:
+        if len(self._pending) > self._ahead:
             self._end_one()
 
     def seconds(self) -> list[float]:

@@ -98,7 +98,10 @@ class TorchStep:
 
     def run(self, steps: int) -> list[float]:
         """Trains `steps` steps; the seconds of each."""
-        timer = StepTimer(lambda event: event.synchronize() if self._on_gpu else None)
+        if self._on_gpu:
+            timer = StepTimer(lambda event: event.synchronize())
+        else:
+            timer = StepTimer(lambda nothing: None, ahead=0)
         for _ in range(steps):
             self._step()
             timer.started(self._event())
