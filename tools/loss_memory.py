@@ -69,7 +69,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--per-device", type=int, default=128, help="pairs on a device")
     parser.add_argument("--dim", type=int, default=512, help="width of the embeddings")
-    parser.add_argument("--block-size", type=int, default=1024, help="of the blocked form")
+    parser.add_argument("--block-size", type=int, default=256, help="of the blocked form")
     parser.add_argument(
         "--topology",
         nargs="+",

@@ -145,6 +145,9 @@ def _optimizer() -> ConfigDict:
             "b1": 0.9,
             "b2": 0.98,  # adafactor: the bound that its own rises to (big_vision: 0.999)
             "eps": 1e-8,  # of AdamW
+            # How the first moment is kept: float32 or bfloat16; None: bfloat16 for adafactor, else
+            # float32. Changing it makes another state: a checkpoint of the other is not taken.
+            "first_moment_dtype": placeholder(str),
             "weight_decay": 0.1,
             "no_decay": ("bias", "scale", "logit_scale", "logit_bias"),  # names of leaves
             "clip_norm": 1.0,  # of the global gradient; 0 for none

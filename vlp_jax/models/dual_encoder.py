@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int, UInt8
 
 from vlp_jax.models import layers, variants
 from vlp_jax.models.text import TextTransformer
-from vlp_jax.models.vit import VisionTransformer
+from vlp_jax.models.vit import Prepare, VisionTransformer
 
 HEADS = ("linear", "linear_bias", "none")
 # Images as they are stored, or float32 with values in [0, 255]: what is computed from an image,
@@ -27,6 +27,11 @@ def normalize_pixels(
     """Pixels in [0, 255] to (x / 255 - mean) / std, in float32."""
     scaled = image.astype(jnp.float32) / 255.0
     return (scaled - jnp.asarray(mean, jnp.float32)) / jnp.asarray(std, jnp.float32)
+
+
+def pixel_normalizer(mean: tuple[float, ...], std: tuple[float, ...]) -> Prepare:
+    """`normalize_pixels` with this mean and standard deviation."""
+    return lambda pixels: normalize_pixels(pixels, mean, std)
 
 
 def l2_normalize(x: Float[Array, "*batch dim"], eps: float = 1e-12) -> Float[Array, "*batch dim"]:
@@ -90,8 +95,8 @@ class DualEncoder(nn.Module):
         train: bool = False,
     ) -> Float[Array, "batch embed"]:
         """Unit vectors of images, float32; of the patches `keep` alone if given."""
-        pixels = normalize_pixels(image, self.image_mean, self.image_std)
-        features = self.image(pixels, keep, train)
+        normalize = pixel_normalizer(self.image_mean, self.image_std)
+        features = self.image(image, keep, train, normalize)
         return l2_normalize(
             features if self.image_head == "none" else self.image_projection(features)
         )

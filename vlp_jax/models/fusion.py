@@ -31,6 +31,7 @@ class Fusion(nn.Module):
     norm_eps: float = 1e-6
     stochastic_depth: float = 0.0
     attention: str = "xla"
+    quantization: str = "none"
     scan_layers: bool = True
     remat: str = "none"
     dtype: Any = jnp.float32
@@ -65,6 +66,7 @@ class Fusion(nn.Module):
             norm_eps=self.norm_eps,
             stochastic_depth=self.stochastic_depth,
             attention=self.attention,
+            quantization=self.quantization,
             scan_layers=self.scan_layers,
             remat=self.remat,
             dtype=self.dtype,

@@ -18,13 +18,19 @@ Activations are constrained by `batch`, `act_tokens`, `act_embed`, `act_heads` a
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
+import einops
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
+
+from vlp_jax.models.attention import attend
+from vlp_jax.models.quantization import dot_general_of
 
 Dtype = Any
 
@@ -34,10 +40,24 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),  # OpenAI CLIP, clip/model.py QuickGELU
 }
 
-REMAT_POLICIES: dict[str, Callable[..., Any] | None] = {
+# What a layer names of its activations, so that a policy can speak of it: queries, keys and values,
+# the heads' output before it is projected, and the feed-forward layer before its activation.
+NAMES = ("query", "key", "value", "attention", "mlp_hidden")
+
+REMAT_POLICIES: dict[str, Callable[..., Any]] = {
     # What the backward pass may keep of a layer; everything else is computed again.
     "full": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "names": jax.checkpoint_policies.save_only_these_names(*NAMES),
+    # Half of it: no matrix product of attention is repeated, one of the feed-forward layer is.
+    "names_lean": jax.checkpoint_policies.save_only_these_names(*NAMES[:-1]),
+    # All of it, in the memory of the host while it is not needed.
+    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=list(NAMES),
+        offload_src="device",
+        offload_dst="pinned_host",
+    ),
 }
 
 
@@ -82,6 +102,70 @@ def layer_norm(eps: float, dtype: Dtype, name: str) -> nn.LayerNorm:
     )
 
 
+class _Heads(nn.Module):
+    """What `ToHeads` and `FromHeads` share: a product whose kernel has the heads as a dimension.
+
+    Parameters have the shapes and initial values of `nn.DenseGeneral`. The product is one of two
+    matrices all the same, and its result is split up or joined afterwards: in a product with a
+    dimension of heads, a TPU's compiler takes layouts that others do not have, and copies.
+    """
+
+    kernel_names: tuple[str, ...]
+    bias_names: tuple[str, ...]
+    quantization: str = "none"
+    dtype: Dtype = jnp.float32
+
+    def product(
+        self,
+        x: Float[Array, "*batch n"],
+        kernel_shape: tuple[int, ...],
+        bias_shape: tuple[int, ...],
+    ) -> Float[Array, "*batch m"]:
+        """x @ kernel + bias, the kernel being [n, m] once it is flat."""
+        width = math.prod(bias_shape)
+
+        def xavier(key: Array, shape: tuple[int, ...], dtype: Dtype) -> Array:
+            flat = nn.initializers.xavier_uniform()(key, (x.shape[-1], width), dtype)
+            return flat.reshape(shape)
+
+        kernel = self.param("kernel", named(xavier, *self.kernel_names), kernel_shape, jnp.float32)
+        zeros = named(nn.initializers.zeros_init(), *self.bias_names)
+        bias = self.param("bias", zeros, bias_shape, jnp.float32)
+        x, kernel, bias = (a.astype(self.dtype) for a in (x, kernel, bias))
+        multiply = dot_general_of(self.quantization) or jax.lax.dot_general
+        kernel = kernel.reshape(x.shape[-1], width)
+        return multiply(x, kernel, (((x.ndim - 1,), (0,)), ((), ()))) + bias.reshape(width)
+
+
+class ToHeads(_Heads):
+    """A projection of tokens to `heads` vectors of `head_dim` numbers each."""
+
+    heads: int = 1
+    head_dim: int = 1
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "batch tokens width"]
+    ) -> Float[Array, "batch tokens heads head_dim"]:
+        heads = (self.heads, self.head_dim)
+        x = self.product(x, (x.shape[-1], *heads), heads)
+        return einops.rearrange(x, "... (h d) -> ... h d", h=self.heads)
+
+
+class FromHeads(_Heads):
+    """A projection of the heads' vectors to `width` numbers a token."""
+
+    width: int = 1
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "batch tokens heads head_dim"]
+    ) -> Float[Array, "batch tokens width"]:
+        heads = x.shape[-2:]
+        x = einops.rearrange(x, "... h d -> ... (h d)")
+        return self.product(x, (*heads, self.width), (self.width,))
+
+
 class MultiHeadAttention(nn.Module):
     """Multi-head attention with a `heads`-way split of the width (Vaswani et al. 2017, 3.2.2).
 
@@ -90,8 +174,8 @@ class MultiHeadAttention(nn.Module):
       causal: position i sees only positions up to i.
       qk_norm: LayerNorm of each head's queries and keys (Dehghani et al. 2023, "ViT-22B", 2.2).
       norm_eps: of these.
-      implementation: backend of `jax.nn.dot_product_attention`, "xla" or "cudnn". The one named
-        here is the one that runs; a backend that does not hold the shapes raises.
+      implementation: a name in `attention.ATTENTIONS`. The one named here is the one that runs; one
+        that does not hold the shapes raises.
       dtype: of the computation. The softmax is float32.
     """
 
@@ -100,6 +184,7 @@ class MultiHeadAttention(nn.Module):
     qk_norm: bool = False
     norm_eps: float = 1e-6
     implementation: str = "xla"
+    quantization: str = "none"
     dtype: Dtype = jnp.float32
 
     @nn.compact
@@ -115,12 +200,14 @@ class MultiHeadAttention(nn.Module):
             raise ValueError(f"{self.heads} heads do not divide the width {width}")
 
         def project(x: Array, name: str) -> Array:
-            x = nn.DenseGeneral(
-                (self.heads, width // self.heads),
-                dtype=self.dtype,
+            x = ToHeads(
+                ("embed", "heads", "head_dim"),
+                ("heads", "head_dim"),
+                self.quantization,
+                self.dtype,
+                self.heads,
+                width // self.heads,
                 name=name,
-                kernel_init=named(nn.initializers.xavier_uniform(), "embed", "heads", "head_dim"),
-                bias_init=named(nn.initializers.zeros_init(), "heads", "head_dim"),
             )(x)
             return nn.with_logical_constraint(x, ("batch", "act_tokens", "act_heads", None))
 
@@ -128,22 +215,33 @@ class MultiHeadAttention(nn.Module):
         if self.qk_norm:
             q = layer_norm(self.norm_eps, self.dtype, "query_norm")(q)
             k = layer_norm(self.norm_eps, self.dtype, "key_norm")(k)
-        x = jax.nn.dot_product_attention(
+        q, k, v = _keep(q, "query"), _keep(k, "key"), _keep(project(key_value, "value"), "value")
+        x = attend(
             q,
             k,
-            project(key_value, "value"),
-            is_causal=self.causal,
-            key_value_seq_lengths=lengths,
+            v,
             implementation=self.implementation,
+            causal=self.causal,
+            lengths=lengths,
         )
-        return nn.DenseGeneral(
+        x = _keep(x, "attention")
+        return FromHeads(
+            ("heads", "head_dim", "embed"),
+            ("norm",),
+            self.quantization,
+            self.dtype,
             width,
-            axis=(-2, -1),
-            dtype=self.dtype,
             name="out",
-            kernel_init=named(nn.initializers.xavier_uniform(), "heads", "head_dim", "embed"),
-            bias_init=named(nn.initializers.zeros_init(), "norm"),
         )(x)
+
+
+def _keep(x: Float[Array, "*batch heads head_dim"], name: str) -> Array:
+    """`x` under a name that a remat policy can keep, with its heads side by side.
+
+    As [.., heads, head_dim] a TPU would keep a head of 64 numbers in 128 places.
+    """
+    flat = checkpoint_name(einops.rearrange(x, "... h d -> ... (h d)"), name)
+    return einops.rearrange(flat, "... (h d) -> ... h d", h=x.shape[-2])
 
 
 class Mlp(nn.Module):
@@ -151,6 +249,7 @@ class Mlp(nn.Module):
 
     mlp_dim: int
     activation: str = "gelu_tanh"
+    quantization: str = "none"
     dtype: Dtype = jnp.float32
 
     @nn.compact
@@ -159,16 +258,19 @@ class Mlp(nn.Module):
         x = nn.Dense(
             self.mlp_dim,
             dtype=self.dtype,
+            dot_general=dot_general_of(self.quantization),
             name="up",
             kernel_init=named(nn.initializers.xavier_uniform(), "embed", "mlp"),
             bias_init=named(nn.initializers.normal(1e-6), "mlp"),
         )(x)
+        x = checkpoint_name(x, "mlp_hidden")
         x = choose(ACTIVATIONS, self.activation, "activation")(x)
         if x.ndim == 3:
             x = nn.with_logical_constraint(x, ("batch", "act_tokens", "act_mlp"))
         return nn.Dense(
             width,
             dtype=self.dtype,
+            dot_general=dot_general_of(self.quantization),
             name="down",
             kernel_init=named(nn.initializers.xavier_uniform(), "mlp", "embed"),
             bias_init=named(nn.initializers.normal(1e-6), "norm"),
@@ -203,6 +305,7 @@ class Block(nn.Module):
     qk_norm: bool = False
     layer_scale: float | None = None
     attention: str = "xla"
+    quantization: str = "none"
     dtype: Dtype = jnp.float32
 
     @nn.compact
@@ -225,13 +328,14 @@ class Block(nn.Module):
             self.qk_norm,
             self.norm_eps,
             self.attention,
+            self.quantization,
             self.dtype,
             name="attention",
         )(y, y, lengths)
         x = x + self._branch(y, drop_rate, "layer_scale_attention")
         x = nn.with_logical_constraint(x, ("batch", "act_tokens", "act_embed"))
         y = layer_norm(self.norm_eps, self.dtype, "norm_mlp")(x)
-        y = Mlp(self.mlp_dim, self.activation, self.dtype, name="mlp")(y)
+        y = Mlp(self.mlp_dim, self.activation, self.quantization, self.dtype, name="mlp")(y)
         x = x + self._branch(y, drop_rate, "layer_scale_mlp")
         return nn.with_logical_constraint(x, ("batch", "act_tokens", "act_embed"))
 
@@ -267,6 +371,7 @@ class Encoder(nn.Module):
     stochastic_depth: float = 0.0
     final_norm: bool = True
     attention: str = "xla"
+    quantization: str = "none"
     scan_layers: bool = True
     remat: str = "none"
     dtype: Dtype = jnp.float32
@@ -293,6 +398,7 @@ class Encoder(nn.Module):
             qk_norm=self.qk_norm,
             layer_scale=self.layer_scale,
             attention=self.attention,
+            quantization=self.quantization,
             dtype=self.dtype,
         )
         drops = train and self.stochastic_depth > 0
@@ -339,7 +445,7 @@ class AttentionPooling(nn.Module):
         probe = jnp.broadcast_to(probe.astype(self.dtype), (batch, 1, width))
         x = MultiHeadAttention(self.heads, dtype=self.dtype, name="attention")(probe, x, lengths)
         y = layer_norm(self.norm_eps, self.dtype, "norm")(x)
-        return (x + Mlp(self.mlp_dim, self.activation, self.dtype, name="mlp")(y))[:, 0]
+        return (x + Mlp(self.mlp_dim, self.activation, dtype=self.dtype, name="mlp")(y))[:, 0]
 
 
 def position_embedding(module: nn.Module, tokens: int, width: int, stddev: float) -> Array:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, UInt8
 
 from vlp_jax.models import layers
-from vlp_jax.models.dual_encoder import normalize_pixels
+from vlp_jax.models.dual_encoder import normalize_pixels, pixel_normalizer
 from vlp_jax.models.masking import PatchMask, take_tokens
 from vlp_jax.models.positions import Grid, sincos_2d
 from vlp_jax.models.vit import VisionTransformer, patchify
@@ -36,6 +36,7 @@ class MaskedDecoder(nn.Module):
     activation: str = "gelu"
     norm_eps: float = 1e-6
     attention: str = "xla"
+    quantization: str = "none"
     scan_layers: bool = True
     remat: str = "none"
     dtype: Any = jnp.float32
@@ -70,6 +71,7 @@ class MaskedDecoder(nn.Module):
             activation=self.activation,
             norm_eps=self.norm_eps,
             attention=self.attention,
+            quantization=self.quantization,
             scan_layers=self.scan_layers,
             remat=self.remat,
             dtype=self.dtype,
@@ -133,8 +135,8 @@ class MaskedAutoencoder(nn.Module):
         train: bool = False,
     ) -> Float[Array, "batch tokens embed"]:
         """The encoder's tokens of uint8 images, of the patches `keep` alone if given."""
-        pixels = normalize_pixels(image, self.image_mean, self.image_std)
-        return self.image(pixels, keep, train)
+        normalize = pixel_normalizer(self.image_mean, self.image_std)
+        return self.image(image, keep, train, normalize)
 
     def decode(
         self,

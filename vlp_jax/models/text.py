@@ -70,6 +70,7 @@ class TextTransformer(nn.Module):
     activation: str = "gelu_tanh"
     norm_eps: float = 1e-6
     attention: str = "xla"
+    quantization: str = "none"
     scan_layers: bool = True
     remat: str = "none"
     dtype: Any = jnp.float32
@@ -104,6 +105,7 @@ class TextTransformer(nn.Module):
             layer_scale=self.layer_scale,
             stochastic_depth=self.stochastic_depth,
             attention=self.attention,
+            quantization=self.quantization,
             scan_layers=self.scan_layers,
             remat=self.remat,
             dtype=self.dtype,
@@ -176,6 +178,7 @@ def make_text(
     activation: str = "gelu_tanh",
     norm_eps: float = 1e-6,
     attention: str = "xla",
+    quantization: str = "none",
     scan_layers: bool = True,
     remat: str = "none",
     dtype: Any = jnp.float32,

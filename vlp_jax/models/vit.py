@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import einops
 import flax.linen as nn
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Num
 
 from vlp_jax.models import layers, variants
 from vlp_jax.models.masking import take_tokens
 from vlp_jax.models.positions import Grid, sincos_2d
 from vlp_jax.models.variants import check_choice
+
+# From pixels [..., channels] as they are stored to what a model takes, each pixel by itself.
+Prepare = Callable[[Array], Array]
 
 POOLINGS = ("cls", "mean", "map", "none")
 POSITIONS = ("learned", "sincos", "none")
@@ -57,13 +60,20 @@ class PatchEmbedding(nn.Module):
     @nn.compact
     def __call__(
         self,
-        image: Float[Array, "batch height width channels"],
+        image: Num[Array, "batch height width channels"],
         keep: Int[Array, "batch kept"] | None = None,
+        prepare: Prepare | None = None,
     ) -> Float[Array, "batch tokens embed"]:
-        """Patches in rows, or those at the indices `keep` of each image alone."""
+        """Patches in rows, or those at the indices `keep` of each image alone.
+
+        Args:
+          prepare: is applied to the pixels of the patches that are seen, so that of those that are
+            not there is nothing but the stored pixels. None for pixels that are ready.
+        """
         patches = patchify(image, self.patch_size)
         if keep is not None:
             patches = take_tokens(patches, keep)
+        patches = (prepare(patches) if prepare else patches).astype(self.dtype)
         fan_in = math.prod(patches.shape[2:])
         return nn.DenseGeneral(
             self.width,
@@ -122,6 +132,7 @@ class VisionTransformer(nn.Module):
     activation: str = "gelu_tanh"
     norm_eps: float = 1e-6
     attention: str = "xla"
+    quantization: str = "none"
     scan_layers: bool = True
     remat: str = "none"
     dtype: Any = jnp.float32
@@ -149,16 +160,19 @@ class VisionTransformer(nn.Module):
     @nn.compact
     def __call__(
         self,
-        image: Float[Array, "batch height width channels"],
+        image: Num[Array, "batch height width channels"],
         keep: Int[Array, "batch kept"] | None = None,
         train: bool = False,
+        prepare: Prepare | None = None,
     ) -> Float[Array, "batch embed"] | Float[Array, "batch tokens embed"]:
-        """Normalized pixels to the pooled features, in `dtype`.
+        """Pixels to the pooled features, in `dtype`.
 
         Args:
+          image: normalized pixels, or others that `prepare` normalizes.
           keep: indices of the patches that are seen, an own choice for each image; None for all.
             The others cost nothing.
           train: whether stochastic depth is at work (it needs the random stream "drop_path").
+          prepare: see `PatchEmbedding`.
 
         Raises:
           ValueError: the image has another size than `image_size`.
@@ -170,7 +184,7 @@ class VisionTransformer(nn.Module):
             )
         x = PatchEmbedding(
             self.patch_size, self.width, self.patch_bias, self.dtype, name="patch_embedding"
-        )(image.astype(self.dtype), keep)
+        )(image, keep, prepare)
         x = self._embed(x, keep)
         if self.pre_norm:
             x = layers.layer_norm(self.norm_eps, self.dtype, "pre_norm")(x)
@@ -193,6 +207,7 @@ class VisionTransformer(nn.Module):
             stochastic_depth=self.stochastic_depth,
             final_norm=not self.norm_after_pool,
             attention=self.attention,
+            quantization=self.quantization,
             scan_layers=self.scan_layers,
             remat=self.remat,
             dtype=self.dtype,
@@ -280,6 +295,7 @@ def make_vit(
     activation: str = "gelu_tanh",
     norm_eps: float = 1e-6,
     attention: str = "xla",
+    quantization: str = "none",
     scan_layers: bool = True,
     remat: str = "none",
     dtype: Any = jnp.float32,

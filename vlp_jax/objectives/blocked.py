@@ -37,7 +37,7 @@ def blocked_loss(
     bias: Float[Array, ""],
     *,
     mesh: Mesh | AbstractMesh,
-    block_size: int = 1024,
+    block_size: int = 256,
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """`PAIRWISE_LOSSES[name](pair_logits(image, text, scale, bias))`, and the hits of its argmax.
 

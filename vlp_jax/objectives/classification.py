@@ -97,6 +97,7 @@ def make_classification(
     scan_layers: bool = True,
     remat: str = "none",
     attention: str = "xla",
+    quantization: str = "none",
 ) -> Classification:
     """`Classification` from `config.objective`.
 
@@ -115,7 +116,7 @@ def make_classification(
     check_loss(loss, label_smoothing)
     if classes < 2:
         raise ValueError(f"classes must be at least 2, not {classes}")
-    shared = compute_fields(dtype, scan_layers, remat, attention)
+    shared = compute_fields(dtype, scan_layers, remat, attention, quantization)
     vit = config_lib.build(make_vit, image, "config.objective.image", **shared)
     if vit.pooling == "none":
         raise ValueError("the image tower needs a pooling to end in one vector")

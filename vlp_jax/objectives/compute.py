@@ -11,7 +11,7 @@ DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
 def compute_fields(
-    dtype: str | None, scan_layers: bool, remat: str, attention: str
+    dtype: str | None, scan_layers: bool, remat: str, attention: str, quantization: str
 ) -> dict[str, Any]:
     """The fields of towers that say how they are computed, not what.
 
@@ -29,5 +29,6 @@ def compute_fields(
         "scan_layers": scan_layers,
         "remat": remat,
         "attention": attention,
+        "quantization": quantization,
         "dtype": DTYPES[dtype],
     }

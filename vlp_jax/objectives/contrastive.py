@@ -48,7 +48,7 @@ class Contrastive:
     mask_ratio: float = 0.0
     microbatches: int = 1
     loss_form: str = "plain"
-    loss_block_size: int = 1024
+    loss_block_size: int = 256
     couples_batch: bool = True
 
     @property
@@ -203,7 +203,7 @@ def make_contrastive(
     loss: str = "softmax",
     mask_ratio: float = 0.0,
     loss_form: str = "plain",
-    loss_block_size: int = 1024,
+    loss_block_size: int = 256,
     logit_scale_init: float | None = None,
     logit_bias_init: float | None = None,
     max_logit_scale: float = 100.0,
@@ -213,6 +213,7 @@ def make_contrastive(
     scan_layers: bool = True,
     remat: str = "none",
     attention: str = "xla",
+    quantization: str = "none",
 ) -> Contrastive:
     """`Contrastive` from `config.objective`.
 
@@ -231,7 +232,7 @@ def make_contrastive(
       ValueError: an unknown loss, form, dtype, variant or pooling, or a block size below 1.
     """
     _check_loss(loss, loss_form, loss_block_size)
-    shared = compute_fields(dtype, scan_layers, remat, attention)
+    shared = compute_fields(dtype, scan_layers, remat, attention, quantization)
     defaults = {"softmax": (1 / 0.07, None), "sigmoid": (10.0, -10.0)}[loss]
     scale = defaults[0] if logit_scale_init is None else logit_scale_init
     bias = defaults[1] if logit_bias_init is None else logit_bias_init

@@ -189,6 +189,7 @@ def make_masked_autoencoding(
     scan_layers: bool = True,
     remat: str = "none",
     attention: str = "xla",
+    quantization: str = "none",
 ) -> MaskedAutoencoding:
     """`MaskedAutoencoding` from `config.objective`.
 
@@ -204,7 +205,7 @@ def make_masked_autoencoding(
       ValueError: an unknown variant or dtype, or a mask that hides all or nothing.
     """
     del tokenizer
-    shared = compute_fields(dtype, scan_layers, remat, attention)
+    shared = compute_fields(dtype, scan_layers, remat, attention, quantization)
     published = {"class_token": True, "position": "sincos", "activation": "gelu"}
     vit = config_lib.build(
         make_vit, {**published, **image, "pooling": "none"}, "config.objective.image", **shared

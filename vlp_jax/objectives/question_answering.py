@@ -107,6 +107,7 @@ def make_question_answering(
     scan_layers: bool = True,
     remat: str = "none",
     attention: str = "xla",
+    quantization: str = "none",
 ) -> QuestionAnswering:
     """`QuestionAnswering` from `config.objective`.
 
@@ -127,7 +128,7 @@ def make_question_answering(
         raise ValueError("question answering needs config.tokenizer")
     if answers < 2:
         raise ValueError(f"answers must be at least 2, not {answers}")
-    shared = compute_fields(dtype, scan_layers, remat, attention)
+    shared = compute_fields(dtype, scan_layers, remat, attention, quantization)
     ids = {
         name: getattr(tokenizer, name)
         for name in ("vocab_size", "context_length", "eos_id", "pad_id")

@@ -14,6 +14,7 @@ from vlp_jax.errors import UserError, unknown_key_message
 from vlp_jax.training import param_groups
 from vlp_jax.training.when import Units
 
+MOMENT_DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 SCHEDULES = ("cosine", "rsqrt", "linear", "constant")
 
 # Muon makes the update of a matrix orthogonal; these are the axes of a kernel that the matrix maps
@@ -76,6 +77,21 @@ def decay_mask(params: Any, no_decay: Sequence[str]) -> Any:
     return jax.tree_util.tree_map_with_path(decays, params)
 
 
+def first_moment_dtype(config: Mapping[str, Any], default: str = "float32") -> Any:
+    """That of `config.first_moment_dtype`, or the optimizer's own.
+
+    The second moment is no choice: with b2 near 1 it moves by less than bfloat16 can tell apart.
+
+    Raises:
+      UserError: an unknown dtype.
+    """
+    name = config["first_moment_dtype"] or default
+    if name not in MOMENT_DTYPES:
+        where = "config.optimizer.first_moment_dtype"
+        raise UserError(unknown_key_message(name, MOMENT_DTYPES, where))
+    return MOMENT_DTYPES[name]
+
+
 def adamw(config: Mapping[str, Any], units: Units) -> optax.GradientTransformation:
     """AdamW with decoupled weight decay (Loshchilov & Hutter 2019)."""
     return optax.adamw(
@@ -85,6 +101,7 @@ def adamw(config: Mapping[str, Any], units: Units) -> optax.GradientTransformati
         eps=config["eps"],
         weight_decay=config["weight_decay"],
         mask=lambda params: decay_mask(params, config["no_decay"]),
+        mu_dtype=first_moment_dtype(config),
     )
 
 
@@ -112,6 +129,7 @@ def muon(config: Mapping[str, Any], units: Units) -> optax.GradientTransformatio
     matrices = optax.contrib.muon(
         make_schedule({**config, "learning_rate": config["muon"]["learning_rate"]}, units),
         beta=config["muon"]["momentum"],
+        mu_dtype=first_moment_dtype(config),
         weight_decay=config["weight_decay"],
         weight_decay_mask=lambda params: decay_mask(params, config["no_decay"]),
         muon_weight_dimension_numbers=lambda params: by_path(matrix_axes, params),
@@ -131,7 +149,8 @@ def adafactor(config: Mapping[str, Any], units: Units) -> optax.GradientTransfor
     - The second moment of a parameter is factored over its two largest dimensions if both have at
       least 32 numbers. It decays by min(b2, 1 - t ** -0.8) at step t = 1, 2, ...; `b2` is 0.999
       there and 0.95 for SigLIP. 1e-30 is added to the squared gradient; `eps` is not used.
-    - The first moment is one of the scaled gradient, b1 = 0.9, held in bfloat16, not debiased.
+    - The first moment is one of the scaled gradient, b1 = 0.9, not debiased, and held in bfloat16
+      unless `first_moment_dtype` says otherwise.
     - Neither is an update clipped by its root mean square (the `clipping_threshold` of the paper of
       Adafactor is off there), nor is a learning rate relative to the size of the parameter. The
       global norm of the gradient is clipped first, to 1.
@@ -149,7 +168,8 @@ def adafactor(config: Mapping[str, Any], units: Units) -> optax.GradientTransfor
     second_moment = optax.scale_by_factored_rms(
         decay_rate=0.8, min_dim_size_to_factor=32, epsilon=1e-30, decay_rate_fn=decay
     )
-    first_moment = optax.ema(config["b1"], debias=False, accumulator_dtype=jnp.bfloat16)
+    dtype = first_moment_dtype(config, default="bfloat16")
+    first_moment = optax.ema(config["b1"], debias=False, accumulator_dtype=dtype)
     return optax.chain(
         param_groups.layer_by_layer(second_moment),
         *([first_moment] if config["b1"] else []),
@@ -172,6 +192,7 @@ def lion(config: Mapping[str, Any], units: Units) -> optax.GradientTransformatio
         b2=config["b2"],
         weight_decay=config["weight_decay"],
         mask=lambda params: decay_mask(params, config["no_decay"]),
+        mu_dtype=first_moment_dtype(config),
     )
 
 

@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 
 from vlp_jax.data.joined import JoinedPipeline
 from vlp_jax.errors import UserError
+from vlp_jax.models.attention import ONLY_ON
 from vlp_jax.objectives import Objective, make_objective
 from vlp_jax.objectives.base import BatchSpec
 from vlp_jax.parallel import mesh as mesh_lib
@@ -90,6 +91,7 @@ def make_setup(
       UserError: the config does not fit the devices, the data or itself.
     """
     check_batch_size(config, mesh)
+    check_attention(config.objective, mesh)
     units = Units(config.batch_size, epoch_examples)
     total = units.steps(config.duration, "config.duration")
     if total < 1:
@@ -114,6 +116,18 @@ def make_setup(
     check_groups(config.optimizer, abstract.params)
     schedule = make_schedule(config.optimizer, units)
     return Setup(config, mesh, objective, optimizer, schedule, spec, abstract, units)
+
+
+def check_attention(objective: ConfigDict, mesh: Mesh) -> None:
+    """Raises UserError if the attention of an objective, or of a part, is not for these devices."""
+    platform = mesh.devices.flat[0].platform
+    for section in [objective, *(objective.get("parts") or {}).values()]:
+        name = section.get("attention")
+        if platform not in ONLY_ON.get(name, (platform,)):
+            raise UserError(
+                f"config.objective.attention {name} runs on {ONLY_ON[name][0].upper()} alone, and "
+                f"these devices are {platform.upper()}; take --config.objective.attention=xla"
+            )
 
 
 def check_batch_size(config: ConfigDict, mesh: Mesh) -> None:

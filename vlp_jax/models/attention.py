@@ -1,0 +1,131 @@
+"""Attention of several heads: the ways to compute it, and the one place that chooses.
+
+| name | devices | what it is |
+|---|---|---|
+| `xla` | all | two products, and a float32 softmax between them |
+| `xla_bf16` | all | the same with scores and softmax in the type of the computation |
+| `xla_padded` | all | `xla` with sequences filled up to whole tiles of a TPU, 128 tokens |
+| `pallas` | TPU | `attention_kernel`: scores never leave fast memory |
+| `cudnn` | GPU | cuDNN's fused attention, by way of `jax.nn.dot_product_attention` |
+
+All give the same numbers within the precision of the computation. The one that is named runs, or
+there is an error.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Float, Int
+
+from vlp_jax.models.attention_kernel import LANES, short_attention
+
+Heads = Float[Array, "batch tokens heads head_dim"]
+Lengths = Int[Array, " batch"] | None
+
+_HEADS = ("batch", "act_tokens", "act_heads", None)
+
+
+def _xla(query: Heads, key: Heads, value: Heads, lengths: Lengths, causal: bool) -> Heads:
+    return jax.nn.dot_product_attention(
+        query, key, value, is_causal=causal, key_value_seq_lengths=lengths, implementation="xla"
+    )
+
+
+def _cudnn(query: Heads, key: Heads, value: Heads, lengths: Lengths, causal: bool) -> Heads:
+    # Lengths and causality are told as such and not as a mask: that would become a bias, with which
+    # cuDNN takes no odd lengths in training.
+    return jax.nn.dot_product_attention(
+        query, key, value, is_causal=causal, key_value_seq_lengths=lengths, implementation="cudnn"
+    )
+
+
+def _xla_bf16(query: Heads, key: Heads, value: Heads, lengths: Lengths, causal: bool) -> Heads:
+    scores = jnp.einsum("bqhd,bkhd->bhqk", query * query.shape[-1] ** -0.5, key)
+    lowest = jnp.finfo(scores.dtype).min
+    column = jnp.arange(key.shape[1])
+    if causal:
+        scores = jnp.where(column <= jnp.arange(query.shape[1])[:, None], scores, lowest)
+    if lengths is not None:
+        scores = jnp.where(column < lengths[:, None, None, None], scores, lowest)
+    return jnp.einsum("bhqk,bkhd->bqhd", jax.nn.softmax(scores), value)
+
+
+def _xla_padded(query: Heads, key: Heads, value: Heads, lengths: Lengths, causal: bool) -> Heads:
+    batch, tokens, keys = query.shape[0], query.shape[1], key.shape[1]
+
+    def pad(x: Heads) -> Heads:
+        return jnp.pad(x, ((0, 0), (0, -x.shape[1] % LANES), (0, 0), (0, 0)))
+
+    if lengths is None and keys % LANES:
+        lengths = jnp.full((batch,), keys, jnp.int32)
+    return _xla(pad(query), pad(key), pad(value), lengths, causal)[:, :tokens]
+
+
+def _pallas(query: Heads, key: Heads, value: Heads, lengths: Lengths, causal: bool) -> Heads:
+    """The kernel on each device's examples and heads: the compiler cannot divide it up itself."""
+
+    def run(query: Heads, key: Heads, value: Heads, *lengths: Array) -> Heads:
+        return short_attention(query, key, value, *lengths, causal=causal)
+
+    arrays = (query, key, value) if lengths is None else (query, key, value, lengths)
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return run(*arrays)
+    heads = _spec(_HEADS, query.shape, mesh)
+    specs = (heads, heads, heads, PartitionSpec(heads[0]))[: len(arrays)]
+    return jax.shard_map(run, in_specs=specs, out_specs=heads, check_vma=False)(*arrays)
+
+
+def _spec(
+    names: tuple[str | None, ...], shape: tuple[int, ...], mesh: jax.sharding.AbstractMesh
+) -> PartitionSpec:
+    """The mesh axes of each dimension by its logical name, where they divide it."""
+    found = []
+    axes_of = (*nn.logical_to_mesh_axes(names), *(None,) * len(names))
+    for axes, dim in zip(axes_of, shape, strict=False):
+        parts = (axes,) if isinstance(axes, str) else tuple(axes or ())
+        size = math.prod(mesh.shape[axis] for axis in parts)
+        found.append(parts if parts and dim % size == 0 else None)
+    return PartitionSpec(*found)
+
+
+ATTENTIONS: dict[str, Callable[[Heads, Heads, Heads, Lengths, bool], Heads]] = {
+    "xla": _xla,
+    "xla_bf16": _xla_bf16,
+    "xla_padded": _xla_padded,
+    "pallas": _pallas,
+    "cudnn": _cudnn,
+}
+# Those that run on one kind of device alone: name -> `jax.Device.platform`.
+ONLY_ON = {"pallas": ("tpu",), "cudnn": ("gpu", "cuda")}
+
+
+def attend(
+    query: Heads,
+    key: Float[Array, "batch keys heads head_dim"],
+    value: Float[Array, "batch keys heads head_dim"],
+    *,
+    implementation: str,
+    causal: bool = False,
+    lengths: Lengths = None,
+) -> Heads:
+    """softmax(query key / sqrt(head_dim)) value (Vaswani et al. 2017, 3.2.1).
+
+    Args:
+      implementation: a name in `ATTENTIONS`.
+      causal: query i sees keys up to i alone.
+      lengths: of each example only the first so many keys are seen; at least 1. None for all.
+
+    Raises:
+      ValueError: an unknown implementation, or one that does not hold these shapes or devices.
+    """
+    if implementation not in ATTENTIONS:
+        known = ", ".join(ATTENTIONS)
+        raise ValueError(f"unknown attention {implementation!r} (known: {known})")
+    return ATTENTIONS[implementation](query, key, value, lengths, causal)
