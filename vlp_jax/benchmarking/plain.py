@@ -15,6 +15,7 @@ PLAIN = {
     "remat": "none",
     "loss_form": "plain",
     "scan_layers": True,
+    "quantization": "none",
 }
 NOTES = (
     "one device; " + ", ".join(f"{key}={value}" for key, value in PLAIN.items()),
@@ -32,7 +33,7 @@ def plain_config(config: ConfigDict) -> ConfigDict:
 
 
 def _make_plain(section: ConfigDict) -> None:
-    for part in section.get("parts", {}).values():
+    for part in (section.get("parts") or {}).values():
         _make_plain(part)
     known = inspect.signature(OBJECTIVES[section.name]).parameters
     section.update({key: value for key, value in PLAIN.items() if key in known})
