@@ -1,5 +1,6 @@
 # make demo   set up .venv, pretrain on the embedded data, evaluate, draw     (minutes, 2 CPU cores)
 # make test   set up .venv, run the tests
+# make bench  the speed of a training step beside others', and of the loop with its input (minutes)
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
@@ -24,8 +25,13 @@ format: $(VENV)/.installed-test
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
+# open_clip takes part where the requirements of the tests are installed.
 bench: $(VENV)/.installed
-	$(BIN)/python -m tools.bench_loop
+	mkdir -p .cache/bench
+	$(BIN)/python -m tools.bench_step --config configs/bench_small.py --peer plain \
+		$$($(BIN)/python -c 'import importlib.util as u; print("--peer open_clip" if u.find_spec("open_clip") else "")') \
+		--json .cache/bench/step.json
+	$(BIN)/python -m tools.bench_loop --json .cache/bench/loop.json
 
 clean:
 	rm -rf $(VENV) .cache demo *.egg-info build

@@ -48,6 +48,15 @@ MAY_IMPORT = {
         "models",
     },
     "planning": {"training", "objectives", "models", "parallel", "observe"},
+    "benchmarking": {
+        "planning",
+        "training",
+        "objectives",
+        "interop",
+        "models",
+        "parallel",
+        "observe",
+    },
 }
 LEAVES = {"config", "defaults", "errors"}
 ENTRY_POINTS = {"train", "evaluate", "export", "__init__"}

@@ -16,6 +16,7 @@ from vlp_jax.training.weights import Source
 from vlp_jax.training.when import Units
 
 NO_RECIPES = {
+    "bench_small",
     "clip_folder",
     "clip_webdataset",
     "clip_shapes",

@@ -1,13 +1,16 @@
-"""Throughput of the training loop with its input, beside that of the same step on one fixed batch.
+"""Throughput of the training loop with its input, beside those of its two parts.
 
 make bench, or: python -m tools.bench_loop [--config FILE] [--rounds N] [--steps N]
 
-Both run in one process, in turns, so that a change in the speed of the machine meets both.
+The parts are the same step on one fixed batch, and the same input without a step. All three run in
+one process, in turns, so that a change in the speed of the machine meets all of them. The slower
+part bounds the loop; on CPU, where both use the same cores, so does the sum of their times.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
 import json
 import os
@@ -15,15 +18,18 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ.setdefault("JAX_NUM_CPU_DEVICES", "2")  # as the demo
 
 import jax
 from etils import epath
+from ml_collections import ConfigDict
 
 from vlp_jax import config as config_lib
+from vlp_jax.benchmarking.provenance import provenance
 from vlp_jax.observe.profiler import NullProfiler
 from vlp_jax.observe.progress import Progress
 from vlp_jax.observe.throughput import StartupClock
@@ -40,6 +46,11 @@ from vlp_jax.training.measures import NullMeasures
 from vlp_jax.training.report import StepReport
 from vlp_jax.training.state import TrainState
 from vlp_jax.training.step import StepFunction, compile_step
+
+# Between turns: batches that wait, in tf.data and on the devices, are made again before a turn that
+# should not pay for them, and are used up before one that should.
+REFILL_SECONDS = 1.0
+BUFFERED = 8
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -110,19 +121,84 @@ class LoopRunner:
         return jax.block_until_ready(state)
 
 
-def seconds(function: Callable[[], None]) -> float:
-    """Wall time of one call."""
-    begin = time.perf_counter()
-    function()
-    return time.perf_counter() - begin
+@dataclasses.dataclass(frozen=True)
+class Times:
+    """Seconds of the turns of each, and what a turn was."""
+
+    loop: list[float]
+    fixed: list[float]
+    input: list[float]
+    examples: int
+    on_cpu: bool
 
 
-def measure(config_file: str, rounds: int, steps: int) -> dict[str, float]:
-    """Examples per second of both, and the median over the rounds of the loop's share."""
+def figures(times: Times) -> dict[str, Any]:
+    """Rates, the ratios of the rounds, and which part bounds the loop.
+
+    `of_the_bound` is against the slower part; `of_the_shared_bound`, on CPU, against the sum of the
+    times of both parts, as if the cores did the one and then the other.
+    """
+    rounds = list(zip(times.loop, times.fixed, times.input, strict=True))
+    shares = {
+        "of_fixed_batch": [fixed / loop for loop, fixed, _ in rounds],
+        "of_the_bound": [max(fixed, read) / loop for loop, fixed, read in rounds],
+    }
+    if times.on_cpu:
+        shares["of_the_shared_bound"] = [(fixed + read) / loop for loop, fixed, read in rounds]
+    fixed, read = statistics.median(times.fixed), statistics.median(times.input)
+    return {
+        "loop_examples_per_second": times.examples / statistics.median(times.loop),
+        "fixed_batch_examples_per_second": times.examples / fixed,
+        "input_examples_per_second": times.examples / read,
+        "bound_by": "the input" if read > fixed else "the step",
+        "input_share": read / (read + fixed),
+        "ratios": {
+            name: {"median": statistics.median(s), "min": min(s), "max": max(s), "rounds": s}
+            for name, s in shares.items()
+        },
+    }
+
+
+class Turns:
+    """The three, each of so many steps, around one state and one stream of batches."""
+
+    def __init__(self, runner: LoopRunner, step: StepFunction, batches: Prefetcher, steps: int):
+        self._runner, self._step, self._batches, self._steps = runner, step, batches, steps
+        self._fixed = next(batches)
+
+    def loop(self, state: TrainState) -> tuple[TrainState, float]:
+        """The loop with its input: the state after it, and its seconds."""
+        time.sleep(REFILL_SECONDS)
+        begin = time.perf_counter()
+        state = self._runner(state, self._batches, self._steps)
+        return state, time.perf_counter() - begin
+
+    def fixed(self, state: TrainState) -> tuple[TrainState, float]:
+        """The step on the same batch again and again."""
+        time.sleep(REFILL_SECONDS)
+        begin = time.perf_counter()
+        for _ in range(self._steps):
+            state, _ = self._step(state, self._fixed)
+        jax.block_until_ready(state)
+        return state, time.perf_counter() - begin
+
+    def input(self) -> float:
+        """Batches that are read, put on the devices and dropped."""
+        for _ in range(BUFFERED):
+            next(self._batches)
+        begin = time.perf_counter()
+        for _ in range(self._steps):
+            batch = next(self._batches)
+        jax.block_until_ready(batch)
+        return time.perf_counter() - begin
+
+
+def measure(config: ConfigDict, rounds: int, steps: int) -> Times:
+    """The seconds of `rounds` turns of each, of `steps` steps."""
     clock = StartupClock.from_process_start("python and imports")
     with tempfile.TemporaryDirectory() as folder:
         workdir = epath.Path(folder)
-        parts = build(config_lib.load(config_file), workdir, clock)
+        parts = build(config, workdir, clock)
         setup = parts.setup
         with clock.phase("compile the step"):
             step_function = compile_step(setup.step, setup.abstract, setup.batch_spec, setup.mesh)
@@ -132,54 +208,71 @@ def measure(config_file: str, rounds: int, steps: int) -> dict[str, float]:
         print(mesh_lib.describe(setup.mesh))
         runner = LoopRunner(parts, step_function, workdir, clock)
         prefetcher = Prefetcher(parts.pipeline.batches(0), setup.mesh, setup.config.prefetch)
+        on_cpu = setup.mesh.devices.flat[0].platform == "cpu"
+        times = Times([], [], [], steps * setup.config.batch_size, on_cpu)
         with runner.progress, prefetcher as batches:
-            fixed = next(batches)
+            turns = Turns(runner, step_function, batches, steps)
             state = runner(state, batches, 2)  # warm-up; prints the time to the first step
-            times: dict[str, list[float]] = {"loop": [], "fixed": []}
+            for number in range(rounds):
+                state, seconds = turns.fixed(state)
+                times.fixed.append(seconds)
+                state, seconds = turns.loop(state)
+                times.loop.append(seconds)
+                times.input.append(turns.input())
+                told = ", ".join(
+                    f"{name} {seconds[-1]:.2f} s"
+                    for name, seconds in (
+                        ("fixed batch", times.fixed),
+                        ("loop", times.loop),
+                        ("input alone", times.input),
+                    )
+                )
+                print(f"round {number + 1} of {rounds}: {told}", flush=True)
+    return times
 
-            def run_loop() -> None:
-                nonlocal state
-                state = runner(state, batches, steps)
 
-            def run_fixed() -> None:
-                nonlocal state
-                for _ in range(steps):
-                    state, _ = step_function(state, fixed)
-                jax.block_until_ready(state)
-
-            for _ in range(rounds):
-                times["fixed"].append(seconds(run_fixed))
-                times["loop"].append(seconds(run_loop))
-    examples = steps * setup.config.batch_size
-    shares = [f / t for f, t in zip(times["fixed"], times["loop"], strict=True)]
-    return {
-        "loop_examples_per_second": examples / statistics.median(times["loop"]),
-        "fixed_batch_examples_per_second": examples / statistics.median(times["fixed"]),
-        "ratio": statistics.median(shares),
-        "ratio_min": min(shares),
-        "ratio_max": max(shares),
+def report(found: dict[str, Any], rounds: int) -> list[str]:
+    """The figures, a line each."""
+    rates = {
+        "the loop with its input": "loop",
+        "one fixed batch": "fixed_batch",
+        "the input alone": "input",
     }
+    lines = [
+        f"{text:<28}{found[f'{key}_examples_per_second']:10,.0f} examples/s"
+        for text, key in rates.items()
+    ]
+    texts = {
+        "of_fixed_batch": "loop / fixed batch",
+        "of_the_bound": "loop / slower part",
+        "of_the_shared_bound": "loop / sum of both parts",
+    }
+    for name, ratio in found["ratios"].items():
+        lines.append(
+            f"{texts[name]:<28}{ratio['median']:10.3f}  (median of {rounds} rounds, "
+            f"{ratio['min']:.3f} to {ratio['max']:.3f})"
+        )
+    lines.append(
+        f"{found['bound_by']} bounds the loop: the input is {found['input_share']:.1%} of the time "
+        "that both parts take one after the other"
+    )
+    return lines
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit status."""
-    arguments = parse(sys.argv[1:] if argv is None else argv)
+    argv = list(sys.argv[1:] if argv is None else argv)
+    arguments = parse(argv)
 
     def command() -> None:
         startup.initialize()
         startup.use_compilation_cache()
-        result = measure(arguments.config, arguments.rounds, arguments.steps)
-        print(f"the loop with its input   {result['loop_examples_per_second']:8.0f} examples/s")
-        print(
-            f"one fixed batch           {result['fixed_batch_examples_per_second']:8.0f} examples/s"
-        )
-        print(
-            f"ratio                     {result['ratio']:8.3f}  "
-            f"(median of {arguments.rounds} rounds, "
-            f"{result['ratio_min']:.3f} to {result['ratio_max']:.3f})"
-        )
+        config = config_lib.load(arguments.config)
+        found = figures(measure(config, arguments.rounds, arguments.steps))
+        print("\n".join(report(found, arguments.rounds)))
         if arguments.json:
-            epath.Path(arguments.json).write_text(json.dumps(result, indent=2) + "\n")
+            content = {**provenance("tools.bench_loop", argv), **found}
+            epath.Path(arguments.json).write_text(json.dumps(content, indent=2) + "\n")
 
     return run_command(command)
 

@@ -1,0 +1,197 @@
+"""The step benchmark: turns, ratios, our step on a fixed batch, and the whole command."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from rich.console import Console
+
+from vlp_jax import config as config_lib
+from vlp_jax.benchmarking import contender as turns
+from vlp_jax.benchmarking.jax_step import NOMINAL_EPOCH, JaxStep, compile_twice, fixed_batch
+from vlp_jax.benchmarking.peak import Peak
+from vlp_jax.benchmarking.provenance import versions
+from vlp_jax.benchmarking.result import Measured, Result, as_json, as_table
+from vlp_jax.errors import UserError
+from vlp_jax.parallel.mesh import make_mesh
+from vlp_jax.training.abstract_setup import abstract_setup
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+class Scripted:
+    """A contender with given times, that notes when it runs."""
+
+    notes = ("it is not real",)
+
+    def __init__(self, name, seconds, order):
+        self.name, self.facts = name, {"compile_seconds": {"cold": 1.0}}
+        self._seconds, self._order = iter(seconds), order
+
+    def run(self, steps):
+        self._order.append(self.name)
+        second = next(self._seconds)
+        return [second] * (steps - 1) + [100.0]  # something disturbed the last step
+
+
+def test_turns_alternate_and_the_ratio_is_of_the_rounds():
+    order = []
+    ours = Scripted("ours", [1.0, 2.0, 4.0], order)
+    peer = Scripted("peer", [3.0, 4.0, 16.0], order)
+    seen = []
+    each_round = lambda times: seen.append([len(one.rounds) for one in times])  # noqa: E731
+    times = turns.measure([ours, peer], rounds=3, steps=4, each_round=each_round)
+    assert seen == [[1, 1], [2, 2], [3, 3]]
+    assert order == ["ours", "peer"] * 3
+    found = turns.ratio(*times)
+    assert found.rounds == (3.0, 2.0, 4.0) and found.median == 3.0
+    assert times[0].median == 3.0  # of 1, 1, 1, 2, 2, 2, 4, 4, 4 and three of 100
+
+
+def test_the_next_step_is_started_before_this_one_is_waited_for():
+    happened = []
+    timer = turns.StepTimer(lambda result: happened.append(f"waited {result}"))
+    for step in range(3):
+        happened.append(f"started {step}")
+        timer.started(step)
+    assert len(timer.seconds()) == 3
+    assert happened == [
+        "started 0", "started 1", "waited 0", "started 2", "waited 1", "waited 2"
+    ]  # fmt: skip
+
+
+def test_figures_of_a_result():
+    order = []
+    contenders = [Scripted("ours", [0.5], order), Scripted("peer", [1.0], order)]
+    ours, theirs = turns.measure(contenders, rounds=1, steps=3)
+    measured = [
+        Measured(contenders[0], ours, None),
+        Measured(contenders[1], theirs, turns.ratio(ours, theirs)),
+    ]
+    peak = Peak(8e12, 16e12, "bfloat16", 8192)
+    result = Result(measured, 32, 2, 2e12, peak, {"other": "out of memory"})
+    content = json.loads(json.dumps(as_json(result)))
+    found = content["contenders"]["ours"]
+    assert (found["examples_per_second"], found["mfu"]) == (64.0, 0.5)
+    assert (found["mfu_of_data_sheet"], content["examples_per_device"]) == (0.25, 16)
+    assert content["ours_over"]["peer"] == {"median": 2, "min": 2, "max": 2, "rounds": [2]}
+    console = Console(width=150, record=True, file=open("/dev/null", "w"))
+    console.print(as_table(result))
+    text = console.export_text()
+    for words in ("x 2.00", "peer: it is not real", "other: FAILED: out of memory", "50.0%"):
+        assert words in text
+
+
+def test_our_step_is_the_one_that_trains():
+    config = config_lib.smoke(config_lib.load("configs/bench_small.py"))
+    step = JaxStep("ours", config, jax.devices()[:2])
+    setup = step.setup
+    params = jax.device_get(step._state.params)
+    losses = []
+    program = step.program
+    step.program = lambda state, batch: losses.append(program(state, batch)) or losses[-1]
+    assert len(step.run(3)) == 3
+    assert int(step._state.step) == 3 and step.facts["devices"] == 2
+    expected, _ = setup.objective.loss(params, step.batch, jax.random.key(0), True)
+    total, count = losses[0][1]["loss"]
+    np.testing.assert_allclose(total / count, expected, rtol=1e-5)
+    forward = setup.objective.model.flops() + 2 * 16 * 32
+    assert step.step_flops == pytest.approx(3 * 16 * forward)
+
+
+@pytest.mark.parametrize("name", ["classify_shapes", "vqa_shapes", "mae_then_clip"])
+def test_every_kind_of_objective_gets_a_batch(name):
+    config = config_lib.smoke(config_lib.load(f"configs/{name}.py"))
+    setup = abstract_setup(config, make_mesh({}, jax.devices()[:1]), NOMINAL_EPOCH)
+    batch = fixed_batch(setup)
+    assert {name: (x.shape, x.dtype) for name, x in batch.items()} == {
+        name: (spec.shape, spec.dtype) for name, spec in setup.batch_spec.items()
+    }
+
+
+def test_a_program_is_compiled_anew_and_from_the_cache():
+    config = config_lib.smoke(config_lib.load("configs/mae_b16.py"))
+    before = jax.config.jax_compilation_cache_dir
+    setup = abstract_setup(config, make_mesh({}, jax.devices()[:1]), NOMINAL_EPOCH)
+    _, found = compile_twice(setup)
+    assert found.from_cache and 0 < found.warm < found.cold
+    assert jax.config.jax_compilation_cache_dir == before
+
+
+def test_versions_are_those_of_the_packages():
+    assert versions()["jax"] == jax.__version__ and "python" in versions()
+
+
+def command(*arguments):
+    code = (
+        "import sys; from tools import bench_step; status = bench_step.main(sys.argv[1:]); "
+        "print('tensorflow' in sys.modules, 'torch' in sys.modules); sys.exit(status)"
+    )
+    env_path = {"JAX_PLATFORMS": "cpu", "PATH": "/usr/bin:/bin", "HOME": "/tmp"}
+    return subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**env_path, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"},
+    )
+
+
+TINY = [
+    *("--config", "configs/bench_small.py", "--batch", "8", "--rounds", "2", "--steps", "2"),
+    *(f"--config.objective.{t}.{k}={v}" for t in ("image", "text") for k, v in
+      {"width": 16, "depth": 1, "mlp_dim": 16, "heads": 1}.items()),
+    "--config.objective.embed_dim=16",
+]  # fmt: skip
+
+
+def test_the_command_needs_no_tensorflow_and_writes_what_it_found(tmp_path):
+    file, folder = tmp_path / "step.json", tmp_path / "trace"
+    done = command(*TINY, "--peer", "plain", "--json", str(file), "--profile", str(folder))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "False False"
+    found = json.loads(file.read_text())
+    assert found["contenders"].keys() == {"ours", "plain"} and found["complete"]
+    ours = found["contenders"]["ours"]
+    assert (found["devices"], ours["devices"], found["examples_per_device"]) == (2, 2, 4)
+    assert found["contenders"]["plain"]["devices"] == 1
+    assert [len(turn) for turn in ours["all_step_seconds"]] == [2, 2]
+    assert len(found["ours_over"]["plain"]["rounds"]) == 2
+    assert ours["compile_seconds"]["from_cache"] and ours["program_bytes"]["temporaries"] > 0
+    assert found["versions"]["jax"] == jax.__version__ and found["command"].endswith(str(folder))
+    assert found["config"]["objective"]["remat"] == "names" and found["peak"]["measured"] > 0
+    kernels = ours["profile"]["kernels"]
+    assert any("dot_general" in k["what"] and k["flops_per_second"] for k in kernels if k["what"])
+    known = sum(k["share"] for k in kernels if k["opcode"])
+    assert known > 0.9 and not any(k["name"].startswith("while") for k in kernels)
+    assert "dearest kernels" in done.stdout and "attributed to operations" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--peer", "timm"], "error: --peer timm: it classifies images"),
+        (["--steps", "0"], "--steps is at least 1"),
+        (["--config.objective.remta=full"], "remat"),
+    ],
+)
+def test_mistakes_are_told_in_one_line(arguments, words, capsys, monkeypatch):
+    from tools import bench_step
+
+    # JAX has started: only what is refused before devices are looked for, or that needs none.
+    monkeypatch.setattr(bench_step, "start_jax", lambda arguments: jax.devices()[:1])
+    assert bench_step.main([*TINY, *arguments]) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_more_devices_than_there_are(monkeypatch):
+    from tools import bench_step
+
+    arguments, _ = bench_step.parse([*TINY, "--devices", "64"])
+    monkeypatch.setattr(jax.config, "update", lambda *setting: None)
+    with pytest.raises(UserError, match="--devices 64: there are"):
+        bench_step.start_jax(arguments)

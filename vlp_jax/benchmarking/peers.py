@@ -1,0 +1,99 @@
+"""What our step can be measured beside: a literal table, and which of them an objective has."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+from collections.abc import Callable
+
+from vlp_jax.benchmarking import open_clip_peer, timm_peer, transformers_peer
+from vlp_jax.benchmarking.contender import Contender
+from vlp_jax.benchmarking.jax_step import JaxStep
+from vlp_jax.benchmarking.plain import NOTES, plain_config
+from vlp_jax.benchmarking.torch_step import Recipe, TorchStep
+from vlp_jax.errors import UserError, unknown_key_message
+from vlp_jax.objectives import Objective
+
+
+@dataclasses.dataclass(frozen=True)
+class TorchPeer:
+    """Another project's model for the sizes of our objective.
+
+    Attributes:
+      package: what has to be installed.
+      fits: None, or why it has no model of this kind.
+      recipe: the model with its loss.
+    """
+
+    package: str
+    fits: Callable[[Objective], str | None]
+    recipe: Callable[[Objective], Recipe]
+
+
+TORCH_PEERS = {
+    "open_clip": TorchPeer("open_clip", open_clip_peer.refusal, open_clip_peer.recipe),
+    "timm": TorchPeer("timm", timm_peer.refusal, timm_peer.recipe),
+    "transformers": TorchPeer("transformers", transformers_peer.refusal, transformers_peer.recipe),
+}
+PEERS = ("plain", *TORCH_PEERS)
+
+
+def check_peers(names: list[str], objective: Objective) -> None:
+    """Looks before anything is compiled.
+
+    Raises:
+      UserError: an unknown peer, one without a model for the objective, or one that is not
+        installed.
+    """
+    for name in names:
+        if name not in PEERS:
+            raise UserError(unknown_key_message(name, PEERS, "--peer"))
+        if name == "plain":
+            continue
+        peer = TORCH_PEERS[name]
+        refused = peer.fits(objective)
+        if refused:
+            fitting = ["plain", *(n for n, p in TORCH_PEERS.items() if p.fits(objective) is None)]
+            raise UserError(f"--peer {name}: {refused}; take one of: {', '.join(fitting)}")
+        for package in ("torch", peer.package):
+            if importlib.util.find_spec(package) is None:
+                raise UserError(
+                    f"--peer {name} needs the package {package}: install what is in "
+                    "requirements-test.txt, or leave the peer out"
+                )
+
+
+def make_peer(name: str, ours: JaxStep, compile_torch: bool | None) -> Contender:
+    """The peer `name` of our step, ready to run.
+
+    Args:
+      compile_torch: whether PyTorch models go through `torch.compile`; None for where there is a
+        GPU.
+
+    Raises:
+      UserError: the config does not fit one device.
+    """
+    setup = ours.setup
+    devices = list(setup.mesh.devices.flat)
+    if name == "plain":
+        return JaxStep(name, plain_config(setup.config), devices[:1], notes=NOTES)
+    if devices[0].platform != "cpu" and len(devices) > 1:
+        raise UserError(
+            f"--peer {name} runs on one device, and ours on {len(devices)}: give --devices 1"
+        )
+    recipe = TORCH_PEERS[name].recipe(setup.objective)
+    return TorchStep(
+        name,
+        recipe,
+        ours.batch,
+        setup.config.optimizer,
+        on_gpu=devices[0].platform == "gpu",
+        compile_model=compile_torch,
+        mean=setup.objective.model.image_mean,
+        std=setup.objective.model.image_std,
+    )
+
+
+def uses_torch(names: list[str]) -> bool:
+    """Whether PyTorch runs in the process."""
+    return any(name in TORCH_PEERS for name in names)
