@@ -17,6 +17,7 @@ from vlp_jax.planning import options, target
 from vlp_jax.planning import plan as plan_lib
 from vlp_jax.planning.activations import activation_bytes
 from vlp_jax.planning.compile import OutOfMemory, Program, parse_out_of_memory
+from vlp_jax.planning.pallas_calls import PallasCalls
 from vlp_jax.planning.report import Findings, as_json, as_table, notes, reason
 from vlp_jax.planning.state_bytes import state_bytes
 
@@ -228,7 +229,9 @@ def test_a_search_is_told_in_table_and_json(plan):
 
 def test_an_mfu_above_the_roofline_is_told_of(plan):
     program = Program(GIB, 0, GIB, 0, "")
-    compiled = plan_lib.Compiled(100 * 819e9, [], 0.0, 0, ())  # 100 s of memory traffic
+    compiled = plan_lib.Compiled(
+        100 * 819e9, [], 0.0, PallasCalls(), 0, ()
+    )  # 100 s of memory traffic
     bound = dataclasses.replace(on_tpu(plan, program), compiled=compiled)
     assert bound.roofline.bound_by == "memory" and bound.roofline.step_seconds == 100
     assert any("cannot be reached" in note for note in notes(Findings(bound, mfu=0.4)))
