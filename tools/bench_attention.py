@@ -24,7 +24,7 @@ from rich.table import Table
 
 from vlp_jax.benchmarking.contender import StepTimer
 from vlp_jax.benchmarking.provenance import provenance
-from vlp_jax.models.layers import MultiHeadAttention
+from vlp_jax.models.heads import MultiHeadAttention
 from vlp_jax.training.command import run_command
 
 STEPS = 20

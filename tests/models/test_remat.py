@@ -9,6 +9,7 @@ import pytest
 from vlp_jax.models import layers
 from vlp_jax.models.masked_autoencoder import MaskedAutoencoder, MaskedDecoder
 from vlp_jax.models.masking import random_mask
+from vlp_jax.models.remat import NAMES, REMAT_POLICIES
 from vlp_jax.models.vit import make_vit
 
 # Products of a layer: six with kernels and two of attention, and twice as many backward. What is
@@ -28,7 +29,7 @@ def gradient(remat, scan_layers=True):
 KEY = jax.random.key(1)
 
 
-@pytest.mark.parametrize("remat", [name for name in layers.REMAT_POLICIES if name != "offload"])
+@pytest.mark.parametrize("remat", [name for name in REMAT_POLICIES if name != "offload"])
 def test_gradients_are_those_without(remat):
     loss, params = gradient(remat)
     plain, _ = gradient("none")
@@ -40,7 +41,7 @@ def test_gradients_are_those_without(remat):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("remat", ["none", *layers.REMAT_POLICIES])
+@pytest.mark.parametrize("remat", ["none", *REMAT_POLICIES])
 def test_products_that_are_done_again(remat):
     loss, params = gradient(remat)
     text = str(jax.make_jaxpr(jax.grad(loss))(params))
@@ -51,7 +52,7 @@ def test_offloaded_activations_go_to_the_host_and_back():
     loss, params = gradient("offload")
     text = str(jax.make_jaxpr(jax.grad(loss))(params))
     assert "pinned_host" in text or "Host" in text
-    assert all(name in text for name in layers.NAMES)
+    assert all(name in text for name in NAMES)
 
 
 def test_a_masked_encoder_holds_nothing_of_hidden_patches_but_stored_pixels():

@@ -17,7 +17,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from vlp_jax.models.dual_encoder import DualEncoder
-from vlp_jax.models.layers import Encoder, MultiHeadAttention
+from vlp_jax.models.heads import MultiHeadAttention
+from vlp_jax.models.layers import Encoder
 
 Params = Any
 Edit = Callable[[Array], Array]

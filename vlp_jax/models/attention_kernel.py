@@ -13,6 +13,7 @@ being zero in one of the factors, which takes the same time as the head alone an
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from typing import Any
@@ -54,7 +55,7 @@ def check_shapes(tokens: int, keys: int, heads: int, head_dim: int, itemsize: in
     if blocks + scores > VMEM_BYTES:
         raise ValueError(
             f"attention 'pallas' holds an example in fast memory: {tokens} x {keys} tokens of "
-            f"width {width} need {(blocks + scores) / 2**20:.0f} MiB of {VMEM_BYTES / 2**20:.0f}; take "
+            f"{width} need {(blocks + scores) / 2**20:.0f} MiB of {VMEM_BYTES / 2**20:.0f}; take "
             "attention 'xla', or shard the heads"
         )
 
@@ -88,27 +89,22 @@ def short_attention(
     return _attention(spec, lengths.astype(jnp.int32), *flat).reshape(query.shape)
 
 
+@dataclasses.dataclass(frozen=True)
 class _Spec:
     """What the kernels are specialized to."""
 
-    def __init__(self, heads, head_dim, tokens, keys, causal, padded, interpret):
-        self.fields = (heads, head_dim, tokens, keys, causal, padded, interpret)
-        (
-            self.heads,
-            self.head_dim,
-            self.tokens,
-            self.keys,
-            self.causal,
-            self.padded,
-            self.interpret,
-        ) = self.fields
-        self.group = max(LANES, head_dim)  # columns that are computed at once
+    heads: int
+    head_dim: int
+    tokens: int
+    keys: int
+    causal: bool
+    padded: bool  # not all keys are seen
+    interpret: bool
 
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Spec) and self.fields == other.fields
-
-    def __hash__(self) -> int:
-        return hash(self.fields)
+    @property
+    def group(self) -> int:
+        """Columns that are computed at once."""
+        return max(LANES, self.head_dim)
 
     @property
     def width(self) -> int:

@@ -17,6 +17,10 @@ def compute_fields(
 
     Args:
       dtype: of the computation; None: bfloat16 on accelerators and float32 on CPU.
+      scan_layers: see `layers.Encoder`.
+      remat: "none" or a name in `models.remat.REMAT_POLICIES`.
+      attention: a name in `models.attention.ATTENTIONS`.
+      quantization: "none" or "fp8", see `models.quantization`.
 
     Raises:
       ValueError: an unknown dtype.

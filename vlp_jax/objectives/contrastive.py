@@ -219,11 +219,10 @@ def make_contrastive(
 
     Args:
       tokenizer: gives the text tower its vocabulary and context length.
-      microbatches: see `Contrastive`.
       image, text: arguments of `make_vit` and `make_text`.
       image_head, text_head: see `DualEncoder`.
       loss: "softmax" or "sigmoid".
-      mask_ratio, loss_form, loss_block_size: see `Contrastive`.
+      microbatches, mask_ratio, loss_form, loss_block_size: see `Contrastive`.
       logit_scale_init: default 1 / 0.07 (CLIP) for softmax, 10 (SigLIP, alg. 1) for sigmoid.
       logit_bias_init: default none for softmax, -10 (SigLIP, alg. 1) for sigmoid.
       dtype: default bfloat16 on accelerators and float32 on CPU.

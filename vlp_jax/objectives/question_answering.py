@@ -120,8 +120,7 @@ def make_question_answering(
       dtype: of the computation; default bfloat16 on accelerators and float32 on CPU.
 
     Raises:
-      ValueError: an unknown variant, loss or dtype, no tokenizer, fewer than two answers, or
-        smoothing outside of [0, 1).
+      ValueError: an unknown variant, loss or dtype, no tokenizer, or a number out of range.
     """
     check_loss(loss, label_smoothing)
     if tokenizer is None:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from ml_collections import ConfigDict
 
-from vlp_jax.models.layers import REMAT_POLICIES
+from vlp_jax.models.remat import REMAT_POLICIES
 from vlp_jax.parallel.mesh import BATCH_AXES
 from vlp_jax.planning.compile import OutOfMemory, compile_setup
 from vlp_jax.planning.plan import Plan, make_setup_for, step_flops
@@ -16,6 +16,8 @@ from vlp_jax.training.setup import Setup
 
 ROWS = 8  # a TPU's vector unit has 8 rows: batches of a device in multiples of it waste none
 NO_REMAT = "none"
+# Policies whose price is what they compute again: of offloading it is the way to the host.
+COMPARABLE = tuple(name for name in REMAT_POLICIES if name != "offload")
 
 Announce = Callable[[str], None]
 
@@ -71,7 +73,7 @@ class Options:
         """Those of `models.layers`, with the FLOPs of each, up to the first that fits."""
         own = remat_of(self._config)
         flops = {own: self._plan.hardware.total}
-        for name in (NO_REMAT, *REMAT_POLICIES):
+        for name in (NO_REMAT, *COMPARABLE):
             if name not in flops:
                 flops[name] = step_flops(self._setup(with_options(self._config, remat=name))).total
         return cheapest_policy(flops, lambda name: self._try(remat=name), {own: self._own()})
@@ -126,7 +128,7 @@ def advice(plan: Plan) -> list[str]:
         lines.append(f"take more devices: the state alone needs at least {chips}")
         return lines
     own = remat_of(config)
-    order = [NO_REMAT, *sorted(REMAT_POLICIES, key=lambda name: name == "full")]
+    order = [NO_REMAT, *sorted(COMPARABLE, key=lambda name: name == "full")]
     after = order[order.index(own) + 1 :] if own in order else []
     if after:
         lines.append(f"compute more again: --config.objective.remat={' or '.join(after)}")
