@@ -158,7 +158,7 @@ def cost(objective: Any, image_size: int, batch_size: int) -> Cost:
     spec = {"image": jax.ShapeDtypeStruct((batch_size, image_size, image_size, 3), jnp.uint8)}
     state = abstract_state(objective, optimizer, spec, mesh)
     step = compile_step(make_step(objective, optimizer, schedule, seed=0), state, spec, mesh)
-    flops = step.cost_analysis()["flops"]
+    flops = step.program.cost_analysis()["flops"]
     return Cost(flops / batch_size, 3 * objective.flops_per_example(spec))
 
 

@@ -215,7 +215,7 @@ def _adam(state):
 def test_the_backward_pass_of_a_frozen_tower_is_not_computed():
     def flops(frozen):
         setup = one_device(config_with({"frozen": frozen}, scan_layers=False))
-        return helpers.compiled(setup).cost_analysis()["flops"], setup
+        return helpers.compiled(setup).program.cost_analysis()["flops"], setup
 
     all_trained, setup = flops(())
     frozen_image, _ = flops(FROZEN_IMAGE)

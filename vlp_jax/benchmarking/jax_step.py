@@ -99,7 +99,7 @@ class JaxStep:
             "parameters": sum(leaf.size for leaf in jax.tree.leaves(setup.abstract.params)),
             "devices": setup.mesh.size,
             "compile_seconds": compile_facts,
-            "program_bytes": program_bytes(self.program),
+            "program_bytes": program_bytes(self.program.program),
         }
 
     def run(self, steps: int) -> list[float]:

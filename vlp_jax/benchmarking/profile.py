@@ -100,7 +100,7 @@ def take_profile(step: JaxStep, directory: str) -> Profile:
     seconds = time.perf_counter() - begin
     jax.profiler.stop_trace()
     (trace,) = set(_traces(directory)) - before
-    costs = kernel_costs(parse(step.program.as_text()))
+    costs = kernel_costs(parse(step.program.program.as_text()))
     mesh = step.setup.mesh
     on_cpu = mesh.devices.flat[0].platform == "cpu"
     return read_trace(trace, costs, seconds, mesh.size, on_cpu)

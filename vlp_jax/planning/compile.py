@@ -70,7 +70,7 @@ def compile_setup(setup: Setup) -> Program | OutOfMemory:
     cached = jax.config.jax_enable_compilation_cache
     jax.config.update("jax_enable_compilation_cache", False)
     try:
-        compiled = compile_step(setup.step, setup.abstract, setup.batch_spec, setup.mesh)
+        step = compile_step(setup.step, setup.abstract, setup.batch_spec, setup.mesh)
     except jax.errors.JaxRuntimeError as error:
         refused = parse_out_of_memory(str(error))
         if refused is None:
@@ -78,13 +78,13 @@ def compile_setup(setup: Setup) -> Program | OutOfMemory:
         return refused
     finally:
         jax.config.update("jax_enable_compilation_cache", cached)
-    memory = compiled.memory_analysis()
+    memory = step.program.memory_analysis()
     return Program(
         arguments=memory.argument_size_in_bytes,
         outputs=memory.output_size_in_bytes - memory.alias_size_in_bytes,
         temporaries=memory.temp_size_in_bytes,
         code=memory.generated_code_size_in_bytes,
-        text=compiled.as_text(),
+        text=step.program.as_text(),
     )
 
 

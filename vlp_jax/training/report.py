@@ -14,17 +14,15 @@ from vlp_jax.observe.progress import Progress
 from vlp_jax.observe.throughput import StartupClock, StepClock
 from vlp_jax.observe.writers import Writer
 from vlp_jax.training.measures import LoopMeasures
-
-# What is looked at after each step; the others are fetched when a step is logged, for each array
-# that is fetched costs the host some time.
-EVERY_STEP = ("loss", "skipped")
+from vlp_jax.training.step import StepMetrics
 
 
 def to_scalars(metrics: Metrics, prefix: str) -> dict[str, float]:
     """Sums over counts, as Python numbers, each name behind `prefix`. Waits for the devices."""
+    pairs = metrics.fetch() if isinstance(metrics, StepMetrics) else jax.device_get(metrics)
     return {
         prefix + name: float(total) / float(count) if count else math.nan
-        for name, (total, count) in jax.device_get(metrics).items()
+        for name, (total, count) in pairs.items()
     }
 
 
@@ -95,11 +93,9 @@ class StepReport:
 
     def _settle(self, step: int, metrics: Metrics) -> None:
         with self._clock.device_wait():
-            scalars = to_scalars({name: metrics[name] for name in EVERY_STEP}, "train/")
+            scalars = to_scalars(metrics, "train/")
         self._clock.step_done(self._batch_size)
         logged, skipped = self._log_when(step), scalars["train/skipped"]
-        if logged or skipped:
-            scalars = to_scalars(metrics, "train/")
         if skipped:
             self._note_skipped(step, scalars)
         else:
