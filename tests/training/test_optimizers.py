@@ -7,7 +7,10 @@ import numpy as np
 import pytest
 from test_param_groups import one_device, random_like, separate, updates_of
 
+from vlp_jax.errors import UserError
 from vlp_jax.training import param_groups
+from vlp_jax.training.optimizer import make_optimizer
+from vlp_jax.training.when import Units
 
 UP, BIAS = "image/encoder/layers/mlp/up/kernel", "image/encoder/layers/mlp/up/bias"
 PROJECTION = "image_projection/kernel"
@@ -136,3 +139,34 @@ def test_losses_do_not_depend_on_the_mesh_and_fall(name):
     many = helpers.train(helpers.setup_on(config, sizes), 8)[1]
     np.testing.assert_allclose([m["loss"] for m in many], [m["loss"] for m in one], rtol=2e-3)
     assert abs(one[-1]["loss"] - one[0]["loss"]) > 1e-3
+
+
+@pytest.mark.parametrize("name", ["adamw", "lion", "muon"])
+def test_the_first_moment_may_be_half_as_large(name):
+    """In bfloat16, all others as they were; the first update is the same within its precision."""
+
+    def state_and_update(dtype):
+        config = config_of(name)
+        config.optimizer.first_moment_dtype = dtype
+        optimizer = make_optimizer(config.optimizer, Units(8, None, total_steps=10))
+        params = {"up": {"kernel": jnp.ones((32, 64)), "bias": jnp.zeros(64)}}
+        grads = jax.tree.map(lambda x: jnp.full_like(x, 0.3), params)
+        state = optimizer.init(params)
+        update, state = optimizer.update(grads, state, params)
+        return state, update
+
+    (small, update), (large, expected) = (state_and_update(d) for d in ("bfloat16", None))
+    halved = [
+        a.dtype == jnp.bfloat16 and b.dtype == jnp.float32
+        for a, b in zip(jax.tree.leaves(small), jax.tree.leaves(large), strict=True)
+    ]
+    assert sum(halved) == 2  # kernel and bias, once each
+    for a, b in zip(jax.tree.leaves(update), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=2e-2, atol=1e-7)
+
+
+def test_a_first_moment_of_unknown_dtype_is_refused():
+    config = config_of("adamw")
+    config.optimizer.first_moment_dtype = "float16"
+    with pytest.raises(UserError, match="first_moment_dtype.*float16"):
+        make_optimizer(config.optimizer, Units(8, None, total_steps=10))

@@ -2,71 +2,40 @@
 
 from __future__ import annotations
 
-import math
-
 import einops
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from vlp_jax.models.attention import attend
-from vlp_jax.models.parameters import Dtype, layer_norm, named
-from vlp_jax.models.quantization import dot_general_of
+from vlp_jax.models.dense import Product
+from vlp_jax.models.parameters import Dtype, layer_norm
 
 
-class _Heads(nn.Module):
-    """What `ToHeads` and `FromHeads` share: a product whose kernel has the heads as a dimension.
+class ToHeads(Product):
+    """A projection of tokens to `heads` vectors of `head_dim` numbers each.
 
-    Parameters have the shapes and initial values of `nn.DenseGeneral`. The product is one of two
-    matrices all the same, and its result is split up or joined afterwards: in a product with a
-    dimension of heads, a TPU's compiler takes layouts that others do not have, and copies.
+    Attributes:
+      flat: the product is one of two matrices, whose result is split up afterwards, as a kernel
+        that takes the heads side by side wants it. To others a TPU's compiler gives the layout
+        that they want, if the product has the heads as a dimension.
     """
-
-    kernel_names: tuple[str, ...]
-    bias_names: tuple[str, ...]
-    quantization: str = "none"
-    dtype: Dtype = jnp.float32
-
-    def product(
-        self,
-        x: Float[Array, "*batch n"],
-        kernel_shape: tuple[int, ...],
-        bias_shape: tuple[int, ...],
-    ) -> Float[Array, "*batch m"]:
-        """x @ kernel + bias, the kernel being [n, m] once it is flat."""
-        width = math.prod(bias_shape)
-
-        def xavier(key: Array, shape: tuple[int, ...], dtype: Dtype) -> Array:
-            flat = nn.initializers.xavier_uniform()(key, (x.shape[-1], width), dtype)
-            return flat.reshape(shape)
-
-        kernel = self.param("kernel", named(xavier, *self.kernel_names), kernel_shape, jnp.float32)
-        zeros = named(nn.initializers.zeros_init(), *self.bias_names)
-        bias = self.param("bias", zeros, bias_shape, jnp.float32)
-        x, kernel, bias = (a.astype(self.dtype) for a in (x, kernel, bias))
-        multiply = dot_general_of(self.quantization) or jax.lax.dot_general
-        kernel = kernel.reshape(x.shape[-1], width)
-        return multiply(x, kernel, (((x.ndim - 1,), (0,)), ((), ()))) + bias.reshape(width)
-
-
-class ToHeads(_Heads):
-    """A projection of tokens to `heads` vectors of `head_dim` numbers each."""
 
     heads: int = 1
     head_dim: int = 1
+    flat: bool = False
 
     @nn.compact
     def __call__(
         self, x: Float[Array, "batch tokens width"]
     ) -> Float[Array, "batch tokens heads head_dim"]:
         heads = (self.heads, self.head_dim)
-        x = self.product(x, (x.shape[-1], *heads), heads)
-        return einops.rearrange(x, "... (h d) -> ... h d", h=self.heads)
+        x = self.product(x, (x.shape[-1], *heads), heads, flat=self.flat)
+        return einops.rearrange(x, "... (h d) -> ... h d", h=self.heads) if self.flat else x
 
 
-class FromHeads(_Heads):
+class FromHeads(Product):
     """A projection of the heads' vectors to `width` numbers a token."""
 
     width: int = 1
@@ -117,10 +86,11 @@ class MultiHeadAttention(nn.Module):
             x = ToHeads(
                 ("embed", "heads", "head_dim"),
                 ("heads", "head_dim"),
-                self.quantization,
-                self.dtype,
-                self.heads,
-                width // self.heads,
+                quantization=self.quantization,
+                dtype=self.dtype,
+                heads=self.heads,
+                head_dim=width // self.heads,
+                flat=self.implementation == "pallas",
                 name=name,
             )(x)
             return nn.with_logical_constraint(x, ("batch", "act_tokens", "act_heads", None))
@@ -142,9 +112,9 @@ class MultiHeadAttention(nn.Module):
         return FromHeads(
             ("heads", "head_dim", "embed"),
             ("norm",),
-            self.quantization,
-            self.dtype,
-            width,
+            quantization=self.quantization,
+            dtype=self.dtype,
+            width=width,
             name="out",
         )(x)
 

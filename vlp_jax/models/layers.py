@@ -27,9 +27,9 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
+from vlp_jax.models.dense import Dense
 from vlp_jax.models.heads import MultiHeadAttention
 from vlp_jax.models.parameters import Dtype, layer_norm, named
-from vlp_jax.models.quantization import dot_general_of
 from vlp_jax.models.remat import REMAT_POLICIES
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
@@ -57,26 +57,25 @@ class Mlp(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "*batch width"]) -> Float[Array, "*batch width"]:
         width = x.shape[-1]
-        x = nn.Dense(
-            self.mlp_dim,
-            dtype=self.dtype,
-            dot_general=dot_general_of(self.quantization),
-            name="up",
-            kernel_init=named(nn.initializers.xavier_uniform(), "embed", "mlp"),
-            bias_init=named(nn.initializers.normal(1e-6), "mlp"),
-        )(x)
+        x = self._dense(self.mlp_dim, "up", ("embed", "mlp"), ("mlp",))(x)
         x = checkpoint_name(x, "mlp_hidden")
         x = choose(ACTIVATIONS, self.activation, "activation")(x)
         if x.ndim == 3:
             x = nn.with_logical_constraint(x, ("batch", "act_tokens", "act_mlp"))
-        return nn.Dense(
-            width,
-            dtype=self.dtype,
-            dot_general=dot_general_of(self.quantization),
-            name="down",
-            kernel_init=named(nn.initializers.xavier_uniform(), "mlp", "embed"),
-            bias_init=named(nn.initializers.normal(1e-6), "norm"),
-        )(x)
+        return self._dense(width, "down", ("mlp", "embed"), ("norm",))(x)
+
+    def _dense(
+        self, features: int, name: str, kernel_names: tuple[str, ...], bias_names: tuple[str, ...]
+    ) -> Dense:
+        return Dense(
+            kernel_names,
+            bias_names,
+            nn.initializers.normal(1e-6),
+            self.quantization,
+            self.dtype,
+            features,
+            name=name,
+        )
 
 
 class LayerScale(nn.Module):
