@@ -49,9 +49,13 @@ def oracle(q, k, v, causal, lengths):
 
 def of_name(name):
     if name == "kernel":
-        return lambda q, k, v, causal, lengths: short_attention(
-            q, k, v, lengths, causal=causal, interpret=True
-        )
+
+        def kernel(q, k, v, causal, lengths):
+            flat = (x.reshape(*x.shape[:2], -1) for x in (q, k, v))
+            fields = {"head_dim": q.shape[-1], "causal": causal, "interpret": True}
+            return short_attention(*flat, lengths, **fields).reshape(q.shape)
+
+        return kernel
     return lambda q, k, v, causal, lengths: attend(
         q, k, v, implementation=name, causal=causal, lengths=lengths
     )

@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+import einops
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -27,8 +28,6 @@ from vlp_jax.models.attention_kernel import LANES, short_attention
 
 Heads = Float[Array, "batch tokens heads head_dim"]
 Lengths = Int[Array, " batch"] | None
-
-_HEADS = ("batch", "act_tokens", "act_heads", None)
 
 
 def _xla(query: Heads, key: Heads, value: Heads, lengths: Lengths, causal: bool) -> Heads:
@@ -68,18 +67,36 @@ def _xla_padded(query: Heads, key: Heads, value: Heads, lengths: Lengths, causal
 
 
 def _pallas(query: Heads, key: Heads, value: Heads, lengths: Lengths, causal: bool) -> Heads:
-    """The kernel on each device's examples and heads: the compiler cannot divide it up itself."""
+    flat = (einops.rearrange(x, "b t h d -> b t (h d)") for x in (query, key, value))
+    out = attend_flat(*flat, heads=query.shape[2], causal=causal, lengths=lengths)
+    return einops.rearrange(out, "b t (h d) -> b t h d", h=query.shape[2])
 
-    def run(query: Heads, key: Heads, value: Heads, *lengths: Array) -> Heads:
-        return short_attention(query, key, value, *lengths, causal=causal)
+
+def attend_flat(
+    query: Float[Array, "batch tokens width"],
+    key: Float[Array, "batch keys width"],
+    value: Float[Array, "batch keys width"],
+    *,
+    heads: int,
+    causal: bool = False,
+    lengths: Lengths = None,
+) -> Float[Array, "batch tokens width"]:
+    """`attend` by "pallas", with the heads side by side, as the kernel takes them.
+
+    It runs on each device's examples and heads: the compiler cannot divide it up itself.
+    """
+    head_dim = query.shape[-1] // heads
+
+    def run(*arrays: Array) -> Array:
+        return short_attention(*arrays, head_dim=head_dim, causal=causal)
 
     arrays = (query, key, value) if lengths is None else (query, key, value, lengths)
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return run(*arrays)
-    heads = _spec(_HEADS, query.shape, mesh)
-    specs = (heads, heads, heads, PartitionSpec(heads[0]))[: len(arrays)]
-    return jax.shard_map(run, in_specs=specs, out_specs=heads, check_vma=False)(*arrays)
+    spec = _spec(("batch", "act_tokens", "act_heads"), (*query.shape[:2], heads), mesh)
+    specs = (spec, spec, spec, PartitionSpec(spec[0]))[: len(arrays)]
+    return jax.shard_map(run, in_specs=specs, out_specs=spec, check_vma=False)(*arrays)
 
 
 def _spec(

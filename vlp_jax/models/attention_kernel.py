@@ -61,32 +61,33 @@ def check_shapes(tokens: int, keys: int, heads: int, head_dim: int, itemsize: in
 
 
 def short_attention(
-    query: Float[Array, "batch tokens heads head_dim"],
-    key: Float[Array, "batch keys heads head_dim"],
-    value: Float[Array, "batch keys heads head_dim"],
+    query: Float[Array, "batch tokens width"],
+    key: Float[Array, "batch keys width"],
+    value: Float[Array, "batch keys width"],
     lengths: Int[Array, " batch"] | None = None,
     *,
+    head_dim: int,
     causal: bool = False,
     interpret: bool = False,
-) -> Float[Array, "batch tokens heads head_dim"]:
-    """softmax(query key / sqrt(head_dim)) value, on one TPU, with float32 scores.
+) -> Float[Array, "batch tokens width"]:
+    """softmax(query key / sqrt(head_dim)) value of heads side by side, on one TPU.
 
     Args:
       lengths: of each example only the first so many keys are seen; at least 1. None for all.
+      head_dim: width of a head; the scores are float32.
       causal: query i sees keys up to i alone.
       interpret: run it as plain JAX, on any device, to test it.
 
     Raises:
       ValueError: shapes that the kernel does not hold, see `check_shapes`.
     """
-    batch, tokens, heads, head_dim = query.shape
-    keys = key.shape[1]
+    batch, tokens, width = query.shape
+    keys, heads = key.shape[1], width // head_dim
     check_shapes(tokens, keys, heads, head_dim, query.dtype.itemsize)
     spec = _Spec(heads, head_dim, tokens, keys, causal, lengths is not None, interpret)
     if lengths is None:
         lengths = jnp.full((batch,), keys, jnp.int32)
-    flat = (x.reshape(*x.shape[:2], heads * head_dim) for x in (query, key, value))
-    return _attention(spec, lengths.astype(jnp.int32), *flat).reshape(query.shape)
+    return _attention(spec, lengths.astype(jnp.int32), query, key, value)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from vlp_jax.models.attention import attend
+from vlp_jax.models.attention import attend, attend_flat
 from vlp_jax.models.dense import Product
 from vlp_jax.models.parameters import Dtype, layer_norm
 
@@ -17,9 +17,9 @@ class ToHeads(Product):
     """A projection of tokens to `heads` vectors of `head_dim` numbers each.
 
     Attributes:
-      flat: the product is one of two matrices, whose result is split up afterwards, as a kernel
-        that takes the heads side by side wants it. To others a TPU's compiler gives the layout
-        that they want, if the product has the heads as a dimension.
+      flat: these vectors stay side by side, as a kernel wants them that takes them so; the product
+        is one of two matrices. To others a TPU's compiler gives the layout that they want, if the
+        product has the heads as a dimension.
     """
 
     heads: int = 1
@@ -29,23 +29,26 @@ class ToHeads(Product):
     @nn.compact
     def __call__(
         self, x: Float[Array, "batch tokens width"]
-    ) -> Float[Array, "batch tokens heads head_dim"]:
+    ) -> Float[Array, "batch tokens heads head_dim"] | Float[Array, "batch tokens width"]:
         heads = (self.heads, self.head_dim)
         x = self.product(x, (x.shape[-1], *heads), heads, flat=self.flat)
-        return einops.rearrange(x, "... (h d) -> ... h d", h=self.heads) if self.flat else x
+        names = ("batch", "act_tokens", "act_heads")
+        return nn.with_logical_constraint(x, names if self.flat else (*names, None))
 
 
 class FromHeads(Product):
-    """A projection of the heads' vectors to `width` numbers a token."""
+    """A projection of the heads' vectors, side by side or not, to `width` numbers a token."""
 
+    heads: int = 1
     width: int = 1
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "batch tokens heads head_dim"]
+        self, x: Float[Array, "batch tokens heads head_dim"] | Float[Array, "batch tokens flat"]
     ) -> Float[Array, "batch tokens width"]:
-        heads = x.shape[-2:]
-        x = einops.rearrange(x, "... h d -> ... (h d)")
+        if x.ndim == 4:
+            x = einops.rearrange(x, "... h d -> ... (h d)")
+        heads = (self.heads, x.shape[-1] // self.heads)
         return self.product(x, (*heads, self.width), (self.width,))
 
 
@@ -82,47 +85,53 @@ class MultiHeadAttention(nn.Module):
         if width % self.heads:
             raise ValueError(f"{self.heads} heads do not divide the width {width}")
 
+        flat = self.implementation == "pallas"
+
         def project(x: Array, name: str) -> Array:
-            x = ToHeads(
+            return ToHeads(
                 ("embed", "heads", "head_dim"),
                 ("heads", "head_dim"),
                 quantization=self.quantization,
                 dtype=self.dtype,
                 heads=self.heads,
                 head_dim=width // self.heads,
-                flat=self.implementation == "pallas",
+                flat=flat,
                 name=name,
             )(x)
-            return nn.with_logical_constraint(x, ("batch", "act_tokens", "act_heads", None))
 
-        q, k = project(query, "query"), project(key_value, "key")
+        q, k, v = project(query, "query"), project(key_value, "key"), project(key_value, "value")
         if self.qk_norm:
-            q = layer_norm(self.norm_eps, self.dtype, "query_norm")(q)
-            k = layer_norm(self.norm_eps, self.dtype, "key_norm")(k)
-        q, k, v = _keep(q, "query"), _keep(k, "key"), _keep(project(key_value, "value"), "value")
-        x = attend(
-            q,
-            k,
-            v,
-            implementation=self.implementation,
-            causal=self.causal,
-            lengths=lengths,
-        )
-        x = _keep(x, "attention")
+            q, k = self._norm(q, "query_norm"), self._norm(k, "key_norm")
+        q, k, v = _keep(q, "query"), _keep(k, "key"), _keep(v, "value")
+        if flat:
+            x = attend_flat(q, k, v, heads=self.heads, causal=self.causal, lengths=lengths)
+        else:
+            implementation, causal = self.implementation, self.causal
+            x = attend(q, k, v, implementation=implementation, causal=causal, lengths=lengths)
         return FromHeads(
             ("heads", "head_dim", "embed"),
             ("norm",),
             quantization=self.quantization,
             dtype=self.dtype,
+            heads=self.heads,
             width=width,
             name="out",
-        )(x)
+        )(_keep(x, "attention"))
+
+    def _norm(self, x: Array, name: str) -> Array:
+        norm = layer_norm(self.norm_eps, self.dtype, name)
+        if x.ndim == 4:
+            return norm(x)
+        heads = norm(einops.rearrange(x, "... (h d) -> ... h d", h=self.heads))
+        return einops.rearrange(heads, "... h d -> ... (h d)")
 
 
-def _keep(x: Float[Array, "*batch heads head_dim"], name: str) -> Array:
+def _keep(x: Array, name: str) -> Array:
     """`x` under a name that a remat policy can keep, with its heads side by side.
 
     As [.., heads, head_dim] a TPU would keep a head of 64 numbers in 128 places.
     """
+    if x.ndim == 3:
+        return checkpoint_name(x, name)
     flat = checkpoint_name(einops.rearrange(x, "... h d -> ... (h d)"), name)
     return einops.rearrange(flat, "... (h d) -> ... h d", h=x.shape[-2])
