@@ -14,9 +14,9 @@ from vlp_jax.models.vit import make_vit
 
 # Products of a layer: six with kernels and two of attention, and twice as many backward. What is
 # done again on top of that: all but the last, which is no factor of a gradient; the two of
-# attention; the scores and the projection behind attention; these, queries, keys and values, and the
-# feed-forward layer's first.
-PRODUCTS = {"none": 24, "full": 31, "dots": 26, "names": 26, "names_lean": 30, "offload": 26}
+# attention; the scores and the projection behind attention; these and the feed-forward layer's
+# first.
+PRODUCTS = {"none": 24, "full": 31, "dots": 26, "names": 26, "names_lean": 27, "offload": 26}
 BIASES = 6  # each of whose gradients is a product with ones
 
 
