@@ -16,6 +16,6 @@ def get_config(arg=None):
     config.duration = duration(steps=1_000)
     config.objective.image.variant = "Ti/16"  # with the width, depth and heads of the base
     config.objective.text.depth = 4
-    config.objective.remat = "names"  # XLA fuses the backward pass badly on CPU otherwise
+    config.objective.remat = "dots"  # XLA fuses the backward pass badly on CPU otherwise
     config.tokenizer.vocab_size = 8192
     return config
