@@ -170,7 +170,7 @@ class _LogSum(NamedTuple):
     def shares(self, block: _Block, axis: int) -> Float[Array, "images texts"]:
         """exp(logits) / sum, the sum having been taken along `axis`."""
         top, total = jnp.expand_dims(self.top, axis), jnp.expand_dims(self.total, axis)
-        return jnp.exp(block.logits - top) / total
+        return jnp.exp(block.logits - top) * (1 / total)  # fewer divisions than shares
 
 
 class _Slopes(NamedTuple):
