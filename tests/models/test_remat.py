@@ -30,7 +30,7 @@ def gradient(remat, scan_layers=True):
 KEY = jax.random.key(1)
 
 
-@pytest.mark.parametrize("remat", [name for name in REMAT_POLICIES if name != "offload"])
+@pytest.mark.parametrize("remat", REMAT_POLICIES)
 def test_gradients_are_those_without(remat):
     loss, params = gradient(remat)
     plain, _ = gradient("none")
