@@ -163,7 +163,7 @@ def test_the_command_needs_no_tensorflow_and_writes_what_it_found(tmp_path):
     assert len(found["ours_over"]["plain"]["rounds"]) == 2
     assert ours["compile_seconds"]["from_cache"] and ours["program_bytes"]["temporaries"] > 0
     assert found["versions"]["jax"] == jax.__version__ and found["command"].endswith(str(folder))
-    assert found["config"]["objective"]["remat"] == "names" and found["peak"]["measured"] > 0
+    assert found["config"]["objective"]["remat"] == "dots" and found["peak"]["measured"] > 0
     kernels = ours["profile"]["kernels"]
     assert any("dot_general" in k["what"] and k["flops_per_second"] for k in kernels if k["what"])
     known = sum(k["share"] for k in kernels if k["opcode"])

@@ -215,7 +215,7 @@ def test_a_search_is_told_in_table_and_json(plan):
 
     found = Formula(plan, None, print)
     policies = found.policies()
-    assert [p.name for p in policies] == ["none", "dots", "full"]
+    assert [p.name for p in policies] == ["none", "dots", "names", "names_lean", "full"]
     chosen, largest = found.largest(policies)
     assert chosen == "none" and largest.exact and largest.batch_size == 14 * 64
     console = Console(width=100, file=io.StringIO())
