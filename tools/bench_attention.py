@@ -98,7 +98,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
 
     def command() -> None:
-        parser = argparse.ArgumentParser(prog="python -m tools.bench_attention")
+        parser = argparse.ArgumentParser(
+            prog="python -m tools.bench_attention",
+            description=__doc__,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
         parser.add_argument("--backend", action="append", required=True, metavar="NAME")
         parser.add_argument("--batch", type=int, default=64, metavar="N", help="default 64")
         parser.add_argument("--json", metavar="FILE", help="also write the figures there")

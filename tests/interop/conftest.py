@@ -11,19 +11,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))  # for `foreign`
 import pytest
 import torch
 
+from vlp_jax.benchmarking.torch_step import patch_torchvision
+
 torch.set_num_threads(1)
 
-# A torchvision that was built against another PyTorch cannot register its operators, and then the
-# import fails: it looks two of them up. Nothing here runs them.
-_LIBRARY = torch.library.Library("torchvision", "DEF")
-for _schema in (
-    "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
-    "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
-):
-    try:
-        torch._C._get_schema(f"torchvision::{_schema.split('(')[0]}", "")
-    except RuntimeError:
-        _LIBRARY.define(_schema)
+# Before anything imports a torchvision that was built against another PyTorch.
+patch_torchvision()
 
 
 @pytest.fixture(autouse=True)

@@ -9,6 +9,7 @@ depend on it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -57,9 +58,7 @@ def fp8_dot_general(
     if tuple(left) != last or tuple(right) != first or any(batch):
         raise ValueError(f"quantization 'fp8' has no products with dimensions {dimension_numbers}")
     rows, columns = lhs.shape[: lhs.ndim - count], rhs.shape[count:]
-    size = 1
-    for dim in rhs.shape[:count]:
-        size *= dim
+    size = math.prod(rhs.shape[:count])
     flat = _matmul(lhs.reshape(-1, size), rhs.reshape(size, -1))
     out = flat.astype(preferred_element_type or jnp.result_type(lhs, rhs))
     return out.reshape(*rows, *columns)

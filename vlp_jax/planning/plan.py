@@ -146,19 +146,24 @@ def step_flops(setup: Setup) -> Flops:
         return count_flops(setup.step, setup.abstract, setup.batch_spec)
 
 
-def make_plan(setup: Setup, target: Target) -> Plan:
-    """Compiles the step if the target has a compiler, and reads what came out."""
+def waiting_bytes(setup: Setup) -> int:
+    """Of a device, of the batches that wait on the devices while a step runs."""
     spread = mesh_lib.batch_sharding(setup.mesh)
     batch = [
         jax.ShapeDtypeStruct(spec.shape, spec.dtype, sharding=spread)
         for spec in setup.batch_spec.values()
     ]
+    return setup.config.prefetch * share(batch).device
+
+
+def make_plan(setup: Setup, target: Target) -> Plan:
+    """Compiles the step if the target has a compiler, and reads what came out."""
     memory = compile_setup(setup) if target.compiles else None
     return Plan(
         setup=setup,
         target=target,
         state=state_bytes(setup.abstract),
-        waiting=setup.config.prefetch * share(batch).device,
+        waiting=waiting_bytes(setup),
         activations=activation_bytes(setup),
         model_flops=3
         * setup.objective.flops_per_example(setup.batch_spec)

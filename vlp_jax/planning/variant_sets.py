@@ -31,7 +31,9 @@ SETS: dict[str, tuple[Variant, ...]] = {
     "loss": (
         Variant("plain", ("objective.loss_form=plain",)),
         Variant("blocked", ("objective.loss_form=blocked",)),
-        Variant("blocks of 256", ("objective.loss_form=blocked", "objective.loss_block_size=256")),
+        Variant(
+            "blocks of 1024", ("objective.loss_form=blocked", "objective.loss_block_size=1024")
+        ),
     ),
     "precision": (
         Variant("bfloat16", ("objective.dtype=bfloat16",)),

@@ -21,8 +21,7 @@ from vlp_jax.parallel.mesh import BATCH_AXES
 from vlp_jax.planning import traffic
 from vlp_jax.planning.compile import OutOfMemory, compile_setup
 from vlp_jax.planning.options import sections
-from vlp_jax.planning.plan import make_setup_for, read_program, step_flops
-from vlp_jax.planning.state_bytes import share
+from vlp_jax.planning.plan import make_setup_for, read_program, step_flops, waiting_bytes
 from vlp_jax.planning.target import Target
 from vlp_jax.training.setup import Setup
 
@@ -170,12 +169,7 @@ def measure(variant: Variant, per_chip: int, setup: Setup, target: Target) -> Me
     begin = time.perf_counter()
     program = compile_setup(setup)
     seconds = time.perf_counter() - begin
-    spread = mesh_lib.batch_sharding(setup.mesh)
-    batch = [
-        jax.ShapeDtypeStruct(spec.shape, spec.dtype, sharding=spread)
-        for spec in setup.batch_spec.values()
-    ]
-    waiting = setup.config.prefetch * share(batch).device
+    waiting = waiting_bytes(setup)
     counted = step_flops(setup)
     common = {
         "variant": variant,

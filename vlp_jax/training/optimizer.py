@@ -11,10 +11,10 @@ import optax
 import optax.contrib
 
 from vlp_jax.errors import UserError, unknown_key_message
+from vlp_jax.objectives.compute import DTYPES
 from vlp_jax.training import param_groups
 from vlp_jax.training.when import Units
 
-MOMENT_DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 SCHEDULES = ("cosine", "rsqrt", "linear", "constant")
 
 # Muon makes the update of a matrix orthogonal; these are the axes of a kernel that the matrix maps
@@ -86,10 +86,10 @@ def first_moment_dtype(config: Mapping[str, Any], default: str = "float32") -> A
       UserError: an unknown dtype.
     """
     name = config["first_moment_dtype"] or default
-    if name not in MOMENT_DTYPES:
+    if name not in DTYPES:
         where = "config.optimizer.first_moment_dtype"
-        raise UserError(unknown_key_message(name, MOMENT_DTYPES, where))
-    return MOMENT_DTYPES[name]
+        raise UserError(unknown_key_message(name, DTYPES, where))
+    return DTYPES[name]
 
 
 def adamw(config: Mapping[str, Any], units: Units) -> optax.GradientTransformation:

@@ -95,12 +95,11 @@ class StepReport:
         with self._clock.device_wait():
             scalars = to_scalars(metrics, "train/")
         self._clock.step_done(self._batch_size)
-        logged, skipped = self._log_when(step), scalars["train/skipped"]
-        if skipped:
+        if scalars["train/skipped"]:
             self._note_skipped(step, scalars)
         else:
             self.skipped_in_a_row = 0
-        if logged:
+        if self._log_when(step):
             speed = self._clock.summary()
             self._rate = speed.get("perf/examples_per_second", self._rate)
             scalars.update({**speed, **self._measures.scalars(step, speed)})
