@@ -266,7 +266,7 @@ def train(config, mesh):
     for batch in helpers.batches(5):
         state, metrics = step(state, put_batch(batch, setup.mesh))
         history.append({name: float(s) / float(c) for name, (s, c) in metrics.items()})
-    return history, "/ppermute" in step.as_text()
+    return history, "/ppermute" in step.program.as_text()
 
 
 @pytest.mark.parametrize(

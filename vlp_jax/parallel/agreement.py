@@ -116,14 +116,15 @@ class Barrier:
     def __init__(self) -> None:
         self._chapter = next(_chapters)
         self._own: list[str] = []
+        self._own_before: list[str] = []
         self._visits: Counter[str] = Counter()
 
     def renew(self) -> None:
         """Forgets failures and what was waited for. All processes call it, after they agreed."""
-        if jax.process_count() > 1:
-            for key in self._own:
-                distributed.global_state.client.key_value_delete(key)
-        self._own, self._chapter = [], next(_chapters)
+        # A slow process may yet have to read the keys of the chapter that ends, not older ones.
+        for key in self._own_before:
+            distributed.global_state.client.key_value_delete(key)
+        self._own_before, self._own, self._chapter = self._own, [], next(_chapters)
         self._visits.clear()
 
     def fail(self, reason: str) -> None:
