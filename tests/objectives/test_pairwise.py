@@ -116,6 +116,13 @@ def test_large_logits_stay_finite(name):
     assert np.isfinite(PAIRWISE_LOSSES[name](logits)) and np.isfinite(gradient).all()
 
 
+@pytest.mark.parametrize("name", PAIRWISE_LOSSES)
+def test_devices_never_meet_under_a_condition(name):
+    """The logits are sharded. On CPU, devices once waited for ever in a collective of a branch."""
+    program = jax.make_jaxpr(jax.value_and_grad(PAIRWISE_LOSSES[name]))(jnp.ones((16, 16)))
+    assert "cond[" not in str(program)
+
+
 def test_bound_above_lets_gradients_lead_back_only():
     pull_down = jax.grad(lambda x: 3 * bound_above(x, 1.0))
     push_up = jax.grad(lambda x: -3 * bound_above(x, 1.0))

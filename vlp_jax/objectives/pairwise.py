@@ -19,7 +19,8 @@ def at_least_float32(x: Float[Array, ...]) -> Float[Array, ...]:
 def softmax_loss(logits: Float[Array, "images texts"]) -> Float[Array, ""]:
     """Mean cross-entropy of image to text and text to image (Radford et al. 2021, figure 3)."""
     logits = at_least_float32(logits)
-    matches = jnp.diagonal(logits)
+    # Not `jnp.diagonal`, whose gradient is a branch in which devices that share the logits meet.
+    matches = jnp.where(jnp.eye(len(logits), dtype=bool), logits, 0).sum(axis=1)
     image_to_text = jax.nn.logsumexp(logits, axis=1) - matches
     text_to_image = jax.nn.logsumexp(logits, axis=0) - matches
     return 0.5 * (image_to_text.mean() + text_to_image.mean())

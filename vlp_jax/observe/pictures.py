@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from etils import epath
 from jaxtyping import Float
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from vlp_jax.observe.plots import CURVE_COLORS, INK, PALE, Curve, new_figure, save_figure
@@ -104,6 +105,58 @@ def draw_comparison(
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize=8, loc="lower right")
     save_figure(figure, path)
+
+
+def draw_differences(
+    path: epath.PathLike,
+    curves: Mapping[str, Sequence[Curve]],
+    *,
+    baseline: str,
+    title: str,
+    subtitle: str,
+    ylabel: str,
+) -> None:
+    """Writes a PNG with a curve of several variants, and beside it how they differ from the first.
+
+    Args:
+      path: the PNG; its directory is made.
+      curves: variant -> (steps, values) of each of its runs; runs at the same place in the lists
+        belong together, and all have the same steps.
+      baseline: the variant that the others are held against.
+      ylabel: what the values are.
+
+    Raises:
+      ValueError: the variants have different numbers of runs, or other steps.
+    """
+    steps = np.asarray(curves[baseline][0][0])
+    shapes = {tuple(np.asarray(run[0])) for runs in curves.values() for run in runs}
+    if len({len(runs) for runs in curves.values()}) > 1 or len(shapes) > 1:
+        raise ValueError("the variants have different numbers of runs, or were logged elsewhere")
+    values = {name: np.asarray([run[1] for run in runs]) for name, runs in curves.items()}
+    figure = new_figure((8.0, 3.9))
+    _titles(figure, title, subtitle, 0.075)
+    left = figure.add_axes((0.075, 0.13, 0.4, 0.67))
+    right = figure.add_axes((0.575, 0.13, 0.4, 0.67))
+    for color, (name, of_runs) in zip(CURVE_COLORS, values.items(), strict=False):
+        _draw_band(left, steps, of_runs, color, name)
+        if name != baseline:
+            _draw_band(right, steps, of_runs - values[baseline], color, name)
+    right.axhline(0, color=PALE, linewidth=0.9, linestyle=":")
+    left.set_ylabel(ylabel, fontsize=8)
+    right.set_ylabel(f"{ylabel}, minus that of {baseline}", fontsize=8)
+    for axes in (left, right):
+        axes.set_xlim(0, steps[-1])
+        axes.set_xlabel("steps", fontsize=8)
+        axes.tick_params(labelsize=7.5)
+        axes.spines[["top", "right"]].set_visible(False)
+    left.legend(frameon=False, fontsize=8, loc="upper right")
+    save_figure(figure, path)
+
+
+def _draw_band(axes: Axes, steps: np.ndarray, of_runs: np.ndarray, color: str, name: str) -> None:
+    """The mean over the runs [runs, steps], within the least and the most."""
+    axes.plot(steps, of_runs.mean(0), color=color, linewidth=1.2, label=name)
+    axes.fill_between(steps, of_runs.min(0), of_runs.max(0), color=color, alpha=0.2, linewidth=0)
 
 
 def _titles(figure: Figure, title: str, subtitle: str, left: float) -> None:
