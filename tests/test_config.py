@@ -90,6 +90,33 @@ def test_mistakes_in_overrides(assignment, message):
         config_lib.override(config_lib.base(), [assignment])
 
 
+@pytest.mark.parametrize(
+    ("assignment", "value"),
+    [
+        ("objective.attention=pallas", "pallas"),
+        ("objective.image.registers=4", 4),
+        ("objective.scan_layers=false", False),
+        ("evaluators.zero_shot.batch_size=64", 64),
+        ("data.lanes=(1,)", (1,)),
+    ],
+)
+def test_an_argument_that_the_section_of_a_component_does_not_set(assignment, value):
+    config = config_lib.load("configs/demo.py")
+    with config.unlocked():
+        del config.data["lanes"]
+    config_lib.override(config, [assignment])
+    assert dict(config_lib.flatten(config))[assignment.partition("=")[0]] == value
+    assert config.is_locked
+
+
+@pytest.mark.parametrize(
+    "assignment", ["evaluators.zero=3", "objective.picture.width=3", "extra_data.more=3"]
+)
+def test_a_section_cannot_be_added(assignment):
+    with pytest.raises(UserError, match="unknown key"):
+        config_lib.override(config_lib.load("configs/demo.py"), [assignment])
+
+
 def test_an_evaluator_can_be_left_out():
     config = config_lib.load("configs/demo.py")
     config_lib.override(config, ["evaluators.zero_shot=None"])

@@ -90,6 +90,9 @@ def override(config: ConfigDict, assignments: list[str]) -> None:
     """Applies `["a.b=v", ...]` in place. Values are Python literals, text needs no quotes;
     None leaves an evaluator out (`evaluators.NAME=None`).
 
+    A component takes arguments that its section does not set (`objective.attention=pallas`), so a
+    key that is new in it is set as well, and checked where the component is built.
+
     Raises:
       UserError: a key that does not exist (with the nearest that does), or a value of another type.
     """
@@ -98,6 +101,10 @@ def override(config: ConfigDict, assignments: list[str]) -> None:
         if not equals:
             raise UserError(f"--config.{path} needs a value: --config.{path}=VALUE")
         section, key, where = _find(config, path)
+        if key not in section and _is_component(path):
+            with config.unlocked():
+                section[key] = _literal(text)
+            continue
         _require(section, key, where)
         current = section[key]
         if where == "config.evaluators" and text == "None":
@@ -128,6 +135,23 @@ def _find(config: ConfigDict, path: str) -> tuple[ConfigDict, str, str]:
     if not isinstance(section, ConfigDict):
         raise UserError(f"{where} is a value, not a section: --config.{path} cannot be set")
     return section, key, where
+
+
+def _is_component(path: str) -> bool:
+    """Whether the last key of `path` stands in the section of a component, or below it."""
+    root, *keys = path.split(".")
+    named = ("extra_data", "evaluators")  # sections of components, each by its name
+    return root in COMPONENT_SECTIONS and len(keys) > (1 if root in named else 0)
+
+
+def _literal(text: str) -> Any:
+    """`text` as the Python value that it spells, else as it is."""
+    if text.lower() in ("true", "false"):
+        return BOOLEANS[text.lower()]
+    try:
+        return ast.literal_eval(text)
+    except (SyntaxError, ValueError):
+        return text
 
 
 def _require(section: ConfigDict, key: str, where: str) -> None:
