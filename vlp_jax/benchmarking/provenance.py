@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import datetime
 import os
 import platform
 import shlex
-import subprocess
-import sys
 from collections.abc import Sequence
-from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 import jax
+
+from vlp_jax.versions import commit, versions
 
 PACKAGES = (
     "jax",
@@ -41,7 +38,7 @@ def provenance(module: str, argv: Sequence[str]) -> dict[str, Any]:
         "command": shlex.join(["python", "-m", module, *argv]),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "commit": commit(),
-        "versions": versions(),
+        "versions": versions(PACKAGES),
         "device_kind": device.device_kind,
         "device_platform": device.platform,
         "host_devices": jax.local_device_count(),
@@ -56,28 +53,3 @@ def provenance(module: str, argv: Sequence[str]) -> dict[str, Any]:
             if name in os.environ
         },
     }
-
-
-def versions() -> dict[str, str]:
-    """Of the packages that figures depend on, as far as they are installed, and of Python."""
-    found = {"python": sys.version.split()[0]}
-    for package in PACKAGES:
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            found[package] = metadata.version(package)
-    return found
-
-
-def commit() -> str | None:
-    """Of the checkout that this file is in, with "-dirty" if files were changed; None without."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
-    try:
-        done = subprocess.run(
-            command,
-            capture_output=True,
-            text=True,
-            cwd=Path(__file__).parent,
-            timeout=10,
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() or None

@@ -10,6 +10,7 @@ from typing import Any
 from etils import epath
 from ml_collections import ConfigDict
 
+from vlp_jax import versions
 from vlp_jax.errors import UserError
 from vlp_jax.handover import artifacts, card, record, scores
 from vlp_jax.handover.artifacts import ARTIFACTS
@@ -158,7 +159,7 @@ class Job:
 
     def _describe(self, folder: Path, name: str, said: dict[str, Any]) -> None:
         """The card and the record, which is the last file."""
-        versions, commit = record.versions(), record.commit()
+        libraries, code = versions.versions(record.LIBRARIES), versions.commit()
         architectures = files.load_json_if_there(folder / "config.json").get("architectures", [""])
         subject = card.Subject(
             name=name,
@@ -169,8 +170,8 @@ class Job:
             step=self.saved.step,
             part=self.saved.part,
             scores=None if said["scores"] is None else Scores(**_back(said["scores"])),
-            versions=versions,
-            commit=commit,
+            versions=libraries,
+            commit=code,
             architecture=architectures[0],
             license=self.license,
             notes=self.notes,
@@ -179,8 +180,8 @@ class Job:
         head = {
             "format": self.format,
             "weights": self.weights,
-            "vlp_jax": record.version(),
-            "commit": commit,
+            "vlp_jax": versions.version(),
+            "commit": code,
             "source": {
                 "workdir": self.workdir.name,
                 "step": self.saved.step,
@@ -189,7 +190,7 @@ class Job:
         }
         if self.format in ARTIFACTS:
             head["computes_in"] = self.dtype
-        rest = {"versions": versions, "notes": self.notes, **said}
+        rest = {"versions": libraries, "notes": self.notes, **said}
         record.write(folder, {**head, **rest})
 
 

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import datetime
-import importlib.metadata
 import os
 import platform
 import shlex
-import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import jax
+
+from vlp_jax.versions import commit, versions
 
 PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "numpy", "tensorflow", "tensorflow-cpu")
 
@@ -29,34 +29,10 @@ def provenance(command: Sequence[str]) -> Mapping[str, str]:
         "commit": commit(),
         "devices": _devices(),
         "processor": _processor(),
-        "Python": f"{platform.python_version()} on {platform.system()} {platform.machine()}",
-        "packages": ", ".join(_versions()),
+        "system": f"{platform.system()} {platform.machine()}",
+        "versions": ", ".join(f"{name} {which}" for name, which in versions(PACKAGES).items()),
     }
     return {name: text for name, text in found.items() if text}
-
-
-def commit() -> str:
-    """The commit of the code that runs, and whether files differ from it; "" if git has it not."""
-    root = Path(__file__).resolve().parent.parent
-    try:
-        _, head, changes = (
-            subprocess.run(
-                ["git", "-C", str(root), *arguments],
-                capture_output=True,
-                text=True,
-                check=True,
-                timeout=20,
-            ).stdout.strip()
-            for arguments in (
-                # Installed into a folder of somebody else's repository, it is not of its commit.
-                ["ls-files", "--error-unmatch", __file__],
-                ["rev-parse", "HEAD"],
-                ["status", "--porcelain", "--", str(root)],
-            )
-        )
-    except (OSError, subprocess.SubprocessError):
-        return ""
-    return f"{head[:12]}{' with changes' if changes else ''}"
 
 
 def _devices() -> str:
@@ -74,13 +50,3 @@ def _processor() -> str:
     except OSError:
         pass  # elsewhere than on Linux
     return f"{model}, {os.cpu_count()} cores" if model else ""
-
-
-def _versions() -> list[str]:
-    found = []
-    for name in PACKAGES:
-        try:
-            found.append(f"{name} {importlib.metadata.version(name)}")
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
