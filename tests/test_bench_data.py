@@ -239,6 +239,7 @@ def result(corpus, tmp_path_factory):
     return json.loads(file.read_text())
 
 
+@pytest.mark.slow
 def test_the_json_file_holds_what_was_measured(result):
     (source,) = result["sources"]
     others = {other["name"]: other for other in result["others"]}
@@ -274,6 +275,7 @@ def test_without_antialiasing_pillow_decodes_and_pytorch_resizes():
     assert (smooth["ratio_to_pil"], smooth["ratio_to_torch_tensor"]) == (1.5, 2)
 
 
+@pytest.mark.slow
 def test_the_tables_say_what_is_antialiased(result):
     console = bench_data.Console(record=True, width=80, file=io.StringIO())
     ways = {**result["settings"], "antialias": [False, True]}

@@ -32,8 +32,8 @@ def third_loss(config, workdir, state=None):
     return float(total / count), setup
 
 
-# Larger forms of what the other configs try, and recipes that share their parts with these.
-FAST = {"demo", "mae_then_clip", "flip_l16"}
+# The others are larger forms of this one, or of what other tests train; they are slow tests.
+FAST = {"demo"}
 MARKED = [pytest.param(n, marks=pytest.mark.slow) if n not in FAST else n for n in CONFIGS]
 
 

@@ -325,6 +325,7 @@ def check(tmp_path, case):
     assert_trains_the_same(runs, printed, case)
 
 
+@pytest.mark.slow
 def test_prepared_again_after_a_kill_and_trained_on_from_every_format(tmp_path):
     check(tmp_path, Case(count=301, photos=30, shards=12, quick=True))
 

@@ -59,9 +59,8 @@ def value_and_grad(section, microbatches=1):
         pytest.param(
             {**CONTRASTIVE, "loss": "sigmoid", "mask_ratio": 0.5},
             id="sigmoid-masked",
-            marks=pytest.mark.slow,
         ),
-        pytest.param(COMPOSITE, id="softmax-and-mae"),
+        pytest.param(COMPOSITE, id="softmax-and-mae", marks=pytest.mark.slow),
     ],
 )
 def test_four_microbatches_equal_the_whole_batch(section):

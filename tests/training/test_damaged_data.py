@@ -80,6 +80,7 @@ def test_it_completes_and_resumes(kind, tmp_path):
     assert counts(resumed) == damage.COUNTS
 
 
+@pytest.mark.slow
 def test_all_damaged_ends_soon_with_one_line(tmp_path):
     rows = [{**row, "image": b"junk"} for row in corpora.examples(60)]
     data = corpora.config("webdataset", tmp_path, rows)

@@ -174,7 +174,7 @@ def test_a_leap_is_told_as_one(tmp_path):
     assert lines == ["warning: step 0 is skipped: train/loss leaps to 7.5"]
 
 
-@pytest.mark.parametrize("before", [0.0, 5.0])
+@pytest.mark.parametrize("before", [0.0, pytest.param(5.0, marks=pytest.mark.slow)])
 def test_the_rule_about_spikes_may_come_and_go_in_a_run(tmp_path, before):
     def setup(deviations):
         config = helpers.tiny_config()

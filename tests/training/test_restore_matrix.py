@@ -59,6 +59,7 @@ def check_pairs(reports, size, pairs):
             assert sum(pair["bytes"] for pair in found) == size, name
 
 
+@pytest.mark.slow
 def test_some_pairs_are_bit_identical(tmp_path, size):
     check_pairs(restored(tmp_path, "quick"), size, "quick")
 
