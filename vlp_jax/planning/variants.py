@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import ast
 import dataclasses
 import math
 import re
 import time
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 from jax.sharding import Mesh
@@ -89,32 +87,14 @@ def parse_variant(text: str) -> Variant:
 
 
 def with_overrides(config: ConfigDict, overrides: Sequence[str]) -> ConfigDict:
-    """A copy of `config` with `overrides`; components may be given arguments they do not name yet.
+    """A copy of `config` with `overrides`.
 
     Raises:
-      UserError: a key that does not exist outside of the components, or a value of another type.
+      UserError: see `config.override`.
     """
     config = config.copy_and_resolve_references()
-    for assignment in overrides:
-        path, _, text = assignment.partition("=")
-        *parents, key = path.split(".")
-        section: Any = config
-        for parent in parents:
-            section = section.get(parent) if isinstance(section, ConfigDict) else None
-        component = len(parents) and parents[0] in config_lib.COMPONENT_SECTIONS
-        if component and isinstance(section, ConfigDict) and section.get(key) is None:
-            with config.unlocked():  # whether there is such an argument is seen when it is built
-                section[key] = _literal(text)
-        else:
-            config_lib.override(config, [assignment])
+    config_lib.override(config, list(overrides))
     return config
-
-
-def _literal(text: str) -> Any:
-    try:
-        return ast.literal_eval(text)
-    except (SyntaxError, ValueError):
-        return text
 
 
 def with_depth(config: ConfigDict, depth: int) -> ConfigDict:
