@@ -68,6 +68,14 @@ def test_differences_are_of_the_same_seed():
         compare_settings.compare(records, ["loss"])
 
 
+def test_a_curve_is_smoothed_with_what_is_there():
+    steps, smooth = compare_settings.loss_curve(Run(1, 0.5))
+    assert list(steps) == list(range(20))
+    np.testing.assert_allclose(smooth[:13], 9)
+    np.testing.assert_allclose(smooth[13], (10 * 9 + 0.5) / 11)
+    np.testing.assert_allclose(smooth[-1], (4 * 9 + 0.5 + 1.5) / 6)
+
+
 def test_runs_are_trained_once(tmp_path, shapes_dir, capsys):
     command = ["--output", str(tmp_path), "--set", *SMALL, "--score", "zero_shot/top1"]
     command += ["--seeds", "3", "--variant", "same", "optimizer.name=muon"]

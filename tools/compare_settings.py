@@ -105,9 +105,8 @@ def config_of(file: str, assignments: Sequence[str], seed: int) -> ConfigDict:
 def loss_curve(record: RunRecord) -> tuple[np.ndarray, np.ndarray]:
     """(steps, loss) of a run, each point the mean of the logged ones around it."""
     steps, values = record.curve(LOSS)
-    width = 2 * SMOOTHING + 1
-    padded = np.pad(np.asarray(values), SMOOTHING, mode="edge")
-    return np.asarray(steps), np.convolve(padded, np.ones(width) / width, mode="valid")
+    around = (values[max(at - SMOOTHING, 0) : at + SMOOTHING + 1] for at in range(len(values)))
+    return np.asarray(steps), np.asarray([np.mean(window) for window in around])
 
 
 def figures_of(record: RunRecord, scores: Sequence[str]) -> dict[str, float]:
