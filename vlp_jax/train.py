@@ -83,7 +83,11 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, ConfigDict]:
     )
     parser.add_argument("--config", metavar="FILE[:ARG]", help="a config file, and its argument")
     parser.add_argument("--workdir", metavar="DIR", help="folder of the run; may be gs://...")
-    parser.add_argument("--config.KEY", metavar="VALUE", help="replaces a key, or gives a part an argument: --config.a.b=VALUE")
+    parser.add_argument(
+        "--config.KEY",
+        metavar="VALUE",
+        help="replaces a key, or gives a part an argument: --config.a.b=VALUE",
+    )
     parser.add_argument(
         "--profile", metavar="FIRST:LAST", type=parse_steps, help="traces these steps"
     )
