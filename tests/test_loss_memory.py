@@ -59,6 +59,9 @@ def test_faults_are_a_blocked_form_that_grows_and_a_plain_form_that_does_not():
     assert loss_memory.faults(good) == []
     assert loss_memory.faults([Line("softmax", "blocked", (100, 112, 90))])
     assert loss_memory.faults([Line("sigmoid", "plain", (100, 105))])
+    # Nothing in a TPU's main memory, or too much for it from the beginning.
+    assert Line("softmax", "blocked", (0, 0, 5)).ratios() == [1, 1, math.inf]
+    assert Line("softmax", "plain", (math.inf, math.inf)).ratios() == [1, 1]
 
 
 def test_the_command_fails_where_there_is_a_fault(monkeypatch, capsys):

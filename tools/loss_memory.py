@@ -49,8 +49,15 @@ class Line(NamedTuple):
     temporary: tuple[float, ...]
 
     def ratios(self) -> list[float]:
-        """Of each to that on the fewest devices."""
-        return [temporary / self.temporary[0] for temporary in self.temporary]
+        """Of each to that on the fewest devices (0 on a TPU if all of it fits beside the cores)."""
+        first = self.temporary[0]
+
+        def ratio(each: float) -> float:
+            if each == first:
+                return 1.0
+            return each / first if first else math.inf
+
+        return [ratio(each) for each in self.temporary]
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
