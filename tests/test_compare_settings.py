@@ -31,6 +31,8 @@ SMALL = [
         (["--variant", "a", "seed=1", "--variant", "a", "seed=2"], "two of that name"),
         (["--variant", "baseline", "seed=1"], "two of that name"),
         (["--variant", "a", "optimizer.nmae=adamw"], "unknown key 'nmae'"),
+        (["--variant", "a", "objective.quantizaton=fp8"], "unknown key 'quantizaton'"),
+        (["--variant", "a", "seed=1", "--score", "zeroshot/top1"], "has no such evaluator"),
     ],
 )
 def test_mistakes(tmp_path, capsys, arguments, message):

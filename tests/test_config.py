@@ -110,7 +110,13 @@ def test_an_argument_that_the_section_of_a_component_does_not_set(assignment, va
 
 
 @pytest.mark.parametrize(
-    "assignment", ["evaluators.zero=3", "objective.picture.width=3", "extra_data.more=3"]
+    "assignment",
+    [
+        "evaluators.zero_shot.every.step=5",
+        "evaluators.zero=3",
+        "objective.picture.width=3",
+        "extra_data.more=3",
+    ],
 )
 def test_a_section_cannot_be_added(assignment):
     with pytest.raises(UserError, match="unknown key"):
@@ -192,3 +198,41 @@ def test_a_config_of_an_earlier_version_gets_the_defaults_of_new_keys():
     assert config.optimizer.frozen == () and config.optimizer.layer_decay.image == 1.0
     assert config.prefetch == 2 and config.optimizer.b1 == 0.5
     assert config.objective.name == "contrastive"
+
+
+@dataclasses.dataclass
+class Part:
+    """A component whose arguments say what they take."""
+
+    flag: "bool" = True
+    count: "int" = 1
+    share: "float | None" = None
+    name_of_it: "str" = ""
+    size: "int | tuple[int, int]" = 3
+
+
+def make_part(flag: "bool" = True, count: "int" = 1, share: "float" = 0.5, mean: "tuple" = ()):
+    return tuple(mean)
+
+
+@pytest.mark.parametrize("constructor", [Part, make_part])
+@pytest.mark.parametrize(
+    ("key", "value", "name"),
+    [
+        ("flag", "no", "bool"),
+        ("count", 1.5, "int"),
+        ("count", True, "int"),
+        ("share", "a", "float"),
+    ],
+)
+def test_values_of_another_type(constructor, key, value, name):
+    with pytest.raises(UserError, match=f"^here.{key}={value!r}: not a value of type {name}$"):
+        config_lib.build(constructor, {key: value}, "here")
+
+
+def test_values_that_fit_or_are_not_checked():
+    built = config_lib.build(Part, {"share": 1, "count": 2, "size": (1, 2)}, "here")
+    assert built == Part(share=1, count=2, size=(1, 2))
+    assert config_lib.build(Part, {"share": None}, "here").share is None
+    with pytest.raises(UserError, match="^here: 'float' object is not iterable"):
+        config_lib.build(make_part, {"mean": 0.5}, "here")

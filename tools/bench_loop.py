@@ -29,6 +29,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from vlp_jax import config as config_lib
+from vlp_jax.benchmarking.arguments import check_arguments
 from vlp_jax.benchmarking.provenance import provenance
 from vlp_jax.observe.profiler import NullProfiler
 from vlp_jax.observe.progress import Progress
@@ -50,7 +51,7 @@ from vlp_jax.training.step import StepFunction, compile_step
 # Between turns: batches that wait, in tf.data and on the devices, are made again before a turn that
 # should not pay for them, and are used up before one that should.
 REFILL_SECONDS = 1.0
-BUFFERED = 8
+BUFFERED = 8  # batches that may lie ready, at most
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -60,7 +61,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=5, help="turns of each")
     parser.add_argument("--steps", type=int, default=40, help="steps of a turn")
     parser.add_argument("--json", metavar="FILE", help="also write the figures there")
-    return parser.parse_args(argv)
+    arguments = parser.parse_args(argv)
+    check_arguments(arguments, "rounds", "steps")
+    return arguments
 
 
 class LoopRunner:
@@ -168,7 +171,8 @@ class Turns:
 
     def loop(self, state: TrainState) -> tuple[TrainState, float]:
         """The loop with its input: the state after it, and its seconds."""
-        time.sleep(REFILL_SECONDS)
+        # What waits after a pause was read for nothing: as many steps as can use it are not timed.
+        state = self._runner(state, self._batches, BUFFERED)
         begin = time.perf_counter()
         state = self._runner(state, self._batches, self._steps)
         return state, time.perf_counter() - begin
@@ -262,9 +266,9 @@ def report(found: dict[str, Any], rounds: int) -> list[str]:
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit status."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    arguments = parse(argv)
 
     def command() -> None:
+        arguments = parse(argv)
         startup.initialize()
         startup.use_compilation_cache()
         config = config_lib.load(arguments.config)

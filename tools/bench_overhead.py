@@ -36,6 +36,9 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from vlp_jax import config as config_lib
+from vlp_jax.benchmarking.arguments import check_arguments
+from vlp_jax.errors import UserError
+from vlp_jax.models.variants import size_of
 from vlp_jax.observe.compilation import CompileWatch
 from vlp_jax.observe.profiler import NullProfiler
 from vlp_jax.observe.progress import NullProgress
@@ -44,7 +47,8 @@ from vlp_jax.observe.watchdog import NullWatchdog
 from vlp_jax.observe.writers import Writer, build_writers
 from vlp_jax.parallel import mesh as mesh_lib
 from vlp_jax.parallel.batch import put_batch
-from vlp_jax.planning.variants import with_depth
+from vlp_jax.planning.options import sections
+from vlp_jax.planning.variants import TOWERS, with_depth
 from vlp_jax.train import make_step_clock
 from vlp_jax.training.abstract_setup import abstract_setup
 from vlp_jax.training.command import run_command
@@ -74,17 +78,26 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--steps", type=int, default=200, help="steps of a turn of the loop")
     add("--json", metavar="FILE", help="also write the figures there")
     add("--compile-once", type=int, metavar="DEPTH", help=argparse.SUPPRESS)
-    return parser.parse_args(argv)
+    arguments = parser.parse_args(argv)
+    check_arguments(arguments, "rounds", "steps")
+    return arguments
 
 
 def narrow_config(file: str, depth: int | None) -> ConfigDict:
-    """The config with the sizes of a smoke test, but for its layers."""
+    """The config with the sizes of a smoke test, but for its layers: `depth`, or its own."""
     config = config_lib.load(file)
     small = config_lib.smoke(config).unlock()
     small.mesh = config_lib.base().mesh
     small.log.every.steps = 10
     small.duration.steps = 1_000_000
-    return with_depth(small, depth or DEPTHS[-1])
+    if depth:
+        return with_depth(small, depth)
+    for narrow, wide in zip(sections(small), sections(config), strict=True):
+        for tower in (name for name in TOWERS if isinstance(wide.get(name), ConfigDict)):
+            variant, own = wide[tower].get("variant"), wide[tower].get("depth")
+            depth = size_of(variant, depth=own).depth if variant else own
+            narrow[tower].depth = depth or narrow[tower].depth
+    return small
 
 
 def make_narrow_setup(file: str, depth: int | None) -> Setup:
@@ -136,13 +149,13 @@ def measure_warm_start(file: str, rounds: int) -> dict[str, Any]:
 
 
 def _in_new_process(file: str, cache: str) -> tuple[float, float]:
-    command = [sys.executable, "-m", "tools.bench_overhead", "--config", file]
+    command = [sys.executable, "-m", "tools.bench_overhead", "--config", str(Path(file).resolve())]
     command += ["--compile-once", str(DEPTHS[-1])]
     variables = {**os.environ, "JAX_COMPILATION_CACHE_DIR": cache, "JAX_PLATFORMS": "cpu"}
     root = Path(__file__).resolve().parent.parent
-    done = subprocess.run(
-        command, capture_output=True, text=True, env=variables, cwd=root, check=True
-    )
+    done = subprocess.run(command, capture_output=True, text=True, env=variables, cwd=root)
+    if done.returncode:
+        raise UserError(f"{' '.join(command)} ended with {done.returncode}: {done.stderr[-500:]}")
     return tuple(json.loads(done.stdout.splitlines()[-1]))
 
 
@@ -262,9 +275,9 @@ def _run(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit status."""
-    arguments = parse(sys.argv[1:] if argv is None else argv)
 
     def command() -> None:
+        arguments = parse(sys.argv[1:] if argv is None else argv)
         jax.config.update("jax_platforms", "cpu")
         # Else a step would be computed within its dispatch, and count as work of the host.
         jax.config.update("jax_cpu_enable_async_dispatch", True)

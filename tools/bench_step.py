@@ -29,6 +29,7 @@ from rich.console import Console
 from vlp_jax import config as config_lib
 from vlp_jax.benchmarking import contender as turns
 from vlp_jax.benchmarking import profile as profiles
+from vlp_jax.benchmarking.arguments import check_arguments
 from vlp_jax.benchmarking.jax_step import JaxStep
 from vlp_jax.benchmarking.peak import measure_peak
 from vlp_jax.benchmarking.peers import PEERS, check_peers, make_peer, uses_torch
@@ -77,10 +78,7 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, ConfigDict]:
     add("--profile", metavar="DIR", help="trace a few steps into DIR, and list the dearest kernels")
     overrides = [a.removeprefix("--config.") for a in argv if a.startswith("--config.")]
     arguments = parser.parse_args([a for a in argv if not a.startswith("--config.")])
-    for name in ("rounds", "steps", "batch", "devices"):
-        value = getattr(arguments, name)
-        if value is not None and value < 1:
-            raise UserError(f"--{name} is at least 1, not {value}")
+    check_arguments(arguments, "rounds", "steps", "batch", "devices")
     config = config_lib.load(arguments.config)
     config_lib.override(config, overrides)
     if arguments.batch:

@@ -36,9 +36,11 @@ from tools.demo import ROOT
 from tools.mae_then_clip import train_stage
 from vlp_jax import config as config_lib
 from vlp_jax.errors import UserError
+from vlp_jax.objectives import make_objective
 from vlp_jax.observe.pictures import draw_differences
 from vlp_jax.parallel import startup
 from vlp_jax.report.run_record import RunRecord
+from vlp_jax.training.abstract_setup import tokenizer_sizes
 from vlp_jax.training.command import run_command
 
 BASELINE = "baseline"
@@ -95,10 +97,21 @@ def variants_of(arguments: argparse.Namespace) -> dict[str, list[str]]:
     return variants
 
 
-def config_of(file: str, assignments: Sequence[str], seed: int) -> ConfigDict:
-    """The config of a run."""
+def config_of(
+    file: str, assignments: Sequence[str], seed: int, scores: Sequence[str]
+) -> ConfigDict:
+    """The config of a run.
+
+    Raises:
+      UserError: a key or a value that does not exist, or no evaluator for one of the scores.
+    """
     config = config_lib.load(file)
     config_lib.override(config, [*assignments, f"seed={seed}"])
+    make_objective(config.objective, tokenizer_sizes(config.tokenizer), config.microbatches)
+    for score in scores:
+        if score.partition("/")[0] not in config.evaluators:
+            known = ", ".join(config.evaluators)
+            raise UserError(f"--score {score}: the config has no such evaluator (it has: {known})")
     return config
 
 
@@ -172,7 +185,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Trains what is not finished, draws, writes settings.json; returns its content."""
     variants, output = variants_of(arguments), arguments.output
     configs = {  # all are checked before the first is trained
-        (name, seed): config_of(arguments.config, settings, seed)
+        (name, seed): config_of(arguments.config, settings, seed, arguments.score)
         for seed in arguments.seeds
         for name, settings in variants.items()
     }

@@ -23,6 +23,8 @@ from vlp_jax.defaults import DATA_DEFAULTS, base, duration
 from vlp_jax.errors import UserError, unknown_key_message
 
 BOOLEANS = {"true": True, "1": True, "false": False, "0": False}
+# What an argument that is annotated so takes. Arguments of other types are not checked here.
+PLAIN_TYPES = {"bool": (bool,), "int": (int,), "float": (int, float), "str": (str,)}
 DURATION_UNITS = ("steps", "examples", "epochs", "percent")
 # Sections whose keys are the arguments of what they name; each is checked where it is built.
 COMPONENT_SECTIONS = ("objective", "data", "extra_data", "tokenizer", "evaluators")
@@ -101,7 +103,7 @@ def override(config: ConfigDict, assignments: list[str]) -> None:
         if not equals:
             raise UserError(f"--config.{path} needs a value: --config.{path}=VALUE")
         section, key, where = _find(config, path)
-        if key not in section and _is_component(path):
+        if key not in section and _is_component(path) and not _is_duration(section):
             with config.unlocked():
                 section[key] = _literal(text)
             continue
@@ -142,6 +144,10 @@ def _is_component(path: str) -> bool:
     root, *keys = path.split(".")
     named = ("extra_data", "evaluators")  # sections of components, each by its name
     return root in COMPONENT_SECTIONS and len(keys) > (1 if root in named else 0)
+
+
+def _is_duration(section: ConfigDict) -> bool:
+    return all(unit in section for unit in DURATION_UNITS)
 
 
 def _literal(text: str) -> Any:
@@ -221,12 +227,14 @@ def _tuples(value: Any) -> Any:
 def build(constructor: Callable[..., Any], section: Mapping[str, Any], where: str, **more: Any):
     """`constructor(**section, **more)`; unknown and missing keys are a UserError that names them.
 
-    A key `name` in `section` selected the constructor and is left out.
+    So are values of another type, where the constructor says that it takes a bool, a number or a
+    text. A key `name` in `section` selected the constructor and is left out.
     """
     arguments = {key: value for key, value in section.items() if key != "name"}
     if dataclasses.is_dataclass(constructor):
         fields = {f.name: f for f in dataclasses.fields(constructor) if f.init}
         known = set(fields)
+        types = {name: f.type for name, f in fields.items()}
         absent = (dataclasses.MISSING,)
         required = {
             name
@@ -236,6 +244,7 @@ def build(constructor: Callable[..., Any], section: Mapping[str, Any], where: st
     else:
         parameters = inspect.signature(constructor).parameters
         known = set(parameters)
+        types = {n: p.annotation for n, p in parameters.items()}
         required = {n for n, p in parameters.items() if p.default is inspect.Parameter.empty}
     known, required = known - set(more), required - set(more)
     for key in arguments:
@@ -244,10 +253,22 @@ def build(constructor: Callable[..., Any], section: Mapping[str, Any], where: st
     missing = sorted(required - set(arguments))
     if missing:
         raise UserError(f"{where} lacks {', '.join(missing)}")
+    for key, value in arguments.items():
+        _check_type(f"{where}.{key}", value, types.get(key))
     try:
         return constructor(**arguments, **more)
-    except ValueError as error:
+    except (TypeError, ValueError) as error:
         raise UserError(f"{where}: {_first_line(error)}") from error
+
+
+def _check_type(where: str, value: Any, annotation: Any) -> None:
+    """Raises UserError if `annotation` names a type in `PLAIN_TYPES`, and `value` is of another."""
+    name = annotation.removesuffix(" | None") if isinstance(annotation, str) else ""
+    if name not in PLAIN_TYPES or value is None:
+        return
+    kinds = PLAIN_TYPES[name]
+    if not isinstance(value, kinds) or (isinstance(value, bool) and name != "bool"):
+        raise UserError(f"{where}={value!r}: not a value of type {name}")
 
 
 def select(table: Mapping[str, Any], section: Mapping[str, Any], where: str) -> Any:

@@ -1,5 +1,7 @@
 """The models that ours is measured beside do the same work: counted by PyTorch, not by us."""
 
+import types
+
 import jax
 import numpy as np
 import pytest
@@ -9,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from vlp_jax import config as config_lib
 from vlp_jax.benchmarking import open_clip_peer, timm_peer, transformers_peer
+from vlp_jax.benchmarking import peers as peers_lib
 from vlp_jax.benchmarking.jax_step import NOMINAL_EPOCH, fixed_batch
 from vlp_jax.benchmarking.peers import check_peers
 from vlp_jax.benchmarking.plain import PLAIN, plain_config
@@ -106,6 +109,21 @@ def test_the_scale_of_the_logits_stays_below_its_bound():
 def test_a_peer_without_a_model_for_the_objective_is_refused(peers, name, words):
     with pytest.raises(UserError, match=words):
         check_peers(peers, small_setup(name).objective)
+
+
+def test_what_a_peer_does_not_do_is_noted():
+    config = config_lib.load("configs/demo.py")
+    config_lib.override(config, ["objective.quantization=fp8", "microbatches=4"])
+    remat, quantization, parts = peers_lib.only_ours(config)
+    assert "ours has remat=dots" in remat and "not in fp8" in quantization and "in 4 parts" in parts
+    assert peers_lib.only_ours(plain_config(config_lib.load("configs/demo.py"))) == []
+
+
+def test_a_peer_trains_everything():
+    setup = small_setup("demo", ["optimizer.frozen=('image/.*',)"])
+    ours = types.SimpleNamespace(setup=setup, batch=None)
+    with pytest.raises(UserError, match="--peer open_clip trains all parameters"):
+        peers_lib.make_peer("open_clip", ours, None)
 
 
 def test_a_peer_that_is_not_installed_is_named(monkeypatch):

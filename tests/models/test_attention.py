@@ -1,5 +1,7 @@
 """Every way to compute attention against float64 NumPy, and what each does not hold."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -151,6 +153,12 @@ def test_shapes_that_the_kernel_does_not_hold(shape, words):
     x = jnp.zeros(shape, jnp.bfloat16)
     with pytest.raises(ValueError, match=words):
         attend(x, x, x, implementation="pallas")
+
+
+def test_cudnn_says_what_to_take_where_it_refuses():
+    x = jnp.zeros((2, 4, 2, 8))  # float32, and here is no cuDNN
+    with pytest.raises(ValueError, match="'cudnn' refuses: .*; take attention 'xla'"):
+        jax.eval_shape(functools.partial(attend, implementation="cudnn"), x, x, x)
 
 
 def test_an_unknown_name_is_refused():

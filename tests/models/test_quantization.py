@@ -8,7 +8,13 @@ import numpy as np
 import pytest
 
 from vlp_jax.models import layers
-from vlp_jax.models.quantization import dot_general_of, fp8_dot_general, quantize
+from vlp_jax.models.quantization import (
+    BACKWARD,
+    FORWARD,
+    dot_general_of,
+    fp8_dot_general,
+    quantize,
+)
 
 DIMS = (((1,), (0,)), ((), ()))
 
@@ -54,6 +60,18 @@ def test_zeros_and_numbers_that_are_none():
     assert factor == 1 and not np.asarray(value, np.float32).any()
     value, factor = quantize(jnp.array([1.0, jnp.nan]), jnp.float8_e4m3fn)
     assert np.isnan(np.float32(value)[1] * factor)  # the guard of a step sees it
+
+
+def test_the_least_numbers_give_no_nan():
+    """Gradients of a loss that is nearly zero are below what a factor can be divided by."""
+    for dtype in (FORWARD, BACKWARD):
+        for size in (1e-30, 1e-34, 1e-36, 1e-38):
+            quantized, factor = jax.jit(quantize, static_argnums=1)(jnp.full(4, size), dtype)
+            assert factor > 0 and np.isfinite(np.asarray(quantized, np.float32)).all()
+    a, b = jnp.ones((4, 8)), jnp.ones((8, 2))
+    _, pull = jax.vjp(lambda a, b: fp8_dot_general(a, b, (((1,), (0,)), ((), ()))), a, b)
+    for gradient in jax.jit(pull)(jnp.full((4, 2), 1e-35)):
+        np.testing.assert_allclose(gradient, 0, atol=1e-33)
 
 
 def test_an_encoder_has_the_same_parameters_and_is_near():

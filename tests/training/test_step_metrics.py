@@ -21,6 +21,7 @@ def test_they_are_those_of_the_step_and_leave_in_one_array():
         np.testing.assert_allclose(metrics[name], pair, rtol=1e-4, atol=1e-6)
         np.testing.assert_allclose(metrics.fetch()[name], pair, rtol=1e-4, atol=1e-6)
     assert state.step == 1
+    assert metrics.get("no such metric") is None and "loss" in metrics
 
 
 @pytest.mark.parametrize(("name", "chip"), [("pallas", "TPU"), ("cudnn", "GPU")])

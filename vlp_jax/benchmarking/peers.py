@@ -6,6 +6,8 @@ import dataclasses
 import importlib.util
 from collections.abc import Callable
 
+from ml_collections import ConfigDict
+
 from vlp_jax.benchmarking import open_clip_peer, timm_peer, transformers_peer
 from vlp_jax.benchmarking.contender import Contender
 from vlp_jax.benchmarking.jax_step import JaxStep
@@ -13,6 +15,7 @@ from vlp_jax.benchmarking.plain import NOTES, plain_config
 from vlp_jax.benchmarking.torch_step import Recipe, TorchStep
 from vlp_jax.errors import UserError, unknown_key_message
 from vlp_jax.objectives import Objective
+from vlp_jax.planning.options import sections
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +84,10 @@ def make_peer(name: str, ours: JaxStep, compile_torch: bool | None) -> Contender
         raise UserError(
             f"--peer {name} runs on one device, and ours on {len(devices)}: give --devices 1"
         )
+    if setup.config.optimizer.frozen:
+        raise UserError(f"--peer {name} trains all parameters, and optimizer.frozen holds some")
     recipe = TORCH_PEERS[name].recipe(setup.objective)
+    recipe = dataclasses.replace(recipe, notes=(*recipe.notes, *only_ours(setup.config)))
     return TorchStep(
         name,
         recipe,
@@ -92,6 +98,21 @@ def make_peer(name: str, ours: JaxStep, compile_torch: bool | None) -> Contender
         mean=setup.objective.model.image_mean,
         std=setup.objective.model.image_std,
     )
+
+
+def only_ours(config: ConfigDict) -> list[str]:
+    """What our step does and no peer of PyTorch does, in words."""
+    found = []
+    for section in sections(config):
+        if section.get("remat", "none") != "none":
+            found.append(f"it keeps all activations, ours has remat={section.remat}")
+        if section.get("quantization", "none") != "none":
+            found.append(f"its products are not in {section.quantization}, ours are")
+    if config.microbatches > 1:
+        found.append(f"it computes the batch at once, ours in {config.microbatches} parts")
+    if config.optimizer.ema_decay:
+        found.append("it keeps no average of its parameters, ours does")
+    return list(dict.fromkeys(found))
 
 
 def uses_torch(names: list[str]) -> bool:

@@ -8,8 +8,9 @@ from ml_collections import ConfigDict
 
 from vlp_jax.objectives import OBJECTIVES
 
-# Keys of `config.objective`, and of its parts, that change the speed or the memory of a step and
-# not its result: each at the value that does nothing. A new one is a line here.
+# Keys of `config.objective`, and of its parts, that say how a step is computed and not what (but
+# for rounding): each at the value that does nothing. A new one is a line here. Parts of the batch
+# (`config.microbatches`) stay: without them it may not fit.
 PLAIN = {
     "attention": "xla",
     "remat": "none",

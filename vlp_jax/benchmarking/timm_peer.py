@@ -43,6 +43,8 @@ def recipe(objective: Classification) -> Recipe:
             scores, batch[objective.label_field], label_smoothing=objective.label_smoothing
         )
 
+    if objective.model.image.activation not in ("gelu", "gelu_tanh"):
+        notes.append(f"its activation is gelu, ours {objective.model.image.activation}")
     return Recipe(build, loss, tuple(notes))
 
 

@@ -73,7 +73,6 @@ class TorchStep:
         torch.manual_seed(0)
         if on_gpu:
             torch.set_float32_matmul_precision("high")
-        begin = time.perf_counter()
         self._model = recipe.build().to(device).train()
         self._forward = torch.compile(self._model) if compiled else self._model
         self._optimizer = torch.optim.AdamW(
@@ -86,6 +85,9 @@ class TorchStep:
         )
         self._clip_norm = optimizer["clip_norm"]
         self._batch = {key: value.to(device) for key, value in to_tensors(batch, mean, std).items()}
+        if on_gpu:
+            torch.cuda.synchronize()
+        begin = time.perf_counter()
         self.run(1)
         self.facts: dict[str, Any] = {
             "parameters": sum(p.numel() for p in self._model.parameters()),

@@ -39,9 +39,17 @@ def _xla(query: Heads, key: Heads, value: Heads, lengths: Lengths, causal: bool)
 def _cudnn(query: Heads, key: Heads, value: Heads, lengths: Lengths, causal: bool) -> Heads:
     # Lengths and causality are told as such and not as a mask: that would become a bias, with which
     # cuDNN takes no odd lengths in training.
-    return jax.nn.dot_product_attention(
-        query, key, value, is_causal=causal, key_value_seq_lengths=lengths, implementation="cudnn"
-    )
+    try:
+        return jax.nn.dot_product_attention(
+            query,
+            key,
+            value,
+            is_causal=causal,
+            key_value_seq_lengths=lengths,
+            implementation="cudnn",
+        )
+    except (NotImplementedError, RuntimeError) as error:  # a dtype, a width, no cuDNN
+        raise ValueError(f"attention 'cudnn' refuses: {error}; take attention 'xla'") from error
 
 
 def _xla_bf16(query: Heads, key: Heads, value: Heads, lengths: Lengths, causal: bool) -> Heads:

@@ -67,10 +67,13 @@ def fp8_dot_general(
 def quantize(x: Float[Array, "*dims"], dtype: Any) -> tuple[Array, Float[Array, ""]]:
     """`x` divided by a factor so that its largest absolute value is the dtype's, and that factor.
 
-    An array of zeros has the factor 1. Values that are not finite stay so.
+    An array of zeros has the factor 1. Values that are not finite stay so. The factor of the least
+    numbers is the least one that is not flushed to zero, by which nothing could be divided.
     """
     largest = jnp.abs(x).max().astype(jnp.float32)
-    factor = jnp.where(largest > 0, largest / float(jnp.finfo(dtype).max), 1.0)
+    least = float(jnp.finfo(jnp.float32).tiny)
+    factor = jnp.maximum(largest / float(jnp.finfo(dtype).max), least)
+    factor = jnp.where(largest == 0, 1.0, factor)
     return (x.astype(jnp.float32) / factor).astype(dtype), factor
 
 

@@ -76,9 +76,10 @@ def abstract_state(
     Whatever in the optimizer's state has the shape of a parameter lies as that parameter does, and
     what else belongs to one is spread as `rules.leaf_sharding` spreads it.
     """
-    boxed = jax.eval_shape(lambda: objective.init(key_for(0, 0, PURPOSE_INIT), batch_spec))
+    with rules.use_mesh(mesh):  # what a device does not hold may be refused
+        boxed = jax.eval_shape(lambda: objective.init(key_for(0, 0, PURPOSE_INIT), batch_spec))
+        shapes = jax.eval_shape(lambda: _init(objective, optimizer, batch_spec, 0, with_ema, guard))
     shardings = rules.param_shardings(boxed, mesh)
-    shapes = jax.eval_shape(lambda: _init(objective, optimizer, batch_spec, 0, with_ema, guard))
     whole = mesh_lib.replicated(mesh)
 
     def place(leaf: Any, sharding: Any) -> jax.ShapeDtypeStruct:

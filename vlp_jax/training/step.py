@@ -90,6 +90,8 @@ class StepMetrics(Mapping[str, tuple[Any, Any]]):
         self.array = array
 
     def __getitem__(self, name: str) -> tuple[Any, Any]:
+        if name not in self._names:
+            raise KeyError(name)
         total, count = jax.device_get(self.array)[self._names.index(name)]
         return total, count
 

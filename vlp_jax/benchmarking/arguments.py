@@ -1,0 +1,25 @@
+"""What benchmarks ask of their arguments before anything is measured."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from vlp_jax.errors import UserError
+
+
+def check_arguments(arguments: argparse.Namespace, *counts: str) -> None:
+    """Looks at numbers that may not be below 1, and at where `--json` is to be written.
+
+    Args:
+      counts: names of the numbers; one that is None is left alone.
+
+    Raises:
+      UserError: one is below 1, or there is no such folder.
+    """
+    for name in counts:
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name.replace('_', '-')} is at least 1, not {value}")
+    if arguments.json and not Path(arguments.json).absolute().parent.is_dir():
+        raise UserError(f"--json {arguments.json}: its folder does not exist")
