@@ -94,7 +94,7 @@ def narrow_config(file: str, depth: int | None) -> ConfigDict:
         return with_depth(small, depth)
     for narrow, wide in zip(sections(small), sections(config), strict=True):
         for tower in (name for name in TOWERS if isinstance(wide.get(name), ConfigDict)):
-            variant, own = wide[tower].get("variant"), wide[tower].get("depth")
+            variant, own = wide[tower].get("variant", "").split("/")[0], wide[tower].get("depth")
             depth = size_of(variant, depth=own).depth if variant else own
             narrow[tower].depth = depth or narrow[tower].depth
     return small
