@@ -1,8 +1,11 @@
 """tools.bench_loss: the figures of both forms, and what it calls a fault."""
 
 import json
+import math
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from tools import bench_loss
@@ -32,3 +35,22 @@ def test_a_limit_that_is_not_held_is_a_fault(capsys):
     limits = ("--most-time-ratio", "1e9", "--least-memory-ratio", "1e6")
     assert bench_loss.main([*SMALL, *limits, "--rounds", "1"]) == 1
     assert "the plain form needs only" in capsys.readouterr().err
+
+
+def test_nan_anywhere_is_a_difference():
+    def result(**changed):
+        parts = {"loss": 1.0, "hits": 0.0, "image": np.ones(3), "text": np.ones(3), **changed}
+        parts = {name: jnp.asarray(part) for name, part in parts.items()}
+        last = jnp.ones(()), jnp.zeros(())
+        return (parts["loss"], parts["hits"]), (parts["image"], parts["text"], *last)
+
+    assert bench_loss.difference(result(), result()) == 0  # no hits in either
+    assert bench_loss.difference(result(), result(text=np.full(3, 1.5))) == 0.5
+    for name in ("loss", "image", "text"):
+        assert math.isnan(bench_loss.difference(result(), result(**{name: np.full(3, np.nan)})))
+
+
+@pytest.mark.parametrize("argument", ["--rounds", "--block-size", "--dim"])
+def test_mistakes_are_one_line(argument, capsys):
+    assert bench_loss.main([*SMALL, argument, "0"]) == 2
+    assert f"{argument} is at least 1" in capsys.readouterr().err

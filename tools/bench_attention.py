@@ -22,8 +22,11 @@ import jax.numpy as jnp
 from rich.console import Console
 from rich.table import Table
 
+from vlp_jax.benchmarking.arguments import check_arguments
 from vlp_jax.benchmarking.contender import StepTimer
 from vlp_jax.benchmarking.provenance import provenance
+from vlp_jax.errors import UserError
+from vlp_jax.models.attention import ATTENTIONS
 from vlp_jax.models.heads import MultiHeadAttention
 from vlp_jax.training.command import run_command
 
@@ -107,6 +110,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.add_argument("--batch", type=int, default=64, metavar="N", help="default 64")
         parser.add_argument("--json", metavar="FILE", help="also write the figures there")
         arguments = parser.parse_args(argv)
+        check_arguments(arguments, "batch")
+        for name in arguments.backend:
+            if name not in ATTENTIONS:
+                raise UserError(f"--backend {name}: known are {', '.join(ATTENTIONS)}")
         found = probe(arguments.backend, arguments.batch)
         table = Table(title=f"ms, forward and backward, batch {arguments.batch}")
         for name in ("shape", *arguments.backend):

@@ -37,6 +37,7 @@ import jax
 
 from tools.plan import Waiting, versions
 from vlp_jax import config as config_lib
+from vlp_jax.benchmarking.arguments import check_arguments
 from vlp_jax.errors import UserError
 from vlp_jax.planning.micro_programs import MICRO_SETS, measure_micro
 from vlp_jax.planning.target import Target, make_target
@@ -186,6 +187,17 @@ def refused_gathers(names: Sequence[str], found: Sequence[Measured]) -> list[str
     return lines
 
 
+def check_micro(arguments: argparse.Namespace, overrides: list[str]) -> None:
+    """Raises UserError for options that a set of small programs does not take."""
+    names = ("config", "variant", "base", "depth", "epoch_examples", "no_embedding_gathers")
+    given = [f"--{name.replace('_', '-')}" for name in names if getattr(arguments, name)]
+    if given or overrides:
+        option = given[0] if given else f"--config.{overrides[0]}"
+        raise UserError(f"{option} does nothing for the small programs of --set {arguments.set}")
+    if len(arguments.batch_per_chip) > 1:
+        raise UserError(f"--set {arguments.set} takes one --batch-per-chip")
+
+
 def report(argv: Sequence[str]) -> int:
     """Compiles, prints and writes; returns the exit status.
 
@@ -193,6 +205,11 @@ def report(argv: Sequence[str]) -> int:
       UserError: a mistake in the arguments or the config.
     """
     arguments, overrides = parse(argv)
+    check_arguments(arguments)
+    if arguments.markdown and not Path(arguments.markdown).absolute().parent.is_dir():
+        raise UserError(f"--markdown {arguments.markdown}: its folder does not exist")
+    if any(size < 1 for size in arguments.batch_per_chip):
+        raise UserError("--batch-per-chip is at least 1")
     if arguments.list:
         print(list_sets())
         return 0
@@ -203,6 +220,7 @@ def report(argv: Sequence[str]) -> int:
     if not target.compiles:
         raise UserError(f"there is no compiler here for {target.name}: give a TPU topology")
     if arguments.set in MICRO_SETS:
+        check_micro(arguments, overrides)
         batch = (arguments.batch_per_chip or [MICRO_BATCH])[0]
         micro = [measure_micro(one, target) for one in MICRO_SETS[arguments.set](batch)]
         table, refused = micro_markdown(micro), []

@@ -30,8 +30,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from tools.loss_memory import MIB, plain_loss, temporary_bytes
+from vlp_jax.benchmarking.arguments import check_arguments
 from vlp_jax.objectives.blocked import blocked_loss
 from vlp_jax.objectives.pairwise import PAIRWISE_LOSSES
 from vlp_jax.parallel import mesh as mesh_lib
@@ -57,7 +59,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--most-time-ratio", type=float, default=1.1, help="blocked / plain")
     parser.add_argument("--most-difference", type=float, default=1e-5, help="of the numbers")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures there")
-    return parser.parse_args(argv)
+    arguments = parser.parse_args(argv)
+    check_arguments(arguments, "memory_batch", "time_batch", "dim", "block_size", "rounds")
+    return arguments
 
 
 def measure(arguments: argparse.Namespace, name: str) -> dict[str, float]:
@@ -120,10 +124,11 @@ def difference(one: Any, other: Any) -> float:
         (loss, hits), (image, text, scale, bias) = result
         return [loss, hits, image, text, jnp.stack([scale, bias])]
 
-    return max(
-        float(jnp.abs(a - b).max() / jnp.abs(a).max())
+    differences = [
+        jnp.where((a == b).all(), 0, jnp.abs(a - b).max() / jnp.abs(a).max())
         for a, b in zip(arrays(one), arrays(other), strict=True)
-    )
+    ]
+    return float(np.max(differences))  # NaN if one of them is
 
 
 def faults(name: str, found: dict[str, float], arguments: argparse.Namespace) -> list[str]:
@@ -140,10 +145,10 @@ def faults(name: str, found: dict[str, float], arguments: argparse.Namespace) ->
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit status."""
-    arguments = parse(sys.argv[1:] if argv is None else argv)
     wrong: list[str] = []
 
     def command() -> None:
+        arguments = parse(sys.argv[1:] if argv is None else argv)
         # A program from the cache may come without its figures.
         jax.config.update("jax_enable_compilation_cache", False)
         figures = {}

@@ -24,7 +24,6 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from importlib import metadata
 from pathlib import Path
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
@@ -34,12 +33,14 @@ from ml_collections import ConfigDict
 from rich.console import Console
 
 from vlp_jax import config as config_lib
+from vlp_jax.benchmarking.arguments import check_arguments
 from vlp_jax.errors import UserError
 from vlp_jax.planning.options import Options
 from vlp_jax.planning.plan import make_plan, make_setup_for
 from vlp_jax.planning.report import Findings, as_json, as_table
 from vlp_jax.planning.target import make_target
 from vlp_jax.training.command import run_command
+from vlp_jax.versions import versions as package_versions
 
 DOES_NOT_FIT = 1
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "libtpu")
@@ -83,6 +84,7 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, ConfigDict]:
     add("--json", metavar="FILE", help="write all figures to FILE; - for stdout, in its place")
     overrides = [a.removeprefix("--config.") for a in argv if a.startswith("--config.")]
     arguments = parser.parse_args([a for a in argv if not a.startswith("--config.")])
+    check_arguments(arguments)
     if arguments.mfu is not None and not 0 < arguments.mfu <= 1:
         raise UserError(f"--mfu is a share of the peak, above 0 and at most 1, not {arguments.mfu}")
     if arguments.price_per_chip_hour is not None and arguments.price_per_chip_hour < 0:
@@ -113,12 +115,9 @@ class Waiting:
 
 
 def versions() -> dict[str, str]:
-    """Of the packages that a plan depends on, as far as they are installed."""
-    found = {}
-    for package in PACKAGES:
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            found[package] = metadata.version(package)
-    return found
+    """Of what decides a plan, as far as it is installed."""
+    found = package_versions(PACKAGES)
+    return {name: found[name] for name in PACKAGES if name in found}
 
 
 def find(arguments: argparse.Namespace, config: ConfigDict) -> Findings:

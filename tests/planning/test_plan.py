@@ -139,6 +139,15 @@ def test_a_state_that_is_too_large_for_all_devices_needs_more_of_them(plan):
     assert "mesh.fsdp=-1" in shard and more.endswith(f"needs at least {chips}")
 
 
+def test_a_state_that_is_too_large_for_a_device_is_to_be_sharded_where_nothing_compiles(plan):
+    chip = dataclasses.replace(target.TPUS["v5e"], hbm_bytes=plan.state.device - 1)
+    where = dataclasses.replace(plan.target, chip=chip, compiles=False, name="gpu:x8")
+    plan = dataclasses.replace(plan, target=where, memory=None)
+    assert plan.fits is False and plan.needed is None
+    [line] = options.advice(plan)
+    assert "mesh.fsdp=-1" in line
+
+
 def test_batches_that_wait_count_too(plan):
     batch = 512 * (64 * 64 * 3 + 4 * plan.setup.batch_spec["text"].shape[1]) // 8
     assert plan.waiting == 2 * batch

@@ -4,16 +4,19 @@ import dataclasses
 import json
 from pathlib import Path
 
+import jax
 import pytest
 
 from tools import bench_compile
 from vlp_jax import config as config_lib
 from vlp_jax.errors import UserError
-from vlp_jax.planning import target, variant_report, variants
+from vlp_jax.parallel.mesh import make_mesh
+from vlp_jax.planning import hlo, target, traffic, variant_report, variants
 from vlp_jax.planning.chips import TPUS
 from vlp_jax.planning.micro_programs import MICRO_SETS
 from vlp_jax.planning.variant_sets import SETS
 from vlp_jax.planning.variants import Measured, Variant
+from vlp_jax.training.abstract_setup import abstract_setup
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 CONFIG = str(ROOT / "configs" / "debug_cpu.py")
@@ -145,11 +148,45 @@ def test_the_lists_have_names_and_a_base(capsys):
     [
         (["--set", "remat"], "--topology is missing"),
         (["--topology", "cpu:8", "--set", "remat"], "no compiler here"),
+        (["--topology", "v5e:2x2", "--set", "remat", "--batch-per-chip", "0"], "at least 1"),
+        (["--topology", "v5e:2x2", "--set", "remat", "--json", "no/dir/x"], "does not exist"),
     ],
 )
 def test_mistakes_are_one_line_that_says_what_to_do(capsys, arguments, words):
     assert bench_compile.main(["--config", CONFIG, *arguments]) == 2
     assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--no-embedding-gathers", "ring"], "--no-embedding-gathers does nothing"),
+        (["--config.seed=1"], "--config.seed=1 does nothing"),
+        (["--batch-per-chip", "1", "2"], "takes one --batch-per-chip"),
+    ],
+)
+def test_small_programs_take_no_options_of_a_step(arguments, words):
+    parsed = bench_compile.parse(["--set", "patch", *arguments])
+    with pytest.raises(UserError, match=words):
+        bench_compile.check_micro(*parsed)
+
+
+def test_a_gather_that_may_be_of_parameters_is_told_as_such():
+    config = config_lib.load(CONFIG)
+    setup = abstract_setup(config, make_mesh({"replica": 8}))
+    width = config.objective.embed_dim
+    rows = config.batch_size // 8
+
+    def gather(*dims):
+        array = hlo.Array("f32", dims, 0, (1, 0), ())
+        return traffic.Collective("all-gather", "x", ("replica",), 1, 1.0, (), (array,))
+
+    (line,) = variants.embedding_gathers([gather(2 * rows, width)], setup)
+    assert line == f"all-gather f32[{2 * rows},{width}] x 1"
+    leaf = jax.ShapeDtypeStruct((2 * rows, width), "float32")
+    setup = dataclasses.replace(setup, abstract=(setup.abstract, leaf))
+    (line,) = variants.embedding_gathers([gather(2 * rows, width)], setup)
+    assert line.endswith("(or of parameters: another --batch-per-chip tells)")
 
 
 def test_variants_that_are_not_there_are_named():

@@ -3,7 +3,10 @@
 import errno
 import json
 import os
+import socket
 import subprocess
+import sys
+from pathlib import Path
 
 import helpers
 import jax
@@ -14,6 +17,8 @@ from etils import epath
 from vlp_jax.errors import CannotSave, UserError
 from vlp_jax.training import checkpoint_files
 from vlp_jax.training.checkpoint import Checkpointer
+
+ROOT = Path(__file__).resolve().parent.parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -182,6 +187,76 @@ def test_nothing_is_begun_where_there_is_no_room(saved, state, told, monkeypatch
         assert checkpointer.steps() == [1, 2, 3]
     [line] = told
     assert "1,000 bytes are free" in line
+
+
+def test_a_directory_that_cannot_be_looked_at_is_a_save_that_fails(saved, state, told, monkeypatch):
+    def stale(directory):
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+    monkeypatch.setattr(checkpoint_files, "free_bytes", stale)
+    with Checkpointer(saved, keep_last=3, tell=told.append) as checkpointer:
+        checkpointer.save(4, state, {"position": 4})
+        assert checkpointer.steps() == [1, 2, 3] and checkpointer.failed == 1
+    [line] = told
+    assert "cannot be looked at" in line and "newest is of step 3" in line
+
+
+FAILS_ON_ONE = """
+import sys
+import jax, jax.numpy as jnp
+import orbax.checkpoint as ocp
+from jax.sharding import NamedSharding, PartitionSpec
+from orbax.checkpoint._src.multihost import multihost
+from vlp_jax.parallel import agreement, startup
+from vlp_jax.training.checkpoint import Checkpointer
+
+folder, port, me = sys.argv[1], sys.argv[2], int(sys.argv[3])
+startup.initialize(f"127.0.0.1:{port}", 2, me, expected=2)
+mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+spread = NamedSharding(mesh, PartitionSpec("data"))
+state = {"a": jax.jit(lambda: jnp.arange(8.0), out_shardings=spread)()}
+
+multihost._DEFAULT_BARRIER_TIMEOUT = 5  # seconds; 300
+whole = ocp.StandardCheckpointHandler.async_save
+
+async def raises(*arguments, **more):
+    raise OSError("the copy failed")
+
+told = []
+with Checkpointer(folder, tell=told.append) as checkpointer:
+    if me == 1:
+        ocp.StandardCheckpointHandler.async_save = raises
+    checkpointer.save(1, state, {"position": 1})
+    ocp.StandardCheckpointHandler.async_save = whole
+    assert agreement.gather("met") == ["met", "met"]  # nobody is a message ahead of the other
+    checkpointer.wait()
+    [line] = told
+    assert "step 1 could not be saved" in line, line
+    checkpointer.save(2, state, {"position": 2})
+    checkpointer.finish(2)
+    assert checkpointer.steps() == [2] and len(told) == 1, told
+print("done")
+"""
+
+
+def test_a_save_that_fails_on_one_of_two_processes(tmp_path):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    jobs = [
+        subprocess.Popen(
+            [sys.executable, "-c", FAILS_ON_ONE, str(tmp_path), port, str(index)],
+            cwd=ROOT,
+            env={**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for index in range(2)
+    ]
+    for job in jobs:
+        output = job.communicate(timeout=240)[0]
+        assert job.returncode == 0 and output.endswith("done\n"), output
 
 
 def mounted(directory, *options):

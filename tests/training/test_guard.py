@@ -8,6 +8,7 @@ import helpers
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from vlp_jax.errors import NotFinite, UserError
@@ -37,6 +38,10 @@ class Poisoned:
         return loss * poison, {**metrics, "loss": (total * poison, count)}
 
 
+def is_schedule(part):
+    return isinstance(part, optax.ScaleByScheduleState)
+
+
 def marked(batch, value):
     batch["image"][0, 0, 0, 0] = value
     return batch
@@ -61,10 +66,18 @@ def test_a_step_that_is_not_finite_changes_nothing_but_the_number(optimizer):
         assert all(jax.tree.leaves(same)) == (value == 255)
         for part in ("opt_state", "ema"):
             if value == 255:
-                jax.tree.map(
-                    np.testing.assert_array_equal, getattr(after, part), getattr(before, part)
+                differ = jax.tree_util.tree_map_with_path(
+                    lambda path, a, b: None if np.array_equal(a, b) else path[-1],
+                    getattr(after, part),
+                    getattr(before, part),
                 )
+                names = {str(name) for name in jax.tree.leaves(differ)}
+                assert names == ({".count"} if part == "opt_state" else set())
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(jax.device_get(state.params)))
+    # The learning rate goes on with the steps, as the metric says.
+    schedules = jax.tree.leaves(state.opt_state, is_leaf=is_schedule)
+    counts = [int(part.count) for part in schedules if is_schedule(part)]
+    assert counts and set(counts) == {4}
 
 
 def test_a_leap_of_the_loss_is_skipped_and_not_remembered():

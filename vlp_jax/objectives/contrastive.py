@@ -183,6 +183,12 @@ def _check_loss(loss: str, form: str, block_size: int) -> None:
         raise ValueError(f"loss_block_size is at least 1, not {block_size}")
 
 
+def _check_scale(init: float | None, most: float | None) -> None:
+    for name, value in (("logit_scale_init", init), ("max_logit_scale", most)):
+        if value is not None and not (value > 0 or (value == 0 and name == "max_logit_scale")):
+            raise ValueError(f"{name} is above 0, not {value}")
+
+
 def _from_tokenizer(tokenizer: Any) -> dict[str, int]:
     """The fields of a text tower that its tokenizer decides."""
     if tokenizer is None:
@@ -231,6 +237,7 @@ def make_contrastive(
       ValueError: an unknown loss, form, dtype, variant or pooling, or a block size below 1.
     """
     _check_loss(loss, loss_form, loss_block_size)
+    _check_scale(logit_scale_init, max_logit_scale)
     shared = compute_fields(dtype, scan_layers, remat, attention, quantization)
     defaults = {"softmax": (1 / 0.07, None), "sigmoid": (10.0, -10.0)}[loss]
     scale = defaults[0] if logit_scale_init is None else logit_scale_init

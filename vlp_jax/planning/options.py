@@ -127,6 +127,8 @@ def advice(plan: Plan) -> list[str]:
         chips = math.ceil(plan.state.total / available)
         lines.append(f"take more devices: the state alone needs at least {chips}")
         return lines
+    if plan.memory is None:  # nothing was compiled: it is the state that does not fit
+        return lines
     own = remat_of(config)
     order = [NO_REMAT, *sorted(COMPARABLE, key=lambda name: name == "full")]
     after = order[order.index(own) + 1 :] if own in order else []

@@ -201,15 +201,22 @@ def embedding_gathers(found: Sequence[traffic.Collective], setup: Setup) -> tupl
     """The collectives of a step that bring a device the embeddings of the other devices.
 
     They are known by their shape: examples of several devices by the width of the embedding
-    (`objective.embed_dim`). A parameter, or a layer of a stack, of just this shape is none.
+    (`objective.embed_dim`). Where a parameter, or a layer of a stack, has just this shape too, the
+    words say so: a batch of another size tells them apart.
     """
     widths = {s.get("embed_dim") for s in sections(setup.config)} - {None}
     shards = _shards(setup.mesh)
     rows = setup.config.batch_size // shards
     shapes = [leaf.shape for leaf in jax.tree.leaves(setup.abstract)]
     shapes += [shape[1:] for shape in shapes]
-    return tuple(
-        line
-        for width in sorted(widths)
-        for line in traffic.gathered_rows(list(found), rows, width, shards, shapes)
-    )
+    lines: list[str] = []
+    for width in sorted(widths):
+        clear = traffic.gathered_rows(list(found), rows, width, shards, shapes)
+        every = traffic.gathered_rows(list(found), rows, width, shards)
+        lines += clear
+        lines += [
+            f"{line} (or of parameters: another --batch-per-chip tells)"
+            for line in every
+            if line not in clear
+        ]
+    return tuple(lines)

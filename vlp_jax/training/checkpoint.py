@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import uuid
 from collections.abc import Callable, Iterator, Mapping
@@ -23,6 +24,7 @@ from vlp_jax.training.state import TrainState
 # system's words, RuntimeError from the threads that write.
 SAVE_ERRORS = (OSError, ValueError, RuntimeError, TimeoutError)
 _log = logging.getLogger("vlp_jax.training")
+_openings = itertools.count()  # of managers, the same on all processes
 
 
 class Checkpointer:
@@ -84,7 +86,7 @@ class Checkpointer:
         self._manager = self._open()
 
     def _open(self) -> ocp.CheckpointManager:
-        several = _processes()
+        several = _processes(next(_openings))
         try:
             return ocp.CheckpointManager(
                 self._directory,
@@ -160,7 +162,9 @@ class Checkpointer:
             )
         except SAVE_ERRORS as caught:
             error = caught
-        if error is not None or not self._asynchronous:
+            self._barrier.fail(str(error))  # the others need not wait
+        failed = any(agreement.gather(error is not None))
+        if failed or not self._asynchronous:
             self._settle(error)
 
     def poll(self) -> None:
@@ -240,16 +244,20 @@ class Checkpointer:
         self._tell(f"warning: {what}; failure {self._in_a_row} of {self._max_failed} in a row")
 
     def _check_room(self, state: TrainState) -> None:
-        """Raises UserError if there is certainly no room, before half of a checkpoint is written.
+        """Raises UserError if there is certainly no room, before half of a checkpoint is written;
+        so too if the directory cannot be looked at.
 
         Numbers are compressed, so that less may do than they take in memory: most of what the
         newest checkpoint took is asked for.
         """
-        newest, free = self.latest_step(), checkpoint_files.free_bytes(self._directory)
-        if newest is None:
-            likely = sum(leaf.nbytes for leaf in jax.tree.leaves(state)) // 2
-        else:
-            likely = checkpoint_files.size_of(self._directory / str(newest)) * 4 // 5
+        newest = self.latest_step()
+        likely = sum(leaf.nbytes for leaf in jax.tree.leaves(state)) // 2
+        try:
+            free = checkpoint_files.free_bytes(self._directory)
+            if newest is not None:
+                likely = checkpoint_files.size_of(self._directory / str(newest)) * 4 // 5
+        except OSError as error:
+            raise UserError(f"{self._directory} cannot be looked at: {error}") from error
         if free is not None and free < likely:
             raise UserError(
                 f"{free:,} bytes are free in {self._directory} and about {likely:,} are needed"
@@ -325,17 +333,19 @@ def mend(checkpoints: epath.Path) -> Iterator[str]:
         yield f"warning: the checkpoint of step {step} is damaged ({what}); moved to {kept}"
 
 
-def _processes() -> ocp.options.MultiprocessingOptions:
+def _processes(opening: int) -> ocp.options.MultiprocessingOptions:
     """Has Orbax wait for other processes through JAX's coordination service.
 
-    Without it, it uses collectives on the devices, which get mixed up with a step under way.
+    Without it, it uses collectives on the devices, which get mixed up with a step under way. Orbax
+    counts its barriers by name: where a save has failed on some processes alone, they have come to
+    fewer than the others, so each `opening` has names of its own.
     """
     if jax.process_count() == 1:
         return ocp.options.MultiprocessingOptions()
     return ocp.options.MultiprocessingOptions(
         primary_host=0,
         active_processes=set(range(jax.process_count())),
-        barrier_sync_key_prefix="vlp_jax",
+        barrier_sync_key_prefix=f"vlp_jax_{opening}",
     )
 
 

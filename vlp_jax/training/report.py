@@ -119,10 +119,13 @@ class StepReport:
             return
         self._writer.write_scalars(step, scalars)
         first = step - self.skipped_in_a_row + 1
-        file = self._keep_examples(range(first, step + 1))
+        try:
+            named = f"are named in {self._keep_examples(range(first, step + 1))}"
+        except OSError as error:
+            named = f"could not be written down ({error})"
         raise NotFinite(
             f"{what} at step {step}, the last of {self.skipped_in_a_row} that were skipped in a "
-            f"row; their examples are named in {file}. The last checkpoint is of before them: "
+            f"row; their examples {named}. The last checkpoint is of before them: "
             "start the run again; if it comes here once more, lower the learning rate, lengthen "
             "the warm-up, or look at these examples"
         )

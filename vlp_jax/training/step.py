@@ -35,7 +35,7 @@ def make_step(
 
     The metrics are the objective's, the learning rate, the global norms of gradient, update and
     parameters, and whether the step was skipped. A skipped step leaves all of the state as it is,
-    but for its number, so that the next one is of the next batch.
+    but for its number and that of the learning rate's schedule: the next one is of the next batch.
 
     Args:
       frozen: regular expressions of the paths of parameters that stay as they are. The loss is not
@@ -60,7 +60,9 @@ def make_step(
         grad_norm = optax.tree.norm(grads)
         ahead, memory = guard(state.guard, value, grad_norm)
         before = (state.params, state.opt_state, state.ema)
+        scheduled = opt_state
         params, opt_state, ema = choose(ahead, (params, opt_state, ema), before)
+        opt_state = _with_schedules_of(opt_state, scheduled)
         one = jnp.float32(1)
         own = {
             "learning_rate": (schedule(state.step), one),
@@ -73,6 +75,21 @@ def make_step(
         return state, {**metrics, **own}
 
     return step
+
+
+def _with_schedules_of(opt_state: Any, ahead: Any) -> Any:
+    """`opt_state` with the steps that `ahead` has counted for its learning rates.
+
+    A step that is skipped counts for them: else the rate would lag behind the run.
+    """
+
+    def is_schedule(part: Any) -> bool:
+        return isinstance(part, optax.ScaleByScheduleState)
+
+    def pick(part: Any, counted: Any) -> Any:
+        return counted if is_schedule(part) else part
+
+    return jax.tree.map(pick, opt_state, ahead, is_leaf=is_schedule)
 
 
 class StepMetrics(Mapping[str, tuple[Any, Any]]):
