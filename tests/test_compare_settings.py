@@ -78,6 +78,7 @@ def test_a_curve_is_smoothed_with_what_is_there():
     np.testing.assert_allclose(smooth[-1], (4 * 9 + 0.5 + 1.5) / 6)
 
 
+@pytest.mark.slow
 def test_runs_are_trained_once(tmp_path, shapes_dir, capsys):
     command = ["--output", str(tmp_path), "--set", *SMALL, "--score", "zero_shot/top1"]
     command += ["--seeds", "3", "--variant", "same", "optimizer.name=muon"]
