@@ -20,8 +20,8 @@ PRODUCTS = {"none": 24, "full": 31, "dots": 26, "names": 26, "names_lean": 27, "
 BIASES = 6  # each of whose gradients is a product with ones
 
 
-def gradient(remat, scan_layers=True):
-    encoder = layers.Encoder(2, 2, 32, remat=remat, scan_layers=scan_layers)
+def gradient(remat, scan_layers=True, dtype=jnp.float32):
+    encoder = layers.Encoder(2, 2, 32, remat=remat, scan_layers=scan_layers, dtype=dtype)
     x = jax.random.normal(jax.random.key(0), (2, 5, 16))
     params = nn.unbox(layers.Encoder(2, 2, 32, scan_layers=scan_layers).init(KEY, x))
     return (lambda p: jnp.square(encoder.apply(p, x)).sum()), params
@@ -44,9 +44,10 @@ def test_gradients_are_those_without(remat):
 
 @pytest.mark.parametrize("remat", ["none", *REMAT_POLICIES])
 def test_products_that_are_done_again(remat):
-    loss, params = gradient(remat)
-    text = str(jax.make_jaxpr(jax.grad(loss))(params))
-    assert text.count("dot_general[") == PRODUCTS[remat] + BIASES
+    for dtype, biases in ((jnp.float32, 0), (jnp.bfloat16, BIASES)):
+        loss, params = gradient(remat, dtype=dtype)
+        text = str(jax.make_jaxpr(jax.grad(loss))(params))
+        assert text.count("dot_general[") == PRODUCTS[remat] + biases
 
 
 def test_offloaded_activations_go_to_the_host_and_back():
