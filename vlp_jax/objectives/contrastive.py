@@ -176,17 +176,17 @@ def _check_known(what: str, name: str, known: Iterable[str]) -> None:
         raise ValueError(f"unknown {what} {name!r} (known: {', '.join(known)})")
 
 
-def _check_loss(loss: str, form: str, block_size: int) -> None:
+def _check_loss(
+    loss: str, form: str, block_size: int, scale: float | None, most: float | None
+) -> None:
     _check_known("loss", loss, PAIRWISE_LOSSES)
     _check_known("loss_form", form, LOSS_FORMS)
     if block_size < 1:
         raise ValueError(f"loss_block_size is at least 1, not {block_size}")
-
-
-def _check_scale(init: float | None, most: float | None) -> None:
-    for name, value in (("logit_scale_init", init), ("max_logit_scale", most)):
-        if value is not None and not (value > 0 or (value == 0 and name == "max_logit_scale")):
-            raise ValueError(f"{name} is above 0, not {value}")
+    if scale is not None and scale <= 0:
+        raise ValueError(f"logit_scale_init is above 0, not {scale}")
+    if most is not None and most < 0:
+        raise ValueError(f"max_logit_scale is above 0, or 0 for no bound, not {most}")
 
 
 def _from_tokenizer(tokenizer: Any) -> dict[str, int]:
@@ -236,8 +236,7 @@ def make_contrastive(
     Raises:
       ValueError: an unknown loss, form, dtype, variant or pooling, or a block size below 1.
     """
-    _check_loss(loss, loss_form, loss_block_size)
-    _check_scale(logit_scale_init, max_logit_scale)
+    _check_loss(loss, loss_form, loss_block_size, logit_scale_init, max_logit_scale)
     shared = compute_fields(dtype, scan_layers, remat, attention, quantization)
     defaults = {"softmax": (1 / 0.07, None), "sigmoid": (10.0, -10.0)}[loss]
     scale = defaults[0] if logit_scale_init is None else logit_scale_init
