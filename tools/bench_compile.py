@@ -206,8 +206,6 @@ def report(argv: Sequence[str]) -> int:
     """
     arguments, overrides = parse(argv)
     check_arguments(arguments)
-    if arguments.markdown and not Path(arguments.markdown).absolute().parent.is_dir():
-        raise UserError(f"--markdown {arguments.markdown}: its folder does not exist")
     if any(size < 1 for size in arguments.batch_per_chip):
         raise UserError("--batch-per-chip is at least 1")
     if arguments.list:

@@ -3,22 +3,19 @@
 import errno
 import json
 import os
-import socket
 import subprocess
 import sys
-from pathlib import Path
 
 import helpers
 import jax
 import numpy as np
 import pytest
 from etils import epath
+from test_processes import ROOT, free_port
 
 from vlp_jax.errors import CannotSave, UserError
 from vlp_jax.training import checkpoint_files
 from vlp_jax.training.checkpoint import Checkpointer
-
-ROOT = Path(__file__).resolve().parent.parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -240,9 +237,7 @@ print("done")
 
 
 def test_a_save_that_fails_on_one_of_two_processes(tmp_path):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
+    port = str(free_port())
     jobs = [
         subprocess.Popen(
             [sys.executable, "-c", FAILS_ON_ONE, str(tmp_path), port, str(index)],

@@ -42,6 +42,10 @@ def is_schedule(part):
     return isinstance(part, optax.ScaleByScheduleState)
 
 
+def without_schedules(tree):
+    return jax.tree.map(lambda p: None if is_schedule(p) else p, tree, is_leaf=is_schedule)
+
+
 def marked(batch, value):
     batch["image"][0, 0, 0, 0] = value
     return batch
@@ -66,13 +70,11 @@ def test_a_step_that_is_not_finite_changes_nothing_but_the_number(optimizer):
         assert all(jax.tree.leaves(same)) == (value == 255)
         for part in ("opt_state", "ema"):
             if value == 255:
-                differ = jax.tree_util.tree_map_with_path(
-                    lambda path, a, b: None if np.array_equal(a, b) else path[-1],
-                    getattr(after, part),
-                    getattr(before, part),
+                jax.tree.map(
+                    np.testing.assert_array_equal,
+                    without_schedules(getattr(after, part)),
+                    without_schedules(getattr(before, part)),
                 )
-                names = {str(name) for name in jax.tree.leaves(differ)}
-                assert names == ({".count"} if part == "opt_state" else set())
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(jax.device_get(state.params)))
     # The learning rate goes on with the steps, as the metric says.
     schedules = jax.tree.leaves(state.opt_state, is_leaf=is_schedule)

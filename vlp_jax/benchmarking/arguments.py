@@ -9,9 +9,10 @@ from vlp_jax.errors import UserError
 
 
 def check_arguments(arguments: argparse.Namespace, *counts: str) -> None:
-    """Looks at numbers that may not be below 1, and at where `--json` is to be written.
+    """Looks at numbers that may not be below 1, and at where files are to be written.
 
     Args:
+      arguments: of these `json` and `markdown`, as far as there are any, name files.
       counts: names of the numbers; one that is None is left alone.
 
     Raises:
@@ -21,5 +22,7 @@ def check_arguments(arguments: argparse.Namespace, *counts: str) -> None:
         value = getattr(arguments, name)
         if value is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} is at least 1, not {value}")
-    if arguments.json and not Path(arguments.json).absolute().parent.is_dir():
-        raise UserError(f"--json {arguments.json}: its folder does not exist")
+    for name in ("json", "markdown"):
+        file = getattr(arguments, name, None)
+        if file and not Path(file).absolute().parent.is_dir():
+            raise UserError(f"--{name} {file}: its folder does not exist")

@@ -132,8 +132,7 @@ class Barrier:
         if jax.process_count() > 1:
             key = f"vlp_jax/failed/{self._chapter}"
             distributed.global_state.client.key_value_set(key, reason, allow_overwrite=True)
-            if key not in self._own:
-                self._own.append(key)
+            self._own.append(key)
 
     def __call__(self, *, key: str, timeout_ms: int) -> None:
         """Returns when all processes have called it with this `key`.

@@ -138,7 +138,7 @@ def gathered_rows(
 
     Args:
       rows: that a device has of its own.
-      other_shapes: of arrays that are something else, such as parameters.
+      other_shapes: of parameters; a collective of such a shape may be of these, and says so.
 
     Returns:
       Kind, shape and runs of each, in words.
@@ -148,13 +148,15 @@ def gathered_rows(
     for one in found:
         for array in one.arrays if one.kind in ("all-gather", "all-reduce") else ():
             dims = tuple(sorted(size for size in array.dims if size != 1))
-            if len(dims) != 2 or width not in dims or dims in others:
+            if len(dims) != 2 or width not in dims:
                 continue
             length = sum(dims) - width
             several = length % rows == 0 and length > rows
             if length == rows * devices or (several and one.kind == "all-gather"):
                 shape = ",".join(map(str, array.dims))
-                told.append(f"{one.kind} {array.dtype}[{shape}] x {one.times:g}")
+                doubt = " (or of parameters: another --batch-per-chip tells)"
+                line = f"{one.kind} {array.dtype}[{shape}] x {one.times:g}"
+                told.append(line + (doubt if dims in others else ""))
     return told
 
 

@@ -209,14 +209,8 @@ def embedding_gathers(found: Sequence[traffic.Collective], setup: Setup) -> tupl
     rows = setup.config.batch_size // shards
     shapes = [leaf.shape for leaf in jax.tree.leaves(setup.abstract)]
     shapes += [shape[1:] for shape in shapes]
-    lines: list[str] = []
-    for width in sorted(widths):
-        clear = traffic.gathered_rows(list(found), rows, width, shards, shapes)
-        every = traffic.gathered_rows(list(found), rows, width, shards)
-        lines += clear
-        lines += [
-            f"{line} (or of parameters: another --batch-per-chip tells)"
-            for line in every
-            if line not in clear
-        ]
-    return tuple(lines)
+    return tuple(
+        line
+        for width in sorted(widths)
+        for line in traffic.gathered_rows(list(found), rows, width, shards, shapes)
+    )

@@ -162,7 +162,6 @@ class Checkpointer:
             )
         except SAVE_ERRORS as caught:
             error = caught
-            self._barrier.fail(str(error))  # the others need not wait
         failed = any(agreement.gather(error is not None))
         if failed or not self._asynchronous:
             self._settle(error)

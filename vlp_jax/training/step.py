@@ -60,9 +60,8 @@ def make_step(
         grad_norm = optax.tree.norm(grads)
         ahead, memory = guard(state.guard, value, grad_norm)
         before = (state.params, state.opt_state, state.ema)
-        scheduled = opt_state
-        params, opt_state, ema = choose(ahead, (params, opt_state, ema), before)
-        opt_state = _with_schedules_of(opt_state, scheduled)
+        params, chosen, ema = choose(ahead, (params, opt_state, ema), before)
+        opt_state = _with_schedules_of(chosen, opt_state)
         one = jnp.float32(1)
         own = {
             "learning_rate": (schedule(state.step), one),
