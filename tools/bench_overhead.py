@@ -94,10 +94,14 @@ def narrow_config(file: str, depth: int | None) -> ConfigDict:
         return with_depth(small, depth)
     for narrow, wide in zip(sections(small), sections(config), strict=True):
         for tower in (name for name in TOWERS if isinstance(wide.get(name), ConfigDict)):
-            variant, own = wide[tower].get("variant", "").split("/")[0], wide[tower].get("depth")
-            depth = size_of(variant, depth=own).depth if variant else own
-            narrow[tower].depth = depth or narrow[tower].depth
+            narrow[tower].depth = _depth_of(wide[tower]) or narrow[tower].depth
     return small
+
+
+def _depth_of(tower: ConfigDict) -> int | None:
+    """Its layers; None where the section leaves them to the model."""
+    size, own = tower.get("variant", "").partition("/")[0], tower.get("depth")
+    return size_of(size, depth=own).depth if size else own
 
 
 def make_narrow_setup(file: str, depth: int | None) -> Setup:
