@@ -46,7 +46,9 @@ from vlp_jax.training.loop import Loop
 from vlp_jax.training.measures import NullMeasures
 from vlp_jax.training.report import StepReport
 from vlp_jax.training.state import TrainState
-from vlp_jax.training.step import StepFunction, compile_step
+from vlp_jax.training.several_steps import CompiledSteps
+from vlp_jax.training.step import CompiledStep
+from vlp_jax.training.when import StepsAhead
 
 # Between turns: batches that wait, in tf.data and on the devices, are made again before a turn that
 # should not pay for them, and are used up before one that should.
@@ -72,7 +74,7 @@ class LoopRunner:
     def __init__(
         self,
         parts: Parts,
-        step_function: StepFunction,
+        step_function: CompiledStep | CompiledSteps,
         workdir: epath.Path,
         startup_clock: StartupClock,
     ):
@@ -118,6 +120,12 @@ class LoopRunner:
             profiler=NullProfiler(),
             watchdog=NullWatchdog(),
             measures=NullMeasures(),
+            steps_ahead=StepsAhead(
+                most=self._parts.setup.config.steps_per_dispatch,
+                first=0,
+                last=self.step,
+                begins=(self._parts.log_when,),
+            ),
         )
         state = loop.run(state)
         self._report.settle()
@@ -205,7 +213,7 @@ def measure(config: ConfigDict, rounds: int, steps: int) -> Times:
         parts = build(config, workdir, clock)
         setup = parts.setup
         with clock.phase("compile the step"):
-            step_function = compile_step(setup.step, setup.abstract, setup.batch_spec, setup.mesh)
+            step_function = setup.compile()
         with clock.phase("initialize the state"):
             checkpointer = make_checkpointer(setup.config, workdir)
             state = first_state(parts, checkpointer, 0)

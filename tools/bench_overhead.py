@@ -1,12 +1,14 @@
 """What there is around the steps of a run, on a CPU: compiling, starting again, work of the host.
 
 python -m tools.bench_overhead [--json FILE] [--rounds N] [--steps N] [--part compile|warm|host ...]
+    [--steps-per-dispatch N ...]
 
 compile: seconds to trace and compile the step at 6, 12 and 24 layers of the same width, cold, in
 turns; layers are one scan, so the ratio to 6 layers should stay near 1. warm: the same in processes
 of their own, with an empty and with a filled persistent cache. host: what the main thread computes
 for a step of the real loop (time.thread_time: waiting is not counted), with as many arrays and
-layers as the config's model has and a width that a CPU can hold. That the step itself does not run
+layers as the config's model has and a width that a CPU can hold, for each number of steps that the
+devices are handed in one program (config.steps_per_dispatch). That the step itself does not run
 inside of this thread is seen from the CPU time of all others, which is told beside it.
 
 Sizes other than depth are those of a smoke test; nothing here says how fast a step is.
@@ -58,6 +60,7 @@ from vlp_jax.training.measures import NullMeasures
 from vlp_jax.training.report import StepReport
 from vlp_jax.training.setup import Setup
 from vlp_jax.training.step import compile_step
+from vlp_jax.training.when import StepsAhead
 
 DEPTHS = (6, 12, 24)
 PARTS = ("compile", "warm", "host")
@@ -76,10 +79,21 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--part", nargs="+", choices=PARTS, default=PARTS, help="what to measure")
     add("--rounds", type=int, default=3, help="turns of each")
     add("--steps", type=int, default=200, help="steps of a turn of the loop")
+    add(
+        "--steps-per-dispatch",
+        type=int,
+        nargs="+",
+        default=(1, 8),
+        metavar="N",
+        help="steps in a program, each measured in turns (default: 1 and 8)",
+    )
     add("--json", metavar="FILE", help="also write the figures there")
     add("--compile-once", type=int, metavar="DEPTH", help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
     check_arguments(arguments, "rounds", "steps")
+    for number in arguments.steps_per_dispatch:
+        if number < 1:
+            raise UserError(f"--steps-per-dispatch is at least 1, not {number}")
     return arguments
 
 
@@ -88,7 +102,7 @@ def narrow_config(file: str, depth: int | None) -> ConfigDict:
     config = config_lib.load(file)
     small = config_lib.smoke(config).unlock()
     small.mesh = config_lib.base().mesh
-    small.log.every.steps = 10
+    small.log.every.steps = 50
     small.duration.steps = 1_000_000
     if depth:
         return with_depth(small, depth)
@@ -191,24 +205,35 @@ class Spent:
         return call
 
 
-def measure_host(file: str, rounds: int, steps: int) -> dict[str, Any]:
-    """CPU time of the main thread for a step of the real loop: medians over the rounds."""
+def measure_host(
+    file: str, rounds: int, steps: int, together: Sequence[int]
+) -> dict[str, dict[str, Any]]:
+    """CPU time of the main thread for a step of the real loop: medians over the rounds.
+
+    Args:
+      together: numbers of steps in a program; they take turns.
+    """
     setup = make_narrow_setup(file, None)
-    step = compile_step(setup.step, setup.abstract, setup.batch_spec, setup.mesh)
-    state = FromSeed().state(setup)
-    fields = {name: np.zeros(s.shape, s.dtype) for name, s in setup.batch_spec.items()}
-    batch = put_batch(fields, setup.mesh)
-    rows = []
+    runs = {number: HostRun(_with_dispatch(setup, number)) for number in together}
+    rows: dict[int, list[dict[str, float]]] = {number: [] for number in together}
     with tempfile.TemporaryDirectory() as folder:
-        at = 0
-        for number in range(rounds + 1):
-            count = steps if number else WARM_UP
-            state, row = _run(setup, step, state, batch, at, count, epath.Path(folder))
-            at += count
-            rows.append(row)
-    median = {name: statistics.median(row[name] for row in rows[1:]) for name in rows[0]}
+        for turn in range(rounds + 1):
+            for number, run in runs.items():
+                rows[number].append(run(steps if turn else WARM_UP * number, epath.Path(folder)))
     leaves = len(jax.tree.leaves(setup.abstract))
-    return {**median, "arrays_of_the_state": leaves}
+    return {
+        f"host_{number}_a_dispatch": {
+            name: statistics.median(row[name] for row in found[1:]) for name in found[0]
+        }
+        | {"arrays_of_the_state": leaves}
+        for number, found in rows.items()
+    }
+
+
+def _with_dispatch(setup: Setup, number: int) -> Setup:
+    config = setup.config.copy_and_resolve_references().unlock()
+    config.steps_per_dispatch = number
+    return dataclasses.replace(setup, config=config)
 
 
 def _make_report(
@@ -228,53 +253,80 @@ def _make_report(
     )
 
 
-def _run(
-    setup: Setup, step: Any, state: Any, batch: Any, first: int, steps: int, folder: epath.Path
-) -> tuple[Any, dict[str, float]]:
-    """A turn of the loop; microseconds of a step by part."""
-    startup = StartupClock()
-    clock = make_step_clock(setup, startup)
-    writer = build_writers(setup.config.writers, folder, first, {})
-    report = _make_report(setup, writer, clock, startup)
-    dispatch, reporting = Spent(), Spent()
-    report.take = reporting.timed(report.take)
+class HostRun:
+    """The real loop on one batch that lies on the devices, a turn at a time."""
 
-    loop = Loop(
-        step_function=dispatch.timed(step),
-        batches=iter(lambda: batch, None),
-        input_state=lambda step: {},
-        first_step=first,
-        last_step=first + steps,
-        save_when=lambda step: False,
-        evaluations=(),
-        one_evaluation=contextlib.nullcontext,
-        preempted=lambda step: False,
-        log_when=setup.log_when(),
-        report=report,
-        checkpointer=NullCheckpointer(),
-        writer=writer,
-        progress=NullProgress(),
-        clock=clock,
-        profiler=NullProfiler(),
-        watchdog=NullWatchdog(),
-        measures=NullMeasures(),
-    )
-    begin, whole = time.thread_time(), time.process_time()
-    state = loop.run(state)
-    own = time.thread_time() - begin
-    report.settle()
-    jax.block_until_ready(state)
-    others = time.process_time() - whole - (time.thread_time() - begin)
-    clock.finish()
-    writer.close()
-    seconds = {
-        "host": own,
-        "dispatch": dispatch.seconds,
-        "report": reporting.seconds,
-        "rest": own - dispatch.seconds - reporting.seconds,
-        "other_threads": others,
-    }
-    return state, {f"{k}_microseconds": v / steps * 1e6 for k, v in seconds.items()}
+    def __init__(self, setup: Setup):
+        self._setup = setup
+        self._program = setup.compile()
+        self._state = FromSeed().state(setup)
+        fields = {name: np.zeros(s.shape, s.dtype) for name, s in setup.batch_spec.items()}
+        self._batch = put_batch(fields, setup.mesh)
+        self._at = 0
+
+    def __call__(self, steps: int, folder: epath.Path) -> dict[str, float]:
+        """Trains `steps` more; microseconds of a step by part."""
+        first, self._at = self._at, self._at + steps
+        startup = StartupClock()
+        clock = make_step_clock(self._setup, startup)
+        writer = build_writers(self._setup.config.writers, folder, first, {})
+        report = _make_report(self._setup, writer, clock, startup)
+        dispatch, reporting = Spent(), Spent()
+        report.take = reporting.timed(report.take)
+        loop = self._loop(dispatch.timed(self._program), first, report, writer, clock)
+        begin, whole = time.thread_time(), time.process_time()
+        self._state = loop.run(self._state)
+        own = time.thread_time() - begin
+        report.settle()
+        jax.block_until_ready(self._state)
+        others = time.process_time() - whole - (time.thread_time() - begin)
+        clock.finish()
+        writer.close()
+        seconds = {
+            "host": own,
+            "dispatch": dispatch.seconds,
+            "report": reporting.seconds,
+            "rest": own - dispatch.seconds - reporting.seconds,
+            "other_threads": others,
+        }
+        return {f"{k}_microseconds": v / steps * 1e6 for k, v in seconds.items()}
+
+    def _loop(
+        self,
+        program: Callable[..., Any],
+        first: int,
+        report: StepReport,
+        writer: Writer,
+        clock: StepClock,
+    ) -> Loop:
+        """Up to where this turn ends, with everything off that a step in the middle does not do."""
+        log_when = self._setup.log_when()
+        return Loop(
+            step_function=program,
+            batches=iter(lambda: self._batch, None),
+            input_state=lambda step: {},
+            first_step=first,
+            last_step=self._at,
+            save_when=lambda step: False,
+            evaluations=(),
+            one_evaluation=contextlib.nullcontext,
+            preempted=lambda step: False,
+            log_when=log_when,
+            report=report,
+            checkpointer=NullCheckpointer(),
+            writer=writer,
+            progress=NullProgress(),
+            clock=clock,
+            profiler=NullProfiler(),
+            watchdog=NullWatchdog(),
+            measures=NullMeasures(),
+            steps_ahead=StepsAhead(
+                most=self._setup.config.steps_per_dispatch,
+                first=0,
+                last=self._at,
+                begins=(log_when,),
+            ),
+        )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -290,17 +342,21 @@ def main(argv: Sequence[str] | None = None) -> int:
             setup = make_narrow_setup(arguments.config, arguments.compile_once)
             print(json.dumps(compile_seconds(setup)))
             return
+        file, rounds = arguments.config, arguments.rounds
         measured = {
-            "host": lambda: measure_host(arguments.config, arguments.rounds, arguments.steps),
-            "warm": lambda: measure_warm_start(arguments.config, arguments.rounds),
-            "compile": lambda: measure_depths(arguments.config, arguments.rounds),
+            "host": lambda: measure_host(
+                file, rounds, arguments.steps, arguments.steps_per_dispatch
+            ),
+            "warm": lambda: {"warm": measure_warm_start(file, rounds)},
+            "compile": lambda: {"compile": measure_depths(file, rounds)},
         }
         found = {}
         for part in (name for name in measured if name in arguments.part):
-            found[part] = measured[part]()
-            print(f"{part}:")
-            for name, value in found[part].items():
-                print(f"  {name.replace('_', ' '):<28} {value:.4g}")
+            for title, figures in measured[part]().items():
+                found[title] = figures
+                print(f"{title.replace('_', ' ')}:")
+                for name, value in figures.items():
+                    print(f"  {name.replace('_', ' '):<28} {value:.4g}")
         if arguments.json:
             Path(arguments.json).write_text(json.dumps(found, indent=2) + "\n")
 

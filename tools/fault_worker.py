@@ -16,6 +16,7 @@ from typing import Any
 import jax
 
 from vlp_jax import train as train_command
+from vlp_jax.training.setup import Setup
 from vlp_jax.training.state import TrainState
 
 STEP_SECONDS = 0.04  # added to each step, so that faults find a run and not its end
@@ -31,9 +32,9 @@ def with_faults(step_function: Callable[..., Any], control: Path) -> Callable[..
         params = jax.tree.map(lambda x: x * float("nan"), state.params)
         return state.replace(params=params)
 
-    def step(state: TrainState, batch: Any) -> Any:
-        time.sleep(STEP_SECONDS)
-        return step_function(poisoned(state, int(state.step)), batch)
+    def step(state: TrainState, *batches: Any) -> Any:
+        time.sleep(STEP_SECONDS * len(batches))
+        return step_function(poisoned(state, int(state.step)), *batches)
 
     return step
 
@@ -41,8 +42,8 @@ def with_faults(step_function: Callable[..., Any], control: Path) -> Callable[..
 def main() -> int:
     """The training command; returns its exit status."""
     control = Path(os.environ["VLP_FAULT_DRILL"])
-    compile_step = train_command.compile_step
-    train_command.compile_step = lambda *a: with_faults(compile_step(*a), control)
+    compile_steps = Setup.compile
+    Setup.compile = lambda setup: with_faults(compile_steps(setup), control)
     return train_command.main()
 
 

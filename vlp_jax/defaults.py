@@ -40,6 +40,10 @@ def base() -> ConfigDict:
     # the whole batch, with all its negatives.
     config.microbatches = 1
     config.duration = duration(steps=1000)
+    # Steps that the devices are handed in one program, for steps that take less time than the host
+    # needs to start one. Whatever the host does between two steps (logging, saving, evaluating)
+    # parts them.
+    config.steps_per_dispatch = 1
     # A preset ("dp", "fsdp", "fsdp_tp", "hybrid"; None is as "dp", but takes any sizes) and sizes
     # of the mesh axes. None is what the preset makes of it; one may be -1: all devices that are
     # left. See `vlp_jax.parallel.mesh_sizes`.
@@ -125,7 +129,7 @@ def _watchdog() -> ConfigDict:
     return ConfigDict(
         {
             "first_step_minutes": 60.0,  # from the start to the end of the first step
-            "step_minutes": 10.0,  # a later step
+            "step_minutes": 10.0,  # a later step (of several in a program: for each)
             "pause_minutes": 60.0,  # an evaluation, a checkpoint
             "heartbeat_seconds": 100.0,  # a process of the job that is silent for so long is lost
         }

@@ -40,7 +40,6 @@ from vlp_jax.training.preemption import PreemptionWatch
 from vlp_jax.training.report import StepReport
 from vlp_jax.training.setup import Setup
 from vlp_jax.training.state import TrainState
-from vlp_jax.training.step import compile_step
 
 LONGEST_VALUE = 200  # characters of a value that --help prints
 EPILOG = """\
@@ -169,7 +168,7 @@ def train(
         begin(parts, workdir, job, progress.print)
         measures.begin(first_step, setup.units.total_steps)
         with clock.phase("compile the step"), measures.compiling_step():
-            step_function = compile_step(setup.step, setup.abstract, setup.batch_spec, setup.mesh)
+            step_function = setup.compile()
         with clock.phase("restore the state" if first_step else "initialize the state"):
             state = first_state(parts, checkpointer, first_step)
         progress.print(describe_run(setup, first_step))
@@ -196,6 +195,7 @@ def train(
             profiler=stack.enter_context(measures.profiler()),
             watchdog=watchdog,
             measures=measures,
+            steps_ahead=parts.steps_ahead(first_step),
         )
         with measures.training():
             return loop.run(state)
@@ -287,7 +287,8 @@ def make_watchdog(config: ConfigDict, workdir: epath.Path) -> Watchdog | NullWat
       UserError: only some of the limits are 0.
     """
     limits = config.watchdog
-    minutes = (limits.first_step_minutes, limits.step_minutes, limits.pause_minutes)
+    step_minutes = limits.step_minutes * config.steps_per_dispatch
+    minutes = (limits.first_step_minutes, step_minutes, limits.pause_minutes)
     if not any(minutes):
         return NullWatchdog()
     if not all(minute > 0 for minute in minutes):

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from ml_collections import ConfigDict
 
-from vlp_jax.benchmarking import open_clip_peer, timm_peer, transformers_peer
+from vlp_jax.benchmarking import flax_peer, open_clip_peer, timm_peer, transformers_peer
 from vlp_jax.benchmarking.contender import Contender
 from vlp_jax.benchmarking.jax_step import JaxStep
 from vlp_jax.benchmarking.plain import NOTES, plain_config
@@ -38,7 +38,13 @@ TORCH_PEERS = {
     "timm": TorchPeer("timm", timm_peer.refusal, timm_peer.recipe),
     "transformers": TorchPeer("transformers", transformers_peer.refusal, transformers_peer.recipe),
 }
-PEERS = ("plain", *TORCH_PEERS)
+# What has a model for an objective, or says why not; `plain` has for all.
+REFUSALS = {
+    "plain": lambda objective: None,
+    "flax": flax_peer.refusal,
+    **{name: peer.fits for name, peer in TORCH_PEERS.items()},
+}
+PEERS = tuple(REFUSALS)
 
 
 def check_peers(names: list[str], objective: Objective) -> None:
@@ -51,14 +57,11 @@ def check_peers(names: list[str], objective: Objective) -> None:
     for name in names:
         if name not in PEERS:
             raise UserError(unknown_key_message(name, PEERS, "--peer"))
-        if name == "plain":
-            continue
-        peer = TORCH_PEERS[name]
-        refused = peer.fits(objective)
+        refused = REFUSALS[name](objective)
         if refused:
-            fitting = ["plain", *(n for n, p in TORCH_PEERS.items() if p.fits(objective) is None)]
+            fitting = [other for other, refuses in REFUSALS.items() if refuses(objective) is None]
             raise UserError(f"--peer {name}: {refused}; take one of: {', '.join(fitting)}")
-        for package in ("torch", peer.package):
+        for package in ("torch", TORCH_PEERS[name].package) if name in TORCH_PEERS else ():
             if importlib.util.find_spec(package) is None:
                 raise UserError(
                     f"--peer {name} needs the package {package}: install what is in "
@@ -80,6 +83,9 @@ def make_peer(name: str, ours: JaxStep, compile_torch: bool | None) -> Contender
     devices = list(setup.mesh.devices.flat)
     if name == "plain":
         return JaxStep(name, plain_config(setup.config), devices[:1], notes=NOTES)
+    differences = only_ours(setup.config)
+    if name == "flax":
+        return flax_peer.FlaxStep(name, ours, differences)
     if devices[0].platform != "cpu" and len(devices) > 1:
         raise UserError(
             f"--peer {name} runs on one device, and ours on {len(devices)}: give --devices 1"
@@ -87,7 +93,7 @@ def make_peer(name: str, ours: JaxStep, compile_torch: bool | None) -> Contender
     if setup.config.optimizer.frozen:
         raise UserError(f"--peer {name} trains all parameters, and optimizer.frozen holds some")
     recipe = TORCH_PEERS[name].recipe(setup.objective)
-    recipe = dataclasses.replace(recipe, notes=(*recipe.notes, *only_ours(setup.config)))
+    recipe = dataclasses.replace(recipe, notes=(*recipe.notes, *differences))
     return TorchStep(
         name,
         recipe,

@@ -117,7 +117,7 @@ class Profiler:
         self.close()
 
     def step(self, step: int, wait_for: Any = ()) -> None:
-        """Says that step `step` is about to begin.
+        """Says that step `step` is about to begin, and with it all up to the next call.
 
         Args:
             step: its number.
@@ -126,6 +126,8 @@ class Profiler:
         """
         self._end_annotation()
         asked = self._requested()
+        if self._tracing is not None:
+            self._newest = step - 1
         if self._tracing is not None and step not in self._tracing:
             jax.block_until_ready(wait_for)
             self.close()

@@ -22,9 +22,10 @@ from vlp_jax.training.checkpoint import Checkpointer
 from vlp_jax.training.init_from import Start, make_start
 from vlp_jax.training.input_state import InputState
 from vlp_jax.training.loop import Evaluation, When
+from vlp_jax.training.measures import profile_steps
 from vlp_jax.training.setup import Setup
 from vlp_jax.training.state import TrainState
-from vlp_jax.training.when import EveryMinutes, StepsOrMinutes
+from vlp_jax.training.when import EveryMinutes, EverySteps, StepsAhead, StepsOrMinutes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,8 +43,28 @@ class Parts:
     pipeline: JoinedPipeline
     input_state: InputState
     evaluations: Sequence[Evaluation]
-    save_when: When
+    save_when: StepsOrMinutes
     log_when: When
+
+    def steps_ahead(self, first_step: int) -> StepsAhead:
+        """How many steps the devices are handed at once, in a run that begins with `first_step`.
+
+        It follows from the config alone: with several processes all have to hand over as many.
+        """
+        config, total = self.setup.config, self.setup.units.total_steps
+        first, last = profile_steps(config) or (0, -1)
+        return StepsAhead(
+            most=config.steps_per_dispatch,
+            first=first_step,
+            last=total,
+            begins=(
+                self.save_when.steps,
+                self.log_when,
+                EverySteps(config.garbage_collection_every, last=total),
+                lambda step: step in (first, last + 1),
+                *(evaluation.when for evaluation in self.evaluations),
+            ),
+        )
 
 
 def build(config: ConfigDict, workdir: epath.Path, clock: StartupClock) -> Parts:

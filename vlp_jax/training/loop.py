@@ -18,10 +18,17 @@ from vlp_jax.observe.writers import Writer
 from vlp_jax.training.checkpoint import Checkpointer
 from vlp_jax.training.measures import LoopMeasures
 from vlp_jax.training.report import StepReport
+from vlp_jax.training.several_steps import CompiledSteps
 from vlp_jax.training.state import TrainState
 from vlp_jax.training.step import StepFunction
 
 When = Callable[[int], bool]
+
+
+def one_step(step: int) -> int:
+    """Every step by itself."""
+    del step
+    return 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,9 +52,11 @@ class Loop:
       preempted: whether to save and stop before this batch.
       log_when: the steps whose metrics are written. At these the processes of a job tell each other
         how things are.
+      steps_ahead: how many steps to hand to the devices at once, from a step on. The host looks at
+        nothing in between, so each step that it has to look at is the first of them.
     """
 
-    step_function: StepFunction
+    step_function: StepFunction | CompiledSteps
     batches: Iterator[Batch]
     input_state: Callable[[int], Mapping[str, Any]]
     first_step: int
@@ -65,6 +74,7 @@ class Loop:
     profiler: Profiler
     watchdog: Watchdog
     measures: LoopMeasures
+    steps_ahead: Callable[[int], int] = one_step
 
     def run(self, state: TrainState) -> TrainState:
         """Trains from `state`, just before batch `first_step`, to the end.
@@ -77,7 +87,8 @@ class Loop:
           NotFinite: too many steps were skipped, one after the other; none of them was saved.
           CannotSave: a checkpoint that the run depends on could not be written.
         """
-        for step in range(self.first_step, self.last_step + 1):
+        step = self.first_step
+        while True:
             if self.preempted(step):
                 raise self.stop(step, state)
             self.evaluate(step, state)
@@ -87,14 +98,15 @@ class Loop:
             self.measures.collect_garbage(step)
             self.profiler.step(step, state)
             with self.clock.data_wait():
-                batch = next(self.batches)
-            state, metrics = self.step_function(state, batch)
+                batches = [next(self.batches) for _ in range(self.steps_ahead(step))]
+            state, metrics = self.step_function(state, *batches)
             self.report.take(step, metrics)
             self.watchdog.beat()
             if self.log_when(step):
                 self.checkpointer.poll()
                 if self.checkpointer.failed:
                     self.measures.note("saves failed", self.checkpointer.failed)
+            step += len(batches)
         if saved:
             self.finish(step)
         return state

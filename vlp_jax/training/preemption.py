@@ -23,6 +23,7 @@ class PreemptionWatch:
         self._received = False
         self._several = jax.process_count() > 1
         self._before: dict[signal.Signals, object] = {}
+        self._looks = 0
 
     def __enter__(self) -> Self:
         taken = [signal.SIGINT] if self._several else [signal.SIGTERM, signal.SIGINT]
@@ -47,6 +48,10 @@ class PreemptionWatch:
 
     def __call__(self, step: int) -> bool:
         """Whether to save and stop before batch `step`."""
+        del step
         if self._several:
-            return multihost_utils.reached_preemption_sync_point(step)
+            # JAX has the processes agree on the next number after all that they have come to, so
+            # these follow each other, whatever the steps between two looks.
+            self._looks += 1
+            return multihost_utils.reached_preemption_sync_point(self._looks)
         return self._received

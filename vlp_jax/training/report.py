@@ -14,20 +14,33 @@ from vlp_jax.observe.progress import Progress
 from vlp_jax.observe.throughput import StartupClock, StepClock
 from vlp_jax.observe.writers import Writer
 from vlp_jax.training.measures import LoopMeasures
+from vlp_jax.training.several_steps import SeveralMetrics
 from vlp_jax.training.step import StepMetrics
 
 
 def to_scalars(metrics: Metrics, prefix: str) -> dict[str, float]:
     """Sums over counts, as Python numbers, each name behind `prefix`. Waits for the devices."""
     pairs = metrics.fetch() if isinstance(metrics, StepMetrics) else jax.device_get(metrics)
+    return _ratios(pairs, prefix)
+
+
+def _ratios(pairs: Mapping[str, tuple[float, float]], prefix: str) -> dict[str, float]:
     return {
         prefix + name: float(total) / float(count) if count else math.nan
         for name, (total, count) in pairs.items()
     }
 
 
+def _of_each_step(metrics: Metrics | SeveralMetrics) -> list[dict[str, float]]:
+    if isinstance(metrics, SeveralMetrics):
+        return [_ratios(pairs, "train/") for pairs in metrics.fetch()]
+    return [to_scalars(metrics, "train/")]
+
+
 class StepReport:
     """Checks, logs and shows the metrics of each step after the next one was started.
+
+    Steps that the devices were handed together are told together.
 
     Args:
       log_when: steps whose metrics are written.
@@ -67,11 +80,11 @@ class StepReport:
         self._max_skipped = max_skipped
         self._keep_examples = keep_examples
         self.skipped = self.skipped_in_a_row = 0
-        self._pending: tuple[int, Metrics] | None = None
+        self._pending: tuple[int, Metrics | SeveralMetrics] | None = None
         self._rate = math.nan
 
-    def take(self, step: int, metrics: Metrics) -> None:
-        """Holds the metrics of batch `step`, and settles those of the one before."""
+    def take(self, step: int, metrics: Metrics | SeveralMetrics) -> None:
+        """Holds the metrics of batch `step`, or of several from it on, and settles those before."""
         self._clock.dispatched(metrics)
         pending, self._pending = self._pending, (step, metrics)
         if pending:
@@ -91,20 +104,22 @@ class StepReport:
             pending, self._pending = self._pending, None
             self._settle(*pending)
 
-    def _settle(self, step: int, metrics: Metrics) -> None:
+    def _settle(self, first: int, metrics: Metrics | SeveralMetrics) -> None:
         with self._clock.device_wait():
-            scalars = to_scalars(metrics, "train/")
-        self._clock.step_done(self._batch_size)
-        if scalars["train/skipped"]:
-            self._note_skipped(step, scalars)
-        else:
-            self.skipped_in_a_row = 0
-        if self._log_when(step):
-            speed = self._clock.summary()
-            self._rate = speed.get("perf/examples_per_second", self._rate)
-            scalars.update({**speed, **self._measures.scalars(step, speed)})
-            self._writer.write_scalars(step, {**scalars, **self._input_metrics(step + 1)})
-        self._progress.update(step + 1, scalars["train/loss"], self._rate)
+            each = _of_each_step(metrics)
+        for _ in each:
+            self._clock.step_done(self._batch_size)
+        for step, scalars in enumerate(each, start=first):
+            if scalars["train/skipped"]:
+                self._note_skipped(step, scalars)
+            else:
+                self.skipped_in_a_row = 0
+            if self._log_when(step):
+                speed = self._clock.summary()
+                self._rate = speed.get("perf/examples_per_second", self._rate)
+                scalars.update({**speed, **self._measures.scalars(step, speed)})
+                self._writer.write_scalars(step, {**scalars, **self._input_metrics(step + 1)})
+        self._progress.update(first + len(each), each[-1]["train/loss"], self._rate)
 
     def _note_skipped(self, step: int, scalars: Mapping[str, float]) -> None:
         self.skipped += 1

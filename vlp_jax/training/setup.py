@@ -21,7 +21,8 @@ from vlp_jax.training.guard import Guard
 from vlp_jax.training.optimizer import make_optimizer, make_schedule
 from vlp_jax.training.param_groups import check_groups
 from vlp_jax.training.state import TrainState, abstract_state
-from vlp_jax.training.step import StepFunction, make_step
+from vlp_jax.training.several_steps import CompiledSteps, compile_steps
+from vlp_jax.training.step import CompiledStep, StepFunction, make_step
 from vlp_jax.training.when import EverySteps, Units
 
 
@@ -57,6 +58,11 @@ class Setup:
             guard=self.guard,
         )
 
+    def compile(self) -> CompiledStep | CompiledSteps:
+        """The program that a run hands to the devices: `config.steps_per_dispatch` steps."""
+        most = self.config.steps_per_dispatch
+        return compile_steps(self.step, self.abstract, self.batch_spec, self.mesh, most)
+
     @property
     def guard(self) -> Guard:
         """Decides which steps are skipped."""
@@ -91,6 +97,8 @@ def make_setup(
       UserError: the config does not fit the devices, the data or itself.
     """
     check_batch_size(config, mesh)
+    if config.steps_per_dispatch < 1:
+        raise UserError(f"config.steps_per_dispatch is at least 1, not {config.steps_per_dispatch}")
     check_attention(config.objective, mesh)
     units = Units(config.batch_size, epoch_examples)
     total = units.steps(config.duration, "config.duration")

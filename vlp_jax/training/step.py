@@ -151,6 +151,16 @@ def compile_step(
     step: StepFunction, abstract: TrainState, batch_spec: BatchSpec, mesh: Mesh
 ) -> CompiledStep:
     """The step compiled for the mesh before its first batch."""
+    packed, names = pack_metrics(step)
+    batch = abstract_batch(batch_spec, mesh)
+    return CompiledStep(compile_for(packed, abstract, mesh, batch), names)
+
+
+Packed = Callable[[TrainState, Batch], tuple[TrainState, jax.Array]]
+
+
+def pack_metrics(step: StepFunction) -> tuple[Packed, list[str]]:
+    """`step` with its metrics in one array (`StepMetrics`), and their names once it is traced."""
     names: list[str] = []
 
     def packed(state: TrainState, batch: Batch) -> tuple[TrainState, jax.Array]:
@@ -159,17 +169,30 @@ def compile_step(
         pairs = [jnp.stack([jnp.float32(x) for x in pair]) for pair in metrics.values()]
         return state, jnp.stack(pairs)
 
+    return packed, names
+
+
+def abstract_batch(batch_spec: BatchSpec, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes, dtypes and shardings of a batch on `mesh`."""
     sharding = mesh_lib.batch_sharding(mesh)
-    batch = {
+    return {
         name: jax.ShapeDtypeStruct(spec.shape, spec.dtype, sharding=sharding)
         for name, spec in batch_spec.items()
     }
+
+
+def compile_for(
+    function: Callable[..., tuple[TrainState, jax.Array]],
+    abstract: TrainState,
+    mesh: Mesh,
+    *arguments: Any,
+) -> jax.stages.Compiled:
+    """(state, arguments) -> (state, metrics) as a program that takes over the state's memory."""
     state_shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     jitted = jax.jit(
-        packed,
+        function,
         donate_argnums=0,
         out_shardings=(state_shardings, mesh_lib.replicated(mesh)),
     )
     with rules.use_mesh(mesh):
-        program = jitted.lower(abstract, batch).compile()
-    return CompiledStep(program, names)
+        return jitted.lower(abstract, *arguments).compile()

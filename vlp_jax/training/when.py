@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 from vlp_jax.config import DURATION_UNITS
 from vlp_jax.errors import UserError
@@ -119,3 +119,32 @@ class StepsOrMinutes:
         if due:
             self.minutes.reset()
         return due
+
+
+@dataclasses.dataclass(frozen=True)
+class StepsAhead:
+    """How many steps the devices are handed at once: up to the next that the host has to look at.
+
+    Attributes:
+      most: of them.
+      first: the first step of this process, which is alone: how long it takes is told.
+      last: there is no step from this one on.
+      begins: true for the steps before which the host has something to do.
+    """
+
+    most: int
+    first: int
+    last: int
+    begins: Sequence[Callable[[int], bool]]
+
+    def __call__(self, step: int) -> int:
+        """The number of steps, from `step` on."""
+        if step == self.first:
+            return 1
+        count = 1
+        while count < self.most and step + count < self.last and not self._begins(step + count):
+            count += 1
+        return count
+
+    def _begins(self, step: int) -> bool:
+        return any(begins(step) for begins in self.begins)
