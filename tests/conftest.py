@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
-os.environ.setdefault("PJRT_NPROC", "64")  # see vlp_jax.parallel.startup.widen_cpu_thread_pool
+os.environ.setdefault("PJRT_NPROC", "16")  # see vlp_jax.parallel.startup.widen_cpu_thread_pool
 jax.config.update("jax_compilation_cache_dir", str(ROOT / ".cache" / "xla"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 # The tests' models are tiny: compiling them takes most of the time, running them none.

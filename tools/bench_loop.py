@@ -45,8 +45,8 @@ from vlp_jax.training.command import run_command
 from vlp_jax.training.loop import Loop
 from vlp_jax.training.measures import NullMeasures
 from vlp_jax.training.report import StepReport
-from vlp_jax.training.state import TrainState
 from vlp_jax.training.several_steps import CompiledSteps
+from vlp_jax.training.state import TrainState
 from vlp_jax.training.step import CompiledStep
 from vlp_jax.training.when import StepsAhead
 

@@ -38,7 +38,7 @@ from vlp_jax.training.loop import Loop
 from vlp_jax.training.measures import Measures, profile_steps, take_profile_flag
 from vlp_jax.training.preemption import PreemptionWatch
 from vlp_jax.training.report import StepReport
-from vlp_jax.training.setup import Setup
+from vlp_jax.training.setup import Setup, check_dispatch
 from vlp_jax.training.state import TrainState
 
 LONGEST_VALUE = 200  # characters of a value that --help prints
@@ -172,8 +172,7 @@ def train(
         with clock.phase("restore the state" if first_step else "initialize the state"):
             state = first_state(parts, checkpointer, first_step)
         progress.print(describe_run(setup, first_step))
-        writers = build_writers(config.writers, workdir, first_step, config.to_dict())
-        writer = stack.enter_context(contextlib.closing(writers))
+        writer = stack.enter_context(open_writers(config, workdir, first_step))
         stack.enter_context(MaintenanceWatch())
         step_clock = measures.use(make_step_clock(setup, clock))
         loop = Loop(
@@ -199,6 +198,14 @@ def train(
         )
         with measures.training():
             return loop.run(state)
+
+
+def open_writers(
+    config: ConfigDict, workdir: epath.Path, first_step: int
+) -> contextlib.closing[Writer]:
+    """Where metrics go; closed on leaving."""
+    writers = build_writers(config.writers, workdir, first_step, config.to_dict())
+    return contextlib.closing(writers)
 
 
 def make_report(
@@ -248,6 +255,7 @@ def check_before_start(config: ConfigDict, workdir: epath.Path) -> None:
     workdir_lib.check_writable(workdir)
     check_writers(config.writers)
     profile_steps(config)
+    check_dispatch(config)
 
 
 def begin(parts: Parts, workdir: epath.Path, job: str, tell: Callable[[str], None]) -> None:

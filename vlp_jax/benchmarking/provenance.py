@@ -49,7 +49,12 @@ def provenance(module: str, argv: Sequence[str]) -> dict[str, Any]:
         "load_average": os.getloadavg() if hasattr(os, "getloadavg") else None,
         "environment": {
             name: os.environ[name]
-            for name in ("XLA_FLAGS", "XLA_PYTHON_CLIENT_PREALLOCATE", "PJRT_NPROC")
+            for name in (
+                "XLA_FLAGS",
+                "XLA_PYTHON_CLIENT_PREALLOCATE",
+                "PJRT_NPROC",
+                "GLIBC_TUNABLES",
+            )
             if name in os.environ
         },
     }

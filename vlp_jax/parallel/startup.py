@@ -279,13 +279,15 @@ def describe_processes(job: str) -> str:
 def widen_cpu_thread_pool() -> None:
     """Lets several CPU devices of one process wait for each other without blocking all threads.
 
-    XLA runs the CPU devices on one pool with a thread per core. A device may wait in two
-    collectives at once, so with few cores all threads can end up waiting, until XLA gives up and
-    aborts after 40 s. The size of the pool is read from PJRT_NPROC when the first device is used.
+    XLA runs the CPU devices on one pool with a thread per core. A device that waits for the others
+    blocks a thread, and if they all do, XLA gives up and aborts after 40 s. So there are two for
+    each device: one waits in a collective, one computes. More cost time, since every kernel is
+    split into as many parts. The size of the pool is read from PJRT_NPROC when the first device is
+    used.
     """
     devices = jax.config.jax_num_cpu_devices
     if devices > 1:
-        os.environ.setdefault("PJRT_NPROC", str(max(8 * devices, os.cpu_count() or 1)))
+        os.environ.setdefault("PJRT_NPROC", str(max(2 * devices, os.cpu_count() or 1)))
 
 
 def use_compilation_cache() -> str:

@@ -20,8 +20,8 @@ from vlp_jax.parallel import mesh as mesh_lib
 from vlp_jax.training.guard import Guard
 from vlp_jax.training.optimizer import make_optimizer, make_schedule
 from vlp_jax.training.param_groups import check_groups
-from vlp_jax.training.state import TrainState, abstract_state
 from vlp_jax.training.several_steps import CompiledSteps, compile_steps
+from vlp_jax.training.state import TrainState, abstract_state
 from vlp_jax.training.step import CompiledStep, StepFunction, make_step
 from vlp_jax.training.when import EverySteps, Units
 
@@ -97,8 +97,7 @@ def make_setup(
       UserError: the config does not fit the devices, the data or itself.
     """
     check_batch_size(config, mesh)
-    if config.steps_per_dispatch < 1:
-        raise UserError(f"config.steps_per_dispatch is at least 1, not {config.steps_per_dispatch}")
+    check_dispatch(config)
     check_attention(config.objective, mesh)
     units = Units(config.batch_size, epoch_examples)
     total = units.steps(config.duration, "config.duration")
@@ -148,6 +147,12 @@ def check_batch_size(config: ConfigDict, mesh: Mesh) -> None:
         )
     what = f"a microbatch (config.batch_size / config.microbatches {parts}) of"
     mesh_lib.check_batch_size(config.batch_size // parts, mesh, what)
+
+
+def check_dispatch(config: ConfigDict) -> None:
+    """Raises UserError for a number of steps in a program that is none."""
+    if config.steps_per_dispatch < 1:
+        raise UserError(f"config.steps_per_dispatch is at least 1, not {config.steps_per_dispatch}")
 
 
 def make_pipeline(config: ConfigDict, tokenizer: Any) -> JoinedPipeline:

@@ -1,8 +1,8 @@
 """Several steps in one program: the host hands them to the devices together.
 
 To start a program takes the host a time that grows with its arrays, some hundred microseconds for a
-large model, and to take note of what it reports about as much. Where a step is shorter than this the
-devices wait for the host; where it is longer they never do, and nothing is gained.
+large model, and to take note of what it reports about as much. Where a step is shorter than this,
+the devices wait for the host; where it is longer they never do, and nothing is gained.
 """
 
 from __future__ import annotations
