@@ -6,7 +6,9 @@ python -m tools.bench_step --config configs/mae_b16.py --batch 512 --profile DIR
 
 Forward, loss, backward, optimizer and guard, as in a run; no data and no TensorFlow. Peers have the
 same batch and sizes and take turns with ours in one process: plain (our step with every
-optimization off), open_clip, timm (classification), transformers (masked autoencoding).
+optimization off), flax (a dual encoder of Flax's own parts), open_clip, timm (classification),
+transformers (masked autoencoding). With --apart each peer has a process of its own, started without
+the variables that make ours faster (GLIBC_TUNABLES, PJRT_NPROC): as its users start it.
 docs/bench_step.md says what the numbers mean.
 
 Exit status: 0; 1 a peer could not be measured; 2 a mistake in the arguments or the config.
@@ -15,6 +17,7 @@ Exit status: 0; 1 a peer could not be measured; 2 a mistake in the arguments or 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import sys
@@ -29,10 +32,12 @@ from rich.console import Console
 from vlp_jax import config as config_lib
 from vlp_jax.benchmarking import contender as turns
 from vlp_jax.benchmarking import profile as profiles
+from vlp_jax.benchmarking.apart import ApartPeer, Channel
 from vlp_jax.benchmarking.arguments import check_arguments
-from vlp_jax.benchmarking.jax_step import JaxStep
+from vlp_jax.benchmarking.jax_step import JaxStep, fixed_batch, make_bench_setup
 from vlp_jax.benchmarking.peak import measure_peak
 from vlp_jax.benchmarking.peers import PEERS, check_peers, make_peer, uses_torch
+from vlp_jax.benchmarking.plain import one_device
 from vlp_jax.benchmarking.provenance import provenance
 from vlp_jax.benchmarking.result import Measured, Result, as_json, as_table, last_round
 from vlp_jax.errors import UserError
@@ -61,6 +66,8 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, ConfigDict]:
     add("--config.KEY", metavar="VALUE", help="replaces a key: --config.a.b=VALUE")
     add("--batch", type=int, metavar="N", help="examples of a step, for config.batch_size")
     add("--peer", action="append", default=[], metavar="NAME", help=f"one of {', '.join(PEERS)}")
+    add("--apart", action="store_true", help="each peer in a process of its own, as it comes")
+    add("--serve", metavar="NAME", choices=PEERS, help=argparse.SUPPRESS)  # what --apart starts
     add("--rounds", type=int, default=5, metavar="R", help="turns of each (default 5)")
     add("--steps", type=int, default=10, metavar="S", help="steps of a turn (default 10)")
     add(
@@ -93,7 +100,7 @@ def start_jax(arguments: argparse.Namespace) -> list[jax.Device]:
     Raises:
       UserError: there are fewer than are wanted.
     """
-    if uses_torch(arguments.peer):
+    if uses_torch(arguments.peer) or arguments.apart:
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     jax.config.update("jax_num_cpu_devices", arguments.devices or CPU_DEVICES)
     startup.widen_cpu_thread_pool()
@@ -117,7 +124,9 @@ class Benchmark:
         config: ConfigDict,
         console: Console,
         keep: Callable[[Result], None],
+        argv: Sequence[str],
     ):
+        self._argv = argv
         self._arguments, self._config, self._console, self._keep = arguments, config, console, keep
         self._devices = start_jax(arguments)
         self._failed: dict[str, str] = {}
@@ -134,10 +143,14 @@ class Benchmark:
 
     def run(self) -> Result:
         """All turns, and the trace if one is wanted."""
+        with contextlib.ExitStack() as stack:
+            return self._run(stack)
+
+    def _run(self, stack: contextlib.ExitStack) -> Result:
         contenders: list[turns.Contender] = [self._ours]
         if self._arguments.peer:  # they take a while; so there is something, whatever happens
             self._measure(contenders, rounds=1)
-        contenders += self._peers()
+        contenders += self._peers(stack)
         times = self._measure(contenders, self._arguments.rounds)
         if self._arguments.profile:
             profile = profiles.take_profile(self._ours, self._arguments.profile)
@@ -145,10 +158,10 @@ class Benchmark:
             self._console.print(profiles.as_table(profile), markup=False)
         return self._result(contenders, times, complete=True)
 
-    def _peers(self) -> Iterator[turns.Contender]:
+    def _peers(self, stack: contextlib.ExitStack) -> Iterator[turns.Contender]:
         for name in dict.fromkeys(self._arguments.peer):
             try:
-                peer = make_peer(name, self._ours, self._arguments.compile)
+                peer = self._make_peer(name, stack)
                 peer.run(turns.WARM_UP_STEPS)
             except RuntimeError as error:  # of JAX and PyTorch, which may be out of memory
                 self._failed[name] = " ".join(str(error).split())[:300]
@@ -156,6 +169,12 @@ class Benchmark:
             else:
                 self._console.print(f"{name}: ready")
                 yield peer
+
+    def _make_peer(self, name: str, stack: contextlib.ExitStack) -> turns.Contender:
+        if not self._arguments.apart:
+            return make_peer(name, self._ours.setup, self._ours.batch, self._arguments.compile)
+        command = [sys.executable, "-m", "tools.bench_step", *self._argv, "--serve", name]
+        return stack.enter_context(ApartPeer(name, command))
 
     def _measure(self, contenders: list[turns.Contender], rounds: int) -> list[turns.Times]:
         def each_round(times: list[turns.Times]) -> None:
@@ -182,6 +201,15 @@ class Benchmark:
         )
 
 
+def serve(arguments: argparse.Namespace, config: ConfigDict) -> None:
+    """The peer that another process takes turns with; on one device, since none uses more."""
+    channel = Channel()
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    config = one_device(config)
+    setup = make_bench_setup(config, jax.devices()[:1])
+    channel.serve(make_peer(arguments.serve, setup, fixed_batch(setup), arguments.compile))
+
+
 def write_json(file: str, argv: Sequence[str], config: ConfigDict, result: Result) -> None:
     """Everything that is known, with where it is from."""
     sections = ("objective", "optimizer", "tokenizer", "mesh", "microbatches")
@@ -205,13 +233,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def command() -> None:
         arguments, config = parse(argv)
+        if arguments.serve:
+            serve(arguments, config)
+            return
         console = Console(width=None if sys.stdout.isatty() else 140)
 
         def keep(result: Result) -> None:
             if arguments.json:
                 write_json(arguments.json, argv, config, result)
 
-        result = Benchmark(arguments, config, console, keep).run()
+        result = Benchmark(arguments, config, console, keep, argv).run()
         keep(result)
         failed.extend(result.failed)
         console.print(as_table(result), markup=False)

@@ -12,6 +12,7 @@ from rich.console import Console
 
 from vlp_jax import config as config_lib
 from vlp_jax.benchmarking import contender as turns
+from vlp_jax.benchmarking.apart import ApartPeer
 from vlp_jax.benchmarking.jax_step import NOMINAL_EPOCH, JaxStep, compile_twice, fixed_batch
 from vlp_jax.benchmarking.peak import Peak
 from vlp_jax.benchmarking.result import Measured, Result, as_json, as_table
@@ -121,7 +122,7 @@ def test_a_program_is_compiled_anew_and_from_the_cache():
     assert jax.config.jax_compilation_cache_dir == before
 
 
-def command(*arguments):
+def command(*arguments, variables=None):
     code = (
         "import sys; from tools import bench_step; status = bench_step.main(sys.argv[1:]); "
         "print('tensorflow' in sys.modules, 'torch' in sys.modules); sys.exit(status)"
@@ -132,7 +133,7 @@ def command(*arguments):
         capture_output=True,
         text=True,
         cwd=ROOT,
-        env={**env_path, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"},
+        env={**env_path, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", **(variables or {})},
     )
 
 
@@ -164,6 +165,34 @@ def test_the_command_needs_no_tensorflow_and_writes_what_it_found(tmp_path):
     known = sum(k["share"] for k in kernels if k["opcode"])
     assert known > 0.9 and not any(k["name"].startswith("while") for k in kernels)
     assert "dearest kernels" in done.stdout and "attributed to operations" in done.stdout
+
+
+def test_peers_apart_have_processes_of_their_own_as_they_come(tmp_path):
+    file = tmp_path / "step.json"
+    arguments = (*TINY, "--peer", "plain", "--apart", "--json", str(file))
+    done = command(*arguments, variables={"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"})
+    assert done.returncode == 0, done.stderr
+    found = json.loads(file.read_text())
+    plain = found["contenders"]["plain"]
+    assert plain["devices"] == 1 and [len(turn) for turn in plain["all_step_seconds"]] == [2, 2]
+    assert plain["notes"][0] == (
+        "in a process of its own, without GLIBC_TUNABLES and PJRT_NPROC, which ours has"
+    )
+    assert "one device" in plain["notes"][1]
+    assert found["environment"]["GLIBC_TUNABLES"] == "glibc.malloc.hugetlb=1"
+
+
+def test_a_peer_apart_that_fails_says_why():
+    code = "import sys; print('starting', file=sys.stderr); sys.exit('error: out of memory')"
+    with pytest.raises(RuntimeError, match="^error: out of memory$"):
+        ApartPeer("peer", [sys.executable, "-c", code])
+    ready = "print(json.dumps({'notes': [], 'facts': {}}), flush=True); "
+    code = f"import json, sys; {ready} input(); sys.exit(3)"
+    with ApartPeer("peer", [sys.executable, "-c", code]) as peer:
+        with pytest.raises(RuntimeError, match="ended with status 3"):
+            peer.run(1)
+        with pytest.raises(RuntimeError, match="ended with status 3"):
+            peer.run(1)
 
 
 @pytest.mark.parametrize(

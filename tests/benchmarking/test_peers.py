@@ -1,7 +1,5 @@
 """The models that ours is measured beside do the same work: counted by PyTorch, not by us."""
 
-import types
-
 import jax
 import numpy as np
 import pytest
@@ -101,8 +99,8 @@ def test_the_scale_of_the_logits_stays_below_its_bound():
     ("peers", "name", "words"),
     [
         (["open_clip"], "mae_b16", "take one of: plain, transformers"),
-        (["transformers"], "siglip_b16", "take one of: plain, open_clip"),
-        (["plain", "timm"], "clip_b16", "take one of: plain, open_clip"),
+        (["transformers"], "siglip_b16", "take one of: plain, flax, open_clip"),
+        (["plain", "timm"], "clip_b16", "take one of: plain, flax, open_clip"),
         (["open_clap"], "clip_b16", "open_clip"),
     ],
 )
@@ -121,9 +119,8 @@ def test_what_a_peer_does_not_do_is_noted():
 
 def test_a_peer_trains_everything():
     setup = small_setup("demo", ["optimizer.frozen=('image/.*',)"])
-    ours = types.SimpleNamespace(setup=setup, batch=None)
     with pytest.raises(UserError, match="--peer open_clip trains all parameters"):
-        peers_lib.make_peer("open_clip", ours, None)
+        peers_lib.make_peer("open_clip", setup, {}, None)
 
 
 def test_a_peer_that_is_not_installed_is_named(monkeypatch):

@@ -8,6 +8,7 @@ code with our models.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -15,18 +16,24 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Array, Float, Int, UInt8
 
 from vlp_jax.benchmarking.contender import StepTimer
-from vlp_jax.benchmarking.jax_step import JaxStep, program_bytes
+from vlp_jax.benchmarking.jax_step import program_bytes
 from vlp_jax.models.dual_encoder import DualEncoder
 from vlp_jax.objectives import Objective
 from vlp_jax.objectives.contrastive import Contrastive
+from vlp_jax.training.setup import Setup
 
-ACTIVATIONS = {"gelu": False, "gelu_tanh": True}  # whether it is approximated
+ACTIVATIONS = {
+    "gelu": functools.partial(nn.gelu, approximate=False),
+    "gelu_tanh": nn.gelu,
+    "quick_gelu": lambda x: x * nn.sigmoid(1.702 * x),
+}
 IMAGE_POOLINGS = ("cls", "mean", "map")
-TEXT_POOLINGS = ("argmax", "first", "last")
+TEXT_POOLINGS = ("eos", "argmax", "first", "last")
 NOTES = (
     "one device; Flax's own layers as a scan without remat, Optax's own AdamW, all logits at once",
     "no check of the gradients, and no skipped steps",
@@ -44,6 +51,8 @@ def refusal(objective: Objective) -> str | None:
         return f"its activation is one of {', '.join(ACTIVATIONS)}"
     if image.pooling not in IMAGE_POOLINGS or text.pooling not in TEXT_POOLINGS:
         return f"it pools images by {IMAGE_POOLINGS} and texts by {TEXT_POOLINGS}"
+    if image.position != "learned" or image.norm_after_pool or not image.class_position:
+        return "its positions are learned, of all tokens, and its last norm is before the pooling"
     unknown = ("registers", "qk_norm", "layer_scale", "stochastic_depth", "padding_mask")
     for tower in (image, text):
         for name in unknown:
@@ -57,7 +66,7 @@ class Layer(nn.Module):
 
     heads: int
     mlp_dim: int
-    approximate: bool
+    activation: str
     eps: float
     dtype: Any
 
@@ -69,7 +78,7 @@ class Layer(nn.Module):
         x = x + nn.MultiHeadDotProductAttention(self.heads, dtype=self.dtype)(y, mask=mask)
         y = nn.LayerNorm(self.eps, dtype=self.dtype)(x)
         y = nn.Dense(self.mlp_dim, dtype=self.dtype)(y)
-        y = nn.gelu(y, approximate=self.approximate)
+        y = ACTIVATIONS[self.activation](y)
         return x + nn.Dense(x.shape[-1], dtype=self.dtype)(y), None
 
 
@@ -82,8 +91,7 @@ def _layers(tower: Any, x: Array, mask: Array | None) -> Array:
         in_axes=nn.broadcast,
         length=tower.depth,
     )
-    approximate = ACTIVATIONS[tower.activation]
-    made = scan(tower.heads, tower.mlp_dim, approximate, tower.norm_eps, tower.dtype)
+    made = scan(tower.heads, tower.mlp_dim, tower.activation, tower.norm_eps, tower.dtype)
     x, _ = made(x, mask)
     return nn.LayerNorm(tower.norm_eps, dtype=tower.dtype)(x)
 
@@ -118,7 +126,7 @@ class ImageTower(nn.Module):
         x = nn.MultiHeadDotProductAttention(like.heads, dtype=like.dtype)(probe, x)
         y = nn.LayerNorm(like.norm_eps, dtype=like.dtype)(x)
         y = nn.Dense(like.mlp_dim, dtype=like.dtype)(y)
-        y = nn.gelu(y, approximate=ACTIVATIONS[like.activation])
+        y = ACTIVATIONS[like.activation](y)
         return (x + nn.Dense(like.width, dtype=like.dtype)(y))[:, 0]
 
 
@@ -133,8 +141,9 @@ class TextTower(nn.Module):
         x = nn.Embed(like.vocab_size, like.width, dtype=like.dtype)(text)
         x = x + _positions(self, x)
         x = _layers(like, x, nn.make_causal_mask(text) if like.causal else None)
-        if like.pooling == "argmax":
-            return jnp.take_along_axis(x, text.argmax(axis=1)[:, None, None], axis=1)[:, 0]
+        if like.pooling in ("eos", "argmax"):
+            marks = text == like.eos_id if like.pooling == "eos" else text
+            return jnp.take_along_axis(x, marks.argmax(axis=1)[:, None, None], axis=1)[:, 0]
         return x[:, 0 if like.pooling == "first" else -1]
 
 
@@ -239,14 +248,24 @@ class FlaxModel:
 
 
 class FlaxStep:
-    """A `Contender`: the step of `FlaxModel` on the first device of our step, and its batch."""
+    """A `Contender`: the step of `FlaxModel`, on the first device of `setup`.
 
-    def __init__(self, name: str, ours: JaxStep, differences: Sequence[str]):
-        setup = ours.setup
+    Args:
+      batch: a global one of `setup`.
+      differences: further notes.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        setup: Setup,
+        batch: Mapping[str, np.ndarray],
+        differences: Sequence[str],
+    ):
         device = setup.mesh.devices.flat[0]
         model = FlaxModel.of(setup.objective, setup.config.optimizer)
         self.name, self.notes = name, (*NOTES, *differences)
-        self._batch = jax.device_put(dict(ours.batch), device)
+        self._batch = jax.device_put(dict(batch), device)
         self._state = model.init(self._batch)
         begin = time.perf_counter()
         step = jax.jit(model.step, donate_argnums=0)

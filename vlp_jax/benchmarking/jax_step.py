@@ -72,9 +72,7 @@ class JaxStep:
         check: Callable[[Objective], None] = lambda objective: None,
     ):
         self.name, self.notes = name, tuple(notes)
-        config = config.copy_and_resolve_references().unlock()
-        config.duration = duration(steps=NOMINAL_STEPS)
-        self.setup = abstract_setup(config, make_mesh(config.mesh, devices), NOMINAL_EPOCH)
+        self.setup = make_bench_setup(config, devices)
         check(self.setup.objective)
         begin = time.perf_counter()
         if twice:
@@ -126,6 +124,17 @@ class JaxStep:
         setup = self.setup
         forward = setup.objective.flops_per_example(setup.batch_spec)
         return 3.0 * forward * setup.config.batch_size
+
+
+def make_bench_setup(config: ConfigDict, devices: Sequence[jax.Device]) -> Setup:
+    """The setup of `config` on `devices`, without its data.
+
+    Raises:
+      UserError: the config does not fit the devices or itself.
+    """
+    config = config.copy_and_resolve_references().unlock()
+    config.duration = duration(steps=NOMINAL_STEPS)
+    return abstract_setup(config, make_mesh(config.mesh, devices), NOMINAL_EPOCH)
 
 
 def program_bytes(program: Any) -> dict[str, int]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
+import numpy as np
 from ml_collections import ConfigDict
 
 from vlp_jax.benchmarking import flax_peer, open_clip_peer, timm_peer, transformers_peer
@@ -16,6 +17,7 @@ from vlp_jax.benchmarking.torch_step import Recipe, TorchStep
 from vlp_jax.errors import UserError, unknown_key_message
 from vlp_jax.objectives import Objective
 from vlp_jax.planning.options import sections
+from vlp_jax.training.setup import Setup
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,23 +71,28 @@ def check_peers(names: list[str], objective: Objective) -> None:
                 )
 
 
-def make_peer(name: str, ours: JaxStep, compile_torch: bool | None) -> Contender:
-    """The peer `name` of our step, ready to run.
+def make_peer(
+    name: str,
+    setup: Setup,
+    batch: Mapping[str, np.ndarray],
+    compile_torch: bool | None,
+) -> Contender:
+    """The peer `name` of the step of `setup`, ready to run.
 
     Args:
+      batch: a global one of `setup`.
       compile_torch: whether PyTorch models go through `torch.compile`; None for where there is a
         GPU.
 
     Raises:
       UserError: the config does not fit one device.
     """
-    setup = ours.setup
     devices = list(setup.mesh.devices.flat)
     if name == "plain":
         return JaxStep(name, plain_config(setup.config), devices[:1], notes=NOTES)
     differences = only_ours(setup.config)
     if name == "flax":
-        return flax_peer.FlaxStep(name, ours, differences)
+        return flax_peer.FlaxStep(name, setup, batch, differences)
     if devices[0].platform != "cpu" and len(devices) > 1:
         raise UserError(
             f"--peer {name} runs on one device, and ours on {len(devices)}: give --devices 1"
@@ -97,7 +104,7 @@ def make_peer(name: str, ours: JaxStep, compile_torch: bool | None) -> Contender
     return TorchStep(
         name,
         recipe,
-        ours.batch,
+        batch,
         setup.config.optimizer,
         on_gpu=devices[0].platform == "gpu",
         compile_model=compile_torch,

@@ -26,10 +26,16 @@ NOTES = (
 
 def plain_config(config: ConfigDict) -> ConfigDict:
     """A copy of `config` with the values of `PLAIN`, for a mesh of one device."""
+    config = one_device(config).unlock()
+    _make_plain(config.objective)
+    return config.lock()
+
+
+def one_device(config: ConfigDict) -> ConfigDict:
+    """A copy of `config` for a mesh of one device."""
     config = config.copy_and_resolve_references().unlock()
     for axis in config.mesh:
         config.mesh[axis] = None
-    _make_plain(config.objective)
     return config.lock()
 
 
