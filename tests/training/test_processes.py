@@ -38,7 +38,7 @@ def free_port():
         return probe.getsockname()[1]
 
 
-def run(config, workdir, shapes_dir, processes, devices=4):
+def run(config, workdir, shapes_dir, processes, devices=4, settings=()):
     """Starts the job and returns its metrics by (step, name)."""
     port = free_port()
     started = []
@@ -48,7 +48,7 @@ def run(config, workdir, shapes_dir, processes, devices=4):
         started.append(
             subprocess.Popen(
                 [sys.executable, "-m", "vlp_jax.train", "--config", config]
-                + ["--workdir", str(workdir), *(several if processes > 1 else [])],
+                + [*settings, "--workdir", str(workdir), *(several if processes > 1 else [])],
                 cwd=ROOT,
                 env={
                     **os.environ,
@@ -77,8 +77,10 @@ def run(config, workdir, shapes_dir, processes, devices=4):
 def test_two_processes_equal_one(tmp_path, shapes_dir):
     config = tmp_path / "several.py"
     config.write_text(CONFIG)
-    one = run(str(config), tmp_path / "one", shapes_dir, 1)
-    two = run(str(config), tmp_path / "two", shapes_dir, 2)
+    settings = ["--config.log.every.steps=4"]
+    one = run(str(config), tmp_path / "one", shapes_dir, 1, settings=settings)
+    settings += ["--config.steps_per_dispatch=3"]  # which the processes have to count alike
+    two = run(str(config), tmp_path / "two", shapes_dir, 2, settings=settings)
     assert one.keys() == two.keys() and len(one) > 15
     for key in one:
         np.testing.assert_allclose(two[key], one[key], rtol=1e-4, atol=1e-6, err_msg=str(key))
