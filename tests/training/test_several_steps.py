@@ -11,6 +11,8 @@ from vlp_jax import config as config_lib
 from vlp_jax.errors import NotFinite, UserError
 from vlp_jax.observe.throughput import StartupClock
 from vlp_jax.parallel.batch import put_batch
+from vlp_jax.planning import hlo, loops, traffic
+from vlp_jax.planning.compile import compile_setup
 from vlp_jax.train import train
 from vlp_jax.training.several_steps import compile_steps
 from vlp_jax.training.when import EverySteps, StepsAhead
@@ -41,6 +43,20 @@ def test_it_computes_what_single_steps_do(mesh):
             np.testing.assert_allclose(one[name], row[name], rtol=2e-5, atol=1e-6, err_msg=name)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-6), other, state)
     assert jax.tree.map(lambda x: x.sharding, other) == jax.tree.map(lambda x: x.sharding, state)
+
+
+def test_a_step_of_several_sends_what_a_single_one_does():
+    """Within the loop the state stays as it is sharded."""
+    sent = []
+    for most in (1, 3):
+        config = tiny_config()
+        config.steps_per_dispatch = most
+        setup = setup_on(config, *MESHES["fsdp"])
+        module = hlo.parse(compile_setup(setup).text)
+        shape = dict(setup.mesh.shape)
+        found = traffic.collectives(module, loops.count_runs(module), shape)
+        sent.append(traffic.by_kind_and_axis(found))
+    assert sent[0] == sent[1] and sent[0]
 
 
 def test_it_takes_over_the_state_and_moves_nothing_by_itself():
