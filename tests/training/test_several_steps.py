@@ -5,6 +5,7 @@ import json
 import jax
 import numpy as np
 import pytest
+from etils import epath
 
 from tests.training.helpers import batches, compiled, fresh, setup_on, tiny_config
 from vlp_jax import config as config_lib
@@ -13,7 +14,7 @@ from vlp_jax.observe.throughput import StartupClock
 from vlp_jax.parallel.batch import put_batch
 from vlp_jax.planning import hlo, loops, traffic
 from vlp_jax.planning.compile import compile_setup
-from vlp_jax.train import train
+from vlp_jax.train import make_watchdog, train
 from vlp_jax.training.several_steps import compile_steps
 from vlp_jax.training.when import EverySteps, StepsAhead
 
@@ -190,6 +191,15 @@ def test_skipped_steps_within_a_program_are_counted_one_by_one(demo, tmp_path):
         (named,) = (tmp_path / str(most)).glob("skipped-steps-*")
         assert len(named.read_text().splitlines()) == 5
     assert len(told) == 1, told
+
+
+def test_the_watchdog_waits_for_all_of_them(tmp_path):
+    config = config_lib.base()
+    config.watchdog.step_minutes = 2.0
+    one = make_watchdog(config, epath.Path(tmp_path))
+    config.steps_per_dispatch = 4
+    four = make_watchdog(config, epath.Path(tmp_path))
+    assert (one._step_seconds, four._step_seconds) == (120, 480)
 
 
 def test_it_is_at_least_one(demo, tmp_path):

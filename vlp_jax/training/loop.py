@@ -97,16 +97,18 @@ class Loop:
                 break
             self.measures.collect_garbage(step)
             self.profiler.step(step, state)
+            count = self.steps_ahead(step)
             with self.clock.data_wait():
-                batches = [next(self.batches) for _ in range(self.steps_ahead(step))]
+                batches = [next(self.batches) for _ in range(count)]
             state, metrics = self.step_function(state, *batches)
+            del batches  # their memory is free when the step is done
             self.report.take(step, metrics)
             self.watchdog.beat()
             if self.log_when(step):
                 self.checkpointer.poll()
                 if self.checkpointer.failed:
                     self.measures.note("saves failed", self.checkpointer.failed)
-            step += len(batches)
+            step += count
         if saved:
             self.finish(step)
         return state
