@@ -121,7 +121,7 @@ class LoopRunner:
             watchdog=NullWatchdog(),
             measures=NullMeasures(),
             steps_ahead=StepsAhead(
-                most=self._parts.setup.config.steps_per_dispatch,
+                several=self._parts.setup.config.steps_per_dispatch,
                 first=0,
                 last=self.step,
                 begins=(self._parts.log_when,),

@@ -321,7 +321,7 @@ class HostRun:
             watchdog=NullWatchdog(),
             measures=NullMeasures(),
             steps_ahead=StepsAhead(
-                most=self._setup.config.steps_per_dispatch,
+                several=self._setup.config.steps_per_dispatch,
                 first=0,
                 last=self._at,
                 begins=(log_when,),

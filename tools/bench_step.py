@@ -36,7 +36,7 @@ from vlp_jax.benchmarking.apart import ApartPeer, Channel
 from vlp_jax.benchmarking.arguments import check_arguments
 from vlp_jax.benchmarking.jax_step import JaxStep, fixed_batch, make_bench_setup
 from vlp_jax.benchmarking.peak import measure_peak
-from vlp_jax.benchmarking.peers import PEERS, check_peers, make_peer, uses_torch
+from vlp_jax.benchmarking.peers import PEERS, check_devices, check_peers, make_peer, uses_torch
 from vlp_jax.benchmarking.plain import one_device
 from vlp_jax.benchmarking.provenance import provenance
 from vlp_jax.benchmarking.result import Measured, Result, as_json, as_table, last_round
@@ -173,6 +173,7 @@ class Benchmark:
     def _make_peer(self, name: str, stack: contextlib.ExitStack) -> turns.Contender:
         if not self._arguments.apart:
             return make_peer(name, self._ours.setup, self._ours.batch, self._arguments.compile)
+        check_devices(name, self._devices)
         command = [sys.executable, "-m", "tools.bench_step", *self._argv, "--serve", name]
         return stack.enter_context(ApartPeer(name, command))
 
@@ -201,9 +202,10 @@ class Benchmark:
         )
 
 
-def serve(arguments: argparse.Namespace, config: ConfigDict) -> None:
+def serve(argv: Sequence[str]) -> None:
     """The peer that another process takes turns with; on one device, since none uses more."""
     channel = Channel()
+    arguments, config = parse(argv)
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     config = one_device(config)
     setup = make_bench_setup(config, jax.devices()[:1])
@@ -232,10 +234,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     failed: list[str] = []
 
     def command() -> None:
-        arguments, config = parse(argv)
-        if arguments.serve:
-            serve(arguments, config)
+        if "--serve" in argv:
+            serve(argv)
             return
+        arguments, config = parse(argv)
         console = Console(width=None if sys.stdout.isatty() else 140)
 
         def keep(result: Result) -> None:

@@ -23,18 +23,19 @@ STEP_SECONDS = 0.04  # added to each step, so that faults find a run and not its
 
 
 def with_faults(step_function: Callable[..., Any], control: Path) -> Callable[..., Any]:
-    """`step_function` that looks for `nan_at` before each step."""
+    """`step_function` that looks for `nan_at` before each program."""
 
-    def poisoned(state: TrainState, number: int) -> TrainState:
+    def poisoned(state: TrainState, numbers: range) -> TrainState:
         asked = control / "nan_at"
-        if not asked.exists() or asked.read_text().strip() != str(number):
+        if not asked.exists() or asked.read_text().strip() not in map(str, numbers):
             return state
         params = jax.tree.map(lambda x: x * float("nan"), state.params)
         return state.replace(params=params)
 
     def step(state: TrainState, *batches: Any) -> Any:
         time.sleep(STEP_SECONDS * len(batches))
-        return step_function(poisoned(state, int(state.step)), *batches)
+        first = int(state.step)
+        return step_function(poisoned(state, range(first, first + len(batches))), *batches)
 
     return step
 

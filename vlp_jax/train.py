@@ -242,9 +242,14 @@ def find_first_step(parts: Parts, checkpointer: Checkpointer) -> int:
     """The step of the newest checkpoint; 0 if there is none.
 
     Raises:
-      UserError: it is of another model, another batch size or other data.
+      UserError: it is of another model, another batch size or other data, or beyond the end.
     """
-    step = checkpointer.check_fits(parts.setup.abstract)
+    step, last = checkpointer.check_fits(parts.setup.abstract), parts.setup.units.total_steps
+    if step > last:
+        raise UserError(
+            f"the newest checkpoint is of step {step:,}, and config.duration is {last:,} steps: "
+            "give a longer one, or another workdir"
+        )
     if step:
         parts.input_state.resume(checkpointer.input_state(step), step)
     return step

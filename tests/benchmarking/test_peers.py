@@ -1,5 +1,7 @@
 """The models that ours is measured beside do the same work: counted by PyTorch, not by us."""
 
+import types
+
 import jax
 import numpy as np
 import pytest
@@ -112,15 +114,28 @@ def test_a_peer_without_a_model_for_the_objective_is_refused(peers, name, words)
 def test_what_a_peer_does_not_do_is_noted():
     config = config_lib.load("configs/demo.py")
     config_lib.override(config, ["objective.quantization=fp8", "microbatches=4"])
-    remat, quantization, parts = peers_lib.only_ours(config)
+    remat, quantization, optimizer, parts = peers_lib.only_ours(config)
     assert "ours has remat=dots" in remat and "not in fp8" in quantization and "in 4 parts" in parts
-    assert peers_lib.only_ours(plain_config(config_lib.load("configs/demo.py"))) == []
+    assert optimizer == "its optimizer is AdamW, ours muon"
+    assert peers_lib.only_ours(plain_config(config_lib.load("configs/demo.py"))) == [optimizer]
+    config_lib.override(config, ["optimizer.name=adamw", "optimizer.first_moment_dtype=bfloat16"])
+    assert "its moments are float32, ours has bfloat16" in peers_lib.only_ours(config)
 
 
-def test_a_peer_trains_everything():
+@pytest.mark.parametrize("name", ["open_clip", "flax"])
+def test_a_peer_trains_everything(name):
     setup = small_setup("demo", ["optimizer.frozen=('image/.*',)"])
-    with pytest.raises(UserError, match="--peer open_clip trains all parameters"):
-        peers_lib.make_peer("open_clip", setup, {}, None)
+    with pytest.raises(UserError, match=f"--peer {name} trains all parameters"):
+        peers_lib.make_peer(name, setup, {}, None)
+
+
+def test_a_peer_on_one_accelerator_is_not_compared_with_several():
+    devices = [types.SimpleNamespace(platform="gpu")] * 2
+    for name in ("open_clip", "flax"):
+        with pytest.raises(UserError, match=f"--peer {name} runs on one device, and ours on 2"):
+            peers_lib.check_devices(name, devices)
+        peers_lib.check_devices(name, devices[:1])
+    peers_lib.check_devices("plain", devices)
 
 
 def test_a_peer_that_is_not_installed_is_named(monkeypatch):

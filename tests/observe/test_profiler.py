@@ -46,6 +46,14 @@ def test_an_early_end_or_a_failure_closes_the_trace_once(traces, tmp_path):
     assert len(traces) == 2
 
 
+def test_steps_of_one_program_are_traced_together(traces, tmp_path):
+    said = []
+    with Profiler((8, 11), tmp_path, say=said.append) as profiler:
+        for step in (4, 8):  # the run ends with the second program
+            profiler.step(step, count=4)
+    assert "trace of steps 8 to 11" in said[-1]
+
+
 def test_nothing_is_traced_outside(traces, tmp_path):
     with Profiler((30, 50), tmp_path) as profiler:
         for step in range(10):

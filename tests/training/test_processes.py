@@ -1,9 +1,11 @@
 """Two processes that form one job give the numbers of one process with as many devices."""
 
 import os
+import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -38,9 +40,11 @@ def free_port():
         return probe.getsockname()[1]
 
 
-def run(config, workdir, shapes_dir, processes, devices=4, settings=()):
-    """Starts the job and returns its metrics by (step, name)."""
+def start(config, workdir, shapes_dir, processes, devices=4, settings=()):
+    """Starts the job."""
     port = free_port()
+    # Each has the threads that a process of so many devices gives itself.
+    environment = {k: v for k, v in os.environ.items() if k != "PJRT_NPROC"}
     started = []
     for index in range(processes):
         several = ["--coordinator", f"127.0.0.1:{port}", "--processes", str(processes)]
@@ -51,7 +55,7 @@ def run(config, workdir, shapes_dir, processes, devices=4, settings=()):
                 + [*settings, "--workdir", str(workdir), *(several if processes > 1 else [])],
                 cwd=ROOT,
                 env={
-                    **os.environ,
+                    **environment,
                     "TFDS_DATA_DIR": shapes_dir,
                     "JAX_PLATFORMS": "cpu",
                     "JAX_NUM_CPU_DEVICES": str(devices // processes),
@@ -63,7 +67,12 @@ def run(config, workdir, shapes_dir, processes, devices=4, settings=()):
                 text=True,
             )
         )
-    for process in started:
+    return started
+
+
+def run(config, workdir, shapes_dir, processes, devices=4, settings=()):
+    """Runs the job and returns its metrics by (step, name)."""
+    for process in start(config, workdir, shapes_dir, processes, devices, settings):
         output = process.communicate(timeout=300)[0]
         assert process.returncode == 0, output
     return {
@@ -85,6 +94,37 @@ def test_two_processes_equal_one(tmp_path, shapes_dir):
     for key in one:
         np.testing.assert_allclose(two[key], one[key], rtol=1e-4, atol=1e-6, err_msg=str(key))
     assert (tmp_path / "two" / "checkpoints" / "5").is_dir()
+
+
+def test_two_processes_that_save_often_are_told_to_stop(tmp_path, shapes_dir):
+    """One is told, both save the same step and end; whatever was saved before, and however many
+    steps a program has."""
+    config = tmp_path / "several.py"
+    config.write_text(CONFIG)
+    settings = [
+        "--config.duration.steps=100000",
+        *(f"--config.evaluators.{name}=None" for name in ("zero_shot", "zero_shot_unseen")),
+        "--config.evaluators.retrieval=None",
+        "--config.log.every.steps=6",
+        "--config.checkpoint.every.percent=None",
+        "--config.checkpoint.every.steps=6",
+        "--config.steps_per_dispatch=3",
+    ]
+    workdir = tmp_path / "run"
+    first, second = started = start(str(config), workdir, shapes_dir, 2, settings=settings)
+    try:
+        deadline = time.monotonic() + 200
+        while not (workdir / "checkpoints" / "12").exists() and time.monotonic() < deadline:
+            assert first.poll() is None and second.poll() is None
+            time.sleep(0.2)
+        second.send_signal(signal.SIGTERM)
+        outputs = [process.communicate(timeout=60)[0] for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    assert [process.returncode for process in started] == [75, 75], outputs
+    newest = max(int(p.name) for p in (workdir / "checkpoints").iterdir() if p.name.isdigit())
+    assert all(f"saved step {newest}," in output for output in outputs), outputs
 
 
 # A process reads its own part of a batch, so that `tensor` lies within one: four have two devices

@@ -52,7 +52,7 @@ def start(config_file, workdir, shapes_dir, slowly=False):
         [sys.executable, *program, "--config", str(config_file), "--workdir", str(workdir)],
         cwd=ROOT,
         env={
-            **os.environ,
+            **{k: v for k, v in os.environ.items() if k != "PJRT_NPROC"},
             "TFDS_DATA_DIR": shapes_dir,
             "JAX_NUM_CPU_DEVICES": "2",
             "JAX_PLATFORMS": "cpu",

@@ -13,7 +13,6 @@ from vlp_jax.errors import NotFinite, UserError
 from vlp_jax.observe.throughput import StartupClock
 from vlp_jax.parallel.batch import put_batch
 from vlp_jax.planning import hlo, loops, traffic
-from vlp_jax.planning.compile import compile_setup
 from vlp_jax.train import make_watchdog, train
 from vlp_jax.training.several_steps import compile_steps
 from vlp_jax.training.when import EverySteps, StepsAhead
@@ -35,8 +34,11 @@ def test_it_computes_what_single_steps_do(mesh):
         rows.append(metrics.fetch())
     steps = compile_steps(setup.step, setup.abstract, setup.batch_spec, setup.mesh, 3)
     other, first = steps(fresh(setup), *data[:3])
-    other, second = steps(other, *data[3:])  # fewer than it was compiled for
-    together = first.fetch() + second.fetch()
+    second = []
+    for batch in data[3:]:  # fewer than it was compiled for
+        other, metrics = steps(other, batch)
+        second.append(metrics)
+    together = [*first.fetch(), *(metrics.fetch() for metrics in second)]
     assert int(other.step) == int(state.step) == 5 and len(together) == 5
     for one, row in zip(together, rows, strict=True):
         assert one.keys() == row.keys()
@@ -46,18 +48,21 @@ def test_it_computes_what_single_steps_do(mesh):
     assert jax.tree.map(lambda x: x.sharding, other) == jax.tree.map(lambda x: x.sharding, state)
 
 
-def test_a_step_of_several_sends_what_a_single_one_does():
-    """Within the loop the state stays as it is sharded."""
+def test_within_the_loop_a_step_sends_what_a_single_one_does():
+    """The state stays as it is sharded, and the compiler knows the number of rounds."""
+    setup = setup_on(tiny_config(), *MESHES["fsdp"])
+    steps = compile_steps(setup.step, setup.abstract, setup.batch_spec, setup.mesh, 3)
     sent = []
-    for most in (1, 3):
-        config = tiny_config()
-        config.steps_per_dispatch = most
-        setup = setup_on(config, *MESHES["fsdp"])
-        module = hlo.parse(compile_setup(setup).text)
-        shape = dict(setup.mesh.shape)
-        found = traffic.collectives(module, loops.count_runs(module), shape)
+    for program in (steps.single.program, steps.program):
+        module = hlo.parse(program.as_text())
+        runs = loops.count_runs(module)
+        assert not runs.unknown
+        found = traffic.collectives(module, runs, dict(setup.mesh.shape))
         sent.append(traffic.by_kind_and_axis(found))
-    assert sent[0] == sent[1] and sent[0]
+    single, several = sent
+    assert single and several.keys() == single.keys()
+    for key, figures in single.items():
+        assert several[key] == {name: 3 * value for name, value in figures.items()}
 
 
 def test_it_takes_over_the_state_and_moves_nothing_by_itself():
@@ -73,32 +78,32 @@ def test_it_takes_over_the_state_and_moves_nothing_by_itself():
     assert int(state.step) == 4
 
 
-@pytest.mark.parametrize("count", [0, 3])
+@pytest.mark.parametrize("count", [0, 2, 4])
 def test_another_number_of_batches_is_refused(count):
     setup = setup_on(tiny_config(), {}, 1)
-    steps = compile_steps(setup.step, setup.abstract, setup.batch_spec, setup.mesh, 2)
-    with pytest.raises(ValueError, match=f"{count} batches for a program of 1 to 2 steps"):
+    steps = compile_steps(setup.step, setup.abstract, setup.batch_spec, setup.mesh, 3)
+    with pytest.raises(ValueError, match=f"{count} batches for programs of 1 and of 3 steps"):
         steps(fresh(setup), *on_devices(setup, count))
 
 
 def test_the_host_looks_before_every_step_at_which_it_has_something_to_do():
     ahead = StepsAhead(
-        most=8,
+        several=4,
         first=3,
-        last=40,
-        begins=(EverySteps(10, last=40), lambda step: step == 17),
+        last=30,
+        begins=(EverySteps(10, last=30), lambda step: step == 17),
     )
     step, begun = 3, []
-    while step < 40:
+    while step < 30:
         begun.append(step)
         step += ahead(step)
     # 3 alone, since its time is told; then never over a multiple of 10, over 17 or over the end.
-    assert begun == [3, 4, 10, 17, 20, 28, 30, 38]
-    assert step == 40
+    assert begun == [3, 4, 8, 9, 10, 14, 15, 16, 17, 18, 19, 20, 24, 28, 29]
+    assert step == 30
 
 
 def test_one_step_a_dispatch_is_one():
-    ahead = StepsAhead(most=1, first=0, last=9, begins=())
+    ahead = StepsAhead(several=1, first=0, last=9, begins=())
     assert [ahead(step) for step in range(9)] == [1] * 9
 
 
@@ -143,8 +148,10 @@ def test_a_run_logs_saves_and_evaluates_at_the_same_steps(demo, tmp_path, monkey
     one, logged = run(demo, tmp_path / "one")
     assert {count for _, count in handed} == {1}
     handed.clear()
-    four, others = run(demo, tmp_path / "four", steps_per_dispatch=4)
-    assert handed == [(0, 1), (1, 4), (5, 1), (6, 3), (9, 1), (10, 2), (12, 1)]
+    two, others = run(demo, tmp_path / "two", steps_per_dispatch=2)
+    # Scores at 9, checkpoints at 6 and 12, logs at 5 and 10; 0 and 12 are alone.
+    assert [step for step, count in handed if count == 2] == [1, 3, 6, 10]
+    assert sum(count for _, count in handed) == 13
     assert logged.keys() == others.keys()
     for step, record in logged.items():
         assert others[step].keys() == record.keys()
@@ -156,7 +163,7 @@ def test_a_run_logs_saves_and_evaluates_at_the_same_steps(demo, tmp_path, monkey
                     others[step][name], record[name], rtol=1e-3, atol=1e-4, err_msg=name
                 )
     jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-2, atol=1e-4), four.params, one.params
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-2, atol=1e-4), two.params, one.params
     )
 
     def saved(name):
@@ -164,16 +171,23 @@ def test_a_run_logs_saves_and_evaluates_at_the_same_steps(demo, tmp_path, monkey
             int(p.name) for p in (tmp_path / name / "checkpoints").iterdir() if p.is_dir()
         )
 
-    assert saved("one") == saved("four") == [6, 12, 13]
-    # Resumed in the middle, with another number of steps at once: the same end.
+    assert saved("one") == saved("two") == [6, 12, 13]
+    # Resumed in the middle, with other steps at once than before: the same end.
     for step in (12, 13):
-        (tmp_path / "four" / "checkpoints" / str(step)).rename(tmp_path / str(step))
-    again, _ = run(demo, tmp_path / "four", steps_per_dispatch=3)
+        (tmp_path / "two" / "checkpoints" / str(step)).rename(tmp_path / str(step))
+    handed.clear()
+    again, _ = run(demo, tmp_path / "two", steps_per_dispatch=2)
+    assert handed == [(6, 1), (7, 2), (9, 1), (10, 2), (12, 1)]
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-2, atol=1e-4),
         again.params,
         one.params,
     )
+
+    with pytest.raises(
+        UserError, match="newest checkpoint is of step 13, and config.duration is 9"
+    ):
+        run(demo, tmp_path / "two", **{"duration.steps": 9})
 
 
 def test_skipped_steps_within_a_program_are_counted_one_by_one(demo, tmp_path):

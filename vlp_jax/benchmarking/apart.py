@@ -13,7 +13,7 @@ from typing import Any, Self
 from vlp_jax.benchmarking.contender import Contender
 
 # Variables that ours are started with, or set, and others are not.
-OURS_ALONE = ("GLIBC_TUNABLES", "PJRT_NPROC")
+OURS_ALONE = ("GLIBC_TUNABLES", "PJRT_NPROC", "JAX_NUM_CPU_DEVICES")
 
 
 class ApartPeer:
@@ -43,11 +43,11 @@ class ApartPeer:
         self.name = name
         try:
             told = self._receive()
-        except RuntimeError:
+        except BaseException:  # Ctrl-C as well: no process is left behind
             self.__exit__()
             raise
         removed = [k for k in OURS_ALONE if k in os.environ]
-        without = f", without {' and '.join(removed)}, which ours has" if removed else ""
+        without = f", without {', '.join(removed)}, which ours has" if removed else ""
         self.notes = (f"in a process of its own{without}", *told["notes"])
         self.facts: dict[str, Any] = told["facts"]
 
@@ -73,13 +73,16 @@ class ApartPeer:
         line = self._process.stdout.readline()
         if not line:
             raise RuntimeError(self._last_words())
-        return json.loads(line)
+        try:
+            return json.loads(line)
+        except ValueError as error:
+            raise RuntimeError(f"it printed {line[:100]!r} instead of an answer") from error
 
     def _last_words(self) -> str:
         status = self._process.wait()
         self._errors.seek(0)
         lines = self._errors.read().strip().splitlines()
-        return lines[-1] if lines else f"its process ended with status {status}"
+        return f"its process ended with status {status}" + (f": {lines[-1]}" if lines else "")
 
 
 class Channel:

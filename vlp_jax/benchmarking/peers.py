@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
+import jax
 import numpy as np
 from ml_collections import ConfigDict
 
@@ -90,15 +91,12 @@ def make_peer(
     devices = list(setup.mesh.devices.flat)
     if name == "plain":
         return JaxStep(name, plain_config(setup.config), devices[:1], notes=NOTES)
+    check_devices(name, devices)
+    if setup.config.optimizer.frozen:
+        raise UserError(f"--peer {name} trains all parameters, and optimizer.frozen holds some")
     differences = only_ours(setup.config)
     if name == "flax":
         return flax_peer.FlaxStep(name, setup, batch, differences)
-    if devices[0].platform != "cpu" and len(devices) > 1:
-        raise UserError(
-            f"--peer {name} runs on one device, and ours on {len(devices)}: give --devices 1"
-        )
-    if setup.config.optimizer.frozen:
-        raise UserError(f"--peer {name} trains all parameters, and optimizer.frozen holds some")
     recipe = TORCH_PEERS[name].recipe(setup.objective)
     recipe = dataclasses.replace(recipe, notes=(*recipe.notes, *differences))
     return TorchStep(
@@ -113,6 +111,14 @@ def make_peer(
     )
 
 
+def check_devices(name: str, devices: Sequence[jax.Device]) -> None:
+    """Raises UserError if ours has several accelerators; `plain` is made for that comparison."""
+    if name != "plain" and devices[0].platform != "cpu" and len(devices) > 1:
+        raise UserError(
+            f"--peer {name} runs on one device, and ours on {len(devices)}: give --devices 1"
+        )
+
+
 def only_ours(config: ConfigDict) -> list[str]:
     """What our step does and no peer of PyTorch does, in words."""
     found = []
@@ -121,6 +127,11 @@ def only_ours(config: ConfigDict) -> list[str]:
             found.append(f"it keeps all activations, ours has remat={section.remat}")
         if section.get("quantization", "none") != "none":
             found.append(f"its products are not in {section.quantization}, ours are")
+    optimizer = config.optimizer
+    if optimizer.name != "adamw":
+        found.append(f"its optimizer is AdamW, ours {optimizer.name}")
+    if optimizer.first_moment_dtype not in (None, "float32"):
+        found.append(f"its moments are float32, ours has {optimizer.first_moment_dtype}")
     if config.microbatches > 1:
         found.append(f"it computes the batch at once, ours in {config.microbatches} parts")
     if config.optimizer.ema_decay:

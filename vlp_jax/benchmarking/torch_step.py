@@ -96,7 +96,7 @@ class TorchStep:
             "threads": torch.get_num_threads(),
             "first_step_seconds": time.perf_counter() - begin,
         }
-        self.notes = (*self._notes(compiled, optimizer), *recipe.notes)
+        self.notes = (*self._notes(compiled), *recipe.notes)
 
     def run(self, steps: int) -> list[float]:
         """Trains `steps` steps; the seconds of each."""
@@ -141,13 +141,10 @@ class TorchStep:
         event.record()
         return event
 
-    def _notes(self, compiled: bool, optimizer: Mapping[str, Any]) -> list[str]:
+    def _notes(self, compiled: bool) -> list[str]:
         mode = "torch.compile" if compiled else "eager"
         dtype = "bfloat16 autocast" if self._on_gpu else "float32"
-        notes = [f"{mode}, {dtype}, fused AdamW, images normalized before the step"]
-        if optimizer["name"] != "adamw":
-            notes.append(f"its optimizer is AdamW, ours {optimizer['name']}")
-        return notes
+        return [f"{mode}, {dtype}, fused AdamW, images normalized before the step"]
 
 
 def to_tensors(

@@ -26,8 +26,8 @@ class NullProfiler:
 
     def __exit__(self, *exception: object) -> None: ...
 
-    def step(self, step: int, wait_for: Any = ()) -> None:
-        del step, wait_for
+    def step(self, step: int, wait_for: Any = (), count: int = 1) -> None:
+        del step, wait_for, count
 
     def close(self) -> None: ...
 
@@ -116,18 +116,17 @@ class Profiler:
     ) -> None:
         self.close()
 
-    def step(self, step: int, wait_for: Any = ()) -> None:
-        """Says that step `step` is about to begin, and with it all up to the next call.
+    def step(self, step: int, wait_for: Any = (), count: int = 1) -> None:
+        """Says that step `step` is about to begin.
 
         Args:
             step: its number.
             wait_for: arrays of the step before, e.g. the state. JAX runs ahead of the device: the
                 trace begins and ends when they are computed, so it holds whole steps and no others.
+            count: steps that begin with it, as one program; they are traced together.
         """
         self._end_annotation()
         asked = self._requested()
-        if self._tracing is not None:
-            self._newest = step - 1
         if self._tracing is not None and step not in self._tracing:
             jax.block_until_ready(wait_for)
             self.close()
@@ -140,7 +139,7 @@ class Profiler:
             elif asked:
                 self._start(range(step, step + self._steps_on_request), wait_for)
         if self._tracing is not None:
-            self._newest = step
+            self._newest = step + count - 1
             self._annotation = jax.profiler.StepTraceAnnotation("train", step_num=step)
             self._annotation.__enter__()
 

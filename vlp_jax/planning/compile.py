@@ -8,6 +8,7 @@ import re
 import jax
 
 from vlp_jax.training.setup import Setup
+from vlp_jax.training.step import compile_step
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 _SIZE = r"([\d.]+)([KMGT]?)i?B?"
@@ -69,7 +70,7 @@ def compile_setup(setup: Setup) -> Program | OutOfMemory:
     cached = jax.config.jax_enable_compilation_cache
     jax.config.update("jax_enable_compilation_cache", False)
     try:
-        step = setup.compile()
+        step = compile_step(setup.step, setup.abstract, setup.batch_spec, setup.mesh)
     except jax.errors.JaxRuntimeError as error:
         refused = parse_out_of_memory(str(error))
         if refused is None:

@@ -51,7 +51,7 @@ class Plan:
     """What is known of a training step. Bytes are of a device, FLOPs of all devices.
 
     Attributes:
-      waiting: of the batches that wait on the devices while a step runs (`config.prefetch`).
+      waiting: of the batches that wait on the devices while a step runs (`waiting_bytes`).
       activations: an estimate of what is kept between forward and backward pass.
       memory: of the compiled program; its refusal; None where nothing compiles.
       compiled: None where there is no compiled program.
@@ -147,13 +147,19 @@ def step_flops(setup: Setup) -> Flops:
 
 
 def waiting_bytes(setup: Setup) -> int:
-    """Of a device, of the batches that wait on the devices while a step runs."""
+    """Of a device, of the batches that wait on the devices while a step runs.
+
+    Where several steps are one program, these are also the batches of the program that runs, but
+    for one, all of them stacked, and those of the next program.
+    """
     spread = mesh_lib.batch_sharding(setup.mesh)
     batch = [
         jax.ShapeDtypeStruct(spec.shape, spec.dtype, sharding=spread)
         for spec in setup.batch_spec.values()
     ]
-    return setup.config.prefetch * share(batch).device
+    several = setup.config.steps_per_dispatch
+    of_programs = 3 * several - 1 if several > 1 else 0
+    return (setup.config.prefetch + of_programs) * share(batch).device
 
 
 def make_plan(setup: Setup, target: Target) -> Plan:

@@ -54,7 +54,7 @@ class Parts:
         config, total = self.setup.config, self.setup.units.total_steps
         first, last = profile_steps(config) or (0, -1)
         return StepsAhead(
-            most=config.steps_per_dispatch,
+            several=config.steps_per_dispatch,
             first=first_step,
             last=total,
             begins=(

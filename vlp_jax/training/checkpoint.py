@@ -17,6 +17,7 @@ from vlp_jax.errors import CannotSave, UserError
 from vlp_jax.observe.jsonl import is_remote
 from vlp_jax.parallel import agreement
 from vlp_jax.training import checkpoint_files
+from vlp_jax.training.checkpoint_manager import Manager
 from vlp_jax.training.restore import Reader
 from vlp_jax.training.state import TrainState
 
@@ -85,10 +86,10 @@ class Checkpointer:
             agreement.on_first(self._make_directory)
         self._manager = self._open()
 
-    def _open(self) -> ocp.CheckpointManager:
+    def _open(self) -> Manager:
         several = _processes(next(_openings))
         try:
-            return ocp.CheckpointManager(
+            return Manager(
                 self._directory,
                 item_handlers={
                     "state": ocp.StandardCheckpointHandler(multiprocessing_options=several),

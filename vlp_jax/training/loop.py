@@ -88,7 +88,7 @@ class Loop:
           CannotSave: a checkpoint that the run depends on could not be written.
         """
         step = self.first_step
-        while True:
+        while step <= self.last_step:
             if self.preempted(step):
                 raise self.stop(step, state)
             self.evaluate(step, state)
@@ -96,8 +96,8 @@ class Loop:
             if step == self.last_step:
                 break
             self.measures.collect_garbage(step)
-            self.profiler.step(step, state)
             count = self.steps_ahead(step)
+            self.profiler.step(step, state, count)
             with self.clock.data_wait():
                 batches = [next(self.batches) for _ in range(count)]
             state, metrics = self.step_function(state, *batches)

@@ -123,28 +123,23 @@ class StepsOrMinutes:
 
 @dataclasses.dataclass(frozen=True)
 class StepsAhead:
-    """How many steps the devices are handed at once: up to the next that the host has to look at.
+    """How many steps the devices are handed at once: `several`, or 1 where the host has to look.
 
     Attributes:
-      most: of them.
+      several: of them.
       first: the first step of this process, which is alone: how long it takes is told.
       last: there is no step from this one on.
       begins: true for the steps before which the host has something to do.
     """
 
-    most: int
+    several: int
     first: int
     last: int
     begins: Sequence[Callable[[int], bool]]
 
     def __call__(self, step: int) -> int:
         """The number of steps, from `step` on."""
-        if step == self.first:
+        if step == self.first or step + self.several > self.last:
             return 1
-        count = 1
-        while count < self.most and step + count < self.last and not self._begins(step + count):
-            count += 1
-        return count
-
-    def _begins(self, step: int) -> bool:
-        return any(begins(step) for begins in self.begins)
+        within = range(step + 1, step + self.several)
+        return 1 if any(begins(s) for begins in self.begins for s in within) else self.several
