@@ -94,7 +94,7 @@ command_of() {
 if [[ -n $dry_run ]]; then
   port=$(free_port)
   for variable in JAX_PLATFORMS JAX_NUM_CPU_DEVICES XLA_FLAGS LIBTPU_INIT_ARGS \
-    XLA_PYTHON_CLIENT_MEM_FRACTION NCCL_DEBUG; do
+    XLA_PYTHON_CLIENT_MEM_FRACTION NCCL_DEBUG GLIBC_TUNABLES; do
     [[ -z ${!variable-} ]] || print_command export "$variable=${!variable}"
   done
   for ((i = 0; i < processes; i++)); do

@@ -7,9 +7,9 @@ compile: seconds to trace and compile the step at 6, 12 and 24 layers of the sam
 turns; layers are one scan, so the ratio to 6 layers should stay near 1. warm: the same in processes
 of their own, with an empty and with a filled persistent cache. host: what the main thread computes
 for a step of the real loop (time.thread_time: waiting is not counted), with as many arrays and
-layers as the config's model has and a width that a CPU can hold, for each number of steps that the
-devices are handed in one program (config.steps_per_dispatch). That the step itself does not run
-inside of this thread is seen from the CPU time of all others, which is told beside it.
+layers as the config's model has, logged as often, and a width that a CPU can hold, for each number
+of steps that the devices are handed in one program (config.steps_per_dispatch). That the step
+itself does not run inside of this thread is seen from the CPU time of all others, told beside it.
 
 Sizes other than depth are those of a smoke test; nothing here says how fast a step is.
 """
@@ -83,9 +83,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         "--steps-per-dispatch",
         type=int,
         nargs="+",
-        default=(1, 8),
+        default=(1, 10),
         metavar="N",
-        help="steps in a program, each measured in turns (default: 1 and 8)",
+        help="steps in a program, each measured in turns (default: 1 and 10)",
     )
     add("--json", metavar="FILE", help="also write the figures there")
     add("--compile-once", type=int, metavar="DEPTH", help=argparse.SUPPRESS)
@@ -102,7 +102,7 @@ def narrow_config(file: str, depth: int | None) -> ConfigDict:
     config = config_lib.load(file)
     small = config_lib.smoke(config).unlock()
     small.mesh = config_lib.base().mesh
-    small.log.every.steps = 50
+    small.log.every = config.log.every
     small.duration.steps = 1_000_000
     if depth:
         return with_depth(small, depth)

@@ -41,8 +41,8 @@ def base() -> ConfigDict:
     config.microbatches = 1
     config.duration = duration(steps=1000)
     # Steps that the devices are handed in one program, for steps that take less time than the host
-    # needs to start one. Whatever the host does between two steps (logging, saving, evaluating)
-    # parts them.
+    # needs to start one. Whatever the host does before a step (logging, saving, evaluating) comes
+    # between programs, and what is left goes one by one: so it should divide `log.every`.
     config.steps_per_dispatch = 1
     # A preset ("dp", "fsdp", "fsdp_tp", "hybrid"; None is as "dp", but takes any sizes) and sizes
     # of the mesh axes. None is what the preset makes of it; one may be -1: all devices that are

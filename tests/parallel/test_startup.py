@@ -8,6 +8,7 @@ import time
 import types
 from pathlib import Path
 
+import jax
 import pytest
 
 from vlp_jax.errors import UserError
@@ -179,3 +180,16 @@ def test_a_tpu_that_is_not_wanted_is_not_looked_for(monkeypatch):
     monkeypatch.setenv("TPU_WORKER_HOSTNAMES", "a,b")
     assert startup.jax.config.jax_platforms == "cpu"  # as all tests run
     assert startup.find_job().kind == startup.ALONE
+
+
+def test_each_cpu_device_has_two_threads(monkeypatch):
+    """One may wait in a collective; conftest sets as many for the tests' own eight."""
+    assert os.environ["PJRT_NPROC"] == str(2 * jax.config.jax_num_cpu_devices)
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    monkeypatch.delenv("PJRT_NPROC")
+    startup.widen_cpu_thread_pool()
+    assert os.environ["PJRT_NPROC"] == "16"
+    startup.widen_cpu_thread_pool()  # what is set already stays
+    monkeypatch.setenv("PJRT_NPROC", "5")
+    startup.widen_cpu_thread_pool()
+    assert os.environ["PJRT_NPROC"] == "5"
