@@ -20,8 +20,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Int, UInt8
 
-from vlp_jax.benchmarking.contender import StepTimer
-from vlp_jax.benchmarking.jax_step import program_bytes
+from vlp_jax.benchmarking.jax_step import program_bytes, timed_steps
 from vlp_jax.models.dual_encoder import DualEncoder
 from vlp_jax.objectives import Objective
 from vlp_jax.objectives.contrastive import Contrastive
@@ -279,10 +278,5 @@ class FlaxStep:
 
     def run(self, steps: int) -> list[float]:
         """Trains `steps` steps; the seconds of each."""
-        timer = StepTimer(jax.block_until_ready)
-        for _ in range(steps):
-            self._state, loss = self._program(self._state, self._batch)
-            timer.started(loss)
-        seconds = timer.seconds()
-        jax.block_until_ready(self._state)
+        self._state, seconds = timed_steps(self._program, self._state, self._batch, steps)
         return seconds

@@ -102,12 +102,7 @@ class JaxStep:
 
     def run(self, steps: int) -> list[float]:
         """Trains `steps` steps; the seconds of each."""
-        timer = StepTimer(jax.block_until_ready)
-        for _ in range(steps):
-            self._state, metrics = self.program(self._state, self._on_device)
-            timer.started(metrics)
-        seconds = timer.seconds()
-        jax.block_until_ready(self._state)
+        self._state, seconds = timed_steps(self.program, self._state, self._on_device, steps)
         return seconds
 
     def read_peak_memory(self) -> None:
@@ -124,6 +119,22 @@ class JaxStep:
         setup = self.setup
         forward = setup.objective.flops_per_example(setup.batch_spec)
         return 3.0 * forward * setup.config.batch_size
+
+
+def timed_steps(
+    program: Callable[[Any, Any], tuple[Any, Any]], state: Any, batch: Any, steps: int
+) -> tuple[Any, list[float]]:
+    """(the state after `steps` steps on one batch, the seconds of each).
+
+    Args:
+      program: (state, batch) -> (state, what the host waits for).
+    """
+    timer = StepTimer(jax.block_until_ready)
+    for _ in range(steps):
+        state, told = program(state, batch)
+        timer.started(told)
+    seconds = timer.seconds()
+    return jax.block_until_ready(state), seconds
 
 
 def make_bench_setup(config: ConfigDict, devices: Sequence[jax.Device]) -> Setup:
