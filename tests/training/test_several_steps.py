@@ -1,6 +1,7 @@
 """Several steps in one program do what they do one by one, and the host misses nothing."""
 
 import json
+import types
 
 import jax
 import numpy as np
@@ -14,6 +15,7 @@ from vlp_jax.observe.throughput import StartupClock
 from vlp_jax.parallel.batch import put_batch
 from vlp_jax.planning import hlo, loops, traffic
 from vlp_jax.train import make_watchdog, train
+from vlp_jax.training.build import Parts
 from vlp_jax.training.several_steps import compile_steps
 from vlp_jax.training.when import EverySteps, StepsAhead
 
@@ -100,6 +102,25 @@ def test_the_host_looks_before_every_step_at_which_it_has_something_to_do():
     # 3 alone, since its time is told; then never over a multiple of 10, over 17 or over the end.
     assert begun == [3, 4, 8, 9, 10, 14, 15, 16, 17, 18, 19, 20, 24, 28, 29]
     assert step == 30
+
+
+def test_traces_and_collections_of_garbage_come_between_programs():
+    config = tiny_config()
+    config_lib.override(config, ["profile.first=7", "profile.last=9", "steps_per_dispatch=4"])
+    config_lib.override(config, ["garbage_collection_every=16"])
+    never = EverySteps(0, last=40)
+    parts = types.SimpleNamespace(
+        setup=types.SimpleNamespace(config=config, units=types.SimpleNamespace(total_steps=40)),
+        save_when=types.SimpleNamespace(steps=never),
+        log_when=never,
+        evaluations=(),
+    )
+    ahead = Parts.steps_ahead(parts, 0)
+    step, begun = 0, []
+    while step < 40:
+        begun.append(step)
+        step += ahead(step)
+    assert begun == [0, 1, 5, 6, 7, 8, 9, 10, 14, 15, 16, 20, 24, 28, 32, 36]
 
 
 def test_one_step_a_dispatch_is_one():
