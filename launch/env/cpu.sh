@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# CPU, for a first look and for drills.
+# CPU, for a first look and for drills. What is measured is in docs/benchmarks.md.
 
 # Takes the CPU even where JAX finds an accelerator.
 # https://docs.jax.dev/en/latest/config_options.html
