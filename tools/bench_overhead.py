@@ -90,10 +90,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--json", metavar="FILE", help="also write the figures there")
     add("--compile-once", type=int, metavar="DEPTH", help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
-    check_arguments(arguments, "rounds", "steps")
-    for number in arguments.steps_per_dispatch:
-        if number < 1:
-            raise UserError(f"--steps-per-dispatch is at least 1, not {number}")
+    check_arguments(arguments, "rounds", "steps", "steps_per_dispatch")
     return arguments
 
 

@@ -206,7 +206,6 @@ def serve(argv: Sequence[str]) -> None:
     """The peer that another process takes turns with; on one device, since none uses more."""
     channel = Channel()
     arguments, config = parse(argv)
-    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     config = one_device(config)
     setup = make_bench_setup(config, jax.devices()[:1])
     channel.serve(make_peer(arguments.serve, setup, fixed_batch(setup), arguments.compile))

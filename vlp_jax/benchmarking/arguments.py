@@ -13,15 +13,16 @@ def check_arguments(arguments: argparse.Namespace, *counts: str) -> None:
 
     Args:
       arguments: of these `json` and `markdown`, as far as there are any, name files.
-      counts: names of the numbers; one that is None is left alone.
+      counts: names of the numbers, or of lists of them; one that is None is left alone.
 
     Raises:
       UserError: one is below 1, or there is no such folder.
     """
     for name in counts:
-        value = getattr(arguments, name)
-        if value is not None and value < 1:
-            raise UserError(f"--{name.replace('_', '-')} is at least 1, not {value}")
+        given = getattr(arguments, name)
+        for value in given if isinstance(given, (list, tuple)) else [given]:
+            if value is not None and value < 1:
+                raise UserError(f"--{name.replace('_', '-')} is at least 1, not {value}")
     for name in ("json", "markdown"):
         file = getattr(arguments, name, None)
         if file and not Path(file).absolute().parent.is_dir():

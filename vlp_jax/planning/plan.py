@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-import jax
 from ml_collections import ConfigDict
 
 from vlp_jax.parallel import mesh as mesh_lib
@@ -21,6 +20,7 @@ from vlp_jax.planning.state_bytes import StateBytes, share, state_bytes
 from vlp_jax.planning.target import Target
 from vlp_jax.training.abstract_setup import abstract_setup, set_dtypes
 from vlp_jax.training.setup import Setup
+from vlp_jax.training.step import abstract_batch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,11 +152,7 @@ def waiting_bytes(setup: Setup) -> int:
     Where several steps are one program, these are also the batches of the program that runs, but
     for one, all of them stacked, and those of the next program.
     """
-    spread = mesh_lib.batch_sharding(setup.mesh)
-    batch = [
-        jax.ShapeDtypeStruct(spec.shape, spec.dtype, sharding=spread)
-        for spec in setup.batch_spec.values()
-    ]
+    batch = abstract_batch(setup.batch_spec, setup.mesh)
     several = setup.config.steps_per_dispatch
     of_programs = 3 * several - 1 if several > 1 else 0
     return (setup.config.prefetch + of_programs) * share(batch).device

@@ -18,6 +18,7 @@ from vlp_jax.parallel import mesh as mesh_lib
 from vlp_jax.training.state import TrainState
 from vlp_jax.training.step import (
     CompiledStep,
+    PackedMetrics,
     StepFunction,
     StepMetrics,
     abstract_batch,
@@ -27,28 +28,13 @@ from vlp_jax.training.step import (
 )
 
 
-class SeveralMetrics:
-    """The metrics of consecutive steps, in one array on the devices.
-
-    Attributes:
-      array: float32 [steps, metrics, 2], in the order of the names.
-    """
-
-    def __init__(self, names: Sequence[str], array: jax.Array):
-        self._names = tuple(names)
-        self.array = array
+@jax.tree_util.register_pytree_node_class
+class SeveralMetrics(PackedMetrics):
+    """The metrics of consecutive steps: the array is [steps, metrics, 2]."""
 
     def fetch(self) -> list[dict[str, tuple[float, float]]]:
         """(sum, count) by name, of each step, as Python numbers; waits for the devices."""
-        rows = jax.device_get(self.array).tolist()
-        return [{n: tuple(pair) for n, pair in zip(self._names, row, strict=True)} for row in rows]
-
-
-jax.tree_util.register_pytree_node(
-    SeveralMetrics,
-    lambda metrics: ((metrics.array,), metrics._names),
-    lambda names, leaves: SeveralMetrics(names, *leaves),
-)
+        return [self._named(rows) for rows in jax.device_get(self.array).tolist()]
 
 
 class CompiledSteps:

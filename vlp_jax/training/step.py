@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,8 @@ from vlp_jax.training.guard import NO_SPIKE_RULE, Guard, choose
 from vlp_jax.training.state import PURPOSE_LOSS, TrainState, key_for
 
 StepFunction = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+# With the metrics as the array of `PackedMetrics`.
+PackedStep = Callable[[TrainState, Batch], tuple[TrainState, jax.Array]]
 
 
 def make_step(
@@ -91,19 +93,36 @@ def _with_schedules_of(opt_state: Any, ahead: Any) -> Any:
     return jax.tree.map(pick, opt_state, ahead, is_leaf=is_schedule)
 
 
-class StepMetrics(Mapping[str, tuple[Any, Any]]):
-    """The metrics of a step, (sum, count) by name, in one array on the devices.
+class PackedMetrics:
+    """Metrics, (sum, count) by name, in one array on the devices; a pytree of that array.
 
     Each array that a program gives or the host fetches costs the host some time: a step has some
-    twenty numbers. Reading one of them waits for the step, and fetches all of them.
+    twenty numbers.
 
     Attributes:
-      array: float32 [metrics, 2], in the order of the names.
+      array: float32 [..., metrics, 2], in the order of the names.
     """
 
     def __init__(self, names: Sequence[str], array: jax.Array):
         self._names = tuple(names)
         self.array = array
+
+    def tree_flatten(self) -> tuple[tuple[jax.Array], tuple[str, ...]]:
+        """(the array, the names)."""
+        return (self.array,), self._names
+
+    @classmethod
+    def tree_unflatten(cls, names: tuple[str, ...], leaves: Sequence[Any]) -> Self:
+        """The reverse of `tree_flatten`."""
+        return cls(names, *leaves)
+
+    def _named(self, rows: Sequence[Sequence[float]]) -> dict[str, tuple[float, float]]:
+        return {name: tuple(row) for name, row in zip(self._names, rows, strict=True)}
+
+
+@jax.tree_util.register_pytree_node_class
+class StepMetrics(PackedMetrics, Mapping[str, tuple[Any, Any]]):
+    """The metrics of a step. Reading one of them waits for the step, and fetches all of them."""
 
     def __getitem__(self, name: str) -> tuple[Any, Any]:
         if name not in self._names:
@@ -119,15 +138,7 @@ class StepMetrics(Mapping[str, tuple[Any, Any]]):
 
     def fetch(self) -> dict[str, tuple[float, float]]:
         """All of them, as Python numbers, fetched once."""
-        rows = jax.device_get(self.array).tolist()
-        return {name: tuple(row) for name, row in zip(self._names, rows, strict=True)}
-
-
-jax.tree_util.register_pytree_node(
-    StepMetrics,
-    lambda metrics: ((metrics.array,), metrics._names),
-    lambda names, leaves: StepMetrics(names, *leaves),
-)
+        return self._named(jax.device_get(self.array).tolist())
 
 
 class CompiledStep:
@@ -156,11 +167,8 @@ def compile_step(
     return CompiledStep(compile_for(packed, abstract, mesh, batch), names)
 
 
-Packed = Callable[[TrainState, Batch], tuple[TrainState, jax.Array]]
-
-
-def pack_metrics(step: StepFunction) -> tuple[Packed, list[str]]:
-    """`step` with its metrics in one array (`StepMetrics`), and their names once it is traced."""
+def pack_metrics(step: StepFunction) -> tuple[PackedStep, list[str]]:
+    """`step` with its metrics in one array (`PackedMetrics`), and their names once it is traced."""
     names: list[str] = []
 
     def packed(state: TrainState, batch: Batch) -> tuple[TrainState, jax.Array]:
