@@ -35,8 +35,8 @@ from vlp_jax.data.samples import sample_texts
 from vlp_jax.data.tokenizers import SentencePieceTokenizer, Tokenizer, train_subword
 from vlp_jax.data.tokenizers import train_sentencepiece as train_sentencepiece_model
 from vlp_jax.data.tokenizers.base import frame_length
-from vlp_jax.data.tokenizers.files import write_whole
 from vlp_jax.errors import UserError, unknown_key_message
+from vlp_jax.files import write_whole
 from vlp_jax.training.command import run_command
 
 KINDS = {"bpe": None, "sentencepiece-unigram": "unigram", "sentencepiece-bpe": "bpe"}

@@ -23,8 +23,8 @@ from vlp_jax.observe.progress import NullProgress, Progress
 from vlp_jax.observe.throughput import StartupClock, StepClock, peak_flops
 from vlp_jax.observe.watchdog import NullWatchdog, Watchdog
 from vlp_jax.observe.writers import Writer, build_writers, check_writers
+from vlp_jax.parallel import agreement, startup
 from vlp_jax.parallel import mesh as mesh_lib
-from vlp_jax.parallel import startup
 from vlp_jax.parallel.batch import Prefetcher
 from vlp_jax.parallel.maintenance import MaintenanceWatch
 from vlp_jax.parallel.sharding_report import spread
@@ -266,7 +266,8 @@ def check_before_start(config: ConfigDict, workdir: epath.Path) -> None:
 def begin(parts: Parts, workdir: epath.Path, job: str, tell: Callable[[str], None]) -> None:
     """Writes config and tokenizer, and tells what has changed, who takes part and how."""
     config = parts.setup.config
-    for change in workdir_lib.changes(workdir, config):
+    # On the first process alone, which is about to write that file.
+    for change in agreement.on_first(lambda: list(workdir_lib.changes(workdir, config))):
         tell(f"note: {change}")
     workdir_lib.prepare(workdir, config, parts.tokenizer)
     parts.start.announce(workdir, tell)

@@ -72,9 +72,15 @@ def start(config, workdir, shapes_dir, processes, devices=4, settings=()):
 
 def run(config, workdir, shapes_dir, processes, devices=4, settings=()):
     """Runs the job and returns its metrics by (step, name)."""
-    for process in start(config, workdir, shapes_dir, processes, devices, settings):
-        output = process.communicate(timeout=300)[0]
-        assert process.returncode == 0, output
+    started = start(config, workdir, shapes_dir, processes, devices, settings)
+    try:
+        outputs = [process.communicate(timeout=300)[0] for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    # One that fails takes the others with it: what all have said tells which was the first.
+    failed = [process.returncode != 0 for process in started]
+    assert not any(failed), "\n".join(f"process {i}:\n{text}" for i, text in enumerate(outputs))
     return {
         (record["step"], key): value
         for record in read_metrics(workdir / "metrics.jsonl")

@@ -8,13 +8,12 @@ import json
 import math
 import threading
 import time
-import uuid
 from collections.abc import Callable, Mapping
 from typing import Any, Self
 
 from etils import epath
 
-from vlp_jax.observe.jsonl import is_remote
+from vlp_jax.files import write_whole
 
 GOODPUT_FILE = "goodput.json"
 FORMAT = 1
@@ -192,7 +191,7 @@ class RunLedger:
     def write(self) -> None:
         """Writes the file, whole or not at all. Does not raise."""
         try:
-            write_atomically(self._path, self.now().to_json())
+            write_whole(self._path, self.now().to_json())
         except Exception as error:  # whatever an object store raises
             if not self._warned:
                 self._warned = True
@@ -232,24 +231,6 @@ class RunLedger:
             f"({problem}); it is counted anew from step {step:,}"
         )
         return None
-
-
-def write_atomically(path: epath.Path, text: str) -> None:
-    """Puts `text` into the file, so that a reader sees the old file or the new one.
-
-    Raises:
-      OSError: it cannot be written; of an object store, also others.
-    """
-    if is_remote(path):
-        path.write_text(text)  # an object appears when it is whole
-        return
-    temporary = path.parent / f".{path.name}.{uuid.uuid4().hex[:8]}.tmp"
-    try:
-        temporary.write_text(text)
-        temporary.replace(path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def in_order(seconds: Mapping[str, float]) -> dict[str, float]:

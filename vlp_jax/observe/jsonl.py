@@ -8,7 +8,6 @@ import logging
 import math
 import os
 import time
-import uuid
 from collections.abc import Iterable, Mapping
 from typing import Any, BinaryIO
 
@@ -17,6 +16,7 @@ from etils import epath
 from jaxtyping import UInt8
 
 from vlp_jax.errors import UserError
+from vlp_jax.files import is_remote, write_whole
 
 METRICS_FILE = "metrics.jsonl"
 Scalars = Mapping[str, float]
@@ -98,11 +98,6 @@ def read_metrics(path: epath.PathLike) -> list[dict[str, Any]]:
     return [_decode(record) for _, record in _parse_lines(path, path.read_bytes())]
 
 
-def is_remote(path: epath.PathLike) -> bool:
-    """Whether `path` is an object store's (gs://, s3://, ...), where files cannot be appended."""
-    return "://" in os.fspath(path)
-
-
 class _LocalLines:
     """Appends lines to a local file, each handed to the operating system at once.
 
@@ -176,10 +171,7 @@ def _remove_from_step(path: epath.Path, start_step: int) -> list[bytes]:
     data = path.read_bytes()
     kept = [line for line, record in _parse_lines(path, data) if record["step"] < start_step]
     if b"".join(kept) != data:
-        # A reader, or a kill at this moment, sees the old file or the new one, never half of one.
-        temporary = path.parent / f"{path.name}.{uuid.uuid4().hex[:8]}.tmp"
-        temporary.write_bytes(b"".join(kept))
-        temporary.replace(path)
+        write_whole(path, b"".join(kept))
     return kept
 
 

@@ -19,13 +19,13 @@ import numpy as np
 from etils import epath
 
 from vlp_jax.errors import UserError, unknown_key_message
+from vlp_jax.files import is_remote, write_whole
 from vlp_jax.observe.jsonl import (
     METRICS_FILE,
     Images,
     JsonlWriter,
     Scalars,
     Texts,
-    is_remote,
     read_metrics,
 )
 
@@ -321,7 +321,7 @@ def _wandb_run_id(directory: epath.Path) -> str:
     """The id of this workdir's wandb run, made on first use."""
     path = directory / "wandb_run_id.txt"
     if not path.exists():
-        path.write_text(uuid.uuid4().hex[:12] + "\n")
+        write_whole(path, uuid.uuid4().hex[:12] + "\n")
     return path.read_text().strip()
 
 

@@ -19,6 +19,7 @@ from jaxtyping import Float
 
 from vlp_jax.encoders import Encoder
 from vlp_jax.errors import UserError
+from vlp_jax.files import write_whole
 from vlp_jax.serve.pictures import Pictures
 
 VECTORS, ENTRIES = "index.faiss", "entries.json"
@@ -183,9 +184,7 @@ def _write(folder: Path, vectors: Any, entries: Entries) -> None:
         faiss.write_index(vectors, str(unfinished))
         os.replace(unfinished, folder / VECTORS)
         content = {"format": FORMAT, **dataclasses.asdict(entries)}
-        unfinished = folder / f"{ENTRIES}.{os.getpid()}"
-        unfinished.write_text(json.dumps(content))
-        os.replace(unfinished, folder / ENTRIES)
+        write_whole(folder / ENTRIES, json.dumps(content))
     except (OSError, RuntimeError) as error:
         raise UserError(
             f"the index cannot be kept in {folder} ({error}): name another folder with --index"

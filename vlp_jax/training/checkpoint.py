@@ -14,7 +14,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from vlp_jax.errors import CannotSave, UserError
-from vlp_jax.observe.jsonl import is_remote
+from vlp_jax.files import is_remote
 from vlp_jax.parallel import agreement
 from vlp_jax.training import checkpoint_files
 from vlp_jax.training.checkpoint_manager import Manager

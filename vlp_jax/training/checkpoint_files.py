@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import google_crc32c
 from etils import epath
 
-from vlp_jax.observe.jsonl import is_remote
+from vlp_jax.files import is_remote, write_whole
 
 CHECKSUMS = "checksums.json"
 # Orbax notes times there when all else is written; nothing of the state is in it.
@@ -33,7 +33,7 @@ def write_checksums(directory: epath.Path) -> None:
         name: [size, _crc32c(directory / name) if with_sums else None]
         for name, size in _files(directory)
     }
-    (directory / CHECKSUMS).write_text(json.dumps(record))
+    write_whole(directory / CHECKSUMS, json.dumps(record))
 
 
 def damage(directory: epath.Path) -> str | None:

@@ -16,6 +16,7 @@ from etils import epath
 
 from vlp_jax.data.tokenizers import Tokenizer
 from vlp_jax.errors import UserError, unknown_key_message
+from vlp_jax.files import write_whole
 from vlp_jax.training import checkpoint, param_groups
 from vlp_jax.training.layer_layout import Shape, stack_layers, stacked_name
 from vlp_jax.training.setup import Setup
@@ -114,7 +115,7 @@ class FromWeights:
         text = self.report()
         tell(text)
         if jax.process_index() == 0:
-            (workdir / REPORT).write_text(text + "\n")
+            write_whole(workdir / REPORT, text + "\n")
 
     def report(self) -> str:
         """Path, shape and fate of every parameter, and how many numbers met each fate."""

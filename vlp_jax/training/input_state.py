@@ -13,6 +13,7 @@ from etils import epath
 from vlp_jax.data.faults import REASONS
 from vlp_jax.data.joined import JoinedPipeline
 from vlp_jax.errors import UserError
+from vlp_jax.files import write_whole
 from vlp_jax.parallel import agreement
 
 
@@ -113,7 +114,7 @@ class InputState:
                 }
                 for step in steps
             ]
-            file.write_text("".join(json.dumps(record) + "\n" for record in records))
+            write_whole(file, "".join(json.dumps(record) + "\n" for record in records))
         return file
 
     def _counts(self, step: int) -> list[int]:

@@ -15,7 +15,7 @@ import jax
 from etils import epath
 
 from vlp_jax.errors import UserError
-from vlp_jax.observe.jsonl import is_remote
+from vlp_jax.files import is_remote
 from vlp_jax.parallel import agreement
 
 LOCK = "run.lock"

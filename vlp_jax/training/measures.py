@@ -14,13 +14,13 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from vlp_jax.errors import UserError
+from vlp_jax.files import write_whole
 from vlp_jax.observe.compilation import Compiled, CompileWatch, describe
 from vlp_jax.observe.goodput import (
     GOODPUT_FILE,
     OwnTime,
     RunLedger,
     goodput_metrics,
-    write_atomically,
 )
 from vlp_jax.observe.heartbeat import Heartbeat
 from vlp_jax.observe.memory import largest, memory_metrics
@@ -242,7 +242,7 @@ class Measures:
         self._progress.print(summary.text())
         path = self._workdir / SUMMARY_FILE
         try:
-            write_atomically(path, summary.to_json())
+            write_whole(path, summary.to_json())
         except Exception as error:  # whatever an object store raises; the run is over anyway
             self._progress.print(f"warning: {path} cannot be written ({error})")
 

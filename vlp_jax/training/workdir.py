@@ -13,6 +13,7 @@ from vlp_jax import config as config_lib
 from vlp_jax.data.samples import sample_texts
 from vlp_jax.data.tokenizers import Tokenizer, build_tokenizer
 from vlp_jax.errors import UserError
+from vlp_jax.files import write_whole
 
 CONFIG, TOKENIZER, METRICS = "config.json", "tokenizer.json", "metrics.jsonl"
 # Scores of checkpoints that were evaluated beside the run or after it, a line each.
@@ -71,8 +72,7 @@ def open_kept_tokenizer(workdir: epath.Path, config: ConfigDict) -> Tokenizer | 
 def prepare(workdir: epath.Path, config: ConfigDict, tokenizer: Tokenizer | None) -> None:
     """Makes the folder and writes the resolved config and the tokenizer, if any (on process 0)."""
     if jax.process_index() == 0:
-        workdir.mkdir(parents=True, exist_ok=True)
-        (workdir / CONFIG).write_text(config_lib.to_json(config))
+        write_whole(workdir / CONFIG, config_lib.to_json(config))
         if tokenizer is not None and not (workdir / TOKENIZER).exists():
             tokenizer.save(workdir / TOKENIZER)
 
@@ -81,20 +81,25 @@ def load_config(workdir: epath.Path) -> ConfigDict:
     """The resolved config of the run in `workdir`.
 
     Raises:
-      UserError: there is none.
+      UserError: there is none, or it cannot be read.
     """
     file = workdir / CONFIG
     if not file.exists():
         raise UserError(f"{workdir} holds no run: there is no {CONFIG} in it")
-    return config_lib.from_json(file.read_text())
+    try:
+        return config_lib.from_json(file.read_text())
+    except ValueError as error:  # also what is not UTF-8
+        raise UserError(
+            f"{file} is not JSON ({error}): take it away, and training with the same --config "
+            "and --workdir writes it anew"
+        ) from None
 
 
 def changes(workdir: epath.Path, config: ConfigDict) -> Iterator[str]:
     """A line for each key whose value is not that of the config the workdir was started with."""
-    file = workdir / CONFIG
-    if not file.exists():
+    if not (workdir / CONFIG).exists():
         return
-    before = dict(config_lib.flatten(config_lib.from_json(file.read_text())))
+    before = dict(config_lib.flatten(load_config(workdir)))
     now = dict(config_lib.flatten(config_lib.from_json(config_lib.to_json(config))))
     for key in sorted({*before, *now}):
         if before.get(key) != now.get(key):

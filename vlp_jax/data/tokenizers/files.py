@@ -15,6 +15,7 @@ from typing import Any
 from etils import epath
 
 from vlp_jax.errors import UserError
+from vlp_jax.files import write_whole
 
 # The kinds that a file can be of, and what such a file is called in messages.
 KINDS = {
@@ -23,15 +24,6 @@ KINDS = {
     "clip": "a file of CLIP's merges",
     "sentencepiece": "a SentencePiece model",
 }
-
-
-def write_whole(path: str | os.PathLike[str], content: str | bytes) -> None:
-    """Writes a file so that no reader, nor a crash, ever sees half of it."""
-    path = epath.Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.parent / f"{path.name}.{os.getpid()}.unfinished"
-    unfinished.write_bytes(content.encode() if isinstance(content, str) else content)
-    unfinished.replace(path)
 
 
 def write_note(path: str | os.PathLike[str], kind: str, **content: Any) -> None:

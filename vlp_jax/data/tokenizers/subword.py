@@ -10,6 +10,7 @@ import numpy as np
 
 from vlp_jax.data.tokenizers import base, files
 from vlp_jax.errors import UserError
+from vlp_jax.files import write_whole
 
 if TYPE_CHECKING:
     import tokenizers
@@ -77,7 +78,7 @@ class SubwordTokenizer:
         )
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        files.write_whole(path, self._file)
+        write_whole(path, self._file)
 
     def to_json(self, lowercase: bool) -> str:
         model = base.import_tokenizers().Tokenizer.from_str(self._file)
