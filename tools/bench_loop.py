@@ -173,7 +173,13 @@ def figures(times: Times) -> dict[str, Any]:
 class Turns:
     """The three, each of so many steps, around one state and one stream of batches."""
 
-    def __init__(self, runner: LoopRunner, step: StepFunction, batches: Prefetcher, steps: int):
+    def __init__(
+        self,
+        runner: LoopRunner,
+        step: CompiledStep | CompiledSteps,
+        batches: Prefetcher,
+        steps: int,
+    ):
         self._runner, self._step, self._batches, self._steps = runner, step, batches, steps
         self._fixed = next(batches)
 
