@@ -204,7 +204,7 @@ overdue() {
 }
 
 run_attempt() {
-  local attempt=$1 port started i event index value
+  local attempt=$1 port started i event index value line rest status
   port=$(free_port)
   statuses=() pids=() running=$processes sent="" deadline="" first_end=0
   [[ -z $logs ]] || mkdir -p -- "$logs"
@@ -213,17 +213,24 @@ run_attempt() {
     command_of "$i" "$port"
     start_process "$i" "$attempt" "${command[@]}"
   done
+  line=""
   while ((running)); do
-    local wait=()
+    # Never long: a signal that comes just before the program begins to wait is seen only afterwards.
+    local left=1000000
     if [[ -n $deadline ]]; then
-      local left=$((deadline - $(microseconds)))
+      left=$((deadline - $(microseconds)))
       ((left > 1000)) || left=1000
-      wait=(-t "$(as_seconds "$left")")
+      ((left < 1000000)) || left=1000000
     fi
-    if ! read -r -u 9 "${wait[@]}" event index value; then
+    IFS= read -r -u 9 -t "$(as_seconds "$left")" rest
+    status=$?
+    line+=$rest # also the beginning of a line, if the time was up then
+    if ((status)); then
       [[ -n $deadline ]] && (($(microseconds) >= deadline)) && overdue
       continue
     fi
+    read -r event index value <<<"$line"
+    line=""
     case $event in
       started)
         pids[index]=$value

@@ -14,6 +14,47 @@ import pytest
 from .conftest import LAUNCH
 
 COMPLETE = [["save", 9], ["exit", 0]]
+# In front of bash: wherever it would wait for its queue (9), it says so and begins 0.4 s later, as a
+# program may on a busy machine. A signal in this time does not end the waiting.
+LATE_TO_WAIT = """
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <fcntl.h>
+#include <poll.h>
+#include <stdlib.h>
+#include <sys/select.h>
+#include <time.h>
+#include <unistd.h>
+
+static void be_late(void) {
+  struct pollfd queue = {9, POLLIN, 0};
+  if (poll(&queue, 1, 0)) return;
+  int said = open(getenv("LATE_FILE"), O_WRONLY | O_APPEND | O_CREAT, 0600);
+  if (said >= 0 && write(said, ".", 1)) close(said);
+  struct timespec left = {0, 400000000};
+  while (nanosleep(&left, &left)) {}
+}
+
+ssize_t read(int file, void *buffer, size_t count) {
+  ssize_t (*original)(int, void *, size_t) = dlsym(RTLD_NEXT, "read");
+  if (file == 9) be_late();
+  return original(file, buffer, count);
+}
+
+int select(int count, fd_set *in, fd_set *out, fd_set *other, struct timeval *time) {
+  int (*original)(int, fd_set *, fd_set *, fd_set *, struct timeval *) = dlsym(RTLD_NEXT, "select");
+  if (in && count > 9 && FD_ISSET(9, in)) be_late();
+  return original(count, in, out, other, time);
+}
+
+int pselect(int count, fd_set *in, fd_set *out, fd_set *other, const struct timespec *time,
+            const sigset_t *mask) {
+  int (*original)(int, fd_set *, fd_set *, fd_set *, const struct timespec *, const sigset_t *) =
+      dlsym(RTLD_NEXT, "pselect");
+  if (in && count > 9 && FD_ISSET(9, in)) be_late();
+  return original(count, in, out, other, time, mask);
+}
+"""
 
 
 @pytest.fixture
@@ -191,6 +232,24 @@ def test_ctrl_c_in_a_terminal_lets_the_processes_save(job):
     status, out, _ = finish(process)
     assert status == 75 and "told to stop" in out
     assert log_of(job.workdir)[0]["statuses"] == [75]
+
+
+@pytest.mark.skipif(not shutil.which("cc"), reason="needs a C compiler")
+def test_a_signal_that_comes_before_the_launcher_waits_is_not_lost(job, tmp_path, fake_environment):
+    (tmp_path / "late.c").write_text(LATE_TO_WAIT)
+    library, said = tmp_path / "late.so", tmp_path / "late"
+    command = ["cc", "-shared", "-fPIC", "-o", library, tmp_path / "late.c", "-ldl"]
+    subprocess.run(command, check=True)
+    fake_environment.update(LD_PRELOAD=str(library), LATE_FILE=str(said))
+    process = job([[[["on_term", 75, 3], ["touch", "ready"], ["sleep", 60]]]])
+    wait_for(job.workdir / "ready")
+    before = said.stat().st_size if said.exists() else 0
+    deadline = time.monotonic() + 20
+    while not said.exists() or said.stat().st_size == before:
+        assert time.monotonic() < deadline, "the launcher does not wait anew"
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    assert finish(process)[0] == 75
 
 
 def test_a_second_signal_kills(job):
