@@ -14,8 +14,8 @@ import pytest
 from .conftest import LAUNCH
 
 COMPLETE = [["save", 9], ["exit", 0]]
-# In front of bash: wherever it would wait for its queue (9), it says so and begins 0.4 s later, as a
-# program may on a busy machine. A signal in this time does not end the waiting.
+# In front of bash: wherever it would wait for its queue (9), it says so and begins 0.4 s later, as
+# may happen on a busy machine. A signal in this time does not end the waiting.
 LATE_TO_WAIT = """
 #define _GNU_SOURCE
 #include <dlfcn.h>
