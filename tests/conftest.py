@@ -1,12 +1,24 @@
 """Eight CPU devices for every test, and compiled programs kept between runs."""
 
+import importlib.metadata
 import os
 from pathlib import Path
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 # Eight devices share few cores: on a busy machine one may be so late that XLA, which takes 40 s for
 # a hang, would end the process.
-os.environ.setdefault("XLA_FLAGS", "--xla_cpu_collective_call_terminate_timeout_seconds=600")
+# The tests' models are tiny: compiling them takes most of the time, running them none. XLA makes
+# kernels with LLVM alone and in one piece then, in half of the time that its emitters on MLIR take.
+# It ends the process over a flag that it does not know: later versions are not told.
+os.environ.setdefault(
+    "XLA_FLAGS",
+    "--xla_cpu_collective_call_terminate_timeout_seconds=600"
+    + (
+        " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+        if importlib.metadata.version("jaxlib").startswith("0.10.")
+        else ""
+    ),
+)
 
 import jax
 import pytest
@@ -18,7 +30,6 @@ jax.config.update("jax_num_cpu_devices", 8)
 os.environ.setdefault("PJRT_NPROC", "16")  # see vlp_jax.parallel.startup.widen_cpu_thread_pool
 jax.config.update("jax_compilation_cache_dir", str(ROOT / ".cache" / "xla"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
-# The tests' models are tiny: compiling them takes most of the time, running them none.
 jax.config.update("jax_disable_most_optimizations", True)
 
 

@@ -71,6 +71,8 @@ def job(tmp_path, fake_environment):
             stderr=subprocess.PIPE,
             text=True,
             start_new_session=True,
+            # Tests in the background of a script ignore SIGINT, and bash cannot take that back.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
             env={**fake_environment, "FAKE_PLAN": json.dumps(plan)},
         )
 

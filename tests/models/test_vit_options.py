@@ -1,13 +1,14 @@
 """Options of the image tower: positions, other tokens, masks, normalizations, random depth."""
 
 import dataclasses
+import functools
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from modules import apply, init, perturbed
 
 from vlp_jax.models import layers
 from vlp_jax.models.masking import kept_patches, mask_from_noise, random_mask, take_tokens
@@ -25,14 +26,6 @@ def tiny(image_size=(16, 24), **fields):
 
 def images(batch=3, size=(16, 24)):
     return jax.random.normal(jax.random.key(1), (batch, *size, 3))
-
-
-def perturbed(module, *inputs):
-    params = nn.unbox(module.init(KEY, *inputs))
-    leaves, tree = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.key(7), len(leaves))
-    moved = [x + 0.1 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
-    return jax.tree.unflatten(tree, moved)
 
 
 def test_sincos_equals_the_formula_of_the_paper_term_by_term():
@@ -55,9 +48,9 @@ def test_sincos_positions_are_no_parameters_but_tell_places_apart():
     params = perturbed(model, images())
     assert "position_embedding" not in params["params"]
     flat = jnp.ones_like(images())
-    out = model.apply(params, flat)
+    out = apply(model, params, flat)
     assert np.abs(out[:, 0] - out[:, 1]).max() > 1e-3
-    without = tiny(position="none", pooling="none").apply(params, flat)
+    without = apply(tiny(position="none", pooling="none"), params, flat)
     np.testing.assert_allclose(without[:, 0], without[:, 1], atol=1e-5)
 
 
@@ -67,7 +60,7 @@ def test_without_positions_patches_may_be_permuted():
     patches = patchify(images(), 8)[:, ::-1]
     shuffled = unpatchify(patches, (2, 3))
     np.testing.assert_allclose(
-        model.apply(params, images()), model.apply(params, shuffled), atol=1e-5
+        apply(model, params, images()), apply(model, params, shuffled), atol=1e-5
     )
 
 
@@ -113,7 +106,7 @@ def test_masked_tokens_are_those_of_the_whole_image(class_token, registers, posi
     ).clone(depth=0, scan_layers=False)
     params = perturbed(model, images())
     keep = jnp.asarray([[4, 0], [1, 5], [2, 3]])
-    whole, masked = model.apply(params, images()), model.apply(params, images(), keep)
+    whole, masked = apply(model, params, images()), apply(model, params, images(), keep)
     prefix = class_token + registers
     assert masked.shape == (3, prefix + 2, 32)
     np.testing.assert_allclose(masked[:, :prefix], whole[:, :prefix], atol=1e-6)
@@ -129,8 +122,8 @@ def test_hidden_patches_change_nothing():
     rows = jnp.arange(3)[:, None]
     other = (100 + patches).at[rows, keep].set(patches[rows, keep])
     np.testing.assert_allclose(
-        model.apply(params, images(), keep),
-        model.apply(params, unpatchify(other, (2, 3)), keep),
+        apply(model, params, images(), keep),
+        apply(model, params, unpatchify(other, (2, 3)), keep),
         atol=1e-6,
     )
 
@@ -140,7 +133,7 @@ def test_all_patches_in_another_order_give_the_same_vector():
     params = perturbed(model, images())
     keep = jnp.asarray([[5, 0, 3, 1, 4, 2]] * 3)
     np.testing.assert_allclose(
-        model.apply(params, images(), keep), model.apply(params, images()), atol=1e-5
+        apply(model, params, images(), keep), apply(model, params, images()), atol=1e-5
     )
 
 
@@ -177,9 +170,9 @@ def test_bad_mask_ratios(ratio):
 def test_mean_pooling_leaves_other_tokens_out():
     fields = dict(class_token=True, registers=2)
     params = perturbed(tiny(pooling="mean", **fields), images())
-    tokens = tiny(pooling="none", **fields).apply(params, images())
+    tokens = apply(tiny(pooling="none", **fields), params, images())
     np.testing.assert_allclose(
-        tiny(pooling="mean", **fields).apply(params, images()), tokens[:, 3:].mean(1), atol=1e-6
+        apply(tiny(pooling="mean", **fields), params, images()), tokens[:, 3:].mean(1), atol=1e-6
     )
 
 
@@ -194,7 +187,7 @@ def test_norm_after_pool_normalizes_the_mean_of_tokens_that_are_not():
     expected = layers.layer_norm(1e-6, jnp.float32, None).apply(
         {"params": params["params"]["norm"]}, pooled
     )
-    np.testing.assert_allclose(model.apply(params, images()), expected, atol=1e-5)
+    np.testing.assert_allclose(apply(model, params, images()), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("remat", ["none", "full"])
@@ -206,10 +199,14 @@ def test_stochastic_depth_drops_whole_branches_and_keeps_the_mean(scan_layers, r
     )  # fmt: skip
     x = jnp.ones((4000, 2, 4)) * jnp.arange(4)
     params = perturbed(encoder, x[:1])
-    still = encoder.apply(params, x[:1])
+    still = apply(encoder, params, x[:1])
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def drop(train, key):
+        return encoder.apply(params, x, train=train, rngs={"drop_path": key})
 
     def dropped(train, key=KEY):
-        return encoder.apply(params, x, train=train, rngs={"drop_path": key})
+        return drop(train, key)
 
     np.testing.assert_allclose(dropped(False), jnp.broadcast_to(still, x.shape), atol=1e-5)
     out = dropped(True)
@@ -225,7 +222,7 @@ def test_stochastic_depth_drops_whole_branches_and_keeps_the_mean(scan_layers, r
     }
     if scan_layers:
         one = {"params": {"layers": jax.tree.map(lambda p: p[:1], params["params"]["layers"])}}
-    kept_out = first.apply(one, x[:1])[0]
+    kept_out = apply(first, one, x[:1])[0]
     share = np.mean(np.abs(np.asarray(out) - np.asarray(kept_out)).max((1, 2)) < 1e-5)
     assert 0.2 < share < 0.3  # both branches of the second layer are dropped in a quarter
     assert np.abs(dropped(True, jax.random.key(5)) - out).max() > 1e-3
@@ -233,25 +230,25 @@ def test_stochastic_depth_drops_whole_branches_and_keeps_the_mean(scan_layers, r
 
 def test_stochastic_depth_without_training_needs_no_random_stream():
     model = tiny(stochastic_depth=0.3)
-    model.apply(perturbed(model, images()), images())
+    apply(model, perturbed(model, images()), images())
 
 
 def test_layer_scale_of_zero_leaves_the_input():
     encoder = layers.Encoder(depth=2, heads=2, mlp_dim=8, layer_scale=0.0, final_norm=False)
     x = jax.random.normal(KEY, (2, 3, 4))
-    params = nn.unbox(encoder.init(KEY, x))
-    np.testing.assert_array_equal(encoder.apply(params, x), x)
+    params = init(encoder, x)
+    np.testing.assert_array_equal(apply(encoder, params, x), x)
     assert params["params"]["layers"]["layer_scale_mlp"]["scale"].shape == (2, 4)
 
 
 def test_query_key_norm_bounds_the_logits():
     attention = layers.MultiHeadAttention(heads=2, qk_norm=True)
     x = jax.random.normal(KEY, (2, 5, 8))
-    params = nn.unbox(attention.init(KEY, x, x))
-    once, many = attention.apply(params, x, x), attention.apply(params, 50 * x, x)
+    params = init(attention, x, x)
+    once, many = apply(attention, params, x, x), apply(attention, params, 50 * x, x)
     np.testing.assert_allclose(once, many, atol=1e-2)  # the size of the queries does not count
     plain = layers.MultiHeadAttention(heads=2)
-    assert np.abs(plain.apply(params, x, x) - plain.apply(params, 50 * x, x)).max() > 0.1
+    assert np.abs(apply(plain, params, x, x) - apply(plain, params, 50 * x, x)).max() > 0.1
 
 
 def test_padding_mask_hides_padding_from_every_token_and_every_pooling():
@@ -266,25 +263,25 @@ def test_padding_mask_hides_padding_from_every_token_and_every_pooling():
         moved["params"]["token_embedding"]["embedding"] = table.at[0].set(
             jnp.arange(32.0)
         )  # the padding
-        out, other = model.apply(params, ids), model.apply(moved, ids)
+        out, other = apply(model, params, ids), apply(model, moved, ids)
         np.testing.assert_allclose(out[0], other[0], atol=1e-5)
         plain = model.clone(padding_mask=False)
-        assert np.abs(plain.apply(params, ids)[0] - plain.apply(moved, ids)[0]).max() > 1e-3
+        assert np.abs(apply(plain, params, ids)[0] - apply(plain, moved, ids)[0]).max() > 1e-3
         short = model.clone(context_length=6)
         cut = {"params": {**params["params"]}}
         cut["params"]["position_embedding"] = params["params"]["position_embedding"][:6]
-        np.testing.assert_allclose(short.apply(cut, ids[:1, :6])[0], out[0], atol=1e-5)
+        np.testing.assert_allclose(apply(short, cut, ids[:1, :6])[0], out[0], atol=1e-5)
 
 
 def test_argmax_pooling_takes_the_highest_id():
     ids = jnp.asarray([[5, 49, 7, 0, 0, 0, 0, 0, 0]], jnp.int32)
     model = make_text("mu", 50, 9, pooling="argmax", eos_id=49)
     params = perturbed(model, ids)
-    same = model.clone(pooling="eos").apply(params, ids)
-    np.testing.assert_allclose(model.apply(params, ids), same, atol=1e-6)
+    same = apply(model.clone(pooling="eos"), params, ids)
+    np.testing.assert_allclose(apply(model, params, ids), same, atol=1e-6)
     higher = ids.at[0, 2].set(49)  # of equal ids the first counts, in both rules
     np.testing.assert_allclose(
-        model.apply(params, higher), model.clone(pooling="eos").apply(params, higher), atol=1e-6
+        apply(model, params, higher), apply(model.clone(pooling="eos"), params, higher), atol=1e-6
     )
 
 
