@@ -77,10 +77,11 @@ def test_it_computes_our_loss(name):
     )
     rng = np.random.default_rng(0)  # biases and scales of other values than those that hide them
     ours = jax.tree.map(lambda x: x + 0.1 * rng.standard_normal(x.shape, np.float32), state.params)
-    theirs, _ = model.init(batch)
+    theirs, _ = jax.jit(model.init)(batch)
     with rules.use_mesh(setup.mesh):
-        total, count = setup.objective.loss(ours, batch, jax.random.key(0), True)[1]["loss"]
-    found = model.loss(to_peer(name, ours, theirs), batch)
+        loss = jax.jit(lambda p: setup.objective.loss(p, batch, jax.random.key(0), True)[1]["loss"])
+        total, count = loss(ours)
+    found = jax.jit(model.loss)(to_peer(name, ours, theirs), batch)
     np.testing.assert_allclose(found, total / count, rtol=2e-5)
 
 

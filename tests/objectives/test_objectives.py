@@ -44,7 +44,7 @@ def batch():
 
 def start(section, microbatches=1):
     objective = make_objective(section, TOKENIZER, microbatches)
-    return objective, nn.unbox(objective.init(jax.random.key(0), SPEC))
+    return objective, jax.jit(lambda key: nn.unbox(objective.init(key, SPEC)))(jax.random.key(0))
 
 
 def value_and_grad(section, microbatches=1):

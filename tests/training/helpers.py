@@ -61,6 +61,12 @@ def fresh(setup):
     )
 
 
+def gradients(setup, params, batch):
+    """Of the loss, past the step, for parameters as they lie."""
+    loss = setup.objective.loss
+    return jax.jit(jax.grad(lambda p: loss(p, batch, jax.random.key(0), True)[0]))(params)
+
+
 def compiled(setup):
     return compile_step(setup.step, setup.abstract, setup.batch_spec, setup.mesh)
 

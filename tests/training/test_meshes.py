@@ -21,14 +21,8 @@ MESHES = {
 
 def first_gradients(setup):
     batch = put_batch(next(helpers.batches(1)), setup.mesh)
-
-    def gradient(params):
-        return jax.grad(lambda p: setup.objective.loss(p, batch, jax.random.key(0), True)[0])(
-            params
-        )
-
     with rules.use_mesh(setup.mesh):
-        return jax.device_get(jax.jit(gradient)(helpers.fresh(setup).params))
+        return jax.device_get(helpers.gradients(setup, helpers.fresh(setup).params, batch))
 
 
 def losses(setup):

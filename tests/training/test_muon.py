@@ -31,8 +31,9 @@ def first_updates(config):
     setup = helpers.setup_on(config, {"replica": 1}, 1)
     params = jax.device_get(helpers.fresh(setup).params)
     batch = next(helpers.batches(1))
-    grads = jax.grad(lambda p: setup.objective.loss(p, batch, jax.random.key(0), True)[0])(params)
-    updates, _ = setup.optimizer.update(grads, setup.optimizer.init(params), params)
+    grads = helpers.gradients(setup, params, batch)
+    state = jax.jit(setup.optimizer.init)(params)
+    updates, _ = jax.jit(setup.optimizer.update)(grads, state, params)
     return setup, by_path(updates), by_path(grads), by_path(params)
 
 
