@@ -168,7 +168,7 @@ def test_step_equals_optax_by_hand():
     def loss(p):
         return setup.objective.loss(p, batch, jax.random.key(0), True)[0]
 
-    value, grads = jax.value_and_grad(loss)(params)
+    value, grads = jax.jit(jax.value_and_grad(loss))(params)
     norm = np.sqrt(sum(np.sum(np.square(g)) for g in jax.tree.leaves(grads)))
     assert norm > 0.01
     rate = float(setup.schedule(0))
