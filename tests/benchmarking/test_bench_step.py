@@ -17,6 +17,7 @@ from vlp_jax.benchmarking.jax_step import NOMINAL_EPOCH, JaxStep, compile_twice,
 from vlp_jax.benchmarking.peak import Peak
 from vlp_jax.benchmarking.result import Measured, Result, as_json, as_table
 from vlp_jax.errors import UserError
+from vlp_jax.observe.compilation import CompileWatch
 from vlp_jax.parallel.mesh import make_mesh
 from vlp_jax.training.abstract_setup import abstract_setup
 
@@ -117,8 +118,12 @@ def test_a_program_is_compiled_anew_and_from_the_cache():
     config = config_lib.smoke(config_lib.load("configs/mae_b16.py"))
     before = jax.config.jax_compilation_cache_dir
     setup = abstract_setup(config, make_mesh({}, jax.devices()[:1]), NOMINAL_EPOCH)
-    _, found = compile_twice(setup)
-    assert found.from_cache and 0 < found.warm < found.cold
+    with CompileWatch() as watch:
+        _, found = compile_twice(setup)
+    compiled = watch.so_far()
+    assert found.from_cache and found.cold > 0 and found.warm > 0
+    # Each program twice: not found the first time, found the second.
+    assert compiled.programs == compiled.requests == 2 * compiled.hits > 0
     assert jax.config.jax_compilation_cache_dir == before
 
 

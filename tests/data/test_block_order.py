@@ -55,17 +55,17 @@ def test_neighbours_in_a_batch_come_from_all_over():
 
 def test_seeking_to_a_billion_takes_seconds():
     """The synthetic index: 10^9 examples in 10,000 shards, of 256 to a block."""
-    begin = time.perf_counter()
+    begin = time.process_time()
     order = BlockOrder(np.full(10**9 // 250, 250), 7, lanes=16, window=1000)
     schedule = Schedule(Layout(4096), Mixture(((1, 1),), 16))
     ((_, positions),) = schedule.of_batch((10**9 - 4096) // 4096, 1)
     indices = order.indices(positions)
-    seconds = time.perf_counter() - begin
+    seconds = time.process_time() - begin
     assert len(set(indices)) == 4096 and indices.max() < 10**9
     assert seconds < 10, f"{seconds:.1f} s"
-    begin = time.perf_counter()
+    begin = time.process_time()
     order.indices(positions - 10**6)
-    assert time.perf_counter() - begin < 1
+    assert time.process_time() - begin < 1
 
 
 @pytest.mark.parametrize("lanes", [1, 8, 16])

@@ -80,9 +80,9 @@ def test_neighbours_are_not_correlated():
 
 @pytest.mark.parametrize("size", [10**9, 2**40])
 def test_seeking_is_instant_at_any_size(size):
-    started = time.perf_counter()
+    started = time.process_time()
     indices = Order(size, seed=7).indices(np.arange(4096) + size - 2048)
-    assert time.perf_counter() - started < 0.5
+    assert time.process_time() - started < 0.5
     assert indices.min() >= 0 and indices.max() < size
     assert len(np.unique(indices[:2048])) == len(np.unique(indices[2048:])) == 2048
 
