@@ -20,6 +20,7 @@ import safetensors
 import safetensors.numpy
 
 from vlp_jax.errors import UserError
+from vlp_jax.files import write_whole
 from vlp_jax.interop import precision
 
 Tensors = dict[str, np.ndarray]
@@ -100,7 +101,8 @@ def save_safetensors(tensors: Tensors, path: Path, narrow: bool = False) -> Path
 
 def save_npz(tensors: Tensors, path: Path) -> Path:
     """Writes arrays to an .npz, whole or not at all; returns `path`."""
-    unfinished = _unfinished(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f"{path.name}.{os.getpid()}.unfinished")
     with unfinished.open("wb") as file:
         np.savez(file, **tensors)
     os.replace(unfinished, path)
@@ -131,9 +133,7 @@ def load_json_if_there(path: Path) -> dict[str, Any]:
 
 def save_bytes(content: bytes, path: Path) -> Path:
     """Writes a file, whole or not at all; returns `path`."""
-    unfinished = _unfinished(path)
-    unfinished.write_bytes(content)
-    os.replace(unfinished, path)
+    write_whole(path, content)
     return path
 
 
@@ -199,8 +199,3 @@ def _pickle_error(path: Path) -> UserError:
         f"PyTorch is installed, with safetensors.torch.save_file(torch.load({path.name!r}, "
         f"weights_only=True), 'model.safetensors'), and read that"
     )
-
-
-def _unfinished(path: Path) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return path.with_name(f"{path.name}.{os.getpid()}.unfinished")

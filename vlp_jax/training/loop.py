@@ -88,7 +88,7 @@ class Loop:
           CannotSave: a checkpoint that the run depends on could not be written.
         """
         step = self.first_step
-        while step <= self.last_step:
+        while True:
             if self.preempted(step):
                 raise self.stop(step, state)
             self.evaluate(step, state)
