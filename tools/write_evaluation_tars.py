@@ -27,9 +27,11 @@ from ml_collections import ConfigDict
 from rich.progress import track
 
 from vlp_jax import config as config_lib
+from vlp_jax.data.ops import in_order
 from vlp_jax.data.pipeline import EvalPipeline
 from vlp_jax.data.sources.base import as_plain
 from vlp_jax.data.stream import RAW_TEXT
+from vlp_jax.data.wording import TEXT_TO_TEXT
 from vlp_jax.errors import UserError, unknown_key_message
 from vlp_jax.evaluators import merged_data
 from vlp_jax.training import checkpoint
@@ -37,7 +39,6 @@ from vlp_jax.training.command import run_command
 from vlp_jax.training.workdir import load_config
 
 KINDS = ("zero_shot", "retrieval")
-TEXT_OPS = ("choose_text", "lowercase", "clean_text", "canonicalize_text")
 SUFFIXES = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}  # what CLIP_benchmark decodes
 BATCH = 256
 
@@ -176,7 +177,8 @@ def write(arguments: argparse.Namespace) -> str:
         found = ((x, "cls", str(int(y)).encode()) for x, y in examples(data, field, {}))
     else:
         (output / "dataset_type.txt").write_text("retrieval\n")
-        ops = {k: v for k, v in data.get("preprocess", {}).items() if k in TEXT_OPS}
+        kept = ("choose_text", *TEXT_TO_TEXT)
+        ops = [pair for pair in in_order(data.get("preprocess")) if pair[0] in kept]
         field, ops = (RAW_TEXT, ops) if arguments.captions is None else (arguments.captions, {})
         found = ((x, "txt", _lines(y)) for x, y in examples(data, field, ops))
     count, shards = write_shards(found, folder, arguments.shard_examples)

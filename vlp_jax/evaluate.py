@@ -318,9 +318,15 @@ def _say_all(lines: Iterable[str]) -> None:
         _say(line)
 
 
+def _exact(value: float) -> str:
+    """The shortest digits that read back as `value`, so that printed scores can be compared."""
+    short = f"{value:.6g}"
+    return short if float(short) == value else repr(float(value))
+
+
 def _print_scores(scores: dict[str, Any]) -> None:
     for name, value in scores.items():
-        _say(f"{name} {value:.6g}")
+        _say(f"{name} {_exact(value)}")
 
 
 def run(arguments: argparse.Namespace, overrides: Sequence[str], argv: Sequence[str] = ()) -> None:

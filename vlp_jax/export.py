@@ -15,6 +15,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from vlp_jax.data.tokenizers import ClipTokenizer, Tokenizer
+from vlp_jax.data.tokenizers.base import NORMALIZED
 from vlp_jax.errors import UserError, unknown_key_message
 from vlp_jax.handover.artifacts import ARTIFACTS
 from vlp_jax.handover.functions import DTYPES
@@ -32,7 +33,7 @@ from vlp_jax.parallel import startup
 from vlp_jax.training import checkpoint
 from vlp_jax.training.command import run_command
 from vlp_jax.training.restore import CHOICES
-from vlp_jax.training.run_model import RunModel, bounded, leaves, preprocessing, resizing
+from vlp_jax.training.run_model import RunModel, bounded, leaves, resizing, text_wording
 
 EPILOG = """formats:
   hf_clip     transformers CLIPModel        hf_siglip   transformers SiglipModel
@@ -151,9 +152,18 @@ def choose(
 
 
 def extras_of(
-    config: ConfigDict, objective: Objective, tokenizer: Tokenizer | None, notes: list[str]
+    config: ConfigDict,
+    whole: Objective,
+    objective: Objective,
+    tokenizer: Tokenizer | None,
+    notes: list[str],
 ) -> dict[str, Any]:
-    """What a foreign config wants to know of a run, as fields of `vlp_jax.interop.Extras`."""
+    """What a foreign config wants to know of a run, as fields of `vlp_jax.interop.Extras`.
+
+    Args:
+      whole: the run's objective.
+      objective: the part of it that is written.
+    """
     model = objective.model
     extras = {
         "image_mean": tuple(model.image_mean),
@@ -167,13 +177,13 @@ def extras_of(
         }
     elif tokenizer is not None:
         ids = {name: getattr(tokenizer, name) for name in ("bos_id", "eos_id", "pad_id")}
-        ops = [name for name, _ in preprocessing(config.data)]
-        lowercase = "lowercase" in ops or "canonicalize_text" in ops
+        wording, more = text_wording(config, whole)
+        notes += more
         notes += [
             f"the run's texts went through {name}, which the tokenizer's files do not do: do it "
             f"before tokenizing"
-            for name in ("clean_text", "canonicalize_text")
-            if name in ops
+            for name in wording.names
+            if name not in NORMALIZED
         ]
         if isinstance(tokenizer, ClipTokenizer):
             notes.append(
@@ -182,7 +192,9 @@ def extras_of(
             )
         extras |= ids
         extras["tokenizer"] = TokenizerFiles.made(
-            tokenizer.to_json(lowercase), context_length=tokenizer.context_length, **ids
+            tokenizer.to_json(*(name in wording.names for name in NORMALIZED)),
+            context_length=tokenizer.context_length,
+            **ids,
         )
     return extras
 
@@ -213,7 +225,9 @@ def export(arguments: argparse.Namespace) -> str:
     run = RunModel.read(workdir, arguments.step, arguments.params)
     leaf, model, note = choose(run.objective, run.params, arguments.format, arguments.part)
     notes = [note] if note else []
-    extras = extras_of(run.config, leaf, run.tokenizer, notes) | chosen_settings(arguments)
+    extras = extras_of(run.config, run.objective, leaf, run.tokenizer, notes) | chosen_settings(
+        arguments
+    )
     job = Job(
         format=arguments.format,
         model=model,

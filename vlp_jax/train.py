@@ -270,6 +270,8 @@ def begin(parts: Parts, workdir: epath.Path, job: str, tell: Callable[[str], Non
     for change in agreement.on_first(lambda: list(workdir_lib.changes(workdir, config))):
         tell(f"note: {change}")
     workdir_lib.prepare(workdir, config, parts.tokenizer)
+    for note in parts.notes:
+        tell(f"note: {note}")
     parts.start.announce(workdir, tell)
     processes = startup.describe_processes(job)
     if processes:

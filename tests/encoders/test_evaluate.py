@@ -5,8 +5,10 @@ import shutil
 import threading
 
 import jax
+import numpy as np
 import pytest
 
+import vlp_jax
 from vlp_jax import evaluate, export
 from vlp_jax.data.pipeline import TrainPipeline
 from vlp_jax.observe.goodput import GOODPUT_FILE
@@ -150,3 +152,25 @@ def test_mistakes_are_one_line(workdir, arguments, message, capsys):
     assert command(*(workdir if a == "W" else a for a in arguments)) == 2
     (line,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error:")]
     assert message in line
+
+
+@pytest.mark.parametrize("mixture", [False, True])
+def test_prompts_go_through_the_text_operations_of_the_run(copy, mixture):
+    config = json.loads((copy / "config.json").read_text())
+    data = config["data"]
+    data["preprocess"]["canonicalize_text"] = {}
+    if mixture:
+        keys = ("max_bad_fraction", "batch_ops", "order", "lanes", "window")
+        part = {k: v for k, v in data.items() if k not in keys}
+        config["data"] = {"source": "mixture", "parts": {"a": {**part, "weight": 1}}}
+    section = config["evaluators"][NAME]
+    section["templates"] = ["A photo_of {}!"]
+    section["data"] = {**data, **section["data"]}
+    config["evaluators"] = {NAME: section}
+    (copy / "config.json").write_text(json.dumps(config))
+    subject = evaluate.Subject.of_run(copy)
+    found = subject.evaluators[NAME].class_embeddings(subject.load().params)
+    model = vlp_jax.load(copy)
+    shouted = [f"A PHOTO OF {name}" for name in subject.evaluators[NAME].class_names]
+    np.testing.assert_allclose(found, model.embed_text(shouted), atol=1e-5)
+    assert str(subject.resources.wording) == str(model.texts.preprocess) == "canonicalize_text"

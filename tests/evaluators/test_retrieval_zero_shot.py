@@ -1,5 +1,7 @@
 """Evaluators against independent NumPy computations, on any number of devices and batch sizes."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -12,12 +14,15 @@ from toy_models import (
     N,
     WordTokenizer,
     evaluators,
+    make_resources,
     make_world,
+    text_vectors,
     unit,
 )
 
+from vlp_jax.data.wording import Wording
 from vlp_jax.errors import NotFinite, UserError
-from vlp_jax.evaluators import make_evaluators
+from vlp_jax.evaluators import differing_wordings, make_evaluators
 from vlp_jax.evaluators.base import Resources
 from vlp_jax.parallel import mesh as mesh_lib
 
@@ -153,3 +158,43 @@ def test_missing_function_is_named(world):
     resources = Resources({"embed_image": None}, WordTokenizer(), mesh, 8)
     with pytest.raises(UserError, match="needs embed_text, which the objective lacks"):
         make_evaluators({"x": {"name": "retrieval"}}, {}, resources)
+
+
+LOWER = Wording((("lowercase", {}),))
+
+
+def test_prompts_are_worded_as_the_run_words_its_texts(world):
+    names = tuple(name.upper() for name in CLASS_NAMES)
+    sections = {
+        "zero_shot": {"name": "zero_shot", "templates": ("A {}",), "class_names": names},
+        "robust": {
+            "name": "robustness",
+            **{"templates": ("A {}",), "class_names": names, "corruptions": (), "radii": ()},
+        },
+    }
+    data = {"source": "arrays", "arrays": world.arrays}
+    resources = dataclasses.replace(make_resources(), wording=LOWER)
+    worded = make_evaluators(sections, data, resources)
+    vectors = text_vectors(world, [f"a {name.lower()}" for name in names])
+    np.testing.assert_allclose(
+        worded["zero_shot"].class_embeddings(world.params), vectors, atol=1e-5
+    )
+    hits = ((world.images @ vectors.T).argmax(1) == world.arrays["label"]).mean()
+    assert dict(worded["zero_shot"](world.params))["top1"] == pytest.approx(hits)
+    assert dict(worded["robust"](world.params))["clean"] == pytest.approx(hits)
+    raw = make_evaluators(sections, data, make_resources())["zero_shot"]
+    assert not np.allclose(raw.class_embeddings(world.params), vectors, atol=1e-2)
+
+
+def test_evaluation_texts_that_are_worded_in_another_way_are_told():
+    train = {"source": "folder", "path": "x", "preprocess": {"choose_text": {}, "lowercase": {}}}
+    own = {"preprocess": {"choose_text": {"index": 0}}}
+    sections = {
+        "as_training": {"name": "retrieval", "data": {"split": "validation"}},
+        "raw": {"name": "retrieval", "data": own},
+        "loss": {"name": "loss", "data": own},
+        "prompts": {"name": "zero_shot", "data": own},  # whose texts are no data's
+    }
+    notes = differing_wordings(sections, train, LOWER)
+    assert len(notes) == 2 and "evaluators.raw" in notes[1] and "evaluators.loss" in notes[0]
+    assert "lowercase" in notes[0] and "preprocess" in notes[0]

@@ -12,7 +12,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from vlp_jax.data import image_ops, question_ops, text_ops
-from vlp_jax.data.lazy_tensorflow import import_tensorflow
 from vlp_jax.data.sources.base import as_plain
 from vlp_jax.errors import UserError, check_arguments, unknown_key_message
 
@@ -71,20 +70,32 @@ def build_ops(preprocess: Mapping[str, Any] | Sequence[Any] | None) -> list[tupl
     Raises:
       UserError: for an unknown operation or argument, or a value that the operation refuses.
     """
-    if preprocess is None:
-        return []
-    preprocess = as_plain(preprocess)
-    if isinstance(preprocess, Mapping):
-        pairs = list(preprocess.items())
+    pairs = in_order(preprocess)
+    return image_ops.fuse(pairs, [(name, _build(name, arguments)) for name, arguments in pairs])
+
+
+def in_order(
+    preprocess: Mapping[str, Any] | Sequence[Any] | None,
+) -> list[tuple[str, dict[str, Any]]]:
+    """(name, keyword arguments) of the operations of a config, in the order in which they run.
+
+    Args:
+      preprocess: as `build_ops` takes it.
+
+    Raises:
+      UserError: for an unknown operation.
+    """
+    plain = as_plain(preprocess or {})
+    if isinstance(plain, Mapping):
+        pairs = list(plain.items())
     else:
-        pairs = [(pair[0], as_plain(pair[1])) for pair in preprocess]
+        pairs = [(pair[0], as_plain(pair[1])) for pair in plain]
     for name, _ in pairs:
         if name not in OPS:
             raise UserError(unknown_key_message(str(name), OPS, "data.preprocess"))
-    if isinstance(preprocess, Mapping):
+    if isinstance(plain, Mapping):
         pairs.sort(key=lambda pair: list(OPS).index(pair[0]))
-    pairs = [(name, arguments or {}) for name, arguments in pairs]
-    return image_ops.fuse(pairs, [(name, _build(name, arguments)) for name, arguments in pairs])
+    return [(name, arguments or {}) for name, arguments in pairs]
 
 
 def _build(name: str, arguments: Mapping[str, Any]) -> Op:
@@ -118,19 +129,3 @@ def apply_ops(ops: Sequence[tuple[str, Op]], example: Example, seeds: tf.Tensor)
     for number, (name, op) in enumerate(ops):
         example = op(_Fields(example, name), seeds[number])
     return dict(example)
-
-
-def apply_to_texts(preprocess: Mapping[str, Any], texts: Sequence[str]) -> list[str]:
-    """What deterministic operations on `text` make of texts, outside of a pipeline.
-
-    TensorFlow is imported only if there are operations.
-    """
-    ops = build_ops(preprocess)
-    if not ops:
-        return list(texts)
-    tf = import_tensorflow()
-    seeds = tf.zeros([len(ops), 2], tf.int32)
-    return [
-        apply_ops(ops, {"text": tf.constant(text)}, seeds)["text"].numpy().decode()
-        for text in texts
-    ]

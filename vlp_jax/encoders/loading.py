@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from etils import epath
-from ml_collections import ConfigDict
 
 from vlp_jax import interop
 from vlp_jax.encoders.encoder import Encoder
 from vlp_jax.encoders.images import ImageProcessor
-from vlp_jax.encoders.texts import TEXT_OPS, TextProcessor, tokenizer_from, tokenizer_of_files
+from vlp_jax.encoders.texts import TextProcessor, tokenizer_from, tokenizer_of_files
 from vlp_jax.errors import UserError
 from vlp_jax.interop.trees import Module, image_of, with_dtype
 from vlp_jax.models.dual_encoder import DualEncoder, l2_normalize, normalize_pixels
@@ -22,7 +21,7 @@ from vlp_jax.models.vit import VisionTransformer
 from vlp_jax.objectives.compute import DTYPES
 from vlp_jax.objectives.contrastive import Contrastive
 from vlp_jax.objectives.masked_autoencoding import MaskedAutoencoding
-from vlp_jax.training.run_model import RunModel, bounded, leaves, preprocessing, resizing
+from vlp_jax.training.run_model import RunModel, bounded, leaves, resizing, text_wording
 
 
 def load(
@@ -80,7 +79,9 @@ def _of_run(source: str, run: RunModel, dtype: str) -> Encoder:
     weights = {k: v for k, v in bounded(objective, run.params).items() if k in expected}
     texts = None
     if isinstance(module, DualEncoder):
-        texts = TextProcessor(run.tokenizer, text_preprocessing(run.config.data))
+        wording, more = text_wording(run.config, run.objective)
+        texts = TextProcessor(run.tokenizer, wording)
+        notes += more
     return Encoder(
         source=source,
         module=module,
@@ -118,11 +119,6 @@ def _of_files(source: str, dtype: str, tokenizer: str | None) -> Encoder:
         texts=texts,
         notes=tuple(imported.notes),
     )
-
-
-def text_preprocessing(data: ConfigDict) -> dict[str, dict[str, Any]]:
-    """What a run does to the wording of its texts before it tokenizes them."""
-    return {name: dict(args) for name, args in preprocessing(data) if name in TEXT_OPS}
 
 
 def functions_of(

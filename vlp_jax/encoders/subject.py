@@ -18,9 +18,10 @@ from ml_collections import ConfigDict
 
 from vlp_jax import config as config_lib
 from vlp_jax.data.pipeline import EvalPipeline
+from vlp_jax.data.wording import Wording
 from vlp_jax.encoders.loading import load
 from vlp_jax.errors import UserError, unknown_key_message
-from vlp_jax.evaluators import make_evaluators, merged_data
+from vlp_jax.evaluators import differing_wordings, make_evaluators, merged_data
 from vlp_jax.evaluators.base import Evaluator, Resources, compile_functions
 from vlp_jax.evaluators.derived import functions_of, with_attacks
 from vlp_jax.interop.trees import Module, image_of, to_tree
@@ -34,6 +35,7 @@ from vlp_jax.training import checkpoint
 from vlp_jax.training import workdir as workdir_lib
 from vlp_jax.training.abstract_setup import batch_spec
 from vlp_jax.training.restore import LoadedParameters, SavedParameters
+from vlp_jax.training.run_model import text_wording
 
 EXAMPLES_PER_DEVICE = 64  # of an evaluation batch, where the run's own does not fit
 
@@ -94,6 +96,8 @@ class Subject:
         tokenizer = workdir_lib.open_kept_tokenizer(workdir, config)
         objective = make_objective(config.objective, tokenizer, config.microbatches)
         mesh, batch_size, notes = _layout(config, batch_size)
+        wording, more = text_wording(config, objective)
+        chosen = choose_evaluators(config, names)
         spec = {k: jax.ShapeDtypeStruct(*v) for k, v in batch_spec(config, objective).items()}
         boxed = jax.eval_shape(lambda: objective.init(jax.random.key(0), spec))
         resources = Resources(
@@ -101,6 +105,7 @@ class Subject:
             tokenizer=tokenizer,
             mesh=mesh,
             batch_size=batch_size,
+            wording=wording,
         )
         return cls(
             title=str(workdir),
@@ -108,9 +113,9 @@ class Subject:
             objective=objective,
             module=objective.model,
             resources=resources,
-            evaluators=_evaluators(config, resources, names),
+            evaluators=make_evaluators(chosen, config.data, resources),
             workdir=workdir,
-            notes=notes,
+            notes=(*notes, *more, *differing_wordings(chosen, config.data, wording)),
             _abstract=_placed(boxed, mesh),
         )
 
@@ -142,18 +147,19 @@ class Subject:
             tokenizer=None if encoder.texts is None else encoder.tokenizer,
             mesh=mesh,
             batch_size=batch_size,
+            wording=Wording() if encoder.texts is None else encoder.texts.preprocess,
         )
         tree = to_tree(encoder.module, encoder.weights)
         boxed = jax.eval_shape(lambda: _init(encoder.module))
         params = jax.device_put(tree, rules.param_shardings(boxed, mesh))
-        evaluators = _evaluators(config, resources, names)
+        chosen = choose_evaluators(config, names)
         subject = cls(
             title=weights,
             config=config,
             objective=None,
             module=encoder.module,
             resources=resources,
-            evaluators=evaluators,
+            evaluators=make_evaluators(chosen, config.data, resources),
             workdir=None,
             notes=(*notes, *encoder.notes),
             _loaded=LoadedParameters(step=0, part="params", params=params),
@@ -215,12 +221,6 @@ def choose_evaluators(config: ConfigDict, names: Sequence[str] | None) -> Config
         raise UserError("the config has no evaluators: give one that has, with --config")
     chosen = config.evaluators if names is None else {n: config.evaluators[n] for n in names}
     return ConfigDict(dict(chosen.items()))
-
-
-def _evaluators(
-    config: ConfigDict, resources: Resources, names: Sequence[str] | None
-) -> dict[str, Evaluator]:
-    return make_evaluators(choose_evaluators(config, names), config.data, resources)
 
 
 def _layout(config: ConfigDict, batch_size: int | None) -> tuple[Mesh, int, tuple[str, ...]]:

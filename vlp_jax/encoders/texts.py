@@ -5,24 +5,21 @@ from __future__ import annotations
 import dataclasses
 import json
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jaxtyping import Int
 
-from vlp_jax.data.ops import apply_to_texts
 from vlp_jax.data.tokenizers import ClipTokenizer, SentencePieceTokenizer, SubwordTokenizer
-from vlp_jax.data.tokenizers.base import frame_length
+from vlp_jax.data.tokenizers.base import as_text, frame_length
 from vlp_jax.data.tokenizers.framed import FramedTokenizer
+from vlp_jax.data.wording import Wording
 from vlp_jax.errors import UserError
 from vlp_jax.interop.hf_tokenizer import CONFIG, TOKENIZER, TokenizerFiles
 from vlp_jax.models.text import TextTransformer
 
-# Operations on a training text that its wording decides, in their order; others choose a text or
-# make several of one.
-TEXT_OPS = ("clean_text", "canonicalize_text", "lowercase")
 CLIP_TOKENS = 49_408
 
 
@@ -32,11 +29,11 @@ class TextProcessor:
 
     Attributes:
       tokenizer: of a run, or of the files of others.
-      preprocess: name -> arguments of those of `TEXT_OPS` that go before it.
+      preprocess: how the run words its texts before it tokenizes them.
     """
 
     tokenizer: Any
-    preprocess: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
+    preprocess: Wording = Wording()
 
     def __call__(self, texts: Sequence[str]) -> Int[np.ndarray, "n context"]:
         """Token ids. A text that is longer than the context loses its end, with a warning.
@@ -80,7 +77,7 @@ class TextProcessor:
                 raise UserError(f"text {number} is of {type(text).__name__}: give a str")
             if not text.strip():
                 raise UserError(f"text {number} is empty: there is nothing to embed")
-        return apply_to_texts(self.preprocess, texts)
+        return [as_text(text) for text in self.preprocess(texts)]
 
     def _lengths(self, texts: Sequence[str]) -> list[int]:
         if isinstance(self.tokenizer, FramedTokenizer):

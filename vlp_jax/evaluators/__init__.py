@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from vlp_jax import config as config_lib
+from vlp_jax.data.wording import Wording, wording_of
 from vlp_jax.errors import UserError
 from vlp_jax.evaluators.accuracy import Accuracy, Answers
 from vlp_jax.evaluators.base import Evaluator, Resources
@@ -46,6 +47,23 @@ def merged_data(train_data: Mapping[str, Any], section: Mapping[str, Any]) -> di
     if own.get("source", train_data.get("source")) != train_data.get("source"):
         return dict(own.items())
     return {**dict(train_data.items()), **dict(section.get("data", {}).items())}
+
+
+def differing_wordings(
+    sections: Mapping[str, Any], train_data: Mapping[str, Any], wording: Wording
+) -> tuple[str, ...]:
+    """A line for each evaluator whose data words its texts in another way than the run."""
+    notes = []
+    for key in sorted(sections):
+        if not getattr(EVALUATORS.get(sections[key].get("name")), "reads_text", False):
+            continue
+        own = wording_of(merged_data(train_data, sections[key]))[0]
+        if own != wording:
+            notes.append(
+                f"the texts of config.evaluators.{key} go through other operations ({own}) than "
+                f"the training texts ({wording}): set config.evaluators.{key}.data.preprocess"
+            )
+    return tuple(notes)
 
 
 def make_evaluators(

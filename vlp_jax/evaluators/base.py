@@ -10,9 +10,10 @@ from typing import Any, Protocol
 import jax
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from vlp_jax.data.pipeline import EvalPipeline
+from vlp_jax.data.wording import Wording
 from vlp_jax.errors import UserError
 from vlp_jax.evaluators.cache import EmbeddingCache
 from vlp_jax.parallel import mesh as mesh_lib
@@ -39,6 +40,7 @@ class Outcome:
 class Evaluator(Protocol):
     """Attributes:
     needs: names of the objective's functions that it calls.
+    reads_text: True if it embeds the texts of its data; an evaluator without it does not.
     """
 
     needs: tuple[str, ...]
@@ -56,6 +58,7 @@ class Resources:
       tokenizer: that of the run.
       mesh: devices over which a batch is spread.
       batch_size: examples of an evaluation batch, over the whole mesh.
+      wording: how the run words its texts; see `vlp_jax.data.wording`.
       cache: embeddings that several evaluators ask for, within `one_evaluation`.
     """
 
@@ -63,6 +66,7 @@ class Resources:
     tokenizer: Any
     mesh: Mesh
     batch_size: int
+    wording: Wording = Wording()
     cache: EmbeddingCache = dataclasses.field(default_factory=EmbeddingCache)
 
     @contextlib.contextmanager
@@ -130,9 +134,13 @@ class Resources:
             fields[-1][INDEX] = np.flatnonzero(keep) + number * len(keep)
         return _concatenated(outputs), _concatenated(fields)
 
+    def tokens(self, texts: Sequence[str]) -> Int[np.ndarray, "n context"]:
+        """Token ids of texts that are not from the data, worded as the run words its own."""
+        return self.tokenizer(self.wording(texts))
+
     def embed_texts(self, params: Any, texts: Sequence[str]) -> Float[np.ndarray, "n dim"]:
-        """Unit vectors of texts that every process holds whole."""
-        tokens = self.tokenizer(list(texts))
+        """Unit vectors of texts, worded as in `tokens`, that every process holds whole."""
+        tokens = self.tokens(texts)
         local = self.batch_size // jax.process_count()
         start = jax.process_index() * local
 

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from jaxtyping import Float, Int
 
-from vlp_jax.data.caption_lists import captions_of, text_operations
+from vlp_jax.data.wording import caption_wording, captions_of
 from vlp_jax.errors import UserError
 from vlp_jax.evaluators.base import INDEX, Resources
 from vlp_jax.evaluators.splits import Split
@@ -51,8 +51,8 @@ def _embed(split: Split, params: Any, field: str) -> ImagesAndTexts:
     resources, texts, numbers = split.resources, [], []
     batches = _without_captions(split, field, texts, numbers)
     outputs, fields = resources.embed(params, batches, {"image": "embed_image"})
-    clean = text_operations(split.data.get("preprocess"))
-    vectors, owners = _embed_local(resources, params, clean(texts), np.array(numbers, np.int32))
+    wording = caption_wording(split.data.get("preprocess"))
+    vectors, owners = _embed_local(resources, params, wording(texts), np.array(numbers, np.int32))
     if not len(vectors):
         raise UserError(f"captions: no example has a caption in {field!r}")
     used, owners = np.unique(owners, return_inverse=True)

@@ -52,6 +52,7 @@ class Geometry:
     """
 
     needs = ("embed_image", "embed_text")
+    reads_text = True
 
     def __init__(self, *, data: Mapping[str, Any], resources: Resources):
         self._split = Split(resources, data)

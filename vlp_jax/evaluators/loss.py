@@ -87,6 +87,7 @@ class Loss:
     """
 
     needs = ()
+    reads_text = True
 
     def __init__(
         self,

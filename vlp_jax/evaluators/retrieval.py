@@ -83,6 +83,7 @@ class Retrieval:
     """
 
     needs = ("embed_image", "embed_text")
+    reads_text = True
 
     def __init__(
         self,

@@ -15,6 +15,9 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from vlp_jax.data.ops import in_order
+from vlp_jax.data.pipeline import split_mixture
+from vlp_jax.data.sources.base import as_plain
 from vlp_jax.handover.examples import TEXTS, example
 from vlp_jax.handover.scores import Scores, is_score
 from vlp_jax.interop.base import Extras
@@ -222,19 +225,27 @@ def _numbers(values: Sequence[float]) -> str:
 
 def _data(subject: Subject) -> str:
     config = subject.config
-    sets = {"": config.data, **{f" ({name})": data for name, data in config.extra_data.items()}}
     lines = []
-    for which, data in sets.items():
-        split = f", split `{data.split}`" if data.get("split") else ""
+    for which, data in _datasets(config).items():
+        split = f", split `{data['split']}`" if data.get("split") else ""
+        which = f" ({which})" if which else ""
         lines.append(f"- `{_named(data)}`{which}, read as `{data.get('source')}`{split}")
-        operations = data.get("preprocess") or {}
-        pairs = operations.items() if hasattr(operations, "items") else operations
-        names = [name for name, _ in pairs]
+        names = [name for name, _ in in_order(data.get("preprocess"))]
         if names:
             lines.append(f"  - each example: {', '.join(f'`{name}`' for name in names)}")
     seen = subject.step * config.batch_size
     lines.append(f"- {seen:,} examples seen, counting repetitions, at step {subject.step:,}")
     return "\n".join(lines)
+
+
+def _datasets(config: ConfigDict) -> dict[str, Mapping[str, Any]]:
+    """The training data by name, "" for `config.data`; of a mixture each part."""
+    found = {}
+    for name, data in {"": config.data, **config.extra_data}.items():
+        parts = split_mixture(as_plain(data))[0]
+        one = len(parts) == 1
+        found |= {name if one else f"{name}/{part}".strip("/"): x for part, x in parts.items()}
+    return found
 
 
 def _recipe(subject: Subject) -> str:
@@ -293,8 +304,8 @@ def _scores(subject: Subject) -> str:
 
 
 def _limits(subject: Subject) -> str:
-    sets = [subject.config.data, *subject.config.extra_data.values()]
-    lines = [DATA_LIMITS[name] for name in map(_named, sets) if name in DATA_LIMITS]
+    sets = map(_named, _datasets(subject.config).values())
+    lines = [DATA_LIMITS[name] for name in sets if name in DATA_LIMITS]
     lines += [f"{note[0].upper()}{note[1:]}." for note in subject.notes]
     lines.append("Nothing but the scores above has been measured.")
     return "\n".join(f"- {line}" for line in dict.fromkeys(lines))

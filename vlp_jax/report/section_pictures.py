@@ -67,7 +67,7 @@ def make_heat(
     if not isinstance(subject.module, DualEncoder) or not images:
         return []
     flat = [(image, text) for image, asked in zip(images, texts) for text in asked]
-    tokens = subject.resources.tokenizer([text for _, text in flat])
+    tokens = subject.resources.tokens([text for _, text in flat])
     maps = heat_map(subject.module, loaded.params, np.stack([i for i, _ in flat]), tokens)
     found, start = [], 0
     for image, asked in zip(images, texts):

@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 from vlp_jax.data.joined import JoinedPipeline
 from vlp_jax.data.tokenizers import Tokenizer
-from vlp_jax.evaluators import make_evaluators
+from vlp_jax.evaluators import differing_wordings, make_evaluators
 from vlp_jax.evaluators.base import Resources, compile_functions
 from vlp_jax.evaluators.derived import functions_of
 from vlp_jax.observe.throughput import StartupClock
@@ -23,6 +23,7 @@ from vlp_jax.training.init_from import Start, make_start
 from vlp_jax.training.input_state import InputState
 from vlp_jax.training.loop import Evaluation, When
 from vlp_jax.training.measures import profile_steps
+from vlp_jax.training.run_model import text_wording
 from vlp_jax.training.setup import Setup
 from vlp_jax.training.state import TrainState
 from vlp_jax.training.when import EveryMinutes, EverySteps, StepsAhead, StepsOrMinutes
@@ -34,6 +35,7 @@ class Parts:
 
     Attributes:
       start: where the state before step 0 comes from.
+      notes: what the user should know before the run begins, a line each.
     """
 
     setup: Setup
@@ -45,6 +47,7 @@ class Parts:
     evaluations: Sequence[Evaluation]
     save_when: StepsOrMinutes
     log_when: When
+    notes: tuple[str, ...]
 
     def steps_ahead(self, first_step: int) -> StepsAhead:
         """How many steps the devices are handed at once, in a run that begins with `first_step`.
@@ -83,11 +86,13 @@ def build(config: ConfigDict, workdir: epath.Path, clock: StartupClock) -> Parts
         setup = setup_lib.make_setup(config, mesh, tokenizer, pipeline.batch_spec(), len(pipeline))
     with clock.phase("find the weights to start from"):
         start = make_start(setup, workdir, tokenizer)
+    wording, notes = text_wording(config, setup.objective)
     resources = Resources(
         functions=compile_functions(functions_of(setup.objective), mesh),
         tokenizer=tokenizer,
         mesh=mesh,
         batch_size=config.batch_size,
+        wording=wording,
     )
     with clock.phase("open the evaluation data"):
         evaluators = make_evaluators(config.evaluators, config.data, resources)
@@ -112,6 +117,7 @@ def build(config: ConfigDict, workdir: epath.Path, clock: StartupClock) -> Parts
             EveryMinutes(config.checkpoint.minutes, setup.log_when(), agreement.from_first),
         ),
         log_when=setup.log_when(),
+        notes=notes + differing_wordings(config.evaluators, config.data, wording),
     )
 
 

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
+from vlp_jax.data.ops import in_order
+from vlp_jax.data.pipeline import split_mixture
+from vlp_jax.data.sources.base import as_plain
 from vlp_jax.data.tokenizers import Tokenizer
+from vlp_jax.data.wording import Wording, common_wording, worded_parts
 from vlp_jax.interop import stack_layers
 from vlp_jax.interop.base import INTERPOLATIONS
 from vlp_jax.objectives import Objective, make_objective
@@ -62,14 +66,37 @@ class RunModel:
         return cls(workdir, config, saved, objective, params, tokenizer)
 
 
-def leaves(objective: Objective, name: str = "") -> dict[str, Objective]:
+def leaves(objective: Objective) -> dict[str, Objective]:
     """The objectives that have a model, by the names of their parts, or the only one under ""."""
+    return {name: leaf for name, leaf, _ in _fed_leaves(objective)}
+
+
+def _fed_leaves(
+    objective: Objective, name: str = "", data: str | None = None
+) -> Iterator[tuple[str, Objective, str | None]]:
+    """(name, objective, name of its dataset in `config.extra_data`) of each that has a model."""
     if not isinstance(objective, Composite):
-        return {name: objective}
-    found: dict[str, Objective] = {}
+        yield name, objective, data
+        return
     for part in objective.parts:
-        found |= leaves(part.objective, f"{name}/{part.name}" if name else part.name)
-    return found
+        inside = f"{name}/{part.name}" if name else part.name
+        yield from _fed_leaves(part.objective, inside, part.data or data)
+
+
+def text_wording(config: ConfigDict, objective: Objective) -> tuple[Wording, tuple[str, ...]]:
+    """How a run words the texts that it embeds, and notes on what that does not say.
+
+    Everything that embeds a text for a run goes by this: evaluators, `vlp_jax.load`, exports.
+    """
+    fed = [data for _, leaf, data in _fed_leaves(objective) if "embed_text" in leaf.functions()]
+    parts = []
+    for name in dict.fromkeys(fed or [None]):
+        section = config.data if name is None else config.extra_data[name]
+        parts += [
+            (part if name is None else f"{name}/{part}", weight, wording)
+            for part, weight, wording in worded_parts(section)
+        ]
+    return common_wording(parts)
 
 
 def bounded(objective: Objective, parameters: dict[str, Any]) -> dict[str, Any]:
@@ -87,8 +114,8 @@ def resizing(config: ConfigDict, notes: list[str]) -> dict[str, str]:
     Notes what image processors of others cannot do of it.
     """
     sections = [e.data for e in config.evaluators.values() if "preprocess" in e.get("data", {})]
-    for section in [*sections, config.data]:
-        for name, arguments in preprocessing(section):
+    for section in [*sections, *split_mixture(as_plain(config.data))[0].values()]:
+        for name, arguments in in_order(section.get("preprocess")):
             if name in RESIZED_BY:
                 return {"resize": RESIZED_BY[name], **_interpolation(arguments, notes)}
     notes.append(
@@ -96,14 +123,6 @@ def resizing(config: ConfigDict, notes: list[str]) -> dict[str, str]:
         "bicubically (or give --resize and --interpolation)"
     )
     return {}
-
-
-def preprocessing(data: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """(name, arguments) of the operations in the `preprocess` of a section of data."""
-    given = data.get("preprocess", {})
-    pairs: Sequence[Any] = given.items() if isinstance(given, Mapping | ConfigDict) else given
-    for name, arguments in pairs:
-        yield name, arguments or {}
 
 
 def _interpolation(arguments: Mapping[str, Any], notes: list[str]) -> dict[str, str]:

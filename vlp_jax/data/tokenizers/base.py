@@ -49,18 +49,23 @@ class Tokenizer(Protocol):
         """Writes what is needed to build it again to a file, whole or not at all."""
         ...
 
-    def to_json(self, lowercase: bool) -> str:
+    def to_json(self, lowercase: bool, canonicalize: bool = False) -> str:
         """A tokenizer.json of the Hugging Face `tokenizers` library with which it frames as here.
 
         Padding, truncation and `encode_special_tokens` are the caller's there.
 
         Args:
           lowercase: texts come as they are, and are to be lower-cased first.
+          canonicalize: and are to be put through `canonicalize_text` of `text_ops`.
 
         Raises:
           UserError: that library cannot express it.
         """
         ...
+
+
+# The text operations of a run that a tokenizer.json can do, in the order of `to_json`'s arguments.
+NORMALIZED = ("lowercase", "canonicalize_text")
 
 
 def check_context_length(context_length: Any) -> int:
@@ -126,8 +131,14 @@ def import_tokenizers() -> Any:
     return tokenizers
 
 
-def framing_json(model: tokenizers.Tokenizer, tokenizer: Tokenizer, lowercase: bool) -> str:
-    """The file of a library's model that puts bos and eos around a text as `tokenizer` does."""
+def framing_json(
+    model: tokenizers.Tokenizer, tokenizer: Tokenizer, lowercase: bool, canonicalize: bool
+) -> str:
+    """The file of a library's model that puts bos and eos around a text as `tokenizer` does.
+
+    Args:
+      lowercase, canonicalize: see `Tokenizer.to_json`.
+    """
     library = import_tokenizers()
     ids = [i for i in (tokenizer.bos_id, tokenizer.eos_id) if i is not None]
     names = [model.id_to_token(i) for i in ids]
@@ -137,8 +148,9 @@ def framing_json(model: tokenizers.Tokenizer, tokenizer: Tokenizer, lowercase: b
         pair=[*before, "$A", *after, "$B:1", *(f"{name}:1" for name in after)],
         special_tokens=list(zip(names, ids, strict=True)),
     )
-    if lowercase:
-        steps = [*lowercase_steps(), *([] if model.normalizer is None else [model.normalizer])]
+    steps = canonical_steps() if canonicalize else lowercase_steps() if lowercase else []
+    if steps:
+        steps += [] if model.normalizer is None else [model.normalizer]
         model.normalizer = library.normalizers.Sequence(steps)
     model.no_padding()
     model.no_truncation()
@@ -151,6 +163,20 @@ def lowercase_steps() -> list[Any]:
     # The library goes character by character, and so puts no final sigma at the end of a word.
     sigma = library.Regex(r"(?<=[\p{L}\p{M}])\x{3a3}(?![\p{L}\p{M}])")
     return [library.normalizers.Replace(sigma, "\u03c2"), library.normalizers.Lowercase()]
+
+
+def canonical_steps() -> list[Any]:
+    """Normalizers of the library that do what `text_ops.canonicalize_text` does."""
+    library = import_tokenizers()
+    replace, regex = library.normalizers.Replace, library.Regex
+    spaces = r"[\t-\r\x{1c}-\x20\x{85}\p{Z}]+"  # white space as `text_ops` has it
+    return [
+        replace("_", " "),
+        replace(regex(r"[!-/:-@\[-`{-~]"), ""),
+        *lowercase_steps(),
+        replace(regex(spaces), " "),
+        replace(regex(r"^ | $"), ""),
+    ]
 
 
 def byte_symbols() -> list[str]:
