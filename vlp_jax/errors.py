@@ -41,6 +41,13 @@ class NotFinite(UserError):
     status = ExitStatus.NOT_FINITE
 
 
+class NoScores(UserError):
+    """An evaluator cannot score its data, which every process finds alike.
+
+    A command that evaluates ends with it; a training run says so and goes on.
+    """
+
+
 class CannotSave(UserError):
     """Checkpoints that a run depends on could not be written."""
 
@@ -62,6 +69,7 @@ class Preempted(UserError):
 def error_of_status(status: int) -> type[UserError]:
     """The kind of `UserError` that ends a command with `status`, as another process told it."""
     kinds = {kind.status: kind for kind in UserError.__subclasses__()}
+    kinds[ExitStatus.MISTAKE] = UserError
     return kinds.get(status, UserError)
 
 

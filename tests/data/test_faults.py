@@ -12,7 +12,7 @@ from vlp_jax.data import faults, files
 from vlp_jax.data.fault_log import Fault, FaultLog
 from vlp_jax.data.pipeline import EvalPipeline, TrainPipeline
 from vlp_jax.data.tokenizers import ByteTokenizer
-from vlp_jax.errors import UserError
+from vlp_jax.errors import NoScores, UserError
 
 KINDS = ("parquet", "tfrecord", "webdataset")
 BATCH = 16
@@ -175,10 +175,37 @@ def test_the_log_counts_by_batch_and_goes_on_from_a_checkpoint():
     assert again.totals() == {"read": 10, "bad": {"a": {"x": 1}}}
     with pytest.raises(UserError, match="11 of 40 examples"):
         again.add(3, 10, "a", [Fault("x", "here")])
-    few = FaultLog(0.5)
-    few.add(0, 3, "a", [Fault("x", "here")] * 2)
-    with pytest.raises(UserError, match="2 of 3 examples"):
-        few.check_all()
+
+
+@pytest.mark.parametrize(
+    ("read", "bad", "fraction", "fits"),
+    [
+        (5, 1, 0.1, True),  # one broken image among few ends nothing
+        (100, 10, 0.1, True),
+        (100, 11, 0.1, False),
+        (5, 1, 0.0, False),  # as strict as it was asked for
+        (3, 3, 1.0, False),  # nothing is left to score
+        (4000, 1000, 0.1, False),
+        (0, 0, 0.1, True),
+    ],
+)
+def test_a_split_is_judged_whole_and_alike_on_all_processes(read, bad, fraction, fits):
+    # The second of two processes has read nothing that is bad.
+    for own in ((bad, read - read // 2), (0, read // 2)):
+        log = FaultLog(fraction, of_split=True)
+        log.add(0, own[1], "a", [Fault("x", "here")] * own[0])
+        seen = []
+
+        def gather(counts, seen=seen):
+            seen.append(tuple(counts))
+            return [(bad, read - read // 2), (0, read // 2)]
+
+        if fits:
+            log.check_all(gather)
+        else:
+            with pytest.raises(NoScores, match=f"{bad:,} of {read:,} examples"):
+                log.check_all(gather)
+        assert seen == [own]
 
 
 def test_the_share_is_of_at_least_a_thousand():

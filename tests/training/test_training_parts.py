@@ -1,5 +1,8 @@
 """Optimizer, schedules, durations, state and step."""
 
+import dataclasses
+from unittest.mock import MagicMock
+
 import helpers
 import jax
 import jax.numpy as jnp
@@ -8,8 +11,9 @@ import optax
 import pytest
 
 from vlp_jax import config as config_lib
-from vlp_jax.errors import UserError
+from vlp_jax.errors import NoScores, NotFinite, UserError
 from vlp_jax.parallel.batch import put_batch
+from vlp_jax.training.loop import Evaluation, Loop
 from vlp_jax.training.optimizer import decay_mask, make_optimizer, make_schedule
 from vlp_jax.training.state import key_for
 from vlp_jax.training.when import EveryMinutes, EverySteps, StepsOrMinutes, Units
@@ -215,3 +219,29 @@ def test_seed_changes_the_parameters():
     second = helpers.fresh(helpers.setup_on(config, {"replica": 1}, 1))
     kernels = [s.params["image_projection"]["kernel"] for s in (first, second)]
     assert jnp.abs(kernels[0] - kernels[1]).max() > 1e-3
+
+
+@pytest.mark.parametrize("error", [NoScores("3 of 4 examples"), NotFinite("no numbers")])
+def test_an_evaluator_without_scores_ends_no_run(error):
+    def fails(params):
+        yield "early", 1.0
+        raise error
+
+    parts = {field.name: MagicMock() for field in dataclasses.fields(Loop)}
+    parts["evaluations"] = [
+        Evaluation("broken", lambda step: True, fails),
+        Evaluation("sound", lambda step: True, lambda params: iter([("top1", 0.5)])),
+    ]
+    loop = Loop(**parts)
+    loop.evaluate(7, MagicMock())
+    told = [call.args[0] for call in loop.progress.print.call_args_list]
+    assert told == [f"step 7  broken: no scores: {error}", "step 7  sound: top1 0.5"]
+    loop.writer.write_scalars.assert_called_once_with(7, {"eval/sound/top1": 0.5})
+    loop.measures.note.assert_called_once_with("no scores of broken", "at step 7")
+    with pytest.raises(UserError, match="labels"):
+        parts["evaluations"][0] = Evaluation("wrong", lambda step: True, raises_user_error)
+        Loop(**parts).evaluate(7, MagicMock())
+
+
+def raises_user_error(params):
+    raise UserError("labels")

@@ -5,14 +5,15 @@ from __future__ import annotations
 import logging
 import threading
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from vlp_jax.errors import UserError
+from vlp_jax.errors import NoScores, UserError
 
 NAMED = 3  # examples of each kind of fault that the log names
 _FEWEST = 1000  # examples that a share of bad ones is taken of, at least
+_FEWEST_OF_A_SPLIT = 100  # the same at the end of an evaluation, whose split may be small
 _log = logging.getLogger("vlp_jax.data")
 
 
@@ -32,17 +33,18 @@ class FaultLog:
     Args:
       max_fraction: the largest share of bad examples among those read; the share is taken of at
         least 1,000, so that a few early ones do not end a run.
+      of_split: the share is looked at once a split is read (`check_all`), and not before.
 
     Raises:
       UserError: for a share that is not from 0 to 1.
     """
 
-    def __init__(self, max_fraction: float) -> None:
+    def __init__(self, max_fraction: float, of_split: bool = False) -> None:
         if isinstance(max_fraction, bool) or not isinstance(max_fraction, int | float):
             raise UserError(f"data.max_bad_fraction={max_fraction!r} must be a number from 0 to 1")
         if not 0 <= max_fraction <= 1:
             raise UserError(f"data.max_bad_fraction={max_fraction} must be from 0 to 1")
-        self._max_fraction = max_fraction
+        self._max_fraction, self._of_split = max_fraction, of_split
         self._lock = threading.Lock()
         self._settled: Counter[tuple[str, str]] = Counter()
         self._settled_read = 0
@@ -50,6 +52,7 @@ class FaultLog:
         # For the share: with what was counted before a checkpoint.
         self._all: Counter[tuple[str, str]] = Counter()
         self._read = 0
+        self._last = ""  # where the newest bad example lies
 
     def add(self, batch: int, read: int, source: str, faults: Sequence[Fault]) -> None:
         """Notes that `read` examples of `source` were read for a batch, and which were bad.
@@ -60,6 +63,7 @@ class FaultLog:
         counts = Counter((source, fault.reason) for fault in faults)
         with self._lock:
             for fault in faults:
+                self._last = fault.where
                 kind = (source, fault.reason)
                 self._all[kind] += 1
                 if self._all[kind] <= NAMED:
@@ -69,15 +73,14 @@ class FaultLog:
             self._read += read
             self._ahead.append((batch, read, counts))
             bad = sum(self._all.values())
-        if bad > self._max_fraction * max(self._read, _FEWEST):
-            raise UserError(self._too_many(faults))
+        if not self._of_split and bad > self._max_fraction * max(self._read, _FEWEST):
+            raise UserError(self._too_many(bad, self._read))
 
-    def _too_many(self, faults: Sequence[Fault]) -> str:
+    def _too_many(self, bad: int, read: int) -> str:
         kinds = ", ".join(f"{n:,} {reason} in {s}" for (s, reason), n in self._all.most_common(4))
-        last = f"; the last: {faults[-1].where}" if faults else ""
-        bad = sum(self._all.values())
+        last = f"; the last: {self._last}" if self._last else ""
         return (
-            f"{bad:,} of {self._read:,} examples could not be used, a share above "
+            f"{bad:,} of {read:,} examples could not be used, a share above "
             f"data.max_bad_fraction={self._max_fraction} ({kinds}{last}); mend the data or raise it"
         )
 
@@ -111,7 +114,19 @@ class FaultLog:
             self._all.update(bad)
             self._read += read
 
-    def check_all(self) -> None:
-        """Raises UserError if the share of all that was read, however few, is too large."""
-        if sum(self._all.values()) > self._max_fraction * self._read:
-            raise UserError(self._too_many(()))
+    def check_all(self, gather: Callable[[Sequence[int]], Sequence[Sequence[int]]]) -> None:
+        """Looks at the share of bad examples once all of a split is read.
+
+        The share is taken of at least 100, so that one broken image among few is left out and not
+        fatal. All processes come to the same.
+
+        Args:
+          gather: the numbers that every process gives, on every process.
+
+        Raises:
+          NoScores: too many examples are bad, or all of them.
+        """
+        counts = gather((sum(self._all.values()), self._read))
+        bad, read = (sum(column) for column in zip(*counts, strict=True))
+        if bad > self._max_fraction * max(read, _FEWEST_OF_A_SPLIT) or (bad and bad == read):
+            raise NoScores(self._too_many(bad, read))

@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import math
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -193,7 +193,8 @@ class TrainPipeline(_Pipeline):
         Seeking costs nothing: the batches are bit for bit those that an iterator from 0 comes to.
 
         Raises:
-          UserError: while iterating, for files that cannot be read, or too many bad examples.
+          UserError: while iterating, for files that cannot be read.
+          NoScores: at the end, for too many bad examples.
         """
         layout, count = self._schedule.layout, len(self._batch_ops)
         for number, (batch, _) in enumerate(self._read(start_step, None), start_step):
@@ -243,10 +244,12 @@ class EvalPipeline(_Pipeline):
         process_index: int = 0,
         process_count: int = 1,
         extra_fields: Sequence[str] = (),
+        gather: Callable[[Sequence[int]], Sequence[Sequence[int]]] = lambda own: [own],
     ) -> None:
         """As `TrainPipeline`; a mixture cannot be evaluated, and `batch_ops` are left out.
 
         Args:
+          gather: the numbers that every process gives, on every process; see `FaultLog.check_all`.
           extra_fields: further fields that batches shall hold as object arrays [b]: strings as
             bytes, lists of varying length as arrays. "text_raw" is `text` before it is tokenized.
         """
@@ -265,8 +268,9 @@ class EvalPipeline(_Pipeline):
             extra_fields=extra_fields,
         )
         self._max_bad_fraction = config.get("max_bad_fraction", MAX_BAD_FRACTION)
+        self._gather = gather
         schedule = Schedule(layout, Mixture(((1, 1),), 1))
-        faults = FaultLog(self._max_bad_fraction)
+        faults = FaultLog(self._max_bad_fraction, of_split=True)
         super().__init__({_ONE: stream}, schedule, faults, replace=False)
 
     @property
@@ -286,12 +290,12 @@ class EvalPipeline(_Pipeline):
           UserError: while iterating, for files that cannot be read, or too many bad examples.
         """
         layout = self._schedule.layout
-        self.faults = FaultLog(self._max_bad_fraction)
+        self.faults = FaultLog(self._max_bad_fraction, of_split=True)
         read = self._read(0, self.num_batches, end=len(self))
         for number, (batch, sound) in enumerate(read):
             inside = layout.places + number * layout.batch_size < len(self)
             yield {**batch, "mask": sound & inside}
-        self.faults.check_all()
+        self.faults.check_all(self._gather)
 
 
 def split_mixture(config: Mapping[str, Any]) -> tuple[dict[str, dict[str, Any]], list[float]]:

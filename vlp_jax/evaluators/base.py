@@ -16,8 +16,8 @@ from vlp_jax.data.pipeline import EvalPipeline
 from vlp_jax.data.wording import Wording
 from vlp_jax.errors import UserError
 from vlp_jax.evaluators.cache import EmbeddingCache
+from vlp_jax.parallel import agreement, rules
 from vlp_jax.parallel import mesh as mesh_lib
-from vlp_jax.parallel import rules
 from vlp_jax.parallel.batch import put_batch
 
 INPUTS = ("image", "text")  # what a model takes; the other fields of a batch describe it
@@ -101,6 +101,7 @@ class Resources:
             process_index=jax.process_index(),
             process_count=jax.process_count(),
             extra_fields=extra_fields,
+            gather=agreement.gather,
         )
 
     def embed(

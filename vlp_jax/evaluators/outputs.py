@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from vlp_jax.data.pipeline import EvalPipeline
-from vlp_jax.errors import UserError
+from vlp_jax.errors import NoScores, UserError
 from vlp_jax.evaluators.base import INPUTS, Resources
 from vlp_jax.parallel.batch import put_batch
 
@@ -74,9 +74,9 @@ def ranks(
 
 
 def check_labels(labels: Int[np.ndarray, " n"], classes: int, field: str) -> None:
-    """Raises UserError for a label without a score."""
+    """Raises NoScores for a label without a score."""
     if labels.size and not 0 <= labels.min() <= labels.max() < classes:
-        raise UserError(
+        raise NoScores(
             f"the labels in {field!r} go from {labels.min()} to {labels.max()}, and the model "
             f"scores {classes} classes: set the objective's number of them, or other data"
         )

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int
 
-from vlp_jax.errors import NotFinite, UserError
+from vlp_jax.errors import NoScores, NotFinite, UserError
 from vlp_jax.evaluators.base import INDEX, Resources
 from vlp_jax.evaluators.cache import key_of
 from vlp_jax.evaluators.text_identity import TEXT_HASH, same_for_same_text, with_text_hashes
@@ -86,7 +86,8 @@ class Split:
         """The classes of `found`, int64 [n].
 
         Raises:
-          UserError: `field` is no whole number per example, or not the number of one of `classes`.
+          UserError: `field` is no whole number per example.
+          NoScores: one is not the number of one of `classes`.
         """
         if field not in found.fields:
             known = ", ".join(sorted(found.fields)) or "none"
@@ -100,5 +101,5 @@ class Split:
         low, high = int(labels.min()), int(labels.max())
         if low < 0 or (classes is not None and high >= classes):
             top = "" if classes is None else f", and class_names has {classes}"
-            raise UserError(f"label_field: {field!r} goes from {low} to {high}{top}")
+            raise NoScores(f"label_field: {field!r} goes from {low} to {high}{top}")
         return labels.astype(np.int64)

@@ -7,7 +7,7 @@ import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from vlp_jax.errors import NotFinite, Preempted
+from vlp_jax.errors import NoScores, NotFinite, Preempted
 from vlp_jax.evaluators import Evaluator
 from vlp_jax.objectives.base import Batch
 from vlp_jax.observe.profiler import Profiler
@@ -132,8 +132,10 @@ class Loop:
                 try:
                     with self.pause("evaluation"):
                         scores = dict(evaluation.evaluator(params))
-                except NotFinite as error:  # what the run does then is for its guard to say
+                # What the run does about numbers that are not finite is for its guard to say.
+                except (NotFinite, NoScores) as error:
                     self.progress.print(f"step {step:,}  {evaluation.name}: no scores: {error}")
+                    self.measures.note(f"no scores of {evaluation.name}", f"at step {step:,}")
                     continue
                 named = {f"eval/{evaluation.name}/{key}": value for key, value in scores.items()}
                 self.writer.write_scalars(step, named)
