@@ -12,16 +12,18 @@ from ml_collections.config_dict import placeholder
 from configs import clip_shapes
 from vlp_jax.config import duration
 
+TOWER = {"width": 128, "mlp_dim": 512, "heads": 4}
+
 
 def get_config(arg=None):
     size = int(arg or 64)
     config = clip_shapes.get_config()
     config.batch_size = 128
     config.duration = duration(epochs=30.0)
-    config.objective.image.variant = "Ti/16"
-    config.objective.image.image_size = size
-    config.objective.image.update(depth=4, **clip_shapes.MEAN_POOLING)
-    config.objective.text.update(depth=4, norm_eps=1e-6)
+    config.objective.image.update(variant="Ti/16", image_size=size, depth=4, **TOWER)
+    config.objective.image.update(**clip_shapes.MEAN_POOLING)
+    config.objective.text.update(depth=2, norm_eps=1e-6, **TOWER)
+    config.objective.embed_dim = 128
     config.objective.remat = "dots"
     config.tokenizer = ConfigDict({"name": "subword", "vocab_size": 4096, "context_length": 32})
     config.data = ConfigDict(

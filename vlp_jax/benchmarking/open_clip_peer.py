@@ -63,12 +63,15 @@ def _build(model: DualEncoder, mask_ratio: float) -> Any:
     if image.class_token:
         vision = native_config(image) | {"patch_dropout": mask_ratio}
     else:
-        _register_timm(timm_arguments(image), mask_ratio)
+        pool = {"mean": "avg", "map": "map"}[image.pooling]
+        # open_clip names the pooling after a model with a projection is made, and timm's own
+        # default needs a class token.
+        _register_timm(timm_arguments(image) | {"global_pool": pool}, mask_ratio)
         vision = {
             "image_size": image.image_size[0],
             "timm_model_name": _NAME,
             "timm_model_pretrained": False,
-            "timm_pool": {"mean": "avg", "map": "map"}[image.pooling],
+            "timm_pool": pool,
             "timm_proj": "none" if model.image_head == "none" else "linear",
             "timm_proj_bias": model.image_head == "linear_bias",
         }
@@ -93,7 +96,11 @@ def _register_timm(arguments: dict[str, Any], mask_ratio: float) -> None:
         del pretrained
         for key in ("cache_dir", "pretrained_cfg", "pretrained_cfg_overlay"):
             more.pop(key, None)
-        return timm.models.VisionTransformer(**{**arguments, "patch_drop_rate": mask_ratio, **more})
+        model = timm.models.VisionTransformer(
+            **{**arguments, "patch_drop_rate": mask_ratio, **more}
+        )
+        model.default_cfg = {}  # open_clip reads it of a model with a projection
+        return model
 
     make.__name__ = _NAME
     make.__module__ = timm.models.vision_transformer.__name__

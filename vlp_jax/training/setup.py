@@ -99,11 +99,7 @@ def make_setup(
     check_batch_size(config, mesh)
     check_dispatch(config)
     check_attention(config.objective, mesh)
-    units = Units(config.batch_size, epoch_examples)
-    total = units.steps(config.duration, "config.duration")
-    if total < 1:
-        raise UserError("config.duration is less than one step")
-    units = dataclasses.replace(units, total_steps=total)
+    units = make_units(config, epoch_examples)
     objective = make_objective(config.objective, tokenizer, config.microbatches)
     optimizer = make_optimizer(config.optimizer, units)
     guard = Guard.of(config.guard)
@@ -153,6 +149,19 @@ def check_dispatch(config: ConfigDict) -> None:
     """Raises UserError for a number of steps in a program that is none."""
     if config.steps_per_dispatch < 1:
         raise UserError(f"config.steps_per_dispatch is at least 1, not {config.steps_per_dispatch}")
+
+
+def make_units(config: ConfigDict, epoch_examples: int | None) -> Units:
+    """The length of the run in steps, and what turns other durations into steps.
+
+    Raises:
+      UserError: the duration is less than one step, or cannot be known.
+    """
+    units = Units(config.batch_size, epoch_examples)
+    total = units.steps(config.duration, "config.duration")
+    if total < 1:
+        raise UserError("config.duration is less than one step")
+    return dataclasses.replace(units, total_steps=total)
 
 
 def make_pipeline(config: ConfigDict, tokenizer: Any) -> JoinedPipeline:
