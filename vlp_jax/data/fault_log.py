@@ -12,7 +12,8 @@ from typing import Any
 from vlp_jax.errors import UserError
 
 NAMED = 3  # examples of each kind of fault that the log names
-_FEWEST = 1000  # examples that a share of bad ones is taken of, at least
+MAX_BAD_FRACTION = 0.1
+FEWEST = 1000  # examples that a share of bad ones is taken of, at least
 _log = logging.getLogger("vlp_jax.data")
 
 
@@ -22,6 +23,14 @@ class Fault:
 
     reason: str
     where: str
+
+
+def check_fraction(max_fraction: float) -> None:
+    """Raises UserError if `data.max_bad_fraction` is no share from 0 to 1."""
+    if isinstance(max_fraction, bool) or not isinstance(max_fraction, int | float):
+        raise UserError(f"data.max_bad_fraction={max_fraction!r} must be a number from 0 to 1")
+    if not 0 <= max_fraction <= 1:
+        raise UserError(f"data.max_bad_fraction={max_fraction} must be from 0 to 1")
 
 
 class FaultLog:
@@ -38,10 +47,7 @@ class FaultLog:
     """
 
     def __init__(self, max_fraction: float) -> None:
-        if isinstance(max_fraction, bool) or not isinstance(max_fraction, int | float):
-            raise UserError(f"data.max_bad_fraction={max_fraction!r} must be a number from 0 to 1")
-        if not 0 <= max_fraction <= 1:
-            raise UserError(f"data.max_bad_fraction={max_fraction} must be from 0 to 1")
+        check_fraction(max_fraction)
         self._max_fraction = max_fraction
         self._lock = threading.Lock()
         self._settled: Counter[tuple[str, str]] = Counter()
@@ -69,7 +75,7 @@ class FaultLog:
             self._read += read
             self._ahead.append((batch, read, counts))
             bad = sum(self._all.values())
-        if bad > self._max_fraction * max(self._read, _FEWEST):
+        if bad > self._max_fraction * max(self._read, FEWEST):
             raise UserError(self._too_many(faults))
 
     def _too_many(self, faults: Sequence[Fault]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -61,6 +62,7 @@ def make_evaluators(
       UserError: an unknown name or key, data that does not exist, or a function that the objective
         does not have.
     """
+    resources = dataclasses.replace(resources, train_data=train_data)
     evaluators = {}
     for key in sorted(sections):
         section, where = sections[key], f"config.evaluators.{key}"

@@ -57,6 +57,8 @@ class Resources:
       mesh: devices over which a batch is spread.
       batch_size: examples of an evaluation batch, over the whole mesh.
       cache: embeddings that several evaluators ask for, within `one_evaluation`.
+      train_data: the data config that the model was trained on, whose classes it tells; None if
+        they are those of the data that it is evaluated on.
     """
 
     functions: Mapping[str, Callable[..., Any]]
@@ -64,6 +66,7 @@ class Resources:
     mesh: Mesh
     batch_size: int
     cache: EmbeddingCache = dataclasses.field(default_factory=EmbeddingCache)
+    train_data: Mapping[str, Any] | None = None
 
     @contextlib.contextmanager
     def one_evaluation(self, params: Any) -> Iterator[None]:

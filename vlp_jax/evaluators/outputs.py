@@ -9,9 +9,12 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from vlp_jax.data.pipeline import EvalPipeline
+from vlp_jax.data.pipeline import EvalPipeline, split_mixture
+from vlp_jax.data.sources import build_source
+from vlp_jax.data.sources.base import as_plain
 from vlp_jax.errors import UserError
 from vlp_jax.evaluators.base import INPUTS, Resources
+from vlp_jax.evaluators.class_lists import numbers_onto
 from vlp_jax.parallel.batch import put_batch
 
 # What is done to the arrays of a batch, already on the devices, before the function sees them.
@@ -80,6 +83,29 @@ def check_labels(labels: Int[np.ndarray, " n"], classes: int, field: str) -> Non
             f"the labels in {field!r} go from {labels.min()} to {labels.max()}, and the model "
             f"scores {classes} classes: set the objective's number of them, or other data"
         )
+
+
+def numbers_of_model(
+    resources: Resources, data: Mapping[str, Any], pipeline: EvalPipeline, field: str
+) -> Int[np.ndarray, " names"] | None:
+    """For each class of the data its number in the training data; None if they are the same.
+
+    Only a folder has numbers of its own, which depend on the words in it.
+
+    Raises:
+      UserError: the training data lacks a class of `data`.
+    """
+    if resources.train_data is None:
+        return None
+    parts = split_mixture(as_plain(resources.train_data))[0].values()
+    if all(part.get("source") != "folder" for part in [*parts, data]):
+        return None
+    asked = ("source", "path", "captions", "label_field", "label_names")
+    if any(all(part.get(key) == data.get(key) for key in asked) for part in parts):
+        return None  # the same list, which need not be read again
+    names = [build_source(part).class_names(field) for part in parts]
+    where = f"{field!r} in the evaluator's data"
+    return numbers_onto(pipeline.class_names(field), names[0], where, "the training data")
 
 
 def check_field(pipeline: EvalPipeline, field: str, where: str) -> None:
