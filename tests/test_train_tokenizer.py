@@ -29,7 +29,8 @@ def write_texts(path, texts):
         path.write_text("\n".join(json.dumps({"n": 1, "caption": text}) for text in texts) + "\n")
     else:
         sign = {".csv": ",", ".tsv": "\t"}[path.suffix]
-        rows = [f'{n}{sign}"{text}"' for n, text in enumerate(texts)]
+        quote = '"' if sign == "," else ""
+        rows = [f"{n}{sign}{quote}{text}{quote}" for n, text in enumerate(texts)]
         path.write_text("\n".join([f"n{sign}caption", *rows]))
     return path
 
@@ -126,7 +127,7 @@ def test_mistakes_end_in_one_line(tmp_path, capsys):
     for changes, message in (
         ({"--texts": "nowhere.txt"}, "nowhere.txt does not exist"),
         ({"--texts": tmp_path / "captions.parquet"}, "is none of .txt, .jsonl, .csv, .tsv"),
-        ({"--texts": tmp_path / "broken.jsonl"}, "broken.jsonl, line 2, is no JSON"),
+        ({"--texts": tmp_path / "broken.jsonl"}, "broken.jsonl, line 2: malformed JSON"),
         ({"--texts": tmp_path / "numbers.jsonl"}, "line 1: 'caption' is 3, not a text"),
         ({"--texts": tmp_path / "empty.txt"}, "there is no text"),
         ({"--texts": tmp_path / "latin.txt"}, "is not UTF-8"),

@@ -81,7 +81,7 @@ def decode_text(content: bytes, where: str) -> str:
     Raises:
       UserError: it is in another encoding.
     """
-    _check_mark(content, where)
+    without_mark(content, where)
     text = _decode(content, where, 1)
     if "\0" in text:
         line = text.count("\n", 0, text.index("\0")) + 1
@@ -99,7 +99,7 @@ def text_lines(path: epath.PathLike) -> Iterator[str]:
     """
     try:
         with epath.Path(path).open("rb") as raw:
-            _check_mark(raw.read(4), str(path))
+            without_mark(raw.read(4), str(path))
             raw.seek(0)
             for number, line in enumerate(io.TextIOWrapper(raw, "utf-8-sig", newline=""), 1):
                 if "\0" in line:
@@ -130,11 +130,16 @@ def read_lines(path: epath.PathLike, key: str = "") -> tuple[str, ...]:
     return found
 
 
-def _check_mark(content: bytes, where: str) -> None:
-    """Raises UserError if the content begins with the mark of another encoding than UTF-8."""
+def without_mark(content: bytes, where: str) -> bytes:
+    """`content` without the byte order mark of UTF-8 at its beginning.
+
+    Raises:
+      UserError: it begins with the mark of another encoding.
+    """
     for mark, name in _OTHER_MARKS:
         if content.startswith(mark):
             raise UserError(f"{where} is {name}, not UTF-8; {_CONVERT}")
+    return content.removeprefix(codecs.BOM_UTF8)
 
 
 def _decode(content: bytes, where: str, first_line: int) -> str:

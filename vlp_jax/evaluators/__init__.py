@@ -62,7 +62,8 @@ def make_evaluators(
       UserError: an unknown name or key, data that does not exist, or a function that the objective
         does not have.
     """
-    resources = dataclasses.replace(resources, train_data=train_data)
+    if resources.train_data is None:
+        resources = dataclasses.replace(resources, train_data=train_data)
     evaluators = {}
     for key in sorted(sections):
         section, where = sections[key], f"config.evaluators.{key}"
