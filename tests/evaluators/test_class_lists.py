@@ -1,13 +1,16 @@
 """Classes that two sides number in their own ways are matched by name, or named as different."""
 
+import json
 import types
 
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 from PIL import Image
 from sklearn.neighbors import KNeighborsClassifier
 from toy_models import functions, make_resources, make_world
 
+from tools import check_exports, write_evaluation_tars
 from vlp_jax.data.pipeline import TrainPipeline
 from vlp_jax.data.sources.labels import WordClasses, same_numbers
 from vlp_jax.errors import UserError
@@ -136,6 +139,23 @@ def test_parts_of_a_mixture_must_number_classes_alike(world):
     listed.check_classes("label", 6)
     with pytest.raises(UserError, match="6 classes in 'label' .* the objective tells 5"):
         listed.check_classes("label", 5)
+
+
+def test_a_task_for_other_programs_has_the_names_and_places_of_the_evaluator(world, tmp_path):
+    (tmp_path / "names.txt").write_text("# no class\n" + "\n".join(COLORS[::-1]), "utf-8-sig")
+    (tmp_path / "templates.txt").write_text("a {c} card\n{}\n", "utf-8-sig")
+    files = {
+        key: str(tmp_path / f"{key.split('_')[-1]}.txt") for key in ("class_names", "templates")
+    }
+    section = {"name": "zero_shot", **files}
+    data = data_of(world.root / "few", captions="c.csv")
+    config = ConfigDict({"data": data, "evaluators": {"x": section}})
+    check_exports.write_task(config, "x", tmp_path / "task")
+    task = json.loads((tmp_path / "task" / "task.json").read_text())
+    assert task["prompts"] == [[f"a {color} card", color] for color in COLORS[::-1]]
+    assert [COLORS[::-1][label] for label in task["labels"]] == world.pixels["few"][1]
+    names, number = write_evaluation_tars.class_names(config.evaluators.x, data, "label")
+    assert names == list(COLORS[::-1]) and [names[number(n)] for n in (0, 1)] == ["blue", "white"]
 
 
 IDS, NAMES = ("n1", "n2", "n3"), ("tench", "hen", "crane")
