@@ -139,6 +139,10 @@ def test_parts_of_a_mixture_must_number_classes_alike(world):
     listed.check_classes("label", 6)
     with pytest.raises(UserError, match="6 classes in 'label' .* the objective tells 5"):
         listed.check_classes("label", 5)
+    prompts = {"prompt_template": {"templates": "a {}", "field": "label", "names": COLORS[::-1]}}
+    data = {**data_of(world.root / "few", captions="c.csv"), "preprocess": prompts}
+    with pytest.raises(UserError, match="prompt_template: names are 'yellow'.*data are 'blue'"):
+        TrainPipeline(data, None, batch_size=4, seed=0)
 
 
 def test_a_task_for_other_programs_has_the_names_and_places_of_the_evaluator(world, tmp_path):

@@ -151,6 +151,11 @@ class ZeroShot:
             self._numbers = numbers_onto(named, self.class_names, where, "class_names")
             self._labels = len(named)
 
+    @property
+    def templates(self) -> tuple[str, ...]:
+        """The prompts, each with a place for the name of the class."""
+        return self._templates
+
     def numbers(self, labels: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
         """The places in `class_names` of labels of the data."""
         return renumber(labels, self._numbers)

@@ -122,7 +122,7 @@ def open_classes(arguments: argparse.Namespace, subject: Subject | None) -> Clas
     for name, section in sections.items():
         if section.name == "zero_shot":
             evaluator = subject.evaluators[name]
-            templates = arguments.template or section.get("templates", (DEFAULT_TEMPLATE,))
+            templates = arguments.template or evaluator.templates
             return Classes.of_names(f"config.evaluators.{name}", evaluator.class_names, templates)
     if arguments.template:
         raise UserError("--template needs --classes FILE: the names that go into it")
