@@ -50,6 +50,16 @@ def test_rows_are_those_that_python_reads_in_this_dialect(tmp_path, name, conten
     assert judge and read(tmp_path / name, content) == judge
 
 
+def test_a_tsv_that_a_program_quoted_is_told_of_once(tmp_path, caplog):
+    stream = io.StringIO()
+    csv.writer(stream, delimiter="\t").writerows([("path", "caption"), *[("a.jpg", 'a "b"')] * 3])
+    assert read(tmp_path / "a.tsv", stream.getvalue())[0]["caption"] == '"a ""b"""'
+    assert len(caplog.records) == 1 and "line 2 holds a cell like" in caplog.text
+    assert read(tmp_path / "a.csv", stream.getvalue())[0]["caption"] == 'a "b"'
+    plain = 'path\tcaption\na.jpg\t"hello" said "the sign"\nb.jpg\t"all of it"\n'
+    assert read(tmp_path / "b.tsv", plain) and len(caplog.records) == 1
+
+
 def test_blank_rows_are_left_out_and_lines_counted(tmp_path):
     (tmp_path / "a.csv").write_text("\n \npath,caption\n\na.jpg,x\n   \n , \nb.jpg,y\n\n")
     found = list(rows(tmp_path / "a.csv"))

@@ -21,6 +21,7 @@ SUFFIXES = (".csv", ".tsv", ".jsonl")
 DELIMITERS = {",": "commas", "\t": "tabs", ";": "semicolons", "|": "vertical bars"}
 _IMAGE_FILE = re.compile(r"\.(jpe?g|png|webp|gif|bmp|tiff?)$", re.IGNORECASE)
 _EXCEL_DELIMITER = re.compile(r"sep=(.)[\r\n]*")  # a first line that Excel writes and reads
+_QUOTED = re.compile(r'"(?:[^"]|"")*""(?:[^"]|"")*"')  # as pandas and Excel quote a mark
 _LINE_END = re.compile(r"\r\n|\r|\n")
 _log = logging.getLogger("vlp_jax.data")
 
@@ -95,6 +96,7 @@ def _cell_rows(file: Path) -> Iterator[Row]:
         strict=True,
     )
     header: list[str] = []
+    told = quoted
     while True:
         first = skipped + reader.line_num + 1
         where = f"{file}, line {first}"
@@ -113,6 +115,13 @@ def _cell_rows(file: Path) -> Iterator[Row]:
         if not any(cell.strip() for cell in cells):
             continue
         _check(cells, len(header), where, delimiter, quoted)
+        if not told and any('""' in cell and _QUOTED.fullmatch(cell) for cell in cells):
+            told = True
+            _log.warning(
+                '%s holds a cell like "a ""b""", and a .tsv knows no quoting: the marks stay in '
+                "the text; if a program quoted it, name the file .csv",
+                where,
+            )
         yield where, dict(zip(header, cells, strict=True))
 
 
@@ -152,6 +161,8 @@ def _check(cells: Sequence[str], columns: int, where: str, delimiter: str, quote
         )
     # A stray mark opens a cell that ends at the next stray mark, with whole rows in between.
     for cell in cells:
+        if "\n" not in cell and "\r" not in cell:
+            continue
         for line in _LINE_END.split(cell)[1:]:
             parts = line.split(delimiter)
             if len(parts) == columns and any(_IMAGE_FILE.search(part.strip()) for part in parts):
