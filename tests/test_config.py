@@ -47,6 +47,9 @@ def test_missing_files_and_functions(tmp_path):
     (tmp_path / "empty.py").write_text("x = 1\n")
     with pytest.raises(UserError, match="no function get_config"):
         config_lib.load(str(tmp_path / "empty.py"))
+    (tmp_path / "other.py").write_text("x = 1\n", "utf-16")
+    with pytest.raises(UserError, match=r"other\.py is UTF-16, not UTF-8"):
+        config_lib.load(str(tmp_path / "other.py"))
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,8 @@ def write_texts(path, texts):
         path.write_text("\n".join(json.dumps({"n": 1, "caption": text}) for text in texts) + "\n")
     else:
         sign = {".csv": ",", ".tsv": "\t"}[path.suffix]
-        rows = [f'{n}{sign}"{text}"' for n, text in enumerate(texts)]
+        quote = '"' if sign == "," else ""
+        rows = [f"{n}{sign}{quote}{text}{quote}" for n, text in enumerate(texts)]
         path.write_text("\n".join([f"n{sign}caption", *rows]))
     return path
 
@@ -68,9 +69,11 @@ def test_unknown_tokens_are_counted(tmp_path):
     assert train_tokenizer.measure(tokenizer, CAPTIONS).unknown == 0
 
 
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
 @pytest.mark.parametrize("suffix", [".txt", ".jsonl", ".csv", ".tsv"])
-def test_files_of_texts(suffix, tmp_path):
+def test_files_of_texts(suffix, tmp_path, encoding):
     file = write_texts(tmp_path / f"captions{suffix}", [*CAPTIONS[:5], " "])
+    file.write_text(file.read_text(), encoding)
     assert list(train_tokenizer.texts_of_files([file, file], "caption")) == CAPTIONS[:5] * 2
 
 
@@ -122,14 +125,16 @@ def test_mistakes_end_in_one_line(tmp_path, capsys):
     (tmp_path / "empty.txt").write_text(" \n\n")
     (tmp_path / "latin.txt").write_bytes(b"gr\xfcn")
     (tmp_path / "captions.parquet").write_bytes(b"")
+    (tmp_path / "comma.csv").write_text("n,caption\n1,red, on a mat\n")
     good = {"--texts": texts, "--kind": "bpe", "--vocab-size": 300, "--output": tmp_path / "out"}
     for changes, message in (
         ({"--texts": "nowhere.txt"}, "nowhere.txt does not exist"),
         ({"--texts": tmp_path / "captions.parquet"}, "is none of .txt, .jsonl, .csv, .tsv"),
-        ({"--texts": tmp_path / "broken.jsonl"}, "broken.jsonl, line 2, is no JSON"),
+        ({"--texts": tmp_path / "broken.jsonl"}, "broken.jsonl, line 2: malformed JSON"),
         ({"--texts": tmp_path / "numbers.jsonl"}, "line 1: 'caption' is 3, not a text"),
         ({"--texts": tmp_path / "empty.txt"}, "there is no text"),
         ({"--texts": tmp_path / "latin.txt"}, "is not UTF-8"),
+        ({"--texts": tmp_path / "comma.csv"}, "line 2: the row has 3 cells and the header 2"),
         ({"--texts": table, "--field": "captoin"}, "did you mean 'caption'"),
         ({"--vocab-size": 100}, "must be at least 259"),
         ({"--kind": "sentencepiece-bpe", "--vocab-size": 5}, "cannot make 5 tokens"),

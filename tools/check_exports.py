@@ -29,7 +29,7 @@ from PIL import Image
 from vlp_jax import export
 from vlp_jax.data.pipeline import EvalPipeline
 from vlp_jax.errors import UserError, unknown_key_message
-from vlp_jax.evaluators import merged_data
+from vlp_jax.evaluators import class_lists, merged_data
 from vlp_jax.handover import foreign, scores
 from vlp_jax.interop.staging import check_free
 from vlp_jax.parallel import startup
@@ -73,19 +73,23 @@ def write_task(config: ConfigDict, name: str, directory: Path) -> int:
     data = {**merged_data(config.data, section), "preprocess": {}}
     field = section.get("label_field", "label")
     pipeline = EvalPipeline(data, None, batch_size=BATCH, extra_fields=("image", field))
-    classes = section.get("class_names") or pipeline.class_names(field)
-    templates = section.get("templates") or ("a photo of a {}.",)
+    known = pipeline.class_names(field)
+    classes = class_lists.lines(section.get("class_names") or (), "class_names") or known
+    given = section.get("templates") or ("a photo of a {}.",)
+    templates = class_lists.lines(given, "templates")
+    where = f"{field!r} in the data"
+    numbers = known and class_lists.numbers_onto(known, classes, where, "class_names")
     directory.mkdir(parents=True)
     files, labels = [], []
     for batch in pipeline.batches():
         for image, label in zip(batch["image"][batch["mask"]], batch[field][batch["mask"]]):
             files.append(f"{len(files):06d}.png")
             _picture(image).save(directory / files[-1])
-            labels.append(int(label))
+            labels.append(int(class_lists.renumber(np.asarray(label), numbers)))
     task = {
         "images": files,
         "labels": labels,
-        "prompts": [[template.format(one) for template in templates] for one in classes],
+        "prompts": [[class_lists.fill(t, one) for t in templates] for one in classes],
     }
     (directory / "task.json").write_text(json.dumps(task), encoding="utf-8")
     return len(files)

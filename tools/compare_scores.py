@@ -22,6 +22,7 @@ from rich.table import Table
 
 from tools.independent_scores import KINDS
 from vlp_jax.errors import UserError, unknown_key_message
+from vlp_jax.files import read_text
 
 TOLERANCE = 1e-6
 
@@ -104,7 +105,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     table = Table("score", "ours", "independent", "difference", "by")
     worst = 0.0
     try:
-        scores = json.loads(arguments.scores.read_text()) if arguments.scores else None
+        scores = json.loads(read_text(arguments.scores, "--scores")) if arguments.scores else None
         for name, arrays in load(arguments.embeddings).items():
             for row in compare(name, arrays, own_scores(name, arrays, scores)):
                 score, ours, other, by = row

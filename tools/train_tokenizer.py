@@ -19,12 +19,11 @@ kinds:
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,15 +31,15 @@ import numpy as np
 
 from vlp_jax import config as config_lib
 from vlp_jax.data.samples import sample_texts
+from vlp_jax.data.sources.tables import rows
 from vlp_jax.data.tokenizers import SentencePieceTokenizer, Tokenizer, train_subword
 from vlp_jax.data.tokenizers import train_sentencepiece as train_sentencepiece_model
 from vlp_jax.data.tokenizers.base import frame_length
 from vlp_jax.errors import UserError, unknown_key_message
-from vlp_jax.files import write_whole
+from vlp_jax.files import text_lines, write_whole
 from vlp_jax.training.command import run_command
 
 KINDS = {"bpe": None, "sentencepiece-unigram": "unigram", "sentencepiece-bpe": "bpe"}
-SEPARATORS = {".csv": ",", ".tsv": "\t"}
 CONTEXT_LENGTH = 64
 MEASURED = 100_000  # texts that the report is made of, evenly spread over all
 NOTICE_SECONDS = 5.0
@@ -120,48 +119,29 @@ def texts_of_files(paths: Sequence[str], field: str) -> Iterator[str]:
     Raises:
       UserError: a file does not exist, is of another format, or lacks the field.
     """
-    readers = {".txt": _lines, ".jsonl": _objects, ".csv": _rows, ".tsv": _rows}
+    readers = {".txt": _lines, **dict.fromkeys((".jsonl", ".csv", ".tsv"), _rows)}
     for path in map(Path, paths):
         if not path.is_file():
             raise UserError(f"--texts {path} does not exist")
         if path.suffix not in readers:
             raise UserError(f"--texts {path} is none of {', '.join(readers)}")
-        try:
-            yield from (text for text in readers[path.suffix](path, field) if text.strip())
-        except UnicodeDecodeError as error:
-            raise UserError(f"--texts {path} is not UTF-8: {error.reason}") from None
+        yield from (text for text in readers[path.suffix](path, field) if text.strip())
 
 
 def _lines(path: Path, field: str) -> Iterator[str]:
     del field
-    with path.open(encoding="utf-8") as file:
-        yield from (line.rstrip("\r\n") for line in file)
-
-
-def _objects(path: Path, field: str) -> Iterator[str]:
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                value = json.loads(line)
-            except ValueError as error:
-                raise UserError(f"{path}, line {number}, is no JSON: {error}") from None
-            yield from _captions(value, field, f"{path}, line {number}")
+    yield from (line.rstrip("\r\n") for line in text_lines(path))
 
 
 def _rows(path: Path, field: str) -> Iterator[str]:
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file, delimiter=SEPARATORS[path.suffix])
-        for row in reader:
-            yield from _captions(row, field, f"{path}, line {reader.line_num}")
+    for where, row in rows(path):
+        yield from _captions(row, field, where)
 
 
-def _captions(record: Any, field: str, where: str) -> Iterator[str]:
+def _captions(record: Mapping[str, Any], field: str, where: str) -> Iterator[str]:
     """The text or the texts in the field of a record."""
-    if not isinstance(record, dict) or field not in record:
-        known = [str(key) for key in record] if isinstance(record, dict) else ()
-        raise UserError(f"--field: {unknown_key_message(field, known, where)}")
+    if field not in record:
+        raise UserError(f"--field: {unknown_key_message(field, map(str, record), where)}")
     values = record[field] if isinstance(record[field], list) else [record[field]]
     for value in values:
         if not isinstance(value, str):

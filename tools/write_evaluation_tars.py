@@ -15,7 +15,7 @@ import io
 import os
 import sys
 import tarfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +29,12 @@ from rich.progress import track
 from vlp_jax import config as config_lib
 from vlp_jax.data.ops import in_order
 from vlp_jax.data.pipeline import EvalPipeline
+from vlp_jax.data.sources import build_source
 from vlp_jax.data.sources.base import as_plain
 from vlp_jax.data.stream import RAW_TEXT
 from vlp_jax.data.wording import TEXT_TO_TEXT
 from vlp_jax.errors import UserError, unknown_key_message
-from vlp_jax.evaluators import merged_data
+from vlp_jax.evaluators import class_lists, merged_data
 from vlp_jax.training import checkpoint
 from vlp_jax.training.command import run_command
 from vlp_jax.training.workdir import load_config
@@ -138,20 +139,21 @@ def write_shards(
     return number, -(-number // shard_examples)
 
 
-def class_names(section: ConfigDict, data: Mapping[str, Any], field: str) -> list[str]:
-    """Those of the section, or else those that the data has.
+def class_names(
+    section: ConfigDict, data: Mapping[str, Any], field: str
+) -> tuple[list[str], Callable[[Any], int]]:
+    """Finds the names that the section has, or else the data, and the place of each label in them.
 
     Raises:
-      UserError: there are none.
+      UserError: there are none, or the section lacks a class of the data.
     """
-    names = section.get("class_names")
-    if isinstance(names, str):
-        names = [line for line in Path(names).read_text().splitlines() if line[:1] not in ("#", "")]
-    if not names:
-        names = EvalPipeline({**data, "preprocess": {}}, None, batch_size=1).class_names(field)
+    known = build_source(data).class_names(field)
+    names = class_lists.lines(section.get("class_names") or (), "class_names") or known
     if not names:
         raise UserError(f"neither the evaluator nor the data names the classes in {field!r}")
-    return list(names)
+    where = f"{field!r} in the data"
+    numbers = known and class_lists.numbers_onto(known, names, where, "class_names")
+    return list(names), lambda label: int(class_lists.renumber(np.asarray(label), numbers))
 
 
 def write(arguments: argparse.Namespace) -> str:
@@ -169,12 +171,13 @@ def write(arguments: argparse.Namespace) -> str:
     folder.mkdir(parents=True)
     if section.name == "zero_shot":
         field = section.get("label_field", "label")
-        names = class_names(section, data, field)
+        names, number = class_names(section, data, field)
         (output / "classnames.txt").write_text("\n".join(names) + "\n")
-        templates = [t.replace("{}", "{c}") for t in section.get("templates", ("{}",))]
+        given = class_lists.lines(section.get("templates", ("{}",)), "templates")
+        templates = [template.replace("{}", "{c}") for template in given]
         listed = "\n".join(templates) + "\n"
         (output / "zeroshot_classification_templates.txt").write_text(listed)
-        found = ((x, "cls", str(int(y)).encode()) for x, y in examples(data, field, {}))
+        found = ((x, "cls", str(number(y)).encode()) for x, y in examples(data, field, {}))
     else:
         (output / "dataset_type.txt").write_text("retrieval\n")
         kept = ("choose_text", *TEXT_TO_TEXT)

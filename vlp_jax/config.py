@@ -21,6 +21,7 @@ from ml_collections import ConfigDict
 
 from vlp_jax.defaults import DATA_DEFAULTS, base, duration
 from vlp_jax.errors import UserError, unknown_key_message
+from vlp_jax.files import without_mark
 
 BOOLEANS = {"true": True, "1": True, "false": False, "0": False}
 # What an argument that is annotated so takes. Arguments of other types are not checked here.
@@ -40,6 +41,7 @@ def load(spec: str) -> ConfigDict:
     file = Path(path)
     if not file.is_file():
         raise UserError(f"config file {path} does not exist")
+    without_mark(file.read_bytes(), path)  # Python takes its own mark and no other encoding's
     root = str(file.resolve().parent.parent)
     if root not in sys.path:  # so that configs can derive from each other: `from configs import x`
         sys.path.insert(0, root)

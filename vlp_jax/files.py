@@ -1,11 +1,28 @@
-"""Files of a run, on a disk or in an object store: written whole or not at all."""
+"""Files on a disk or in an object store: written whole or not at all; users' texts, read."""
 
 from __future__ import annotations
 
+import codecs
+import io
 import os
+import re
 import uuid
+from collections.abc import Iterator
 
 from etils import epath
+
+from vlp_jax.errors import UserError
+
+# UTF-32's come first, because its little-endian mark begins with that of UTF-16.
+_OTHER_MARKS = (
+    (codecs.BOM_UTF32_LE, "UTF-32"),
+    (codecs.BOM_UTF32_BE, "UTF-32"),
+    (codecs.BOM_UTF16_LE, "UTF-16"),
+    (codecs.BOM_UTF16_BE, "UTF-16"),
+)
+_CONVERT = "save it as UTF-8"
+_NUL = f"holds a zero byte: the file is UTF-16 or damaged; {_CONVERT}"
+_LINE_END = re.compile(r"\r\n|\r|\n")
 
 
 def is_remote(path: epath.PathLike) -> bool:
@@ -34,3 +51,102 @@ def write_whole(path: epath.PathLike, content: str | bytes) -> None:
     except OSError:
         unfinished.unlink(missing_ok=True)
         raise
+
+
+def read_text(path: epath.PathLike, key: str = "") -> str:
+    """Reads a text file of a user: UTF-8, with or without a byte order mark.
+
+    Args:
+      path: on disk or in an object store.
+      key: the setting or argument that names the file, for messages.
+
+    Raises:
+      UserError: the file cannot be read, or is in another encoding.
+    """
+    before = f"{key}: " if key else ""
+    try:
+        content = epath.Path(path).expanduser().read_bytes()
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(f"{before}cannot read the file {path}: {reason}") from None
+    return decode_text(content, f"{before}{path}")
+
+
+def decode_text(content: bytes, where: str) -> str:
+    """Decodes UTF-8, with or without a byte order mark.
+
+    Args:
+      where: names the content in messages.
+
+    Raises:
+      UserError: it is in another encoding.
+    """
+    without_mark(content, where)
+    text = _decode(content, where, 1)
+    if "\0" in text:
+        line = text.count("\n", 0, text.index("\0")) + 1
+        raise UserError(f"{where}, line {line}, {_NUL}")
+    return text
+
+
+def text_lines(path: epath.PathLike) -> Iterator[str]:
+    """Yields the lines of a user's text file with their ends ("\\n", "\\r\\n" or "\\r").
+
+    The file is read as `read_text` does, but is never in memory as a whole.
+
+    Raises:
+      UserError: as `read_text`, while iterating.
+    """
+    try:
+        with epath.Path(path).open("rb") as raw:
+            without_mark(raw.read(4), str(path))
+            raw.seek(0)
+            for number, line in enumerate(io.TextIOWrapper(raw, "utf-8-sig", newline=""), 1):
+                if "\0" in line:
+                    raise UserError(f"{path}, line {number}, {_NUL}")
+                yield line
+    except OSError as error:
+        raise UserError(f"cannot read the file {path}: {error.strerror or error}") from None
+    except UnicodeDecodeError:
+        # The decoder is ahead of the lines. Only a second look tells which line it is.
+        with epath.Path(path).open("rb") as raw:
+            for number, line in enumerate(raw, 1):
+                _decode(line, str(path), number)
+        raise UserError(f"{path} is not UTF-8; {_CONVERT}") from None
+
+
+def read_lines(path: epath.PathLike, key: str = "") -> tuple[str, ...]:
+    """Reads a list that a user wrote, an item a line.
+
+    White space around items, empty lines and lines that begin with "#" are left out.
+
+    Raises:
+      UserError: as `read_text`, or no line is left.
+    """
+    stripped = (line.strip() for line in _LINE_END.split(read_text(path, key)))
+    found = tuple(line for line in stripped if line and not line.startswith("#"))
+    if not found:
+        raise UserError(f"{key}: the file {path} has no lines")
+    return found
+
+
+def without_mark(content: bytes, where: str) -> bytes:
+    """`content` without the byte order mark of UTF-8 at its beginning.
+
+    Raises:
+      UserError: it begins with the mark of another encoding.
+    """
+    for mark, name in _OTHER_MARKS:
+        if content.startswith(mark):
+            raise UserError(f"{where} is {name}, not UTF-8; {_CONVERT}")
+    return content.removeprefix(codecs.BOM_UTF8)
+
+
+def _decode(content: bytes, where: str, first_line: int) -> str:
+    """Decodes UTF-8; an error names the line, counted from `first_line`."""
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = first_line + content.count(b"\n", 0, error.start)
+        reason = f"is not UTF-8: {error.reason}; {_CONVERT}"
+        raise UserError(f"{where}, line {line}, {reason}") from None

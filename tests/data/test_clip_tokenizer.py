@@ -69,10 +69,11 @@ def test_every_file_gives_the_same_ids(clip, merges_file, tmp_path):
     (tmp_path / "bpe.txt.gz").write_bytes(merges_file.read_bytes())
     merges = lines[1 : MAX_MERGES + 1]
     (tmp_path / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]))
+    (tmp_path / "marked.txt").write_text("\n".join(lines), "utf-8-sig")
     clip.save(tmp_path / "kept.json")
     assert json.loads((tmp_path / "kept.json").read_text())["type"] == "clip"
     expected = clip(TEXTS[:50])
-    for name in ("bpe.txt", "bpe.txt.gz", "merges.txt", "kept.json"):
+    for name in ("bpe.txt", "bpe.txt.gz", "merges.txt", "marked.txt", "kept.json"):
         other = build_tokenizer({**CONFIG, "file": str(tmp_path / name)}, list, None)
         assert other.vocab_size == 49408
         np.testing.assert_array_equal(other(TEXTS[:50]), expected)

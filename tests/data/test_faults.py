@@ -7,6 +7,7 @@ import corpora
 import damage
 import numpy as np
 import pytest
+from PIL import Image
 
 from vlp_jax.data import faults, files
 from vlp_jax.data.fault_log import Fault, FaultLog
@@ -123,6 +124,29 @@ def test_too_many_end_the_run(kind, tmp_path):
     ) as error:
         take(pipeline({**data, "max_bad_fraction": 0.1}), 100)
     assert "\n" not in str(error.value)
+
+
+def test_a_folder_goes_on_without_what_its_list_lacks(tmp_path, caplog):
+    rows = ["path,caption,kind"]
+    for number in range(12):
+        if number != 5:
+            Image.new("RGB", (4, 4), (number, 0, 0)).save(tmp_path / f"{number}.png")
+        caption = "" if number == 3 else f"no {number}"
+        rows.append(f"{number}.png,{caption},{'' if number == 8 else number}")
+    (tmp_path / "captions.csv").write_text("\n".join(rows))
+    preprocess = {"choose_text": {}, "decode_image": {}, "resize": {"size": 4}}
+    data = {"source": "folder", "path": str(tmp_path), "split": "all", "label_field": "kind"}
+    data |= {"preprocess": preprocess, "max_bad_fraction": 0.3}
+    pipe = TrainPipeline(data, ByteTokenizer(16), batch_size=4, seed=1)
+    seen = np.concatenate([batch["label"] for batch in take(pipe, 3)])
+    assert set(seen) <= set(range(12)) - {3, 5, 8} and len(seen) == 12
+    counted = {("data", faults.EMPTY_TEXT): 1, ("data", faults.MISSING_FIELD): 2}
+    assert pipe.bad_records(before=3) == counted
+    for detail in ("line 5: it has no caption", "5.png: there is no such file", "it no 'kind'"):
+        assert detail in caplog.text
+    evaluation = EvalPipeline(data, ByteTokenizer(16), batch_size=8)
+    kept = np.concatenate([batch["label"][batch["mask"]] for batch in evaluation.batches()])
+    assert kept.tolist() == [0, 1, 2, 4, 6, 7, 9, 10, 11]
 
 
 def test_wrong_checksums_and_damaged_row_groups(tmp_path):

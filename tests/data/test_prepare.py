@@ -70,6 +70,12 @@ def test_every_example_arrives_once_with_its_own_bytes(tmp_path, input_format, o
     assert [s["file"] for s in manifest["shards"]] == names
     assert sorted(os.listdir(tmp_path / "out")) == [*names, "train.manifest.json"]
     assert json.loads((tmp_path / "out" / "train.manifest.json").read_text()) == manifest
+    path = str(tmp_path / "out" / "train.manifest.json")
+    field = "json.label" if output_format == "webdataset" else "label"
+    source = build_source({"source": output_format, "path": path, "fields": {"label": field}})
+    # Words keep their names, which evaluators match; numbers are written as they are.
+    names = tuple(f"class {n}" for n in range(4)) if input_format == "folder" else None
+    assert source.class_names("label") == names
 
 
 @pytest.mark.parametrize("output_format", OUTPUTS)

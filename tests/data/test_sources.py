@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from vlp_jax.data import faults
 from vlp_jax.data.lazy_tensorflow import import_tensorflow
 from vlp_jax.data.sources import SOURCES, build_source
 from vlp_jax.errors import UserError
@@ -90,8 +91,10 @@ def test_folder_formats(folder, kind):
     elif kind == "crlf":
         content = csv_of([(p, c.replace("\n", "\0")) for p, c in rows])
         content = content.replace("\n", "\r\n").replace("\0", "\n")
-    elif kind == "tsv":
-        name, content = "list.tsv", csv_of(rows, delimiter="\t")
+    elif kind == "tsv":  # knows no quoting, and so no line breaks
+        expected["sub/deep/c.jpg"] = ["three lines"]
+        lines = [f"{path}\t{' '.join(caption.split())}" for path, caption in rows]
+        name, content = "list.tsv", "\n".join(["path\tcaption", *lines])
     elif kind == "jsonl":
         name = "list.jsonl"
         content = "\n\n".join(json.dumps({"file": p, "text": [c]}) for p, c in rows)
@@ -121,11 +124,11 @@ def test_folder_several_captions_and_labels(tmp_path):
     (tmp_path / "c.jsonl").write_text("\n".join(map(json.dumps, rows)))
     source = build_source(folder_config(tmp_path, label_field="kind"))
     assert read_all(source) == {"a.jpg": ["1", "2", "4"], "b.jpg": ["3"], "c.jpg": ["5"]}
-    assert source.class_names("label") == ("9", "10")
-    assert source.column("label").tolist() == [1, 0, 0]
+    assert source.class_names("label") is None
+    assert source.column("label").tolist() == [10, 9, 9]
     batch = source.fetch(np.array([1, 0]))
     assert batch["captions"].shape == (2, 3) and batch["captions/count"].tolist() == [1, 3]
-    nine = build_source(folder_config(tmp_path, label_field="kind", where={"label": "9"}))
+    nine = build_source(folder_config(tmp_path, label_field="kind", where={"label": 9}))
     assert list(read_all(nine)) == ["b.jpg", "c.jpg"]
 
 
@@ -172,16 +175,19 @@ def test_folder_mistakes(folder, tmp_path_factory):
     ("name", "content", "message"),
     [
         ("c.csv", csv_of([("a.jpg", "x"), ("b.jpg", "y"), ("c.jpg", "z")]), "2 of 3 .*'b.jpg'"),
-        ("c.csv", csv_of([("a.jpg", "x"), ("a.jpg", " ")]), "line 3: 'caption' is empty"),
-        ("c.csv", "path,caption\na.jpg\n", "line 2: 'caption' is empty"),
+        ("c.csv", csv_of([("a.jpg", " "), ("a.jpg", "")]), "1 of 1 images .* have no caption"),
+        ("c.csv", "path,caption\na.jpg\n", "line 2: the row has 1 cells and the header 2"),
         ("c.csv", "path,caption\n", "no rows"),
         ("c.csv", "", "no rows"),
         ("c.csv", "where,caption\na.jpg,x\n", "no column named path"),
+        ("c.csv", "a.jpg,a dog\na.jpg,a cat\n", "the first row must name the columns"),
+        ("c.csv", "where^what\na.jpg^a dog\n", "separated by commas, tabs, semicolons"),
+        ("c.csv", "path;a, b\na.jpg;x, y\n", "if semicolons separate the columns"),
         ("c.csv", 'path,caption\na.jpg,"x"y\n', "line 2: malformed"),
         ("c.jsonl", '{"path": "a.jpg", "caption": "x"}\n{"path": \n', "line 2: malformed JSON"),
         ("c.jsonl", '["a.jpg", "x"]\n', "line 1: a line must be an object"),
-        ("c.jsonl", '{"path": "a.jpg", "caption": []}\n', "empty list"),
-        ("c.jsonl", '{"path": "a.jpg", "caption": [""]}\n', "is empty"),
+        ("c.jsonl", '{"path": "a.jpg", "caption": []}\n', "have no caption"),
+        ("c.jsonl", '{"path": "a.jpg", "caption": [""]}\n', "have no caption"),
         ("c.csv", b"path,caption\na.jpg,\xff\xfe\n", "not UTF-8"),
     ],
 )
@@ -195,6 +201,123 @@ def test_folder_labels_that_disagree(tmp_path):
     put(tmp_path / "a.jpg")
     (tmp_path / "c.csv").write_text("path,caption,label\na.jpg,x,dog\na.jpg,y,cat\n")
     refuses(folder_config(tmp_path, label_field="label"), "'cat' but had 'dog'")
+
+
+@pytest.mark.parametrize("name", ["c.csv", "c.tsv", "c.jsonl"])
+def test_images_that_are_not_there_or_have_no_caption_are_bad_examples(tmp_path, name, caplog):
+    for letter in "abcdefg":
+        put(tmp_path / f"{letter}.jpg")
+    cells = [("a.jpg", "1"), ("b.jpg", ""), ("no.jpg", "2"), ("c.jpg", " "), ("d.jpg", "3")]
+    cells += [("a.jpg", ""), ("", "4"), ("e.jpg", "5"), ("f.jpg", "6"), ("g.jpg", "7")]
+    if name == "c.jsonl":
+        lines = [json.dumps({"path": path, "caption": text or None}) for path, text in cells]
+    else:
+        sign = "," if name == "c.csv" else "\t"
+        lines = [sign.join(row) for row in [("path", "caption"), *cells]]
+    (tmp_path / name).write_text("\n".join(lines))
+    source = build_source(folder_config(tmp_path))
+    record = source.fetch(np.arange(len(source)))
+    assert record["captions/count"].tolist() == [1, 0, 1, 0, 1, 1, 1, 1, 1]
+    reasons = [faults.explain(mark.decode())[0] if mark else "" for mark in record[faults.FAULT]]
+    empty, missing = faults.EMPTY_TEXT, faults.MISSING_FIELD
+    assert reasons == ["", empty, missing, empty, "", missing, "", "", ""]
+    assert caplog.messages[0].startswith("captions left out of 1 images")
+    # What is not asked for is not missed.
+    images = source.fetch(np.arange(len(source)), ["image"])[faults.FAULT]
+    assert np.flatnonzero(images).tolist() == [2, 5]
+    texts = source.fetch(np.arange(len(source)), ["captions"])[faults.FAULT]
+    assert np.flatnonzero(texts).tolist() == [1, 3]
+
+
+def test_a_folder_of_which_too_much_is_missing_is_refused_before_anything_is_read(tmp_path):
+    def rows(present, absent):
+        names = [f"{n}.jpg" for n in range(present)] + [f"no{n}.jpg" for n in range(absent)]
+        (tmp_path / "c.csv").write_text(csv_of([(name, "x") for name in names]))
+
+    for number in range(950):
+        put(tmp_path / f"{number}.jpg")
+    rows(1, 1)
+    assert len(build_source(folder_config(tmp_path))) == 2
+    rows(1, 2)  # more than half: it may be another folder
+    refuses(folder_config(tmp_path), "2 of 3 .* are not in .*the first is 'no0.jpg': mend")
+    assert len(build_source(folder_config(tmp_path, max_bad_fraction=0.7))) == 3
+    rows(0, 3)
+    refuses(folder_config(tmp_path, max_bad_fraction=1.0), "3 of 3 .* mend the list or data.path")
+    rows(950, 100)
+    assert len(build_source(folder_config(tmp_path))) == 1050
+    rows(950, 110)
+    refuses(folder_config(tmp_path), "110 of 1060 .*raise data.max_bad_fraction=0.1")
+    rows(3, 1)
+    refuses(folder_config(tmp_path, max_bad_fraction=0.0), "1 of 4")
+    refuses(folder_config(tmp_path, max_bad_fraction=2), "from 0 to 1")
+
+
+def labelled(path, labels, name="c.csv", **keys):
+    """A source of images with these labels, a row of the table each."""
+    for number in range(len(labels)):
+        put(path / f"{number}.jpg")
+    rows = [f"{number}.jpg,x,{label}" for number, label in enumerate(labels)]
+    put(path / name, "\n".join(["path,caption,label", *rows]).encode())
+    return build_source(folder_config(path, captions=name, label_field="label", **keys))
+
+
+@pytest.mark.parametrize(
+    ("labels", "numbers"),
+    [
+        ((0, 1, 3, 4, 5), [0, 1, 3, 4, 5]),
+        ((10, 9, 10), [10, 9, 10]),
+        (("3.0", "1.0", "", "3"), [3, 1, None, 3]),  # as pandas writes a column with gaps
+        (("007", "+2"), [7, 2]),
+        (("dog", "cat", "dog"), [1, 0, 1]),
+    ],
+)
+def test_whole_numbers_are_the_classes_that_they_say(tmp_path, labels, numbers):
+    source = labelled(tmp_path, labels)
+    assert source.column("label").tolist() == numbers
+    assert source.class_names("label") == (("cat", "dog") if 0 in numbers[1:2] else None)
+
+
+def test_a_list_of_names_numbers_the_words_of_every_table(tmp_path):
+    names = ("black", "blue", "green", "red")
+    put(tmp_path / "names.txt", "\ufeff# mine\nblack\n blue\n\ngreen\nred\n".encode())
+    listed = str(tmp_path / "names.txt")
+    for labels, numbers in ((("red", "blue"), [3, 1]), (("green", "black"), [2, 0])):
+        for given in (names, listed):
+            source = labelled(tmp_path, labels, label_names=given)
+            assert source.column("label").tolist() == numbers
+            assert source.class_names("label") == names
+    assert labelled(tmp_path, (3, 0), label_names=names).class_names("label") == names
+    digits = ("three", "1", "0")  # names that are numbers are names
+    assert labelled(tmp_path, ("0", "1"), label_names=digits).column("label").tolist() == [2, 1]
+
+
+def test_words_have_the_same_numbers_in_every_split(tmp_path):
+    labels = [f"class {n % 7}" for n in range(60)]
+    parts = [labelled(tmp_path, labels, split=s) for s in ("train", "validation", "all")]
+    of_path = dict(zip(parts[2].column("path"), parts[2].column("label"), strict=True))
+    for part in parts:
+        assert part.class_names("label") == parts[2].class_names("label")
+        for path, label in zip(part.column("path"), part.column("label"), strict=True):
+            assert of_path[path] == label
+
+
+@pytest.mark.parametrize(
+    ("labels", "names", "message"),
+    [
+        ((0, -1), None, "line 3: the label -1 is no class: .* from 0 to 1,048,575"),
+        ((1, 2199200615), None, "the label 2199200615 is no class"),
+        (("1.0", "2.5"), None, "line 3: the label 2.5 is no class"),
+        ((0, "dog"), None, "line 3 has the label 'dog' and .*line 2 the label '0'.*label_names"),
+        (("", ""), None, "'label' holds no label"),
+        (("dog", "cart"), ("cat", "dog"), "line 3: data.label_names lacks .*'cart'; .*'cat'"),
+        ((0, 2), ("cat", "dog"), "line 3: the label 2 is no class: .* from 0 to 1, the places"),
+        (("dog",), ("dog", "cat", "dog"), "data.label_names must name each class once: 'dog'"),
+        (("dog",), "/no.txt", "data.label_names: cannot read the file /no.txt"),
+    ],
+)
+def test_labels_that_are_no_classes(tmp_path, labels, names, message):
+    with pytest.raises(UserError, match=message):
+        labelled(tmp_path, labels, label_names=names)
 
 
 # --------------------------------------------------------------------------------------- tfds

@@ -109,7 +109,7 @@ def test_the_file_for_others_lowercases_when_asked(subword):
 
 def test_rows_without_bos_and_padding_by_eos(subword, tmp_path):
     content = subword._file.replace("<bos>", "<first>").replace("<pad>", "<empty>")
-    (tmp_path / "other.json").write_text(content)
+    (tmp_path / "other.json").write_text(content, "utf-8-sig")
     other = SubwordTokenizer.load(tmp_path / "other.json", 8)
     assert other.bos_id is None and other.pad_id == other.eos_id == 1
     expected = subword(["red box"])[0]

@@ -88,9 +88,11 @@ def test_zero_shot_without_a_temperature_has_no_calibration(world):
     assert "top1" in scores and not {"nll", "calibration_error"} & set(scores)
 
 
-def test_names_and_templates_from_files(world, tmp_path):
-    (tmp_path / "names.txt").write_text("# five\n" + "\n".join(CLASS_NAMES) + "\n\n")
-    (tmp_path / "templates.txt").write_text("a {c}\n# no template\none {} here\n")
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+def test_names_and_templates_from_files(world, tmp_path, encoding):
+    names, templates = "\n".join(CLASS_NAMES), "a {c}\n# no template\none {} here\n"
+    (tmp_path / "names.txt").write_text(f"{names}\n# five\n\n", encoding)
+    (tmp_path / "templates.txt").write_text(templates, encoding)
     files = {
         "class_names": str(tmp_path / "names.txt"),
         "templates": str(tmp_path / "templates.txt"),

@@ -93,6 +93,11 @@ def test_what_is_not_there(folder, tmp_path):
     assert "nowhere does not exist" in refused(f"hf_clip:{folder / 'nowhere'}")
     (tmp_path / "empty").mkdir()
     assert "holds no weights" in refused(f"timm:{tmp_path / 'empty'}")
+    config = (folder / "config.json").read_text()
+    (folder / "config.json").write_text(config, "utf-8-sig")  # as Notepad saves it
+    interop.read(f"hf_clip:{folder}")
+    (folder / "config.json").write_text(config, "utf-16")
+    assert "config.json is UTF-16, not UTF-8" in refused(f"hf_clip:{folder}")
     (folder / "config.json").rename(folder / "other.json")
     assert "needs its config.json" in refused(f"hf_clip:{folder}")
     (folder / "config.json").write_text("{")

@@ -113,7 +113,7 @@ def test_the_comparison(comparison):
 
 def test_numbers_for_a_baseline(workdir, tmp_path, capsys):
     numbers, file = tmp_path / "numbers.json", tmp_path / "report.html"
-    numbers.write_text('{"zero_shot/top1": 0.0, "eval/zero_shot/top2": 0.5}')
+    numbers.write_text('{"zero_shot/top1": 0.0, "eval/zero_shot/top2": 0.5}', "utf-8-sig")
     arguments = ("--workdir", workdir, "--evaluators", "zero_shot", "--report", file)
     assert command(*arguments, "--baseline", numbers) == 0
     told = "'zero_shot/top2', which was not evaluated; did you mean 'zero_shot/top"

@@ -12,7 +12,8 @@ from typing import Any
 from vlp_jax.errors import NoScores, UserError
 
 NAMED = 3  # examples of each kind of fault that the log names
-_FEWEST = 1000  # examples that a share of bad ones is taken of, at least
+MAX_BAD_FRACTION = 0.1
+FEWEST = 1000  # examples that a share of bad ones is taken of, at least
 _FEWEST_OF_A_SPLIT = 100  # the same at the end of an evaluation, whose split may be small
 _log = logging.getLogger("vlp_jax.data")
 
@@ -23,6 +24,14 @@ class Fault:
 
     reason: str
     where: str
+
+
+def check_fraction(max_fraction: float) -> None:
+    """Raises UserError if `data.max_bad_fraction` is no share from 0 to 1."""
+    if isinstance(max_fraction, bool) or not isinstance(max_fraction, int | float):
+        raise UserError(f"data.max_bad_fraction={max_fraction!r} must be a number from 0 to 1")
+    if not 0 <= max_fraction <= 1:
+        raise UserError(f"data.max_bad_fraction={max_fraction} must be from 0 to 1")
 
 
 class FaultLog:
@@ -40,10 +49,7 @@ class FaultLog:
     """
 
     def __init__(self, max_fraction: float, of_split: bool = False) -> None:
-        if isinstance(max_fraction, bool) or not isinstance(max_fraction, int | float):
-            raise UserError(f"data.max_bad_fraction={max_fraction!r} must be a number from 0 to 1")
-        if not 0 <= max_fraction <= 1:
-            raise UserError(f"data.max_bad_fraction={max_fraction} must be from 0 to 1")
+        check_fraction(max_fraction)
         self._max_fraction, self._of_split = max_fraction, of_split
         self._lock = threading.Lock()
         self._settled: Counter[tuple[str, str]] = Counter()
@@ -73,7 +79,7 @@ class FaultLog:
             self._read += read
             self._ahead.append((batch, read, counts))
             bad = sum(self._all.values())
-        if not self._of_split and bad > self._max_fraction * max(self._read, _FEWEST):
+        if not self._of_split and bad > self._max_fraction * max(self._read, FEWEST):
             raise UserError(self._too_many(bad, self._read))
 
     def _too_many(self, bad: int, read: int) -> str:

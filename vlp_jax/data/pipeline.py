@@ -21,10 +21,11 @@ import numpy as np
 
 from vlp_jax.data.batch_ops import build_batch_ops
 from vlp_jax.data.batches import Batch, BatchReader
-from vlp_jax.data.fault_log import FaultLog
+from vlp_jax.data.fault_log import MAX_BAD_FRACTION, FaultLog
 from vlp_jax.data.order import BATCH_OPERATIONS, example_seeds
 from vlp_jax.data.schedule import Layout, Mixture, Schedule, check_weights
 from vlp_jax.data.sources.base import FieldSpec, as_plain
+from vlp_jax.data.sources.labels import listed, same_numbers
 from vlp_jax.data.stream import Stream
 from vlp_jax.data.tokenizers import Tokenizer
 from vlp_jax.errors import UserError, unknown_key_message
@@ -34,7 +35,6 @@ __all__ = ["Batch", "BatchSpec", "EvalPipeline", "Layout", "TrainPipeline"]
 BatchSpec = dict[str, tuple[tuple[int, ...], np.dtype]]
 
 MIXTURE = "mixture"
-MAX_BAD_FRACTION = 0.1
 _MIXTURE_KEYS = ("source", "parts", "max_bad_fraction", "batch_ops")
 _ONE = "data"  # the name of the source of a config that is no mixture
 
@@ -69,6 +69,27 @@ class _Pipeline:
         """The names of the classes that the integer `field` counts, or None if not known."""
         known = [stream.source.class_names(field) for stream in self._streams.values()]
         return known[0] if all(names == known[0] for names in known) else None
+
+    def check_classes(self, field: str, classes: int) -> None:
+        """Raises UserError if `field` does not count one list of at most `classes` classes.
+
+        So the parts of a mixture must not number them each in its own way.
+        """
+        first, *others = self._streams.items()
+        known = first[1].source.class_names(field)
+        for name, stream in others:
+            names = stream.source.class_names(field)
+            if not same_numbers(known, names):
+                raise UserError(
+                    f"the parts of a mixture number the classes of {field!r} differently: "
+                    f"{first[0]} has {listed(known or ['numbers'])}, {name} has "
+                    f"{listed(names or ['numbers'])}; set label_names of each to one list of all"
+                )
+        if known is not None and len(known) > classes:
+            raise UserError(
+                f"the data has {len(known)} classes in {field!r} ({listed(known)}), and the "
+                f"objective tells {classes}: set config.objective.classes"
+            )
 
     def fingerprint(self) -> str:
         """What changes when the order cannot go on, because examples have other numbers."""
@@ -317,7 +338,8 @@ def split_mixture(config: Mapping[str, Any]) -> tuple[dict[str, dict[str, Any]],
         for key in ("max_bad_fraction", "batch_ops"):
             if key in part:
                 raise UserError(f"data.parts.{name}.{key}: set data.{key}, of the whole mixture")
-    shared = {key: config[key] for key in ("order", "lanes", "window") if key in config}
+    common = ("order", "lanes", "window", "max_bad_fraction")
+    shared = {key: config[key] for key in common if key in config}
     weights = check_weights(parts)
     chosen = {
         name: {**shared, **{k: v for k, v in parts[name].items() if k != "weight"}}

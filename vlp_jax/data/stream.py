@@ -16,6 +16,7 @@ from vlp_jax.data.fault_log import Fault
 from vlp_jax.data.order import BlockOrder, ExampleOrder, Order, example_seeds
 from vlp_jax.data.sources import Source, build_source
 from vlp_jax.data.sources.base import STRING, FieldSpec
+from vlp_jax.data.sources.labels import WordClasses, listed
 from vlp_jax.data.tokenizers import Tokenizer
 from vlp_jax.errors import UserError, unknown_key_message
 
@@ -72,6 +73,7 @@ class Stream:
         self.source: Source = build_source(config)
         self.order = make_order(config, self.source, seed, shuffle, batch_size)
         self._preprocess = config.get("preprocess") or {}
+        _check_names(self._preprocess, self.source)
         self._tokenizer = tokenizer
         self._seed = seed
         # A bad example's place is taken by the one that follows a batch later: near in the files,
@@ -225,6 +227,19 @@ class Stream:
             f"no example can be used: {_SUBSTITUTES + 1} were tried; the first is {fault.where} "
             f"({fault.reason})"
         )
+
+
+def _check_names(preprocess: Mapping[str, Any] | Sequence[Any], source: Source) -> None:
+    """Raises UserError if `prompt_template` names classes otherwise than the words of a folder."""
+    pairs = preprocess.items() if isinstance(preprocess, Mapping) else preprocess
+    for arguments in [pair[1] or {} for pair in pairs if pair[0] == "prompt_template"]:
+        known = source.class_names(arguments.get("field", "text"))
+        names = arguments.get("names")
+        if names and isinstance(known, WordClasses) and known != tuple(names):
+            raise UserError(
+                f"prompt_template: names are {listed(names)} by number, and the words of the data "
+                f"are {listed(known)}: set data.label_names to the list of all words in that order"
+            )
 
 
 def make_order(

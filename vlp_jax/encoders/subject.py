@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 
 from vlp_jax import config as config_lib
 from vlp_jax.data.pipeline import EvalPipeline
+from vlp_jax.data.sources.base import as_plain
 from vlp_jax.data.wording import Wording
 from vlp_jax.encoders.loading import load
 from vlp_jax.errors import UserError, unknown_key_message
@@ -92,6 +93,7 @@ class Subject:
         """
         workdir = checkpoint.absolute(workdir)
         config = workdir_lib.load_config(workdir)
+        train_data = as_plain(config.data)  # as it was in training
         config_lib.override(config, list(overrides))
         tokenizer = workdir_lib.open_kept_tokenizer(workdir, config)
         objective = make_objective(config.objective, tokenizer, config.microbatches)
@@ -106,6 +108,7 @@ class Subject:
             mesh=mesh,
             batch_size=batch_size,
             wording=wording,
+            train_data=train_data,
         )
         return cls(
             title=str(workdir),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -79,6 +80,8 @@ def make_evaluators(
       UserError: an unknown name or key, data that does not exist, or a function that the objective
         does not have.
     """
+    if resources.train_data is None:
+        resources = dataclasses.replace(resources, train_data=train_data)
     evaluators = {}
     for key in sorted(sections):
         section, where = sections[key], f"config.evaluators.{key}"

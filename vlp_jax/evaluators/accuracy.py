@@ -10,14 +10,25 @@ import numpy as np
 from vlp_jax.data.sources.base import as_plain
 from vlp_jax.errors import UserError
 from vlp_jax.evaluators.base import Pairs, Resources
-from vlp_jax.evaluators.outputs import check_field, check_labels, outputs_of, ranks
+from vlp_jax.evaluators.class_lists import renumber
+from vlp_jax.evaluators.outputs import (
+    check_field,
+    check_labels,
+    numbers_of_model,
+    outputs_of,
+    ranks,
+)
 
 
 class Accuracy:
     """How often a classifier has the right class at the top, or among its first five.
 
     Args:
-      data: of the images, with the class as a whole number in `label_field`.
+      data: of the images, with the class as a whole number in `label_field`. If labels are words,
+        their classes are those of the same names in the training data.
+
+    Raises:
+      UserError: there is no such field, or the training data lacks a class.
     """
 
     needs = ("classify",)
@@ -28,6 +39,7 @@ class Accuracy:
         self._resources, self._label_field = resources, label_field
         self._pipeline = resources.pipeline(data)
         check_field(self._pipeline, label_field, "accuracy")
+        self._numbers = numbers_of_model(resources, data, self._pipeline, label_field)
 
     def __call__(self, params: Any) -> Pairs:
         """`top1`, `top5` (of six classes or more) and `mean_per_class`, the mean over the classes
@@ -39,7 +51,7 @@ class Accuracy:
         scores, fields = outputs_of(
             self._resources, params, self._pipeline.batches(), "classify", ("image",)
         )
-        labels = fields[self._label_field]
+        labels = renumber(fields[self._label_field], self._numbers)
         check_labels(labels, scores.shape[1], self._label_field)
         rank = ranks(scores, labels)
         yield "top1", float((rank < 1).mean())

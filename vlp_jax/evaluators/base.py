@@ -60,6 +60,8 @@ class Resources:
       batch_size: examples of an evaluation batch, over the whole mesh.
       wording: how the run words its texts; see `vlp_jax.data.wording`.
       cache: embeddings that several evaluators ask for, within `one_evaluation`.
+      train_data: the data config that the model was trained on, whose classes it tells; None if
+        they are those of the data that it is evaluated on.
     """
 
     functions: Mapping[str, Callable[..., Any]]
@@ -68,6 +70,7 @@ class Resources:
     batch_size: int
     wording: Wording = Wording()
     cache: EmbeddingCache = dataclasses.field(default_factory=EmbeddingCache)
+    train_data: Mapping[str, Any] | None = None
 
     @contextlib.contextmanager
     def one_evaluation(self, params: Any) -> Iterator[None]:

@@ -1,14 +1,20 @@
-"""Names of classes and templates of prompts, from a config or from files."""
+"""Names of classes, matched between data, prompts and models; templates of prompts."""
 
 from __future__ import annotations
 
+import logging
 import re
 from collections import Counter
 from collections.abc import Sequence
 
-from etils import epath
+import numpy as np
+from jaxtyping import Int
 
+from vlp_jax.data.sources.labels import listed, same_numbers
 from vlp_jax.errors import UserError
+from vlp_jax.files import read_lines
+
+_log = logging.getLogger("vlp_jax.evaluators")
 
 # Where the name goes: {}, or {c} as in CLIP_benchmark's zeroshot_classification_templates.txt.
 PLACE = re.compile(r"\{c?\}")
@@ -20,17 +26,7 @@ def lines(value: Sequence[str] | str, key: str) -> tuple[str, ...]:
     Raises:
       UserError: the file cannot be read, or has no lines.
     """
-    if not isinstance(value, str):
-        return tuple(value)
-    try:
-        text = epath.Path(value).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{key}: cannot read the file {value}: {error}") from error
-    stripped = (line.strip() for line in text.splitlines())
-    found = tuple(line for line in stripped if line and not line.startswith("#"))
-    if not found:
-        raise UserError(f"{key}: the file {value} has no lines")
-    return found
+    return read_lines(value, key) if isinstance(value, str) else tuple(value)
 
 
 def check_templates(templates: Sequence[str]) -> tuple[str, ...]:
@@ -58,3 +54,87 @@ def check_class_names(names: Sequence[str]) -> tuple[str, ...]:
             "of one name cannot be told apart"
         )
     return tuple(names)
+
+
+def numbers_onto(
+    names: Sequence[str] | None, classes: Sequence[str] | None, where: str, key: str
+) -> Int[np.ndarray, " names"] | None:
+    """For each class of the data its number in another list; None if the numbers are the same.
+
+    Args:
+      names: of the data's classes, by number; None if they are not known.
+      classes: the other list, by number; None if its names are not known.
+      where, key: what the data and the other list are called in messages.
+
+    Raises:
+      UserError: a class of the data is not in the other list.
+    """
+    if same_numbers(names, classes):
+        return None
+    _check_named(names, classes, where, key)
+    places = _places(classes)
+    lacking = [name for name in names if name not in places]
+    if lacking:
+        raise UserError(
+            f"{key} lacks {listed(lacking)}, a class of {where} ({listed(names)}): {key} has "
+            f"{listed(classes)}; use the same names in both"
+        )
+    return np.array([places[name] for name in names])
+
+
+def joined_classes(
+    train: Sequence[str] | None, test: Sequence[str] | None
+) -> tuple[tuple[str, ...] | None, Int[np.ndarray, " test"] | None]:
+    """One list of classes for two splits: those of the training data, and what it lacks.
+
+    Returns:
+      The names, None if neither split knows them; and the number in them of each class of the test
+      data, None if the numbers are the same.
+
+    Raises:
+      UserError: they have no class in common.
+    """
+    if same_numbers(train, test):
+        names = test if train is None else train
+        return None if names is None else tuple(names), None
+    _check_named(test, train, "data", "train_data")
+    places = _places(train)
+    lacking = [name for name in test if name not in places]
+    if len(lacking) == len(test):
+        raise UserError(
+            f"train_data and data have no class in common: {listed(train)}, and {listed(test)}"
+        )
+    if lacking:
+        _log.warning(
+            "train_data lacks %d of the %d classes of data, which count as wrong: %s",
+            *(len(lacking), len(test), listed(lacking)),
+        )
+    names = (*train, *lacking)
+    return names, np.array([_places(names)[name] for name in test])
+
+
+def renumber(
+    labels: Int[np.ndarray, " n"], numbers: Int[np.ndarray, " names"] | None
+) -> Int[np.ndarray, " n"]:
+    """Labels as `numbers` has them. A label that is no place in it stays, to be refused later."""
+    if numbers is None:
+        return labels
+    known = (labels >= 0) & (labels < len(numbers))
+    return np.where(known, numbers[np.where(known, labels, 0)], labels).astype(labels.dtype)
+
+
+def _places(names: Sequence[str]) -> dict[str, int]:
+    return {name: number for number, name in enumerate(names)}
+
+
+def _check_named(
+    names: Sequence[str] | None, classes: Sequence[str] | None, where: str, key: str
+) -> None:
+    """Raises UserError if one side has words for classes and the other numbers alone."""
+    if names is None or classes is None:
+        words, numbers = (key, where) if names is None else (where, key)
+        found = listed(classes if names is None else names)
+        raise UserError(
+            f"the classes of {words} are words ({found}), and those of {numbers} are numbers: set "
+            f"data.label_names, the list of all classes in the order of the numbers"
+        )

@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from vlp_jax.evaluators.base import Resources
+from vlp_jax.evaluators.class_lists import joined_classes, renumber
 from vlp_jax.evaluators.splits import Split
 
 
@@ -22,8 +23,9 @@ class FrozenFeatures:
       train_labels: int64 [m].
       test: float32 [n, dim].
       test_labels: int64 [n].
-      classes: one more than the largest label, or the number of the dataset's class names.
-      class_names: by label, if the dataset knows them.
+      classes: one more than the largest label, or the number of `class_names`.
+      class_names: by label, if the datasets know them: those of the training data, and behind them
+        those that the test data alone has.
       index: int64 [n], the place of each test example in its source (after `where` and `limit`).
     """
 
@@ -56,8 +58,10 @@ class FeatureSplits:
       data, train_data: of the images to test and to train on, with the class in `label_field`.
       features: the function of the objective that gives them.
 
+    Labels of the test split get the numbers that their classes have in the training split, by name.
+
     Raises:
-      UserError: the objective has no such function.
+      UserError: the objective has no such function, or the splits have no class in common.
     """
 
     def __init__(
@@ -72,6 +76,10 @@ class FeatureSplits:
         self._label_field = label_field
         self._test = Split(resources, data, (label_field,))
         self._train = Split(resources, train_data, (label_field,))
+        self._train_names, self._test_names = (
+            split.pipeline.class_names(label_field) for split in (self._train, self._test)
+        )
+        self._names, self._numbers = joined_classes(self._train_names, self._test_names)
 
     def __call__(self, params: Any) -> FrozenFeatures:
         """Features and labels of both splits.
@@ -79,21 +87,22 @@ class FeatureSplits:
         Raises:
           UserError: labels that are no numbers of classes.
         """
-        names = self._test.pipeline.class_names(self._label_field)
-        known = None if names is None else len(names)
-        test, test_labels = self._of(self._test, params, known)
-        train, train_labels = self._of(self._train, params, known)
+        test, test_labels = self._of(self._test, params, self._test_names)
+        train, train_labels = self._of(self._train, params, self._train_names)
+        test_labels = renumber(test_labels, self._numbers)
         largest = max(int(test_labels.max()), int(train_labels.max()))
         return FrozenFeatures(
             train.outputs["image"],
             train_labels,
             test.outputs["image"],
             test_labels,
-            classes=largest + 1 if known is None else known,
-            class_names=names,
+            classes=largest + 1 if self._names is None else len(self._names),
+            class_names=self._names,
             index=test.index,
         )
 
-    def _of(self, split: Split, params: Any, classes: int | None) -> tuple[Any, Any]:
+    def _of(self, split: Split, params: Any, names: tuple[str, ...] | None) -> tuple[Any, Any]:
         found = split.embed(params, {"image": self._function})
-        return found, split.labels(found, self._label_field, classes)
+        # Where one split alone knows the names, they are those of both.
+        known = names or self._names
+        return found, split.labels(found, self._label_field, len(known) if known else None)

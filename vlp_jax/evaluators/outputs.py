@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -9,11 +10,17 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from vlp_jax.data.pipeline import EvalPipeline
+from vlp_jax.data.pipeline import EvalPipeline, split_mixture
+from vlp_jax.data.sources import build_source
+from vlp_jax.data.sources.base import as_plain
+from vlp_jax.data.sources.labels import WordClasses
+from vlp_jax.data.sources.manifest import SUFFIX
 from vlp_jax.errors import NoScores, UserError
 from vlp_jax.evaluators.base import INPUTS, Resources
+from vlp_jax.evaluators.class_lists import numbers_onto
 from vlp_jax.parallel.batch import put_batch
 
+_log = logging.getLogger("vlp_jax.evaluators")
 # What is done to the arrays of a batch, already on the devices, before the function sees them.
 Change = Callable[[dict[str, Array]], dict[str, Array]]
 
@@ -80,6 +87,43 @@ def check_labels(labels: Int[np.ndarray, " n"], classes: int, field: str) -> Non
             f"the labels in {field!r} go from {labels.min()} to {labels.max()}, and the model "
             f"scores {classes} classes: set the objective's number of them, or other data"
         )
+
+
+def numbers_of_model(
+    resources: Resources, data: Mapping[str, Any], pipeline: EvalPipeline, field: str
+) -> Int[np.ndarray, " names"] | None:
+    """For each class of the data its number in the training data; None if they are the same.
+
+    Only a folder, and what was prepared from one, may have numbers that depend on the words in it.
+
+    Raises:
+      UserError: the training data lacks a class of `data`.
+    """
+    if resources.train_data is None:
+        return None
+    parts = split_mixture(as_plain(resources.train_data))[0].values()
+    named = pipeline.class_names(field)
+    if not isinstance(named, WordClasses) and not any(map(_may_hold_words, parts)):
+        return None
+    asked = ("source", "path", "captions", "fields", "label_field", "label_names")
+    if any(all(part.get(key) == data.get(key) for key in asked) for part in parts):
+        return None  # the same list, which need not be read again
+    try:
+        trained = [build_source(part).class_names(field) for part in parts]
+    except UserError as error:
+        _log.warning(
+            "the training data cannot be opened (%s), so the classes of %r are taken to have the "
+            "numbers that they had in training; else set data.label_names",
+            *(error, field),
+        )
+        return None
+    where = f"{field!r} in the evaluator's data"
+    return numbers_onto(named, trained[0], where, "the training data")
+
+
+def _may_hold_words(data: Mapping[str, Any]) -> bool:
+    """Whether the labels of some data may be words: it is a folder, or was prepared from one."""
+    return data.get("source") == "folder" or str(data.get("path")).endswith(SUFFIX)
 
 
 def check_field(pipeline: EvalPipeline, field: str, where: str) -> None:

@@ -14,7 +14,15 @@ from vlp_jax.errors import UserError
 from vlp_jax.evaluators import corruptions as corruptions_lib
 from vlp_jax.evaluators.attacks import PREFIX
 from vlp_jax.evaluators.base import Pairs, Resources
-from vlp_jax.evaluators.outputs import check_field, check_labels, numbered, outputs_of, ranks
+from vlp_jax.evaluators.class_lists import renumber
+from vlp_jax.evaluators.outputs import (
+    check_field,
+    check_labels,
+    numbered,
+    numbers_of_model,
+    outputs_of,
+    ranks,
+)
 from vlp_jax.evaluators.zero_shot import ZeroShot
 
 NUMBER = "number"  # of an image in its split
@@ -79,6 +87,10 @@ class Robustness:
                 raise UserError(f"robustness needs {name}, which the objective lacks{advice}")
         self._pipeline = resources.pipeline(data)
         check_field(self._pipeline, label_field, "robustness")
+        self._numbers = self._zero_shot.numbers if self._zero_shot else None
+        if self._numbers is None:
+            of_model = numbers_of_model(resources, data, self._pipeline, label_field)
+            self._numbers = functools.partial(renumber, numbers=of_model)
 
     def __call__(self, params: Any) -> Pairs:
         """All in [0, 1]: `clean`; `NAME`, the mean over the severities of a corruption, and
@@ -151,7 +163,7 @@ class Robustness:
 
     def _batches(self) -> Iterator[dict[str, np.ndarray]]:
         for batch in numbered(self._pipeline.batches(), NUMBER):
-            label = batch[self._label_field]
+            label = self._numbers(batch[self._label_field])
             kept = {name: batch[name] for name in ("image", "mask", NUMBER)}
             yield {**kept, "label": label, TRUE: label}
 

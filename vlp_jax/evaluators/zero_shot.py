@@ -13,7 +13,14 @@ from jaxtyping import Float, Int
 from vlp_jax.errors import UserError
 from vlp_jax.evaluators import classification
 from vlp_jax.evaluators.base import Outcome, Pairs, Resources
-from vlp_jax.evaluators.class_lists import check_class_names, check_templates, fill, lines
+from vlp_jax.evaluators.class_lists import (
+    check_class_names,
+    check_templates,
+    fill,
+    lines,
+    numbers_onto,
+    renumber,
+)
 from vlp_jax.evaluators.splits import Split
 
 
@@ -108,11 +115,12 @@ class ZeroShot:
       templates: prompts, each with `{}` or `{c}` where the name of the class goes, or the path of a
         file with one a line.
       class_names: by label, or the path of a file with one a line; default: those that the dataset
-        knows for `label_field`. In files, empty lines and lines that begin with # are skipped.
+        knows for `label_field`. In files, empty lines and lines that begin with # are skipped. If
+        the labels of the data are words, classes are matched by name (`labels.same_numbers`).
 
     Raises:
-      UserError: a template without a place for the class, a name that occurs twice or no names, or
-        a file that cannot be read.
+      UserError: a template without a place for the class, a name that occurs twice or no names, a
+        class of the data that has no name here, or a file that cannot be read.
     """
 
     needs = ("embed_image", "embed_text")
@@ -130,13 +138,27 @@ class ZeroShot:
         self._label_field = label_field
         self._templates = check_templates(lines(templates, "templates"))
         self._split = Split(resources, data, extra_fields=(label_field,))
-        class_names = lines(class_names or (), "class_names")
-        class_names = class_names or self._split.pipeline.class_names(label_field)
+        named = self._split.pipeline.class_names(label_field)
+        class_names = lines(class_names or (), "class_names") or named
         if not class_names:
             raise UserError(
                 f"the data has no names of the classes in {label_field!r}: set class_names"
             )
         self.class_names = check_class_names(class_names)
+        self._numbers, self._labels = None, len(self.class_names)
+        if named is not None:
+            where = f"{label_field!r} in the data"
+            self._numbers = numbers_onto(named, self.class_names, where, "class_names")
+            self._labels = len(named)
+
+    @property
+    def templates(self) -> tuple[str, ...]:
+        """The prompts, each with a place for the name of the class."""
+        return self._templates
+
+    def numbers(self, labels: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
+        """The places in `class_names` of labels of the data."""
+        return renumber(labels, self._numbers)
 
     def class_embeddings(self, params: Any) -> Float[np.ndarray, "classes dim"]:
         """A unit vector per class."""
@@ -152,7 +174,7 @@ class ZeroShot:
           UserError: a label that is not the number of a class.
         """
         found = self._split.embed(params, {"image": "embed_image"})
-        labels = self._split.labels(found, self._label_field, len(self.class_names))
+        labels = self.numbers(self._split.labels(found, self._label_field, self._labels))
         return ZeroShotOutcome(
             image=found.outputs["image"],
             class_embeddings=self.class_embeddings(params),

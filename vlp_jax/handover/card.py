@@ -166,10 +166,9 @@ def _what(subject: Subject) -> str:
 
 
 def _example(subject: Subject) -> str:
-    names = [
-        list(section.get("class_names") or ()) for section in subject.config.evaluators.values()
-    ]
-    texts = next((own[:2] for own in names if len(own) > 1), TEXTS)
+    given = [section.get("class_names") for section in subject.config.evaluators.values()]
+    lists = [list(names) for names in given if names and not isinstance(names, str)]  # no path
+    texts = next((names[:2] for names in lists if len(names) > 1), TEXTS)
     return example(subject.format, subject.model.module, subject.architecture, texts)
 
 

@@ -20,7 +20,7 @@ import safetensors
 import safetensors.numpy
 
 from vlp_jax.errors import UserError
-from vlp_jax.files import write_whole
+from vlp_jax.files import read_text, write_whole
 from vlp_jax.interop import precision
 
 Tensors = dict[str, np.ndarray]
@@ -118,8 +118,8 @@ def load_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"{path} does not exist")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        content = json.loads(read_text(path))
+    except json.JSONDecodeError as error:
         raise UserError(f"{path} is not JSON: {error}") from None
     if not isinstance(content, dict):
         raise UserError(f"{path} does not hold a JSON object")

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
+from vlp_jax.files import without_mark
 from vlp_jax.interop import files
 
 CONFIG, TOKENIZER = "tokenizer_config.json", "tokenizer.json"
@@ -70,7 +71,7 @@ class TokenizerFiles:
     def found(cls, directory: Path) -> Self | None:
         """Those of a directory; None if no tokenizer is there."""
         paths = [directory / name for name in NAMES if (directory / name).is_file()]
-        contents = {path.name: path.read_bytes() for path in paths}
+        contents = {path.name: without_mark(path.read_bytes(), str(path)) for path in paths}
         return cls(contents) if contents.keys() - {*NAMES[-3:]} else None
 
     def write(self, directory: Path, inputs: Sequence[str]) -> list[Path]:

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from etils import epath
 
 from vlp_jax.errors import UserError, unknown_key_message
+from vlp_jax.files import read_text
 from vlp_jax.report.run_record import RunRecord
 from vlp_jax.report.scores import PREFIX, by_evaluator
 
@@ -73,8 +74,8 @@ def read_baseline(path: str | os.PathLike[str], evaluators: Sequence[str]) -> Ba
 
 def _numbers(file: epath.Path, evaluators: Sequence[str]) -> dict[str, float]:
     try:
-        given = json.loads(file.read_text())
-    except (OSError, ValueError) as error:
+        given = json.loads(read_text(file, "--baseline"))
+    except ValueError as error:
         raise UserError(f"--baseline {file} is no JSON: {error}") from None
     if not isinstance(given, dict) or not given:
         raise UserError(f'--baseline {file} must be an object like {{"zero_shot/top1": 0.9}}')

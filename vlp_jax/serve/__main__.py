@@ -18,6 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from vlp_jax.encoders import load
 from vlp_jax.encoders.subject import Subject
 from vlp_jax.errors import UserError
+from vlp_jax.files import read_lines
 from vlp_jax.parallel import startup
 from vlp_jax.serve.explorer import Classes, Explorer
 from vlp_jax.serve.index import build_index, default_folder, import_faiss
@@ -114,20 +115,14 @@ def open_classes(arguments: argparse.Namespace, subject: Subject | None) -> Clas
       UserError: the file cannot be read, holds nothing, or names a class twice.
     """
     if arguments.classes is not None:
-        try:
-            lines = arguments.classes.expanduser().read_text().splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"--classes {arguments.classes} cannot be read: {error}") from None
-        names = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
-        if not names:
-            raise UserError(f"--classes {arguments.classes} names no class")
+        names = list(read_lines(arguments.classes, "--classes"))
         templates = arguments.template or [DEFAULT_TEMPLATE]
         return Classes.of_names(f"--classes {arguments.classes}", names, templates)
     sections = {} if subject is None else subject.config.evaluators
     for name, section in sections.items():
         if section.name == "zero_shot":
             evaluator = subject.evaluators[name]
-            templates = arguments.template or section.get("templates", (DEFAULT_TEMPLATE,))
+            templates = arguments.template or evaluator.templates
             return Classes.of_names(f"config.evaluators.{name}", evaluator.class_names, templates)
     if arguments.template:
         raise UserError("--template needs --classes FILE: the names that go into it")

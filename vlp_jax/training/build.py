@@ -13,6 +13,9 @@ from vlp_jax.data.tokenizers import Tokenizer
 from vlp_jax.evaluators import differing_wordings, make_evaluators
 from vlp_jax.evaluators.base import Resources, compile_functions
 from vlp_jax.evaluators.derived import functions_of
+from vlp_jax.objectives import Objective
+from vlp_jax.objectives.classification import Classification
+from vlp_jax.objectives.composite import Composite, Part
 from vlp_jax.observe.throughput import StartupClock
 from vlp_jax.parallel import agreement
 from vlp_jax.parallel import mesh as mesh_lib
@@ -70,6 +73,16 @@ class Parts:
         )
 
 
+def _check_classes(objective: Objective, pipeline: JoinedPipeline) -> None:
+    """Raises UserError if a classifier is not fed with one list of its classes."""
+    whole = (Part("", objective, 1.0),)
+    for part in objective.parts if isinstance(objective, Composite) else whole:
+        if isinstance(part.objective, Classification):
+            classes = part.objective.model.classes
+            fed_by = pipeline.pipelines()[part.data or ""]
+            fed_by.check_classes(part.objective.label_field, classes)
+
+
 def build(config: ConfigDict, workdir: epath.Path, clock: StartupClock) -> Parts:
     """Looks at everything that can be wrong before the first file is written.
 
@@ -84,6 +97,7 @@ def build(config: ConfigDict, workdir: epath.Path, clock: StartupClock) -> Parts
         pipeline = setup_lib.make_pipeline(config, tokenizer)
     with clock.phase("build the model"):
         setup = setup_lib.make_setup(config, mesh, tokenizer, pipeline.batch_spec(), len(pipeline))
+        _check_classes(setup.objective, pipeline)
     with clock.phase("find the weights to start from"):
         start = make_start(setup, workdir, tokenizer)
     wording, notes = text_wording(config, setup.objective)

@@ -128,7 +128,7 @@ def from_workdir(source: str, step: int | None) -> Source:
 def _grids(workdir: epath.Path, shapes: Mapping[str, Shape]) -> dict[str, Grid]:
     """The grid of a run's images, if its config says how large they are."""
     file = workdir / CONFIG
-    section = json.loads(file.read_text())["objective"] if file.exists() else {}
+    section = json.loads(file.read_bytes())["objective"] if file.exists() else {}
     size = section.get("image", {}).get("image_size")
     if size is None or PATCH_KERNEL not in shapes or POSITIONS not in shapes:
         return {}

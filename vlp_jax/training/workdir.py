@@ -87,7 +87,7 @@ def load_config(workdir: epath.Path) -> ConfigDict:
     if not file.exists():
         raise UserError(f"{workdir} holds no run: there is no {CONFIG} in it")
     try:
-        return config_lib.from_json(file.read_text())
+        return config_lib.from_json(file.read_text(encoding="utf-8-sig"))
     except ValueError as error:  # also what is not UTF-8
         raise UserError(
             f"{file} is not JSON ({error}): take it away, and training with the same --config "

@@ -22,15 +22,9 @@ from vlp_jax.data.prepare.examples import (
     clean_value,
 )
 from vlp_jax.data.prepare.images import HEAD_BYTES
-from vlp_jax.data.sources.caption_files import (
-    CAPTION_FIELDS,
-    IMAGE_FIELDS,
-    SUFFIXES,
-    choose_column,
-    normal_path,
-    rows,
-    walk,
-)
+from vlp_jax.data.sources.caption_files import CAPTION_FIELDS, IMAGE_FIELDS, normal_path, walk
+from vlp_jax.data.sources.labels import label_text, number_labels
+from vlp_jax.data.sources.tables import SUFFIXES, choose_column, rows
 from vlp_jax.errors import UserError
 
 LABEL = "label"
@@ -121,25 +115,26 @@ class FolderInput:
         with open(self.file, "rb") as stream:
             digest = hashlib.file_digest(stream, "sha256").hexdigest()
         source = {"files": [{"path": self.file, "sha256": digest}], "fields": dict(self.columns)}
-        if LABEL in self.columns:
-            source["class_names"] = {LABEL: self._class_names()}
+        names = self._classes()[1] if LABEL in self.columns else None
+        if names is not None:
+            source["class_names"] = {LABEL: list(names)}
         return source
 
-    def _class_names(self) -> list[str]:
-        column = self.columns[LABEL]
-        labels = {_label(row.get(column)) for _, row in rows(Path(self.file))} - {None}
-        if all(label.isdecimal() for label in labels):
-            return sorted(labels, key=lambda label: (int(label), label))
-        return sorted(labels)
+    def _classes(self) -> tuple[dict[str, int], tuple[str, ...] | None]:
+        """The number of each label, and the names of the classes if the labels are words."""
+        places: dict[str, str] = {}
+        for where, row in rows(Path(self.file)):
+            label = label_text(row.get(self.columns[LABEL]))
+            if label is not None:
+                places.setdefault(label, where)
+        return number_labels(places, None, "a column of names alone")
 
     def units(self, work: str) -> list[Unit]:
         root = os.path.dirname(self.file)
         present = dict(walk(root, ""))
         lines: list[str] = []
         images: dict[str, dict[str, Any]] = {}
-        numbers = {}
-        if LABEL in self.columns:
-            numbers = {label: number for number, label in enumerate(self._class_names())}
+        numbers = self._classes()[0] if LABEL in self.columns else {}
         for where, row in rows(Path(self.file)):
             path = str(row.get(self.columns[IMAGE]) or "").strip()
             if not path:
@@ -150,7 +145,7 @@ class FolderInput:
             captions = captions if isinstance(captions, list) else [captions or ""]
             fields = {name: row.get(self.columns[name]) for name in self.extra_fields()}
             if LABEL in fields:
-                fields[LABEL] = numbers.get(_label(fields[LABEL]))
+                fields[LABEL] = numbers.get(label_text(fields[LABEL]) or "")
             image = images.setdefault(path, {"where": where, "captions": [], "fields": fields})
             if image["fields"] != fields:
                 raise UserError(f"{where}: {path} has {fields} but had {image['fields']}")
@@ -205,10 +200,6 @@ def _caption_file(path: Path) -> Path:
         names = ", ".join(p.name for p in found)
         raise UserError(f"{path} has several caption files ({names}): give one of them as --input")
     return found[0]
-
-
-def _label(value: Any) -> str | None:
-    return str(value).strip() or None if isinstance(value, str | int) else None
 
 
 def listed_files(files: Sequence[tuple[str, int]]) -> list[dict[str, Any]]:

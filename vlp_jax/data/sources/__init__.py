@@ -60,7 +60,8 @@ def build_source(config: Mapping[str, Any]) -> Source:
     module, class_name = SOURCES[name]
     cls = getattr(import_module(module), class_name)
     known = {field.name: field for field in dataclasses.fields(cls)}
-    keys = {key: value for key, value in config.items() if key not in COMMON_KEYS}
+    # A source that knows what is missing before it reads takes `max_bad_fraction` too.
+    keys = {k: value for k, value in config.items() if k in known or k not in COMMON_KEYS}
     for key in keys:
         if key not in known:
             where = f"data (source {name!r})"

@@ -1,32 +1,44 @@
-"""Reading a list of image paths and captions from CSV, TSV or JSONL, and checking it."""
+"""Images with their captions and labels, as a CSV, TSV or JSONL file lists them."""
 
 from __future__ import annotations
 
-import csv
-import json
+import logging
 import os
-import sys
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vlp_jax.errors import UserError, unknown_key_message
+from vlp_jax.data.faults import EMPTY_TEXT, MISSING_FIELD, UNREADABLE, marked
+from vlp_jax.data.sources.labels import label_text
+from vlp_jax.data.sources.tables import SUFFIXES, choose_column, rows
+from vlp_jax.errors import UserError
 
-SUFFIXES = (".csv", ".tsv", ".jsonl")
-IMAGE_FIELDS = ("path", "file", "filename", "filepath", "file_name", "image")
-CAPTION_FIELDS = ("caption", "captions", "text", "title")
+# The last of each is Flickr30k's.
+IMAGE_FIELDS = ("path", "file", "filename", "filepath", "file_name", "image", "image_name")
+CAPTION_FIELDS = ("caption", "captions", "text", "title", "comment")
+_SOUND: Mapping[str, bytes] = {}  # one for all entries without a fault
+_log = logging.getLogger("vlp_jax.data")
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One image: `path` as hashed and shown, `file` as opened, captions, and a class name."""
+    """One image that a file lists.
+
+    Attributes:
+      path: as hashed and shown, relative to the folder.
+      file: as opened.
+      captions: none of them empty.
+      label: as `labels.label_text` gives it; None if there is none.
+      faults: field -> why it cannot be had, as `faults.marked` says it.
+    """
 
     path: str
     file: str
     captions: tuple[str, ...]
     label: str | None
+    faults: Mapping[str, bytes]
 
 
 def find_caption_file(root: Path, name: str | None) -> Path:
@@ -57,14 +69,17 @@ def read_entries(
     image_field: str | None,
     caption_field: str | None,
     label_field: str | None,
-) -> list[Entry]:
+) -> tuple[list[Entry], dict[str, str]]:
     """The images that a caption file lists, in its order, rows of one image merged.
 
+    Returns:
+      The images; and each label that occurs, with the place of its first for messages.
+
     Raises:
-      UserError: as `FolderSource` says.
+      UserError: as `tables.rows`, and for columns that are not there, labels of an image that
+        disagree, or a file without rows.
     """
-    captions: dict[str, list[str]] = {}
-    labels: dict[str, str] = {}
+    found = _Listed()
     columns: tuple[str, str] | None = None
     for where, row in rows(file):
         if columns is None:
@@ -74,88 +89,80 @@ def read_entries(
             )
             if label_field is not None:
                 choose_column(row, label_field, (), "data.label_field", file)
-        path = _text(row.get(columns[0]), where, columns[0])
-        path = normal_path(os.path.relpath(path, root) if os.path.isabs(path) else path)
-        captions.setdefault(path, []).extend(_captions(row.get(columns[1]), where, columns[1]))
-        if label_field is not None:
-            label = _text(row.get(label_field), where, label_field)
-            if labels.setdefault(path, label) != label:
-                raise UserError(f"{where}: {path} has label {label!r} but had {labels[path]!r}")
-    if not captions:
+        path = _caption(row.get(columns[0]))[0]
+        if path:
+            path = normal_path(os.path.relpath(path, root) if os.path.isabs(path) else path)
+        label = None if label_field is None else label_text(row.get(label_field))
+        found.add(where, path, row.get(columns[1]), label)
+    if columns is None:
         raise UserError(f"caption file {file} has no rows")
-    files = _locate(root, captions, file)
-    return [Entry(p, files[p], tuple(texts), labels.get(p)) for p, texts in captions.items()]
+    return found.entries(root, file, label_field), found.places
 
 
-def rows(file: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """The rows of a caption file, each with its file and line number for messages."""
-    try:
-        with file.open(encoding="utf-8-sig", newline="") as stream:
-            if file.suffix.lower() == ".jsonl":
-                yield from _json_rows(file, stream)
+class _Listed:
+    """Rows of a caption file, by the image that they are of."""
+
+    def __init__(self) -> None:
+        self.places: dict[str, str] = {}  # label -> where it occurs first
+        self._captions: dict[str, list[str]] = {}
+        self._labels: dict[str, str] = {}
+        self._wrong: dict[str, tuple[str, str]] = {}  # image -> what its first bad caption is
+        self._nameless: set[str] = set()
+
+    def add(self, where: str, path: str, captions: Any, label: str | None) -> None:
+        if not path:
+            path = where  # such a row is an example that cannot be used
+            self._nameless.add(path)
+        known = self._captions.setdefault(path, [])
+        for value in captions if isinstance(captions, list) and captions else [captions]:
+            text, reason = _caption(value)
+            if text:
+                known.append(text)
             else:
-                yield from _csv_rows(file, stream)
-    except UnicodeDecodeError as error:
-        raise UserError(f"caption file {file} is not UTF-8: {error.reason}; convert it") from None
+                self._wrong.setdefault(path, (reason, where))
+        if label is None:
+            return
+        self.places.setdefault(label, where)
+        if self._labels.setdefault(path, label) != label:
+            raise UserError(f"{where}: {path} has label {label!r} but had {self._labels[path]!r}")
+
+    def entries(self, root: Path, file: Path, label_field: str | None) -> list[Entry]:
+        files = _locate(root, self._captions)
+        entries = []
+        for path, captions in self._captions.items():
+            faults = {}
+            if path in self._nameless:
+                nameless = marked(MISSING_FIELD, f"{path}: it names no image")
+                faults = {"image": nameless, "path": nameless}
+            elif path not in files:
+                faults["image"] = marked(MISSING_FIELD, "there is no such file")
+            if not captions:
+                reason, where = self._wrong[path]
+                faults["captions"] = marked(reason, f"{where}: it has no caption")
+            label = self._labels.get(path)
+            if label_field is not None and label is None:
+                faults["label"] = marked(MISSING_FIELD, f"{file} gives it no {label_field!r}")
+            opened = path if path in self._nameless else files.get(path, os.path.join(root, path))
+            entries.append(Entry(path, opened, tuple(captions), label, faults or _SOUND))
+        left_out = [place for path, (_, place) in self._wrong.items() if self._captions[path]]
+        if left_out:
+            _log.warning(
+                "captions left out of %d images of %s that have others, because they are empty or "
+                "no text; the first is in %s",
+                *(len(left_out), file, left_out[0]),
+            )
+        return entries
 
 
-def _csv_rows(file: Path, stream: Iterable[str]) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    csv.field_size_limit(sys.maxsize)
-    delimiter = "\t" if file.suffix.lower() == ".tsv" else ","
-    reader = csv.DictReader(stream, delimiter=delimiter, strict=True)
-    try:
-        for row in reader:
-            yield f"{file}, line {reader.line_num}", row
-    except csv.Error as error:
-        # DictReader's own count stops at the last row that was well formed.
-        line = reader.reader.line_num
-        raise UserError(f"{file}, line {line}: malformed row: {error}") from None
-
-
-def _json_rows(file: Path, stream: Iterable[str]) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    for number, line in enumerate(stream, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{file}, line {number}: malformed JSON: {error.msg}") from None
-        if not isinstance(row, dict):
-            raise UserError(f"{file}, line {number}: a line must be an object like {{...}}")
-        yield f"{file}, line {number}", row
-
-
-def choose_column(
-    row: Mapping[str, Any], name: str | None, usual: tuple[str, ...], key: str, file: Path
-) -> str:
-    """The column to read: `name` if given, else the first of the `usual` ones that exists."""
-    columns = [column for column in row if column]
-    if name is not None:
-        if name not in columns:
-            raise UserError(f"{key}: {unknown_key_message(name, columns, str(file))}")
-        return name
-    for column in (c for candidate in usual for c in columns if c.lower() == candidate):
-        return column
-    raise UserError(
-        f"{file} has no column named {', '.join(usual)} (its columns: {', '.join(columns)}); "
-        f"name one by {key}"
-    )
-
-
-def _text(value: Any, where: str, column: str) -> str:
-    if isinstance(value, int) and not isinstance(value, bool):
+def _caption(value: Any) -> tuple[str, str]:
+    """(caption, "") or ("", reason)."""
+    if isinstance(value, int | float) and not isinstance(value, bool) and value == value:
         value = str(value)
-    if not isinstance(value, str) or not value.strip():
-        raise UserError(f"{where}: {column!r} is empty or not a string")
+    if value is not None and value == value and not isinstance(value, str):
+        return "", UNREADABLE
     # JSON can spell half of a surrogate pair, which no encoder takes.
-    return value.strip().encode("utf-8", "replace").decode()
-
-
-def _captions(value: Any, where: str, column: str) -> list[str]:
-    values = value if isinstance(value, list) else [value]
-    if not values:
-        raise UserError(f"{where}: {column!r} is an empty list")
-    return [_text(item, where, column) for item in values]
+    text = value.strip().encode("utf-8", "replace").decode() if isinstance(value, str) else ""
+    return text, "" if text else EMPTY_TEXT
 
 
 def normal_path(path: str) -> str:
@@ -164,24 +171,16 @@ def normal_path(path: str) -> str:
     return unicodedata.normalize("NFC", path)
 
 
-def _locate(root: Path, paths: Iterable[str], file: Path) -> dict[str, str]:
+def _locate(root: Path, paths: Iterable[str]) -> dict[str, str]:
     """Path as written -> file to open, by one walk of the folder instead of a look at each."""
     present = dict(walk(str(root), ""))
     found: dict[str, str] = {}
-    missing: list[str] = []
     for path in paths:
         outside = os.path.join(root, path)
         if path in present:
             found[path] = present[path]
         elif os.path.isfile(outside):
             found[path] = outside
-        else:
-            missing.append(path)
-    if missing:
-        raise UserError(
-            f"{len(missing)} of {len(missing) + len(found)} images that {file} lists are not in "
-            f"{root}; the first is {missing[0]!r}"
-        )
     return found
 
 

@@ -142,6 +142,10 @@ class TFRecordSource(Source):
                     values[index] = found[0]
         return values
 
+    def class_names(self, field: str) -> tuple[str, ...] | None:
+        manifest = self._found[1]
+        return None if manifest is None else manifest.class_names.get(field)
+
     def describe(self, index: int) -> str:
         return self._files.shards.describe(index)
 

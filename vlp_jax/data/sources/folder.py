@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from vlp_jax.data import faults
+from vlp_jax.data.fault_log import FEWEST, MAX_BAD_FRACTION, check_fraction
 from vlp_jax.data.files import retrying
 from vlp_jax.data.sources import columns
 from vlp_jax.data.sources.base import STRING, STRINGS, FieldSpec, Source
 from vlp_jax.data.sources.caption_files import Entry, find_caption_file, read_entries
+from vlp_jax.data.sources.labels import number_labels, open_names
 from vlp_jax.data.sources.records import empty_strings
 from vlp_jax.errors import UserError
 
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
 # Of one file: it is a bad example. Anything else is the disk's, and ends the run.
 _GONE = (FileNotFoundError, PermissionError, IsADirectoryError)
 SPLITS = ("train", "validation", "all")
+_WRONG_FOLDER = 0.5  # the share of images that are not there from which on nothing is read
 
 
 @dataclass(frozen=True)
@@ -33,25 +36,30 @@ class FolderSource(Source):
 
     The fields are `image` (encoded bytes), `captions` (byte strings [k], k at least 1), `path`
     (relative to the folder, with forward slashes) and, with `label_field`, `label` (int64). An
-    image that several rows name is one example with several captions.
+    image that several rows name is one example with several captions. An image that is not there,
+    or that has no caption or no label, is an example that cannot be used (`faults`) wherever that
+    field is asked for.
 
     Attributes:
       path: the folder.
       captions: the caption file, relative to the folder; None takes the only .csv, .tsv or .jsonl
-        file in it. The first row of a CSV or TSV names the columns. UTF-8, with or without a BOM.
-      image_field: the column of paths; None takes path, file, filename, filepath, file_name or
-        image. Paths are relative to the folder, with either slash.
-      caption_field: the column of captions; None takes caption, captions, text or title. In JSONL
-        it may be a list.
-      label_field: a column of class names or numbers, or None. The classes are the distinct
-        values of the whole file, sorted.
+        file in it. The first row of a CSV or TSV names the columns. See `tables.rows`.
+      image_field: the column of paths; None takes the first that is there of
+        `caption_files.IMAGE_FIELDS`. Paths are relative to the folder, with either slash.
+      caption_field: the column of captions; None takes the first that is there of
+        `caption_files.CAPTION_FIELDS`. In JSONL it may be a list.
+      label_field: a column of classes, or None. Whole numbers mean what they say. Words are
+        numbered by `label_names`, and without it in the alphabetical order of all of the file.
+      label_names: the names of all classes by number, or the path of a file with one a line.
       split: "train", "validation" or "all".
       holdout: the fraction of images in `validation`, chosen by a hash of their path, so that
         adding files moves none of the others.
+      max_bad_fraction: see `FaultLog`. A list of which more cannot be used, or half, is refused.
 
     Raises:
-      UserError: for a folder, file or column that is not there, a malformed line, an empty
-        caption, missing images (how many, and the first), or a split without images.
+      UserError: for a folder, file or column that is not there, a malformed line, labels that are
+        no classes, too many images that are not there or have no caption, or a split without any
+        that can be used.
     """
 
     path: str
@@ -59,8 +67,10 @@ class FolderSource(Source):
     image_field: str | None = None
     caption_field: str | None = None
     label_field: str | None = None
+    label_names: Sequence[str] | str | None = None
     split: str = "train"
     holdout: float = 0.1
+    max_bad_fraction: float = MAX_BAD_FRACTION
 
     def __post_init__(self) -> None:
         if not self.path or not self._root.is_dir():
@@ -69,11 +79,44 @@ class FolderSource(Source):
             raise UserError(f"data.split={self.split!r} is not one of {', '.join(SPLITS)}")
         if not 0 <= self.holdout < 1:
             raise UserError(f"data.holdout={self.holdout} is not a fraction in [0, 1)")
-        if not self._examples:
+        if self.label_names is not None and self.label_field is None:
+            raise UserError("data.label_names is set, and data.label_field is not: name the column")
+        check_fraction(self.max_bad_fraction)
+        self._check_entries()
+        if self.label_field is not None and not self._listed[1]:
+            raise UserError(f"{self._file}: the column {self.label_field!r} holds no label")
+        if all(_is_bad(entry) for entry in self._examples):
             raise UserError(
                 f"split {self.split!r} of {self._file} is empty: it lists {len(self._entries)} "
-                f"images and data.holdout is {self.holdout}"
+                f"images, of which {len(self._examples)} are in the split and none of them can be "
+                f"used, and data.holdout is {self.holdout}"
             )
+        _ = self._classes
+
+    def _check_entries(self) -> None:
+        """Raises UserError if the folder is the wrong one, or too much of the list is missing."""
+        bad = [entry for entry in self._entries if _is_bad(entry)]
+        total, share = len(self._entries), self.max_bad_fraction
+        few = len(bad) <= share * max(total, FEWEST) and len(bad) < total
+        if few and len(bad) <= max(share, _WRONG_FOLDER) * total:
+            return
+        missing = [entry.path for entry in bad if "image" in entry.faults]
+        silent = [entry.path for entry in bad if "captions" in entry.faults]
+        counts = []
+        if missing:
+            counts.append(
+                f"{len(missing)} of {total} images that {self._file} lists are not in "
+                f"{self._root}; the first is {missing[0]!r}"
+            )
+        if silent:
+            counts.append(
+                f"{len(silent)} of {total} images in {self._file} have no caption; the first is "
+                f"{silent[0]!r}"
+            )
+        raise UserError(
+            f"{'; '.join(counts)}: mend the list or data.path"
+            + (f", or raise data.max_bad_fraction={share}" if len(bad) < total else "")
+        )
 
     @property
     def _root(self) -> Path:
@@ -84,10 +127,14 @@ class FolderSource(Source):
         return find_caption_file(self._root, self.captions)
 
     @cached_property
-    def _entries(self) -> list[Entry]:
+    def _listed(self) -> tuple[list[Entry], dict[str, str]]:
         return read_entries(
             self._root, self._file, self.image_field, self.caption_field, self.label_field
         )
+
+    @property
+    def _entries(self) -> list[Entry]:
+        return self._listed[0]
 
     @cached_property
     def _examples(self) -> list[Entry]:
@@ -97,8 +144,10 @@ class FolderSource(Source):
         return [e for e in self._entries if (_fraction(e.path) < self.holdout) == held_out]
 
     @cached_property
-    def _labels(self) -> tuple[str, ...]:
-        return _sorted_labels({entry.label for entry in self._entries if entry.label is not None})
+    def _classes(self) -> tuple[dict[str, int], tuple[str, ...] | None]:
+        """The number of each label, and the names of the classes if they are known."""
+        names = open_names(self.label_names, "data.label_names")
+        return number_labels(self._listed[1], names, "data.label_names")
 
     def __len__(self) -> int:
         return len(self._examples)
@@ -122,10 +171,16 @@ class FolderSource(Source):
             "path": [entry.path.encode() for entry in entries],
         }
         if self.label_field is not None:
-            rows["label"] = [self._label_numbers[entry.label] for entry in entries]
-        if names is None or "image" in names:
+            rows["label"] = [self._classes[0].get(entry.label or "") for entry in entries]
+        wanted = self.fields() if names is None else names
+        for number, entry in enumerate(entries):
+            reasons = [reason for field, reason in entry.faults.items() if field in wanted]
+            found[number] = reasons[0] if reasons else b""
+        if "image" in wanted:
             rows["image"] = [None] * len(entries)
             for number, entry in enumerate(entries):
+                if found[number]:
+                    continue
                 try:
                     rows["image"][number] = retrying(entry.file, Path(entry.file).read_bytes)
                 except UserError as error:
@@ -134,18 +189,14 @@ class FolderSource(Source):
                     found[number] = faults.marked(faults.UNREADABLE, str(error))
         return columns.pack(self.fields(), rows, found)
 
-    @cached_property
-    def _label_numbers(self) -> dict[str | None, int]:
-        return {label: number for number, label in enumerate(self._labels)}
-
     def parse(self, record: dict[str, tf.Tensor], names: Sequence[str]) -> dict[str, tf.Tensor]:
         return columns.parse(self.fields(), record, names)
 
     def column(self, name: str) -> np.ndarray:
-        return self.fetch(np.arange(len(self)), [name])[name]
+        return columns.column(self, name, [len(self)])
 
     def class_names(self, field: str) -> tuple[str, ...] | None:
-        return self._labels if field == "label" and self.label_field is not None else None
+        return self._classes[1] if field == "label" and self.label_field is not None else None
 
     def describe(self, index: int) -> str:
         return self._examples[index].file
@@ -155,13 +206,10 @@ class FolderSource(Source):
         return hashlib.sha256(paths.encode()).hexdigest()[:16]
 
 
+def _is_bad(entry: Entry) -> bool:
+    return "image" in entry.faults or "captions" in entry.faults
+
+
 def _fraction(path: str) -> float:
     """A number in [0, 1) from the hash of a path: uniform, and the same for ever."""
     return int.from_bytes(hashlib.sha256(path.encode()).digest()[:8], "big") / 2**64
-
-
-def _sorted_labels(labels: set[str]) -> tuple[str, ...]:
-    """Numbers in numerical order if all are numbers, else all in alphabetical order."""
-    if all(label.isdecimal() for label in labels):
-        return tuple(sorted(labels, key=lambda label: (int(label), label)))
-    return tuple(sorted(labels))

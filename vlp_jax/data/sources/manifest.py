@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from vlp_jax.data import files
+from vlp_jax.data.sources.labels import WordClasses
 from vlp_jax.data.sources.shards import Piece
 from vlp_jax.errors import UserError
 
@@ -19,11 +20,13 @@ class Manifest:
     format: "array_record", "tfrecord" or "webdataset".
     pieces: the files with their counts.
     features: name -> "bytes", "int64" or "float32", with "[]" behind it for a list.
+    class_names: field -> names of its classes, where the labels that were prepared are words.
     """
 
     format: str
     pieces: tuple[Piece, ...]
     features: Mapping[str, str]
+    class_names: Mapping[str, WordClasses]
 
 
 def find_pieces(
@@ -50,6 +53,13 @@ def find_pieces(
     return [Piece(file) for file in files.expand(path, suffix)], None
 
 
+def class_names(path: str | Sequence[str], field: str) -> WordClasses | None:
+    """The names of the classes of `field`, if `path` is a manifest that has them."""
+    if not isinstance(path, str) or not path.endswith(SUFFIX):
+        return None
+    return read_manifest(path).class_names.get(field)
+
+
 def read_manifest(path: str) -> Manifest:
     """Reads a manifest.
 
@@ -72,6 +82,8 @@ def read_manifest(path: str) -> Manifest:
             name: field["dtype"] + ("[]" if field["list"] else "")
             for name, field in content["fields"].items()
         }
-        return Manifest(content["format"], tuple(pieces), features)
-    except (ValueError, KeyError, TypeError) as error:
+        named = content.get("source", {}).get("class_names", {})
+        classes = {name: WordClasses(names) for name, names in named.items()}
+        return Manifest(content["format"], tuple(pieces), features, classes)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is not a manifest of prepared data: {error!r}") from None

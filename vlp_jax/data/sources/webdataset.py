@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from vlp_jax.data import faults
-from vlp_jax.data.sources import columns
+from vlp_jax.data.sources import columns, manifest
 from vlp_jax.data.sources.base import STRING, STRINGS, Blocks, FieldSpec, Source
 from vlp_jax.data.sources.manifest import find_pieces
 from vlp_jax.data.sources.records import empty_strings, file_fault
@@ -158,6 +158,9 @@ class WebDatasetSource(Source):
     def column(self, name: str) -> np.ndarray:
         ends = [*range(_COLUMN_CHUNK, len(self), _COLUMN_CHUNK), len(self)]
         return columns.column(self, name, ends)
+
+    def class_names(self, field: str) -> tuple[str, ...] | None:
+        return manifest.class_names(self.path, field.removeprefix("json."))
 
     def describe(self, index: int) -> str:
         piece, row = (int(x[0]) for x in self._shards.locate(np.array([index])))

@@ -15,7 +15,7 @@ from typing import Any
 from etils import epath
 
 from vlp_jax.errors import UserError
-from vlp_jax.files import write_whole
+from vlp_jax.files import without_mark, write_whole
 
 # The kinds that a file can be of, and what such a file is called in messages.
 KINDS = {
@@ -52,6 +52,7 @@ def read(path: str | os.PathLike[str], kind: str) -> bytes:
             content = gzip.decompress(content)
         except (OSError, EOFError, zlib.error) as error:
             raise UserError(f"{path} is a gzip file that cannot be unpacked: {error}") from None
+    content = without_mark(content, str(path))  # a model of SentencePiece never begins so
     found = kind_of(content)
     if found not in (None, kind):
         raise UserError(
