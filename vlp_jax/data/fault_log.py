@@ -50,6 +50,7 @@ class FaultLog:
         # For the share: with what was counted before a checkpoint.
         self._all: Counter[tuple[str, str]] = Counter()
         self._read = 0
+        self._last = ""
 
     def add(self, batch: int, read: int, source: str, faults: Sequence[Fault]) -> None:
         """Notes that `read` examples of `source` were read for a batch, and which were bad.
@@ -66,15 +67,16 @@ class FaultLog:
                     _log.warning("bad example left out (%s): %s", fault.reason, fault.where)
                 if self._all[kind] == NAMED:
                     _log.warning("further examples with this fault are counted and not named")
+            self._last = faults[-1].where if faults else self._last
             self._read += read
             self._ahead.append((batch, read, counts))
             bad = sum(self._all.values())
         if bad > self._max_fraction * max(self._read, _FEWEST):
-            raise UserError(self._too_many(faults))
+            raise UserError(self._too_many())
 
-    def _too_many(self, faults: Sequence[Fault]) -> str:
+    def _too_many(self) -> str:
         kinds = ", ".join(f"{n:,} {reason} in {s}" for (s, reason), n in self._all.most_common(4))
-        last = f"; the last: {faults[-1].where}" if faults else ""
+        last = f"; the last: {self._last}" if self._last else ""
         bad = sum(self._all.values())
         return (
             f"{bad:,} of {self._read:,} examples could not be used, a share above "
@@ -114,4 +116,4 @@ class FaultLog:
     def check_all(self) -> None:
         """Raises UserError if the share of all that was read, however few, is too large."""
         if sum(self._all.values()) > self._max_fraction * self._read:
-            raise UserError(self._too_many(()))
+            raise UserError(self._too_many())

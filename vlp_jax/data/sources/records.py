@@ -16,7 +16,6 @@ from vlp_jax.data import faults
 from vlp_jax.data.files import retrying
 from vlp_jax.data.sources.shards import (
     DAMAGED,
-    OK,
     TRUNCATED,
     Index,
     Piece,
@@ -55,11 +54,11 @@ class TFRecordFiles:
         pieces, rows = self.shards.locate(indices)
         for piece, places in group_by_piece(pieces):
             index = self.shards.index(piece)
-            offsets, lengths, faulty = index["offset"], index["length"], index["fault"]
+            offsets, lengths = index["offset"], index["length"]
             for place in places:
-                row = rows[place]
-                if row >= len(faulty) or faulty[row]:
-                    found[place] = file_fault(faulty[row] if row < len(faulty) else TRUNCATED)
+                row = int(rows[place])
+                found[place] = self.shards.fault(piece, row)
+                if found[place]:
                     continue
                 length = int(lengths[row])
                 raw = self.shards.read(piece, int(offsets[row]), length + _FOOTER.size)
@@ -103,11 +102,9 @@ class ArrayRecordFiles:
         try:
             records[place] = _read(self._reader(self.shards.local(piece)), [row])[0]
         except _ARRAY_RECORD_DAMAGE as error:
-            index = self.shards.index(piece)["fault"]
-            broken = row >= len(index) or index[row]
-            reason = faults.TRUNCATED if broken else faults.UNREADABLE
             detail = (str(error).splitlines() or ["it cannot be read"])[0]
-            found[place] = faults.marked(reason, detail)
+            unreadable = faults.marked(faults.UNREADABLE, detail)
+            found[place] = self.shards.fault(piece, row) or unreadable
 
     def _reader(self, file: str) -> Any:
         with self._lock:
@@ -197,12 +194,3 @@ def empty_strings(count: int) -> np.ndarray:
     array = np.empty(count, object)
     array[:] = b""
     return array
-
-
-def file_fault(fault: int) -> bytes:
-    """What an index's column "fault" says of a record, as a source puts it; empty if nothing."""
-    if fault == OK:
-        return b""
-    if fault == TRUNCATED:
-        return faults.marked(faults.TRUNCATED, "the file ends within this record")
-    return faults.marked(faults.UNREADABLE, "the length of this record is damaged")
