@@ -90,9 +90,8 @@ class TFRecordSource(Source):
             self._features[name] = found[name]
             return ""
         looked_at = f"the {len(indices):,} records that were looked at"
-        return (
-            f"{unknown_key_message(name, {**self._features, **found}, looked_at)}, or name all by data.features"
-        )
+        unknown = unknown_key_message(name, {**self._features, **found}, looked_at)
+        return f"{unknown}, or name all by data.features"
 
     def _seen_features(self) -> dict[str, FieldSpec]:
         """The features of the first examples; `look_for` adds those of others."""

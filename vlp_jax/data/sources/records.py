@@ -26,6 +26,9 @@ from vlp_jax.data.sources.shards import (
 # length, masked CRC of the length; the data; masked CRC of the data (tensorflow/core/lib/io,
 # record_writer.h and crc32c.h)
 _HEADER, _FOOTER = struct.Struct("<QI"), struct.Struct("<I")
+# In the last block of a whole ArrayRecord file (google/array_record, cpp/array_record_writer.cc and
+# layout.proto, RiegeliPostscript.magic, as a varint).
+_POSTSCRIPT, _POSTSCRIPT_BYTES = bytes.fromhex("dec0ebfe84cec3c971"), 1 << 16
 _READERS = 256  # ArrayRecord files kept open
 
 
@@ -137,12 +140,15 @@ def _open_array_record(file: str) -> Any:
 def index_array_record(path: str) -> Index:
     """The number of records of an ArrayRecord file; one that is damaged, if it cannot be opened."""
     with open(path, "rb") as file:
-        file.read(1)  # what fails here is the disk, not the format
+        size = file.seek(0, os.SEEK_END)  # what fails here is the disk, not the format
+        file.seek(max(0, size - _POSTSCRIPT_BYTES))
+        whole = _POSTSCRIPT in file.read()
     try:
-        count = _open_array_record(path).num_records()
+        # Of a file that is cut short, or of another format, the library says that it has no record.
+        count = _open_array_record(path).num_records() if whole else 0
     except _ARRAY_RECORD_DAMAGE:
-        return {"fault": np.array([TRUNCATED], np.uint8)}
-    return {"fault": np.zeros(count, np.uint8)}
+        whole, count = False, 0
+    return {"fault": np.zeros(count, np.uint8) if whole else np.array([TRUNCATED], np.uint8)}
 
 
 def index_tfrecord(path: str) -> Index:

@@ -54,13 +54,16 @@ _DETAILS = {
 }
 _KINDS = {"tar": "a tar", "parquet": "a Parquet file"}  # sort of an index -> kind of its files
 _INDEX_VERSION = "2"
-_WHOLE = "whole"  # in the name of a kept index: the file can be read to its end
+# How far a file can be read; in the names of kept indexes. A tar has a mark at its end that not
+# every writer makes: where others have it, a file without is cut.
+_WHOLE, _UNMARKED, _CUT = "whole", "unmarked", "cut"
 _LOADED_INDEXES = 256
 _THREADS = 16
 _DOWNLOADS = 4  # at a time, ahead of their use
 _PARSER = threading.Lock()
 _log = logging.getLogger("vlp_jax.data")
 GIB = 2**30
+_MARKED = np.ones(1, bool)  # of formats without a mark at a file's end
 
 
 @dataclass(frozen=True)
@@ -119,18 +122,18 @@ class Shards:
     def _counted(self, pieces: Sequence[Piece]) -> list[Piece]:
         from tqdm import tqdm
 
-        def counted(piece: Piece) -> tuple[Piece, bool]:
-            """A piece with its count, and whether it can be read to its end."""
+        def counted(piece: Piece) -> tuple[Piece, str]:
+            """A piece with its count, and how far its file can be read."""
             if piece.count is not None:
-                return piece, True
+                return piece, _WHOLE
             known = None if files.is_local(piece.path) else _img2dataset_count(piece.path)
-            whole = True
+            state = _WHOLE
             if known is None:
-                known, whole = kept.get(self._index_name(piece.path), (None, True))
+                known, state = kept.get(self._index_name(piece.path), (None, _WHOLE))
             if known is None:
                 index = self._load_index(piece.path)
-                known, whole = len(index["fault"]), _is_whole(index)
-            return Piece(piece.path, piece.skip, known - piece.skip), whole
+                known, state = len(index["fault"]), _state(index)
+            return Piece(piece.path, piece.skip, known - piece.skip), state
 
         kept = self._kept_counts()
         unknown = sum(piece.count is None for piece in pieces)
@@ -141,7 +144,7 @@ class Shards:
             )
             return self._with_losses(list(bar))
 
-    def _with_losses(self, counted: Sequence[tuple[Piece, bool]]) -> list[Piece]:
+    def _with_losses(self, counted: Sequence[tuple[Piece, str]]) -> list[Piece]:
         """The pieces that hold anything; those that are cut with what they are taken to have held.
 
         Raises:
@@ -150,13 +153,15 @@ class Shards:
         if counted and all(piece.path in self._lost for piece, _ in counted):
             path, why = counted[0][0].path, self._lost[counted[0][0].path]
             raise UserError(f"data.path: none of {len(counted)} files can be read: {path} is {why}")
-        whole = [piece.count for piece, is_whole in counted if is_whole and piece.count]
+        states = {state for _, state in counted}
+        sound = (_WHOLE,) if _WHOLE in states else (_UNMARKED,)
+        whole = [piece.count for piece, state in counted if state in sound and piece.count]
         usual = round(sum(whole) / len(whole)) if whole else 0
         pieces = [
-            piece if is_whole else Piece(piece.path, piece.skip, max(piece.count, usual))
-            for piece, is_whole in counted
+            piece if state in sound else Piece(piece.path, piece.skip, max(piece.count, usual))
+            for piece, state in counted
         ]
-        cut = [piece.path for piece, is_whole in counted if not is_whole]
+        cut = [piece.path for piece, state in counted if state not in sound]
         if cut:
             _log.warning(
                 "%d of %d files cannot be read to their end, the first is %s: what they lack of %d "
@@ -169,12 +174,12 @@ class Shards:
                          len(empty), len(counted), empty[0])  # fmt: skip
         return [piece for piece in pieces if piece.count]
 
-    def _kept_counts(self) -> dict[str, tuple[int, bool]]:
-        """Name of an index -> records, and whether the file is whole, as kept files' names say."""
+    def _kept_counts(self) -> dict[str, tuple[int, str]]:
+        """Name of an index -> records, and how far the file can be read."""
         names = self._index_folder.glob("*.npz") if self._index_folder.is_dir() else ()
         parts = (file.name.split(".") for file in names)
         return {
-            name[0]: (int(name[1]), name[2] == _WHOLE)
+            name[0]: (int(name[1]), name[2])
             for name in parts
             if len(name) == 4 and name[1].isdigit()
         }
@@ -262,8 +267,8 @@ class Shards:
             except (OSError, EOFError, ValueError, zipfile.BadZipFile):
                 kept.unlink(missing_ok=True)  # cut off by a power failure, or not ours
         index = files.retrying(path, lambda: self._make_index(self.copies.get(path)))
-        count, whole = len(index["fault"]), _is_whole(index)
-        if count == 1 and not whole:
+        count, state = len(index["fault"]), _state(index)
+        if count == 1 and state == _CUT:
             self._note_lost(path)
             return index
         with writing(self._index_folder):
@@ -271,8 +276,7 @@ class Shards:
             unfinished = self._index_folder / f"{name}.{uuid.uuid4().hex}"
             with open(unfinished, "wb") as stream:
                 np.savez(stream, **index)
-            kept = f"{name}.{count}.{_WHOLE if whole else 'cut'}.npz"
-            unfinished.replace(self._index_folder / kept)
+            unfinished.replace(self._index_folder / f"{name}.{count}.{state}.npz")
         return index
 
     def _note_lost(self, path: str) -> None:
@@ -298,10 +302,12 @@ class Shards:
         return hashlib.sha256(key.encode()).hexdigest()[:32]
 
 
-def _is_whole(index: Index) -> bool:
-    """Whether a file can be read to its end; a fault that ends it is that of its last record."""
+def _state(index: Index) -> str:
+    """How far a file can be read; a fault that ends it is its last record's."""
     fault = index["fault"]
-    return not len(fault) or fault[-1] not in (TRUNCATED, DAMAGED)
+    if len(fault) and fault[-1] in (TRUNCATED, DAMAGED):
+        return _CUT
+    return _WHOLE if index.get("end_mark", _MARKED).all() else _UNMARKED
 
 
 class _Downloads:

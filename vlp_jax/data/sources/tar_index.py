@@ -74,9 +74,10 @@ def index_tar(path: str) -> Index:
     Returns:
       fault (uint8 [samples]); key, their keys one after another as bytes, and key_end (int64
       [samples]), where each ends; file_end (int64 [samples]), where the files of each end;
-      extension and extension_end, as those of the keys, offset and size (int64), all [files]. A
-      sample that the archive's end cuts, or that stands where a header is damaged, is the last.
-      Samples of one key side by side, and those whose files lie apart, have a fault.
+      extension and extension_end, as those of the keys, offset and size (int64), all [files];
+      end_mark (bool [1]), whether the archive's end is there. A sample that the archive's end
+      cuts, or that stands where a header is damaged, is the last. Samples of one key side by side,
+      and those whose files lie apart, have a fault.
     """
     samples: list[_Sample] = []
     for member in members(path):
@@ -104,6 +105,7 @@ def index_tar(path: str) -> Index:
         "offset": np.array([offset for _, offset, _ in files], np.int64),
         "size": np.array([size for _, _, size in files], np.int64),
         "fault": np.array([row.fault for row in rows], np.uint8),
+        "end_mark": np.array([_has_end_mark(path)]),
     }
 
 
@@ -225,6 +227,14 @@ def _behind_map(descriptor: int, header: bytes, begin: int) -> int:
     while more and (block := os.pread(descriptor, _BLOCK, begin)):
         begin, more = begin + _BLOCK, block[504] if len(block) == _BLOCK else 0
     return begin
+
+
+def _has_end_mark(path: str) -> bool:
+    """Whether a tar file ends in a block of zeros."""
+    with open(path, "rb") as stream:
+        size = stream.seek(0, os.SEEK_END)
+        stream.seek(max(0, size - _BLOCK))
+        return not stream.read().strip(b"\0")
 
 
 def _has_content(descriptor: int, place: int) -> bool:
