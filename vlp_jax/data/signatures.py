@@ -7,7 +7,7 @@ GZIP = "compressed by gzip"
 
 # First bytes -> what such a file is, and the command that makes something readable of it.
 _KINDS: tuple[tuple[bytes, str, str], ...] = (
-    (b"\x1f\x8b\x08", GZIP, "gunzip"),
+    (b"\x1f\x8b", GZIP, "gunzip"),
     (b"BZh", "compressed by bzip2", "bunzip2"),
     (b"\xfd7zXZ\0", "compressed by xz", "unxz"),
     (b"\x28\xb5\x2f\xfd", "compressed by Zstandard", "unzstd"),

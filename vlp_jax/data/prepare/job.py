@@ -225,8 +225,8 @@ def _check(summary: plan.Summary, job: Job) -> None:
         parts = [f"{n} {reason} ({lines[0]})" for reason, (n, lines) in summary.faults.items()]
         if summary.lost:
             parts.append(
-                f"{summary.lost} that {len(summary.cut)} files lack, if they held as many as the "
-                "whole files on average"
+                f"{summary.lost} that {len(summary.cut)} files lack which cannot be read to their "
+                "ends, if they held as many as the others on average"
             )
         raise UserError(
             f"{bad} of {total} examples cannot be used, more than --max-bad-fraction "

@@ -73,7 +73,7 @@ class TarInput:
         with fs.open(inner, "rb") as stream:
             kind = kind_of(stream.read(SIGNATURE_BYTES))
             if command := remedy(kind, path):
-                raise UserError(f"{path} is {kind}: make a tar of it by {command} first")
+                raise UserError(f"{path} is {kind}: run {command} first")
             stream.seek(0)
             for members in itertools.islice(_groups(stream, []), _SHOWN):
                 seen.update(ending for ending in members if not ending.startswith("/"))
