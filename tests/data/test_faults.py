@@ -413,3 +413,18 @@ def test_several_captions_need_choose_text(tmp_path):
     chosen = {**data, "preprocess": {"choose_text": {"field": "text", "index": 1}}}
     batch = next(TrainPipeline(chosen, ByteTokenizer(16), batch_size=1, seed=0).batches())
     assert ByteTokenizer(16).decode(batch["text"]) == ["b"]
+
+
+def test_features_that_only_later_records_have_can_be_named(tmp_path):
+    rows = [{"id": f"{n}", "image": b"", "text": None} for n in range(25)]
+    rows += [{"id": f"{n}", "image": b"", "text": "late"} for n in range(25, 30)]
+    data = corpora.write_tfrecords(tmp_path / "tfrecord", [rows])
+    data |= {"cache_dir": str(tmp_path / "cache"), "max_bad_fraction": 1.0}
+    assert "text" not in build_source(data).fields()
+    data["fields"] = {"text": "caption"}
+    pipe = EvalPipeline(data, None, batch_size=30, extra_fields=["text_raw"])
+    (batch,) = pipe.batches()
+    assert batch["mask"].tolist() == [n >= 25 for n in range(30)]
+    assert pipe.faults.totals()["bad"] == {"data": {"missing field": 25}}
+    with pytest.raises(UserError, match="'captoin' in the 30 records.*data.features"):
+        build_source({**data, "fields": {"text": "captoin"}})

@@ -324,7 +324,9 @@ def test_sparse_files_and_what_follows_an_archive_are_told(tmp_path):
 
 def test_fields_that_only_later_samples_have_can_be_named(tmp_path):
     def note(n):
-        late = {"caption": f"c{n}", "score": 0.5, "tags": ["x"]} if n >= 25 else {"caption": None}
+        late = {"caption": None}
+        if n >= 25:
+            late = {"caption": f"c{n}", "score": 0.5, "tags": ["x"], "size": {"w": n}}
         return json.dumps({"score": n, **late} if n else {}).encode()
 
     files = []
@@ -346,5 +348,7 @@ def test_fields_that_only_later_samples_have_can_be_named(tmp_path):
     values, there = read("score")  # whole numbers at first, then others
     assert there == list(range(1, 30)) and values[24:26].tolist() == [24, 0.5]
     assert "text" in build_source(data).fields()  # of one sample of thirty
+    nested = build_source({**data, "fields": {"side": "json.size.w"}}).fetch(np.arange(30))
+    assert nested["json.size.w"][25:].tolist() == list(range(25, 30))
     with pytest.raises(UserError, match="'json.captoin' in the 30 samples.*mean 'json.caption'"):
         build_source({**data, "fields": {**fields, "text": "json.captoin"}})

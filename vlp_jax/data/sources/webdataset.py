@@ -15,9 +15,9 @@ import numpy as np
 from vlp_jax.data import faults
 from vlp_jax.data.sources import columns
 from vlp_jax.data.sources.base import STRING, STRINGS, Blocks, FieldSpec, Source
-from vlp_jax.data.sources.manifest import find_pieces
+from vlp_jax.data.sources.manifest import Manifest, find_pieces
 from vlp_jax.data.sources.records import empty_strings
-from vlp_jax.data.sources.shards import Shards, group_by_piece
+from vlp_jax.data.sources.shards import Piece, Shards, group_by_piece
 from vlp_jax.data.sources.tar_index import extensions, index_tar, sample_files, sample_key
 from vlp_jax.errors import UserError, unknown_key_message
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif", "bmp")
 SUFFIXES = (".tar", ".tar.gz", ".tgz")
-_USUAL = {*IMAGE_EXTENSIONS, "txt", "json", "cls"}  # extensions that may be rare in a shard
+_USUAL = {*IMAGE_EXTENSIONS, "txt"}  # extensions that may be rare in a shard
 BLOCK, WINDOW = 256, 4  # samples of one shard that are read together, and such blocks at a time
 _LOOKED_AT = 20  # samples that are looked at to see which fields there are
 # Where a config names a field that these lack: how many shards, and samples of all, are looked at.
@@ -35,6 +35,7 @@ _FILES_OF = {"image": IMAGE_EXTENSIONS, "text": ("txt",)}  # field -> extensions
 _COLUMN_CHUNK = 1024
 _INT = FieldSpec((), np.dtype(np.int64))
 _FLOAT = FieldSpec((), np.dtype(np.float32))
+_DECLARED = {"bytes": STRING, "bytes[]": STRINGS, "int64": _INT, "float32": _FLOAT}  # of a manifest
 
 
 @dataclass(frozen=True)
@@ -43,8 +44,9 @@ class WebDatasetSource(Source):
 
     The fields are `image` (the file with any extension of an image), `text` (KEY.txt), `id` (KEY),
     each extension by itself ("jpg", "json"; "cls" is a whole number), and what KEY.json holds
-    ("json.caption", "json.width"): text, numbers and lists of text. A field that a config names may
-    be one that few samples have. A sample with images of several extensions has no `image`.
+    ("json.caption", "json.size.width"): text, numbers and lists of text. A config may name fields
+    that few samples have. A sample with images of several extensions is a bad example where `image`
+    is asked for, and good where one of them is.
 
     Attributes:
       path: files, patterns with "*" and brace ranges, a folder, on disk or scheme://; or the
@@ -65,8 +67,19 @@ class WebDatasetSource(Source):
 
     @cached_property
     def _shards(self) -> Shards:
-        pieces, _ = find_pieces(self.path, SUFFIXES, "webdataset")
-        return Shards(pieces, "tar", index_tar, self.cache_dir, self.cache_gib)
+        return Shards(self._found[0], "tar", index_tar, self.cache_dir, self.cache_gib)
+
+    @cached_property
+    def _found(self) -> tuple[list[Piece], Manifest | None]:
+        return find_pieces(self.path, SUFFIXES, "webdataset")
+
+    @cached_property
+    def _declared(self) -> dict[str, FieldSpec]:
+        """What a manifest says of the JSON files."""
+        features = self._found[1].features if self._found[1] is not None else {}
+        return {
+            f"json.{name}": _DECLARED[kind] for name, kind in features.items() if kind in _DECLARED
+        }
 
     @cached_property
     def _fields(self) -> dict[str, FieldSpec]:
@@ -87,21 +100,29 @@ class WebDatasetSource(Source):
         fields |= {"text": STRING} if "txt" in usual else {}
         fields["id"] = STRING
         fields |= {name: _INT if name == "cls" else STRING for name in sorted(usual)}
-        return fields | self._json_fields(samples)
+        documents = self._documents(samples)
+        for key in dict.fromkeys(key for document in documents for key in document):
+            spec = _spec_of_all(document.get(key) for document in documents)
+            fields |= {} if spec is None else {f"json.{key}": spec}
+        return fields | self._declared
 
-    def _json_fields(self, samples: Sequence[tuple[int, int]]) -> dict[str, FieldSpec]:
-        """The fields of the JSON files of samples: "json.KEY"."""
-        found: dict[str, FieldSpec] = {}
+    def _documents(self, samples: Sequence[tuple[int, int]]) -> list[Mapping[str, Any]]:
+        """The JSON files of samples that have one that can be read."""
+        found = []
         for piece, row in samples:
             files = sample_files(self._shards.index(piece), row)
-            if "json" not in files:
-                continue
-            with contextlib.suppress(BadValue):
-                for key, value in _parsed_json(self._read(piece, files["json"])).items():
-                    spec, name = _spec_of(value), f"json.{key}"
-                    if spec is not None:
-                        found[name] = _joined_spec(found.get(name, spec), spec)
+            with contextlib.suppress(BadValue, KeyError):
+                found.append(_parsed_json(self._read(piece, files["json"])))
         return found
+
+    @cached_property
+    def _further_documents(self) -> list[Mapping[str, Any]]:
+        rows = [
+            (piece, int(row))
+            for piece in self._shards.near(_SHARDS_LOOKED_AT)
+            for row in np.flatnonzero(self._shards.index(piece)["fault"] == 0)
+        ]
+        return self._documents(rows[:: -(-len(rows) // _FURTHER) or 1])
 
     def _first_samples(self) -> list[tuple[int, int]]:
         """(piece, row) of some sound samples, of the first shard that has any."""
@@ -114,28 +135,24 @@ class WebDatasetSource(Source):
 
     def look_for(self, name: str) -> str:
         key = name.removeprefix("json.")
-        if name in self._fields and (key == name or self._fields[name] != _INT):
+        known = name in self._fields and (key == name or self._fields[name] != _INT)
+        if known or name in self._declared:
             return ""
-        pieces = self._shards.near(_SHARDS_LOOKED_AT)
         if key == name:
+            pieces = self._shards.near(_SHARDS_LOOKED_AT)
             present = set().union(*(extensions(self._shards.index(piece)) for piece in pieces))
             if present & set(_FILES_OF.get(name, (name,))):
                 self._fields[name] = _INT if name == "cls" else STRING
                 return ""
             return _dots(name, present)
-        rows = [
-            (piece, int(row))
-            for piece in pieces
-            for row in np.flatnonzero(self._shards.index(piece)["fault"] == 0)
-        ]
-        chosen = rows[:: -(-len(rows) // _FURTHER) or 1]
-        found = self._json_fields(chosen)
-        if name in found:
-            self._fields[name] = found[name]
-        looked_at = f"the {len(chosen):,} samples that were looked at"
-        return (
-            "" if name in found else unknown_key_message(name, {**self._fields, **found}, looked_at)
-        )
+        documents = self._further_documents
+        spec = _spec_of_all(_at(document, key) for document in documents)
+        if spec is not None:
+            self._fields[name] = spec
+            return ""
+        seen = {f"json.{key}" for document in documents for key in document}
+        looked_at = f"the {len(documents):,} samples that were looked at"
+        return unknown_key_message(name, {*self._fields, *seen}, looked_at)
 
     def __len__(self) -> int:
         return len(self._shards)
@@ -178,7 +195,7 @@ class WebDatasetSource(Source):
                     column[number] = raw if name != "cls" else _whole_number(raw)
                 else:
                     document = _parsed_json(raw) if document is None else document
-                    column[number] = columns.fitting(document.get(key), self._fields[name])
+                    column[number] = columns.fitting(_at(document, key), self._fields[name])
                 if column[number] is None:
                     raise BadValue(faults.MISSING_FIELD, f"it has no {name!r} that can be read")
         except BadValue as bad:
@@ -254,12 +271,25 @@ def _parsed_json(raw: bytes) -> Mapping[str, Any]:
     return document
 
 
-def _joined_spec(first: FieldSpec, second: FieldSpec) -> FieldSpec:
-    """The type of a field that has these: whole numbers fit floats, a text fits a list."""
-    pair = {first, second}
-    if pair == {_INT, _FLOAT}:
-        return _FLOAT
-    return STRINGS if pair == {STRING, STRINGS} else first
+def _at(document: Mapping[str, Any], key: str) -> Any:
+    """The value of a key, or of nested ones between dots; None if there is none."""
+    if key in document:
+        return document[key]
+    head, dot, rest = key.partition(".")
+    inner = document.get(head)
+    return _at(inner, rest) if dot and isinstance(inner, dict) else None
+
+
+def _spec_of_all(values: Iterable[Any]) -> FieldSpec | None:
+    """The type of a field that has these: the first that is not null; a number may be no whole one.
+
+    Values of another type are faults of their examples.
+    """
+    found: FieldSpec | None = None
+    for spec in filter(None, map(_spec_of, values)):
+        if found in (None, _INT):
+            found = spec
+    return found
 
 
 def _dots(name: str, present: Iterable[str]) -> str:
