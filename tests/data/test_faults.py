@@ -1,7 +1,12 @@
 """Damaged examples: left out, counted by reason, named, replaced; order and resuming stay exact."""
 
+import bz2
+import io
 import itertools
 import logging
+import lzma
+import shutil
+import tarfile
 
 import corpora
 import damage
@@ -12,6 +17,7 @@ from PIL import Image
 from vlp_jax.data import faults, files
 from vlp_jax.data.fault_log import Fault, FaultLog
 from vlp_jax.data.pipeline import EvalPipeline, TrainPipeline
+from vlp_jax.data.sources import build_source
 from vlp_jax.data.tokenizers import ByteTokenizer
 from vlp_jax.errors import NoScores, UserError
 
@@ -251,3 +257,225 @@ def test_what_tensorflow_says_is_told_by_reason():
     assert faults.explain("Could not parse example input, value: 'x'")[0] == faults.UNREADABLE
     assert faults.explain("Unknown image file format. One of JPEG, PNG")[0] == faults.UNDECODABLE
     assert faults.explain("something else")[0] == faults.FAILED
+
+
+# ----------------------------------------------------------------- shards of which nothing is left
+
+PAGE = b"<html><body>503 Service Unavailable</body></html>" * 100
+LOST = {"empty": b"", "a page": PAGE, "cut": None}
+ENDS = {
+    "webdataset": ".tar",
+    "webdataset_gz": ".tar.gz",
+    "tfrecord": ".tfrecord",
+    "tfrecord_gz": ".tfrecord.gz",
+    "array_record": ".array_record",
+    "parquet": ".parquet",
+}
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    """In every format, 40 examples in four shards of 10; the folder of each."""
+    folder = tmp_path_factory.mktemp("lost")
+    rows = [{**row, "image": b"image"} for row in corpora.examples(40)]
+    parts = [rows[n : n + 10] for n in range(0, 40, 10)]
+    for kind in ENDS:
+        corpora.WRITERS[kind](folder / kind, parts)
+    return folder
+
+
+@pytest.mark.parametrize("lost", LOST)
+@pytest.mark.parametrize("kind", ENDS)
+def test_a_lost_shard_counts_as_many_bad_examples_as_others_hold(
+    shards, tmp_path, kind, lost, caplog
+):
+    folder = tmp_path / kind
+    shutil.copytree(shards / kind, folder)
+    file = folder / f"00002{ENDS[kind]}"
+    # 15 bytes are less than any header.
+    file.write_bytes(file.read_bytes()[:15] if LOST[lost] is None else LOST[lost])
+    data = {"source": kind.removesuffix("_gz"), "path": str(folder)}
+    data["cache_dir"] = str(tmp_path / "cache")
+    with caplog.at_level(logging.WARNING, "vlp_jax.data"):
+        source = build_source(data)
+    assert str(file) in caplog.text
+    if kind.startswith("tfrecord") and lost == "empty":
+        # TensorFlow reads an empty file as one without records, as its own writer writes it.
+        assert len(source) == 30 and "1 of 4 files hold no example" in caplog.text
+        return
+    found = source.fetch(np.arange(len(source)))[faults.FAULT]
+    assert len(source) == 40 and [bool(fault) for fault in found] == [
+        20 <= n < 30 for n in range(40)
+    ]
+    assert all(b"truncated shard" in fault for fault in found[20:30])
+    again = build_source(data)  # with what the cache keeps of the others
+    assert len(again) == 40 and again.fingerprint() == source.fingerprint()
+    said = {"empty": "empty (0 bytes)", "a page": "a page of HTML", "cut": ""}[lost]
+    assert said in caplog.text and said.encode() in found[25]
+    assert "what they lack of 10 examples" in caplog.text
+    # The file is mended: all is well again.
+    file.write_bytes((shards / kind / file.name).read_bytes())
+    files.stamp_of.cache_clear()
+    assert not any(build_source(data).fetch(np.arange(40))[faults.FAULT])
+
+
+@pytest.mark.parametrize("kind", sorted({*ENDS} - {"parquet"}))
+def test_the_part_of_a_shard_that_is_cut_off_counts(shards, tmp_path, kind):
+    folder = tmp_path / kind
+    shutil.copytree(shards / kind, folder)
+    file = folder / f"00001{ENDS[kind]}"
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2 - 7])
+    data = {"source": kind.removesuffix("_gz"), "path": str(folder)}
+    source = build_source({**data, "cache_dir": str(tmp_path / "cache")})
+    bad = [bool(f) for f in source.fetch(np.arange(len(source)))[faults.FAULT]]
+    assert len(source) == 40 and not any(bad[:10] + bad[20:]) and sum(bad) == 20 - bad.index(True)
+    # What comes before the cut is read; an ArrayRecord file has its index at its end.
+    assert kind.endswith("_gz") or bad[10] == (kind == "array_record")
+
+
+def test_a_tar_that_is_cut_between_two_files_is_seen_beside_others_with_ends(
+    shards, tmp_path, caplog
+):
+    folder = tmp_path / "tars"
+    shutil.copytree(shards / "webdataset", folder)
+    data = {"source": "webdataset", "path": str(folder), "cache_dir": str(tmp_path / "cache")}
+    sample = 3 * 1024
+    for number in (1, 0, 2, 3):
+        file = folder / f"0000{number}.tar"
+        file.write_bytes(file.read_bytes()[: (7 if number == 1 else 10) * sample])
+        files.stamp_of.cache_clear()
+        caplog.clear()
+        with caplog.at_level(logging.WARNING, "vlp_jax.data"):
+            source = build_source(data)
+        if number != 3:
+            assert len(source) == 40 and "cannot be read to their end" in caplog.text
+            found = source.fetch(np.arange(40))[faults.FAULT]
+            assert np.flatnonzero([bool(f) for f in found]).tolist() == [17, 18, 19]
+    # Where no file has an end, its writer makes none.
+    assert len(source) == 37 and not caplog.text
+
+
+def test_lost_shards_end_a_run(shards, tmp_path):
+    shutil.copytree(shards / "webdataset", tmp_path / "tars")
+    for number in (2, 3):
+        (tmp_path / "tars" / f"0000{number}.tar").write_bytes(PAGE)
+    data = {"source": "webdataset", "path": str(tmp_path / "tars"), "preprocess": TEXT_ONLY}
+    data["cache_dir"] = str(tmp_path / "cache")
+    evaluation = EvalPipeline(data, None, batch_size=8, extra_fields=["text_raw"])
+    with pytest.raises(UserError, match="20 of 40 .*20 truncated shard.*last: .*00003.tar: .*HTML"):
+        list(evaluation.batches())
+    for number in (0, 1):
+        (tmp_path / "tars" / f"0000{number}.tar").write_bytes(b"")
+    files.stamp_of.cache_clear()
+    with pytest.raises(UserError, match="none of 4 files can be read: .*00000.tar is empty"):
+        build_source(data)
+
+
+@pytest.mark.parametrize(
+    "pack, said",
+    [
+        (bz2.compress, "compressed by bzip2.*bunzip2 .*x.tar"),
+        (lzma.compress, "compressed by xz.*unxz .*x.tar"),
+        (lambda raw: b"\x28\xb5\x2f\xfd" + raw, "compressed by Zstandard.*unzstd .*x.tar"),
+        (lambda raw: b"version https://git-lfs.github.com/spec/v1", "Git LFS.*git lfs pull"),
+        (lambda raw: b"PK\x03\x04" + raw, "zip archive.*unzip"),
+    ],
+    ids=["bzip2", "xz", "zstd", "lfs", "zip"],
+)
+def test_what_a_shard_is_instead_is_told_whatever_its_name(shards, tmp_path, pack, said):
+    tar = (shards / "webdataset" / "00000.tar").read_bytes()
+    for name in ("x.tar", "y.tar.gz"):
+        (tmp_path / name).write_bytes(pack(tar))
+        data = {"source": "webdataset", "path": str(tmp_path / name)}
+        with pytest.raises(UserError, match=said.replace("x.tar", name)):
+            build_source({**data, "cache_dir": str(tmp_path / "cache")})
+
+
+# ----------------------------------------------------------------------------- text that is no text
+
+TEXT_ONLY = {"keep": {"fields": ("text",)}}
+CAFE = "a dog, caf\u00e9"
+TEXTS = {  # bytes -> the caption, or None for a bad example
+    "a mark of UTF-8": (CAFE.encode("utf-8-sig"), CAFE),
+    "other scripts": ("\u4e2d\u6587 \U0001f600".encode(), "\u4e2d\u6587 \U0001f600"),
+    "latin-1": (CAFE.encode("latin-1"), None),
+    "utf-16": (CAFE.encode("utf-16"), None),
+    "utf-16 without mark": ("a dog".encode("utf-16-le"), None),
+    "utf-16 big endian": ("a dog".encode("utf-16-be"), None),
+    "half a surrogate pair": (b"\xed\xa0\xbd dog", None),
+    "shift-jis": ("\u72ac".encode("shift-jis"), None),
+}
+
+
+@pytest.mark.parametrize("kind", ["webdataset", "tfrecord", "parquet"])
+def test_text_that_is_not_utf_8_is_a_bad_example(tmp_path, kind):
+    rows = [{"id": f"{n}", "image": b"", "text": raw} for n, (raw, _) in enumerate(TEXTS.values())]
+    folder = tmp_path / kind
+    folder.mkdir()
+    if kind == "webdataset":
+        with tarfile.open(folder / "0.tar", "w") as tar:
+            for row in rows:
+                info = tarfile.TarInfo(f"{row['id']}.txt")
+                info.size = len(row["text"])
+                tar.addfile(info, io.BytesIO(row["text"]))
+    elif kind == "tfrecord":
+        corpora.write_tfrecords(folder, [rows])
+    else:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        pq.write_table(pa.table({"text": [row["text"] for row in rows]}), folder / "0.parquet")
+    data = {"source": kind, "path": str(folder), "cache_dir": str(tmp_path / "cache")}
+    data |= {"preprocess": {**TEXT_ONLY, "lowercase": {}}, "max_bad_fraction": 1.0}
+    pipe = EvalPipeline(data, None, batch_size=len(rows), extra_fields=["text_raw"])
+    (batch,) = pipe.batches()
+    expected = [text for _, text in TEXTS.values() if text is not None]
+    assert [text.decode() for text in batch["text_raw"][batch["mask"]]] == expected
+    assert pipe.faults.totals()["bad"] == {"data": {"malformed text": len(rows) - len(expected)}}
+
+
+def test_json_of_tars_is_read_in_every_encoding_of_unicode(tmp_path):
+    encodings = ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-32", "latin-1"]
+    with tarfile.open(tmp_path / "0.tar", "w") as tar:
+        for encoding in encodings:
+            note = f'{{"caption": "{CAFE}"}}'.encode(encoding)
+            info = tarfile.TarInfo(f"{encoding}.json")
+            info.size = len(note)
+            tar.addfile(info, io.BytesIO(note))
+        broken = tarfile.TarInfo("broken.json")
+        broken.size = 1
+        tar.addfile(broken, io.BytesIO(b"{"))
+    data = {"source": "webdataset", "path": str(tmp_path), "fields": {"text": "json.caption"}}
+    source = build_source({**data, "cache_dir": str(tmp_path / "cache")})
+    record = source.fetch(np.arange(7))
+    assert record["json.caption"][:5].tolist() == [CAFE.encode()] * 5
+    assert b"malformed text" in record[faults.FAULT][5] and not any(record[faults.FAULT][:5])
+    assert b"unreadable record" in record[faults.FAULT][6]
+
+
+def test_several_captions_need_choose_text(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    pq.write_table(pa.table({"text": [["a", "b"]], "more": ["c"]}), tmp_path / "x.parquet")
+    data = {"source": "parquet", "path": str(tmp_path / "x.parquet")}
+    with pytest.raises(UserError, match='\'text\' is a list.*"choose_text": {"field": "text"}'):
+        TrainPipeline(data, ByteTokenizer(16), batch_size=1, seed=0)
+    chosen = {**data, "preprocess": {"choose_text": {"field": "text", "index": 1}}}
+    batch = next(TrainPipeline(chosen, ByteTokenizer(16), batch_size=1, seed=0).batches())
+    assert ByteTokenizer(16).decode(batch["text"]) == ["b"]
+
+
+def test_features_that_only_later_records_have_can_be_named(tmp_path):
+    rows = [{"id": f"{n}", "image": b"", "text": None} for n in range(25)]
+    rows += [{"id": f"{n}", "image": b"", "text": "late"} for n in range(25, 30)]
+    data = corpora.write_tfrecords(tmp_path / "tfrecord", [rows])
+    data |= {"cache_dir": str(tmp_path / "cache"), "max_bad_fraction": 1.0}
+    assert "text" not in build_source(data).fields()
+    data["fields"] = {"text": "caption"}
+    pipe = EvalPipeline(data, None, batch_size=30, extra_fields=["text_raw"])
+    (batch,) = pipe.batches()
+    assert batch["mask"].tolist() == [n >= 25 for n in range(30)]
+    assert pipe.faults.totals()["bad"] == {"data": {"missing field": 25}}
+    with pytest.raises(UserError, match="'captoin' in the 30 records.*data.features"):
+        build_source({**data, "fields": {"text": "captoin"}})

@@ -1,5 +1,6 @@
 """Names of files, remote files, local copies, and what is said when something is not there."""
 
+import gzip
 import os
 import tarfile
 import threading
@@ -52,6 +53,61 @@ def test_patterns(tmp_path):
             names(pattern)
     with pytest.raises(UserError, match="data.path is empty"):
         expand([], ".tar")
+
+
+def gzipped(path, name=None):
+    target = path.with_name(name or f"{path.name}.gz")
+    target.write_bytes(gzip.compress(path.read_bytes()))
+    return target
+
+
+@pytest.mark.parametrize("kind", ["webdataset", "tfrecord"])
+def test_a_folder_of_gzipped_shards_is_read(kind, tmp_path, caplog):
+    data = corpora.config(kind, tmp_path, corpora.examples(12), shards=3)
+    folder = tmp_path / kind
+    data["path"] = str(folder)
+    expected = sorted(build_source(data).column("id"))
+    first, second, third = sorted(folder.iterdir())
+    gzipped(first)
+    first.unlink()
+    if kind == "webdataset":
+        gzipped(third, f"{third.stem}.tgz")
+        third.unlink()
+    assert sorted(build_source(data).column("id")) == expected
+    # One that is there as it is too is read once.
+    gzipped(second)
+    assert sorted(build_source(data).column("id")) == expected
+    assert f"the first is {second}.gz" in caplog.text
+
+
+def test_content_decides_what_is_gzipped(tmp_path, memory):
+    data = corpora.config("webdataset", tmp_path, corpora.examples(9), shards=3)
+    first, second, _ = sorted((tmp_path / "webdataset").iterdir())
+    expected = build_source(data).column("id").tolist()
+    second.write_bytes(gzip.compress(second.read_bytes()))  # still .tar
+    first.rename(first.with_name("00000.tar.gz"))  # what a browser has unpacked on its way
+    files.stamp_of.cache_clear()
+    assert build_source(data).column("id").tolist() == expected
+    copied_to_memory(tmp_path / "webdataset", memory)
+    assert build_source({**data, "path": memory}).column("id").tolist() == expected
+
+
+def test_a_folder_without_shards_says_what_it_holds(tmp_path):
+    def said(path):
+        with pytest.raises(UserError) as error:
+            expand(str(path), (".tar", ".tar.gz"))
+        return str(error.value)
+
+    (tmp_path / "a.tar.zst").write_bytes(b"\x28\xb5\x2f\xfd" + bytes(9))
+    message = said(tmp_path)
+    assert "no file *.tar, *.tar.gz in it; a.tar.zst is compressed by Zstandard" in message
+    assert "unzstd a.tar.zst" in message
+    (tmp_path / "a.tar.zst").rename(tmp_path / "notes")
+    (tmp_path / "notes").write_text("hello")
+    assert said(tmp_path).endswith("; it holds notes")
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "deep" / "x.tar").write_bytes(b"")
+    assert f"set data.path='{tmp_path}/**/*.tar'" in said(tmp_path)
 
 
 def test_schemes(memory):

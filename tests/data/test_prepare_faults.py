@@ -90,6 +90,13 @@ def test_a_header_may_be_longer_than_what_is_read_first(tmp_path):
     assert manifest["skipped"] == {faults.UNDECODABLE: 1}
 
 
+MALFORMED = {
+    "latin": "näme".encode("latin-1"),
+    "utf16": "näme".encode("utf-16"),
+    "unmarked": "name".encode("utf-16-le"),
+}
+
+
 def test_damaged_tars_and_members_are_skipped_by_reason(tmp_path):
     root = tmp_path / "in"
     root.mkdir()
@@ -102,8 +109,15 @@ def test_damaged_tars_and_members_are_skipped_by_reason(tmp_path):
         add(tar, "no_text.png", image)
         add(tar, "blank.png", image)
         add(tar, "blank.txt", b" \n")
-        add(tar, "latin.png", image)
-        add(tar, "latin.txt", "näme".encode("latin-1"))
+        for name, text in MALFORMED.items():
+            add(tar, f"{name}.png", image)
+            add(tar, f"{name}.txt", text)
+        for _ in range(2):  # two samples of one key
+            add(tar, "twice.png", image)
+            add(tar, "twice.TXT", b"which?")
+        add(tar, "both.png", image)
+        add(tar, "both.jpg", image)
+        add(tar, "both.txt", b"of one of them")
     whole = (root / "0.tar").read_bytes()
     inside_image = 5 * (512 + -(-len(image) // 512) * 512 + 1024) + 600
     (root / "cut.tar").write_bytes(whole[:inside_image])
@@ -114,11 +128,12 @@ def test_damaged_tars_and_members_are_skipped_by_reason(tmp_path):
     (root / "garbage.tar").write_bytes(garbage)
 
     out = tmp_path / "out"
-    result = jobs.prepare(make_job(str(root), "webdataset", out, max_bad_fraction=0.5))
+    result = jobs.prepare(make_job(str(root), "webdataset", out, max_bad_fraction=0.8))
     assert result.manifest["skipped"] == {
         faults.EMPTY_TEXT: 1,
         faults.MISSING_FIELD: 2,
-        faults.UNREADABLE: 1,
+        faults.MALFORMED_TEXT: len(MALFORMED),
+        faults.AMBIGUOUS: 3,
         faults.TRUNCATED: 3,
     }
     ids = sorted(e["id"] for e in read(out, result.manifest))
@@ -133,22 +148,53 @@ def test_damaged_parquet_is_skipped_by_reason(tmp_path):
     root = tmp_path / "in"
     root.mkdir()
     image = encode("png", 0)
-    images = [image] * 20 + [None, b"<html>", image, image]
-    texts = ["of it"] * 22 + ["", None]
-    table = pa.table({"image": images, "text": texts})  # a plain column of bytes
+    images = [image] * 20 + [None, b"<html>", image, image, image]
+    texts = pa.array([b"of it"] * 22 + [b"", None, b"caf\xe9"])
+    # A plain column of bytes, and text that its writer did not check.
+    table = pa.table({"image": images, "text": texts.view(pa.string())})
     pq.write_table(table, root / "good.parquet", row_group_size=7)
     data = (root / "good.parquet").read_bytes()
     (root / "cut.parquet").write_bytes(data[: len(data) // 2])
-    job = make_job(str(root), "parquet", tmp_path / "out", max_bad_fraction=0.5)
+    job = make_job(str(root), "parquet", tmp_path / "out", max_bad_fraction=0.6)
     result = jobs.prepare(job)
     assert result.manifest["skipped"] == {
         faults.MISSING_FIELD: 2,
         faults.UNDECODABLE: 1,
         faults.EMPTY_TEXT: 1,
+        faults.MALFORMED_TEXT: 1,
         faults.TRUNCATED: 1,
     }
     ids = sorted(e["id"] for e in read(tmp_path / "out", result.manifest))
     assert ids == sorted(f"good#{i}" for i in range(20))
+
+
+@pytest.mark.parametrize("content", [b"", b"<html>503</html>" * 100], ids=["empty", "page"])
+def test_lost_files_count_as_many_as_the_others_hold(tmp_path, content):
+    pattern, fields, _ = write_tars(tmp_path / "tars")  # of 8, 8 and 7
+    (tmp_path / "tars" / "00001.tar").write_bytes(content)
+    job = make_job(pattern, "webdataset", tmp_path / "out", fields=fields, max_bad_fraction=0.3)
+    with pytest.raises(UserError, match="8 of 23 .*1 truncated shard.*7 that 1 files lack"):
+        jobs.prepare(job)
+    job = make_job(pattern, "webdataset", tmp_path / "out", fields=fields, max_bad_fraction=0.4)
+    assert jobs.prepare(job).manifest["skipped"] == {faults.TRUNCATED: 1}
+
+
+def test_a_tar_packed_by_endings_is_told_with_the_way_to_pack_it(tmp_path):
+    with tarfile.open(tmp_path / "0.tar", "w") as tar:
+        for end, content in (("png", encode("png", 0)), ("txt", b"text")):
+            for key in "abc":
+                add(tar, f"{key}.{end}", content)
+    job = make_job(str(tmp_path / "0.tar"), "webdataset", tmp_path / "out", shards=1)
+    with pytest.raises(UserError, match="3 ambiguous example .*side by side.*tar --sort=name"):
+        jobs.prepare(job)
+
+
+def test_two_columns_of_one_name_are_named(tmp_path):
+    arrays = [pa.array([b"x"]), pa.array(["a"]), pa.array(["b"])]
+    table = pa.Table.from_arrays(arrays, names=["image", "text", "text"])
+    pq.write_table(table, tmp_path / "x.parquet")
+    with pytest.raises(UserError, match="2 columns are named 'text'"):
+        jobs.prepare(make_job(str(tmp_path / "x.parquet"), "parquet", tmp_path / "out", shards=1))
 
 
 def test_ids_that_occur_twice_are_an_error_that_names_both(tmp_path):
@@ -197,7 +243,7 @@ def test_mistakes_are_one_line_that_says_what_there_is(tmp_path, capsys):
         (["--input", tars, "--fields", "image=tiff"], "cls, gif, jpg, json, png, webp"),
         (["--input", tars, "--fields", "image"], "is not NAME=INPUT"),
         (["--input", tars, "--fields", "text=txt", "captions=txt"], "names captions twice"),
-        (["--input", str(tmp_path / "zipped.tar")], "unpack it with gunzip"),
+        (["--input", str(tmp_path / "zipped.tar")], f"run gunzip {tmp_path}/zipped.tar first"),
         (["--input", tars, "--fields", "text=json.texts", "--shards", "99"], "more than the 23"),
         (["--input", tars, "--split", "a-b"], "letters, digits and underscores"),
         (["--input", tars, "--direct_num_wrokers=3"], "did you mean --direct_num_workers?"),

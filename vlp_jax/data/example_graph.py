@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
@@ -22,9 +23,12 @@ if TYPE_CHECKING:
     from vlp_jax.data.lazy_tensorflow import Op
     from vlp_jax.data.tokenizers import Tokenizer
 
+_log = logging.getLogger("vlp_jax.data")
 # Examples that are read in one call of Python, and go through their operations in one thread.
 CHUNK = 256
 READING_AHEAD = 4  # chunks whose records are read at a time
+# UTF-16 without a byte order mark: of Latin letters every second byte is 0, which is valid UTF-8.
+_UTF16 = r"(?s)(?:[^\x00]\x00[^\x00]\x00|\x00[^\x00]\x00[^\x00]).*"
 
 
 class ExampleGraph:
@@ -36,6 +40,7 @@ class ExampleGraph:
         is a list is one byte string, a serialized tensor, for `unpack` to read back.
       inputs: the fields of the source that the outputs depend on; no others are read or decoded.
       packed: the fields that are serialized so.
+      texts: the string fields of the source that `text` or `captions` of the result depend on.
       results: what `chunk` gives of each example: the outputs with `text` tokenized.
     """
 
@@ -54,6 +59,9 @@ class ExampleGraph:
           only: names the outputs instead of the rule above.
           tokenizer: for a string `text`, which is dropped without one unless `only` names it.
           raw_text: under which name the text itself is kept, if at all.
+
+        Raises:
+          UserError: for an output that the operations do not leave, or not as batches need it.
         """
         self._source, self._ops = source, ops
         self._tokenizer, self._raw_text = tokenizer, raw_text
@@ -64,7 +72,15 @@ class ExampleGraph:
             if name not in specs:
                 raise UserError(f"data.preprocess leaves no field {name!r}, only {sorted(specs)}")
         reached = _ancestors([example[name] for name in names])
+        if tokenizer is not None and only is None and "text" not in names:
+            _check_no_text(source, specs)
         self.inputs = [name for name, value in fields.items() if value.op in reached]
+        read = _ancestors([example[name] for name in names if name in ("text", "captions")])
+        self.texts = [
+            name
+            for name, value in fields.items()
+            if value.op in read and value.dtype == import_tensorflow().string and name != "image"
+        ]
         self.packed = {
             name: specs[name].dtype
             for name in names
@@ -89,6 +105,7 @@ class ExampleGraph:
             if name not in self.inputs
         }
         example = {**self._source.parse(record, self.inputs), **unread}
+        example |= {name: _checked_text(name, example[name]) for name in self.texts}
         example = apply_ops(self._ops, example, seeds)
         if "text" in self.outputs and self.outputs["text"] == STRING:
             full = tf.strings.length(tf.strings.strip(example["text"])) > 0
@@ -313,7 +330,7 @@ def _trace(
     traced: list[dict[str, tf.Tensor]] = []
 
     def process(fields: dict[str, tf.Tensor], seeds: tf.Tensor) -> None:
-        traced.extend([fields, apply_ops(ops, fields, seeds)])
+        traced.extend([fields, apply_ops(ops, fields, seeds, source.look_for)])
 
     tf.function(process, autograph=False).get_concrete_function(
         {
@@ -324,6 +341,32 @@ def _trace(
     )
     fields, example = traced
     return fields, example
+
+
+def _check_no_text(source: Source, specs: Mapping[str, FieldSpec]) -> None:
+    """Says why there is no text to tokenize, if that can be a mistake; a task may need none.
+
+    Raises:
+      UserError: there are several.
+    """
+    if "text" in specs and specs["text"].is_string:
+        raise UserError(
+            "after data.preprocess, 'text' is a list of strings and not one: let "
+            '"choose_text": {"field": "text"} in data.preprocess take one of them'
+        )
+    why = "" if "text" in specs else source.look_for("text")
+    if why:
+        _log.warning("data: there is no 'text' for the tokenizer: %s", why)
+
+
+def _checked_text(name: str, text: tf.Tensor) -> tf.Tensor:
+    """UTF-8 strings of any shape, without a byte order mark at their heads; fails for others."""
+    tf = import_tensorflow()
+    text = tf.strings.regex_replace(text, r"\A\x{feff}", "")
+    replaced = tf.strings.unicode_transcode(text, "UTF-8", "UTF-8", errors="replace")
+    sound = (replaced == text) & ~tf.strings.regex_full_match(text, _UTF16)
+    detail = f"its {name!r} is not UTF-8: convert it"
+    return faults.require(text, tf.reduce_all(sound), faults.MALFORMED_TEXT, detail)
 
 
 def _unread(spec: FieldSpec) -> tf.Tensor:

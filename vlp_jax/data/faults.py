@@ -17,11 +17,16 @@ if TYPE_CHECKING:
 UNDECODABLE = "undecodable image"
 TOO_LARGE = "image too large"
 EMPTY_TEXT = "empty caption"
+MALFORMED_TEXT = "malformed text"  # bytes that are no UTF-8
 MISSING_FIELD = "missing field"
 UNREADABLE = "unreadable record"  # a checksum that is wrong, a record that does not parse
+AMBIGUOUS = "ambiguous example"  # a name that occurs twice: which file is meant is not known
 TRUNCATED = "truncated shard"
 FAILED = "failed operation"
-REASONS = (UNDECODABLE, TOO_LARGE, EMPTY_TEXT, MISSING_FIELD, UNREADABLE, TRUNCATED, FAILED)
+REASONS = (
+    *(UNDECODABLE, TOO_LARGE, EMPTY_TEXT, MALFORMED_TEXT, MISSING_FIELD),
+    *(UNREADABLE, AMBIGUOUS, TRUNCATED, FAILED),
+)
 
 # The field of a record that says why it cannot be used; empty where it can.
 FAULT = "__fault__"

@@ -19,6 +19,7 @@ from typing import Any, BinaryIO, TypeVar
 import braceexpand
 
 from vlp_jax.data.lazy_tensorflow import import_tensorflow
+from vlp_jax.data.signatures import HEAD_BYTES, kind_of, remedy
 from vlp_jax.errors import UserError
 
 Result = TypeVar("Result")
@@ -38,13 +39,14 @@ def is_local(path: str) -> bool:
     return "://" not in path
 
 
-def expand(patterns: str | Sequence[str], suffix: str) -> list[str]:
+def expand(patterns: str | Sequence[str], suffix: str | tuple[str, ...]) -> list[str]:
     """The files that patterns name, sorted, each once.
 
     Args:
       patterns: one or several paths, on disk or scheme://, with "*", "?", "[]" and brace ranges
-        ({00000..00041}, {a,b}); or a folder, whose files that end in `suffix` are taken.
-      suffix: ".tar" and so on.
+        ({00000..00041}, {a,b}); or a folder, whose files that end in `suffix` are taken. Of a
+        file that is there as it is and gzipped, the gzipped one is left out.
+      suffix: ".tar" and so on, or several.
 
     Raises:
       UserError: for a pattern that matches no file, or a file of a brace range that is not there.
@@ -70,7 +72,7 @@ def expand_braces(pattern: str) -> list[str]:
         raise UserError(f"{pattern} has a brace that is not closed") from None
 
 
-def _expand_one(pattern: str, suffix: str) -> list[str]:
+def _expand_one(pattern: str, suffix: str | tuple[str, ...]) -> list[str]:
     names = expand_braces(pattern)
     found: list[str] = []
     missing: list[str] = []
@@ -81,9 +83,7 @@ def _expand_one(pattern: str, suffix: str) -> list[str]:
         elif files.exists(name):
             matches = [name]
         elif len(names) == 1 and files.is_folder(name):
-            matches = files.glob(f"{glob.escape(name.rstrip('/'))}/*{suffix}")
-            if not matches:
-                raise UserError(f"data.path={name!r} is a folder with no file *{suffix} in it")
+            matches = _in_folder(name, suffix)
         else:
             matches = files.glob(name) if any(sign in name for sign in "*?[") else []
         found += matches
@@ -96,6 +96,55 @@ def _expand_one(pattern: str, suffix: str) -> list[str]:
             f"is {missing[0]!r}"
         )
     return found
+
+
+def _in_folder(folder: str, suffix: str | tuple[str, ...]) -> list[str]:
+    """The files in a folder that end in `suffix`.
+
+    Raises:
+      UserError: there is none; it says what else is there.
+    """
+    files, below = filesystem(folder), glob.escape(folder.rstrip("/"))
+    others = sorted(files.glob(f"{below}/*"))
+    # macOS leaves ._00000.tar beside 00000.tar.
+    names = [p for p in others if p.endswith(suffix) and not p.rpartition("/")[2].startswith(".")]
+    plain = set(names)
+    twice = [
+        p for p in names if {p.removesuffix(".gz"), p.removesuffix(".tgz") + ".tar"} - {p} & plain
+    ]
+    if twice:
+        _log.warning(
+            "%s: %d files are there as they are and gzipped; the gzipped ones are left out, the "
+            "first is %s",
+            *(folder, len(twice), twice[0]),
+        )
+    if names:
+        return [p for p in names if p not in set(twice)]
+    wanted = ", ".join(f"*{end}" for end in ((suffix,) if isinstance(suffix, str) else suffix))
+    message = f"data.path={folder!r} is a folder with no file {wanted} in it"
+    deeper = next((p for p in files.glob(f"{below}/**") if p.endswith(suffix)), None)
+    if deeper is not None:
+        pattern = f"{folder.rstrip('/')}/**/*{os.path.splitext(deeper)[1]}"
+        raise UserError(f"{message}, but there are some in its folders: set data.path={pattern!r}")
+    if others:
+        kind, name = kind_of(head_of(others[0])), others[0].rpartition("/")[2]
+        help_ = f" ({remedy(kind, name)})" if remedy(kind, name) else ""
+        message += f"; {name} is {kind}{help_}" if kind else f"; it holds {name}"
+    raise UserError(message)
+
+
+def head_of(path: str) -> bytes:
+    """The first bytes of a file.
+
+    Raises:
+      UserError: it cannot be read.
+    """
+
+    def read() -> bytes:
+        with filesystem(path).open(path) as stream:
+            return stream.read(HEAD_BYTES)
+
+    return retrying(path, read)
 
 
 class _Local:

@@ -17,8 +17,10 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
+from typing import Any
 
-from vlp_jax.data.files import filesystem, is_local, retrying, stamp_of
+from vlp_jax.data.files import filesystem, head_of, is_local, retrying, stamp_of
+from vlp_jax.data.signatures import HEAD_BYTES
 from vlp_jax.errors import UserError
 
 _OPEN_FILES = 512
@@ -176,7 +178,7 @@ class LocalCopies:
     @staticmethod
     def in_place(path: str) -> bool:
         """Whether `path` is read where it lies."""
-        return is_local(path) and not _is_compressed(path)
+        return is_local(path) and not _is_compressed(path, retrying(path, lambda: stamp_of(path)))
 
     @staticmethod
     def _copy(path: str, target: Path) -> None:
@@ -186,8 +188,11 @@ class LocalCopies:
             out = open(unfinished, "wb")
         with filesystem(path).open(path) as raw, out:
             try:
-                source = gzip.open(raw) if _is_compressed(path) else raw
-                while piece := source.read(1 << 22):
+                head = raw.read(HEAD_BYTES)
+                whole = _Rejoined(head, raw)
+                # read1 gives what comes before a cut, where read would give nothing.
+                read = gzip.open(whole).read1 if _is_gzip(head) else whole.read
+                while piece := read(1 << 22):
                     with writing(target.parent):
                         out.write(piece)
             except (EOFError, gzip.BadGzipFile, zlib.error):
@@ -212,5 +217,28 @@ class LocalCopies:
             total -= size
 
 
-def _is_compressed(path: str) -> bool:
-    return path.endswith((".gz", ".gzip", ".tgz"))
+@cache
+def _is_compressed(path: str, stamp: str) -> bool:
+    del stamp  # a file that was written anew is looked at anew
+    return _is_gzip(head_of(path))
+
+
+def _is_gzip(head: bytes) -> bool:
+    """Whether a file that begins with `head` is gzipped, whatever its name says."""
+    try:
+        # A TFRecord file may begin with gzip's first bytes, but hardly goes on so.
+        zlib.decompressobj(wbits=31).decompress(head)
+    except zlib.error:
+        return False
+    return head[:2] == b"\x1f\x8b"
+
+
+class _Rejoined:
+    """A stream of which some bytes were read, from its beginning; not every stream can seek."""
+
+    def __init__(self, head: bytes, rest: Any) -> None:
+        self._head, self._rest = head, rest
+
+    def read(self, size: int) -> bytes:
+        piece, self._head = self._head[:size], self._head[size:]
+        return piece or self._rest.read(size)

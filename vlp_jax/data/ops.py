@@ -106,26 +106,33 @@ def _build(name: str, arguments: Mapping[str, Any]) -> Op:
 class _Fields(dict):
     """An example whose missing fields are a mistake in the config, not a KeyError."""
 
-    def __init__(self, fields: Mapping[str, Any], op: str) -> None:
+    def __init__(self, fields: Mapping[str, Any], op: str, why: Callable[[str], str]) -> None:
         super().__init__(fields)
-        self._op = op
+        self._op, self._why = op, why
 
     def __missing__(self, key: str) -> Any:
-        where = "the fields of the example"
-        raise UserError(f"data.preprocess.{self._op}: {unknown_key_message(key, self, where)}")
+        message = unknown_key_message(key, self, "the fields of the example")
+        why = self._why(key)
+        raise UserError(f"data.preprocess.{self._op}: {message}" + (f"; {why}" if why else ""))
 
 
-def apply_ops(ops: Sequence[tuple[str, Op]], example: Example, seeds: tf.Tensor) -> Example:
+def apply_ops(
+    ops: Sequence[tuple[str, Op]],
+    example: Example,
+    seeds: tf.Tensor,
+    why: Callable[[str], str] = lambda name: "",
+) -> Example:
     """Runs operations one after the other.
 
     Args:
       ops: from `build_ops`.
       example: field name -> tensor.
       seeds: int32 [len(ops), 2].
+      why: says of a field that is not there why it is not, if anything is known.
 
     Raises:
       UserError: if an operation needs a field that is not there, or not of its type.
     """
     for number, (name, op) in enumerate(ops):
-        example = op(_Fields(example, name), seeds[number])
+        example = op(_Fields(example, name, why), seeds[number])
     return dict(example)

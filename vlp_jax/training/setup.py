@@ -115,7 +115,10 @@ def make_setup(
         )
     except (ValueError, KeyError) as error:
         shapes = {name: shape for name, (shape, _) in batch_spec.items()}
-        raise UserError(f"the model does not fit the batch {shapes}: {error}") from error
+        why = str(error)
+        if isinstance(error, KeyError):
+            why = f"it has no {error}; name it by data.fields, or let data.preprocess make it"
+        raise UserError(f"the model does not fit the batch {shapes}: {why}") from error
     check_groups(config.optimizer, abstract.params)
     schedule = make_schedule(config.optimizer, units)
     return Setup(config, mesh, objective, optimizer, schedule, spec, abstract, units)

@@ -5,15 +5,18 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from vlp_jax.data.faults import EMPTY_TEXT, MISSING_FIELD, UNREADABLE
+from vlp_jax.data.faults import EMPTY_TEXT, MALFORMED_TEXT, MISSING_FIELD, UNREADABLE
 from vlp_jax.errors import UserError
 
 ID, IMAGE, CAPTIONS = "id", "image", "captions"
 INTEGER, FLOAT, TEXT, BINARY, LIST = "integer", "float", "text", "binary", "list"
+# UTF-16 without a byte order mark: of Latin letters every second byte is 0, which is valid UTF-8.
+UTF16 = re.compile("[^\0]\0[^\0]\0|\0[^\0]\0[^\0]")
 Value = int | float | str | bytes | list[Any]
 
 
@@ -27,11 +30,12 @@ class BadExample(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """What an input holds that is no example: why, and where."""
+    """An example that cannot be used: why, and where; `ends_file` if what follows is lost too."""
 
     reason: str
     where: str
     detail: str
+    ends_file: bool = False
 
     def line(self) -> str:
         return f"{self.where}: {self.detail}"
@@ -156,9 +160,12 @@ def decode_text(data: bytes, name: str) -> str:
       BadExample: if it is none.
     """
     try:
-        return data.decode("utf-8-sig")
+        text = data.decode("utf-8-sig")
     except UnicodeDecodeError:
-        raise BadExample(UNREADABLE, f"{name} is not UTF-8") from None
+        raise BadExample(MALFORMED_TEXT, f"{name} is not UTF-8") from None
+    if UTF16.match(text):
+        raise BadExample(MALFORMED_TEXT, f"{name} is UTF-16, not UTF-8")
+    return text
 
 
 def kinds_of(value: Value) -> set[str]:

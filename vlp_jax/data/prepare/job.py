@@ -219,10 +219,15 @@ def _check(summary: plan.Summary, job: Job) -> None:
             f"{count} examples have an id that another has; the first is {id!r}, in {one} and in "
             f"{other}: remove one of them from the input"
         )
-    bad = sum(count for count, _ in summary.faults.values())
+    bad = sum(count for count, _ in summary.faults.values()) + summary.lost
     total = bad + summary.examples
     if bad > job.max_bad_fraction * total or not summary.examples:
         parts = [f"{n} {reason} ({lines[0]})" for reason, (n, lines) in summary.faults.items()]
+        if summary.lost:
+            parts.append(
+                f"{summary.lost} that {len(summary.cut)} files lack which cannot be read to their "
+                "ends, if they held as many as the others on average"
+            )
         raise UserError(
             f"{bad} of {total} examples cannot be used, more than --max-bad-fraction "
             f"{job.max_bad_fraction} allows: {'; '.join(parts) or 'the input is empty'}"

@@ -36,6 +36,8 @@ class Summary:
       faults: reason -> [count, the first few as lines].
       kinds: further field -> `kinds_of` of its values.
       duplicates: (count, id, where, where) of the ids that several examples have, the first named.
+      whole: files that could be read to their ends, and examples in them, bad ones too.
+      cut: examples before the end of each other file.
       bytes: of all images.
     """
 
@@ -43,11 +45,22 @@ class Summary:
     faults: dict[str, list[Any]] = field(default_factory=dict)
     kinds: dict[str, list[str]] = field(default_factory=dict)
     duplicates: list[Any] = field(default_factory=list)
+    whole: list[int] = field(default_factory=lambda: [0, 0])
+    cut: list[int] = field(default_factory=list)
     bytes: int = 0
 
     @property
     def examples(self) -> int:
         return sum(self.buckets.values())
+
+    @property
+    def lost(self) -> int:
+        """Examples that files lack which cannot be read to their ends, besides a fault for each.
+
+        Such a file is taken to have held as many as the whole ones do on average.
+        """
+        usual = round(self.whole[1] / self.whole[0]) if self.whole[0] else 0
+        return sum(max(0, usual - read - 1) for read in self.cut)
 
     def add_fault(self, fault: Fault) -> None:
         count, lines = self.faults.get(fault.reason, [0, []])
@@ -68,6 +81,8 @@ def merge(summaries: Iterable[dict[str, Any]]) -> dict[str, Any]:
             total.faults[reason] = [before + count, sorted([*named, *lines])[:NAMED]]
         for name, kinds in part.kinds.items():
             total.kinds[name] = sorted(set(kinds).union(total.kinds.get(name, ())))
+        total.whole = [a + b for a, b in zip(total.whole, part.whole, strict=True)]
+        total.cut = sorted([*total.cut, *part.cut])
         both = sorted([d for d in (total.duplicates, part.duplicates) if d], key=lambda d: d[1:])
         total.duplicates = [sum(d[0] for d in both), *both[0][1:]] if both else []
         total.bytes += part.bytes
@@ -156,7 +171,8 @@ def _write_plan(summary: dict[str, Any], work: str) -> None:
 def look(unit: Unit, job: Pass) -> Iterator[tuple[int | None, Any]]:
     """The good examples of a unit as (bucket, line), and last (None, summary as a dict)."""
     summary = Summary()
-    count = 0
+    count = seen = 0
+    ended = False
     with _Staging(job.work, unit) as staging, ThreadPoolExecutor(os.cpu_count()) as pool:
         scanned = iter(job.input.scan(unit, job.check_images))
         while chunk := list(itertools.islice(scanned, _AT_ONCE)):
@@ -164,6 +180,8 @@ def look(unit: Unit, job: Pass) -> Iterator[tuple[int | None, Any]]:
                 lambda item: _fault(item, job.check_images), chunk
             )
             for item, fault in zip(chunk, faults, strict=True):
+                ended |= fault is not None and fault.ends_file
+                seen += fault is None or not fault.ends_file
                 if fault is not None:
                     summary.add_fault(fault)
                     continue
@@ -174,6 +192,10 @@ def look(unit: Unit, job: Pass) -> Iterator[tuple[int | None, Any]]:
                 summary.bytes += item.size
                 count += 1
                 yield int(order[:8], 16) * job.buckets >> 32, f"{order} {reference.dumps()}"
+    if ended:
+        summary.cut = [seen]
+    else:
+        summary.whole = [1, seen]
     paths.write_bytes(paths.join(job.work, "looked_at", f"{unit.number:06d}-{count}"), b"")
     yield None, vars(summary)
 

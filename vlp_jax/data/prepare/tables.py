@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from vlp_jax.data.faults import MISSING_FIELD, TRUNCATED, UNREADABLE
+from vlp_jax.data.faults import MALFORMED_TEXT, MISSING_FIELD, TRUNCATED, UNREADABLE
 from vlp_jax.data.prepare import paths
 from vlp_jax.data.prepare.examples import (
     CAPTIONS,
@@ -81,13 +81,16 @@ class ParquetInput:
             for record in _records(unit.path, list(self.columns.values())):
                 where = f"{unit.path}, row {row}"
                 try:
+                    if record is None:
+                        raise BadExample(MALFORMED_TEXT, "a string in it is not UTF-8")
                     yield self._example(record, f"{stem}#{row}", where)
                 except BadExample as bad:
                     yield Fault(bad.reason, where, bad.detail)
                 row += 1
         except (pa.ArrowException, OSError) as error:
             detail = str(error).splitlines()[0]
-            yield Fault(TRUNCATED, unit.path, f"unreadable from row {row} on: {detail}")
+            detail = f"unreadable from row {row} on: {detail}"
+            yield Fault(TRUNCATED, unit.path, detail, ends_file=True)
 
     def _example(self, record: Mapping[str, Any], id: str, where: str) -> Candidate:
         image = _get(record, self.columns[IMAGE])
@@ -105,7 +108,8 @@ class ParquetInput:
         return Candidate(id, where, None, 0, len(image), image, captions, fields)
 
 
-def _records(path: str, columns: Sequence[str]) -> Iterator[Mapping[str, Any]]:
+def _records(path: str, columns: Sequence[str]) -> Iterator[Mapping[str, Any] | None]:
+    """The rows of a file; None for a row with text that is not UTF-8."""
     import pyarrow.parquet as pq
 
     fs, inner = paths.filesystem(path)
@@ -114,7 +118,18 @@ def _records(path: str, columns: Sequence[str]) -> Iterator[Mapping[str, Any]]:
         present = set(file.schema_arrow.names)
         wanted = {name if name in present else name.split(".")[0] for name in columns}
         for batch in file.iter_batches(_ROWS, columns=sorted(wanted & present), use_threads=False):
-            yield from batch.to_pylist()
+            try:
+                yield from batch.to_pylist()
+            except UnicodeDecodeError:
+                for row in range(batch.num_rows):
+                    yield _decoded(batch.slice(row, 1))
+
+
+def _decoded(row: Any) -> Mapping[str, Any] | None:
+    try:
+        return row.to_pylist()[0]
+    except UnicodeDecodeError:
+        return None
 
 
 def _get(record: Mapping[str, Any], column: str) -> Any:
@@ -147,14 +162,22 @@ def _first_schema(files: Sequence[str]) -> list[str]:
 
 
 def _column(name: str | None, usual: Sequence[str], names: Sequence[str], field: str) -> str:
-    """The column to read: `name` if given, else the first of the `usual` ones that exists."""
-    if name is not None:
-        if name not in names and name.split(".")[0] not in names:
-            raise UserError(f"--fields {field}={name}: no such column (there are {_list(names)})")
-        return name
-    for candidate in usual:
-        if candidate in names:
+    """The column to read: `name` if given, else the first of the `usual` ones that exists.
+
+    Raises:
+      UserError: there is none, or several have its name.
+    """
+    for candidate in usual if name is None else (name,):
+        top = candidate if candidate in names else candidate.split(".")[0]
+        if names.count(top) > 1:
+            raise UserError(
+                f"--fields {field}={candidate}: {names.count(top)} columns are named {top!r}: "
+                "rename all but one"
+            )
+        if top in names:
             return candidate
+    if name is not None:
+        raise UserError(f"--fields {field}={name}: no such column (there are {_list(names)})")
     raise UserError(
         f"no column named {_list(usual)} (there are {_list(names)}): name one by --fields {field}="
     )

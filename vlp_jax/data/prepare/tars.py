@@ -6,11 +6,12 @@ import itertools
 import json
 import re
 import tarfile
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
-from vlp_jax.data.faults import MISSING_FIELD, TRUNCATED, UNREADABLE
+from vlp_jax.data.faults import AMBIGUOUS, MALFORMED_TEXT, MISSING_FIELD, TRUNCATED, UNREADABLE
 from vlp_jax.data.prepare import paths
 from vlp_jax.data.prepare.examples import (
     CAPTIONS,
@@ -25,6 +26,8 @@ from vlp_jax.data.prepare.examples import (
 )
 from vlp_jax.data.prepare.images import HEAD_BYTES
 from vlp_jax.data.prepare.inputs import Unit, listed_files, relative_stem
+from vlp_jax.data.signatures import HEAD_BYTES as SIGNATURE_BYTES
+from vlp_jax.data.signatures import kind_of, remedy
 from vlp_jax.errors import UserError
 
 SUFFIX = ".tar"
@@ -35,6 +38,7 @@ _TEXTS = ("txt", "text", "transcript", "json")
 _KEY = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)")
 _USUAL_BYTES = 65_536  # of an example, for the estimate
 _BLOCK = 512
+_APART = "its files do not stand side by side in the tar: pack it again by tar --sort=name"
 _SHOWN = 200  # examples of the first tar in which an ending that was named must occur
 
 
@@ -67,8 +71,9 @@ class TarInput:
         fs, inner = paths.filesystem(path)
         seen: set[str] = set()
         with fs.open(inner, "rb") as stream:
-            if stream.read(2) == b"\x1f\x8b":
-                raise UserError(f"{path} is compressed: unpack it with gunzip first")
+            kind = kind_of(stream.read(SIGNATURE_BYTES))
+            if command := remedy(kind, path):
+                raise UserError(f"{path} is {kind}: run {command} first")
             stream.seek(0)
             for members in itertools.islice(_groups(stream, []), _SHOWN):
                 seen.update(ending for ending in members if not ending.startswith("/"))
@@ -98,24 +103,40 @@ class TarInput:
         stem = relative_stem(unit.path, root, SUFFIX)
         fs, inner = paths.filesystem(unit.path)
         faults: list[Fault] = []
+        halves: set[str] = set()  # keys of samples that lack a file
         with fs.open(inner, "rb") as stream:
             for members in _groups(stream, faults):
                 where = f"{unit.path}, {members['/key']}"
+                # Two samples with one key are two bad examples.
+                for _ in range(members["/most"] - 1):
+                    yield Fault(AMBIGUOUS, where, "a name of its files occurs twice")
                 try:
                     found = self._example(stream, members, whole)
                 except BadExample as bad:
-                    yield Fault(bad.reason, where, bad.detail)
+                    if bad.reason == MISSING_FIELD and members["/key"] in halves:
+                        bad = BadExample(AMBIGUOUS, _APART)
+                    elif bad.reason == MISSING_FIELD:
+                        halves.add(members["/key"])
+                    yield Fault(bad.reason, where, bad.detail, bad.reason == TRUNCATED)
                     continue
                 offset, size, data, captions, fields = found
                 id = f"{stem}/{members['/key']}"
                 yield Candidate(id, where, unit.path, offset, size, data, captions, fields)
         for fault in faults:
-            yield Fault(fault.reason, unit.path, fault.detail)
+            yield Fault(fault.reason, unit.path, fault.detail, ends_file=True)
 
     def _example(self, stream: BinaryIO, members: Mapping[str, Any], whole: bool) -> tuple:
         """(offset, size, first bytes) of the image, captions and further fields."""
         if "/cut" in members:
             raise BadExample(TRUNCATED, "the tar ends within it")
+        if members["/most"] > 1:
+            raise BadExample(AMBIGUOUS, "a name of its files occurs twice")
+        images = [e for e in self.members[IMAGE].split(",") if e in members]
+        if len(images) > 1 and self.members[IMAGE] == DEFAULTS[IMAGE]:
+            listed = ", ".join(images)
+            raise BadExample(
+                AMBIGUOUS, f"images of several endings ({listed}): name one by --fields"
+            )
         _, (offset, size) = _first(members, self.members[IMAGE], IMAGE)
         captions = clean_captions(_value(stream, members, self.members[CAPTIONS], CAPTIONS))
         fields: dict[str, Value] = {}
@@ -126,7 +147,9 @@ class TarInput:
 
 
 def _groups(stream: BinaryIO, faults: list[Fault]) -> Iterator[dict[str, Any]]:
-    """Neighbours with one key as {ending: (offset, size), "/key": key}.
+    """Neighbours with one key as {ending: (offset, size), "/key": key, "/most": number}.
+
+    "/most" is how often an ending occurs; above 1, several samples have the key.
 
     A tar that is cut off or damaged ends there: a fault is added, and the example within which it
     was cut, if that is known, has an entry "/cut".
@@ -134,6 +157,7 @@ def _groups(stream: BinaryIO, faults: list[Fault]) -> Iterator[dict[str, Any]]:
     size = stream.seek(0, 2)
     stream.seek(0)
     group: dict[str, Any] = {}
+    counts: Counter[str] = Counter()
     end = 0
     damage: str | None = None
     try:
@@ -147,7 +171,9 @@ def _groups(stream: BinaryIO, faults: list[Fault]) -> Iterator[dict[str, Any]]:
             if found[1] != group.get("/key"):
                 if group:
                     yield group
-                group = {"/key": found[1]}
+                group, counts = {"/key": found[1], "/most": 1}, Counter()
+            counts[found[2].lower()] += 1
+            group["/most"] = max(group["/most"], counts[found[2].lower()])
             group[found[2].lower()] = (info.offset_data, info.size)
             if end > size:
                 group["/cut"] = True
@@ -157,6 +183,9 @@ def _groups(stream: BinaryIO, faults: list[Fault]) -> Iterator[dict[str, Any]]:
             damage = f"no end of archive at byte {position} of {size}"
     except tarfile.TarError as error:
         damage = f"{error} after byte {end} of {size}"
+        stream.seek(0)
+        kind = "" if end else kind_of(stream.read(SIGNATURE_BYTES))
+        damage = f"it is {kind}" if kind not in ("", "a tar") else damage
     if group:
         yield group
     if damage is not None and "/cut" not in group:
@@ -194,7 +223,9 @@ def _value(stream: BinaryIO, members: Mapping[str, Any], wanted: str, name: str)
 
 def _json(data: bytes) -> Any:
     try:
-        return json.loads(decode_text(data, ".json"))
+        return json.loads(data)
+    except UnicodeDecodeError:
+        raise BadExample(MALFORMED_TEXT, ".json is not UTF-8") from None
     except json.JSONDecodeError as error:
         raise BadExample(UNREADABLE, f"malformed .json: {error.msg}") from None
 

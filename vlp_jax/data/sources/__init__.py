@@ -72,7 +72,7 @@ def build_source(config: Mapping[str, Any]) -> Source:
     source = cls(**keys)
     names = config.get("fields")
     if names is None and name in FOREIGN_NAMES:
-        names = usual_names(source.fields(), others=getattr(source, "fields_are_declared", False))
+        names = usual_names(source, others=getattr(source, "fields_are_declared", False))
     return select(rename(source, names), config.get("where"), config.get("limit"))
 
 
@@ -136,6 +136,9 @@ class Subset(Source):
 
     def fields(self) -> Mapping[str, FieldSpec]:
         return self.source.fields()
+
+    def look_for(self, name: str) -> str:
+        return self.source.look_for(name)
 
     def record_fields(self) -> Mapping[str, FieldSpec]:
         return self.source.record_fields()

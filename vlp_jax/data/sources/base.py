@@ -76,6 +76,18 @@ class Source(Protocol):
         """The fields of an example. Encoded images and text are byte strings."""
         ...
 
+    def look_for(self, name: str) -> str:
+        """Told that a config names the field `name`, which `fields` may lack.
+
+        A source that knows its fields from its first records looks into more of them, and adds the
+        field to `fields` if it is there.
+
+        Returns:
+          why there is no such field, where the source knows more than that.
+        """
+        del name
+        return ""
+
     def record_fields(self) -> Mapping[str, FieldSpec]:
         """The fields of a record, as `fetch` returns them, without the leading dimension."""
         ...

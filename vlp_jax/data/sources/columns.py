@@ -76,11 +76,19 @@ def column(source: Source, name: str, ends: Sequence[int]) -> np.ndarray:
 
 
 def fitting(value: Any, spec: FieldSpec) -> Any:
-    """`value` as a field of `spec` holds it; None if it is of another type or too large."""
+    """`value` as a field of `spec` holds it; None if it is of another type or too large.
+
+    One text fits a list of texts.
+    """
     if spec.shape:
-        if not isinstance(value, list):
+        items = value if isinstance(value, list) else [value]
+        if value is None or (items is not value and not isinstance(value, str | bytes)):
             return None
-        return [str(item).encode("utf-8", "replace") for item in value if item is not None]
+        return [
+            item if isinstance(item, bytes) else str(item).encode("utf-8", "replace")
+            for item in items
+            if item is not None
+        ]
     if spec.is_string:
         if isinstance(value, str):
             return value.encode("utf-8", "replace")

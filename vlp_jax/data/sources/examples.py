@@ -14,7 +14,7 @@ from vlp_jax.data.lazy_tensorflow import import_tensorflow
 from vlp_jax.data.sources.base import STRING, Blocks, FieldSpec, Source
 from vlp_jax.data.sources.manifest import find_pieces
 from vlp_jax.data.sources.records import ArrayRecordFiles, RecordFiles, TFRecordFiles
-from vlp_jax.errors import UserError
+from vlp_jax.errors import UserError, unknown_key_message
 
 if TYPE_CHECKING:
     import tensorflow as tf
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 DTYPES = {"bytes": np.dtype(object), "int64": np.dtype(np.int64), "float32": np.dtype(np.float32)}
 BLOCK, WINDOW = 256, 4  # records of one file that are read together, and such blocks at a time
 _LOOKED_AT = 20  # records that are looked at to see which features there are
+_FURTHER = 1024  # of all records, where a config names a feature that the first ones lack
 _COLUMN_CHUNK = 1024
 
 
@@ -50,7 +51,7 @@ class TFRecordSource(Source):
     cache_gib: float = 64.0
 
     kind: ClassVar[str] = "tfrecord"
-    suffix: ClassVar[str] = ".tfrecord"
+    suffix: ClassVar[tuple[str, ...]] = (".tfrecord", ".tfrecord.gz")
     reader: ClassVar[type] = TFRecordFiles
 
     def __post_init__(self) -> None:
@@ -78,11 +79,35 @@ class TFRecordSource(Source):
         """Whether a manifest or the config says which features there are."""
         return self.features is not None or self._found[1] is not None
 
+    def look_for(self, name: str) -> str:
+        if name in self._features or self.fields_are_declared:
+            return ""
+        shards = self._files.shards
+        count = len(self) if shards.in_place else shards.pieces[0].count
+        indices = np.arange(0, count, -(-count // _FURTHER))
+        found = self._features_of(indices)
+        if name in found:
+            self._features[name] = found[name]
+            return ""
+        looked_at = f"the {len(indices):,} records that were looked at"
+        unknown = unknown_key_message(name, {**self._features, **found}, looked_at)
+        return f"{unknown}, or name all by data.features"
+
     def _seen_features(self) -> dict[str, FieldSpec]:
-        """The features of the first examples; one that ever has several values is a list."""
-        tf = import_tensorflow()
+        """The features of the first examples; `look_for` adds those of others."""
         count = min(_LOOKED_AT, len(self))
-        records, bad = self._files.read(np.arange(count))
+        found = self._features_of(np.arange(count))
+        if not found:
+            raise UserError(
+                f"data.path={self.path!r}: none of the first {count} records can be read as a "
+                "tf.train.Example; name their features by data.features"
+            )
+        return found
+
+    def _features_of(self, indices: np.ndarray) -> dict[str, FieldSpec]:
+        """The features of some examples; one that ever has several values is a list."""
+        tf = import_tensorflow()
+        records, bad = self._files.read(indices)
         found: dict[str, FieldSpec] = {}
         for record in records[bad == b""]:
             try:
@@ -95,11 +120,6 @@ class TFRecordSource(Source):
                 spec = _spec_of(feature)
                 if spec is not None and (name not in found or spec.shape):
                     found[name] = spec
-        if not found:
-            raise UserError(
-                f"data.path={self.path!r}: none of the first {count} records can be read as a "
-                "tf.train.Example; name their features by data.features"
-            )
         return found
 
     def __len__(self) -> int:
@@ -164,7 +184,7 @@ class ArrayRecordSource(TFRecordSource):
     """tf.train.Example records in ArrayRecord files; see `TFRecordSource`."""
 
     kind: ClassVar[str] = "array_record"
-    suffix: ClassVar[str] = ".array_record"
+    suffix: ClassVar[tuple[str, ...]] = (".array_record",)
     reader: ClassVar[type] = ArrayRecordFiles
 
     def blocks(self) -> Blocks | None:

@@ -30,13 +30,13 @@ class Manifest:
 
 
 def find_pieces(
-    path: str | Sequence[str], suffix: str, kind: str
+    path: str | Sequence[str], suffix: str | tuple[str, ...], kind: str
 ) -> tuple[list[Piece], Manifest | None]:
     """The files that a config's `path` names, with their counts where a manifest says them.
 
     Args:
       path: as `files.expand` takes it, or a manifest.
-      suffix: of the files in a folder.
+      suffix: of the files in a folder, or several.
       kind: the format that a manifest must name.
 
     Raises:

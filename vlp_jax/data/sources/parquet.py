@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -14,9 +14,16 @@ import numpy as np
 from vlp_jax.data import faults
 from vlp_jax.data.files import retrying
 from vlp_jax.data.sources import columns
-from vlp_jax.data.sources.base import STRING, STRINGS, Blocks, FieldSpec, Source
+from vlp_jax.data.sources.base import Blocks, FieldSpec, Source
 from vlp_jax.data.sources.manifest import find_pieces
-from vlp_jax.data.sources.records import empty_strings, file_fault
+from vlp_jax.data.sources.parquet_columns import (
+    column_read,
+    columns_of,
+    leaves,
+    spec_of,
+    why_not,
+)
+from vlp_jax.data.sources.records import empty_strings
 from vlp_jax.data.sources.shards import TRUNCATED, Index, Shards, group_by_piece
 from vlp_jax.errors import UserError
 
@@ -27,7 +34,6 @@ if TYPE_CHECKING:
 MIB = 2**20
 _LOOKED_AT = 20  # files whose row groups are taken for typical
 WINDOW = 1  # row groups that are open at a time in a lane
-_INT = FieldSpec((), np.dtype(np.int64))
 
 
 @dataclass(frozen=True)
@@ -35,8 +41,9 @@ class ParquetSource(Source):
     """Rows of Parquet files.
 
     The fields are the columns under their own names: text, whole numbers, floats, bytes, lists of
-    text, and images, which are bytes or a struct with `bytes` in it. Columns of other types are
-    left out.
+    text, and images, which are bytes or a struct with `bytes` in it. What a struct holds is named
+    by dots ("meta.caption"). Columns of other types, and those whose name occurs twice, are left
+    out.
 
     A row group is read whole and kept until the memory of `cache_mib` is needed for others. A run
     reads `data.lanes` row groups of each `data.window` at a time.
@@ -72,20 +79,49 @@ class ParquetSource(Source):
 
     @cached_property
     def _schema(self) -> pa.Schema:
+        """The first file's; a column that is null in all of it has the type it has elsewhere."""
+        import pyarrow as pa
+
+        pieces = range(len(self._shards.pieces))
+        schema = next(schema for schema, _ in self._schemas(pieces))
+        for number, field in enumerate(schema):
+            if pa.types.is_null(field.type):
+                others = self._schemas(self._shards.near(_LOOKED_AT))
+                found = (columns_of(other).get(field.name, field.type) for other, _ in others)
+                kind = next((kind for kind in found if kind != field.type), field.type)
+                schema = schema.set(number, field.with_type(kind))
+        return schema
+
+    def _schemas(self, pieces: Iterable[int]) -> Iterator[tuple[pa.Schema, str]]:
+        """The schema and the path of each file that can be read."""
         import pyarrow.parquet as pq
 
-        for piece in range(len(self._shards.pieces)):
+        for piece in pieces:
             if not self._shards.index(piece)["fault"].any():
-                return pq.read_schema(self._shards.local(piece))
-        raise UserError(f"data.path={self.path!r}: no file can be read as Parquet")
+                yield pq.read_schema(self._shards.local(piece)), self._shards.pieces[piece].path
 
     @cached_property
     def _fields(self) -> dict[str, FieldSpec]:
-        found = {field.name: _spec_of(field.type) for field in self._schema}
+        """The columns of the first file; `look_for` adds those of others, and parts of structs."""
+        kinds = columns_of(self._schema)
+        found = {name: spec_of(kinds[name]) for name in self._schema.names if name in kinds}
         fields = {name: spec for name, spec in found.items() if spec is not None}
         if not fields:
             raise UserError(f"data.path={self.path!r}: no column has a type that can be used")
         return fields
+
+    def look_for(self, name: str) -> str:
+        if name in self._fields:
+            return ""
+        why = ""
+        for schema, path in self._schemas(self._shards.near(_LOOKED_AT)):
+            kind = columns_of(schema).get(name)
+            spec = None if kind is None else spec_of(kind)
+            if spec is not None:
+                self._fields[name] = spec
+                return ""
+            why = why or why_not(name, kind, schema, path)
+        return why
 
     def __len__(self) -> int:
         return len(self._shards)
@@ -107,7 +143,7 @@ class ParquetSource(Source):
         for piece, chosen in group_by_piece(pieces):
             index = self._shards.index(piece)
             if index["fault"].any():
-                found[chosen] = file_fault(TRUNCATED)
+                found[chosen] = self._shards.fault(piece, 0)
                 continue
             groups = np.searchsorted(index["group_end"], places[chosen], side="right")
             for group, inside in group_by_piece(groups):
@@ -136,7 +172,9 @@ class ParquetSource(Source):
 
             try:
                 with pq.ParquetFile(self._shards.local(piece)) as file:
-                    return file.read_row_group(group, columns=list(wanted))
+                    needed = [column_read(name, file.schema_arrow) for name in wanted]
+                    table = file.read_row_group(group, columns=needed)
+                return pa.table(leaves(table, wanted))
             except OSError as error:
                 if error.errno is None:  # Arrow's own, of bytes that make no sense
                     raise pa.ArrowInvalid(str(error)) from error
@@ -150,11 +188,12 @@ class ParquetSource(Source):
             return
         for name, values in rows.items():
             if name not in table.column_names:
-                found[numbers] = faults.marked(faults.MISSING_FIELD, f"the file has no {name!r}")
+                detail = f"the file has no column {name!r}, or two of that name"
+                found[numbers] = faults.marked(faults.MISSING_FIELD, detail)
                 continue
             column, spec = table.column(name), self._fields[name]
             for number, place in zip(numbers.tolist(), places.tolist(), strict=True):
-                values[number] = _value_of(column[place], spec)
+                values[number] = columns.fitting(column[place].as_py(), spec)
                 if values[number] is None:
                     found[number] = faults.marked(faults.MISSING_FIELD, f"it has no {name!r}")
 
@@ -262,34 +301,3 @@ def index_parquet(path: str) -> Index:
         "group_end": np.cumsum(sizes),
         "fault": np.zeros(about.num_rows, np.uint8),
     }
-
-
-def _spec_of(kind: pa.DataType) -> FieldSpec | None:
-    from pyarrow import types
-
-    if types.is_dictionary(kind):
-        kind = kind.value_type
-
-    def is_text(t: pa.DataType) -> bool:
-        return types.is_string(t) or types.is_large_string(t) or types.is_string_view(t)
-
-    def is_bytes(t: pa.DataType) -> bool:
-        return types.is_binary(t) or types.is_large_binary(t) or types.is_binary_view(t)
-
-    if is_text(kind) or is_bytes(kind):
-        return STRING
-    if types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
-        return STRING
-    if types.is_integer(kind) or types.is_boolean(kind):
-        return _INT
-    if types.is_floating(kind):
-        return FieldSpec((), np.dtype(np.float32))
-    if (types.is_list(kind) or types.is_large_list(kind)) and is_text(kind.value_type):
-        return STRINGS
-    return None
-
-
-def _value_of(scalar: pa.Scalar, spec: FieldSpec) -> Any:
-    """A cell as the source gives it; None for null, or what does not fit."""
-    value = scalar.as_py()
-    return columns.fitting(value["bytes"] if isinstance(value, dict) else value, spec)

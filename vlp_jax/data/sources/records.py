@@ -16,7 +16,6 @@ from vlp_jax.data import faults
 from vlp_jax.data.files import retrying
 from vlp_jax.data.sources.shards import (
     DAMAGED,
-    OK,
     TRUNCATED,
     Index,
     Piece,
@@ -27,6 +26,9 @@ from vlp_jax.data.sources.shards import (
 # length, masked CRC of the length; the data; masked CRC of the data (tensorflow/core/lib/io,
 # record_writer.h and crc32c.h)
 _HEADER, _FOOTER = struct.Struct("<QI"), struct.Struct("<I")
+# In the last block of a whole ArrayRecord file (google/array_record, cpp/array_record_writer.cc and
+# layout.proto, RiegeliPostscript.magic, as a varint).
+_POSTSCRIPT, _POSTSCRIPT_BYTES = bytes.fromhex("dec0ebfe84cec3c971"), 1 << 16
 _READERS = 256  # ArrayRecord files kept open
 
 
@@ -55,11 +57,11 @@ class TFRecordFiles:
         pieces, rows = self.shards.locate(indices)
         for piece, places in group_by_piece(pieces):
             index = self.shards.index(piece)
-            offsets, lengths, faulty = index["offset"], index["length"], index["fault"]
+            offsets, lengths = index["offset"], index["length"]
             for place in places:
-                row = rows[place]
-                if row >= len(faulty) or faulty[row]:
-                    found[place] = file_fault(faulty[row] if row < len(faulty) else TRUNCATED)
+                row = int(rows[place])
+                found[place] = self.shards.fault(piece, row)
+                if found[place]:
                     continue
                 length = int(lengths[row])
                 raw = self.shards.read(piece, int(offsets[row]), length + _FOOTER.size)
@@ -103,11 +105,9 @@ class ArrayRecordFiles:
         try:
             records[place] = _read(self._reader(self.shards.local(piece)), [row])[0]
         except _ARRAY_RECORD_DAMAGE as error:
-            index = self.shards.index(piece)["fault"]
-            broken = row >= len(index) or index[row]
-            reason = faults.TRUNCATED if broken else faults.UNREADABLE
             detail = (str(error).splitlines() or ["it cannot be read"])[0]
-            found[place] = faults.marked(reason, detail)
+            unreadable = faults.marked(faults.UNREADABLE, detail)
+            found[place] = self.shards.fault(piece, row) or unreadable
 
     def _reader(self, file: str) -> Any:
         with self._lock:
@@ -140,12 +140,15 @@ def _open_array_record(file: str) -> Any:
 def index_array_record(path: str) -> Index:
     """The number of records of an ArrayRecord file; one that is damaged, if it cannot be opened."""
     with open(path, "rb") as file:
-        file.read(1)  # what fails here is the disk, not the format
+        size = file.seek(0, os.SEEK_END)  # what fails here is the disk, not the format
+        file.seek(max(0, size - _POSTSCRIPT_BYTES))
+        whole = _POSTSCRIPT in file.read()
     try:
-        count = _open_array_record(path).num_records()
+        # Of a file that is cut short, or of another format, the library says that it has no record.
+        count = _open_array_record(path).num_records() if whole else 0
     except _ARRAY_RECORD_DAMAGE:
-        return {"fault": np.array([TRUNCATED], np.uint8)}
-    return {"fault": np.zeros(count, np.uint8)}
+        whole, count = False, 0
+    return {"fault": np.zeros(count, np.uint8) if whole else np.array([TRUNCATED], np.uint8)}
 
 
 def index_tfrecord(path: str) -> Index:
@@ -197,12 +200,3 @@ def empty_strings(count: int) -> np.ndarray:
     array = np.empty(count, object)
     array[:] = b""
     return array
-
-
-def file_fault(fault: int) -> bytes:
-    """What an index's column "fault" says of a record, as a source puts it; empty if nothing."""
-    if fault == OK:
-        return b""
-    if fault == TRUNCATED:
-        return faults.marked(faults.TRUNCATED, "the file ends within this record")
-    return faults.marked(faults.UNREADABLE, "the length of this record is damaged")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,7 @@ USUAL = {
 }
 
 
-def usual_names(known: Iterable[str], others: bool) -> dict[str, str]:
+def usual_names(source: Source, others: bool) -> dict[str, str]:
     """Name in an example -> name in the source, of the usual fields that there are.
 
     Args:
@@ -31,7 +31,7 @@ def usual_names(known: Iterable[str], others: bool) -> dict[str, str]:
     Raises:
       UserError: there is none; it says which fields there are.
     """
-    known = list(known)
+    known = list(source.fields())
     chosen = {}
     for ours, usual in USUAL.items():
         present = [name for name in usual if name in known]
@@ -39,7 +39,8 @@ def usual_names(known: Iterable[str], others: bool) -> dict[str, str]:
             chosen[ours] = present[0]
     if not chosen:
         listed = ", ".join(sorted(known))
-        raise UserError(f"none of the data's fields has a usual name ({listed}): set data.fields")
+        why = next(filter(None, map(source.look_for, ("image", "text"))), "set data.fields")
+        raise UserError(f"none of the data's fields has a usual name ({listed}): {why}")
     left = set(known) - set(chosen) - set(chosen.values()) if others else ()
     return {**chosen, **{name: name for name in known if name in left}}
 
@@ -55,13 +56,15 @@ def rename(source: Source, names: Mapping[str, str] | None) -> Source:
     """
     if names is None:
         return source
-    names, known = as_plain(names), source.fields()
+    names = as_plain(names)
     if not isinstance(names, Mapping) or not names:
         raise UserError(f"data.fields={names!r} must say which field of an example is which")
     for ours, theirs in names.items():
-        if theirs not in known:
+        why = source.look_for(str(theirs))
+        if theirs not in source.fields():
             where = f"the data's fields (data.fields.{ours})"
-            raise UserError(unknown_key_message(str(theirs), known, where))
+            unknown = unknown_key_message(str(theirs), source.fields(), where)
+            raise UserError(f"data.fields.{ours}={theirs!r}: {why}" if why else unknown)
     return Renamed(source, dict(names))
 
 
@@ -86,6 +89,9 @@ class Renamed(Source):
 
     def record_fields(self) -> Mapping[str, FieldSpec]:
         return self.source.record_fields()
+
+    def look_for(self, name: str) -> str:
+        return self.source.look_for(self.names.get(name, name))
 
     def _theirs(self, names: Sequence[str] | None) -> list[str]:
         wanted = self.names if names is None else names

@@ -4,6 +4,9 @@ An index of a file says where its records are. It is made by a walk through the 
 dataset is opened, and kept in the cache folder under the file's name, size and time, so that it is
 made once. Where the number of a file's records is known from elsewhere (a manifest, img2dataset's
 statistics), the walk waits until the file is read.
+
+A file that cannot be read to its end has lost examples of which nothing is known. It is taken to
+hold as many as the whole files do on average, so that the share of bad examples tells the loss.
 """
 
 from __future__ import annotations
@@ -26,21 +29,41 @@ from pathlib import Path
 
 import numpy as np
 
-from vlp_jax.data import files
+from vlp_jax.data import faults, files
 from vlp_jax.data.local_copies import LocalCopies, default_cache_dir, writing
+from vlp_jax.data.signatures import GZIP, kind_of, remedy
 from vlp_jax.errors import UserError
 
 Index = Mapping[str, np.ndarray]
 
 # Values of an index's column "fault".
-OK, TRUNCATED, DAMAGED = 0, 1, 2
-_INDEX_VERSION = "1"
+OK, TRUNCATED, DAMAGED, TWICE, APART, SPARSE = range(6)
+# What they mean for a record: a reason, and a detail.
+_DETAILS = {
+    TRUNCATED: (faults.TRUNCATED, "the file ends within this record"),
+    DAMAGED: (faults.UNREADABLE, "its header is damaged, and what follows in the file is lost"),
+    TWICE: (
+        faults.AMBIGUOUS,
+        "a name of its files occurs twice, in upper or lower case: give every sample its own key",
+    ),
+    APART: (
+        faults.AMBIGUOUS,
+        "its files do not stand side by side in the tar: pack the folder again by tar --sort=name",
+    ),
+    SPARSE: (faults.UNREADABLE, "a file of it is sparse: pack the tar without --sparse"),
+}
+_KINDS = {"tar": "a tar", "parquet": "a Parquet file"}  # sort of an index -> kind of its files
+_INDEX_VERSION = "2"
+# How far a file can be read; in the names of kept indexes. A tar has a mark at its end that not
+# every writer makes: where others have it, a file without is cut.
+_WHOLE, _UNMARKED, _CUT = "whole", "unmarked", "cut"
 _LOADED_INDEXES = 256
 _THREADS = 16
 _DOWNLOADS = 4  # at a time, ahead of their use
 _PARSER = threading.Lock()
 _log = logging.getLogger("vlp_jax.data")
 GIB = 2**30
+_MARKED = np.ones(1, bool)  # of formats without a mark at a file's end
 
 
 @dataclass(frozen=True)
@@ -78,13 +101,15 @@ class Shards:
           cache_gib: room for the copies.
 
         Raises:
-          UserError: for a file that cannot be read, or if there is no record at all.
+          UserError: for a file that cannot be read or is compressed otherwise than by gzip, or if
+            nothing of any file can be read.
         """
         folder = Path(cache_dir).expanduser() if cache_dir else default_cache_dir()
         self.copies = LocalCopies(folder / "copies", int(cache_gib * GIB))
         self._kind, self._make_index, self._index_folder = kind, make_index, folder / "index"
         self._downloads = _Downloads(self.copies)
         self._load = lru_cache(_LOADED_INDEXES)(self._load_index)
+        self._lost: dict[str, str] = {}  # path -> why nothing of the file can be read
         self.pieces = self._counted(pieces)
         counts = np.array([piece.count for piece in self.pieces], np.int64)
         self._ends = np.cumsum(counts)
@@ -97,15 +122,18 @@ class Shards:
     def _counted(self, pieces: Sequence[Piece]) -> list[Piece]:
         from tqdm import tqdm
 
-        def counted(piece: Piece) -> Piece:
+        def counted(piece: Piece) -> tuple[Piece, str]:
+            """A piece with its count, and how far its file can be read."""
             if piece.count is not None:
-                return piece
+                return piece, _WHOLE
             known = None if files.is_local(piece.path) else _img2dataset_count(piece.path)
+            state = _WHOLE
             if known is None:
-                known = kept.get(self._index_name(piece.path))
+                known, state = kept.get(self._index_name(piece.path), (None, _WHOLE))
             if known is None:
-                known = len(self._load_index(piece.path)["fault"])
-            return Piece(piece.path, piece.skip, known - piece.skip)
+                index = self._load_index(piece.path)
+                known, state = len(index["fault"]), _state(index)
+            return Piece(piece.path, piece.skip, known - piece.skip), state
 
         kept = self._kept_counts()
         unknown = sum(piece.count is None for piece in pieces)
@@ -114,13 +142,47 @@ class Shards:
             bar = tqdm(
                 done, "look through shards", len(pieces), delay=3, leave=False, disable=not unknown
             )
-            return [piece for piece in bar if piece.count]
+            return self._with_losses(list(bar))
 
-    def _kept_counts(self) -> dict[str, int]:
-        """Records by the name of an index, which is in the names of the kept files."""
+    def _with_losses(self, counted: Sequence[tuple[Piece, str]]) -> list[Piece]:
+        """The pieces that hold anything; those that are cut with what they are taken to have held.
+
+        Raises:
+          UserError: nothing of any file can be read.
+        """
+        if counted and all(piece.path in self._lost for piece, _ in counted):
+            path, why = counted[0][0].path, self._lost[counted[0][0].path]
+            raise UserError(f"data.path: none of {len(counted)} files can be read: {path} is {why}")
+        states = {state for _, state in counted}
+        sound = (_WHOLE,) if _WHOLE in states else (_UNMARKED,)
+        whole = [piece.count for piece, state in counted if state in sound and piece.count]
+        usual = round(sum(whole) / len(whole)) if whole else 0
+        pieces = [
+            piece if state in sound else Piece(piece.path, piece.skip, max(piece.count, usual))
+            for piece, state in counted
+        ]
+        cut = [piece.path for piece, state in counted if state not in sound]
+        if cut:
+            _log.warning(
+                "%d of %d files cannot be read to their end, the first is %s: what they lack of %d "
+                "examples, the average of the others, counts as bad examples",
+                *(len(cut), len(counted), cut[0], usual),
+            )
+        empty = [piece.path for piece in pieces if not piece.count]
+        if empty:
+            _log.warning("%d of %d files hold no example, the first is %s",
+                         len(empty), len(counted), empty[0])  # fmt: skip
+        return [piece for piece in pieces if piece.count]
+
+    def _kept_counts(self) -> dict[str, tuple[int, str]]:
+        """Name of an index -> records, and how far the file can be read."""
         names = self._index_folder.glob("*.npz") if self._index_folder.is_dir() else ()
         parts = (file.name.split(".") for file in names)
-        return {name[0]: int(name[1]) for name in parts if len(name) == 3 and name[1].isdigit()}
+        return {
+            name[0]: (int(name[1]), name[2])
+            for name in parts
+            if len(name) == 4 and name[1].isdigit()
+        }
 
     def __len__(self) -> int:
         return int(self._ends[-1]) if len(self._ends) else 0
@@ -153,6 +215,27 @@ class Shards:
         """The index of the file of a piece."""
         return self._load(self.pieces[piece].path)
 
+    def fault(self, piece: int, record: int) -> bytes:
+        """Why a record cannot be used, as a source says it; empty if nothing is wrong with it."""
+        path, index = self.pieces[piece].path, self.index(piece)["fault"]
+        # More records than an index has: what a cut file is taken to have held.
+        fault = int(index[record]) if record < len(index) else TRUNCATED
+        if fault == OK:
+            return b""
+        if path in self._lost:
+            return faults.marked(
+                faults.TRUNCATED, f"nothing of it can be read: it is {self._lost[path]}"
+            )
+        if record >= len(index):
+            detail = f"the file ends after {len(index)} records, and others hold more"
+            return faults.marked(faults.TRUNCATED, detail)
+        return faults.marked(*_DETAILS[fault])
+
+    def near(self, most: int) -> list[int]:
+        """Some pieces, over all of them, that can be read without a copy; else the first."""
+        pieces = [n for n, piece in enumerate(self.pieces) if self.copies.in_place(piece.path)]
+        return pieces[:: -(-len(pieces) // most) or 1] or [0]
+
     def local(self, piece: int) -> str:
         """The local file that holds what a piece does."""
         return self.copies.get(self.pieces[piece].path)
@@ -184,22 +267,47 @@ class Shards:
             except (OSError, EOFError, ValueError, zipfile.BadZipFile):
                 kept.unlink(missing_ok=True)  # cut off by a power failure, or not ours
         index = files.retrying(path, lambda: self._make_index(self.copies.get(path)))
-        count = len(index["fault"])
-        if count == 1 and index["fault"][0]:
-            _log.warning("%s: nothing of it can be read; it counts as one bad example", path)
+        count, state = len(index["fault"]), _state(index)
+        if count == 1 and state == _CUT:
+            self._note_lost(path)
             return index
         with writing(self._index_folder):
             self._index_folder.mkdir(parents=True, exist_ok=True)
             unfinished = self._index_folder / f"{name}.{uuid.uuid4().hex}"
             with open(unfinished, "wb") as stream:
                 np.savez(stream, **index)
-            unfinished.replace(self._index_folder / f"{name}.{count}.npz")
+            unfinished.replace(self._index_folder / f"{name}.{count}.{state}.npz")
         return index
+
+    def _note_lost(self, path: str) -> None:
+        """Notes a file of which nothing can be read, and what it is instead.
+
+        Raises:
+          UserError: it is compressed so that it cannot be read.
+        """
+        # The file itself, not what came of it when it was uncompressed.
+        kind = kind_of(files.head_of(path)) or f"no {self._kind} file, or a damaged one"
+        command = remedy(kind, path)
+        if command and kind != GZIP:
+            raise UserError(f"{path} is {kind}, which is not read: make a file of it by {command}")
+        if kind in (GZIP, _KINDS.get(self._kind)):
+            kind = f"{kind}, but cut short or damaged"
+        if path not in self._lost:
+            _log.warning("%s: nothing of it can be read: it is %s", path, kind)
+        self._lost[path] = kind
 
     def _index_name(self, path: str) -> str:
         stamp = files.retrying(path, lambda: files.stamp_of(path))
         key = f"{_INDEX_VERSION}:{self._kind}:{path}:{stamp}"
         return hashlib.sha256(key.encode()).hexdigest()[:32]
+
+
+def _state(index: Index) -> str:
+    """How far a file can be read; a fault that ends it is its last record's."""
+    fault = index["fault"]
+    if len(fault) and fault[-1] in (TRUNCATED, DAMAGED):
+        return _CUT
+    return _WHOLE if index.get("end_mark", _MARKED).all() else _UNMARKED
 
 
 class _Downloads:

@@ -8,21 +8,32 @@ is that of POSIX.1-1988 (ustar) with GNU's and pax's long names.
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from vlp_jax.data.sources.shards import DAMAGED, OK, TRUNCATED, Index
+from vlp_jax.data.sources.shards import (
+    APART,
+    DAMAGED,
+    OK,
+    SPARSE,
+    TRUNCATED,
+    TWICE,
+    Index,
+)
 
 _BLOCK = 512
+_RECORD = 20 * _BLOCK  # tar fills an archive up with zeros to a multiple of it
+_PIECE = 1 << 20
 _REGULAR = (b"0", b"\0", b"7")
-_PAX, _PAX_GLOBAL, _GNU_NAME, _GNU_LINK = b"x", b"g", b"L", b"K"
+_PAX, _PAX_GLOBAL, _GNU_NAME, _GNU_LINK, _GNU_SPARSE = b"x", b"g", b"L", b"K", b"S"
 
 
 @dataclass(frozen=True)
 class Member:
-    """A file of an archive: its name, and where its bytes are. A fault ends the archive."""
+    """A file of an archive: its name, and where its bytes are; without a name, only a fault."""
 
     name: str
     offset: int
@@ -30,45 +41,98 @@ class Member:
     fault: int = OK
 
 
+@dataclass
+class _Sample:
+    """A run of files with one key.
+
+    Attributes:
+      files: (extension, offset, size) of each.
+      counts: how often each extension occurs.
+    """
+
+    key: str
+    fault: int = OK
+    files: list[tuple[str, int, int]] = field(default_factory=list)
+    counts: Counter[str] = field(default_factory=Counter)
+
+    def add(self, extension: str, member: Member) -> None:
+        self.files.append((extension, member.offset, member.size))
+        self.counts[extension] += 1
+        if not self.fault and self.counts[extension] > 1:
+            self.fault = TWICE
+        self.fault = member.fault or self.fault
+
+    def rows(self) -> list[_Sample]:
+        """Itself, and before it a bad sample for every further one that must have had its key."""
+        most = max(self.counts.values(), default=1)
+        return [*(_Sample(self.key, TWICE) for _ in range(most - 1)), self]
+
+
 def index_tar(path: str) -> Index:
     """The samples of a local, uncompressed tar file.
 
     Returns:
-      key (byte strings [samples]), extension ([extensions]), offset and size (int64 [samples,
-      extensions], size -1 where a sample lacks it) and fault (uint8 [samples]). A sample that the
-      archive's end cuts, or that stands where a header is damaged, is the last.
+      fault (uint8 [samples]); key, their keys one after another as bytes, and key_end (int64
+      [samples]), where each ends; file_end (int64 [samples]), where the files of each end;
+      extension and extension_end, as those of the keys, offset and size (int64), all [files];
+      end_mark (bool [1]), whether the archive's end is there. A sample that the archive's end
+      cuts, or that stands where a header is damaged, is the last. Samples of one key side by side,
+      and those whose files lie apart, have a fault.
     """
-    keys: list[str] = []
-    faults: list[int] = []
-    columns: dict[str, int] = {}
-    places: list[tuple[int, int, int, int]] = []  # sample, extension, offset, size
+    samples: list[_Sample] = []
     for member in members(path):
         key, extension = split_name(member.name)
         if member.fault and not member.name:
             # A damaged header hides whose it was: of the sample before, or of another.
-            keys.append(f"{keys[-1] if keys else ''}?")
-            faults.append(member.fault)
+            samples.append(_Sample(f"{samples[-1].key if samples else ''}?", member.fault))
             break
         if not extension:
             continue
-        if not keys or keys[-1] != key:
-            keys.append(key)
-            faults.append(OK)
-        faults[-1] = faults[-1] or member.fault
-        column = columns.setdefault(extension, len(columns))
-        places.append((len(keys) - 1, column, member.offset, member.size))
-    offset = np.zeros((len(keys), len(columns)), np.int64)
-    size = np.full((len(keys), len(columns)), -1, np.int64)
-    if places:
-        samples, extensions, offsets, sizes = np.array(places, np.int64).T
-        offset[samples, extensions], size[samples, extensions] = offsets, sizes
+        if not samples or samples[-1].key != key:
+            samples.append(_Sample(key))
+        samples[-1].add(extension, member)
+    _mark_apart(samples)
+    rows = [row for sample in samples for row in sample.rows()]
+    files = [file for row in rows for file in row.files]
+    key, key_end = _joined([row.key for row in rows])
+    extension, extension_end = _joined([name for name, _, _ in files])
     return {
-        "key": np.array([key.encode("utf-8", "surrogateescape") for key in keys], np.bytes_),
-        "extension": np.array(list(columns), np.str_),
-        "offset": offset,
-        "size": size,
-        "fault": np.array(faults, np.uint8),
+        "key": key,
+        "key_end": key_end,
+        "file_end": np.cumsum([len(row.files) for row in rows], dtype=np.int64),
+        "extension": extension,
+        "extension_end": extension_end,
+        "offset": np.array([offset for _, offset, _ in files], np.int64),
+        "size": np.array([size for _, _, size in files], np.int64),
+        "fault": np.array([row.fault for row in rows], np.uint8),
+        "end_mark": np.array([_has_end_mark(path)]),
     }
+
+
+def sample_key(index: Index, row: int) -> bytes:
+    """The key of a sample."""
+    return _part(index["key"], index["key_end"], row)
+
+
+def sample_files(index: Index, row: int) -> dict[str, tuple[int, int]]:
+    """Extension -> (offset, size) of the files of a sample, in their order."""
+    end = int(index["file_end"][row])
+    return {
+        _part(index["extension"], index["extension_end"], file).decode(
+            "utf-8", "surrogateescape"
+        ): (
+            int(index["offset"][file]),
+            int(index["size"][file]),
+        )
+        for file in range(int(index["file_end"][row - 1]) if row else 0, end)
+    }
+
+
+def extensions(index: Index) -> set[str]:
+    """All extensions in a shard."""
+    joined, ends = index["extension"].tobytes(), index["extension_end"].tolist()
+    parts = {joined[begin:end] for begin, end in zip([0, *ends[:-1]], ends, strict=True)}
+    return {part.decode("utf-8", "surrogateescape") for part in parts}
 
 
 def split_name(name: str) -> tuple[str, str]:
@@ -79,37 +143,133 @@ def split_name(name: str) -> tuple[str, str]:
 
 
 def members(path: str) -> Iterator[Member]:
-    """The regular files of a tar file in their order; the last one may have a fault."""
+    """The regular files of a tar file in their order; a fault that ends the archive comes last."""
     total = os.path.getsize(path)
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        place, long_name = 0, None
+        if not total:
+            yield Member("", 0, 0, TRUNCATED)  # even an empty archive has an end
+        place, notes = 0, _Notes()
         while place < total:
             header = os.pread(descriptor, _BLOCK, place)
             if not header.strip(b"\0"):
-                return  # the archive's end is a block of zeros
+                # The archive's end is a block of zeros. What follows its fill is another archive,
+                # or what a hole in the file leaves.
+                if total - place > _RECORD and _has_content(descriptor, place):
+                    yield Member("", place, 0, DAMAGED)
+                return
             if len(header) < _BLOCK or not _is_header(header):
                 # A header that ends early or whose checksum is wrong.
                 yield Member("", place, 0, TRUNCATED if len(header) < _BLOCK else DAMAGED)
                 return
-            size, kind, begin = _number(header[124:136]), header[156:157], place + _BLOCK
+            kind, begin = header[156:157], place + _BLOCK
+            of_notes = kind in (_PAX, _PAX_GLOBAL, _GNU_NAME, _GNU_LINK) or notes.size is None
+            size = _number(header[124:136]) if of_notes else notes.size
             cut = begin + size > total
             if kind in (_PAX, _GNU_NAME) and not cut:
                 try:
-                    long_name = _long_name(os.pread(descriptor, size, begin), kind) or long_name
+                    notes = _notes(os.pread(descriptor, size, begin), kind, notes)
                 except ValueError:
                     yield Member("", place, 0, DAMAGED)
                     return
             elif kind not in (_PAX_GLOBAL, _GNU_LINK):
-                if kind in _REGULAR:
-                    name = long_name or _name(header)
-                    yield Member(name, begin, 0 if cut else size, TRUNCATED if cut else OK)
-                long_name = None
+                sparse = notes.sparse or kind == _GNU_SPARSE
+                if kind in (*_REGULAR, _GNU_SPARSE):
+                    fault = TRUNCATED if cut else SPARSE if sparse else OK
+                    yield Member(notes.name or _name(header), begin, 0 if fault else size, fault)
+                if kind == _GNU_SPARSE:
+                    begin = _behind_map(descriptor, header, begin)
+                notes = _Notes()
             if cut:
                 return
             place = begin + -(-size // _BLOCK) * _BLOCK
     finally:
         os.close(descriptor)
+
+
+@dataclass(frozen=True)
+class _Notes:
+    """What the headers before a file's own say of it, where they say it."""
+
+    name: str | None = None
+    size: int | None = None
+    sparse: bool = False
+
+
+def _notes(content: bytes, kind: bytes, before: _Notes) -> _Notes:
+    """Adds what a header of a long name, or of pax, says.
+
+    Raises:
+      ValueError: it is damaged.
+    """
+    if kind == _GNU_NAME:
+        name = content.partition(b"\0")[0].decode("utf-8", "surrogateescape")
+        return replace(before, name=name)
+    said: dict[bytes, bytes] = {}
+    while content:  # records of "LENGTH KEY=VALUE\n"
+        length = int(content.partition(b" ")[0])
+        if not 0 < length <= len(content):
+            raise ValueError(f"a record of {length} bytes")
+        key, _, value = content[:length].partition(b" ")[2].partition(b"=")
+        said[key] = value[:-1]
+        content = content[length:]
+    name = said.get(b"GNU.sparse.name", said.get(b"path"))
+    return _Notes(
+        before.name if name is None else name.decode("utf-8", "surrogateescape"),
+        int(said[b"size"]) if b"size" in said else before.size,
+        any(key.startswith(b"GNU.sparse.") for key in said),
+    )
+
+
+def _behind_map(descriptor: int, header: bytes, begin: int) -> int:
+    """Where the content of a sparse file begins: behind the blocks that go on with its map."""
+    more = header[482]
+    while more and (block := os.pread(descriptor, _BLOCK, begin)):
+        begin, more = begin + _BLOCK, block[504] if len(block) == _BLOCK else 0
+    return begin
+
+
+def _has_end_mark(path: str) -> bool:
+    """Whether a tar file ends in a block of zeros."""
+    with open(path, "rb") as stream:
+        size = stream.seek(0, os.SEEK_END)
+        stream.seek(max(0, size - _BLOCK))
+        return not stream.read().strip(b"\0")
+
+
+def _has_content(descriptor: int, place: int) -> bool:
+    """Whether a file holds anything but zeros from `place` on."""
+    while piece := os.pread(descriptor, _PIECE, place):
+        if piece.strip(b"\0"):
+            return True
+        place += len(piece)
+    return False
+
+
+def _mark_apart(samples: list[_Sample]) -> None:
+    """Gives a fault to runs of one key that lie apart and are parts of one sample.
+
+    Two runs that share an extension are two samples.
+    """
+    runs: dict[str, list[_Sample]] = {}
+    for sample in samples:
+        runs.setdefault(sample.key, []).append(sample)
+    for same in runs.values():
+        names = [{name for name, _, _ in sample.files} for sample in same]
+        if len(same) > 1 and sum(map(len, names)) == len(set().union(*names)):
+            for sample in same:
+                sample.fault = sample.fault or APART
+
+
+def _joined(texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
+    """Texts one after another, uint8 [bytes], and where each ends, int64 [texts]."""
+    parts = [text.encode("utf-8", "surrogateescape") for text in texts]
+    ends = np.cumsum([len(part) for part in parts], dtype=np.int64)
+    return np.frombuffer(b"".join(parts), np.uint8), ends
+
+
+def _part(joined: np.ndarray, ends: np.ndarray, number: int) -> bytes:
+    return joined[int(ends[number - 1]) if number else 0 : int(ends[number])].tobytes()
 
 
 def _is_header(header: bytes) -> bool:
@@ -134,17 +294,3 @@ def _name(header: bytes) -> str:
         prefix = header[345:500].partition(b"\0")[0]
         name = prefix + b"/" + name if prefix else name
     return name.decode("utf-8", "surrogateescape")
-
-
-def _long_name(content: bytes, kind: bytes) -> str | None:
-    if kind == _GNU_NAME:
-        return content.partition(b"\0")[0].decode("utf-8", "surrogateescape")
-    while content:  # records of "LENGTH KEY=VALUE\n"
-        length = int(content.partition(b" ")[0])
-        if not 0 < length <= len(content):
-            raise ValueError(f"a record of {length} bytes")
-        key, _, value = content[:length].partition(b" ")[2].partition(b"=")
-        if key == b"path":
-            return value[:-1].decode("utf-8", "surrogateescape")
-        content = content[length:]
-    return None

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -13,21 +15,27 @@ import numpy as np
 from vlp_jax.data import faults
 from vlp_jax.data.sources import columns, manifest
 from vlp_jax.data.sources.base import STRING, STRINGS, Blocks, FieldSpec, Source
-from vlp_jax.data.sources.manifest import find_pieces
-from vlp_jax.data.sources.records import empty_strings, file_fault
-from vlp_jax.data.sources.shards import TRUNCATED, Shards, group_by_piece
-from vlp_jax.data.sources.tar_index import index_tar
-from vlp_jax.errors import UserError
+from vlp_jax.data.sources.manifest import Manifest, find_pieces
+from vlp_jax.data.sources.records import empty_strings
+from vlp_jax.data.sources.shards import Piece, Shards, group_by_piece
+from vlp_jax.data.sources.tar_index import extensions, index_tar, sample_files, sample_key
+from vlp_jax.errors import UserError, unknown_key_message
 
 if TYPE_CHECKING:
     import tensorflow as tf
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif", "bmp")
+SUFFIXES = (".tar", ".tar.gz", ".tgz")
+_USUAL = {*IMAGE_EXTENSIONS, "txt"}  # extensions that may be rare in a shard
 BLOCK, WINDOW = 256, 4  # samples of one shard that are read together, and such blocks at a time
 _LOOKED_AT = 20  # samples that are looked at to see which fields there are
+# Where a config names a field that these lack: how many shards, and samples of all, are looked at.
+_SHARDS_LOOKED_AT, _FURTHER = 64, 2048
+_FILES_OF = {"image": IMAGE_EXTENSIONS, "text": ("txt",)}  # field -> extensions it may come from
 _COLUMN_CHUNK = 1024
 _INT = FieldSpec((), np.dtype(np.int64))
 _FLOAT = FieldSpec((), np.dtype(np.float32))
+_DECLARED = {"bytes": STRING, "bytes[]": STRINGS, "int64": _INT, "float32": _FLOAT}  # of a manifest
 
 
 @dataclass(frozen=True)
@@ -36,7 +44,9 @@ class WebDatasetSource(Source):
 
     The fields are `image` (the file with any extension of an image), `text` (KEY.txt), `id` (KEY),
     each extension by itself ("jpg", "json"; "cls" is a whole number), and what KEY.json holds
-    ("json.caption", "json.width"): text, numbers and lists of text.
+    ("json.caption", "json.size.width"): text, numbers and lists of text. A config may name fields
+    that few samples have. A sample with images of several extensions is a bad example where `image`
+    is asked for, and good where one of them is.
 
     Attributes:
       path: files, patterns with "*" and brace ranges, a folder, on disk or scheme://; or the
@@ -57,43 +67,92 @@ class WebDatasetSource(Source):
 
     @cached_property
     def _shards(self) -> Shards:
-        pieces, _ = find_pieces(self.path, ".tar", "webdataset")
-        return Shards(pieces, "tar", index_tar, self.cache_dir, self.cache_gib)
+        return Shards(self._found[0], "tar", index_tar, self.cache_dir, self.cache_gib)
+
+    @cached_property
+    def _found(self) -> tuple[list[Piece], Manifest | None]:
+        return find_pieces(self.path, SUFFIXES, "webdataset")
+
+    @cached_property
+    def _declared(self) -> dict[str, FieldSpec]:
+        """What a manifest says of the JSON files."""
+        features = self._found[1].features if self._found[1] is not None else {}
+        return {
+            f"json.{name}": _DECLARED[kind] for name, kind in features.items() if kind in _DECLARED
+        }
 
     @cached_property
     def _fields(self) -> dict[str, FieldSpec]:
-        """What the first samples hold."""
-        extensions: set[str] = set()
-        documents: list[Any] = []
-        for piece, row in self._first_samples():
-            index = self._shards.index(piece)
-            present = index["extension"][index["size"][row] >= 0].tolist()
-            extensions.update(present)
-            if "json" in present:
-                documents.append(_parsed_json(self._content(piece, row, "json")))
-        if not extensions:
-            raise UserError(f"data.path={self.path!r}: all samples are damaged")
-        fields = {"image": STRING} if extensions & set(IMAGE_EXTENSIONS) else {}
-        fields |= {"text": STRING} if "txt" in extensions else {}
+        """What the first samples hold; `look_for` adds to it."""
+        samples = self._first_samples()
+        if not samples:
+            why = faults.explain(self._shards.fault(0, self._shards.pieces[0].skip).decode())[1]
+            raise UserError(
+                f"data.path={self.path!r}: no sample can be used; the first is "
+                f"{self.describe(0)}: {why}"
+            )
+        files = [sample_files(self._shards.index(piece), row) for piece, row in samples]
+        seen = Counter(extension for sample in files for extension in sample)
+        # Dots in a key make an extension of its own for every sample.
+        usual = {e for e, n in seen.items() if "." not in e or n > 1 or len(samples) == 1}
+        usual |= extensions(self._shards.index(samples[0][0])) & _USUAL
+        fields = {"image": STRING} if usual & set(IMAGE_EXTENSIONS) else {}
+        fields |= {"text": STRING} if "txt" in usual else {}
         fields["id"] = STRING
-        fields |= {name: _INT if name == "cls" else STRING for name in sorted(extensions)}
-        for document in documents:
-            for name, value in (document or {}).items():
-                spec = _spec_of(value)
-                # A number that is whole here and there is a float.
-                if spec is not None and fields.get(f"json.{name}") in (None, _INT):
-                    fields[f"json.{name}"] = spec
-        return fields
+        fields |= {name: _INT if name == "cls" else STRING for name in sorted(usual)}
+        documents = self._documents(samples)
+        for key in dict.fromkeys(key for document in documents for key in document):
+            spec = _spec_of_all(document.get(key) for document in documents)
+            fields |= {} if spec is None else {f"json.{key}": spec}
+        return fields | self._declared
+
+    def _documents(self, samples: Sequence[tuple[int, int]]) -> list[Mapping[str, Any]]:
+        """The JSON files of samples that have one that can be read."""
+        found = []
+        for piece, row in samples:
+            files = sample_files(self._shards.index(piece), row)
+            with contextlib.suppress(BadValue, KeyError):
+                found.append(_parsed_json(self._read(piece, files["json"])))
+        return found
+
+    @cached_property
+    def _further_documents(self) -> list[Mapping[str, Any]]:
+        rows = [
+            (piece, int(row))
+            for piece in self._shards.near(_SHARDS_LOOKED_AT)
+            for row in np.flatnonzero(self._shards.index(piece)["fault"] == 0)
+        ]
+        return self._documents(rows[:: -(-len(rows) // _FURTHER) or 1])
 
     def _first_samples(self) -> list[tuple[int, int]]:
         """(piece, row) of some sound samples, of the first shard that has any."""
         for piece, shard in enumerate(self._shards.pieces):
-            rows = range(shard.skip, shard.skip + min(shard.count, _LOOKED_AT))
-            sound = np.flatnonzero(self._shards.index(piece)["fault"] == 0)
-            found = [(piece, row) for row in rows if row in sound]
+            sound = np.flatnonzero(self._shards.index(piece)["fault"][shard.skip :] == 0)
+            found = [(piece, shard.skip + int(row)) for row in sound[:_LOOKED_AT]]
             if found:
                 return found
         return []
+
+    def look_for(self, name: str) -> str:
+        key = name.removeprefix("json.")
+        known = name in self._fields and (key == name or self._fields[name] != _INT)
+        if known or name in self._declared:
+            return ""
+        if key == name:
+            pieces = self._shards.near(_SHARDS_LOOKED_AT)
+            present = set().union(*(extensions(self._shards.index(piece)) for piece in pieces))
+            if present & set(_FILES_OF.get(name, (name,))):
+                self._fields[name] = _INT if name == "cls" else STRING
+                return ""
+            return _dots(name, present)
+        documents = self._further_documents
+        spec = _spec_of_all(_at(document, key) for document in documents)
+        if spec is not None:
+            self._fields[name] = spec
+            return ""
+        seen = {f"json.{key}" for document in documents for key in document}
+        looked_at = f"the {len(documents):,} samples that were looked at"
+        return unknown_key_message(name, {*self._fields, *seen}, looked_at)
 
     def __len__(self) -> int:
         return len(self._shards)
@@ -119,38 +178,49 @@ class WebDatasetSource(Source):
 
     def _sample(self, piece: int, row: int, number: int, rows: dict[str, list[Any]]) -> bytes:
         """Puts the fields of a sample into `rows`; returns its fault."""
+        fault = self._shards.fault(piece, row)
+        if fault:
+            return fault
         index = self._shards.index(piece)
-        if row >= len(index["fault"]) or index["fault"][row]:
-            beyond = row >= len(index["fault"])
-            return file_fault(TRUNCATED if beyond else index["fault"][row])
-        document: Any = _UNREAD
-        for name, column in rows.items():
-            if name == "id":
-                column[number] = bytes(index["key"][row])
-                continue
-            extension, _, key = name.partition("json.")
-            raw = self._content(piece, row, "json" if key else extension)
-            if raw is None:
-                return faults.marked(faults.MISSING_FIELD, f"it has no {name!r}")
-            if not key:
-                column[number] = raw if name != "cls" else _whole_number(raw)
-            else:
-                document = _parsed_json(raw) if document is _UNREAD else document
-                column[number] = columns.fitting((document or {}).get(key), self._fields[name])
-            if column[number] is None:
-                return faults.marked(faults.MISSING_FIELD, f"it has no {name!r} that can be read")
+        files = sample_files(index, row)
+        document: Any = None
+        try:
+            for name, column in rows.items():
+                if name == "id":
+                    column[number] = sample_key(index, row)
+                    continue
+                extension, _, key = name.partition("json.")
+                raw = self._content(piece, files, "json" if key else extension)
+                if not key:
+                    column[number] = raw if name != "cls" else _whole_number(raw)
+                else:
+                    document = _parsed_json(raw) if document is None else document
+                    column[number] = columns.fitting(_at(document, key), self._fields[name])
+                if column[number] is None:
+                    raise BadValue(faults.MISSING_FIELD, f"it has no {name!r} that can be read")
+        except BadValue as bad:
+            return faults.marked(bad.reason, bad.detail)
         return b""
 
-    def _content(self, piece: int, row: int, name: str) -> bytes | None:
-        """The bytes of a sample's file `name`, an extension, `image` or `text`."""
-        index = self._shards.index(piece)
-        candidates = {"image": IMAGE_EXTENSIONS, "text": ("txt",)}.get(name, (name,))
-        for candidate in candidates:
-            for column in np.flatnonzero(index["extension"] == candidate):
-                size = int(index["size"][row, column])
-                if size >= 0:
-                    return self._shards.read(piece, int(index["offset"][row, column]), size)
-        return None
+    def _content(self, piece: int, files: Mapping[str, tuple[int, int]], name: str) -> bytes:
+        """The bytes of a sample's file `name`, an extension, `image` or `text`.
+
+        Raises:
+          BadValue: it has none, or several images.
+        """
+        candidates = _FILES_OF.get(name, (name,))
+        present = [extension for extension in candidates if extension in files]
+        if not present:
+            raise BadValue(faults.MISSING_FIELD, f"it has no {name!r}")
+        if len(present) > 1:
+            listed = ", ".join(present)
+            raise BadValue(
+                faults.AMBIGUOUS, f"it has several images ({listed}): name one by data.fields.image"
+            )
+        return self._read(piece, files[present[0]])
+
+    def _read(self, piece: int, place: tuple[int, int]) -> bytes:
+        return self._shards.read(piece, *place)
 
     def parse(self, record: dict[str, tf.Tensor], names: Sequence[str]) -> dict[str, tf.Tensor]:
         return columns.parse(self._fields, record, names)
@@ -164,8 +234,9 @@ class WebDatasetSource(Source):
 
     def describe(self, index: int) -> str:
         piece, row = (int(x[0]) for x in self._shards.locate(np.array([index])))
-        keys = self._shards.index(piece)["key"]
-        key = keys[row].decode("utf-8", "replace") if row < len(keys) else f"number {row}"
+        index = self._shards.index(piece)
+        known = row < len(index["fault"])
+        key = sample_key(index, row).decode("utf-8", "replace") if known else f"number {row}"
         return f"sample {key} of {self._shards.pieces[piece].path}"
 
     def fingerprint(self) -> str:
@@ -178,15 +249,62 @@ class WebDatasetSource(Source):
         self._shards.will_read(indices)
 
 
-_UNREAD = object()
+class BadValue(Exception):
+    """A field that a sample lacks or that cannot be read: `reason` is one of `faults.REASONS`."""
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(detail)
+        self.reason, self.detail = reason, detail
 
 
-def _parsed_json(raw: bytes | None) -> Mapping[str, Any] | None:
+def _parsed_json(raw: bytes) -> Mapping[str, Any]:
+    """A document in UTF-8, UTF-16 or UTF-32 (RFC 4627, section 3), with or without its mark.
+
+    Raises:
+      BadValue: it is none, or no object.
+    """
     try:
         document = json.loads(raw)
-    except (TypeError, ValueError):
-        return None
-    return document if isinstance(document, dict) else None
+    except UnicodeDecodeError:
+        raise BadValue(faults.MALFORMED_TEXT, "its json is not UTF-8") from None
+    except ValueError as error:
+        raise BadValue(faults.UNREADABLE, f"its json is malformed: {error}") from None
+    if not isinstance(document, dict):
+        raise BadValue(faults.UNREADABLE, "its json is no object")
+    return document
+
+
+def _at(document: Mapping[str, Any], key: str) -> Any:
+    """The value of a key, or of nested ones between dots; None if there is none."""
+    if key in document:
+        return document[key]
+    head, dot, rest = key.partition(".")
+    inner = document.get(head)
+    return _at(inner, rest) if dot and isinstance(inner, dict) else None
+
+
+def _spec_of_all(values: Iterable[Any]) -> FieldSpec | None:
+    """The type of a field that has these: the first that is not null; a number may be no whole one.
+
+    Values of another type are faults of their examples.
+    """
+    found: FieldSpec | None = None
+    for spec in filter(None, map(_spec_of, values)):
+        if found in (None, _INT):
+            found = spec
+    return found
+
+
+def _dots(name: str, present: Iterable[str]) -> str:
+    """Why there is no extension `name`, if dots in keys made others of it; else ""."""
+    ends = tuple(f".{extension}" for extension in _FILES_OF.get(name, (name,)))
+    longer = min((e for e in present if e.endswith(ends)), default=None)
+    if longer is None:
+        return ""
+    return (
+        f"a key ends at the first dot of a file's name, so that files have extensions such as "
+        f"{longer!r}: pack them again with keys without dots, or name that extension"
+    )
 
 
 def _spec_of(value: Any) -> FieldSpec | None:
