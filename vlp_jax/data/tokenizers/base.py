@@ -107,6 +107,16 @@ def frame(rows: Sequence[Sequence[int] | np.ndarray], tokenizer: Tokenizer) -> n
     return ids
 
 
+def padded(
+    rows: Sequence[Sequence[int]], length: int, pad_id: int, left: bool = False
+) -> np.ndarray:
+    """Rows of at most `length` ids, filled up at one side, int32 [n, length]."""
+    ids = np.full((len(rows), length), pad_id, np.int32)
+    for target, row in zip(ids, rows, strict=True):
+        target[length - len(row) if left else 0 :][: len(row)] = row
+    return ids
+
+
 def up_to_eos(ids: np.ndarray, eos_id: int) -> list[np.ndarray]:
     """What stands before the first eos of each row of ids, int [n, length]."""
     rows = []
