@@ -94,30 +94,8 @@ def _as_transformers(
             f"unless it is told a length; here it is the model's {text.context_length}"
         )
     if name == "SiglipTokenizer" and "spiece.model" in files.contents:
-        return _siglip(files.contents["spiece.model"], config, text, where)
-    content = _content(files, where, name)
-    known = CLASSES.get(name)
-    if known is None and name not in GENERIC:
-        notes.append(
-            f"its tokenizer is of the class {name}, which is not known here: texts become ids as "
-            f"its {TOKENIZER} says"
-        )
-    if known is not None:
-        config = {**known.tokens, **config}
-        _add_tokens(content, config)
-        before = json.dumps(content.get("normalizer"), sort_keys=True)
-        known.change(content, config, vocabulary_of(content))
-        changed = json.dumps(content["normalizer"], sort_keys=True) != before
-        if changed and TOKENIZER in files.contents:
-            notes.append(
-                f"its {TOKENIZER} normalizes texts in another way than the class {name} of "
-                f"transformers 5, which is followed here"
-            )
-    else:
-        _add_tokens(content, config)
-    if config.get("do_lower_case") and "owercase" not in json.dumps(content["normalizer"]):
-        notes.append(f"do_lower_case is set, which {name} of transformers does not heed")
-    sides = _sides(content, config, known is not None and known.pads_left)
+        return _siglip(files, config, text, where)
+    content, config = _as_class(name, _content(files, where, name), config, notes)
     _note_frame(content, config, notes)
     pad = config.get("pad_token") or (content.get("padding") or {}).get("pad_token")
     if pad is None:
@@ -129,13 +107,43 @@ def _as_transformers(
         pad,
         texts_may_hold_special_tokens=not config.get("split_special_tokens", False),
         zeroed=vocabulary_of(content).get(config.get("sep_token")) if strip else None,
-        **sides,
+        **_sides(content, config, name in CLASSES and CLASSES[name].pads_left),
     )
     if tokenizer.pad_id >= text.vocab_size:
         raise UserError(
             f"{where}: its token for padding {pad!r} is none of the model's {text.vocab_size:,}"
         )
     return tokenizer
+
+
+def _as_class(
+    name: str | None, content: dict[str, Any], config: dict[str, Any], notes: list[str]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The tokenizer.json that does what a class does with this one, and its config."""
+    known = CLASSES.get(name)
+    if known is None and name not in GENERIC:
+        why = "needs spiece.model" if name == "SiglipTokenizer" else "is not known here"
+        notes.append(
+            f"its tokenizer is of the class {name}, which {why}: texts become ids as its "
+            f"{TOKENIZER} says"
+        )
+    if known is not None:
+        config = {**known.tokens, **config}
+    _add_tokens(content, config)
+    if known is not None:
+        before = json.dumps(content["normalizer"], sort_keys=True)
+        known.change(content, config, vocabulary_of(content))
+        if content["normalizer"] is not None and before not in (
+            "null",
+            json.dumps(content["normalizer"], sort_keys=True),
+        ):
+            notes.append(
+                f"its {TOKENIZER} normalizes texts in another way than the class {name} of "
+                f"transformers 5, which is followed here"
+            )
+    if config.get("do_lower_case") and "owercase" not in json.dumps(content["normalizer"]):
+        notes.append(f"do_lower_case is set, which {name or 'the class'} of transformers does not heed")
+    return content, config
 
 
 def _config(files: TokenizerFiles, where: str) -> dict[str, Any]:
@@ -186,15 +194,20 @@ def _content(files: TokenizerFiles, where: str, name: str | None) -> dict[str, A
 
 
 def _siglip(
-    model: bytes, config: Mapping[str, Any], text: TextTransformer, where: str
+    files: TokenizerFiles, config: Mapping[str, Any], text: TextTransformer, where: str
 ) -> SiglipTokenizer:
     special = {"eos": "</s>", "pad": "</s>", "unk": "<unk>"}
     special = {name: config.get(f"{name}_token", spelled) for name, spelled in special.items()}
+    tokens = [*config["added_tokens_decoder"].values()]
+    tokens += _json(files, TOKENIZER, where).get("added_tokens", [])
+    added = {x["content"]: (bool(x.get("lstrip")), bool(x.get("rstrip"))) for x in tokens}
+    added = dict.fromkeys(special.values(), (True, True)) | added
     try:
         return SiglipTokenizer(
-            model,
+            files.contents["spiece.model"],
             text.context_length,
             special,
+            added,
             lowercase=bool(config.get("do_lower_case", True)),
             dummy_prefix=bool(config.get("legacy", True)),
             texts_may_hold_special_tokens=not config.get("split_special_tokens", False),

@@ -165,8 +165,9 @@ def _config(directory: Path) -> tuple[Path, dict[str, Any]]:
 
 
 def _given(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The keys that a file sets: null is the class's default."""
-    return {name: config[name] for name in _OF_ALL if config.get(name) is not None}
+    """The keys that a file sets: null leaves a step out."""
+    said = {name: config[name] for name in _OF_ALL if name in config}
+    return {name: x for name, x in said.items() if x is not None or name.startswith("do_")}
 
 
 def _defaults(config: Mapping[str, Any], kind: str, notes: list[str]) -> dict[str, Any]:
@@ -183,7 +184,7 @@ def _defaults(config: Mapping[str, Any], kind: str, notes: list[str]) -> dict[st
 
 
 def _note_unknown_steps(config: Mapping[str, Any], size: tuple[int, int], notes: list[str]) -> None:
-    unknown = [key for key in config if key.startswith("do_") and config[key]]
+    unknown = [key for key in config if config[key] and key.startswith(("do_", "use_square"))]
     unknown = sorted(set(unknown) - _STEPS)
     if unknown:
         notes.append(f"its image processor has {', '.join(unknown)}, which is left out here")
@@ -243,7 +244,7 @@ def _geometry(
     if cut and _pair(settings["crop_size"]) != size:
         notes.append(f"its image processor cuts {settings['crop_size']} out, and {takes}")
     if not settings["do_resize"]:
-        notes.append(f"its image processor does not resize, and here images are: {takes}")
+        notes.append(f"its image processor does not resize images, and here they are: {takes}")
         return {"resize": "crop" if cut else "squash", "scale": None}
     wanted = settings["size"]
     if type(wanted) is int and not settings["default_to_square"]:

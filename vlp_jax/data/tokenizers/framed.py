@@ -70,7 +70,10 @@ class FramedTokenizer:
     def __call__(self, texts: Sequence[str | bytes]) -> np.ndarray:
         """Token ids of n texts, int32 [n, context_length]."""
         batch = [base.as_text(text) for text in texts]
-        rows = [encoding.ids for encoding in self._cut.encode_batch_fast(batch)]
+        try:
+            rows = [encoding.ids for encoding in self._cut.encode_batch_fast(batch)]
+        except Exception as error:  # plain Exception, as for an unknown token that is unknown
+            raise UserError(f"the tokenizer.json cannot make ids of a text: {error}") from None
         ids = base.padded(rows, self.context_length, self.pad_id, self._pads_left)
         return ids if self._zeroed is None else np.where(ids == self._zeroed, 0, ids)
 

@@ -16,6 +16,8 @@ from vlp_jax.data.tokenizers import base
 from vlp_jax.errors import UserError
 
 _SPACE = "\u2581"
+# normalizer_spec {add_dummy_prefix: false} of a ModelProto: behind a message it is merged with it.
+_NO_DUMMY_PREFIX = b"\x1a\x02\x18\x00"
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
@@ -33,6 +35,7 @@ class SiglipTokenizer:
         model: bytes,
         context_length: int,
         special: Mapping[str, str],
+        added: Mapping[str, tuple[bool, bool]],
         *,
         lowercase: bool = True,
         dummy_prefix: bool = True,
@@ -45,6 +48,8 @@ class SiglipTokenizer:
           model: the content of spiece.model.
           context_length: of a row of ids.
           special: "eos", "pad" and "unk" -> the token's spelling.
+          added: spelling of every token that a text may spell -> whether white space to its left
+            and to its right belongs to it.
           lowercase, dummy_prefix: `do_lower_case` and `legacy` of the tokenizer's config.
           texts_may_hold_special_tokens, pads_left, cuts_left: see `FramedTokenizer`.
 
@@ -53,23 +58,25 @@ class SiglipTokenizer:
         """
         import sentencepiece
 
+        model += b"" if dummy_prefix else _NO_DUMMY_PREFIX
         try:
             self._model = sentencepiece.SentencePieceProcessor(model_proto=model)
         except (RuntimeError, OSError):  # whose message is a line of its C++
             raise UserError("spiece.model is not a SentencePiece model that can be read") from None
-        if not dummy_prefix:
-            self._model.override_normalizer_spec(add_dummy_prefix=False)
         ids = {name: self._model.piece_to_id(spelled) for name, spelled in special.items()}
         for name, spelled in special.items():
             if self._model.id_to_piece(ids[name]) != spelled:
                 raise UserError(f"spiece.model has no token {spelled!r}, which is its {name} token")
         self.context_length, self.vocab_size = context_length, self._model.get_piece_size()
         self.pad_id, self.eos_id, self._unknown = ids["pad"], ids["eos"], special["unk"]
-        self._special = {spelled: ids[name] for name, spelled in special.items()}
-        names = sorted(self._special, key=len, reverse=True)
-        found = "|".join(re.escape(name) for name in names)
-        # White space around a special token belongs to it.
-        self._split = re.compile(rf"\s*({found})\s*") if texts_may_hold_special_tokens else None
+        self._special = frozenset(special.values())
+        names = sorted(added, key=len, reverse=True) if texts_may_hold_special_tokens else []
+        spaces = {True: r"\s*", False: ""}
+        found = [
+            f"{spaces[added[name][0]]}(?:{re.escape(name)}){spaces[added[name][1]]}"
+            for name in names
+        ]
+        self._split = re.compile(f"({'|'.join(found)})") if found else None
         self._lowercase, self._pads_left, self.cuts_left = lowercase, pads_left, cuts_left
 
     def __call__(self, texts: Sequence[str | bytes]) -> np.ndarray:
@@ -99,20 +106,20 @@ class SiglipTokenizer:
     def _encode(self, text: str) -> list[int]:
         text = _SPACE + text.replace(_SPACE, " ")
         parts = [text] if self._split is None else self._split.split(text)
-        ids: list[int] = []
+        pieces: list[str] = []
         for number, part in enumerate(parts):
             if number % 2:
-                ids.append(self._special[part])
+                pieces.append(part.strip())
             elif part:
-                ids += self._plain(part)
-        space = self._model.piece_to_id(_SPACE)
-        if len(ids) > 1 and ids[0] == space and ids[1] in self._special.values():
-            return ids[1:]
-        return ids
+                pieces += self._plain(part)
+        if len(pieces) > 1 and pieces[0] == _SPACE and pieces[1] in self._special:
+            pieces = pieces[1:]
+        return [self._model.piece_to_id(piece) for piece in pieces]
 
-    def _plain(self, text: str) -> list[int]:
+    def _plain(self, text: str) -> list[str]:
         text = text.lower() if self._lowercase else text
         text = re.sub(r"\s+", " ", text.translate(_NO_PUNCTUATION)).strip()
         # Behind the name of a token SentencePiece leaves the space at the beginning alone.
-        ids, skipped = (self._model.encode(x) for x in (self._unknown + text, self._unknown))
-        return ids[len(skipped) :] if len(ids) >= len(skipped) else ids
+        pieces = self._model.encode(self._unknown + text, out_type=str)
+        skipped = len(self._model.encode(self._unknown))
+        return pieces[skipped:] if len(pieces) >= skipped else pieces
