@@ -168,13 +168,12 @@ def extras_of(
     elif tokenizer is not None:
         ids = {name: getattr(tokenizer, name) for name in ("bos_id", "eos_id", "pad_id")}
         ops = [name for name, _ in preprocessing(config.data)]
-        lowercase = "lowercase" in ops or "canonicalize_text" in ops
-        notes += [
-            f"the run's texts went through {name}, which the tokenizer's files do not do: do it "
-            f"before tokenizing"
-            for name in ("clean_text", "canonicalize_text")
-            if name in ops
-        ]
+        wording = {"lowercase": "lowercase" in ops, "canonicalize": "canonicalize_text" in ops}
+        if "clean_text" in ops:
+            notes.append(
+                "the run's texts went through clean_text, which the tokenizer's files do not do: "
+                "do it before tokenizing"
+            )
         if isinstance(tokenizer, ClipTokenizer):
             notes.append(
                 "the run's tokenizer repairs text that was decoded wrongly (ftfy) and resolves "
@@ -182,7 +181,7 @@ def extras_of(
             )
         extras |= ids
         extras["tokenizer"] = TokenizerFiles.made(
-            tokenizer.to_json(lowercase), context_length=tokenizer.context_length, **ids
+            tokenizer.to_json(**wording), context_length=tokenizer.context_length, **ids
         )
     return extras
 

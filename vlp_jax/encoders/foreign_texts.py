@@ -43,9 +43,6 @@ def tokenizer_of_files(
     """
     wrapped = None if files is None else files.open_clip
     options = dict((wrapped or {}).get("tokenizer_kwargs") or {})
-    if (wrapped or {}).get("tokenizer_mode"):
-        mode = wrapped["tokenizer_mode"]
-        raise UserError(f"{where}: text_cfg.tokenizer_mode {mode!r} cannot be read: --tokenizer")
     if files is None or not files.contents:
         if text.vocab_size != CLIP_TOKENS:
             raise UserError(
@@ -58,6 +55,11 @@ def tokenizer_of_files(
     strip = bool(options.pop("strip_sep_token", False))
     clean = None
     if wrapped is not None:
+        if wrapped.get("tokenizer_mode"):
+            raise UserError(
+                f"{where}: text_cfg.tokenizer_mode {wrapped['tokenizer_mode']!r} frames texts in a "
+                "way that cannot be read here: give a tokenizer"
+            )
         clean = CLEANINGS[_cleaning(options.pop("clean", "whitespace"), where)]
         _note_options(options, notes)
     return _as_transformers(files, text, pad_id, strip, where, notes), clean
@@ -142,7 +144,9 @@ def _as_class(
                 f"transformers 5, which is followed here"
             )
     if config.get("do_lower_case") and "owercase" not in json.dumps(content["normalizer"]):
-        notes.append(f"do_lower_case is set, which {name or 'the class'} of transformers does not heed")
+        notes.append(
+            f"do_lower_case is set, which {name or 'the class'} of transformers does not heed"
+        )
     return content, config
 
 

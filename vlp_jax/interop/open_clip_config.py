@@ -285,15 +285,21 @@ def extras_of(
         extras |= {"scale": size, "interpolation": "bicubic"}
     else:
         extras["interpolation"] = "bilinear" if interpolation == "bilinear" else "bicubic"
-    return {**extras, "tokenizer": _tokenizer(config, directory)}
+    return {**extras, "tokenizer": _tokenizer(config, directory, notes)}
 
 
-def _tokenizer(config: Mapping[str, Any], directory: Path) -> TokenizerFiles | None:
+def _tokenizer(
+    config: Mapping[str, Any], directory: Path, notes: list[str]
+) -> TokenizerFiles | None:
     """The files that `open_clip.get_tokenizer` reads: none unless the config names some."""
     text = read_config(config, directory)["text_cfg"]
     said = {name: text[name] for name in TOKENIZER_KEYS if text.get(name)}
-    if text.get("hf_tokenizer_name"):
-        return TokenizerFiles.found(directory, open_clip=said)
+    name = text.get("hf_tokenizer_name")
+    found = TokenizerFiles.found(directory, open_clip=said) if name else None
+    if found is not None:
+        return found
+    if name:
+        notes.append(f"its tokenizer is {name}, whose files are not in {directory}")
     return TokenizerFiles({}, open_clip=said) if said else None
 
 

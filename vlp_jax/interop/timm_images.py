@@ -111,7 +111,7 @@ def _crop_pct(size: tuple[int, int], scale: int | tuple[int, int] | None) -> flo
     wanted = (scale, scale) if isinstance(scale, int) else scale
     if isinstance(scale, int) and size[0] != size[1]:
         return None
-    pct = size[0] / wanted[0]
-    while _scaled(size, pct)[0] < wanted[0]:
+    pct = min(side / scaled for side, scaled in zip(size, wanted, strict=True))
+    while any(a < b for a, b in zip(_scaled(size, pct), wanted, strict=True)):  # by rounding
         pct = math.nextafter(pct, 0)
     return pct if _scaled(size, pct) == tuple(wanted) else None

@@ -49,13 +49,14 @@ class Tokenizer(Protocol):
         """Writes what is needed to build it again to a file, whole or not at all."""
         ...
 
-    def to_json(self, lowercase: bool) -> str:
+    def to_json(self, lowercase: bool, canonicalize: bool = False) -> str:
         """A tokenizer.json of the Hugging Face `tokenizers` library with which it frames as here.
 
         Padding, truncation and `encode_special_tokens` are the caller's there.
 
         Args:
           lowercase: texts come as they are, and are to be lower-cased first.
+          canonicalize: they are to go through the operation `canonicalize_text` first.
 
         Raises:
           UserError: that library cannot express it.
@@ -136,7 +137,9 @@ def import_tokenizers() -> Any:
     return tokenizers
 
 
-def framing_json(model: tokenizers.Tokenizer, tokenizer: Tokenizer, lowercase: bool) -> str:
+def framing_json(
+    model: tokenizers.Tokenizer, tokenizer: Tokenizer, lowercase: bool, canonicalize: bool = False
+) -> str:
     """The file of a library's model that puts bos and eos around a text as `tokenizer` does."""
     library = import_tokenizers()
     ids = [i for i in (tokenizer.bos_id, tokenizer.eos_id) if i is not None]
@@ -147,8 +150,9 @@ def framing_json(model: tokenizers.Tokenizer, tokenizer: Tokenizer, lowercase: b
         pair=[*before, "$A", *after, "$B:1", *(f"{name}:1" for name in after)],
         special_tokens=list(zip(names, ids, strict=True)),
     )
-    if lowercase:
-        steps = [*lowercase_steps(), *([] if model.normalizer is None else [model.normalizer])]
+    if lowercase or canonicalize:
+        steps = canonicalize_steps() if canonicalize else lowercase_steps()
+        steps += [] if model.normalizer is None else [model.normalizer]
         model.normalizer = library.normalizers.Sequence(steps)
     model.no_padding()
     model.no_truncation()
@@ -161,6 +165,20 @@ def lowercase_steps() -> list[Any]:
     # The library goes character by character, and so puts no final sigma at the end of a word.
     sigma = library.Regex(r"(?<=[\p{L}\p{M}])\x{3a3}(?![\p{L}\p{M}])")
     return [library.normalizers.Replace(sigma, "\u03c2"), library.normalizers.Lowercase()]
+
+
+def canonicalize_steps() -> list[Any]:
+    """Normalizers of the library that do what `vlp_jax.data.text_ops.canonicalize_text` does."""
+    library = import_tokenizers()
+    replace, regex = library.normalizers.Replace, library.Regex
+    spaces = r"[\t-\r\x1c-\x20\x{85}\p{Z}]+"
+    return [
+        replace("_", " "),
+        replace(regex(r"[!-/:-@\[-`{-~]"), ""),
+        *lowercase_steps(),
+        replace(regex(spaces), " "),
+        replace(regex(r"\A | \z"), ""),
+    ]
 
 
 def byte_symbols() -> list[str]:

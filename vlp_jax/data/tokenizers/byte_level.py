@@ -49,7 +49,7 @@ class ByteTokenizer:
         """Writes a note: a byte tokenizer has nothing to keep but its kind."""
         files.write_note(path, "bytes")
 
-    def to_json(self, lowercase: bool) -> str:
+    def to_json(self, lowercase: bool, canonicalize: bool = False) -> str:
         """The bytes as a byte-level BPE without merges; see `Tokenizer`."""
         library = base.import_tokenizers()
         vocab = {name: i for i, name in enumerate(base.SPECIAL_TOKENS)}
@@ -60,7 +60,7 @@ class ByteTokenizer:
             add_prefix_space=False, use_regex=False
         )
         model.decoder = library.decoders.ByteLevel()
-        return base.framing_json(model, self, lowercase)
+        return base.framing_json(model, self, lowercase, canonicalize)
 
 
 def _as_bytes(text: str | bytes) -> bytes:

@@ -112,7 +112,7 @@ class ClipTokenizer:
     def save(self, path: str | os.PathLike[str]) -> None:
         files.write_note(path, "clip", merges=self._merges)
 
-    def to_json(self, lowercase: bool) -> str:
+    def to_json(self, lowercase: bool, canonicalize: bool = False) -> str:
         """See `Tokenizer`; always lower-cases.
 
         Of the cleaning, `tokenizers` can express quotation marks, ligatures and wide characters as
@@ -126,7 +126,7 @@ class ClipTokenizer:
         model.normalizer = library.normalizers.Sequence(_cleaning_steps(library.normalizers))
         decoders = library.decoders
         model.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Replace(_END, " ")])
-        return base.framing_json(model, self, lowercase=False)
+        return base.framing_json(model, self, False, canonicalize)
 
     def _make_model(self) -> tokenizers.Tokenizer:
         """The library's model, for text that is clean."""

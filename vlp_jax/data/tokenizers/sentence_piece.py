@@ -77,11 +77,11 @@ class SentencePieceTokenizer:
     def save(self, path: str | os.PathLike[str]) -> None:
         files.write_note(path, "sentencepiece", model=base64.b64encode(self._file).decode())
 
-    def to_json(self, lowercase: bool) -> str:
+    def to_json(self, lowercase: bool, canonicalize: bool = False) -> str:
         """See `Tokenizer`, and `sentencepiece_json.convert` for what it cannot express."""
         from vlp_jax.data.tokenizers.sentencepiece_json import convert
 
-        return base.framing_json(convert(self._file), self, lowercase)
+        return base.framing_json(convert(self._file), self, lowercase, canonicalize)
 
 
 def train_sentencepiece(

@@ -80,9 +80,9 @@ class SubwordTokenizer:
     def save(self, path: str | os.PathLike[str]) -> None:
         write_whole(path, self._file)
 
-    def to_json(self, lowercase: bool) -> str:
+    def to_json(self, lowercase: bool, canonicalize: bool = False) -> str:
         model = base.import_tokenizers().Tokenizer.from_str(self._file)
-        return base.framing_json(model, self, lowercase)
+        return base.framing_json(model, self, lowercase, canonicalize)
 
 
 def train_subword(
