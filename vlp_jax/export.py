@@ -199,10 +199,11 @@ def extras_of(
     return extras
 
 
-def chosen_settings(arguments: argparse.Namespace) -> dict[str, str]:
+def chosen_settings(arguments: argparse.Namespace) -> dict[str, Any]:
     """What the command line says of the resize and the weights."""
     settings = {name: getattr(arguments, name) for name in ("resize", "interpolation", "weights")}
-    return {name: value for name, value in settings.items() if value is not None}
+    chosen: dict[str, Any] = {k: value for k, value in settings.items() if value is not None}
+    return chosen | {"scale": None} if "resize" in chosen else chosen
 
 
 def report(format: str, directory: Path, written: Sequence[Path], difference: float | None) -> str:

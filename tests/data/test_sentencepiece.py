@@ -8,6 +8,7 @@ import pytest
 import sentencepiece
 import tokenizers
 
+from vlp_jax.data.ops import apply_to_texts
 from vlp_jax.data.tokenizers import (
     SentencePieceTokenizer,
     build_tokenizer,
@@ -96,6 +97,11 @@ def test_the_file_for_others_gives_the_same_rows(name):
     lowered = library_rows(tokenizer.to_json(lowercase=True), tokenizer, texts)
     np.testing.assert_array_equal(lowered, tokenizer([text.lower() for text in texts]))
     assert len(np.unique(rows)) > 300 and not np.array_equal(rows, lowered)
+    content = tokenizer.to_json(lowercase=True, canonicalize=True)
+    canonical = apply_to_texts({"canonicalize_text": {}}, texts[:60])
+    np.testing.assert_array_equal(
+        library_rows(content, tokenizer, texts[:60]), tokenizer(canonical)
+    )
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import tokenizers
 
+from vlp_jax.data.ops import apply_to_texts
 from vlp_jax.data.tokenizers import (
     ByteTokenizer,
     SubwordTokenizer,
@@ -105,6 +106,23 @@ def test_the_file_for_others_lowercases_when_asked(subword):
     theirs = rows_by_library(subword.to_json(lowercase=True), 200, subword.pad_id, texts)
     np.testing.assert_array_equal(subword([text.lower() for text in texts]), theirs)
     assert not np.array_equal(subword(texts), theirs)
+
+
+def test_the_file_for_others_canonicalizes_when_asked(subword):
+    """As the operation on a run's texts does, white space and punctuation of all kinds included."""
+    texts = [
+        *SCRIPTS,
+        "A RED_Circle, (2)!",
+        " two\u00a0\u3000 spaces\t",
+        "ΟΔΟΣ. x",
+        "...",
+        "<eos> [a]",
+    ]
+    op = apply_to_texts({"canonicalize_text": {}}, texts)
+    content = subword.to_json(lowercase=False, canonicalize=True)
+    theirs = rows_by_library(content, 200, subword.pad_id, texts)
+    np.testing.assert_array_equal(subword(op), theirs)
+    assert not np.array_equal(subword([text.lower() for text in texts]), theirs)
 
 
 def test_rows_without_bos_and_padding_by_eos(subword, tmp_path):

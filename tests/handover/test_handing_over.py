@@ -10,13 +10,16 @@ import sys
 import numpy as np
 import pytest
 import runs
+import transformers
+from foreign import autoencoder, clip, siglip, vit
 from huggingface_hub import ModelCard
 from ml_collections import ConfigDict
 from PIL import Image
 
+import vlp_jax
 from vlp_jax import evaluate, export
 from vlp_jax.config import duration
-from vlp_jax.handover import scores, verify
+from vlp_jax.handover import card, scores, verify
 from vlp_jax.handover.foreign import check
 from vlp_jax.observe.jsonl import JsonlWriter
 
@@ -202,6 +205,97 @@ def test_scores_of_the_nearest_step(clip_run, tmp_path):
     before = scores.Scores({"a/top1": 0.5, "a/chance": 0.1}, "x", 1)
     after = scores.Scores({"a/top1": 0.25, "a/chance": 0.1}, "y", 1)
     assert scores.table(before, after)[1:] == ["  a/top1   0.5000   0.2500  +0.2500"]
+
+
+SIGLIP = {"length": 64}
+SOFTMAX = {"text": SIGLIP, "logit_bias_init": None}
+
+
+@pytest.mark.parametrize(
+    ("format", "module", "architecture", "tag", "reason"),
+    [
+        ("hf", clip(), "CLIPModel", "zero-shot-image-classification", ""),
+        ("hf_siglip", siglip(text=SIGLIP), "SiglipModel", "zero-shot-image-classification", ""),
+        ("hf_siglip", siglip(), "SiglipModel", None, "to 64 tokens, and this model takes 9"),
+        ("hf", siglip(**SOFTMAX), "SiglipModel", None, "this model was trained with a softmax"),
+        ("hf_vit", vit(), "ViTModel", "image-feature-extraction", ""),
+        ("hf_vit_mae", autoencoder(), "ViTMAEForPreTraining", None, "hides patches at random"),
+        ("open_clip", siglip(), "", "zero-shot-image-classification", ""),
+        ("timm", vit(), "", "image-feature-extraction", ""),
+        *((format, clip(), "", None, "") for format in ("stablehlo", "safetensors", "big_vision")),
+    ],
+)
+def test_a_card_names_the_pipelines_that_run_the_model(format, module, architecture, tag, reason):
+    found, why = card.pipeline_of(format, module, architecture)
+    assert found == tag and (reason in why if reason else why == "")
+
+
+PIPELINES = {
+    "clip": (runs.CLIP, runs.SUBWORD, {"lowercase": {}}),
+    "canonical": (runs.CLIP, {**runs.SUBWORD, "context_length": 40}, {"canonicalize_text": {}}),
+    "siglip 64": (runs.SIGLIP, {"name": "bytes", "context_length": 64}, {}),
+    "siglip 20": (runs.SIGLIP, runs.BYTES, {}),
+    "softmax 64": (
+        {**runs.SIGLIP, "loss": "softmax"},
+        {"name": "bytes", "context_length": 64},
+        {"lowercase": {}},
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PIPELINES)
+@pytest.mark.parametrize("weights", ["float32", "bfloat16"])
+def test_a_tagged_export_scores_in_the_pipeline_as_here(name, weights, tmp_path, capsys):
+    objective, tokenizer, wording = PIPELINES[name]
+    preprocess = {**wording, "decode_image": {}, "resize": {"size": 24}}
+    runs.write_run(runs.run_config(objective, tokenizer, preprocess), tmp_path / "run")
+    arguments = ("--workdir", tmp_path / "run", "--format", "hf", "--output", tmp_path / "out")
+    assert command(*arguments, "--weights", weights, "--no-evaluate", "--no-verify") == 0
+    tag = ModelCard.load(tmp_path / "out" / "README.md").data.pipeline_tag
+    assert (tag is None) == ("note: no pipeline_tag" in capsys.readouterr().out)
+    assert (tag is None) == (name in ("siglip 20", "softmax 64"))
+    if tag is None:
+        return
+    labels, template = ["red Box", "Blue circle", "one"], "{}" if name == "clip" else "Look: a {}!"
+    small = np.random.default_rng(4).integers(0, 256, (5, 7, 3), np.uint8)
+    picture = Image.fromarray(small).resize((61, 40), Image.Resampling.BICUBIC)
+    run = transformers.pipeline(tag, model=str(tmp_path / "out"))
+    said = run(picture, candidate_labels=labels, hypothesis_template=template)
+    theirs = {row["label"]: row["score"] for row in said}
+    logits = vlp_jax.load(tmp_path / "run").logits([picture], [template.format(x) for x in labels])
+    odds = np.exp(logits[0].astype(np.float64))
+    ours = odds / (1 + odds) if "siglip" in name else odds / odds.sum()
+    atol = 2e-3 if weights == "float32" else 0.03
+    np.testing.assert_allclose([theirs[label] for label in labels], ours, atol=atol)
+
+
+@pytest.mark.slow
+def test_pipelines_of_image_towers(mae_run, tmp_path):
+    picture = Image.fromarray(np.random.default_rng(4).integers(0, 256, (24, 24, 3), np.uint8))
+    for format in ("hf_vit", "hf_vit_mae"):
+        out = tmp_path / format
+        assert (
+            command("--workdir", mae_run, "--format", format, "--output", out, "--no-verify") == 0
+        )
+        run = transformers.pipeline("image-feature-extraction", model=str(out))
+        first, second = (np.asarray(run(picture)) for _ in range(2))
+        tag = ModelCard.load(out / "README.md").data.pipeline_tag
+        assert np.array_equal(first, second) == (tag == "image-feature-extraction")
+    row = np.asarray(
+        transformers.pipeline("image-feature-extraction", str(tmp_path / "hf_vit"))(picture)
+    )
+    ours = vlp_jax.load(f"hf:{tmp_path / 'hf_vit'}").embed_image(picture)[0]
+    np.testing.assert_allclose(row[0, 0] / np.linalg.norm(row[0, 0]), ours, atol=3e-3)
+
+
+@pytest.mark.parametrize("format", ["hf", "open_clip", "timm"])
+def test_a_card_says_what_becomes_of_transparency(format, clip_run, tmp_path):
+    arguments = ("--workdir", clip_run, "--format", format, "--output", tmp_path / "out")
+    assert command(*arguments, "--no-verify", "--no-check", "--no-evaluate") == 0
+    text = (tmp_path / "out" / "README.md").read_text()
+    assert "what is transparent is composited on white" in text
+    assert "drops the alpha channel" in text or "drop the alpha channel" in text
 
 
 @pytest.mark.slow

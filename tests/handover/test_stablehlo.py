@@ -1,6 +1,7 @@
 """Programs of jax.export: they compute what the model computes, for any batch."""
 
 import importlib.util
+import io
 import json
 
 import jax
@@ -8,10 +9,13 @@ import numpy as np
 import pytest
 import transformers
 from foreign import autoencoder, clip, images, random_params, siglip, token_ids, vit
+from PIL import Image
 
 from vlp_jax import interop
 from vlp_jax.data.tokenizers.subword import train_subword
+from vlp_jax.encoders.images import upright_rgb
 from vlp_jax.handover import artifacts, stablehlo
+from vlp_jax.handover.foreign import run_stablehlo
 from vlp_jax.handover.functions import functions_of
 from vlp_jax.interop import precision
 from vlp_jax.interop.base import Extras
@@ -150,8 +154,6 @@ def test_the_example_tokenizes_as_transformers(tmp_path):
 
 
 def test_the_example_resizes_as_the_processor_of_clip(pair, tmp_path):
-    from PIL import Image
-
     *_, program, _ = pair
     small = np.random.default_rng(4).integers(0, 256, (5, 7, 3), np.uint8)
     picture = Image.fromarray(small).resize((70, 44), Image.Resampling.BICUBIC)
@@ -174,3 +176,20 @@ def test_functions_take_only_the_weights_they_need():
     assert {key.split("/")[0] for key in image.weights} == {"image", "image_projection"}
     assert {key.split("/")[0] for key in text.weights} == {"text", "text_projection"}
     assert stablehlo.PLATFORMS == ("cpu", "cuda", "tpu")
+
+
+def test_the_program_makes_rgb_of_odd_pictures_as_training_does():
+    color = np.full((8, 8, 3), (200, 60, 20), np.uint8)
+    color[:4] = (10, 10, 250)
+    picture, exif = Image.fromarray(color), Image.Exif()
+    exif[0x0112] = 3
+    turned = io.BytesIO()
+    picture.save(turned, "PNG", exif=exif)
+    clear = picture.convert("RGBA")
+    clear.putalpha(Image.linear_gradient("L").resize((8, 8)))
+    grey = Image.fromarray(np.full((8, 8), 0x4000, np.uint16))
+    kinds = {"turned": Image.open(turned), "RGBA": clear, "LA": clear.convert("LA"), "grey": grey}
+    for name, image in kinds.items():
+        ours = np.asarray(upright_rgb(image))
+        np.testing.assert_array_equal(np.asarray(run_stablehlo.rgb(image)), ours, name)
+    assert np.asarray(run_stablehlo.rgb(grey)).max() == 0x40

@@ -70,7 +70,8 @@ def test_what_is_done_to_texts_before_the_tokenizer_is_said(tmp_path, capsys):
     preprocess = {"clean_text": {}, "canonicalize_text": {}, **SQUASH}
     ours = export_run(runs.SUBWORD, preprocess, runs.CLIP, "hf", tmp_path)
     out = capsys.readouterr().out
-    assert "went through clean_text" in out and "went through canonicalize_text" not in out
+    assert "went through clean_text" in out and "canonicalize_text" not in out
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
-    assert theirs("A Red_Box, no?")["input_ids"] == theirs("a red box no")["input_ids"]
+    # Their pipelines ask about "This is a photo of ...": what training left out goes there too.
+    assert theirs("A_Red, Box.")["input_ids"] == theirs("a red box")["input_ids"]
     assert ours.vocab_size == build_tokenizer(runs.SUBWORD, lambda: runs.CAPTIONS, None).vocab_size

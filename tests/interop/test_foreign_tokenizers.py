@@ -10,11 +10,129 @@ import open_clip
 import pytest
 import transformers
 
+from vlp_jax.data.pipeline import EvalPipeline
 from vlp_jax.data.tokenizers import SentencePieceTokenizer, build_tokenizer
 from vlp_jax.data.tokenizers.clip import clean
 from vlp_jax.data.tokenizers.sentencepiece_file import NORMAL, ModelFile
+from vlp_jax.encoders.foreign_texts import tokenizer_of_files
+from vlp_jax.models.text import TextTransformer
 
 TEXTS = list(corpus.captions())
+
+
+# What people paste into captions, each once.
+ODD = [
+    *(
+        "\U0001f600",
+        "a \U0001f469\u200d\U0001f469\u200d\U0001f467 family",
+        "\U0001f1e9\U0001f1ea flag",
+    ),
+    *(
+        "\U0001f44d\U0001f3fd",
+        "\u2764\ufe0f love",
+        "\u2708\ufe0e",
+        "1\ufe0f\u20e3 keycap",
+        "\u00a9\u00ae\u2122",
+    ),
+    *(
+        "\u05e9\u05dc\u05d5\u05dd \u05e2\u05d5\u05dc\u05dd",
+        "\u0645\u0631\u062d\u0628\u0627 \u0628\u0643",
+        "\u202eabc\u202c",
+        "\u200fabc\u200e",
+    ),
+    *(
+        "e\u0301 a\u0308 n\u0303",
+        "\u00e9 \u00e4 \u00f1",
+        "Z\u0351\u036b\u0343a\u0314l\u0313g\u0312o",
+        "\u1e9b\u0323",
+        "\u212b \u00c5",
+    ),
+    *(
+        "&lt;b&gt;bold&lt;/b&gt;",
+        "&amp;",
+        "&amp;amp;lt;",
+        "&amp;quot;x&amp;quot;",
+        "&nbsp;x",
+        "&#39;s",
+    ),
+    *("&#x1F600;", "&eacute;t&eacute;", "AT&T", "a &notanentity; b", "&#0;", "&;"),
+    *("\x00a", "a\x07b", "a\x1bb", "\x7f", "a\x85b", "\ufeffbom", "\ufffd", "a\u00adb", "a\u200bb"),
+    *(
+        "a\u00a0b",
+        "\u3000wide\u3000space",
+        "a\u2028b\u2029c",
+        "\t tab \n line \r\n",
+        "  two  spaces  ",
+    ),
+    *(
+        "word " * 200,
+        "x" * 3000,
+        "!" * 100,
+        "...",
+        "?!?!",
+        "-- \u2014 \u2013",
+        "(((",
+        "_under_score_",
+    ),
+    *("<|endoftext|>", "<|startoftext|> a <|endoftext|>", "</s><s>", "[CLS] [SEP]", "<unk><pad>"),
+    *(
+        "don't can't I'm they've we'll he'd it's",
+        "DON'T IT'S",
+        "don\u2019t it\u2018s",
+        "'tis 'twas",
+        "o''o",
+    ),
+    *("0123456789", "3.14 1,000,000 50%", "\u0661\u0662\u0663", "\u00bd \u00b2 \u2163", "1st 2ND"),
+    *(
+        "\uff26\uff35\uff2c\uff2c\uff01",
+        "\uff71\uff72\uff73",
+        "\ufb01ne \ufb02ow",
+        "\u0130stanbul I\u0131",
+        "\u1e9e\u00df",
+    ),
+    *(
+        "\u039f\u0394\u039f\u03a3 \u03a3",
+        "\u01c5 \u01c6",
+        "caf\u00c3\u00a9",
+        "\u00e2\u20ac\u2122s",
+        "\u65e5\u672c\u8a9e\u306e\u6587",
+    ),
+    *(
+        "\ud55c\uad6d\uc5b4",
+        "\u0e20\u0e32\u0e29\u0e32\u0e44\u0e17\u0e22",
+        "\u0928\u092e\u0938\u094d\u0924\u0947",
+        "a\ud800b",
+        "\udc00",
+        "",
+        " ",
+    ),
+    *(
+        "http://a.b/c?d=e&f=g#h",
+        "user@example.com #tag @name",
+        "C:\\path\\file.txt",
+        '{"a": [1, 2]}',
+        "a/b\\c|d",
+    ),
+]
+
+
+@pytest.fixture(scope="module")
+def odd_rows(clip):
+    """(open_clip's rows, ours, those of a run's input, those of a folder that is loaded)."""
+    readable = [text.encode("utf-8", "replace").decode() for text in ODD]  # no lone surrogates
+    data = {"source": "arrays", "arrays": {"text": [text.encode() for text in readable]}}
+    batches = EvalPipeline({**data, "preprocess": {}}, clip, batch_size=len(ODD)).batches()
+    files = tokenizer_of_files(None, TextTransformer(49408, 77, 8, 1, 8, 1), None, "x", [])[0]
+    theirs = open_clip.SimpleTokenizer()(readable).numpy()
+    return theirs, clip(ODD), next(iter(batches))["text"], files(ODD)
+
+
+@pytest.mark.parametrize("number", range(len(ODD)), ids=lambda i: ascii(ODD[i][:20]))
+def test_odd_texts_are_open_clips(number, odd_rows):
+    assert len(ODD) == len(set(ODD)) > 65
+    theirs, *rows = odd_rows
+    for ours in rows:
+        np.testing.assert_array_equal(ours[number], theirs[number])
 
 
 @pytest.fixture(scope="module")

@@ -15,14 +15,11 @@ import PIL.ImageOps
 from jaxtyping import UInt8
 
 from vlp_jax.errors import UserError
-from vlp_jax.interop.base import INTERPOLATIONS, RESIZES
+from vlp_jax.interop.base import CROP_ROUNDINGS, RESAMPLINGS, RESIZES
 
 # Twice Pillow's own mark of what is suspicious: there it stops, and so does a run's input.
 MAX_PIXELS = 178_956_970
-_RESAMPLING = {
-    "bicubic": PIL.Image.Resampling.BICUBIC,
-    "bilinear": PIL.Image.Resampling.BILINEAR,
-}
+_RESAMPLING = {name: PIL.Image.Resampling[name.upper()] for name in RESAMPLINGS}
 
 Image = Any  # PIL.Image.Image | np.ndarray | bytes | str | os.PathLike
 
@@ -35,17 +32,21 @@ class ImageProcessor:
       size: height and width in pixels.
       resize: "squash" changes the aspect ratio; "crop" scales the image until it covers the size
         and cuts the middle out, with torchvision's rounding.
-      interpolation: "bicubic" or "bilinear", antialiased.
+      interpolation: one of `RESAMPLINGS`.
+      scale, crop_rounding: as in `vlp_jax.interop.Extras`: what is scaled to before the cut.
       max_pixels: a larger image is refused before it is decoded.
     """
 
     size: tuple[int, int]
     resize: str = "squash"
     interpolation: str = "bicubic"
+    scale: int | tuple[int, int] | None = None
+    crop_rounding: str = "even"
     max_pixels: int = MAX_PIXELS
 
     def __post_init__(self) -> None:
-        for field, known in (("resize", RESIZES), ("interpolation", INTERPOLATIONS)):
+        choices = {"resize": RESIZES, "interpolation": RESAMPLINGS, "crop_rounding": CROP_ROUNDINGS}
+        for field, known in choices.items():
             if getattr(self, field) not in known:
                 raise UserError(f"{field}={getattr(self, field)!r} must be {' or '.join(known)}")
 
@@ -89,14 +90,29 @@ class ImageProcessor:
 
     def _fit(self, image: PIL.Image.Image) -> PIL.Image.Image:
         height, width = self.size
-        method = _RESAMPLING[self.interpolation]
-        if self.resize == "squash":
-            return image.resize((width, height), method)
-        short = min(self.size)
-        sides = [side * short // min(image.size) for side in image.size]
-        image = image.resize((max(sides[0], 1), max(sides[1], 1)), method)
-        left, top = (round((have - want) / 2) for have, want in zip(sides, (width, height)))
+        sides = self._scaled(*image.size)
+        image = image.resize(sides, _RESAMPLING[self.interpolation])
+        left, top = (self._offset(have, want) for have, want in zip(sides, (width, height)))
         return image.crop((left, top, left + width, top + height))
+
+    def _scaled(self, width: int, height: int) -> tuple[int, int]:
+        """Width and height that an image is scaled to."""
+        scale = self.scale
+        if self.resize == "squash":
+            return (self.size if scale is None else scale)[::-1]
+        if scale is None:
+            scale = self.size[0] if self.size[0] == self.size[1] else self.size
+        if isinstance(scale, tuple):  # timm's and open_clip's `ResizeKeepRatio`
+            ratio = min(height / scale[0], width / scale[1])
+            return round(width / ratio), round(height / ratio)
+        short = min(width, height)  # torchvision's Resize
+        return max(width * scale // short, 1), max(height * scale // short, 1)
+
+    def _offset(self, have: int, want: int) -> int:
+        """Where a cut of `want` pixels begins; below 0 where black ones are added."""
+        if have < want:
+            return -((want - have) // 2)
+        return (have - want) // 2 if self.crop_rounding == "down" else round((have - want) / 2)
 
 
 def upright_rgb(image: PIL.Image.Image) -> PIL.Image.Image:

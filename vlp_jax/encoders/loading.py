@@ -11,8 +11,9 @@ from etils import epath
 
 from vlp_jax import interop
 from vlp_jax.encoders.encoder import Encoder
+from vlp_jax.encoders.foreign_texts import tokenizer_of_files
 from vlp_jax.encoders.images import ImageProcessor
-from vlp_jax.encoders.texts import TextProcessor, tokenizer_from, tokenizer_of_files
+from vlp_jax.encoders.texts import TextProcessor, tokenizer_from
 from vlp_jax.errors import UserError
 from vlp_jax.interop.trees import Module, image_of, with_dtype
 from vlp_jax.models.dual_encoder import DualEncoder, l2_normalize, normalize_pixels
@@ -22,6 +23,8 @@ from vlp_jax.objectives.compute import DTYPES
 from vlp_jax.objectives.contrastive import Contrastive
 from vlp_jax.objectives.masked_autoencoding import MaskedAutoencoding
 from vlp_jax.training.run_model import RunModel, bounded, leaves, resizing, text_wording
+
+RESIZING = ("resize", "interpolation", "scale", "crop_rounding")  # fields of `interop.Extras`
 
 
 def load(
@@ -97,18 +100,18 @@ def _of_run(source: str, run: RunModel, dtype: str) -> Encoder:
 def _of_files(source: str, dtype: str, tokenizer: str | None) -> Encoder:
     imported = interop.read(source)
     module = with_dtype(imported.module, DTYPES[dtype])
-    extras, texts = imported.extras, None
+    extras, texts, notes = imported.extras, None, list(imported.notes)
     if isinstance(module, DualEncoder):
         if tokenizer is not None:
-            made = tokenizer_from(str(Path(tokenizer).expanduser()), module.text)
+            texts = TextProcessor(tokenizer_from(str(Path(tokenizer).expanduser()), module.text))
         else:
-            made = tokenizer_of_files(
-                extras.get("tokenizer"), module.text, extras.get("pad_id"), source
+            made, clean = tokenizer_of_files(
+                extras.get("tokenizer"), module.text, extras.get("pad_id"), source, notes
             )
-        texts = TextProcessor(made)
+            texts = TextProcessor(made, clean=clean)
     elif tokenizer is not None:
         raise UserError(f"{source} is an image model: it takes no tokenizer")
-    how = {name: extras[name] for name in ("resize", "interpolation") if name in extras}
+    how = {name: extras[name] for name in RESIZING if name in extras}
     functions = functions_of(module, extras)
     return Encoder(
         source=source,
@@ -117,7 +120,7 @@ def _of_files(source: str, dtype: str, tokenizer: str | None) -> Encoder:
         functions=functions,
         images=ImageProcessor(image_of(module).image_size, **how),
         texts=texts,
-        notes=tuple(imported.notes),
+        notes=tuple(notes),
     )
 
 

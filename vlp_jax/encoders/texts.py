@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,15 +11,11 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
-from vlp_jax.data.tokenizers import ClipTokenizer, SentencePieceTokenizer, SubwordTokenizer
+from vlp_jax.data.tokenizers import SentencePieceTokenizer, SubwordTokenizer
 from vlp_jax.data.tokenizers.base import as_text, frame_length
-from vlp_jax.data.tokenizers.framed import FramedTokenizer
 from vlp_jax.data.wording import Wording
 from vlp_jax.errors import UserError
-from vlp_jax.interop.hf_tokenizer import CONFIG, TOKENIZER, TokenizerFiles
 from vlp_jax.models.text import TextTransformer
-
-CLIP_TOKENS = 49_408
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,10 +25,12 @@ class TextProcessor:
     Attributes:
       tokenizer: of a run, or of the files of others.
       preprocess: how the run words its texts before it tokenizes them.
+      clean: what the library of others does to a text before its tokenizer.
     """
 
     tokenizer: Any
     preprocess: Wording = Wording()
+    clean: Callable[[str], str] | None = None
 
     def __call__(self, texts: Sequence[str]) -> Int[np.ndarray, "n context"]:
         """Token ids. A text that is longer than the context loses its end, with a warning.
@@ -66,8 +63,9 @@ class TextProcessor:
             return None
         number, length = long[0]
         more = f" (and {len(long) - 1} more)" if len(long) > 1 else ""
+        end = "last" if getattr(self.tokenizer, "cuts_left", False) else "first"
         return (
-            f"text {number} has {length} tokens{more}; the model reads the first {limit}: "
+            f"text {number} has {length} tokens{more}; the model reads the {end} {limit}: "
             f"{texts[number][:60]!r}"
         )
 
@@ -77,47 +75,14 @@ class TextProcessor:
                 raise UserError(f"text {number} is of {type(text).__name__}: give a str")
             if not text.strip():
                 raise UserError(f"text {number} is empty: there is nothing to embed")
+        texts = texts if self.clean is None else [self.clean(text) for text in texts]
         return [as_text(text) for text in self.preprocess(texts)]
 
     def _lengths(self, texts: Sequence[str]) -> list[int]:
-        if isinstance(self.tokenizer, FramedTokenizer):
+        if hasattr(self.tokenizer, "lengths"):  # a tokenizer of others, which frames by itself
             return self.tokenizer.lengths(texts)
         extra = frame_length(self.tokenizer)
         return [len(ids) + extra for ids in self.tokenizer.encode(texts)]
-
-
-def tokenizer_of_files(
-    files: TokenizerFiles | None, text: TextTransformer, pad_id: int | None, where: str
-) -> Callable[[Sequence[str]], np.ndarray]:
-    """The tokenizer that lies beside a model of others.
-
-    Args:
-      files: None if there are none: then it is CLIP's published one, if the vocabulary is as large
-        as its.
-      text: the tower that takes the ids.
-      pad_id: that of the config, if it says one.
-      where: the model, for an error.
-
-    Raises:
-      UserError: there is none that can be used.
-    """
-    contents = {} if files is None else files.contents
-    if TOKENIZER in contents:
-        config = json.loads(contents.get(CONFIG, b"{}"))
-        pad = config.get("pad_token")
-        pad = pad.get("content") if isinstance(pad, dict) else pad
-        return FramedTokenizer(
-            contents[TOKENIZER],
-            text.context_length,
-            (text.pad_id if pad_id is None else pad_id) if pad is None else pad,
-            texts_may_hold_special_tokens=not config.get("split_special_tokens", False),
-        )
-    if text.vocab_size == CLIP_TOKENS:
-        return ClipTokenizer.published(text.context_length)
-    raise UserError(
-        f"{where} has no {TOKENIZER}: name a tokenizer of {text.vocab_size:,} tokens, a "
-        "tokenizer.json or a SentencePiece .model"
-    )
 
 
 def tokenizer_from(path: str, text: TextTransformer) -> Any:

@@ -22,7 +22,7 @@ from vlp_jax.handover.examples import TEXTS, example
 from vlp_jax.handover.scores import Scores, is_score
 from vlp_jax.interop.base import Extras
 from vlp_jax.interop.transfer import Model
-from vlp_jax.interop.trees import image_of
+from vlp_jax.interop.trees import Module, image_of
 from vlp_jax.models.dual_encoder import DualEncoder
 from vlp_jax.models.masked_autoencoder import MaskedAutoencoder
 
@@ -31,6 +31,19 @@ LIBRARY = {
     "saved": "tensorflow",
     "stablehlo": "jax",
     "safetensors": "vlp_jax",
+}
+SIGLIP_PIPELINE_LENGTH = 64
+# What becomes of pixels that are not simply RGB, where it is not as in training. Found out by
+# running transformers 5.24, open_clip 3.3 and timm 1.0.31 (docs/interop.md has the table).
+ODD_PIXELS = {
+    "hf": "The image processor of transformers composites on white too, but does not turn images "
+    "and clips 16 bits at 255; its pipelines turn them, and drop the alpha channel.",
+    "open": "open_clip drops the alpha channel, so that the colors under transparent pixels are "
+    "seen; it does not turn images, and clips 16 bits at 255.",
+    "timm": 'timm takes RGB images alone: `convert("RGB")` drops the alpha channel, so that the '
+    "colors under transparent pixels are seen, does not turn images, and clips 16 bits at 255.",
+    "saved": "The program takes pixels: prepare them so.",
+    "big": "Prepare the pixels so.",
 }
 TOWER_FIELDS = {
     "width": "width",
@@ -99,14 +112,51 @@ def text(subject: Subject) -> str:
     return f"---\n{_head(subject)}---\n\n# {subject.name}\n\n{body}\n"
 
 
+def pipeline_of(format: str, module: Module, architecture: str) -> tuple[str | None, str]:
+    """The `pipeline_tag` with which others run an export, and why it has none.
+
+    Source: transformers 5.24, pipelines/zero_shot_image_classification.py and
+    image_feature_extraction.py.
+
+    Args:
+      architecture: the class of `transformers`, for its formats.
+
+    Returns:
+      (tag, "") or (None, a reason); (None, "") for a format that no pipeline loads.
+    """
+    library = format.split("_")[0]
+    if library not in ("hf", "open", "timm"):
+        return None, ""
+    if not isinstance(module, DualEncoder):
+        if architecture == "ViTMAEForPreTraining":
+            return None, (
+                "no pipeline_tag: transformers' pipeline hides patches at random as in pretraining"
+            )
+        return "image-feature-extraction", ""
+    if architecture == "SiglipModel":
+        length = module.text.context_length
+        if length != SIGLIP_PIPELINE_LENGTH:
+            return None, (
+                f"no pipeline_tag: transformers' zero-shot pipeline pads the texts of every SigLIP "
+                f"to {SIGLIP_PIPELINE_LENGTH} tokens, and this model takes {length}"
+            )
+        if module.logit_bias_init is None:
+            return None, (
+                "no pipeline_tag: transformers' zero-shot pipeline scores a SigLIP by the sigmoid "
+                "of each logit, and this model was trained with a softmax"
+            )
+    return "zero-shot-image-classification", ""
+
+
 def _head(subject: Subject) -> str:
-    two = isinstance(subject.model.module, DualEncoder)
     name = subject.format
     head: dict[str, Any] = {
         "library_name": LIBRARY.get(name.split("_")[0], name),
         "tags": ["vlp_jax", subject.config.objective.name, name],
-        "pipeline_tag": "zero-shot-image-classification" if two else "image-feature-extraction",
     }
+    tag, _ = pipeline_of(name, subject.model.module, subject.architecture)
+    if tag is not None:
+        head["pipeline_tag"] = tag
     if subject.license:
         head["license"] = subject.license
     results = _results(subject) if subject.scores else []
@@ -210,12 +260,17 @@ def _preprocessing(subject: Subject) -> str:
         f"Images are RGB, {how} ({extras.interpolation}, antialiased), scaled to [0, 1], and "
         f"normalized with mean {_numbers(mean)} and standard deviation {_numbers(std)}."
     ]
+    lines.append(
+        "In training, what is transparent is composited on white, images are turned as their Exif "
+        "orientation says, and of 16 bits the upper 8 are kept."
+    )
+    lines.append(ODD_PIXELS.get(subject.format.split("_")[0], ""))
     if isinstance(module, DualEncoder) and extras.tokenizer is not None:
         lines.append(
             "Texts are tokenized, framed, cut and padded as `tokenizer.json` and its "
             "neighbours say."
         )
-    return " ".join(lines)
+    return " ".join(filter(None, lines))
 
 
 def _numbers(values: Sequence[float]) -> str:

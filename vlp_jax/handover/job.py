@@ -161,6 +161,8 @@ class Job:
         """The card and the record, which is the last file."""
         libraries, code = versions.versions(record.LIBRARIES), versions.commit()
         architectures = files.load_json_if_there(folder / "config.json").get("architectures", [""])
+        _, untagged = card.pipeline_of(self.format, self.model.module, architectures[0])
+        self.notes += [untagged] if untagged else []
         subject = card.Subject(
             name=name,
             format=self.format,

@@ -26,8 +26,10 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 HALF = (0.5, 0.5, 0.5)
 
-INTERPOLATIONS = ("bicubic", "bilinear")
+INTERPOLATIONS = ("bicubic", "bilinear")  # of our own runs; both antialiased
+RESAMPLINGS = (*INTERPOLATIONS, "nearest", "box", "hamming", "lanczos")  # of Pillow
 RESIZES = ("squash", "crop")
+CROP_ROUNDINGS = ("even", "down")
 
 # Fields that change how a model runs or starts, not what it computes.
 _NO_MATTER = {
@@ -53,7 +55,12 @@ class Imported:
     extras: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
-_CHOICES = (("resize", RESIZES), ("interpolation", INTERPOLATIONS), ("weights", WEIGHTS))
+_CHOICES = (
+    ("resize", RESIZES),
+    ("interpolation", RESAMPLINGS),
+    ("crop_rounding", CROP_ROUNDINGS),
+    ("weights", WEIGHTS),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +72,12 @@ class Extras:
       image_mean, image_std: for an image tower alone, which does not have them.
       resize: how pixels come to the model's size: "squash" changes the aspect ratio, "crop" scales
         the shorter side and cuts the middle out.
-      interpolation: "bicubic" or "bilinear", both antialiased.
+      interpolation: one of `RESAMPLINGS`.
+      scale: what an image is scaled to before the middle of the model's size is cut out; None: the
+        model's size. With "squash" height and width. With "crop" the length of the shorter side, or
+        a height and width that the image then covers.
+      crop_rounding: where half a pixel before a cut goes: "even" as torchvision rounds, "down" as
+        transformers does.
       norm_pix_loss, mask_ratio: of masked autoencoding.
       tokenizer: its files, for formats that have some.
       weights: of `precision.WEIGHTS`, to which the parameters have been rounded.
@@ -78,6 +90,8 @@ class Extras:
     image_std: tuple[float, ...] = HALF
     resize: str = "squash"
     interpolation: str = "bicubic"
+    scale: int | tuple[int, int] | None = None
+    crop_rounding: str = "even"
     norm_pix_loss: bool = False
     mask_ratio: float = 0.75
     tokenizer: TokenizerFiles | None = None

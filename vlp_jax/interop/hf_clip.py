@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from vlp_jax.errors import UserError
-from vlp_jax.interop import base, files, hf_common, hf_tokenizer
+from vlp_jax.interop import base, files, hf_common, hf_images, hf_tokenizer
 from vlp_jax.interop.base import Extras, Imported
 from vlp_jax.interop.tables import (
     SQUEEZED,
@@ -109,18 +109,19 @@ def read(path: Path, like: Module | None = None) -> Imported:
     where, notes = weights.parent / "config.json", []
     config = hf_common.with_defaults(config, DEFAULTS)
     text = hf_common.section(config, "text_config", TEXT_DEFAULTS, where)
+    image = hf_common.section(config, "vision_config", VISION_DEFAULTS, where)
+    size = base.pair(image["image_size"], "image_size", where)
+    processing = hf_images.read(weights.parent, "CLIP", size, like, notes)
     module = DualEncoder(
-        image=_image(
-            hf_common.section(config, "vision_config", VISION_DEFAULTS, where), where, like, notes
-        ),
+        image=_image(image, where, like, notes),
         text=_text(text, where),
         embed_dim=base.integer(config, "projection_dim", where),
         logit_scale_init=base.number(config, "logit_scale_init_value", where),
-        **hf_common.read_pixels(weights.parent, base.OPENAI_MEAN, base.OPENAI_STD, like, notes),
+        **hf_images.normalization(processing),
     )
     tensors = files.load_tensors(weights)
     params = from_theirs(TABLE, tensors, expected_shapes(module), weights, IGNORED)
-    extras = hf_common.read_extras(weights.parent, text, notes)
+    extras = processing | hf_common.read_texts(weights.parent, text, "CLIPTokenizer")
     if module.text.pooling == "argmax":
         extras.pop("eos_id")  # the number stands for the pooling
     return Imported(module, params, notes, extras)
@@ -135,6 +136,7 @@ def check(module: Module, extras: Extras) -> list[str]:
         *base.square_problems(MODEL, module.image),
         *base.requirements(MODEL, "text", module.text, TEXT_HAS),
         *base.requirements(MODEL, "", module, WHOLE_HAS),
+        *hf_images.problems(MODEL, extras),
     ]
     if module.text.pooling == "eos":
         if module.text.eos_id == HIGHEST_ID:
@@ -181,9 +183,7 @@ def write(module: DualEncoder, params: Params, directory: Path, extras: Extras) 
         files.save_safetensors(
             to_theirs(TABLE, params), directory / "model.safetensors", extras.narrow
         ),
-        hf_common.write_processor(
-            module, directory, extras, "CLIPImageProcessor", "CLIPImageProcessor"
-        ),
+        hf_images.write(module, directory, extras, "CLIPImageProcessor"),
         *hf_tokenizer.write(extras.tokenizer, directory, TOKENIZER_GIVES),
     ]
 

@@ -1,4 +1,4 @@
-"""What the formats of Hugging Face `transformers` share: configs, image processors, layers.
+"""What the formats of Hugging Face `transformers` share: configs, special tokens, layers.
 
 A config.json holds only what differs from the defaults of its class, so these are part of a format;
 they are those of transformers 4.57 and 5.24.
@@ -6,26 +6,20 @@ they are those of transformers 4.57 and 5.24.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from vlp_jax.errors import UserError
 from vlp_jax.interop import base, files
-from vlp_jax.interop.base import Extras
 from vlp_jax.interop.hf_tokenizer import TokenizerFiles
 from vlp_jax.interop.tables import Table, heads_in, heads_out, linear, norm
-from vlp_jax.interop.trees import Module
 
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 
 # Ours -> the name in `transformers.activations.ACT2FN`.
 ACTIVATIONS = {"gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh", "quick_gelu": "quick_gelu"}
 _OTHER_NAMES = {"gelu_new": "gelu_tanh", "gelu_python": "gelu"}  # the same functions
-
-# Resampling of PIL, which image processors name by its number.
-RESAMPLING = {"bilinear": 2, "bicubic": 3}
 
 
 def layers_as_in_clip(ours: str, theirs: str) -> Table:
@@ -167,103 +161,16 @@ def biased_attention(config: Mapping[str, Any], where: object) -> None:
         raise UserError(f"{where}: qkv_bias is false; only attention with a bias can be read")
 
 
-def write_processor(
-    module: Module, directory: Path, extras: Extras, kind: str, cropping: str
-) -> Path:
-    """preprocessor_config.json.
+def read_texts(directory: Path, text: Mapping[str, Any], kind: str) -> dict[str, Any]:
+    """What a text config and the tokenizer beside it say, as fields of `Extras`.
 
     Args:
-      kind: the class of the image processor if images are squashed.
-      cropping: the class if their middle is cut out.
+      kind: the class that a tokenizer of this model type has if its config names none.
     """
-    mean, std = extras.pixels_of(module)
-    height, width = base.image_of(module).image_size
-    crop = extras.resize == "crop"
-    config: dict[str, Any] = {
-        "image_processor_type": cropping if crop else kind,
-        "do_convert_rgb": True,
-        "do_resize": True,
-        "size": {"height": height, "width": width},
-        "resample": RESAMPLING[extras.interpolation],
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
-        "image_mean": list(mean),
-        "image_std": list(std),
-    }
-    if cropping == kind or crop:
-        config["do_center_crop"] = crop
-    if crop:
-        config["size"] = {"shortest_edge": min(height, width)}
-        config["crop_size"] = {"height": height, "width": width}
-    return files.save_json(config, directory / "preprocessor_config.json")
-
-
-def read_extras(
-    directory: Path, text: Mapping[str, Any] | None, notes: list[str]
-) -> dict[str, Any]:
-    """What a folder's image processor, text config and tokenizer say, as fields of `Extras`.
-
-    Args:
-      text: the section of the config; None for an image tower alone.
-    """
-    config = _processor(directory)[1]
     extras: dict[str, Any] = {}
-    if config:
-        extras["resize"] = "crop" if config.get("do_center_crop") else "squash"
-        names = {number: name for name, number in RESAMPLING.items()}
-        resample = config.get("resample", RESAMPLING["bicubic"])
-        if resample not in names:
-            notes.append(f"its images are resampled by PIL's method {resample}, here bicubically")
-        extras["interpolation"] = names.get(resample, "bicubic")
-    if text is not None:
-        for ours in ("bos_id", "eos_id", "pad_id"):
-            value = text.get(f"{ours.removesuffix('_id')}_token_id")
-            if type(value) is int:
-                extras[ours] = value
-        extras["tokenizer"] = TokenizerFiles.found(directory)
+    for ours in ("bos_id", "eos_id", "pad_id"):
+        value = text.get(f"{ours.removesuffix('_id')}_token_id")
+        if type(value) is int:
+            extras[ours] = value
+    extras["tokenizer"] = TokenizerFiles.found(directory, kind=kind)
     return extras
-
-
-def _processor(directory: Path) -> tuple[Path, dict[str, Any]]:
-    """The file and the config of an image processor; an empty config if there is none."""
-    file = directory / "preprocessor_config.json"
-    config = files.load_json_if_there(file)
-    if not config:
-        file = directory / "processor_config.json"
-        config = files.load_json_if_there(file).get("image_processor") or {}
-    return file, config
-
-
-def read_pixels(
-    directory: Path,
-    mean: tuple[float, ...],
-    std: tuple[float, ...],
-    like: Module | None,
-    notes: list[str],
-) -> dict[str, tuple[float, ...]]:
-    """`image_mean` and `image_std` of a folder's image processor.
-
-    Without one they are those of `like`, or else `mean` and `std`, which a note says.
-
-    Raises:
-      UserError: the file does not hold three numbers of each.
-    """
-    file, config = _processor(directory)
-    if not config:
-        mean, std = getattr(like, "image_mean", mean), getattr(like, "image_std", std)
-        notes.append(f"{directory} has no image processor: image_mean {mean}, image_std {std}")
-        return {"image_mean": tuple(mean), "image_std": tuple(std)}
-    found = {
-        name: config.get(name, default)
-        for name, default in (("image_mean", mean), ("image_std", std))
-    }
-    if not config.get("do_normalize", True):
-        found = {"image_mean": (0.0, 0.0, 0.0), "image_std": (1.0, 1.0, 1.0)}
-    factor = config.get("rescale_factor", 1 / 255) if config.get("do_rescale", True) else 1.0
-    if not math.isclose(factor, 1 / 255, rel_tol=1e-3):
-        raise UserError(f"{file}: rescale_factor {factor} is not 1/255, as our pixels are scaled")
-    for name, values in found.items():
-        if not isinstance(values, list | tuple) or len(values) != 3:
-            raise UserError(f"{file}: {name} is {values!r}, not three numbers")
-    return {name: tuple(float(x) for x in values) for name, values in found.items()}

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from vlp_jax.errors import UserError
-from vlp_jax.interop import base, files, hf_common, hf_tokenizer
+from vlp_jax.interop import base, files, hf_common, hf_images, hf_tokenizer
 from vlp_jax.interop.base import Extras, Imported
 from vlp_jax.interop.hf_clip import text_ids
 from vlp_jax.interop.tables import (
@@ -125,7 +125,10 @@ def read(path: Path, like: Module | None = None) -> Imported:
     weights, config = hf_common.open_folder(path, "siglip")
     where, notes = weights.parent / "config.json", []
     text = hf_common.section(config, "text_config", TEXT_DEFAULTS, where)
-    image = _image(hf_common.section(config, "vision_config", VISION_DEFAULTS, where), where, notes)
+    vision = hf_common.section(config, "vision_config", VISION_DEFAULTS, where)
+    image = _image(vision, where, notes)
+    size = base.pair(vision["image_size"], "image_size", where)
+    processing = hf_images.read(weights.parent, "Siglip", size, like, notes)
     module = DualEncoder(
         image=image,
         text=TextTransformer(
@@ -142,11 +145,11 @@ def read(path: Path, like: Module | None = None) -> Imported:
         logit_bias_init=LOGIT_BIAS_INIT,
         image_head="none",
         text_head="linear_bias",
-        **hf_common.read_pixels(weights.parent, base.HALF, base.HALF, like, notes),
+        **hf_images.normalization(processing),
     )
     tensors = files.load_tensors(weights)
     params = from_theirs(TABLE, tensors, expected_shapes(module), weights, IGNORED)
-    extras = hf_common.read_extras(weights.parent, text, notes)
+    extras = processing | hf_common.read_texts(weights.parent, text, "SiglipTokenizer")
     return Imported(module, params, notes, extras)
 
 
@@ -162,6 +165,7 @@ def check(module: Module, extras: Extras) -> list[str]:
         *base.square_problems(MODEL, module.image),
         *base.requirements(MODEL, "text", module.text, TEXT_HAS),
         *base.requirements(MODEL, "", module, WHOLE_HAS),
+        *hf_images.problems(MODEL, extras),
     ]
 
 
@@ -193,9 +197,7 @@ def write(module: DualEncoder, params: Params, directory: Path, extras: Extras) 
         files.save_safetensors(
             to_theirs(TABLE, params), directory / "model.safetensors", extras.narrow
         ),
-        hf_common.write_processor(
-            module, directory, extras, "SiglipImageProcessor", "CLIPImageProcessor"
-        ),
+        hf_images.write(module, directory, extras, "SiglipImageProcessor"),
         *hf_tokenizer.write(extras.tokenizer, directory, TOKENIZER_GIVES),
     ]
 

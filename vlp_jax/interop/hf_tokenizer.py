@@ -28,10 +28,15 @@ class TokenizerFiles:
     """A tokenizer in files.
 
     Attributes:
-      contents: name of a file -> what is in it.
+      contents: name of a file -> what is in it; none if the library has the tokenizer itself.
+      kind: the class that `AutoTokenizer` takes if `contents` do not name one.
+      open_clip: for a tokenizer that open_clip wraps, `tokenizer_kwargs` and `tokenizer_mode` of
+        the model's `text_cfg`; None for others.
     """
 
     contents: Mapping[str, bytes]
+    kind: str | None = None
+    open_clip: Mapping[str, Any] | None = None
 
     @classmethod
     def made(
@@ -68,11 +73,11 @@ class TokenizerFiles:
         return cls({TOKENIZER: tokenizer_json.encode(), CONFIG: json.dumps(config).encode()})
 
     @classmethod
-    def found(cls, directory: Path) -> Self | None:
-        """Those of a directory; None if no tokenizer is there."""
+    def found(cls, directory: Path, **fields: Any) -> Self | None:
+        """The files of a directory; None if no tokenizer is there. `fields` are attributes."""
         paths = [directory / name for name in NAMES if (directory / name).is_file()]
         contents = {path.name: without_mark(path.read_bytes(), str(path)) for path in paths}
-        return cls(contents) if contents.keys() - {*NAMES[-3:]} else None
+        return cls(contents, **fields) if contents.keys() - {*NAMES[-3:]} else None
 
     def write(self, directory: Path, inputs: Sequence[str]) -> list[Path]:
         """Writes the files.
@@ -96,4 +101,6 @@ def _unknown(model: Mapping[str, Any]) -> str | None:
 
 def write(tokenizer: TokenizerFiles | None, directory: Path, inputs: Sequence[str]) -> list[Path]:
     """Writes the files of a tokenizer, if there is one."""
-    return [] if tokenizer is None else tokenizer.write(directory, inputs)
+    if tokenizer is None or not tokenizer.contents:
+        return []
+    return tokenizer.write(directory, inputs)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from vlp_jax.interop import base, files, hf_common
+from vlp_jax.interop import base, files, hf_common, hf_images
 from vlp_jax.interop.base import Extras, Imported
 from vlp_jax.interop.files import Tensors
 from vlp_jax.interop.tables import (
@@ -90,28 +90,31 @@ def read(path: Path, like: Module | None = None) -> Imported:
     hf_common.three_channels(config, where)
     hf_common.biased_attention(config, where)
     patch = base.one_side(config["patch_size"], "patch_size", where)
+    size = base.pair(config["image_size"], "image_size", where)
     module = VisionTransformer(
-        image_size=base.tiled(base.pair(config["image_size"], "image_size", where), patch, notes),
+        image_size=base.tiled(size, patch, notes),
         patch_size=patch,
         pooling="cls",
         norm_after_pool=base.norm_after_pool_of(like),
         **hf_common.encoder_fields(config, where),
     )
-    pixels = hf_common.read_pixels(weights.parent, base.HALF, base.HALF, like, notes)
+    extras = hf_images.read(weights.parent, "ViT", size, like, notes)
     notes.append(
-        f"images are normalized with mean {pixels['image_mean']}, std {pixels['image_std']}"
+        f"images are normalized with mean {extras['image_mean']}, std {extras['image_std']}"
     )
     tensors = _names_of_4(files.load_tensors(weights), notes)
     params = from_theirs(TABLE, tensors, expected_shapes(module), weights)
-    extras = hf_common.read_extras(weights.parent, None, notes)
-    return Imported(module, params, notes, pixels | extras)
+    return Imported(module, params, notes, extras)
 
 
 def check(module: Module, extras: Extras) -> list[str]:
     """All that a ViTModel cannot express of a module."""
     if not isinstance(module, VisionTransformer):
         return [f"{MODEL} is an image tower alone, not a {type(module).__name__}"]
-    return base.requirements(MODEL, "image", module, IMAGE_HAS)
+    return [
+        *base.requirements(MODEL, "image", module, IMAGE_HAS),
+        *hf_images.problems(MODEL, extras),
+    ]
 
 
 def write(module: VisionTransformer, params: Params, directory: Path, extras: Extras) -> list[Path]:
@@ -133,9 +136,7 @@ def write(module: VisionTransformer, params: Params, directory: Path, extras: Ex
         files.save_safetensors(
             to_theirs(TABLE, params), directory / "model.safetensors", extras.narrow
         ),
-        hf_common.write_processor(
-            module, directory, extras, "ViTImageProcessor", "CLIPImageProcessor"
-        ),
+        hf_images.write(module, directory, extras, "ViTImageProcessor"),
     ]
 
 

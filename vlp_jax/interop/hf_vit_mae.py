@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from vlp_jax.errors import UserError
-from vlp_jax.interop import base, files, hf_common, hf_vit
+from vlp_jax.interop import base, files, hf_common, hf_images, hf_vit
 from vlp_jax.interop.base import Extras, Imported
 from vlp_jax.interop.files import Tensors
 from vlp_jax.interop.tables import (
@@ -82,14 +82,16 @@ def read(path: Path, like: Module | None = None) -> Imported:
     weights, config = hf_common.open_folder(path, "vit_mae")
     where, notes = weights.parent / "config.json", []
     config = hf_common.with_defaults(config, DEFAULTS)
-    module = _module(config, where, weights.parent, like, notes)
+    side = base.one_side(config["image_size"], "image_size", where)
+    imagenet = {"image_mean": base.IMAGENET_MEAN, "image_std": base.IMAGENET_STD}
+    extras = hf_images.read(weights.parent, "ViT", (side, side), like, notes, **imagenet)
+    module = _module(config, where, hf_images.normalization(extras), notes)
     notes.append(
         f"it was trained with norm_pix_loss {bool(config['norm_pix_loss'])} and mask_ratio "
         f"{config['mask_ratio']}"
     )
     tensors = _names_of_4(files.load_tensors(weights), weights)
     params = from_theirs(TABLE, tensors, expected_shapes(module), weights)
-    extras = hf_common.read_extras(weights.parent, None, notes)
     extras |= {
         "norm_pix_loss": bool(config["norm_pix_loss"]),
         "mask_ratio": base.number(config, "mask_ratio", where),
@@ -106,6 +108,7 @@ def check(module: Module, extras: Extras) -> list[str]:
         *base.requirements(MODEL, "image", image, IMAGE_HAS),
         *base.square_problems(MODEL, image),
         *base.requirements(MODEL, "decoder", decoder, {"class_token": (True,)}),
+        *hf_images.problems(MODEL, extras),
     ]
     for field in ("activation", "norm_eps"):
         a, b = getattr(image, field), getattr(decoder, field)
@@ -138,14 +141,12 @@ def write(module: MaskedAutoencoder, params: Params, directory: Path, extras: Ex
         files.save_safetensors(
             to_theirs(TABLE, params), directory / "model.safetensors", extras.narrow
         ),
-        hf_common.write_processor(
-            module, directory, extras, "ViTImageProcessor", "CLIPImageProcessor"
-        ),
+        hf_images.write(module, directory, extras, "ViTImageProcessor"),
     ]
 
 
 def _module(
-    config: dict[str, Any], where: Path, folder: Path, like: Module | None, notes: list[str]
+    config: dict[str, Any], where: Path, pixels: dict[str, tuple[float, ...]], notes: list[str]
 ) -> MaskedAutoencoder:
     """The model of a config, with learned positions."""
     hf_common.three_channels(config, where)
@@ -165,7 +166,6 @@ def _module(
         position="learned",
         **hf_common.encoder_fields(config, where, "decoder_"),
     )
-    pixels = hf_common.read_pixels(folder, base.IMAGENET_MEAN, base.IMAGENET_STD, like, notes)
     return MaskedAutoencoder(image, decoder, **pixels)
 
 

@@ -29,6 +29,7 @@ from vlp_jax.interop.open_clip_config import (
     native_config,
     pixels_of,
     read_config,
+    resize_problems,
     text_config,
     text_fields,
     trunk_config,
@@ -184,9 +185,10 @@ def read(path: Path, like: Module | None = None) -> Imported:
         text_head=_text_head(tensors, text_bias),
         **pixels_of(config, like, where, notes),
     )
+    size = image.image_size
     mapping = table(trunk, text_bias)
     params = from_theirs(mapping, tensors, expected_shapes(module), weights, IGNORED)
-    return Imported(module, params, notes, extras_of(config, weights.parent, notes))
+    return Imported(module, params, notes, extras_of(config, weights.parent, size, notes))
 
 
 def check(module: Module, extras: Extras) -> list[str]:
@@ -194,7 +196,7 @@ def check(module: Module, extras: Extras) -> list[str]:
     if not isinstance(module, DualEncoder):
         return [f"{MODEL} is an image and a text tower, not a {type(module).__name__}"]
     image, text = module.image, module.text
-    problems = base.requirements(MODEL, "text", text, TEXT_HAS)
+    problems = base.requirements(MODEL, "text", text, TEXT_HAS) + resize_problems(image, extras)
     if text.pooling == "eos" and extras.eos_id not in (None, text.eos_id):
         problems.append(
             f"eos_id {extras.eos_id} is not text.eos_id {text.eos_id}, at which it pools"

@@ -24,6 +24,8 @@ from vlp_jax.models.vit import VisionTransformer
 POOLINGS = {"cls": "tok", "mean": "avg"}
 EPS = 1e-5  # of torch.nn.LayerNorm
 HEAD_WIDTH, TEXT_HEADS = 64, 8  # defaults
+TOKENIZER_KEYS = ("tokenizer_kwargs", "tokenizer_mode")
+RESIZE_MODES = ("shortest", "longest", "squash")
 TRUNK_PROJECTIONS = {"none": "none", "linear": "linear", "linear_bias": "linear"}
 
 # Values of the two sections that make another model than ours, and the one without effect.
@@ -212,7 +214,10 @@ def text_config(module: DualEncoder, extras: Extras, name: str) -> dict[str, Any
         folder itself, whatever is said here; on a hub this is to be the name of the repository.
     """
     text = module.text
-    tokenizer = {} if extras.tokenizer is None else {"hf_tokenizer_name": name}
+    tokenizer: dict[str, Any] = {}
+    if extras.tokenizer is not None:
+        tokenizer |= {"hf_tokenizer_name": name} if extras.tokenizer.contents else {}
+        tokenizer |= extras.tokenizer.open_clip or {}
     return {
         **tokenizer,
         "context_length": text.context_length,
@@ -247,28 +252,70 @@ def pixels_of(
         notes.append(f"{where} does not say how pixels are normalized: as OpenAI's CLIP")
     pixels = {}
     for name, default in defaults.items():
-        values = said.get(name, default)
+        values = said.get(name) or default
+        values = [values] * 3 if isinstance(values, int | float) else values
         if not isinstance(values, list | tuple) or len(values) != 3:
             raise UserError(f"{where}: preprocess_cfg.{name} is {values!r}, not three numbers")
         pixels[f"image_{name}"] = tuple(float(x) for x in values)
     return pixels
 
 
-def extras_of(config: Mapping[str, Any], directory: Path, notes: list[str]) -> dict[str, Any]:
-    """What a config and the files beside it say of images and texts, as fields of `Extras`."""
+def extras_of(
+    config: Mapping[str, Any], directory: Path, size: tuple[int, int], notes: list[str]
+) -> dict[str, Any]:
+    """What a config and the files beside it say of images and texts, as fields of `Extras`.
+
+    Args:
+      size: height and width of the images that the model takes, whatever `preprocess_cfg` says.
+    """
     if not config:
         return {}
-    extras: dict[str, Any] = {}
     said = config.get("preprocess_cfg") or {}
-    mode, interpolation = said.get("resize_mode", "shortest"), said.get("interpolation", "bicubic")
+    mode = said.get("resize_mode") or "shortest"
+    interpolation = said.get("interpolation") or "bicubic"
     if mode == "longest":
         notes.append("its images are fitted in whole and padded, here their middle is cut out")
-    extras["resize"] = "squash" if mode == "squash" else "crop"
-    if interpolation not in base.INTERPOLATIONS:
-        notes.append(f"its images are resized by {interpolation!r}, here bicubically")
-        interpolation = "bicubic"
-    extras["interpolation"] = interpolation
-    return {**extras, "tokenizer": TokenizerFiles.found(directory)}
+    if mode not in RESIZE_MODES or interpolation not in (*base.INTERPOLATIONS, "random"):
+        notes.append(
+            f"open_clip does not know resize_mode {mode!r} with interpolation {interpolation!r}"
+        )
+    extras: dict[str, Any] = {"resize": "squash" if mode == "squash" else "crop"}
+    if mode != "squash" and size[0] != size[1]:
+        # Its ResizeKeepRatio for sides that differ is not told the interpolation.
+        extras |= {"scale": size, "interpolation": "bicubic"}
+    else:
+        extras["interpolation"] = "bilinear" if interpolation == "bilinear" else "bicubic"
+    return {**extras, "tokenizer": _tokenizer(config, directory, notes)}
+
+
+def _tokenizer(
+    config: Mapping[str, Any], directory: Path, notes: list[str]
+) -> TokenizerFiles | None:
+    """The files that `open_clip.get_tokenizer` reads: none unless the config names some."""
+    text = read_config(config, directory)["text_cfg"]
+    said = {name: text[name] for name in TOKENIZER_KEYS if text.get(name)}
+    name = text.get("hf_tokenizer_name")
+    found = TokenizerFiles.found(directory, open_clip=said) if name else None
+    if found is not None:
+        return found
+    if name:
+        notes.append(f"its tokenizer is {name}, whose files are not in {directory}")
+    return TokenizerFiles({}, open_clip=said) if said else None
+
+
+def resize_problems(image: VisionTransformer, extras: Extras) -> list[str]:
+    """A line for each setting of the resize that `preprocess_cfg` has no place for."""
+    lines = []
+    height, width = image.image_size
+    keeps = {None, image.image_size, *([height] if height == width else [])}
+    if extras.scale not in keeps:
+        lines.append(
+            f"open_clip scales images to cover {height} x {width} pixels, not to {extras.scale} "
+            f"before it cuts: give --resize"
+        )
+    if extras.interpolation not in base.INTERPOLATIONS:
+        lines.append(f"open_clip does not resize by {extras.interpolation!r}: give --interpolation")
+    return lines
 
 
 def _encoder_config(tower: VisionTransformer | TextTransformer) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from vlp_jax.errors import UserError
-from vlp_jax.interop import base, files
+from vlp_jax.interop import base, files, timm_images
 from vlp_jax.interop.base import Extras, Imported
 from vlp_jax.interop.files import Tensors
 from vlp_jax.interop.tables import (
@@ -111,31 +111,18 @@ def read(path: Path, like: Module | None = None) -> Imported:
       UserError: too little is known, or the files are not those of a model that we can express.
     """
     weights = files.find_weights(path, WEIGHTS)
-    config = files.load_json_if_there(weights.parent / "config.json")
+    where = weights.parent / "config.json"
+    config = files.load_json_if_there(where)
     notes: list[str] = []
-    known = _known(config, weights.parent / "config.json", notes)
+    known = _known(config, where, notes)
     tensors = files.load_tensors(weights)
     if any(key in tensors for key in HEAD):
         notes.append("left out, since the tower has no place for them: head.weight, head.bias")
         tensors = {key: x for key, x in tensors.items() if key not in HEAD}
     module, tensors = tower(tensors, known, like, weights, notes)
     params = from_theirs(table(), tensors, expected_shapes(module), weights)
-    return Imported(module, params, notes, _extras(config, notes))
-
-
-def _extras(config: Mapping[str, Any], notes: list[str]) -> dict[str, Any]:
-    """What `pretrained_cfg` says of the images, as fields of `Extras`."""
-    said = config.get("pretrained_cfg") or {}
-    extras = {f"image_{k}": tuple(said[k]) for k in ("mean", "std") if k in said}
-    if "crop_mode" in said:
-        extras["resize"] = "squash" if said["crop_mode"] == "squash" else "crop"
-    if said.get("interpolation") in base.INTERPOLATIONS:
-        extras["interpolation"] = said["interpolation"]
-    elif "interpolation" in said:
-        notes.append(f"its images are resized by {said['interpolation']!r}, here bicubically")
-    if said.get("crop_pct", 1.0) != 1.0:
-        notes.append(f"its images are cropped with crop_pct {said['crop_pct']}, here with 1.0")
-    return extras
+    size = known.get("image_size", module.image_size)
+    return Imported(module, params, notes, timm_images.read(config, size, where, notes))
 
 
 def check(module: Module, extras: Extras) -> list[str]:
@@ -145,7 +132,7 @@ def check(module: Module, extras: Extras) -> list[str]:
     problems = base.requirements(MODEL, "image", module, {"norm_eps": tuple(ARCHITECTURES)})
     if module.pre_norm and module.patch_bias:
         problems.append(f"{MODEL} with pre_norm has image.patch_bias False, not True")
-    return problems
+    return problems + timm_images.problems(module.image_size, extras)
 
 
 def write(module: VisionTransformer, params: Params, directory: Path, extras: Extras) -> list[Path]:
@@ -161,11 +148,7 @@ def write(module: VisionTransformer, params: Params, directory: Path, extras: Ex
             "custom_load": False,
             "input_size": [3, *module.image_size],
             "fixed_input_size": True,
-            "interpolation": extras.interpolation,
-            "crop_pct": 1.0,
-            "crop_mode": "squash" if extras.resize == "squash" else "center",
-            "mean": list(extras.image_mean),
-            "std": list(extras.image_std),
+            **timm_images.config_of(module.image_size, extras),
             "num_classes": 0,
             "pool_size": None,
             "first_conv": "patch_embed.proj",
@@ -279,7 +262,7 @@ def _known(config: Mapping[str, Any], where: Path, notes: list[str]) -> dict[str
     if not config:
         return {}
     name, args = str(config.get("architecture")), config.get("model_args") or {}
-    cfg = config.get("pretrained_cfg") or {}
+    cfg = timm_images.section(config)
     known = fields_of(name) or {}
     if not known:
         notes.append(f"{where}: nothing is known of the architecture {name} but its model_args")
@@ -302,8 +285,6 @@ def _known(config: Mapping[str, Any], where: Path, notes: list[str]) -> dict[str
         size = args.get("img_size") or cfg["input_size"][1:]
         known["image_size"] = base.pair(size, "the image size", where)
     known["pool_include_prefix"] = bool(args.get("pool_include_prefix", False))
-    if "mean" in cfg and "std" in cfg:
-        notes.append(f"images are normalized with mean {cfg['mean']}, std {cfg['std']}")
     return known
 
 

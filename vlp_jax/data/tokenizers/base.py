@@ -56,7 +56,7 @@ class Tokenizer(Protocol):
 
         Args:
           lowercase: texts come as they are, and are to be lower-cased first.
-          canonicalize: and are to be put through `canonicalize_text` of `text_ops`.
+          canonicalize: they are to go through the operation `canonicalize_text` first.
 
         Raises:
           UserError: that library cannot express it.
@@ -109,6 +109,16 @@ def frame(rows: Sequence[Sequence[int] | np.ndarray], tokenizer: Tokenizer) -> n
         end = begin + min(len(row), room)
         target[begin:end] = row[:room]
         target[end] = tokenizer.eos_id
+    return ids
+
+
+def padded(
+    rows: Sequence[Sequence[int]], length: int, pad_id: int, left: bool = False
+) -> np.ndarray:
+    """Rows of at most `length` ids, filled up at one side, int32 [n, length]."""
+    ids = np.full((len(rows), length), pad_id, np.int32)
+    for target, row in zip(ids, rows, strict=True):
+        target[length - len(row) if left else 0 :][: len(row)] = row
     return ids
 
 
@@ -175,7 +185,7 @@ def canonical_steps() -> list[Any]:
         replace(regex(r"[!-/:-@\[-`{-~]"), ""),
         *lowercase_steps(),
         replace(regex(spaces), " "),
-        replace(regex(r"^ | $"), ""),
+        replace(regex(r"\A | \z"), ""),
     ]
 
 

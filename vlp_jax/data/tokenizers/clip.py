@@ -8,6 +8,7 @@ from __future__ import annotations
 import html
 import importlib.util
 import os
+import string
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,7 @@ MAX_MERGES = 49_152 - 256 - 2  # what CLIP reads of its file, which holds more
 MERGES_FILE = "bpe_simple_vocab_16e6.txt.gz"
 _BOS, _EOS = "<|startoftext|>", "<|endoftext|>"
 _END = "</w>"  # ends the last token of a word
+_NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 # CLIP's pattern disregards case, so that U+0345, a mark whose upper case is a letter, fits nowhere.
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|\p{L}+|\p{N}|[^\s\p{L}\p{N}\x{345}]+"
 
@@ -41,8 +43,16 @@ class ClipTokenizer:
 
     pad_id = 0
 
-    def __init__(self, merges: Sequence[str], context_length: int, where: str) -> None:
-        """`merges` are pairs of symbols, such as "t h", the most frequent first."""
+    def __init__(
+        self, merges: Sequence[str], context_length: int, where: str, cleaning: str = "lower"
+    ) -> None:
+        """
+        Args:
+          merges: pairs of symbols, such as "t h", the most frequent first.
+          context_length: of a row of ids.
+          where: the file of the merges, for an error.
+          cleaning: one of `CLEANINGS`.
+        """
         self.context_length = base.check_context_length(context_length)
         self._merges = list(merges)
         symbols = sorted(base.byte_symbols())  # those that print before the others
@@ -52,10 +62,12 @@ class ClipTokenizer:
         self.vocab_size = len(tokens) + 2
         self._vocab = {token: i for i, token in enumerate([*tokens, _BOS, _EOS])}
         self._bytes = _as_bytes(tokens)
-        self._model = self._make_model()
+        self._model, self._clean = self._make_model(), CLEANINGS[cleaning]
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str], context_length: int) -> ClipTokenizer:
+    def load(
+        cls, path: str | os.PathLike[str], context_length: int, cleaning: str = "lower"
+    ) -> ClipTokenizer:
         """Reads bpe_simple_vocab_16e6.txt, also gzipped, a merges.txt, or what `save` wrote.
 
         Raises:
@@ -64,11 +76,11 @@ class ClipTokenizer:
         content = files.read(path, "clip")
         note = files.read_note(content, "clip")
         merges = _merges_of(content, str(path)) if note is None else note["merges"]
-        return cls(merges, context_length, str(path))
+        return cls(merges, context_length, str(path), cleaning)
 
     @classmethod
-    def published(cls, context_length: int) -> ClipTokenizer:
-        """That of CLIP, from the file in an installed open_clip, which is not imported.
+    def published(cls, context_length: int, cleaning: str = "lower") -> ClipTokenizer:
+        """CLIP's own, from the file in an installed open_clip, which is not imported.
 
         Raises:
           UserError: open_clip is not installed.
@@ -81,13 +93,13 @@ class ClipTokenizer:
                 f"could be used: pip install open_clip_torch, or set it to that file, which is in "
                 f"https://github.com/openai/CLIP/tree/main/clip"
             )
-        return cls.load(file, context_length)
+        return cls.load(file, context_length, cleaning)
 
     def __call__(self, texts: Sequence[str | bytes]) -> np.ndarray:
         return base.frame(self.encode(texts), self)
 
     def encode(self, texts: Sequence[str | bytes]) -> list[list[int]]:
-        batch = [clean(base.as_text(text)) for text in texts]
+        batch = [self._clean(base.as_text(text)) for text in texts]
         encodings = self._model.encode_batch_fast(batch, add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
 
@@ -130,17 +142,32 @@ class ClipTokenizer:
 
 
 def clean(text: str) -> str:
-    """Cleans a text as open_clip does by default (`_clean_lower`).
+    """Cleans a text as open_clip does by default (`_clean_lower`): repairs and lower-cases it."""
+    return repaired(text).lower()
 
-    Wrongly decoded text is repaired by ftfy, HTML entities are resolved twice, white space becomes
-    single spaces, and all is lower-cased.
+
+def repaired(text: str) -> str:
+    """Cleans a text as open_clip does before a tokenizer of others (`_clean_whitespace`).
+
+    Wrongly decoded text is repaired by ftfy, HTML entities are resolved twice, and white space
+    becomes single spaces.
     """
     # Nothing of plain ASCII is ftfy's business, and ftfy takes ten times as long as all the rest.
     if "&" in text or not (text.isascii() and text.isprintable()):
         import ftfy
 
         text = html.unescape(html.unescape(ftfy.fix_text(text)))
-    return " ".join(text.split()).lower()
+    return " ".join(text.split())
+
+
+def canonical(text: str) -> str:
+    """Cleans a text as open_clip does for SigLIP (`_clean_canonicalize`): no punctuation either."""
+    text = repaired(text).replace("_", " ").translate(_NO_PUNCTUATION)
+    return " ".join(text.lower().split())
+
+
+# open_clip's names of what a tokenizer does to a text before anything else.
+CLEANINGS = {"lower": clean, "whitespace": repaired, "canonicalize": canonical}
 
 
 def _merges_of(content: bytes, where: str) -> list[str]:

@@ -15,15 +15,21 @@ class FramedTokenizer:
 
     The file's own normalization and special tokens are used, unlike in `SubwordTokenizer`, which
     frames texts itself.
+
+    Attributes:
+      cuts_left: a text that is too long loses its beginning, not its end.
     """
 
     def __init__(
         self,
-        tokenizer_json: bytes,
+        tokenizer_json: str | bytes,
         context_length: int,
         pad_token: str | int,
         *,
         texts_may_hold_special_tokens: bool = True,
+        pads_left: bool = False,
+        cuts_left: bool = False,
+        zeroed: int | None = None,
     ) -> None:
         """
         Args:
@@ -32,13 +38,18 @@ class FramedTokenizer:
           pad_token: what rows are filled up with, as it is spelled or its id.
           texts_may_hold_special_tokens: a text that spells "</s>" gets that token, as in
             `transformers` unless it is told otherwise.
+          pads_left: the padding comes before the text.
+          cuts_left: see the attribute.
+          zeroed: an id that becomes 0, as open_clip's `strip_sep_token` wants it.
 
         Raises:
           UserError: the file cannot be read, or has no such token.
         """
         library = base.import_tokenizers()
+        if isinstance(tokenizer_json, bytes):
+            tokenizer_json = tokenizer_json.decode("utf-8", "replace")
         try:
-            model = library.Tokenizer.from_str(tokenizer_json.decode())
+            model = library.Tokenizer.from_str(tokenizer_json)
         except Exception as error:  # the library raises plain Exception for every kind of damage
             reason = str(error).splitlines()[0]
             raise UserError(f"the tokenizer.json cannot be read: {reason}") from None
@@ -47,9 +58,10 @@ class FramedTokenizer:
             raise UserError(f"the tokenizer.json has no token {pad_token!r}, which pads texts")
         self.context_length, self.pad_id = context_length, pad_id
         self.vocab_size = 1 + max(model.get_vocab(with_added_tokens=True).values())
+        self.cuts_left, self._pads_left, self._zeroed = cuts_left, pads_left, zeroed
         model.encode_special_tokens = not texts_may_hold_special_tokens
         model.no_padding()
-        model.enable_truncation(context_length)
+        model.enable_truncation(context_length, direction="left" if cuts_left else "right")
         self._cut = model
         self._whole = library.Tokenizer.from_str(model.to_str())
         self._whole.encode_special_tokens = model.encode_special_tokens
@@ -58,10 +70,12 @@ class FramedTokenizer:
     def __call__(self, texts: Sequence[str | bytes]) -> np.ndarray:
         """Token ids of n texts, int32 [n, context_length]."""
         batch = [base.as_text(text) for text in texts]
-        ids = np.full((len(batch), self.context_length), self.pad_id, np.int32)
-        for row, encoding in zip(ids, self._cut.encode_batch_fast(batch), strict=True):
-            row[: len(encoding.ids)] = encoding.ids
-        return ids
+        try:
+            rows = [encoding.ids for encoding in self._cut.encode_batch_fast(batch)]
+        except Exception as error:  # plain Exception, as for an unknown token that is unknown
+            raise UserError(f"the tokenizer.json cannot make ids of a text: {error}") from None
+        ids = base.padded(rows, self.context_length, self.pad_id, self._pads_left)
+        return ids if self._zeroed is None else np.where(ids == self._zeroed, 0, ids)
 
     def lengths(self, texts: Sequence[str]) -> list[int]:
         """How many ids n texts have, framed and not cut."""

@@ -12,7 +12,7 @@ from pathlib import Path
 import jax
 import numpy as np
 from jax import export
-from PIL import Image
+from PIL import Image, ImageOps
 
 DTYPES = {"F32": "float32", "BF16": jax.numpy.bfloat16, "I8": "int8"}
 
@@ -42,12 +42,12 @@ class Model:
         (height, width), method = said["size"], Image.Resampling[said["interpolation"].upper()]
         rows = []
         for image in images:
-            image = image.convert("RGB")
+            image = rgb(image)
             if said["resize"] == "crop":
                 short, side = min(image.size), min(height, width)
                 size = (image.width * side // short, image.height * side // short)
                 image = image.resize(size, method) if size != image.size else image
-                left, top = (image.width - width) // 2, (image.height - height) // 2
+                left, top = round((image.width - width) / 2), round((image.height - height) / 2)
                 image = image.crop((left, top, left + width, top + height))
             image = image.resize((width, height), method)  # nothing if it has that size
             rows.append(np.asarray(image, np.uint8))
@@ -62,6 +62,18 @@ class Model:
         tokenizer.enable_truncation(length)
         tokenizer.enable_padding(length=length, pad_id=pad, pad_token=tokenizer.id_to_token(pad))
         return np.array([row.ids for row in tokenizer.encode_batch(list(texts))], np.int32)
+
+
+def rgb(image):
+    """RGB as in training: upright, composited on white, and of 16 bits the upper 8."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):
+        shades = np.clip(np.asarray(image, np.int64), 0, 65535) >> 8
+        image = Image.fromarray(shades.astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
 
 
 def main(arguments):

@@ -1,0 +1,273 @@
+"""The image processor of Hugging Face `transformers`: preprocessor_config.json.
+
+Source: transformers 5.24, image_processing_backends.py (`TorchvisionBackend`, `PilBackend`),
+image_processing_utils.py (`get_size_dict`) and models/auto/image_processing_auto.py. All classes in
+`DEFAULTS` take the same steps: resize, cut the middle out, rescale, normalize. They differ in their
+defaults, which count for every key that a file does not have.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from vlp_jax.errors import UserError
+from vlp_jax.interop import base, files
+from vlp_jax.interop.base import Extras
+from vlp_jax.interop.trees import Module
+
+FILE, NESTED = "preprocessor_config.json", "processor_config.json"
+
+# Resampling of PIL, which image processors name by its number.
+RESAMPLING = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3, "box": 4, "hamming": 5}
+
+_OF_ALL = {
+    "do_resize": True,
+    "do_center_crop": False,
+    "do_rescale": True,
+    "rescale_factor": 1 / 255,
+    "do_normalize": True,
+    "image_mean": base.HALF,
+    "image_std": base.HALF,
+    "size": {"height": 224, "width": 224},
+    "crop_size": {"height": 224, "width": 224},
+    "resample": RESAMPLING["bicubic"],
+    "default_to_square": True,
+}
+_OPENAI = {"image_mean": base.OPENAI_MEAN, "image_std": base.OPENAI_STD}
+_CLIP = {
+    **_OF_ALL,
+    **_OPENAI,
+    "size": {"shortest_edge": 224},
+    "do_center_crop": True,
+    "default_to_square": False,
+}
+# Class without "ImageProcessor" -> its defaults. That of ViTHybrid is as transformers 4 has it.
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "Bit": _CLIP,
+    "Blip": {**_OF_ALL, **_OPENAI, "size": {"height": 384, "width": 384}},
+    "CLIP": _CLIP,
+    "ChineseCLIP": _CLIP,
+    "DeiT": {**_OF_ALL, "size": {"height": 256, "width": 256}, "do_center_crop": True},
+    "Siglip": {**_OF_ALL, "default_to_square": False},
+    "ViT": {**_OF_ALL, "resample": RESAMPLING["bilinear"]},
+    "ViTHybrid": _CLIP,
+}
+# Steps that we know, with those that change nothing of an RGB image of the model's size.
+_STEPS = {name for name in _OF_ALL if name.startswith("do_")} | {"do_convert_rgb", "do_pad"}
+
+
+def read(
+    directory: Path,
+    kind: str,
+    size: tuple[int, int],
+    like: Module | None,
+    notes: list[str],
+    **without: tuple[float, ...],
+) -> dict[str, Any]:
+    """What a folder's image processor does, as fields of `Extras`; notes what we do otherwise.
+
+    Args:
+      kind: in `DEFAULTS`: the class that a model of this type has if the file names none.
+      size: height and width of the images that the model takes.
+      like: gives the normalization if there is no image processor.
+      without: the normalization if `like` gives none either, where it is not the class's.
+
+    Raises:
+      UserError: the file holds something else than numbers where they have to be.
+    """
+    file, config = _config(directory)
+    if not config:
+        settings = {**DEFAULTS[kind], **without}
+        found = {
+            name: tuple(getattr(like, name, settings[name])) for name in ("image_mean", "image_std")
+        }
+        settings |= {"size": {"shortest_edge": min(size)}, "crop_size": list(size)}
+        if not settings["do_center_crop"]:
+            settings["size"] = list(size)
+        notes.append(
+            f"{directory} has no image processor: image_mean {found['image_mean']}, image_std "
+            f"{found['image_std']}, resized as by a {kind}ImageProcessor"
+        )
+    else:
+        settings = {**_defaults(config, kind, notes), **_given(config)}
+        found = _normalization(settings, file)
+        _note_unknown_steps(config, size, notes)
+    resample = settings["resample"]
+    names = {number: name for name, number in RESAMPLING.items()}
+    if resample not in names:
+        raise UserError(f"{file}: resample is {resample!r}, not one of PIL's methods 0 to 5")
+    geometry = _geometry(settings, size, file, notes)
+    return {**found, "interpolation": names[resample], **geometry, "crop_rounding": "down"}
+
+
+def normalization(found: Mapping[str, Any]) -> dict[str, tuple[float, ...]]:
+    """The part of what `read` gives that a module holds itself."""
+    return {name: found[name] for name in ("image_mean", "image_std")}
+
+
+def write(module: Module, directory: Path, extras: Extras, kind: str) -> Path:
+    """Writes preprocessor_config.json.
+
+    Args:
+      kind: the class of the image processor if nothing is cut; otherwise it is CLIP's.
+    """
+    mean, std = extras.pixels_of(module)
+    height, width = base.image_of(module).image_size
+    crop = extras.resize == "crop" or extras.scale is not None
+    kind = "CLIPImageProcessor" if crop else kind
+    config: dict[str, Any] = {
+        "image_processor_type": kind,
+        "do_convert_rgb": True,
+        "do_resize": True,
+        "size": {"height": height, "width": width},
+        "resample": RESAMPLING[extras.interpolation],
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(mean),
+        "image_std": list(std),
+    }
+    if kind == "CLIPImageProcessor":  # which cuts if it is not told otherwise
+        config["do_center_crop"] = crop
+    if crop:
+        config["crop_size"] = {"height": height, "width": width}
+    if extras.resize == "crop":
+        shortest = min(height, width) if extras.scale is None else extras.scale
+        config["size"] = {"shortest_edge": shortest}
+    elif crop:
+        config["size"] = dict(zip(("height", "width"), extras.scale, strict=True))
+    return files.save_json(config, directory / FILE)
+
+
+def problems(model: str, extras: Extras) -> list[str]:
+    """A line if the resize cannot be written."""
+    if extras.resize == "crop" and isinstance(extras.scale, tuple):
+        height, width = extras.scale
+        return [
+            f"{model}'s image processor scales the shorter side to a length, not an image until it "
+            f"covers {height} x {width}: give --resize"
+        ]
+    return []
+
+
+def _config(directory: Path) -> tuple[Path, dict[str, Any]]:
+    """The file and the config of an image processor; an empty config if there is none.
+
+    As in transformers, a section of processor_config.json counts before the file of its own.
+    """
+    nested = files.load_json_if_there(directory / NESTED).get("image_processor")
+    if isinstance(nested, dict) and nested:
+        return directory / NESTED, nested
+    return directory / FILE, files.load_json_if_there(directory / FILE)
+
+
+def _given(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys that a file sets: null leaves a step out."""
+    said = {name: config[name] for name in _OF_ALL if name in config}
+    return {name: x for name, x in said.items() if x is not None or name.startswith("do_")}
+
+
+def _defaults(config: Mapping[str, Any], kind: str, notes: list[str]) -> dict[str, Any]:
+    old = str(config.get("feature_extractor_type") or "").replace("FeatureExtractor", "")
+    name = str(config.get("image_processor_type") or old or kind)
+    for ending in ("Fast", "Pil", "ImageProcessor"):
+        name = name.removesuffix(ending)
+    if name not in DEFAULTS:
+        notes.append(
+            f"its image processor {name}ImageProcessor is not known here: images are prepared as a "
+            f"{kind}ImageProcessor with the same settings does it"
+        )
+    return DEFAULTS.get(name, DEFAULTS[kind])
+
+
+def _note_unknown_steps(config: Mapping[str, Any], size: tuple[int, int], notes: list[str]) -> None:
+    unknown = [key for key in config if config[key] and key.startswith(("do_", "use_square"))]
+    unknown = sorted(set(unknown) - _STEPS)
+    if unknown:
+        notes.append(f"its image processor has {', '.join(unknown)}, which is left out here")
+    pad = config.get("pad_size")
+    if config.get("do_pad") and pad is not None and _pair(pad) != size:
+        notes.append(f"its image processor pads images to {pad}, which is left out here")
+
+
+def _normalization(settings: Mapping[str, Any], file: Path) -> dict[str, tuple[float, ...]]:
+    """`image_mean` and `image_std` of pixels in [0, 1].
+
+    Theirs is (x * factor - mean) / std of x in [0, 255], whatever the factor.
+
+    Raises:
+      UserError: they are not three numbers each, or one number; or divide by zero.
+    """
+    factor = settings["rescale_factor"] if settings["do_rescale"] else 1
+    if isinstance(factor, bool) or not isinstance(factor, int | float) or not factor > 0:
+        raise UserError(f"{file}: rescale_factor is {factor!r}, not a number above 0")
+    unit = 1.0 if math.isclose(factor, 1 / 255, rel_tol=1e-6) else 255 * factor
+    given = {"image_mean": settings["image_mean"], "image_std": settings["image_std"]}
+    if not settings["do_normalize"]:
+        given = {"image_mean": (0.0, 0.0, 0.0), "image_std": (1.0, 1.0, 1.0)}
+    found = {}
+    for name, values in given.items():
+        numbers = [values] * 3 if isinstance(values, int | float) else values
+        fits = isinstance(numbers, list | tuple) and len(numbers) == 3
+        if not fits or not all(isinstance(x, int | float) for x in numbers):
+            raise UserError(f"{file}: {name} is {values!r}, not three numbers")
+        found[name] = tuple(float(x) / unit for x in numbers)
+    if not all(found["image_std"]):
+        raise UserError(
+            f"{file}: image_std is {given['image_std']!r}, and pixels are divided by it"
+        )
+    return found
+
+
+def _pair(size: Any) -> tuple[int, int] | None:
+    """Height and width of a size that names both; None if it does not."""
+    if isinstance(size, Mapping):
+        size = [size.get("height"), size.get("width")]
+    sides = tuple(size) if isinstance(size, list | tuple) else (size, size)
+    whole = len(sides) == 2 and all(type(side) is int and side > 0 for side in sides)
+    return sides if whole else None
+
+
+def _geometry(
+    settings: Mapping[str, Any], size: tuple[int, int], file: Path, notes: list[str]
+) -> dict[str, Any]:
+    """`resize` and `scale`; notes what cannot be done, or what does not give the model's size.
+
+    Raises:
+      UserError: a size is none.
+    """
+    takes = f"the model takes {size[0]} x {size[1]}"
+    cut = settings["do_center_crop"]
+    if cut and _pair(settings["crop_size"]) != size:
+        notes.append(f"its image processor cuts {settings['crop_size']} out, and {takes}")
+    if not settings["do_resize"]:
+        notes.append(f"its image processor does not resize images, and here they are: {takes}")
+        return {"resize": "crop" if cut else "squash", "scale": None}
+    wanted = settings["size"]
+    if type(wanted) is int and not settings["default_to_square"]:
+        wanted = {"shortest_edge": wanted}
+    both = _pair(wanted)
+    if both is not None:
+        if cut:
+            return {"resize": "squash", "scale": None if both == size else both}
+        if both != size:
+            notes.append(f"its image processor makes {both[0]} x {both[1]} pixels, and {takes}")
+        return {"resize": "squash", "scale": None}
+    if not isinstance(wanted, Mapping):
+        raise UserError(f"{file}: size is {wanted!r}, not a number, two, or a mapping of them")
+    short = wanted.get("shortest_edge")
+    if type(short) is not int or short < 1 or wanted.get("longest_edge") is not None:
+        notes.append(
+            f"its image processor scales to {dict(wanted)}, here images are scaled to cover "
+            f"{size[0]} x {size[1]} and their middle is cut out"
+        )
+        return {"resize": "crop", "scale": None}
+    if not cut:
+        notes.append(
+            f"its image processor keeps the shape of images and cuts nothing, and {takes}: here "
+            f"their middle is cut out"
+        )
+    return {"resize": "crop", "scale": None if short == min(size) else short}

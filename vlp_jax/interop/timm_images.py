@@ -1,0 +1,117 @@
+"""How timm prepares images: the section `pretrained_cfg` of its config.json.
+
+Source: timm 1.0.31, models/_pretrained.py (the defaults), models/_hub.py `_parse_model_cfg`,
+data/config.py and data/transforms_factory.py `transforms_imagenet_eval`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from vlp_jax.errors import UserError
+from vlp_jax.interop import base
+from vlp_jax.interop.base import Extras
+
+DEFAULTS = {
+    "interpolation": "bicubic",
+    "crop_pct": 0.875,
+    "crop_mode": "center",
+    "mean": base.IMAGENET_MEAN,
+    "std": base.IMAGENET_STD,
+}
+
+
+def section(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The part that describes the input; of an old config it is the whole."""
+    return config.get("pretrained_cfg") or config
+
+
+def read(
+    config: Mapping[str, Any], size: tuple[int, int], where: Path, notes: list[str]
+) -> dict[str, Any]:
+    """The preparation of images, as fields of `Extras`; notes what we do otherwise.
+
+    Args:
+      size: height and width of the images that the model takes.
+
+    Raises:
+      UserError: a value is none of timm's.
+    """
+    if not config:
+        notes.append(f"{where} is not there: nothing says how images are prepared for the model")
+        return {}
+    said = section(config)
+    cfg = {name: said.get(name) or default for name, default in DEFAULTS.items()}
+    notes.append(f"images are normalized with mean {list(cfg['mean'])}, std {list(cfg['std'])}")
+    for name in ("mean", "std"):
+        if len(cfg[name]) != 3:
+            raise UserError(f"{where}: {name} is {cfg[name]!r}, not three numbers")
+    input_size = tuple((said.get("input_size") or (3, *size))[1:])
+    if input_size != size:
+        notes.append(
+            f"its config prepares images of {input_size[0]} x {input_size[1]} pixels, and the "
+            f"model takes {size[0]} x {size[1]}"
+        )
+    interpolation = cfg["interpolation"]
+    if interpolation not in base.RESAMPLINGS:
+        notes.append(f"its images are resized by {interpolation!r}, here bicubically")
+        interpolation = "bicubic"
+    if cfg["crop_mode"] == "border":
+        notes.append("its images are fitted in whole and padded, here their middle is cut out")
+    pct = cfg["crop_pct"]
+    if not isinstance(pct, int | float) or not pct > 0:
+        raise UserError(f"{where}: crop_pct is {pct!r}, not a number above 0")
+    scale: Any = _scaled(size, pct)
+    squash = cfg["crop_mode"] == "squash"
+    if scale == size and (squash or size[0] == size[1]):
+        scale = None
+    elif not squash and scale[0] == scale[1]:
+        scale = scale[0]
+    return {
+        "image_mean": tuple(cfg["mean"]),
+        "image_std": tuple(cfg["std"]),
+        "resize": "squash" if squash else "crop",
+        "interpolation": interpolation,
+        "scale": scale,
+    }
+
+
+def config_of(size: tuple[int, int], extras: Extras) -> dict[str, Any]:
+    """The keys of `pretrained_cfg` for what `problems` has nothing against."""
+    return {
+        "interpolation": extras.interpolation,
+        "crop_pct": _crop_pct(size, extras.scale),
+        "crop_mode": "squash" if extras.resize == "squash" else "center",
+        "mean": list(extras.image_mean),
+        "std": list(extras.image_std),
+    }
+
+
+def problems(size: tuple[int, int], extras: Extras) -> list[str]:
+    """A line if the resize cannot be written."""
+    if _crop_pct(size, extras.scale) is None:
+        return [
+            f"timm has one crop_pct, with which images for {size[0]} x {size[1]} pixels are not "
+            f"scaled to {extras.scale} before they are cut: give --resize"
+        ]
+    return []
+
+
+def _scaled(size: Sequence[int], pct: float) -> tuple[int, ...]:
+    return tuple(math.floor(side / pct) for side in size)
+
+
+def _crop_pct(size: tuple[int, int], scale: int | tuple[int, int] | None) -> float | None:
+    """A factor with which timm scales to `scale`; None if there is none."""
+    if scale is None:
+        return 1.0
+    wanted = (scale, scale) if isinstance(scale, int) else scale
+    if isinstance(scale, int) and size[0] != size[1]:
+        return None
+    pct = min(side / scaled for side, scaled in zip(size, wanted, strict=True))
+    while any(a < b for a, b in zip(_scaled(size, pct), wanted, strict=True)):  # by rounding
+        pct = math.nextafter(pct, 0)
+    return pct if _scaled(size, pct) == tuple(wanted) else None
