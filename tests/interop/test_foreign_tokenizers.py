@@ -122,7 +122,7 @@ def odd_rows(clip):
     readable = [text.encode("utf-8", "replace").decode() for text in ODD]  # no lone surrogates
     data = {"source": "arrays", "arrays": {"text": [text.encode() for text in readable]}}
     batches = EvalPipeline({**data, "preprocess": {}}, clip, batch_size=len(ODD)).batches()
-    files = tokenizer_of_files(None, TextTransformer(49408, 77, 8, 1, 8, 1), None, "x", [])[0]
+    files = tokenizer_of_files(None, TextTransformer(49408, 77, 8, 1, 8, 1), None, "x", [])
     theirs = open_clip.SimpleTokenizer()(readable).numpy()
     return theirs, clip(ODD), next(iter(batches))["text"], files(ODD)
 

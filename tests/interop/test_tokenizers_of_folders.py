@@ -48,8 +48,8 @@ def ours_of(folder, model_type="clip", vocab=10**6):
     """(ids, notes) of the folder, as `vlp_jax.load` makes them."""
     notes, files = [], TokenizerFiles.found(folder, kind=KINDS[model_type])
     tower = TextTransformer(vocab, CONTEXT, 8, 1, 8, 1)
-    tokenizer, clean = tokenizer_of_files(files, tower, 0, str(folder), notes)
-    assert clean is None and tokenizer.lengths(["x"])[0] >= 1
+    tokenizer = tokenizer_of_files(files, tower, 0, str(folder), notes)
+    assert tokenizer.lengths(["x"])[0] >= 1
     return tokenizer(TEXTS), notes
 
 

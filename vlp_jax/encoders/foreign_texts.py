@@ -27,8 +27,8 @@ def tokenizer_of_files(
     pad_id: int | None,
     where: str,
     notes: list[str],
-) -> tuple[Any, Clean | None]:
-    """The tokenizer that lies beside a model of others, and what is done to a text before it.
+) -> Any:
+    """The tokenizer that lies beside a model of others.
 
     Args:
       files: None if there are none: then it is CLIP's published one, if the vocabulary is as large
@@ -51,9 +51,9 @@ def tokenizer_of_files(
             )
         cleaning = _cleaning(options.pop("clean", "lower"), where)
         _note_options(options, notes)
-        return ClipTokenizer.published(text.context_length, cleaning), None
+        return ClipTokenizer.published(text.context_length, cleaning)
     strip = bool(options.pop("strip_sep_token", False))
-    clean = None
+    clean: Clean = str
     if wrapped is not None:
         if wrapped.get("tokenizer_mode"):
             raise UserError(
@@ -62,7 +62,7 @@ def tokenizer_of_files(
             )
         clean = CLEANINGS[_cleaning(options.pop("clean", "whitespace"), where)]
         _note_options(options, notes)
-    return _as_transformers(files, text, pad_id, strip, where, notes), clean
+    return _as_transformers(files, text, pad_id, strip, clean, where, notes)
 
 
 def _cleaning(name: str, where: str) -> str:
@@ -82,6 +82,7 @@ def _as_transformers(
     text: TextTransformer,
     pad_id: int | None,
     strip: bool,
+    clean: Clean,
     where: str,
     notes: list[str],
 ) -> Any:
@@ -96,7 +97,7 @@ def _as_transformers(
             f"unless it is told a length; here it is the model's {text.context_length}"
         )
     if name == "SiglipTokenizer" and "spiece.model" in files.contents:
-        return _siglip(files, config, text, where)
+        return _siglip(files, config, text, clean, where)
     content, config = _as_class(name, _content(files, where, name), config, notes)
     _note_frame(content, config, notes)
     pad = config.get("pad_token") or (content.get("padding") or {}).get("pad_token")
@@ -108,6 +109,7 @@ def _as_transformers(
         text.context_length,
         pad,
         texts_may_hold_special_tokens=not config.get("split_special_tokens", False),
+        clean=clean,
         zeroed=vocabulary_of(content).get(config.get("sep_token")) if strip else None,
         **_sides(content, config, name in CLASSES and CLASSES[name].pads_left),
     )
@@ -198,7 +200,11 @@ def _content(files: TokenizerFiles, where: str, name: str | None) -> dict[str, A
 
 
 def _siglip(
-    files: TokenizerFiles, config: Mapping[str, Any], text: TextTransformer, where: str
+    files: TokenizerFiles,
+    config: Mapping[str, Any],
+    text: TextTransformer,
+    clean: Clean,
+    where: str,
 ) -> SiglipTokenizer:
     special = {"eos": "</s>", "pad": "</s>", "unk": "<unk>"}
     special = {name: config.get(f"{name}_token", spelled) for name, spelled in special.items()}
@@ -213,6 +219,7 @@ def _siglip(
             special,
             added,
             lowercase=bool(config.get("do_lower_case", True)),
+            clean=clean,
             dummy_prefix=bool(config.get("legacy", True)),
             texts_may_hold_special_tokens=not config.get("split_special_tokens", False),
             **_sides({}, config, False),

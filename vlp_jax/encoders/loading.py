@@ -105,10 +105,10 @@ def _of_files(source: str, dtype: str, tokenizer: str | None) -> Encoder:
         if tokenizer is not None:
             texts = TextProcessor(tokenizer_from(str(Path(tokenizer).expanduser()), module.text))
         else:
-            made, clean = tokenizer_of_files(
+            made = tokenizer_of_files(
                 extras.get("tokenizer"), module.text, extras.get("pad_id"), source, notes
             )
-            texts = TextProcessor(made, clean=clean)
+            texts = TextProcessor(made)
     elif tokenizer is not None:
         raise UserError(f"{source} is an image model: it takes no tokenizer")
     how = {name: extras[name] for name in RESIZING if name in extras}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +25,10 @@ class TextProcessor:
     Attributes:
       tokenizer: of a run, or of the files of others.
       preprocess: how the run words its texts before it tokenizes them.
-      clean: what the library of others does to a text before its tokenizer.
     """
 
     tokenizer: Any
     preprocess: Wording = Wording()
-    clean: Callable[[str], str] | None = None
 
     def __call__(self, texts: Sequence[str]) -> Int[np.ndarray, "n context"]:
         """Token ids. A text that is longer than the context loses its end, with a warning.
@@ -75,7 +73,6 @@ class TextProcessor:
                 raise UserError(f"text {number} is of {type(text).__name__}: give a str")
             if not text.strip():
                 raise UserError(f"text {number} is empty: there is nothing to embed")
-        texts = texts if self.clean is None else [self.clean(text) for text in texts]
         return [as_text(text) for text in self.preprocess(texts)]
 
     def _lengths(self, texts: Sequence[str]) -> list[int]:

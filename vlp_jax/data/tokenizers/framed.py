@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -30,6 +30,7 @@ class FramedTokenizer:
         pads_left: bool = False,
         cuts_left: bool = False,
         zeroed: int | None = None,
+        clean: Callable[[str], str] = str,
     ) -> None:
         """
         Args:
@@ -41,6 +42,7 @@ class FramedTokenizer:
           pads_left: the padding comes before the text.
           cuts_left: see the attribute.
           zeroed: an id that becomes 0, as open_clip's `strip_sep_token` wants it.
+          clean: what is done to a text first.
 
         Raises:
           UserError: the file cannot be read, or has no such token.
@@ -59,6 +61,7 @@ class FramedTokenizer:
         self.context_length, self.pad_id = context_length, pad_id
         self.vocab_size = 1 + max(model.get_vocab(with_added_tokens=True).values())
         self.cuts_left, self._pads_left, self._zeroed = cuts_left, pads_left, zeroed
+        self._clean = clean
         model.encode_special_tokens = not texts_may_hold_special_tokens
         model.no_padding()
         model.enable_truncation(context_length, direction="left" if cuts_left else "right")
@@ -69,7 +72,7 @@ class FramedTokenizer:
 
     def __call__(self, texts: Sequence[str | bytes]) -> np.ndarray:
         """Token ids of n texts, int32 [n, context_length]."""
-        batch = [base.as_text(text) for text in texts]
+        batch = self._cleaned(texts)
         try:
             rows = [encoding.ids for encoding in self._cut.encode_batch_fast(batch)]
         except Exception as error:  # plain Exception, as for an unknown token that is unknown
@@ -79,7 +82,10 @@ class FramedTokenizer:
 
     def lengths(self, texts: Sequence[str]) -> list[int]:
         """How many ids n texts have, framed and not cut."""
-        return [len(e.ids) for e in self._whole.encode_batch_fast([base.as_text(t) for t in texts])]
+        return [len(e.ids) for e in self._whole.encode_batch_fast(self._cleaned(texts))]
+
+    def _cleaned(self, texts: Sequence[str | bytes]) -> list[str]:
+        return [self._clean(base.as_text(text)) for text in texts]
 
     def decode(self, ids: np.ndarray) -> list[str]:
         """The texts of rows of ids, int [n, length], without special tokens."""

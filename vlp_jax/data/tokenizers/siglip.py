@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import string
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -42,6 +42,7 @@ class SiglipTokenizer:
         texts_may_hold_special_tokens: bool = True,
         pads_left: bool = False,
         cuts_left: bool = False,
+        clean: Callable[[str], str] = str,
     ) -> None:
         """
         Args:
@@ -51,7 +52,7 @@ class SiglipTokenizer:
           added: spelling of every token that a text may spell -> whether white space to its left
             and to its right belongs to it.
           lowercase, dummy_prefix: `do_lower_case` and `legacy` of the tokenizer's config.
-          texts_may_hold_special_tokens, pads_left, cuts_left: see `FramedTokenizer`.
+          texts_may_hold_special_tokens, pads_left, cuts_left, clean: see `FramedTokenizer`.
 
         Raises:
           UserError: the file cannot be read, or lacks a special token.
@@ -78,6 +79,7 @@ class SiglipTokenizer:
         ]
         self._split = re.compile(f"({'|'.join(found)})") if found else None
         self._lowercase, self._pads_left, self.cuts_left = lowercase, pads_left, cuts_left
+        self._clean = clean
 
     def __call__(self, texts: Sequence[str | bytes]) -> np.ndarray:
         """Token ids of n texts, int32 [n, context_length]."""
@@ -90,7 +92,7 @@ class SiglipTokenizer:
 
     def encode(self, texts: Sequence[str | bytes]) -> list[list[int]]:
         """The ids of n texts without eos and padding, not cut."""
-        return [self._encode(base.as_text(text)) for text in texts]
+        return [self._encode(self._clean(base.as_text(text))) for text in texts]
 
     def lengths(self, texts: Sequence[str]) -> list[int]:
         """How many ids n texts have with eos, not cut."""
