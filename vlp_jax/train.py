@@ -155,6 +155,8 @@ def train(
     workdir = epath.Path(workdir)
     check_before_start(config, workdir)
     with contextlib.ExitStack() as stack:
+        preempted = stack.enter_context(PreemptionWatch())
+        stack.enter_context(MaintenanceWatch())
         watchdog = stack.enter_context(make_watchdog(config, workdir))
         parts = build(config, workdir, clock)
         setup = parts.setup
@@ -173,7 +175,6 @@ def train(
             state = first_state(parts, checkpointer, first_step)
         progress.print(describe_run(setup, first_step))
         writer = stack.enter_context(open_writers(config, workdir, first_step))
-        stack.enter_context(MaintenanceWatch())
         step_clock = measures.use(make_step_clock(setup, clock))
         loop = Loop(
             step_function=step_function,
@@ -184,7 +185,8 @@ def train(
             save_when=parts.save_when,
             evaluations=parts.evaluations,
             one_evaluation=parts.resources.one_evaluation,
-            preempted=stack.enter_context(PreemptionWatch()),
+            preempted=preempted,
+            interruptible=preempted.interruptible,
             log_when=parts.log_when,
             report=make_report(parts, workdir, writer, progress, step_clock, clock, measures),
             checkpointer=checkpointer,
@@ -197,6 +199,7 @@ def train(
             steps_ahead=parts.steps_ahead(first_step),
         )
         with measures.training():
+            preempted.begin()
             return loop.run(state)
 
 
