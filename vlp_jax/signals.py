@@ -67,7 +67,7 @@ class Listener:
         self._ends = threading.Lock()
         self._timer: threading.Timer | None = None
         self._told_at = 0.0
-        self._raised: ToldToStop | None = None
+        self._raised = False
         self._repeats: list[int] = []  # signals that this process has sent to itself
 
     def open(self) -> None:
@@ -110,16 +110,16 @@ class Listener:
 
     def _on_main_thread(self, number: int, frame: FrameType | None) -> None:
         del frame
-        if self._reaction in (Reaction.END, Reaction.RAISE) and self._raised is None:
-            self._raised = ToldToStop(number)
-            raise self._raised
+        if self._reaction in (Reaction.END, Reaction.RAISE) and not self._raised:
+            self._raised = True
+            raise ToldToStop(number)
 
     def _on_lost_exception(self, lost: sys.UnraisableHookArgs) -> None:
         """Raises again what came in a destructor or a callback of the garbage collector."""
-        if lost.exc_value is None or lost.exc_value is not self._raised:
+        if not isinstance(lost.exc_value, ToldToStop):
             self._hook_before(lost)
             return
-        number, self._raised = self._raised.number, None
+        number, self._raised = lost.exc_value.number, False
         self._repeats.append(number)
         main = threading.main_thread().ident
         again = threading.Timer(REPEAT_SECONDS, signal.pthread_kill, (main, number))
@@ -140,18 +140,20 @@ class Listener:
 
     def _hear(self, number: int) -> None:
         with self._lock:
-            now = time.monotonic()
-            if not self.told.is_set():
+            now, first = time.monotonic(), not self.told.is_set()
+            if first:
                 self._told_at, self.number = now, number
                 self.told.set()
-                if self._reaction is Reaction.END:
-                    self._timer = threading.Timer(STOP_SECONDS, self._end, (number,))
-                    self._timer.daemon = True
-                    self._timer.start()
+            # The main thread may be faster, and have left its command because of this signal.
+            left = self._reaction is Reaction.LEAVE and self._raised
+            if first and (left or self._reaction is Reaction.END):
+                self._timer = threading.Timer(STOP_SECONDS, self._end, (number,))
+                self._timer.daemon = True
+                self._timer.start()
+                return
             # A scheduler may send SIGTERM twice: it says nothing new.
-            elif number == signal.SIGINT and now - self._told_at > AGAIN_SECONDS:
-                self._end(number)
-            if self._reaction is Reaction.LEAVE:
+            again = number == signal.SIGINT and now - self._told_at > AGAIN_SECONDS
+            if again or self._reaction is Reaction.LEAVE:
                 self._end(number)
 
     def _stop_timer(self) -> None:

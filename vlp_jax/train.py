@@ -315,12 +315,16 @@ def make_watchdog(config: ConfigDict, workdir: epath.Path) -> Watchdog | NullWat
 
 def make_step_clock(setup: Setup, clock: StartupClock) -> StepClock:
     """Examples per second, MFU and goodput, against the peak of the devices at hand."""
+    measure = functools.partial(
+        peak_flops, setup.mesh.local_devices[0], setup.objective.compute_dtype
+    )
     with clock.phase("measure the devices"):
-        peak = peak_flops(setup.mesh.devices.flat[0], setup.objective.compute_dtype)
+        peak = measure()
     return StepClock(
         forward_flops_per_example=setup.objective.flops_per_example(setup.batch_spec),
         peak=peak,
         device_count=setup.mesh.size,
+        measure=measure,
         before=clock.causes(),
     )
 

@@ -1,20 +1,32 @@
 """Several processes that are told to stop leave together: at the same look, or at once if one of
 them has not begun; nobody else asks JAX."""
 
+import contextlib
+import dataclasses
 import os
 import signal
 import threading
 import time
+from pathlib import Path
+from unittest.mock import MagicMock
 
 import jax
 import pytest
 from jax.experimental import multihost_utils
 
 from tests.training.helpers import fresh, setup_on, tiny_config
+from vlp_jax import signals, train
+from vlp_jax.errors import Preempted
 from vlp_jax.parallel import agreement
 from vlp_jax.training import preemption
+from vlp_jax.training import setup as setup_lib
+from vlp_jax.training import workdir as workdir_lib
 from vlp_jax.training.checkpoint import Checkpointer
+from vlp_jax.training.command import run_command
+from vlp_jax.training.loop import Evaluation, Loop
 from vlp_jax.training.preemption import PreemptionWatch
+
+ROOT = Path(__file__).resolve().parent.parent.parent
 
 
 def test_a_save_does_not_ask_jax(monkeypatch, tmp_path):
@@ -103,3 +115,80 @@ def test_a_process_that_is_told_by_nobody_ends_its_watch_at_once(watching):
     watch.__exit__(None, None, None)
     assert time.monotonic() - begin < 5 and ended == []
     assert "preemption" not in {thread.name for thread in threading.enumerate()}
+
+
+def loop_with(evaluators, preempted, interruptible=contextlib.nullcontext):
+    """A loop that evaluates before its first batch; all of its other parts are mocks."""
+    evaluations = [Evaluation(f"{i}", lambda step: True, e) for i, e in enumerate(evaluators)]
+    fields = {field.name: MagicMock() for field in dataclasses.fields(Loop)}
+    fields |= {"evaluations": evaluations, "first_step": 4, "last_step": 9}
+    made = Loop(**fields | {"preempted": preempted, "interruptible": interruptible})
+    made.report.skipped_in_a_row = 0
+    return made
+
+
+def test_an_evaluation_is_left_and_the_step_before_it_saved():
+    """In a job of one process: it begins anew when the run goes on from this step."""
+
+    def evaluator(params):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(5)
+        raise AssertionError("it was finished")
+
+    with signals.heard(), PreemptionWatch() as watch:
+        watch.begin()
+        loop = loop_with([evaluator], watch, watch.interruptible)
+        with pytest.raises(Preempted, match="run the same command to go on"):
+            loop.run(MagicMock())
+        os.kill(os.getpid(), signal.SIGINT)  # saves are not left
+    [call] = loop.checkpointer.save.call_args_list
+    assert call.args[0] == 4 and not loop.step_function.called
+    loop.checkpointer.finish.assert_called_once_with(4)
+
+
+def test_several_processes_stop_between_two_evaluators():
+    """All ask equally often, so that all leave out the same."""
+    asked, first, second = [], MagicMock(return_value={}), MagicMock(return_value={})
+
+    def preempted(step):
+        asked.append(step)
+        return len(asked) == 2
+
+    loop = loop_with([first, second], preempted)
+    with pytest.raises(Preempted):
+        loop.run(MagicMock())
+    assert first.called and not second.called and asked == [4, 4]
+    assert loop.checkpointer.save.call_args.args[0] == 4
+
+
+@pytest.mark.parametrize("told", [signal.SIGTERM, signal.SIGINT, None])
+def test_a_command_that_is_told_to_stop_ends_in_one_line(told, capsys):
+    """A finally of the command is done; a program's own KeyboardInterrupt is no traceback."""
+    left = []
+
+    def command():
+        try:
+            if told is None:
+                raise KeyboardInterrupt
+            os.kill(os.getpid(), told)
+            time.sleep(5)
+        finally:
+            left.append(True)
+
+    assert run_command(command) == 75 and left == [True]
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith("told to stop") and line.endswith("run the same command to go on")
+
+
+@pytest.mark.parametrize("told", [signal.SIGTERM, signal.SIGINT])
+def test_a_run_that_is_told_to_stop_while_it_opens_its_data(told, monkeypatch, tmp_path, capsys):
+    def opening(*_):
+        os.kill(os.getpid(), told)
+        time.sleep(5)
+
+    monkeypatch.setattr(setup_lib, "make_pipeline", opening)
+    monkeypatch.setattr(workdir_lib, "open_tokenizer", lambda *_: None)
+    config = str(ROOT / "configs" / "demo.py")
+    assert train.main(["--config", config, "--workdir", str(tmp_path / "run")]) == 75
+    assert capsys.readouterr().err.splitlines()[-1].startswith("told to stop (")
+    assert not (tmp_path / "run" / "config.json").exists()
