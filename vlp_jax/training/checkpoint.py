@@ -79,6 +79,7 @@ class Checkpointer:
         self._in_a_row = self.failed = 0
         quiet_failures()
         if not read_only:
+            checkpoint_files.check_path(self._directory.parent)
             for line in agreement.on_first(lambda: mend(self._directory)):
                 self._tell(line)
             agreement.on_first(self._make_directory)

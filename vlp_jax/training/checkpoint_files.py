@@ -26,17 +26,35 @@ _READ_BYTES = 1 << 22
 _TEMPORARY = re.compile(r"(\d+)\.orbax-checkpoint-tmp.*")
 
 
+def check_path(workdir: epath.PathLike) -> None:
+    """Raises UserError for a path in which Orbax and TensorStore do not find their own files.
+
+    Orbax looks for parts of a checkpoint by a pattern that begins with the path, and writes it
+    without them if there are none; TensorStore takes a backslash for a slash.
+    """
+    if found := [sign for sign in "[\\" if sign in os.fspath(workdir)]:
+        raise UserError(
+            f"workdir {workdir} has {found[0]!r} in its path, where no checkpoint can be read; "
+            "choose another --workdir, or move it"
+        )
+
+
 def write_checksums(directory: epath.Path) -> None:
     """Writes `checksums.json`: size and CRC-32C (RFC 3720) of every file of state and input.
 
     Of files in an object store the sizes alone, since reading all of them back would double the
     traffic and the store has checksums of its own.
+
+    Raises:
+      OSError: they cannot be read or written, or some are not there.
     """
     with_sums = not is_remote(directory)
     record = {
         name: [size, _crc32c(directory / name) if with_sums else None]
         for name, size in _files(directory)
     }
+    if missing := [name for name in REQUIRED if name not in record]:
+        raise OSError(f"{missing[0]} was not written")
     write_whole(directory / CHECKSUMS, json.dumps(record))
 
 

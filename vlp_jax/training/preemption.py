@@ -1,4 +1,4 @@
-"""Being told to stop: by the scheduler (SIGTERM) or from the keyboard (SIGINT)."""
+"""Being told to stop: by the scheduler (SIGTERM), from the keyboard (SIGINT) or by the machine."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import jax
 from vlp_jax import signals
 from vlp_jax.errors import ExitStatus
 from vlp_jax.parallel import agreement
+from vlp_jax.parallel.maintenance import MaintenanceWatch
 
 LOOK_SECONDS = 0.5  # between two looks whether another process was told
 MANY_PROCESSES = 500  # of which as many look at process 0 in LOOK_SECONDS; more take turns
@@ -49,6 +50,7 @@ class PreemptionWatch:
         self._thread = threading.Thread(target=self._agree, name="preemption", daemon=True)
 
     def __enter__(self) -> Self:
+        self._stack.enter_context(MaintenanceWatch())
         if self._several:
             self._told = self._stack.enter_context(signals.noted())
             self._notice = agreement.Notice("stop")
@@ -61,13 +63,14 @@ class PreemptionWatch:
             self._thread.join()
         self._stack.close()
 
-    def begin(self) -> None:
-        """Says that the start is over, and what is done from now on has to be saved."""
+    def begin(self) -> Self:
+        """Says that the start is over: what is done from now on has to be saved."""
         if self._several:
             with self._lock:
                 self._looks = 0
         else:
             self._told = self._stack.enter_context(signals.noted())
+        return self
 
     def interruptible(self) -> contextlib.AbstractContextManager[None]:
         """Within it, being told to stop raises KeyboardInterrupt in a job of one process.
