@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import json
 import os
 import sys
@@ -35,7 +36,7 @@ from vlp_jax.benchmarking import profile as profiles
 from vlp_jax.benchmarking.apart import ApartPeer, Channel
 from vlp_jax.benchmarking.arguments import check_arguments
 from vlp_jax.benchmarking.jax_step import JaxStep, fixed_batch, make_bench_setup
-from vlp_jax.benchmarking.peak import measure_peak
+from vlp_jax.benchmarking.peak import Peak, measure_peak
 from vlp_jax.benchmarking.peers import PEERS, check_devices, check_peers, make_peer, uses_torch
 from vlp_jax.benchmarking.plain import one_device
 from vlp_jax.benchmarking.provenance import provenance
@@ -138,8 +139,10 @@ class Benchmark:
         console.print(f"ours: compiled in {self._ours.facts['compile_seconds']['cold']:.1f} s")
         self._ours.run(turns.WARM_UP_STEPS)
         self._ours.read_peak_memory()
-        dtype = self._ours.setup.objective.compute_dtype
-        self._peak = measure_peak(self._devices, dtype)
+        self._peak = self._measure_peak()
+
+    def _measure_peak(self) -> Peak:
+        return measure_peak(self._devices, self._ours.setup.objective.compute_dtype)
 
     def run(self) -> Result:
         """All turns, and the trace if one is wanted."""
@@ -191,7 +194,7 @@ class Benchmark:
         measured = [Measured(contenders[0], times[0], None)]
         for peer, own in zip(contenders[1:], times[1:], strict=True):
             measured.append(Measured(peer, own, turns.ratio(times[0], own)))
-        return Result(
+        result = Result(
             measured,
             self._config.batch_size,
             len(self._devices),
@@ -200,6 +203,9 @@ class Benchmark:
             self._failed,
             complete,
         )
+        if result.beats_peak:  # nothing runs between two rounds
+            self._peak = max(self._peak, self._measure_peak(), key=lambda peak: peak.measured)
+        return dataclasses.replace(result, peak=self._peak)
 
 
 def serve(argv: Sequence[str]) -> None:

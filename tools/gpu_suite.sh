@@ -139,7 +139,7 @@ for file in sorted(pathlib.Path(sys.argv[1]).glob("*.json")):
         print(
             f"{file.stem:<12} {name:<13} batch {found['batch_size']:<5} {1e3 * one['step_seconds']:8.1f} ms"
             f" {one['examples_per_second']:9.1f}/s {one['model_flops_per_second'] / 1e12:7.1f} TFLOP/s"
-            f"  MFU {one['mfu']:.1%}{told}{part}"
+            f"  MFU {one['mfu'] or float('nan'):.1%}{told}{part}"
         )
 PYTHON
   if ((${#failed[@]})); then

@@ -44,7 +44,6 @@ Beam's own flags may follow anywhere (--runner, --direct_num_workers, --temp_loc
 that only a runner knows come last, after --. Without --runner it runs in this process."""
 POLL_SECONDS, POLL_SHARE = 0.5, 20  # at least the one, and so many times as a look takes
 PLAIN_SECONDS = 10.0  # between two lines where there is no terminal
-INTERRUPTED = 130
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -233,11 +232,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             print(prepare(arguments))
 
-    try:
-        return run_command(command)
-    except KeyboardInterrupt:
-        print("stopped: the same command goes on from here", file=sys.stderr)
-        return INTERRUPTED
+    return run_command(command)
 
 
 if __name__ == "__main__":

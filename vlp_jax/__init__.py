@@ -9,8 +9,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from vlp_jax import signals
+
 if TYPE_CHECKING:
     from vlp_jax.encoders import load
+
+# Before a command imports what takes seconds.
+signals.listen_if_started(__name__)
 
 __version__ = "0.1.0"
 __all__ = ["load"]

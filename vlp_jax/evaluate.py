@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
-import signal
 import sys
 import threading
 import time
@@ -19,6 +19,7 @@ import jax
 from etils import epath
 
 from vlp_jax import config as config_lib
+from vlp_jax import signals
 from vlp_jax.encoders.findings import find
 from vlp_jax.encoders.subject import Subject
 from vlp_jax.errors import UserError
@@ -260,17 +261,18 @@ def _is_complete(workdir: epath.Path) -> bool:
     return file.exists() and RunTime.from_json(file.read_text()).ended == "complete"
 
 
-def evaluate_many(subject: Subject, arguments: argparse.Namespace) -> dict[str, float]:
-    """Evaluates all checkpoints, keeps their scores, and returns those of the last.
+def evaluate_many(
+    subject: Subject, arguments: argparse.Namespace, stop: threading.Event
+) -> dict[str, float]:
+    """Evaluates all checkpoints, keeps their scores, and returns the scores of the last.
+
+    Args:
+      stop: set when no further checkpoint is to be evaluated.
 
     Raises:
       UserError: there is no checkpoint.
     """
-    stop = threading.Event()
-    if arguments.follow:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda *_: stop.set())
-    elif not subject.saved_steps():
+    if not arguments.follow and not subject.saved_steps():
         subject.load()  # says that there are none
     writer = None
     if jax.process_index() == 0:
@@ -339,7 +341,9 @@ def run(arguments: argparse.Namespace, overrides: Sequence[str], argv: Sequence[
     _say_all(f"note: {note}" for note in subject.notes)
     report = report_command.Report.prepare(arguments, subject, argv)
     if arguments.all or arguments.follow:
-        scores = evaluate_many(subject, arguments)
+        never = contextlib.nullcontext(threading.Event())
+        with signals.noted() if arguments.follow else never as stop:
+            scores = evaluate_many(subject, arguments, stop)
     else:
         loaded = subject.load(arguments.step, arguments.params)
         steps = {} if subject.workdir is None else {"step": float(loaded.step)}

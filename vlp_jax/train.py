@@ -8,7 +8,7 @@ import functools
 import os
 import sys
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
@@ -26,16 +26,17 @@ from vlp_jax.observe.writers import Writer, build_writers, check_writers
 from vlp_jax.parallel import agreement, startup
 from vlp_jax.parallel import mesh as mesh_lib
 from vlp_jax.parallel.batch import Prefetcher
-from vlp_jax.parallel.maintenance import MaintenanceWatch
 from vlp_jax.parallel.sharding_report import spread
-from vlp_jax.training import param_groups
+from vlp_jax.training import checkpoint, param_groups
 from vlp_jax.training import workdir as workdir_lib
 from vlp_jax.training.build import Parts, build, first_state, make_checkpointer
 from vlp_jax.training.checkpoint import Checkpointer
+from vlp_jax.training.checkpoint_files import check_path
 from vlp_jax.training.command import run_command
 from vlp_jax.training.lock import locked
 from vlp_jax.training.loop import Loop
 from vlp_jax.training.measures import Measures, profile_steps, take_profile_flag
+from vlp_jax.training.optimizer import learning_rate_jumps
 from vlp_jax.training.preemption import PreemptionWatch
 from vlp_jax.training.report import StepReport
 from vlp_jax.training.setup import Setup, check_dispatch
@@ -155,6 +156,7 @@ def train(
     workdir = epath.Path(workdir)
     check_before_start(config, workdir)
     with contextlib.ExitStack() as stack:
+        preempted = stack.enter_context(PreemptionWatch())
         watchdog = stack.enter_context(make_watchdog(config, workdir))
         parts = build(config, workdir, clock)
         setup = parts.setup
@@ -165,15 +167,13 @@ def train(
             opened = make_checkpointer(config, workdir, tell=progress.print)
             checkpointer = stack.enter_context(opened)
         first_step = find_first_step(parts, checkpointer)
-        begin(parts, workdir, job, progress.print)
+        begin(parts, workdir, job, first_step, progress.print)
         measures.begin(first_step, setup.units.total_steps)
         with clock.phase("compile the step"), measures.compiling_step():
             step_function = setup.compile()
         with clock.phase("restore the state" if first_step else "initialize the state"):
             state = first_state(parts, checkpointer, first_step)
-        progress.print(describe_run(setup, first_step))
         writer = stack.enter_context(open_writers(config, workdir, first_step))
-        stack.enter_context(MaintenanceWatch())
         step_clock = measures.use(make_step_clock(setup, clock))
         loop = Loop(
             step_function=step_function,
@@ -184,7 +184,8 @@ def train(
             save_when=parts.save_when,
             evaluations=parts.evaluations,
             one_evaluation=parts.resources.one_evaluation,
-            preempted=stack.enter_context(PreemptionWatch()),
+            preempted=preempted.begin(),
+            interruptible=preempted.interruptible,
             log_when=parts.log_when,
             report=make_report(parts, workdir, writer, progress, step_clock, clock, measures),
             checkpointer=checkpointer,
@@ -257,18 +258,21 @@ def find_first_step(parts: Parts, checkpointer: Checkpointer) -> int:
 
 def check_before_start(config: ConfigDict, workdir: epath.Path) -> None:
     """Raises UserError for what can be seen to be wrong without building anything."""
+    check_path(checkpoint.absolute(workdir))
     workdir_lib.check_writable(workdir)
     check_writers(config.writers)
     profile_steps(config)
     check_dispatch(config)
 
 
-def begin(parts: Parts, workdir: epath.Path, job: str, tell: Callable[[str], None]) -> None:
+def begin(
+    parts: Parts, workdir: epath.Path, job: str, first_step: int, tell: Callable[[str], None]
+) -> None:
     """Writes config and tokenizer, and tells what has changed, who takes part and how."""
     config = parts.setup.config
     # On the first process alone, which is about to write that file.
-    for change in agreement.on_first(lambda: list(workdir_lib.changes(workdir, config))):
-        tell(f"note: {change}")
+    for line in agreement.on_first(lambda: list(changed(parts.setup, workdir, first_step))):
+        tell(line)
     workdir_lib.prepare(workdir, config, parts.tokenizer)
     for note in parts.notes:
         tell(f"note: {note}")
@@ -277,6 +281,17 @@ def begin(parts: Parts, workdir: epath.Path, job: str, tell: Callable[[str], Non
     if processes:
         tell(processes)
     tell(mesh_lib.describe(parts.setup.mesh))
+    tell(describe_run(parts.setup, first_step))
+
+
+def changed(setup: Setup, workdir: epath.Path, first_step: int) -> Iterator[str]:
+    """Lines on what is another config than before, and on learning rates that leap by it."""
+    changes = list(workdir_lib.changes(workdir, setup.config))
+    yield from (f"note: {change}" for change in changes)
+    if changes and first_step:
+        before = workdir_lib.load_config(workdir)
+        params = setup.abstract.params
+        yield from learning_rate_jumps(before, setup.config, setup.units, first_step, params)
 
 
 def describe_run(setup: Setup, first_step: int) -> str:
@@ -314,12 +329,16 @@ def make_watchdog(config: ConfigDict, workdir: epath.Path) -> Watchdog | NullWat
 
 def make_step_clock(setup: Setup, clock: StartupClock) -> StepClock:
     """Examples per second, MFU and goodput, against the peak of the devices at hand."""
+    measure = functools.partial(
+        peak_flops, setup.mesh.local_devices[0], setup.objective.compute_dtype
+    )
     with clock.phase("measure the devices"):
-        peak = peak_flops(setup.mesh.devices.flat[0], setup.objective.compute_dtype)
+        peak = measure()
     return StepClock(
         forward_flops_per_example=setup.objective.flops_per_example(setup.batch_spec),
         peak=peak,
         device_count=setup.mesh.size,
+        measure=measure,
         before=clock.causes(),
     )
 

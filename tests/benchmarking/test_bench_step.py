@@ -1,5 +1,6 @@
 """The step benchmark: turns, ratios, our step on a fixed batch, and the whole command."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -85,6 +86,12 @@ def test_figures_of_a_result():
     text = console.export_text()
     for words in ("x 2.00", "peer: it is not real", "other: FAILED: out of memory", "50.0%"):
         assert words in text
+    assert not result.beats_peak
+    noisy = dataclasses.replace(result, peak=Peak(3e12, None, "float32", 2048))
+    assert noisy.beats_peak and noisy.figures(measured[0])["mfu"] is None
+    assert noisy.figures(measured[1])["mfu"] == pytest.approx(2 / 3)
+    console.print(as_table(noisy))
+    assert "noisy" in (text := console.export_text()) and "133" not in text
 
 
 def test_our_step_is_the_one_that_trains():

@@ -40,6 +40,12 @@ def summary(**overrides):
     return RunSummary(**{**values, **overrides})
 
 
+def test_more_than_a_peak_is_not_told_as_a_share_of_it():
+    speed = {key: value for key, value in SPEED.items() if key != "perf/mfu"}
+    text = summary(speed=speed, peak=PeakFlops(2e9, "measured")).text()
+    assert "MFU not known: above 0.002 TFLOP/s a device (measured)" in text
+
+
 def test_of_one_start():
     assert summary(notes={"skipped steps": 2}).text().splitlines() == [
         "summary: complete",

@@ -108,6 +108,35 @@ def test_only_dtypes_of_training_have_a_peak():
         peak_flops(jax.devices("cpu")[0], jnp.int8)
 
 
+@pytest.mark.parametrize(
+    ("again", "mfu", "source"),
+    [(4e9, 0.75, "measured"), (1e9, None, "measured"), (4e9, None, "table")],
+)
+def test_a_peak_that_steps_beat_is_measured_again_in_a_pause(again, mfu, source):
+    """And what is above 1 all the same is left out."""
+    measured = []
+
+    def measure():
+        measured.append(now.now)
+        return PeakFlops(again, "measured")
+
+    clock, now = _step_clock(peak=PeakFlops(2e9, source), device_count=1, measure=measure)
+
+    def window():
+        now.now += 1.0
+        clock.step_done(1)
+        return clock.summary()
+
+    assert "perf/mfu" not in window() and clock.peak.flops == 2e9
+    assert "perf/examples_per_second" in window() and measured == []  # devices are busy
+    for _ in range(2):
+        with clock.paused("evaluation"):
+            pass
+        assert window().get("perf/mfu") == mfu == clock.overall().get("perf/mfu")
+    assert len(measured) == {0.75: 1, None: 4}[mfu] * (source == "measured")
+    assert clock.peak.flops == (4e9 if mfu else 2e9)
+
+
 def test_summary_arithmetic():
     clock, now = _step_clock()
     for _ in range(5):

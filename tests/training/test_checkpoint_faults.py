@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -14,8 +15,9 @@ from etils import epath
 from test_processes import ROOT, free_port
 
 from vlp_jax.errors import CannotSave, UserError
-from vlp_jax.training import checkpoint_files
-from vlp_jax.training.checkpoint import Checkpointer
+from vlp_jax.training import checkpoint_files, restore
+from vlp_jax.training.checkpoint import Checkpointer, choose_step, saved_steps
+from vlp_jax.training.restore import SavedParameters
 
 
 @pytest.fixture(scope="module")
@@ -33,13 +35,20 @@ def told():
     return []
 
 
-@pytest.fixture
-def saved(tmp_path, state):
-    """A workdir with the checkpoints 1, 2 and 3."""
-    with Checkpointer(tmp_path, keep_last=3) as checkpointer:
+@pytest.fixture(scope="module")
+def three_checkpoints(tmp_path_factory, state):
+    """A workdir with the checkpoints 1, 2 and 3; not to be written to."""
+    workdir = tmp_path_factory.mktemp("three")
+    with Checkpointer(workdir, keep_last=3) as checkpointer:
         for step in (1, 2, 3):
             checkpointer.save(step, state, {"position": step})
-    return tmp_path
+    return workdir
+
+
+@pytest.fixture
+def saved(tmp_path, three_checkpoints):
+    """A copy of the workdir with the checkpoints 1, 2 and 3."""
+    return shutil.copytree(three_checkpoints, tmp_path, dirs_exist_ok=True)
 
 
 def largest_file(directory):
@@ -70,7 +79,111 @@ def damage_the_checksums(directory):
     return "cannot be read"
 
 
-DAMAGES = [truncate, flip_a_bit, remove_a_file, damage_the_checksums]
+def empty_the_checksums(directory):
+    (directory / "checksums.json").write_text("")
+    return "cannot be read"
+
+
+def checksums_of_another_kind(directory):
+    (directory / "checksums.json").write_text('["state/manifest.ocdbt"]')
+    return "does not list files with their sizes"
+
+
+def checksums_of_nothing(directory):
+    (directory / "checksums.json").write_text("{}")
+    return "does not list state/_METADATA"
+
+
+def empty_the_folder(directory):
+    shutil.rmtree(directory)
+    directory.mkdir()
+    return "state/_METADATA is missing"
+
+
+def a_plain_file(directory):
+    shutil.rmtree(directory)
+    directory.write_text("")
+    return "it is no folder"
+
+
+def leave_temporary_names(directory):
+    for name in ("state", "input"):
+        (directory / name).rename(directory / f"{name}.orbax-checkpoint-tmp")
+    return "state/_METADATA is missing"
+
+
+def without_checksums(damage):
+    """Nothing but the files themselves can tell then, as after a copy that was interrupted."""
+
+    def both(directory):
+        (directory / "checksums.json").unlink()
+        return damage(directory)
+
+    both.__name__ = f"{damage.__name__}_and_the_checksums"
+    return both
+
+
+def remove_the_largest(directory):
+    largest_file(directory).unlink()
+    return "it cannot be read"
+
+
+def truncate_the_largest(directory):
+    truncate(directory)
+    return "it cannot be read"
+
+
+def leave_the_state_alone(directory):
+    shutil.rmtree(directory / "input")
+    return "input/metadata is missing"
+
+
+def remove_the_manifest(directory):
+    (directory / "state" / "manifest.ocdbt").unlink()
+    return "state/manifest.ocdbt is missing"
+
+
+def remove_the_metadata(directory):
+    (directory / "state" / "_METADATA").unlink()
+    return "state/_METADATA is missing"
+
+
+def break_the_metadata(directory):
+    (directory / "state" / "_METADATA").write_text('{"tree_metadata": ')
+    return "it cannot be read"
+
+
+def break_the_record_of_the_input(directory):
+    (directory / "input" / "metadata").write_text("")
+    return "it cannot be read"
+
+
+# With their checksums.
+KNOWN = [
+    truncate,
+    remove_a_file,
+    damage_the_checksums,
+    empty_the_checksums,
+    checksums_of_another_kind,
+    checksums_of_nothing,
+    empty_the_folder,
+    leave_temporary_names,
+    remove_the_manifest,
+    remove_the_metadata,
+]
+UNKNOWN = [
+    without_checksums(damage)
+    for damage in (
+        remove_the_largest,
+        truncate_the_largest,
+        leave_the_state_alone,
+        remove_the_manifest,
+        remove_the_metadata,
+        break_the_metadata,
+        break_the_record_of_the_input,
+    )
+]
+DAMAGES = [*KNOWN, flip_a_bit, a_plain_file, *UNKNOWN]
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
@@ -84,16 +197,86 @@ def test_the_one_before_a_damaged_checkpoint_is_used(saved, setup, state, told, 
     [line] = told
     assert "the checkpoint of step 3 is damaged" in line and what in line
     [kept] = (saved / "damaged").iterdir()
-    assert str(kept) in line and largest_file(kept).exists()
+    assert str(kept) in line and not (saved / "checkpoints" / "damaged").exists()
     assert checkpoint_files.damage(epath.Path(saved / "checkpoints" / "3")) is None
 
 
-def test_several_damaged_ones_and_no_sound_one(saved, told):
+@pytest.mark.parametrize("damage", [truncate, a_plain_file, without_checksums(remove_the_largest)])
+def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_anew(saved, told, damage):
+    for step in (1, 2, 3):
+        damage(saved / "checkpoints" / str(step))
+    before = sorted(saved.rglob("*"))
+    with pytest.raises(UserError, match="every checkpoint in .* is damaged .*step 3: .*step 1: "):
+        Checkpointer(saved, tell=told.append)
+    assert sorted(saved.rglob("*")) == before and told == []
+
+
+def test_two_damaged_ones_are_set_aside_and_one_without_checksums_is_not(saved, told):
+    """It was written by an older version, and all of it can be read."""
+    truncate(saved / "checkpoints" / "3")
+    empty_the_folder(saved / "checkpoints" / "2")
+    (saved / "checkpoints" / "1" / "checksums.json").unlink()
+    with Checkpointer(saved, keep_last=3, tell=told.append) as checkpointer:
+        assert checkpointer.steps() == [1]
+    assert len(told) == 2 and len(list((saved / "damaged").iterdir())) == 2
+
+
+def test_names_that_are_no_checkpoints_are_left_alone(saved, told):
+    for name in ("004", "4 (copy)", "4.bak"):
+        (saved / "checkpoints" / name).mkdir()
+    (saved / "checkpoints" / ".DS_Store").write_text("")
+    (saved / "checkpoints" / "newest").symlink_to("3")
+    with Checkpointer(saved, keep_last=3, tell=told.append) as checkpointer:
+        assert checkpointer.steps() == [1, 2, 3] and told == []
+    assert saved_steps(epath.Path(saved)) == [1, 2, 3]
+
+
+def test_what_cannot_be_set_aside_is_said_in_one_line(saved):
+    truncate(saved / "checkpoints" / "3")
+    (saved / "damaged").write_text("")  # a file where the folder would be
+    with pytest.raises(UserError, match="cannot be moved to .*damaged.*move it out of the way"):
+        Checkpointer(saved)
+
+
+@pytest.mark.parametrize("damage", [*KNOWN, *UNKNOWN])
+def test_who_only_reads_names_the_damaged_one_and_another(saved, setup, damage):
+    """And moves nothing."""
+    damage(saved / "checkpoints" / "3")
+    before = sorted(saved.rglob("*"))
+    workdir = epath.Path(saved)
+
+    def read(step):
+        return SavedParameters.of(workdir, choose_step(workdir, step)).read()
+
+    for step in (None, 3):
+        with pytest.raises(UserError) as caught:
+            read(step)
+        message = str(caught.value)
+        assert f"checkpoint of step 3 in {saved} is damaged (" in message
+        assert message.endswith("take step 2 instead") and "\n" not in message
+    assert read(2).keys() == read(1).keys() and sorted(saved.rglob("*")) == before
+
+
+def test_what_reading_brings_to_light_is_said_in_one_line(saved, monkeypatch):
+    """And an error for which the checkpoint is not to blame keeps its traceback."""
+
+    def fails(*_):
+        raise ValueError("DATA_LOSS: zstd-compressed data is corrupt")
+
+    workdir = epath.Path(saved)
+    monkeypatch.setattr(restore, "_restore", fails)
+    with pytest.raises(ValueError, match="DATA_LOSS"):
+        SavedParameters.of(workdir, choose_step(workdir, 3)).read()
+    flip_a_bit(saved / "checkpoints" / "3")
+    with pytest.raises(UserError, match="is damaged .*other contents.*; take step 2 instead"):
+        SavedParameters.of(workdir, choose_step(workdir, 3)).read()
+
+
+def test_who_only_reads_is_told_that_no_other_is_sound(saved):
     for step in (1, 2, 3):
         truncate(saved / "checkpoints" / str(step))
-    with Checkpointer(saved, tell=told.append) as checkpointer:
-        assert checkpointer.steps() == [] and checkpointer.latest_step() is None
-    assert len(told) == 3 and len(list((saved / "damaged").iterdir())) == 3
+    with pytest.raises(UserError, match="step 3 .* is damaged .*; there is no other sound one"):
+        choose_step(epath.Path(saved), None)
 
 
 def test_an_older_damaged_one_is_left_until_it_is_needed(saved, told):

@@ -38,6 +38,36 @@ from vlp_jax.train import main
 sys.exit(main(sys.argv[1:]))
 """
 
+# Is told to stop by itself when a function is called for the n-th time: "MODULE:NAME" n SIGNAL.
+TOLD = """
+import functools, importlib, os, sys
+from vlp_jax import signals, train
+signals.listen()
+(place, count, number), sys.argv[1:] = sys.argv[1:4], sys.argv[4:]
+module, _, name = place.partition(":")
+*owners, name = name.split(".")
+owner = functools.reduce(getattr, owners, importlib.import_module(module))
+whole, calls = getattr(owner, name), []
+def told(*arguments, **more):
+    calls.append(1)
+    if len(calls) == int(count):
+        print("it is told now", flush=True)
+        os.kill(os.getpid(), int(number))
+    return whole(*arguments, **more)
+setattr(owner, name, told)
+sys.exit(train.main(sys.argv[1:]))
+"""
+MOMENTS = {
+    "opens the data": ("vlp_jax.training.setup:make_pipeline", 1),
+    "compiles": ("vlp_jax.training.setup:compile_steps", 1),
+    "makes the state": ("vlp_jax.training.init_from:init_state", 1),
+    "first step": ("vlp_jax.training.loop:StepReport.take", 1),
+    "evaluates": ("vlp_jax.evaluators.retrieval:Retrieval.__call__", 2),
+    "saves": ("vlp_jax.training.checkpoint:Checkpointer.save", 3),
+    "writes checksums": ("vlp_jax.training.checkpoint_files:write_checksums", 2),
+    "last step": ("vlp_jax.training.loop:StepReport.take", STEPS),
+}
+
 
 @pytest.fixture(scope="module")
 def config_file(tmp_path_factory):
@@ -46,8 +76,9 @@ def config_file(tmp_path_factory):
     return file
 
 
-def start(config_file, workdir, shapes_dir, slowly=False):
+def start(config_file, workdir, shapes_dir, slowly=False, told=()):
     program = ["-c", SLOWLY] if slowly else ["-m", "vlp_jax.train"]
+    program = ["-c", TOLD, *map(str, told)] if told else program
     return subprocess.Popen(
         [sys.executable, *program, "--config", str(config_file), "--workdir", str(workdir)],
         cwd=ROOT,
@@ -161,5 +192,20 @@ def test_told_to_stop_saves_and_asks_to_be_restarted(
     assert "run the same command to go on" in finish(process, status=75)
     stopped_at = max(int(p.name) for p in (tmp_path / "checkpoints").iterdir())
     assert stopped_at % 7  # saved where it was, not at the last regular checkpoint
+    finish(start(config_file, tmp_path, shapes_dir))
+    assert_same_run(config_file, tmp_path, undisturbed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_told_to_stop_at_every_moment(
+    config_file, undisturbed, shapes_dir, tmp_path, moment, number
+):
+    told = (*MOMENTS[moment], number.value)
+    output = finish(start(config_file, tmp_path, shapes_dir, told=told), status=75)
+    after = output.partition("it is told now")[2]
+    assert after and "Traceback" not in output
+    assert output.count("run the same command to go on") >= 1
     finish(start(config_file, tmp_path, shapes_dir))
     assert_same_run(config_file, tmp_path, undisturbed)

@@ -14,7 +14,12 @@ from vlp_jax import config as config_lib
 from vlp_jax.errors import NoScores, NotFinite, UserError
 from vlp_jax.parallel.batch import put_batch
 from vlp_jax.training.loop import Evaluation, Loop
-from vlp_jax.training.optimizer import decay_mask, make_optimizer, make_schedule
+from vlp_jax.training.optimizer import (
+    decay_mask,
+    learning_rate_jumps,
+    make_optimizer,
+    make_schedule,
+)
 from vlp_jax.training.state import key_for
 from vlp_jax.training.when import EveryMinutes, EverySteps, StepsOrMinutes, Units
 
@@ -124,6 +129,63 @@ def test_rsqrt_and_its_cooldown():
     np.testing.assert_allclose(values[400], 2.0 * 0.5, rtol=1e-6)
     np.testing.assert_allclose(values[900], 2.0 / 3 * 0.5, rtol=1e-6)
     assert values[1000] == 0
+
+
+PARAMS = {
+    tower: {"encoder": {"layers": {"kernel": np.zeros((2, 4, 4))}}} for tower in ("image", "text")
+}
+# A run of 100 steps goes on: name -> (changes of the config, the step, what leaps).
+LEAPS = {
+    "longer": ({"duration.steps": 400}, 90, {"learning_rate"}),
+    "longer, from its end": ({"duration.steps": 400}, 100, {"learning_rate"}),
+    "shorter": ({"duration.steps": 60}, 50, {"learning_rate"}),
+    "a little longer": ({"duration.steps": 101}, 50, set()),
+    "longer, early": ({"duration.steps": 110}, 20, set()),
+    "as long in examples": ({"duration.steps": None, "duration.examples": 10_000}, 50, set()),
+    "longer in epochs": ({"duration.steps": None, "duration.epochs": 40.0}, 50, {"learning_rate"}),
+    "peak": ({"optimizer.learning_rate": 2e-3}, 50, {"learning_rate"}),
+    "peak by a tenth": ({"optimizer.learning_rate": 1.1e-3}, 50, set()),
+    "schedule": ({"optimizer.schedule": "constant"}, 50, {"learning_rate"}),
+    "warm-up": ({"optimizer.warmup.percent": 40.0}, 20, {"learning_rate"}),
+    "cool-down": ({"optimizer.cooldown.percent": 40.0}, 80, {"learning_rate"}),
+    "another key": ({"optimizer.weight_decay": 0.3, "seed": 3}, 50, set()),
+    "layers": ({"optimizer.layer_decay.image": 0.8}, 50, {"layer_decay.image"}),
+    "muon": ({"optimizer.muon.learning_rate": 0.04}, 50, {"muon.learning_rate"}),
+}
+
+
+@pytest.mark.parametrize("name", LEAPS)
+def test_learning_rates_that_leap_on_resuming_are_told(name):
+    """By how much, as optax has it for cosine, and which rate goes on from where it was."""
+    changes, step, leaping = LEAPS[name]
+    before = config_lib.base()
+    before.duration = config_lib.duration(steps=100)
+    before.optimizer.name = "muon" if name == "muon" else "adamw"
+    now = before.copy_and_resolve_references()
+    now.update_from_flattened_dict(changes)
+    units = dataclasses.replace(UNITS, total_steps=None)
+    units = dataclasses.replace(units, total_steps=units.steps(now.duration, "config.duration"))
+    lines = list(learning_rate_jumps(before, now, units, step, PARAMS))
+    assert {line.partition("config.optimizer.")[2].partition(" ")[0] for line in lines} == leaping
+    if name == "longer, from its end":
+        [line] = lines
+
+        def cosine(total, step):
+            warmup = total // 20
+            return float(optax.cosine_decay_schedule(1e-3, total - warmup)(step - warmup))
+
+        was, is_now = cosine(100, 99), cosine(400, 100)
+        assert f"leaps from {was:.3g} to {is_now:.3g}, {is_now / was:.3g} times as high" in line
+        assert "of 100 steps and now of 400" in line
+    if name == "shorter":
+        now.optimizer.learning_rate = float(lines[0].partition("learning_rate=")[2].split()[0])
+        assert not list(learning_rate_jumps(before, now, units, step, PARAMS))
+
+
+def test_a_run_whose_length_is_not_known_any_more_is_resumed_without_a_word():
+    before, units = config_lib.base(), Units(10, None, 100)
+    before.duration = config_lib.duration(epochs=3.0)
+    assert not list(learning_rate_jumps(before, before, units, 5, PARAMS))
 
 
 def test_warmup_longer_than_the_run():

@@ -50,15 +50,24 @@ class Result:
     failed: dict[str, str]
     complete: bool = True
 
-    def figures(self, one: Measured) -> dict[str, float]:
-        """Rates of one contender, from the median of its steps."""
+    @property
+    def beats_peak(self) -> bool:
+        """Whether a contender is faster than the product that was measured as the peak."""
+        return any(self.step_flops / m.times.median > self.peak.measured for m in self.measured)
+
+    def figures(self, one: Measured) -> dict[str, float | None]:
+        """Rates of one contender, from the median of its steps.
+
+        `mfu` is None where it would be above 1: the machine did other work when the peak or the
+        steps were measured.
+        """
         seconds = one.times.median
         rate = self.step_flops / seconds
         figures = {
             "step_seconds": seconds,
             "examples_per_second": self.batch_size / seconds,
             "model_flops_per_second": rate,
-            "mfu": rate / self.peak.measured,
+            "mfu": rate / self.peak.measured if rate <= self.peak.measured else None,
         }
         if self.peak.data_sheet:
             figures["mfu_of_data_sheet"] = rate / self.peak.data_sheet
@@ -118,7 +127,7 @@ def as_table(result: Result) -> Group:
             f"{1e3 * figures['step_seconds']:.1f}",
             f"{figures['examples_per_second']:,.1f}",
             f"{figures['model_flops_per_second'] / 1e12:.3g}",
-            f"{figures['mfu']:.1%}",
+            "noisy" if figures["mfu"] is None else f"{figures['mfu']:.1%}",
             _memory(one.contender.facts),
             _compilation(one.contender.facts),
             _ratio(one.ratio),

@@ -91,11 +91,12 @@ class RunSummary:
     def _speed(self) -> str:
         if not self.speed:
             return ""
+        peak = f"{self.peak.flops / 1e12:,.4g} TFLOP/s a device ({self.peak.source})"
+        mfu = self.speed.get("perf/mfu")
         return (
             f"{self.speed['perf/examples_per_second']:,.1f} examples/s, "
             f"{self.speed['perf/steps_per_second']:,.3g} steps/s, "
-            f"MFU {self.speed['perf/mfu']:.1%} of {self.peak.flops / 1e12:,.4g} TFLOP/s a device "
-            f"({self.peak.source})"
+            + (f"MFU not known: above {peak}" if mfu is None else f"MFU {mfu:.1%} of {peak}")
         )
 
     def _compiled(self) -> str:

@@ -100,6 +100,9 @@ class StepClock:
         forward_flops_per_example: FLOPs of a forward pass, analytic.
         peak: of one device, from `peak_flops`.
         device_count: devices of the whole job.
+        measure: measures the peak of a device again. A product that was measured while the machine
+            did other work as well is too slow, and steps beat it: then this is called when the
+            devices have nothing to do, and the faster one counts.
         before: seconds by cause that passed before this clock was made, for the goodput.
         time_fn: the clock, in seconds.
     """
@@ -110,13 +113,16 @@ class StepClock:
         forward_flops_per_example: float,
         peak: PeakFlops,
         device_count: int,
+        measure: Callable[[], PeakFlops] | None = None,
         before: Mapping[str, float] | None = None,
         time_fn: Callable[[], float] = time.perf_counter,
     ):
         self._time = time_fn
         self._flops_per_example = 3 * forward_flops_per_example  # backward costs twice the forward
         self.peak = peak
-        self._peak_of_all = peak.flops * device_count
+        self._device_count = device_count
+        self._measure = measure if peak.source == "measured" else None
+        self._beaten = False
         self._before = dict(before or {})
         self._ledger = TimeLedger(_USEFUL, time_fn)
         self._watch = DeviceWatch(time_fn)
@@ -164,7 +170,13 @@ class StepClock:
         if cause in (_USEFUL, _DATA_WAIT):
             raise ValueError(f"{cause!r} is not a cause of a pause")
         with self._ledger.cause(cause), jax.profiler.TraceAnnotation(cause):
+            self._measure_again()
             yield
+
+    def _measure_again(self) -> None:
+        if self._beaten and self._measure is not None:
+            self._beaten = False
+            self.peak = max(self.peak, self._measure(), key=lambda peak: peak.flops)
 
     @property
     def pausing(self) -> bool:
@@ -195,7 +207,8 @@ class StepClock:
             perf/examples_per_second and perf/steps_per_second over all devices;
             perf/mfu, 3 x forward FLOPs x examples/s over the peak of all devices, in [0, 1]
             (PaLM, arXiv:2204.02311, appendix B; recomputation does not count, and the backward
-            pass of frozen parameters, which is not computed, does);
+            pass of frozen parameters, which is not computed, does). It is left out where it would
+            be above 1: the peak, or the time of these steps, is wrong;
             perf/data_wait_fraction, the share of the time in which the devices had nothing to do
             because the next batch was not there, in [0, 1];
             perf/device_wait_fraction, the share in which this process waited for the devices;
@@ -220,11 +233,15 @@ class StepClock:
         }
 
     def overall(self) -> dict[str, float]:
-        """The first three figures of `summary` over all steps of this process; empty if none."""
+        """The first three figures of `summary` over all steps of this process; empty if none.
+
+        To be called when the devices have nothing to do.
+        """
         seconds = self._ledger.seconds()
         active = seconds.get(_USEFUL, 0.0) + seconds.get(_DATA_WAIT, 0.0)
         if not self.steps_done or active <= 0:
             return {}
+        self._measure_again()
         return self._speed(self.steps_done, self.examples_done, active)
 
     def goodput(self) -> dict[str, float]:
@@ -235,10 +252,13 @@ class StepClock:
         return useful_first
 
     def _speed(self, steps: int, examples: int, active: float) -> dict[str, float]:
+        peak_of_all = self.peak.flops * self._device_count
+        mfu = self._flops_per_example * examples / active / peak_of_all
+        self._beaten |= mfu > 1
         return {
             "perf/examples_per_second": examples / active,
             "perf/steps_per_second": steps / active,
-            "perf/mfu": self._flops_per_example * examples / active / self._peak_of_all,
+            **({"perf/mfu": mfu} if mfu <= 1 else {}),
         }
 
 

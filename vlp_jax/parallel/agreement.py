@@ -157,6 +157,41 @@ class Barrier:
                     raise TimeoutError(f"process {process} did not come to {key} in time")
 
 
+class Notice:
+    """A word that any process gives when it likes and all others hear, who then answer it.
+
+    For threads that look from time to time. It is given once in the life of a job.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._folder = f"vlp_jax/notice/{name}"
+
+    def give(self) -> None:
+        """Tells all processes."""
+        key = f"{self._folder}/given"
+        distributed.global_state.client.key_value_set(key, "", allow_overwrite=True)
+
+    def given(self) -> bool:
+        """Whether a process has given it."""
+        return _is_set(distributed.global_state.client, f"{self._folder}/given")
+
+    def answers(self, question: str, own: Any, patient: Callable[[], bool]) -> list[Any] | None:
+        """The answers of all processes to `question`, in order; None if it is not waited for them.
+
+        Args:
+          own: the answer of this process, which JSON has to hold.
+          patient: whether to go on waiting; asked twice a second.
+        """
+        client, folder = distributed.global_state.client, f"{self._folder}/{question}"
+        client.key_value_set(f"{folder}/{jax.process_index()}", json.dumps(own))
+        for process in range(jax.process_count()):
+            while not _there(client, f"{folder}/{process}", BARRIER_LOOK_MS):
+                if not patient():
+                    return None
+        everyone = range(jax.process_count())
+        return [json.loads(client.key_value_try_get(f"{folder}/{i}")) for i in everyone]
+
+
 def _there(client: Any, key: str, wait_ms: int) -> bool:
     """Whether `key` is set, or is so within the time."""
     return _found(lambda: client.blocking_key_value_get(key, wait_ms))

@@ -79,6 +79,8 @@ def initialize(
         _check_count(1, expected)
         return f"{job.kind} (devices were in use before, so that JAX's services are not there)"
     if not jax.distributed.is_initialized():
+        # It would take SIGTERM from `vlp_jax.signals`, and keep it to itself.
+        jax.config.update("jax_enable_preemption_service", False)
         if job.kind == ALONE:
             # Devices of one process need no network between them.
             jax.config.update("jax_cpu_collectives_implementation", None)

@@ -6,7 +6,7 @@ import contextlib
 import itertools
 import logging
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Self
 
 import jax
@@ -17,8 +17,9 @@ from vlp_jax.errors import CannotSave, UserError
 from vlp_jax.files import is_remote
 from vlp_jax.parallel import agreement
 from vlp_jax.training import checkpoint_files
-from vlp_jax.training.checkpoint_manager import Manager
-from vlp_jax.training.restore import Reader
+from vlp_jax.training.checkpoint_files import saved_steps
+from vlp_jax.training.checkpoint_manager import Manager, processes, quiet_failures
+from vlp_jax.training.restore import Reader, unreadable
 from vlp_jax.training.state import TrainState
 
 # What Orbax and TensorStore raise when files cannot be written: OSError, ValueError with the
@@ -76,18 +77,16 @@ class Checkpointer:
         self._barrier = agreement.Barrier()
         self._writing: int | None = None  # the step whose checkpoint is being written
         self._in_a_row = self.failed = 0
-        for name in ("asyncio", "absl"):
-            logger = logging.getLogger(name)
-            if not any(isinstance(each, _Told) for each in logger.filters):
-                logger.addFilter(_Told())
+        quiet_failures()
         if not read_only:
-            for line in agreement.on_first(lambda: list(mend(self._directory))):
+            checkpoint_files.check_path(self._directory.parent)
+            for line in agreement.on_first(lambda: mend(self._directory)):
                 self._tell(line)
             agreement.on_first(self._make_directory)
         self._manager = self._open()
 
     def _open(self) -> Manager:
-        several = _processes(next(_openings))
+        several = processes(next(_openings))
         try:
             return Manager(
                 self._directory,
@@ -307,46 +306,37 @@ class Checkpointer:
             self._manager.close()
 
 
-class _Told(logging.Filter):
-    """Leaves out what asyncio and Orbax log of a save that failed, which `Checkpointer` tells.
-
-    On a full disk that is a stack for every array, and one for every thread.
-    """
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        if record.name == "asyncio":
-            return "exception was never retrieved" not in record.getMessage()
-        return "orbax" not in record.pathname or record.levelno < logging.ERROR
-
-
-def mend(checkpoints: epath.Path) -> Iterator[str]:
+def mend(checkpoints: epath.Path) -> list[str]:
     """Sets aside the newest checkpoints as long as they are damaged; a line about each.
 
     Those that were being written when a run ended are removed by Orbax on opening.
+
+    Raises:
+      UserError: all are damaged. They stay where they are.
     """
-    for step in reversed(saved_steps(checkpoints.parent) if checkpoints.exists() else []):
+    if not checkpoints.exists():
+        return []
+    damaged = {entry: "it is no folder" for entry in checkpoint_files.not_checkpoints(checkpoints)}
+    steps = saved_steps(checkpoints.parent)
+    sound = not steps
+    for step in reversed(steps):
         directory = checkpoints / str(step)
-        what = checkpoint_files.damage(directory)
+        what = checkpoint_files.damage(directory) or unreadable(directory)
         if what is None:
-            return
-        kept = checkpoint_files.set_aside(directory)
-        yield f"warning: the checkpoint of step {step} is damaged ({what}); moved to {kept}"
-
-
-def _processes(opening: int) -> ocp.options.MultiprocessingOptions:
-    """Has Orbax wait for other processes through JAX's coordination service.
-
-    Without it, it uses collectives on the devices, which get mixed up with a step under way. Orbax
-    counts its barriers by name: where a save has failed on some processes alone, they have come to
-    fewer than the others, so each `opening` has names of its own.
-    """
-    if jax.process_count() == 1:
-        return ocp.options.MultiprocessingOptions()
-    return ocp.options.MultiprocessingOptions(
-        primary_host=0,
-        active_processes=set(range(jax.process_count())),
-        barrier_sync_key_prefix=f"vlp_jax_{opening}",
-    )
+            sound = True
+            break
+        damaged[directory] = what
+    if not sound or (damaged and not steps):
+        reasons = "; ".join(f"step {directory.name}: {what}" for directory, what in damaged.items())
+        raise UserError(
+            f"every checkpoint in {checkpoints} is damaged ({reasons}): put a sound copy of one in "
+            "its place, or give another --workdir to begin anew"
+        )
+    return [
+        f"warning: the checkpoint of step {directory.name} is damaged ({what}); moved to "
+        f"{checkpoint_files.set_aside(directory)}"
+        for directory, what in damaged.items()
+    ]
 
 
 def _no_place(directory: epath.Path, error: OSError) -> str:
@@ -367,19 +357,15 @@ def absolute(path: str | epath.Path) -> epath.Path:
     return path if is_remote(path) else path.resolve()
 
 
-def saved_steps(workdir: epath.Path) -> list[int]:
-    """Steps of all whole checkpoints in `workdir`, in order. Nothing is written."""
-    return sorted(ocp.utils.checkpoint_steps(workdir / "checkpoints"))
-
-
 def choose_step(workdir: epath.Path, step: int | None, where: str = "") -> int:
-    """`step`, or for None that of the newest checkpoint in `workdir`.
+    """`step`, or for None the step of the newest checkpoint in `workdir`. Nothing is written.
 
     Args:
       where: the key or option that says so, for the message.
 
     Raises:
-      UserError: there is no checkpoint, or none of this step.
+      UserError: there is no checkpoint, none of this step, or files of it are not there, or not
+        whole.
     """
     steps, prefix = saved_steps(workdir), f"{where}: " if where else ""
     if not steps:
@@ -391,4 +377,7 @@ def choose_step(workdir: epath.Path, step: int | None, where: str = "") -> int:
             f"{prefix}{workdir} has no checkpoint of step {step} "
             f"(it has: {', '.join(map(str, steps))}); give one of these, or none for the newest"
         )
-    return steps[-1] if step is None else step
+    chosen = workdir / "checkpoints" / str(steps[-1] if step is None else step)
+    if what := checkpoint_files.damage(chosen, contents=False) or unreadable(chosen):
+        raise checkpoint_files.damaged_error(chosen, what, prefix)
+    return int(chosen.name)

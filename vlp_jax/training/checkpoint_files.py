@@ -10,11 +10,15 @@ import time
 from collections.abc import Iterator
 
 import google_crc32c
+import orbax.checkpoint as ocp
 from etils import epath
 
+from vlp_jax.errors import UserError
 from vlp_jax.files import is_remote, write_whole
 
 CHECKSUMS = "checksums.json"
+# Without these Orbax finds nothing in a checkpoint.
+REQUIRED = ("state/_METADATA", "state/manifest.ocdbt", "input/metadata")
 # Orbax notes times there when all else is written; nothing of the state is in it.
 _NOT_CHECKED = (CHECKSUMS, "_CHECKPOINT_METADATA")
 SET_ASIDE = "damaged"  # the folder beside the checkpoints
@@ -22,52 +26,147 @@ _READ_BYTES = 1 << 22
 _TEMPORARY = re.compile(r"(\d+)\.orbax-checkpoint-tmp.*")
 
 
+def check_path(workdir: epath.PathLike) -> None:
+    """Raises UserError for a path in which Orbax and TensorStore do not find their own files.
+
+    Orbax looks for parts of a checkpoint by a pattern that begins with the path, and writes it
+    without them if there are none; TensorStore takes a backslash for a slash.
+    """
+    if found := [sign for sign in "[\\" if sign in os.fspath(workdir)]:
+        raise UserError(
+            f"workdir {workdir} has {found[0]!r} in its path, where no checkpoint can be read; "
+            "choose another --workdir, or move it"
+        )
+
+
 def write_checksums(directory: epath.Path) -> None:
     """Writes `checksums.json`: size and CRC-32C (RFC 3720) of every file of state and input.
 
     Of files in an object store the sizes alone, since reading all of them back would double the
     traffic and the store has checksums of its own.
+
+    Raises:
+      OSError: they cannot be read or written, or some are not there.
     """
     with_sums = not is_remote(directory)
     record = {
         name: [size, _crc32c(directory / name) if with_sums else None]
         for name, size in _files(directory)
     }
+    if missing := [name for name in REQUIRED if name not in record]:
+        raise OSError(f"{missing[0]} was not written")
     write_whole(directory / CHECKSUMS, json.dumps(record))
 
 
-def damage(directory: epath.Path) -> str | None:
-    """What is wrong with the files of a checkpoint, in words; None if nothing is.
+def damage(directory: epath.Path, *, contents: bool = True) -> str | None:
+    """Returns what is wrong with the files of a checkpoint, in words; None if nothing is.
 
-    One without `checksums.json` was written by an older version: nothing can be said of it.
+    Args:
+      contents: also compare what is in them, which reads all of them; False for their sizes alone.
+        Where there is no `checksums.json` neither can be compared, and `restore.unreadable` tells
+        more.
+
+    Raises:
+      UserError: this user may not read them.
     """
-    file = directory / CHECKSUMS
-    if not file.exists():
-        return None
     try:
-        record = json.loads(file.read_text())
+        if not directory.is_dir():
+            return "it is no folder"
         found = dict(_files(directory))
+        missing = [name for name in REQUIRED if name not in found]
+        if missing:
+            return f"{missing[0]} is missing"
+        if not (directory / CHECKSUMS).exists():
+            return None
+        record = _read_checksums(directory)
+    except PermissionError as error:
+        raise UserError(
+            f"the checkpoint {directory} cannot be read ({error.strerror}: {error.filename}); give "
+            "this user the right to read it"
+        ) from None
     except (OSError, ValueError) as error:
-        return f"{file} cannot be read: {error}"
+        return f"{directory / CHECKSUMS} cannot be read: {error}"
     for name, (size, crc) in record.items():
         if name not in found:
             return f"{name} is missing"
         if found[name] != size:
             return f"{name} has {found[name]:,} bytes and not {size:,}"
         try:
-            if crc is not None and _crc32c(directory / name) != crc:
+            if contents and crc is not None and _crc32c(directory / name) != crc:
                 return f"{name} has other contents than were written"
         except OSError as error:
             return f"{name} cannot be read: {error}"
     return None
 
 
+def has_checksums(directory: epath.Path) -> bool:
+    """Whether `damage` can tell all; an interrupted copy and older versions leave none."""
+    return (directory / CHECKSUMS).exists()
+
+
+def _read_checksums(directory: epath.Path) -> dict[str, tuple[int, str | None]]:
+    """Path -> size and CRC-32C.
+
+    Raises:
+      ValueError: the file is not what `write_checksums` has written.
+    """
+    record = json.loads((directory / CHECKSUMS).read_text())
+    if not isinstance(record, dict) or not all(
+        isinstance(entry, list) and len(entry) == 2 and isinstance(entry[0], int)
+        for entry in record.values()
+    ):
+        raise ValueError("it does not list files with their sizes and checksums")
+    if missing := [name for name in REQUIRED if name not in record]:
+        raise ValueError(f"it does not list {missing[0]}")
+    return record
+
+
+def saved_steps(workdir: epath.Path) -> list[int]:
+    """Steps of all checkpoints in `workdir` that were finished, in order. Nothing is written."""
+    folder = workdir / "checkpoints"
+    # Orbax also takes "004" for step 4, which it then looks for in "4".
+    return sorted(s for s in ocp.utils.checkpoint_steps(folder) if (folder / str(s)).exists())
+
+
+def not_checkpoints(checkpoints: epath.Path) -> Iterator[epath.Path]:
+    """What is no folder but has the name that a checkpoint will want."""
+    for entry in checkpoints.iterdir():
+        if entry.name.isdecimal() and not entry.is_dir():
+            yield entry
+
+
+def damaged_error(directory: epath.Path, what: str, where: str = "") -> UserError:
+    """The error of a command that only reads: it names the checkpoint to take instead.
+
+    Args:
+      directory: of a damaged checkpoint.
+      what: is wrong with it.
+      where: the key or option that names it, with a colon.
+    """
+    workdir = directory.parent.parent
+    others = [step for step in saved_steps(workdir) if step != int(directory.name)]
+    sound = [s for s in others if damage(directory.parent / str(s), contents=False) is None]
+    instead = f"take step {sound[-1]} instead" if sound else "there is no other sound one"
+    name = f"the checkpoint of step {directory.name} in {workdir}"
+    return UserError(f"{where}{name} is damaged ({what}); {instead}")
+
+
 def set_aside(directory: epath.Path) -> epath.Path:
-    """Moves a checkpoint out of the way, to look at later; where it is now."""
+    """Moves a checkpoint out of the way, to look at later; returns its new place.
+
+    Raises:
+      UserError: it cannot be moved.
+    """
     parent = directory.parent.parent / SET_ASIDE
-    parent.mkdir(parents=True, exist_ok=True)
     target = parent / f"{directory.name}-{time.strftime('%Y%m%d-%H%M%S')}"
-    return directory.rename(target)
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        return directory.rename(target)
+    except OSError as error:
+        raise UserError(
+            f"the damaged checkpoint {directory} cannot be moved to {target}: "
+            f"{error.strerror or error}; move it out of the way"
+        ) from error
 
 
 def unfinished(checkpoints: epath.Path, step: int) -> Iterator[epath.Path]:

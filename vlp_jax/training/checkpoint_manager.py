@@ -2,18 +2,56 @@
 
 from __future__ import annotations
 
+import logging
+
+import jax
 import orbax.checkpoint as ocp
 
 
 class Manager(ocp.CheckpointManager):
     """A `CheckpointManager` that never asks whether the job was told to stop.
 
-    Orbax asks JAX at every save, with the number of its step. JAX takes each question for how far
-    the process has come, and has all stop at the number after that; so only one may ask, which is
-    `preemption.PreemptionWatch`. It would tell the answer to its own logs alone.
+    Orbax asks JAX at every save, whose service for it is off: the signal belongs to
+    `vlp_jax.signals`, and the processes agree in `preemption.PreemptionWatch`.
     """
 
     def reached_preemption(self, step: int) -> bool:
         """No."""
         del step
         return False
+
+
+def processes(opening: int) -> ocp.options.MultiprocessingOptions:
+    """Has Orbax wait for other processes through JAX's coordination service.
+
+    Without it, it uses collectives on the devices, which get mixed up with a step under way. Orbax
+    counts its barriers by name: where a save has failed on some processes alone, they have come to
+    fewer than the others, so each `opening` has names of its own.
+    """
+    if jax.process_count() == 1:
+        return ocp.options.MultiprocessingOptions()
+    return ocp.options.MultiprocessingOptions(
+        primary_host=0,
+        active_processes=set(range(jax.process_count())),
+        barrier_sync_key_prefix=f"vlp_jax_{opening}",
+    )
+
+
+def quiet_failures() -> None:
+    """Leaves it to `Checkpointer` to tell of a save that failed.
+
+    On a full disk asyncio and Orbax log a stack for every array, and one for every thread.
+    """
+    for name in ("asyncio", "absl"):
+        logger = logging.getLogger(name)
+        if not any(isinstance(each, _Told) for each in logger.filters):
+            logger.addFilter(_Told())
+
+
+class _Told(logging.Filter):
+    """Leaves out what asyncio and Orbax log of a save that failed."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if record.name == "asyncio":
+            return "exception was never retrieved" not in record.getMessage()
+        return "orbax" not in record.pathname or record.levelno < logging.ERROR

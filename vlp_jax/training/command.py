@@ -10,6 +10,7 @@ from collections.abc import Callable
 import jax
 from absl import logging
 
+from vlp_jax import signals
 from vlp_jax.errors import ExitStatus, Preempted, UserError
 
 # What JAX says when another process of the job cannot be reached any more.
@@ -19,12 +20,24 @@ PEER_LOST_WORDS = ("gloo", "nccl", "heartbeat", "coordination", "unavailable", "
 def run_command(command: Callable[[], None]) -> int:
     """Runs `command` and returns the exit status, one of `ExitStatus`.
 
+    SIGTERM and Ctrl-C end it with one line, see `vlp_jax.signals`.
+
     Of a job of several processes, one that fails ends at once and without waiting for the others,
     which otherwise would wait for it: the status is that of the process, and nothing is returned.
     """
     logging.set_verbosity(logging.WARNING)
+    with signals.heard():
+        status = _run(command)
+        signals.leaving(status)
+    return status
+
+
+def _run(command: Callable[[], None]) -> int:
     try:
         command()
+    except KeyboardInterrupt as stop:
+        print(stop if stop.args else "told to stop: run the same command to go on", file=sys.stderr)
+        return _leave(ExitStatus.PREEMPTED)
     except Preempted as stop:
         print(stop, file=sys.stderr)
         return stop.status

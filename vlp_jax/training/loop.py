@@ -50,6 +50,7 @@ class Loop:
       input_state: the record of the input just before a batch, for the checkpoint.
       one_evaluation: within it, evaluators share what they compute of the given parameters.
       preempted: whether to save and stop before this batch.
+      interruptible: within it, being told to stop may raise KeyboardInterrupt.
       log_when: the steps whose metrics are written. At these the processes of a job tell each other
         how things are.
       steps_ahead: how many steps to hand to the devices at once, from a step on. The host looks at
@@ -75,6 +76,7 @@ class Loop:
     watchdog: Watchdog
     measures: LoopMeasures
     steps_ahead: Callable[[int], int] = one_step
+    interruptible: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
 
     def run(self, state: TrainState) -> TrainState:
         """Trains from `state`, just before batch `first_step`, to the end.
@@ -91,7 +93,10 @@ class Loop:
         while True:
             if self.preempted(step):
                 raise self.stop(step, state)
-            self.evaluate(step, state)
+            try:
+                self.evaluate(step, state)
+            except KeyboardInterrupt:  # it begins anew when the run goes on from this step
+                raise self.stop(step, state) from None
             saved = self.save_when(step) and self.save(step, state)
             if step == self.last_step:
                 break
@@ -123,14 +128,20 @@ class Loop:
         return Preempted(f"told to stop{why}; saved step {newest}, run the same command to go on")
 
     def evaluate(self, step: int, state: TrainState) -> None:
-        """Runs the evaluators that are due before batch `step`."""
+        """Runs the evaluators that are due before batch `step`.
+
+        Raises:
+          KeyboardInterrupt: told to stop; those that are left were not run.
+        """
         due = [evaluation for evaluation in self.evaluations if evaluation.when(step)]
         params = state.eval_params
         with self.one_evaluation(params):
             for evaluation in due:
+                if evaluation is not due[0] and self.preempted(step):
+                    raise KeyboardInterrupt
                 self.report.settle()
                 try:
-                    with self.pause("evaluation"):
+                    with self.pause("evaluation"), self.interruptible():
                         scores = dict(evaluation.evaluator(params))
                 # What the run does about numbers that are not finite is for its guard to say.
                 except (NotFinite, NoScores) as error:

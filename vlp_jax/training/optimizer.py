@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import optax.contrib
 
@@ -16,6 +18,8 @@ from vlp_jax.training import param_groups
 from vlp_jax.training.when import Units
 
 SCHEDULES = ("cosine", "rsqrt", "linear", "constant")
+
+LARGEST_JUMP = 1.2  # between the learning rates of a run and of the one that goes on from it
 
 # Muon makes the update of a matrix orthogonal; these are the axes of a kernel that the matrix maps
 # from and to, by the layer's own name. All others are Dense: the last but one, and the last. Axes
@@ -66,6 +70,67 @@ def make_schedule(config: Mapping[str, Any], units: Units) -> optax.Schedule:
         return peak * rise * decay * fall
 
     return schedule
+
+
+def learning_rates(config: Mapping[str, Any], units: Units, step: int, params: Any) -> dict:
+    """Key of the config -> the learning rate that it gives parameters at `step`.
+
+    Of a tower with layer-wise decay there is one more, of its lowest layer.
+
+    Args:
+      config: `config.optimizer`.
+      params: the parameters, or their shapes.
+    """
+    peaks = {"learning_rate": config["learning_rate"]}
+    if config["name"] == "muon":
+        peaks["muon.learning_rate"] = config["muon"]["learning_rate"]
+    rates = {
+        key: float(make_schedule({**config, "learning_rate": peak}, units)(step))
+        for key, peak in peaks.items()
+    }
+    lowest: dict[str, float] = {}
+    for path, factor in param_groups.layer_factors(params, config["layer_decay"]).items():
+        tower = f"layer_decay.{path.partition('/')[0]}"
+        lowest[tower] = min(lowest.get(tower, 1.0), float(np.min(factor)))
+    return rates | {tower: rates["learning_rate"] * factor for tower, factor in lowest.items()}
+
+
+def learning_rate_jumps(
+    before: Mapping[str, Any], now: Mapping[str, Any], units: Units, step: int, params: Any
+) -> Iterator[str]:
+    """A line for each learning rate that is another one by more than a fifth in the resumed run.
+
+    Schedules follow from the length of a run, so that a longer run has another rate at this step.
+
+    Args:
+      before, now: the config of the run so far, and of the one that goes on at `step`.
+      units: of the run that goes on.
+      params: the parameters, or their shapes.
+    """
+    old_units = dataclasses.replace(units, total_steps=None)
+    try:
+        total = old_units.steps(before["duration"], "config.duration")
+        old_units = dataclasses.replace(old_units, total_steps=total)
+        # At its last step but not after it, where most schedules have come to 0.
+        old = learning_rates(before["optimizer"], old_units, min(step, total - 1), params)
+    except UserError:
+        return  # the data of now does not say how long the run was to be
+    new = learning_rates(now["optimizer"], units, step, params)
+    for key in sorted(old.keys() | new.keys()):
+        was, is_now = (rates.get(key, rates["learning_rate"]) for rates in (old, new))
+        if max(was, is_now) <= LARGEST_JUMP * min(was, is_now):
+            continue
+        times = f"{is_now / was:.3g} times as high" if was else "no longer 0"
+        ways = ""
+        if key in now["optimizer"] and was and is_now:
+            rate = now["optimizer"][key] * was / is_now
+            ways = f" (--config.optimizer.{key}={rate:.3g} begins where it was)"
+        length = f", of {total:,} steps and now of {units.total_steps:,}"
+        yield (
+            f"warning: at step {step:,} the learning rate of config.optimizer.{key} leaps from "
+            f"{was:.3g} to {is_now:.3g}, {times}: the schedule follows from config.duration"
+            f"{length if total != units.total_steps else ''} and config.optimizer{ways}"
+        )
 
 
 def decay_mask(params: Any, no_decay: Sequence[str]) -> Any:

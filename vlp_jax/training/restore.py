@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Collection, Mapping
+import json
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, Self
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+import tensorstore
 from etils import epath
 
 from vlp_jax.errors import UserError
-from vlp_jax.training import layer_layout
+from vlp_jax.files import is_remote
+from vlp_jax.training import checkpoint_files, layer_layout
 from vlp_jax.training.layer_layout import Shape
 
 MAX_LISTED = 4  # parameters that a mismatch names
@@ -50,6 +53,46 @@ def _is_array(leaf: Any) -> bool:
 def _metadata(directory: epath.Path) -> dict[str, Any]:
     with contextlib.closing(ocp.PyTreeCheckpointHandler()) as handler:
         return handler.metadata(directory).tree
+
+
+def unreadable(directory: epath.Path) -> str | None:
+    """Returns what cannot be read of a checkpoint that has no checksums; None if all can.
+
+    It holds one array at a time, and what it holds is not looked at: without checksums nobody knows
+    whether it is what was written. In an object store nothing is read.
+    """
+    if checkpoint_files.has_checksums(directory) or is_remote(directory):
+        return None
+    try:
+        json.loads((directory / "input" / "metadata").read_text())
+        if not shapes_of(_metadata(directory / "state").get("params")):
+            return "its metadata names no parameters"
+        kvstore = {"driver": "file", "path": f"{directory / 'state'}/"}
+        store = tensorstore.KvStore.open({"driver": "ocdbt", "base": kvstore}).result()
+        for key in store.list().result():
+            name, slash, file = key.decode().rpartition("/")
+            if file == ".zarray":
+                array = {"driver": "zarr", "kvstore": {**store.spec().to_json(), "path": name}}
+                tensorstore.open(array).result().read().result()
+    except (OSError, ValueError, KeyError) as error:
+        return f"it cannot be read: {str(error).splitlines()[0][:200]}"
+    return None
+
+
+@contextlib.contextmanager
+def _told_if_damaged(directory: epath.Path) -> Iterator[None]:
+    """Raises UserError instead of what Orbax raises on reading a damaged checkpoint.
+
+    Args:
+      directory: of the checkpoint.
+    """
+    try:
+        yield
+    except (OSError, ValueError, KeyError) as error:
+        what = checkpoint_files.damage(directory) or unreadable(directory)
+        if what is None:
+            raise
+        raise checkpoint_files.damaged_error(directory, what) from error
 
 
 def mismatch_report(saved: Mapping[str, Shape], wanted: Mapping[str, Shape]) -> str:
@@ -249,7 +292,8 @@ class SavedParameters:
           UserError: the average is wanted and there is none.
         """
         directory = workdir / "checkpoints" / str(step) / "state"
-        tree = _metadata(directory)
+        with _told_if_damaged(directory.parent):
+            tree = _metadata(directory)
         has_average = bool(shapes_of(tree["ema"]))
         if choice == "ema" and not has_average:
             raise UserError(
@@ -261,12 +305,13 @@ class SavedParameters:
 
     def read(self) -> dict[str, np.ndarray]:
         """path -> float32 array on the host, every process reading all of them."""
-        restored = _restore(
-            self.directory,
-            {self.part: _metadata(self.directory)[self.part]},
-            lambda path, leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype),
-            lambda path, leaf: ocp.RestoreArgs(restore_type=np.ndarray, dtype=np.float32),
-        )
+        with _told_if_damaged(self.directory.parent):
+            restored = _restore(
+                self.directory,
+                {self.part: _metadata(self.directory)[self.part]},
+                lambda path, leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype),
+                lambda path, leaf: ocp.RestoreArgs(restore_type=np.ndarray, dtype=np.float32),
+            )
         leaves = _flatten(restored[self.part])
         return {path: np.asarray(leaf, np.float32) for path, leaf in leaves.items()}
 
@@ -279,5 +324,6 @@ class SavedParameters:
         Raises:
           UserError: they are of another model.
         """
-        reader = Reader.of(self.directory, {self.part: abstract})
-        return LoadedParameters(self.step, self.part, reader.read()[self.part])
+        with _told_if_damaged(self.directory.parent):
+            reader = Reader.of(self.directory, {self.part: abstract})
+            return LoadedParameters(self.step, self.part, reader.read()[self.part])
