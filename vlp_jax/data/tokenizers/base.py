@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol
@@ -164,7 +165,23 @@ def framing_json(
         model.normalizer = library.normalizers.Sequence(steps)
     model.no_padding()
     model.no_truncation()
-    return model.to_str(pretty=False)
+    content = model.to_str(pretty=False)
+    return _without_lost_symbols(content) if canonicalize else content
+
+
+def _without_lost_symbols(tokenizer_json: str) -> str:
+    """A tokenizer.json without the added tokens that no canonicalized text spells.
+
+    The library normalizes added tokens as it does texts: a line feed would become "" and be all over.
+    """
+    content = json.loads(tokenizer_json)
+    canonical = import_tokenizers().normalizers.Sequence(canonicalize_steps()).normalize_str
+    content["added_tokens"] = [
+        token
+        for token in content["added_tokens"]
+        if token["special"] or canonical(token["content"]) == token["content"]
+    ]
+    return json.dumps(content, ensure_ascii=False)
 
 
 def lowercase_steps() -> list[Any]:
@@ -182,7 +199,7 @@ def canonical_steps() -> list[Any]:
     spaces = r"[\t-\r\x{1c}-\x20\x{85}\p{Z}]+"  # white space as `text_ops` has it
     return [
         replace("_", " "),
-        replace(regex(r"[!-/:-@\[-`{-~]"), ""),
+        replace(regex(r"[!-/:-@\[-`{-~]|\x00"), ""),
         *lowercase_steps(),
         replace(regex(spaces), " "),
         replace(regex(r"\A | \z"), ""),
