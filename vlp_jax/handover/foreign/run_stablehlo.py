@@ -12,9 +12,10 @@ from pathlib import Path
 import jax
 import numpy as np
 from jax import export
-from PIL import Image
+from PIL import Image, ImageOps
 
 DTYPES = {"F32": "float32", "BF16": jax.numpy.bfloat16, "I8": "int8"}
+MAX_PIXELS = 2**26  # of an image whose shorter side has been resized
 
 
 class Model:
@@ -42,12 +43,14 @@ class Model:
         (height, width), method = said["size"], Image.Resampling[said["interpolation"].upper()]
         rows = []
         for image in images:
-            image = image.convert("RGB")
+            image = upright(image)
             if said["resize"] == "crop":
                 short, side = min(image.size), min(height, width)
                 size = (image.width * side // short, image.height * side // short)
+                if size[0] * size[1] > MAX_PIXELS:
+                    raise ValueError(f"an image of {image.size} pixels is too long: crop it first")
                 image = image.resize(size, method) if size != image.size else image
-                left, top = (image.width - width) // 2, (image.height - height) // 2
+                left, top = round((image.width - width) / 2), round((image.height - height) / 2)
                 image = image.crop((left, top, left + width, top + height))
             image = image.resize((width, height), method)  # nothing if it has that size
             rows.append(np.asarray(image, np.uint8))
@@ -62,6 +65,15 @@ class Model:
         tokenizer.enable_truncation(length)
         tokenizer.enable_padding(length=length, pad_id=pad, pad_token=tokenizer.id_to_token(pad))
         return np.array([row.ids for row in tokenizer.encode_batch(list(texts))], np.int32)
+
+
+def upright(image):
+    """An image in RGB as the model was trained on it: turned as its Exif says, on white."""
+    image = ImageOps.exif_transpose(image)
+    if image.has_transparency_data:
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image.convert("RGBA"))
+    return image.convert("RGB")
 
 
 def main(arguments):
