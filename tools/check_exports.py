@@ -27,6 +27,7 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from vlp_jax import export
+from vlp_jax.data.image_ops.upright import upright_rgb
 from vlp_jax.data.pipeline import EvalPipeline
 from vlp_jax.errors import UserError, unknown_key_message
 from vlp_jax.evaluators import class_lists, merged_data
@@ -96,9 +97,9 @@ def write_task(config: ConfigDict, name: str, directory: Path) -> int:
 
 
 def _picture(image: bytes | np.ndarray) -> Image.Image:
-    """Of an encoded file or of its pixels."""
+    """The image of an encoded file, upright as the run sees it, or of pixels."""
     if isinstance(image, bytes):
-        return Image.open(io.BytesIO(image)).convert("RGB")
+        return upright_rgb(Image.open(io.BytesIO(image)))
     return Image.fromarray(image)
 
 

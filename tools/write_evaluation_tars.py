@@ -27,6 +27,7 @@ from ml_collections import ConfigDict
 from rich.progress import track
 
 from vlp_jax import config as config_lib
+from vlp_jax.data.image_ops.upright import orientation, upright_rgb
 from vlp_jax.data.ops import in_order
 from vlp_jax.data.pipeline import EvalPipeline
 from vlp_jax.data.sources import build_source
@@ -105,15 +106,20 @@ def examples(
 
 
 def encoded(image: Any) -> tuple[str, bytes]:
-    """(suffix, content) of an image file; one that CLIP_benchmark does not decode becomes a PNG."""
+    """(suffix, content) of an image file that CLIP_benchmark decodes to the pixels a run sees.
+
+    CLIP_benchmark turns no image, and shows what transparent pixels hide. An image that needs it,
+    or is of another format, becomes a PNG.
+    """
     if isinstance(image, bytes):
         opened = PIL.Image.open(io.BytesIO(image))
-        if opened.format in SUFFIXES:
+        plain = not opened.has_transparency_data and not opened.mode.startswith("I")
+        if opened.format in SUFFIXES and plain and orientation(opened) == 1:
             return SUFFIXES[opened.format], image
     else:
         opened = PIL.Image.fromarray(np.asarray(image))
     buffer = io.BytesIO()
-    opened.convert("RGB").save(buffer, "PNG")
+    upright_rgb(opened).save(buffer, "PNG")
     return "png", buffer.getvalue()
 
 

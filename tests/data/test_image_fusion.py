@@ -9,7 +9,7 @@ from PIL import Image
 
 from vlp_jax.data import image_ops
 from vlp_jax.data.image_ops.crop import FUSED
-from vlp_jax.data.image_ops.resize import Resampler
+from vlp_jax.data.image_ops.resize import Resampler, shortest_to_size
 from vlp_jax.data.ops import apply_ops, build_ops
 
 
@@ -150,3 +150,44 @@ def test_two_passes_are_scale_and_translate(method, antialias):
             results = [warp(image, scale, shift)] + ([] if shift.any() else [fit(image)])
             for result in results:
                 assert np.abs(result.numpy().astype(float) - exact).max() <= 0.5 + 1e-3
+
+
+@pytest.mark.parametrize("shape", [(2, 30_000), (30_000, 2)], ids=["flat", "tall"])
+def test_a_thin_image_takes_no_more_than_its_pixels(shape, monkeypatch):
+    between, resample = [], Resampler._resample
+
+    def noted(self, rows, scale, translation):
+        result = resample(self, rows, scale, translation)
+        between.append(int(tf.size(result)))
+        return result
+
+    monkeypatch.setattr(Resampler, "_resample", noted)
+    image = np.random.default_rng(0).integers(0, 256, (*shape, 3), np.uint8)
+    found = Resampler("resize", 224, "bicubic", True).fit(tf.constant(image)).numpy()
+    assert max(between) <= 224 * 224 * 3  # with the passes exchanged 20 million
+    expected = Image.fromarray(image).resize((224, 224), Image.Resampling.BICUBIC)
+    assert np.abs(found.astype(int) - np.asarray(expected)).max() <= 1
+
+
+def test_the_middle_of_a_long_image_is_where_it_should_be():
+    fused, _ = both_ways({}, ("resize_shortest_and_center_crop", {"size": 24}))
+    image = np.random.default_rng(0).integers(0, 256, (6, 30_000, 3), np.uint8)
+    middle = fused(encoded(Image.fromarray(image[:, 14_991:15_009]), "png"), 1).numpy()
+    for turned, expected in (
+        (image, middle),
+        (image.transpose(1, 0, 2), middle.transpose(1, 0, 2)),
+    ):
+        found = fused(encoded(Image.fromarray(turned), "png"), 1).numpy()
+        assert np.abs(found.astype(int) - expected).max() <= 1
+
+
+def test_places_in_a_long_image_are_exact():
+    """Its resized width is above what int32 holds, and float32 counts there by 512."""
+    width, size = 40_000_001, 224
+    resampler = Resampler("crop", size, "bicubic", True)
+    begin, extent, scale, translation = shortest_to_size(
+        tf.constant([1, width]), resampler, lambda spare: tf.round(spare / 2)
+    )
+    front = round((width * size - size) / 2)
+    assert begin[1] <= front // size < begin[1] + extent[1] <= front // size + 10
+    assert scale[1] == size and translation[1] == size * int(begin[1]) - front

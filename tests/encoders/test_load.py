@@ -1,15 +1,19 @@
 """`vlp_jax.load`: what others compute from the same folder, from image files and texts on."""
 
 import io
+import resource
 import subprocess
 import sys
+import zlib
 
 import numpy as np
+import odd_images
 import open_clip
 import PIL.Image
 import pytest
 import runs
 import torch
+import torchvision.transforms
 import transformers
 from etils import epath
 
@@ -17,6 +21,7 @@ import vlp_jax
 from vlp_jax import export
 from vlp_jax.data.pipeline import EvalPipeline
 from vlp_jax.encoders import ImageProcessor
+from vlp_jax.encoders import images as encoders_images
 from vlp_jax.errors import UserError
 from vlp_jax.interop.trees import plain
 from vlp_jax.training import workdir as workdir_lib
@@ -208,6 +213,90 @@ def test_odd_images_become_the_pixels_that_a_run_sees(pictures, resize):
         # The two decoders convert CMYK by other tables.
         limit = {"cmyk": 4, "palette": 2}.get(name, 1)
         assert difference.max() <= limit, (name, difference.max())
+
+
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
+def test_a_crop_is_torchvisions_resize_and_center_crop(interpolation, monkeypatch):
+    random = np.random.default_rng(0)
+    method = getattr(torchvision.transforms.InterpolationMode, interpolation.upper())
+    for size in (24, 33):
+        theirs = torchvision.transforms.Compose(
+            [
+                torchvision.transforms.Resize(size, method),
+                torchvision.transforms.CenterCrop(size),
+            ]
+        )
+        process = ImageProcessor((size, size), "crop", interpolation)
+        for width, height in [(size, size), (90, 7), (7, 90), (61, 40), (24, 50), (33, 25)] + [
+            tuple(random.integers(5, 90, 2)) for _ in range(12)
+        ]:
+            picture = PIL.Image.fromarray(random.integers(0, 256, (height, width, 3), np.uint8))
+            expected = np.asarray(theirs(picture)).astype(int)
+            np.testing.assert_array_equal(process(picture), expected)
+            with monkeypatch.context() as patch:  # as of an image too long to be resized whole
+                patch.setattr(encoders_images, "_MAX_BETWEEN", 0)
+                assert np.abs(process(picture) - expected).max() <= 1
+
+
+def test_a_thin_image_takes_no_more_than_its_pixels():
+    def peak():
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+
+    random = np.random.default_rng(0)
+    pixels = random.integers(0, 256, (4, 24_000, 3), np.uint8)
+    for flat in (pixels, pixels.transpose(1, 0, 2)):
+        picture, before = PIL.Image.fromarray(flat), peak()
+        crop = ImageProcessor((224, 224), "crop")(picture)
+        squash = ImageProcessor((224, 224), "squash")(picture)
+        # The whole resized image would take 1,150 MiB.
+        assert peak() - before < 200
+        # 4 pixels become 224: a piece of a multiple of 4 about the middle has the same grid.
+        middle = [
+            slice((side - 40) // 2, (side + 40) // 2) if side > 4 else slice(4)
+            for side in flat.shape[:2]
+        ]
+        expected = ImageProcessor((224, 224), "crop")(np.ascontiguousarray(flat[tuple(middle)]))
+        assert np.abs(crop.astype(int) - expected).max() <= 1
+        whole = picture.resize((224, 224), PIL.Image.Resampling.BICUBIC)
+        assert np.abs(squash.astype(int) - np.asarray(whole)).max() <= 1
+
+
+def test_a_long_image_is_averaged_before_it_is_squashed(monkeypatch):
+    """Of one long enough, Pillow's table of weights alone would take gigabytes."""
+    wide = PIL.Image.linear_gradient("L").resize((5000, 8)).convert("RGB")
+    exact = ImageProcessor((24, 24))(wide).astype(int)
+    monkeypatch.setattr(encoders_images, "_MAX_BETWEEN", 10**4)
+    assert np.abs(ImageProcessor((24, 24))(wide) - exact).max() <= 2
+    monkeypatch.undo()
+    tall = PIL.Image.new("L", (1, 4_000_000), 200)
+    assert (ImageProcessor((24, 24))(tall) == 200).all()
+
+
+@pytest.mark.parametrize("kind", ["jpeg", "png", "webp", "gif", "bmp"])
+def test_a_header_that_promises_too_much_is_refused_by_load(kind):
+    told = "cannot be read" if kind == "webp" else "too large"  # libwebp refuses by itself
+    with pytest.raises(UserError, match=f"^the image (is )?{told}"):
+        ImageProcessor((24, 24))(odd_images.large(kind))
+
+
+def test_damaged_files_are_told_in_one_line():
+    """Also where Pillow raises what is neither an OSError nor a ValueError."""
+    process = ImageProcessor((24, 24))
+    animated = dict(odd_images.kinds())["gif animated"]
+    second = animated.index(b",", animated.index(b",") + 1)
+    bomb = zlib.compress(b"0" * 2**22)
+    for data in (
+        animated[: second + 10],
+        odd_images.with_chunk(png(PIL.Image.new("L", (9, 9))), b"zTXt", b"Comment\0\0" + bomb),
+        odd_images.chunk(b"x", b"")[4:],
+    ):
+        with pytest.raises(UserError, match="^the image (is|cannot)") as caught:
+            process(data)
+        assert "\n" not in str(caught.value)
+    with pytest.raises(UserError, match="not an image that can be read: its format is HEIC"):
+        process(b"\0\0\0\x18ftypheic" + bytes(50))
+    broken = odd_images.with_app1(dict(odd_images.kinds())["jpeg"], b"Exif\0\0nothing")
+    assert process(broken).shape == (24, 24, 3)
 
 
 def test_an_image_tower_alone_and_a_masked_autoencoder_take_no_texts(tmp_path, pictures):

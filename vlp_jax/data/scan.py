@@ -16,6 +16,7 @@ from etils import epath
 from PIL import Image
 
 from vlp_jax.data import faults
+from vlp_jax.data.image_ops.upright import orientation
 from vlp_jax.data.pipeline import EvalPipeline, TrainPipeline
 from vlp_jax.data.sources import build_source
 from vlp_jax.data.sources.base import as_plain
@@ -25,8 +26,7 @@ from vlp_jax.errors import UserError
 RAW_TEXT, MASK = "text_raw", "mask"  # fields of batches
 BATCH = 256
 LONGEST = 2048  # tokens of a text that are counted
-TURNED = (5, 6, 7, 8)  # values of Exif's orientation that swap width and height
-_ORIENTATION = 0x0112
+TURNED = (5, 6, 7, 8)  # orientations that swap width and height
 _QUANTILES = {"min": 0, "p5": 5, "median": 50, "p95": 95, "max": 100}
 
 
@@ -191,7 +191,7 @@ def _add_image(found: Scan, image: bytes | np.ndarray) -> None:
     try:
         with Image.open(io.BytesIO(image)) as opened:  # reads no more than the header
             width, height = opened.size
-            turned = opened.getexif().get(_ORIENTATION) in TURNED
+            turned = orientation(opened) in TURNED
             found.formats[str(opened.format)] += 1
     except Exception:  # Pillow raises a dozen kinds for a header that it cannot read
         found.formats["unknown"] += 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import math
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -11,15 +12,17 @@ from typing import Any
 
 import numpy as np
 import PIL.Image
-import PIL.ImageOps
 from jaxtyping import UInt8
 
+from vlp_jax.data.image_ops.headers import format_of
+from vlp_jax.data.image_ops.upright import MAX_PIXELS, upright_rgb
 from vlp_jax.errors import UserError
 from vlp_jax.interop.base import CROP_ROUNDINGS, RESAMPLINGS, RESIZES
 
-# Twice Pillow's own mark of what is suspicious: there it stops, and so does a run's input.
-MAX_PIXELS = 178_956_970
 _RESAMPLING = {name: PIL.Image.Resampling[name.upper()] for name in RESAMPLINGS}
+_RADIUS = 3  # pixels that a kernel reaches to each side at most: Lanczos
+_MAX_BETWEEN = 2**23  # pixels of an image that a resize makes on its way, 32 MiB
+_GAP = 4  # by how much such an average is larger than the result: more than Pillow's "fair" 3
 
 Image = Any  # PIL.Image.Image | np.ndarray | bytes | str | os.PathLike
 
@@ -62,10 +65,17 @@ class ImageProcessor:
         Raises:
           UserError: it is no image, damaged, or has more than `max_pixels`.
         """
-        opened, name = self.open(image, name)
+        return np.asarray(self._fit(self.upright(*self.open(image, name))), np.uint8)
+
+    def upright(self, opened: PIL.Image.Image, name: str) -> PIL.Image.Image:
+        """The pixels of what `open` returned, as `upright_rgb` makes them.
+
+        Raises:
+          UserError: the image is damaged.
+        """
         try:
-            return np.asarray(self._fit(upright_rgb(opened)), np.uint8)
-        except (OSError, ValueError, SyntaxError) as error:
+            return upright_rgb(opened)
+        except Exception as error:  # Pillow raises errors of a dozen kinds on damaged files
             raise UserError(f"{name} is damaged: {error}") from None
 
     def open(self, image: Image, name: str = "the image") -> tuple[PIL.Image.Image, str]:
@@ -89,11 +99,16 @@ class ImageProcessor:
         return opened, name
 
     def _fit(self, image: PIL.Image.Image) -> PIL.Image.Image:
-        height, width = self.size
+        (height, width), method = self.size, _RESAMPLING[self.interpolation]
         sides = self._scaled(*image.size)
-        image = image.resize(sides, _RESAMPLING[self.interpolation])
         left, top = (self._offset(have, want) for have, want in zip(sides, (width, height)))
-        return image.crop((left, top, left + width, top + height))
+        box = (left, top, left + width, top + height)
+        if math.prod(sides) > _MAX_BETWEEN:
+            return _part_of_resized(image, sides, box, method)
+        # What lies between Pillow's two passes and its table of weights grow with the sides of an
+        # image, so of a long and thin one groups of pixels are averaged first.
+        long = max(sides[0] * image.height, sides[1] * image.width) > _MAX_BETWEEN
+        return image.resize(sides, method, reducing_gap=_GAP if long else None).crop(box)
 
     def _scaled(self, width: int, height: int) -> tuple[int, int]:
         """Width and height that an image is scaled to."""
@@ -115,22 +130,26 @@ class ImageProcessor:
         return (have - want) // 2 if self.crop_rounding == "down" else round((have - want) / 2)
 
 
-def upright_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
-    """A Pillow image in RGB, as its Exif orientation turns it.
-
-    As in a run's input: what is transparent is composited on white, of 16 bits the upper 8 are
-    kept, of an animation the first frame.
-    """
-    image.seek(0) if getattr(image, "is_animated", False) else image.load()
-    image = PIL.ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):  # 16 bits of grey, in whatever order of bytes
-        pixels = np.asarray(image, np.int64)
-        image = PIL.Image.fromarray((np.clip(pixels, 0, 65535) >> 8).astype(np.uint8))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        white = PIL.Image.new("RGBA", image.size, (255, 255, 255, 255))
-        image = PIL.Image.alpha_composite(white, image)
-    return image.convert("RGB")
+def _part_of_resized(
+    image: PIL.Image.Image,
+    sides: tuple[int, int],
+    box: tuple[int, ...],
+    method: PIL.Image.Resampling,
+) -> PIL.Image.Image:
+    """`image.resize(sides, method).crop(box)` but for rounding, without the whole resized image."""
+    kept = [max(box[0], 0), max(box[1], 0), min(box[2], sides[0]), min(box[3], sides[1])]
+    scales = [have / resized for have, resized in zip(image.size, sides)] * 2
+    window = [at * scale for at, scale in zip(kept, scales)]
+    # Pillow takes the corners of a window as float32, which in a long image are off by a pixel. So
+    # what is resampled is first cut out at whole pixels.
+    reach = [_RADIUS * max(scale, 1) + 1 for scale in scales]
+    left, top = (max(math.floor(window[i] - reach[i]), 0) for i in (0, 1))
+    right, bottom = (min(math.ceil(window[i] + reach[i]), image.size[i - 2]) for i in (2, 3))
+    part = image.crop((left, top, right, bottom))
+    limits = (right - left, bottom - top) * 2  # of what floating point rounds up
+    window = [min(at - at0, end) for at, at0, end in zip(window, (left, top) * 2, limits)]
+    found = part.resize((kept[2] - kept[0], kept[3] - kept[1]), method, tuple(window))
+    return found.crop((box[0] - kept[0], box[1] - kept[1], box[2] - kept[0], box[3] - kept[1]))
 
 
 def each_image(images: Image | Iterable[Image]) -> Iterator[tuple[str, Image]]:
@@ -169,8 +188,20 @@ def _from_file(image: Image, name: str) -> tuple[PIL.Image.Image, str]:
     try:
         return PIL.Image.open(source), name
     except PIL.UnidentifiedImageError:
-        raise UserError(f"{name} is not an image that can be read") from None
+        raise UserError(f"{name} is not an image that can be read{_told_format(source)}") from None
     except PIL.Image.DecompressionBombError as error:
         raise UserError(f"{name} is too large: {error}") from None
-    except (OSError, ValueError, SyntaxError) as error:
+    except Exception as error:  # Pillow raises errors of a dozen kinds on damaged files
         raise UserError(f"{name} cannot be read: {error}") from None
+
+
+def _told_format(source: Path | io.BytesIO) -> str:
+    if isinstance(source, Path):
+        with source.open("rb") as file:
+            head = file.read(64)
+    else:
+        head = source.getvalue()[:64]
+    if not head:
+        return ": it is empty"
+    found = format_of(head)
+    return f": its format is {found}" if found else f": it begins with {head[:8]!r}"

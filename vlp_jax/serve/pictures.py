@@ -11,7 +11,7 @@ from typing import Protocol
 import numpy as np
 import PIL.Image
 
-from vlp_jax.encoders.images import ImageProcessor, upright_rgb
+from vlp_jax.encoders.images import ImageProcessor
 from vlp_jax.encoders.subject import Subject
 from vlp_jax.errors import UserError
 
@@ -109,11 +109,7 @@ def thumbnail(content: bytes, process: ImageProcessor) -> bytes:
     Raises:
       UserError: it is no image, or too large.
     """
-    opened, name = process.open(content, "the image")
-    try:
-        image = upright_rgb(opened)
-    except (OSError, ValueError, SyntaxError) as error:
-        raise UserError(f"{name} is damaged: {error}") from None
+    image = process.upright(*process.open(content, "the image"))
     factor = THUMBNAIL // max(image.size)
     if factor > 1:
         size = tuple(side * factor for side in image.size)

@@ -25,13 +25,11 @@ from vlp_jax.data.image_ops.geometry import (
     random_rotation,
     random_translation,
 )
-from vlp_jax.data.image_ops.headers import exif_orientation
 from vlp_jax.data.image_ops.rand_augment import rand_augment
 
 __all__ = [
     "color_jitter",
     "decode_image",
-    "exif_orientation",
     "flip_left_right",
     "fuse",
     "gaussian_blur",

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from vlp_jax.data.image_ops.decode import Part
     from vlp_jax.data.lazy_tensorflow import Example, Op
 
-    # (spare rows and columns, int32 [2]; seed) -> how many come off in front, float32 [2]
+    # (spare rows and columns, int64 [2]; seed) -> how many come off in front, float64 [2]
     Offset = Callable[[tf.Tensor, tf.Tensor], tf.Tensor]
 
 
@@ -161,7 +161,7 @@ def _center_square(size: int, method: str = "bicubic", antialias: bool = True) -
         tf = import_tensorflow()
         del seed
         # Rounds half to even, as Python does in torchvision.
-        return tf.round(tf.cast(spare, tf.float32) / 2)
+        return tf.round(spare / 2)
 
     return _square("resize_shortest_and_center_crop", size, method, antialias, offset)
 
@@ -180,8 +180,8 @@ def resize_shortest_and_random_crop(
 def _random_square(size: int, method: str = "bicubic", antialias: bool = True) -> Crop:
     def offset(spare: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
         tf = import_tensorflow()
-        places = tf.cast(spare + 1, tf.float32)
-        return tf.floor(tf.random.stateless_uniform([2], seed) * places)
+        drawn = tf.cast(tf.random.stateless_uniform([2], seed), tf.float64)
+        return tf.floor(drawn * tf.cast(spare + 1, tf.float64))
 
     return _square("resize_shortest_and_random_crop", size, method, antialias, offset)
 

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from vlp_jax.data import faults
+from vlp_jax.data.image_ops import headers
 from vlp_jax.data.image_ops.checks import check_count, encoded_image
-from vlp_jax.data.image_ops.headers import exif_orientation, prepare
+from vlp_jax.data.image_ops.upright import MAX_PIXELS, Refused
 from vlp_jax.data.lazy_tensorflow import import_tensorflow
 
 if TYPE_CHECKING:
@@ -21,21 +22,23 @@ if TYPE_CHECKING:
     # ratio, begin, extent, how: see `part_decoder`
     Part = tuple[tf.Tensor, tf.Tensor, tf.Tensor, tf.Tensor]
     Place = Callable[[tf.Tensor, int | None], Part]
+    _Decoded = tf.Tensor | tuple[tf.Tensor, tf.Tensor]
 
 # Start of image, then an APP0 segment of 16 bytes (JFIF 1.02); and the marker of the quantization
-# tables, before which an Exif segment stands (Exif 2.32, 4.5.4).
+# tables, before which an Exif segment should stand (Exif 2.32, 4.5.4).
 _JFIF_HEADER, _QUANTIZATION = b"\xff\xd8\xff\xe0\x00\x10", b"\xff\xdb"
-_HEAD = 65536  # where in a JPEG file an Exif segment may begin; a segment is no longer than this
+_TABLES = 1024  # bytes of a JPEG in which all tables of a picture with three channels end
+_METADATA = r"(?s)\C*(?:Exif\x00\x00|http://ns\.adobe\.com/xap)\C*"  # how an APP1 segment begins
+_HEAD = 2**18  # bytes of a JPEG that are searched for metadata: 4 of the longest segments
 _DCT = "INTEGER_ACCURATE"
-MAX_PIXELS = 178_956_970  # twice Image.MAX_IMAGE_PIXELS: where Pillow raises DecompressionBombError
 
 
 def decode_image(min_side: int | None = None, max_pixels: int = MAX_PIXELS) -> Op:
     """Decodes `image` from JPEG, PNG, WebP, GIF or BMP to upright RGB, uint8 [h, w, 3].
 
     Grey becomes RGB, CMYK is converted, what is transparent is composited on white, of 16 bits the
-    upper 8 are kept, of an animation the first frame; and the image is turned as its Exif
-    orientation says (JPEG, PNG, WebP).
+    upper 8 are kept, of an animation the first frame; and the image is turned as its orientation
+    says. All as `upright.upright_rgb` does it by Pillow.
 
     Args:
       min_side: None decodes all pixels. A number lets a JPEG be decoded at 1/2, 1/4 or 1/8 of its
@@ -54,7 +57,7 @@ def decode_image(min_side: int | None = None, max_pixels: int = MAX_PIXELS) -> O
         def jpeg(orientation: tf.Tensor | None) -> tf.Tensor:
             return _whole_jpeg(encoded, orientation, min_side, max_pixels)
 
-        image = _by_format(encoded, jpeg, lambda: _decode_other(encoded, max_pixels))
+        image = _by_format(encoded, max_pixels, jpeg, lambda image: image)
         return {**example, "image": tf.ensure_shape(image, [None, None, 3])}
 
     return apply
@@ -79,15 +82,14 @@ def part_decoder(
         tf = import_tensorflow()
         encoded = encoded_image(example, "decode_image")
 
-        def other() -> tuple[tf.Tensor, tf.Tensor]:
-            image = _decode_other(encoded, max_pixels)
+        def part_of(image: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
             _, begin, extent, how = place(tf.shape(image)[:2], None)
             return cut(image, begin, extent), how
 
         def jpeg(orientation: tf.Tensor | None) -> tuple[tf.Tensor, tf.Tensor]:
             return _part_of_jpeg(encoded, orientation, place, min_side, max_pixels)
 
-        image, how = _by_format(encoded, jpeg, other)
+        image, how = _by_format(encoded, max_pixels, jpeg, part_of)
         return tf.ensure_shape(image, [None, None, 3]), how
 
     return decode
@@ -110,24 +112,38 @@ def ratio_keeping(shortest: tf.Tensor, min_side: int | None) -> tf.Tensor:
 
 def _by_format(
     encoded: tf.Tensor,
-    jpeg: Callable[[tf.Tensor | None], tf.Tensor | tuple[tf.Tensor, ...]],
-    other: Callable[[], tf.Tensor | tuple[tf.Tensor, ...]],
-) -> tf.Tensor | tuple[tf.Tensor, ...]:
-    """What one of two functions makes of a file; `jpeg` gets the orientation, None if it has none.
+    max_pixels: int,
+    jpeg: Callable[[tf.Tensor | None], _Decoded],
+    whole: Callable[[tf.Tensor], _Decoded],
+) -> _Decoded:
+    """Applies one of two functions to a file.
 
-    To decide, and to search a file for Exif, costs as much as to decode a small one. Most that hold
-    none say so at once, and are decoded without another question: after a JFIF header come the
-    quantization tables.
+    To decide, and to look for an orientation, costs as much as to decode a small file. Most files
+    that have none say so at once, and are decoded without another question: after a JFIF header
+    come the quantization tables, and no APP1 segment within reach of the other tables.
+
+    Args:
+      jpeg: gets the orientation of a JPEG, None if it has none.
+      whole: gets the upright pixels, uint8 [h, w, 3], of any other file.
     """
     tf = import_tensorflow()
     substr = tf.strings.substr
-    head = tf.strings.join([substr(encoded, 0, 22), b"\0" * 22])  # substr fails beyond the end
+    head = tf.strings.join([substr(encoded, 0, _TABLES), b"\0" * 22])  # substr fails beyond the end
     plain = (substr(head, 0, 6) == _JFIF_HEADER) & (substr(head, 20, 2) == _QUANTIZATION)
 
-    def unusual() -> tf.Tensor | tuple[tf.Tensor, ...]:
-        searched = lambda: jpeg(_jpeg_orientation(encoded))  # noqa: E731
-        return tf.cond(tf.io.is_jpeg(encoded), searched, other)
+    def really_plain() -> tf.Tensor:
+        metadata = tf.strings.regex_full_match(head, _METADATA)
+        return ~metadata & (tf.io.extract_jpeg_shape(encoded)[2] != 4)
 
+    def unusual() -> _Decoded:
+        orientation = tf.cond(tf.io.is_jpeg(encoded), lambda: _jpeg_orientation(encoded), lambda: 0)
+        return tf.cond(
+            orientation > 0,
+            lambda: jpeg(orientation),
+            lambda: whole(_decode_whole(encoded, max_pixels)),
+        )
+
+    plain = tf.cond(plain, really_plain, lambda: plain)
     return tf.cond(plain, lambda: jpeg(None), unusual)
 
 
@@ -239,58 +255,50 @@ def _require_size(encoded: tf.Tensor, sides: tf.Tensor, max_pixels: int) -> tf.T
 
 
 def _jpeg_orientation(encoded: tf.Tensor) -> tf.Tensor:
+    """As `headers.jpeg_orientation`, int32 []."""
     tf = import_tensorflow()
 
-    def orientation_of(head: bytes) -> np.ndarray:
-        return np.array(exif_orientation(head), np.int32)
-
-    def read(head: tf.Tensor) -> tf.Tensor:
-        orientation = tf.numpy_function(orientation_of, [head], tf.int32, stateful=False)
-        return tf.ensure_shape(orientation, [])
+    def read(head: bytes) -> np.ndarray:
+        return np.array(headers.jpeg_orientation(head), np.int32)
 
     head = tf.strings.substr(encoded, 0, _HEAD)
-    has_exif = tf.strings.regex_full_match(head, r"(?s)\C*Exif\x00\x00\C*")
-    return tf.cond(has_exif, lambda: read(head), lambda: tf.constant(1))
+    return tf.ensure_shape(tf.numpy_function(read, [head], tf.int32, stateful=False), [])
 
 
-def _decode_other(encoded: tf.Tensor, max_pixels: int) -> tf.Tensor:
+def _decode_whole(encoded: tf.Tensor, max_pixels: int) -> tf.Tensor:
+    """The upright pixels of a file that is not left to TensorFlow's JPEG decoder."""
     tf = import_tensorflow()
+    none = np.zeros([0, 0, 3], np.uint8)
 
-    def read(data: bytes) -> tuple[bytes, np.ndarray]:
-        header = prepare(data, max_pixels)
-        if header is None:
-            return b"", np.zeros(8, np.int32)
-        return header.data, header.numbers()
+    def read(data: bytes) -> tuple[np.ndarray, np.ndarray, bytes]:
+        try:
+            orientation, pixels = headers.read(data, max_pixels)
+        except Refused as error:
+            return np.int32(1), none, faults.marked(error.reason, error.detail)
+        return np.int32(orientation), none if pixels is None else pixels, b""
 
-    data, numbers = tf.numpy_function(read, [encoded], [tf.string, tf.int32], stateful=False)
-    data.set_shape([])
-    numbers.set_shape([8])
-    what = "neither JPEG, PNG, WebP, GIF nor BMP, or cut short"
-    data = faults.require(data, numbers[0] > 0, faults.UNDECODABLE, what)
-    data = _require_size(data, numbers[:2], max_pixels)
-    image = tf.io.decode_image(data, channels=0, expand_animations=False)
+    kinds = [tf.int32, tf.uint8, tf.string]
+    orientation, pixels, fault = tf.numpy_function(read, [encoded], kinds, stateful=False)
+    orientation, fault = tf.ensure_shape(orientation, []), tf.ensure_shape(fault, [])
+    orientation = faults.require_marked(orientation, fault == b"", fault)
+
+    def turned() -> tf.Tensor:
+        return _Turn(orientation).image(_decode_other(encoded))
+
+    # An orientation that is not there, for the fault, is asked for before the pixels.
+    decoded = tf.size(pixels) * orientation > 0
+    image = tf.cond(decoded, lambda: pixels, turned)
+    return tf.ensure_shape(image, [None, None, 3])
+
+
+def _decode_other(encoded: tf.Tensor) -> tf.Tensor:
+    """The pixels of a PNG or a still WebP, on white where it is transparent."""
+    tf = import_tensorflow()
+    image = tf.io.decode_image(encoded, channels=0, expand_animations=False)
     image.set_shape([None, None, None])
-    image = _on_white(image, data, numbers[3:6])
-    sides = tf.shape(image)[:2]
-    top, left = numbers[6], numbers[7]
-
-    def on_canvas() -> tf.Tensor:
-        after = tf.maximum(numbers[:2] - sides - numbers[6:], 0)
-        pads = tf.stack([tf.stack([top, after[0]]), tf.stack([left, after[1]]), [0, 0]])
-        return tf.pad(image, pads, constant_values=tf.constant(255, tf.uint8))
-
-    image = tf.cond(tf.reduce_all(sides == numbers[:2]), lambda: image, on_canvas)
-    return _Turn(numbers[2]).image(image)
-
-
-def _on_white(image: tf.Tensor, data: tf.Tensor, key: tf.Tensor) -> tf.Tensor:
-    """RGB of an image of 1 to 4 channels, on white where it or the colour `key` is transparent."""
-    tf = import_tensorflow()
     channels = tf.shape(image)[2]
-    has_fourth = (channels == 2) | (channels == 4)
-    color = image[:, :, : channels - tf.cast(has_fourth, tf.int32)]
-    # The fourth byte of a BMP pixel is padding, and commonly zero.
-    has_alpha = has_fourth & (tf.strings.substr(data, 0, 2) != b"BM")
+    has_alpha = (channels == 2) | (channels == 4)
+    color = image[:, :, : channels - tf.cast(has_alpha, tf.int32)]
 
     def blended() -> tf.Tensor:
         alpha = tf.cast(image[:, :, channels - 1 :], tf.float32) / 255
@@ -298,10 +306,4 @@ def _on_white(image: tf.Tensor, data: tf.Tensor, key: tf.Tensor) -> tf.Tensor:
         return tf.cast(tf.round(blend), tf.uint8)
 
     color = tf.cond(has_alpha, blended, lambda: color)
-    color = tf.broadcast_to(color, tf.concat([tf.shape(image)[:2], [3]], 0))
-
-    def without_key() -> tf.Tensor:
-        hidden = tf.reduce_all(tf.cast(color, tf.int32) == key, axis=2, keepdims=True)
-        return tf.where(hidden, tf.constant(255, tf.uint8), color)
-
-    return tf.cond(key[0] >= 0, without_key, lambda: color)
+    return tf.broadcast_to(color, tf.concat([tf.shape(image)[:2], [3]], 0))

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 # with a = -0.5, as in Pillow.
 _KERNELS = {"bilinear": "triangle", "bicubic": "keyscubic", "lanczos3": "lanczos3"}
 _RADII = {"bilinear": 1, "bicubic": 2, "lanczos3": 3}
+_MAX_BETWEEN = 2**22  # pixels between the two passes, 48 MiB
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class Resampler:
         same = tf.reduce_all(sides == size)
 
         def two_passes() -> tf.Tensor:
-            return self._two_passes(image, tf.cast(size / sides, tf.float32), [0.0, 0.0])
+            return self._two_passes(image, tf.cast(size / sides, tf.float32), tf.zeros([2]))
 
         if self.method != "bilinear":
             return self._static(tf.cond(same, lambda: image, two_passes))
@@ -96,17 +97,27 @@ class Resampler:
         warped = tf.cond(unscaled, shift, lambda: self._two_passes(image, scale, translation))
         return self._static(warped)
 
-    def _two_passes(
-        self, image: tf.Tensor, scale: tf.Tensor, translation: tf.Tensor | list[float]
-    ) -> tf.Tensor:
+    def _two_passes(self, image: tf.Tensor, scale: tf.Tensor, translation: tf.Tensor) -> tf.Tensor:
         tf = import_tensorflow()
+
         size = self.size
+        # Between the passes lie `size` rows: of a flat image, many more pixels than it has. So the
+        # passes are exchanged by transposing the image and the result.
+        height, width = tf.unstack(tf.shape(image)[:2])
+        flat = (width > _MAX_BETWEEN // size) & (width > height)
+
+        def turned(pixels: tf.Tensor) -> tf.Tensor:
+            return tf.cond(flat, lambda: tf.transpose(pixels, [1, 0, 2]), lambda: pixels)
+
+        image = turned(image)
+        scale = tf.where(flat, scale[::-1], scale)
+        translation = tf.where(flat, translation[::-1], translation)
         rows = tf.reshape(image, [1, 1, tf.shape(image)[0], -1])
         rows = self._resample(rows, scale[0], translation[0])
         columns = tf.transpose(tf.reshape(rows, [size, -1]))
         columns = tf.reshape(columns, [1, 1, -1, 3 * size])
         columns = self._to_uint8(self._resample(columns, scale[1], translation[1]))
-        return tf.reshape(tf.transpose(tf.reshape(columns, [-1, size])), [size, size, 3])
+        return turned(tf.reshape(tf.transpose(tf.reshape(columns, [-1, size])), [size, size, 3]))
 
     def _resample(self, rows: tf.Tensor, scale: tf.Tensor, translation: tf.Tensor) -> tf.Tensor:
         """[1, 1, rows, n] to float32 [1, 1, size, n]."""
@@ -147,8 +158,8 @@ def shortest_to_size(
     Args:
       sides: height and width of the image, int32 [2].
       resampler: of the square.
-      offset: gets how many rows and columns of the resized image are too many, int32 [2], and says
-        how many come off in front, float32 [2].
+      offset: gets how many rows and columns of the resized image are too many, int64 [2], and
+        returns how many come off in front, float64 [2].
 
     Returns:
       begin and extent, int32 [2] each, of the part of the image that the square depends on; and
@@ -156,12 +167,15 @@ def shortest_to_size(
     """
     tf = import_tensorflow()
     size = resampler.size
-    resized = sides * size // tf.reduce_min(sides)
-    scale = tf.cast(resized / sides, tf.float32)
+    # A long and thin image has more rows or columns, resized, than int32 and float32 count.
+    long = tf.cast(sides, tf.int64)
+    resized = long * size // tf.reduce_min(long)
+    scale = tf.cast(resized / long, tf.float64)
     front = offset(resized - size)
     reach = resampler.reach(scale)
-    # One more on each side, because float32 may round a position to the next pixel.
+    # One more on each side, because rounding may move a position to the next pixel.
     begin = tf.maximum(tf.cast(tf.floor(front / scale - reach), tf.int32) - 1, 0)
     end = tf.cast(tf.math.ceil((front + size) / scale + reach), tf.int32) + 1
     extent = tf.minimum(end, sides) - begin
-    return begin, extent, scale, scale * tf.cast(begin, tf.float32) - front
+    translation = scale * tf.cast(begin, tf.float64) - front
+    return begin, extent, tf.cast(scale, tf.float32), tf.cast(translation, tf.float32)

@@ -6,21 +6,18 @@ import io
 from collections.abc import Callable
 
 from vlp_jax.data.faults import TOO_LARGE, UNDECODABLE
+from vlp_jax.data.image_ops.headers import DECODABLE, format_of, unknown_format
 
 HEAD_BYTES = 4096  # most headers end within it; where one does not, the whole file is read
 
-# By what a file begins with: https://www.iana.org/assignments/media-types and each format's own
-# specification. The names are the usual file name extensions.
-_MAGIC = (("jpg", b"\xff\xd8\xff"), ("png", b"\x89PNG\r\n\x1a\n"), ("gif", b"GIF8"), ("bmp", b"BM"))
-_PILLOW = {"jpg": "JPEG", "png": "PNG", "gif": "GIF", "bmp": "BMP", "webp": "WEBP"}
-TYPES = tuple(_PILLOW)
+# The usual file name extension of each format that training decodes.
+_EXTENSIONS = {name: {"JPEG": "jpg"}.get(name, name.lower()) for name in DECODABLE}
+TYPES = tuple(_EXTENSIONS.values())
 
 
 def image_type(data: bytes) -> str | None:
     """One of `TYPES` by the first bytes of a file, or None."""
-    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
-        return "webp"
-    return next((name for name, magic in _MAGIC if data.startswith(magic)), None)
+    return _EXTENSIONS.get(format_of(data))
 
 
 def image_fault(
@@ -33,21 +30,20 @@ def image_fault(
       read_all: reads all of them, asked if the header is longer than `head`; None: `head` is all.
       decode: whether to decode all pixels; `head` is then all of the file.
     """
-    kind = image_type(head)
-    if kind is None:
-        begin = f"it begins with {head[:8]!r}" if head else "it is empty"
-        return UNDECODABLE, f"not a {', '.join(TYPES)} image: {begin}"
-    fault = _open(head, _PILLOW[kind], decode)
+    kind = format_of(head)
+    if kind not in DECODABLE:
+        return UNDECODABLE, unknown_format(head)
+    fault = _open(head, kind, decode)
     if fault is None or read_all is None:
         return fault
-    return _open(read_all(), _PILLOW[kind], decode)
+    return _open(read_all(), kind, decode)
 
 
 def _open(data: bytes, kind: str, decode: bool) -> tuple[str, str] | None:
     from PIL import Image
 
     try:
-        with Image.open(io.BytesIO(data), formats=[kind]) as image:
+        with Image.open(io.BytesIO(data), formats=[kind.upper()]) as image:
             if decode:
                 image.load()
     except Image.DecompressionBombError as error:

@@ -159,7 +159,7 @@ def framing_json(
         pair=[*before, "$A", *after, "$B:1", *(f"{name}:1" for name in after)],
         special_tokens=list(zip(names, ids, strict=True)),
     )
-    steps = canonical_steps() if canonicalize else lowercase_steps() if lowercase else []
+    steps = canonicalize_steps() if canonicalize else lowercase_steps() if lowercase else []
     if steps:
         steps += [] if model.normalizer is None else [model.normalizer]
         model.normalizer = library.normalizers.Sequence(steps)
@@ -172,7 +172,7 @@ def framing_json(
 def _without_lost_symbols(tokenizer_json: str) -> str:
     """A tokenizer.json without the added tokens that no canonicalized text spells.
 
-    The library normalizes added tokens as it does texts: a line feed would become "" and be all over.
+    The library normalizes added tokens too: a line feed would become "" and be found everywhere.
     """
     content = json.loads(tokenizer_json)
     canonical = import_tokenizers().normalizers.Sequence(canonicalize_steps()).normalize_str
@@ -192,7 +192,7 @@ def lowercase_steps() -> list[Any]:
     return [library.normalizers.Replace(sigma, "\u03c2"), library.normalizers.Lowercase()]
 
 
-def canonical_steps() -> list[Any]:
+def canonicalize_steps() -> list[Any]:
     """Normalizers of the library that do what `text_ops.canonicalize_text` does."""
     library = import_tokenizers()
     replace, regex = library.normalizers.Replace, library.Regex

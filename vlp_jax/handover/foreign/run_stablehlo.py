@@ -15,6 +15,7 @@ from jax import export
 from PIL import Image, ImageOps
 
 DTYPES = {"F32": "float32", "BF16": jax.numpy.bfloat16, "I8": "int8"}
+MAX_PIXELS = 2**26  # of an image whose shorter side has been resized
 
 
 class Model:
@@ -46,6 +47,8 @@ class Model:
             if said["resize"] == "crop":
                 short, side = min(image.size), min(height, width)
                 size = (image.width * side // short, image.height * side // short)
+                if size[0] * size[1] > MAX_PIXELS:
+                    raise ValueError(f"an image of {image.size} pixels is too long: crop it first")
                 image = image.resize(size, method) if size != image.size else image
                 left, top = round((image.width - width) / 2), round((image.height - height) / 2)
                 image = image.crop((left, top, left + width, top + height))
