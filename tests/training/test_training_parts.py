@@ -290,6 +290,7 @@ def test_an_evaluator_without_scores_ends_no_run(error):
         raise error
 
     parts = {field.name: MagicMock() for field in dataclasses.fields(Loop)}
+    parts["preempted"] = lambda step: False
     parts["evaluations"] = [
         Evaluation("broken", lambda step: True, fails),
         Evaluation("sound", lambda step: True, lambda params: iter([("top1", 0.5)])),
