@@ -194,3 +194,21 @@ def test_lists_that_are_joined_or_refused():
         class_lists.joined_classes(WordClasses(("c",)), None)
     labels = class_lists.renumber(np.array([0, 2, 5, -1]), numbers)
     assert labels.tolist() == [2, 0, 5, -1]  # what is no class stays, and is refused later
+
+
+def test_names_that_are_spelled_alike_are_one_class():
+    names = WordClasses(("Red_card", "blue  card", "größe"))
+    numbers = class_lists.numbers_onto(
+        names, ("GRÖSSE", "red card", "Blue-Card"), "data", "class_names"
+    )
+    assert numbers.tolist() == [1, 2, 0]
+    # Two that are spelled alike are two classes: each goes by its exact name, or is lacking.
+    assert class_lists.numbers_onto(
+        WordClasses(("A", "a")), ("a", "A"), "data", "names"
+    ).tolist() == [1, 0]
+    with pytest.raises(UserError, match="names lacks 'AB'.*data.label_names"):
+        class_lists.numbers_onto(WordClasses(("AB", "c")), ("ab", "Ab", "c"), "data", "names")
+    names, numbers = class_lists.joined_classes(
+        WordClasses(("dog", "cat")), WordClasses(("Cat", "Emu"))
+    )
+    assert names == ("dog", "cat", "Emu") and numbers.tolist() == [1, 2]

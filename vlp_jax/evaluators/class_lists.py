@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 
@@ -72,12 +73,13 @@ def numbers_onto(
     if same_numbers(names, classes):
         return None
     _check_named(names, classes, where, key)
-    places = _places(classes)
+    places = _places(names, classes)
     lacking = [name for name in names if name not in places]
     if lacking:
         raise UserError(
             f"{key} lacks {listed(lacking)}, a class of {where} ({listed(names)}): {key} has "
-            f"{listed(classes)}; use the same names in both"
+            f"{listed(classes)}; use the same names in both, or set data.label_names to the words "
+            f"of the data in the order of {key}"
         )
     return np.array([places[name] for name in names])
 
@@ -98,7 +100,7 @@ def joined_classes(
         names = test if train is None else train
         return None if names is None else tuple(names), None
     _check_named(test, train, "data", "train_data")
-    places = _places(train)
+    places = _places(test, train)
     lacking = [name for name in test if name not in places]
     if len(lacking) == len(test):
         raise UserError(
@@ -109,8 +111,8 @@ def joined_classes(
             "train_data lacks %d of the %d classes of data, which count as wrong: %s",
             *(len(lacking), len(test), listed(lacking)),
         )
-    names = (*train, *lacking)
-    return names, np.array([_places(names)[name] for name in test])
+    places |= {name: len(train) + number for number, name in enumerate(lacking)}
+    return (*train, *lacking), np.array([places[name] for name in test])
 
 
 def renumber(
@@ -123,8 +125,26 @@ def renumber(
     return np.where(known, numbers[np.where(known, labels, 0)], labels).astype(labels.dtype)
 
 
-def _places(names: Sequence[str]) -> dict[str, int]:
-    return {name: number for number, name in enumerate(names)}
+def _places(names: Sequence[str], classes: Sequence[str]) -> dict[str, int]:
+    """The place in `classes` of each of `names` that is there.
+
+    "red_card" is "Red card", unless another of the names or classes is spelled alike.
+    """
+    places = {name: number for number, name in enumerate(classes)}
+    spelled = Counter(map(_folded, classes)), Counter(map(_folded, names))
+    alike = {_folded(name): number for number, name in enumerate(classes)}
+    found = {}
+    for name in names:
+        folded = _folded(name)
+        if name in places:
+            found[name] = places[name]
+        elif all(count[folded] == 1 for count in spelled):
+            found[name] = alike[folded]
+    return found
+
+
+def _folded(name: str) -> str:
+    return " ".join(re.split(r"[\s_-]+", unicodedata.normalize("NFKC", name).casefold().strip()))
 
 
 def _check_named(
