@@ -164,7 +164,7 @@ def framing_json(
 def _without_lost_symbols(tokenizer_json: str) -> str:
     """A tokenizer.json without the added tokens that no canonicalized text spells.
 
-    The library normalizes added tokens as it does texts: a line feed would become "" and be all over.
+    The library normalizes added tokens as it does texts: a line feed would become "" there.
     """
     content = json.loads(tokenizer_json)
     canonical = import_tokenizers().normalizers.Sequence(canonicalize_steps()).normalize_str
