@@ -7,7 +7,6 @@ import logging
 import jax
 import orbax.checkpoint as ocp
 
-
 # Of an array that lies on several devices as a whole, what each of them copies at least.
 SMALLEST_SLICE = 4 << 20
 
