@@ -3,9 +3,10 @@
 python -m tools.bench_checkpoint [--megabytes 300] [--rounds 5] [--json FILE]
 
 The state is that of a contrastive model with AdamW, made as deep as the size wants; it lies on all
-devices of this machine, parameters sharded. Each round trains a few steps, saves once each way with
-the checkpoints of a run (vlp_jax.training.checkpoint.Checkpointer), and restores once; so a change
-in the speed of the machine meets all. While an asynchronous save is being written, steps go on.
+devices of this machine, parameters sharded or whole on each. Each round trains a few steps, saves
+once each way with the checkpoints of a run (vlp_jax.training.checkpoint.Checkpointer), and restores
+once; so a change in the speed of the machine meets all. While an asynchronous save is being
+written, steps go on.
 """
 
 from __future__ import annotations
@@ -73,16 +74,19 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--directory", metavar="DIR", help="where the checkpoints go (default: a temporary folder)"
     )
+    parser.add_argument(
+        "--replicated", action="store_true", help="each device holds the whole state, not a part"
+    )
     parser.add_argument("--json", metavar="FILE", help="also write the figures there")
     return parser.parse_args(argv)
 
 
-def bench_config(depth: int, batch_size: int) -> ConfigDict:
-    """A contrastive model whose towers have `depth` layers; parameters sharded over all devices."""
+def bench_config(depth: int, batch_size: int, replicated: bool) -> ConfigDict:
+    """A contrastive model whose towers have `depth` layers, on all devices."""
     config = config_lib.base()
     config.batch_size = batch_size
     config.duration = config_lib.duration(steps=1_000_000)
-    config.mesh.update(replica=1, fsdp=-1)
+    config.mesh.update(**{"replica": -1, "fsdp": 1} if replicated else {"replica": 1, "fsdp": -1})
     tower = {"width": WIDTH, "depth": depth, "mlp_dim": 4 * WIDTH, "heads": WIDTH // 64}
     config.objective = ConfigDict(
         {
@@ -110,7 +114,7 @@ def state_bytes(setup: Setup) -> int:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(setup.abstract))
 
 
-def setup_of_size(size: int, batch_size: int) -> Setup:
+def setup_of_size(size: int, batch_size: int, replicated: bool) -> Setup:
     """The shallowest model whose state has `size` bytes.
 
     Raises:
@@ -122,7 +126,7 @@ def setup_of_size(size: int, batch_size: int) -> Setup:
     spec = {name: (x.shape, x.dtype) for name, x in make_batch(batch_size).items()}
 
     def setup(depth: int) -> Setup:
-        config = bench_config(depth, batch_size)
+        config = bench_config(depth, batch_size, replicated)
         return make_setup(config, mesh_lib.make_mesh(config.mesh), tokenizer, spec, batch_size)
 
     one, two = state_bytes(setup(1)), state_bytes(setup(2))
@@ -178,6 +182,7 @@ class Times:
       step: of a step with no save under way.
       step_meanwhile: of a step while an asynchronous save is being written.
       restored: of a restore.
+      first: for which the first asynchronous save of the process blocks.
     """
 
     synchronous: list[float] = dataclasses.field(default_factory=list)
@@ -186,6 +191,7 @@ class Times:
     step: list[float] = dataclasses.field(default_factory=list)
     step_meanwhile: list[float] = dataclasses.field(default_factory=list)
     restored: list[float] = dataclasses.field(default_factory=list)
+    first: list[float] = dataclasses.field(default_factory=list)
 
 
 @dataclasses.dataclass
@@ -238,7 +244,7 @@ class Bench:
 
 
 def measure(setup: Setup, rounds: int, steps: int, folder: epath.Path) -> Times:
-    """The times of `rounds` rounds, after one that does not count."""
+    """The times of `rounds` rounds, after one of which the first save alone counts."""
     times = Times()
     with (
         Checkpointer(folder / "synchronous", asynchronous=False) as synchronous,
@@ -247,7 +253,7 @@ def measure(setup: Setup, rounds: int, steps: int, folder: epath.Path) -> Times:
         bench = Bench(
             Trainer(setup), synchronous, asynchronous, folder / "asynchronous", setup.abstract
         )
-        bench.round(0, steps)
+        times.first += bench.round(0, steps).blocked
         for number in range(1, rounds + 1):
             for name, values in vars(bench.round(number, steps)).items():
                 getattr(times, name).extend(values)
@@ -277,6 +283,7 @@ def table(figures: dict[str, Any]) -> str:
     names = {
         "synchronous": "synchronous save (blocks all the while)",
         "blocked": "asynchronous save: blocks",
+        "first": "the first of all saves: blocks",
         "whole": "asynchronous save: until the checkpoint is whole",
         "step": "a step",
         "step_meanwhile": "a step while a checkpoint is being written",
@@ -308,7 +315,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 raise UserError(f"--{name} must be at least 1")
         startup.initialize()
         startup.use_compilation_cache()
-        setup = setup_of_size(int(arguments.megabytes * MEGABYTE), arguments.batch_size)
+        size = int(arguments.megabytes * MEGABYTE)
+        setup = setup_of_size(size, arguments.batch_size, arguments.replicated)
         print(
             f"{mesh_lib.describe(setup.mesh)}; a state of {state_bytes(setup) / MEGABYTE:.0f} MB "
             f"in {len(jax.tree.leaves(setup.abstract)):,} arrays"

@@ -20,7 +20,7 @@ class ExitStatus(enum.IntEnum):
     NOT_FINITE = 65  # EX_DATAERR: losses or gradients, several steps in a row
     HANG = 70  # EX_SOFTWARE: no sign of life, ended by the watchdog
     CANNOT_SAVE = 74  # EX_IOERR: checkpoints cannot be written
-    PREEMPTED = 75  # EX_TEMPFAIL: told to stop; the state is saved
+    PREEMPTED = 75  # EX_TEMPFAIL: told to stop; a run has saved what it had trained
     PEER_LOST = 76  # EX_PROTOCOL: another process of the job is gone
 
 

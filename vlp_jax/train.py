@@ -58,7 +58,7 @@ Run the same command again to resume. Exit status (the last line of stderr says 
   65  losses or gradients were not finite, several steps in a row
   70  no sign of life: ended by the watchdog, which has written where each thread was
   74  checkpoints could not be written
-  75  told to stop (SIGTERM, Ctrl-C, a maintenance notice), and saved
+  75  told to stop (SIGTERM, Ctrl-C, a maintenance notice), and saved what it had trained
   76  another process of the job was lost
 The scripts in launch/ start a run again accordingly.
 """

@@ -77,8 +77,10 @@ def is_float(variable):
 
 
 def variables(jaxpr):
-    """Every value of a program, those of its inner programs too, parameters left out."""
+    """Yields every value of a program and of its inner programs, parameters left out."""
     for equation in jaxpr.eqns:
         yield from equation.outvars
-        for inner in jax.core.jaxprs_in_params(equation.params):
-            yield from variables(inner)
+        for parameter in jax.tree.leaves(equation.params):  # programs are leaves, closed or open
+            inner = getattr(parameter, "jaxpr", parameter)
+            if hasattr(inner, "eqns"):
+                yield from variables(inner)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from vlp_jax.errors import UserError
+from vlp_jax.observe.compilation import CompileWatch
 from vlp_jax.parallel.batch import put_batch
 from vlp_jax.training.checkpoint import Checkpointer, absolute
 from vlp_jax.training.restore import mismatch_report
@@ -100,3 +101,15 @@ def test_paths_become_absolute_and_buckets_stay(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert str(absolute("runs/mine")) == str(tmp_path / "runs" / "mine")
     assert str(absolute("gs://bucket/run")) == "gs://bucket/run"
+
+
+def test_the_first_save_compiles_nothing(tmp_path):
+    """Where parameters lie on several devices as a whole, Orbax would for every shape."""
+    state = helpers.fresh(helpers.setup_on(helpers.tiny_config(embed_dim=24), {"replica": 2}, 2))
+    compiled = []
+    watch = CompileWatch(lambda seconds, name: compiled.append(name))
+    with Checkpointer(tmp_path) as checkpointer, watch:
+        checkpointer.save(1, state, {"position": 16})
+        checkpointer.finish(1)
+        assert compiled == [] and watch.so_far().programs == 0
+        assert checkpointer.steps() == [1]

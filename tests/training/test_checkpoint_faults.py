@@ -397,7 +397,7 @@ spread = NamedSharding(mesh, PartitionSpec("data"))
 state = {"a": jax.jit(lambda: jnp.arange(8.0), out_shardings=spread)()}
 
 multihost._DEFAULT_BARRIER_TIMEOUT = 5  # seconds; 300
-whole = ocp.StandardCheckpointHandler.async_save
+whole = ocp.PyTreeCheckpointHandler.async_save
 
 async def raises(*arguments, **more):
     raise OSError("the copy failed")
@@ -405,9 +405,9 @@ async def raises(*arguments, **more):
 told = []
 with Checkpointer(folder, tell=told.append) as checkpointer:
     if me == 1:
-        ocp.StandardCheckpointHandler.async_save = raises
+        ocp.PyTreeCheckpointHandler.async_save = raises
     checkpointer.save(1, state, {"position": 1})
-    ocp.StandardCheckpointHandler.async_save = whole
+    ocp.PyTreeCheckpointHandler.async_save = whole
     assert agreement.gather("met") == ["met", "met"]  # nobody is a message ahead of the other
     checkpointer.wait()
     [line] = told

@@ -18,7 +18,12 @@ from vlp_jax.files import is_remote
 from vlp_jax.parallel import agreement
 from vlp_jax.training import checkpoint_files
 from vlp_jax.training.checkpoint_files import saved_steps
-from vlp_jax.training.checkpoint_manager import Manager, processes, quiet_failures
+from vlp_jax.training.checkpoint_manager import (
+    Manager,
+    processes,
+    quiet_failures,
+    state_handler,
+)
 from vlp_jax.training.restore import Reader, unreadable
 from vlp_jax.training.state import TrainState
 
@@ -91,7 +96,7 @@ class Checkpointer:
             return Manager(
                 self._directory,
                 item_handlers={
-                    "state": ocp.StandardCheckpointHandler(multiprocessing_options=several),
+                    "state": state_handler(several),
                     "input": ocp.JsonCheckpointHandler(multiprocessing_options=several),
                 },
                 options=ocp.CheckpointManagerOptions(
@@ -156,7 +161,7 @@ class Checkpointer:
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
-                    state=ocp.args.StandardSave(state), input=ocp.args.JsonSave(dict(input_state))
+                    state=ocp.args.PyTreeSave(state), input=ocp.args.JsonSave(dict(input_state))
                 ),
                 force=True,
             )

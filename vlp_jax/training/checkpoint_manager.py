@@ -7,6 +7,26 @@ import logging
 import jax
 import orbax.checkpoint as ocp
 
+# Of an array that lies on several devices as a whole, what each of them copies at least.
+SMALLEST_SLICE = 4 << 20
+
+
+def state_handler(several: ocp.options.MultiprocessingOptions) -> ocp.PyTreeCheckpointHandler:
+    """Reads and writes the state, all of whose leaves are arrays of JAX.
+
+    Where an array lies on several devices as a whole, Orbax has each of them copy and write a part.
+    JAX compiles a program for every shape then, within the first save, which is worth it for large
+    arrays alone, and never where the devices are one CPU.
+    """
+    one_cpu = jax.process_count() == 1 and jax.default_backend() == "cpu"
+    arrays = ocp.type_handlers.ArrayHandler(
+        use_replica_parallel=not one_cpu, min_slice_bytes_for_replica_parallel=SMALLEST_SLICE
+    )
+    return ocp.PyTreeCheckpointHandler(
+        multiprocessing_options=several,
+        type_handler_registry=ocp.type_handlers.create_type_handler_registry((jax.Array, arrays)),
+    )
+
 
 class Manager(ocp.CheckpointManager):
     """A `CheckpointManager` that never asks whether the job was told to stop.
