@@ -85,7 +85,7 @@ def write_task(config: ConfigDict, name: str, directory: Path) -> int:
     for batch in pipeline.batches():
         for image, label in zip(batch["image"][batch["mask"]], batch[field][batch["mask"]]):
             files.append(f"{len(files):06d}.png")
-            _picture(image).save(directory / files[-1])
+            picture(image).save(directory / files[-1])
             labels.append(int(class_lists.renumber(np.asarray(label), numbers)))
     task = {
         "images": files,
@@ -96,7 +96,7 @@ def write_task(config: ConfigDict, name: str, directory: Path) -> int:
     return len(files)
 
 
-def _picture(image: bytes | np.ndarray) -> Image.Image:
+def picture(image: bytes | np.ndarray) -> Image.Image:
     """The image of an encoded file, upright as the run sees it, or of pixels."""
     if isinstance(image, bytes):
         return upright_rgb(Image.open(io.BytesIO(image)))

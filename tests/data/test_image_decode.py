@@ -51,8 +51,9 @@ def test_every_file_is_what_pillow_makes_of_it_in_training_and_after_load(decode
     data = FILES[name]
     expected = pillow(data)
     with Image.open(io.BytesIO(data)) as opened:
-        loaded = np.asarray(upright_rgb(opened))
-    np.testing.assert_array_equal(loaded, expected)
+        upright = upright_rgb(opened)
+    np.testing.assert_array_equal(upright, expected)
+    np.testing.assert_array_equal(upright_rgb(upright), expected)  # it is not turned twice
     image = decode(data)
     assert image.shape == expected.shape and image.dtype == np.uint8
     # Lossy WebP differs in the upsampling of colour.

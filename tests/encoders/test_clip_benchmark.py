@@ -1,15 +1,19 @@
 """CLIP_benchmark's own command on a run of ours, over data that we wrote for it."""
 
+import io
 import json
 import sys
 
 import numpy as np
+import odd_images
+import PIL.Image
 import pytest
 import torch
 
+from tools import check_exports, write_evaluation_tars
 from tools import clip_benchmark as command
-from tools import write_evaluation_tars
 from vlp_jax import evaluate
+from vlp_jax.data.image_ops.upright import upright_rgb
 from vlp_jax.encoders.clip_benchmark import _accuracy
 
 pytest.importorskip("clip_benchmark")
@@ -78,3 +82,26 @@ def test_mistakes(workdir, tmp_path, capsys):
     (tmp_path / "x" / "test").mkdir(parents=True)
     assert write_evaluation_tars.main([*argv, "--evaluator", "zero_shot"]) == 2
     assert "exists; name another --output" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "suffix"),
+    [
+        ("jpeg", "jpg"),
+        ("webp lossy", "webp"),
+        ("jpeg xmp", "png"),
+        ("png raw profile zTXt", "png"),
+        ("png palette", "png"),
+        ("gif", "png"),
+    ],
+)
+def test_files_for_others_have_the_pixels_that_a_run_sees(name, suffix):
+    """CLIP_benchmark and the libraries of `check_exports` turn no image and know no white."""
+    data = {**dict(odd_images.kinds()), **dict(odd_images.turned())}[name]
+    found, content = write_evaluation_tars.encoded(data)
+    assert found == suffix and (content == data) == (name in ("jpeg", "webp lossy"))
+    with PIL.Image.open(io.BytesIO(data)) as opened:
+        expected = np.asarray(upright_rgb(opened))
+    with PIL.Image.open(io.BytesIO(content)) as opened:
+        np.testing.assert_array_equal(np.asarray(opened.convert("RGB")), expected)
+    np.testing.assert_array_equal(np.asarray(check_exports.picture(data)), expected)

@@ -6,14 +6,15 @@ import json
 
 import jax
 import numpy as np
+import odd_images
 import pytest
 import transformers
 from foreign import autoencoder, clip, images, random_params, siglip, token_ids, vit
 from PIL import Image
 
 from vlp_jax import interop
+from vlp_jax.data.image_ops.upright import upright_rgb
 from vlp_jax.data.tokenizers.subword import train_subword
-from vlp_jax.encoders.images import upright_rgb
 from vlp_jax.handover import artifacts, stablehlo
 from vlp_jax.handover.foreign import run_stablehlo
 from vlp_jax.handover.functions import functions_of
@@ -168,6 +169,20 @@ def test_the_example_resizes_as_the_processor_of_clip(pair, tmp_path):
         program.signature["preprocessing"] = {**said, "resize": how, "interpolation": "bilinear"}
         ours = program.pixels([picture])
         assert np.abs(ours / 255 - theirs.transpose(0, 2, 3, 1)).max() < 2.5 / 255
+
+
+@pytest.mark.parametrize("name", ["jpeg exif 6", "png xmp iTXt", "png alpha", "webp exif"])
+def test_the_example_sees_upright_pixels_on_white(pair, name, monkeypatch):
+    *_, program, _ = pair
+    files = dict(odd_images.kinds()) | dict(odd_images.turned())
+    with Image.open(io.BytesIO(files[name])) as opened:
+        np.testing.assert_array_equal(
+            program.pixels([opened]), program.pixels([upright_rgb(opened)])
+        )
+    crop = {**program.signature["preprocessing"], "resize": "crop"}
+    monkeypatch.setitem(program.signature, "preprocessing", crop)
+    with pytest.raises(ValueError, match="too long: crop it first"):
+        program.pixels([Image.new("RGB", (10**7, 1))])
 
 
 def test_functions_take_only_the_weights_they_need():

@@ -55,7 +55,7 @@ def upright_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
     """A Pillow image in RGB, turned as its orientation says.
 
     Transparency is composited on white, 16 bits keep their upper 8, an animation its first frame.
-    Profiles of colour (ICC, gAMA, cICP) are not applied.
+    Profiles of colour (ICC, gAMA, cICP) are not applied. The result carries no metadata.
     """
     # Loading an image takes its tiles away, and with them the depth of the stored samples.
     rawmode = next((tile[3] for tile in getattr(image, "tile", [])), "")
@@ -74,7 +74,9 @@ def upright_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
         image = image.convert("RGBA")
         white = PIL.Image.new("RGBA", image.size, (255, 255, 255, 255))
         image = PIL.Image.alpha_composite(white, image)
-    return image.convert("RGB")
+    image = image.convert("RGB")
+    image.info = {}  # an orientation would have it turned again
+    return image
 
 
 # A transparent colour in a PNG counts in samples as stored, Pillow compares it with pixels of 8
