@@ -19,7 +19,7 @@ from vlp_jax.encoders.images import ImageProcessor
 from vlp_jax.errors import UserError
 from vlp_jax.interop import hf_images
 
-SIZES = ((57, 40), (41, 100), (30, 20), (33, 50), (32, 32), (65, 64))  # width and height
+SIZES = ((57, 40), (41, 100), (30, 20), (33, 50), (32, 32), (70, 64))  # width and height
 FILE = "preprocessor_config.json"
 CLIP = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
 

@@ -132,7 +132,10 @@ def read(path: Path, like: Module | None = None) -> Imported:
       UserError: the file is not that of a model that we can express.
     """
     weights = files.find_weights(path, (FILE,))
-    notes = ["pixels are taken to be in [-1, 1], as big_vision's value_range(-1, 1) gives them"]
+    notes = [
+        "pixels are taken to be in [-1, 1], as big_vision's value_range(-1, 1) gives them, and "
+        "images are squashed bicubically (the file does not say how they were)"
+    ]
     tensors = _todays_names(files.load_tensors(weights), notes)
     if not any(key.startswith(("img/", "txt/")) for key in tensors):
         left_out = sorted(set(LEFT_OUT) & tensors.keys())
