@@ -133,6 +133,31 @@ def test_two_processes_that_save_often_are_told_to_stop(tmp_path, shapes_dir):
     assert all(f"saved step {newest}," in output for output in outputs), outputs
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("who", [0, 1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_two_processes_of_which_one_is_told_while_they_compile(tmp_path, shapes_dir, who, number):
+    """Both end at once, and nothing is saved of what was not trained."""
+    config = tmp_path / "several.py"
+    config.write_text(CONFIG)
+    workdir = tmp_path / "run"
+    started = start(f"{config}:dp", workdir, shapes_dir, 2)
+    try:
+        deadline = time.monotonic() + 200
+        while not (workdir / "config.json").exists() and time.monotonic() < deadline:
+            assert all(process.poll() is None for process in started)
+            time.sleep(0.01)
+        started[who].send_signal(number)
+        outputs = [process.communicate(timeout=30)[0] for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    assert [process.returncode for process in started] == [75, 75], outputs
+    assert all("told to stop while the run started" in output for output in outputs), outputs
+    assert not any("Traceback" in output for output in outputs), outputs
+    assert list((workdir / "checkpoints").iterdir()) == []
+
+
 # A process reads its own part of a batch, so that `tensor` lies within one: four have two devices
 # each there.
 @pytest.mark.slow
