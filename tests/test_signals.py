@@ -65,7 +65,8 @@ except KeyboardInterrupt as stop:
 def started(program):
     """Starts a program and waits until it says that it is there."""
     process = subprocess.Popen(
-        [sys.executable, "-c", program],
+        # Later versions of Python warn of a fork beside threads.
+        [sys.executable, "-W", "ignore::DeprecationWarning", "-c", program],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

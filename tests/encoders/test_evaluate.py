@@ -1,7 +1,9 @@
 """The evaluate command: checkpoints one by one, all, as they appear, and weights of others."""
 
 import json
+import os
 import shutil
+import signal
 import threading
 
 import jax
@@ -93,11 +95,28 @@ def test_following_a_run_until_it_is_complete(copy, capsys, monkeypatch):
 
     thread = threading.Thread(target=go_on)
     thread.start()
-    monkeypatch.setattr(evaluate.signal, "signal", lambda number, handler: None)
     assert command("--workdir", copy, "--evaluators", NAME, "--follow") == 0
     thread.join()
     assert [r["step"] for r in read_metrics(copy / evaluate.EVALUATIONS)] == [1, 2]
     assert "waiting for checkpoints" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_following_ends_well_when_it_is_told_to(copy, capsys, monkeypatch, number):
+    """Scores that are there are kept, and none is computed here."""
+    ledger = json.loads((copy / GOODPUT_FILE).read_text())
+    (copy / GOODPUT_FILE).write_text(json.dumps({**ledger, "ended": None}))
+    score = {f"eval/{NAME}/x": 1.0}
+    lines = [json.dumps({"step": step, **score}) for step in (1, 2)]
+    (copy / evaluate.EVALUATIONS).write_text("".join(f"{line}\n" for line in lines))
+
+    def say(line):
+        if line.startswith("waiting"):
+            threading.Timer(0.1, os.kill, (os.getpid(), number)).start()
+
+    monkeypatch.setattr(evaluate, "_say", say)
+    assert command("--workdir", copy, "--evaluators", NAME, "--follow") == 0
+    assert capsys.readouterr().err == ""
 
 
 def _note(line, waited):

@@ -12,7 +12,7 @@ SMALLEST_SLICE = 4 << 20
 
 
 def state_handler(several: ocp.options.MultiprocessingOptions) -> ocp.PyTreeCheckpointHandler:
-    """Reads and writes the state, all of whose leaves are arrays of JAX.
+    """Reads and writes the state.
 
     Where an array lies on several devices as a whole, Orbax has each of them copy and write a part.
     JAX compiles a program for every shape then, within the first save, which is worth it for large
@@ -22,9 +22,11 @@ def state_handler(several: ocp.options.MultiprocessingOptions) -> ocp.PyTreeChec
     arrays = ocp.type_handlers.ArrayHandler(
         use_replica_parallel=not one_cpu, min_slice_bytes_for_replica_parallel=SMALLEST_SLICE
     )
+    known = ocp.type_handlers
+    handlers = {kind: known.get_type_handler(kind) for kind in known.supported_types()}
+    registry = known.create_type_handler_registry(*{**handlers, jax.Array: arrays}.items())
     return ocp.PyTreeCheckpointHandler(
-        multiprocessing_options=several,
-        type_handler_registry=ocp.type_handlers.create_type_handler_registry((jax.Array, arrays)),
+        multiprocessing_options=several, type_handler_registry=registry
     )
 
 
