@@ -24,6 +24,12 @@ def get_config(arg=None):
     config.objective.image.update(**clip_shapes.MEAN_POOLING)
     config.objective.text.update(depth=2, norm_eps=1e-6, **TOWER)
     config.objective.embed_dim = 128
+    # Of a few thousand pictures Muon finds twice as many held-out ones as AdamW after as many
+    # epochs: docs/real_pictures.md.
+    config.optimizer.name = "muon"
+    config.optimizer.learning_rate = 8e-4
+    config.optimizer.muon.learning_rate = 0.01
+    config.optimizer.warmup = duration(percent=10.0)
     config.objective.remat = "dots"
     config.tokenizer = ConfigDict({"name": "subword", "vocab_size": 4096, "context_length": 32})
     config.data = ConfigDict(
