@@ -8,7 +8,6 @@ import pytest
 import sentencepiece
 import tokenizers
 
-from vlp_jax.data.ops import apply_to_texts
 from vlp_jax.data.tokenizers import (
     SentencePieceTokenizer,
     build_tokenizer,
@@ -16,8 +15,10 @@ from vlp_jax.data.tokenizers import (
     train_subword,
 )
 from vlp_jax.data.tokenizers.sentencepiece_file import ModelFile
+from vlp_jax.data.wording import Wording
 from vlp_jax.errors import UserError
 
+CANONICAL = Wording((("canonicalize_text", {}),))
 TEXTS = list(corpus.captions())
 
 
@@ -98,7 +99,7 @@ def test_the_file_for_others_gives_the_same_rows(name):
     np.testing.assert_array_equal(lowered, tokenizer([text.lower() for text in texts]))
     assert len(np.unique(rows)) > 300 and not np.array_equal(rows, lowered)
     content = tokenizer.to_json(lowercase=True, canonicalize=True)
-    canonical = apply_to_texts({"canonicalize_text": {}}, texts[:300])
+    canonical = CANONICAL(texts[:300])
     np.testing.assert_array_equal(
         library_rows(content, tokenizer, texts[:300]), tokenizer(canonical)
     )

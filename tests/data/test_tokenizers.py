@@ -9,15 +9,16 @@ import numpy as np
 import pytest
 import tokenizers
 
-from vlp_jax.data.ops import apply_to_texts
 from vlp_jax.data.tokenizers import (
     ByteTokenizer,
     SubwordTokenizer,
     build_tokenizer,
     train_subword,
 )
+from vlp_jax.data.wording import Wording
 from vlp_jax.errors import UserError
 
+CANONICAL = Wording((("canonicalize_text", {}),))
 SCRIPTS = [
     "a red circle, left of 2 blue squares",
     "ein großer grüner Würfel",
@@ -118,7 +119,7 @@ def test_the_file_for_others_canonicalizes_when_asked(subword):
         "...",
         "<eos> [a]",
     ]
-    op = apply_to_texts({"canonicalize_text": {}}, texts)
+    op = CANONICAL(texts)
     content = subword.to_json(lowercase=False, canonicalize=True)
     theirs = rows_by_library(content, 200, subword.pad_id, texts)
     np.testing.assert_array_equal(subword(op), theirs)

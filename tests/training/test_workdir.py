@@ -67,9 +67,9 @@ def test_the_first_process_alone_reads_the_config_that_it_is_about_to_write(tmp_
     monkeypatch.setattr(train.startup, "describe_processes", lambda job: "")
     start = SimpleNamespace(announce=lambda workdir, tell: None)
     setup = SimpleNamespace(config=config_lib.base(), mesh=None)
-    parts = SimpleNamespace(setup=setup, tokenizer=None, start=start)
+    parts = SimpleNamespace(setup=setup, tokenizer=None, start=start, notes=("take care",))
     train.begin(parts, epath.Path(tmp_path), "alone", 4, told.append)
-    assert told == ["note: config.seed: 0 before, 7 now", "a mesh", "from 4"]
+    assert told == ["note: config.seed: 0 before, 7 now", "note: take care", "a mesh", "from 4"]
     with pytest.raises(AssertionError, match="another process"):
         asked[0]()
 
