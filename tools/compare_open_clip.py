@@ -29,16 +29,17 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ.setdefault("JAX_NUM_CPU_DEVICES", "2")  # as in the demo: they keep two cores busy
 
 import numpy as np
-from etils import epath
 from ml_collections import ConfigDict
 from rich.progress import track
 
-from tools.compare_settings import SMOOTHING, config_of, loss_curve
+from tools.compare_settings import config_of, loss_curve, smoothed
 from tools.demo import ROOT
 from tools.mae_then_clip import train_stage
 from vlp_jax.benchmarking import open_clip_peer
 from vlp_jax.benchmarking.torch_step import patch_torchvision, to_tensors
 from vlp_jax.data.pipeline import EvalPipeline
+from vlp_jax.data.samples import sample_texts
+from vlp_jax.data.tokenizers import build_tokenizer
 from vlp_jax.errors import UserError
 from vlp_jax.evaluators import merged_data
 from vlp_jax.evaluators.ranking import rank_both_ways
@@ -48,7 +49,6 @@ from vlp_jax.objectives import Objective, make_objective
 from vlp_jax.observe.pictures import draw_differences
 from vlp_jax.parallel import startup
 from vlp_jax.report.run_record import RunRecord
-from vlp_jax.training import workdir as workdir_lib
 from vlp_jax.training.command import run_command
 from vlp_jax.training.optimizer import make_schedule
 from vlp_jax.training.setup import make_pipeline, make_units
@@ -77,8 +77,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def checked(config: ConfigDict, evaluator: str) -> Objective:
-    """The objective of `config`, if open_clip can train it and the evaluator can judge it.
+def checked(config: ConfigDict, evaluator: str) -> tuple[Any, Objective]:
+    """Tokenizer and objective of `config`, if open_clip can train it and the evaluator judge it.
 
     Raises:
       UserError: it cannot, or the optimizer is another one than AdamW.
@@ -91,15 +91,17 @@ def checked(config: ConfigDict, evaluator: str) -> Objective:
             "both sides train all parameters with AdamW and without an average: "
             "--set optimizer.name=adamw"
         )
-    tokenizer = workdir_lib.open_tokenizer(epath.Path("/nonexistent"), config)
+    tokenizer = build_tokenizer(config.tokenizer, lambda: sample_texts(config.data), None)
     objective = make_objective(config.objective, tokenizer, config.microbatches)
     refusal = open_clip_peer.refusal(objective)
     if refusal:
         raise UserError(f"open_clip has no such model: {refusal}")
-    return objective
+    return tokenizer, objective
 
 
-def train_theirs(config: ConfigDict, evaluator: str, folder: Path) -> dict[str, Any]:
+def train_theirs(
+    config: ConfigDict, evaluator: str, tokenizer: Any, objective: Objective, folder: Path
+) -> dict[str, Any]:
     """Trains and judges open_clip's model, unless that is done: {"steps", "losses", "scores"}."""
     file = folder / RECORD
     if file.exists():
@@ -108,8 +110,6 @@ def train_theirs(config: ConfigDict, evaluator: str, folder: Path) -> dict[str, 
     import torch
 
     patch_torchvision()
-    tokenizer = workdir_lib.open_tokenizer(epath.Path("/nonexistent"), config)
-    objective = make_objective(config.objective, tokenizer, config.microbatches)
     recipe = open_clip_peer.recipe(objective)
     torch.manual_seed(config.seed)
     model = recipe.build().train()
@@ -196,12 +196,6 @@ def table(scores: Mapping[str, Sequence[Mapping[str, float]]]) -> str:
     return "\n".join(lines)
 
 
-def smoothed(steps: Sequence[int], losses: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
-    """The same curve as `loss_curve` makes of a run of ours."""
-    around = (losses[max(at - SMOOTHING, 0) : at + SMOOTHING + 1] for at in range(len(losses)))
-    return np.asarray(steps), np.asarray([np.mean(window) for window in around])
-
-
 def compare(arguments: argparse.Namespace) -> str:
     """Trains what is not finished, draws, writes comparison.json; returns the table."""
     output, name = arguments.output, arguments.evaluator
@@ -209,13 +203,12 @@ def compare(arguments: argparse.Namespace) -> str:
         config_of(arguments.config, arguments.set, seed, [f"{name}/{SCORES[0]}"])
         for seed in arguments.seeds
     ]
-    for config in configs:
-        checked(config, name)
+    tokenizer, objective = checked(configs[0], name)  # seeds change neither
     scores: dict[str, list[dict[str, float]]] = {OURS: [], THEIRS: []}
     curves: dict[str, list[Any]] = {OURS: [], THEIRS: []}
     for config in configs:
         folder = f"seed_{config.seed}"
-        theirs = train_theirs(config, name, output / THEIRS / folder)
+        theirs = train_theirs(config, name, tokenizer, objective, output / THEIRS / folder)
         train_stage(config, output / "ours" / folder)
         ours = RunRecord.read(output / "ours" / folder)
         prefix = f"eval/{name}/"

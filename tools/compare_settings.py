@@ -117,7 +117,11 @@ def config_of(
 
 def loss_curve(record: RunRecord) -> tuple[np.ndarray, np.ndarray]:
     """(steps, loss) of a run, each point the mean of the logged ones around it."""
-    steps, values = record.curve(LOSS)
+    return smoothed(*record.curve(LOSS))
+
+
+def smoothed(steps: Sequence[int], values: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
+    """A curve of which each point is the mean of the logged ones around it."""
     around = (values[max(at - SMOOTHING, 0) : at + SMOOTHING + 1] for at in range(len(values)))
     return np.asarray(steps), np.asarray([np.mean(window) for window in around])
 
