@@ -25,6 +25,7 @@ from vlp_jax.errors import UserError
 
 _OPEN_FILES = 512
 _UNFINISHED = ".unfinished"
+_CUT = ".cut"
 # Of the process: several sources may read one file.
 _LOCK = threading.Lock()
 _COPYING: dict[str, threading.Lock] = {}
@@ -175,6 +176,10 @@ class LocalCopies:
 
         return retrying(path, once)
 
+    def is_cut(self, path: str) -> bool:
+        """Whether `path` is a gzip stream without its end, so that its copy lacks some of it."""
+        return not self.in_place(path) and _mark_of_cut(Path(self.get(path))).exists()
+
     @staticmethod
     def in_place(path: str) -> bool:
         """Whether `path` is read where it lies."""
@@ -196,14 +201,16 @@ class LocalCopies:
                     with writing(target.parent):
                         out.write(piece)
             except (EOFError, gzip.BadGzipFile, zlib.error):
-                # A truncated archive keeps what came before the cut; its reader finds the cut.
+                # What came before the cut is kept. The cut may lie between two records, where the
+                # reader of the copy could not see it.
+                _mark_of_cut(target).touch()
                 _log.warning("%s is truncated or damaged", path)
         unfinished.replace(target)
 
     def _make_room(self, keep: Path) -> None:
         found = []
         for file in self._folder.iterdir():
-            if file.name.endswith(_UNFINISHED):
+            if file.name.endswith((_UNFINISHED, _CUT)):
                 continue
             with contextlib.suppress(FileNotFoundError):  # another thread or process was quicker
                 stat = file.stat()
@@ -213,8 +220,14 @@ class LocalCopies:
             if total <= self._capacity or file == keep:
                 break
             file.unlink(missing_ok=True)
+            _mark_of_cut(file).unlink(missing_ok=True)
             open_files().drop(str(file))
             total -= size
+
+
+def _mark_of_cut(copy: Path) -> Path:
+    """The empty file that lies beside a copy whose gzip stream has no end."""
+    return copy.with_name(copy.name + _CUT)
 
 
 @cache

@@ -267,8 +267,10 @@ class Shards:
             except (OSError, EOFError, ValueError, zipfile.BadZipFile):
                 kept.unlink(missing_ok=True)  # cut off by a power failure, or not ours
         index = files.retrying(path, lambda: self._make_index(self.copies.get(path)))
+        if self.copies.is_cut(path):
+            index = {**index, "archive_is_cut": _MARKED}  # the cut may lie between two records
         count, state = len(index["fault"]), _state(index)
-        if count == 1 and state == _CUT:
+        if state == _CUT and (not count or count == 1 and index["fault"][0] != OK):
             self._note_lost(path)
             return index
         with writing(self._index_folder):
@@ -305,7 +307,7 @@ class Shards:
 def _state(index: Index) -> str:
     """How far a file can be read; a fault that ends it is its last record's."""
     fault = index["fault"]
-    if len(fault) and fault[-1] in (TRUNCATED, DAMAGED):
+    if "archive_is_cut" in index or len(fault) and fault[-1] in (TRUNCATED, DAMAGED):
         return _CUT
     return _WHOLE if index.get("end_mark", _MARKED).all() else _UNMARKED
 
