@@ -136,6 +136,23 @@ def test_an_evaluator_can_be_left_out():
         config_lib.override(config, ["optimizer=None"])
 
 
+def test_an_operation_on_the_data_can_be_left_out_and_put_in():
+    config = config_lib.load("configs/clip_folder.py")
+    config_lib.override(
+        config,
+        [
+            "data.preprocess.flip_left_right=None",
+            "evaluators.retrieval.data.preprocess.decode_image=None",
+            "data.preprocess.lowercase={}",
+        ],
+    )
+    left = ["choose_text", "decode_image", "random_resized_crop", "keep", "lowercase"]
+    assert sorted(config.data.preprocess) == sorted(left)
+    assert "decode_image" not in config.evaluators.retrieval.data.preprocess and config.is_locked
+    with pytest.raises(UserError, match="it has no keys yet; .*choose_text=None leaves it out"):
+        config_lib.override(config, ["data.preprocess.choose_text=3"])
+
+
 def test_json_round_trip():
     config = config_lib.load("configs/demo.py")
     again = config_lib.from_json(config_lib.to_json(config))

@@ -92,7 +92,8 @@ def _check_keys(
 
 def override(config: ConfigDict, assignments: list[str]) -> None:
     """Applies `["a.b=v", ...]` in place. Values are Python literals, text needs no quotes;
-    None leaves an evaluator out (`evaluators.NAME=None`).
+    None leaves an evaluator (`evaluators.NAME=None`) or an operation on the data out
+    (`data.preprocess.NAME=None`).
 
     A component takes arguments that its section does not set (`objective.attention=pallas`), so a
     key that is new in it is set as well, and checked where the component is built.
@@ -111,13 +112,16 @@ def override(config: ConfigDict, assignments: list[str]) -> None:
             continue
         _require(section, key, where)
         current = section[key]
-        if where == "config.evaluators" and text == "None":
+        may_go = where == "config.evaluators" or where.endswith(".preprocess")
+        if may_go and text == "None":
             with config.unlocked():
                 del section[key]
             continue
         if isinstance(current, ConfigDict):
             keys = ", ".join(f"--config.{path}.{name}" for name in current)
-            raise UserError(f"--config.{path} is a section; set one of its keys: {keys}")
+            keys = f"set one of its keys: {keys}" if keys else "it has no keys yet"
+            leave = f"; --config.{path}=None leaves it out" if may_go else ""
+            raise UserError(f"--config.{path} is a section; {keys}{leave}")
         expected = section.get_type(key)
         try:
             section[key] = _parse(text, current, expected)

@@ -24,6 +24,7 @@ def test_it_has_the_layers_of_the_config(name, depths):
     assert {narrow[tower].depth for tower in depths} == {6}
 
 
+@pytest.mark.slow
 def test_the_host_is_measured_for_each_number_of_steps_in_a_program(monkeypatch):
     handed = []
     original = CompiledSteps.__call__

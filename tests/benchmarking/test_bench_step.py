@@ -179,6 +179,7 @@ def test_the_command_needs_no_tensorflow_and_writes_what_it_found(tmp_path):
     assert "dearest kernels" in done.stdout and "attributed to operations" in done.stdout
 
 
+@pytest.mark.slow
 def test_peers_apart_have_processes_of_their_own_as_they_come(tmp_path):
     file = tmp_path / "step.json"
     arguments = (*TINY, "--peer", "plain", "--apart", "--json", str(file))

@@ -278,6 +278,19 @@ def test_arrays_need_no_tensorflow():
     assert done.stdout.strip() == f"labels {labels}"
 
 
+def test_tensorflow_is_imported_without_keras_which_is_there_for_others():
+    code = """
+import sys
+from vlp_jax.data.lazy_tensorflow import import_tensorflow
+tf = import_tensorflow()
+import tensorflow_datasets
+assert not any(name.partition(".")[0] == "keras" for name in sys.modules)
+assert tf.keras.layers.Dense(3)(tf.ones([1, 2])).shape == (1, 3)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_operations_on_arrays():
     arrays = {"image": np.random.default_rng(0).integers(0, 255, (6, 20, 30, 3), np.uint8),
               "text": [f"to the left {n}" for n in range(6)]}  # fmt: skip

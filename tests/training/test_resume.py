@@ -22,7 +22,7 @@ def get_config(arg=None):
     config.duration = duration(steps={STEPS})
     config.checkpoint.every = duration(steps=7)
     config.optimizer.ema_decay = 0.9
-    for name in set(config.evaluators) - {{"retrieval", "zero_shot", "zero_shot_unseen"}}:
+    for name in set(config.evaluators) - {{"retrieval", "zero_shot"}}:
         del config.evaluators[name]
     for evaluator in config.evaluators.values():
         evaluator.every = duration(steps=25)

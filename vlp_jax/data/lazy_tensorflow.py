@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from functools import cache
 from types import ModuleType
 from typing import TYPE_CHECKING
@@ -13,6 +15,9 @@ if TYPE_CHECKING:
 
     Example = dict[str, tf.Tensor]
     Op = Callable[[Example, tf.Tensor], Example]  # of preprocessing: see `vlp_jax.data.ops`
+
+
+_OF_KERAS = "keras.src.optimizers"
 
 
 @cache
@@ -27,7 +32,25 @@ def import_tensorflow() -> ModuleType:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     # oneDNN has nothing to give to decoding and resizing, and reports so on stderr.
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
-    import tensorflow as tf
+    with _keras_left_for_later():
+        import tensorflow as tf
 
     tf.config.set_visible_devices([], "GPU")
     return tf
+
+
+@contextlib.contextmanager
+def _keras_left_for_later() -> Iterator[None]:
+    """Within it, importing TensorFlow does not import Keras, which takes a third of the time.
+
+    TensorFlow does so only to register optimizers for SavedModel, and goes on where Keras is not
+    installed. `tf.keras` is imported when somebody uses it.
+    """
+    if _OF_KERAS in sys.modules or "tensorflow" in sys.modules:
+        yield
+        return
+    sys.modules[_OF_KERAS] = None  # so that importing it fails
+    try:
+        yield
+    finally:
+        del sys.modules[_OF_KERAS]

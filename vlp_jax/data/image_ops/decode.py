@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -140,7 +141,7 @@ def _by_format(
         return tf.cond(
             orientation > 0,
             lambda: jpeg(orientation),
-            lambda: whole(_decode_whole(encoded, max_pixels)),
+            lambda: whole(_whole_decoder(max_pixels)(encoded)),
         )
 
     plain = tf.cond(plain, really_plain, lambda: plain)
@@ -263,6 +264,17 @@ def _jpeg_orientation(encoded: tf.Tensor) -> tf.Tensor:
 
     head = tf.strings.substr(encoded, 0, _HEAD)
     return tf.ensure_shape(tf.numpy_function(read, [head], tf.int32, stateful=False), [])
+
+
+@cache
+def _whole_decoder(max_pixels: int) -> Callable[[tf.Tensor], tf.Tensor]:
+    """`_decode_whole` as a function of TensorFlow, traced once for all pipelines of the process."""
+    tf = import_tensorflow()
+    return tf.function(
+        lambda encoded: _decode_whole(encoded, max_pixels),
+        input_signature=[tf.TensorSpec([], tf.string)],
+        autograph=False,
+    )
 
 
 def _decode_whole(encoded: tf.Tensor, max_pixels: int) -> tf.Tensor:
