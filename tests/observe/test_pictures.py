@@ -4,7 +4,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vlp_jax.observe.pictures import VIEWS, draw_comparison, draw_reconstructions
+from vlp_jax.observe.pictures import (
+    VIEWS,
+    draw_comparison,
+    draw_differences,
+    draw_reconstructions,
+)
 from vlp_jax.observe.plots import CURVE_COLORS, PALE
 
 TITLES = {"title": "A title", "subtitle": "what it is about"}
@@ -108,3 +113,30 @@ def test_the_target_is_a_dotted_line_at_its_height(tmp_path):
 def test_there_is_something_to_compare(tmp_path):
     with pytest.raises(ValueError, match="no curve"):
         compare(tmp_path / "x.png", {})
+
+
+def differences(path, curves):
+    draw_differences(path, curves, baseline="a", ylabel="loss", **TITLES)
+    return pixels(path)
+
+
+def test_differences_are_of_variants_with_the_steps_of_the_baseline(tmp_path):
+    steps, loss = [0, 10, 20], np.array([3.0, 2.0, 1.0])
+    curves = {"a": [(steps, loss), (steps, loss + 0.1)]}
+    curves["b"] = [(steps, loss + 0.5), (steps, loss + 0.7)]
+    curves["long"] = [([0, 20, 40], loss), ([0, 20, 40], loss - 0.2)]
+    picture = differences(tmp_path / "x.png", curves)
+    middle = picture.shape[1] // 2
+    sides = [{x > middle for x in where(picture, CURVE_COLORS[n])[1].tolist()} for n in range(3)]
+    assert sides == [{False}, {False, True}, {False}]
+    for wrong in ([(steps, loss)], [(steps, loss), ([0, 10, 30], loss)]):
+        with pytest.raises(ValueError, match="numbers of runs differ, or the steps"):
+            differences(tmp_path / "y.png", {**curves, "b": wrong})
+
+
+def test_there_are_as_many_curves_as_variants(tmp_path):
+    curves = {f"{n}": ([0, 100], [0.1 * n, 0.1 * n]) for n in range(1, 9)}
+    before = compare(tmp_path / "7.png", dict(list(curves.items())[:7]))
+    after = compare(tmp_path / "8.png", curves)
+    color = CURVE_COLORS[7 - len(CURVE_COLORS)]
+    assert len(where(after, color)[0]) > len(where(before, color)[0]) + 500

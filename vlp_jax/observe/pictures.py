@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 from etils import epath
@@ -83,8 +84,8 @@ def draw_comparison(
     figure = new_figure((6.4, 4.0))
     _titles(figure, title, subtitle, 0.1)
     axes = figure.add_axes((0.1, 0.13, 0.86, 0.68))
-    for color, (name, (steps, values)) in zip(CURVE_COLORS, curves.items(), strict=False):
-        axes.plot(steps, values, color=color, marker="o", markersize=3, linewidth=1.4, label=name)
+    for look, (name, (steps, values)) in zip(_looks(), curves.items(), strict=False):
+        axes.plot(steps, values, marker="o", markersize=3, linewidth=1.4, label=name, **look)
     if target is not None:
         axes.axhline(target, color=PALE, linewidth=0.9, linestyle=":")
         label = f"{target_label} {target:g}".strip()
@@ -116,36 +117,40 @@ def draw_differences(
     subtitle: str,
     ylabel: str,
 ) -> None:
-    """Writes a PNG with a curve of several variants, and beside it how they differ from the first.
+    """Writes a PNG with a curve of several variants, and beside it how they differ from one.
+
+    A variant that was logged at other steps than that one has no curve of differences.
 
     Args:
       path: the PNG; its directory is made.
       curves: variant -> (steps, values) of each of its runs; runs at the same place in the lists
-        belong together, and all have the same steps.
+        belong together, and all of a variant have the same steps.
       baseline: the variant that the others are held against.
       ylabel: what the values are.
 
     Raises:
-      ValueError: the variants have different numbers of runs, or other steps.
+      ValueError: the variants have different numbers of runs, or a variant's were logged at
+        different steps.
     """
-    steps = np.asarray(curves[baseline][0][0])
-    shapes = {tuple(np.asarray(run[0])) for runs in curves.values() for run in runs}
-    if len({len(runs) for runs in curves.values()}) > 1 or len(shapes) > 1:
-        raise ValueError("the variants have different numbers of runs, or were logged elsewhere")
+    logged = {name: {tuple(np.asarray(run[0])) for run in runs} for name, runs in curves.items()}
+    numbers = {len(runs) for runs in curves.values()}
+    if len(numbers) > 1 or any(len(found) > 1 for found in logged.values()):
+        raise ValueError("numbers of runs differ, or the steps at which a variant's were logged")
+    steps = {name: np.asarray(*found) for name, found in logged.items()}
     values = {name: np.asarray([run[1] for run in runs]) for name, runs in curves.items()}
     figure = new_figure((8.0, 3.9))
     _titles(figure, title, subtitle, 0.075)
     left = figure.add_axes((0.075, 0.13, 0.4, 0.67))
     right = figure.add_axes((0.575, 0.13, 0.4, 0.67))
-    for color, (name, of_runs) in zip(CURVE_COLORS, values.items(), strict=False):
-        _draw_band(left, steps, of_runs, color, name)
-        if name != baseline:
-            _draw_band(right, steps, of_runs - values[baseline], color, name)
+    for look, (name, of_runs) in zip(_looks(), values.items(), strict=False):
+        _draw_band(left, steps[name], of_runs, look, name)
+        if name != baseline and logged[name] == logged[baseline]:
+            _draw_band(right, steps[name], of_runs - values[baseline], look, name)
     right.axhline(0, color=PALE, linewidth=0.9, linestyle=":")
     left.set_ylabel(ylabel, fontsize=8)
     right.set_ylabel(f"{ylabel}, minus that of {baseline}", fontsize=8)
-    for axes in (left, right):
-        axes.set_xlim(0, steps[-1])
+    for axes, last in ((left, max(x[-1] for x in steps.values())), (right, steps[baseline][-1])):
+        axes.set_xlim(0, last)
         axes.set_xlabel("steps", fontsize=8)
         axes.tick_params(labelsize=7.5)
         axes.spines[["top", "right"]].set_visible(False)
@@ -153,10 +158,20 @@ def draw_differences(
     save_figure(figure, path)
 
 
-def _draw_band(axes: Axes, steps: np.ndarray, of_runs: np.ndarray, color: str, name: str) -> None:
+def _looks() -> Iterator[dict[str, str]]:
+    """Colors and line styles for any number of curves, no two of the first eighteen alike."""
+    for style in itertools.cycle(("-", "--", ":")):
+        for color in CURVE_COLORS:
+            yield {"color": color, "linestyle": style}
+
+
+def _draw_band(
+    axes: Axes, steps: np.ndarray, of_runs: np.ndarray, look: Mapping[str, str], name: str
+) -> None:
     """The mean over the runs [runs, steps], within the least and the most."""
-    axes.plot(steps, of_runs.mean(0), color=color, linewidth=1.2, label=name)
-    axes.fill_between(steps, of_runs.min(0), of_runs.max(0), color=color, alpha=0.2, linewidth=0)
+    axes.plot(steps, of_runs.mean(0), linewidth=1.2, label=name, **look)
+    band = of_runs.min(0), of_runs.max(0)
+    axes.fill_between(steps, *band, color=look["color"], alpha=0.2, linewidth=0)
 
 
 def _titles(figure: Figure, title: str, subtitle: str, left: float) -> None:
