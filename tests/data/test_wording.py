@@ -1,9 +1,12 @@
 """How a run words texts that are not its data's: prompts, queries, exported tokenizers."""
 
+import string
+
 import numpy as np
 import pytest
 
 from vlp_jax.data.pipeline import EvalPipeline
+from vlp_jax.data.tokenizers import build_tokenizer
 from vlp_jax.data.wording import Wording, wording_of
 from vlp_jax.errors import UserError
 
@@ -12,6 +15,8 @@ TEXTS = (
     *("x\u00a0y\u2003z", "C3-PO & R2_D2", "“quotes” ß", "emoji 🌊 NO"),
     *("ÉCOLE", "a" * 300, "&amp;amp; caf\u00c3\u00a9", "НЕТ, да"),
 )
+# Nothing is left of these without punctuation, and an empty text is no example.
+EMPTIED = (string.punctuation, "_")
 PREPROCESS = (
     {"lowercase": {}},
     {"canonicalize_text": {}},
@@ -84,3 +89,15 @@ def test_the_parts_of_a_mixture_word_texts_alike_or_it_is_said():
 def test_an_unknown_operation_is_named():
     with pytest.raises(UserError, match="lowercase"):
         wording_of({"source": "folder", "preprocess": {"lower_case": {}}})
+
+
+def test_the_exported_tokenizer_canonicalizes_as_the_run():
+    import tokenizers
+
+    ours = build_tokenizer({"name": "bytes", "context_length": 400}, lambda: (), None)
+    theirs = tokenizers.Tokenizer.from_str(ours.to_json(False, canonicalize=True))
+    worded = Wording((("canonicalize_text", {}),))((*TEXTS, *EMPTIED))
+    rows = ours(worded)
+    for text, row in zip((*TEXTS, *EMPTIED), rows):
+        ids = theirs.encode(text).ids
+        assert ids == [i for i in row.tolist() if i != ours.pad_id], text

@@ -222,11 +222,12 @@ def test_parameters_alone_come_onto_any_mesh_whatever_the_optimizer(averaged, ch
     jax.tree.map(np.testing.assert_array_equal, stacked, wanted)
     jax.tree.map(np.testing.assert_array_equal, saved.read(), wanted)
     size = sum(array.nbytes for array in wanted.values())
+    # The index of the files counts as well, some of it more than once, and on a busy machine
+    # perhaps more often: the lesser of two counts.
+    read = min(read, bytes_read(lambda: saved.load(other.abstract.params))[1])
+    assert 0.8 * size < read < 2 * size
     _, all_read = bytes_read(lambda: restore(workdir, setup))
     assert all_read > 3 * size  # parameters, average and two moments
-    # The index of the files counts as well, and TensorStore reads what it holds of it again after a
-    # second: on a busy machine more often.
-    assert 0.8 * size < read < 0.6 * all_read
 
 
 def test_the_whole_state_of_another_optimizer_is_refused(averaged):

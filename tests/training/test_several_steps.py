@@ -69,18 +69,17 @@ def test_within_the_loop_a_step_sends_what_a_single_one_does():
 
 def test_it_takes_over_the_state_moves_nothing_by_itself_and_knows_its_batches():
     setup = setup_on(tiny_config(), {}, 1)
-    data = on_devices(setup, 4)
-    steps = compile_steps(setup.step, setup.abstract, setup.batch_spec, setup.mesh, 2)
+    data = on_devices(setup, 6)
+    steps = compile_steps(setup.step, setup.abstract, setup.batch_spec, setup.mesh, 3)
     before = fresh(setup)
-    state, _ = steps(before, *data[:2])
+    state, _ = steps(before, *data[:3])
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(before.params))
     with jax.transfer_guard("disallow"):
-        state, metrics = steps(state, *data[2:])
+        state, metrics = steps(state, *data[3:])
         jax.block_until_ready(metrics)
-    assert int(state.step) == 4
-    data = on_devices(setup, 3)
-    for count in (0, 3):
-        with pytest.raises(ValueError, match=f"{count} batches for programs of 1 and of 2 steps"):
+    assert int(state.step) == 6
+    for count in (0, 2, 4):
+        with pytest.raises(ValueError, match=f"{count} batches for programs of 1 and of 3 steps"):
             steps(state, *data[:count])
 
 

@@ -98,7 +98,7 @@ class OpenFiles:
 
 @cache
 def open_files() -> OpenFiles:
-    """Those of the process: a quarter of the files that it may open, at most 512."""
+    """The open files of this process: a quarter of what it may open, at most 512."""
     import resource
 
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]

@@ -1,4 +1,4 @@
-"""From an encoded `image` to upright uint8 RGB: all of it, or the part that a crop needs."""
+"""Decodes an encoded `image` to upright uint8 RGB: all of it, or the part that a crop needs."""
 
 from __future__ import annotations
 
@@ -256,7 +256,7 @@ def _require_size(encoded: tf.Tensor, sides: tf.Tensor, max_pixels: int) -> tf.T
 
 
 def _jpeg_orientation(encoded: tf.Tensor) -> tf.Tensor:
-    """As `headers.jpeg_orientation`, int32 []."""
+    """Reads the orientation as `headers.jpeg_orientation` does, in the graph; int32 []."""
     tf = import_tensorflow()
 
     def read(head: bytes) -> np.ndarray:

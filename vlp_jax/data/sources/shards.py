@@ -207,7 +207,7 @@ class Shards:
         return np.concatenate(sizes)
 
     def fingerprint(self) -> str:
-        """What changes when other files, or other numbers of records in them, are named."""
+        """Returns a hash that other files, or other numbers of records in them, change."""
         rows = [(Path(p.path).name, p.skip, p.count) for p in self.pieces]
         return hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]
 
