@@ -5,7 +5,9 @@ import json
 import numpy as np
 import pytest
 
-from tools import compare_settings
+from tools import compare_settings, mae_then_clip
+from vlp_jax import config as config_lib
+from vlp_jax.data.shapes.records import SPECS
 from vlp_jax.errors import UserError
 
 SMALL = [
@@ -93,3 +95,20 @@ def test_runs_are_trained_once(tmp_path, shapes_dir, capsys):
     assert same["differences"] == [0] and still["mean_difference"] > 0
     assert f"| same | {same['mean']:.4f} (+0.0000; +0.0000 to +0.0000) |" in printed
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("duration", "steps"),
+    [
+        ("duration.steps=7", 7),
+        ("duration.examples=14", 7),
+        ("duration.epochs=0.5", SPECS["tiny"].sizes["train"] // 4),
+    ],
+)
+def test_a_finished_run_is_known_by_any_unit(duration, steps, tmp_path, shapes_dir):
+    config = config_lib.load("configs/debug_cpu.py")
+    config_lib.override(config, ["duration.steps=None", duration, "batch_size=2"])
+    (tmp_path / "checkpoints" / str(steps - 1)).mkdir(parents=True)
+    assert not mae_then_clip.is_finished(config, tmp_path)
+    (tmp_path / "checkpoints" / str(steps)).mkdir()
+    assert mae_then_clip.is_finished(config, tmp_path)

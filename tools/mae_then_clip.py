@@ -36,6 +36,7 @@ from vlp_jax.train import train
 from vlp_jax.training import checkpoint
 from vlp_jax.training import workdir as workdir_lib
 from vlp_jax.training.command import run_command
+from vlp_jax.training.setup import make_pipeline, make_units
 
 CONFIG = demo.ROOT / "configs" / "mae_then_clip.py"
 MAE, FROM_MAE, FROM_SCRATCH = "mae", "from_mae", "from_scratch"
@@ -76,14 +77,27 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def is_finished(config: ConfigDict, workdir: epath.Path) -> bool:
+    """Whether a checkpoint of the last step is there.
+
+    Opens the training data if `config.duration` is in epochs, and if there is any checkpoint.
+    """
+    saved = checkpoint.saved_steps(checkpoint.absolute(workdir))
+    if not saved:
+        return False
+    examples = None
+    if config.duration.epochs is not None:
+        examples = len(make_pipeline(config, workdir_lib.open_tokenizer(workdir, config)))
+    return make_units(config, examples).total_steps in saved
+
+
 def train_stage(config: ConfigDict, workdir: Path) -> None:
     """Runs the rest of a stage; nothing if it is finished.
 
     Raises:
       UserError, Preempted: see `vlp_jax.train.train`.
     """
-    saved = checkpoint.saved_steps(checkpoint.absolute(epath.Path(workdir)))
-    if config.duration.steps in saved:
+    if is_finished(config, epath.Path(workdir)):
         print(f"{workdir} is finished: it is not run again")
         for change in workdir_lib.changes(epath.Path(workdir), config):
             print(f"note: {change}")
