@@ -125,7 +125,7 @@ def test_tensorflow_is_imported_in_data_alone_and_lazily_and_jax_never_there(fil
             assert top in known, f"{file}:{line}: models must not import {name}"
 
 
-STANDARD = {"collections", "dataclasses", "functools", "math", "typing"}
+STANDARD = {"collections", "dataclasses", "functools", "inspect", "math", "typing"}
 
 
 @pytest.mark.parametrize("file", OURS, ids=lambda f: str(f.relative_to(ROOT)))

@@ -28,6 +28,7 @@ from vlp_jax.benchmarking.provenance import provenance
 from vlp_jax.errors import UserError
 from vlp_jax.models.attention import ATTENTIONS
 from vlp_jax.models.heads import MultiHeadAttention
+from vlp_jax.models.values import ComputeConfig, TransformerConfig
 from vlp_jax.training.command import run_command
 
 STEPS = 20
@@ -62,9 +63,8 @@ def seconds(shape: Shape, backend: str, batch: int, dtype: Any) -> float:
     Raises:
       ValueError, RuntimeError, NotImplementedError: the backend does not hold the shape.
     """
-    layer = MultiHeadAttention(
-        shape.heads, causal=shape.causal, implementation=backend, dtype=dtype
-    )
+    config = TransformerConfig(shape.width, 1, 4 * shape.width, shape.heads)
+    layer = MultiHeadAttention(config, ComputeConfig(dtype, attention=backend), shape.causal)
     x = jax.random.normal(jax.random.key(0), (batch, shape.tokens, shape.width), dtype)
     params = jax.jit(layer.init)(jax.random.key(1), x[:1], x[:1])
 

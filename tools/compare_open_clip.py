@@ -120,7 +120,7 @@ def train_theirs(
     period, last = units.steps(config.log.every, "config.log.every"), units.total_steps - 1
     logged = EverySteps(period, last=last, at_start=True)
     optimizer = torch.optim.AdamW(decayed(model, config.optimizer.weight_decay), **adamw(config))
-    mean, std = objective.model.image_mean, objective.model.image_std
+    mean, std = objective.model.pixels.mean, objective.model.pixels.std
     steps, losses = [], []
     batches = zip(range(units.total_steps), pipeline.batches(), strict=False)
     for step, batch in track(batches, f"{THEIRS}, seed {config.seed}", units.total_steps):
@@ -167,7 +167,7 @@ def judged(
 
     section = config.evaluators[evaluator]
     data = merged_data(config.data, section)
-    mean, std = objective.model.image_mean, objective.model.image_std
+    mean, std = objective.model.pixels.mean, objective.model.pixels.std
     image, text = [], []
     for batch in EvalPipeline(data, tokenizer, batch_size=config.batch_size).batches():
         tensors = to_tensors({k: batch[k] for k in ("image", "text")}, mean, std)

@@ -83,7 +83,7 @@ def pixels(module: Module) -> dict[str, Any]:
     """How a model normalizes its images, for an image tower that is taken out of it."""
     if isinstance(module, VisionTransformer):
         return {}
-    return {"image_mean": tuple(module.image_mean), "image_std": tuple(module.image_std)}
+    return {"image_mean": tuple(module.pixels.mean), "image_std": tuple(module.pixels.std)}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -81,7 +81,7 @@ class EncoderAlone:
         self, params: Params, batch: Batch, rng: PRNGKeyArray, train: bool
     ) -> tuple[Float[Array, ""], Metrics]:
         """Mean square of the encoder's tokens."""
-        image = batch["image"].astype(self.image.dtype)
+        image = batch["image"].astype(self.image.compute.dtype)
         all_of_them = self.kept == self.image.patches
         keep = jnp.broadcast_to(jnp.arange(self.kept), (len(image), self.kept))
         x = self.image.apply({"params": params}, image, None if all_of_them else keep, train)

@@ -166,8 +166,8 @@ def extras_of(
     """
     model = objective.model
     extras = {
-        "image_mean": tuple(model.image_mean),
-        "image_std": tuple(model.image_std),
+        "image_mean": model.pixels.mean,
+        "image_std": model.pixels.std,
         **resizing(config, notes),
     }
     if isinstance(model, MaskedAutoencoder):

@@ -44,8 +44,8 @@ def torch_step(setup, peer):
         setup.config.optimizer,
         on_gpu=False,
         compile_model=None,
-        mean=setup.objective.model.image_mean,
-        std=setup.objective.model.image_std,
+        mean=setup.objective.model.pixels.mean,
+        std=setup.objective.model.pixels.std,
     )
 
 
@@ -68,7 +68,7 @@ def test_a_peer_multiplies_as_much_as_our_model(name):
         image, decoder = setup.objective.model.image, setup.objective.model.decoder
         hidden = image.patches - setup.objective.kept
         pixels = 3 * image.patch_size**2
-        ours += 2 * size * pixels * (hidden * image.width + decoder.width)
+        ours += 2 * size * pixels * (hidden * image.width + decoder.transformer.width)
     assert counter.get_total_flops() == pytest.approx(ours, rel=1e-6)
     assert np.isfinite(loss.item())
     parameters = sum(leaf.size for leaf in jax.tree.leaves(setup.abstract.params))

@@ -21,7 +21,7 @@ from vlp_jax.handover.functions import functions_of
 from vlp_jax.interop import precision
 from vlp_jax.interop.base import Extras
 from vlp_jax.interop.hf_tokenizer import TokenizerFiles
-from vlp_jax.models.dual_encoder import normalize_pixels
+from vlp_jax.models.values import Pixels
 
 
 def opened(folder):
@@ -118,7 +118,7 @@ def test_an_image_tower_alone_normalizes_inside(tmp_path):
     params, image = random_params(module), images(32, 2)
     program = written(module, params, tmp_path, image_mean=mean, image_std=std)
     tree = {"params": interop.to_tree(module, params)}
-    expected = module.apply(tree, np.asarray(normalize_pixels(image, mean, std)))
+    expected = module.apply(tree, np.asarray(Pixels(mean, std).normalize(image)))
     np.testing.assert_allclose(program("embed_image", image), expected, atol=1e-5)
 
 

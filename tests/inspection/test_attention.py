@@ -14,6 +14,7 @@ from vlp_jax import interop
 from vlp_jax.inspection import attention_maps, image_rollout, rollout, token_strings
 from vlp_jax.inspection.taps import attention_weights, layer_path, tapped
 from vlp_jax.models.dual_encoder import DualEncoder
+from vlp_jax.models.values import ComputeConfig
 
 EOS = 5
 PADDED = dict(padding_mask=True, pooling="map", pad_id=1, causal=False, eos_id=EOS)
@@ -42,7 +43,7 @@ def test_a_tapped_pass_computes_what_the_model_computes(name):
         np.testing.assert_allclose(out[what], expected[what], atol=2e-6)
     paths = [path for path in seen if path.endswith("/attention")]
     pooled = sum(tower.pooling == "map" for tower in (module.image, module.text))
-    assert len(paths) == module.image.depth + module.text.depth + pooled
+    assert len(paths) == module.image.transformer.depth + module.text.transformer.depth + pooled
     for path in paths:  # what the model mixed itself, by weights that it does not tell
         weights, values = (np.asarray(seen[p], np.float64) for p in (path, f"{path}/value"))
         mixed = np.einsum("bhqk,bkhd->bqhd", weights, values)
@@ -68,8 +69,9 @@ def test_what_may_not_be_seen_has_no_weight(name):
 
 def test_layers_stacked_or_not_and_images_or_both_give_the_same():
     stacked, params = MODULES["siglip"], random_params(MODULES["siglip"])
+    one_by_one = ComputeConfig(scan_layers=False)
     alone = stacked.clone(
-        image=stacked.image.clone(scan_layers=False), text=stacked.text.clone(scan_layers=False)
+        image=stacked.image.clone(compute=one_by_one), text=stacked.text.clone(compute=one_by_one)
     )
     image, tokens = images(32), token_ids(41, 9, EOS)
     both = attention_maps(stacked, interop.to_tree(stacked, params), image, tokens)
@@ -87,7 +89,7 @@ def test_maps_are_those_of_transformers(kind, tmp_path):
     interop.write("hf", module, flat, tmp_path)
     image, tokens = images(32), token_ids(41, 9, EOS)
     model = transformers.AutoModel.from_pretrained(tmp_path, attn_implementation="eager").eval()
-    mean, std = module.image_mean, module.image_std
+    mean, std = module.pixels.mean, module.pixels.std
     with torch.no_grad():
         theirs = {
             "image": model.vision_model(pixels(image, mean, std), output_attentions=True),

@@ -8,8 +8,8 @@ from foreign import clip, images, random_params, siglip, token_ids
 from vlp_jax import interop
 from vlp_jax.inspection import heat_map, heat_maps, overlay, patch_embeddings
 from vlp_jax.inspection.heat_maps import Samples, spread_out
-from vlp_jax.models.dual_encoder import normalize_pixels
 from vlp_jax.models.layers import AttentionPooling
+from vlp_jax.models.values import changed
 
 MODULES = {
     "cls": clip(),
@@ -36,15 +36,15 @@ def test_a_patch_is_embedded_as_the_pooling_would_see_it_alone(name):
     got = np.asarray(jax.jit(lambda *x: patch_embeddings(module, *x))(params, image))
     assert got.shape == (3, 4, 4, module.embed_dim)
     np.testing.assert_allclose(np.linalg.norm(got, axis=-1), 1, atol=1e-5)
-    one = module.clone(image=module.image.clone(depth=1))
+    one = module.clone(image=changed(module.image, depth=1))
     cut = {p: x[:1] if "image/encoder/layers/" in p else x for p, x in flat.items()}
     tree = interop.to_tree(one, cut)
     image_tower = one.image.clone(pooling="none")
     own = {name: x for name, x in tree["image"].items() if name != "pooling"}
-    pixels = normalize_pixels(image, one.image_mean, one.image_std)
+    pixels = one.pixels.normalize(image)
     tokens = image_tower.apply({"params": own}, pixels)[:, one.image.prefix_tokens :]
     if name == "map":
-        pooling = AttentionPooling(one.image.heads, one.image.mlp_dim)
+        pooling = AttentionPooling(one.image.transformer)
         each = tokens.reshape(-1, 1, one.image.width)
         features = pooling.apply({"params": tree["image"]["pooling"]}, each).reshape(3, 16, -1)
     else:

@@ -33,7 +33,7 @@ def test_it_is_that_of_attention_and_gradients_by_torch(kind, tmp_path):
     model = transformers.AutoModel.from_pretrained(tmp_path, attn_implementation="eager").eval()
     out = model(
         input_ids=torch.from_numpy(tokens).long(),
-        pixel_values=pixels(image, module.image_mean, module.image_std),
+        pixel_values=pixels(image, module.pixels.mean, module.pixels.std),
         output_attentions=True,
     )
     cosine = (out.image_embeds * out.text_embeds).sum(dim=-1)

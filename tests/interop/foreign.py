@@ -6,9 +6,10 @@ import torch
 
 from vlp_jax import interop
 from vlp_jax.interop.trees import expected_shapes
-from vlp_jax.models.dual_encoder import DualEncoder, normalize_pixels
+from vlp_jax.models.dual_encoder import DualEncoder
 from vlp_jax.models.masked_autoencoder import MaskedAutoencoder, MaskedDecoder
 from vlp_jax.models.text import TextTransformer
+from vlp_jax.models.values import Pixels, make_tower
 from vlp_jax.models.vit import VisionTransformer
 
 TOLERANCE = 1e-4
@@ -67,7 +68,7 @@ def embed(module, params, image, text):
     """Ours: features before and after normalization, and logits of every pair."""
 
     def compute(model, image, text):
-        features = model.image(normalize_pixels(image, model.image_mean, model.image_std))
+        features = model.image(model.pixels.normalize(image))
         if model.image_head != "none":
             features = model.image_projection(features)
         words = model.text(text)
@@ -91,7 +92,7 @@ def embed(module, params, image, text):
 def features(module, params, image, mean=MEAN, std=STD):
     """Ours, of an image tower alone."""
     tree = {"params": interop.to_tree(module, params)}
-    x = np.asarray(normalize_pixels(image, mean, std))
+    x = np.asarray(Pixels(mean, std).normalize(image))
     return np.asarray(jax.jit(module.apply)(tree, x))
 
 
@@ -117,12 +118,15 @@ def assert_same(a, b):
 def vit(size=32, patch=8, width=32, depth=2, heads=4, mlp_dim=80, **fields):
     """A small image tower of ours."""
     size = (size, size) if isinstance(size, int) else size
-    return VisionTransformer(size, patch, width, depth, mlp_dim, heads, **fields)
+    sizes = {"width": width, "depth": depth, "mlp_dim": mlp_dim, "heads": heads}
+    return make_tower(VisionTransformer, image_size=size, patch_size=patch, **sizes, **fields)
 
 
 def text_tower(vocab=41, length=9, width=24, depth=3, heads=3, mlp_dim=56, **fields):
     """A small text tower of ours."""
-    return TextTransformer(vocab, length, width, depth, mlp_dim, heads, **fields)
+    sizes = {"width": width, "depth": depth, "mlp_dim": mlp_dim, "heads": heads}
+    sizes |= {"vocab_size": vocab, "context_length": length}
+    return make_tower(TextTransformer, **sizes, **fields)
 
 
 def clip(image=None, text=None, embed_dim=20, **fields):
@@ -134,8 +138,7 @@ def clip(image=None, text=None, embed_dim=20, **fields):
         text_tower(**text),
         embed_dim,
         logit_scale_init=2.6592,
-        image_mean=MEAN,
-        image_std=STD,
+        pixels=Pixels(MEAN, STD),
         **fields,
     )
 
@@ -150,11 +153,18 @@ def siglip(image=None, text=None, **fields):
         text_tower(**text),
         tower.width,
         logit_scale_init=2.3,
-        **{**defaults, "image_mean": MEAN, "image_std": STD, **fields},
+        **{**defaults, "pixels": Pixels(MEAN, STD), **fields},
     )
+
+
+def masked_decoder(width, depth, mlp_dim, heads, grid=(4, 4), outputs=192, **fields):
+    """A small decoder of ours."""
+    sizes = {"width": width, "depth": depth, "mlp_dim": mlp_dim, "heads": heads}
+    fields = {"activation": "gelu", **sizes, **fields}
+    return make_tower(MaskedDecoder, grid=grid, class_token=True, outputs=outputs, **fields)
 
 
 def autoencoder():
     """A small masked autoencoder of ours."""
     image = vit(pooling="none", position="sincos")
-    return MaskedAutoencoder(image, MaskedDecoder((4, 4), True, 192, 16, 1, 32, 2))
+    return MaskedAutoencoder(image, masked_decoder(16, 1, 32, 2))

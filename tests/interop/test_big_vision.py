@@ -26,13 +26,14 @@ from open_clip.convert import load_big_vision_weights
 
 from vlp_jax import interop
 from vlp_jax.errors import UserError
+from vlp_jax.models.values import Pixels, changed
 
 HALF = (0.5, 0.5, 0.5)
 
 
 def pair(**fields):
     """A small model of ours whose pixels are in [-1, 1]."""
-    return siglip(**fields).clone(image_mean=HALF, image_std=HALF)
+    return siglip(**fields).clone(pixels=Pixels())
 
 
 PAIRS = {
@@ -61,9 +62,9 @@ def oracle(module, file):
         img_size=image.image_size,
         patch_size=image.patch_size,
         embed_dim=image.width,
-        depth=image.depth,
-        num_heads=image.heads,
-        mlp_ratio=image.mlp_dim / image.width,
+        depth=image.transformer.depth,
+        num_heads=image.transformer.heads,
+        mlp_ratio=image.transformer.mlp_dim / image.width,
         global_pool={"map": "map", "mean": "avg", "cls": "token"}[image.pooling],
         class_token=image.class_token,
         no_embed_class=True,
@@ -80,9 +81,9 @@ def oracle(module, file):
             context_length=text.context_length,
             vocab_size=text.vocab_size,
             width=text.width,
-            heads=text.heads,
-            layers=text.depth,
-            mlp_ratio=text.mlp_dim / text.width,
+            heads=text.transformer.heads,
+            layers=text.transformer.depth,
+            mlp_ratio=text.transformer.mlp_dim / text.width,
             no_causal_mask=True,
             proj_bias=True,
             pool_type="last",
@@ -275,7 +276,7 @@ class MAPHead(nn.Module):
 
 def test_texts_pooled_by_attention(tmp_path):
     module = pair(text=dict(pooling="map"), text_head="none")
-    module = module.clone(text=module.text.clone(width=32, heads=4))
+    module = module.clone(text=changed(module.text, width=32, heads=4))
     params = random_params(module)
     interop.write("big_vision", module, params, tmp_path)
     imported = interop.read(f"big_vision:{tmp_path}", like=module)
@@ -296,7 +297,7 @@ def test_texts_pooled_by_attention(tmp_path):
         },
         sep="/",
     )
-    theirs = MAPHead(4, module.text.mlp_dim).apply({"params": head}, tokens)
+    theirs = MAPHead(4, module.text.transformer.mlp_dim).apply({"params": head}, tokens)
     ours = module.text.apply(tree, ids)
     assert_close(ours, np.asarray(theirs), "big_vision text MAPHead")
 

@@ -18,6 +18,7 @@ from tools import convert
 from vlp_jax import interop
 from vlp_jax.data.tokenizers import train_subword
 from vlp_jax.interop.hf_tokenizer import TokenizerFiles
+from vlp_jax.models.values import Pixels
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -80,7 +81,7 @@ def test_a_tower_alone_takes_its_pixels_along(clip_folder, tmp_path, capsys):
 
 
 def test_of_siglip_from_big_vision_needs_a_tokenizer(tmp_path, capsys):
-    module = siglip(image_mean=(0.5,) * 3, image_std=(0.5,) * 3)
+    module = siglip(pixels=Pixels())
     interop.write("big_vision", module, random_params(module), tmp_path / "bv")
     assert command(f"big_vision:{tmp_path}/bv", f"hf_siglip:{tmp_path}/hf") == 0
     assert "no files of a tokenizer" in capsys.readouterr().out

@@ -18,7 +18,6 @@ from vlp_jax import export
 from vlp_jax.data.pipeline import EvalPipeline
 from vlp_jax.data.tokenizers import ByteTokenizer, SubwordTokenizer
 from vlp_jax.interop.trees import plain
-from vlp_jax.models.dual_encoder import normalize_pixels
 from vlp_jax.models.masking import mask_from_noise
 from vlp_jax.training import run_model
 
@@ -99,8 +98,8 @@ def test_clip_run_as_hugging_face_takes_it(step, clip_run, tmp_path, pictures, c
     )
     np.testing.assert_array_equal(theirs["input_ids"].numpy(), ids)
     image = prepared(pictures, CROP)
-    mean, std = objective.model.image_mean, objective.model.image_std
-    expected = np.asarray(normalize_pixels(image, mean, std)).transpose(0, 3, 1, 2)
+    mean, std = objective.model.pixels.mean, objective.model.pixels.std
+    expected = np.asarray(objective.model.pixels.normalize(image)).transpose(0, 3, 1, 2)
     assert np.abs(theirs["pixel_values"].numpy() - expected).max() < 2.5 / 255 / min(std)
     theirs["pixel_values"] = pixels(image, mean, std)
     out = model(**theirs)
@@ -120,8 +119,8 @@ def test_clip_run_as_open_clip_takes_it(clip_run, tmp_path, pictures):
     ids = tokenizer([text.lower() for text in texts])
     np.testing.assert_array_equal(open_clip.get_tokenizer(name)(texts).numpy(), ids)
     image = prepared(pictures, CROP)
-    mean, std = objective.model.image_mean, objective.model.image_std
-    expected = np.asarray(normalize_pixels(image, mean, std)).transpose(0, 3, 1, 2)
+    mean, std = objective.model.pixels.mean, objective.model.pixels.std
+    expected = np.asarray(objective.model.pixels.normalize(image)).transpose(0, 3, 1, 2)
     theirs = torch.stack([transform(picture) for picture in pictures]).numpy()
     assert np.abs(theirs - expected).max() < 2.5 / 255 / min(std)
     features, words, scale = model.eval()(pixels(image, mean, std), torch.from_numpy(ids))[:3]
@@ -159,7 +158,7 @@ def test_mae_run_with_its_decoder_and_without(mae_run, tmp_path, capsys):
     assert model.config.norm_pix_loss is True and model.config.mask_ratio == 0.6
     image = np.random.default_rng(0).integers(0, 256, (2, 24, 24, 3), np.uint8)
     noise = np.random.default_rng(1).random((2, 9), np.float32)
-    mean, std = objective.model.image_mean, objective.model.image_std
+    mean, std = objective.model.pixels.mean, objective.model.pixels.std
     with_mask = mask_from_noise(noise, int(9 * (1 - 0.6)))
     expected = objective.model.apply({"params": trees[3]}, image, with_mask)
     theirs = model.eval()(pixels(image, mean, std), noise=torch.from_numpy(noise))
@@ -195,7 +194,7 @@ def test_part_of_a_composite(tmp_path):
         image,
         method="embed_image",
     )
-    features = model.vision_model(pixels(image, part.model.image_mean, 0.5)).pooler_output
+    features = model.vision_model(pixels(image, part.model.pixels.mean, 0.5)).pooler_output
     features = model.visual_projection(features)
     assert_close(features / features.norm(dim=-1, keepdim=True), expected)
     for wrong, part in (("hf_clip", "painting"), ("hf_clip", "pears")):

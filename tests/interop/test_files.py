@@ -13,6 +13,7 @@ from foreign import assert_same, clip, random_params, siglip, vit
 from vlp_jax import interop
 from vlp_jax.errors import UserError
 from vlp_jax.interop import files
+from vlp_jax.models.values import Pixels
 
 
 @pytest.fixture
@@ -83,7 +84,7 @@ def test_arrays_of_python_objects_are_refused(tmp_path):
 
 
 def test_a_truncated_npz(tmp_path):
-    module = siglip().clone(image_mean=(0.5,) * 3, image_std=(0.5,) * 3)
+    module = siglip().clone(pixels=Pixels())
     (file,) = interop.write("big_vision", module, random_params(module), tmp_path)
     file.write_bytes(file.read_bytes()[:-100])
     assert "truncated or corrupt" in refused(f"big_vision:{file}")

@@ -16,6 +16,7 @@ from vlp_jax.data.tokenizers.clip import clean
 from vlp_jax.data.tokenizers.sentencepiece_file import NORMAL, ModelFile
 from vlp_jax.encoders.foreign_texts import tokenizer_of_files
 from vlp_jax.models.text import TextTransformer
+from vlp_jax.models.values import TransformerConfig
 
 TEXTS = list(corpus.captions())
 
@@ -122,7 +123,8 @@ def odd_rows(clip):
     readable = [text.encode("utf-8", "replace").decode() for text in ODD]  # no lone surrogates
     data = {"source": "arrays", "arrays": {"text": [text.encode() for text in readable]}}
     batches = EvalPipeline({**data, "preprocess": {}}, clip, batch_size=len(ODD)).batches()
-    files = tokenizer_of_files(None, TextTransformer(49408, 77, 8, 1, 8, 1), None, "x", [])
+    tower = TextTransformer(49408, 77, TransformerConfig(8, 1, 8, 1))
+    files = tokenizer_of_files(None, tower, None, "x", [])
     theirs = open_clip.SimpleTokenizer()(readable).numpy()
     return theirs, clip(ODD), next(iter(batches))["text"], files(ODD)
 

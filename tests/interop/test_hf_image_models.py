@@ -15,6 +15,7 @@ from foreign import (
     assert_same,
     features,
     images,
+    masked_decoder,
     pixels,
     random_params,
     randomize,
@@ -24,9 +25,10 @@ from foreign import (
 
 from vlp_jax import interop
 from vlp_jax.errors import UserError
-from vlp_jax.models.masked_autoencoder import MaskedAutoencoder, MaskedDecoder
+from vlp_jax.models.masked_autoencoder import MaskedAutoencoder
 from vlp_jax.models.masking import mask_from_noise
 from vlp_jax.models.positions import sincos_2d
+from vlp_jax.models.values import Pixels, changed
 
 
 def tensors_of(directory):
@@ -76,7 +78,7 @@ def test_reads_vit(config, tmp_path):
     model = randomize(transformers.ViTModel(config, add_pooling_layer=False))
     model.save_pretrained(tmp_path)
     imported = interop.read(f"hf_vit:{tmp_path}")
-    assert imported.module.norm_eps == config.layer_norm_eps
+    assert imported.module.transformer.norm_eps == config.layer_norm_eps
     assert_vit_computes_the_same(imported.module, imported.params, model)
     interop.write("hf", imported.module, imported.params, tmp_path / "again")
     again = load(transformers.ViTModel, tmp_path / "again", add_pooling_layer=False)
@@ -141,10 +143,11 @@ def mae_config(size=32, patch=8, **fields):
 
 def mae(size=32, patch=8, position="sincos", **fields):
     encoder = vit(size, patch, pooling="none", position=position, activation="gelu", **fields)
-    decoder = MaskedDecoder(
-        encoder.grid, True, 3 * patch**2, 24, 2, 40, 3, position, norm_eps=encoder.norm_eps
-    )
-    return MaskedAutoencoder(encoder, decoder, MEAN, STD)
+    decoder = masked_decoder(
+        *(24, 2, 40, 3), encoder.grid, 3 * patch**2, position=position,
+        norm_eps=encoder.transformer.norm_eps,
+    )  # fmt: skip
+    return MaskedAutoencoder(encoder, decoder, Pixels(MEAN, STD))
 
 
 def reconstruct(module, params, image, noise, kept):
@@ -196,10 +199,11 @@ def test_reads_mae(config, fixed, tmp_path):
     module = imported.module
     expected = "sincos" if fixed else "learned"
     assert (module.image.position, module.decoder.position) == (expected, expected)
-    assert module.image.norm_eps == module.decoder.norm_eps == config.layer_norm_eps
+    eps = {tower.transformer.norm_eps for tower in (module.image, module.decoder)}
+    assert eps == {config.layer_norm_eps}
     assert any(f"mask_ratio {config.mask_ratio}" in note for note in imported.notes)
     assert_mae_computes_the_same(
-        module, imported.params, model, module.image_mean, module.image_std
+        module, imported.params, model, module.pixels.mean, module.pixels.std
     )
     if not fixed:
         interop.write("hf", module, imported.params, tmp_path / "again")
@@ -244,7 +248,8 @@ def test_files_have_the_names_of_transformers_4_and_both_tables(tmp_path):
         ("decoder.decoder_pos_embed", module.decoder),
     ):
         np.testing.assert_array_equal(tensors[name][0, 0], 0)
-        np.testing.assert_array_equal(tensors[name][0, 1:], sincos_2d(tower.grid, tower.width))
+        table = sincos_2d(tower.grid, tower.transformer.width)
+        np.testing.assert_array_equal(tensors[name][0, 1:], table)
 
 
 def test_what_cannot_be_expressed_is_all_said(tmp_path):
@@ -259,7 +264,7 @@ def test_what_cannot_be_expressed_is_all_said(tmp_path):
     ):
         assert reason in str(error.value)
     odd = mae((32, 16))
-    odd = odd.clone(decoder=odd.decoder.clone(norm_eps=1e-3, activation="gelu_tanh"))
+    odd = odd.clone(decoder=changed(odd.decoder, norm_eps=1e-3, activation="gelu_tanh"))
     with pytest.raises(UserError) as error:
         interop.write("hf", odd, random_params(odd), tmp_path)
     for reason in (

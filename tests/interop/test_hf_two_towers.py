@@ -24,6 +24,7 @@ from foreign import (
 
 from vlp_jax import interop
 from vlp_jax.errors import UserError
+from vlp_jax.models.values import Pixels
 
 CLIP_SIZES = {
     "32 px": dict(
@@ -122,11 +123,12 @@ def test_reads_clip(size, tmp_path):
     imported = interop.read(f"hf_clip:{tmp_path}")
     module = imported.module
     assert module.text.pooling == ("argmax" if "highest" in size else "eos")
-    assert (module.image.activation, module.text.activation) == ("gelu", "quick_gelu")
+    layers = module.image.transformer, module.text.transformer
+    assert tuple(tower.activation for tower in layers) == ("gelu", "quick_gelu")
     assert any("leave" in size and "42 x 42" in note for note in imported.notes) == (
         "leave" in size
     )
-    mean, std = module.image_mean, module.image_std
+    mean, std = module.pixels.mean, module.pixels.std
     assert_computes_the_same(module, imported.params, model, mean, std)
 
     again = interop.write("hf", module, imported.params, tmp_path / "again")
@@ -163,7 +165,7 @@ def test_writes_clip(module, tmp_path):
     if module.image.position == "learned" and module.image.class_position:
         assert_same(imported.params, params)
         assert not interop.differences(imported.module, module)
-        assert (imported.module.image_mean, imported.module.image_std) == (MEAN, STD)
+        assert imported.module.pixels == Pixels(MEAN, STD)
     assert_computes_the_same(imported.module, imported.params, model)
 
 
@@ -175,8 +177,9 @@ def test_reads_siglip(size, tmp_path):
     model.save_pretrained(tmp_path)
     imported = interop.read(f"hf_siglip:{tmp_path}")
     module = imported.module
-    assert (module.image.activation, module.text.activation) == ("gelu_tanh", "gelu")
-    assert (module.image.norm_eps, module.text.norm_eps) == (1e-6, 1e-3)
+    layers = module.image.transformer, module.text.transformer
+    assert tuple(tower.activation for tower in layers) == ("gelu_tanh", "gelu")
+    assert tuple(tower.norm_eps for tower in layers) == (1e-6, 1e-3)
     assert_computes_the_same(module, imported.params, model, (0.5,) * 3, (0.5,) * 3)
 
     interop.write("hf", module, imported.params, tmp_path / "again")

@@ -59,7 +59,7 @@ def with_processor(folders, config, tmp_path, name="hf_clip", file=FILE):
 
 def prepared(model, pictures):
     """Normalized pixels, channels first, of a loaded model that holds its normalization."""
-    mean, std = np.array(model.module.image_mean), np.array(model.module.image_std)
+    mean, std = np.array(model.module.pixels.mean), np.array(model.module.pixels.std)
     pixels = np.stack([model.images(picture) for picture in pictures])
     return ((pixels / 255 - mean) / std).transpose(0, 3, 1, 2)
 
@@ -100,7 +100,7 @@ def test_an_image_processor_of_transformers_does_the_same(settings, folders, pic
     model = vlp_jax.load(f"hf:{with_processor(folders, settings, tmp_path)}")
     assert model.notes == ()
     theirs = theirs_of(tmp_path / "hf_clip", pictures)
-    assert_same_pixels(prepared(model, pictures), theirs, model.module.image_std)
+    assert_same_pixels(prepared(model, pictures), theirs, model.module.pixels.std)
 
 
 @pytest.mark.parametrize(("model_type", "size"), [("hf_siglip", [32, 32]), ("hf_vit", 32)])
@@ -125,7 +125,7 @@ def test_a_section_of_processor_config_counts_first(folders, pictures, tmp_path)
     model = vlp_jax.load(f"hf:{folder}")
     assert model.images.scale == 40
     assert_same_pixels(
-        prepared(model, pictures), theirs_of(folder, pictures), model.module.image_std
+        prepared(model, pictures), theirs_of(folder, pictures), model.module.pixels.std
     )
 
 
@@ -287,7 +287,7 @@ def test_a_larger_scale_is_written_for_transformers_and_refused_by_open_clip(
     model = vlp_jax.load(f"hf:{tmp_path / 'hf'}")
     assert model.images.scale == extras["scale"] and model.notes == ()
     theirs = theirs_of(tmp_path / "hf", pictures)
-    assert_same_pixels(prepared(model, pictures), theirs, module.image_std)
+    assert_same_pixels(prepared(model, pictures), theirs, module.pixels.std)
     with pytest.raises(UserError, match="open_clip scales images to cover 32 x 32 pixels, not to"):
         interop.write("open_clip", module, random_params(module), tmp_path / "oc", **extras)
     with pytest.raises(UserError, match="open_clip does not resize by 'box': give --interpolation"):

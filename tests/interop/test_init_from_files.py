@@ -5,12 +5,12 @@ import jax
 import numpy as np
 import pytest
 import torch
-from foreign import random_params, vit
+from foreign import masked_decoder, random_params, vit
 from ml_collections import ConfigDict
 
 from vlp_jax import interop
 from vlp_jax.errors import UserError
-from vlp_jax.models.masked_autoencoder import MaskedAutoencoder, MaskedDecoder
+from vlp_jax.models.masked_autoencoder import MaskedAutoencoder
 from vlp_jax.training import param_groups
 from vlp_jax.training.init_from import make_start
 
@@ -72,10 +72,7 @@ def test_every_number_arrives(format, source, objective, rules, tmp_path):
 
 def test_the_encoder_of_a_masked_autoencoder_at_another_size(tmp_path):
     image = vit(32, 8, 32, 2, 2, 64, pooling="none", activation="gelu")
-    decoder = MaskedDecoder(
-        grid=image.grid, class_token=True, outputs=192, position="learned", activation="gelu",
-        width=16, depth=1, mlp_dim=32, heads=2, norm_eps=image.norm_eps,
-    )  # fmt: skip
+    decoder = masked_decoder(16, 1, 32, 2, position="learned")
     module = MaskedAutoencoder(image, decoder)
     params = random_params(module)
     interop.write("hf_vit_mae", module, params, tmp_path / "files")

@@ -86,5 +86,5 @@ def test_parameters_are_as_many_as_in_transformers(spec):
     if family == "ViTMAE":  # it keeps both tables of sines and cosines, a row of a class token too
         objective = objective_of(config)
         tokens = objective.model.image.tokens
-        ours += tokens * (objective.model.image.width + objective.model.decoder.width)
+        ours += tokens * (objective.model.image.width + objective.model.decoder.transformer.width)
     assert ours == sum(parameter.numel() for parameter in theirs.parameters())

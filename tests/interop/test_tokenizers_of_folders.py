@@ -20,6 +20,7 @@ from vlp_jax.encoders.foreign_texts import tokenizer_of_files
 from vlp_jax.errors import UserError
 from vlp_jax.interop.hf_tokenizer import CONFIG, TOKENIZER, TokenizerFiles
 from vlp_jax.models.text import TextTransformer
+from vlp_jax.models.values import TransformerConfig
 
 CONTEXT = 12
 TEXTS = (
@@ -47,7 +48,7 @@ def folder_of(files, folder, model_type="clip"):
 def ours_of(folder, model_type="clip", vocab=10**6):
     """(ids, notes) of the folder, as `vlp_jax.load` makes them."""
     notes, files = [], TokenizerFiles.found(folder, kind=KINDS[model_type])
-    tower = TextTransformer(vocab, CONTEXT, 8, 1, 8, 1)
+    tower = TextTransformer(vocab, CONTEXT, TransformerConfig(8, 1, 8, 1))
     tokenizer = tokenizer_of_files(files, tower, 0, str(folder), notes)
     assert tokenizer.lengths(["x"])[0] >= 1
     return tokenizer(TEXTS), notes

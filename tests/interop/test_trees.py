@@ -3,23 +3,36 @@
 import jax
 import numpy as np
 import pytest
-from foreign import MEAN, assert_same, clip, images, random_params, siglip, token_ids, vit
+from foreign import (
+    MEAN,
+    assert_same,
+    clip,
+    images,
+    masked_decoder,
+    random_params,
+    siglip,
+    token_ids,
+    vit,
+)
 
 from vlp_jax import interop
-from vlp_jax.models.masked_autoencoder import MaskedAutoencoder, MaskedDecoder
+from vlp_jax.models.masked_autoencoder import MaskedAutoencoder
+from vlp_jax.models.values import ComputeConfig, Pixels, changed
+
+ONE_BY_ONE = ComputeConfig(scan_layers=False)
 
 
 def by_layer(module):
     """The same model whose layers stand alone."""
     if not hasattr(module, "image"):
-        return module.clone(scan_layers=False)
+        return module.clone(compute=ONE_BY_ONE)
     parts = [name for name in ("image", "text", "decoder") if hasattr(module, name)]
-    return module.clone(**{name: getattr(module, name).clone(scan_layers=False) for name in parts})
+    return module.clone(**{name: by_layer(getattr(module, name)) for name in parts})
 
 
 def mae():
     image = vit(pooling="none", position="sincos")
-    return MaskedAutoencoder(image, MaskedDecoder((4, 4), True, 192, 24, 2, 40, 3))
+    return MaskedAutoencoder(image, masked_decoder(24, 2, 40, 3))
 
 
 @pytest.mark.parametrize("module", [clip(), vit(), mae()], ids=lambda m: type(m).__name__)
@@ -45,7 +58,8 @@ def test_a_model_of_single_layers_takes_its_tree_and_computes_the_same():
 
 
 def test_a_tower_with_one_kind_of_layers_beside_one_with_the_other(tmp_path):
-    module = clip(text=dict(scan_layers=False), image=dict(remat="full"))
+    again = ComputeConfig(remat="full")
+    module = clip(text={"compute": ONE_BY_ONE}, image={"compute": again})
     params = random_params(module)
     tree = interop.to_tree(module, params)
     assert "layers" in tree["image"]["encoder"] and "layer_2" in tree["text"]["encoder"]
@@ -66,10 +80,11 @@ def test_weights_come_with_their_grids_and_what_differs(tmp_path):
     assert weights.grids == {"image/position_embedding": (4, 4)}
     assert weights.notes == []
 
+    again = ComputeConfig(remat="full")
     here = clip(
-        image=dict(size=48, activation="gelu_tanh", norm_eps=1e-6, heads=2, remat="full"),
+        image=dict(size=48, activation="gelu_tanh", norm_eps=1e-6, heads=2, compute=again),
         text=dict(eos_id=7, stochastic_depth=0.1, pad_id=9),
-    ).clone(image_std=MEAN)
+    ).clone(pixels=Pixels(MEAN, MEAN))
     weights = interop.read_weights(f"hf_clip:{tmp_path}", like=here)
     assert weights.notes == [
         "image.image_size is (32, 32) in the source and (48, 48) here",
@@ -77,7 +92,7 @@ def test_weights_come_with_their_grids_and_what_differs(tmp_path):
         "image.activation is 'quick_gelu' in the source and 'gelu_tanh' here",
         "image.norm_eps is 1e-05 in the source and 1e-06 here",
         "text.eos_id is 5 in the source and 7 here",
-        f"image_std is {source.image_std} in the source and {MEAN} here",
+        f"image_std is {source.pixels.std} in the source and {MEAN} here",
     ]
 
 
@@ -98,4 +113,4 @@ def test_weights_of_another_kind_of_model(tmp_path):
 
 def by_activation(module):
     """Both halves with one activation, as the format has it."""
-    return module.clone(image=module.image.clone(activation="gelu"))
+    return module.clone(image=changed(module.image, activation="gelu"))

@@ -8,18 +8,20 @@ import pytest
 
 from vlp_jax.models.dense import Dense, add_bias
 from vlp_jax.models.heads import FromHeads, ToHeads
-from vlp_jax.models.parameters import layer_norm
+from vlp_jax.models.parameters import norm
+from vlp_jax.models.values import PLAIN, TransformerConfig
 
 X = np.random.default_rng(0).normal(size=(3, 5, 16)).astype(np.float32)
 HEADS = X.reshape(3, 5, 2, 8)
 XAVIER = {"kernel_init": nn.initializers.xavier_uniform()}
-NAMES = (("a", "b"), ("c",))
+NAMES = (("a", "b"), ("c",), PLAIN)
+CONFIG = TransformerConfig(16, 1, 16, 1, norm_eps=1e-5)
 
 
 class Normed(nn.Module):
     @nn.compact
     def __call__(self, x):
-        return layer_norm(1e-5, jnp.float32, "norm")(x)
+        return norm(CONFIG, jnp.float32, "norm")(x)
 
 
 class FlaxNormed(nn.Module):
@@ -31,12 +33,12 @@ class FlaxNormed(nn.Module):
 PAIRS = {
     "dense": (Dense(*NAMES, features=7), nn.Dense(7, **XAVIER), X),
     "to heads": (
-        ToHeads(("a", "b", "c"), ("b", "c"), heads=2, head_dim=8),
+        ToHeads(("a", "b", "c"), ("b", "c"), PLAIN, heads=2, head_dim=8),
         nn.DenseGeneral((2, 8), **XAVIER),
         X,
     ),
     "from heads": (
-        FromHeads(("a", "b", "c"), ("c",), heads=2, width=6),
+        FromHeads(("a", "b", "c"), ("c",), PLAIN, heads=2, width=6),
         nn.DenseGeneral(6, axis=(-2, -1), **XAVIER),
         HEADS,
     ),
@@ -65,7 +67,7 @@ def test_flax_has_the_same(case):
 
 def test_heads_side_by_side_are_the_same_numbers():
     plain, flat = (
-        ToHeads(("a", "b", "c"), ("b", "c"), heads=2, head_dim=8, flat=flat)
+        ToHeads(("a", "b", "c"), ("b", "c"), PLAIN, heads=2, head_dim=8, flat=flat)
         for flat in (False, True)
     )
     params = plain.init(jax.random.key(0), X)

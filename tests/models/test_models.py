@@ -8,15 +8,17 @@ import pytest
 from modules import apply, init, perturbed
 
 from vlp_jax.models import layers
-from vlp_jax.models.dual_encoder import DualEncoder, l2_normalize, normalize_pixels
+from vlp_jax.models.dual_encoder import DualEncoder, l2_normalize
+from vlp_jax.models.parameters import norm
 from vlp_jax.models.text import make_text
+from vlp_jax.models.values import PLAIN, ComputeConfig, Pixels, TransformerConfig
 from vlp_jax.models.vit import PatchEmbedding, make_vit
 
 KEY = jax.random.key(0)
 
 
-def tiny_vit(**fields):
-    return make_vit("mu/8", 16, depth=3, **fields)
+def tiny_vit(compute=PLAIN, **fields):
+    return make_vit("mu/8", 16, depth=3, compute=compute, **fields)
 
 
 def tiny_text(**fields):
@@ -36,7 +38,7 @@ def tokens(batch=2):
 @pytest.mark.parametrize("causal", [False, True])
 def test_attention_equals_flax(causal):
     x = jax.random.normal(jax.random.key(2), (2, 5, 12))
-    ours = layers.MultiHeadAttention(heads=3, causal=causal)
+    ours = layers.MultiHeadAttention(TransformerConfig(12, 1, 12, heads=3), causal=causal)
     params = perturbed(ours, x, x)
     flax_attention = nn.MultiHeadDotProductAttention(num_heads=3)
     mask = nn.make_causal_mask(x[..., 0]) if causal else None
@@ -55,7 +57,7 @@ def test_patch_embedding_equals_convolution():
 
 def test_layer_norm_equals_float64_definition():
     x = 100 + jax.random.normal(KEY, (4, 32))  # a fast variance would lose digits here
-    module = layers.layer_norm(1e-6, jnp.float32, "norm")
+    module = norm(TransformerConfig(32, 1, 32, 1), jnp.float32, "norm")
     params = perturbed(module, x)
     x64 = np.asarray(x, np.float64)
     z = (x64 - x64.mean(-1, keepdims=True)) / np.sqrt(x64.var(-1, keepdims=True) + 1e-6)
@@ -83,7 +85,9 @@ def test_activations(name, torch_formula):
 
 @pytest.mark.parametrize("pooling", ["cls", "mean", "map"])
 def test_scanned_layers_equal_separate_ones(pooling):
-    scanned, separate = (tiny_vit(pooling=pooling, scan_layers=s) for s in (True, False))
+    scanned, separate = (
+        tiny_vit(ComputeConfig(scan_layers=s), pooling=pooling) for s in (True, False)
+    )
     params = perturbed(scanned, image())["params"]
     encoder = dict(params["encoder"])
     stacked = encoder.pop("layers")
@@ -99,7 +103,9 @@ def test_scanned_layers_equal_separate_ones(pooling):
 @pytest.mark.parametrize("remat", ["full", "dots"])
 @pytest.mark.parametrize("scan_layers", [False, True])
 def test_rematerialization_changes_no_gradient_and_saves_memory(remat, scan_layers):
-    plain, remade = (tiny_vit(scan_layers=scan_layers, remat=r) for r in ("none", remat))
+    plain, remade = (
+        tiny_vit(ComputeConfig(scan_layers=scan_layers, remat=r)) for r in ("none", remat)
+    )
     params = perturbed(plain, image())
 
     def gradient(model):
@@ -119,7 +125,7 @@ def test_rematerialization_changes_no_gradient_and_saves_memory(remat, scan_laye
 
 def test_unknown_remat_policy_is_refused():
     with pytest.raises(ValueError, match="known: dots, full"):
-        tiny_vit(remat="everything").init(KEY, image())
+        tiny_vit(ComputeConfig(remat="everything")).init(KEY, image())
 
 
 def test_causal_text_does_not_see_what_follows():
@@ -180,7 +186,7 @@ def test_images_of_a_batch_do_not_mix():
 
 
 def test_bfloat16_compute_keeps_float32_parameters():
-    model = tiny_vit(dtype=jnp.bfloat16, pooling="map")
+    model = tiny_vit(ComputeConfig(jnp.bfloat16), pooling="map")
     params = init(model, image())
     assert {x.dtype for x in jax.tree.leaves(params)} == {jnp.dtype("float32")}
     out = apply(model, params, image())
@@ -223,7 +229,7 @@ def test_embeddings_are_unit_vectors_in_float32():
 
 def test_pixels_are_normalized_as_stated():
     pixels = jnp.asarray([[[[0, 128, 255]]]], jnp.uint8)
-    out = normalize_pixels(pixels, (0.5, 0.4, 0.3), (0.5, 0.2, 0.1))
+    out = Pixels((0.5, 0.4, 0.3), (0.5, 0.2, 0.1)).normalize(pixels)
     expected = [(0 - 0.5) / 0.5, (128 / 255 - 0.4) / 0.2, (1 - 0.3) / 0.1]
     np.testing.assert_allclose(out[0, 0, 0], expected, rtol=1e-5)
 
@@ -269,7 +275,7 @@ def test_flops_are_those_of_open_clip(expected_gflops, vit, text):
 
 
 def test_flops_equal_the_compilers_count_of_the_matrix_products():
-    model = tiny_vit(scan_layers=False, pooling="map")
+    model = tiny_vit(ComputeConfig(scan_layers=False), pooling="map")
     params = init(model, image(1))
     compiled = jax.jit(model.apply).lower(params, image(1)).compile()
     counted = compiled.cost_analysis()["flops"]

@@ -15,6 +15,7 @@ from vlp_jax.models.quantization import (
     fp8_dot_general,
     quantize,
 )
+from vlp_jax.models.values import ComputeConfig, TransformerConfig
 
 DIMS = (((1,), (0,)), ((), ()))
 
@@ -76,8 +77,8 @@ def test_the_least_numbers_give_no_nan():
 
 def test_an_encoder_has_the_same_parameters_and_is_near():
     x = jnp.asarray(normal(0, 2, 9, 64))
-    fields = {"depth": 2, "heads": 2, "mlp_dim": 128}
-    plain, small = (layers.Encoder(**fields, quantization=q) for q in ("none", "fp8"))
+    config = TransformerConfig(64, depth=2, mlp_dim=128, heads=2)
+    plain, small = (layers.Encoder(config, ComputeConfig(quantization=q)) for q in ("none", "fp8"))
     params = plain.init(jax.random.key(0), x)
     shapes = jax.eval_shape(small.init, jax.random.key(0), x)
     assert jax.tree.structure(nn.unbox(shapes)) == jax.tree.structure(nn.unbox(params))

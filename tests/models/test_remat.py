@@ -10,6 +10,7 @@ from vlp_jax.models import layers
 from vlp_jax.models.masked_autoencoder import MaskedAutoencoder, MaskedDecoder
 from vlp_jax.models.masking import random_mask
 from vlp_jax.models.remat import NAMES, REMAT_POLICIES
+from vlp_jax.models.values import ComputeConfig, TransformerConfig
 from vlp_jax.models.vit import make_vit
 
 # Products of a layer: six with kernels and two of attention, and twice as many backward. What is
@@ -21,9 +22,11 @@ BIASES = 6  # each of whose gradients is a product with ones
 
 
 def gradient(remat, scan_layers=True, dtype=jnp.float32):
-    encoder = layers.Encoder(2, 2, 32, remat=remat, scan_layers=scan_layers, dtype=dtype)
+    config = TransformerConfig(16, 2, 32, 2)
+    compute = ComputeConfig(dtype, remat=remat, scan_layers=scan_layers)
+    encoder = layers.Encoder(config, compute)
     x = jax.random.normal(jax.random.key(0), (2, 5, 16))
-    params = init(layers.Encoder(2, 2, 32, scan_layers=scan_layers), x)
+    params = init(layers.Encoder(config, ComputeConfig(scan_layers=scan_layers)), x)
     return (lambda p: jnp.square(encoder.apply(p, x)).sum()), params
 
 
@@ -59,7 +62,7 @@ def test_offloaded_activations_go_to_the_host_and_back():
 
 def test_a_masked_encoder_holds_nothing_of_hidden_patches_but_stored_pixels():
     vit = make_vit("mu/8", 64, pooling="none", class_token=True, position="sincos")
-    decoder = MaskedDecoder(vit.grid, True, 192, 16, 1, 32, 2, parent=None)
+    decoder = MaskedDecoder(vit.grid, True, 192, TransformerConfig(16, 1, 32, 2), parent=None)
     model = MaskedAutoencoder(vit, decoder)
     batch, kept = 2, 4
     image = jnp.zeros((batch, 64, 64, 3), jnp.uint8)

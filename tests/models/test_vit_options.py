@@ -12,8 +12,10 @@ from modules import apply, init, perturbed
 
 from vlp_jax.models import layers
 from vlp_jax.models.masking import kept_patches, mask_from_noise, random_mask, take_tokens
+from vlp_jax.models.parameters import norm
 from vlp_jax.models.positions import resample, sincos_2d, square_grid
 from vlp_jax.models.text import make_text
+from vlp_jax.models.values import ComputeConfig, TransformerConfig, tower_fields
 from vlp_jax.models.variants import VARIANTS
 from vlp_jax.models.vit import make_vit, patchify, unpatchify
 
@@ -21,7 +23,7 @@ KEY = jax.random.key(0)
 
 
 def tiny(image_size=(16, 24), **fields):
-    return make_vit("mu/8", image_size, depth=3, **fields)
+    return make_vit("mu/8", image_size, **{"depth": 3, **fields})
 
 
 def images(batch=3, size=(16, 24)):
@@ -101,9 +103,9 @@ def test_a_grid_that_cannot_be_resampled():
 @pytest.mark.parametrize("position", ["learned", "sincos", "none"])
 def test_masked_tokens_are_those_of_the_whole_image(class_token, registers, position):
     """Without layers no token sees another, so that dropping some must drop rows and no more."""
-    model = tiny(
-        pooling="none", class_token=class_token, registers=registers, position=position
-    ).clone(depth=0, scan_layers=False)
+    compute = ComputeConfig(scan_layers=False)
+    fields = {"class_token": class_token, "registers": registers, "position": position}
+    model = tiny(pooling="none", depth=0, compute=compute, **fields)
     params = perturbed(model, images())
     keep = jnp.asarray([[4, 0], [1, 5], [2, 3]])
     whole, masked = apply(model, params, images()), apply(model, params, images(), keep)
@@ -184,7 +186,7 @@ def test_norm_after_pool_normalizes_the_mean_of_tokens_that_are_not():
         params, images(), capture_intermediates=lambda module, _: module.name == "encoder"
     )
     pooled = state["intermediates"]["encoder"]["__call__"][0].mean(axis=1)
-    expected = layers.layer_norm(1e-6, jnp.float32, None).apply(
+    expected = norm(model.transformer, jnp.float32, None).apply(
         {"params": params["params"]["norm"]}, pooled
     )
     np.testing.assert_allclose(apply(model, params, images()), expected, atol=1e-5)
@@ -193,10 +195,9 @@ def test_norm_after_pool_normalizes_the_mean_of_tokens_that_are_not():
 @pytest.mark.parametrize("remat", ["none", "full"])
 @pytest.mark.parametrize("scan_layers", [False, True])
 def test_stochastic_depth_drops_whole_branches_and_keeps_the_mean(scan_layers, remat):
-    encoder = layers.Encoder(
-        depth=2, heads=2, mlp_dim=8, stochastic_depth=0.5, scan_layers=scan_layers, remat=remat,
-        final_norm=False,
-    )  # fmt: skip
+    config = TransformerConfig(4, depth=2, mlp_dim=8, heads=2, stochastic_depth=0.5)
+    compute = ComputeConfig(scan_layers=scan_layers, remat=remat)
+    encoder = layers.Encoder(config, compute, final_norm=False)
     x = jnp.ones((4000, 2, 4)) * jnp.arange(4)
     params = perturbed(encoder, x[:1])
     still = apply(encoder, params, x[:1])
@@ -212,7 +213,7 @@ def test_stochastic_depth_drops_whole_branches_and_keeps_the_mean(scan_layers, r
     out = dropped(True)
     # The first layer never drops; the second drops each of its two branches, or doubles it.
     assert len({tuple(np.round(row, 4)) for row in np.asarray(out[:, 0])}) == 4
-    first = encoder.clone(depth=1)
+    first = encoder.clone(config=dataclasses.replace(config, depth=1))
     one = {
         "params": {
             k.replace("layer_0", "layer_0"): v
@@ -234,7 +235,8 @@ def test_stochastic_depth_without_training_needs_no_random_stream():
 
 
 def test_layer_scale_of_zero_leaves_the_input():
-    encoder = layers.Encoder(depth=2, heads=2, mlp_dim=8, layer_scale=0.0, final_norm=False)
+    config = TransformerConfig(4, depth=2, mlp_dim=8, heads=2, layer_scale=0.0)
+    encoder = layers.Encoder(config, final_norm=False)
     x = jax.random.normal(KEY, (2, 3, 4))
     params = init(encoder, x)
     np.testing.assert_array_equal(apply(encoder, params, x), x)
@@ -242,12 +244,13 @@ def test_layer_scale_of_zero_leaves_the_input():
 
 
 def test_query_key_norm_bounds_the_logits():
-    attention = layers.MultiHeadAttention(heads=2, qk_norm=True)
+    config = TransformerConfig(8, 1, 8, heads=2)
+    attention = layers.MultiHeadAttention(dataclasses.replace(config, qk_norm=True))
     x = jax.random.normal(KEY, (2, 5, 8))
     params = init(attention, x, x)
     once, many = apply(attention, params, x, x), apply(attention, params, 50 * x, x)
     np.testing.assert_allclose(once, many, atol=1e-2)  # the size of the queries does not count
-    plain = layers.MultiHeadAttention(heads=2)
+    plain = layers.MultiHeadAttention(config)
     assert np.abs(apply(plain, params, x, x) - apply(plain, params, 50 * x, x)).max() > 0.1
 
 
@@ -318,6 +321,6 @@ def test_bad_options(make, message):
 
 def test_fields_of_the_module_are_the_arguments_of_its_maker():
     model = make_vit("mu/8", 16, registers=3, qk_norm=True, layer_scale=0.1, pre_norm=True)
-    fields = {f.name: getattr(model, f.name) for f in dataclasses.fields(model)}
+    fields = tower_fields(model)
     assert fields["registers"] == 3 and fields["qk_norm"] and fields["pre_norm"]
     assert fields["layer_scale"] == 0.1 and fields["image_size"] == (16, 16)

@@ -13,7 +13,7 @@ import torch
 from vlp_jax import config as config_lib
 from vlp_jax.data.batch_ops import mixup
 from vlp_jax.errors import UserError
-from vlp_jax.models.dual_encoder import normalize_pixels
+from vlp_jax.models.values import Pixels
 from vlp_jax.objectives import make_objective
 from vlp_jax.objectives.class_loss import class_losses
 from vlp_jax.training import param_groups
@@ -143,9 +143,7 @@ def test_pixels_may_be_float_with_the_same_scores():
         image.astype(np.float32)
     )
     assert np.isfinite(gradient).all() and np.abs(gradient).max() > 0
-    np.testing.assert_allclose(
-        normalize_pixels(jnp.full((1, 1, 1, 3), 127.5), (0.5,) * 3, (0.5,) * 3), 0, atol=1e-6
-    )
+    np.testing.assert_allclose(Pixels().normalize(jnp.full((1, 1, 1, 3), 127.5)), 0, atol=1e-6)
 
 
 def test_a_new_head_gives_all_classes_the_same_score():

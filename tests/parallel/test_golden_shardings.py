@@ -1,4 +1,4 @@
-"""Two sharding tables as text, so that a change of the rules or of a model is seen."""
+"""Sharding tables as text, so that a change of the rules or of a model is seen."""
 
 from pathlib import Path
 
@@ -8,6 +8,10 @@ from tools import show_sharding
 
 GOLDEN = Path(__file__).with_name("golden")
 CASES = {
+    **{
+        f"{name}_fsdp": [f"configs/{name}.py", "--config.mesh.preset=fsdp"]
+        for name in ("mae_b16", "vqa_shapes")
+    },
     "siglip_b16_fsdp": ["configs/siglip_b16.py", "--config.mesh.preset=fsdp"],
     "clip_l14_fsdp_tp": [
         "configs/clip_l14.py",

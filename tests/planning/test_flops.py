@@ -7,6 +7,7 @@ import pytest
 from jax.sharding import AxisType, PartitionSpec
 
 from vlp_jax.models.layers import Encoder
+from vlp_jax.models.values import ComputeConfig, TransformerConfig
 from vlp_jax.planning.flops import count_flops
 
 DEPTH, WIDTH, MLP, HEADS, TOKENS, BATCH = 3, 128, 512, 4, 48, 4
@@ -14,7 +15,10 @@ DEPTH, WIDTH, MLP, HEADS, TOKENS, BATCH = 3, 128, 512, 4, 48, 4
 
 def training_step(scan_layers, remat="none"):
     """The gradient of an encoder behind a projection, and its arguments."""
-    encoder = Encoder(DEPTH, HEADS, MLP, scan_layers=scan_layers, remat=remat)
+    encoder = Encoder(
+        TransformerConfig(WIDTH, DEPTH, MLP, HEADS),
+        ComputeConfig(scan_layers=scan_layers, remat=remat),
+    )
     x = jax.ShapeDtypeStruct((BATCH, TOKENS, WIDTH), jnp.float32)
     key = jax.ShapeDtypeStruct((), jax.eval_shape(lambda: jax.random.key(0)).dtype)
     params = nn.unbox(jax.eval_shape(encoder.init, key, x))

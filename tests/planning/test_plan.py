@@ -72,8 +72,8 @@ def test_activations_follow_the_examples_of_a_device_and_the_policy():
     assert in_parts == pytest.approx(base, rel=0.01)
     setup, _ = setup_of("batch_size=64", "objective.remat=full")
     image, text = setup.objective.model.image, setup.objective.model.text
-    inputs = image.depth * image.tokens * image.width
-    inputs += text.depth * text.context_length * text.width
+    inputs = image.transformer.depth * image.tokens * image.width
+    inputs += text.transformer.depth * text.context_length * text.width
     # Full rematerialization keeps the inputs of the layers, of 8 examples in float32, and the rest
     # outside of the layers.
     assert 8 * 4 * inputs < activation_bytes(setup) < base / 2

@@ -22,6 +22,7 @@ from jaxtyping import Array, Float, Int, UInt8
 
 from vlp_jax.benchmarking.jax_step import program_bytes, timed_steps
 from vlp_jax.models.dual_encoder import DualEncoder
+from vlp_jax.models.values import tower_fields
 from vlp_jax.objectives import Objective
 from vlp_jax.objectives.contrastive import Contrastive
 from vlp_jax.training.setup import Setup
@@ -46,17 +47,20 @@ def refusal(objective: Objective) -> str | None:
     image, text = objective.model.image, objective.model.text
     if objective.mask_ratio:
         return "it sees whole images"
-    if image.activation not in ACTIVATIONS or text.activation not in ACTIVATIONS:
+    if any(tower.transformer.activation not in ACTIVATIONS for tower in (image, text)):
         return f"its activation is one of {', '.join(ACTIVATIONS)}"
     if image.pooling not in IMAGE_POOLINGS or text.pooling not in TEXT_POOLINGS:
         return f"it pools images by {IMAGE_POOLINGS} and texts by {TEXT_POOLINGS}"
     if image.position != "learned" or image.norm_after_pool or not image.class_position:
         return "its positions are learned, of all tokens, and its last norm is before the pooling"
     unknown = ("registers", "qk_norm", "layer_scale", "stochastic_depth", "padding_mask")
-    for tower in (image, text):
+    unknown = (*unknown, "kv_heads", "head_dim", "gated", "rope")
+    for fields in map(tower_fields, (image, text)):
         for name in unknown:
-            if getattr(tower, name, None):
+            if fields.get(name):
                 return f"it has no {name}"
+        if fields["norm"] != "layer" or not fields["bias"]:
+            return "its layers have LayerNorm and biases"
     return None
 
 
@@ -88,11 +92,12 @@ def _layers(tower: Any, x: Array, mask: Array | None) -> Array:
         variable_axes={"params": 0},
         split_rngs={"params": True},
         in_axes=nn.broadcast,
-        length=tower.depth,
+        length=tower.transformer.depth,
     )
-    made = scan(tower.heads, tower.mlp_dim, tower.activation, tower.norm_eps, tower.dtype)
+    config, dtype = tower.transformer, tower.compute.dtype
+    made = scan(config.heads, config.mlp_dim, config.activation, config.norm_eps, dtype)
     x, _ = made(x, mask)
-    return nn.LayerNorm(tower.norm_eps, dtype=tower.dtype)(x)
+    return nn.LayerNorm(config.norm_eps, dtype=dtype)(x)
 
 
 class ImageTower(nn.Module):
@@ -104,29 +109,29 @@ class ImageTower(nn.Module):
     def __call__(
         self, image: Float[Array, "batch height width 3"]
     ) -> Float[Array, "batch embedding"]:
-        like = self.like
+        like, config, dtype = self.like, self.like.transformer, self.like.compute.dtype
         patch = (like.patch_size, like.patch_size)
-        x = nn.Conv(like.width, patch, patch, use_bias=like.patch_bias, dtype=like.dtype)(image)
+        x = nn.Conv(like.width, patch, patch, use_bias=like.patch_bias, dtype=dtype)(image)
         x = x.reshape(x.shape[0], -1, like.width)
         if like.class_token:
             token = self.param("class_token", nn.initializers.normal(0.02), (1, 1, like.width))
-            token = jnp.broadcast_to(token, (x.shape[0], 1, like.width)).astype(like.dtype)
+            token = jnp.broadcast_to(token, (x.shape[0], 1, like.width)).astype(dtype)
             x = jnp.concatenate([token, x], axis=1)
         x = x + _positions(self, x)
         if like.pre_norm:
-            x = nn.LayerNorm(like.norm_eps, dtype=like.dtype)(x)
+            x = nn.LayerNorm(config.norm_eps, dtype=dtype)(x)
         x = _layers(like, x, None)
         if like.pooling == "cls":
             return x[:, 0]
         if like.pooling == "mean":
             return x[:, int(like.class_token) :].mean(axis=1)
         probe = self.param("probe", nn.initializers.xavier_uniform(), (1, 1, like.width))
-        probe = jnp.broadcast_to(probe, (x.shape[0], 1, like.width)).astype(like.dtype)
-        x = nn.MultiHeadDotProductAttention(like.heads, dtype=like.dtype)(probe, x)
-        y = nn.LayerNorm(like.norm_eps, dtype=like.dtype)(x)
-        y = nn.Dense(like.mlp_dim, dtype=like.dtype)(y)
-        y = ACTIVATIONS[like.activation](y)
-        return (x + nn.Dense(like.width, dtype=like.dtype)(y))[:, 0]
+        probe = jnp.broadcast_to(probe, (x.shape[0], 1, like.width)).astype(dtype)
+        x = nn.MultiHeadDotProductAttention(config.heads, dtype=dtype)(probe, x)
+        y = nn.LayerNorm(config.norm_eps, dtype=dtype)(x)
+        y = nn.Dense(config.mlp_dim, dtype=dtype)(y)
+        y = ACTIVATIONS[config.activation](y)
+        return (x + nn.Dense(like.width, dtype=dtype)(y))[:, 0]
 
 
 class TextTower(nn.Module):
@@ -137,7 +142,7 @@ class TextTower(nn.Module):
     @nn.compact
     def __call__(self, text: Int[Array, "batch tokens"]) -> Float[Array, "batch embedding"]:
         like = self.like
-        x = nn.Embed(like.vocab_size, like.width, dtype=like.dtype)(text)
+        x = nn.Embed(like.vocab_size, like.width, dtype=like.compute.dtype)(text)
         x = x + _positions(self, x)
         x = _layers(like, x, nn.make_causal_mask(text) if like.causal else None)
         if like.pooling in ("eos", "argmax"):
@@ -162,8 +167,7 @@ class FlaxDualEncoder(nn.Module):
     ) -> tuple[Float[Array, "batch embedding"], Float[Array, "batch embedding"], Array, Array]:
         """(unit vectors of images, of texts, scale, bias)."""
         like = self.like
-        mean, std = jnp.array(like.image_mean), jnp.array(like.image_std)
-        image = ImageTower(like.image)((image / 255.0 - mean) / std)
+        image = ImageTower(like.image)(like.pixels.normalize(image))
         text = TextTower(like.text)(text)
         if like.image_head != "none":
             image = nn.Dense(like.embed_dim, use_bias=like.image_head == "linear_bias")(image)

@@ -79,7 +79,7 @@ def _build(model: DualEncoder, mask_ratio: float) -> Any:
         embed_dim=model.embed_dim,
         vision_cfg=vision,
         text_cfg=text_config(model, Extras(), ""),
-        quick_gelu=model.text.activation == "quick_gelu",
+        quick_gelu=model.text.transformer.activation == "quick_gelu",
         init_logit_scale=model.logit_scale_init,
         init_logit_bias=model.logit_bias_init,
     )

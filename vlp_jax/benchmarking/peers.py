@@ -106,8 +106,8 @@ def make_peer(
         setup.config.optimizer,
         on_gpu=devices[0].platform == "gpu",
         compile_model=compile_torch,
-        mean=setup.objective.model.image_mean,
-        std=setup.objective.model.image_std,
+        mean=setup.objective.model.pixels.mean,
+        std=setup.objective.model.pixels.std,
     )
 
 

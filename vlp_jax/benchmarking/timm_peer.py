@@ -43,8 +43,9 @@ def recipe(objective: Classification) -> Recipe:
             scores, batch[objective.label_field], label_smoothing=objective.label_smoothing
         )
 
-    if objective.model.image.activation not in ("gelu", "gelu_tanh"):
-        notes.append(f"its activation is gelu, ours {objective.model.image.activation}")
+    activation = objective.model.image.transformer.activation
+    if activation not in ("gelu", "gelu_tanh"):
+        notes.append(f"its activation is gelu, ours {activation}")
     return Recipe(build, loss, tuple(notes))
 
 
@@ -55,21 +56,22 @@ def timm_arguments(image: VisionTransformer) -> dict[str, Any]:
     import torch
 
     activation = functools.partial(torch.nn.GELU, approximate="tanh")
+    layers = image.transformer
     return {
         "img_size": image.image_size,
         "patch_size": image.patch_size,
         "embed_dim": image.width,
-        "depth": image.depth,
-        "num_heads": image.heads,
-        "mlp_ratio": image.mlp_dim / image.width,
+        "depth": layers.depth,
+        "num_heads": layers.heads,
+        "mlp_ratio": layers.mlp_dim / image.width,
         "class_token": image.class_token,
         "reg_tokens": image.registers,
         "no_embed_class": not image.class_position,
         "pre_norm": image.pre_norm,
-        "qk_norm": image.qk_norm,
-        "init_values": image.layer_scale,
-        "drop_path_rate": image.stochastic_depth,
+        "qk_norm": layers.qk_norm,
+        "init_values": layers.layer_scale,
+        "drop_path_rate": layers.stochastic_depth,
         "fc_norm": image.norm_after_pool,
-        "act_layer": activation if image.activation == "gelu_tanh" else torch.nn.GELU,
-        "norm_layer": functools.partial(torch.nn.LayerNorm, eps=image.norm_eps),
+        "act_layer": activation if layers.activation == "gelu_tanh" else torch.nn.GELU,
+        "norm_layer": functools.partial(torch.nn.LayerNorm, eps=layers.norm_eps),
     }

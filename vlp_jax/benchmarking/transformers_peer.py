@@ -19,20 +19,20 @@ def refusal(objective: Objective) -> str | None:
 def recipe(objective: MaskedAutoencoding) -> Recipe:
     """The model and the loss that comes with it."""
     model = objective.model
-    image, decoder = model.image, model.decoder
+    image, layers, painter = model.image, model.image.transformer, model.decoder.transformer
     fields = {
-        "hidden_size": image.width,
-        "num_hidden_layers": image.depth,
-        "num_attention_heads": image.heads,
-        "intermediate_size": image.mlp_dim,
+        "hidden_size": layers.width,
+        "num_hidden_layers": layers.depth,
+        "num_attention_heads": layers.heads,
+        "intermediate_size": layers.mlp_dim,
         "image_size": image.image_size[0],
         "patch_size": image.patch_size,
-        "layer_norm_eps": image.norm_eps,
-        "hidden_act": "gelu" if image.activation == "gelu" else "gelu_pytorch_tanh",
-        "decoder_hidden_size": decoder.width,
-        "decoder_num_hidden_layers": decoder.depth,
-        "decoder_num_attention_heads": decoder.heads,
-        "decoder_intermediate_size": decoder.mlp_dim,
+        "layer_norm_eps": layers.norm_eps,
+        "hidden_act": "gelu" if layers.activation == "gelu" else "gelu_pytorch_tanh",
+        "decoder_hidden_size": painter.width,
+        "decoder_num_hidden_layers": painter.depth,
+        "decoder_num_attention_heads": painter.heads,
+        "decoder_intermediate_size": painter.mlp_dim,
         "mask_ratio": objective.mask_ratio,
         "norm_pix_loss": objective.normalize_targets,
         "attn_implementation": "sdpa",

@@ -16,7 +16,7 @@ from vlp_jax.encoders.images import ImageProcessor
 from vlp_jax.encoders.texts import TextProcessor, tokenizer_from
 from vlp_jax.errors import UserError
 from vlp_jax.interop.trees import Module, image_of, with_dtype
-from vlp_jax.models.dual_encoder import DualEncoder, l2_normalize, normalize_pixels
+from vlp_jax.models.dual_encoder import DualEncoder, l2_normalize
 from vlp_jax.models.masked_autoencoder import MaskedAutoencoder
 from vlp_jax.models.vit import VisionTransformer
 from vlp_jax.objectives.compute import DTYPES
@@ -151,8 +151,7 @@ def _pixels(extras: Mapping[str, Any]) -> dict[str, Any]:
 
 def _embed_tower(module: VisionTransformer, extras: interop.Extras) -> Callable[..., Any]:
     def embed_image(params: Any, image: Any) -> Any:
-        pixels = normalize_pixels(image, extras.image_mean, extras.image_std)
-        features = module.apply({"params": params}, pixels)
+        features = module.apply({"params": params}, extras.pixels.normalize(image))
         if features.ndim == 3:  # no pooling of its own: the class token, or else the mean
             first = module.prefix_tokens
             features = features[:, 0] if module.class_token else features[:, first:].mean(axis=1)

@@ -59,7 +59,7 @@ def signature_of(
     module: Module, params: Params, offered: list[Function], extras: Extras, dtype: str
 ) -> dict[str, Any]:
     """What a user of the functions has to know, as JSON; the writers add what is theirs."""
-    mean, std = extras.pixels_of(module)
+    pixels = extras.pixels_of(module)
     signature: dict[str, Any] = {
         "functions": {
             function.name: {
@@ -83,7 +83,7 @@ def signature_of(
             "size": list(image_of(module).image_size),
             "resize": extras.resize,
             "interpolation": extras.interpolation,
-            "normalization": {"inside": True, "mean": list(mean), "std": list(std)},
+            "normalization": {"inside": True, "mean": list(pixels.mean), "std": list(pixels.std)},
         },
     }
     if isinstance(module, DualEncoder):

@@ -25,6 +25,7 @@ from vlp_jax.interop.transfer import Model
 from vlp_jax.interop.trees import Module, image_of
 from vlp_jax.models.dual_encoder import DualEncoder
 from vlp_jax.models.masked_autoencoder import MaskedAutoencoder
+from vlp_jax.models.values import tower_fields
 
 LIBRARY = {
     "hf": "transformers",
@@ -227,7 +228,7 @@ def _architecture(subject: Subject) -> str:
     names = [name for name in ("text", "decoder") if hasattr(module, name)]
     towers = {"image": image_of(module)} | {name: getattr(module, name) for name in names}
     rows = [
-        (label, *(str(getattr(tower, field, "-")) for tower in towers.values()))
+        (label, *(str(tower_fields(tower).get(field, "-")) for tower in towers.values()))
         for field, label in TOWER_FIELDS.items()
     ]
     lines = [_row(["", *towers]), _row(["---"] * (1 + len(towers))), *map(_row, rows)]
@@ -250,7 +251,7 @@ def _row(cells: Sequence[str]) -> str:
 
 def _preprocessing(subject: Subject) -> str:
     extras, module = subject.extras, subject.model.module
-    mean, std = extras.pixels_of(module)
+    pixels = extras.pixels_of(module)
     height, width = image_of(module).image_size
     how = {
         "squash": f"resized to {height} x {width} pixels, whatever their shape",
@@ -258,7 +259,8 @@ def _preprocessing(subject: Subject) -> str:
     }[extras.resize]
     lines = [
         f"Images are RGB, {how} ({extras.interpolation}, antialiased), scaled to [0, 1], and "
-        f"normalized with mean {_numbers(mean)} and standard deviation {_numbers(std)}."
+        f"normalized with mean {_numbers(pixels.mean)} and standard deviation "
+        f"{_numbers(pixels.std)}."
     ]
     lines.append(
         "In training, what is transparent is composited on white, images are turned as their Exif "

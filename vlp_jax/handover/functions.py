@@ -13,7 +13,7 @@ import numpy as np
 from vlp_jax.interop import precision
 from vlp_jax.interop.base import Extras
 from vlp_jax.interop.trees import Module, Params, image_of, to_tree, with_dtype
-from vlp_jax.models.dual_encoder import DualEncoder, l2_normalize, normalize_pixels
+from vlp_jax.models.dual_encoder import DualEncoder, l2_normalize
 from vlp_jax.models.masked_autoencoder import MaskedAutoencoder
 from vlp_jax.models.masking import kept_patches, mask_from_noise
 from vlp_jax.models.vit import VisionTransformer
@@ -119,7 +119,7 @@ def functions_of(
 
 def _tower(module: VisionTransformer, extras: Extras) -> Callable[..., jax.Array]:
     def embed(tree: Any, image: jax.Array) -> jax.Array:
-        return module.apply(tree, normalize_pixels(image, extras.image_mean, extras.image_std))
+        return module.apply(tree, extras.pixels.normalize(image))
 
     return embed
 

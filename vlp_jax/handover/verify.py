@@ -22,7 +22,7 @@ from vlp_jax.interop import precision
 from vlp_jax.interop.base import Extras
 from vlp_jax.interop.transfer import Model
 from vlp_jax.interop.trees import image_of, plain, to_tree
-from vlp_jax.models.dual_encoder import DualEncoder, normalize_pixels
+from vlp_jax.models.dual_encoder import DualEncoder
 from vlp_jax.models.masked_autoencoder import MaskedAutoencoder
 from vlp_jax.models.masking import kept_patches, mask_from_noise
 
@@ -93,8 +93,8 @@ def batch_of(model: Model, extras: Extras) -> dict[str, np.ndarray]:
     normalized, channels first; `text`; `noise`; and how the image tower pools."""
     rng, vit = np.random.default_rng(0), image_of(model.module)
     image = rng.integers(0, 256, (BATCH, *vit.image_size, 3), np.uint8)
-    mean, std = (jnp.asarray(x) for x in extras.pixels_of(model.module))
-    pixels = np.asarray(normalize_pixels(image, mean, std)).transpose(0, 3, 1, 2)
+    normalized = extras.pixels_of(model.module).normalize(jnp.asarray(image))
+    pixels = np.asarray(normalized).transpose(0, 3, 1, 2)
     batch = {
         "image": image,
         "pixels": np.ascontiguousarray(pixels),

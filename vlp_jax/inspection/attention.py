@@ -58,7 +58,7 @@ def _maps(module: DualEncoder, tower: str, params: Params, inputs: Array) -> dic
 
 def layers_of(module: DualEncoder, tower: str, seen: Seen) -> Float[Array, "n layers heads q k"]:
     """The weights of all layers of a tower, of what `tapped` has seen."""
-    depth = getattr(module, tower).depth
+    depth = getattr(module, tower).transformer.depth
     return jax.numpy.stack([seen[layer_path(tower, i)] for i in range(depth)], axis=1)
 
 

@@ -122,7 +122,7 @@ def patch_embeddings(
             return jnp.pad(patches, ((0, 0), (first, 0), (0, 0)))
         return patches
 
-    edits = {"image/encoder": one_by_one, layer_path("image", image.depth - 1): _itself}
+    edits = {"image/encoder": one_by_one, layer_path("image", image.transformer.depth - 1): _itself}
     embeddings, _ = tapped(module, params, images, method="embed_image", edits=edits)
     rows, columns = image.grid
     return einops.rearrange(embeddings, "(n r c) d -> n r c d", r=rows, c=columns)

@@ -88,7 +88,7 @@ def _paths(module: DualEncoder, tower: str) -> list[str]:
     """What the gradient is taken of: the attention of all layers, and what is pooled."""
     part = getattr(module, tower)
     pooled = f"{tower}/{POOLING}" if part.pooling == "map" else f"{tower}/encoder"
-    return [*(layer_path(tower, i) for i in range(part.depth)), pooled]
+    return [*(layer_path(tower, i) for i in range(part.transformer.depth)), pooled]
 
 
 def _tower_relevance(

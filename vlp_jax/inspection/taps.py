@@ -8,6 +8,7 @@ and keys that the model made, and it is they that mix the values in a tapped pas
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -81,20 +82,26 @@ def tapped(
 
 def unrolled(module: DualEncoder) -> DualEncoder:
     """The same model with its layers one by one, so that each of them can be told apart."""
+
     # Under remat, what an interceptor sees would not be allowed to leave the layer.
-    plain = {"scan_layers": False, "remat": "none", "attention": "xla"}
-    return module.clone(image=module.image.clone(**plain), text=module.text.clone(**plain))
+    def plain(tower: nn.Module) -> nn.Module:
+        compute = dataclasses.replace(
+            tower.compute, scan_layers=False, remat="none", attention="xla"
+        )
+        return tower.clone(compute=compute)
+
+    return module.clone(image=plain(module.image), text=plain(module.text))
 
 
 def unrolled_params(module: DualEncoder, params: Params) -> dict[str, Any]:
     """The parameters that `unrolled` takes, from those of the module."""
     tree = dict(nn.unbox(params))
     for tower in TOWERS:
-        if not getattr(module, tower).scan_layers:
+        if not getattr(module, tower).compute.scan_layers:
             continue
         encoder = dict(tree[tower]["encoder"])
         stacked = encoder.pop("layers")
-        for layer in range(getattr(module, tower).depth):
+        for layer in range(getattr(module, tower).transformer.depth):
             encoder[f"layer_{layer}"] = jax.tree.map(lambda x, layer=layer: x[layer], stacked)
         tree[tower] = {**tree[tower], "encoder": encoder}
     return tree
@@ -161,7 +168,7 @@ class _Taps:
 
     def _mix(self, module: MultiHeadAttention, path: str, mixed: Array) -> Array:
         """What goes to the output projection: values mixed by weights that are seen."""
-        norm = "_norm" if module.qk_norm else ""
+        norm = "_norm" if module.config.qk_norm else ""
         query, key = (self._parts[f"{path}/{name}{norm}"] for name in ("query", "key"))
         value = self._parts[f"{path}/value"]
         weights = attention_weights(query, key, module.causal, self._lengths[path])

@@ -18,6 +18,7 @@ from vlp_jax.interop.tables import Shape
 from vlp_jax.interop.trees import Module, Params, image_of
 from vlp_jax.models.dual_encoder import DualEncoder
 from vlp_jax.models.positions import sincos_2d, square_grid
+from vlp_jax.models.values import Pixels, make_tower, tower_fields
 from vlp_jax.models.vit import VisionTransformer
 
 OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)  # openai/CLIP, clip.py `_transform`
@@ -33,8 +34,7 @@ CROP_ROUNDINGS = ("even", "down")
 
 # Fields that change how a model runs or starts, not what it computes.
 _NO_MATTER = {
-    *("parent", "name", "attention", "scan_layers", "remat", "dtype", "stochastic_depth"),
-    *("logit_scale_init", "logit_bias_init"),
+    *("parent", "name", "stochastic_depth", "logit_scale_init", "logit_bias_init"),
 }
 
 
@@ -107,11 +107,14 @@ class Extras:
             if getattr(self, field) not in known:
                 raise UserError(f"{field}={getattr(self, field)!r} must be {' or '.join(known)}")
 
-    def pixels_of(self, module: Module) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """Mean and standard deviation of the pixels: the module's, if it has them."""
-        if isinstance(module, VisionTransformer):
-            return self.image_mean, self.image_std
-        return module.image_mean, module.image_std
+    @property
+    def pixels(self) -> Pixels:
+        """How an image tower alone takes pixels."""
+        return Pixels(tuple(self.image_mean), tuple(self.image_std))
+
+    def pixels_of(self, module: Module) -> Pixels:
+        """How a model takes pixels: by its own word, if it has one."""
+        return getattr(module, "pixels", self.pixels)
 
 
 class Format(Protocol):
@@ -141,19 +144,33 @@ class Format(Protocol):
         ...
 
 
+# Layers of other kinds are language models' and of none of these formats.
+_LAYERS = {
+    "norm": ("layer",),
+    "activation": ("gelu", "gelu_tanh", "quick_gelu"),
+    "gated": (False,),
+    "bias": (True,),
+    "kv_heads": (None,),
+    "head_dim": (None,),
+    "rope": (None,),
+}
+
+
 def requirements(
     model: str, part: str, tower: nn.Module, required: Mapping[str, tuple[Any, ...]]
 ) -> list[str]:
     """A line for each field of a tower whose value is not one of those that a model can have.
 
+    Of the layers, no model can have those of language models.
+
     Args:
       model: the foreign class, for the message.
       part: "image", "text" or "decoder"; "" for the fields of the whole.
-      required: field -> the values it may have.
+      required: field of the tower or of its `TransformerConfig` -> the values it may have.
     """
-    lines = []
-    for field, allowed in required.items():
-        value = getattr(tower, field)
+    lines, fields = [], tower_fields(tower)
+    for field, allowed in ((_LAYERS if part else {}) | dict(required)).items():
+        value = fields[field]
         if value not in allowed:
             name = f"{part}.{field}" if part else field
             lines.append(f"{model} has {name} {' or '.join(map(repr, allowed))}, not {value!r}")
@@ -259,13 +276,19 @@ def number(config: Mapping[str, Any], name: str, where: object) -> float:
     return float(value)
 
 
-def check_heads(tower: Any, where: object) -> None:
-    """
+def tower(kind: type[nn.Module], where: object, **fields: Any) -> Any:
+    """A tower of class `kind` from its own fields and those of its layers.
+
     Raises:
-      UserError: the heads of a tower do not divide its width.
+      UserError: sizes that do not fit each other.
     """
-    if type(tower.heads) is not int or tower.heads < 1 or tower.width % tower.heads:
-        raise UserError(f"{where}: {tower.heads} heads do not divide the width {tower.width}")
+    heads = fields["heads"]
+    if type(heads) is not int or heads < 1:
+        raise UserError(f"{where}: heads must be a number above 0, not {heads!r}")
+    try:
+        return make_tower(kind, **fields)
+    except ValueError as error:
+        raise UserError(f"{where}: {error}") from error
 
 
 def shape_of(tensors: Mapping[str, np.ndarray], key: str, ndim: int, where: object) -> Shape:
@@ -309,36 +332,47 @@ def differences(source: Module, here: Module) -> list[str]:
     lines = []
     for part in parts:
         lines += _fields(part, getattr(source, part), getattr(here, part))
-    own = {field.name for field in dataclasses.fields(source)} - set(parts)
+    own = set(described(source)) - set(parts)
     return lines + _fields("", source, here, only=own)
 
 
 def _fields(part: str, source: Any, here: Any, only: set[str] | None = None) -> list[str]:
     lines = []
-    for field in dataclasses.fields(source):
-        name = field.name
+    there, ours = (described(module) for module in (source, here))
+    for name, a in there.items():
         if name in _NO_MATTER or (only is not None and name not in only):
             continue
-        a, b = getattr(source, name), getattr(here, name)
-        if a != b and not _same(name, source, here):
+        b = ours[name]
+        if a != b and not _same(name, there, ours):
             label = f"{part}.{name}" if part else name
             lines.append(f"{label} is {a!r} in the source and {b!r} here")
     return lines
 
 
-def _same(name: str, source: Any, here: Any) -> bool:
+def described(module: nn.Module) -> dict[str, Any]:
+    """The fields of a model that say what it computes, with those of its layers and its pixels."""
+    fields = tower_fields(module)
+    if hasattr(module, "compute"):
+        fields["quantization"] = module.compute.quantization
+    if isinstance(fields.get("pixels"), Pixels):
+        pixels = fields.pop("pixels")
+        fields |= {"image_mean": pixels.mean, "image_std": pixels.std}
+    return fields
+
+
+def _same(name: str, source: Mapping[str, Any], here: Mapping[str, Any]) -> bool:
     """Whether fields of different values come to the same."""
     both = (source, here)
     if name == "norm_after_pool":
-        return all(vit.pooling == "cls" for vit in both)
+        return all(vit["pooling"] == "cls" for vit in both)
     if name == "layer_scale":
-        return all(tower.layer_scale is not None for tower in both)
+        return all(tower["layer_scale"] is not None for tower in both)
     if name == "class_position":
-        return not any(vit.class_token and vit.position == "learned" for vit in both)
+        return not any(vit["class_token"] and vit["position"] == "learned" for vit in both)
     if name == "eos_id":
-        return "eos" not in (source.pooling, here.pooling)
+        return "eos" not in (source["pooling"], here["pooling"])
     if name == "pad_id":
-        return not any(tower.padding_mask or tower.pooling == "mean" for tower in both)
+        return not any(tower["padding_mask"] or tower["pooling"] == "mean" for tower in both)
     if name in ("image_mean", "image_std"):
-        return np.allclose(getattr(source, name), getattr(here, name), atol=1e-6)
+        return np.allclose(source[name], here[name], atol=1e-6)
     return False

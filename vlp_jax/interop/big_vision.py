@@ -29,6 +29,7 @@ from vlp_jax.interop.tables import BATCHED, SCALAR, Entry, Table, from_theirs, s
 from vlp_jax.interop.trees import Module, Params, expected_shapes, image_of
 from vlp_jax.models.dual_encoder import DualEncoder
 from vlp_jax.models.text import TextTransformer
+from vlp_jax.models.values import Pixels
 from vlp_jax.models.vit import VisionTransformer
 
 MODEL = "big_vision"
@@ -158,8 +159,6 @@ def read(path: Path, like: Module | None = None) -> Imported:
         logit_bias_init=-10.0 if "b" in tensors else None,
         image_head="linear_bias" if "img/head/kernel" in tensors else "none",
         text_head="linear_bias" if "txt/head/kernel" in tensors else "none",
-        image_mean=base.HALF,
-        image_std=base.HALF,
     )
     params = from_theirs(table(), tensors, expected_shapes(module), weights)
     return Imported(module, params, notes)
@@ -179,11 +178,11 @@ def check(module: Module, extras: Extras) -> list[str]:
     problems = base.requirements(MODEL, "image", image, required)
     if pair:
         problems += base.requirements(MODEL, "text", module.text, TEXT_HAS)
-        pixels = (module.image_mean, module.image_std)
-        if pixels != (base.HALF, base.HALF):
+        pixels = module.pixels
+        if pixels != Pixels():
             problems.append(
                 f"{MODEL} takes pixels in [-1, 1], which is image_mean and image_std 0.5, not "
-                f"{pixels[0]} and {pixels[1]}"
+                f"{pixels.mean} and {pixels.std}"
             )
     return problems
 
@@ -241,7 +240,9 @@ def _image(
     class_token, pooled = f"{prefix}cls" in tensors, f"{prefix}MAPHead_0/probe" in tensors
     if class_token and pooled:
         raise UserError(f"{where} has both {prefix}cls and {prefix}MAPHead_0, as no model has")
-    return VisionTransformer(
+    return base.tower(
+        VisionTransformer,
+        where,
         image_size=(grid[0] * patch, grid[1] * patch),
         patch_size=patch,
         pooling="map" if pooled else "cls" if class_token else "mean",
@@ -278,7 +279,9 @@ def _text(tensors: Tensors, like: Module | None, where: Path) -> TextTransformer
     ids = {"eos_id": 1, "pad_id": 1}  # "sticky" eos, which is 1
     if isinstance(like, DualEncoder):
         ids = {"eos_id": like.text.eos_id, "pad_id": like.text.pad_id}
-    return TextTransformer(
+    return base.tower(
+        TextTransformer,
+        where,
         vocab_size=vocab_size,
         context_length=base.shape_of(tensors, "txt/pos_embedding", 3, where)[1],
         causal=False,

@@ -117,7 +117,7 @@ def read(path: Path, like: Module | None = None) -> Imported:
         text=_text(text, where),
         embed_dim=base.integer(config, "projection_dim", where),
         logit_scale_init=base.number(config, "logit_scale_init_value", where),
-        **hf_images.normalization(processing),
+        pixels=hf_images.normalization(processing),
     )
     tensors = files.load_tensors(weights)
     params = from_theirs(TABLE, tensors, expected_shapes(module), weights, IGNORED)
@@ -205,7 +205,9 @@ def _image(
     hf_common.three_channels(config, where)
     patch = base.one_side(config["patch_size"], "patch_size", where)
     side = base.one_side(config["image_size"], "image_size", where)
-    return VisionTransformer(
+    return base.tower(
+        VisionTransformer,
+        where,
         image_size=base.tiled((side, side), patch, notes),
         patch_size=patch,
         pooling="cls",
@@ -221,7 +223,9 @@ def _text(config: dict[str, Any], where: Path) -> TextTransformer:
     if type(eos_id) is not int:
         raise UserError(f"{where}: eos_token_id is {eos_id!r}; only one number can be read")
     highest = eos_id == HIGHEST_ID
-    return TextTransformer(
+    return base.tower(
+        TextTransformer,
+        where,
         vocab_size=vocab_size,
         context_length=base.integer(config, "max_position_embeddings", where),
         causal=True,

@@ -127,13 +127,14 @@ def encoder_fields(config: Mapping[str, Any], where: object, prefix: str = "") -
 
 def encoder_config(tower: Any, prefix: str = "") -> dict[str, Any]:
     """The inverse of `encoder_fields`."""
+    layers = tower.transformer
     return {
-        f"{prefix}hidden_size": tower.width,
-        f"{prefix}num_hidden_layers": tower.depth,
-        f"{prefix}intermediate_size": tower.mlp_dim,
-        f"{prefix}num_attention_heads": tower.heads,
-        "hidden_act": ACTIVATIONS[tower.activation],
-        "layer_norm_eps": tower.norm_eps,
+        f"{prefix}hidden_size": layers.width,
+        f"{prefix}num_hidden_layers": layers.depth,
+        f"{prefix}intermediate_size": layers.mlp_dim,
+        f"{prefix}num_attention_heads": layers.heads,
+        "hidden_act": ACTIVATIONS[layers.activation],
+        "layer_norm_eps": layers.norm_eps,
     }
 
 

@@ -17,6 +17,7 @@ from vlp_jax.errors import UserError
 from vlp_jax.interop import base, files
 from vlp_jax.interop.base import Extras
 from vlp_jax.interop.trees import Module
+from vlp_jax.models.values import Pixels
 
 FILE, NESTED = "preprocessor_config.json", "processor_config.json"
 
@@ -81,9 +82,9 @@ def read(
     file, config = _config(directory)
     if not config:
         settings = {**DEFAULTS[kind], **without}
-        found = {
-            name: tuple(getattr(like, name, settings[name])) for name in ("image_mean", "image_std")
-        }
+        told = Pixels(tuple(settings["image_mean"]), tuple(settings["image_std"]))
+        pixels = getattr(like, "pixels", told)
+        found = {"image_mean": pixels.mean, "image_std": pixels.std}
         settings |= {"size": {"shortest_edge": min(size)}, "crop_size": list(size)}
         if not settings["do_center_crop"]:
             settings["size"] = list(size)
@@ -103,9 +104,9 @@ def read(
     return {**found, "interpolation": names[resample], **geometry, "crop_rounding": "down"}
 
 
-def normalization(found: Mapping[str, Any]) -> dict[str, tuple[float, ...]]:
+def normalization(found: Mapping[str, Any]) -> Pixels:
     """The part of what `read` gives that a module holds itself."""
-    return {name: found[name] for name in ("image_mean", "image_std")}
+    return Pixels(found["image_mean"], found["image_std"])
 
 
 def write(module: Module, directory: Path, extras: Extras, kind: str) -> Path:
@@ -114,7 +115,7 @@ def write(module: Module, directory: Path, extras: Extras, kind: str) -> Path:
     Args:
       kind: the class of the image processor if nothing is cut; otherwise it is CLIP's.
     """
-    mean, std = extras.pixels_of(module)
+    pixels = extras.pixels_of(module)
     height, width = base.image_of(module).image_size
     crop = extras.resize == "crop" or extras.scale is not None
     kind = "CLIPImageProcessor" if crop else kind
@@ -127,8 +128,8 @@ def write(module: Module, directory: Path, extras: Extras, kind: str) -> Path:
         "do_rescale": True,
         "rescale_factor": 1 / 255,
         "do_normalize": True,
-        "image_mean": list(mean),
-        "image_std": list(std),
+        "image_mean": list(pixels.mean),
+        "image_std": list(pixels.std),
     }
     if kind == "CLIPImageProcessor":  # which cuts if it is not told otherwise
         config["do_center_crop"] = crop

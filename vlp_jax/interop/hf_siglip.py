@@ -131,7 +131,9 @@ def read(path: Path, like: Module | None = None) -> Imported:
     processing = hf_images.read(weights.parent, "Siglip", size, like, notes)
     module = DualEncoder(
         image=image,
-        text=TextTransformer(
+        text=base.tower(
+            TextTransformer,
+            where,
             vocab_size=base.integer(text, "vocab_size", where),
             context_length=base.integer(text, "max_position_embeddings", where),
             causal=False,
@@ -145,7 +147,7 @@ def read(path: Path, like: Module | None = None) -> Imported:
         logit_bias_init=LOGIT_BIAS_INIT,
         image_head="none",
         text_head="linear_bias",
-        **hf_images.normalization(processing),
+        pixels=hf_images.normalization(processing),
     )
     tensors = files.load_tensors(weights)
     params = from_theirs(TABLE, tensors, expected_shapes(module), weights, IGNORED)
@@ -208,7 +210,9 @@ def _image(config: dict[str, Any], where: Path, notes: list[str]) -> VisionTrans
         raise UserError(f"{where}: vision_use_head is false: the images are not pooled")
     patch = base.one_side(config["patch_size"], "patch_size", where)
     side = base.one_side(config["image_size"], "image_size", where)
-    return VisionTransformer(
+    return base.tower(
+        VisionTransformer,
+        where,
         image_size=base.tiled((side, side), patch, notes),
         patch_size=patch,
         pooling="map",

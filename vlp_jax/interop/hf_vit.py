@@ -91,7 +91,9 @@ def read(path: Path, like: Module | None = None) -> Imported:
     hf_common.biased_attention(config, where)
     patch = base.one_side(config["patch_size"], "patch_size", where)
     size = base.pair(config["image_size"], "image_size", where)
-    module = VisionTransformer(
+    module = base.tower(
+        VisionTransformer,
+        where,
         image_size=base.tiled(size, patch, notes),
         patch_size=patch,
         pooling="cls",

@@ -30,6 +30,7 @@ from vlp_jax.interop.tables import (
 from vlp_jax.interop.trees import Module, Params, expected_shapes
 from vlp_jax.models.masked_autoencoder import MaskedAutoencoder, MaskedDecoder
 from vlp_jax.models.positions import sincos_2d
+from vlp_jax.models.values import Pixels
 from vlp_jax.models.vit import VisionTransformer
 
 MODEL = "ViTMAEForPreTraining"
@@ -111,7 +112,7 @@ def check(module: Module, extras: Extras) -> list[str]:
         *hf_images.problems(MODEL, extras),
     ]
     for field in ("activation", "norm_eps"):
-        a, b = getattr(image, field), getattr(decoder, field)
+        a, b = (getattr(tower.transformer, field) for tower in (image, decoder))
         if a != b:
             problems.append(f"{MODEL} has one {field}, not {a!r} (image) and {b!r} (decoder)")
     return problems
@@ -146,27 +147,31 @@ def write(module: MaskedAutoencoder, params: Params, directory: Path, extras: Ex
 
 
 def _module(
-    config: dict[str, Any], where: Path, pixels: dict[str, tuple[float, ...]], notes: list[str]
+    config: dict[str, Any], where: Path, pixels: Pixels, notes: list[str]
 ) -> MaskedAutoencoder:
     """The model of a config, with learned positions."""
     hf_common.three_channels(config, where)
     hf_common.biased_attention(config, where)
     patch = base.one_side(config["patch_size"], "patch_size", where)
     side = base.one_side(config["image_size"], "image_size", where)
-    image = VisionTransformer(
+    image = base.tower(
+        VisionTransformer,
+        where,
         image_size=base.tiled((side, side), patch, notes),
         patch_size=patch,
         pooling="none",
         **hf_common.encoder_fields(config, where),
     )
-    decoder = MaskedDecoder(
+    decoder = base.tower(
+        MaskedDecoder,
+        where,
         grid=image.grid,
         class_token=True,
         outputs=3 * patch**2,
         position="learned",
         **hf_common.encoder_fields(config, where, "decoder_"),
     )
-    return MaskedAutoencoder(image, decoder, **pixels)
+    return MaskedAutoencoder(image, decoder, pixels)
 
 
 def _with_fixed_positions(
@@ -176,7 +181,9 @@ def _with_fixed_positions(
     towers = {}
     for name in ("image", "decoder"):
         tower, path = getattr(module, name), f"{name}/position_embedding"
-        if tower.width % 4 == 0 and np.allclose(params[path], _sines(tower), 0, SAME_TABLE):
+        if tower.transformer.width % 4 == 0 and np.allclose(
+            params[path], _sines(tower), 0, SAME_TABLE
+        ):
             towers[name] = tower.clone(position="sincos")
             del params[path]
     return module.clone(**towers), params
@@ -184,7 +191,7 @@ def _with_fixed_positions(
 
 def _sines(tower: VisionTransformer | MaskedDecoder) -> np.ndarray:
     """The fixed table, with a row of zeros for the class token."""
-    return np.pad(sincos_2d(tower.grid, tower.width), ((1, 0), (0, 0)))
+    return np.pad(sincos_2d(tower.grid, tower.transformer.width), ((1, 0), (0, 0)))
 
 
 def _names_of_4(tensors: Tensors, where: Path) -> Tensors:

@@ -14,19 +14,21 @@ Fields that change how a model runs and not what it computes are not written.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import inspect
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from vlp_jax.errors import UserError, unknown_key_message
 from vlp_jax.interop import files, hf_tokenizer, precision
-from vlp_jax.interop.base import Extras, Imported
+from vlp_jax.interop.base import Extras, Imported, described
 from vlp_jax.interop.hf_tokenizer import TokenizerFiles
 from vlp_jax.interop.tables import mismatch_report
 from vlp_jax.interop.trees import Module, Params, expected_shapes
 from vlp_jax.models.dual_encoder import DualEncoder
 from vlp_jax.models.masked_autoencoder import MaskedAutoencoder, MaskedDecoder
 from vlp_jax.models.text import TextTransformer
+from vlp_jax.models.values import ComputeConfig, Pixels, TransformerConfig, keywords_of, make_tower
 from vlp_jax.models.vit import VisionTransformer
 
 KINDS = (DualEncoder, MaskedAutoencoder, VisionTransformer)
@@ -42,7 +44,12 @@ _CLASSES = {
         *(DualEncoder, MaskedAutoencoder, MaskedDecoder, TextTransformer, VisionTransformer),
     )
 }
-_HOW_IT_RUNS = {"parent", "name", "attention", "scan_layers", "remat", "dtype"}
+# Fields that older readers do not know; written only where they say something else.
+_LATER = {
+    field.name: field.default
+    for field in dataclasses.fields(TransformerConfig)
+    if field.name in ("kv_heads", "head_dim", "norm", "gated", "bias", "rope")
+}
 # What the tokenizer's files and the head of config.json say.
 _NOT_IN_EXTRAS = {"tokenizer", "weights"}
 
@@ -110,11 +117,27 @@ def write(module: Module, params: Params, directory: Path, extras: Extras) -> li
 def _fields(module: Any) -> dict[str, Any]:
     """The class of a module and its fields, those that are modules nested."""
     fields = {"class": type(module).__name__}
-    for field in dataclasses.fields(module):
-        if field.name not in _HOW_IT_RUNS:
-            value = getattr(module, field.name)
-            fields[field.name] = _fields(value) if type(value).__name__ in _CLASSES else value
+    for name, value in described(module).items():
+        if name not in _LATER or value != _LATER[name]:
+            fields[name] = _fields(value) if type(value).__name__ in _CLASSES else value
     return fields
+
+
+def _constructor(kind: type) -> Callable[..., Any]:
+    """A function of the names that `described` gives, with them in its signature."""
+    if "transformer" in kind.__dataclass_fields__:
+
+        @keywords_of(kind, TransformerConfig)
+        def tower(*, quantization: str = "none", **fields: Any) -> Any:
+            return make_tower(kind, ComputeConfig(quantization=quantization), **fields)
+
+        return tower
+
+    @keywords_of(kind, without=("pixels",))
+    def whole(*, image_mean: tuple[float, ...], image_std: tuple[float, ...], **fields: Any) -> Any:
+        return kind(pixels=Pixels(image_mean, image_std), **fields)
+
+    return whole
 
 
 def _module(fields: Any, where: Path) -> Any:
@@ -125,27 +148,28 @@ def _module(fields: Any, where: Path) -> Any:
     """
     if not isinstance(fields, dict) or fields.get("class") not in _CLASSES:
         raise UserError(f"{where} describes no model of ours (known: {', '.join(_CLASSES)})")
-    kind = _CLASSES[fields["class"]]
-    known = {field.name: field for field in dataclasses.fields(kind)}
+    constructor = _constructor(_CLASSES[fields["class"]])
+    known = inspect.signature(constructor).parameters
     values = {}
     for name, value in fields.items():
         if name == "class":
             continue
         if name not in known:
-            raise UserError(unknown_key_message(name, known, f"{where}, {kind.__name__}"))
+            raise UserError(unknown_key_message(name, known, f"{where}, {fields['class']}"))
         if isinstance(value, dict):
             value = _module(value, where)
         values[name] = tuple(value) if isinstance(value, list) else value
     missing = [
         name
-        for name, field in known.items()
-        if field.default is dataclasses.MISSING
-        and field.default_factory is dataclasses.MISSING
-        and name not in values
+        for name, parameter in known.items()
+        if parameter.default is inspect.Parameter.empty and name not in values
     ]
     if missing:
-        raise UserError(f"{where}: {kind.__name__} needs {', '.join(missing)}")
-    return kind(**values)
+        raise UserError(f"{where}: {fields['class']} needs {', '.join(missing)}")
+    try:
+        return constructor(**values)
+    except ValueError as error:
+        raise UserError(f"{where}: {error}") from error
 
 
 def _extras(said: Any, where: Path) -> dict[str, Any]:

@@ -183,7 +183,7 @@ def read(path: Path, like: Module | None = None) -> Imported:
         logit_bias_init=-10.0 if "logit_bias" in tensors else None,
         image_head=_image_head(tensors),
         text_head=_text_head(tensors, text_bias),
-        **pixels_of(config, like, where, notes),
+        pixels=pixels_of(config, like, where, notes),
     )
     size = image.image_size
     mapping = table(trunk, text_bias)
@@ -205,22 +205,22 @@ def check(module: Module, extras: Extras) -> list[str]:
         tower = f"{MODEL}'s own image tower"
         problems += base.requirements(tower, "image", image, NATIVE_HAS)
         problems += base.requirements(tower, "", module, {"image_head": ("linear",)})
-        if "quick_gelu" in (image.activation, text.activation) and (
-            image.activation != text.activation
-        ):
+        seen, read = (part.transformer.activation for part in (image, text))
+        if "quick_gelu" in (seen, read) and seen != read:
             problems.append(
-                f"{MODEL} has quick_gelu in both towers or in none, not {image.activation!r} "
-                f"(image) and {text.activation!r} (text)"
+                f"{MODEL} has quick_gelu in both towers or in none, not {seen!r} (image) and "
+                f"{read!r} (text)"
             )
         return problems
     problems += base.requirements(f"{MODEL}'s timm towers", "image", image, TRUNK_HAS)
     if siglip_name(image) is None:
+        layers = image.transformer
         problems.append(
             f"{MODEL} takes a tower without class token by timm's name alone, and timm has none "
-            f"of width {image.width}, depth {image.depth}, {image.heads} heads, mlp_dim "
-            f"{image.mlp_dim}, patch {image.patch_size}, {image.image_size[0]} x "
+            f"of width {layers.width}, depth {layers.depth}, {layers.heads} heads, mlp_dim "
+            f"{layers.mlp_dim}, patch {image.patch_size}, {image.image_size[0]} x "
             f"{image.image_size[1]} pixels, pooling {image.pooling!r}, activation "
-            f"{image.activation!r} and norm_eps {image.norm_eps} (its names are "
+            f"{layers.activation!r} and norm_eps {layers.norm_eps} (its names are "
             f"vit_SIZE_patchN_siglip_PIXELS)"
         )
     return problems
@@ -240,14 +240,14 @@ def write(module: DualEncoder, params: Params, directory: Path, extras: Extras) 
         model["init_logit_bias"] = module.logit_bias_init
     if trunk:
         model["custom_text"] = True
-    if module.text.activation == "quick_gelu":
+    if module.text.transformer.activation == "quick_gelu":
         model["quick_gelu"] = True
     config = {
         "model_cfg": model,
         "preprocess_cfg": {
             "size": list(module.image.image_size),
-            "mean": list(module.image_mean),
-            "std": list(module.image_std),
+            "mean": list(module.pixels.mean),
+            "std": list(module.pixels.std),
             "interpolation": extras.interpolation,
             "resize_mode": "squash" if extras.resize == "squash" else "shortest",
         },

@@ -19,6 +19,7 @@ from vlp_jax.interop.timm_names import fields_of, siglip_name
 from vlp_jax.interop.trees import Module, image_of
 from vlp_jax.models.dual_encoder import DualEncoder
 from vlp_jax.models.text import TextTransformer
+from vlp_jax.models.values import Pixels, tower_fields
 from vlp_jax.models.vit import VisionTransformer
 
 POOLINGS = {"cls": "tok", "mean": "avg"}
@@ -100,7 +101,9 @@ def image_fields(
         if told["pooling"] == "cls":
             told["norm_after_pool"] = base.norm_after_pool_of(like)
         size = base.pair(config.get("image_size", 224), "image_size", where)
-    vit = VisionTransformer(
+    vit = base.tower(
+        VisionTransformer,
+        where,
         image_size=base.tiled(size, patch, notes),
         patch_size=patch,
         width=width,
@@ -112,7 +115,6 @@ def image_fields(
         layer_scale=1e-5 if f"{block}ls_1.gamma" in tensors else None,
         **told,
     )
-    base.check_heads(vit, where)
     return vit
 
 
@@ -164,7 +166,9 @@ def text_fields(
             "pad_id": config.get("pad_id", 0),
             **_activation_and_eps(model, config, where),
         }
-    text = TextTransformer(
+    text = base.tower(
+        TextTransformer,
+        where,
         vocab_size=vocab_size,
         context_length=context_length,
         width=width,
@@ -174,7 +178,6 @@ def text_fields(
         layer_scale=1e-5 if f"{blocks}0.ls_1.gamma" in tensors else None,
         **told,
     )
-    base.check_heads(text, where)
     return text
 
 
@@ -184,9 +187,9 @@ def native_config(vit: VisionTransformer) -> dict[str, Any]:
         "image_size": _size(vit),
         "patch_size": vit.patch_size,
         "width": vit.width,
-        "layers": vit.depth,
-        "head_width": vit.width // vit.heads,
-        "mlp_ratio": base.mlp_ratio(vit.width, vit.mlp_dim),
+        "layers": vit.transformer.depth,
+        "head_width": vit.width // vit.transformer.heads,
+        "mlp_ratio": base.mlp_ratio(vit.width, vit.transformer.mlp_dim),
         "pool_type": POOLINGS[vit.pooling],
         "no_ln_pre": not vit.pre_norm,
         "final_ln_after_pool": vit.norm_after_pool,
@@ -223,9 +226,9 @@ def text_config(module: DualEncoder, extras: Extras, name: str) -> dict[str, Any
         "context_length": text.context_length,
         "vocab_size": text.vocab_size,
         "width": text.width,
-        "heads": text.heads,
-        "layers": text.depth,
-        "mlp_ratio": base.mlp_ratio(text.width, text.mlp_dim),
+        "heads": text.transformer.heads,
+        "layers": text.transformer.depth,
+        "mlp_ratio": base.mlp_ratio(text.width, text.transformer.mlp_dim),
         "no_causal_mask": not text.causal,
         "pool_type": text.pooling,
         "eos_id": text.eos_id if extras.eos_id is None else extras.eos_id,
@@ -238,8 +241,8 @@ def text_config(module: DualEncoder, extras: Extras, name: str) -> dict[str, Any
 
 def pixels_of(
     config: Mapping[str, Any], like: Module | None, where: Path, notes: list[str]
-) -> dict[str, tuple[float, ...]]:
-    """`image_mean` and `image_std`: of the config, of `like`, or else open_clip's default.
+) -> Pixels:
+    """How pixels are normalized: by the word of the config, of `like`, or else open_clip's default.
 
     Raises:
       UserError: they are not three numbers each.
@@ -247,7 +250,7 @@ def pixels_of(
     said = config.get("preprocess_cfg") or {}
     defaults = {"mean": base.OPENAI_MEAN, "std": base.OPENAI_STD}
     if not config:
-        defaults = {"mean": like.image_mean, "std": like.image_std}
+        defaults = {"mean": like.pixels.mean, "std": like.pixels.std}
     elif not {"mean", "std"} <= said.keys():
         notes.append(f"{where} does not say how pixels are normalized: as OpenAI's CLIP")
     pixels = {}
@@ -256,8 +259,8 @@ def pixels_of(
         values = [values] * 3 if isinstance(values, int | float) else values
         if not isinstance(values, list | tuple) or len(values) != 3:
             raise UserError(f"{where}: preprocess_cfg.{name} is {values!r}, not three numbers")
-        pixels[f"image_{name}"] = tuple(float(x) for x in values)
-    return pixels
+        pixels[name] = tuple(float(x) for x in values)
+    return Pixels(**pixels)
 
 
 def extras_of(
@@ -319,12 +322,13 @@ def resize_problems(image: VisionTransformer, extras: Extras) -> list[str]:
 
 
 def _encoder_config(tower: VisionTransformer | TextTransformer) -> dict[str, Any]:
-    config: dict[str, Any] = {"norm_kwargs": {"eps": tower.norm_eps}}
-    if tower.activation == "gelu_tanh":
+    layers = tower.transformer
+    config: dict[str, Any] = {"norm_kwargs": {"eps": layers.norm_eps}}
+    if layers.activation == "gelu_tanh":
         config["act_kwargs"] = {"approximate": "tanh"}
-    if tower.layer_scale is not None:
-        config["ls_init_value"] = tower.layer_scale
-    if tower.qk_norm:
+    if layers.layer_scale is not None:
+        config["ls_init_value"] = layers.layer_scale
+    if layers.qk_norm:
         config["qk_norm"] = True
     return config
 
@@ -348,7 +352,7 @@ def _ours(names: Mapping[str, str], theirs: Any, what: str, where: Path) -> str:
 
 
 def _told(tower: Any, *fields: str) -> dict[str, Any]:
-    return {field: getattr(tower, field) for field in fields}
+    return {field: value for field, value in tower_fields(tower).items() if field in fields}
 
 
 def _depth(tensors: Tensors, blocks: str) -> int:

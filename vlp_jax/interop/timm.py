@@ -40,6 +40,7 @@ from vlp_jax.interop.tables import (
 from vlp_jax.interop.timm_names import fields_of
 from vlp_jax.interop.trees import Module, Params, expected_shapes, image_of
 from vlp_jax.models.positions import sincos_2d
+from vlp_jax.models.values import tower_fields
 from vlp_jax.models.vit import VisionTransformer
 
 MODEL = "timm's VisionTransformer"
@@ -139,7 +140,7 @@ def write(module: VisionTransformer, params: Params, directory: Path, extras: Ex
     """Writes a folder that `timm.create_model("local-dir:...", pretrained=True)` takes."""
     args, params = model_args(module, params)
     config = {
-        "architecture": ARCHITECTURES[module.norm_eps],
+        "architecture": ARCHITECTURES[module.transformer.norm_eps],
         "num_classes": 0,
         "num_features": module.width,
         "global_pool": args["global_pool"],
@@ -174,13 +175,14 @@ def model_args(vit: VisionTransformer, params: Params) -> tuple[dict[str, Any], 
         params[path] = params[path][1:]
     if not vit.patch_bias and not vit.pre_norm:
         params["image/patch_embedding/projection/bias"] = np.zeros(vit.width, np.float32)
+    layers = vit.transformer
     args = {
         "img_size": list(vit.image_size),
         "patch_size": vit.patch_size,
-        "embed_dim": vit.width,
-        "depth": vit.depth,
-        "num_heads": vit.heads,
-        "mlp_ratio": base.mlp_ratio(vit.width, vit.mlp_dim),
+        "embed_dim": layers.width,
+        "depth": layers.depth,
+        "num_heads": layers.heads,
+        "mlp_ratio": base.mlp_ratio(vit.width, layers.mlp_dim),
         "class_token": vit.class_token,
         "global_pool": POOLINGS[vit.pooling],
         "pos_embed": "none" if vit.position == "none" else "learn",
@@ -189,9 +191,9 @@ def model_args(vit: VisionTransformer, params: Params) -> tuple[dict[str, Any], 
         "pre_norm": vit.pre_norm,
         "fc_norm": vit.norm_after_pool,
         "pool_include_prefix": vit.pooling == "map" and vit.prefix_tokens > 0,
-        "qk_norm": vit.qk_norm,
-        "init_values": vit.layer_scale,
-        "act_layer": vit.activation,
+        "qk_norm": layers.qk_norm,
+        "init_values": layers.layer_scale,
+        "act_layer": layers.activation,
     }
     return {name: value for name, value in args.items() if value is not None}, params
 
@@ -218,7 +220,7 @@ def tower(
                 f"{where}: nothing says what the {field} of the image tower is: put the config of "
                 f"its model beside it, or give the model that it goes into"
             )
-        told[field] = known[field] if field in known else getattr(vit, field)
+        told[field] = known[field] if field in known else tower_fields(vit)[field]
     width, _, patch, _ = base.shape_of(tensors, "patch_embed.proj.weight", 4, where)
     mlp_dim, _ = base.shape_of(tensors, "blocks.0.mlp.fc1.weight", 2, where)
     _check_prefix_pooling(told["pooling"], known, tensors, where)
@@ -232,7 +234,9 @@ def tower(
         size = (grid[0] * patch, grid[1] * patch)
     depth = len({key.split(".")[1] for key in tensors if key.startswith("blocks.")})
     rows = tensors["pos_embed"].shape[1] if "pos_embed" in tensors else 0
-    module = VisionTransformer(
+    module = base.tower(
+        VisionTransformer,
+        where,
         image_size=base.tiled(size, patch, notes),
         patch_size=patch,
         width=width,
@@ -249,7 +253,6 @@ def tower(
         layer_scale=1e-5 if "blocks.0.ls1.gamma" in tensors else None,
         **told,
     )
-    base.check_heads(module, where)
     return module, tensors
 
 

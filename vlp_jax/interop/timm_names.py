@@ -9,10 +9,11 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from vlp_jax.models.variants import VARIANTS, Size
+from vlp_jax.models.values import TransformerConfig, tower_fields
+from vlp_jax.models.variants import VARIANTS
 from vlp_jax.models.vit import VisionTransformer
 
-SIZES: dict[str, Size] = {
+SIZES: dict[str, TransformerConfig] = {
     "tiny": VARIANTS["Ti"],
     "small": VARIANTS["S"],
     "medium": VARIANTS["M"],
@@ -65,13 +66,13 @@ def fields_of(name: str) -> dict[str, Any] | None:
 def siglip_name(vit: VisionTransformer) -> str | None:
     """The member of the SigLIP family that an image tower is; None if it is none."""
     family = {"map": "siglip", "mean": "siglip_gap"}.get(vit.pooling)
-    size = Size(vit.width, vit.depth, vit.mlp_dim, vit.heads)
+    ours, sizes = tower_fields(vit), ("width", "depth", "mlp_dim", "heads")
     for (word, patch), sides in (SIGLIP if family == "siglip" else SIGLIP_GAP).items():
         for side in sides:
             name = f"vit_{word}_patch{patch}_{family}_{side}"
             fields = fields_of(name) if family else None
-            same = fields and all(getattr(vit, field) == x for field, x in fields.items())
-            if same and SIZES[word] == size:
+            same = fields and all(ours[field] == x for field, x in fields.items())
+            if same and all(getattr(SIZES[word], size) == ours[size] for size in sizes):
                 return name
     return None
 

@@ -14,7 +14,7 @@ from vlp_jax import interop
 from vlp_jax.errors import UserError
 from vlp_jax.interop import files, staging
 from vlp_jax.interop.trees import Module, Params, image_of, plain, to_tree
-from vlp_jax.models.dual_encoder import DualEncoder, normalize_pixels
+from vlp_jax.models.dual_encoder import DualEncoder
 from vlp_jax.models.masked_autoencoder import MaskedAutoencoder
 from vlp_jax.models.masking import mask_from_noise
 from vlp_jax.models.vit import VisionTransformer
@@ -141,7 +141,7 @@ def _painted(module: MaskedAutoencoder, image: jax.Array, mask: Any) -> Any:
 
 
 def _pair(module: DualEncoder, image: jax.Array, text: jax.Array) -> Any:
-    features = module.image(normalize_pixels(image, module.image_mean, module.image_std))
+    features = module.image(module.pixels.normalize(image))
     words = module.text(text)
     out = module(image, text)
     return features, words, dict(out)

@@ -24,6 +24,7 @@ from vlp_jax.interop.tables import Shape, mismatch_report
 from vlp_jax.models.dual_encoder import DualEncoder
 from vlp_jax.models.masked_autoencoder import MaskedAutoencoder
 from vlp_jax.models.masking import mask_from_noise
+from vlp_jax.models.values import ComputeConfig
 from vlp_jax.models.vit import VisionTransformer
 
 Params = dict[str, np.ndarray]
@@ -89,7 +90,7 @@ def to_tree(module: Module, params: Mapping[str, np.ndarray]) -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for path, x in params.items():
         tower = parts.get(path.split("/")[0])
-        apart = tower is not None and not tower.scan_layers
+        apart = tower is not None and not tower.compute.scan_layers
         for name, value in (unstack_layers({path: x}) if apart else {path: x}).items():
             flat[name.removeprefix("image/") if alone else name] = value
     return flax.traverse_util.unflatten_dict(flat, sep="/")
@@ -136,20 +137,13 @@ def _pixels(vit: VisionTransformer, dtype: Any) -> jax.ShapeDtypeStruct:
 
 def plain(module: Any) -> Any:
     """The same model in float32, without what changes how it runs and not what it computes."""
-    fields = {"scan_layers": True, "remat": "none", "attention": "xla", "dtype": jnp.float32}
-    if isinstance(module, DualEncoder):
-        return module.clone(image=plain(module.image), text=plain(module.text))
-    if isinstance(module, MaskedAutoencoder):
-        return module.clone(image=plain(module.image), decoder=plain(module.decoder))
-    return module.clone(**fields)
+    return with_dtype(module, jnp.float32)
 
 
 def with_dtype(module: Module, dtype: Any) -> Module:
     """The same model with its matrix products in `dtype`, and XLA's attention on every platform."""
-    module = plain(module)
-    parts = {
-        name: getattr(module, name).clone(dtype=dtype)
-        for name in ("image", "text", "decoder")
-        if hasattr(module, name)
-    }
-    return module.clone(**parts) if parts else module.clone(dtype=dtype)
+    if hasattr(module, "compute"):
+        quantization = module.compute.quantization  # which changes what is computed
+        return module.clone(compute=ComputeConfig(dtype, quantization=quantization))
+    names = (name for name in ("image", "text", "decoder") if hasattr(module, name))
+    return module.clone(**{name: with_dtype(getattr(module, name), dtype) for name in names})

@@ -53,6 +53,8 @@ def _cudnn(query: Heads, key: Heads, value: Heads, lengths: Lengths, causal: boo
 
 
 def _xla_bf16(query: Heads, key: Heads, value: Heads, lengths: Lengths, causal: bool) -> Heads:
+    shared = query.shape[2] // key.shape[2]  # heads of queries for one of keys
+    key, value = (jnp.repeat(x, shared, axis=2) if shared > 1 else x for x in (key, value))
     scores = jnp.einsum("bqhd,bkhd->bhqk", query * query.shape[-1] ** -0.5, key)
     lowest = jnp.finfo(scores.dtype).min
     column = jnp.arange(key.shape[1])
@@ -76,7 +78,7 @@ def _xla_padded(query: Heads, key: Heads, value: Heads, lengths: Lengths, causal
 
 def _pallas(query: Heads, key: Heads, value: Heads, lengths: Lengths, causal: bool) -> Heads:
     flat = (einops.rearrange(x, "b t h d -> b t (h d)") for x in (query, key, value))
-    out = attend_flat(*flat, heads=query.shape[2], causal=causal, lengths=lengths)
+    out = attend_flat(*flat, head_dim=query.shape[3], causal=causal, lengths=lengths)
     return einops.rearrange(out, "b t (h d) -> b t h d", h=query.shape[2])
 
 
@@ -85,15 +87,23 @@ def attend_flat(
     key: Float[Array, "batch keys width"],
     value: Float[Array, "batch keys width"],
     *,
-    heads: int,
+    head_dim: int,
     causal: bool = False,
     lengths: Lengths = None,
 ) -> Float[Array, "batch tokens width"]:
     """`attend` by "pallas", with the heads side by side, as the kernel takes them.
 
     It runs on each device's examples and heads: the compiler cannot divide it up itself.
+
+    Raises:
+      ValueError: shapes that the kernel does not hold.
     """
-    head_dim = query.shape[-1] // heads
+    heads = query.shape[-1] // head_dim
+    if key.shape[-1] != query.shape[-1]:
+        raise ValueError(
+            f"attention 'pallas' takes as many heads of keys as of queries, not "
+            f"{key.shape[-1] // head_dim} and {heads}; take attention 'xla'"
+        )
 
     def run(*arrays: Array) -> Array:
         return short_attention(*arrays, head_dim=head_dim, causal=causal)
@@ -133,8 +143,8 @@ ONLY_ON = {"pallas": ("tpu",), "cudnn": ("gpu", "cuda")}
 
 def attend(
     query: Heads,
-    key: Float[Array, "batch keys heads head_dim"],
-    value: Float[Array, "batch keys heads head_dim"],
+    key: Float[Array, "batch keys kv_heads head_dim"],
+    value: Float[Array, "batch keys kv_heads head_dim"],
     *,
     implementation: str,
     causal: bool = False,
@@ -143,6 +153,7 @@ def attend(
     """softmax(query key / sqrt(head_dim)) value (Vaswani et al. 2017, 3.2.1).
 
     Args:
+      key, value: heads that divide those of the queries; each is for as many in a row.
       implementation: a name in `ATTENTIONS`.
       causal: query i sees keys up to i alone.
       lengths: of each example only the first so many keys are seen; at least 1. None for all.

@@ -2,31 +2,31 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from vlp_jax.models import layers
-from vlp_jax.models.dual_encoder import Pixels, l2_normalize, normalize_pixels
+from vlp_jax.models.dense import Dense
+from vlp_jax.models.dual_encoder import l2_normalize
+from vlp_jax.models.values import ComputeConfig, Images, Pixels
 from vlp_jax.models.vit import VisionTransformer
 
 # Of a head that is trained with its tower: facebookresearch/mae, main_finetune.py.
 HEAD_STDDEV = 2e-5
 
 
-def score_head(outputs: int, dtype: Any, name: str) -> nn.Dense:
+def score_head(outputs: int, compute: ComputeConfig, name: str) -> Dense:
     """A linear layer from features to the scores of `outputs` classes, which begins next to zero.
 
     So the first scores are equal, and the first gradients of the tower are small.
     """
-    return nn.Dense(
-        outputs,
-        dtype=dtype,
+    return Dense(
+        ("embed", None),
+        (None,),
+        compute.unquantized(),
+        nn.initializers.truncated_normal(HEAD_STDDEV),
+        features=outputs,
         name=name,
-        kernel_init=layers.named(nn.initializers.truncated_normal(HEAD_STDDEV), "embed", None),
-        bias_init=layers.named(nn.initializers.zeros_init(), None),
     )
 
 
@@ -37,26 +37,25 @@ class Classifier(nn.Module):
       image: the tower, with a pooling. For the form in which He et al. 2022 fine-tune, it has the
         pooling "mean" and `norm_after_pool`.
       classes: how many there are.
-      image_mean, image_std: of the pixels, scaled to [0, 1], a value per channel.
+      pixels: how they are normalized.
     """
 
     image: VisionTransformer
     classes: int
-    image_mean: tuple[float, ...] = (0.5, 0.5, 0.5)
-    image_std: tuple[float, ...] = (0.5, 0.5, 0.5)
+    pixels: Pixels = Pixels()
 
     def setup(self) -> None:
-        self.head = score_head(self.classes, self.image.dtype, "head")
+        self.head = score_head(self.classes, self.image.compute, "head")
 
-    def features(self, image: Pixels, train: bool = False) -> Float[Array, "batch embed"]:
+    def features(self, image: Images, train: bool = False) -> Float[Array, "batch embed"]:
         """The pooled features of images with values in [0, 255]."""
-        return self.image(normalize_pixels(image, self.image_mean, self.image_std), train=train)
+        return self.image(self.pixels.normalize(image), train=train)
 
-    def embed_image(self, image: Pixels) -> Float[Array, "batch embed"]:
+    def embed_image(self, image: Images) -> Float[Array, "batch embed"]:
         """Unit vectors of images with values in [0, 255], float32."""
         return l2_normalize(self.features(image))
 
-    def __call__(self, image: Pixels, train: bool = False) -> Float[Array, "batch classes"]:
+    def __call__(self, image: Images, train: bool = False) -> Float[Array, "batch classes"]:
         """The score of each class, float32, of images with values in [0, 255]."""
         return self.head(self.features(image, train)).astype(jnp.float32)
 

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float
 
 from vlp_jax.models.parameters import Dtype, named
 from vlp_jax.models.quantization import dot_general_of
+from vlp_jax.models.values import ComputeConfig
 
 
 @jax.custom_vjp
@@ -47,15 +48,18 @@ class Product(nn.Module):
 
     Attributes:
       kernel_names, bias_names: logical names of the dimensions.
+      compute: its `dtype` and `quantization`.
+      kernel_init: of the kernel as a matrix, [n, m].
       bias_init: of the bias.
-      quantization: see `vlp_jax.models.quantization`.
+      use_bias: whether there is one.
     """
 
-    kernel_names: tuple[str, ...]
-    bias_names: tuple[str, ...]
+    kernel_names: tuple[str | None, ...]
+    bias_names: tuple[str | None, ...]
+    compute: ComputeConfig
+    kernel_init: Callable[..., Array] = nn.initializers.xavier_uniform()
     bias_init: Callable[..., Array] = nn.initializers.zeros_init()
-    quantization: str = "none"
-    dtype: Dtype = jnp.float32
+    use_bias: bool = True
 
     def product(
         self,
@@ -72,19 +76,20 @@ class Product(nn.Module):
         """
         width = math.prod(bias_shape)
 
-        def xavier(key: Array, shape: tuple[int, ...], dtype: Dtype) -> Array:
-            matrix = nn.initializers.xavier_uniform()(key, (x.shape[-1], width), dtype)
-            return matrix.reshape(shape)
+        def initialize(key: Array, shape: tuple[int, ...], dtype: Dtype) -> Array:
+            return self.kernel_init(key, (x.shape[-1], width), dtype).reshape(shape)
 
-        kernel = self.param("kernel", named(xavier, *self.kernel_names), kernel_shape, jnp.float32)
-        bias_init = named(self.bias_init, *self.bias_names)
-        bias = self.param("bias", bias_init, bias_shape, jnp.float32)
-        x, kernel, bias = (a.astype(self.dtype) for a in (x, kernel, bias))
+        names = named(initialize, *self.kernel_names)
+        kernel = self.param("kernel", names, kernel_shape, jnp.float32)
+        x, kernel = x.astype(self.compute.dtype), kernel.astype(self.compute.dtype)
         outputs = (width,) if flat else bias_shape
-        multiply = dot_general_of(self.quantization) or jax.lax.dot_general
+        multiply = dot_general_of(self.compute.quantization) or jax.lax.dot_general
         kernel = kernel.reshape(x.shape[-1], *outputs)
         x = multiply(x, kernel, (((x.ndim - 1,), (0,)), ((), ())))
-        bias = bias.reshape(outputs)
+        if not self.use_bias:
+            return x
+        bias = self.param("bias", named(self.bias_init, *self.bias_names), bias_shape, jnp.float32)
+        bias = bias.astype(self.compute.dtype).reshape(outputs)
         return add_bias(x, bias) if x.ndim - len(outputs) == 2 else x + bias
 
 

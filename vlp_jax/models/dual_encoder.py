@@ -9,29 +9,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, UInt8
 
-from vlp_jax.models import layers, variants
+from vlp_jax.models import variants
+from vlp_jax.models.dense import Dense
 from vlp_jax.models.text import TextTransformer
-from vlp_jax.models.vit import Prepare, VisionTransformer
+from vlp_jax.models.values import Images, Pixels
+from vlp_jax.models.vit import VisionTransformer
 
 HEADS = ("linear", "linear_bias", "none")
-# Images as they are stored, or float32 with values in [0, 255]: what is computed from an image,
-# such as an attack on it, is not rounded.
-Pixels = UInt8[Array, "batch height width 3"] | Float[Array, "batch height width 3"]
-
-
-def normalize_pixels(
-    image: Pixels,
-    mean: tuple[float, ...],
-    std: tuple[float, ...],
-) -> Float[Array, "batch height width 3"]:
-    """Pixels in [0, 255] to (x / 255 - mean) / std, in float32."""
-    scaled = image.astype(jnp.float32) / 255.0
-    return (scaled - jnp.asarray(mean, jnp.float32)) / jnp.asarray(std, jnp.float32)
-
-
-def pixel_normalizer(mean: tuple[float, ...], std: tuple[float, ...]) -> Prepare:
-    """`normalize_pixels` with this mean and standard deviation."""
-    return lambda pixels: normalize_pixels(pixels, mean, std)
 
 
 def l2_normalize(x: Float[Array, "*batch dim"], eps: float = 1e-12) -> Float[Array, "*batch dim"]:
@@ -51,7 +35,7 @@ class DualEncoder(nn.Module):
       logit_bias_init: initial bias of the logits, None for none (it belongs to the sigmoid loss).
       image_head, text_head: what maps a tower's features to `embed_dim`: "linear" (CLIP),
         "linear_bias" or "none" (SigLIP: none for images, with bias for texts).
-      image_mean, image_std: of the pixels, scaled to [0, 1], a value per channel.
+      pixels: how they are normalized.
     """
 
     image: VisionTransformer
@@ -61,25 +45,11 @@ class DualEncoder(nn.Module):
     logit_bias_init: float | None = None
     image_head: str = "linear"
     text_head: str = "linear"
-    image_mean: tuple[float, ...] = (0.5, 0.5, 0.5)
-    image_std: tuple[float, ...] = (0.5, 0.5, 0.5)
+    pixels: Pixels = Pixels()
 
     def setup(self) -> None:
-        def projection(kind: str, width: int) -> nn.Dense | None:
-            if kind == "none":
-                return None
-            return nn.Dense(
-                self.embed_dim,
-                use_bias=kind == "linear_bias",
-                dtype=self.image.dtype,
-                kernel_init=layers.named(
-                    nn.initializers.normal(width**-0.5), "embed", "projection"
-                ),
-                bias_init=layers.named(nn.initializers.zeros_init(), "projection"),
-            )
-
-        self.image_projection = projection(self.image_head, self.image.width)
-        self.text_projection = projection(self.text_head, self.text.width)
+        self.image_projection = self._projection(self.image_head, self.image)
+        self.text_projection = self._projection(self.text_head, self.text)
         self.logit_scale = self.param(
             "logit_scale", nn.initializers.constant(self.logit_scale_init), (), jnp.float32
         )
@@ -88,15 +58,26 @@ class DualEncoder(nn.Module):
                 "logit_bias", nn.initializers.constant(self.logit_bias_init), (), jnp.float32
             )
 
+    def _projection(self, kind: str, tower: VisionTransformer | TextTransformer) -> Dense | None:
+        if kind == "none":
+            return None
+        return Dense(
+            ("embed", "projection"),
+            ("projection",),
+            self.image.compute.unquantized(),
+            nn.initializers.normal(tower.width**-0.5),
+            use_bias=kind == "linear_bias",
+            features=self.embed_dim,
+        )
+
     def embed_image(
         self,
-        image: Pixels,
+        image: Images,
         keep: Int[Array, "batch kept"] | None = None,
         train: bool = False,
     ) -> Float[Array, "batch embed"]:
         """Unit vectors of images, float32; of the patches `keep` alone if given."""
-        normalize = pixel_normalizer(self.image_mean, self.image_std)
-        features = self.image(image, keep, train, normalize)
+        features = self.image(image, keep, train, self.pixels.normalize)
         return l2_normalize(
             features if self.image_head == "none" else self.image_projection(features)
         )
@@ -105,8 +86,7 @@ class DualEncoder(nn.Module):
         self, image: UInt8[Array, "batch height width 3"]
     ) -> Float[Array, "batch width"]:
         """The image tower's output of uint8 images before the projection, float32."""
-        pixels = normalize_pixels(image, self.image_mean, self.image_std)
-        return self.image(pixels).astype(jnp.float32)
+        return self.image(self.pixels.normalize(image)).astype(jnp.float32)
 
     def embed_text(
         self, text: Int[Array, "batch tokens"], train: bool = False

@@ -10,8 +10,18 @@ from jaxtyping import Array, Float, Int
 
 from vlp_jax.models import layers
 from vlp_jax.models.classifier import score_head
-from vlp_jax.models.dual_encoder import Pixels, normalize_pixels
+from vlp_jax.models.dense import Dense
+from vlp_jax.models.parameters import named
 from vlp_jax.models.text import TextTransformer
+from vlp_jax.models.values import (
+    PLAIN,
+    ComputeConfig,
+    Images,
+    Pixels,
+    TransformerConfig,
+    keywords_of,
+    make_tower,
+)
 from vlp_jax.models.vit import VisionTransformer
 
 
@@ -23,18 +33,8 @@ class Fusion(nn.Module):
     apart; where a token stands is known from its tower. The padding of the text is not seen.
     """
 
-    width: int
-    depth: int
-    mlp_dim: int
-    heads: int
-    activation: str = "gelu_tanh"
-    norm_eps: float = 1e-6
-    stochastic_depth: float = 0.0
-    attention: str = "xla"
-    quantization: str = "none"
-    scan_layers: bool = True
-    remat: str = "none"
-    dtype: Any = jnp.float32
+    transformer: TransformerConfig
+    compute: ComputeConfig = ComputeConfig()
 
     @nn.compact
     def __call__(
@@ -50,46 +50,44 @@ class Fusion(nn.Module):
           text_lengths: tokens of each text that are seen, from the first.
           train: whether stochastic depth is at work (it needs the random stream "drop_path").
         """
-        init = layers.named(nn.initializers.normal(0.02), None, "embed")
-        first = self.param("class_token", init, (1, self.width)).astype(self.dtype)
-        first = jnp.broadcast_to(first, (len(image), 1, self.width))
+        init = named(nn.initializers.normal(0.02), None, "embed")
+        width = self.transformer.width
+        first = self.param("class_token", init, (1, width)).astype(self.compute.dtype)
+        first = jnp.broadcast_to(first, (len(image), 1, width))
         parts = [first, self._projected(image, "image"), self._projected(text, "text")]
         x = jnp.concatenate(parts, axis=1)
         x = nn.with_logical_constraint(x, ("batch", "act_tokens", "act_embed"))
         # The text comes last, so that its padding is the end of the whole sequence.
         lengths = (1 + image.shape[1] + text_lengths).astype(jnp.int32)
-        x = layers.Encoder(
-            depth=self.depth,
-            heads=self.heads,
-            mlp_dim=self.mlp_dim,
-            activation=self.activation,
-            norm_eps=self.norm_eps,
-            stochastic_depth=self.stochastic_depth,
-            attention=self.attention,
-            quantization=self.quantization,
-            scan_layers=self.scan_layers,
-            remat=self.remat,
-            dtype=self.dtype,
-            name="encoder",
-        )(x, lengths, train)
+        x = layers.Encoder(self.transformer, self.compute, name="encoder")(x, lengths, train)
         return x[:, 0]
 
     def _projected(self, x: Array, name: str) -> Array:
-        return nn.Dense(
-            self.width,
-            dtype=self.dtype,
+        return Dense(
+            ("embed", None),
+            ("norm",),
+            self.compute.unquantized(),
+            bias_init=nn.initializers.normal(0.02),
+            features=self.transformer.width,
             name=f"{name}_projection",
-            kernel_init=layers.named(nn.initializers.xavier_uniform(), "embed", None),
-            bias_init=layers.named(nn.initializers.normal(0.02), "norm"),
         )(x)
 
     def flops(self, image: VisionTransformer, text: TextTransformer) -> float:
         """Forward FLOPs of one pair, without the towers."""
         seen = image.tokens * image.width + text.context_length * text.width
         tokens = 1 + image.tokens + text.context_length
-        return 2.0 * seen * self.width + layers.transformer_flops(
-            self.depth, tokens, self.width, self.mlp_dim
-        )
+        projections = 2.0 * seen * self.transformer.width
+        return projections + layers.transformer_flops(self.transformer, tokens)
+
+
+@keywords_of(TransformerConfig)
+def make_fusion(*, compute: ComputeConfig = PLAIN, **fields: Any) -> Fusion:
+    """A `Fusion` whose layers have these fields of `TransformerConfig`.
+
+    Raises:
+      ValueError: sizes that do not fit each other.
+    """
+    return make_tower(Fusion, compute, **fields)
 
 
 class QuestionAnswerer(nn.Module):
@@ -99,21 +97,20 @@ class QuestionAnswerer(nn.Module):
       image, text: the towers, without pooling.
       fusion: what looks at both.
       answers: how many answers there are.
-      image_mean, image_std: of the pixels, scaled to [0, 1], a value per channel.
+      pixels: how they are normalized.
     """
 
     image: VisionTransformer
     text: TextTransformer
     fusion: Fusion
     answers: int
-    image_mean: tuple[float, ...] = (0.5, 0.5, 0.5)
-    image_std: tuple[float, ...] = (0.5, 0.5, 0.5)
+    pixels: Pixels = Pixels()
 
     def setup(self) -> None:
-        self.head = score_head(self.answers, self.image.dtype, "head")
+        self.head = score_head(self.answers, self.image.compute, "head")
 
     def __call__(
-        self, image: Pixels, text: Int[Array, "batch tokens"], train: bool = False
+        self, image: Images, text: Int[Array, "batch tokens"], train: bool = False
     ) -> Float[Array, "batch answers"]:
         """The score of each answer, float32.
 
@@ -122,8 +119,7 @@ class QuestionAnswerer(nn.Module):
           text: token ids of the question.
           train: whether stochastic depth is at work (it needs the random stream "drop_path").
         """
-        pixels = normalize_pixels(image, self.image_mean, self.image_std)
-        seen = self.image(pixels, train=train)
+        seen = self.image(self.pixels.normalize(image), train=train)
         read = self.text(text, train)
         x = self.fusion(seen, read, self.text.lengths(text), train)
         return self.head(x).astype(jnp.float32)
@@ -132,4 +128,4 @@ class QuestionAnswerer(nn.Module):
         """Forward FLOPs of one image and its question."""
         towers = self.image.flops() + self.text.flops()
         fused = self.fusion.flops(self.image, self.text)
-        return towers + fused + 2.0 * self.fusion.width * self.answers
+        return towers + fused + 2.0 * self.fusion.transformer.width * self.answers

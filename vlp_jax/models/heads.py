@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import einops
 import flax.linen as nn
-import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from vlp_jax.models.attention import attend, attend_flat
 from vlp_jax.models.dense import Product
-from vlp_jax.models.parameters import Dtype, layer_norm
+from vlp_jax.models.parameters import norm
+from vlp_jax.models.positions import rotate
+from vlp_jax.models.values import ComputeConfig, TransformerConfig
 
 
 class ToHeads(Product):
@@ -53,25 +56,17 @@ class FromHeads(Product):
 
 
 class MultiHeadAttention(nn.Module):
-    """Multi-head attention with a `heads`-way split of the width (Vaswani et al. 2017, 3.2.2).
+    """Multi-head attention with its projections (Vaswani et al. 2017, 3.2.2).
 
     Attributes:
-      heads: number of heads; must divide the width.
+      config: the heads, their width, norm, biases and rotary positions.
+      compute: how; the softmax is float32 in any case.
       causal: position i sees only positions up to i.
-      qk_norm: LayerNorm of each head's queries and keys (Dehghani et al. 2023, "ViT-22B", 2.2).
-      norm_eps: of these.
-      implementation: a name in `attention.ATTENTIONS`. The one named here is the one that runs; one
-        that does not hold the shapes raises.
-      dtype: of the computation. The softmax is float32.
     """
 
-    heads: int
+    config: TransformerConfig
+    compute: ComputeConfig = ComputeConfig()
     causal: bool = False
-    qk_norm: bool = False
-    norm_eps: float = 1e-6
-    implementation: str = "xla"
-    quantization: str = "none"
-    dtype: Dtype = jnp.float32
 
     @nn.compact
     def __call__(
@@ -80,49 +75,63 @@ class MultiHeadAttention(nn.Module):
         key_value: Float[Array, "batch tokens width"],
         lengths: Int[Array, " batch"] | None = None,
     ) -> Float[Array, "batch query_tokens width"]:
-        """Attends to the first `lengths[i]` tokens of sequence i, to all of them if None."""
-        width = query.shape[-1]
-        if width % self.heads:
-            raise ValueError(f"{self.heads} heads do not divide the width {width}")
+        """Attends to the first `lengths[i]` tokens of sequence i, to all of them if None.
 
-        flat = self.implementation == "pallas"
+        Raises:
+          ValueError: the heads do not divide the width, or the attention that is asked for does not
+            hold these shapes.
+        """
+        config, compute = self.config, self.compute
+        flat = compute.attention == "pallas"
 
-        def project(x: Array, name: str) -> Array:
+        def project(x: Array, heads: int, name: str) -> Array:
             return ToHeads(
                 ("embed", "heads", "head_dim"),
                 ("heads", "head_dim"),
-                quantization=self.quantization,
-                dtype=self.dtype,
-                heads=self.heads,
-                head_dim=width // self.heads,
+                compute,
+                use_bias=config.bias,
+                heads=heads,
+                head_dim=config.head_width,
                 flat=flat,
                 name=name,
             )(x)
 
-        q, k, v = project(query, "query"), project(key_value, "key"), project(key_value, "value")
-        if self.qk_norm:
-            q, k = self._norm(q, "query_norm"), self._norm(k, "key_norm")
+        q = project(query, config.heads, "query")
+        k = project(key_value, config.key_heads, "key")
+        v = project(key_value, config.key_heads, "value")
+        if config.qk_norm:
+            q, k = self._each_head(q, "query_norm"), self._each_head(k, "key_norm")
+        if config.rope is not None:
+            q, k = self._rotated(q), self._rotated(k)
         q, k, v = _keep(q, "query"), _keep(k, "key"), _keep(v, "value")
         if flat:
-            x = attend_flat(q, k, v, heads=self.heads, causal=self.causal, lengths=lengths)
+            head_dim = config.head_width
+            x = attend_flat(q, k, v, head_dim=head_dim, causal=self.causal, lengths=lengths)
         else:
-            implementation, causal = self.implementation, self.causal
+            implementation, causal = compute.attention, self.causal
             x = attend(q, k, v, implementation=implementation, causal=causal, lengths=lengths)
         return FromHeads(
             ("heads", "head_dim", "embed"),
             ("norm",),
-            quantization=self.quantization,
-            dtype=self.dtype,
-            heads=self.heads,
-            width=width,
+            compute,
+            use_bias=config.bias,
+            heads=config.heads,
+            width=query.shape[-1],
             name="out",
         )(_keep(x, "attention"))
 
-    def _norm(self, x: Array, name: str) -> Array:
-        norm = layer_norm(self.norm_eps, self.dtype, name)
+    def _each_head(self, x: Array, name: str) -> Array:
+        normalize = norm(self.config, self.compute.dtype, name)
+        return self._by_heads(normalize, x)
+
+    def _rotated(self, x: Array) -> Array:
+        return self._by_heads(lambda heads: rotate(heads, self.config.rope), x)
+
+    def _by_heads(self, function: Callable[[Array], Array], x: Array) -> Array:
+        """`function` of x as [batch, tokens, heads, head_dim]."""
         if x.ndim == 4:
-            return norm(x)
-        heads = norm(einops.rearrange(x, "... (h d) -> ... h d", h=self.heads))
+            return function(x)
+        heads = function(einops.rearrange(x, "... (h d) -> ... h d", d=self.config.head_width))
         return einops.rearrange(heads, "... h d -> ... (h d)")
 
 

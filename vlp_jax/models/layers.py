@@ -17,6 +17,7 @@ Activations are constrained by `batch`, `act_tokens`, `act_embed`, `act_heads` a
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -29,13 +30,15 @@ from jaxtyping import Array, Float, Int
 
 from vlp_jax.models.dense import Dense
 from vlp_jax.models.heads import MultiHeadAttention
-from vlp_jax.models.parameters import Dtype, layer_norm, named
+from vlp_jax.models.parameters import Dtype, named, norm
 from vlp_jax.models.remat import REMAT_POLICIES
+from vlp_jax.models.values import ComputeConfig, TransformerConfig
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "gelu": functools.partial(jax.nn.gelu, approximate=False),
     "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
     "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),  # OpenAI CLIP, clip/model.py QuickGELU
+    "silu": jax.nn.silu,
 }
 
 
@@ -47,22 +50,27 @@ def choose(table: dict[str, Any], name: str, what: str) -> Any:
 
 
 class Mlp(nn.Module):
-    """The feed-forward layer: width -> `mlp_dim` -> activation -> width."""
+    """The feed-forward layer: width -> `mlp_dim` -> activation -> width.
 
-    mlp_dim: int
-    activation: str = "gelu_tanh"
-    quantization: str = "none"
-    dtype: Dtype = jnp.float32
+    If it is gated, the activation is of one inner product, "gate", and multiplies the other, "up".
+    """
+
+    config: TransformerConfig
+    compute: ComputeConfig = ComputeConfig()
 
     @nn.compact
     def __call__(self, x: Float[Array, "*batch width"]) -> Float[Array, "*batch width"]:
-        width = x.shape[-1]
-        x = self._dense(self.mlp_dim, "up", ("embed", "mlp"), ("mlp",))(x)
-        x = checkpoint_name(x, "mlp_hidden")
-        x = choose(ACTIVATIONS, self.activation, "activation")(x)
+        config, width = self.config, x.shape[-1]
+        activation = choose(ACTIVATIONS, config.activation, "activation")
+        up = self._inner("up", x)
+        x = activation(self._inner("gate", x)) * up if config.gated else activation(up)
         if x.ndim == 3:
             x = nn.with_logical_constraint(x, ("batch", "act_tokens", "act_mlp"))
         return self._dense(width, "down", ("mlp", "embed"), ("norm",))(x)
+
+    def _inner(self, name: str, x: Array) -> Array:
+        x = self._dense(self.config.mlp_dim, name, ("embed", "mlp"), ("mlp",))(x)
+        return checkpoint_name(x, "mlp_hidden")
 
     def _dense(
         self, features: int, name: str, kernel_names: tuple[str, ...], bias_names: tuple[str, ...]
@@ -70,10 +78,10 @@ class Mlp(nn.Module):
         return Dense(
             kernel_names,
             bias_names,
-            nn.initializers.normal(1e-6),
-            self.quantization,
-            self.dtype,
-            features,
+            self.compute,
+            bias_init=nn.initializers.normal(1e-6),
+            use_bias=self.config.bias,
+            features=features,
             name=name,
         )
 
@@ -92,22 +100,11 @@ class LayerScale(nn.Module):
 
 
 class Block(nn.Module):
-    """A pre-norm Transformer layer: x + attention(norm(x)), then x + mlp(norm(x)).
+    """A pre-norm Transformer layer: x + attention(norm(x)), then x + mlp(norm(x))."""
 
-    Attributes:
-      layer_scale: initial `LayerScale` of both branches; None for none.
-    """
-
-    heads: int
-    mlp_dim: int
-    activation: str = "gelu_tanh"
+    config: TransformerConfig
+    compute: ComputeConfig = ComputeConfig()
     causal: bool = False
-    norm_eps: float = 1e-6
-    qk_norm: bool = False
-    layer_scale: float | None = None
-    attention: str = "xla"
-    quantization: str = "none"
-    dtype: Dtype = jnp.float32
 
     @nn.compact
     def __call__(
@@ -122,27 +119,19 @@ class Block(nn.Module):
             "drop_path"); None for never.
           lengths: tokens of each sequence that are seen; None for all.
         """
-        y = layer_norm(self.norm_eps, self.dtype, "norm_attention")(x)
-        y = MultiHeadAttention(
-            self.heads,
-            self.causal,
-            self.qk_norm,
-            self.norm_eps,
-            self.attention,
-            self.quantization,
-            self.dtype,
-            name="attention",
-        )(y, y, lengths)
-        x = x + self._branch(y, drop_rate, "layer_scale_attention")
+        config, compute = self.config, self.compute
+        y = norm(config, compute.dtype, "norm_attention")(x)
+        attention = MultiHeadAttention(config, compute, self.causal, name="attention")
+        x = x + self._branch(attention(y, y, lengths), drop_rate, "layer_scale_attention")
         x = nn.with_logical_constraint(x, ("batch", "act_tokens", "act_embed"))
-        y = layer_norm(self.norm_eps, self.dtype, "norm_mlp")(x)
-        y = Mlp(self.mlp_dim, self.activation, self.quantization, self.dtype, name="mlp")(y)
+        y = norm(config, compute.dtype, "norm_mlp")(x)
+        y = Mlp(config, compute, name="mlp")(y)
         x = x + self._branch(y, drop_rate, "layer_scale_mlp")
         return nn.with_logical_constraint(x, ("batch", "act_tokens", "act_embed"))
 
     def _branch(self, y: Array, drop_rate: Array | None, name: str) -> Array:
-        if self.layer_scale is not None:
-            y = LayerScale(self.layer_scale, self.dtype, name=name)(y)
+        if self.config.layer_scale is not None:
+            y = LayerScale(self.config.layer_scale, self.compute.dtype, name=name)(y)
         if drop_rate is None:
             return y
         kept = jax.random.bernoulli(self.make_rng("drop_path"), 1 - drop_rate, (len(y), 1, 1))
@@ -150,32 +139,17 @@ class Block(nn.Module):
 
 
 class Encoder(nn.Module):
-    """`depth` blocks and a final LayerNorm.
+    """All layers, and a last norm.
 
     Attributes:
-      stochastic_depth: chance that a branch of the last layer is left out in training; it rises
-        linearly from 0 at the first (Huang et al. 2016, "Deep Networks with Stochastic Depth").
-      final_norm: whether there is the LayerNorm at the end.
-      scan_layers: the layers are one `nn.scan` over parameters stacked along a leading `layers`
-        axis, so that compile time does not grow with depth; otherwise each layer stands alone.
-      remat: "none", or a name in `REMAT_POLICIES`: what the backward pass computes again.
+      causal: each token sees only those before it.
+      final_norm: whether there is the norm at the end.
     """
 
-    depth: int
-    heads: int
-    mlp_dim: int
-    activation: str = "gelu_tanh"
+    config: TransformerConfig
+    compute: ComputeConfig = ComputeConfig()
     causal: bool = False
-    norm_eps: float = 1e-6
-    qk_norm: bool = False
-    layer_scale: float | None = None
-    stochastic_depth: float = 0.0
     final_norm: bool = True
-    attention: str = "xla"
-    quantization: str = "none"
-    scan_layers: bool = True
-    remat: str = "none"
-    dtype: Dtype = jnp.float32
 
     @nn.compact
     def __call__(
@@ -185,54 +159,41 @@ class Encoder(nn.Module):
         train: bool = False,
     ) -> Float[Array, "batch tokens width"]:
         """`train` with stochastic depth needs the random stream "drop_path"."""
+        config, compute = self.config, self.compute
         block = Block
-        if self.remat != "none":
-            policy = choose(REMAT_POLICIES, self.remat, "remat policy")
+        if compute.remat != "none":
+            policy = choose(REMAT_POLICIES, compute.remat, "remat policy")
             # Inside a scan the loop itself keeps XLA from merging the two forward passes.
-            block = nn.remat(Block, policy=policy, prevent_cse=not self.scan_layers)
-        fields = dict(
-            heads=self.heads,
-            mlp_dim=self.mlp_dim,
-            activation=self.activation,
-            causal=self.causal,
-            norm_eps=self.norm_eps,
-            qk_norm=self.qk_norm,
-            layer_scale=self.layer_scale,
-            attention=self.attention,
-            quantization=self.quantization,
-            dtype=self.dtype,
-        )
-        drops = train and self.stochastic_depth > 0
-        rates = jnp.linspace(0, self.stochastic_depth, self.depth) if drops else None
-        if self.scan_layers:
+            block = nn.remat(Block, policy=policy, prevent_cse=not compute.scan_layers)
+        drops = train and config.stochastic_depth > 0
+        rates = jnp.linspace(0, config.stochastic_depth, config.depth) if drops else None
+        if compute.scan_layers:
             scan = nn.scan(
                 lambda layer, carry, rate, lengths: (layer(carry, rate, lengths), None),
                 variable_axes={"params": 0},
                 split_rngs={"params": True, "drop_path": True},
                 in_axes=(0, nn.broadcast),
-                length=self.depth,
+                length=config.depth,
                 metadata_params={nn.PARTITION_NAME: "layers"},
             )
-            x, _ = scan(block(**fields, name="layers"), x, rates, lengths)
+            x, _ = scan(block(config, compute, self.causal, name="layers"), x, rates, lengths)
         else:
-            for index in range(self.depth):
+            for index in range(config.depth):
                 rate = rates[index] if drops else None
-                x = block(**fields, name=f"layer_{index}")(x, rate, lengths)
-        return layer_norm(self.norm_eps, self.dtype, "norm")(x) if self.final_norm else x
+                layer = block(config, compute, self.causal, name=f"layer_{index}")
+                x = layer(x, rate, lengths)
+        return norm(config, compute.dtype, "norm")(x) if self.final_norm else x
 
 
 class AttentionPooling(nn.Module):
     """One learned query attends to all tokens, followed by a residual feed-forward layer.
 
     The multi-head attention pooling ("MAP head") of Zhai et al. 2022, "Scaling Vision
-    Transformers".
+    Transformers". The query has no position, and neither it nor the keys are normalized.
     """
 
-    heads: int
-    mlp_dim: int
-    activation: str = "gelu_tanh"
-    norm_eps: float = 1e-6
-    dtype: Dtype = jnp.float32
+    config: TransformerConfig
+    compute: ComputeConfig = ComputeConfig()
 
     @nn.compact
     def __call__(
@@ -240,13 +201,14 @@ class AttentionPooling(nn.Module):
     ) -> Float[Array, "batch width"]:
         """Pools the first `lengths[i]` tokens of sequence i, all of them if None."""
         batch, _, width = x.shape
+        config = dataclasses.replace(self.config, qk_norm=False, rope=None)
         probe = self.param(
             "probe", named(nn.initializers.xavier_uniform(), None, "embed"), (1, width)
         )
-        probe = jnp.broadcast_to(probe.astype(self.dtype), (batch, 1, width))
-        x = MultiHeadAttention(self.heads, dtype=self.dtype, name="attention")(probe, x, lengths)
-        y = layer_norm(self.norm_eps, self.dtype, "norm")(x)
-        return (x + Mlp(self.mlp_dim, self.activation, dtype=self.dtype, name="mlp")(y))[:, 0]
+        probe = jnp.broadcast_to(probe.astype(self.compute.dtype), (batch, 1, width))
+        x = MultiHeadAttention(config, self.compute, name="attention")(probe, x, lengths)
+        y = norm(config, self.compute.dtype, "norm")(x)
+        return (x + Mlp(config, self.compute, name="mlp")(y))[:, 0]
 
 
 def position_embedding(module: nn.Module, tokens: int, width: int, stddev: float) -> Array:
@@ -258,17 +220,26 @@ def position_embedding(module: nn.Module, tokens: int, width: int, stddev: float
     )
 
 
-def transformer_flops(depth: int, tokens: int, width: int, mlp_dim: int) -> float:
-    """Forward FLOPs of `depth` layers on one sequence: matrix products alone, a multiply-add is 2.
+def transformer_flops(config: TransformerConfig, tokens: int) -> float:
+    """Forward FLOPs of all layers on one sequence: matrix products alone, a multiply-add is 2.
 
-    Per layer 8 n w^2 for the four projections, 4 n^2 w for the two products of attention and
-    4 n w m for the feed-forward layer.
+    Per layer 2 n w for each column of the four projections, 4 n^2 for each of the queries (the two
+    products of attention), and 2 n w m for each of the two or three feed-forward products.
     """
-    n, w, m = tokens, width, mlp_dim
-    return float(depth * (8 * n * w * w + 4 * n * n * w + 4 * n * w * m))
+    n, w = tokens, config.width
+    queries, keys = (heads * config.head_width for heads in (config.heads, config.key_heads))
+    products = 3 if config.gated else 2
+    layer = (
+        4 * n * w * (queries + keys) + 4 * n * n * queries + 2 * products * n * w * config.mlp_dim
+    )
+    return float(config.depth * layer)
 
 
-def attention_pooling_flops(tokens: int, width: int, mlp_dim: int) -> float:
+def attention_pooling_flops(config: TransformerConfig, tokens: int) -> float:
     """Forward FLOPs of `AttentionPooling` on one sequence: one query, keys and values of all."""
-    n, w, m = tokens, width, mlp_dim
-    return float(4 * n * w * w + 4 * w * w + 4 * n * w + 4 * w * m)
+    n, w = tokens, config.width
+    queries, keys = (heads * config.head_width for heads in (config.heads, config.key_heads))
+    products = 3 if config.gated else 2
+    return float(
+        4 * n * w * keys + 4 * w * queries + 4 * n * queries + 2 * products * w * config.mlp_dim
+    )

@@ -9,9 +9,20 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, UInt8
 
 from vlp_jax.models import layers
-from vlp_jax.models.dual_encoder import normalize_pixels, pixel_normalizer
+from vlp_jax.models.dense import Dense
 from vlp_jax.models.masking import PatchMask, take_tokens
+from vlp_jax.models.parameters import named
 from vlp_jax.models.positions import Grid, sincos_2d
+from vlp_jax.models.values import (
+    IMAGENET,
+    PLAIN,
+    ComputeConfig,
+    Pixels,
+    TransformerConfig,
+    keywords_of,
+    make_tower,
+)
+from vlp_jax.models.variants import check_choice
 from vlp_jax.models.vit import VisionTransformer, patchify
 
 
@@ -28,18 +39,9 @@ class MaskedDecoder(nn.Module):
     grid: Grid
     class_token: bool
     outputs: int
-    width: int
-    depth: int
-    mlp_dim: int
-    heads: int
+    transformer: TransformerConfig
     position: str = "sincos"
-    activation: str = "gelu"
-    norm_eps: float = 1e-6
-    attention: str = "xla"
-    quantization: str = "none"
-    scan_layers: bool = True
-    remat: str = "none"
-    dtype: Any = jnp.float32
+    compute: ComputeConfig = ComputeConfig()
 
     @property
     def patches(self) -> int:
@@ -55,53 +57,65 @@ class MaskedDecoder(nn.Module):
           x: the encoder's tokens: the class token if any, then the visible patches.
           restore: see `masking.PatchMask`.
         """
-        x = self._dense(self.width, "embedding", "embed", None)(x)
-        init = layers.named(nn.initializers.normal(0.02), None, "embed")
-        mask_token = self.param("mask_token", init, (1, self.width)).astype(x.dtype)
+        width = self.transformer.width
+        x = self._dense(width, "embedding")(x)
+        init = named(nn.initializers.normal(0.02), None, "embed")
+        mask_token = self.param("mask_token", init, (1, width)).astype(x.dtype)
         prefix, visible = x[:, : int(self.class_token)], x[:, int(self.class_token) :]
         hidden = self.patches - visible.shape[1]
-        filler = jnp.broadcast_to(mask_token, (x.shape[0], hidden, self.width))
+        filler = jnp.broadcast_to(mask_token, (x.shape[0], hidden, width))
         patches = take_tokens(jnp.concatenate([visible, filler], axis=1), restore)
         x = jnp.concatenate([prefix, patches], axis=1) + self._positions().astype(x.dtype)
         x = nn.with_logical_constraint(x, ("batch", "act_tokens", "act_embed"))
-        x = layers.Encoder(
-            depth=self.depth,
-            heads=self.heads,
-            mlp_dim=self.mlp_dim,
-            activation=self.activation,
-            norm_eps=self.norm_eps,
-            attention=self.attention,
-            quantization=self.quantization,
-            scan_layers=self.scan_layers,
-            remat=self.remat,
-            dtype=self.dtype,
-            name="encoder",
-        )(x)
-        return self._dense(self.outputs, "prediction", "embed", None)(x[:, int(self.class_token) :])
+        x = layers.Encoder(self.transformer, self.compute, name="encoder")(x)
+        return self._dense(self.outputs, "prediction")(x[:, int(self.class_token) :])
 
-    def _dense(self, features: int, name: str, *axes: str | None) -> nn.Dense:
-        return nn.Dense(
-            features,
-            dtype=self.dtype,
-            name=name,
-            kernel_init=layers.named(nn.initializers.xavier_uniform(), *axes),
-            bias_init=layers.named(nn.initializers.zeros_init(), "norm"),
-        )
+    def _dense(self, features: int, name: str) -> Dense:
+        compute = self.compute.unquantized()
+        return Dense(("embed", None), ("norm",), compute, features=features, name=name)
 
     def _positions(self) -> Float[Array, "tokens width"]:
         if self.position == "learned":
-            return layers.position_embedding(
-                self, self.class_token + self.patches, self.width, 0.02
-            )
-        table = jnp.asarray(sincos_2d(self.grid, self.width))
+            tokens = self.class_token + self.patches
+            return layers.position_embedding(self, tokens, self.transformer.width, 0.02)
+        table = jnp.asarray(sincos_2d(self.grid, self.transformer.width))
         return jnp.pad(table, ((int(self.class_token), 0), (0, 0)))
 
     def flops(self, visible: int) -> float:
         """Forward FLOPs of one image of which the encoder saw `visible` tokens, without its width's
         share in the first projection."""
         tokens = self.class_token + self.patches
-        flops = layers.transformer_flops(self.depth, tokens, self.width, self.mlp_dim)
-        return flops + 2.0 * self.patches * self.width * self.outputs
+        flops = layers.transformer_flops(self.transformer, tokens)
+        return flops + 2.0 * self.patches * self.transformer.width * self.outputs
+
+
+@keywords_of(
+    MaskedDecoder, TransformerConfig, without=("grid", "class_token", "outputs", "stochastic_depth")
+)
+def make_masked_decoder(
+    image: VisionTransformer, *, compute: ComputeConfig = PLAIN, **fields: Any
+) -> MaskedDecoder:
+    """The decoder for an encoder.
+
+    Args:
+      fields: of `MaskedDecoder`, and of `TransformerConfig`; activation and norm are by default
+        those of the encoder.
+
+    Raises:
+      ValueError: an unknown position, or sizes that do not fit each other.
+    """
+    layers = image.transformer
+    like = {"activation": layers.activation, "norm": layers.norm, "norm_eps": layers.norm_eps}
+    decoder = make_tower(
+        MaskedDecoder,
+        compute,
+        grid=image.grid,
+        class_token=image.class_token,
+        outputs=3 * image.patch_size**2,
+        **{**like, **fields},
+    )
+    check_choice("decoder.position", decoder.position, ("sincos", "learned"))
+    return decoder
 
 
 class MaskedAutoencoder(nn.Module):
@@ -110,13 +124,12 @@ class MaskedAutoencoder(nn.Module):
     Attributes:
       image: the encoder, without pooling.
       decoder: what paints.
-      image_mean, image_std: of the pixels, scaled to [0, 1], a value per channel.
+      pixels: how they are normalized.
     """
 
     image: VisionTransformer
     decoder: MaskedDecoder
-    image_mean: tuple[float, ...] = (0.485, 0.456, 0.406)
-    image_std: tuple[float, ...] = (0.229, 0.224, 0.225)
+    pixels: Pixels = IMAGENET
 
     def __call__(
         self,
@@ -135,8 +148,7 @@ class MaskedAutoencoder(nn.Module):
         train: bool = False,
     ) -> Float[Array, "batch tokens embed"]:
         """The encoder's tokens of uint8 images, of the patches `keep` alone if given."""
-        normalize = pixel_normalizer(self.image_mean, self.image_std)
-        return self.image(image, keep, train, normalize)
+        return self.image(image, keep, train, self.pixels.normalize)
 
     def decode(
         self,
@@ -152,8 +164,7 @@ class MaskedAutoencoder(nn.Module):
         self, image: UInt8[Array, "batch height width 3"]
     ) -> Float[Array, "batch patches outputs"]:
         """Normalized pixels of every patch, in the order of the predictions."""
-        pixels = normalize_pixels(image, self.image_mean, self.image_std)
-        patches = patchify(pixels, self.image.patch_size)
+        patches = patchify(self.pixels.normalize(image), self.image.patch_size)
         return patches.reshape(*patches.shape[:2], -1)
 
     def features(self, image: UInt8[Array, "batch height width 3"]) -> Float[Array, "batch embed"]:
@@ -164,5 +175,5 @@ class MaskedAutoencoder(nn.Module):
     def flops(self, kept: int) -> float:
         """Forward FLOPs of one image with `kept` visible patches."""
         visible = self.image.class_token + kept
-        embedding = 2.0 * visible * self.image.width * self.decoder.width
+        embedding = 2.0 * visible * self.image.width * self.decoder.transformer.width
         return self.image.flops(kept) + embedding + self.decoder.flops(visible)

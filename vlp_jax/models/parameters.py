@@ -12,6 +12,8 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
+from vlp_jax.models.values import TransformerConfig
+
 Dtype = Any
 
 
@@ -46,21 +48,43 @@ class LayerNorm(nn.Module):
 
     eps: float
     dtype: Dtype
+    use_bias: bool = True
 
     @nn.compact
     def __call__(self, x: Float[Array, "*batch width"]) -> Float[Array, "*batch width"]:
         width = (x.shape[-1],)
         scale = self.param("scale", named(nn.initializers.ones_init(), "norm"), width, jnp.float32)
-        bias = self.param("bias", named(nn.initializers.zeros_init(), "norm"), width, jnp.float32)
         x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
         mean = checkpoint_name(x.mean(axis=-1, keepdims=True), "norm_mean")
         centered = x - mean
         variance = checkpoint_name(
             jnp.square(centered).mean(axis=-1, keepdims=True), "norm_variance"
         )
-        return (centered * (jax.lax.rsqrt(variance + self.eps) * scale) + bias).astype(self.dtype)
+        x = centered * (jax.lax.rsqrt(variance + self.eps) * scale)
+        if self.use_bias:
+            zeros = named(nn.initializers.zeros_init(), "norm")
+            x = x + self.param("bias", zeros, width, jnp.float32)
+        return x.astype(self.dtype)
 
 
-def layer_norm(eps: float, dtype: Dtype, name: str) -> LayerNorm:
-    """A `LayerNorm` of that name, inside of a module."""
-    return LayerNorm(eps, dtype, name=name)
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) times a learned scale (Zhang and Sennrich 2019, "Root Mean Square
+    Layer Normalization"), over the last dimension, in float32."""
+
+    eps: float
+    dtype: Dtype
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*batch width"]) -> Float[Array, "*batch width"]:
+        ones = named(nn.initializers.ones_init(), "norm")
+        scale = self.param("scale", ones, (x.shape[-1],), jnp.float32)
+        x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        square = checkpoint_name(jnp.square(x).mean(axis=-1, keepdims=True), "norm_variance")
+        return (x * (jax.lax.rsqrt(square + self.eps) * scale)).astype(self.dtype)
+
+
+def norm(config: TransformerConfig, dtype: Dtype, name: str) -> LayerNorm | RMSNorm:
+    """The norm of a Transformer's layers, under that name, inside of a module."""
+    if config.norm == "rms":
+        return RMSNorm(config.norm_eps, dtype, name=name)
+    return LayerNorm(config.norm_eps, dtype, config.bias, name=name)

@@ -9,6 +9,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from vlp_jax.models import layers, variants
+from vlp_jax.models.parameters import named
+from vlp_jax.models.values import PLAIN, ComputeConfig, TransformerConfig, keywords_of, split_fields
 from vlp_jax.models.variants import check_choice
 
 POOLINGS = ("eos", "argmax", "first", "last", "mean", "map", "none")
@@ -29,7 +31,7 @@ class TokenEmbedding(nn.Module):
     def __call__(self, tokens: Int[Array, "batch tokens"]) -> Float[Array, "batch tokens width"]:
         table = self.param(
             "embedding",
-            layers.named(nn.initializers.normal(0.02), "vocab", "embed"),
+            named(nn.initializers.normal(0.02), "vocab", "embed"),
             (self.vocab_size, self.width),
         )
         table = nn.with_logical_constraint(table.astype(self.dtype), ("vocab", "act_embed"))
@@ -49,31 +51,25 @@ class TextTransformer(nn.Module):
         (all tokens are returned, those of the padding too).
       padding_mask: no token sees what lies behind the last one that is not `pad_id` (Devlin et al.
         2019, BERT).
-      qk_norm, layer_scale, stochastic_depth: see `layers.Block` and `layers.Encoder`.
       eos_id, pad_id: the tokenizer's.
+      transformer: the layers.
+      compute: how they are computed.
     """
 
     vocab_size: int
     context_length: int
-    width: int
-    depth: int
-    mlp_dim: int
-    heads: int
+    transformer: TransformerConfig
     causal: bool = True
     pooling: str = "eos"
     eos_id: int = 1
     pad_id: int = 0
     padding_mask: bool = False
-    qk_norm: bool = False
-    layer_scale: float | None = None
-    stochastic_depth: float = 0.0
-    activation: str = "gelu_tanh"
-    norm_eps: float = 1e-6
-    attention: str = "xla"
-    quantization: str = "none"
-    scan_layers: bool = True
-    remat: str = "none"
-    dtype: Any = jnp.float32
+    compute: ComputeConfig = ComputeConfig()
+
+    @property
+    def width(self) -> int:
+        """Of the features."""
+        return self.transformer.width
 
     @nn.compact
     def __call__(
@@ -89,28 +85,16 @@ class TextTransformer(nn.Module):
         """
         if tokens.shape[1] != self.context_length:
             raise ValueError(f"the model takes {self.context_length} tokens, not {tokens.shape[1]}")
-        x = TokenEmbedding(self.vocab_size, self.width, self.dtype, name="token_embedding")(tokens)
+        embedding = TokenEmbedding(
+            self.vocab_size, self.width, self.compute.dtype, name="token_embedding"
+        )
+        x = embedding(tokens)
         positions = layers.position_embedding(self, self.context_length, self.width, 0.01)
         x = x + positions.astype(x.dtype)
         x = nn.with_logical_constraint(x, ("batch", "act_tokens", "act_embed"))
         lengths = self.lengths(tokens) if self.padding_mask else None
-        x = layers.Encoder(
-            depth=self.depth,
-            heads=self.heads,
-            mlp_dim=self.mlp_dim,
-            activation=self.activation,
-            causal=self.causal,
-            norm_eps=self.norm_eps,
-            qk_norm=self.qk_norm,
-            layer_scale=self.layer_scale,
-            stochastic_depth=self.stochastic_depth,
-            attention=self.attention,
-            quantization=self.quantization,
-            scan_layers=self.scan_layers,
-            remat=self.remat,
-            dtype=self.dtype,
-            name="encoder",
-        )(x, lengths, train)
+        encoder = layers.Encoder(self.transformer, self.compute, self.causal, name="encoder")
+        x = encoder(x, lengths, train)
         return self._pool(x, tokens, lengths)
 
     def lengths(self, tokens: Int[Array, "batch tokens"]) -> Int[Array, " batch"]:
@@ -139,65 +123,44 @@ class TextTransformer(nn.Module):
             mean = (x * weight).sum(axis=1) / jnp.maximum(weight.sum(axis=1), 1)
             return mean.astype(x.dtype)
         if self.pooling == "map":
-            return layers.AttentionPooling(
-                self.heads,
-                self.mlp_dim,
-                self.activation,
-                self.norm_eps,
-                self.dtype,
-                name="pooling",
-            )(x, lengths)
+            pooling = layers.AttentionPooling(self.transformer, self.compute, name="pooling")
+            return pooling(x, lengths)
         raise ValueError(f"unknown pooling {self.pooling!r} (known: {', '.join(POOLINGS)})")
 
     def flops(self) -> float:
         """Forward FLOPs of one text of `context_length` tokens (see `layers.transformer_flops`)."""
         n = self.context_length
-        flops = layers.transformer_flops(self.depth, n, self.width, self.mlp_dim)
+        flops = layers.transformer_flops(self.transformer, n)
         if self.pooling == "map":
-            flops += layers.attention_pooling_flops(n, self.width, self.mlp_dim)
+            flops += layers.attention_pooling_flops(self.transformer, n)
         return flops
 
 
+@keywords_of(TextTransformer, TransformerConfig, optional=True)
 def make_text(
     variant: str,
     vocab_size: int,
     context_length: int,
     *,
-    width: int | None = None,
-    depth: int | None = None,
-    mlp_dim: int | None = None,
-    heads: int | None = None,
-    causal: bool = True,
-    pooling: str = "eos",
-    eos_id: int = 1,
-    pad_id: int = 0,
-    padding_mask: bool = False,
-    qk_norm: bool = False,
-    layer_scale: float | None = None,
-    stochastic_depth: float = 0.0,
-    activation: str = "gelu_tanh",
-    norm_eps: float = 1e-6,
-    attention: str = "xla",
-    quantization: str = "none",
-    scan_layers: bool = True,
-    remat: str = "none",
-    dtype: Any = jnp.float32,
+    compute: ComputeConfig = PLAIN,
+    **fields: Any,
 ) -> TextTransformer:
     """A `TextTransformer` of a named size: `make_text("B", 32_000, 64, pooling="last")`.
 
-    `width`, `depth`, `mlp_dim` and `heads` replace the variant's where not None. All others are the
-    fields of `TextTransformer`.
+    Args:
+      variant: a name in `variants.VARIANTS`.
+      fields: of `TextTransformer`, and of `TransformerConfig` where not the variant's.
 
     Raises:
-      ValueError: unknown variant or pooling.
+      ValueError: an unknown variant or pooling, or sizes that do not fit each other.
     """
-    fields = {name: value for name, value in locals().items() if name not in MAKE_ONLY}
-    size = variants.size_of(variant, width=width, depth=depth, mlp_dim=mlp_dim, heads=heads)
-    check_choice("text pooling", pooling, POOLINGS)
-    return TextTransformer(
-        width=size.width, depth=size.depth, mlp_dim=size.mlp_dim, heads=size.heads, **fields
+    own, layer_fields = split_fields(fields)
+    text = TextTransformer(
+        vocab_size,
+        context_length,
+        variants.size_of(variant, **layer_fields),
+        compute=compute,
+        **own,
     )
-
-
-# Arguments of `make_text` that are not handed on as they are.
-MAKE_ONLY = {"variant", "width", "depth", "mlp_dim", "heads"}
+    check_choice("text pooling", text.pooling, POOLINGS)
+    return text

@@ -10,48 +10,36 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
+from vlp_jax.models.values import TransformerConfig
 
-@dataclasses.dataclass(frozen=True)
-class Size:
-    """Width of the residual stream, number of layers, width of the feed-forward layer, heads."""
-
-    width: int
-    depth: int
-    mlp_dim: int
-    heads: int
-
-
-VARIANTS: dict[str, Size] = {
-    "mu": Size(32, 1, 128, 2),
-    "Ti": Size(192, 12, 768, 3),
-    "S": Size(384, 12, 1536, 6),
-    "M": Size(512, 12, 2048, 8),
-    "B": Size(768, 12, 3072, 12),
-    "L": Size(1024, 24, 4096, 16),
-    "So400m": Size(1152, 27, 4304, 16),
-    "H": Size(1280, 32, 5120, 16),
-    "g": Size(1408, 40, 6144, 16),
-    "g-opt": Size(1536, 40, 6144, 16),
-    "G": Size(1664, 48, 8192, 16),
-    "G-opt": Size(1536, 48, 8192, 16),
-    "e": Size(1792, 56, 15360, 16),
+VARIANTS: dict[str, TransformerConfig] = {
+    "mu": TransformerConfig(32, 1, 128, 2),
+    "Ti": TransformerConfig(192, 12, 768, 3),
+    "S": TransformerConfig(384, 12, 1536, 6),
+    "M": TransformerConfig(512, 12, 2048, 8),
+    "B": TransformerConfig(768, 12, 3072, 12),
+    "L": TransformerConfig(1024, 24, 4096, 16),
+    "So400m": TransformerConfig(1152, 27, 4304, 16),
+    "H": TransformerConfig(1280, 32, 5120, 16),
+    "g": TransformerConfig(1408, 40, 6144, 16),
+    "g-opt": TransformerConfig(1536, 40, 6144, 16),
+    "G": TransformerConfig(1664, 48, 8192, 16),
+    "G-opt": TransformerConfig(1536, 48, 8192, 16),
+    "e": TransformerConfig(1792, 56, 15360, 16),
 }
 
 
-def size_of(variant: str, **overrides: int | None) -> Size:
-    """The size of `variant`, with each override that is not None put in its place.
+def size_of(variant: str, **overrides: Any) -> TransformerConfig:
+    """The layers of `variant`, with each override that is not None put in its place.
 
     Raises:
-      ValueError: the variant is unknown, or the heads do not divide the width.
+      ValueError: the variant is unknown, or the sizes do not fit each other.
     """
-    if variant not in VARIANTS:
-        raise ValueError(f"unknown variant {variant!r} (known: {', '.join(VARIANTS)})")
+    check_choice("variant", variant, tuple(VARIANTS))
     given = {key: value for key, value in overrides.items() if value is not None}
-    size = dataclasses.replace(VARIANTS[variant], **given)
-    if size.width % size.heads:
-        raise ValueError(f"{size.heads} heads do not divide the width {size.width}")
-    return size
+    return dataclasses.replace(VARIANTS[variant], **given)
 
 
 def split_variant(variant: str) -> tuple[str, int]:

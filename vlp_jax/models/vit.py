@@ -12,8 +12,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Num
 
 from vlp_jax.models import layers, variants
+from vlp_jax.models.dense import Product
 from vlp_jax.models.masking import take_tokens
+from vlp_jax.models.parameters import named, norm
 from vlp_jax.models.positions import Grid, sincos_2d
+from vlp_jax.models.values import PLAIN, ComputeConfig, TransformerConfig, keywords_of, split_fields
 from vlp_jax.models.variants import check_choice
 
 # From pixels [..., channels] as they are stored to what a model takes, each pixel by itself.
@@ -46,6 +49,20 @@ def unpatchify(
     return einops.rearrange(patches, "b (h w) p q c -> b (h p) (w q) c", h=grid[0], w=grid[1])
 
 
+class PatchProjection(Product):
+    """A product over all numbers of a patch, whose kernel keeps the patch's dimensions."""
+
+    width: int = 1
+
+    @nn.compact
+    def __call__(
+        self, patches: Num[Array, "batch patches patch_height patch_width channels"]
+    ) -> Float[Array, "batch patches embed"]:
+        shape = patches.shape[2:]
+        flat = patches.reshape(*patches.shape[:2], math.prod(shape))
+        return self.product(flat, (*shape, self.width), (self.width,))
+
+
 class PatchEmbedding(nn.Module):
     """Cuts an image into patches and projects each: a matrix product, no convolution.
 
@@ -55,7 +72,7 @@ class PatchEmbedding(nn.Module):
     patch_size: int
     width: int
     use_bias: bool = True
-    dtype: Any = jnp.float32
+    compute: ComputeConfig = ComputeConfig()
 
     @nn.compact
     def __call__(
@@ -73,23 +90,20 @@ class PatchEmbedding(nn.Module):
         patches = patchify(image, self.patch_size)
         if keep is not None:
             patches = take_tokens(patches, keep)
-        patches = (prepare(patches) if prepare else patches).astype(self.dtype)
-        fan_in = math.prod(patches.shape[2:])
-        return nn.DenseGeneral(
-            self.width,
-            axis=(-3, -2, -1),
+        return PatchProjection(
+            ("patch_height", "patch_width", "channels", "embed"),
+            ("norm",),
+            self.compute.unquantized(),
+            _scaled_to_inputs,
             use_bias=self.use_bias,
-            dtype=self.dtype,
+            width=self.width,
             name="projection",
-            kernel_init=layers.named(
-                nn.initializers.truncated_normal(1 / math.sqrt(fan_in)),
-                "patch_height",
-                "patch_width",
-                "channels",
-                "embed",
-            ),
-            bias_init=layers.named(nn.initializers.zeros_init(), "norm"),
-        )(patches)
+        )(prepare(patches) if prepare else patches)
+
+
+def _scaled_to_inputs(key: Array, shape: tuple[int, ...], dtype: Any) -> Array:
+    """Normal numbers whose deviation is one over the root of the inputs of a product."""
+    return nn.initializers.truncated_normal(1 / math.sqrt(shape[0]))(key, shape, dtype)
 
 
 class VisionTransformer(nn.Module):
@@ -109,15 +123,13 @@ class VisionTransformer(nn.Module):
       patch_bias: whether the projection of patches has a bias (CLIP: no).
       pre_norm: LayerNorm before the blocks (CLIP).
       norm_after_pool: the last LayerNorm comes after the pooling instead of before it.
-      qk_norm, layer_scale, stochastic_depth: see `layers.Block` and `layers.Encoder`.
+      transformer: the layers.
+      compute: how they are computed.
     """
 
     image_size: tuple[int, int]
     patch_size: int
-    width: int
-    depth: int
-    mlp_dim: int
-    heads: int
+    transformer: TransformerConfig
     pooling: str = "cls"
     class_token: bool = True
     position: str = "learned"
@@ -126,16 +138,12 @@ class VisionTransformer(nn.Module):
     patch_bias: bool = True
     pre_norm: bool = False
     norm_after_pool: bool = False
-    qk_norm: bool = False
-    layer_scale: float | None = None
-    stochastic_depth: float = 0.0
-    activation: str = "gelu_tanh"
-    norm_eps: float = 1e-6
-    attention: str = "xla"
-    quantization: str = "none"
-    scan_layers: bool = True
-    remat: str = "none"
-    dtype: Any = jnp.float32
+    compute: ComputeConfig = ComputeConfig()
+
+    @property
+    def width(self) -> int:
+        """Of the features."""
+        return self.transformer.width
 
     @property
     def grid(self) -> Grid:
@@ -182,37 +190,21 @@ class VisionTransformer(nn.Module):
                 f"the model takes images of {self.image_size[0]} x {self.image_size[1]} pixels, "
                 f"not {image.shape[1]} x {image.shape[2]}"
             )
-        x = PatchEmbedding(
-            self.patch_size, self.width, self.patch_bias, self.dtype, name="patch_embedding"
-        )(image, keep, prepare)
-        x = self._embed(x, keep)
-        if self.pre_norm:
-            x = layers.layer_norm(self.norm_eps, self.dtype, "pre_norm")(x)
-        x = nn.with_logical_constraint(x, ("batch", "act_tokens", "act_embed"))
-        x = self._encoder()(x, train=train)
-        x = self._pool(x)
-        if self.norm_after_pool:
-            x = layers.layer_norm(self.norm_eps, self.dtype, "norm")(x)
-        return x
-
-    def _encoder(self) -> layers.Encoder:
-        return layers.Encoder(
-            depth=self.depth,
-            heads=self.heads,
-            mlp_dim=self.mlp_dim,
-            activation=self.activation,
-            norm_eps=self.norm_eps,
-            qk_norm=self.qk_norm,
-            layer_scale=self.layer_scale,
-            stochastic_depth=self.stochastic_depth,
-            final_norm=not self.norm_after_pool,
-            attention=self.attention,
-            quantization=self.quantization,
-            scan_layers=self.scan_layers,
-            remat=self.remat,
-            dtype=self.dtype,
-            name="encoder",
+        patch_embedding = PatchEmbedding(
+            self.patch_size, self.width, self.patch_bias, self.compute, name="patch_embedding"
         )
+        x = self._embed(patch_embedding(image, keep, prepare), keep)
+        if self.pre_norm:
+            x = norm(self.transformer, self.compute.dtype, "pre_norm")(x)
+        x = nn.with_logical_constraint(x, ("batch", "act_tokens", "act_embed"))
+        final_norm = not self.norm_after_pool
+        encoder = layers.Encoder(
+            self.transformer, self.compute, final_norm=final_norm, name="encoder"
+        )
+        x = self._pool(encoder(x, train=train))
+        if self.norm_after_pool:
+            x = norm(self.transformer, self.compute.dtype, "norm")(x)
+        return x
 
     def _embed(
         self, x: Float[Array, "batch kept width"], keep: Int[Array, "batch kept"] | None
@@ -243,7 +235,7 @@ class VisionTransformer(nn.Module):
         return x
 
     def _token(self, name: str, count: int) -> Float[Array, "count width"]:
-        init = layers.named(nn.initializers.normal(0.02), None, "embed")
+        init = named(nn.initializers.normal(0.02), None, "embed")
         return self.param(name, init, (count, self.width))
 
     def _pool(self, x: Float[Array, "batch tokens width"]) -> Float[Array, "batch *tokens width"]:
@@ -252,14 +244,7 @@ class VisionTransformer(nn.Module):
         if self.pooling == "mean":
             return x[:, self.prefix_tokens :].mean(axis=1)
         if self.pooling == "map":
-            return layers.AttentionPooling(
-                self.heads,
-                self.mlp_dim,
-                self.activation,
-                self.norm_eps,
-                self.dtype,
-                name="pooling",
-            )(x)
+            return layers.AttentionPooling(self.transformer, self.compute, name="pooling")(x)
         return x
 
     def flops(self, kept: int | None = None) -> float:
@@ -267,62 +252,44 @@ class VisionTransformer(nn.Module):
         patches = self.patches if kept is None else kept
         tokens = self.prefix_tokens + patches
         flops = 2.0 * patches * 3 * self.patch_size**2 * self.width
-        flops += layers.transformer_flops(self.depth, tokens, self.width, self.mlp_dim)
+        flops += layers.transformer_flops(self.transformer, tokens)
         if self.pooling == "map":
-            flops += layers.attention_pooling_flops(tokens, self.width, self.mlp_dim)
+            flops += layers.attention_pooling_flops(self.transformer, tokens)
         return flops
 
 
+@keywords_of(VisionTransformer, TransformerConfig, optional=True)
 def make_vit(
     variant: str,
     image_size: int | Sequence[int],
     *,
-    pooling: str = "cls",
     class_token: bool | None = None,
-    position: str = "learned",
-    width: int | None = None,
-    depth: int | None = None,
-    mlp_dim: int | None = None,
-    heads: int | None = None,
-    class_position: bool = True,
-    registers: int = 0,
-    patch_bias: bool = True,
-    pre_norm: bool = False,
-    norm_after_pool: bool = False,
-    qk_norm: bool = False,
-    layer_scale: float | None = None,
-    stochastic_depth: float = 0.0,
-    activation: str = "gelu_tanh",
-    norm_eps: float = 1e-6,
-    attention: str = "xla",
-    quantization: str = "none",
-    scan_layers: bool = True,
-    remat: str = "none",
-    dtype: Any = jnp.float32,
+    compute: ComputeConfig = PLAIN,
+    **fields: Any,
 ) -> VisionTransformer:
     """A `VisionTransformer` of a named size: `make_vit("B/16", 224, pooling="map")`.
 
-    `image_size` is a side, or height and width. `class_token` is by default there for the pooling
-    "cls" alone. `width`, `depth`, `mlp_dim` and `heads` replace the variant's where not None. All
-    others are the fields of `VisionTransformer`.
+    Args:
+      variant: a name in `variants.VARIANTS`, a slash and the side of a patch.
+      image_size: a side, or height and width.
+      class_token: by default there is one for the pooling "cls" alone.
+      fields: of `VisionTransformer`, and of `TransformerConfig` where not the variant's.
 
     Raises:
-      ValueError: unknown names, or patches that do not tile the image.
+      ValueError: unknown names, sizes that do not fit each other, or patches that do not tile the
+        image.
     """
-    fields = {name: value for name, value in locals().items() if name not in MAKE_ONLY}
     name, patch_size = variants.split_variant(variant)
-    size = variants.size_of(name, width=width, depth=depth, mlp_dim=mlp_dim, heads=heads)
-    image_size = (image_size,) * 2 if isinstance(image_size, int) else tuple(image_size)
-    class_token = pooling == "cls" if class_token is None else class_token
+    own, layer_fields = split_fields(fields)
+    if class_token is None:
+        class_token = own.get("pooling", "cls") == "cls"
     vit = VisionTransformer(
-        image_size=image_size,
+        image_size=(image_size,) * 2 if isinstance(image_size, int) else tuple(image_size),
         patch_size=patch_size,
-        width=size.width,
-        depth=size.depth,
-        mlp_dim=size.mlp_dim,
-        heads=size.heads,
+        transformer=variants.size_of(name, **layer_fields),
         class_token=class_token,
-        **fields,
+        compute=compute,
+        **own,
     )
     _check(vit)
     return vit
@@ -342,7 +309,3 @@ def _check(vit: VisionTransformer) -> None:
         raise ValueError("norm_after_pool needs a pooling")
     if vit.position == "sincos":
         sincos_2d((1, 1), vit.width)  # raises for a width that does not fit
-
-
-# Arguments of `make_vit` that are not handed on as they are.
-MAKE_ONLY = {"variant", "image_size", "class_token", "width", "depth", "mlp_dim", "heads"}

@@ -11,10 +11,11 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from vlp_jax import config as config_lib
 from vlp_jax.models.classifier import Classifier
+from vlp_jax.models.values import Pixels, keywords_of
 from vlp_jax.models.vit import make_vit
 from vlp_jax.objectives.base import Batch, BatchSpec, Metrics, Params
 from vlp_jax.objectives.class_loss import check_loss, check_targets, loss_and_accuracy
-from vlp_jax.objectives.compute import compute_fields
+from vlp_jax.objectives.compute import make_compute
 from vlp_jax.objectives.microbatch import mean_over_parts
 
 
@@ -40,7 +41,7 @@ class Classification:
     @property
     def compute_dtype(self) -> Any:
         """Of the matrix products."""
-        return self.model.image.dtype
+        return self.model.image.compute.dtype
 
     def init(self, rng: PRNGKeyArray, batch_spec: BatchSpec) -> Params:
         """Fresh parameters, in `nn.LogicallyPartitioned` boxes.
@@ -82,6 +83,7 @@ class Classification:
         return self.model.flops()
 
 
+@keywords_of(make_compute)
 def make_classification(
     *,
     tokenizer: Any = None,
@@ -93,11 +95,7 @@ def make_classification(
     label_field: str = "label",
     image_mean: tuple[float, ...] = (0.5, 0.5, 0.5),
     image_std: tuple[float, ...] = (0.5, 0.5, 0.5),
-    dtype: str | None = None,
-    scan_layers: bool = True,
-    remat: str = "none",
-    attention: str = "xla",
-    quantization: str = "none",
+    **compute: Any,
 ) -> Classification:
     """`Classification` from `config.objective`.
 
@@ -106,7 +104,7 @@ def make_classification(
       image: arguments of `make_vit`, with a pooling.
       classes: how many there are.
       loss, label_smoothing, label_field: see `Classification`.
-      dtype: of the computation; default bfloat16 on accelerators and float32 on CPU.
+      compute: see `make_compute`.
 
     Raises:
       ValueError: an unknown variant, loss or dtype, fewer than two classes, smoothing outside of
@@ -116,9 +114,9 @@ def make_classification(
     check_loss(loss, label_smoothing)
     if classes < 2:
         raise ValueError(f"classes must be at least 2, not {classes}")
-    shared = compute_fields(dtype, scan_layers, remat, attention, quantization)
-    vit = config_lib.build(make_vit, image, "config.objective.image", **shared)
+    how = make_compute(**compute)
+    vit = config_lib.build(make_vit, image, "config.objective.image", compute=how)
     if vit.pooling == "none":
         raise ValueError("the image tower needs a pooling to end in one vector")
-    model = Classifier(vit, classes, tuple(image_mean), tuple(image_std))
+    model = Classifier(vit, classes, Pixels(tuple(image_mean), tuple(image_std)))
     return Classification(model, loss, label_smoothing, label_field, microbatches)

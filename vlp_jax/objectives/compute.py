@@ -2,37 +2,32 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
+
+from vlp_jax.models.values import ComputeConfig
+from vlp_jax.models.variants import check_choice
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
-def compute_fields(
-    dtype: str | None, scan_layers: bool, remat: str, attention: str, quantization: str
-) -> dict[str, Any]:
-    """The fields of towers that say how they are computed, not what.
+def make_compute(
+    *,
+    dtype: str | None = None,
+    attention: str = "xla",
+    quantization: str = "none",
+    remat: str = "none",
+    scan_layers: bool = True,
+) -> ComputeConfig:
+    """The `ComputeConfig` of these names; fields as there.
 
     Args:
-      dtype: of the computation; None: bfloat16 on accelerators and float32 on CPU.
-      scan_layers: see `layers.Encoder`.
-      remat: "none" or a name in `models.remat.REMAT_POLICIES`.
-      attention: a name in `models.attention.ATTENTIONS`.
-      quantization: "none" or "fp8", see `models.quantization`.
+      dtype: "float32" or "bfloat16"; None: bfloat16 on accelerators and float32 on CPU.
 
     Raises:
       ValueError: an unknown dtype.
     """
     if dtype is None:
         dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    if dtype not in DTYPES:
-        raise ValueError(f"unknown dtype {dtype!r} (known: {', '.join(DTYPES)})")
-    return {
-        "scan_layers": scan_layers,
-        "remat": remat,
-        "attention": attention,
-        "quantization": quantization,
-        "dtype": DTYPES[dtype],
-    }
+    check_choice("dtype", dtype, tuple(DTYPES))
+    return ComputeConfig(DTYPES[dtype], attention, quantization, remat, scan_layers)

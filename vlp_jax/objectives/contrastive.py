@@ -16,10 +16,11 @@ from vlp_jax import config as config_lib
 from vlp_jax.models.dual_encoder import DualEncoder, make_dual_encoder
 from vlp_jax.models.masking import kept_patches, random_mask
 from vlp_jax.models.text import make_text
+from vlp_jax.models.values import Pixels, keywords_of
 from vlp_jax.models.vit import make_vit
 from vlp_jax.objectives.base import Batch, BatchSpec, Metrics, Params
 from vlp_jax.objectives.blocked import blocked_loss
-from vlp_jax.objectives.compute import compute_fields
+from vlp_jax.objectives.compute import make_compute
 from vlp_jax.objectives.microbatch import embed_in_parts
 from vlp_jax.objectives.pairwise import PAIRWISE_LOSSES, pair_logits
 
@@ -54,7 +55,7 @@ class Contrastive:
     @property
     def compute_dtype(self) -> Any:
         """Of the towers' matrix products."""
-        return self.model.image.dtype
+        return self.model.image.compute.dtype
 
     def init(self, rng: PRNGKeyArray, batch_spec: BatchSpec) -> Params:
         """Fresh parameters, in `nn.LogicallyPartitioned` boxes.
@@ -197,6 +198,7 @@ def _from_tokenizer(tokenizer: Any) -> dict[str, int]:
     return {name: getattr(tokenizer, name) for name in names}
 
 
+@keywords_of(make_compute)
 def make_contrastive(
     *,
     tokenizer: Any,
@@ -215,11 +217,7 @@ def make_contrastive(
     max_logit_scale: float = 100.0,
     image_mean: tuple[float, ...] = (0.5, 0.5, 0.5),
     image_std: tuple[float, ...] = (0.5, 0.5, 0.5),
-    dtype: str | None = None,
-    scan_layers: bool = True,
-    remat: str = "none",
-    attention: str = "xla",
-    quantization: str = "none",
+    **compute: Any,
 ) -> Contrastive:
     """`Contrastive` from `config.objective`.
 
@@ -231,27 +229,26 @@ def make_contrastive(
       microbatches, mask_ratio, loss_form, loss_block_size: see `Contrastive`.
       logit_scale_init: default 1 / 0.07 (CLIP) for softmax, 10 (SigLIP, alg. 1) for sigmoid.
       logit_bias_init: default none for softmax, -10 (SigLIP, alg. 1) for sigmoid.
-      dtype: default bfloat16 on accelerators and float32 on CPU.
+      compute: see `make_compute`.
 
     Raises:
       ValueError: an unknown loss, form, dtype, variant or pooling, or a block size below 1.
     """
     _check_loss(loss, loss_form, loss_block_size, logit_scale_init, max_logit_scale)
-    shared = compute_fields(dtype, scan_layers, remat, attention, quantization)
+    how = make_compute(**compute)
     defaults = {"softmax": (1 / 0.07, None), "sigmoid": (10.0, -10.0)}[loss]
     scale = defaults[0] if logit_scale_init is None else logit_scale_init
     bias = defaults[1] if logit_bias_init is None else logit_bias_init
-    for_text = {**shared, **_from_tokenizer(tokenizer)}
+    sizes = _from_tokenizer(tokenizer)
     model = make_dual_encoder(
-        image=config_lib.build(make_vit, image, "config.objective.image", **shared),
-        text=config_lib.build(make_text, text, "config.objective.text", **for_text),
+        image=config_lib.build(make_vit, image, "config.objective.image", compute=how),
+        text=config_lib.build(make_text, text, "config.objective.text", compute=how, **sizes),
         embed_dim=embed_dim,
         image_head=image_head,
         text_head=text_head,
         logit_scale_init=math.log(scale),
         logit_bias_init=bias,
-        image_mean=tuple(image_mean),
-        image_std=tuple(image_std),
+        pixels=Pixels(tuple(image_mean), tuple(image_std)),
     )
     kept_patches(model.image.patches, mask_ratio)  # raises for a ratio that leaves nothing
     return Contrastive(

@@ -12,12 +12,12 @@ from jaxtyping import Array, Float, PRNGKeyArray, UInt8
 
 from vlp_jax import config as config_lib
 from vlp_jax.models.dual_encoder import l2_normalize
-from vlp_jax.models.masked_autoencoder import MaskedAutoencoder, MaskedDecoder
+from vlp_jax.models.masked_autoencoder import MaskedAutoencoder, make_masked_decoder
 from vlp_jax.models.masking import PatchMask, kept_patches, random_mask
-from vlp_jax.models.variants import check_choice
+from vlp_jax.models.values import IMAGENET, Pixels, keywords_of
 from vlp_jax.models.vit import make_vit, unpatchify
 from vlp_jax.objectives.base import Batch, BatchSpec, Metrics, Params
-from vlp_jax.objectives.compute import compute_fields
+from vlp_jax.objectives.compute import make_compute
 from vlp_jax.objectives.microbatch import mean_over_parts
 
 VARIANCE_EPS = 1e-6
@@ -71,7 +71,7 @@ class MaskedAutoencoding:
     @property
     def compute_dtype(self) -> Any:
         """Of the matrix products."""
-        return self.model.image.dtype
+        return self.model.image.compute.dtype
 
     @property
     def kept(self) -> int:
@@ -155,7 +155,7 @@ class MaskedAutoencoding:
         if self.normalize_targets:
             mean, std = patch_statistics(targets)
             prediction = prediction * std + mean
-        std, mean = (jnp.asarray(x) for x in (self.model.image_std, self.model.image_mean))
+        std, mean = (jnp.asarray(x) for x in (self.model.pixels.std, self.model.pixels.mean))
         size = self.model.image.patch_size
         hidden = mask.hidden[:, :, None, None, None]
 
@@ -175,6 +175,7 @@ class MaskedAutoencoding:
         return self.model.flops(self.kept)
 
 
+@keywords_of(make_compute)
 def make_masked_autoencoding(
     *,
     tokenizer: Any = None,
@@ -183,13 +184,9 @@ def make_masked_autoencoding(
     decoder: Mapping[str, Any],
     mask_ratio: float = 0.75,
     normalize_targets: bool = True,
-    image_mean: tuple[float, ...] = (0.485, 0.456, 0.406),
-    image_std: tuple[float, ...] = (0.229, 0.224, 0.225),
-    dtype: str | None = None,
-    scan_layers: bool = True,
-    remat: str = "none",
-    attention: str = "xla",
-    quantization: str = "none",
+    image_mean: tuple[float, ...] = IMAGENET.mean,
+    image_std: tuple[float, ...] = IMAGENET.std,
+    **compute: Any,
 ) -> MaskedAutoencoding:
     """`MaskedAutoencoding` from `config.objective`.
 
@@ -197,32 +194,23 @@ def make_masked_autoencoding(
       tokenizer: not used.
       image: arguments of `make_vit`; the pooling is none, and by default there are a class token,
         sin-cos positions and exact GELU, as published.
-      decoder: `width`, `depth`, `mlp_dim`, `heads`, and other fields of `MaskedDecoder`.
+      decoder: arguments of `make_masked_decoder`.
       mask_ratio: share of the patches that is hidden.
-      dtype: of the computation; default bfloat16 on accelerators and float32 on CPU.
+      compute: see `make_compute`.
 
     Raises:
       ValueError: an unknown variant or dtype, or a mask that hides all or nothing.
     """
     del tokenizer
-    shared = compute_fields(dtype, scan_layers, remat, attention, quantization)
+    how = make_compute(**compute)
     published = {"class_token": True, "position": "sincos", "activation": "gelu"}
     vit = config_lib.build(
-        make_vit, {**published, **image, "pooling": "none"}, "config.objective.image", **shared
+        make_vit, {**published, **image, "pooling": "none"}, "config.objective.image", compute=how
     )
     if kept_patches(vit.patches, mask_ratio) == vit.patches:
         raise ValueError(f"mask_ratio {mask_ratio} hides none of the {vit.patches} patches")
     painter = config_lib.build(
-        MaskedDecoder,
-        {"activation": vit.activation, "norm_eps": vit.norm_eps, **decoder},
-        "config.objective.decoder",
-        grid=vit.grid,
-        class_token=vit.class_token,
-        outputs=3 * vit.patch_size**2,
-        parent=None,
-        name=None,
-        **shared,
+        make_masked_decoder, decoder, "config.objective.decoder", image=vit, compute=how
     )
-    check_choice("decoder.position", painter.position, ("sincos", "learned"))
-    model = MaskedAutoencoder(vit, painter, tuple(image_mean), tuple(image_std))
+    model = MaskedAutoencoder(vit, painter, Pixels(tuple(image_mean), tuple(image_std)))
     return MaskedAutoencoding(model, mask_ratio, normalize_targets, microbatches)

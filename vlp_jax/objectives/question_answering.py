@@ -10,13 +10,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from vlp_jax import config as config_lib
-from vlp_jax.models.fusion import Fusion, QuestionAnswerer
+from vlp_jax.models.fusion import QuestionAnswerer, make_fusion
 from vlp_jax.models.text import make_text
-from vlp_jax.models.variants import size_of
+from vlp_jax.models.values import Pixels, keywords_of
 from vlp_jax.models.vit import make_vit
 from vlp_jax.objectives.base import Batch, BatchSpec, Metrics, Params
 from vlp_jax.objectives.class_loss import check_loss, check_targets, loss_and_accuracy
-from vlp_jax.objectives.compute import compute_fields
+from vlp_jax.objectives.compute import make_compute
 from vlp_jax.objectives.microbatch import mean_over_parts
 
 INPUTS = ("image", "text")
@@ -48,7 +48,7 @@ class QuestionAnswering:
     @property
     def compute_dtype(self) -> Any:
         """Of the matrix products."""
-        return self.model.image.dtype
+        return self.model.image.compute.dtype
 
     def init(self, rng: PRNGKeyArray, batch_spec: BatchSpec) -> Params:
         """Fresh parameters, in `nn.LogicallyPartitioned` boxes.
@@ -90,6 +90,7 @@ class QuestionAnswering:
         return self.model.flops()
 
 
+@keywords_of(make_compute)
 def make_question_answering(
     *,
     tokenizer: Any,
@@ -103,21 +104,17 @@ def make_question_answering(
     label_field: str = "answer",
     image_mean: tuple[float, ...] = (0.5, 0.5, 0.5),
     image_std: tuple[float, ...] = (0.5, 0.5, 0.5),
-    dtype: str | None = None,
-    scan_layers: bool = True,
-    remat: str = "none",
-    attention: str = "xla",
-    quantization: str = "none",
+    **compute: Any,
 ) -> QuestionAnswering:
     """`QuestionAnswering` from `config.objective`.
 
     Args:
       tokenizer: gives the text tower its vocabulary and context length.
       image, text: arguments of `make_vit` and `make_text`; the pooling is none.
-      fusion: `width`, `depth`, `mlp_dim`, `heads`, and other fields of `Fusion`.
+      fusion: arguments of `make_fusion`.
       answers: how many there are.
       loss, label_smoothing, label_field: see `QuestionAnswering`.
-      dtype: of the computation; default bfloat16 on accelerators and float32 on CPU.
+      compute: see `make_compute`.
 
     Raises:
       ValueError: an unknown variant, loss or dtype, no tokenizer, or a number out of range.
@@ -127,7 +124,7 @@ def make_question_answering(
         raise ValueError("question answering needs config.tokenizer")
     if answers < 2:
         raise ValueError(f"answers must be at least 2, not {answers}")
-    shared = compute_fields(dtype, scan_layers, remat, attention, quantization)
+    how = make_compute(**compute)
     ids = {
         name: getattr(tokenizer, name)
         for name in ("vocab_size", "context_length", "eos_id", "pad_id")
@@ -136,17 +133,13 @@ def make_question_answering(
     token = {"class_token": image.get("pooling", "cls") == "cls"}
     model = QuestionAnswerer(
         config_lib.build(
-            make_vit, {**token, **image, "pooling": "none"}, "config.objective.image", **shared
+            make_vit, {**token, **image, "pooling": "none"}, "config.objective.image", compute=how
         ),
         config_lib.build(
-            make_text, {**text, "pooling": "none"}, "config.objective.text", **shared, **ids
+            make_text, {**text, "pooling": "none"}, "config.objective.text", compute=how, **ids
         ),
-        config_lib.build(
-            Fusion, fusion, "config.objective.fusion", parent=None, name=None, **shared
-        ),
+        config_lib.build(make_fusion, fusion, "config.objective.fusion", compute=how),
         answers,
-        tuple(image_mean),
-        tuple(image_std),
+        Pixels(tuple(image_mean), tuple(image_std)),
     )
-    size_of("B", width=model.fusion.width, heads=model.fusion.heads)  # raises if they do not fit
     return QuestionAnswering(model, loss, label_smoothing, label_field, microbatches)

@@ -1,0 +1,209 @@
+"""Values that describe a model: what its layers compute, how, and how it takes pixels.
+
+A module holds such a value and hands it on whole. All of them are frozen, so that a module that
+holds them can be compared, hashed and used as a static argument.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, TypeVar
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array, Float, UInt8
+
+# Images as they are stored, or float32 with values in [0, 255]: an image that is computed, such as
+# an attack on it, is not rounded.
+Images = UInt8[Array, "*batch height width 3"] | Float[Array, "*batch height width 3"]
+Tower = TypeVar("Tower", bound=nn.Module)
+NORMS = ("layer", "rms")
+
+
+@dataclasses.dataclass(frozen=True)
+class TransformerConfig:
+    """Describes what the layers of a Transformer compute.
+
+    Attributes:
+      width: of the residual stream.
+      depth: number of layers.
+      mlp_dim: hidden width of the feed-forward layer.
+      heads: heads of the queries.
+      kv_heads: heads of the keys and values, each for `heads / kv_heads` heads of queries (Ainslie
+        et al. 2023, "GQA"); None for as many as `heads`.
+      head_dim: width of a head; None for `width / heads`.
+      activation: a name in `layers.ACTIVATIONS`.
+      gated: the feed-forward layer has two inner products, and multiplies the activation of one
+        with the other (Shazeer 2020, "GLU Variants Improve Transformer").
+      norm: "layer" (Ba et al. 2016) or "rms" (Zhang and Sennrich 2019).
+      norm_eps: is added to the variance, or to the mean square.
+      bias: whether products and norms have biases ("rms" has none in any case).
+      qk_norm: queries and keys of each head are normalized (Dehghani et al. 2023, "ViT-22B", 2.2).
+      layer_scale: initial `LayerScale` of both branches; None for none.
+      stochastic_depth: chance that a branch of the last layer is left out in training; it rises
+        linearly from 0 at the first (Huang et al. 2016, "Deep Networks with Stochastic Depth").
+      rope: base of the wavelengths of rotary positions, 10,000 as published (Su et al. 2021,
+        "RoFormer"); None for none.
+
+    Raises:
+      ValueError: sizes that do not fit each other, or an unknown norm.
+    """
+
+    width: int
+    depth: int
+    mlp_dim: int
+    heads: int
+    kv_heads: int | None = None
+    head_dim: int | None = None
+    activation: str = "gelu_tanh"
+    gated: bool = False
+    norm: str = "layer"
+    norm_eps: float = 1e-6
+    bias: bool = True
+    qk_norm: bool = False
+    layer_scale: float | None = None
+    stochastic_depth: float = 0.0
+    rope: float | None = None
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for sizes that do not fit each other, or an unknown norm."""
+        if self.norm not in NORMS:
+            raise ValueError(f"unknown norm {self.norm!r} (known: {', '.join(NORMS)})")
+        if self.heads < 1 or (self.head_dim is None and self.width % self.heads):
+            raise ValueError(f"{self.heads} heads do not divide the width {self.width}")
+        if self.head_width < 1:
+            raise ValueError(f"head_dim must be at least 1, not {self.head_width}")
+        if self.key_heads < 1 or self.heads % self.key_heads:
+            raise ValueError(f"{self.key_heads} kv_heads do not divide the {self.heads} heads")
+        if self.rope is not None and self.head_width % 2:
+            raise ValueError(f"rope needs heads of an even width, not {self.head_width}")
+
+    @property
+    def head_width(self) -> int:
+        """Numbers of a head's query, key or value."""
+        return self.width // self.heads if self.head_dim is None else self.head_dim
+
+    @property
+    def key_heads(self) -> int:
+        """Heads of the keys and values."""
+        return self.heads if self.kv_heads is None else self.kv_heads
+
+
+@dataclasses.dataclass(frozen=True)
+class ComputeConfig:
+    """Describes how layers are computed. No field of it changes a parameter.
+
+    Attributes:
+      dtype: of the computation. Parameters are float32.
+      attention: a name in `attention.ATTENTIONS`. The one named here is the one that runs; one that
+        does not hold the shapes raises.
+      quantization: "none" or "fp8", see `models.quantization`.
+      remat: "none", or a name in `remat.REMAT_POLICIES`: what the backward pass computes again.
+      scan_layers: the layers are one `nn.scan` over parameters stacked along a leading `layers`
+        axis, so that compile time does not grow with depth; otherwise each layer stands alone.
+    """
+
+    dtype: Any = jnp.float32
+    attention: str = "xla"
+    quantization: str = "none"
+    remat: str = "none"
+    scan_layers: bool = True
+
+    def unquantized(self) -> ComputeConfig:
+        """The same in the precision of `dtype`: for the first and the last product of a model."""
+        return dataclasses.replace(self, quantization="none")
+
+
+PLAIN = ComputeConfig()
+
+
+@dataclasses.dataclass(frozen=True)
+class Pixels:
+    """Describes how a model takes pixels: each channel, scaled to [0, 1], minus `mean`, over `std`.
+
+    Attributes:
+      mean, std: one value per channel.
+    """
+
+    mean: tuple[float, ...] = (0.5, 0.5, 0.5)
+    std: tuple[float, ...] = (0.5, 0.5, 0.5)
+
+    def normalize(self, image: Images) -> Float[Array, "*batch height width 3"]:
+        """Pixels in [0, 255] to (x / 255 - mean) / std, in float32."""
+        scaled = image.astype(jnp.float32) / 255.0
+        return (scaled - jnp.asarray(self.mean, jnp.float32)) / jnp.asarray(self.std, jnp.float32)
+
+
+# Of ImageNet, as He et al. 2022 (MAE) and most of torchvision have it.
+IMAGENET = Pixels((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+
+_TRANSFORMER = tuple(field.name for field in dataclasses.fields(TransformerConfig))
+_NO_FIELDS = ("parent", "name", "transformer", "compute")
+
+
+def split_fields(fields: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The fields of a tower, and those that are of its `TransformerConfig`."""
+    layers = {name: value for name, value in fields.items() if name in _TRANSFORMER}
+    return {name: value for name, value in fields.items() if name not in layers}, layers
+
+
+def make_tower(kind: Callable[..., Tower], compute: ComputeConfig = PLAIN, **fields: Any) -> Tower:
+    """A module of class `kind` from its own fields and those of its `TransformerConfig`.
+
+    Raises:
+      ValueError: sizes that do not fit each other.
+      TypeError: a field that neither has.
+    """
+    own, layers = split_fields(fields)
+    # Without a parent: inside of another module's method it would become a part of that.
+    return kind(transformer=TransformerConfig(**layers), compute=compute, parent=None, **own)
+
+
+def tower_fields(tower: nn.Module) -> dict[str, Any]:
+    """The fields of a tower and of its `TransformerConfig`: what `make_tower` takes."""
+    fields: dict[str, Any] = {}
+    for field in dataclasses.fields(tower):
+        if field.name == "transformer":
+            fields |= vars(tower.transformer)
+        elif field.name not in _NO_FIELDS:
+            fields[field.name] = getattr(tower, field.name)
+    return fields
+
+
+def changed(tower: Tower, **fields: Any) -> Tower:
+    """The same tower with other fields, of its own or of its `TransformerConfig`."""
+    return make_tower(type(tower), tower.compute, **{**tower_fields(tower), **fields})
+
+
+def keywords_of(
+    *sources: Any, without: Collection[str] = (), optional: bool = False
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Writes into the signature of a function what its `**fields` may be.
+
+    So a config's section is checked against it, and `help` shows it.
+
+    Args:
+      sources: dataclasses or functions whose fields or keyword arguments they are. Those that the
+        function names itself are its own.
+      without: names that the function does not take.
+      optional: those that have no default have the default None.
+    """
+    kinds = inspect.Parameter
+
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        signature = inspect.signature(function)
+        named = {n: p for n, p in signature.parameters.items() if p.kind is not kinds.VAR_KEYWORD}
+        for source in sources:
+            for name, parameter in inspect.signature(source).parameters.items():
+                if name in (*named, *_NO_FIELDS, *without):
+                    continue
+                missing = optional and parameter.default is kinds.empty
+                named[name] = parameter.replace(
+                    kind=kinds.KEYWORD_ONLY, default=None if missing else parameter.default
+                )
+        function.__signature__ = signature.replace(parameters=list(named.values()))
+        return function
+
+    return decorate
