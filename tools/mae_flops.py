@@ -28,7 +28,16 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from vlp_jax import config as config_lib
 from vlp_jax.errors import UserError
 from vlp_jax.models.vit import VisionTransformer
-from vlp_jax.objectives.base import Batch, BatchSpec, Metrics, Params
+from vlp_jax.objectives.base import (
+    Batch,
+    BatchSpec,
+    Context,
+    Field,
+    LossOutput,
+    Objective,
+    Params,
+)
+from vlp_jax.objectives.flops import count_flops
 from vlp_jax.objectives.masked_autoencoding import MaskedAutoencoding, make_masked_autoencoding
 from vlp_jax.parallel import mesh as mesh_lib
 from vlp_jax.training.command import run_command
@@ -64,7 +73,7 @@ class Row(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class EncoderAlone:
+class EncoderAlone(Objective):
     """As much of an objective as a step needs, of an encoder that sees the first `kept` patches.
 
     The loss is the mean square of what comes out, which costs next to nothing.
@@ -77,19 +86,20 @@ class EncoderAlone:
         """Fresh parameters."""
         return self.image.init(rng, jnp.zeros((1, *batch_spec["image"].shape[1:])))["params"]
 
+    @property
+    def reads(self) -> dict[str, Field]:
+        """Images."""
+        return {"image": Field.pixels(self.image.image_size)}
+
     def loss(
-        self, params: Params, batch: Batch, rng: PRNGKeyArray, train: bool
-    ) -> tuple[Float[Array, ""], Metrics]:
+        self, params: Params, batch: Batch, context: Context
+    ) -> tuple[Float[Array, ""], LossOutput]:
         """Mean square of the encoder's tokens."""
         image = batch["image"].astype(self.image.compute.dtype)
         all_of_them = self.kept == self.image.patches
         keep = jnp.broadcast_to(jnp.arange(self.kept), (len(image), self.kept))
-        x = self.image.apply({"params": params}, image, None if all_of_them else keep, train)
-        return jnp.square(x.astype(jnp.float32)).mean(), {}
-
-    def flops_per_example(self, batch_spec: BatchSpec) -> float:
-        """Forward FLOPs of one image."""
-        return self.image.flops(self.kept)
+        x = self.image.apply({"params": params}, image, None if all_of_them else keep)
+        return jnp.square(x.astype(jnp.float32)).mean(), LossOutput({})
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -159,7 +169,9 @@ def cost(objective: Any, image_size: int, batch_size: int) -> Cost:
     state = abstract_state(objective, optimizer, spec, mesh)
     step = compile_step(make_step(objective, optimizer, schedule, seed=0), state, spec, mesh)
     flops = step.program.cost_analysis()["flops"]
-    return Cost(flops / batch_size, 3 * objective.flops_per_example(spec))
+    context = Context(jax.random.key(0))
+    forward = count_flops(lambda p, b: objective.loss(p, b, context), state.params, spec).total
+    return Cost(flops / batch_size, 3 * forward / batch_size)
 
 
 def measure(arguments: argparse.Namespace) -> list[Row]:

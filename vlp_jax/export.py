@@ -28,12 +28,11 @@ from vlp_jax.interop.transfer import Model, fitting_part, how_to_load
 from vlp_jax.interop.trees import expected_shapes
 from vlp_jax.models.masked_autoencoder import MaskedAutoencoder
 from vlp_jax.objectives import Objective
-from vlp_jax.objectives.composite import Composite
 from vlp_jax.parallel import startup
 from vlp_jax.training import checkpoint
 from vlp_jax.training.command import run_command
 from vlp_jax.training.restore import CHOICES
-from vlp_jax.training.run_model import RunModel, bounded, leaves, resizing, text_wording
+from vlp_jax.training.run_model import RunModel, bounded, resizing, text_wording
 
 EPILOG = """formats:
   hf_clip     transformers CLIPModel        hf_siglip   transformers SiglipModel
@@ -135,14 +134,15 @@ def choose(
     Raises:
       UserError: there is no such part, or no such format.
     """
-    parts = leaves(objective)
+    parts = objective.parts()
     if part is not None and part not in parts:
         raise UserError(unknown_key_message(part, parts, "--part"))
-    candidates = list(parts.values()) if part is None else [parts[part]]
+    chosen = parts.values() if part is None else [parts[part]]
+    candidates = [one.objective for one in chosen]
     kinds = kinds_of(format)
     leaf = next((leaf for leaf in candidates if isinstance(leaf.model, kinds)), candidates[0])
     own = dict(parameters)
-    if isinstance(objective, Composite):
+    if leaf is not objective:
         own = {k: own[k] for k in expected_shapes(leaf.model) if k in own}
     model = Model(leaf.model, bounded(leaf, own))
     if format in ARTIFACTS:

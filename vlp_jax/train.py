@@ -335,7 +335,7 @@ def make_step_clock(setup: Setup, clock: StartupClock) -> StepClock:
     with clock.phase("measure the devices"):
         peak = measure()
     return StepClock(
-        forward_flops_per_example=setup.objective.flops_per_example(setup.batch_spec),
+        forward_flops_per_example=setup.forward_flops / setup.config.batch_size,
         peak=peak,
         device_count=setup.mesh.size,
         measure=measure,

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import closed_forms
 import jax
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from vlp_jax.benchmarking.jax_step import NOMINAL_EPOCH, JaxStep, compile_twice,
 from vlp_jax.benchmarking.peak import Peak
 from vlp_jax.benchmarking.result import Measured, Result, as_json, as_table
 from vlp_jax.errors import UserError
+from vlp_jax.objectives.base import Context
 from vlp_jax.observe.compilation import CompileWatch
 from vlp_jax.parallel.mesh import make_mesh
 from vlp_jax.training.abstract_setup import abstract_setup
@@ -104,10 +106,10 @@ def test_our_step_is_the_one_that_trains():
     step.program = lambda state, batch: losses.append(program(state, batch)) or losses[-1]
     assert len(step.run(3)) == 3
     assert int(step._state.step) == 3 and step.facts["devices"] == 2
-    expected, _ = setup.objective.loss(params, step.batch, jax.random.key(0), True)
+    expected, _ = setup.objective.loss(params, step.batch, Context(jax.random.key(0)))
     total, count = losses[0][1]["loss"]
     np.testing.assert_allclose(total / count, expected, rtol=1e-5)
-    forward = setup.objective.model.flops() + 2 * 16 * 32
+    forward = closed_forms.dual_encoder(setup.objective.model) + 2 * 16 * 32
     assert step.step_flops == pytest.approx(3 * 16 * forward)
 
 

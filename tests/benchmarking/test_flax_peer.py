@@ -9,6 +9,7 @@ import pytest
 from tests.benchmarking.test_peers import small_setup
 from vlp_jax.benchmarking.flax_peer import FlaxModel, FlaxStep, refusal
 from vlp_jax.benchmarking.jax_step import fixed_batch
+from vlp_jax.objectives.base import Context
 from vlp_jax.parallel import rules
 from vlp_jax.training.state import init_state
 
@@ -79,7 +80,8 @@ def test_it_computes_our_loss(name):
     ours = jax.tree.map(lambda x: x + 0.1 * rng.standard_normal(x.shape, np.float32), state.params)
     theirs, _ = jax.jit(model.init)(batch)
     with rules.use_mesh(setup.mesh):
-        loss = jax.jit(lambda p: setup.objective.loss(p, batch, jax.random.key(0), True)[1]["loss"])
+        context = Context(jax.random.key(0))
+        loss = jax.jit(lambda p: setup.objective.loss(p, batch, context)[1].metrics["loss"])
         total, count = loss(ours)
     found = jax.jit(model.loss)(to_peer(name, ours, theirs), batch)
     np.testing.assert_allclose(found, total / count, rtol=2e-5)

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import pytest
 
 from vlp_jax.benchmarking.kernel_costs import kernel_costs
+from vlp_jax.objectives.flops import count_flops
 from vlp_jax.planning import hlo
-from vlp_jax.planning.flops import count_flops
 from vlp_jax.planning.loops import count_runs
 
 DEPTH, N = 5, 64

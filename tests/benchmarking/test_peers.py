@@ -61,7 +61,7 @@ def test_a_peer_multiplies_as_much_as_our_model(name):
     with counter, sdpa_kernel(SDPBackend.MATH):
         loss = recipe.loss(model, batch)
     size = setup.config.batch_size
-    ours = setup.objective.flops_per_example(setup.batch_spec) * size
+    ours = setup.forward_flops
     if getattr(setup.objective, "pairwise_loss", None) == "softmax":
         ours += 2 * size * size * setup.objective.model.embed_dim  # ClipLoss: logits, and again
     if name.startswith("mae"):  # as the notes of the recipe say: hidden patches, the class token

@@ -15,6 +15,7 @@ from vlp_jax.evaluators.base import Resources, compile_functions
 from vlp_jax.evaluators.corruptions import corrupt
 from vlp_jax.evaluators.derived import functions_of, with_attacks
 from vlp_jax.objectives import make_objective
+from vlp_jax.objectives.base import Context
 from vlp_jax.parallel import mesh as mesh_lib
 
 N, CLASSES, WORDS, LENGTH, KINDS, SIDE = 37, 7, 11, 4, 3, 8
@@ -154,7 +155,8 @@ def test_loss_of_whole_batches_leaves_out_what_does_not_fill_one(world):
     objective, params = started(CONTRASTIVE)
     section = {"name": "loss", "batch_size": 16}
     scores = dict(evaluator(world, devices, 8, section, functions_of(objective))(params))
-    expected, loss = [], jax.jit(lambda p, b: objective.loss(p, b, jax.random.key(0), False)[0])
+    context = Context(jax.random.key(0), train=False)
+    expected, loss = [], jax.jit(lambda p, b: objective.loss(p, b, context)[0])
     for first in (0, 16):
         batch = {k: world.arrays[k][first : first + 16] for k in ("image", "text")}
         expected.append(loss(params, batch))

@@ -188,7 +188,7 @@ def test_part_of_a_composite(tmp_path):
     assert command(*arguments, "hf_clip", "--output", tmp_path / "clip") == 0
     model = transformers.CLIPModel.from_pretrained(tmp_path / "clip")
     image = np.random.default_rng(0).integers(0, 256, (2, 24, 24, 3), np.uint8)
-    (part,) = (p.objective for p in objective.parts if p.name == "pairs")
+    part = objective.parts()["pairs"].objective
     expected = plain(part.model).apply(  # in float32, as the others compute
         {"params": {k: v for k, v in trees[3].items() if k != "decoder"}},
         image,

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from tools import loss_memory
+from vlp_jax.objectives.base import Context
 from vlp_jax.objectives.blocked import blocked_loss
 from vlp_jax.objectives.contrastive import make_contrastive
 from vlp_jax.objectives.pairwise import PAIRWISE_LOSSES, pair_logits
@@ -299,7 +300,7 @@ def test_a_blocked_loss_without_a_mesh_says_so():
     def trace():
         rng = jax.random.key(0)
         return jax.eval_shape(
-            lambda params, batch: setup.objective.loss(params, batch, rng, True),
+            lambda params, batch: setup.objective.loss(params, batch, Context(rng)),
             setup.abstract.params,
             setup.batch_spec,
         )

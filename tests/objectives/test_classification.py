@@ -2,6 +2,7 @@
 
 import types
 
+import closed_forms
 import flax.linen as nn
 import helpers
 import jax
@@ -15,6 +16,7 @@ from vlp_jax.data.batch_ops import mixup
 from vlp_jax.errors import UserError
 from vlp_jax.models.values import Pixels
 from vlp_jax.objectives import make_objective
+from vlp_jax.objectives.base import Context, check_reads
 from vlp_jax.objectives.class_loss import class_losses
 from vlp_jax.training import param_groups
 
@@ -61,7 +63,7 @@ def start(section, microbatches=1):
 
 def loss_of(objective, train=True):
     """Compiled: operations one by one would each be compiled by itself."""
-    return jax.jit(lambda params, fields: objective.loss(params, fields, KEY, train))
+    return jax.jit(lambda params, fields: objective.loss(params, fields, Context(KEY, train=train)))
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +124,7 @@ def test_microbatches_equal_the_whole_batch():
     found = []
     for parts in (1, 4):
         objective, params = start(QUESTIONS, parts)
-        loss = lambda p: objective.loss(p, batch(), KEY, True)[0]  # noqa: B023, E731
+        loss = lambda p: objective.loss(p, batch(), Context(KEY))[0]  # noqa: B023, E731
         found.append(jax.jit(jax.value_and_grad(loss))(params))
     np.testing.assert_allclose(found[0][0], found[1][0], rtol=1e-5)
     leaves = [jax.tree.leaves(jax.tree.map(np.asarray, gradient)) for _, gradient in found]
@@ -259,7 +261,8 @@ def test_flops_are_those_that_xla_counts():
         inputs = [spec["image"]] if section is CLASSIFICATION else [spec["image"], spec["text"]]
         run = lambda p, *x: objective.model.apply({"params": p}, *x)  # noqa: B023, E731
         counted = jax.jit(run).lower(params, *inputs).compile().cost_analysis()["flops"]
-        own = objective.flops_per_example(spec) * BATCH
+        forms = (closed_forms.question_answerer, closed_forms.classifier)
+        own = forms[section is CLASSIFICATION](objective.model) * BATCH
         assert own < counted < 1.5 * own  # softmax and LayerNorm are not in ours
 
 
@@ -283,7 +286,7 @@ def test_bad_sections(section, message):
 @pytest.mark.parametrize(
     ("label", "message"),
     [
-        (None, "has no 'label'"),
+        (None, "has no 'label', which the objective reads"),
         (((BATCH, 3), np.float32), "shares of 3 classes, and classes is 5"),
         (((BATCH,), np.float32), "holds no classes"),
     ],
@@ -294,4 +297,4 @@ def test_a_batch_without_labels_of_these_classes(label, message):
     if label is not None:
         spec["label"] = jax.ShapeDtypeStruct(*label)
     with pytest.raises(ValueError, match=message):
-        make_objective(CLASSIFICATION, None).init(KEY, spec)
+        check_reads(make_objective(CLASSIFICATION, None), spec)

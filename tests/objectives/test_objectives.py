@@ -10,6 +10,7 @@ import pytest
 
 from vlp_jax.errors import UserError
 from vlp_jax.objectives import make_objective
+from vlp_jax.objectives.base import Context
 from vlp_jax.objectives.masked_autoencoding import hidden_errors
 
 TOWER = {"width": 32, "depth": 2, "mlp_dim": 64, "heads": 2}
@@ -49,7 +50,7 @@ def start(section, microbatches=1):
 
 def value_and_grad(section, microbatches=1):
     objective, params = start(section, microbatches)
-    function = jax.value_and_grad(lambda p: objective.loss(p, batch(), KEY, True)[0])
+    function = jax.value_and_grad(lambda p: objective.loss(p, batch(), Context(KEY))[0])
     return jax.jit(function)(params)
 
 
@@ -125,22 +126,25 @@ def test_the_encoder_computes_on_a_quarter_of_the_tokens():
 def test_masks_are_for_training_alone():
     objective, params = start({**CONTRASTIVE, "mask_ratio": 0.5})
     plain, _ = start(CONTRASTIVE)
-    evaluated = objective.loss(params, batch(), KEY, False)[0]
-    np.testing.assert_allclose(evaluated, plain.loss(params, batch(), KEY, False)[0], rtol=1e-6)
-    assert abs(objective.loss(params, batch(), KEY, True)[0] - evaluated) > 1e-4
+    evaluated = objective.loss(params, batch(), Context(KEY, train=False))[0]
+    np.testing.assert_allclose(
+        evaluated, plain.loss(params, batch(), Context(KEY, train=False))[0], rtol=1e-6
+    )
+    assert abs(objective.loss(params, batch(), Context(KEY))[0] - evaluated) > 1e-4
 
 
 def test_parts_of_a_composite_share_the_image_tower():
     _, gradient = value_and_grad(COMPOSITE)
     _, pairs = value_and_grad(CONTRASTIVE)
     objective, params = start(COMPOSITE)
-    mae = objective.parts[1].objective
+    mae = objective.parts()["mae"].objective
     extra = {"image": batch()["extra/image"]}
-    alone = jax.grad(lambda p: mae.loss(p, extra, jax.random.fold_in(KEY, 1), True)[0])(params)
+    alone = jax.grad(lambda p: mae.loss(p, extra, Context(jax.random.fold_in(KEY, 1)))[0])(params)
     kernel = lambda tree: tree["image"]["encoder"]["layers"]["mlp"]["up"]["kernel"]  # noqa: E731
+    first = objective.parts()["pairs"]
     own = jax.grad(
-        lambda p: objective.parts[0].objective.loss(
-            p, objective.parts[0].fields(batch()), jax.random.fold_in(KEY, 0), True
+        lambda p: first.objective.loss(
+            p, first.fields(batch()), Context(jax.random.fold_in(KEY, 0))
         )[0]
     )(params)
     np.testing.assert_allclose(kernel(gradient), kernel(own) + 0.5 * kernel(alone), atol=1e-5)

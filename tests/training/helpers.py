@@ -7,6 +7,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from vlp_jax import config as config_lib
+from vlp_jax.objectives.base import Context
 from vlp_jax.parallel import mesh as mesh_lib
 from vlp_jax.parallel.batch import put_batch
 from vlp_jax.training.setup import make_setup
@@ -64,7 +65,8 @@ def fresh(setup):
 def gradients(setup, params, batch):
     """Of the loss, past the step, for parameters as they lie."""
     loss = setup.objective.loss
-    return jax.jit(jax.grad(lambda p: loss(p, batch, jax.random.key(0), True)[0]))(params)
+    context = Context(jax.random.key(0))
+    return jax.jit(jax.grad(lambda p: loss(p, batch, context)[0]))(params)
 
 
 def compiled(setup):

@@ -31,11 +31,12 @@ class Poisoned:
     def __getattr__(self, name):
         return getattr(self._objective, name)
 
-    def loss(self, params, batch, rng, train):
-        loss, metrics = self._objective.loss(params, batch, rng, train)
+    def loss(self, params, batch, context):
+        loss, output = self._objective.loss(params, batch, context)
         poison = jnp.where(batch["image"][0, 0, 0, 0] == 255, self._factor, 1.0)
-        total, count = metrics["loss"]
-        return loss * poison, {**metrics, "loss": (total * poison, count)}
+        total, count = output.metrics["loss"]
+        poisoned = {**output.metrics, "loss": (total * poison, count)}
+        return loss * poison, output._replace(metrics=poisoned)
 
 
 def is_schedule(part):

@@ -12,6 +12,7 @@ import pytest
 
 from vlp_jax import config as config_lib
 from vlp_jax.errors import NoScores, NotFinite, UserError
+from vlp_jax.objectives.base import Context
 from vlp_jax.parallel.batch import put_batch
 from vlp_jax.training.loop import Evaluation, Loop
 from vlp_jax.training.optimizer import (
@@ -232,7 +233,7 @@ def test_step_equals_optax_by_hand():
     after, metrics = helpers.compiled(setup)(state, put_batch(batch, setup.mesh))
 
     def loss(p):
-        return setup.objective.loss(p, batch, jax.random.key(0), True)[0]
+        return setup.objective.loss(p, batch, Context(jax.random.key(0)))[0]
 
     value, grads = jax.jit(jax.value_and_grad(loss))(params)
     norm = np.sqrt(sum(np.sum(np.square(g)) for g in jax.tree.leaves(grads)))

@@ -17,7 +17,7 @@ from vlp_jax.benchmarking.contender import StepTimer
 from vlp_jax.defaults import duration
 from vlp_jax.errors import UserError
 from vlp_jax.objectives import Objective
-from vlp_jax.objectives.composite import SEPARATOR
+from vlp_jax.objectives.base import PIXELS, TOKENS
 from vlp_jax.observe.compilation import CompileWatch
 from vlp_jax.parallel.batch import put_batch
 from vlp_jax.parallel.mesh import make_mesh
@@ -115,10 +115,8 @@ class JaxStep:
 
     @property
     def step_flops(self) -> float:
-        """Analytic FLOPs of the model in one step: forward, and twice as many backward."""
-        setup = self.setup
-        forward = setup.objective.flops_per_example(setup.batch_spec)
-        return 3.0 * forward * setup.config.batch_size
+        """FLOPs of the model in one step: forward, and twice as many backward."""
+        return 3.0 * self.setup.forward_flops
 
 
 def timed_steps(
@@ -210,10 +208,11 @@ def fixed_batch(setup: Setup) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(0)
     batch = {}
     for name, spec in setup.batch_spec.items():
-        kind = name.rpartition(SEPARATOR)[2]
-        if kind == "image":
+        field = setup.objective.reads.get(name)
+        kind = None if field is None else field.kind
+        if kind == PIXELS:
             batch[name] = rng.integers(0, 256, spec.shape, np.uint8)
-        elif kind == "text":
+        elif kind == TOKENS:
             vocab_size, eos_id = _vocabulary(setup)
             batch[name] = rng.integers(min(3, vocab_size - 1), vocab_size, spec.shape, np.int32)
             batch[name][:, -1] = eos_id

@@ -22,7 +22,7 @@ from vlp_jax.models.vit import VisionTransformer
 from vlp_jax.objectives.compute import DTYPES
 from vlp_jax.objectives.contrastive import Contrastive
 from vlp_jax.objectives.masked_autoencoding import MaskedAutoencoding
-from vlp_jax.training.run_model import RunModel, bounded, leaves, resizing, text_wording
+from vlp_jax.training.run_model import RunModel, bounded, resizing, text_wording
 
 RESIZING = ("resize", "interpolation", "scale", "crop_rounding")  # fields of `interop.Extras`
 
@@ -67,7 +67,7 @@ def load(
 
 
 def _of_run(source: str, run: RunModel, dtype: str) -> Encoder:
-    found = leaves(run.objective).values()
+    found = [part.objective for part in run.objective.parts().values()]
     known = (DualEncoder, MaskedAutoencoder)
     usable = sorted(
         (leaf for leaf in found if isinstance(leaf.model, known)),

@@ -15,8 +15,8 @@ from jaxtyping import Array, Float
 from vlp_jax.errors import UserError
 from vlp_jax.evaluators.base import Pairs, Resources
 from vlp_jax.evaluators.outputs import numbered
-from vlp_jax.objectives import Composite, Objective
-from vlp_jax.objectives.composite import SEPARATOR
+from vlp_jax.objectives import Objective
+from vlp_jax.objectives.base import SEPARATOR, Context, Metrics
 from vlp_jax.parallel import mesh as mesh_lib
 from vlp_jax.parallel.batch import put_batch
 
@@ -34,13 +34,13 @@ def loss_functions(objective: Objective) -> dict[str, Callable[..., Any]]:
     """
     if objective.couples_batch:
         return {WHOLE: lambda params, batch: _loss_of_batch(objective, params, batch)}
-    objective = undivided(objective)
+    objective = objective.undivided()
 
     def of_each(params: Any, batch: dict[str, Array]) -> dict[str, tuple[Array, Array]]:
         def one(example: dict[str, Array], number: Array) -> dict[str, tuple[Array, Array]]:
             key = jax.random.fold_in(jax.random.key(SEED), number)
             alone = {name: value[None] for name, value in example.items()}
-            metrics = objective.loss(params, alone, key, False)[1]
+            metrics = _metrics(objective, params, alone, key)
             return jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), metrics)
 
         fields = {name: value for name, value in batch.items() if name != NUMBER}
@@ -54,18 +54,14 @@ def loss_functions(objective: Objective) -> dict[str, Callable[..., Any]]:
 def _loss_of_batch(objective: Objective, params: Any, batch: dict[str, Array]) -> Any:
     fields = {name: value for name, value in batch.items() if name != NUMBER}
     key = jax.random.fold_in(jax.random.key(SEED), batch[NUMBER][0])
-    return objective.loss(params, fields, key, False)[1]
+    return _metrics(objective, params, fields, key)
 
 
-def undivided(objective: Objective) -> Objective:
-    """The objective without microbatches, so that a batch may have any size."""
-    if isinstance(objective, Composite):
-        parts = (
-            dataclasses.replace(part, objective=undivided(part.objective))
-            for part in objective.parts
-        )
-        return dataclasses.replace(objective, parts=tuple(parts))
-    return dataclasses.replace(objective, microbatches=1)
+def _metrics(objective: Objective, params: Any, fields: dict[str, Array], key: Array) -> Metrics:
+    """Those of a loss that has neither an average of the parameters nor a history."""
+    spec = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in fields.items()}
+    state = nn.unbox(objective.init_state(spec))
+    return objective.loss(params, fields, Context(key, train=False, state=state))[1].metrics
 
 
 class Loss:

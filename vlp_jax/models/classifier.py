@@ -58,7 +58,3 @@ class Classifier(nn.Module):
     def __call__(self, image: Images, train: bool = False) -> Float[Array, "batch classes"]:
         """The score of each class, float32, of images with values in [0, 255]."""
         return self.head(self.features(image, train)).astype(jnp.float32)
-
-    def flops(self) -> float:
-        """Forward FLOPs of one image."""
-        return self.image.flops() + 2.0 * self.image.width * self.classes

@@ -118,13 +118,6 @@ class DualEncoder(nn.Module):
             "logit_bias": bias,
         }
 
-    def flops(self, kept: int | None = None) -> float:
-        """Forward FLOPs of one pair, `kept` patches of the image being seen, without the loss."""
-        flops = self.image.flops(kept) + self.text.flops()
-        for tower, head in ((self.image, self.image_head), (self.text, self.text_head)):
-            flops += 2.0 * self.embed_dim * tower.width * (head != "none")
-        return flops
-
 
 def make_dual_encoder(
     image: VisionTransformer,

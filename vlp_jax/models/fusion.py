@@ -72,13 +72,6 @@ class Fusion(nn.Module):
             name=f"{name}_projection",
         )(x)
 
-    def flops(self, image: VisionTransformer, text: TextTransformer) -> float:
-        """Forward FLOPs of one pair, without the towers."""
-        seen = image.tokens * image.width + text.context_length * text.width
-        tokens = 1 + image.tokens + text.context_length
-        projections = 2.0 * seen * self.transformer.width
-        return projections + layers.transformer_flops(self.transformer, tokens)
-
 
 @keywords_of(TransformerConfig)
 def make_fusion(*, compute: ComputeConfig = PLAIN, **fields: Any) -> Fusion:
@@ -123,9 +116,3 @@ class QuestionAnswerer(nn.Module):
         read = self.text(text, train)
         x = self.fusion(seen, read, self.text.lengths(text), train)
         return self.head(x).astype(jnp.float32)
-
-    def flops(self) -> float:
-        """Forward FLOPs of one image and its question."""
-        towers = self.image.flops() + self.text.flops()
-        fused = self.fusion.flops(self.image, self.text)
-        return towers + fused + 2.0 * self.fusion.transformer.width * self.answers

@@ -218,28 +218,3 @@ def position_embedding(module: nn.Module, tokens: int, width: int, stddev: float
         named(nn.initializers.normal(stddev), "tokens", "embed"),
         (tokens, width),
     )
-
-
-def transformer_flops(config: TransformerConfig, tokens: int) -> float:
-    """Forward FLOPs of all layers on one sequence: matrix products alone, a multiply-add is 2.
-
-    Per layer 2 n w for each column of the four projections, 4 n^2 for each of the queries (the two
-    products of attention), and 2 n w m for each of the two or three feed-forward products.
-    """
-    n, w = tokens, config.width
-    queries, keys = (heads * config.head_width for heads in (config.heads, config.key_heads))
-    products = 3 if config.gated else 2
-    layer = (
-        4 * n * w * (queries + keys) + 4 * n * n * queries + 2 * products * n * w * config.mlp_dim
-    )
-    return float(config.depth * layer)
-
-
-def attention_pooling_flops(config: TransformerConfig, tokens: int) -> float:
-    """Forward FLOPs of `AttentionPooling` on one sequence: one query, keys and values of all."""
-    n, w = tokens, config.width
-    queries, keys = (heads * config.head_width for heads in (config.heads, config.key_heads))
-    products = 3 if config.gated else 2
-    return float(
-        4 * n * w * keys + 4 * w * queries + 4 * n * queries + 2 * products * w * config.mlp_dim
-    )

@@ -81,13 +81,6 @@ class MaskedDecoder(nn.Module):
         table = jnp.asarray(sincos_2d(self.grid, self.transformer.width))
         return jnp.pad(table, ((int(self.class_token), 0), (0, 0)))
 
-    def flops(self, visible: int) -> float:
-        """Forward FLOPs of one image of which the encoder saw `visible` tokens, without its width's
-        share in the first projection."""
-        tokens = self.class_token + self.patches
-        flops = layers.transformer_flops(self.transformer, tokens)
-        return flops + 2.0 * self.patches * self.transformer.width * self.outputs
-
 
 @keywords_of(
     MaskedDecoder, TransformerConfig, without=("grid", "class_token", "outputs", "stochastic_depth")
@@ -171,9 +164,3 @@ class MaskedAutoencoder(nn.Module):
         """The class token of whole images, or the mean over the patches if there is none."""
         latent = self.encode(image)
         return latent[:, 0] if self.image.class_token else latent.mean(axis=1)
-
-    def flops(self, kept: int) -> float:
-        """Forward FLOPs of one image with `kept` visible patches."""
-        visible = self.image.class_token + kept
-        embedding = 2.0 * visible * self.image.width * self.decoder.transformer.width
-        return self.image.flops(kept) + embedding + self.decoder.flops(visible)

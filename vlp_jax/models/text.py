@@ -127,14 +127,6 @@ class TextTransformer(nn.Module):
             return pooling(x, lengths)
         raise ValueError(f"unknown pooling {self.pooling!r} (known: {', '.join(POOLINGS)})")
 
-    def flops(self) -> float:
-        """Forward FLOPs of one text of `context_length` tokens (see `layers.transformer_flops`)."""
-        n = self.context_length
-        flops = layers.transformer_flops(self.transformer, n)
-        if self.pooling == "map":
-            flops += layers.attention_pooling_flops(self.transformer, n)
-        return flops
-
 
 @keywords_of(TextTransformer, TransformerConfig, optional=True)
 def make_text(

@@ -247,16 +247,6 @@ class VisionTransformer(nn.Module):
             return layers.AttentionPooling(self.transformer, self.compute, name="pooling")(x)
         return x
 
-    def flops(self, kept: int | None = None) -> float:
-        """Forward FLOPs of one image of which `kept` patches are seen (default: all)."""
-        patches = self.patches if kept is None else kept
-        tokens = self.prefix_tokens + patches
-        flops = 2.0 * patches * 3 * self.patch_size**2 * self.width
-        flops += layers.transformer_flops(self.transformer, tokens)
-        if self.pooling == "map":
-            flops += layers.attention_pooling_flops(self.transformer, tokens)
-        return flops
-
 
 @keywords_of(VisionTransformer, TransformerConfig, optional=True)
 def make_vit(

@@ -2,44 +2,227 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple, Protocol, Self
 
 import flax.linen as nn
 import jax
-from jaxtyping import Array, Float, PRNGKeyArray
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 Params = Any
+State = Any
 Batch = Mapping[str, Array]
 BatchSpec = Mapping[str, jax.ShapeDtypeStruct]  # of the global batch
 Metrics = dict[str, tuple[Array, Array]]  # name -> (sum, count); merged by adding both
 
+PIXELS, TOKENS, LABELS = "pixels", "tokens", "labels"
+SEPARATOR = "/"  # between the name of a further dataset and that of its field
+
+
+@dataclasses.dataclass(frozen=True)
+class Field:
+    """What an objective reads of each example.
+
+    Attributes:
+      kind: "pixels", [height, width, 3], in [0, 255]; "tokens", ids as many as the text is long; or
+        "labels", the number of a class or the share of each.
+      shape: of one example; of labels that of a number, ().
+      dtype: of the data; of labels that of a number.
+      classes: of labels, how many there are.
+      told_by: of labels, the key of the config that says how many there are.
+    """
+
+    kind: str
+    shape: tuple[int, ...] = ()
+    dtype: Any = jnp.int32
+    classes: int | None = None
+    told_by: str = ""
+
+    @classmethod
+    def pixels(cls, image_size: tuple[int, int]) -> Field:
+        """Of a model that takes images of this height and width."""
+        return cls(PIXELS, (*image_size, 3), jnp.uint8)
+
+    @classmethod
+    def tokens(cls, length: int) -> Field:
+        """Of a model that takes texts of so many tokens."""
+        return cls(TOKENS, (length,))
+
+    @classmethod
+    def labels(cls, classes: int, told_by: str) -> Field:
+        """Of a model that tells so many classes."""
+        return cls(LABELS, classes=classes, told_by=told_by)
+
+    def check(self, name: str, spec: jax.ShapeDtypeStruct) -> None:
+        """Raises ValueError if a field of a batch is not what is read."""
+        shape = tuple(spec.shape[1:])
+        found = f"{jnp.dtype(spec.dtype).name}{list(shape)}"
+        if self.kind == LABELS:
+            hard = jnp.issubdtype(spec.dtype, jnp.integer) and not shape
+            soft = jnp.issubdtype(spec.dtype, jnp.floating) and len(shape) == 1
+            if not hard and not soft:
+                raise ValueError(f"{name!r} holds no classes: it is {found} an example")
+            if soft and shape[0] != self.classes:
+                raise ValueError(
+                    f"{name!r} has shares of {shape[0]} classes, and {self.told_by} is "
+                    f"{self.classes}"
+                )
+        elif shape != self.shape:
+            wanted = f"{jnp.dtype(self.dtype).name}{list(self.shape)}"
+            raise ValueError(f"{name!r} is {found} an example, and the model takes {wanted}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Context:
+    """What a loss knows beside parameters and batch.
+
+    Attributes:
+      rng: the key of this step.
+      train: whether it is a step of training; otherwise nothing is drawn that training alone wants.
+      step: steps done before this batch.
+      ema_params: the moving average of the parameters before this step; None if there is none.
+      state: what `init_state` made and the last loss returned; a fresh one in evaluation.
+    """
+
+    rng: PRNGKeyArray
+    train: bool = True
+    step: Int[Array, ""] | int = 0
+    ema_params: Params | None = None
+    state: State = dataclasses.field(default_factory=dict)
+
+    def of_part(self, index: int, part: Part) -> Context:
+        """The same for a part of a composite, with randomness and state of its own."""
+        rng = jax.random.fold_in(self.rng, index)
+        return dataclasses.replace(self, rng=rng, state=self.state.get(part.key, {}))
+
+
+class LossOutput(NamedTuple):
+    """What a loss says beside its value.
+
+    Attributes:
+      metrics: name -> (sum, count).
+      state: for the next step; empty for a loss that has none.
+    """
+
+    metrics: Metrics
+    state: State = {}
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """One objective of a sum.
+
+    Attributes:
+      name: what its metrics are known by; "" for an objective that is no sum.
+      weight: factor on its loss.
+      data: the name of the dataset in `config.extra_data` that feeds it; None for `config.data`.
+    """
+
+    name: str
+    objective: Objective
+    weight: float = 1.0
+    data: str | None = None
+
+    @property
+    def key(self) -> str:
+        """Its name in the state of the sum, where a slash would be a branch."""
+        return self.name.replace("/", ".")
+
+    def fields(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """The fields of a batch, or of its spec, that are this part's, under their plain names.
+
+        Raises:
+          ValueError: the batch has none of its dataset.
+        """
+        if self.data is None:
+            return {name: value for name, value in batch.items() if SEPARATOR not in name}
+        prefix = self.data + SEPARATOR
+        found = {k.removeprefix(prefix): v for k, v in batch.items() if k.startswith(prefix)}
+        if not found:
+            raise ValueError(
+                f"part {self.name!r} is fed from {self.data!r}, which config.extra_data lacks"
+            )
+        return found
+
 
 class Objective(Protocol):
-    """A frozen dataclass of Flax modules and numbers.
+    """A frozen dataclass of Flax modules and numbers, which names this class as its base.
 
     Attributes:
       model: the Flax module, or the first of several.
       couples_batch: the loss of an example depends on the others, so that it needs the whole global
         batch (contrastive), and gradients of parts of it do not add up.
       compute_dtype: of the matrix products, for the peak that MFU is measured against.
+      reads: the fields of a batch that the loss takes, by name.
     """
 
     model: nn.Module
     couples_batch: bool
-    compute_dtype: Any
+
+    @property
+    def compute_dtype(self) -> Any:
+        """That of the model's image tower."""
+        return self.model.image.compute.dtype
+
+    @property
+    def reads(self) -> Mapping[str, Field]:
+        """See the class."""
 
     def init(self, rng: PRNGKeyArray, batch_spec: BatchSpec) -> Params:
-        """Fresh parameters, in `nn.LogicallyPartitioned` boxes. Can be jitted."""
+        """Fresh parameters, in `nn.LogicallyPartitioned` boxes. Can be jitted.
+
+        Raises:
+          ValueError: images or texts of the batch do not have the model's shape.
+        """
+
+    def init_state(self, batch_spec: BatchSpec) -> State:
+        """What is neither trained nor constant, such as a queue or an average: a tree of arrays in
+        boxes or bare, which lie whole on each device. Empty for most. Can be jitted."""
+        del batch_spec
+        return {}
 
     def loss(
-        self, params: Params, batch: Batch, rng: PRNGKeyArray, train: bool
-    ) -> tuple[Float[Array, ""], Metrics]:
+        self, params: Params, batch: Batch, context: Context
+    ) -> tuple[Float[Array, ""], LossOutput]:
         """The scalar to minimize, and what else is worth knowing."""
 
     def functions(self) -> dict[str, Callable[..., Array]]:
         """What evaluators and export may ask for, each `f(params, array) -> array`, or of a dict of
         arrays where a model takes several."""
 
-    def flops_per_example(self, batch_spec: BatchSpec) -> float:
-        """Analytic FLOPs of the forward pass on one example; a multiply-add counts 2."""
+    def parts(self) -> dict[str, Part]:
+        """All objectives of a sum by name; an objective that is no sum has itself under ""."""
+        return {"": Part("", self)}
+
+    def undivided(self) -> Self:
+        """The same without microbatches, so that a batch may have any size."""
+        return dataclasses.replace(self, microbatches=1)
+
+
+def first_example(batch_spec: BatchSpec, names: Iterable[str]) -> list[Array]:
+    """Zeros in the place of one example's fields, to make parameters with."""
+    specs = (batch_spec[name] for name in names)
+    return [jnp.zeros((1, *spec.shape[1:]), spec.dtype) for spec in specs]
+
+
+def check_reads(objective: Objective, batch_spec: BatchSpec) -> None:
+    """Raises ValueError if a batch lacks a field that is read, or has another in its place."""
+    for part in objective.parts().values():
+        spec = part.fields(batch_spec)
+        for name, field in part.objective.reads.items():
+            if name not in spec:
+                who = f"part {part.name!r}" if part.name else "the objective"
+                raise ValueError(
+                    f"it has no {name!r}, which {who} reads ({field.kind}; there are: "
+                    f"{', '.join(sorted(spec))}); name it by data.fields, or let data.preprocess "
+                    "make it"
+                )
+            field.check(name, spec[name])
+
+
+def prefixed(data: str | None, fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields under the names that a batch has for those of a dataset in `config.extra_data`."""
+    prefix = "" if data is None else data + SEPARATOR
+    return {prefix + name: value for name, value in fields.items()}

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from vlp_jax.models.variants import check_choice
-from vlp_jax.objectives.base import BatchSpec, Metrics
+from vlp_jax.objectives.base import Metrics
 
 Targets = Int[Array, " batch"] | Float[Array, "batch classes"]
 
@@ -84,23 +84,3 @@ def check_loss(kind: str, label_smoothing: float) -> None:
     check_choice("loss", kind, tuple(CLASS_LOSSES))
     if not 0 <= label_smoothing < 1:
         raise ValueError(f"label_smoothing is at least 0 and below 1, not {label_smoothing}")
-
-
-def check_targets(batch_spec: BatchSpec, field: str, classes: int, key: str) -> None:
-    """Raises ValueError if `field` of the batch is neither a class nor shares of the classes.
-
-    Args:
-      key: what says how many `classes` there are.
-    """
-    spec = batch_spec.get(field)
-    if spec is None:
-        known = ", ".join(sorted(batch_spec))
-        raise ValueError(
-            f"the batch has no {field!r} (it has: {known}); set label_field, or keep it"
-        )
-    hard = jnp.issubdtype(spec.dtype, jnp.integer) and len(spec.shape) == 1
-    soft = jnp.issubdtype(spec.dtype, jnp.floating) and len(spec.shape) == 2
-    if not hard and not soft:
-        raise ValueError(f"{field!r} holds no classes: it is {spec.dtype}{list(spec.shape)}")
-    if soft and spec.shape[1] != classes:
-        raise ValueError(f"{field!r} has shares of {spec.shape[1]} classes, and {key} is {classes}")

@@ -6,21 +6,30 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from vlp_jax import config as config_lib
 from vlp_jax.models.classifier import Classifier
 from vlp_jax.models.values import Pixels, keywords_of
 from vlp_jax.models.vit import make_vit
-from vlp_jax.objectives.base import Batch, BatchSpec, Metrics, Params
-from vlp_jax.objectives.class_loss import check_loss, check_targets, loss_and_accuracy
+from vlp_jax.objectives.base import (
+    Batch,
+    BatchSpec,
+    Context,
+    Field,
+    LossOutput,
+    Metrics,
+    Objective,
+    Params,
+    first_example,
+)
+from vlp_jax.objectives.class_loss import check_loss, loss_and_accuracy
 from vlp_jax.objectives.compute import make_compute
 from vlp_jax.objectives.microbatch import mean_over_parts
 
 
 @dataclasses.dataclass(frozen=True)
-class Classification:
+class Classification(Objective):
     """Tells the class of an image.
 
     Attributes:
@@ -39,34 +48,36 @@ class Classification:
     couples_batch: bool = False
 
     @property
-    def compute_dtype(self) -> Any:
-        """Of the matrix products."""
-        return self.model.image.compute.dtype
+    def reads(self) -> dict[str, Field]:
+        """Images and their classes."""
+        return {
+            "image": Field.pixels(self.model.image.image_size),
+            self.label_field: Field.labels(self.model.classes, "classes"),
+        }
 
     def init(self, rng: PRNGKeyArray, batch_spec: BatchSpec) -> Params:
         """Fresh parameters, in `nn.LogicallyPartitioned` boxes.
 
         Raises:
-          ValueError: the batch has no labels of these classes, or images of another shape.
+          ValueError: the images of the batch do not have the model's shape.
         """
-        check_targets(batch_spec, self.label_field, self.model.classes, "classes")
-        spec = batch_spec["image"]
-        return self.model.init(rng, jnp.zeros((1, *spec.shape[1:]), spec.dtype))["params"]
+        return self.model.init(rng, *first_example(batch_spec, ("image",)))["params"]
 
     def loss(
-        self, params: Params, batch: Batch, rng: PRNGKeyArray, train: bool
-    ) -> tuple[Float[Array, ""], Metrics]:
+        self, params: Params, batch: Batch, context: Context
+    ) -> tuple[Float[Array, ""], LossOutput]:
         """The mean cross-entropy, and the accuracy."""
         fields = (batch["image"], batch[self.label_field])
-        smoothing = self.label_smoothing if train else 0.0
+        smoothing = self.label_smoothing if context.train else 0.0
 
         def part(params: Params, fields: Any, key: PRNGKeyArray) -> tuple[Array, Metrics]:
             image, label = fields
             rngs = {"drop_path": key}
-            scores = self.model.apply({"params": params}, image, train, rngs=rngs)
+            scores = self.model.apply({"params": params}, image, context.train, rngs=rngs)
             return loss_and_accuracy(scores, label, self.class_loss, smoothing)
 
-        return mean_over_parts(part, params, fields, rng, self.microbatches)
+        value, metrics = mean_over_parts(part, params, fields, context.rng, self.microbatches)
+        return value, LossOutput(metrics)
 
     def functions(self) -> dict[str, Callable[..., Array]]:
         """Of images with values in [0, 255]: `classify`, the score of each class, and
@@ -77,10 +88,6 @@ class Classification:
                 {"params": params}, x, method="embed_image"
             ),
         }
-
-    def flops_per_example(self, batch_spec: BatchSpec) -> float:
-        """Forward FLOPs of one image."""
-        return self.model.flops()
 
 
 @keywords_of(make_compute)

@@ -4,73 +4,62 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Self
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from vlp_jax.objectives.base import Batch, BatchSpec, Metrics, Objective, Params
-
-SEPARATOR = "/"  # between the name of a further dataset and that of its field
-
-
-@dataclasses.dataclass(frozen=True)
-class Part:
-    """One objective of a sum.
-
-    Attributes:
-      name: what its metrics are known by.
-      weight: factor on its loss.
-      data: the name of the dataset in `config.extra_data` that feeds it; None for `config.data`.
-    """
-
-    name: str
-    objective: Objective
-    weight: float
-    data: str | None = None
-
-    def fields(self, batch: Mapping[str, Any]) -> dict[str, Any]:
-        """The fields of a batch, or of its spec, that are this part's, under their plain names.
-
-        Raises:
-          ValueError: the batch has none of its dataset.
-        """
-        if self.data is None:
-            return {name: value for name, value in batch.items() if SEPARATOR not in name}
-        prefix = self.data + SEPARATOR
-        found = {k.removeprefix(prefix): v for k, v in batch.items() if k.startswith(prefix)}
-        if not found:
-            raise ValueError(
-                f"part {self.name!r} is fed from {self.data!r}, which config.extra_data lacks"
-            )
-        return found
+from vlp_jax.objectives.base import (
+    Batch,
+    BatchSpec,
+    Context,
+    Field,
+    LossOutput,
+    Objective,
+    Params,
+    Part,
+    State,
+    prefixed,
+)
 
 
 @dataclasses.dataclass(frozen=True)
-class Composite:
+class Composite(Objective):
     """The sum of its parts' losses, each times its weight.
 
     Parameters with the same path are the same: parts that both have an `image` tower train one.
+
+    Attributes:
+      members: the parts, of which none is a sum itself.
     """
 
-    parts: tuple[Part, ...]
+    members: tuple[Part, ...]
 
     @property
     def model(self) -> nn.Module:
         """Of the first part."""
-        return self.parts[0].objective.model
+        return self.members[0].objective.model
 
     @property
     def couples_batch(self) -> bool:
         """Whether any part does."""
-        return any(part.objective.couples_batch for part in self.parts)
+        return any(part.objective.couples_batch for part in self.members)
 
     @property
     def compute_dtype(self) -> Any:
         """Of the first part."""
-        return self.parts[0].objective.compute_dtype
+        return self.members[0].objective.compute_dtype
+
+    @property
+    def reads(self) -> Mapping[str, Field]:
+        """Those of all parts, as the batch names them."""
+        return {
+            name: field
+            for part in self.members
+            for name, field in prefixed(part.data, part.objective.reads).items()
+        }
 
     def init(self, rng: PRNGKeyArray, batch_spec: BatchSpec) -> Params:
         """Fresh parameters of all parts; shared ones as the first part that has them makes them.
@@ -79,33 +68,48 @@ class Composite:
           ValueError: two parts disagree on the shape of a parameter, or a part has no data.
         """
         params: Params = {}
-        for index, part in enumerate(self.parts):
+        for index, part in enumerate(self.members):
             key = jax.random.fold_in(rng, index) if index else rng
             merge_trees(params, part.objective.init(key, part.fields(batch_spec)), part.name)
         return params
 
+    def init_state(self, batch_spec: BatchSpec) -> State:
+        """The states of the parts that have one, by their keys."""
+        states = {
+            part.key: part.objective.init_state(part.fields(batch_spec)) for part in self.members
+        }
+        return {name: state for name, state in states.items() if state}
+
     def loss(
-        self, params: Params, batch: Batch, rng: PRNGKeyArray, train: bool
-    ) -> tuple[Float[Array, ""], Metrics]:
+        self, params: Params, batch: Batch, context: Context
+    ) -> tuple[Float[Array, ""], LossOutput]:
         """The weighted sum; metrics are named after the part, "NAME/loss" and so on."""
-        total, metrics = jnp.float32(0), {}
-        for index, part in enumerate(self.parts):
-            key = jax.random.fold_in(rng, index)
-            value, own = part.objective.loss(params, part.fields(batch), key, train)
+        total, metrics, states = jnp.float32(0), {}, {}
+        for index, part in enumerate(self.members):
+            own = context.of_part(index, part)
+            value, output = part.objective.loss(params, part.fields(batch), own)
             total += part.weight * value
-            metrics.update({f"{part.name}/{name}": pair for name, pair in own.items()})
-        return total, {**metrics, "loss": (total, jnp.float32(1))}
+            metrics |= {f"{part.name}/{name}": pair for name, pair in output.metrics.items()}
+            states |= {part.key: output.state} if output.state else {}
+        return total, LossOutput({**metrics, "loss": (total, jnp.float32(1))}, states)
 
     def functions(self) -> dict[str, Callable[..., Array]]:
         """Those of all parts; where two have the same name, that of the first."""
         functions: dict[str, Callable[..., Array]] = {}
-        for part in self.parts:
+        for part in self.members:
             functions = {**part.objective.functions(), **functions}
         return functions
 
-    def flops_per_example(self, batch_spec: BatchSpec) -> float:
-        """Forward FLOPs of one example of each part."""
-        return sum(part.objective.flops_per_example(part.fields(batch_spec)) for part in self.parts)
+    def parts(self) -> dict[str, Part]:
+        """The parts by name."""
+        return {part.name: part for part in self.members}
+
+    def undivided(self) -> Self:
+        """The same with parts that have no microbatches."""
+        parts = (
+            dataclasses.replace(part, objective=part.objective.undivided()) for part in self.members
+        )
+        return dataclasses.replace(self, members=tuple(parts))
 
 
 def merge_trees(tree: dict[str, Any], more: Mapping[str, Any], who: str, path: str = "") -> None:
@@ -152,12 +156,20 @@ def make_composite(
     """
     if not parts:
         raise ValueError("a composite objective needs parts")
-    made = []
+    made: list[Part] = []
     for name, section in parts.items():
         section = dict(section.items())
         weight, data = float(section.pop("weight", 1.0)), section.pop("data", None)
         if weight <= 0:
             raise ValueError(f"the weight of part {name!r} must be positive, not {weight}")
         objective = make_part(section, where=f"config.objective.parts.{name}", **shared)
-        made.append(Part(name, objective, weight, data))
+        for inner in objective.parts().values():  # of a sum in a sum, the parts themselves
+            made.append(
+                Part(
+                    f"{name}/{inner.name}" if inner.name else name,
+                    inner.objective,
+                    weight * inner.weight,
+                    inner.data or data,
+                )
+            )
     return Composite(tuple(made))

@@ -18,7 +18,16 @@ from vlp_jax.models.masking import kept_patches, random_mask
 from vlp_jax.models.text import make_text
 from vlp_jax.models.values import Pixels, keywords_of
 from vlp_jax.models.vit import make_vit
-from vlp_jax.objectives.base import Batch, BatchSpec, Metrics, Params
+from vlp_jax.objectives.base import (
+    Batch,
+    BatchSpec,
+    Context,
+    Field,
+    LossOutput,
+    Objective,
+    Params,
+    first_example,
+)
 from vlp_jax.objectives.blocked import blocked_loss
 from vlp_jax.objectives.compute import make_compute
 from vlp_jax.objectives.microbatch import embed_in_parts
@@ -28,7 +37,7 @@ LOSS_FORMS = ("plain", "blocked")
 
 
 @dataclasses.dataclass(frozen=True)
-class Contrastive:
+class Contrastive(Objective):
     """Matches the images of the global batch with its texts.
 
     Attributes:
@@ -53,9 +62,13 @@ class Contrastive:
     couples_batch: bool = True
 
     @property
-    def compute_dtype(self) -> Any:
-        """Of the towers' matrix products."""
-        return self.model.image.compute.dtype
+    def reads(self) -> dict[str, Field]:
+        """Images and their texts."""
+        image, text = self.model.image, self.model.text
+        return {
+            "image": Field.pixels(image.image_size),
+            "text": Field.tokens(text.context_length),
+        }
 
     def init(self, rng: PRNGKeyArray, batch_spec: BatchSpec) -> Params:
         """Fresh parameters, in `nn.LogicallyPartitioned` boxes.
@@ -63,30 +76,26 @@ class Contrastive:
         Raises:
           ValueError: the images or texts of the batch do not have the model's shape.
         """
-        one = {
-            name: jnp.zeros((1, *batch_spec[name].shape[1:]), batch_spec[name].dtype)
-            for name in ("image", "text")
-        }
-        return self.model.init(rng, one["image"], one["text"])["params"]
+        return self.model.init(rng, *first_example(batch_spec, self.reads))["params"]
 
     def loss(
-        self, params: Params, batch: Batch, rng: PRNGKeyArray, train: bool
-    ) -> tuple[Float[Array, ""], Metrics]:
-        """The pairwise loss over the global batch. `rng` chooses the patches that are seen.
+        self, params: Params, batch: Batch, context: Context
+    ) -> tuple[Float[Array, ""], LossOutput]:
+        """The pairwise loss over the global batch. The key chooses the patches that are seen.
 
         Raises:
           ValueError: the form is "blocked" and no mesh is set.
         """
-        mask_key, model_key = jax.random.split(rng)
-        fields = {"image": batch["image"], "text": batch["text"]}
-        if train and self.mask_ratio:
+        mask_key, model_key = jax.random.split(context.rng)
+        fields = {name: batch[name] for name in self.reads}
+        if context.train and self.mask_ratio:
             patches = self.model.image.patches
             kept = kept_patches(patches, self.mask_ratio)
             fields["keep"] = random_mask(mask_key, len(batch["image"]), patches, kept).keep
 
         def embed(params: Params, fields: Batch, key: PRNGKeyArray) -> dict[str, Array]:
             out = self.model.apply(
-                {"params": params}, **fields, train=train, rngs={"drop_path": key}
+                {"params": params}, **fields, train=context.train, rngs={"drop_path": key}
             )
             return {name: out[name] for name in ("image", "text")}
 
@@ -96,12 +105,13 @@ class Contrastive:
         loss, hits = self._pair_loss(out["image"], out["text"], scale, bias)
         count = jnp.float32(out["image"].shape[0])
         one = jnp.float32(1)
-        return loss, {
+        metrics = {
             "loss": (loss * count, count),
             "batch_accuracy": (hits, count),
             "logit_scale": (scale, one),
             "logit_bias": (bias, one),
         }
+        return loss, LossOutput(metrics)
 
     def _pair_loss(
         self, image: Array, text: Array, scale: Array, bias: Array
@@ -144,11 +154,6 @@ class Contrastive:
 
         names = ("embed_image", "embed_text", "image_features")
         return {**{name: apply(name) for name in names}, "logit_scale": logit_scale}
-
-    def flops_per_example(self, batch_spec: BatchSpec) -> float:
-        """Forward FLOPs of one pair: both towers, and its row of the logits."""
-        kept = kept_patches(self.model.image.patches, self.mask_ratio)
-        return self.model.flops(kept) + 2.0 * batch_spec["image"].shape[0] * self.model.embed_dim
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))

@@ -16,7 +16,17 @@ from vlp_jax.models.masked_autoencoder import MaskedAutoencoder, make_masked_dec
 from vlp_jax.models.masking import PatchMask, kept_patches, random_mask
 from vlp_jax.models.values import IMAGENET, Pixels, keywords_of
 from vlp_jax.models.vit import make_vit, unpatchify
-from vlp_jax.objectives.base import Batch, BatchSpec, Metrics, Params
+from vlp_jax.objectives.base import (
+    Batch,
+    BatchSpec,
+    Context,
+    Field,
+    LossOutput,
+    Metrics,
+    Objective,
+    Params,
+    first_example,
+)
 from vlp_jax.objectives.compute import make_compute
 from vlp_jax.objectives.microbatch import mean_over_parts
 
@@ -51,7 +61,7 @@ def hidden_errors(
 
 
 @dataclasses.dataclass(frozen=True)
-class MaskedAutoencoding:
+class MaskedAutoencoding(Objective):
     """Paints the hidden patches of images of which it sees the others.
 
     Attributes:
@@ -69,9 +79,9 @@ class MaskedAutoencoding:
     couples_batch: bool = False
 
     @property
-    def compute_dtype(self) -> Any:
-        """Of the matrix products."""
-        return self.model.image.compute.dtype
+    def reads(self) -> dict[str, Field]:
+        """Images."""
+        return {"image": Field.pixels(self.model.image.image_size)}
 
     @property
     def kept(self) -> int:
@@ -88,24 +98,24 @@ class MaskedAutoencoding:
         Raises:
           ValueError: the images of the batch do not have the model's shape.
         """
-        spec = batch_spec["image"]
-        one = jnp.zeros((1, *spec.shape[1:]), spec.dtype)
-        return self.model.init(rng, one, self.mask(rng, 1))["params"]
+        (image,) = first_example(batch_spec, self.reads)
+        return self.model.init(rng, image, self.mask(rng, 1))["params"]
 
     def loss(
-        self, params: Params, batch: Batch, rng: PRNGKeyArray, train: bool
-    ) -> tuple[Float[Array, ""], Metrics]:
+        self, params: Params, batch: Batch, context: Context
+    ) -> tuple[Float[Array, ""], LossOutput]:
         """Mean squared error over the hidden patches of all images."""
-        mask_key, model_key = jax.random.split(rng)
+        mask_key, model_key = jax.random.split(context.rng)
         image = batch["image"]
         fields = (image, self.mask(mask_key, len(image)))
 
         def part(params: Params, fields: Any, key: PRNGKeyArray) -> tuple[Array, Metrics]:
-            errors = self._errors(params, *fields, train, {"drop_path": key})
+            errors = self._errors(params, *fields, context.train, {"drop_path": key})
             count = jnp.float32(len(errors))
             return errors.mean(), {"loss": (errors.sum(), count)}
 
-        return mean_over_parts(part, params, fields, model_key, self.microbatches)
+        value, metrics = mean_over_parts(part, params, fields, model_key, self.microbatches)
+        return value, LossOutput(metrics)
 
     def _errors(
         self,
@@ -169,10 +179,6 @@ class MaskedAutoencoding:
             true,
         )
         return jnp.stack([unpatchify(view, self.model.image.grid) for view in views], axis=1)
-
-    def flops_per_example(self, batch_spec: BatchSpec) -> float:
-        """Forward FLOPs of one image: the encoder on what it sees, the decoder on everything."""
-        return self.model.flops(self.kept)
 
 
 @keywords_of(make_compute)

@@ -6,7 +6,6 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from vlp_jax import config as config_lib
@@ -14,16 +13,24 @@ from vlp_jax.models.fusion import QuestionAnswerer, make_fusion
 from vlp_jax.models.text import make_text
 from vlp_jax.models.values import Pixels, keywords_of
 from vlp_jax.models.vit import make_vit
-from vlp_jax.objectives.base import Batch, BatchSpec, Metrics, Params
-from vlp_jax.objectives.class_loss import check_loss, check_targets, loss_and_accuracy
+from vlp_jax.objectives.base import (
+    Batch,
+    BatchSpec,
+    Context,
+    Field,
+    LossOutput,
+    Metrics,
+    Objective,
+    Params,
+    first_example,
+)
+from vlp_jax.objectives.class_loss import check_loss, loss_and_accuracy
 from vlp_jax.objectives.compute import make_compute
 from vlp_jax.objectives.microbatch import mean_over_parts
 
-INPUTS = ("image", "text")
-
 
 @dataclasses.dataclass(frozen=True)
-class QuestionAnswering:
+class QuestionAnswering(Objective):
     """Tells the answer to a question about an image.
 
     The towers are those of a dual encoder, without their pooling and projections; what looks at the
@@ -46,48 +53,43 @@ class QuestionAnswering:
     couples_batch: bool = False
 
     @property
-    def compute_dtype(self) -> Any:
-        """Of the matrix products."""
-        return self.model.image.compute.dtype
+    def reads(self) -> dict[str, Field]:
+        """Images, questions and their answers."""
+        return {
+            "image": Field.pixels(self.model.image.image_size),
+            "text": Field.tokens(self.model.text.context_length),
+            self.label_field: Field.labels(self.model.answers, "answers"),
+        }
 
     def init(self, rng: PRNGKeyArray, batch_spec: BatchSpec) -> Params:
         """Fresh parameters, in `nn.LogicallyPartitioned` boxes.
 
         Raises:
-          ValueError: the batch has no answers of this list, or images or texts of another shape.
+          ValueError: the images or texts of the batch do not have the model's shape.
         """
-        check_targets(batch_spec, self.label_field, self.model.answers, "answers")
-        one = (
-            jnp.zeros((1, *batch_spec[name].shape[1:]), batch_spec[name].dtype) for name in INPUTS
-        )
-        return self.model.init(rng, *one)["params"]
+        return self.model.init(rng, *first_example(batch_spec, ("image", "text")))["params"]
 
     def loss(
-        self, params: Params, batch: Batch, rng: PRNGKeyArray, train: bool
-    ) -> tuple[Float[Array, ""], Metrics]:
+        self, params: Params, batch: Batch, context: Context
+    ) -> tuple[Float[Array, ""], LossOutput]:
         """The mean cross-entropy, and the accuracy."""
         fields = (batch["image"], batch["text"], batch[self.label_field])
-        smoothing = self.label_smoothing if train else 0.0
+        smoothing = self.label_smoothing if context.train else 0.0
 
         def part(params: Params, fields: Any, key: PRNGKeyArray) -> tuple[Array, Metrics]:
             image, text, label = fields
             rngs = {"drop_path": key}
-            scores = self.model.apply({"params": params}, image, text, train, rngs=rngs)
+            scores = self.model.apply({"params": params}, image, text, context.train, rngs=rngs)
             return loss_and_accuracy(scores, label, self.class_loss, smoothing)
 
-        return mean_over_parts(part, params, fields, rng, self.microbatches)
+        value, metrics = mean_over_parts(part, params, fields, context.rng, self.microbatches)
+        return value, LossOutput(metrics)
 
     def functions(self) -> dict[str, Callable[..., Array]]:
         """`answer(params, {"image": pixels, "text": token ids})`: the score of each answer."""
         return {
-            "answer": lambda params, x: self.model.apply(
-                {"params": params}, *(x[name] for name in INPUTS)
-            )
+            "answer": lambda params, x: self.model.apply({"params": params}, x["image"], x["text"])
         }
-
-    def flops_per_example(self, batch_spec: BatchSpec) -> float:
-        """Forward FLOPs of one image and its question."""
-        return self.model.flops()
 
 
 @keywords_of(make_compute)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from typing import Any
 
@@ -10,11 +9,10 @@ import jax
 
 from vlp_jax.objectives import Objective
 from vlp_jax.objectives.base import BatchSpec
-from vlp_jax.objectives.composite import Composite
 from vlp_jax.parallel import rules
 from vlp_jax.parallel.mesh import BATCH_AXES
 from vlp_jax.training.setup import Setup
-from vlp_jax.training.state import PURPOSE_LOSS, key_for
+from vlp_jax.training.state import PURPOSE_LOSS, TrainState, context_of, key_for
 
 
 def activation_bytes(setup: Setup) -> int:
@@ -26,26 +24,15 @@ def activation_bytes(setup: Setup) -> int:
     divides only some of them, and is left out.
     """
     parts = setup.config.microbatches
-    objective = in_one_part(setup.objective)
+    objective = setup.objective.undivided()
     shards = math.prod(setup.mesh.shape[axis] for axis in BATCH_AXES)
     spec = _resized(setup.batch_spec, setup.config.batch_size // parts)
     with rules.use_mesh(setup.mesh):
-        kept = _residuals(objective, setup.abstract.params, spec)
+        kept = _residuals(objective, setup.abstract, spec)
         doubled = _resized(spec, 2 * setup.config.batch_size // parts)
-        larger = _residuals(objective, setup.abstract.params, doubled)
+        larger = _residuals(objective, setup.abstract, doubled)
     follow = (a for a, b in zip(kept, larger, strict=True) if a.shape != b.shape)
     return sum(leaf.dtype.itemsize * math.prod(leaf.shape) for leaf in follow) // shards
-
-
-def in_one_part(objective: Objective) -> Objective:
-    """`objective` without microbatches: what it does with one of them."""
-    if isinstance(objective, Composite):
-        parts = (
-            dataclasses.replace(part, objective=in_one_part(part.objective))
-            for part in objective.parts
-        )
-        return dataclasses.replace(objective, parts=tuple(parts))
-    return dataclasses.replace(objective, microbatches=1)
 
 
 def _resized(spec: BatchSpec, batch_size: int) -> BatchSpec:
@@ -55,10 +42,10 @@ def _resized(spec: BatchSpec, batch_size: int) -> BatchSpec:
     }
 
 
-def _residuals(objective: Objective, params: Any, spec: BatchSpec) -> list[Any]:
-    def backward(params: Any, batch: Any) -> Any:
-        rng = key_for(0, 0, PURPOSE_LOSS)
-        loss = lambda params: objective.loss(params, batch, rng, True)  # noqa: E731
-        return jax.vjp(loss, params, has_aux=True)[1]
+def _residuals(objective: Objective, state: TrainState, spec: BatchSpec) -> list[Any]:
+    def backward(state: TrainState, batch: Any) -> Any:
+        context = context_of(state, key_for(0, 0, PURPOSE_LOSS))
+        loss = lambda params: objective.loss(params, batch, context)  # noqa: E731
+        return jax.vjp(loss, state.params, has_aux=True)[1]
 
-    return [leaf for leaf in jax.tree.leaves(jax.eval_shape(backward, params, spec))]
+    return [leaf for leaf in jax.tree.leaves(jax.eval_shape(backward, state, spec))]

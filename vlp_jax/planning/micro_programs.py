@@ -16,8 +16,8 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from vlp_jax.models.masking import take_tokens
+from vlp_jax.objectives.flops import count_flops
 from vlp_jax.planning import hbm, hlo, loops
-from vlp_jax.planning.flops import count_flops
 from vlp_jax.planning.target import Target
 
 SIZE, PATCH, WIDTH, HEADS = 224, 16, 768, 12

@@ -7,13 +7,13 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from vlp_jax.objectives.flops import Flops, count_flops
 from vlp_jax.parallel import mesh as mesh_lib
 from vlp_jax.parallel import rules
 from vlp_jax.planning import hbm, hlo, loops, network, traffic
 from vlp_jax.planning.activations import activation_bytes
 from vlp_jax.planning.chips import Chip
 from vlp_jax.planning.compile import OutOfMemory, Program, compile_setup
-from vlp_jax.planning.flops import Flops, count_flops
 from vlp_jax.planning.pallas_calls import PallasCalls, pallas_calls
 from vlp_jax.planning.roofline import Roofline
 from vlp_jax.planning.state_bytes import StateBytes, share, state_bytes
@@ -167,9 +167,7 @@ def make_plan(setup: Setup, target: Target) -> Plan:
         state=state_bytes(setup.abstract),
         waiting=waiting_bytes(setup),
         activations=activation_bytes(setup),
-        model_flops=3
-        * setup.objective.flops_per_example(setup.batch_spec)
-        * setup.config.batch_size,
+        model_flops=3 * setup.forward_flops,
         hardware=step_flops(setup),
         memory=memory,
         compiled=read_program(memory, setup, target.chip) if isinstance(memory, Program) else None,

@@ -8,7 +8,6 @@ allowed. So neither needs to be there, nor do the devices of the mesh.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
 
 import numpy as np
 from jax.sharding import Mesh
@@ -19,7 +18,7 @@ from vlp_jax.data.tokenizers import KEYS, TOKENIZERS, ByteTokenizer
 from vlp_jax.data.tokenizers.base import EOS_ID, PAD_ID, check_context_length
 from vlp_jax.errors import UserError, unknown_key_message
 from vlp_jax.objectives import Objective, make_objective
-from vlp_jax.objectives.composite import SEPARATOR, Composite
+from vlp_jax.objectives.base import prefixed
 from vlp_jax.training.setup import Setup, make_setup
 
 # Of tokenizers without a file of the user's. CLIP: the merges of openai/CLIP, `ClipTokenizer`.
@@ -92,32 +91,14 @@ def tokenizer_sizes(section: ConfigDict) -> TokenizerSizes | None:
 def batch_spec(config: ConfigDict, objective: Objective) -> BatchSpec:
     """Shape and dtype of what models read of a global batch.
 
-    Each dataset that the objective reads gives `image`, `text` if there is a tokenizer, and the
-    class of each example if the objective has a field for it.
+    A dataset that config.extra_data lacks is left out: the part that it feeds says so itself.
     """
     spec: BatchSpec = {}
-    for dataset, part in _readers(objective):
-        if dataset and dataset not in config.extra_data:
-            continue  # the part itself says that it has no data
-        prefix = dataset + SEPARATOR if dataset else ""
-        size = part.model.image.image_size
-        spec[f"{prefix}image"] = ((config.batch_size, *size, 3), np.dtype(np.uint8))
-        if config.tokenizer:
-            length = config.tokenizer.context_length
-            spec[f"{prefix}text"] = ((config.batch_size, length), np.dtype(np.int32))
-        if hasattr(part, "label_field"):
-            spec[f"{prefix}{part.label_field}"] = ((config.batch_size,), np.dtype(np.int32))
+    for part in objective.parts().values():
+        if part.data is None or part.data in config.extra_data:
+            for name, field in prefixed(part.data, part.objective.reads).items():
+                spec[name] = ((config.batch_size, *field.shape), np.dtype(field.dtype))
     return spec
-
-
-def _readers(objective: Objective) -> Iterator[tuple[str, Objective]]:
-    """(dataset, objective that reads it) of each part; "" is `config.data`."""
-    if not isinstance(objective, Composite):
-        yield "", objective
-        return
-    for part in objective.parts:
-        for dataset, inner in _readers(part.objective):
-            yield part.data or dataset, inner
 
 
 def set_dtypes(config: ConfigDict, dtype: str) -> None:

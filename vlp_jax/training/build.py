@@ -14,8 +14,7 @@ from vlp_jax.evaluators import differing_wordings, make_evaluators
 from vlp_jax.evaluators.base import Resources, compile_functions
 from vlp_jax.evaluators.derived import functions_of
 from vlp_jax.objectives import Objective
-from vlp_jax.objectives.classification import Classification
-from vlp_jax.objectives.composite import Composite, Part
+from vlp_jax.objectives.base import LABELS
 from vlp_jax.observe.throughput import StartupClock
 from vlp_jax.parallel import agreement
 from vlp_jax.parallel import mesh as mesh_lib
@@ -75,12 +74,10 @@ class Parts:
 
 def _check_classes(objective: Objective, pipeline: JoinedPipeline) -> None:
     """Raises UserError if a classifier is not fed with one list of its classes."""
-    whole = (Part("", objective, 1.0),)
-    for part in objective.parts if isinstance(objective, Composite) else whole:
-        if isinstance(part.objective, Classification):
-            classes = part.objective.model.classes
-            fed_by = pipeline.pipelines()[part.data or ""]
-            fed_by.check_classes(part.objective.label_field, classes)
+    for part in objective.parts().values():
+        for name, field in part.objective.reads.items():
+            if field.kind == LABELS:
+                pipeline.pipelines()[part.data or ""].check_classes(name, field.classes)
 
 
 def build(config: ConfigDict, workdir: epath.Path, clock: StartupClock) -> Parts:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,6 @@ from vlp_jax.data.wording import Wording, common_wording, worded_parts
 from vlp_jax.interop import stack_layers
 from vlp_jax.interop.base import INTERPOLATIONS
 from vlp_jax.objectives import Objective, make_objective
-from vlp_jax.objectives.composite import Composite
 from vlp_jax.training import checkpoint
 from vlp_jax.training import workdir as workdir_lib
 from vlp_jax.training.restore import SavedParameters
@@ -66,29 +65,16 @@ class RunModel:
         return cls(workdir, config, saved, objective, params, tokenizer)
 
 
-def leaves(objective: Objective) -> dict[str, Objective]:
-    """The objectives that have a model, by the names of their parts, or the only one under ""."""
-    return {name: leaf for name, leaf, _ in _fed_leaves(objective)}
-
-
-def _fed_leaves(
-    objective: Objective, name: str = "", data: str | None = None
-) -> Iterator[tuple[str, Objective, str | None]]:
-    """(name, objective, name of its dataset in `config.extra_data`) of each that has a model."""
-    if not isinstance(objective, Composite):
-        yield name, objective, data
-        return
-    for part in objective.parts:
-        inside = f"{name}/{part.name}" if name else part.name
-        yield from _fed_leaves(part.objective, inside, part.data or data)
-
-
 def text_wording(config: ConfigDict, objective: Objective) -> tuple[Wording, tuple[str, ...]]:
     """How a run words the texts that it embeds, and notes on what that does not say.
 
     Everything that embeds a text for a run goes by this: evaluators, `vlp_jax.load`, exports.
     """
-    fed = [data for _, leaf, data in _fed_leaves(objective) if "embed_text" in leaf.functions()]
+    fed = [
+        part.data
+        for part in objective.parts().values()
+        if "embed_text" in part.objective.functions()
+    ]
     parts = []
     for name in dict.fromkeys(fed or [None]):
         section = config.data if name is None else config.extra_data[name]

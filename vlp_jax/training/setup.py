@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -15,13 +16,21 @@ from vlp_jax.data.joined import JoinedPipeline
 from vlp_jax.errors import UserError
 from vlp_jax.models.attention import ONLY_ON
 from vlp_jax.objectives import Objective, make_objective
-from vlp_jax.objectives.base import BatchSpec
+from vlp_jax.objectives.base import BatchSpec, check_reads
+from vlp_jax.objectives.flops import count_flops
 from vlp_jax.parallel import mesh as mesh_lib
+from vlp_jax.parallel import rules
 from vlp_jax.training.guard import Guard
 from vlp_jax.training.optimizer import make_optimizer, make_schedule
 from vlp_jax.training.param_groups import check_groups
 from vlp_jax.training.several_steps import CompiledSteps, compile_steps
-from vlp_jax.training.state import TrainState, abstract_state
+from vlp_jax.training.state import (
+    PURPOSE_LOSS,
+    TrainState,
+    abstract_state,
+    context_of,
+    key_for,
+)
 from vlp_jax.training.step import CompiledStep, StepFunction, make_step
 from vlp_jax.training.when import EverySteps, Units
 
@@ -57,6 +66,17 @@ class Setup:
             frozen=self.config.optimizer.frozen,
             guard=self.guard,
         )
+
+    @functools.cached_property
+    def forward_flops(self) -> float:
+        """FLOPs of the loss of a global batch, counted in its jaxpr; a multiply-add is 2."""
+
+        def loss(state: TrainState, batch: Any) -> Any:
+            context = context_of(state, key_for(0, 0, PURPOSE_LOSS))
+            return self.objective.loss(state.params, batch, context)
+
+        with rules.use_mesh(self.mesh):
+            return count_flops(loss, self.abstract, self.batch_spec).total
 
     def compile(self) -> CompiledStep | CompiledSteps:
         """The program that a run hands to the devices: `config.steps_per_dispatch` steps."""
@@ -105,6 +125,7 @@ def make_setup(
     guard = Guard.of(config.guard)
     spec = {name: jax.ShapeDtypeStruct(*value) for name, value in batch_spec.items()}
     try:
+        check_reads(objective, spec)
         abstract = abstract_state(
             objective,
             optimizer,
@@ -113,12 +134,9 @@ def make_setup(
             with_ema=bool(config.optimizer.ema_decay),
             guard=guard,
         )
-    except (ValueError, KeyError) as error:
+    except ValueError as error:
         shapes = {name: shape for name, (shape, _) in batch_spec.items()}
-        why = str(error)
-        if isinstance(error, KeyError):
-            why = f"it has no {error}; name it by data.fields, or let data.preprocess make it"
-        raise UserError(f"the model does not fit the batch {shapes}: {why}") from error
+        raise UserError(f"the model does not fit the batch {shapes}: {error}") from error
     check_groups(config.optimizer, abstract.params)
     schedule = make_schedule(config.optimizer, units)
     return Setup(config, mesh, objective, optimizer, schedule, spec, abstract, units)

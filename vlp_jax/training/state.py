@@ -12,7 +12,7 @@ import optax
 from jax.sharding import Mesh
 
 from vlp_jax.objectives import Objective
-from vlp_jax.objectives.base import BatchSpec
+from vlp_jax.objectives.base import BatchSpec, Context
 from vlp_jax.parallel import mesh as mesh_lib
 from vlp_jax.parallel import rules
 from vlp_jax.training.guard import NO_SPIKE_RULE, Guard
@@ -31,6 +31,8 @@ class TrainState:
       opt_state: the optimizer's.
       ema: exponential moving average of `params`; an empty dict if there is none.
       guard: what the rule about spikes of the loss remembers; an empty dict if there is none.
+      objective: what the objective keeps that is neither trained nor constant, see
+        `Objective.init_state`; an empty dict for most.
     """
 
     step: jax.Array
@@ -38,11 +40,17 @@ class TrainState:
     opt_state: Any
     ema: Any
     guard: Any = flax.struct.field(default_factory=dict)
+    objective: Any = flax.struct.field(default_factory=dict)
 
     @property
     def eval_params(self) -> Any:
         """What is evaluated and exported: the average if there is one, else the parameters."""
         return self.ema or self.params
+
+
+def context_of(state: TrainState, rng: jax.Array) -> Context:
+    """What the loss of the next batch is told of a state."""
+    return Context(rng, step=state.step, ema_params=state.ema or None, state=state.objective)
 
 
 def key_for(seed: int, step: jax.Array | int, purpose: int) -> jax.Array:
@@ -60,7 +68,8 @@ def _init(
 ) -> TrainState:
     params = nn.unbox(objective.init(key_for(seed, 0, PURPOSE_INIT), batch_spec))
     ema = jax.tree.map(jnp.copy, params) if with_ema else {}
-    return TrainState(jnp.int32(0), params, optimizer.init(params), ema, guard.init())
+    kept = nn.unbox(objective.init_state(batch_spec))
+    return TrainState(jnp.int32(0), params, optimizer.init(params), ema, guard.init(), kept)
 
 
 def abstract_state(
@@ -79,6 +88,7 @@ def abstract_state(
     with rules.use_mesh(mesh):  # what a device does not hold may be refused
         boxed = jax.eval_shape(lambda: objective.init(key_for(0, 0, PURPOSE_INIT), batch_spec))
         shapes = jax.eval_shape(lambda: _init(objective, optimizer, batch_spec, 0, with_ema, guard))
+        kept = jax.eval_shape(lambda: objective.init_state(batch_spec))
     shardings = rules.param_shardings(boxed, mesh)
     whole = mesh_lib.replicated(mesh)
 
@@ -93,6 +103,7 @@ def abstract_state(
         ),
         ema=jax.tree.map(place, shapes.ema, shardings) if with_ema else {},
         guard=jax.tree.map(lambda leaf: place(leaf, whole), shapes.guard),
+        objective=jax.tree.map(place, shapes.objective, rules.param_shardings(kept, mesh)),
     )
 
 

@@ -11,12 +11,12 @@ import optax
 from jax.sharding import Mesh
 
 from vlp_jax.objectives import Objective
-from vlp_jax.objectives.base import Batch, BatchSpec, Metrics, Params
+from vlp_jax.objectives.base import Batch, BatchSpec, LossOutput, Metrics, Params
 from vlp_jax.parallel import mesh as mesh_lib
 from vlp_jax.parallel import rules
 from vlp_jax.training import param_groups
 from vlp_jax.training.guard import NO_SPIKE_RULE, Guard, choose
-from vlp_jax.training.state import PURPOSE_LOSS, TrainState, key_for
+from vlp_jax.training.state import PURPOSE_LOSS, TrainState, context_of, key_for
 
 StepFunction = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
 # With the metrics as the array of `PackedMetrics`.
@@ -49,10 +49,12 @@ def make_step(
         rng = key_for(seed, state.step, PURPOSE_LOSS)
         trained, fixed = param_groups.split(state.params, frozen)
 
-        def loss(trained: Params) -> tuple[jax.Array, Metrics]:
-            return objective.loss(param_groups.merge(trained, fixed), batch, rng, True)
+        context = context_of(state, rng)
 
-        (value, metrics), grads = jax.value_and_grad(loss, has_aux=True)(trained)
+        def loss(trained: Params) -> tuple[jax.Array, LossOutput]:
+            return objective.loss(param_groups.merge(trained, fixed), batch, context)
+
+        (value, output), grads = jax.value_and_grad(loss, has_aux=True)(trained)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         trained = optax.apply_updates(trained, updates)
         params = param_groups.merge(trained, fixed)
@@ -61,8 +63,9 @@ def make_step(
         ema = param_groups.merge(ema, fixed_ema)
         grad_norm = optax.tree.norm(grads)
         ahead, memory = guard(state.guard, value, grad_norm)
-        before = (state.params, state.opt_state, state.ema)
-        params, chosen, ema = choose(ahead, (params, opt_state, ema), before)
+        before = (state.params, state.opt_state, state.ema, state.objective)
+        after = (params, opt_state, ema, output.state)
+        params, chosen, ema, kept = choose(ahead, after, before)
         opt_state = _with_schedules_of(chosen, opt_state)
         one = jnp.float32(1)
         own = {
@@ -72,8 +75,8 @@ def make_step(
             "param_norm": (optax.tree.norm(params), one),
             "skipped": (1 - ahead.astype(jnp.float32), one),
         }
-        state = TrainState(state.step + 1, params, opt_state, ema, memory)
-        return state, {**metrics, **own}
+        state = TrainState(state.step + 1, params, opt_state, ema, memory, kept)
+        return state, {**output.metrics, **own}
 
     return step
 

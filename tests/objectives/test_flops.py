@@ -1,14 +1,18 @@
 """FLOPs of a jaxpr against XLA's own count, and against 6ND + attention."""
 
+import closed_forms
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import pytest
 from jax.sharding import AxisType, PartitionSpec
 
+from vlp_jax import config as config_lib
 from vlp_jax.models.layers import Encoder
 from vlp_jax.models.values import ComputeConfig, TransformerConfig
-from vlp_jax.planning.flops import count_flops
+from vlp_jax.objectives.flops import count_flops
+from vlp_jax.parallel import mesh as mesh_lib
+from vlp_jax.training.abstract_setup import abstract_setup
 
 DEPTH, WIDTH, MLP, HEADS, TOKENS, BATCH = 3, 128, 512, 4, 48, 4
 
@@ -119,3 +123,29 @@ def test_float32_products_of_highest_precision_count_six_passes():
     assert (found.total, found.passes) == (2 * 4**3, 6 * 2 * 4**3)
     half = count_flops(lambda x: jnp.matmul(x, x, precision="highest"), x.astype(jnp.bfloat16))
     assert half.passes == half.total
+
+
+BATCH_OF_16 = 16  # of a smoke config
+
+
+def logits(objective):
+    """A row of them."""
+    return 2 * BATCH_OF_16 * objective.model.embed_dim
+
+
+CLOSED = {
+    "clip_shapes": lambda o: closed_forms.dual_encoder(o.model) + logits(o),
+    "siglip_shapes": lambda o: closed_forms.dual_encoder(o.model) + logits(o),
+    "flip_l16": lambda o: closed_forms.dual_encoder(o.model, 2) + logits(o),
+    "mae_b16": lambda o: closed_forms.masked_autoencoder(o.model, o.kept),
+    "classify_shapes": lambda o: closed_forms.classifier(o.model),
+    "vqa_shapes": lambda o: closed_forms.question_answerer(o.model),
+}
+
+
+@pytest.mark.parametrize("name", CLOSED)
+def test_the_loss_of_an_objective_has_the_flops_of_the_formulas(name):
+    config = config_lib.smoke(config_lib.load(f"configs/{name}.py"))
+    setup = abstract_setup(config, mesh_lib.make_mesh({"replica": 1}, jax.devices()[:1]), 100)
+    expected = CLOSED[name](setup.objective) * BATCH_OF_16
+    assert setup.forward_flops == pytest.approx(expected, rel=1e-6)
