@@ -156,6 +156,8 @@ def _optimizer() -> ConfigDict:
             "no_decay": ("bias", "scale", "logit_scale", "logit_bias"),  # names of leaves
             "clip_norm": 1.0,  # of the global gradient; 0 for none
             "ema_decay": 0.0,  # of the parameters; 0 for none. Evaluation then uses the average
+            "ema_final_decay": placeholder(float),  # to which it rises over the run; None: it stays
+            "ema_of": (".*",),  # regular expressions: whose whole path one is, that is averaged
             # Factor on the learning rate for each layer further from a tower's end (BEiT, MAE).
             "layer_decay": ConfigDict({"image": 1.0, "text": 1.0}),
             # Regular expressions: a parameter stays as it is if one is its whole path ("image/.*").

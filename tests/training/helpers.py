@@ -58,6 +58,7 @@ def fresh(setup):
         setup.batch_spec,
         setup.abstract,
         setup.config.seed,
+        setup.average,
         setup.guard,
     )
 

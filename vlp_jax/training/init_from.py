@@ -84,6 +84,7 @@ class FromSeed:
             setup.batch_spec,
             setup.abstract,
             setup.config.seed,
+            setup.average,
             setup.guard,
         )
 

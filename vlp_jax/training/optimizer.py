@@ -277,7 +277,7 @@ def make_optimizer(config: Mapping[str, Any], units: Units) -> optax.GradientTra
         raise UserError(unknown_key_message(config["name"], OPTIMIZERS, "config.optimizer.name"))
     rates = {key: config[key] for key in ("learning_rate", "weight_decay", "clip_norm")}
     rates["muon.learning_rate"] = config["muon"]["learning_rate"]
-    fractions = {key: config[key] for key in ("b1", "b2", "ema_decay")}
+    fractions = {key: config[key] for key in ("b1", "b2")}
     fractions["muon.momentum"] = config["muon"]["momentum"]
     for key, value in rates.items():
         if value < 0:

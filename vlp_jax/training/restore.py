@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, Self
 
@@ -22,6 +23,7 @@ from vlp_jax.errors import UserError
 from vlp_jax.files import is_remote
 from vlp_jax.training import checkpoint_files, layer_layout
 from vlp_jax.training.layer_layout import Shape
+from vlp_jax.training.param_groups import flatten, unflatten
 
 MAX_LISTED = 4  # parameters that a mismatch names
 # Which parameters of a checkpoint are meant: "auto" is the average if there is one.
@@ -137,19 +139,21 @@ class Reader:
     fresh: Collection[str] = ()
 
     @classmethod
-    def of(cls, directory: epath.Path, abstract: Any) -> Self:
+    def of(cls, directory: epath.Path, abstract: Any, tree: Any = None) -> Self:
         """Looks at the checkpoint; nothing but its table of contents is read.
 
         Args:
           abstract: a `TrainState`, or a dict with some of its fields, of which alone it reads.
+          tree: what it reads of Orbax's metadata, if not the whole of these fields.
 
         Raises:
           UserError: the checkpoint holds other parameters, which are named with both shapes, or an
             optimizer's state that cannot be had with layers stacked in another way.
         """
-        tree = _metadata(directory)
-        if isinstance(abstract, dict):
-            tree = {field: tree[field] for field in abstract}
+        if tree is None:
+            tree = _metadata(directory)
+            if isinstance(abstract, dict):
+                tree = {field: tree[field] for field in abstract}
         saved, wanted = shapes_of(tree), shapes_of(abstract)
         memory = {path for path in saved.keys() ^ wanted.keys() if path.startswith(MEMORY)}
         fresh = memory & wanted.keys()
@@ -301,19 +305,28 @@ class SavedParameters:
                 "config.optimizer.ema_decay=0; ask for its parameters"
             )
         part = "ema" if choice != "params" and has_average else "params"
-        return cls(directory, step, part, shapes_of(tree[part]))
+        shapes = {**shapes_of(tree["params"]), **shapes_of(tree[part])}
+        return cls(directory, step, part, shapes)
 
     def read(self) -> dict[str, np.ndarray]:
         """path -> float32 array on the host, every process reading all of them."""
         with _told_if_damaged(self.directory.parent):
             restored = _restore(
                 self.directory,
-                {self.part: _metadata(self.directory)[self.part]},
+                self._parts(_metadata(self.directory)),
                 lambda path, leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype),
                 lambda path, leaf: ocp.RestoreArgs(restore_type=np.ndarray, dtype=np.float32),
             )
-        leaves = _flatten(restored[self.part])
-        return {path: np.asarray(leaf, np.float32) for path, leaf in leaves.items()}
+        leaves = {path: x for tree in restored.values() for path, x in _flatten(tree).items()}
+        return {path: np.asarray(leaves[path], np.float32) for path in self.shapes}
+
+    def _parts(self, tree: Mapping[str, Any]) -> dict[str, Any]:
+        """Of a state's tree what is read: an average, and the parameters that have none."""
+        averaged = shapes_of(tree[self.part])
+        found = {self.part: tree[self.part]}
+        if self.part == "ema" and self.shapes.keys() - averaged.keys():
+            found["params"] = _without(tree["params"], averaged)
+        return found
 
     def load(self, abstract: Any) -> LoadedParameters:
         """Them on the mesh, each device reading its own part of each.
@@ -325,5 +338,18 @@ class SavedParameters:
           UserError: they are of another model.
         """
         with _told_if_damaged(self.directory.parent):
-            reader = Reader.of(self.directory, {self.part: abstract})
-            return LoadedParameters(self.step, self.part, reader.read()[self.part])
+            found = self._parts(_metadata(self.directory))
+            rest = {_stacked(path) for path in shapes_of(found.get("params", {}))}
+            plain = {path for path in shapes_of(abstract) if _stacked(path) in rest}
+            wanted = {self.part: abstract}
+            if self.part == "ema" and plain:
+                averaged = shapes_of(abstract).keys() - plain
+                wanted = {"ema": _without(abstract, plain), "params": _without(abstract, averaged)}
+            read = Reader.of(self.directory, wanted, found).read()
+            params = {path: x for tree in read.values() for path, x in flatten(tree).items()}
+            return LoadedParameters(self.step, self.part, unflatten(params))
+
+
+def _stacked(path: str) -> str:
+    """The path that a parameter of a layer has where the layers are stacked."""
+    return re.sub(r"(^|/)layer_\d+/", r"\1layers/", path)

@@ -20,6 +20,7 @@ from vlp_jax.objectives.base import BatchSpec, check_reads
 from vlp_jax.objectives.flops import count_flops
 from vlp_jax.parallel import mesh as mesh_lib
 from vlp_jax.parallel import rules
+from vlp_jax.training.average import Average
 from vlp_jax.training.guard import Guard
 from vlp_jax.training.optimizer import make_optimizer, make_schedule
 from vlp_jax.training.param_groups import check_groups
@@ -62,7 +63,7 @@ class Setup:
             self.optimizer,
             self.schedule,
             seed=self.config.seed,
-            ema_decay=self.config.optimizer.ema_decay,
+            average=self.average,
             frozen=self.config.optimizer.frozen,
             guard=self.guard,
         )
@@ -82,6 +83,11 @@ class Setup:
         """The program that a run hands to the devices: `config.steps_per_dispatch` steps."""
         most = self.config.steps_per_dispatch
         return compile_steps(self.step, self.abstract, self.batch_spec, self.mesh, most)
+
+    @property
+    def average(self) -> Average:
+        """Of the parameters."""
+        return Average.of(self.config.optimizer, self.units)
 
     @property
     def guard(self) -> Guard:
@@ -122,7 +128,7 @@ def make_setup(
     units = make_units(config, epoch_examples)
     objective = make_objective(config.objective, tokenizer, config.microbatches)
     optimizer = make_optimizer(config.optimizer, units)
-    guard = Guard.of(config.guard)
+    average, guard = Average.of(config.optimizer, units), Guard.of(config.guard)
     spec = {name: jax.ShapeDtypeStruct(*value) for name, value in batch_spec.items()}
     try:
         check_reads(objective, spec)
@@ -131,13 +137,14 @@ def make_setup(
             optimizer,
             spec,
             mesh,
-            with_ema=bool(config.optimizer.ema_decay),
+            average=average,
             guard=guard,
         )
     except ValueError as error:
         shapes = {name: shape for name, (shape, _) in batch_spec.items()}
         raise UserError(f"the model does not fit the batch {shapes}: {error}") from error
     check_groups(config.optimizer, abstract.params)
+    average.check(abstract.params)
     schedule = make_schedule(config.optimizer, units)
     return Setup(config, mesh, objective, optimizer, schedule, spec, abstract, units)
 

@@ -15,6 +15,8 @@ from vlp_jax.objectives import Objective
 from vlp_jax.objectives.base import BatchSpec, Context
 from vlp_jax.parallel import mesh as mesh_lib
 from vlp_jax.parallel import rules
+from vlp_jax.training import param_groups
+from vlp_jax.training.average import NO_AVERAGE, Average
 from vlp_jax.training.guard import NO_SPIKE_RULE, Guard
 
 # What randomness is for: the third number, after seed and step, that a key is folded from.
@@ -29,7 +31,8 @@ class TrainState:
       step: int32, steps done.
       params: parameters, float32.
       opt_state: the optimizer's.
-      ema: exponential moving average of `params`; an empty dict if there is none.
+      ema: exponential moving average of all or some of `params`, see `Average`; an empty dict if
+        there is none.
       guard: what the rule about spikes of the loss remembers; an empty dict if there is none.
       objective: what the objective keeps that is neither trained nor constant, see
         `Objective.init_state`; an empty dict for most.
@@ -44,13 +47,18 @@ class TrainState:
 
     @property
     def eval_params(self) -> Any:
-        """What is evaluated and exported: the average if there is one, else the parameters."""
-        return self.ema or self.params
+        """What is evaluated and exported: the average of what is averaged, else the parameters."""
+        return param_groups.merge(self.params, self.ema)
 
 
 def context_of(state: TrainState, rng: jax.Array) -> Context:
     """What the loss of the next batch is told of a state."""
-    return Context(rng, step=state.step, ema_params=state.ema or None, state=state.objective)
+    return Context(
+        rng,
+        step=state.step,
+        ema_params=state.eval_params if state.ema else None,
+        state=state.objective,
+    )
 
 
 def key_for(seed: int, step: jax.Array | int, purpose: int) -> jax.Array:
@@ -63,13 +71,14 @@ def _init(
     optimizer: optax.GradientTransformation,
     batch_spec: BatchSpec,
     seed: int,
-    with_ema: bool,
+    average: Average,
     guard: Guard,
 ) -> TrainState:
     params = nn.unbox(objective.init(key_for(seed, 0, PURPOSE_INIT), batch_spec))
-    ema = jax.tree.map(jnp.copy, params) if with_ema else {}
     kept = nn.unbox(objective.init_state(batch_spec))
-    return TrainState(jnp.int32(0), params, optimizer.init(params), ema, guard.init(), kept)
+    return TrainState(
+        jnp.int32(0), params, optimizer.init(params), average.init(params), guard.init(), kept
+    )
 
 
 def abstract_state(
@@ -77,7 +86,7 @@ def abstract_state(
     optimizer: optax.GradientTransformation,
     batch_spec: BatchSpec,
     mesh: Mesh,
-    with_ema: bool = False,
+    average: Average = NO_AVERAGE,
     guard: Guard = NO_SPIKE_RULE,
 ) -> TrainState:
     """Shapes, dtypes and shardings of the state; no array is made.
@@ -87,7 +96,7 @@ def abstract_state(
     """
     with rules.use_mesh(mesh):  # what a device does not hold may be refused
         boxed = jax.eval_shape(lambda: objective.init(key_for(0, 0, PURPOSE_INIT), batch_spec))
-        shapes = jax.eval_shape(lambda: _init(objective, optimizer, batch_spec, 0, with_ema, guard))
+        shapes = jax.eval_shape(lambda: _init(objective, optimizer, batch_spec, 0, average, guard))
         kept = jax.eval_shape(lambda: objective.init_state(batch_spec))
     shardings = rules.param_shardings(boxed, mesh)
     whole = mesh_lib.replicated(mesh)
@@ -101,7 +110,7 @@ def abstract_state(
         opt_state=jax.tree.map(
             place, shapes.opt_state, _like_params(shapes.opt_state, boxed, mesh)
         ),
-        ema=jax.tree.map(place, shapes.ema, shardings) if with_ema else {},
+        ema=jax.tree.map(place, shapes.ema, average.chosen(shardings)),
         guard=jax.tree.map(lambda leaf: place(leaf, whole), shapes.guard),
         objective=jax.tree.map(place, shapes.objective, rules.param_shardings(kept, mesh)),
     )
@@ -144,12 +153,12 @@ def init_state(
     batch_spec: BatchSpec,
     abstract: TrainState,
     seed: int,
+    average: Average = NO_AVERAGE,
     guard: Guard = NO_SPIKE_RULE,
 ) -> TrainState:
     """A fresh state, made in place: each device computes its own part and no more."""
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-    with_ema = bool(abstract.ema)
     return jax.jit(
-        lambda: _init(objective, optimizer, batch_spec, seed, with_ema, guard),
+        lambda: _init(objective, optimizer, batch_spec, seed, average, guard),
         out_shardings=shardings,
     )()

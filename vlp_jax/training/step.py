@@ -15,6 +15,7 @@ from vlp_jax.objectives.base import Batch, BatchSpec, LossOutput, Metrics, Param
 from vlp_jax.parallel import mesh as mesh_lib
 from vlp_jax.parallel import rules
 from vlp_jax.training import param_groups
+from vlp_jax.training.average import NO_AVERAGE, Average
 from vlp_jax.training.guard import NO_SPIKE_RULE, Guard, choose
 from vlp_jax.training.state import PURPOSE_LOSS, TrainState, context_of, key_for
 
@@ -29,7 +30,7 @@ def make_step(
     schedule: optax.Schedule,
     *,
     seed: int,
-    ema_decay: float = 0.0,
+    average: Average = NO_AVERAGE,
     frozen: Sequence[str] = (),
     guard: Guard = NO_SPIKE_RULE,
 ) -> StepFunction:
@@ -40,6 +41,7 @@ def make_step(
     but for its number and that of the learning rate's schedule: the next one is of the next batch.
 
     Args:
+      average: of the parameters.
       frozen: regular expressions of the paths of parameters that stay as they are. The loss is not
         differentiated by these, so that their part of the backward pass is not computed.
       guard: decides which steps are skipped.
@@ -58,9 +60,7 @@ def make_step(
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         trained = optax.apply_updates(trained, updates)
         params = param_groups.merge(trained, fixed)
-        ema, fixed_ema = param_groups.split(state.ema, frozen)
-        ema = ema and optax.incremental_update(trained, ema, 1 - ema_decay)
-        ema = param_groups.merge(ema, fixed_ema)
+        ema = average(state.ema, trained, state.step)
         grad_norm = optax.tree.norm(grads)
         ahead, memory = guard(state.guard, value, grad_norm)
         before = (state.params, state.opt_state, state.ema, state.objective)
