@@ -15,6 +15,7 @@ from vlp_jax.data.pipeline import TrainPipeline
 from vlp_jax.data.sources.labels import WordClasses, same_numbers
 from vlp_jax.errors import UserError
 from vlp_jax.evaluators import class_lists, make_evaluators
+from vlp_jax.objectives.base import of_images
 
 COLORS = ("black", "blue", "green", "red", "white", "yellow")
 SEEN, TESTED = COLORS[:5], COLORS[1:]
@@ -57,7 +58,8 @@ def world(tmp_path_factory):
     pixels = {name: write(root / name, colors) for name, colors in
               {"train": SEEN, "test": TESTED, "few": ("white", "blue")}.items()}  # fmt: skip
     params = {**found.params, "patterns": PATTERNS[:5].astype(np.float32)}
-    resources = make_resources(own_functions={**functions(), "classify": classify})
+    own = {**functions(), "classify": of_images(classify, "scores")}
+    resources = make_resources(own_functions=own)
     return types.SimpleNamespace(root=root, pixels=pixels, params=params, resources=resources)
 
 

@@ -15,7 +15,7 @@ from vlp_jax.evaluators.base import Resources, compile_functions
 from vlp_jax.evaluators.corruptions import corrupt
 from vlp_jax.evaluators.derived import functions_of, with_attacks
 from vlp_jax.objectives import make_objective
-from vlp_jax.objectives.base import Context
+from vlp_jax.objectives.base import PIXELS, TOKENS, Context, Function, of_images
 from vlp_jax.parallel import mesh as mesh_lib
 
 N, CLASSES, WORDS, LENGTH, KINDS, SIDE = 37, 7, 11, 4, 3, 8
@@ -40,7 +40,11 @@ def functions():
         words = jax.nn.one_hot(x["text"], WORDS).sum(axis=1) @ params["text"]
         return classify(params, x["image"]) + 100 * words
 
-    return {"classify": classify, "answer": answer}
+    both = {"image": PIXELS, "text": TOKENS}
+    return {
+        "classify": of_images(classify, "scores"),
+        "answer": Function(answer, both, "scores"),
+    }
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,7 @@ from vlp_jax.errors import UserError
 from vlp_jax.evaluators import make_evaluators
 from vlp_jax.evaluators.base import Resources, compile_functions
 from vlp_jax.models.masking import random_mask
+from vlp_jax.objectives.base import of_images
 from vlp_jax.objectives.masked_autoencoding import EVALUATION_SEED, make_masked_autoencoding
 from vlp_jax.parallel import mesh as mesh_lib
 
@@ -38,7 +39,8 @@ def test_every_image_counts_once_whatever_the_batches(images, devices, batch_siz
     def error(params, image):
         return jax.numpy.square(image / 255.0 - params).mean(axis=(1, 2, 3))
 
-    scores = dict(evaluator({"reconstruction_error": error}, images, devices, batch_size)(0.25))
+    own = {"reconstruction_error": of_images(error, "errors")}
+    scores = dict(evaluator(own, images, devices, batch_size)(0.25))
     errors = np.square(images / 255.0 - 0.25).mean(axis=(1, 2, 3))
     assert scores == {"error": pytest.approx(errors.mean(), rel=1e-5), "examples": N}
     last = N % batch_size
@@ -94,4 +96,4 @@ def test_a_masked_autoencoder_is_judged_on_hidden_patches_alone(world, images):
 
 def test_an_objective_that_does_not_paint_is_refused(images):
     with pytest.raises(UserError, match="needs reconstruction_error, which the objective lacks"):
-        evaluator({"embed_image": None}, images, 1, 8)
+        evaluator({"embed_image": of_images(len, "a number")}, images, 1, 8)

@@ -7,6 +7,7 @@ import numpy as np
 
 from vlp_jax.evaluators import make_evaluators
 from vlp_jax.evaluators.base import Resources, compile_functions
+from vlp_jax.objectives.base import Function, of_images, of_texts
 from vlp_jax.parallel import mesh as mesh_lib
 
 N, CLASSES, DIM, WORDS = 37, 5, 8, 11
@@ -45,10 +46,10 @@ def functions():
         return x / jax.numpy.linalg.norm(x, axis=-1, keepdims=True)
 
     return {
-        "embed_image": embed_image,
-        "embed_text": embed_text,
-        "image_features": image_features,
-        "logit_scale": lambda params, unused: params["logit_scale"],
+        "embed_image": of_images(embed_image, "unit vectors"),
+        "embed_text": of_texts(embed_text, "unit vectors"),
+        "image_features": of_images(image_features, "features"),
+        "logit_scale": Function(lambda params, unused: params["logit_scale"], {}, "a factor"),
     }
 
 

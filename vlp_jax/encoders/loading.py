@@ -19,6 +19,7 @@ from vlp_jax.interop.trees import Module, image_of, with_dtype
 from vlp_jax.models.dual_encoder import DualEncoder, l2_normalize
 from vlp_jax.models.masked_autoencoder import MaskedAutoencoder
 from vlp_jax.models.vit import VisionTransformer
+from vlp_jax.objectives.base import Function, of_images
 from vlp_jax.objectives.compute import DTYPES
 from vlp_jax.objectives.contrastive import Contrastive
 from vlp_jax.objectives.masked_autoencoding import MaskedAutoencoding
@@ -124,10 +125,8 @@ def _of_files(source: str, dtype: str, tokenizer: str | None) -> Encoder:
     )
 
 
-def functions_of(
-    module: Module, extras: Mapping[str, Any] | None = None
-) -> dict[str, Callable[..., Any]]:
-    """`f(params, array)` by name: what evaluators may ask of a model, as its objective has it.
+def functions_of(module: Module, extras: Mapping[str, Any] | None = None) -> dict[str, Function]:
+    """Functions by name: what evaluators may ask of a model, as its objective has it.
 
     Args:
       extras: fields of `vlp_jax.interop.Extras`: pixels of an image tower alone, and the masks of a
@@ -142,7 +141,8 @@ def functions_of(
         ratio = extras.get("mask_ratio", defaults.mask_ratio)
         normalize = extras.get("norm_pix_loss", defaults.norm_pix_loss)
         return MaskedAutoencoding(module, ratio, normalize).functions()
-    return {"embed_image": _embed_tower(module, interop.Extras(**_pixels(extras)))}
+    embed = _embed_tower(module, interop.Extras(**_pixels(extras)))
+    return {"embed_image": of_images(embed, "unit vectors")}
 
 
 def _pixels(extras: Mapping[str, Any]) -> dict[str, Any]:

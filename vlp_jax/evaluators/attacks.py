@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt8
 
+from vlp_jax.objectives.base import Function, of_images
+
 Scores = Callable[[Float[Array, "batch height width 3"]], Float[Array, "batch classes"]]
 PREFIX = "attacked_"  # of the name of the function that is attacked
 ATTACKABLE = ("classify", "embed_image")
@@ -64,8 +66,8 @@ def attacked_images(
 
 
 def attack_functions(
-    functions: Mapping[str, Callable[..., Array]],
-) -> dict[str, Callable[..., Array]]:
+    functions: Mapping[str, Function],
+) -> dict[str, Function]:
     """What `Robustness` needs of an objective's functions, for `compile_functions`.
 
     Each takes `(params, inputs)`, where the inputs are `image`, `label`, `number` (of the example
@@ -89,7 +91,7 @@ def attack_functions(
         return run
 
     return {
-        PREFIX + name: attacked(functions[name], name == "embed_image")
+        PREFIX + name: of_images(attacked(functions[name], name == "embed_image"), "scores")
         for name in ATTACKABLE
         if name in functions
     }

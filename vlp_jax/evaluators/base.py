@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import functools
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import jax
@@ -16,11 +17,11 @@ from vlp_jax.data.pipeline import EvalPipeline
 from vlp_jax.data.wording import Wording
 from vlp_jax.errors import UserError
 from vlp_jax.evaluators.cache import EmbeddingCache
+from vlp_jax.objectives.base import PIXELS, TOKENS, Function
 from vlp_jax.parallel import agreement, rules
 from vlp_jax.parallel import mesh as mesh_lib
 from vlp_jax.parallel.batch import put_batch
 
-INPUTS = ("image", "text")  # what a model takes; the other fields of a batch describe it
 INDEX = "_index"  # the place of an example in its data, among the fields of `Resources.embed`
 Pairs = Iterator[tuple[str, float]]
 
@@ -64,13 +65,32 @@ class Resources:
         they are those of the data that it is evaluated on.
     """
 
-    functions: Mapping[str, Callable[..., Any]]
+    functions: Mapping[str, CompiledFunction]
     tokenizer: Any
     mesh: Mesh
     batch_size: int
     wording: Wording = Wording()
     cache: EmbeddingCache = dataclasses.field(default_factory=EmbeddingCache)
     train_data: Mapping[str, Any] | None = None
+
+    def wanted(
+        self, batch: Mapping[str, np.ndarray], inputs: Collection[str]
+    ) -> dict[str, np.ndarray]:
+        """Of a batch the `inputs` of a function, and the numbers that describe its examples.
+
+        What other functions take as pixels or tokens is left out.
+        """
+        taken = {
+            name
+            for compiled in self.functions.values()
+            for name, kind in compiled.function.inputs.items()
+            if kind in (PIXELS, TOKENS)
+        }
+        return {
+            name: value
+            for name, value in batch.items()
+            if name in inputs or (name not in taken and value.dtype != object)
+        }
 
     @contextlib.contextmanager
     def one_evaluation(self, params: Any) -> Iterator[None]:
@@ -121,11 +141,7 @@ class Resources:
         """
         outputs, fields = [], []
         for number, batch in enumerate(batches):
-            wanted = {
-                k: v
-                for k, v in batch.items()
-                if k in functions or (k not in INPUTS and v.dtype != object)
-            }
+            wanted = self.wanted(batch, functions)
             rest = put_batch(wanted, self.mesh)
             arrays = {field: rest.pop(field) for field in functions}
             made = {}
@@ -163,24 +179,33 @@ def _concatenated(batches: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.n
     return {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
 
 
-def compile_functions(
-    functions: Mapping[str, Callable[[Any, Array], Array]], mesh: Mesh
-) -> dict[str, Callable[..., Any]]:
-    """Each `f(params, array)` as a jitted `g(params, array, rest) -> (f(params, array), rest)`.
+@dataclasses.dataclass(frozen=True, eq=False)
+class CompiledFunction:
+    """A function of the objective as a program, `g(params, array, rest) -> (output, rest)`.
 
     What comes out lies whole on every device, so that each process can fetch all of it.
+
+    Attributes:
+      function: what was compiled.
+      mesh: the devices.
     """
 
-    def compiled(function: Callable[[Any, Array], Array]) -> Callable[..., Any]:
-        jitted = jax.jit(
-            lambda params, array, rest: (function(params, array), rest),
-            out_shardings=mesh_lib.replicated(mesh),
+    function: Function
+    mesh: Mesh
+
+    @functools.cached_property
+    def _jitted(self) -> Callable[..., Any]:
+        return jax.jit(
+            lambda params, array, rest: (self.function(params, array), rest),
+            out_shardings=mesh_lib.replicated(self.mesh),
         )
 
-        def in_mesh(params: Any, array: Array, rest: dict[str, Array]) -> Any:
-            with rules.use_mesh(mesh):
-                return jitted(params, array, rest)
+    def __call__(self, params: Any, array: Any, rest: dict[str, Array]) -> Any:
+        """Compiles it for shapes that are new, and starts it."""
+        with rules.use_mesh(self.mesh):
+            return self._jitted(params, array, rest)
 
-        return in_mesh
 
-    return {name: compiled(function) for name, function in functions.items()}
+def compile_functions(functions: Mapping[str, Function], mesh: Mesh) -> dict[str, CompiledFunction]:
+    """Each function as a program on the mesh; it costs nothing until it is called."""
+    return {name: CompiledFunction(function, mesh) for name, function in functions.items()}

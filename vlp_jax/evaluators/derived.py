@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Mapping
 
 from vlp_jax.evaluators.attacks import attack_functions
 from vlp_jax.evaluators.loss import loss_functions
 from vlp_jax.objectives import Objective
+from vlp_jax.objectives.base import Function
 
 
-def functions_of(objective: Objective) -> dict[str, Callable[..., Any]]:
+def functions_of(objective: Objective) -> dict[str, Function]:
     """The objective's own functions, its loss on examples, and attacks on its classifiers.
 
     They cost nothing until one is called.
@@ -18,6 +18,6 @@ def functions_of(objective: Objective) -> dict[str, Callable[..., Any]]:
     return {**loss_functions(objective), **with_attacks(objective.functions())}
 
 
-def with_attacks(functions: Mapping[str, Callable[..., Any]]) -> dict[str, Callable[..., Any]]:
+def with_attacks(functions: Mapping[str, Function]) -> dict[str, Function]:
     """The functions, and attacks on those that classify."""
     return {**attack_functions(functions), **functions}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -16,7 +16,7 @@ from vlp_jax.errors import UserError
 from vlp_jax.evaluators.base import Pairs, Resources
 from vlp_jax.evaluators.outputs import numbered
 from vlp_jax.objectives import Objective
-from vlp_jax.objectives.base import SEPARATOR, Context, Metrics
+from vlp_jax.objectives.base import SEPARATOR, Context, Function, Metrics
 from vlp_jax.parallel import mesh as mesh_lib
 from vlp_jax.parallel.batch import put_batch
 
@@ -25,7 +25,7 @@ NUMBER = "number"  # of an example in its split
 EACH, WHOLE = "loss_of_each", "loss_of_batch"  # names of the functions, one of which there is
 
 
-def loss_functions(objective: Objective) -> dict[str, Callable[..., Any]]:
+def loss_functions(objective: Objective) -> dict[str, Function]:
     """What `Loss` needs of an objective, for `compile_functions`.
 
     `loss_of_each(params, batch)`: metric -> (sum, count), float32 [batch] each, of every example by
@@ -33,7 +33,8 @@ def loss_functions(objective: Objective) -> dict[str, Callable[..., Any]]:
     loss depends on the others, there is `loss_of_batch` instead: metric -> (sum, count), scalars.
     """
     if objective.couples_batch:
-        return {WHOLE: lambda params, batch: _loss_of_batch(objective, params, batch)}
+        whole = lambda params, batch: _loss_of_batch(objective, params, batch)  # noqa: E731
+        return {WHOLE: Function(whole, {}, "metric -> (sum, count)")}
     objective = objective.undivided()
 
     def of_each(params: Any, batch: dict[str, Array]) -> dict[str, tuple[Array, Array]]:
@@ -48,7 +49,7 @@ def loss_functions(objective: Objective) -> dict[str, Callable[..., Any]]:
         with nn.logical_axis_rules(()):
             return jax.vmap(one)(fields, batch[NUMBER])
 
-    return {EACH: of_each}
+    return {EACH: Function(of_each, {}, "metric -> (sum, count), of each example")}
 
 
 def _loss_of_batch(objective: Objective, params: Any, batch: dict[str, Array]) -> Any:

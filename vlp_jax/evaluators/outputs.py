@@ -16,7 +16,7 @@ from vlp_jax.data.sources.base import as_plain
 from vlp_jax.data.sources.labels import WordClasses
 from vlp_jax.data.sources.manifest import SUFFIX
 from vlp_jax.errors import NoScores, UserError
-from vlp_jax.evaluators.base import INPUTS, Resources
+from vlp_jax.evaluators.base import Resources
 from vlp_jax.evaluators.class_lists import numbers_onto
 from vlp_jax.parallel.batch import put_batch
 
@@ -45,8 +45,7 @@ def outputs_of(
     """
     outputs, fields = [], []
     for batch in batches:
-        wanted = {k: v for k, v in batch.items() if k in inputs or k not in INPUTS}
-        rest = change(put_batch(wanted, resources.mesh))
+        rest = change(put_batch(resources.wanted(batch, inputs), resources.mesh))
         taken = {name: rest.pop(name) for name in inputs}
         argument = {**taken, **(more or {})} if more or len(inputs) > 1 else taken[inputs[0]]
         made, rest = jax.device_get(resources.functions[function](params, argument, rest))

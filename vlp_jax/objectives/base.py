@@ -74,6 +74,35 @@ class Field:
             raise ValueError(f"{name!r} is {found} an example, and the model takes {wanted}")
 
 
+@dataclasses.dataclass(frozen=True, eq=False)  # so that it can be jitted
+class Function:
+    """Something that a model computes for evaluators, exports and users.
+
+    Attributes:
+      call: `call(params, array)`, or of several fields `call(params, {name: array})`.
+      inputs: the fields that it takes -> their kinds; empty for one that takes none of a batch.
+      output: what it gives, in words.
+    """
+
+    call: Callable[..., Any]
+    inputs: Mapping[str, str]
+    output: str
+
+    def __call__(self, params: Params, inputs: Any) -> Any:
+        """What it computes."""
+        return self.call(params, inputs)
+
+
+def of_images(call: Callable[..., Array], output: str) -> Function:
+    """A function of images with values in [0, 255]."""
+    return Function(call, {"image": PIXELS}, output)
+
+
+def of_texts(call: Callable[..., Array], output: str) -> Function:
+    """A function of token ids."""
+    return Function(call, {"text": TOKENS}, output)
+
+
 @dataclasses.dataclass(frozen=True)
 class Context:
     """What a loss knows beside parameters and batch.
@@ -188,9 +217,8 @@ class Objective(Protocol):
     ) -> tuple[Float[Array, ""], LossOutput]:
         """The scalar to minimize, and what else is worth knowing."""
 
-    def functions(self) -> dict[str, Callable[..., Array]]:
-        """What evaluators and export may ask for, each `f(params, array) -> array`, or of a dict of
-        arrays where a model takes several."""
+    def functions(self) -> dict[str, Function]:
+        """What evaluators and export may ask for."""
 
     def parts(self) -> dict[str, Part]:
         """All objectives of a sum by name; an objective that is no sum has itself under ""."""

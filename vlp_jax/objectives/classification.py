@@ -17,11 +17,13 @@ from vlp_jax.objectives.base import (
     BatchSpec,
     Context,
     Field,
+    Function,
     LossOutput,
     Metrics,
     Objective,
     Params,
     first_example,
+    of_images,
 )
 from vlp_jax.objectives.class_loss import check_loss, loss_and_accuracy
 from vlp_jax.objectives.compute import make_compute
@@ -79,14 +81,16 @@ class Classification(Objective):
         value, metrics = mean_over_parts(part, params, fields, context.rng, self.microbatches)
         return value, LossOutput(metrics)
 
-    def functions(self) -> dict[str, Callable[..., Array]]:
+    def functions(self) -> dict[str, Function]:
         """Of images with values in [0, 255]: `classify`, the score of each class, and
         `embed_image`, unit vectors of what the head sees."""
+
+        def apply(method: str | None) -> Callable[..., Array]:
+            return lambda params, x: self.model.apply({"params": params}, x, method=method)
+
         return {
-            "classify": lambda params, x: self.model.apply({"params": params}, x),
-            "embed_image": lambda params, x: self.model.apply(
-                {"params": params}, x, method="embed_image"
-            ),
+            "classify": of_images(apply(None), "the score of each class"),
+            "embed_image": of_images(apply("embed_image"), "unit vectors of what the head sees"),
         }
 
 

@@ -16,6 +16,7 @@ from vlp_jax.objectives.base import (
     BatchSpec,
     Context,
     Field,
+    Function,
     LossOutput,
     Objective,
     Params,
@@ -93,9 +94,9 @@ class Composite(Objective):
             states |= {part.key: output.state} if output.state else {}
         return total, LossOutput({**metrics, "loss": (total, jnp.float32(1))}, states)
 
-    def functions(self) -> dict[str, Callable[..., Array]]:
+    def functions(self) -> dict[str, Function]:
         """Those of all parts; where two have the same name, that of the first."""
-        functions: dict[str, Callable[..., Array]] = {}
+        functions: dict[str, Function] = {}
         for part in self.members:
             functions = {**part.objective.functions(), **functions}
         return functions

@@ -23,10 +23,13 @@ from vlp_jax.objectives.base import (
     BatchSpec,
     Context,
     Field,
+    Function,
     LossOutput,
     Objective,
     Params,
     first_example,
+    of_images,
+    of_texts,
 )
 from vlp_jax.objectives.blocked import blocked_loss
 from vlp_jax.objectives.compute import make_compute
@@ -135,7 +138,7 @@ class Contrastive(Objective):
     def _log_bound(self) -> float:
         return math.log(self.max_logit_scale) if self.max_logit_scale else math.inf
 
-    def functions(self) -> dict[str, Callable[..., Array]]:
+    def functions(self) -> dict[str, Function]:
         """What evaluators and export may ask for.
 
         `embed_image` of uint8 images and `embed_text` of token ids: unit vectors.
@@ -152,8 +155,13 @@ class Contrastive(Objective):
             log_scale, _ = self.model.apply({"params": params}, method="logit_parameters")
             return jnp.exp(bound_above(log_scale, self._log_bound()))
 
-        names = ("embed_image", "embed_text", "image_features")
-        return {**{name: apply(name) for name in names}, "logit_scale": logit_scale}
+        unit = "unit vectors"
+        return {
+            "embed_image": of_images(apply("embed_image"), unit),
+            "embed_text": of_texts(apply("embed_text"), unit),
+            "image_features": of_images(apply("image_features"), "features before the projection"),
+            "logit_scale": Function(logit_scale, {}, "the factor on the cosine similarity"),
+        }
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -21,11 +21,13 @@ from vlp_jax.objectives.base import (
     BatchSpec,
     Context,
     Field,
+    Function,
     LossOutput,
     Metrics,
     Objective,
     Params,
     first_example,
+    of_images,
 )
 from vlp_jax.objectives.compute import make_compute
 from vlp_jax.objectives.microbatch import mean_over_parts
@@ -129,7 +131,7 @@ class MaskedAutoencoding(Objective):
         targets = self.model.targets(image)
         return hidden_errors(prediction, targets, mask.hidden, self.normalize_targets)
 
-    def functions(self) -> dict[str, Callable[..., Array]]:
+    def functions(self) -> dict[str, Function]:
         """What evaluators may ask for, of uint8 images, under masks that do not change.
 
         `reconstruction_error`: mean squared error over the hidden patches, as the loss has it.
@@ -146,10 +148,16 @@ class MaskedAutoencoding(Objective):
             return features.astype(jnp.float32)
 
         return {
-            "reconstruction_error": lambda params, x: self._errors(params, x, mask(x)),
-            "reconstruct": lambda params, x: self.reconstruct(params, x, mask(x)),
-            "embed_image": lambda params, x: l2_normalize(features(params, x)),
-            "image_features": features,
+            "reconstruction_error": of_images(
+                lambda params, x: self._errors(params, x, mask(x)), "the error of each image"
+            ),
+            "reconstruct": of_images(
+                lambda params, x: self.reconstruct(params, x, mask(x)), "pictures, in [0, 1]"
+            ),
+            "embed_image": of_images(
+                lambda params, x: l2_normalize(features(params, x)), "unit vectors"
+            ),
+            "image_features": of_images(features, "features"),
         }
 
     def reconstruct(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from jaxtyping import Array, Float, PRNGKeyArray
@@ -14,10 +14,12 @@ from vlp_jax.models.text import make_text
 from vlp_jax.models.values import Pixels, keywords_of
 from vlp_jax.models.vit import make_vit
 from vlp_jax.objectives.base import (
+    LABELS,
     Batch,
     BatchSpec,
     Context,
     Field,
+    Function,
     LossOutput,
     Metrics,
     Objective,
@@ -85,11 +87,14 @@ class QuestionAnswering(Objective):
         value, metrics = mean_over_parts(part, params, fields, context.rng, self.microbatches)
         return value, LossOutput(metrics)
 
-    def functions(self) -> dict[str, Callable[..., Array]]:
+    def functions(self) -> dict[str, Function]:
         """`answer(params, {"image": pixels, "text": token ids})`: the score of each answer."""
-        return {
-            "answer": lambda params, x: self.model.apply({"params": params}, x["image"], x["text"])
-        }
+
+        def answer(params: Params, x: Batch) -> Array:
+            return self.model.apply({"params": params}, x["image"], x["text"])
+
+        inputs = {name: field.kind for name, field in self.reads.items() if field.kind != LABELS}
+        return {"answer": Function(answer, inputs, "the score of each answer")}
 
 
 @keywords_of(make_compute)
