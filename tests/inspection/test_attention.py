@@ -19,9 +19,10 @@ from vlp_jax.models.values import ComputeConfig
 EOS = 5
 PADDED = dict(padding_mask=True, pooling="map", pad_id=1, causal=False, eos_id=EOS)
 MODULES = {
-    "clip": clip(image=dict(qk_norm=True, remat="full")),
+    "clip": clip(image=dict(qk_norm=True, compute=ComputeConfig(remat="full"))),
     "clip, layers one by one": clip(
-        image=dict(scan_layers=False, registers=2), text=dict(scan_layers=False, remat="dots")
+        image=dict(compute=ComputeConfig(scan_layers=False), registers=2),
+        text=dict(compute=ComputeConfig(scan_layers=False, remat="dots")),
     ),
     "siglip": siglip(text=PADDED),
 }
