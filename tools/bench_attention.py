@@ -27,6 +27,7 @@ from vlp_jax.benchmarking.contender import StepTimer
 from vlp_jax.benchmarking.provenance import provenance
 from vlp_jax.errors import UserError
 from vlp_jax.models.attention import ATTENTIONS
+from vlp_jax.models.attention_mask import AttentionMask
 from vlp_jax.models.heads import MultiHeadAttention
 from vlp_jax.models.values import ComputeConfig, TransformerConfig
 from vlp_jax.training.command import run_command
@@ -64,14 +65,15 @@ def seconds(shape: Shape, backend: str, batch: int, dtype: Any) -> float:
       ValueError, RuntimeError, NotImplementedError: the backend does not hold the shape.
     """
     config = TransformerConfig(shape.width, 1, 4 * shape.width, shape.heads)
-    layer = MultiHeadAttention(config, ComputeConfig(dtype, attention=backend), shape.causal)
+    layer = MultiHeadAttention(config, ComputeConfig(dtype, attention=backend))
+    mask = AttentionMask(shape.causal)
     x = jax.random.normal(jax.random.key(0), (batch, shape.tokens, shape.width), dtype)
     params = jax.jit(layer.init)(jax.random.key(1), x[:1], x[:1])
 
     @jax.jit
     def step(params: Any, x: jax.Array) -> Any:
         def loss(params: Any, x: jax.Array) -> jax.Array:
-            return layer.apply(params, x, x).astype(jnp.float32).sum()
+            return layer.apply(params, x, x, mask).astype(jnp.float32).sum()
 
         return jax.grad(loss, argnums=(0, 1))(params, x)
 

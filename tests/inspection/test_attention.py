@@ -13,6 +13,7 @@ from foreign import clip, images, pixels, random_params, siglip, token_ids
 from vlp_jax import interop
 from vlp_jax.inspection import attention_maps, image_rollout, rollout, token_strings
 from vlp_jax.inspection.taps import attention_weights, layer_path, tapped
+from vlp_jax.models.attention_mask import AttentionMask
 from vlp_jax.models.dual_encoder import DualEncoder
 from vlp_jax.models.values import ComputeConfig
 
@@ -131,9 +132,9 @@ def test_the_step_compiles_to_the_same_whether_or_not_anything_was_looked_at():
 
 def test_weights_of_bfloat16_models_are_float32():
     query, key = np.random.default_rng(0).normal(size=(2, 1, 3, 2, 8)).astype(np.float32)
-    low = attention_weights(jnp.bfloat16(query), jnp.bfloat16(key), True, None)
+    low = attention_weights(jnp.bfloat16(query), jnp.bfloat16(key), AttentionMask(True))
     assert low.dtype == jnp.float32
-    np.testing.assert_allclose(low, attention_weights(query, key, True, None), atol=0.02)
+    np.testing.assert_allclose(low, attention_weights(query, key, AttentionMask(True)), atol=0.02)
 
 
 def test_an_edit_takes_the_place_of_what_was_seen():

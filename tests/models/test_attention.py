@@ -1,6 +1,7 @@
 """Every way to compute attention against float64 NumPy, and what each does not hold."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -9,102 +10,189 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import NamedSharding, PartitionSpec
 
-from vlp_jax.models.attention import ATTENTIONS, attend
+from vlp_jax.models.attention import ATTENTIONS, HOLDS, attend
 from vlp_jax.models.attention_kernel import short_attention
+from vlp_jax.models.attention_mask import AttentionMask
 from vlp_jax.parallel import mesh as mesh_lib
 from vlp_jax.parallel import rules
 
-# (batch, queries, keys, heads, head_dim, causal, lengths)
+# (batch, queries, keys, heads, head_dim, rules of the mask)
 CASES = {
-    "image": (2, 21, 21, 2, 64, False, None),
-    "whole tiles": (1, 128, 128, 1, 128, False, None),
-    "causal": (2, 13, 13, 2, 64, True, None),
-    "padded": (3, 9, 24, 4, 32, False, (3, 24, 1)),
-    "causal and padded": (2, 9, 9, 8, 16, True, (4, 9)),
-    "one query": (2, 1, 17, 2, 64, False, None),
-    "wide heads": (1, 5, 7, 1, 256, False, None),
+    "image": (2, 21, 21, 2, 64, {}),
+    "whole tiles": (1, 128, 128, 1, 128, {}),
+    "causal": (2, 13, 13, 2, 64, {"causal": True}),
+    "padded": (3, 9, 24, 4, 32, {"lengths": (3, 24, 1)}),
+    "causal and padded": (2, 9, 9, 8, 16, {"causal": True, "lengths": (4, 9)}),
+    "one query": (2, 1, 17, 2, 64, {}),
+    "wide heads": (1, 5, 7, 1, 256, {}),
 }
 ON_CPU = [name for name in ATTENTIONS if name not in ("cudnn", "pallas")]
+# All rules that can stand beside each other, of 2 examples with 5 queries and 7 or 5 keys.
+RULES = {
+    "causal": True,
+    "prefix": (3, 0),
+    "offset": 2,
+    "lengths": (6, 3),
+    "segments": ((0, 0, 1, 1, 1), (0, 1, 1, 1, 1)),
+    "explicit": np.random.default_rng(7).random((2, 1, 5, 5)) < 0.6,
+}
+
+
+def combinations():
+    """Every set of rules that has a meaning."""
+    for count in range(1, len(RULES) + 1):
+        for names in itertools.combinations(RULES, count):
+            if {"prefix", "offset"} & set(names) and "causal" not in names:
+                continue
+            yield names
+
+
+def mask_of(rules):
+    arrays = {name: jnp.asarray(x) for name, x in rules.items() if name != "causal"}
+    return AttentionMask(causal=rules.get("causal", False), **arrays)
+
+
+def is_seen(rules, b, i, j):
+    """Whether query i of example b sees key j."""
+    if rules.get("causal"):
+        before = j <= i + rules.get("offset", 0)
+        if not before and not ("prefix" in rules and j < rules["prefix"][b]):
+            return False
+    if "lengths" in rules and j >= rules["lengths"][b]:
+        return False
+    if "segments" in rules and rules["segments"][b][i] != rules["segments"][b][j]:
+        return False
+    return "explicit" not in rules or bool(rules["explicit"][b, 0, i, j])
 
 
 def inputs(case, dtype=np.float64):
-    batch, queries, keys, heads, head_dim, causal, lengths = CASES[case]
+    batch, queries, keys, heads, head_dim, rules = CASES[case] if isinstance(case, str) else case
     rng = np.random.default_rng(0)
     shapes = [(batch, n, heads, head_dim) for n in (queries, keys, keys, queries)]
-    arrays = [rng.normal(size=shape).astype(dtype) for shape in shapes]
-    return arrays, causal, None if lengths is None else np.asarray(lengths)
+    return [rng.normal(size=shape).astype(dtype) for shape in shapes], rules
 
 
-def oracle(q, k, v, causal, lengths):
-    """Loops over examples and heads, float64."""
+def oracle(q, k, v, rules):
+    """Loops over examples, heads and queries, float64."""
     out = np.zeros(q.shape)
-    for b in range(q.shape[0]):
-        for h in range(q.shape[2]):
-            scores = q[b, :, h] @ k[b, :, h].T / np.sqrt(q.shape[-1])
-            for i in range(q.shape[1]):
-                seen = k.shape[1] if lengths is None else lengths[b]
-                seen = min(seen, i + 1) if causal else seen
-                weights = np.exp(scores[i, :seen] - scores[i, :seen].max())
-                out[b, i, h] = weights @ v[b, :seen, h] / weights.sum()
+    for b, h, i in itertools.product(*map(range, (q.shape[0], q.shape[2], q.shape[1]))):
+        seen = [j for j in range(k.shape[1]) if is_seen(rules, b, i, j)]
+        scores = k[b, seen, h] @ q[b, i, h] / np.sqrt(q.shape[-1])
+        weights = np.exp(scores - scores.max())
+        out[b, i, h] = weights @ v[b, seen, h] / weights.sum()
     return out
 
 
 def of_name(name):
     if name == "kernel":
 
-        def kernel(q, k, v, causal, lengths):
+        def kernel(q, k, v, mask):
             flat = (x.reshape(*x.shape[:2], -1) for x in (q, k, v))
-            fields = {"head_dim": q.shape[-1], "causal": causal, "interpret": True}
-            return short_attention(*flat, lengths, **fields).reshape(q.shape)
+            fields = {"head_dim": q.shape[-1], "causal": mask.causal, "interpret": True}
+            return short_attention(*flat, mask.lengths, **fields).reshape(q.shape)
 
         return kernel
-    return lambda q, k, v, causal, lengths: attend(
-        q, k, v, implementation=name, causal=causal, lengths=lengths
-    )
+    return lambda q, k, v, mask: attend(q, k, v, implementation=name, mask=mask)
 
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("name", [*ON_CPU, "kernel"])
 def test_values(name, case):
-    (q, k, v, _), causal, lengths = inputs(case)
-    expected = oracle(q, k, v, causal, lengths)
+    (q, k, v, _), rules = inputs(case)
+    expected = oracle(q, k, v, rules)
     arrays = [jnp.asarray(x, jnp.float32) for x in (q, k, v)]
-    lengths = None if lengths is None else jnp.asarray(lengths, jnp.int32)
-    values = jax.jit(lambda *a: of_name(name)(*a, causal, lengths))(*arrays)
+    values = jax.jit(of_name(name))(*arrays, mask_of(rules))
     np.testing.assert_allclose(values, expected, atol=3e-6)
+
+
+def gradients_fit(name, case):
+    """The gradient of every input against a finite difference of the oracle."""
+    (q, k, v, weight), rules = inputs(case)
+    direction = [np.random.default_rng(1).normal(size=x.shape) for x in (q, k, v)]
+
+    def value(step):
+        moved = [x + step * d for x, d in zip((q, k, v), direction, strict=True)]
+        return (oracle(*moved, rules) * weight).sum()
+
+    slope = (value(1e-5) - value(-1e-5)) / 2e-5
+
+    def loss(q, k, v, mask):
+        return (of_name(name)(q, k, v, mask) * weight.astype(np.float32)).sum()
+
+    arrays = [jnp.asarray(x, jnp.float32) for x in (q, k, v)]
+    grads = jax.jit(jax.grad(loss, (0, 1, 2)))(*arrays, mask_of(rules))
+    found = sum((np.float64(g) * d).sum() for g, d in zip(grads, direction, strict=True))
+    np.testing.assert_allclose(found, slope, rtol=2e-4, atol=1e-4)
+    for b, j in itertools.product(range(len(q)), range(k.shape[1])):
+        if not any(is_seen(rules, b, i, j) for i in range(q.shape[1])):
+            # What is not seen has no gradient at all.
+            assert not np.asarray(grads[1])[b, j].any() and not np.asarray(grads[2])[b, j].any()
 
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("name", [*ON_CPU, "kernel"])
 def test_gradients_against_a_finite_difference(name, case):
-    (q, k, v, weight), causal, lengths = inputs(case)
-    direction = [np.random.default_rng(1).normal(size=x.shape) for x in (q, k, v)]
+    gradients_fit(name, case)
 
-    def value(step):
-        moved = [x + step * d for x, d in zip((q, k, v), direction, strict=True)]
-        return (oracle(*moved, causal, lengths) * weight).sum()
 
-    slope = (value(1e-5) - value(-1e-5)) / 2e-5
-    lengths = None if lengths is None else jnp.asarray(lengths, jnp.int32)
-
-    def loss(q, k, v):
-        return (of_name(name)(q, k, v, causal, lengths) * weight.astype(np.float32)).sum()
-
+@pytest.mark.parametrize("names", combinations(), ids="+".join)
+def test_every_combination_of_rules_where_it_is_held(names):
+    """Values and gradients; and an error where it is not held."""
+    rules = {name: RULES[name] for name in names}
+    if "explicit" in rules:  # each query must see a key
+        one = np.zeros((2, 1, 5, 5), bool)
+        for b, i in itertools.product(range(2), range(5)):
+            others = {name: rule for name, rule in rules.items() if name != "explicit"}
+            one[b, 0, i, next(j for j in range(5) if is_seen(others, b, i, j))] = True
+        rules["explicit"] = rules["explicit"] | one
+    case = (2, 5, 5, 2, 8, rules)
+    (q, k, v, _), _ = inputs(case)
+    expected = oracle(q, k, v, rules)
     arrays = [jnp.asarray(x, jnp.float32) for x in (q, k, v)]
-    grads = jax.jit(jax.grad(loss, (0, 1, 2)))(*arrays)
-    found = sum((np.float64(g) * d).sum() for g, d in zip(grads, direction, strict=True))
-    np.testing.assert_allclose(found, slope, rtol=2e-4, atol=1e-4)
-    if lengths is not None:  # what is not seen has no gradient at all
-        unseen = np.arange(k.shape[1]) >= np.asarray(lengths)[:, None]
-        assert not np.asarray(grads[1])[unseen].any() and not np.asarray(grads[2])[unseen].any()
+    for name in ("xla", "xla_bf16"):
+        values = jax.jit(of_name(name))(*arrays, mask_of(rules))
+        np.testing.assert_allclose(values, expected, atol=3e-6)
+    gradients_fit("xla", case)
+    for name in ("xla_padded", "pallas", "cudnn"):
+        extra = [kind for kind in mask_of(rules).kinds() if kind not in HOLDS[name]]
+        if extra:
+            with pytest.raises(ValueError, match=f"'{name}' holds no mask with {extra[0]}.*'xla'"):
+                attend(*arrays, implementation=name, mask=mask_of(rules))
+
+
+def test_a_mask_goes_through_a_loop_over_layers_and_stays_what_it_is():
+    """In a scan the arrays of a mask are traced, and what is static stays so."""
+    mask = AttentionMask(True, lengths=jnp.asarray([3, 2]))
+
+    def body(x, mask):
+        assert mask.causal is True and mask.kinds() == ("causal", "lengths")
+        return x + attend(x, x, x, implementation="xla_padded", mask=mask)
+
+    x = jnp.ones((2, 4, 1, 8))
+    out, _ = jax.lax.scan(lambda x, _: (body(x, mask), None), x, None, length=2)
+    np.testing.assert_allclose(out, 4 * np.ones_like(x), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [
+        (AttentionMask(prefix=jnp.asarray([1, 1])), "prefix needs causal=True"),
+        (AttentionMask(offset=jnp.asarray(1)), "offset needs causal=True"),
+        (AttentionMask(segments=jnp.zeros((2, 3), int)), "3 tokens are not for 4 queries"),
+    ],
+)
+def test_masks_without_a_meaning(mask, message):
+    x = jnp.ones((2, 4, 1, 8))
+    with pytest.raises(ValueError, match=message):
+        attend(x, x, x, implementation="xla", mask=mask)
 
 
 @pytest.mark.parametrize("name", [*ON_CPU, "kernel"])
 def test_bfloat16_is_near(name):
-    (q, k, v, _), causal, lengths = inputs("image")
-    expected = oracle(q, k, v, causal, lengths)
+    (q, k, v, _), rules = inputs("image")
+    expected = oracle(q, k, v, rules)
     arrays = [jnp.asarray(x, jnp.bfloat16) for x in (q, k, v)]
-    out = jax.jit(lambda *a: of_name(name)(*a, causal, lengths))(*arrays)
+    out = jax.jit(of_name(name))(*arrays, mask_of(rules))
     assert out.dtype == jnp.bfloat16
     np.testing.assert_allclose(np.float64(out), expected, atol=0.05)
 
@@ -118,14 +206,14 @@ def test_the_kernel_runs_on_each_device_with_its_part(sizes):
     mesh = mesh_lib.make_mesh(sizes)
 
     def run(q, k, v, lengths):
-        return attend(q, k, v, implementation="pallas", lengths=lengths)
+        return attend(q, k, v, implementation="pallas", mask=AttentionMask(lengths=lengths))
 
     spread = NamedSharding(mesh, PartitionSpec(mesh_lib.BATCH_AXES))
     with rules.use_mesh(mesh), pltpu.force_tpu_interpret_mode():
         arrays = jax.device_put((q, k, v, lengths), spread)
         lowered = jax.jit(run).lower(*arrays)
         out = lowered.compile()(*arrays)
-    np.testing.assert_allclose(out, oracle(q, k, v, False, lengths), atol=3e-6)
+    np.testing.assert_allclose(out, oracle(q, k, v, {"lengths": lengths}), atol=3e-6)
     assert "all-gather" not in lowered.compile().as_text()
 
 

@@ -16,6 +16,7 @@ from vlp_jax import config as config_lib
 from vlp_jax.errors import UserError
 from vlp_jax.models import layers
 from vlp_jax.models.attention import ATTENTIONS
+from vlp_jax.models.attention_mask import AttentionMask
 from vlp_jax.models.heads import MultiHeadAttention
 from vlp_jax.models.masked_autoencoder import make_masked_decoder
 from vlp_jax.models.parameters import RMSNorm
@@ -90,7 +91,7 @@ def ours(model, config):
 @pytest.mark.parametrize("name, config", [("Llama", LLAMA), ("Qwen3", QWEN3)])
 def test_layers_are_those_of_transformers(name, config):
     model = theirs(name, config)
-    encoder = layers.Encoder(config, causal=True)
+    encoder = layers.Encoder(config)
     params = ours(model, config)
     shapes = jax.tree.map(np.shape, init(encoder, X))
     assert jax.tree.map(np.shape, params) == shapes
@@ -101,7 +102,7 @@ def test_layers_are_those_of_transformers(name, config):
 
     @jax.jit
     def both(params, x):
-        out, pull = jax.vjp(lambda p, x: encoder.apply(p, x), params, x)
+        out, pull = jax.vjp(lambda p, x: encoder.apply(p, x, AttentionMask(causal=True)), params, x)
         return out, *pull(jnp.asarray(weight))
 
     out, to_params, to_x = both(params, X)
@@ -150,9 +151,9 @@ def test_shared_keys_are_keys_that_are_repeated(attention):
         kernel = jnp.repeat(params["params"][name]["kernel"], 2, axis=1)
         apart["params"][name] = {"kernel": kernel}
     plain = MultiHeadAttention(dataclasses.replace(config, kv_heads=None))
-    lengths = jnp.asarray([7, 3])
+    mask = AttentionMask(lengths=jnp.asarray([7, 3]))
     np.testing.assert_allclose(
-        apply(shared, params, X, X, lengths), apply(plain, apart, X, X, lengths), atol=1e-5
+        apply(shared, params, X, X, mask), apply(plain, apart, X, X, mask), atol=1e-5
     )
 
 
@@ -175,19 +176,19 @@ def test_a_kernel_that_takes_heads_side_by_side_gives_the_same(qk_norm, rope):
 @pytest.mark.parametrize("lengths", [None, (7, 2)])
 def test_the_pooling_is_computed_by_the_attention_that_is_asked_for(lengths):
     x = np.random.default_rng(0).normal(size=(2, 7, 128)).astype(np.float32)
-    lengths = None if lengths is None else jnp.asarray(lengths)
+    mask = AttentionMask(lengths=None if lengths is None else jnp.asarray(lengths))
     plain = layers.AttentionPooling(WIDE)
     params = perturbed(plain, x)
-    expected = apply(plain, params, x, lengths)
+    expected = apply(plain, params, x, mask)
     for name in ("xla_bf16", "xla_padded", "pallas"):
         module = layers.AttentionPooling(WIDE, ComputeConfig(attention=name))
         with pltpu.force_tpu_interpret_mode():
-            traced = jax.jit(module.apply).trace(params, x, lengths)
-            np.testing.assert_allclose(apply(module, params, x, lengths), expected, atol=2e-5)
+            traced = jax.jit(module.apply).trace(params, x, mask)
+            np.testing.assert_allclose(apply(module, params, x, mask), expected, atol=2e-5)
         assert ("pallas_call" in str(traced.jaxpr)) == (name == "pallas")
     small = layers.AttentionPooling(WIDE, ComputeConfig(quantization="fp8"))
-    assert str(jax.make_jaxpr(small.apply)(params, x, lengths)).count("f8_e4m3fn") > 10
-    error = np.abs(apply(small, params, x, lengths) - expected).max()
+    assert str(jax.make_jaxpr(small.apply)(params, x, mask)).count("f8_e4m3fn") > 10
+    error = np.abs(apply(small, params, x, mask) - expected).max()
     assert 1e-4 < error < 0.5
 
 

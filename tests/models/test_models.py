@@ -9,6 +9,7 @@ import pytest
 from modules import apply, init, perturbed
 
 from vlp_jax.models import layers
+from vlp_jax.models.attention_mask import AttentionMask
 from vlp_jax.models.dual_encoder import DualEncoder, l2_normalize
 from vlp_jax.models.parameters import norm
 from vlp_jax.models.text import make_text
@@ -39,12 +40,12 @@ def tokens(batch=2):
 @pytest.mark.parametrize("causal", [False, True])
 def test_attention_equals_flax(causal):
     x = jax.random.normal(jax.random.key(2), (2, 5, 12))
-    ours = layers.MultiHeadAttention(TransformerConfig(12, 1, 12, heads=3), causal=causal)
+    ours, see = layers.MultiHeadAttention(TransformerConfig(12, 1, 12, 3)), AttentionMask(causal)
     params = perturbed(ours, x, x)
     flax_attention = nn.MultiHeadDotProductAttention(num_heads=3)
     mask = nn.make_causal_mask(x[..., 0]) if causal else None
     expected = flax_attention.apply(params, x, x, mask=mask)
-    np.testing.assert_allclose(apply(ours, params, x, x), expected, atol=1e-6)
+    np.testing.assert_allclose(apply(ours, params, x, x, see), expected, atol=1e-6)
 
 
 def test_patch_embedding_equals_convolution():

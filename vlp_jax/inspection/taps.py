@@ -15,8 +15,9 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
+from vlp_jax.models.attention_mask import SEE_ALL, AttentionMask
 from vlp_jax.models.dual_encoder import DualEncoder
 from vlp_jax.models.heads import MultiHeadAttention
 from vlp_jax.models.layers import Encoder
@@ -110,28 +111,17 @@ def unrolled_params(module: DualEncoder, params: Params) -> dict[str, Any]:
 def attention_weights(
     query: Float[Array, "batch query_tokens heads head_dim"],
     key: Float[Array, "batch tokens heads head_dim"],
-    causal: bool,
-    lengths: Int[Array, " batch"] | None,
+    mask: AttentionMask,
 ) -> Float[Array, "batch heads query_tokens tokens"]:
     """softmax(q k / sqrt(head_dim)) over what may be seen, in float32 (Vaswani et al. 2017, 3.2.1).
 
     Args:
-      causal: position i sees only positions up to i.
-      lengths: of each sequence only so many tokens are seen; None for all.
+      mask: who sees whom.
     """
     logits = jnp.einsum("bqhd,bkhd->bhqk", query, key, preferred_element_type=jnp.float32)
     logits = logits.astype(jnp.float32) * query.shape[-1] ** -0.5
-    return jax.nn.softmax(jnp.where(_visible(logits, causal, lengths), logits, _MASKED), axis=-1)
-
-
-def _visible(logits: Array, causal: bool, lengths: Array | None) -> Array:
-    queries, keys = logits.shape[-2:]
-    visible = jnp.ones((1, 1, queries, keys), bool)
-    if causal:
-        visible &= jnp.arange(keys) <= jnp.arange(queries)[:, None]
-    if lengths is not None:
-        visible &= jnp.arange(keys) < lengths[:, None, None, None]
-    return visible
+    seen = mask.visible(*logits.shape[-2:])
+    return jax.nn.softmax(logits if seen is None else jnp.where(seen, logits, _MASKED), axis=-1)
 
 
 class _Taps:
@@ -140,7 +130,7 @@ class _Taps:
     def __init__(self, edits: Mapping[str, Edit]):
         self.seen: Seen = {}
         self._edits = edits
-        self._lengths: dict[str, Array | None] = {}
+        self._masks: dict[str, AttentionMask] = {}
         self._parts: dict[str, Array] = {}  # queries, keys and values, until they are used
 
     def __call__(
@@ -154,7 +144,7 @@ class _Taps:
         if context.method_name != "__call__" or not path:
             return call(*args, **kwargs)
         if isinstance(module, MultiHeadAttention):
-            self._lengths[path] = _argument(args, kwargs, 2, "lengths")
+            self._masks[path] = args[2] if len(args) > 2 else kwargs.get("mask", SEE_ALL)
         inside = isinstance(module.parent, MultiHeadAttention)
         if inside and module.name == "out":
             path = "/".join(module.parent.path)
@@ -171,7 +161,7 @@ class _Taps:
         norm = "_norm" if module.config.qk_norm else ""
         query, key = (self._parts[f"{path}/{name}{norm}"] for name in ("query", "key"))
         value = self._parts[f"{path}/value"]
-        weights = attention_weights(query, key, module.causal, self._lengths[path])
+        weights = attention_weights(query, key, self._masks[path])
         self.seen[f"{path}/mixed"], self.seen[f"{path}/value"] = mixed, value
         weights = self._see(path, weights)
         return jnp.einsum("bhqk,bkhd->bqhd", weights.astype(value.dtype), value)
@@ -179,7 +169,3 @@ class _Taps:
     def _see(self, path: str, value: Array) -> Array:
         self.seen[path] = value
         return self._edits[path](value) if path in self._edits else value
-
-
-def _argument(args: tuple[Any, ...], kwargs: Mapping[str, Any], place: int, name: str) -> Any:
-    return args[place] if len(args) > place else kwargs.get(name)

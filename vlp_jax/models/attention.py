@@ -9,7 +9,7 @@
 | `cudnn` | GPU | cuDNN's fused attention, by way of `jax.nn.dot_product_attention` |
 
 All give the same numbers within the precision of the computation. The one that is named runs, or
-there is an error.
+there is an error; so there is for a mask that it does not hold (`HOLDS`).
 """
 
 from __future__ import annotations
@@ -22,21 +22,24 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from vlp_jax.models.attention_kernel import LANES, short_attention
+from vlp_jax.models.attention_mask import CAUSAL, KINDS, LENGTHS, SEE_ALL, AttentionMask
 
 Heads = Float[Array, "batch tokens heads head_dim"]
-Lengths = Int[Array, " batch"] | None
 
 
-def _xla(query: Heads, key: Heads, value: Heads, lengths: Lengths, causal: bool) -> Heads:
-    return jax.nn.dot_product_attention(
-        query, key, value, is_causal=causal, key_value_seq_lengths=lengths, implementation="xla"
-    )
+def _xla(query: Heads, key: Heads, value: Heads, mask: AttentionMask) -> Heads:
+    # Lengths and causality are told as such, for which JAX makes no array of its own.
+    plain = {CAUSAL, LENGTHS}.issuperset(mask.kinds())
+    told = {"is_causal": mask.causal, "key_value_seq_lengths": mask.lengths}
+    if not plain:
+        told = {"mask": mask.visible(query.shape[1], key.shape[1])}
+    return jax.nn.dot_product_attention(query, key, value, implementation="xla", **told)
 
 
-def _cudnn(query: Heads, key: Heads, value: Heads, lengths: Lengths, causal: bool) -> Heads:
+def _cudnn(query: Heads, key: Heads, value: Heads, mask: AttentionMask) -> Heads:
     # Lengths and causality are told as such and not as a mask: that would become a bias, with which
     # cuDNN takes no odd lengths in training.
     try:
@@ -44,41 +47,38 @@ def _cudnn(query: Heads, key: Heads, value: Heads, lengths: Lengths, causal: boo
             query,
             key,
             value,
-            is_causal=causal,
-            key_value_seq_lengths=lengths,
+            is_causal=mask.causal,
+            key_value_seq_lengths=mask.lengths,
             implementation="cudnn",
         )
     except (NotImplementedError, RuntimeError) as error:  # a dtype, a width, no cuDNN
         raise ValueError(f"attention 'cudnn' refuses: {error}; take attention 'xla'") from error
 
 
-def _xla_bf16(query: Heads, key: Heads, value: Heads, lengths: Lengths, causal: bool) -> Heads:
+def _xla_bf16(query: Heads, key: Heads, value: Heads, mask: AttentionMask) -> Heads:
     shared = query.shape[2] // key.shape[2]  # heads of queries for one of keys
     key, value = (jnp.repeat(x, shared, axis=2) if shared > 1 else x for x in (key, value))
     scores = jnp.einsum("bqhd,bkhd->bhqk", query * query.shape[-1] ** -0.5, key)
-    lowest = jnp.finfo(scores.dtype).min
-    column = jnp.arange(key.shape[1])
-    if causal:
-        scores = jnp.where(column <= jnp.arange(query.shape[1])[:, None], scores, lowest)
-    if lengths is not None:
-        scores = jnp.where(column < lengths[:, None, None, None], scores, lowest)
+    seen = mask.visible(query.shape[1], key.shape[1])
+    if seen is not None:
+        scores = jnp.where(seen, scores, jnp.finfo(scores.dtype).min)
     return jnp.einsum("bhqk,bkhd->bqhd", jax.nn.softmax(scores), value)
 
 
-def _xla_padded(query: Heads, key: Heads, value: Heads, lengths: Lengths, causal: bool) -> Heads:
+def _xla_padded(query: Heads, key: Heads, value: Heads, mask: AttentionMask) -> Heads:
     batch, tokens, keys = query.shape[0], query.shape[1], key.shape[1]
 
     def pad(x: Heads) -> Heads:
         return jnp.pad(x, ((0, 0), (0, -x.shape[1] % LANES), (0, 0), (0, 0)))
 
-    if lengths is None and keys % LANES:
-        lengths = jnp.full((batch,), keys, jnp.int32)
-    return _xla(pad(query), pad(key), pad(value), lengths, causal)[:, :tokens]
+    if mask.lengths is None and keys % LANES:
+        mask = mask.replace(lengths=jnp.full((batch,), keys, jnp.int32))
+    return _xla(pad(query), pad(key), pad(value), mask)[:, :tokens]
 
 
-def _pallas(query: Heads, key: Heads, value: Heads, lengths: Lengths, causal: bool) -> Heads:
+def _pallas(query: Heads, key: Heads, value: Heads, mask: AttentionMask) -> Heads:
     flat = (einops.rearrange(x, "b t h d -> b t (h d)") for x in (query, key, value))
-    out = attend_flat(*flat, head_dim=query.shape[3], causal=causal, lengths=lengths)
+    out = attend_flat(*flat, head_dim=query.shape[3], mask=mask)
     return einops.rearrange(out, "b t (h d) -> b t h d", h=query.shape[2])
 
 
@@ -88,16 +88,16 @@ def attend_flat(
     value: Float[Array, "batch keys width"],
     *,
     head_dim: int,
-    causal: bool = False,
-    lengths: Lengths = None,
+    mask: AttentionMask = SEE_ALL,
 ) -> Float[Array, "batch tokens width"]:
     """`attend` by "pallas", with the heads side by side, as the kernel takes them.
 
     It runs on each device's examples and heads: the compiler cannot divide it up itself.
 
     Raises:
-      ValueError: shapes that the kernel does not hold.
+      ValueError: shapes or a mask that the kernel does not hold.
     """
+    mask.check("pallas", HOLDS["pallas"])
     heads = query.shape[-1] // head_dim
     if key.shape[-1] != query.shape[-1]:
         raise ValueError(
@@ -106,9 +106,9 @@ def attend_flat(
         )
 
     def run(*arrays: Array) -> Array:
-        return short_attention(*arrays, head_dim=head_dim, causal=causal)
+        return short_attention(*arrays, head_dim=head_dim, causal=mask.causal)
 
-    arrays = (query, key, value) if lengths is None else (query, key, value, lengths)
+    arrays = (query, key, value) if mask.lengths is None else (query, key, value, mask.lengths)
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return run(*arrays)
@@ -130,12 +130,20 @@ def _spec(
     return PartitionSpec(*found)
 
 
-ATTENTIONS: dict[str, Callable[[Heads, Heads, Heads, Lengths, bool], Heads]] = {
+ATTENTIONS: dict[str, Callable[[Heads, Heads, Heads, AttentionMask], Heads]] = {
     "xla": _xla,
     "xla_bf16": _xla_bf16,
     "xla_padded": _xla_padded,
     "pallas": _pallas,
     "cudnn": _cudnn,
+}
+# The rules of a mask that each holds.
+HOLDS: dict[str, tuple[str, ...]] = {
+    "xla": KINDS,
+    "xla_bf16": KINDS,
+    "xla_padded": (CAUSAL, LENGTHS),
+    "pallas": (CAUSAL, LENGTHS),
+    "cudnn": (CAUSAL, LENGTHS),
 }
 # Those that run on one kind of device alone: name -> `jax.Device.platform`.
 ONLY_ON = {"pallas": ("tpu",), "cudnn": ("gpu", "cuda")}
@@ -147,21 +155,21 @@ def attend(
     value: Float[Array, "batch keys kv_heads head_dim"],
     *,
     implementation: str,
-    causal: bool = False,
-    lengths: Lengths = None,
+    mask: AttentionMask = SEE_ALL,
 ) -> Heads:
     """softmax(query key / sqrt(head_dim)) value (Vaswani et al. 2017, 3.2.1).
 
     Args:
       key, value: heads that divide those of the queries; each is for as many in a row.
       implementation: a name in `ATTENTIONS`.
-      causal: query i sees keys up to i alone.
-      lengths: of each example only the first so many keys are seen; at least 1. None for all.
+      mask: which keys each query sees; each query must see one.
 
     Raises:
-      ValueError: an unknown implementation, or one that does not hold these shapes or devices.
+      ValueError: an unknown implementation, or one that does not hold this mask, these shapes or
+        devices.
     """
     if implementation not in ATTENTIONS:
         known = ", ".join(ATTENTIONS)
         raise ValueError(f"unknown attention {implementation!r} (known: {known})")
-    return ATTENTIONS[implementation](query, key, value, lengths, causal)
+    mask.check(implementation, HOLDS[implementation])
+    return ATTENTIONS[implementation](query, key, value, mask)

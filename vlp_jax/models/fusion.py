@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from vlp_jax.models import layers
+from vlp_jax.models.attention_mask import AttentionMask
 from vlp_jax.models.classifier import score_head
 from vlp_jax.models.dense import Dense
 from vlp_jax.models.parameters import named
@@ -58,8 +59,8 @@ class Fusion(nn.Module):
         x = jnp.concatenate(parts, axis=1)
         x = nn.with_logical_constraint(x, ("batch", "act_tokens", "act_embed"))
         # The text comes last, so that its padding is the end of the whole sequence.
-        lengths = (1 + image.shape[1] + text_lengths).astype(jnp.int32)
-        x = layers.Encoder(self.transformer, self.compute, name="encoder")(x, lengths, train)
+        mask = AttentionMask(lengths=(1 + image.shape[1] + text_lengths).astype(jnp.int32))
+        x = layers.Encoder(self.transformer, self.compute, name="encoder")(x, mask, train)
         return x[:, 0]
 
     def _projected(self, x: Array, name: str) -> Array:

@@ -7,9 +7,10 @@ from collections.abc import Callable
 import einops
 import flax.linen as nn
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from vlp_jax.models.attention import attend, attend_flat
+from vlp_jax.models.attention_mask import SEE_ALL, AttentionMask
 from vlp_jax.models.dense import Product
 from vlp_jax.models.parameters import norm
 from vlp_jax.models.positions import rotate
@@ -61,21 +62,19 @@ class MultiHeadAttention(nn.Module):
     Attributes:
       config: the heads, their width, norm, biases and rotary positions.
       compute: how; the softmax is float32 in any case.
-      causal: position i sees only positions up to i.
     """
 
     config: TransformerConfig
     compute: ComputeConfig = ComputeConfig()
-    causal: bool = False
 
     @nn.compact
     def __call__(
         self,
         query: Float[Array, "batch query_tokens width"],
         key_value: Float[Array, "batch tokens width"],
-        lengths: Int[Array, " batch"] | None = None,
+        mask: AttentionMask = SEE_ALL,
     ) -> Float[Array, "batch query_tokens width"]:
-        """Attends to the first `lengths[i]` tokens of sequence i, to all of them if None.
+        """Attends to the tokens that the mask lets it see.
 
         Raises:
           ValueError: the heads do not divide the width, or the attention that is asked for does not
@@ -105,11 +104,9 @@ class MultiHeadAttention(nn.Module):
             q, k = self._rotated(q), self._rotated(k)
         q, k, v = _keep(q, "query"), _keep(k, "key"), _keep(v, "value")
         if flat:
-            head_dim = config.head_width
-            x = attend_flat(q, k, v, head_dim=head_dim, causal=self.causal, lengths=lengths)
+            x = attend_flat(q, k, v, head_dim=config.head_width, mask=mask)
         else:
-            implementation, causal = compute.attention, self.causal
-            x = attend(q, k, v, implementation=implementation, causal=causal, lengths=lengths)
+            x = attend(q, k, v, implementation=compute.attention, mask=mask)
         return FromHeads(
             ("heads", "head_dim", "embed"),
             ("norm",),

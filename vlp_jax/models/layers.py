@@ -26,8 +26,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
+from vlp_jax.models.attention_mask import SEE_ALL, AttentionMask
 from vlp_jax.models.dense import Dense
 from vlp_jax.models.heads import MultiHeadAttention
 from vlp_jax.models.parameters import Dtype, named, norm
@@ -104,25 +105,24 @@ class Block(nn.Module):
 
     config: TransformerConfig
     compute: ComputeConfig = ComputeConfig()
-    causal: bool = False
 
     @nn.compact
     def __call__(
         self,
         x: Float[Array, "batch tokens width"],
         drop_rate: Float[Array, ""] | None = None,
-        lengths: Int[Array, " batch"] | None = None,
+        mask: AttentionMask = SEE_ALL,
     ) -> Float[Array, "batch tokens width"]:
         """
         Args:
           drop_rate: chance that a branch is left out for an example (needs the random stream
             "drop_path"); None for never.
-          lengths: tokens of each sequence that are seen; None for all.
+          mask: which tokens see which.
         """
         config, compute = self.config, self.compute
         y = norm(config, compute.dtype, "norm_attention")(x)
-        attention = MultiHeadAttention(config, compute, self.causal, name="attention")
-        x = x + self._branch(attention(y, y, lengths), drop_rate, "layer_scale_attention")
+        attention = MultiHeadAttention(config, compute, name="attention")
+        x = x + self._branch(attention(y, y, mask), drop_rate, "layer_scale_attention")
         x = nn.with_logical_constraint(x, ("batch", "act_tokens", "act_embed"))
         y = norm(config, compute.dtype, "norm_mlp")(x)
         y = Mlp(config, compute, name="mlp")(y)
@@ -142,20 +142,18 @@ class Encoder(nn.Module):
     """All layers, and a last norm.
 
     Attributes:
-      causal: each token sees only those before it.
       final_norm: whether there is the norm at the end.
     """
 
     config: TransformerConfig
     compute: ComputeConfig = ComputeConfig()
-    causal: bool = False
     final_norm: bool = True
 
     @nn.compact
     def __call__(
         self,
         x: Float[Array, "batch tokens width"],
-        lengths: Int[Array, " batch"] | None = None,
+        mask: AttentionMask = SEE_ALL,
         train: bool = False,
     ) -> Float[Array, "batch tokens width"]:
         """`train` with stochastic depth needs the random stream "drop_path"."""
@@ -169,19 +167,18 @@ class Encoder(nn.Module):
         rates = jnp.linspace(0, config.stochastic_depth, config.depth) if drops else None
         if compute.scan_layers:
             scan = nn.scan(
-                lambda layer, carry, rate, lengths: (layer(carry, rate, lengths), None),
+                lambda layer, carry, rate, mask: (layer(carry, rate, mask), None),
                 variable_axes={"params": 0},
                 split_rngs={"params": True, "drop_path": True},
                 in_axes=(0, nn.broadcast),
                 length=config.depth,
                 metadata_params={nn.PARTITION_NAME: "layers"},
             )
-            x, _ = scan(block(config, compute, self.causal, name="layers"), x, rates, lengths)
+            x, _ = scan(block(config, compute, name="layers"), x, rates, mask)
         else:
             for index in range(config.depth):
                 rate = rates[index] if drops else None
-                layer = block(config, compute, self.causal, name=f"layer_{index}")
-                x = layer(x, rate, lengths)
+                x = block(config, compute, name=f"layer_{index}")(x, rate, mask)
         return norm(config, compute.dtype, "norm")(x) if self.final_norm else x
 
 
@@ -197,16 +194,16 @@ class AttentionPooling(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "batch tokens width"], lengths: Int[Array, " batch"] | None = None
+        self, x: Float[Array, "batch tokens width"], mask: AttentionMask = SEE_ALL
     ) -> Float[Array, "batch width"]:
-        """Pools the first `lengths[i]` tokens of sequence i, all of them if None."""
+        """Pools the tokens that the mask lets the one query see."""
         batch, _, width = x.shape
         config = dataclasses.replace(self.config, qk_norm=False, rope=None)
         probe = self.param(
             "probe", named(nn.initializers.xavier_uniform(), None, "embed"), (1, width)
         )
         probe = jnp.broadcast_to(probe.astype(self.compute.dtype), (batch, 1, width))
-        x = MultiHeadAttention(config, self.compute, name="attention")(probe, x, lengths)
+        x = MultiHeadAttention(config, self.compute, name="attention")(probe, x, mask)
         y = norm(config, self.compute.dtype, "norm")(x)
         return (x + Mlp(config, self.compute, name="mlp")(y))[:, 0]
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from vlp_jax.models import layers, variants
+from vlp_jax.models.attention_mask import AttentionMask
 from vlp_jax.models.parameters import named
 from vlp_jax.models.values import PLAIN, ComputeConfig, TransformerConfig, keywords_of, split_fields
 from vlp_jax.models.variants import check_choice
@@ -93,8 +94,8 @@ class TextTransformer(nn.Module):
         x = x + positions.astype(x.dtype)
         x = nn.with_logical_constraint(x, ("batch", "act_tokens", "act_embed"))
         lengths = self.lengths(tokens) if self.padding_mask else None
-        encoder = layers.Encoder(self.transformer, self.compute, self.causal, name="encoder")
-        x = encoder(x, lengths, train)
+        encoder = layers.Encoder(self.transformer, self.compute, name="encoder")
+        x = encoder(x, AttentionMask(self.causal, lengths=lengths), train)
         return self._pool(x, tokens, lengths)
 
     def lengths(self, tokens: Int[Array, "batch tokens"]) -> Int[Array, " batch"]:
@@ -124,7 +125,7 @@ class TextTransformer(nn.Module):
             return mean.astype(x.dtype)
         if self.pooling == "map":
             pooling = layers.AttentionPooling(self.transformer, self.compute, name="pooling")
-            return pooling(x, lengths)
+            return pooling(x, AttentionMask(lengths=lengths))
         raise ValueError(f"unknown pooling {self.pooling!r} (known: {', '.join(POOLINGS)})")
 
 
