@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import einops
+import flax
 import flax.linen as nn
+import jax
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from vlp_jax.models.attention import attend, attend_flat
 from vlp_jax.models.attention_mask import SEE_ALL, AttentionMask
@@ -15,6 +17,26 @@ from vlp_jax.models.dense import Product
 from vlp_jax.models.parameters import norm
 from vlp_jax.models.positions import rotate
 from vlp_jax.models.values import ComputeConfig, TransformerConfig
+
+# Both [batch, tokens, heads, head_dim], or with the heads side by side.
+KeysAndValues = tuple[Array, Array]
+
+
+@flax.struct.dataclass
+class Cache:
+    """Keys and values that a decoder has made, so that a further token costs its own alone.
+
+    In a stack of layers each array has the layers as its first dimension.
+
+    Attributes:
+      own: of its tokens, with room for those to come.
+      context: of the tokens that it looks at besides; None where there are none, or none yet.
+      filled: how many of its tokens have theirs.
+    """
+
+    own: KeysAndValues
+    filled: Int[Array, ""]
+    context: KeysAndValues | None = None
 
 
 class ToHeads(Product):
@@ -73,8 +95,21 @@ class MultiHeadAttention(nn.Module):
         query: Float[Array, "batch query_tokens width"],
         key_value: Float[Array, "batch tokens width"],
         mask: AttentionMask = SEE_ALL,
-    ) -> Float[Array, "batch query_tokens width"]:
+        kept: KeysAndValues | None = None,
+        filled: Int[Array, ""] | None = None,
+        keep: bool = False,
+    ) -> (
+        Float[Array, "batch query_tokens width"]
+        | tuple[Float[Array, "batch query_tokens width"], KeysAndValues]
+    ):
         """Attends to the tokens that the mask lets it see.
+
+        Args:
+          kept: keys and values that were made before: with `filled` those of the tokens before
+            these, with room behind them, into which those of `key_value` go; without, all that
+            there are, and `key_value` is not looked at.
+          filled: how many tokens have theirs in `kept`.
+          keep: the keys and values are a second result.
 
         Raises:
           ValueError: the heads do not divide the width, or the attention that is asked for does not
@@ -96,18 +131,24 @@ class MultiHeadAttention(nn.Module):
             )(x)
 
         q = project(query, config.heads, "query")
-        k = project(key_value, config.key_heads, "key")
-        v = project(key_value, config.key_heads, "value")
-        if config.qk_norm:
-            q, k = self._each_head(q, "query_norm"), self._each_head(k, "key_norm")
-        if config.rope is not None:
-            q, k = self._rotated(q), self._rotated(k)
+        q = self._prepared(q, "query_norm", filled)
+        if kept is not None and filled is None:
+            k, v = kept
+        else:
+            k = project(key_value, config.key_heads, "key")
+            k = self._prepared(k, "key_norm", filled)
+            v = project(key_value, config.key_heads, "value")
+        if filled is not None:
+            k, v = (
+                jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), filled, axis=1)
+                for old, new in zip(kept, (k, v), strict=True)
+            )
         q, k, v = _keep(q, "query"), _keep(k, "key"), _keep(v, "value")
         if flat:
             x = attend_flat(q, k, v, head_dim=config.head_width, mask=mask)
         else:
             x = attend(q, k, v, implementation=compute.attention, mask=mask)
-        return FromHeads(
+        out = FromHeads(
             ("heads", "head_dim", "embed"),
             ("norm",),
             compute,
@@ -116,13 +157,16 @@ class MultiHeadAttention(nn.Module):
             width=query.shape[-1],
             name="out",
         )(_keep(x, "attention"))
+        return (out, (k, v)) if keep else out
 
-    def _each_head(self, x: Array, name: str) -> Array:
-        normalize = norm(self.config, self.compute.dtype, name)
-        return self._by_heads(normalize, x)
-
-    def _rotated(self, x: Array) -> Array:
-        return self._by_heads(lambda heads: rotate(heads, self.config.rope), x)
+    def _prepared(self, x: Array, name: str, first: Array | None) -> Array:
+        """Queries or keys of each head, normalized and turned where the config says so."""
+        if self.config.qk_norm:
+            x = self._by_heads(norm(self.config, self.compute.dtype, name), x)
+        if self.config.rope is not None:
+            first = 0 if first is None else first
+            x = self._by_heads(lambda heads: rotate(heads, self.config.rope, first), x)
+        return x
 
     def _by_heads(self, function: Callable[[Array], Array], x: Array) -> Array:
         """`function` of x as [batch, tokens, heads, head_dim]."""

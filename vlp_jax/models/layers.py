@@ -22,6 +22,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import flax
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -30,7 +31,7 @@ from jaxtyping import Array, Float
 
 from vlp_jax.models.attention_mask import SEE_ALL, AttentionMask
 from vlp_jax.models.dense import Dense
-from vlp_jax.models.heads import MultiHeadAttention
+from vlp_jax.models.heads import Cache, KeysAndValues, MultiHeadAttention
 from vlp_jax.models.parameters import Dtype, named, norm
 from vlp_jax.models.remat import REMAT_POLICIES
 from vlp_jax.models.values import ComputeConfig, TransformerConfig
@@ -87,6 +88,19 @@ class Mlp(nn.Module):
         )
 
 
+@flax.struct.dataclass
+class Attended:
+    """Tokens that a layer attends to besides its own.
+
+    Attributes:
+      tokens: of any width.
+      mask: which of them each token sees.
+    """
+
+    tokens: Float[Array, "batch context context_width"]
+    mask: AttentionMask = SEE_ALL
+
+
 class LayerScale(nn.Module):
     """A learned factor per channel on a residual branch (Touvron et al. 2021, "CaiT", 2.1)."""
 
@@ -101,7 +115,10 @@ class LayerScale(nn.Module):
 
 
 class Block(nn.Module):
-    """A pre-norm Transformer layer: x + attention(norm(x)), then x + mlp(norm(x))."""
+    """A pre-norm Transformer layer: x + attention(norm(x)), then x + mlp(norm(x)).
+
+    Between the two there may be x + attention(norm(x), context), to tokens of another kind.
+    """
 
     config: TransformerConfig
     compute: ComputeConfig = ComputeConfig()
@@ -112,22 +129,53 @@ class Block(nn.Module):
         x: Float[Array, "batch tokens width"],
         drop_rate: Float[Array, ""] | None = None,
         mask: AttentionMask = SEE_ALL,
-    ) -> Float[Array, "batch tokens width"]:
+        context: Attended | None = None,
+        cache: Cache | None = None,
+    ) -> Float[Array, "batch tokens width"] | tuple[Float[Array, "batch tokens width"], Cache]:
         """
         Args:
           drop_rate: chance that a branch is left out for an example (needs the random stream
             "drop_path"); None for never.
           mask: which tokens see which.
+          context: what is looked at besides.
+          cache: of the tokens before these; the one after them is a second result.
         """
-        config, compute = self.config, self.compute
-        y = norm(config, compute.dtype, "norm_attention")(x)
-        attention = MultiHeadAttention(config, compute, name="attention")
-        x = x + self._branch(attention(y, y, mask), drop_rate, "layer_scale_attention")
-        x = nn.with_logical_constraint(x, ("batch", "act_tokens", "act_embed"))
-        y = norm(config, compute.dtype, "norm_mlp")(x)
-        y = Mlp(config, compute, name="mlp")(y)
+        attend = functools.partial(self._attend, drop_rate=drop_rate)
+        own = seen = None
+        if cache is None:
+            x, _ = attend(x, None, mask, "attention")
+        else:
+            x, own = attend(x, None, mask, "attention", cache.own, cache.filled, keep=True)
+        if context is not None:
+            kept, keep = (None, False) if cache is None else (cache.context, True)
+            tokens = context.tokens
+            x, seen = attend(x, tokens, context.mask, "cross_attention", kept, keep=keep)
+        y = norm(self.config, self.compute.dtype, "norm_mlp")(x)
+        y = Mlp(self.config, self.compute, name="mlp")(y)
         x = x + self._branch(y, drop_rate, "layer_scale_mlp")
-        return nn.with_logical_constraint(x, ("batch", "act_tokens", "act_embed"))
+        x = nn.with_logical_constraint(x, ("batch", "act_tokens", "act_embed"))
+        return x if cache is None else (x, Cache(own, cache.filled, seen))
+
+    def _attend(
+        self,
+        x: Array,
+        to: Array | None,
+        mask: AttentionMask,
+        name: str,
+        kept: KeysAndValues | None = None,
+        filled: Array | None = None,
+        keep: bool = False,
+        drop_rate: Array | None = None,
+    ) -> tuple[Array, KeysAndValues | None]:
+        """x plus its attention to itself, or to other tokens; and the keys and values, if kept."""
+        y = norm(self.config, self.compute.dtype, f"norm_{name}")(x)
+        # Places of other tokens are in these themselves.
+        config = self.config if to is None else dataclasses.replace(self.config, rope=None)
+        attention = MultiHeadAttention(config, self.compute, name=name)
+        found = attention(y, y if to is None else to, mask, kept, filled, keep)
+        y, pair = found if keep else (found, None)
+        x = x + self._branch(y, drop_rate, f"layer_scale_{name}")
+        return nn.with_logical_constraint(x, ("batch", "act_tokens", "act_embed")), pair
 
     def _branch(self, y: Array, drop_rate: Array | None, name: str) -> Array:
         if self.config.layer_scale is not None:
@@ -155,8 +203,11 @@ class Encoder(nn.Module):
         x: Float[Array, "batch tokens width"],
         mask: AttentionMask = SEE_ALL,
         train: bool = False,
-    ) -> Float[Array, "batch tokens width"]:
-        """`train` with stochastic depth needs the random stream "drop_path"."""
+        context: Attended | None = None,
+        cache: Cache | None = None,
+    ) -> Float[Array, "batch tokens width"] | tuple[Float[Array, "batch tokens width"], Cache]:
+        """`train` with stochastic depth needs the random stream "drop_path"; the others as in
+        `Block`."""
         config, compute = self.config, self.compute
         block = Block
         if compute.remat != "none":
@@ -165,21 +216,41 @@ class Encoder(nn.Module):
             block = nn.remat(Block, policy=policy, prevent_cse=not compute.scan_layers)
         drops = train and config.stochastic_depth > 0
         rates = jnp.linspace(0, config.stochastic_depth, config.depth) if drops else None
+        each = None if cache is None else (cache.own, cache.context)
+        told = (mask, context, None if cache is None else cache.filled)
         if compute.scan_layers:
             scan = nn.scan(
-                lambda layer, carry, rate, mask: (layer(carry, rate, mask), None),
+                _layer,
                 variable_axes={"params": 0},
                 split_rngs={"params": True, "drop_path": True},
-                in_axes=(0, nn.broadcast),
+                in_axes=((0, 0), nn.broadcast),
                 length=config.depth,
                 metadata_params={nn.PARTITION_NAME: "layers"},
             )
-            x, _ = scan(block(config, compute, name="layers"), x, rates, mask)
+            x, made = scan(block(config, compute, name="layers"), x, (rates, each), told)
         else:
+            rows = []
             for index in range(config.depth):
-                rate = rates[index] if drops else None
-                x = block(config, compute, name=f"layer_{index}")(x, rate, mask)
-        return norm(config, compute.dtype, "norm")(x) if self.final_norm else x
+                layer = block(config, compute, name=f"layer_{index}")
+                own = jax.tree.map(lambda leaf, index=index: leaf[index], (rates, each))
+                x, row = _layer(layer, x, own, told)
+                rows.append(row)
+            made = None if cache is None else jax.tree.map(lambda *leaves: jnp.stack(leaves), *rows)
+        x = norm(config, compute.dtype, "norm")(x) if self.final_norm else x
+        if cache is None:
+            return x
+        return x, Cache(made[0], cache.filled + x.shape[1], made[1])
+
+
+def _layer(
+    layer: Block, x: Array, own: tuple[Any, Any], told: tuple[Any, Any, Any]
+) -> tuple[Array, tuple[KeysAndValues, KeysAndValues | None] | None]:
+    """A layer as the body of a loop: (what goes on, what is collected)."""
+    (rate, kept), (mask, context, filled) = own, told
+    if kept is None:
+        return layer(x, rate, mask, context), None
+    x, cache = layer(x, rate, mask, context, Cache(kept[0], filled, kept[1]))
+    return x, (cache.own, cache.context)
 
 
 class AttentionPooling(nn.Module):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 Grid = tuple[int, int]  # rows and columns of patches
 
@@ -30,12 +30,17 @@ def sincos_2d(grid: Grid, width: int) -> Float[np.ndarray, "tokens width"]:
 
 
 def rotate(
-    x: Float[Array, "batch tokens heads head_dim"], base: float
+    x: Float[Array, "batch tokens heads head_dim"],
+    base: float,
+    first: Int[Array, ""] | int = 0,
 ) -> Float[Array, "batch tokens heads head_dim"]:
     """Turns the pair (i, i + head_dim / 2) of token t by an angle of t base^(-2 i / head_dim).
 
     These rotary positions make the product of a query and a key depend on their distance alone (Su
     et al. 2021, "RoFormer", 3.2.2, with the pairs as in Llama). Angles and products are float32.
+
+    Args:
+      first: the place of the first token.
 
     Raises:
       ValueError: heads of an odd width.
@@ -43,9 +48,9 @@ def rotate(
     half, odd = divmod(x.shape[-1], 2)
     if odd:
         raise ValueError(f"rotary positions need heads of an even width, not {x.shape[-1]}")
-    frequency = base ** -(np.arange(half, dtype=np.float64) / half)
-    angle = np.arange(x.shape[1])[:, None] * frequency
-    cos, sin = (jnp.asarray(f(angle)[:, None], jnp.float32) for f in (np.cos, np.sin))
+    frequency = jnp.asarray(base ** -(np.arange(half, dtype=np.float64) / half), jnp.float32)
+    angle = (first + jnp.arange(x.shape[1]))[:, None, None] * frequency
+    cos, sin = jnp.cos(angle), jnp.sin(angle)
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     turned = [first * cos - second * sin, second * cos + first * sin]
     return jnp.concatenate(turned, axis=-1).astype(x.dtype)

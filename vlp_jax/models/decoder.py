@@ -1,0 +1,177 @@
+"""A text decoder: tokens to the scores of the next ones, alone or with a look at other tokens."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from vlp_jax.models import layers, variants
+from vlp_jax.models.attention_mask import AttentionMask
+from vlp_jax.models.dense import Dense
+from vlp_jax.models.heads import Cache
+from vlp_jax.models.layers import Attended
+from vlp_jax.models.parameters import named
+from vlp_jax.models.values import (
+    PLAIN,
+    ComputeConfig,
+    TransformerConfig,
+    keywords_of,
+    split_fields,
+)
+
+CAUSAL = AttentionMask(causal=True)
+
+
+class Decoder(nn.Module):
+    """A Transformer over token ids that scores the next one (Vaswani et al. 2017, 3.1).
+
+    Attributes:
+      vocab_size: number of token ids that it scores.
+      context_length: the most tokens of a sequence.
+      transformer: the layers; with `rope` there are no learned positions.
+      extra_tokens: ids behind the vocabulary that it can be given and never scores, such as a mask.
+      tied: the scores are products with the token embeddings; otherwise there is a kernel of their
+        own, which begins at zero, and a bias (Tschannen et al. 2023, "CapPa", as in big_vision).
+      embedding_stddev: of the token embeddings at first.
+      compute: how the layers are computed.
+    """
+
+    vocab_size: int
+    context_length: int
+    transformer: TransformerConfig
+    extra_tokens: int = 0
+    tied: bool = False
+    embedding_stddev: float = 0.02
+    compute: ComputeConfig = ComputeConfig()
+
+    def setup(self) -> None:
+        width = self.transformer.width
+        rows = self.vocab_size + self.extra_tokens
+        init = nn.initializers.normal(self.embedding_stddev)
+        self.token_embedding = self.param(
+            "token_embedding", named(init, "vocab", "embed"), (rows, width)
+        )
+        if self.transformer.rope is None:
+            self.position_embedding = layers.position_embedding(
+                self, self.context_length, width, 0.02
+            )
+        self.encoder = layers.Encoder(self.transformer, self.compute)
+        if not self.tied:
+            self.scores = Dense(
+                ("embed", "vocab"),
+                ("vocab",),
+                self.compute.unquantized(),
+                nn.initializers.zeros_init(),
+                features=self.vocab_size,
+            )
+
+    def __call__(
+        self,
+        tokens: Int[Array, "batch tokens"],
+        context: Attended | None = None,
+        mask: AttentionMask = CAUSAL,
+        train: bool = False,
+    ) -> Float[Array, "batch tokens vocab"]:
+        """The scores of the token after each, float32.
+
+        Args:
+          context: what it looks at besides.
+          mask: which tokens see which.
+          train: whether stochastic depth is at work (it needs the random stream "drop_path").
+        """
+        return self.score(self.features(tokens, context, mask, train))
+
+    def features(
+        self,
+        tokens: Int[Array, "batch tokens"],
+        context: Attended | None = None,
+        mask: AttentionMask = CAUSAL,
+        train: bool = False,
+    ) -> Float[Array, "batch tokens width"]:
+        """What the scores are computed from; arguments as above.
+
+        Raises:
+          ValueError: the sequences are longer than `context_length`.
+        """
+        return self.encoder(self._embed(tokens, 0), mask, train, context)
+
+    def score(self, features: Float[Array, "*batch width"]) -> Float[Array, "*batch vocab"]:
+        """The scores of the next token, float32."""
+        if not self.tied:
+            return self.scores(features).astype(jnp.float32)
+        table = self.token_embedding[: self.vocab_size].astype(self.compute.dtype)
+        return (features @ table.T).astype(jnp.float32)
+
+    def start(self, batch: int, length: int) -> Cache:
+        """An empty cache for so many tokens.
+
+        Raises:
+          ValueError: that is more than `context_length`.
+        """
+        self._check(length)
+        config = self.transformer
+        shape = (config.depth, batch, length, config.key_heads, config.head_width)
+        if self.compute.attention == "pallas":
+            shape = (*shape[:3], shape[3] * shape[4])
+        empty = jnp.zeros(shape, self.compute.dtype)
+        return Cache((empty, empty), jnp.int32(0))
+
+    def step(
+        self, tokens: Int[Array, "batch tokens"], cache: Cache, context: Attended | None = None
+    ) -> tuple[Float[Array, "batch vocab"], Cache]:
+        """The scores of the token after these, which follow those in the cache; and the cache.
+
+        The context is given in every step; its keys and values are made in the first alone.
+        """
+        x = self._embed(tokens, cache.filled)
+        mask = AttentionMask(causal=True, offset=cache.filled)
+        x, cache = self.encoder(x, mask, context=context, cache=cache)
+        return self.score(x[:, -1]), cache
+
+    def _embed(
+        self, tokens: Int[Array, "batch tokens"], first: Int[Array, ""] | int
+    ) -> Float[Array, "batch tokens width"]:
+        self._check(tokens.shape[1])
+        table = self.token_embedding.astype(self.compute.dtype)
+        table = nn.with_logical_constraint(table, ("vocab", "act_embed"))
+        x = jnp.take(table, tokens, axis=0)
+        if self.transformer.rope is None:
+            rows = self.position_embedding.astype(x.dtype)
+            if isinstance(first, int):
+                x = x + rows[first : first + tokens.shape[1]]
+            else:
+                x = x + jax.lax.dynamic_slice_in_dim(rows, first, tokens.shape[1])
+        return nn.with_logical_constraint(x, ("batch", "act_tokens", "act_embed"))
+
+    def _check(self, length: int) -> None:
+        if length > self.context_length:
+            raise ValueError(
+                f"the decoder takes at most {self.context_length} tokens, not {length}"
+            )
+
+
+@keywords_of(Decoder, TransformerConfig, optional=True)
+def make_decoder(
+    variant: str,
+    vocab_size: int,
+    context_length: int,
+    *,
+    compute: ComputeConfig = PLAIN,
+    **fields: Any,
+) -> Decoder:
+    """A `Decoder` of a named size.
+
+    Args:
+      variant: a name in `variants.VARIANTS`.
+      fields: of `Decoder`, and of `TransformerConfig` where not the variant's.
+
+    Raises:
+      ValueError: an unknown variant, or sizes that do not fit each other.
+    """
+    own, layer_fields = split_fields(fields)
+    transformer = variants.size_of(variant, **layer_fields)
+    return Decoder(vocab_size, context_length, transformer, compute=compute, **own)
