@@ -1,0 +1,87 @@
+"""The cross-entropy of tokens of a large vocabulary, without all of their scores at once."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+CHUNK_BYTES = 2**27  # of the float32 scores that are there at once
+
+
+class TokenLosses(NamedTuple):
+    """What is known of each token.
+
+    Attributes:
+      loss: float32.
+      hit: whether no other token has a higher score.
+    """
+
+    loss: Float[Array, "batch tokens"]
+    hit: Bool[Array, "batch tokens"]
+
+
+def token_losses(
+    score: Callable[[Float[Array, "batch some width"]], Float[Array, "batch some vocab"]],
+    features: Float[Array, "batch tokens width"],
+    labels: Int[Array, "batch tokens"],
+    vocab_size: int,
+    *,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    chunk_bytes: int = CHUNK_BYTES,
+) -> TokenLosses:
+    """The cross-entropy of each token.
+
+    The scores of a few places of all examples are there at once, and are computed again for the
+    backward pass.
+
+    Args:
+      score: from features to scores; it may hold parameters, which get their gradients.
+      labels: the right tokens.
+      label_smoothing: this much of a label is spread evenly over all tokens.
+      z_loss: factor on the square of the logarithm of the softmax's denominator, which is added and
+        keeps scores from drifting (Chowdhery et al. 2022, "PaLM", 5, with 1e-4).
+      chunk_bytes: of the scores that are there at once.
+    """
+    batch, tokens = labels.shape
+    places = max(1, min(tokens, chunk_bytes // (4 * batch * vocab_size)))
+    one = functools.partial(_losses, score, label_smoothing=label_smoothing, z_loss=z_loss)
+    if places == tokens:
+        return one(features, labels)
+    padding = -tokens % places
+
+    def split(x: Array) -> Array:
+        x = jnp.pad(x, ((0, 0), (0, padding), *((0, 0),) * (x.ndim - 2)))
+        return jnp.moveaxis(x.reshape(batch, -1, places, *x.shape[2:]), 1, 0)
+
+    again = jax.checkpoint(one, prevent_cse=False)
+    _, found = jax.lax.scan(
+        lambda _, chunk: (None, again(*chunk)), None, (split(features), split(labels))
+    )
+    return jax.tree.map(
+        lambda x: jnp.moveaxis(x, 0, 1).reshape(batch, tokens + padding)[:, :tokens], found
+    )
+
+
+def _losses(
+    score: Callable[[Array], Array],
+    features: Array,
+    labels: Array,
+    label_smoothing: float,
+    z_loss: float,
+) -> TokenLosses:
+    scores = score(features).astype(jnp.float32)
+    denominator = jax.nn.logsumexp(scores, axis=-1)
+    own = jnp.take_along_axis(scores, labels[..., None], axis=-1)[..., 0]
+    loss = denominator - own
+    if label_smoothing:
+        spread = denominator - scores.mean(axis=-1)
+        loss = (1 - label_smoothing) * loss + label_smoothing * spread
+    if z_loss:
+        loss += z_loss * jnp.square(denominator)
+    return TokenLosses(loss, own >= scores.max(axis=-1))
