@@ -42,7 +42,7 @@ from vlp_jax.parallel.batch import put_batch
 from vlp_jax.training.checkpoint import Checkpointer, absolute
 from vlp_jax.training.command import run_command
 from vlp_jax.training.setup import Setup, make_setup
-from vlp_jax.training.state import TrainState, init_state
+from vlp_jax.training.state import TrainState
 from vlp_jax.training.step import compile_step
 
 MEGABYTE = 1_000_000
@@ -146,9 +146,7 @@ class Trainer:
     def __init__(self, setup: Setup):
         self._function = compile_step(setup.step, setup.abstract, setup.batch_spec, setup.mesh)
         self._batch = put_batch(make_batch(setup.config.batch_size), setup.mesh)
-        self.state = init_state(
-            setup.objective, setup.optimizer, setup.batch_spec, setup.abstract, seed=0
-        )
+        self.state = setup.fresh_state()
 
     def step(self) -> None:
         """One step, to its end."""

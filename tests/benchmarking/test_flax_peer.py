@@ -11,7 +11,6 @@ from vlp_jax.benchmarking.flax_peer import FlaxModel, FlaxStep, refusal
 from vlp_jax.benchmarking.jax_step import fixed_batch
 from vlp_jax.objectives.base import Context
 from vlp_jax.parallel import rules
-from vlp_jax.training.state import init_state
 
 # Our path to that of the peer, whose names Flax gives: the first that fits.
 NAMES = (
@@ -73,9 +72,7 @@ def test_it_computes_our_loss(name):
     setup = small_setup(name)
     batch = fixed_batch(setup)
     model = FlaxModel.of(setup.objective, setup.config.optimizer)
-    state = init_state(
-        setup.objective, setup.optimizer, setup.batch_spec, setup.abstract, 0, setup.guard
-    )
+    state = setup.fresh_state()
     rng = np.random.default_rng(0)  # biases and scales of other values than those that hide them
     ours = jax.tree.map(lambda x: x + 0.1 * rng.standard_normal(x.shape, np.float32), state.params)
     theirs, _ = jax.jit(model.init)(batch)

@@ -11,7 +11,7 @@ from vlp_jax.parallel import mesh as mesh_lib
 from vlp_jax.training import workdir as workdir_lib
 from vlp_jax.training.build import make_checkpointer
 from vlp_jax.training.setup import make_setup
-from vlp_jax.training.state import TrainState, init_state
+from vlp_jax.training.state import TrainState
 
 SIZES = {"width": 32, "depth": 2, "mlp_dim": 64, "heads": 2}
 CAPTIONS = [f"A {c} {s} on the {p}" for c in ("red", "Blue") for s in ("circle", "box") for p in
@@ -74,7 +74,7 @@ def write_run(config, workdir, steps=(3,)):
         spec["text"] = ((8, tokenizer.context_length), np.int32)
     mesh = mesh_lib.make_mesh(config.mesh, jax.devices()[:1])
     setup = make_setup(config, mesh, tokenizer, spec, None)
-    state = init_state(setup.objective, setup.optimizer, setup.batch_spec, setup.abstract, 0)
+    state = setup.fresh_state()
     workdir_lib.prepare(workdir, config, tokenizer)
     trees = {}
     with make_checkpointer(config, workdir) as checkpointer:

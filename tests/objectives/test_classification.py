@@ -108,12 +108,12 @@ def test_labels_of_mixup_and_smoothing_in_training_alone():
     classify = jax.jit(objective.functions()["classify"])
     scores = np.asarray(classify(params, mixed["image"]), np.float64)
     for train, smoothing in ((True, 0.2), (False, 0.0)):
-        value, metrics = loss_of(objective, train)(params, mixed)
+        value, output = loss_of(objective, train)(params, mixed)
         expected = torch.nn.functional.cross_entropy(
             torch.tensor(scores), torch.tensor(mixed["label"]).double(), label_smoothing=smoothing
         )
         np.testing.assert_allclose(value, expected, rtol=1e-4)
-    hits, count = metrics["accuracy"]
+    hits, count = output.metrics["accuracy"]
     assert hits / count == np.mean(scores.argmax(1) == mixed["label"].argmax(1))
     one_hot = {**hard, "label": np.eye(CLASSES, dtype=np.float32)[hard["label"]]}
     soft, plain = (loss_of(objective)(params, fields)[0] for fields in (one_hot, hard))

@@ -11,7 +11,6 @@ from vlp_jax.objectives.base import Context
 from vlp_jax.parallel import mesh as mesh_lib
 from vlp_jax.parallel.batch import put_batch
 from vlp_jax.training.setup import make_setup
-from vlp_jax.training.state import init_state
 from vlp_jax.training.step import compile_step
 
 TOKENIZER = types.SimpleNamespace(vocab_size=64, context_length=8, pad_id=0, eos_id=2)
@@ -52,15 +51,7 @@ def setup_on(config, sizes, devices=None):
 
 
 def fresh(setup):
-    return init_state(
-        setup.objective,
-        setup.optimizer,
-        setup.batch_spec,
-        setup.abstract,
-        setup.config.seed,
-        setup.average,
-        setup.guard,
-    )
+    return setup.fresh_state()
 
 
 def gradients(setup, params, batch):

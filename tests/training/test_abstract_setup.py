@@ -66,7 +66,6 @@ def test_parts_of_a_composite_get_the_fields_of_their_dataset():
         "image": (128, size, size, 3),
         "text": (128, 32),
         "pictures/image": (128, size, size, 3),
-        "pictures/text": (128, 32),
     }
 
 

@@ -23,7 +23,6 @@ from vlp_jax.parallel.batch import put_batch
 from vlp_jax.parallel.mesh import make_mesh
 from vlp_jax.training.abstract_setup import abstract_setup, tokenizer_sizes
 from vlp_jax.training.setup import Setup
-from vlp_jax.training.state import init_state
 from vlp_jax.training.step import compile_step
 
 # Examples of an epoch, for a config whose durations are in epochs, and steps of the run. They set
@@ -82,14 +81,7 @@ class JaxStep:
             self.program = _compile(self.setup)
             compile_facts = {"cold": time.perf_counter() - begin}
         setup = self.setup
-        self._state = init_state(
-            setup.objective,
-            setup.optimizer,
-            setup.batch_spec,
-            setup.abstract,
-            setup.config.seed,
-            setup.guard,
-        )
+        self._state = setup.fresh_state()
         self.batch = fixed_batch(setup)
         self._on_device = put_batch(self.batch, setup.mesh)
         jax.block_until_ready((self._state, self._on_device))

@@ -69,6 +69,11 @@ class Field:
                     f"{name!r} has shares of {shape[0]} classes, and {self.told_by} is "
                     f"{self.classes}"
                 )
+        elif self.kind == PIXELS and len(shape) == 3 and shape != self.shape:
+            raise ValueError(
+                f"{name!r} has {shape[0]} x {shape[1]} pixels, and the model takes "
+                f"{self.shape[0]} x {self.shape[1]}"
+            )
         elif shape != self.shape:
             wanted = f"{jnp.dtype(self.dtype).name}{list(self.shape)}"
             raise ValueError(f"{name!r} is {found} an example, and the model takes {wanted}")

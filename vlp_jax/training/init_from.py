@@ -20,7 +20,7 @@ from vlp_jax.files import write_whole
 from vlp_jax.training import checkpoint, param_groups
 from vlp_jax.training.layer_layout import Shape, stack_layers, stacked_name
 from vlp_jax.training.setup import Setup
-from vlp_jax.training.state import TrainState, init_state
+from vlp_jax.training.state import TrainState
 from vlp_jax.training.weights import (
     PATCH_KERNEL,
     POSITIONS,
@@ -78,15 +78,7 @@ class FromSeed:
 
     def state(self, setup: Setup) -> TrainState:
         """A fresh state."""
-        return init_state(
-            setup.objective,
-            setup.optimizer,
-            setup.batch_spec,
-            setup.abstract,
-            setup.config.seed,
-            setup.average,
-            setup.guard,
-        )
+        return setup.fresh_state()
 
     def announce(self, workdir: epath.Path, tell: Callable[[str], None]) -> None:
         """There is nothing to tell."""

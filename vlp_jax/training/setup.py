@@ -30,6 +30,7 @@ from vlp_jax.training.state import (
     TrainState,
     abstract_state,
     context_of,
+    init_state,
     key_for,
 )
 from vlp_jax.training.step import CompiledStep, StepFunction, make_step
@@ -93,6 +94,18 @@ class Setup:
     def guard(self) -> Guard:
         """Decides which steps are skipped."""
         return Guard.of(self.config.guard)
+
+    def fresh_state(self) -> TrainState:
+        """A state from the config's seed alone, made in place."""
+        return init_state(
+            self.objective,
+            self.optimizer,
+            self.batch_spec,
+            self.abstract,
+            self.config.seed,
+            self.average,
+            self.guard,
+        )
 
     def every(self, duration: ConfigDict, where: str) -> EverySteps:
         """True at each multiple of `duration` and at the end of the run."""
