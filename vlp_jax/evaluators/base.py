@@ -76,7 +76,7 @@ class Resources:
     def wanted(
         self, batch: Mapping[str, np.ndarray], inputs: Collection[str]
     ) -> dict[str, np.ndarray]:
-        """Of a batch the `inputs` of a function, and the numbers that describe its examples.
+        """Selects from a batch the `inputs` of a function and the numbers that describe examples.
 
         What other functions take as pixels or tokens is left out.
         """

@@ -59,7 +59,7 @@ def _loss_of_batch(objective: Objective, params: Any, batch: dict[str, Array]) -
 
 
 def _metrics(objective: Objective, params: Any, fields: dict[str, Array], key: Array) -> Metrics:
-    """Those of a loss that has neither an average of the parameters nor a history."""
+    """The metrics of a loss with a fresh state and without an average of the parameters."""
     spec = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in fields.items()}
     state = nn.unbox(objective.init_state(spec))
     return objective.loss(params, fields, Context(key, train=False, state=state))[1].metrics

@@ -63,7 +63,7 @@ class AttentionMask:
             )
 
     def visible(self, queries: int, keys: int) -> Bool[Array, "#batch #heads queries keys"] | None:
-        """What is seen as an array; None for all by all.
+        """The mask as an array, True where a query sees a key; None where all see all.
 
         Raises:
           ValueError: see `kinds`; or segments whose tokens are not both queries and keys.

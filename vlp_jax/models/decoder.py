@@ -92,7 +92,7 @@ class Decoder(nn.Module):
         mask: AttentionMask = CAUSAL,
         train: bool = False,
     ) -> Float[Array, "batch tokens width"]:
-        """What the scores are computed from; arguments as above.
+        """The last layer's output, from which the scores are computed; arguments as above.
 
         Raises:
           ValueError: the sequences are longer than `context_length`.

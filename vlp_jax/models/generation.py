@@ -71,7 +71,7 @@ class Sampling:
 
 
 class Generated(NamedTuple):
-    """What was generated.
+    """Holds generated texts.
 
     Attributes:
       tokens: behind the prompt, up to the end of text, and then padding.

@@ -180,7 +180,7 @@ def changed(tower: Tower, **fields: Any) -> Tower:
 def keywords_of(
     *sources: Any, without: Collection[str] = (), optional: bool = False
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Writes into the signature of a function what its `**fields` may be.
+    """Writes the names that a function takes as `**fields` into its signature.
 
     So a config's section is checked against it, and `help` shows it.
 

@@ -1,4 +1,4 @@
-"""What the loop, the evaluators and export know of a task."""
+"""The interface of a task to the loop, the evaluators and export."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SEPARATOR = "/"  # between the name of a further dataset and that of its field
 
 @dataclasses.dataclass(frozen=True)
 class Field:
-    """What an objective reads of each example.
+    """Describes a field of an example that an objective reads.
 
     Attributes:
       kind: "pixels", [height, width, 3], in [0, 255]; "tokens", ids as many as the text is long; or
@@ -42,17 +42,17 @@ class Field:
 
     @classmethod
     def pixels(cls, image_size: tuple[int, int]) -> Field:
-        """Of a model that takes images of this height and width."""
+        """The field of a model that takes images of this height and width."""
         return cls(PIXELS, (*image_size, 3), jnp.uint8)
 
     @classmethod
     def tokens(cls, length: int) -> Field:
-        """Of a model that takes texts of so many tokens."""
+        """The field of a model that takes texts of so many tokens."""
         return cls(TOKENS, (length,))
 
     @classmethod
     def labels(cls, classes: int, told_by: str) -> Field:
-        """Of a model that tells so many classes."""
+        """The field of a model that tells so many classes."""
         return cls(LABELS, classes=classes, told_by=told_by)
 
     def check(self, name: str, spec: jax.ShapeDtypeStruct) -> None:
@@ -94,7 +94,7 @@ class Function:
     output: str
 
     def __call__(self, params: Params, inputs: Any) -> Any:
-        """What it computes."""
+        """Computes it."""
         return self.call(params, inputs)
 
 
@@ -110,7 +110,7 @@ def of_texts(call: Callable[..., Array], output: str) -> Function:
 
 @dataclasses.dataclass(frozen=True)
 class Context:
-    """What a loss knows beside parameters and batch.
+    """Tells a loss what it needs beside parameters and batch.
 
     Attributes:
       rng: the key of this step.
@@ -133,7 +133,7 @@ class Context:
 
 
 class LossOutput(NamedTuple):
-    """What a loss says beside its value.
+    """Holds the results of a loss beside its value.
 
     Attributes:
       metrics: name -> (sum, count).
@@ -197,7 +197,7 @@ class Objective(Protocol):
 
     @property
     def compute_dtype(self) -> Any:
-        """That of the model's image tower."""
+        """The type that the image tower computes in."""
         return self.model.image.compute.dtype
 
     @property
@@ -212,8 +212,11 @@ class Objective(Protocol):
         """
 
     def init_state(self, batch_spec: BatchSpec) -> State:
-        """What is neither trained nor constant, such as a queue or an average: a tree of arrays in
-        boxes or bare, which lie whole on each device. Empty for most. Can be jitted."""
+        """A tree of arrays that are neither trained nor constant, such as a queue or an average.
+
+        In boxes they are spread by their names; bare ones lie whole on each device. Empty for most
+        objectives. Can be jitted.
+        """
         del batch_spec
         return {}
 
@@ -223,7 +226,7 @@ class Objective(Protocol):
         """The scalar to minimize, and what else is worth knowing."""
 
     def functions(self) -> dict[str, Function]:
-        """What evaluators and export may ask for."""
+        """Functions of the model for evaluators, exports and users, by name."""
 
     def parts(self) -> dict[str, Part]:
         """All objectives of a sum by name; an objective that is no sum has itself under ""."""

@@ -14,7 +14,7 @@ CHUNK_BYTES = 2**27  # of the float32 scores that are there at once
 
 
 class TokenLosses(NamedTuple):
-    """What is known of each token.
+    """Holds the loss of each token and whether it is the best.
 
     Attributes:
       loss: float32.

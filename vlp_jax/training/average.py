@@ -35,7 +35,7 @@ class Average:
 
     @classmethod
     def of(cls, config: Mapping[str, Any], units: Units) -> Average:
-        """That of `config.optimizer`.
+        """The average that `config.optimizer` describes.
 
         Raises:
           UserError: a number out of range, or a pattern that is no regular expression.
@@ -60,7 +60,7 @@ class Average:
                 raise UserError(f"config.optimizer.ema_of: {pattern!r} is the path of no parameter")
 
     def chosen(self, tree: Any) -> Any:
-        """Of a tree like the parameters, what is averaged; empty without an average."""
+        """Selects the averaged leaves of a tree like the parameters; empty without an average."""
         return param_groups.split(tree, self.patterns)[1] if self.decay else {}
 
     def init(self, params: Any) -> Any:

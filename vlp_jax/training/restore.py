@@ -321,7 +321,7 @@ class SavedParameters:
         return {path: np.asarray(leaves[path], np.float32) for path in self.shapes}
 
     def _parts(self, tree: Mapping[str, Any]) -> dict[str, Any]:
-        """Of a state's tree what is read: an average, and the parameters that have none."""
+        """Selects from a state's tree the average, and the parameters that have none."""
         averaged = shapes_of(tree[self.part])
         found = {self.part: tree[self.part]}
         if self.part == "ema" and self.shapes.keys() - averaged.keys():

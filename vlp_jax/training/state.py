@@ -47,7 +47,7 @@ class TrainState:
 
     @property
     def eval_params(self) -> Any:
-        """What is evaluated and exported: the average of what is averaged, else the parameters."""
+        """The parameters to evaluate and export: their averages where there are any."""
         if jax.tree.structure(self.ema) == jax.tree.structure(self.params):
             return self.ema
         return param_groups.merge(self.params, self.ema)
