@@ -7,12 +7,13 @@ next token [batch, vocab], the cache after them).
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from vlp_jax.models.heads import Cache
 
@@ -149,46 +150,73 @@ def beam_search(
         raise ValueError(f"a beam search follows at least one text, not {width}")
     batch = prompt.shape[0]
     scores, cache = step(jnp.repeat(prompt, width, axis=0), cache)
-    vocab = scores.shape[-1]
     # At first all texts of a prompt are the same: the first alone may be gone on with.
     total = jnp.where(jnp.arange(width) == 0, 0.0, LEAST) + jnp.zeros((batch, width))
-    empty = jnp.full((batch, width, length), pad_id, jnp.int32)
-    ended = jnp.where(jnp.arange(vocab) == pad_id, 0.0, LEAST)  # what has ended goes on for nothing
-
-    def penalized(total: Array, count: Array) -> Array:
-        return total / jnp.maximum(count, 1).astype(jnp.float32) ** length_penalty
+    beams = _Beams(
+        tokens=jnp.full((batch, width, length), pad_id, jnp.int32),
+        done=jnp.zeros((batch, width), bool),
+        total=total,
+        count=jnp.zeros((batch, width), jnp.int32),
+    )
 
     def body(index: Array, carry: Any) -> Any:
-        tokens, done, total, count, scores, cache = carry
-        log = jax.nn.log_softmax(scores.reshape(batch, width, vocab))
-        log = jnp.where(done[..., None], ended, log)
-        sums = total[..., None] + log
-        counts = count + ~done
-        flat = penalized(sums, counts[..., None]).reshape(batch, width * vocab)
-        _, best = jax.lax.top_k(flat, width)
+        beams, scores, cache = carry
+        log = jax.nn.log_softmax(scores.reshape(batch, width, -1))
+        # A text that has ended goes on with padding, for nothing.
+        ended = jnp.where(jnp.arange(log.shape[-1]) == pad_id, 0.0, LEAST)
+        log = jnp.where(beams.done[..., None], ended, log)
+        beams, parent = beams.extended(log, index, eos_id, length_penalty)
+        rows = (jnp.arange(batch)[:, None] * width + parent).reshape(-1)
+        of_parents = functools.partial(jnp.take, indices=rows, axis=1)
+        own, context = jax.tree.map(of_parents, (cache.own, cache.context))
+        token = jax.lax.dynamic_index_in_dim(beams.tokens, index, axis=2)
+        scores, cache = step(token.reshape(-1, 1), cache.replace(own=own, context=context))
+        return beams, scores, cache
+
+    beams, *_ = jax.lax.fori_loop(0, length, body, (beams, scores, cache))
+    value = _penalized(beams.total, beams.count, length_penalty)
+    best = jnp.argmax(value, axis=1)
+    chosen = jnp.take_along_axis(beams.tokens, best[:, None, None], axis=1)[:, 0]
+    return Generated(chosen, jnp.take_along_axis(value, best[:, None], axis=1)[:, 0])
+
+
+class _Beams(NamedTuple):
+    """The texts that are followed for each prompt.
+
+    Attributes:
+      done: whether they have ended.
+      total: their log-probabilities.
+      count: of their tokens, the end of text included.
+    """
+
+    tokens: Int[Array, "batch width length"]
+    done: Bool[Array, "batch width"]
+    total: Float[Array, "batch width"]
+    count: Int[Array, "batch width"]
+
+    def extended(
+        self,
+        log: Float[Array, "batch width vocab"],
+        index: Int[Array, ""],
+        eos_id: int,
+        length_penalty: float,
+    ) -> tuple[_Beams, Int[Array, "batch width"]]:
+        """The best texts that are one token longer, and which each was before."""
+        batch, width, vocab = log.shape
+        sums, counts = self.total[..., None] + log, self.count + ~self.done
+        values = _penalized(sums, counts[..., None], length_penalty)
+        _, best = jax.lax.top_k(values.reshape(batch, -1), width)
         parent, token = best // vocab, (best % vocab).astype(jnp.int32)
 
-        def of_parent(x: Array) -> Array:
+        def of_parents(x: Array) -> Array:
             places = parent.reshape(batch, width, *(1,) * (x.ndim - 2))
             return jnp.take_along_axis(x, places, axis=1)
 
+        tokens = jax.lax.dynamic_update_index_in_dim(of_parents(self.tokens), token, index, axis=2)
+        done = of_parents(self.done) | (token == eos_id)
         total = jnp.take_along_axis(sums.reshape(batch, -1), best, axis=1)
-        tokens, done, count = of_parent(tokens), of_parent(done), of_parent(counts)
-        tokens = jax.lax.dynamic_update_index_in_dim(tokens, token, index, axis=2)
-        done |= token == eos_id
-        rows = (jnp.arange(batch)[:, None] * width + parent).reshape(-1)
-        cache = cache.replace(
-            **{
-                name: jax.tree.map(lambda x: jnp.take(x, rows, axis=1), getattr(cache, name))
-                for name in ("own", "context")
-            }
-        )
-        scores, cache = step(token.reshape(-1, 1), cache)
-        return tokens, done, total, count, scores, cache
+        return _Beams(tokens, done, total, of_parents(counts)), parent
 
-    begin = (empty, jnp.zeros((batch, width), bool), total, jnp.zeros((batch, width), jnp.int32))
-    tokens, _, total, count, *_ = jax.lax.fori_loop(0, length, body, (*begin, scores, cache))
-    value = penalized(total, count)
-    best = jnp.argmax(value, axis=1)
-    chosen = jnp.take_along_axis(tokens, best[:, None, None], axis=1)[:, 0]
-    return Generated(chosen, jnp.take_along_axis(value, best[:, None], axis=1)[:, 0])
+
+def _penalized(total: Array, count: Array, power: float) -> Array:
+    return total / jnp.maximum(count, 1).astype(jnp.float32) ** power

@@ -116,35 +116,11 @@ class MultiHeadAttention(nn.Module):
             hold these shapes.
         """
         config, compute = self.config, self.compute
-        flat = compute.attention == "pallas"
-
-        def project(x: Array, heads: int, name: str) -> Array:
-            return ToHeads(
-                ("embed", "heads", "head_dim"),
-                ("heads", "head_dim"),
-                compute,
-                use_bias=config.bias,
-                heads=heads,
-                head_dim=config.head_width,
-                flat=flat,
-                name=name,
-            )(x)
-
-        q = project(query, config.heads, "query")
+        q = self._projected(query, config.heads, "query")
         q = self._prepared(q, "query_norm", filled)
-        if kept is not None and filled is None:
-            k, v = kept
-        else:
-            k = project(key_value, config.key_heads, "key")
-            k = self._prepared(k, "key_norm", filled)
-            v = project(key_value, config.key_heads, "value")
-        if filled is not None:
-            k, v = (
-                jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), filled, axis=1)
-                for old, new in zip(kept, (k, v), strict=True)
-            )
+        k, v = self._keys_and_values(key_value, kept, filled)
         q, k, v = _keep(q, "query"), _keep(k, "key"), _keep(v, "value")
-        if flat:
+        if q.ndim == 3:
             x = attend_flat(q, k, v, head_dim=config.head_width, mask=mask)
         else:
             x = attend(q, k, v, implementation=compute.attention, mask=mask)
@@ -158,6 +134,34 @@ class MultiHeadAttention(nn.Module):
             name="out",
         )(_keep(x, "attention"))
         return (out, (k, v)) if keep else out
+
+    def _keys_and_values(
+        self, tokens: Array, kept: KeysAndValues | None, filled: Array | None
+    ) -> KeysAndValues:
+        """Those of the tokens, put behind those that were kept; or those that were kept alone."""
+        if kept is not None and filled is None:
+            return kept
+        k = self._projected(tokens, self.config.key_heads, "key")
+        k = self._prepared(k, "key_norm", filled)
+        v = self._projected(tokens, self.config.key_heads, "value")
+        if filled is None:
+            return k, v
+        return tuple(
+            jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), filled, axis=1)
+            for old, new in zip(kept, (k, v), strict=True)
+        )
+
+    def _projected(self, x: Array, heads: int, name: str) -> Array:
+        return ToHeads(
+            ("embed", "heads", "head_dim"),
+            ("heads", "head_dim"),
+            self.compute,
+            use_bias=self.config.bias,
+            heads=heads,
+            head_dim=self.config.head_width,
+            flat=self.compute.attention == "pallas",
+            name=name,
+        )(x)
 
     def _prepared(self, x: Array, name: str, first: Array | None) -> Array:
         """Queries or keys of each head, normalized and turned where the config says so."""
