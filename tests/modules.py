@@ -5,6 +5,8 @@ import functools
 import flax.linen as nn
 import jax
 
+from vlp_jax.models.values import make_tower, tower_fields
+
 KEY = jax.random.key(0)
 
 
@@ -35,3 +37,8 @@ def _move(params):
 def perturbed(module, *inputs):
     """Parameters of which none is left at a value, such as zero, that hides a mistake."""
     return _move(init(module, *inputs))
+
+
+def changed(tower, **fields):
+    """The same tower with other fields, of its own or of its `TransformerConfig`."""
+    return make_tower(type(tower), tower.compute, **{**tower_fields(tower), **fields})

@@ -4,12 +4,12 @@ import jax
 import numpy as np
 import pytest
 from foreign import clip, images, random_params, siglip, token_ids
+from modules import changed
 
 from vlp_jax import interop
 from vlp_jax.inspection import heat_map, heat_maps, overlay, patch_embeddings
 from vlp_jax.inspection.heat_maps import Samples, spread_out
 from vlp_jax.models.layers import AttentionPooling
-from vlp_jax.models.values import changed
 
 MODULES = {
     "cls": clip(),

@@ -22,11 +22,12 @@ from foreign import (
     token_ids,
     vit,
 )
+from modules import changed
 from open_clip.convert import load_big_vision_weights
 
 from vlp_jax import interop
 from vlp_jax.errors import UserError
-from vlp_jax.models.values import Pixels, changed
+from vlp_jax.models.values import Pixels
 
 HALF = (0.5, 0.5, 0.5)
 

@@ -22,13 +22,14 @@ from foreign import (
     siglip,
     vit,
 )
+from modules import changed
 
 from vlp_jax import interop
 from vlp_jax.errors import UserError
 from vlp_jax.models.masked_autoencoder import MaskedAutoencoder
 from vlp_jax.models.masking import mask_from_noise
 from vlp_jax.models.positions import sincos_2d
-from vlp_jax.models.values import Pixels, changed
+from vlp_jax.models.values import Pixels
 
 
 def tensors_of(directory):

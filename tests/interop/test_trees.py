@@ -14,10 +14,11 @@ from foreign import (
     token_ids,
     vit,
 )
+from modules import changed
 
 from vlp_jax import interop
 from vlp_jax.models.masked_autoencoder import MaskedAutoencoder
-from vlp_jax.models.values import ComputeConfig, Pixels, changed
+from vlp_jax.models.values import ComputeConfig, Pixels
 
 ONE_BY_ONE = ComputeConfig(scan_layers=False)
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 from jax.experimental.pallas import tpu as pltpu
-from modules import apply, init, perturbed
+from modules import apply, changed, init, perturbed
 
 from vlp_jax import config as config_lib
 from vlp_jax.errors import UserError
@@ -25,7 +25,6 @@ from vlp_jax.models.text import make_text
 from vlp_jax.models.values import (
     ComputeConfig,
     TransformerConfig,
-    changed,
     make_tower,
     tower_fields,
 )

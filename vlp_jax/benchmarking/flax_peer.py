@@ -22,7 +22,7 @@ from jaxtyping import Array, Float, Int, UInt8
 
 from vlp_jax.benchmarking.jax_step import program_bytes, timed_steps
 from vlp_jax.models.dual_encoder import DualEncoder
-from vlp_jax.models.values import tower_fields
+from vlp_jax.models.values import PLAIN_LAYERS, tower_fields
 from vlp_jax.objectives import Objective
 from vlp_jax.objectives.contrastive import Contrastive
 from vlp_jax.training.setup import Setup
@@ -54,13 +54,13 @@ def refusal(objective: Objective) -> str | None:
     if image.position != "learned" or image.norm_after_pool or not image.class_position:
         return "its positions are learned, of all tokens, and its last norm is before the pooling"
     unknown = ("registers", "qk_norm", "layer_scale", "stochastic_depth", "padding_mask")
-    unknown = (*unknown, "kv_heads", "head_dim", "gated", "rope")
     for fields in map(tower_fields, (image, text)):
         for name in unknown:
             if fields.get(name):
                 return f"it has no {name}"
-        if fields["norm"] != "layer" or not fields["bias"]:
-            return "its layers have LayerNorm and biases"
+        for name, value in PLAIN_LAYERS.items():
+            if fields[name] != value:
+                return f"its layers have {name} {value!r}"
     return None
 
 

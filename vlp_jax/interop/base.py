@@ -18,13 +18,11 @@ from vlp_jax.interop.tables import Shape
 from vlp_jax.interop.trees import Module, Params, image_of
 from vlp_jax.models.dual_encoder import DualEncoder
 from vlp_jax.models.positions import sincos_2d, square_grid
-from vlp_jax.models.values import Pixels, make_tower, tower_fields
+from vlp_jax.models.values import PLAIN_LAYERS, Pixels, make_tower, tower_fields
 from vlp_jax.models.vit import VisionTransformer
 
 OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)  # openai/CLIP, clip.py `_transform`
 OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
 HALF = (0.5, 0.5, 0.5)
 
 INTERPOLATIONS = ("bicubic", "bilinear")  # of our own runs; both antialiased
@@ -146,13 +144,8 @@ class Format(Protocol):
 
 # Layers of other kinds are language models' and of none of these formats.
 _LAYERS = {
-    "norm": ("layer",),
     "activation": ("gelu", "gelu_tanh", "quick_gelu"),
-    "gated": (False,),
-    "bias": (True,),
-    "kv_heads": (None,),
-    "head_dim": (None,),
-    "rope": (None,),
+    **{name: (value,) for name, value in PLAIN_LAYERS.items()},
 }
 
 

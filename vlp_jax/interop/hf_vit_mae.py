@@ -30,7 +30,7 @@ from vlp_jax.interop.tables import (
 from vlp_jax.interop.trees import Module, Params, expected_shapes
 from vlp_jax.models.masked_autoencoder import MaskedAutoencoder, MaskedDecoder
 from vlp_jax.models.positions import sincos_2d
-from vlp_jax.models.values import Pixels
+from vlp_jax.models.values import IMAGENET, Pixels
 from vlp_jax.models.vit import VisionTransformer
 
 MODEL = "ViTMAEForPreTraining"
@@ -84,7 +84,7 @@ def read(path: Path, like: Module | None = None) -> Imported:
     where, notes = weights.parent / "config.json", []
     config = hf_common.with_defaults(config, DEFAULTS)
     side = base.one_side(config["image_size"], "image_size", where)
-    imagenet = {"image_mean": base.IMAGENET_MEAN, "image_std": base.IMAGENET_STD}
+    imagenet = {"image_mean": IMAGENET.mean, "image_std": IMAGENET.std}
     extras = hf_images.read(weights.parent, "ViT", (side, side), like, notes, **imagenet)
     module = _module(config, where, hf_images.normalization(extras), notes)
     notes.append(

@@ -28,7 +28,14 @@ from vlp_jax.interop.trees import Module, Params, expected_shapes
 from vlp_jax.models.dual_encoder import DualEncoder
 from vlp_jax.models.masked_autoencoder import MaskedAutoencoder, MaskedDecoder
 from vlp_jax.models.text import TextTransformer
-from vlp_jax.models.values import ComputeConfig, Pixels, TransformerConfig, keywords_of, make_tower
+from vlp_jax.models.values import (
+    PLAIN_LAYERS,
+    ComputeConfig,
+    Pixels,
+    TransformerConfig,
+    keywords_of,
+    make_tower,
+)
 from vlp_jax.models.vit import VisionTransformer
 
 KINDS = (DualEncoder, MaskedAutoencoder, VisionTransformer)
@@ -43,12 +50,6 @@ _CLASSES = {
     for kind in (
         *(DualEncoder, MaskedAutoencoder, MaskedDecoder, TextTransformer, VisionTransformer),
     )
-}
-# Fields that older readers do not know; written only where they say something else.
-_LATER = {
-    field.name: field.default
-    for field in dataclasses.fields(TransformerConfig)
-    if field.name in ("kv_heads", "head_dim", "norm", "gated", "bias", "rope")
 }
 # What the tokenizer's files and the head of config.json say.
 _NOT_IN_EXTRAS = {"tokenizer", "weights"}
@@ -118,7 +119,8 @@ def _fields(module: Any) -> dict[str, Any]:
     """The class of a module and its fields, those that are modules nested."""
     fields = {"class": type(module).__name__}
     for name, value in described(module).items():
-        if name not in _LATER or value != _LATER[name]:
+        # Older readers do not know these, and take them to be so.
+        if name not in PLAIN_LAYERS or value != PLAIN_LAYERS[name]:
             fields[name] = _fields(value) if type(value).__name__ in _CLASSES else value
     return fields
 

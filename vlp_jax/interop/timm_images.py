@@ -14,13 +14,14 @@ from typing import Any
 from vlp_jax.errors import UserError
 from vlp_jax.interop import base
 from vlp_jax.interop.base import Extras
+from vlp_jax.models.values import IMAGENET
 
 DEFAULTS = {
     "interpolation": "bicubic",
     "crop_pct": 0.875,
     "crop_mode": "center",
-    "mean": base.IMAGENET_MEAN,
-    "std": base.IMAGENET_STD,
+    "mean": IMAGENET.mean,
+    "std": IMAGENET.std,
 }
 
 

@@ -136,9 +136,7 @@ class Decoder(nn.Module):
         self, tokens: Int[Array, "batch tokens"], first: Int[Array, ""] | int
     ) -> Float[Array, "batch tokens width"]:
         self._check(tokens.shape[1])
-        table = self.token_embedding.astype(self.compute.dtype)
-        table = nn.with_logical_constraint(table, ("vocab", "act_embed"))
-        x = jnp.take(table, tokens, axis=0)
+        x = layers.look_up(self.token_embedding, tokens, self.compute.dtype)
         if self.transformer.rope is None:
             rows = self.position_embedding.astype(x.dtype)
             if isinstance(first, int):

@@ -27,7 +27,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from vlp_jax.models.attention_mask import SEE_ALL, AttentionMask
 from vlp_jax.models.dense import Dense
@@ -277,6 +277,18 @@ class AttentionPooling(nn.Module):
         x = MultiHeadAttention(config, self.compute, name="attention")(probe, x, mask)
         y = norm(config, self.compute.dtype, "norm")(x)
         return (x + Mlp(config, self.compute, name="mlp")(y))[:, 0]
+
+
+def look_up(
+    table: Float[Array, "vocab width"], tokens: Int[Array, "batch tokens"], dtype: Dtype
+) -> Float[Array, "batch tokens width"]:
+    """The row of each token id.
+
+    The table is gathered along its width before the look-up: otherwise the gradient of a sharded
+    table makes the compiler gather the whole batch instead.
+    """
+    table = nn.with_logical_constraint(table.astype(dtype), ("vocab", "act_embed"))
+    return jnp.take(table, tokens, axis=0)
 
 
 def position_embedding(module: nn.Module, tokens: int, width: int, stddev: float) -> Array:

@@ -18,11 +18,7 @@ POOLINGS = ("eos", "argmax", "first", "last", "mean", "map", "none")
 
 
 class TokenEmbedding(nn.Module):
-    """A row of a learned table for each token id.
-
-    The table is gathered along its width before the look-up: otherwise the gradient of a sharded
-    table makes the compiler gather the whole batch instead.
-    """
+    """A row of a learned table for each token id."""
 
     vocab_size: int
     width: int
@@ -35,8 +31,7 @@ class TokenEmbedding(nn.Module):
             named(nn.initializers.normal(0.02), "vocab", "embed"),
             (self.vocab_size, self.width),
         )
-        table = nn.with_logical_constraint(table.astype(self.dtype), ("vocab", "act_embed"))
-        return jnp.take(table, tokens, axis=0)
+        return layers.look_up(table, tokens, self.dtype)
 
 
 class TextTransformer(nn.Module):

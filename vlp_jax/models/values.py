@@ -139,6 +139,13 @@ class Pixels:
 # Of ImageNet, as He et al. 2022 (MAE) and most of torchvision have it.
 IMAGENET = Pixels((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
+# What layers of image and text towers have where language models' may have another.
+PLAIN_LAYERS = {
+    field.name: field.default
+    for field in dataclasses.fields(TransformerConfig)
+    if field.name in ("kv_heads", "head_dim", "norm", "gated", "bias", "rope")
+}
+
 _TRANSFORMER = tuple(field.name for field in dataclasses.fields(TransformerConfig))
 _NO_FIELDS = ("parent", "name", "transformer", "compute")
 
@@ -170,11 +177,6 @@ def tower_fields(tower: nn.Module) -> dict[str, Any]:
         elif field.name not in _NO_FIELDS:
             fields[field.name] = getattr(tower, field.name)
     return fields
-
-
-def changed(tower: Tower, **fields: Any) -> Tower:
-    """The same tower with other fields, of its own or of its `TransformerConfig`."""
-    return make_tower(type(tower), tower.compute, **{**tower_fields(tower), **fields})
 
 
 def keywords_of(

@@ -256,9 +256,3 @@ def check_reads(objective: Objective, batch_spec: BatchSpec) -> None:
                     "make it"
                 )
             field.check(name, spec[name])
-
-
-def prefixed(data: str | None, fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Fields under the names that a batch has for those of a dataset in `config.extra_data`."""
-    prefix = "" if data is None else data + SEPARATOR
-    return {prefix + name: value for name, value in fields.items()}

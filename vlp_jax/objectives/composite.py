@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from vlp_jax.objectives.base import (
+    SEPARATOR,
     Batch,
     BatchSpec,
     Context,
@@ -22,7 +23,6 @@ from vlp_jax.objectives.base import (
     Params,
     Part,
     State,
-    prefixed,
 )
 
 
@@ -57,9 +57,9 @@ class Composite(Objective):
     def reads(self) -> Mapping[str, Field]:
         """Those of all parts, as the batch names them."""
         return {
-            name: field
+            name if part.data is None else f"{part.data}{SEPARATOR}{name}": field
             for part in self.members
-            for name, field in prefixed(part.data, part.objective.reads).items()
+            for name, field in part.objective.reads.items()
         }
 
     def init(self, rng: PRNGKeyArray, batch_spec: BatchSpec) -> Params:

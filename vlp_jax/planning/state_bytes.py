@@ -35,7 +35,7 @@ def share(tree: Any) -> Share:
 
 @dataclasses.dataclass(frozen=True)
 class StateBytes:
-    """Of the parts of a training state; the average of the parameters is with `optimizer`."""
+    """The parts of a training state; averages and the objective's own are with `optimizer`."""
 
     params: Share
     optimizer: Share
@@ -53,5 +53,5 @@ class StateBytes:
 
 def state_bytes(abstract: TrainState) -> StateBytes:
     """Of an abstract state."""
-    others = (abstract.step, abstract.opt_state, abstract.ema)
+    others = (abstract.step, abstract.opt_state, abstract.ema, abstract.objective)
     return StateBytes(share(abstract.params), share(others))

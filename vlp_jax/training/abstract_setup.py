@@ -18,7 +18,7 @@ from vlp_jax.data.tokenizers import KEYS, TOKENIZERS, ByteTokenizer
 from vlp_jax.data.tokenizers.base import EOS_ID, PAD_ID, check_context_length
 from vlp_jax.errors import UserError, unknown_key_message
 from vlp_jax.objectives import Objective, make_objective
-from vlp_jax.objectives.base import prefixed
+from vlp_jax.objectives.base import SEPARATOR
 from vlp_jax.training.setup import Setup, make_setup
 
 # Of tokenizers without a file of the user's. CLIP: the merges of openai/CLIP, `ClipTokenizer`.
@@ -93,12 +93,11 @@ def batch_spec(config: ConfigDict, objective: Objective) -> BatchSpec:
 
     A dataset that config.extra_data lacks is left out: the part that it feeds says so itself.
     """
-    spec: BatchSpec = {}
-    for part in objective.parts().values():
-        if part.data is None or part.data in config.extra_data:
-            for name, field in prefixed(part.data, part.objective.reads).items():
-                spec[name] = ((config.batch_size, *field.shape), np.dtype(field.dtype))
-    return spec
+    return {
+        name: ((config.batch_size, *field.shape), np.dtype(field.dtype))
+        for name, field in objective.reads.items()
+        if SEPARATOR not in name or name.partition(SEPARATOR)[0] in config.extra_data
+    }
 
 
 def set_dtypes(config: ConfigDict, dtype: str) -> None:
