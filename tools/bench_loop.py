@@ -45,9 +45,8 @@ from vlp_jax.training.command import run_command
 from vlp_jax.training.loop import Loop
 from vlp_jax.training.measures import NullMeasures
 from vlp_jax.training.report import StepReport
-from vlp_jax.training.several_steps import CompiledSteps
+from vlp_jax.training.several_steps import StepProgram
 from vlp_jax.training.state import TrainState
-from vlp_jax.training.step import CompiledStep
 from vlp_jax.training.when import StepsAhead
 
 # Between turns: batches that wait, in tf.data and on the devices, are made again before a turn that
@@ -74,7 +73,7 @@ class LoopRunner:
     def __init__(
         self,
         parts: Parts,
-        step_function: CompiledStep | CompiledSteps,
+        step_function: StepProgram,
         workdir: epath.Path,
         startup_clock: StartupClock,
     ):
@@ -102,7 +101,7 @@ class LoopRunner:
         """The state after `steps` more steps."""
         first, self.step = self.step, self.step + steps
         loop = Loop(
-            step_function=self._step_function,
+            program_of=lambda step: self._step_function,
             batches=batches,
             input_state=self._parts.input_state.save,
             first_step=first,
@@ -176,7 +175,7 @@ class Turns:
     def __init__(
         self,
         runner: LoopRunner,
-        step: CompiledStep | CompiledSteps,
+        step: StepProgram,
         batches: Prefetcher,
         steps: int,
     ):

@@ -299,7 +299,7 @@ class HostRun:
         """Up to where this turn ends, with everything off that a step in the middle does not do."""
         log_when = self._setup.log_when()
         return Loop(
-            step_function=program,
+            program_of=lambda step: program,
             batches=iter(lambda: self._batch, None),
             input_state=lambda step: {},
             first_step=first,

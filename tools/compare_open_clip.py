@@ -92,7 +92,7 @@ def checked(config: ConfigDict, evaluator: str) -> tuple[Any, Objective]:
             "--set optimizer.name=adamw"
         )
     tokenizer = build_tokenizer(config.tokenizer, lambda: sample_texts(config.data), None)
-    objective = make_objective(config.objective, tokenizer, config.microbatches)
+    objective = make_objective(config.objective, tokenizer)
     refusal = open_clip_peer.refusal(objective)
     if refusal:
         raise UserError(f"open_clip has no such model: {refusal}")

@@ -107,7 +107,7 @@ def config_of(
     """
     config = config_lib.load(file)
     config_lib.override(config, [*assignments, f"seed={seed}"])
-    make_objective(config.objective, tokenizer_sizes(config.tokenizer), config.microbatches)
+    make_objective(config.objective, tokenizer_sizes(config.tokenizer))
     for score in scores:
         if score.partition("/")[0] not in config.evaluators:
             known = ", ".join(config.evaluators)

@@ -44,7 +44,7 @@ def main() -> int:
     """The training command; returns its exit status."""
     control = Path(os.environ["VLP_FAULT_DRILL"])
     compile_steps = Setup.compile
-    Setup.compile = lambda setup: with_faults(compile_steps(setup), control)
+    Setup.compile = lambda *given: with_faults(compile_steps(*given), control)
     return train_command.main()
 
 

@@ -37,6 +37,7 @@ from vlp_jax.training.lock import locked
 from vlp_jax.training.loop import Loop
 from vlp_jax.training.measures import Measures, profile_steps, take_profile_flag
 from vlp_jax.training.optimizer import learning_rate_jumps
+from vlp_jax.training.phases import Phases, begin_phase, compile_phases, describe_losses
 from vlp_jax.training.preemption import PreemptionWatch
 from vlp_jax.training.report import StepReport
 from vlp_jax.training.setup import Setup, check_dispatch
@@ -170,13 +171,13 @@ def train(
         begin(parts, workdir, job, first_step, progress.print)
         measures.begin(first_step, setup.units.total_steps)
         with clock.phase("compile the step"), measures.compiling_step():
-            step_function = setup.compile()
+            programs = compile_phases(setup, first_step)
         with clock.phase("restore the state" if first_step else "initialize the state"):
             state = first_state(parts, checkpointer, first_step)
         writer = stack.enter_context(open_writers(config, workdir, first_step))
         step_clock = measures.use(make_step_clock(setup, clock))
         loop = Loop(
-            step_function=step_function,
+            program_of=Phases(programs, begin_phase(setup, step_clock, progress.print)),
             batches=stack.enter_context(make_prefetcher(parts, first_step)),
             input_state=parts.input_state.save,
             first_step=first_step,
@@ -282,6 +283,8 @@ def begin(
         tell(processes)
     tell(mesh_lib.describe(parts.setup.mesh))
     tell(describe_run(parts.setup, first_step))
+    for phase in parts.setup.phases[1:]:
+        tell(f"from step {phase:,} on the loss is that of {describe_losses(parts.setup, phase)}")
 
 
 def changed(setup: Setup, workdir: epath.Path, first_step: int) -> Iterator[str]:

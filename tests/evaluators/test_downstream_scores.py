@@ -118,8 +118,8 @@ def test_equal_scores_are_no_success(world):
 # Loss.
 
 
-def started(section, microbatches=1):
-    objective = make_objective(section, TOKENIZER, microbatches)
+def started(section):
+    objective = make_objective(section, TOKENIZER)
     spec = {"image": jax.ShapeDtypeStruct((1, SIDE, SIDE, 3), np.uint8),
             "text": jax.ShapeDtypeStruct((1, LENGTH), np.int32),
             "label": jax.ShapeDtypeStruct((1,), np.int32)}  # fmt: skip
@@ -132,7 +132,7 @@ def started(section, microbatches=1):
 
 @pytest.mark.parametrize(("devices", "batch_size"), LAYOUTS[1:])
 def test_loss_of_a_mean_over_examples_is_exact(world, devices, batch_size):
-    objective, params = started(CLASSIFICATION, microbatches=2)
+    objective, params = started(CLASSIFICATION)
     found = evaluator(world, devices, batch_size, {"name": "loss"}, functions_of(objective))
     scores = dict(found(params))
     logits = np.asarray(jax.jit(objective.functions()["classify"])(params, world.arrays["image"]))

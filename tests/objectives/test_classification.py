@@ -18,6 +18,7 @@ from vlp_jax.models.values import Pixels
 from vlp_jax.objectives import make_objective
 from vlp_jax.objectives.base import Context, check_reads
 from vlp_jax.objectives.class_loss import class_losses
+from vlp_jax.objectives.microbatch import loss_in_parts
 from vlp_jax.training import param_groups
 
 TOWER = {"width": 16, "depth": 2, "mlp_dim": 32, "heads": 2}
@@ -52,9 +53,9 @@ def spec_of(fields):
     return {k: jax.ShapeDtypeStruct(v.shape, v.dtype) for k, v in fields.items()}
 
 
-def start(section, microbatches=1):
+def start(section):
     """An objective and parameters that are far from the zeros of a new head."""
-    objective = make_objective(section, TOKENIZER, microbatches)
+    objective = make_objective(section, TOKENIZER)
     params = jax.jit(lambda: nn.unbox(objective.init(jax.random.key(0), spec_of(batch()))))()
     kernel = np.random.default_rng(3).normal(size=params["head"]["kernel"].shape)
     params["head"]["kernel"] = jnp.asarray(kernel, jnp.float32)
@@ -123,8 +124,9 @@ def test_labels_of_mixup_and_smoothing_in_training_alone():
 def test_microbatches_equal_the_whole_batch():
     found = []
     for parts in (1, 4):
-        objective, params = start(QUESTIONS, parts)
-        loss = lambda p: objective.loss(p, batch(), Context(KEY))[0]  # noqa: B023, E731
+        objective, params = start(QUESTIONS)
+        in_parts = loss_in_parts(objective, parts)
+        loss = lambda p: in_parts(p, batch(), Context(KEY))[0]  # noqa: B023, E731
         found.append(jax.jit(jax.value_and_grad(loss))(params))
     np.testing.assert_allclose(found[0][0], found[1][0], rtol=1e-5)
     leaves = [jax.tree.leaves(jax.tree.map(np.asarray, gradient)) for _, gradient in found]

@@ -12,6 +12,7 @@ from vlp_jax.errors import UserError
 from vlp_jax.objectives import make_objective
 from vlp_jax.objectives.base import Context
 from vlp_jax.objectives.masked_autoencoding import hidden_errors
+from vlp_jax.objectives.microbatch import loss_in_parts
 
 TOWER = {"width": 32, "depth": 2, "mlp_dim": 64, "heads": 2}
 TOKENIZER = types.SimpleNamespace(vocab_size=64, context_length=8, pad_id=0, eos_id=2)
@@ -43,14 +44,15 @@ def batch():
     }
 
 
-def start(section, microbatches=1):
-    objective = make_objective(section, TOKENIZER, microbatches)
+def start(section):
+    objective = make_objective(section, TOKENIZER)
     return objective, jax.jit(lambda key: nn.unbox(objective.init(key, SPEC)))(jax.random.key(0))
 
 
 def value_and_grad(section, microbatches=1):
-    objective, params = start(section, microbatches)
-    function = jax.value_and_grad(lambda p: objective.loss(p, batch(), Context(KEY))[0])
+    objective, params = start(section)
+    loss = loss_in_parts(objective, microbatches)
+    function = jax.value_and_grad(lambda p: loss(p, batch(), Context(KEY))[0])
     return jax.jit(function)(params)
 
 

@@ -30,7 +30,7 @@ def objective_of(config, **tokenizer):
             context_length=config.tokenizer.context_length,
             **ids,
         )
-    return make_objective(config.objective, tokenizer or None, config.microbatches)
+    return make_objective(config.objective, tokenizer or None)
 
 
 def shapes_of(config):

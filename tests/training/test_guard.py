@@ -31,6 +31,9 @@ class Poisoned:
     def __getattr__(self, name):
         return getattr(self._objective, name)
 
+    def at(self, step):
+        return self
+
     def loss(self, params, batch, context):
         loss, output = self._objective.loss(params, batch, context)
         poison = jnp.where(batch["image"][0, 0, 0, 0] == 255, self._factor, 1.0)

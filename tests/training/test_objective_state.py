@@ -30,8 +30,6 @@ class Centred(Objective):
     and from those of the averaged parameters, if there are any."""
 
     inner: Objective
-    microbatches: int = 1
-    couples_batch: bool = True
 
     @property
     def model(self) -> Any:
@@ -53,14 +51,21 @@ class Centred(Objective):
             "examples": jnp.int32(0),
         }
 
-    def loss(self, params, batch, context):
-        value, output = self.inner.loss(params, batch, context)
+    def forward(self, params, batch, context):
         embed = self.functions()["embed_image"]
-        image, state = embed(params, batch["image"]), context.state
+        taught = params if context.ema_params is None else context.ema_params
+        return {
+            "inner": self.inner.forward(params, batch, context),
+            "image": embed(params, batch["image"]),
+            "taught": jax.lax.stop_gradient(embed(taught, batch["image"])),
+        }
+
+    def reduce(self, params, examples, context):
+        value, output = self.inner.reduce(params, examples["inner"], context)
+        image, state = examples["image"], context.state
         value += jnp.square(image - state["centre"]).sum(axis=1).mean()
         if context.ema_params is not None:
-            taught = embed(context.ema_params, batch["image"])
-            value += jnp.square(image - jax.lax.stop_gradient(taught)).sum(axis=1).mean()
+            value += jnp.square(image - examples["taught"]).sum(axis=1).mean()
         mean = jax.lax.stop_gradient(image).mean(axis=0)
         after = {
             "centre": DECAY * state["centre"] + (1 - DECAY) * mean,
@@ -70,8 +75,8 @@ class Centred(Objective):
         return value, LossOutput(metrics, after)
 
 
-def make_centred(*, tokenizer, microbatches=1, inner):
-    return Centred(objectives.make_objective(inner, tokenizer, microbatches))
+def make_centred(*, tokenizer, inner):
+    return Centred(objectives.make_objective(inner, tokenizer))
 
 
 @pytest.fixture(autouse=True)

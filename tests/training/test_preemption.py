@@ -142,7 +142,7 @@ def test_an_evaluation_is_left_and_the_step_before_it_saved():
             loop.run(MagicMock())
         os.kill(os.getpid(), signal.SIGINT)  # saves are not left
     [call] = loop.checkpointer.save.call_args_list
-    assert call.args[0] == 4 and not loop.step_function.called
+    assert call.args[0] == 4 and not loop.program_of.called
     loop.checkpointer.finish.assert_called_once_with(4)
 
 

@@ -96,7 +96,7 @@ class Subject:
         train_data = as_plain(config.data)  # as it was in training
         config_lib.override(config, list(overrides))
         tokenizer = workdir_lib.open_kept_tokenizer(workdir, config)
-        objective = make_objective(config.objective, tokenizer, config.microbatches)
+        objective = make_objective(config.objective, tokenizer)
         mesh, batch_size, notes = _layout(config, batch_size)
         wording, more = text_wording(config, objective)
         chosen = choose_evaluators(config, names)

@@ -35,7 +35,6 @@ def loss_functions(objective: Objective) -> dict[str, Function]:
     if objective.couples_batch:
         whole = lambda params, batch: _loss_of_batch(objective, params, batch)  # noqa: E731
         return {WHOLE: Function(whole, {}, "metric -> (sum, count)")}
-    objective = objective.undivided()
 
     def of_each(params: Any, batch: dict[str, Array]) -> dict[str, tuple[Array, Array]]:
         def one(example: dict[str, Array], number: Array) -> dict[str, tuple[Array, Array]]:

@@ -49,7 +49,7 @@ class Classifier(nn.Module):
 
     def features(self, image: Images, train: bool = False) -> Float[Array, "batch embed"]:
         """The pooled features of images with values in [0, 255]."""
-        return self.image(self.pixels.normalize(image), train=train)
+        return self.image(image, train=train, prepare=self.pixels.normalize)
 
     def embed_image(self, image: Images) -> Float[Array, "batch embed"]:
         """Unit vectors of images with values in [0, 255], float32."""

@@ -113,7 +113,7 @@ class QuestionAnswerer(nn.Module):
           text: token ids of the question.
           train: whether stochastic depth is at work (it needs the random stream "drop_path").
         """
-        seen = self.image(self.pixels.normalize(image), train=train)
+        seen = self.image(image, train=train, prepare=self.pixels.normalize)
         read = self.text(text, train)
         x = self.fusion(seen, read, self.text.lengths(text), train)
         return self.head(x).astype(jnp.float32)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -62,6 +63,9 @@ class TextTransformer(nn.Module):
     padding_mask: bool = False
     compute: ComputeConfig = ComputeConfig()
 
+    # See `VisionTransformer`.
+    SHARED: ClassVar[Mapping[str, tuple[str, ...]]] = {"__call__": (), "sequence": ("pooling",)}
+
     @property
     def width(self) -> int:
         """Of the features."""
@@ -79,6 +83,12 @@ class TextTransformer(nn.Module):
         Raises:
           ValueError: the sequences have another length than `context_length`.
         """
+        return self._pool(self.sequence(tokens, train), tokens)
+
+    def sequence(
+        self, tokens: Int[Array, "batch tokens"], train: bool = False
+    ) -> Float[Array, "batch tokens width"]:
+        """All tokens as they are before the pooling; arguments and errors as for a call."""
         if tokens.shape[1] != self.context_length:
             raise ValueError(f"the model takes {self.context_length} tokens, not {tokens.shape[1]}")
         embedding = TokenEmbedding(
@@ -88,10 +98,12 @@ class TextTransformer(nn.Module):
         positions = layers.position_embedding(self, self.context_length, self.width, 0.01)
         x = x + positions.astype(x.dtype)
         x = nn.with_logical_constraint(x, ("batch", "act_tokens", "act_embed"))
-        lengths = self.lengths(tokens) if self.padding_mask else None
         encoder = layers.Encoder(self.transformer, self.compute, name="encoder")
-        x = encoder(x, AttentionMask(self.causal, lengths=lengths), train)
-        return self._pool(x, tokens, lengths)
+        return encoder(x, AttentionMask(self.causal, lengths=self._seen(tokens)), train)
+
+    def _seen(self, tokens: Int[Array, "batch tokens"]) -> Int[Array, " batch"] | None:
+        """The lengths that attention is told of."""
+        return self.lengths(tokens) if self.padding_mask else None
 
     def lengths(self, tokens: Int[Array, "batch tokens"]) -> Int[Array, " batch"]:
         """Tokens up to the last that is no padding; one at least, since attention needs one."""
@@ -102,7 +114,6 @@ class TextTransformer(nn.Module):
         self,
         x: Float[Array, "batch tokens width"],
         tokens: Int[Array, "batch tokens"],
-        lengths: Int[Array, " batch"] | None,
     ) -> Float[Array, "batch *tokens width"]:
         if self.pooling == "none":
             return x
@@ -120,7 +131,7 @@ class TextTransformer(nn.Module):
             return mean.astype(x.dtype)
         if self.pooling == "map":
             pooling = layers.AttentionPooling(self.transformer, self.compute, name="pooling")
-            return pooling(x, AttentionMask(lengths=lengths))
+            return pooling(x, AttentionMask(lengths=self._seen(tokens)))
         raise ValueError(f"unknown pooling {self.pooling!r} (known: {', '.join(POOLINGS)})")
 
 

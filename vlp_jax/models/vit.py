@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar
 
 import einops
 import flax.linen as nn
@@ -140,6 +140,9 @@ class VisionTransformer(nn.Module):
     norm_after_pool: bool = False
     compute: ComputeConfig = ComputeConfig()
 
+    # The methods that several losses share, and the fields that make no difference to them.
+    SHARED: ClassVar[Mapping[str, tuple[str, ...]]] = {"__call__": (), "sequence": ("pooling",)}
+
     @property
     def width(self) -> int:
         """Of the features."""
@@ -185,6 +188,19 @@ class VisionTransformer(nn.Module):
         Raises:
           ValueError: the image has another size than `image_size`.
         """
+        x = self._pool(self.sequence(image, keep, train, prepare))
+        if self.norm_after_pool:
+            x = norm(self.transformer, self.compute.dtype, "norm")(x)
+        return x
+
+    def sequence(
+        self,
+        image: Num[Array, "batch height width channels"],
+        keep: Int[Array, "batch kept"] | None = None,
+        train: bool = False,
+        prepare: Prepare | None = None,
+    ) -> Float[Array, "batch tokens embed"]:
+        """All tokens as they are before the pooling; arguments and errors as for a call."""
         if image.shape[1:3] != tuple(self.image_size):
             raise ValueError(
                 f"the model takes images of {self.image_size[0]} x {self.image_size[1]} pixels, "
@@ -201,10 +217,7 @@ class VisionTransformer(nn.Module):
         encoder = layers.Encoder(
             self.transformer, self.compute, final_norm=final_norm, name="encoder"
         )
-        x = self._pool(encoder(x, train=train))
-        if self.norm_after_pool:
-            x = norm(self.transformer, self.compute.dtype, "norm")(x)
-        return x
+        return encoder(x, train=train)
 
     def _embed(
         self, x: Float[Array, "batch kept width"], keep: Int[Array, "batch kept"] | None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,12 +13,13 @@ from vlp_jax.objectives.composite import Composite, make_composite
 from vlp_jax.objectives.contrastive import make_contrastive
 from vlp_jax.objectives.masked_autoencoding import make_masked_autoencoding
 from vlp_jax.objectives.question_answering import make_question_answering
+from vlp_jax.objectives.weight import StepsOf
 
 
 def make_objective(
     section: Mapping[str, Any],
     tokenizer: Any,
-    microbatches: int = 1,
+    steps_of: StepsOf | None = None,
     where: str = "config.objective",
 ) -> Objective:
     """The objective that `config.objective` describes.
@@ -25,20 +27,26 @@ def make_objective(
     Args:
       section: `name`, a key of `OBJECTIVES`, and the arguments of what it names.
       tokenizer: has `vocab_size`, `context_length`, `pad_id` and `eos_id`; None if there is none.
-      microbatches: parts in which a batch is computed, one after the other.
+      steps_of: turns durations into steps, for weights that change in the course of a run; None
+        where nothing is trained.
       where: what the section is called in an error.
 
     Raises:
       UserError: unknown names or keys, sizes that do not fit each other.
     """
     constructor = config_lib.select(OBJECTIVES, section, where)
+    given = {"tokenizer": tokenizer, "steps_of": steps_of}
+    asked = inspect.signature(constructor).parameters
     return config_lib.build(
-        constructor, section, where, tokenizer=tokenizer, microbatches=microbatches
+        constructor, section, where, **{key: given[key] for key in given if key in asked}
     )
 
 
-def _composite(*, parts: Mapping[str, Any], tokenizer: Any, microbatches: int) -> Composite:
-    return make_composite(make_objective, parts, tokenizer=tokenizer, microbatches=microbatches)
+def _composite(*, parts: Mapping[str, Any], tokenizer: Any, steps_of: StepsOf | None) -> Composite:
+    def make_part(section: Mapping[str, Any], where: str) -> Objective:
+        return make_objective(section, tokenizer, steps_of, where)
+
+    return make_composite(make_part, parts, steps_of)
 
 
 OBJECTIVES = {

@@ -11,11 +11,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
+from vlp_jax.objectives.weight import Weight
+
 Params = Any
 State = Any
 Batch = Mapping[str, Array]
 BatchSpec = Mapping[str, jax.ShapeDtypeStruct]  # of the global batch
 Metrics = dict[str, tuple[Array, Array]]  # name -> (sum, count); merged by adding both
+Examples = Any  # a pytree of arrays whose first dimension is the batch
 
 PIXELS, TOKENS, LABELS = "pixels", "tokens", "labels"
 SEPARATOR = "/"  # between the name of a further dataset and that of its field
@@ -156,7 +159,7 @@ class Part:
 
     name: str
     objective: Objective
-    weight: float = 1.0
+    weight: Weight = Weight()
     data: str | None = None
 
     @property
@@ -184,16 +187,21 @@ class Part:
 class Objective(Protocol):
     """A frozen dataclass of Flax modules and numbers, which names this class as its base.
 
+    The loss is computed in three stages, so that a batch can be computed in microbatches and
+    several losses can share a forward pass. Most objectives have `forward` alone.
+
     Attributes:
       model: the Flax module, or the first of several.
-      couples_batch: the loss of an example depends on the others, so that it needs the whole global
-        batch (contrastive), and gradients of parts of it do not add up.
       compute_dtype: of the matrix products, for the peak that MFU is measured against.
       reads: the fields of a batch that the loss takes, by name.
     """
 
     model: nn.Module
-    couples_batch: bool
+
+    @property
+    def couples_batch(self) -> bool:
+        """Whether the loss of an example depends on the others, as a contrastive one does."""
+        return type(self).reduce is not Objective.reduce
 
     @property
     def compute_dtype(self) -> Any:
@@ -220,10 +228,38 @@ class Objective(Protocol):
         del batch_spec
         return {}
 
+    def draw(self, batch: Batch, context: Context) -> Examples:
+        """The fields that `forward` takes, with what is drawn at random for each example.
+
+        It sees the whole batch, so that what is drawn does not depend on the microbatches.
+        """
+        del context
+        return {name: batch[name] for name in self.reads}
+
+    def forward(self, params: Params, batch: Examples, context: Context) -> Examples:
+        """What is computed of each example by itself: of what `draw` gave, or of a part of it.
+
+        For an objective without a `reduce` of its own it is the metrics of each example:
+        name -> (sum, count), both [batch], with the loss under "loss". Counts follow from the batch
+        alone, never from the parameters.
+        """
+
+    def reduce(
+        self, params: Params, examples: Examples, context: Context
+    ) -> tuple[Float[Array, ""], LossOutput]:
+        """The scalar to minimize, and what else is worth knowing, from all that `forward` gave."""
+        del params, context
+        metrics = {name: (total.sum(), count.sum()) for name, (total, count) in examples.items()}
+        total, count = metrics["loss"]
+        mean = total / jnp.where(count == 0, 1, count)  # of a batch without anything to learn: 0
+        return mean, LossOutput(metrics)
+
     def loss(
         self, params: Params, batch: Batch, context: Context
     ) -> tuple[Float[Array, ""], LossOutput]:
-        """The scalar to minimize, and what else is worth knowing."""
+        """The three stages, one after the other."""
+        examples = self.forward(params, self.draw(batch, context), context)
+        return self.reduce(params, examples, context)
 
     def functions(self) -> dict[str, Function]:
         """Functions of the model for evaluators, exports and users, by name."""
@@ -232,9 +268,14 @@ class Objective(Protocol):
         """All objectives of a sum by name; an objective that is no sum has itself under ""."""
         return {"": Part("", self)}
 
-    def undivided(self) -> Self:
-        """The same without microbatches, so that a batch may have any size."""
-        return dataclasses.replace(self, microbatches=1)
+    def switches(self) -> tuple[int, ...]:
+        """The steps from which on another sum is computed; see `at`."""
+        return ()
+
+    def at(self, step: int) -> Self:
+        """The objective without the parts whose weight is 0 at this step, up to the next switch."""
+        del step
+        return self
 
 
 def first_example(batch_spec: BatchSpec, names: Iterable[str]) -> list[Array]:

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from vlp_jax.models.variants import check_choice
-from vlp_jax.objectives.base import Metrics
 
 Targets = Int[Array, " batch"] | Float[Array, "batch classes"]
 
@@ -66,17 +65,17 @@ def class_losses(
 
 def loss_and_accuracy(
     scores: Float[Array, "batch classes"], targets: Targets, kind: str, label_smoothing: float
-) -> tuple[Float[Array, ""], Metrics]:
-    """The mean of `class_losses`, and how many examples have their class at the top.
+) -> dict[str, tuple[Float[Array, " batch"], Float[Array, " batch"]]]:
+    """`class_losses`, and 1 for an example that has its class at the top, as metrics of examples.
 
     The class of an example with shares is that of its largest.
     """
     losses = class_losses(scores, targets, kind, label_smoothing)
     soft = not jnp.issubdtype(targets.dtype, jnp.integer)
     label = jnp.argmax(targets, axis=-1) if soft else targets
-    hits = (jnp.argmax(scores, axis=-1) == label).sum().astype(jnp.float32)
-    count = jnp.float32(len(scores))
-    return losses.mean(), {"loss": (losses.sum(), count), "accuracy": (hits, count)}
+    hits = (jnp.argmax(scores, axis=-1) == label).astype(jnp.float32)
+    one = jnp.ones_like(losses)
+    return {"loss": (losses, one), "accuracy": (hits, one)}
 
 
 def check_loss(kind: str, label_smoothing: float) -> None:

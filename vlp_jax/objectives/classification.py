@@ -6,20 +6,18 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, PRNGKeyArray
 
 from vlp_jax import config as config_lib
 from vlp_jax.models.classifier import Classifier
 from vlp_jax.models.values import Pixels, keywords_of
 from vlp_jax.models.vit import make_vit
 from vlp_jax.objectives.base import (
-    Batch,
     BatchSpec,
     Context,
+    Examples,
     Field,
     Function,
-    LossOutput,
-    Metrics,
     Objective,
     Params,
     first_example,
@@ -27,7 +25,6 @@ from vlp_jax.objectives.base import (
 )
 from vlp_jax.objectives.class_loss import check_loss, loss_and_accuracy
 from vlp_jax.objectives.compute import make_compute
-from vlp_jax.objectives.microbatch import mean_over_parts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,15 +36,12 @@ class Classification(Objective):
       class_loss: "softmax" or "sigmoid"; see `class_loss.CLASS_LOSSES`.
       label_smoothing: share of a label that is spread over all classes, in training alone.
       label_field: the field of a batch with the class, or with the share of each (MixUp).
-      microbatches: parts of a batch that are computed one after the other.
     """
 
     model: Classifier
     class_loss: str = "softmax"
     label_smoothing: float = 0.0
     label_field: str = "label"
-    microbatches: int = 1
-    couples_batch: bool = False
 
     @property
     def reads(self) -> dict[str, Field]:
@@ -65,21 +59,12 @@ class Classification(Objective):
         """
         return self.model.init(rng, *first_example(batch_spec, ("image",)))["params"]
 
-    def loss(
-        self, params: Params, batch: Batch, context: Context
-    ) -> tuple[Float[Array, ""], LossOutput]:
-        """The mean cross-entropy, and the accuracy."""
-        fields = (batch["image"], batch[self.label_field])
+    def forward(self, params: Params, batch: Examples, context: Context) -> Examples:
+        """The cross-entropy of each example, and whether it is right."""
+        rngs = {"drop_path": context.rng}
+        scores = self.model.apply({"params": params}, batch["image"], context.train, rngs=rngs)
         smoothing = self.label_smoothing if context.train else 0.0
-
-        def part(params: Params, fields: Any, key: PRNGKeyArray) -> tuple[Array, Metrics]:
-            image, label = fields
-            rngs = {"drop_path": key}
-            scores = self.model.apply({"params": params}, image, context.train, rngs=rngs)
-            return loss_and_accuracy(scores, label, self.class_loss, smoothing)
-
-        value, metrics = mean_over_parts(part, params, fields, context.rng, self.microbatches)
-        return value, LossOutput(metrics)
+        return loss_and_accuracy(scores, batch[self.label_field], self.class_loss, smoothing)
 
     def functions(self) -> dict[str, Function]:
         """Of images with values in [0, 255]: `classify`, the score of each class, and
@@ -97,8 +82,6 @@ class Classification(Objective):
 @keywords_of(make_compute)
 def make_classification(
     *,
-    tokenizer: Any = None,
-    microbatches: int = 1,
     image: Mapping[str, Any],
     classes: int,
     loss: str = "softmax",
@@ -111,7 +94,6 @@ def make_classification(
     """`Classification` from `config.objective`.
 
     Args:
-      tokenizer: not used.
       image: arguments of `make_vit`, with a pooling.
       classes: how many there are.
       loss, label_smoothing, label_field: see `Classification`.
@@ -121,7 +103,6 @@ def make_classification(
       ValueError: an unknown variant, loss or dtype, fewer than two classes, smoothing outside of
         [0, 1), or a tower without pooling.
     """
-    del tokenizer
     check_loss(loss, label_smoothing)
     if classes < 2:
         raise ValueError(f"classes must be at least 2, not {classes}")
@@ -130,4 +111,4 @@ def make_classification(
     if vit.pooling == "none":
         raise ValueError("the image tower needs a pooling to end in one vector")
     model = Classifier(vit, classes, Pixels(tuple(image_mean), tuple(image_std)))
-    return Classification(model, loss, label_smoothing, label_field, microbatches)
+    return Classification(model, loss, label_smoothing, label_field)

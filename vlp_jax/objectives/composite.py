@@ -16,6 +16,7 @@ from vlp_jax.objectives.base import (
     Batch,
     BatchSpec,
     Context,
+    Examples,
     Field,
     Function,
     LossOutput,
@@ -24,13 +25,16 @@ from vlp_jax.objectives.base import (
     Part,
     State,
 )
+from vlp_jax.objectives.shared_forward import shared_forward
+from vlp_jax.objectives.weight import StepsOf, Weight
 
 
 @dataclasses.dataclass(frozen=True)
 class Composite(Objective):
     """The sum of its parts' losses, each times its weight.
 
-    Parameters with the same path are the same: parts that both have an `image` tower train one.
+    Parameters with the same path are the same: parts that both have an `image` tower train one, and
+    what it computes of the same images it computes once (`shared_forward`).
 
     Attributes:
       members: the parts, of which none is a sum itself.
@@ -81,15 +85,35 @@ class Composite(Objective):
         }
         return {name: state for name, state in states.items() if state}
 
-    def loss(
-        self, params: Params, batch: Batch, context: Context
+    def draw(self, batch: Batch, context: Context) -> Examples:
+        """What each part draws, by its key."""
+        return {
+            part.key: part.objective.draw(part.fields(batch), context.of_part(index, part))
+            for index, part in enumerate(self.members)
+        }
+
+    def forward(self, params: Params, batch: Examples, context: Context) -> Examples:
+        """What each part computes, by its key. They share what their towers compute."""
+        with shared_forward():
+            return {
+                part.key: part.objective.forward(
+                    params, batch[part.key], context.of_part(index, part)
+                )
+                for index, part in enumerate(self.members)
+            }
+
+    def reduce(
+        self, params: Params, examples: Examples, context: Context
     ) -> tuple[Float[Array, ""], LossOutput]:
-        """The weighted sum; metrics are named after the part, "NAME/loss" and so on."""
-        total, metrics, states = jnp.float32(0), {}, {}
+        """The weighted sum; metrics are named after the part, "NAME/loss" and so on.
+
+        In evaluation all weights are those that they rise to.
+        """
+        total, metrics, states = jnp.float32(0), {}, dict(context.state)
         for index, part in enumerate(self.members):
             own = context.of_part(index, part)
-            value, output = part.objective.loss(params, part.fields(batch), own)
-            total += part.weight * value
+            value, output = part.objective.reduce(params, examples[part.key], own)
+            total += (part.weight.at(context.step) if context.train else part.weight.value) * value
             metrics |= {f"{part.name}/{name}": pair for name, pair in output.metrics.items()}
             states |= {part.key: output.state} if output.state else {}
         return total, LossOutput({**metrics, "loss": (total, jnp.float32(1))}, states)
@@ -105,12 +129,24 @@ class Composite(Objective):
         """The parts by name."""
         return {part.name: part for part in self.members}
 
-    def undivided(self) -> Self:
-        """The same with parts that have no microbatches."""
-        parts = (
-            dataclasses.replace(part, objective=part.objective.undivided()) for part in self.members
-        )
-        return dataclasses.replace(self, members=tuple(parts))
+    def switches(self) -> tuple[int, ...]:
+        """The steps at which parts begin or end."""
+        ends = (step for part in self.members for step in (part.weight.begin, part.weight.end))
+        return tuple(sorted({step for step in ends if step}))
+
+    def at(self, step: int) -> Self:
+        """The sum of the parts whose weight is not 0 at this step.
+
+        Raises:
+          ValueError: there is none.
+        """
+        members = tuple(part for part in self.members if part.weight.is_on(step))
+        if not members:
+            raise ValueError(
+                f"the weights of all parts are 0 at step {step:,}: let one of them begin earlier "
+                "or end later"
+            )
+        return dataclasses.replace(self, members=members)
 
 
 def merge_trees(tree: dict[str, Any], more: Mapping[str, Any], who: str, path: str = "") -> None:
@@ -143,27 +179,29 @@ def _bare(leaf: Any) -> Any:
 def make_composite(
     make_part: Callable[..., Objective],
     parts: Mapping[str, Mapping[str, Any]],
-    **shared: Any,
+    steps_of: StepsOf | None = None,
 ) -> Composite:
     """`Composite` from `config.objective`.
 
     Args:
-      make_part: makes the objective of a section; it is handed `where` and what is `shared`.
-      parts: by name, the section of an objective with two keys more: `weight` (default 1) and
-        `data`, the name of a dataset in `config.extra_data` (default: `config.data`).
+      make_part: makes the objective of a section; it is handed `where`.
+      parts: by name, the section of an objective with two keys more: `weight` (default 1; see
+        `Weight.of`) and `data`, the name of a dataset in `config.extra_data` (default:
+        `config.data`).
+      steps_of: see `Weight.of`.
 
     Raises:
-      ValueError: no parts, or a weight that is not positive.
+      ValueError: no parts, or weights that do not go together.
+      UserError: a weight that is none.
     """
     if not parts:
         raise ValueError("a composite objective needs parts")
     made: list[Part] = []
     for name, section in parts.items():
-        section = dict(section.items())
-        weight, data = float(section.pop("weight", 1.0)), section.pop("data", None)
-        if weight <= 0:
-            raise ValueError(f"the weight of part {name!r} must be positive, not {weight}")
-        objective = make_part(section, where=f"config.objective.parts.{name}", **shared)
+        section, where = dict(section.items()), f"config.objective.parts.{name}"
+        weight = Weight.of(section.pop("weight", 1.0), steps_of, f"{where}.weight")
+        data = section.pop("data", None)
+        objective = make_part(section, where=where)
         for inner in objective.parts().values():  # of a sum in a sum, the parts themselves
             made.append(
                 Part(

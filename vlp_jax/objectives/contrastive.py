@@ -22,6 +22,7 @@ from vlp_jax.objectives.base import (
     Batch,
     BatchSpec,
     Context,
+    Examples,
     Field,
     Function,
     LossOutput,
@@ -33,7 +34,6 @@ from vlp_jax.objectives.base import (
 )
 from vlp_jax.objectives.blocked import blocked_loss
 from vlp_jax.objectives.compute import make_compute
-from vlp_jax.objectives.microbatch import embed_in_parts
 from vlp_jax.objectives.pairwise import PAIRWISE_LOSSES, pair_logits
 
 LOSS_FORMS = ("plain", "blocked")
@@ -49,7 +49,6 @@ class Contrastive(Objective):
       max_logit_scale: the factor on the cosine similarity is held at or below it; 0 for no bound.
       mask_ratio: share of the patches of each image that is left out in training (Li et al. 2023,
         "FLIP"); evaluation sees all of them.
-      microbatches: parts of a batch that are embedded one after the other. The loss sees all pairs.
       loss_form: "plain" (all logits of a device's images at once) or "blocked" (`blocked_loss`:
         memory that does not grow with the devices). The two are equal.
       loss_block_size: images of a device whose logits the blocked form holds at once.
@@ -59,10 +58,8 @@ class Contrastive(Objective):
     pairwise_loss: str
     max_logit_scale: float
     mask_ratio: float = 0.0
-    microbatches: int = 1
     loss_form: str = "plain"
     loss_block_size: int = 256
-    couples_batch: bool = True
 
     @property
     def reads(self) -> dict[str, Field]:
@@ -81,32 +78,34 @@ class Contrastive(Objective):
         """
         return self.model.init(rng, *first_example(batch_spec, self.reads))["params"]
 
-    def loss(
-        self, params: Params, batch: Batch, context: Context
+    def draw(self, batch: Batch, context: Context) -> Examples:
+        """Images and texts, and in training the patches that are seen."""
+        fields = {name: batch[name] for name in self.reads}
+        if context.train and self.mask_ratio:
+            key, patches = jax.random.split(context.rng)[0], self.model.image.patches
+            kept = kept_patches(patches, self.mask_ratio)
+            fields["keep"] = random_mask(key, len(batch["image"]), patches, kept).keep
+        return fields
+
+    def forward(self, params: Params, batch: Examples, context: Context) -> Examples:
+        """The embeddings."""
+        rngs = {"drop_path": jax.random.split(context.rng)[1]}
+        out = self.model.apply({"params": params}, **batch, train=context.train, rngs=rngs)
+        return {name: out[name] for name in ("image", "text")}
+
+    def reduce(
+        self, params: Params, examples: Examples, context: Context
     ) -> tuple[Float[Array, ""], LossOutput]:
-        """The pairwise loss over the global batch. The key chooses the patches that are seen.
+        """The pairwise loss over the global batch.
 
         Raises:
           ValueError: the form is "blocked" and no mesh is set.
         """
-        mask_key, model_key = jax.random.split(context.rng)
-        fields = {name: batch[name] for name in self.reads}
-        if context.train and self.mask_ratio:
-            patches = self.model.image.patches
-            kept = kept_patches(patches, self.mask_ratio)
-            fields["keep"] = random_mask(mask_key, len(batch["image"]), patches, kept).keep
-
-        def embed(params: Params, fields: Batch, key: PRNGKeyArray) -> dict[str, Array]:
-            out = self.model.apply(
-                {"params": params}, **fields, train=context.train, rngs={"drop_path": key}
-            )
-            return {name: out[name] for name in ("image", "text")}
-
-        out = embed_in_parts(embed, params, fields, model_key, self.microbatches)
+        del context
         log_scale, bias = self.model.apply({"params": params}, method="logit_parameters")
         scale = jnp.exp(bound_above(log_scale, self._log_bound()))
-        loss, hits = self._pair_loss(out["image"], out["text"], scale, bias)
-        count = jnp.float32(out["image"].shape[0])
+        loss, hits = self._pair_loss(examples["image"], examples["text"], scale, bias)
+        count = jnp.float32(examples["image"].shape[0])
         one = jnp.float32(1)
         metrics = {
             "loss": (loss * count, count),
@@ -215,7 +214,6 @@ def _from_tokenizer(tokenizer: Any) -> dict[str, int]:
 def make_contrastive(
     *,
     tokenizer: Any,
-    microbatches: int = 1,
     image: Mapping[str, Any],
     text: Mapping[str, Any],
     embed_dim: int,
@@ -239,7 +237,7 @@ def make_contrastive(
       image, text: arguments of `make_vit` and `make_text`.
       image_head, text_head: see `DualEncoder`.
       loss: "softmax" or "sigmoid".
-      microbatches, mask_ratio, loss_form, loss_block_size: see `Contrastive`.
+      mask_ratio, loss_form, loss_block_size: see `Contrastive`.
       logit_scale_init: default 1 / 0.07 (CLIP) for softmax, 10 (SigLIP, alg. 1) for sigmoid.
       logit_bias_init: default none for softmax, -10 (SigLIP, alg. 1) for sigmoid.
       compute: see `make_compute`.
@@ -264,6 +262,4 @@ def make_contrastive(
         pixels=Pixels(tuple(image_mean), tuple(image_std)),
     )
     kept_patches(model.image.patches, mask_ratio)  # raises for a ratio that leaves nothing
-    return Contrastive(
-        model, loss, max_logit_scale, mask_ratio, microbatches, loss_form, loss_block_size
-    )
+    return Contrastive(model, loss, max_logit_scale, mask_ratio, loss_form, loss_block_size)

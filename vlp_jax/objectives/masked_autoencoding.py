@@ -20,17 +20,15 @@ from vlp_jax.objectives.base import (
     Batch,
     BatchSpec,
     Context,
+    Examples,
     Field,
     Function,
-    LossOutput,
-    Metrics,
     Objective,
     Params,
     first_example,
     of_images,
 )
 from vlp_jax.objectives.compute import make_compute
-from vlp_jax.objectives.microbatch import mean_over_parts
 
 VARIANCE_EPS = 1e-6
 EVALUATION_SEED = 0  # of the masks under which a model is evaluated and looked at
@@ -71,14 +69,11 @@ class MaskedAutoencoding(Objective):
       mask_ratio: share of the patches that is hidden.
       normalize_targets: the pixels of each patch are predicted relative to its mean and standard
         deviation.
-      microbatches: parts of a batch that are computed one after the other.
     """
 
     model: MaskedAutoencoder
     mask_ratio: float
     normalize_targets: bool
-    microbatches: int = 1
-    couples_batch: bool = False
 
     @property
     def reads(self) -> dict[str, Field]:
@@ -103,21 +98,16 @@ class MaskedAutoencoding(Objective):
         (image,) = first_example(batch_spec, self.reads)
         return self.model.init(rng, image, self.mask(rng, 1))["params"]
 
-    def loss(
-        self, params: Params, batch: Batch, context: Context
-    ) -> tuple[Float[Array, ""], LossOutput]:
-        """Mean squared error over the hidden patches of all images."""
-        mask_key, model_key = jax.random.split(context.rng)
-        image = batch["image"]
-        fields = (image, self.mask(mask_key, len(image)))
+    def draw(self, batch: Batch, context: Context) -> Examples:
+        """Images and their masks."""
+        key, image = jax.random.split(context.rng)[0], batch["image"]
+        return {"image": image, "mask": self.mask(key, len(image))}
 
-        def part(params: Params, fields: Any, key: PRNGKeyArray) -> tuple[Array, Metrics]:
-            errors = self._errors(params, *fields, context.train, {"drop_path": key})
-            count = jnp.float32(len(errors))
-            return errors.mean(), {"loss": (errors.sum(), count)}
-
-        value, metrics = mean_over_parts(part, params, fields, model_key, self.microbatches)
-        return value, LossOutput(metrics)
+    def forward(self, params: Params, batch: Examples, context: Context) -> Examples:
+        """The mean squared error over the hidden patches of each image."""
+        rngs = {"drop_path": jax.random.split(context.rng)[1]}
+        errors = self._errors(params, batch["image"], batch["mask"], context.train, rngs)
+        return {"loss": (errors, jnp.ones_like(errors))}
 
     def _errors(
         self,
@@ -192,8 +182,6 @@ class MaskedAutoencoding(Objective):
 @keywords_of(make_compute)
 def make_masked_autoencoding(
     *,
-    tokenizer: Any = None,
-    microbatches: int = 1,
     image: Mapping[str, Any],
     decoder: Mapping[str, Any],
     mask_ratio: float = 0.75,
@@ -205,7 +193,6 @@ def make_masked_autoencoding(
     """`MaskedAutoencoding` from `config.objective`.
 
     Args:
-      tokenizer: not used.
       image: arguments of `make_vit`; the pooling is none, and by default there are a class token,
         sin-cos positions and exact GELU, as published.
       decoder: arguments of `make_masked_decoder`.
@@ -215,7 +202,6 @@ def make_masked_autoencoding(
     Raises:
       ValueError: an unknown variant or dtype, or a mask that hides all or nothing.
     """
-    del tokenizer
     how = make_compute(**compute)
     published = {"class_token": True, "position": "sincos", "activation": "gelu"}
     vit = config_lib.build(
@@ -227,4 +213,4 @@ def make_masked_autoencoding(
         make_masked_decoder, decoder, "config.objective.decoder", image=vit, compute=how
     )
     model = MaskedAutoencoder(vit, painter, Pixels(tuple(image_mean), tuple(image_std)))
-    return MaskedAutoencoding(model, mask_ratio, normalize_targets, microbatches)
+    return MaskedAutoencoding(model, mask_ratio, normalize_targets)

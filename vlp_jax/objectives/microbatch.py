@@ -1,10 +1,12 @@
 """Batches in parts, one after the other, so that the activations of one part are alive at a time.
 
-What is computed does not change: a contrastive loss still sees every pair of the whole batch.
+What is computed does not change: a contrastive loss still sees every pair of the whole batch, and a
+mean over words is one over all words of the batch.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -12,14 +14,49 @@ import einops
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Float
 
-from vlp_jax.objectives.base import Metrics, Params
+from vlp_jax.objectives.base import Batch, Context, Examples, LossOutput, Objective, Params
 
-Fields = Any  # a pytree of arrays whose first dimension is the batch
+Loss = Callable[[Params, Batch, Context], tuple[Float[Array, ""], LossOutput]]
 
 
-def split(fields: Fields, parts: int) -> Fields:
+def loss_in_parts(objective: Objective, parts: int) -> Loss:
+    """`objective.loss`, with `forward` of so many parts of the batch one after the other."""
+    if parts == 1:
+        return objective.loss
+    compute = _coupled if objective.couples_batch else _uncoupled
+
+    def loss(params: Params, batch: Batch, context: Context) -> Any:
+        batch = objective.draw(batch, context)
+        return compute(objective, params, _Divided(batch, context, parts), context)
+
+    return loss
+
+
+class _Divided:
+    """A batch as the parts that a `jax.lax.scan` goes through.
+
+    Fields that are the same array stay one, so that what is computed of it can be shared.
+    """
+
+    def __init__(self, batch: Examples, context: Context, parts: int):
+        leaves, self._structure = jax.tree.flatten(batch)
+        different = {id(leaf): leaf for leaf in leaves}
+        places = {key: place for place, key in enumerate(different)}
+        self._places = [places[id(leaf)] for leaf in leaves]
+        self._context = context
+        self.batch = batch
+        self.xs = (split(list(different.values()), parts), jax.random.split(context.rng, parts))
+
+    def part(self, x: Any) -> tuple[Examples, Context]:
+        """A part of the batch and the context of its losses, of an element of `xs`."""
+        fields, key = x
+        batch = jax.tree.unflatten(self._structure, [fields[place] for place in self._places])
+        return batch, dataclasses.replace(self._context, rng=key)
+
+
+def split(fields: Examples, parts: int) -> Examples:
     """[batch, ...] to [parts, batch / parts, ...]: part i has every `parts`-th example from i on.
 
     Neighbours go to different parts, so that each device keeps the examples it has.
@@ -32,7 +69,7 @@ def split(fields: Fields, parts: int) -> Fields:
     return jax.tree.map(one, fields)
 
 
-def merge(fields: Fields) -> Fields:
+def merge(fields: Examples) -> Examples:
     """The inverse of `split`."""
 
     def one(x: Array) -> Array:
@@ -42,69 +79,67 @@ def merge(fields: Fields) -> Fields:
     return jax.tree.map(one, fields)
 
 
-def embed_in_parts(
-    embed: Callable[[Params, Fields, PRNGKeyArray], Fields],
-    params: Params,
-    fields: Fields,
-    rng: PRNGKeyArray,
-    parts: int,
-) -> Fields:
-    """`embed(params, fields, rng)` for an `embed` that treats each example for itself.
+def _coupled(objective: Objective, params: Params, divided: _Divided, context: Context) -> Any:
+    """The loss at the price of a second forward pass: the first keeps what `forward` gives alone.
 
-    With more than one part it costs a second forward pass: the first keeps the embeddings alone;
-    once the loss has given their gradients, each part is embedded again and its gradient added up
-    (Gao et al. 2021, "GradCache", 3.2; Pham et al. 2023, "BASIC", 4.2).
+    Once the loss has given the gradients of that, each part is computed again and its gradient
+    added up (Gao et al. 2021, "GradCache", 3.2; Pham et al. 2023, "BASIC", 4.2).
     """
-    if parts == 1:
-        return embed(params, fields, rng)
-    again = jax.checkpoint(embed, prevent_cse=False)
-
-    def part(_: None, xs: tuple[Fields, Array]) -> tuple[None, Fields]:
-        fields, key = xs
-        return None, again(params, fields, key)
-
-    _, embeddings = jax.lax.scan(part, None, (split(fields, parts), jax.random.split(rng, parts)))
-    return merge(embeddings)
+    again = jax.checkpoint(
+        lambda params, x: objective.forward(params, *divided.part(x)), prevent_cse=False
+    )
+    _, examples = jax.lax.scan(lambda _, x: (None, again(params, x)), None, divided.xs)
+    return objective.reduce(params, merge(examples), context)
 
 
-def mean_over_parts(
-    loss: Callable[[Params, Fields, PRNGKeyArray], tuple[Float[Array, ""], Metrics]],
-    params: Params,
-    fields: Fields,
-    rng: PRNGKeyArray,
-    parts: int,
-) -> tuple[Float[Array, ""], Metrics]:
-    """`loss(params, fields, rng)` for a `loss` that is a mean over the examples.
+def _uncoupled(objective: Objective, params: Params, divided: _Divided, context: Context) -> Any:
+    """The loss of sums over examples.
 
     The gradient of a part is computed right after its loss, so that nothing of it is kept and no
-    forward pass is done twice.
+    forward pass is done twice. The sums are divided by the counts of the whole batch, which need no
+    forward pass: the compiler leaves out what only the sums need.
     """
-    if parts == 1:
-        return loss(params, fields, rng)
-    xs = (split(fields, parts), jax.random.split(rng, parts))
+    fixed = jax.lax.stop_gradient(params)
+    counts = jax.tree.map(jnp.sum, _counts(objective.forward(fixed, divided.batch, context)))
 
-    def add(total: Any, one: Any) -> Any:
-        return jax.tree.map(jnp.add, total, one)
-
-    def run(function: Callable[..., Any], params: Params) -> Any:
-        zero = jax.tree.map(
-            lambda leaf: jnp.zeros(leaf.shape, leaf.dtype),
-            jax.eval_shape(function, params, *jax.tree.map(lambda x: x[0], xs)),
+    def part(params: Params, x: Any) -> tuple[Array, Examples]:
+        examples = objective.forward(params, *divided.part(x))
+        spread = jax.tree.map(
+            lambda count, own: jnp.full(own.shape, count / own.size), counts, _counts(examples)
         )
-        total, _ = jax.lax.scan(lambda sums, x: (add(sums, function(params, *x)), None), zero, xs)
-        return total
+        return objective.reduce(params, _with_counts(examples, spread), context)[0], examples
+
+    def finish(params: Params, examples: Examples) -> tuple[Array, LossOutput]:
+        return objective.reduce(params, merge(examples), context)
 
     @jax.custom_vjp
-    def mean(params: Params) -> tuple[Array, Metrics]:
-        value, metrics = run(loss, params)
-        return value / parts, metrics
+    def loss(params: Params) -> tuple[Array, LossOutput]:
+        _, examples = jax.lax.scan(lambda _, x: (None, part(params, x)[1]), None, divided.xs)
+        return finish(params, examples)
 
-    def forward(params: Params) -> tuple[tuple[Array, Metrics], Params]:
-        (value, metrics), gradient = run(jax.value_and_grad(loss, has_aux=True), params)
-        return (value / parts, metrics), jax.tree.map(lambda g: g / parts, gradient)
+    def forward(params: Params) -> tuple[tuple[Array, LossOutput], Params]:
+        def one(total: Params, x: Any) -> tuple[Params, Examples]:
+            gradient, examples = jax.grad(part, has_aux=True)(params, x)
+            return jax.tree.map(jnp.add, total, gradient), examples
+
+        gradient, examples = jax.lax.scan(one, jax.tree.map(jnp.zeros_like, params), divided.xs)
+        return finish(params, examples), gradient
 
     def backward(gradient: Params, cotangents: tuple[Array, Any]) -> tuple[Params]:
         return (jax.tree.map(lambda g: g * cotangents[0], gradient),)
 
-    mean.defvjp(forward, backward)
-    return mean(params)
+    loss.defvjp(forward, backward)
+    return loss(params)
+
+
+def _is_pair(x: Any) -> bool:
+    return isinstance(x, tuple)
+
+
+def _counts(examples: Examples) -> Examples:
+    """The counts of metrics of examples."""
+    return jax.tree.map(lambda pair: pair[1], examples, is_leaf=_is_pair)
+
+
+def _with_counts(examples: Examples, counts: Examples) -> Examples:
+    return jax.tree.map(lambda pair, count: (pair[0], count), examples, counts, is_leaf=_is_pair)

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, PRNGKeyArray
 
 from vlp_jax import config as config_lib
 from vlp_jax.models.fusion import QuestionAnswerer, make_fusion
@@ -18,17 +18,15 @@ from vlp_jax.objectives.base import (
     Batch,
     BatchSpec,
     Context,
+    Examples,
     Field,
     Function,
-    LossOutput,
-    Metrics,
     Objective,
     Params,
     first_example,
 )
 from vlp_jax.objectives.class_loss import check_loss, loss_and_accuracy
 from vlp_jax.objectives.compute import make_compute
-from vlp_jax.objectives.microbatch import mean_over_parts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,15 +42,12 @@ class QuestionAnswering(Objective):
       class_loss: "softmax" or "sigmoid"; see `class_loss.CLASS_LOSSES`.
       label_smoothing: share of a label that is spread over all answers, in training alone.
       label_field: the field of a batch with the answer, a whole number, or the share of each.
-      microbatches: parts of a batch that are computed one after the other.
     """
 
     model: QuestionAnswerer
     class_loss: str = "softmax"
     label_smoothing: float = 0.0
     label_field: str = "answer"
-    microbatches: int = 1
-    couples_batch: bool = False
 
     @property
     def reads(self) -> dict[str, Field]:
@@ -71,21 +66,13 @@ class QuestionAnswering(Objective):
         """
         return self.model.init(rng, *first_example(batch_spec, ("image", "text")))["params"]
 
-    def loss(
-        self, params: Params, batch: Batch, context: Context
-    ) -> tuple[Float[Array, ""], LossOutput]:
-        """The mean cross-entropy, and the accuracy."""
-        fields = (batch["image"], batch["text"], batch[self.label_field])
+    def forward(self, params: Params, batch: Examples, context: Context) -> Examples:
+        """The cross-entropy of each example, and whether it is right."""
+        rngs = {"drop_path": context.rng}
+        inputs = (batch["image"], batch["text"])
+        scores = self.model.apply({"params": params}, *inputs, context.train, rngs=rngs)
         smoothing = self.label_smoothing if context.train else 0.0
-
-        def part(params: Params, fields: Any, key: PRNGKeyArray) -> tuple[Array, Metrics]:
-            image, text, label = fields
-            rngs = {"drop_path": key}
-            scores = self.model.apply({"params": params}, image, text, context.train, rngs=rngs)
-            return loss_and_accuracy(scores, label, self.class_loss, smoothing)
-
-        value, metrics = mean_over_parts(part, params, fields, context.rng, self.microbatches)
-        return value, LossOutput(metrics)
+        return loss_and_accuracy(scores, batch[self.label_field], self.class_loss, smoothing)
 
     def functions(self) -> dict[str, Function]:
         """`answer(params, {"image": pixels, "text": token ids})`: the score of each answer."""
@@ -101,7 +88,6 @@ class QuestionAnswering(Objective):
 def make_question_answering(
     *,
     tokenizer: Any,
-    microbatches: int = 1,
     image: Mapping[str, Any],
     text: Mapping[str, Any],
     fusion: Mapping[str, Any],
@@ -149,4 +135,4 @@ def make_question_answering(
         answers,
         Pixels(tuple(image_mean), tuple(image_std)),
     )
-    return QuestionAnswering(model, loss, label_smoothing, label_field, microbatches)
+    return QuestionAnswering(model, loss, label_smoothing, label_field)

@@ -118,7 +118,7 @@ class StepClock:
         time_fn: Callable[[], float] = time.perf_counter,
     ):
         self._time = time_fn
-        self._flops_per_example = 3 * forward_flops_per_example  # backward costs twice the forward
+        self.count_flops(forward_flops_per_example)
         self.peak = peak
         self._device_count = device_count
         self._measure = measure if peak.source == "measured" else None
@@ -243,6 +243,10 @@ class StepClock:
             return {}
         self._measure_again()
         return self._speed(self.steps_done, self.examples_done, active)
+
+    def count_flops(self, forward_flops_per_example: float) -> None:
+        """From now on an example has these FLOPs: the forward pass, and twice that backward."""
+        self._flops_per_example = 3 * forward_flops_per_example
 
     def goodput(self) -> dict[str, float]:
         """Seconds by cause since the process started: "useful" (training steps), "start", ..."""

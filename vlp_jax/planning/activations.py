@@ -24,7 +24,7 @@ def activation_bytes(setup: Setup) -> int:
     divides only some of them, and is left out.
     """
     parts = setup.config.microbatches
-    objective = setup.objective.undivided()
+    objective = setup.objective.at(setup.costliest)
     shards = math.prod(setup.mesh.shape[axis] for axis in BATCH_AXES)
     spec = _resized(setup.batch_spec, setup.config.batch_size // parts)
     with rules.use_mesh(setup.mesh):

@@ -55,7 +55,7 @@ def abstract_setup(config: ConfigDict, mesh: Mesh, epoch_examples: int | None = 
     set_dtypes(config, "float32" if mesh.devices.flat[0].platform == "cpu" else "bfloat16")
     _check_epochs(config, epoch_examples)
     tokenizer = tokenizer_sizes(config.tokenizer)
-    objective = make_objective(config.objective, tokenizer, config.microbatches)
+    objective = make_objective(config.objective, tokenizer)
     spec = batch_spec(config, objective)
     return make_setup(config, mesh, tokenizer, spec, epoch_examples)
 

@@ -66,7 +66,7 @@ class Parts:
                 self.save_when.steps,
                 self.log_when,
                 EverySteps(config.garbage_collection_every, last=total),
-                lambda step: step in (first, last + 1),
+                lambda step: step in (first, last + 1, *self.setup.phases),
                 *(evaluation.when for evaluation in self.evaluations),
             ),
         )

@@ -18,7 +18,7 @@ from vlp_jax.observe.writers import Writer
 from vlp_jax.training.checkpoint import Checkpointer
 from vlp_jax.training.measures import LoopMeasures
 from vlp_jax.training.report import StepReport
-from vlp_jax.training.several_steps import CompiledSteps
+from vlp_jax.training.several_steps import StepProgram
 from vlp_jax.training.state import TrainState
 from vlp_jax.training.step import StepFunction
 
@@ -45,6 +45,7 @@ class Loop:
     """What a run consists of. A part that is off is a null object.
 
     Attributes:
+      program_of: the program of a step.
       first_step: the step to begin with: 0, or that of the checkpoint.
       last_step: the run ends before this batch.
       input_state: the record of the input just before a batch, for the checkpoint.
@@ -57,7 +58,7 @@ class Loop:
         nothing in between, so each step that it has to look at is the first of them.
     """
 
-    step_function: StepFunction | CompiledSteps
+    program_of: Callable[[int], StepFunction | StepProgram]
     batches: Iterator[Batch]
     input_state: Callable[[int], Mapping[str, Any]]
     first_step: int
@@ -105,7 +106,7 @@ class Loop:
             self.profiler.step(step, state, count)
             with self.clock.data_wait():
                 batches = [next(self.batches) for _ in range(count)]
-            state, metrics = self.step_function(state, *batches)
+            state, metrics = self.program_of(step)(state, *batches)
             del batches  # their memory is free when the step is done
             self.report.take(step, metrics)
             self.watchdog.beat()

@@ -73,6 +73,24 @@ def merge(trained: Any, frozen: Any) -> Any:
     return unflatten({**flatten(trained), **flatten(frozen)}) if frozen else trained
 
 
+def hold(paths: frozenset[str], new: Any, old: Any) -> Any:
+    """`new` with what belongs to some parameters as it is in `old`.
+
+    Args:
+      paths: of these parameters.
+      new, old: trees of which a leaf belongs to the parameter that its own path ends in, such as
+        the state of an optimizer.
+    """
+    ends = {tuple(path.split("/")) for path in paths}
+
+    def pick(path: tuple, new: Any, old: Any) -> Any:
+        keys = jax.tree_util.keystr(path, simple=True, separator="/").split("/")
+        held = any(tuple(keys[start:]) in ends for start in range(len(keys)))
+        return old if held else new
+
+    return jax.tree_util.tree_map_with_path(pick, new, old)
+
+
 def check_patterns(patterns: Sequence[str], where: str) -> None:
     """Raises UserError for one that is no regular expression."""
     for pattern in patterns:

@@ -59,7 +59,7 @@ class RunModel:
         config = workdir_lib.load_config(workdir)
         step = checkpoint.choose_step(workdir, step)
         tokenizer = workdir_lib.open_kept_tokenizer(workdir, config)
-        objective = make_objective(config.objective, tokenizer, config.microbatches)
+        objective = make_objective(config.objective, tokenizer)
         saved = SavedParameters.of(workdir, step, choice)
         params = stack_layers(saved.read())
         return cls(workdir, config, saved, objective, params, tokenizer)

@@ -7,6 +7,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import flax.linen as nn
 import jax
 import optax
 from jax.sharding import Mesh
@@ -20,12 +21,13 @@ from vlp_jax.objectives.base import BatchSpec, check_reads
 from vlp_jax.objectives.flops import count_flops
 from vlp_jax.parallel import mesh as mesh_lib
 from vlp_jax.parallel import rules
+from vlp_jax.training import param_groups
 from vlp_jax.training.average import Average
 from vlp_jax.training.guard import Guard
 from vlp_jax.training.optimizer import make_optimizer, make_schedule
-from vlp_jax.training.param_groups import check_groups
-from vlp_jax.training.several_steps import CompiledSteps, compile_steps
+from vlp_jax.training.several_steps import StepProgram, compile_steps
 from vlp_jax.training.state import (
+    PURPOSE_INIT,
     PURPOSE_LOSS,
     TrainState,
     abstract_state,
@@ -33,7 +35,7 @@ from vlp_jax.training.state import (
     init_state,
     key_for,
 )
-from vlp_jax.training.step import CompiledStep, StepFunction, make_step
+from vlp_jax.training.step import StepFunction, make_step
 from vlp_jax.training.when import EverySteps, Units
 
 
@@ -57,33 +59,74 @@ class Setup:
     units: Units
 
     @property
+    def phases(self) -> tuple[int, ...]:
+        """The steps from which on a sum of other losses is computed, the first of which is 0."""
+        return (0, *(step for step in self.objective.switches() if step < self.units.total_steps))
+
+    @property
+    def costliest(self) -> int:
+        """The phase whose steps have the most FLOPs, by its first step."""
+        return max(self.phases, key=self.flops_by_phase.get) if len(self.phases) > 1 else 0
+
+    @property
     def step(self) -> StepFunction:
-        """The pure training step, not yet compiled."""
+        """The pure training step, not yet compiled, of the costliest phase."""
+        return self.step_of(self.costliest)
+
+    def step_of(self, phase: int) -> StepFunction:
+        """The pure training step of the phase that begins at this step."""
+        objective = self.objective.at(phase)
         return make_step(
-            self.objective,
+            objective,
             self.optimizer,
             self.schedule,
             seed=self.config.seed,
             average=self.average,
             frozen=self.config.optimizer.frozen,
             guard=self.guard,
+            microbatches=self.config.microbatches,
+            resting=self._resting(objective),
+            begins=phase,
         )
 
-    @functools.cached_property
+    def _resting(self, objective: Objective) -> frozenset[str]:
+        """The paths of the parameters that an objective of a phase has not."""
+        if objective == self.objective:
+            return frozenset()
+        key = key_for(0, 0, PURPOSE_INIT)
+        with rules.use_mesh(self.mesh):
+            own = nn.unbox(jax.eval_shape(lambda: objective.init(key, self.batch_spec)))
+        paths = param_groups.flatten(self.abstract.params).keys()
+        return frozenset(paths - param_groups.flatten(own).keys())
+
+    @property
     def forward_flops(self) -> float:
+        """FLOPs of the loss of a global batch in the costliest phase."""
+        return self.flops_by_phase[self.costliest]
+
+    @functools.cached_property
+    def flops_by_phase(self) -> dict[int, float]:
         """FLOPs of the loss of a global batch, counted in its jaxpr; a multiply-add is 2."""
 
-        def loss(state: TrainState, batch: Any) -> Any:
-            context = context_of(state, key_for(0, 0, PURPOSE_LOSS))
-            return self.objective.loss(state.params, batch, context)
+        def count(objective: Objective) -> float:
+            def loss(state: TrainState, batch: Any) -> Any:
+                context = context_of(state, key_for(0, 0, PURPOSE_LOSS))
+                return objective.loss(state.params, batch, context)
 
-        with rules.use_mesh(self.mesh):
             return count_flops(loss, self.abstract, self.batch_spec).total
 
-    def compile(self) -> CompiledStep | CompiledSteps:
-        """The program that a run hands to the devices: `config.steps_per_dispatch` steps."""
+        with rules.use_mesh(self.mesh):
+            return {phase: count(self.objective.at(phase)) for phase in self.phases}
+
+    def compile(self, phase: int | None = None) -> StepProgram:
+        """The program that a run hands to the devices: `config.steps_per_dispatch` steps.
+
+        Args:
+          phase: the first step of the phase; None for the costliest.
+        """
+        step = self.step_of(self.costliest if phase is None else phase)
         most = self.config.steps_per_dispatch
-        return compile_steps(self.step, self.abstract, self.batch_spec, self.mesh, most)
+        return compile_steps(step, self.abstract, self.batch_spec, self.mesh, most)
 
     @property
     def average(self) -> Average:
@@ -139,7 +182,8 @@ def make_setup(
     check_dispatch(config)
     check_attention(config.objective, mesh)
     units = make_units(config, epoch_examples)
-    objective = make_objective(config.objective, tokenizer, config.microbatches)
+    objective = make_objective(config.objective, tokenizer, units.steps)
+    check_phases(objective, units.total_steps)
     optimizer = make_optimizer(config.optimizer, units)
     average, guard = Average.of(config.optimizer, units), Guard.of(config.guard)
     spec = {name: jax.ShapeDtypeStruct(*value) for name, value in batch_spec.items()}
@@ -156,10 +200,25 @@ def make_setup(
     except ValueError as error:
         shapes = {name: shape for name, (shape, _) in batch_spec.items()}
         raise UserError(f"the model does not fit the batch {shapes}: {error}") from error
-    check_groups(config.optimizer, abstract.params)
+    param_groups.check_groups(config.optimizer, abstract.params)
     average.check(abstract.params)
     schedule = make_schedule(config.optimizer, units)
     return Setup(config, mesh, objective, optimizer, schedule, spec, abstract, units)
+
+
+def check_phases(objective: Objective, total_steps: int) -> None:
+    """Raises UserError if at some step there is no loss, or some loss is never computed."""
+    seen: set[str] = set()
+    for step in (0, *objective.switches()):
+        if step < total_steps:
+            try:
+                seen |= objective.at(step).parts().keys()
+            except ValueError as error:
+                raise UserError(f"config.objective.parts: {error}") from error
+    for name in sorted(objective.parts().keys() - seen):
+        raise UserError(
+            f"config.objective.parts.{name}.weight is 0 in all of the {total_steps:,} steps"
+        )
 
 
 def check_attention(objective: ConfigDict, mesh: Mesh) -> None:

@@ -68,9 +68,12 @@ class CompiledSteps:
         return state, SeveralMetrics(self._names, array)
 
 
+StepProgram = CompiledStep | CompiledSteps  # called with the state and one batch or several
+
+
 def compile_steps(
     step: StepFunction, abstract: TrainState, batch_spec: BatchSpec, mesh: Mesh, most: int
-) -> CompiledStep | CompiledSteps:
+) -> StepProgram:
     """The step as a program, and for `most` above 1 another of as many steps.
 
     That one is a loop whose number of rounds is known to the compiler: on a GPU the host would

@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 
 from vlp_jax.objectives import Objective
 from vlp_jax.objectives.base import Batch, BatchSpec, LossOutput, Metrics, Params
+from vlp_jax.objectives.microbatch import loss_in_parts
 from vlp_jax.parallel import mesh as mesh_lib
 from vlp_jax.parallel import rules
 from vlp_jax.training import param_groups
@@ -33,6 +34,9 @@ def make_step(
     average: Average = NO_AVERAGE,
     frozen: Sequence[str] = (),
     guard: Guard = NO_SPIKE_RULE,
+    microbatches: int = 1,
+    resting: frozenset[str] = frozenset(),
+    begins: int = 0,
 ) -> StepFunction:
     """(state before batch i, batch i) -> (state before batch i + 1, metrics of batch i).
 
@@ -45,40 +49,55 @@ def make_step(
       frozen: regular expressions of the paths of parameters that stay as they are. The loss is not
         differentiated by these, so that their part of the backward pass is not computed.
       guard: decides which steps are skipped.
+      microbatches: parts in which a batch is computed, one after the other.
+      resting: paths of parameters that no loss of these steps reads: they and the optimizer's
+        state of them stay as they are.
+      begins: the first of these steps, whose loss is another one, so that the guard forgets.
     """
+    compute_loss = loss_in_parts(objective, microbatches)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        rng = key_for(seed, state.step, PURPOSE_LOSS)
+        context = context_of(state, key_for(seed, state.step, PURPOSE_LOSS))
         trained, fixed = param_groups.split(state.params, frozen)
 
-        context = context_of(state, rng)
-
         def loss(trained: Params) -> tuple[jax.Array, LossOutput]:
-            return objective.loss(param_groups.merge(trained, fixed), batch, context)
+            return compute_loss(param_groups.merge(trained, fixed), batch, context)
 
         (value, output), grads = jax.value_and_grad(loss, has_aux=True)(trained)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        if resting:
+            updates = param_groups.hold(resting, updates, jax.tree.map(jnp.zeros_like, updates))
+            opt_state = param_groups.hold(resting, opt_state, state.opt_state)
         trained = optax.apply_updates(trained, updates)
         params = param_groups.merge(trained, fixed)
         ema = average(state.ema, trained, state.step)
         grad_norm = optax.tree.norm(grads)
-        ahead, memory = guard(state.guard, value, grad_norm)
+        memory = choose(state.step == begins, guard.init(), state.guard) if begins else state.guard
+        ahead, memory = guard(memory, value, grad_norm)
         before = (state.params, state.opt_state, state.ema, state.objective)
         after = (params, opt_state, ema, output.state)
         params, chosen, ema, kept = choose(ahead, after, before)
         opt_state = _with_schedules_of(chosen, opt_state)
-        one = jnp.float32(1)
-        own = {
-            "learning_rate": (schedule(state.step), one),
-            "grad_norm": (grad_norm, one),
-            "update_norm": (optax.tree.norm(updates), one),
-            "param_norm": (optax.tree.norm(params), one),
-            "skipped": (1 - ahead.astype(jnp.float32), one),
-        }
+        norms = optax.tree.norm(updates), optax.tree.norm(params)
+        own = _step_metrics(schedule(state.step), ahead, grad_norm, *norms)
         state = TrainState(state.step + 1, params, opt_state, ema, memory, kept)
         return state, {**output.metrics, **own}
 
     return step
+
+
+def _step_metrics(
+    learning_rate: Any, ahead: Any, grad_norm: Any, update_norm: Any, param_norm: Any
+) -> Metrics:
+    """The metrics of a step that no objective knows of."""
+    one = jnp.float32(1)
+    return {
+        "learning_rate": (learning_rate, one),
+        "grad_norm": (grad_norm, one),
+        "update_norm": (update_norm, one),
+        "param_norm": (param_norm, one),
+        "skipped": (1 - ahead.astype(jnp.float32), one),
+    }
 
 
 def _with_schedules_of(opt_state: Any, ahead: Any) -> Any:
