@@ -13,7 +13,7 @@ from vlp_jax.errors import UserError
 from vlp_jax.evaluators import make_evaluators
 from vlp_jax.evaluators.base import Resources, compile_functions
 from vlp_jax.evaluators.corruptions import corrupt
-from vlp_jax.evaluators.derived import functions_of, with_attacks
+from vlp_jax.evaluators.derived import evaluator_functions, with_attacks
 from vlp_jax.objectives import make_objective
 from vlp_jax.objectives.base import PIXELS, TOKENS, Context, Function, of_images
 from vlp_jax.parallel import mesh as mesh_lib
@@ -133,7 +133,7 @@ def started(section):
 @pytest.mark.parametrize(("devices", "batch_size"), LAYOUTS[1:])
 def test_loss_of_a_mean_over_examples_is_exact(world, devices, batch_size):
     objective, params = started(CLASSIFICATION)
-    found = evaluator(world, devices, batch_size, {"name": "loss"}, functions_of(objective))
+    found = evaluator(world, devices, batch_size, {"name": "loss"}, evaluator_functions(objective))
     scores = dict(found(params))
     logits = np.asarray(jax.jit(objective.functions()["classify"])(params, world.arrays["image"]))
     labels = world.arrays["label"]
@@ -147,7 +147,7 @@ def test_loss_of_a_mean_over_examples_is_exact(world, devices, batch_size):
 def test_loss_of_a_masked_autoencoder_does_not_depend_on_batches(world):
     objective, params = started(MAE)
     found = [
-        dict(evaluator(world, *layout, {"name": "loss"}, functions_of(objective))(params))
+        dict(evaluator(world, *layout, {"name": "loss"}, evaluator_functions(objective))(params))
         for layout in ((1, 37), (2, 8))
     ]
     assert found[0]["loss"] == pytest.approx(found[1]["loss"], rel=1e-5)
@@ -158,7 +158,7 @@ def test_loss_of_whole_batches_leaves_out_what_does_not_fill_one(world):
     devices = 8
     objective, params = started(CONTRASTIVE)
     section = {"name": "loss", "batch_size": 16}
-    scores = dict(evaluator(world, devices, 8, section, functions_of(objective))(params))
+    scores = dict(evaluator(world, devices, 8, section, evaluator_functions(objective))(params))
     context = Context(jax.random.key(0), train=False)
     expected, loss = [], jax.jit(lambda p, b: objective.loss(p, b, context)[0])
     for first in (0, 16):
@@ -167,7 +167,7 @@ def test_loss_of_whole_batches_leaves_out_what_does_not_fill_one(world):
     assert scores["loss"] == pytest.approx(np.mean(expected), rel=1e-5)
     assert scores["examples"] == 32
     with pytest.raises(UserError, match="whole batches of 40, and the split has 37 examples"):
-        evaluator(world, 1, 40, {"name": "loss"}, functions_of(objective))
+        evaluator(world, 1, 40, {"name": "loss"}, evaluator_functions(objective))
 
 
 def test_loss_of_a_composite_with_data_of_its_own(world):
@@ -178,10 +178,12 @@ def test_loss_of_a_composite_with_data_of_its_own(world):
     params = {**of_mae, **params, "image": {**of_mae["image"], **params["image"]}}
     more = {"source": "arrays", "arrays": {"image": world.arrays["image"][::-1].copy()}}
     section = {"name": "loss", "extra_data": {"more": more}}
-    scores = dict(evaluator(world, 2, 8, section, functions_of(objective))(params))
-    one = dict(evaluator(world, 1, 37, {"name": "loss"}, functions_of(alone))(params))
+    scores = dict(evaluator(world, 2, 8, section, evaluator_functions(objective))(params))
+    one = dict(evaluator(world, 1, 37, {"name": "loss"}, evaluator_functions(alone))(params))
     reverse = types.SimpleNamespace(arrays=more["arrays"])
-    made = functions_of(make_objective({"name": "composite", "parts": {"mae": MAE}}, TOKENIZER))
+    made = evaluator_functions(
+        make_objective({"name": "composite", "parts": {"mae": MAE}}, TOKENIZER)
+    )
     assert scores["classes/loss"] == pytest.approx(one["loss"], rel=1e-5)
     total = scores["classes/loss"] + 0.5 * scores["mae/loss"]
     assert scores["loss"] == pytest.approx(total, rel=1e-5)

@@ -17,7 +17,7 @@ from vlp_jax.data.image_ops.upright import upright_rgb
 from vlp_jax.data.tokenizers.subword import train_subword
 from vlp_jax.handover import artifacts, stablehlo
 from vlp_jax.handover.foreign import run_stablehlo
-from vlp_jax.handover.functions import functions_of
+from vlp_jax.handover.functions import artifact_functions
 from vlp_jax.interop import precision
 from vlp_jax.interop.base import Extras
 from vlp_jax.interop.hf_tokenizer import TokenizerFiles
@@ -187,7 +187,7 @@ def test_the_example_sees_upright_pixels_on_white(pair, name, monkeypatch):
 
 def test_functions_take_only_the_weights_they_need():
     module = clip()
-    image, text = functions_of(module, random_params(module), Extras())
+    image, text = artifact_functions(module, random_params(module), Extras())
     assert {key.split("/")[0] for key in image.weights} == {"image", "image_projection"}
     assert {key.split("/")[0] for key in text.weights} == {"text", "text_projection"}
     assert stablehlo.PLATFORMS == ("cpu", "cuda", "tpu")

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from vlp_jax import objectives
 from vlp_jax.errors import UserError
-from vlp_jax.evaluators.derived import functions_of
+from vlp_jax.evaluators.derived import evaluator_functions
 from vlp_jax.models.parameters import Named
 from vlp_jax.objectives.base import LossOutput, Objective
 from vlp_jax.parallel.batch import put_batch
@@ -221,7 +221,7 @@ def test_parts_of_a_composite_have_their_own():
 def test_the_loss_of_a_split_takes_a_fresh_state():
     setup = helpers.setup_on(config_of(), *ONE)
     (batch,) = helpers.batches(1)
-    function = functions_of(setup.objective)["loss_of_batch"]
+    function = evaluator_functions(setup.objective)["loss_of_batch"]
     fields = {**batch, "number": np.arange(helpers.BATCH)}
     metrics = jax.jit(function)(helpers.fresh(setup).params, fields)
     assert set(metrics) == {"loss", "batch_accuracy", "logit_scale", "logit_bias", "step"}

@@ -99,13 +99,15 @@ def test_the_host_looks_before_every_step_at_which_it_has_something_to_do():
     assert step == 30
 
 
-def test_traces_and_collections_of_garbage_come_between_programs():
+def test_traces_collections_of_garbage_and_new_losses_come_between_programs():
     config = tiny_config()
     config_lib.override(config, ["profile.first=7", "profile.last=9", "steps_per_dispatch=4"])
     config_lib.override(config, ["garbage_collection_every=16"])
     never = EverySteps(0, last=40)
     parts = types.SimpleNamespace(
-        setup=types.SimpleNamespace(config=config, units=types.SimpleNamespace(total_steps=40)),
+        setup=types.SimpleNamespace(
+            config=config, units=types.SimpleNamespace(total_steps=40), phases=(0, 22)
+        ),
         save_when=types.SimpleNamespace(steps=never),
         log_when=never,
         evaluations=(),
@@ -115,7 +117,7 @@ def test_traces_and_collections_of_garbage_come_between_programs():
     while step < 40:
         begun.append(step)
         step += ahead(step)
-    assert begun == [0, 1, 5, 6, 7, 8, 9, 10, 14, 15, 16, 20, 24, 28, 32, 36]
+    assert begun == [0, 1, 5, 6, 7, 8, 9, 10, 14, 15, 16, 20, 21, 22, 26, 30, 34, 38, 39]
 
 
 def test_one_step_a_dispatch_is_one():

@@ -66,7 +66,7 @@ def test_the_first_process_alone_reads_the_config_that_it_is_about_to_write(tmp_
     monkeypatch.setattr(train, "describe_run", lambda setup, first_step: f"from {first_step}")
     monkeypatch.setattr(train.startup, "describe_processes", lambda job: "")
     start = SimpleNamespace(announce=lambda workdir, tell: None)
-    setup = SimpleNamespace(config=config_lib.base(), mesh=None)
+    setup = SimpleNamespace(config=config_lib.base(), mesh=None, phases=(0,))
     parts = SimpleNamespace(setup=setup, tokenizer=None, start=start, notes=("take care",))
     train.begin(parts, epath.Path(tmp_path), "alone", 4, told.append)
     assert told == ["note: config.seed: 0 before, 7 now", "note: take care", "a mesh", "from 4"]

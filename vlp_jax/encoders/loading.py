@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,11 @@ from vlp_jax.encoders.images import ImageProcessor
 from vlp_jax.encoders.texts import TextProcessor, tokenizer_from
 from vlp_jax.errors import UserError
 from vlp_jax.interop.trees import Module, image_of, with_dtype
-from vlp_jax.models.dual_encoder import DualEncoder, l2_normalize
+from vlp_jax.models.dual_encoder import DualEncoder
 from vlp_jax.models.masked_autoencoder import MaskedAutoencoder
-from vlp_jax.models.vit import VisionTransformer
-from vlp_jax.objectives.base import Function, of_images
+from vlp_jax.objectives.base import Function
 from vlp_jax.objectives.compute import DTYPES
-from vlp_jax.objectives.contrastive import Contrastive
-from vlp_jax.objectives.masked_autoencoding import MaskedAutoencoding
+from vlp_jax.objectives.of_model import objective_of
 from vlp_jax.training.run_model import RunModel, bounded, resizing, text_wording
 
 RESIZING = ("resize", "interpolation", "scale", "crop_rounding")  # fields of `interop.Extras`
@@ -82,7 +81,7 @@ def _of_run(source: str, run: RunModel, dtype: str) -> Encoder:
     expected = interop.trees.expected_shapes(objective.model)
     weights = {k: v for k, v in bounded(objective, run.params).items() if k in expected}
     texts = None
-    if isinstance(module, DualEncoder):
+    if "text" in module.towers():
         wording, more = text_wording(run.config, run.objective)
         texts = TextProcessor(run.tokenizer, wording)
         notes += more
@@ -102,7 +101,7 @@ def _of_files(source: str, dtype: str, tokenizer: str | None) -> Encoder:
     imported = interop.read(source)
     module = with_dtype(imported.module, DTYPES[dtype])
     extras, texts, notes = imported.extras, None, list(imported.notes)
-    if isinstance(module, DualEncoder):
+    if "text" in module.towers():
         if tokenizer is not None:
             texts = TextProcessor(tokenizer_from(str(Path(tokenizer).expanduser()), module.text))
         else:
@@ -125,36 +124,17 @@ def _of_files(source: str, dtype: str, tokenizer: str | None) -> Encoder:
     )
 
 
-def functions_of(module: Module, extras: Mapping[str, Any] | None = None) -> dict[str, Function]:
+def functions_of(module: Module, given: Mapping[str, Any] | None = None) -> dict[str, Function]:
     """Functions by name: what evaluators may ask of a model, as its objective has it.
 
     Args:
-      extras: fields of `vlp_jax.interop.Extras`: pixels of an image tower alone, and the masks of a
-        masked autoencoder.
+      given: fields of `vlp_jax.interop.Extras`.
     """
-    extras = extras or {}
-    if isinstance(module, DualEncoder):
-        kind = "softmax" if module.logit_bias_init is None else "sigmoid"
-        return Contrastive(module, kind, max_logit_scale=0.0).functions()
-    if isinstance(module, MaskedAutoencoder):
-        defaults = interop.Extras()
-        ratio = extras.get("mask_ratio", defaults.mask_ratio)
-        normalize = extras.get("norm_pix_loss", defaults.norm_pix_loss)
-        return MaskedAutoencoding(module, ratio, normalize).functions()
-    embed = _embed_tower(module, interop.Extras(**_pixels(extras)))
-    return {"embed_image": of_images(embed, "unit vectors")}
-
-
-def _pixels(extras: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: extras[name] for name in ("image_mean", "image_std") if name in extras}
-
-
-def _embed_tower(module: VisionTransformer, extras: interop.Extras) -> Callable[..., Any]:
-    def embed_image(params: Any, image: Any) -> Any:
-        features = module.apply({"params": params}, extras.pixels.normalize(image))
-        if features.ndim == 3:  # no pooling of its own: the class token, or else the mean
-            first = module.prefix_tokens
-            features = features[:, 0] if module.class_token else features[:, first:].mean(axis=1)
-        return l2_normalize(features)
-
-    return embed_image
+    known = {field.name for field in dataclasses.fields(interop.Extras)}
+    extras = interop.Extras(**{key: x for key, x in (given or {}).items() if key in known})
+    return objective_of(
+        module,
+        pixels=extras.pixels,
+        mask_ratio=extras.mask_ratio,
+        normalize_targets=extras.norm_pix_loss,
+    ).functions()

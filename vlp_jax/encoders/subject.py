@@ -24,11 +24,8 @@ from vlp_jax.encoders.loading import load
 from vlp_jax.errors import UserError, unknown_key_message
 from vlp_jax.evaluators import differing_wordings, make_evaluators, merged_data
 from vlp_jax.evaluators.base import Evaluator, Resources, compile_functions
-from vlp_jax.evaluators.derived import functions_of, with_attacks
-from vlp_jax.interop.trees import Module, image_of, to_tree
-from vlp_jax.models.dual_encoder import DualEncoder
-from vlp_jax.models.masked_autoencoder import MaskedAutoencoder
-from vlp_jax.models.masking import mask_from_noise
+from vlp_jax.evaluators.derived import evaluator_functions, with_attacks
+from vlp_jax.interop.trees import to_tree
 from vlp_jax.objectives import Objective, make_objective
 from vlp_jax.parallel import mesh as mesh_lib
 from vlp_jax.parallel import rules
@@ -103,7 +100,7 @@ class Subject:
         spec = {k: jax.ShapeDtypeStruct(*v) for k, v in batch_spec(config, objective).items()}
         boxed = jax.eval_shape(lambda: objective.init(jax.random.key(0), spec))
         resources = Resources(
-            functions=compile_functions(functions_of(objective), mesh),
+            functions=compile_functions(evaluator_functions(objective), mesh),
             tokenizer=tokenizer,
             mesh=mesh,
             batch_size=batch_size,
@@ -153,7 +150,9 @@ class Subject:
             wording=Wording() if encoder.texts is None else encoder.texts.preprocess,
         )
         tree = to_tree(encoder.module, encoder.weights)
-        boxed = jax.eval_shape(lambda: _init(encoder.module))
+        boxed = jax.eval_shape(
+            lambda: encoder.module.init(jax.random.key(0), *encoder.module.example())["params"]
+        )
         params = jax.device_put(tree, rules.param_shardings(boxed, mesh))
         chosen = choose_evaluators(config, names)
         subject = cls(
@@ -255,16 +254,3 @@ def _placed(boxed: Any, mesh: Mesh) -> Any:
         nn.unbox(boxed),
         rules.param_shardings(boxed, mesh),
     )
-
-
-def _init(module: Module) -> Any:
-    """Fresh parameters of a model in their boxes, for the names of their dimensions."""
-    vit = image_of(module)
-    dtype = "uint8" if module is not vit else "float32"
-    inputs = [jax.numpy.zeros((1, *vit.image_size, 3), dtype)]
-    if isinstance(module, DualEncoder):
-        inputs.append(jax.numpy.zeros((1, module.text.context_length), "int32"))
-    elif isinstance(module, MaskedAutoencoder):
-        noise = jax.numpy.zeros((1, vit.patches))
-        inputs.append(mask_from_noise(noise, max(1, vit.patches // 2)))
-    return module.init(jax.random.key(0), *inputs)["params"]

@@ -10,7 +10,7 @@ from vlp_jax.objectives import Objective
 from vlp_jax.objectives.base import Function
 
 
-def functions_of(objective: Objective) -> dict[str, Function]:
+def evaluator_functions(objective: Objective) -> dict[str, Function]:
     """The objective's own functions, its loss on examples, and attacks on its classifiers.
 
     They cost nothing until one is called.

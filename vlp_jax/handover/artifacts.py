@@ -13,7 +13,6 @@ from vlp_jax.handover.functions import Function
 from vlp_jax.interop import check_params, files, hf_tokenizer, precision
 from vlp_jax.interop.base import Extras, image_of
 from vlp_jax.interop.trees import Module, Params
-from vlp_jax.models.dual_encoder import DualEncoder
 
 ARTIFACTS: dict[str, Callable[[list[Function], dict[str, Any], Path], list[Path]]] = {
     "saved_model": saved_model.write,
@@ -45,7 +44,7 @@ def write(
     """
     check_params(module, params)
     given = Extras(**extras)
-    offered = functions.functions_of(module, params, given, dtype)
+    offered = functions.artifact_functions(module, params, given, dtype)
     signature = signature_of(module, params, offered, given, dtype)
     written = ARTIFACTS[format](offered, signature, directory)
     return [
@@ -86,7 +85,7 @@ def signature_of(
             "normalization": {"inside": True, "mean": list(pixels.mean), "std": list(pixels.std)},
         },
     }
-    if isinstance(module, DualEncoder):
+    if "text" in module.towers():
         ids = {name: getattr(extras, name) for name in ("bos_id", "eos_id", "pad_id")}
         pad = module.text.pad_id if ids["pad_id"] is None else ids["pad_id"]
         bias = float(params.get("logit_bias", 0.0))

@@ -128,7 +128,7 @@ def pipeline_of(format: str, module: Module, architecture: str) -> tuple[str | N
     library = format.split("_")[0]
     if library not in ("hf", "open", "timm"):
         return None, ""
-    if not isinstance(module, DualEncoder):
+    if "text" not in module.towers():
         if architecture == "ViTMAEForPreTraining":
             return None, (
                 "no pipeline_tag: transformers' pipeline hides patches at random as in pretraining"
@@ -225,8 +225,7 @@ def _example(subject: Subject) -> str:
 
 def _architecture(subject: Subject) -> str:
     module = subject.model.module
-    names = [name for name in ("text", "decoder") if hasattr(module, name)]
-    towers = {"image": image_of(module)} | {name: getattr(module, name) for name in names}
+    towers = module.towers()
     rows = [
         (label, *(str(tower_fields(tower).get(field, "-")) for tower in towers.values()))
         for field, label in TOWER_FIELDS.items()
@@ -237,7 +236,7 @@ def _architecture(subject: Subject) -> str:
         f"Images of {vit.image_size[0]} x {vit.image_size[1]} pixels in patches of "
         f"{vit.patch_size}."
     ]
-    if isinstance(module, DualEncoder):
+    if "text" in towers:
         more.append(
             f"Texts of {module.text.context_length} tokens out of {module.text.vocab_size:,}. "
             f"Embeddings of {module.embed_dim} numbers."
@@ -267,7 +266,7 @@ def _preprocessing(subject: Subject) -> str:
         "orientation says, and of 16 bits the upper 8 are kept."
     )
     lines.append(ODD_PIXELS.get(subject.format.split("_")[0], ""))
-    if isinstance(module, DualEncoder) and extras.tokenizer is not None:
+    if "text" in module.towers() and extras.tokenizer is not None:
         lines.append(
             "Texts are tokenized, framed, cut and padded as `tokenizer.json` and its "
             "neighbours say."

@@ -6,7 +6,6 @@ import json
 from collections.abc import Sequence
 
 from vlp_jax.interop.trees import Module, image_of
-from vlp_jax.models.dual_encoder import DualEncoder
 
 PICTURE = 'image = Image.new("RGB", ({width}, {height}), "red")  # or Image.open("FILE")'
 
@@ -137,7 +136,7 @@ def example(
       architecture: the class of `transformers`, for its formats.
       texts: for a model that has a text tower.
     """
-    table = TWO_TOWERS if isinstance(module, DualEncoder) else IMAGES
+    table = TWO_TOWERS if "text" in module.towers() else IMAGES
     height, width = image_of(module).image_size
     return (
         table[format.split("_")[0] if format.startswith("hf_") else format]

@@ -58,7 +58,7 @@ class Function:
     call: Callable[..., jax.Array]
 
 
-def functions_of(
+def artifact_functions(
     module: Module, params: Params, extras: Extras, dtype: str = "float32"
 ) -> list[Function]:
     """What a model offers.

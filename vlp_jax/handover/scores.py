@@ -11,7 +11,7 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from vlp_jax.handover.functions import functions_of
+from vlp_jax.handover.functions import artifact_functions
 from vlp_jax.interop import precision
 from vlp_jax.interop.base import Extras
 from vlp_jax.interop.transfer import Model
@@ -130,7 +130,7 @@ def cosines(model: Model, extras: Extras) -> dict[str, float]:
     """
     whole = Extras(**{**vars(extras), "weights": "float32"})
     rng, least = np.random.default_rng(0), {}
-    pairs = [functions_of(model.module, model.params, x) for x in (whole, extras)]
+    pairs = [artifact_functions(model.module, model.params, x) for x in (whole, extras)]
     for one, other in zip(*pairs, strict=True):
         if not one.name.startswith("embed"):
             continue

@@ -17,7 +17,7 @@ import numpy as np
 
 from vlp_jax.errors import UserError
 from vlp_jax.handover import foreign
-from vlp_jax.handover.functions import functions_of
+from vlp_jax.handover.functions import artifact_functions
 from vlp_jax.interop import precision
 from vlp_jax.interop.base import Extras
 from vlp_jax.interop.transfer import Model
@@ -101,9 +101,8 @@ def batch_of(model: Model, extras: Extras) -> dict[str, np.ndarray]:
         "noise": rng.random((BATCH, vit.patches), np.float32),
         "pooling": np.asarray(vit.pooling),
     }
-    if isinstance(model.module, DualEncoder):
-        text = model.module.text
-        batch["text"] = _texts(rng, text)
+    if "text" in model.module.towers():
+        batch["text"] = _texts(rng, model.module.text)
     return batch
 
 
@@ -185,7 +184,7 @@ def _offered(
         function.name: np.asarray(
             jax.jit(function.call)(function.weights, *(inputs[x.name] for x in function.inputs))
         )
-        for function in functions_of(model.module, model.params, whole)
+        for function in artifact_functions(model.module, model.params, whole)
     }
 
 

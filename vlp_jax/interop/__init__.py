@@ -118,7 +118,11 @@ def write(
         if key not in known:
             raise UserError(unknown_key_message(key, known, "the export's settings"))
     given, chosen = Extras(**extras), format_named(format)
-    problems = chosen.check(module, given)
+    if isinstance(module, chosen.KINDS):
+        problems = chosen.check(module, given)
+    else:
+        held = " or ".join(kind.IS for kind in chosen.KINDS)
+        problems = [f"it holds {held}, not a {type(module).__name__}"]
     if given.weights not in chosen.HOLDS:
         problems.append(no_place_for(format, given.weights, chosen.HOLDS))
     if problems:

@@ -16,7 +16,6 @@ from vlp_jax.interop.hf_tokenizer import TokenizerFiles
 from vlp_jax.interop.precision import WEIGHTS
 from vlp_jax.interop.tables import Shape
 from vlp_jax.interop.trees import Module, Params, image_of
-from vlp_jax.models.dual_encoder import DualEncoder
 from vlp_jax.models.positions import sincos_2d, square_grid
 from vlp_jax.models.values import PLAIN_LAYERS, Pixels, make_tower, tower_fields
 from vlp_jax.models.vit import VisionTransformer
@@ -316,16 +315,15 @@ def differences(source: Module, here: Module) -> list[str]:
     A source that is an image tower alone is compared with the image tower here, and the other way
     round.
     """
-    if type(source) is not type(here) or isinstance(source, VisionTransformer):
-        lines = _fields("image", image_of(source), image_of(here))
-        if not any(isinstance(module, VisionTransformer) for module in (source, here)):
-            lines += _fields("", source, here, only={"image_mean", "image_std"})
-        return lines
-    parts = ("image", "text") if isinstance(source, DualEncoder) else ("image", "decoder")
+    towers, ours = source.towers(), here.towers()
     lines = []
-    for part in parts:
-        lines += _fields(part, getattr(source, part), getattr(here, part))
-    own = set(described(source)) - set(parts)
+    for part in towers.keys() & ours.keys() if type(source) is type(here) else ("image",):
+        lines += _fields(part, towers[part], ours[part])
+    if any(module is image_of(module) for module in (source, here)):
+        return lines  # a tower alone has no fields but its own
+    own = {"image_mean", "image_std"}
+    if type(source) is type(here):
+        own = set(described(source)) - set(towers)
     return lines + _fields("", source, here, only=own)
 
 

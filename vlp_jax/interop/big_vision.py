@@ -169,10 +169,7 @@ def check(module: Module, extras: Extras) -> list[str]:
 
     A head without bias is one whose bias is zero.
     """
-    if not isinstance(module, DualEncoder | VisionTransformer):
-        return [f"{MODEL} has one or two towers, not a {type(module).__name__}"]
-    pair = isinstance(module, DualEncoder)
-    image = module.image if pair else module
+    pair, image = "text" in module.towers(), image_of(module)
     poolings = ("cls", "map", "mean") if pair else ("cls", "map", "mean", "none")
     required = {**IMAGE_HAS, "pooling": poolings, "class_token": (image.pooling == "cls",)}
     problems = base.requirements(MODEL, "image", image, required)
@@ -189,8 +186,8 @@ def check(module: Module, extras: Extras) -> list[str]:
 
 def write(module: Module, params: Params, directory: Path, extras: Extras) -> list[Path]:
     """Writes an .npz, with "params/" before every key and the layers apart."""
-    pair = isinstance(module, DualEncoder)
-    vit, params = base.with_position_table(module.image if pair else module, params)
+    pair = "text" in module.towers()
+    vit, params = base.with_position_table(image_of(module), params)
     path = "image/position_embedding"
     if vit.class_token:
         params["image/class_token"] = params["image/class_token"] + params[path][:1]

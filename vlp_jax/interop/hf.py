@@ -42,21 +42,17 @@ def read(path: Path, like: Module | None = None) -> Imported:
 
 def check(module: Module, extras: Extras) -> list[str]:
     """All that keeps a module from being written: for two towers, what each class lacks."""
-    if not isinstance(module, DualEncoder):
-        return _format_of(module).check(module, extras)
-    problems = [hf_clip.check(module, extras), hf_siglip.check(module, extras)]
-    return [] if not all(problems) else [line for lines in problems for line in lines]
+    problems = [format_.check(module, extras) for format_ in _formats_of(module)]
+    return [line for lines in problems for line in lines] if all(problems) else []
 
 
 def write(module: Module, params: Params, directory: Path, extras: Extras) -> list[Path]:
     """Writes a module as the class that can express it, CLIPModel if both can."""
-    format_ = _format_of(module)
-    if isinstance(module, DualEncoder) and hf_clip.check(module, extras):
-        format_ = hf_siglip
-    return format_.write(module, params, directory, extras)
+    *formats, last = _formats_of(module)
+    able = (format_ for format_ in formats if not format_.check(module, extras))
+    return next(able, last).write(module, params, directory, extras)
 
 
-def _format_of(module: Module) -> Format:
-    if isinstance(module, DualEncoder):
-        return hf_clip
-    return hf_vit_mae if isinstance(module, MaskedAutoencoder) else hf_vit
+def _formats_of(module: Module) -> list[Format]:
+    """The formats that hold such a module, the first choice first."""
+    return [format_ for format_ in BY_MODEL_TYPE.values() if isinstance(module, format_.KINDS)]

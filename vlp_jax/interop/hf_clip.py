@@ -129,8 +129,6 @@ def read(path: Path, like: Module | None = None) -> Imported:
 
 def check(module: Module, extras: Extras) -> list[str]:
     """All that a CLIPModel cannot express of a module."""
-    if not isinstance(module, DualEncoder):
-        return [f"{MODEL} is an image and a text tower, not a {type(module).__name__}"]
     problems = [
         *base.requirements(MODEL, "image", module.image, IMAGE_HAS),
         *base.square_problems(MODEL, module.image),

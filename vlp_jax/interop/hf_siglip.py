@@ -160,8 +160,6 @@ def check(module: Module, extras: Extras) -> list[str]:
 
     A text head without bias, or logits without, is one whose bias is zero.
     """
-    if not isinstance(module, DualEncoder):
-        return [f"{MODEL} is an image and a text tower, not a {type(module).__name__}"]
     return [
         *base.requirements(MODEL, "image", module.image, IMAGE_HAS),
         *base.square_problems(MODEL, module.image),

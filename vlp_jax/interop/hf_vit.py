@@ -111,8 +111,6 @@ def read(path: Path, like: Module | None = None) -> Imported:
 
 def check(module: Module, extras: Extras) -> list[str]:
     """All that a ViTModel cannot express of a module."""
-    if not isinstance(module, VisionTransformer):
-        return [f"{MODEL} is an image tower alone, not a {type(module).__name__}"]
     return [
         *base.requirements(MODEL, "image", module, IMAGE_HAS),
         *hf_images.problems(MODEL, extras),

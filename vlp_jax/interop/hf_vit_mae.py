@@ -102,8 +102,6 @@ def read(path: Path, like: Module | None = None) -> Imported:
 
 def check(module: Module, extras: Extras) -> list[str]:
     """All that a ViTMAEForPreTraining cannot express of a module."""
-    if not isinstance(module, MaskedAutoencoder):
-        return [f"{MODEL} is an image tower and a decoder, not a {type(module).__name__}"]
     image, decoder = module.image, module.decoder
     problems = [
         *base.requirements(MODEL, "image", image, IMAGE_HAS),

@@ -193,8 +193,6 @@ def read(path: Path, like: Module | None = None) -> Imported:
 
 def check(module: Module, extras: Extras) -> list[str]:
     """All that open_clip cannot express of a module."""
-    if not isinstance(module, DualEncoder):
-        return [f"{MODEL} is an image and a text tower, not a {type(module).__name__}"]
     image, text = module.image, module.text
     problems = base.requirements(MODEL, "text", text, TEXT_HAS) + resize_problems(image, extras)
     if text.pooling == "eos" and extras.eos_id not in (None, text.eos_id):

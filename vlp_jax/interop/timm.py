@@ -128,8 +128,6 @@ def read(path: Path, like: Module | None = None) -> Imported:
 
 def check(module: Module, extras: Extras) -> list[str]:
     """All that timm's VisionTransformer cannot express of a module."""
-    if not isinstance(module, VisionTransformer):
-        return [f"{MODEL} is an image tower alone, not a {type(module).__name__}"]
     problems = base.requirements(MODEL, "image", module, {"norm_eps": tuple(ARCHITECTURES)})
     if module.pre_norm and module.patch_bias:
         problems.append(f"{MODEL} with pre_norm has image.patch_bias False, not True")

@@ -23,7 +23,6 @@ from vlp_jax.errors import UserError
 from vlp_jax.interop.tables import Shape, mismatch_report
 from vlp_jax.models.dual_encoder import DualEncoder
 from vlp_jax.models.masked_autoencoder import MaskedAutoencoder
-from vlp_jax.models.masking import mask_from_noise
 from vlp_jax.models.values import ComputeConfig
 from vlp_jax.models.vit import VisionTransformer
 
@@ -77,47 +76,38 @@ def from_tree(module: Module, tree: Any) -> Params:
     """
     flat = flax.traverse_util.flatten_dict(nn.unbox(tree), sep="/")
     stacked = stack_layers({path: np.asarray(x, np.float32) for path, x in flat.items()})
-    if isinstance(module, VisionTransformer):
-        return {f"image/{path}": x for path, x in stacked.items()}
-    return stacked
+    return {_prefix(module) + path: x for path, x in stacked.items()}
+
+
+def _prefix(module: Module) -> str:
+    """What the paths of a tower by itself begin with here, and not in its own tree."""
+    return next((f"{name}/" for name, tower in module.towers().items() if tower is module), "")
 
 
 def to_tree(module: Module, params: Mapping[str, np.ndarray]) -> dict[str, Any]:
     """The inverse of `from_tree`: the nested tree that `module.apply` takes under "params"."""
-    alone = isinstance(module, VisionTransformer)
-    parts = {"image": image_of(module)}
-    parts |= {name: getattr(module, name) for name in ("text", "decoder") if hasattr(module, name)}
+    towers, prefix = module.towers(), _prefix(module)
     flat: dict[str, Any] = {}
     for path, x in params.items():
-        tower = parts.get(path.split("/")[0])
+        tower = towers.get(path.split("/")[0])
         apart = tower is not None and not tower.compute.scan_layers
         for name, value in (unstack_layers({path: x}) if apart else {path: x}).items():
-            flat[name.removeprefix("image/") if alone else name] = value
+            flat[name.removeprefix(prefix)] = value
     return flax.traverse_util.unflatten_dict(flat, sep="/")
 
 
 def image_of(module: Module) -> VisionTransformer:
     """The image tower of a model, which may be that tower itself."""
-    return module if isinstance(module, VisionTransformer) else module.image
+    return module.towers()["image"]
 
 
 @functools.lru_cache(maxsize=64)
 def expected_shapes(module: Module) -> dict[str, Shape]:
     """The paths and shapes of all parameters of a model, layers stacked; computes nothing."""
     module = plain(module)
-    if isinstance(module, VisionTransformer):
-        inputs: tuple[Any, ...] = (_pixels(module, jnp.float32),)
-    elif isinstance(module, MaskedAutoencoder):
-        kept = max(1, module.image.patches // 2)
-        mask = jax.eval_shape(lambda: mask_from_noise(jnp.zeros((1, module.image.patches)), kept))
-        inputs = (_pixels(module.image, jnp.uint8), mask)
-    else:
-        text = jax.ShapeDtypeStruct((1, module.text.context_length), jnp.int32)
-        inputs = (_pixels(module.image, jnp.uint8), text)
-    tree = jax.eval_shape(lambda *x: module.init(jax.random.key(0), *x)["params"], *inputs)
+    tree = jax.eval_shape(lambda: module.init(jax.random.key(0), *module.example())["params"])
     flat = flax.traverse_util.flatten_dict(nn.unbox(tree), sep="/")
-    prefix = "image/" if isinstance(module, VisionTransformer) else ""
-    return {prefix + path: tuple(x.shape) for path, x in flat.items()}
+    return {_prefix(module) + path: tuple(x.shape) for path, x in flat.items()}
 
 
 def check_params(module: Module, params: Mapping[str, np.ndarray]) -> None:
@@ -131,10 +121,6 @@ def check_params(module: Module, params: Mapping[str, np.ndarray]) -> None:
         raise UserError(f"the parameters do not fit the {type(module).__name__}: {report}")
 
 
-def _pixels(vit: VisionTransformer, dtype: Any) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct((1, *vit.image_size, 3), dtype)
-
-
 def plain(module: Any) -> Any:
     """The same model in float32, without what changes how it runs and not what it computes."""
     return with_dtype(module, jnp.float32)
@@ -145,5 +131,5 @@ def with_dtype(module: Module, dtype: Any) -> Module:
     if hasattr(module, "compute"):
         quantization = module.compute.quantization  # which changes what is computed
         return module.clone(compute=ComputeConfig(dtype, quantization=quantization))
-    names = (name for name in ("image", "text", "decoder") if hasattr(module, name))
-    return module.clone(**{name: with_dtype(getattr(module, name), dtype) for name in names})
+    towers = module.towers().items()
+    return module.clone(**{name: with_dtype(tower, dtype) for name, tower in towers})

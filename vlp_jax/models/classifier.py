@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -43,6 +45,14 @@ class Classifier(nn.Module):
     image: VisionTransformer
     classes: int
     pixels: Pixels = Pixels()
+
+    def towers(self) -> dict[str, nn.Module]:
+        """Its towers, by the names that their parameters have."""
+        return {"image": self.image}
+
+    def example(self) -> tuple[Any, ...]:
+        """The inputs of a call, of one example, all 0."""
+        return self.image.example(jnp.uint8)
 
     def setup(self) -> None:
         self.head = score_head(self.classes, self.image.compute, "head")

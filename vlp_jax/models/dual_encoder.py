@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
@@ -46,6 +46,16 @@ class DualEncoder(nn.Module):
     image_head: str = "linear"
     text_head: str = "linear"
     pixels: Pixels = Pixels()
+
+    IS: ClassVar[str] = "an image and a text tower"  # in words, for errors
+
+    def towers(self) -> dict[str, nn.Module]:
+        """Its towers, by the names that their parameters have."""
+        return {"image": self.image, "text": self.text}
+
+    def example(self) -> tuple[Any, ...]:
+        """The inputs of a call, of one example, all 0."""
+        return (*self.image.example(jnp.uint8), *self.text.example())
 
     def setup(self) -> None:
         self.image_projection = self._projection(self.image_head, self.image)

@@ -100,6 +100,14 @@ class QuestionAnswerer(nn.Module):
     answers: int
     pixels: Pixels = Pixels()
 
+    def towers(self) -> dict[str, nn.Module]:
+        """Its towers, by the names that their parameters have."""
+        return {"image": self.image, "text": self.text, "fusion": self.fusion}
+
+    def example(self) -> tuple[Any, ...]:
+        """The inputs of a call, of one example, all 0."""
+        return (*self.image.example(jnp.uint8), *self.text.example())
+
     def setup(self) -> None:
         self.head = score_head(self.answers, self.image.compute, "head")
 

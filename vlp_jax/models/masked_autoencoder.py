@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int, UInt8
 
 from vlp_jax.models import layers
 from vlp_jax.models.dense import Dense
-from vlp_jax.models.masking import PatchMask, take_tokens
+from vlp_jax.models.masking import PatchMask, mask_from_noise, take_tokens
 from vlp_jax.models.parameters import named
 from vlp_jax.models.positions import Grid, sincos_2d
 from vlp_jax.models.values import (
@@ -123,6 +123,21 @@ class MaskedAutoencoder(nn.Module):
     image: VisionTransformer
     decoder: MaskedDecoder
     pixels: Pixels = IMAGENET
+
+    IS: ClassVar[str] = "an image tower and a decoder"  # in words, for errors
+
+    def towers(self) -> dict[str, nn.Module]:
+        """Its towers, by the names that their parameters have."""
+        return {"image": self.image, "decoder": self.decoder}
+
+    def example(self) -> tuple[Any, ...]:
+        """The inputs of a call: an image that is 0, of whose patches the first half is seen."""
+        patches = self.image.patches
+        noise = jnp.arange(patches, dtype=jnp.float32)[None]
+        return (
+            *self.image.example(jnp.uint8),
+            mask_from_noise(noise, max(1, self.image.patches // 2)),
+        )
 
     def __call__(
         self,

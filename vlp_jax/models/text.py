@@ -71,6 +71,10 @@ class TextTransformer(nn.Module):
         """Of the features."""
         return self.transformer.width
 
+    def example(self) -> tuple[Int[Array, "1 tokens"]]:
+        """The tokens of one text, all 0."""
+        return (jnp.zeros((1, self.context_length), jnp.int32),)
+
     @nn.compact
     def __call__(
         self, tokens: Int[Array, "batch tokens"], train: bool = False

@@ -168,6 +168,16 @@ class VisionTransformer(nn.Module):
         """Length of the sequence in the encoder when all patches are visible."""
         return self.prefix_tokens + self.patches
 
+    IS: ClassVar[str] = "an image tower alone"  # in words, for errors
+
+    def towers(self) -> dict[str, nn.Module]:
+        """Itself, as the image tower that it is in a larger model."""
+        return {"image": self}
+
+    def example(self, dtype: Any = jnp.float32) -> tuple[Num[Array, "1 height width 3"]]:
+        """The pixels of one image, all 0."""
+        return (jnp.zeros((1, *self.image_size, 3), dtype),)
+
     @nn.compact
     def __call__(
         self,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol, Self
 
 import flax.linen as nn
@@ -216,8 +216,12 @@ class Objective(Protocol):
         """Fresh parameters, in `nn.LogicallyPartitioned` boxes. Can be jitted.
 
         Raises:
-          ValueError: images or texts of the batch do not have the model's shape.
+          ValueError: a field of the batch is not what is read.
         """
+        for name, field in self.reads.items():
+            if name in batch_spec:
+                field.check(name, batch_spec[name])
+        return self.model.init(rng, *self.model.example())["params"]
 
     def init_state(self, batch_spec: BatchSpec) -> State:
         """A tree of arrays that are neither trained nor constant, such as a queue or an average.
@@ -276,12 +280,6 @@ class Objective(Protocol):
         """The objective without the parts whose weight is 0 at this step, up to the next switch."""
         del step
         return self
-
-
-def first_example(batch_spec: BatchSpec, names: Iterable[str]) -> list[Array]:
-    """Zeros in the place of one example's fields, to make parameters with."""
-    specs = (batch_spec[name] for name in names)
-    return [jnp.zeros((1, *spec.shape[1:]), spec.dtype) for spec in specs]
 
 
 def check_reads(objective: Objective, batch_spec: BatchSpec) -> None:

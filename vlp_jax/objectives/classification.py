@@ -6,21 +6,19 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from jaxtyping import Array, PRNGKeyArray
+from jaxtyping import Array
 
 from vlp_jax import config as config_lib
 from vlp_jax.models.classifier import Classifier
 from vlp_jax.models.values import Pixels, keywords_of
 from vlp_jax.models.vit import make_vit
 from vlp_jax.objectives.base import (
-    BatchSpec,
     Context,
     Examples,
     Field,
     Function,
     Objective,
     Params,
-    first_example,
     of_images,
 )
 from vlp_jax.objectives.class_loss import check_loss, loss_and_accuracy
@@ -50,14 +48,6 @@ class Classification(Objective):
             "image": Field.pixels(self.model.image.image_size),
             self.label_field: Field.labels(self.model.classes, "classes"),
         }
-
-    def init(self, rng: PRNGKeyArray, batch_spec: BatchSpec) -> Params:
-        """Fresh parameters, in `nn.LogicallyPartitioned` boxes.
-
-        Raises:
-          ValueError: the images of the batch do not have the model's shape.
-        """
-        return self.model.init(rng, *first_example(batch_spec, ("image",)))["params"]
 
     def forward(self, params: Params, batch: Examples, context: Context) -> Examples:
         """The cross-entropy of each example, and whether it is right."""

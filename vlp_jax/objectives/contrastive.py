@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Float
 
 from vlp_jax import config as config_lib
 from vlp_jax.models.dual_encoder import DualEncoder, make_dual_encoder
@@ -20,7 +20,6 @@ from vlp_jax.models.values import Pixels, keywords_of
 from vlp_jax.models.vit import make_vit
 from vlp_jax.objectives.base import (
     Batch,
-    BatchSpec,
     Context,
     Examples,
     Field,
@@ -28,7 +27,6 @@ from vlp_jax.objectives.base import (
     LossOutput,
     Objective,
     Params,
-    first_example,
     of_images,
     of_texts,
 )
@@ -69,14 +67,6 @@ class Contrastive(Objective):
             "image": Field.pixels(image.image_size),
             "text": Field.tokens(text.context_length),
         }
-
-    def init(self, rng: PRNGKeyArray, batch_spec: BatchSpec) -> Params:
-        """Fresh parameters, in `nn.LogicallyPartitioned` boxes.
-
-        Raises:
-          ValueError: the images or texts of the batch do not have the model's shape.
-        """
-        return self.model.init(rng, *first_example(batch_spec, self.reads))["params"]
 
     def draw(self, batch: Batch, context: Context) -> Examples:
         """Images and texts, and in training the patches that are seen."""

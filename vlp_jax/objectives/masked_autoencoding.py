@@ -18,14 +18,12 @@ from vlp_jax.models.values import IMAGENET, Pixels, keywords_of
 from vlp_jax.models.vit import make_vit, unpatchify
 from vlp_jax.objectives.base import (
     Batch,
-    BatchSpec,
     Context,
     Examples,
     Field,
     Function,
     Objective,
     Params,
-    first_example,
     of_images,
 )
 from vlp_jax.objectives.compute import make_compute
@@ -88,15 +86,6 @@ class MaskedAutoencoding(Objective):
     def mask(self, rng: PRNGKeyArray, batch: int) -> PatchMask:
         """A random mask for each of `batch` images."""
         return random_mask(rng, batch, self.model.image.patches, self.kept)
-
-    def init(self, rng: PRNGKeyArray, batch_spec: BatchSpec) -> Params:
-        """Fresh parameters, in `nn.LogicallyPartitioned` boxes.
-
-        Raises:
-          ValueError: the images of the batch do not have the model's shape.
-        """
-        (image,) = first_example(batch_spec, self.reads)
-        return self.model.init(rng, image, self.mask(rng, 1))["params"]
 
     def draw(self, batch: Batch, context: Context) -> Examples:
         """Images and their masks."""

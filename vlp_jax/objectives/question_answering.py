@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from jaxtyping import Array, PRNGKeyArray
+from jaxtyping import Array
 
 from vlp_jax import config as config_lib
 from vlp_jax.models.fusion import QuestionAnswerer, make_fusion
@@ -16,14 +16,12 @@ from vlp_jax.models.vit import make_vit
 from vlp_jax.objectives.base import (
     LABELS,
     Batch,
-    BatchSpec,
     Context,
     Examples,
     Field,
     Function,
     Objective,
     Params,
-    first_example,
 )
 from vlp_jax.objectives.class_loss import check_loss, loss_and_accuracy
 from vlp_jax.objectives.compute import make_compute
@@ -57,14 +55,6 @@ class QuestionAnswering(Objective):
             "text": Field.tokens(self.model.text.context_length),
             self.label_field: Field.labels(self.model.answers, "answers"),
         }
-
-    def init(self, rng: PRNGKeyArray, batch_spec: BatchSpec) -> Params:
-        """Fresh parameters, in `nn.LogicallyPartitioned` boxes.
-
-        Raises:
-          ValueError: the images or texts of the batch do not have the model's shape.
-        """
-        return self.model.init(rng, *first_example(batch_spec, ("image", "text")))["params"]
 
     def forward(self, params: Params, batch: Examples, context: Context) -> Examples:
         """The cross-entropy of each example, and whether it is right."""

@@ -12,7 +12,7 @@ from vlp_jax.data.joined import JoinedPipeline
 from vlp_jax.data.tokenizers import Tokenizer
 from vlp_jax.evaluators import differing_wordings, make_evaluators
 from vlp_jax.evaluators.base import Resources, compile_functions
-from vlp_jax.evaluators.derived import functions_of
+from vlp_jax.evaluators.derived import evaluator_functions
 from vlp_jax.objectives import Objective
 from vlp_jax.objectives.base import LABELS
 from vlp_jax.observe.throughput import StartupClock
@@ -99,7 +99,7 @@ def build(config: ConfigDict, workdir: epath.Path, clock: StartupClock) -> Parts
         start = make_start(setup, workdir, tokenizer)
     wording, notes = text_wording(config, setup.objective)
     resources = Resources(
-        functions=compile_functions(functions_of(setup.objective), mesh),
+        functions=compile_functions(evaluator_functions(setup.objective), mesh),
         tokenizer=tokenizer,
         mesh=mesh,
         batch_size=config.batch_size,

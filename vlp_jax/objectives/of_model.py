@@ -1,0 +1,66 @@
+"""The objective of a model that comes without one, as files of others do."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import flax.linen as nn
+from jaxtyping import Array
+
+from vlp_jax.models.dual_encoder import DualEncoder, l2_normalize
+from vlp_jax.models.masked_autoencoder import MaskedAutoencoder
+from vlp_jax.models.values import Pixels
+from vlp_jax.models.vit import VisionTransformer
+from vlp_jax.objectives.base import Field, Function, Objective, Params, of_images
+from vlp_jax.objectives.contrastive import Contrastive
+from vlp_jax.objectives.masked_autoencoding import MaskedAutoencoding
+
+
+@dataclasses.dataclass(frozen=True)
+class Features(Objective):
+    """Embeds images by a tower alone. It has no loss.
+
+    Attributes:
+      model: the tower.
+      pixels: how they are normalized.
+    """
+
+    model: VisionTransformer
+    pixels: Pixels = Pixels()
+
+    @property
+    def reads(self) -> dict[str, Field]:
+        """Images."""
+        return {"image": Field.pixels(self.model.image_size)}
+
+    def functions(self) -> dict[str, Function]:
+        """`embed_image`: unit vectors of images with values in [0, 255]."""
+        return {"embed_image": of_images(self._embed, "unit vectors")}
+
+    def _embed(self, params: Params, image: Array) -> Array:
+        features = self.model.apply({"params": params}, self.pixels.normalize(image))
+        if features.ndim == 3:  # no pooling of its own: the class token, or else the mean
+            first = self.model.prefix_tokens
+            own = features[:, 0] if self.model.class_token else features[:, first:].mean(axis=1)
+            features = own
+        return l2_normalize(features)
+
+
+def objective_of(
+    model: nn.Module, *, pixels: Pixels, mask_ratio: float, normalize_targets: bool
+) -> Objective:
+    """The objective whose functions a model offers.
+
+    Args:
+      pixels: of an image tower alone, how it takes them.
+      mask_ratio, normalize_targets: of a masked autoencoder.
+    """
+    made: dict[type, Any] = {
+        DualEncoder: lambda: Contrastive(
+            model, "softmax" if model.logit_bias_init is None else "sigmoid", max_logit_scale=0.0
+        ),
+        MaskedAutoencoder: lambda: MaskedAutoencoding(model, mask_ratio, normalize_targets),
+        VisionTransformer: lambda: Features(model, pixels),
+    }
+    return made[type(model)]()
