@@ -35,9 +35,9 @@ from vlp_jax.handover import foreign, scores
 from vlp_jax.interop.staging import check_free
 from vlp_jax.parallel import startup
 from vlp_jax.training import checkpoint
-from vlp_jax.training import workdir as workdir_lib
 from vlp_jax.training.command import run_command
 from vlp_jax.training.restore import SavedParameters
+from vlp_jax.training.run import Run
 
 FORMATS = ("hf", "open_clip", "stablehlo", "saved_model")
 TOLERANCE = 0.001  # a tenth of a point
@@ -167,8 +167,8 @@ def check(arguments: argparse.Namespace) -> bool:
             raise UserError(unknown_key_message(format, FORMATS, "--formats"))
     workdir, output = checkpoint.absolute(arguments.workdir), Path(arguments.output).expanduser()
     check_free(output, overwrite=False)
-    config = workdir_lib.load_config(workdir)
-    step = checkpoint.choose_step(workdir, arguments.step)
+    run = Run.open(workdir)
+    config, step = run.config, run.saved(arguments.step).step
     tasks = [key for key, e in config.evaluators.items() if e.name == "zero_shot"]
     if not tasks:
         raise UserError(f"{workdir}: the run's config has no zero_shot evaluator")

@@ -36,9 +36,8 @@ from vlp_jax.data.stream import RAW_TEXT
 from vlp_jax.data.wording import TEXT_TO_TEXT
 from vlp_jax.errors import UserError, unknown_key_message
 from vlp_jax.evaluators import class_lists, merged_data
-from vlp_jax.training import checkpoint
 from vlp_jax.training.command import run_command
-from vlp_jax.training.workdir import load_config
+from vlp_jax.training.run import Run
 
 KINDS = ("zero_shot", "retrieval")
 SUFFIXES = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}  # what CLIP_benchmark decodes
@@ -78,7 +77,7 @@ def sections(arguments: argparse.Namespace) -> tuple[ConfigDict, Mapping[str, An
       UserError: there is no such evaluator, or it is of another kind.
     """
     if arguments.workdir:
-        config = load_config(checkpoint.absolute(arguments.workdir))
+        config = Run.open(arguments.workdir).config
     else:
         config = config_lib.load(arguments.config)
     if arguments.evaluator not in config.evaluators:

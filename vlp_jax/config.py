@@ -85,7 +85,8 @@ def _check_keys(
         if key not in skip and isinstance(known[key], ConfigDict):
             if not isinstance(config[key], ConfigDict):
                 raise UserError(f"{where}.{key} must be a section, not {config[key]!r}")
-            _check_keys(config[key], known[key], f"{where}.{key}")
+            if known[key]:  # else it holds sections by names of the user's own
+                _check_keys(config[key], known[key], f"{where}.{key}")
         elif config[key] is None and known[key] is not None and key not in DURATION_UNITS:
             raise UserError(f"{where}.{key} must not be None")
 
@@ -147,6 +148,8 @@ def _find(config: ConfigDict, path: str) -> tuple[ConfigDict, str, str]:
 
 def _is_component(path: str) -> bool:
     """Whether the last key of `path` stands in the section of a component, or below it."""
+    if path.startswith("init_from.sources."):
+        return path.count(".") == 3
     root, *keys = path.split(".")
     named = ("extra_data", "evaluators")  # sections of components, each by its name
     return root in COMPONENT_SECTIONS and len(keys) > (1 if root in named else 0)

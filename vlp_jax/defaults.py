@@ -64,6 +64,8 @@ def base() -> ConfigDict:
             # (regular expression of a whole path with stacked layers, "load", "fresh" or "skip");
             # the first that fits decides
             "rules": ((".*", "load"),),
+            # Further sources, each a section by a name of your own: see docs/interop.md.
+            "sources": ConfigDict(),
         }
     )
     config.log = ConfigDict({"every": duration(steps=10)})

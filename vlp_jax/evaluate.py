@@ -28,9 +28,9 @@ from vlp_jax.observe.goodput import GOODPUT_FILE, RunTime
 from vlp_jax.observe.jsonl import JsonlWriter, read_metrics
 from vlp_jax.parallel import agreement, startup
 from vlp_jax.report import command as report_command
-from vlp_jax.training import workdir as workdir_lib
 from vlp_jax.training.command import run_command
 from vlp_jax.training.restore import CHOICES, LoadedParameters
+from vlp_jax.training.run import Run
 from vlp_jax.training.workdir import EVALUATIONS
 
 LOOK_SECONDS = 10.0  # how often --follow looks for a new checkpoint
@@ -159,7 +159,7 @@ def open_subject(
             arguments.workdir, overrides=overrides, names=names, batch_size=arguments.batch_size
         )
     if arguments.config is None:
-        config = workdir_lib.load_config(epath.Path(arguments.workdir))
+        config = Run.open(arguments.workdir).config
     else:
         config = config_lib.load(arguments.config)
     config_lib.override(config, list(overrides))

@@ -12,9 +12,8 @@ from typing import Any
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 from etils import epath
-from ml_collections import ConfigDict
 
-from vlp_jax.data.tokenizers import ClipTokenizer, Tokenizer
+from vlp_jax.data.tokenizers import ClipTokenizer
 from vlp_jax.data.tokenizers.base import NORMALIZED
 from vlp_jax.errors import UserError, unknown_key_message
 from vlp_jax.handover.artifacts import ARTIFACTS
@@ -32,7 +31,7 @@ from vlp_jax.parallel import startup
 from vlp_jax.training import checkpoint
 from vlp_jax.training.command import run_command
 from vlp_jax.training.restore import CHOICES
-from vlp_jax.training.run_model import RunModel, bounded, resizing, text_wording
+from vlp_jax.training.run import Run, bounded, read_stacked, resizing
 
 EPILOG = """formats:
   hf_clip     transformers CLIPModel        hf_siglip   transformers SiglipModel
@@ -151,24 +150,17 @@ def choose(
     return leaf, model, note
 
 
-def extras_of(
-    config: ConfigDict,
-    whole: Objective,
-    objective: Objective,
-    tokenizer: Tokenizer | None,
-    notes: list[str],
-) -> dict[str, Any]:
+def extras_of(run: Run, objective: Objective, notes: list[str]) -> dict[str, Any]:
     """What a foreign config wants to know of a run, as fields of `vlp_jax.interop.Extras`.
 
     Args:
-      whole: the run's objective.
-      objective: the part of it that is written.
+      objective: the run's, or the part of it that is written.
     """
-    model = objective.model
+    model, tokenizer = objective.model, run.tokenizer
     extras = {
         "image_mean": model.pixels.mean,
         "image_std": model.pixels.std,
-        **resizing(config, notes),
+        **resizing(run.config, notes),
     }
     if isinstance(model, MaskedAutoencoder):
         extras |= {
@@ -177,7 +169,7 @@ def extras_of(
         }
     elif tokenizer is not None:
         ids = {name: getattr(tokenizer, name) for name in ("bos_id", "eos_id", "pad_id")}
-        wording, more = text_wording(config, whole)
+        wording, more = run.wording
         notes += more
         notes += [
             f"the run's texts went through {name}, which the tokenizer's files do not do: do it "
@@ -223,19 +215,18 @@ def export(arguments: argparse.Namespace) -> str:
     """
     workdir, output = checkpoint.absolute(arguments.workdir), Path(arguments.output).expanduser()
     check_arguments_fit(arguments, workdir, output)
-    run = RunModel.read(workdir, arguments.step, arguments.params)
-    leaf, model, note = choose(run.objective, run.params, arguments.format, arguments.part)
+    run = Run.open(workdir)
+    saved = run.saved(arguments.step, arguments.params)
+    leaf, model, note = choose(run.objective, read_stacked(saved), arguments.format, arguments.part)
     notes = [note] if note else []
-    extras = extras_of(run.config, run.objective, leaf, run.tokenizer, notes) | chosen_settings(
-        arguments
-    )
+    extras = extras_of(run, leaf, notes) | chosen_settings(arguments)
     job = Job(
         format=arguments.format,
         model=model,
         extras=extras,
         workdir=workdir,
         config=run.config,
-        saved=run.saved,
+        saved=saved,
         dtype=arguments.dtype or "float32",
         overwrite=arguments.overwrite,
         check=arguments.check,

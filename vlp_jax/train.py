@@ -1,4 +1,7 @@
-"""Trains what a config describes: python -m vlp_jax.train --config FILE --workdir DIR."""
+"""Trains what a config describes: python -m vlp_jax.train --config FILE --workdir DIR.
+
+In Python: `train(vlp_jax.config.load("configs/demo.py"), "runs/demo")`.
+"""
 
 from __future__ import annotations
 
@@ -43,6 +46,7 @@ from vlp_jax.training.report import StepReport
 from vlp_jax.training.setup import Setup, check_dispatch
 from vlp_jax.training.state import TrainState
 
+Path = str | os.PathLike[str]
 LONGEST_VALUE = 200  # characters of a value that --help prints
 EPILOG = """\
 examples:
@@ -141,27 +145,26 @@ def add_job_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def train(
-    config: ConfigDict,
-    workdir: str | os.PathLike,
-    clock: StartupClock,
-    job: str = startup.ALONE,
+    config: ConfigDict, workdir: Path, clock: StartupClock | None = None, job: str = startup.ALONE
 ) -> TrainState:
     """Trains, from the newest checkpoint in `workdir` if there is one; returns the last state.
 
     Args:
+      clock: has counted since the process began; None begins now.
       job: how the processes found each other, for the log.
 
     Raises:
-      UserError: a mistake in config, data or workdir, or one of its kinds that `Loop.run` raises.
+      UserError: a mistake in config, data or workdir, or a kind of it that `Loop.run` raises.
     """
-    workdir = epath.Path(workdir)
+    workdir, clock = epath.Path(workdir), clock or StartupClock()
     check_before_start(config, workdir)
     with contextlib.ExitStack() as stack:
         preempted = stack.enter_context(PreemptionWatch())
         watchdog = stack.enter_context(make_watchdog(config, workdir))
         parts = build(config, workdir, clock)
         setup = parts.setup
-        progress = stack.enter_context(make_progress(setup.units.total_steps, workdir.name))
+        last_step = setup.units.total_steps
+        progress = stack.enter_context(make_progress(last_step, workdir.name))
         stack.enter_context(locked(workdir))
         measures = stack.enter_context(Measures(config, workdir, clock, progress))
         with clock.phase("check the checkpoints"):
@@ -169,7 +172,7 @@ def train(
             checkpointer = stack.enter_context(opened)
         first_step = find_first_step(parts, checkpointer)
         begin(parts, workdir, job, first_step, progress.print)
-        measures.begin(first_step, setup.units.total_steps)
+        measures.begin(first_step, last_step)
         with clock.phase("compile the step"), measures.compiling_step():
             programs = compile_phases(setup, first_step)
         with clock.phase("restore the state" if first_step else "initialize the state"):
@@ -181,7 +184,7 @@ def train(
             batches=stack.enter_context(make_prefetcher(parts, first_step)),
             input_state=parts.input_state.save,
             first_step=first_step,
-            last_step=setup.units.total_steps,
+            last_step=last_step,
             save_when=parts.save_when,
             evaluations=parts.evaluations,
             one_evaluation=parts.resources.one_evaluation,
@@ -259,6 +262,7 @@ def find_first_step(parts: Parts, checkpointer: Checkpointer) -> int:
 
 def check_before_start(config: ConfigDict, workdir: epath.Path) -> None:
     """Raises UserError for what can be seen to be wrong without building anything."""
+    config_lib.check(config)
     check_path(checkpoint.absolute(workdir))
     workdir_lib.check_writable(workdir)
     check_writers(config.writers)

@@ -19,7 +19,7 @@ from vlp_jax.data.pipeline import EvalPipeline
 from vlp_jax.data.tokenizers import ByteTokenizer, SubwordTokenizer
 from vlp_jax.interop.trees import plain
 from vlp_jax.models.masking import mask_from_noise
-from vlp_jax.training import run_model
+from vlp_jax.training import run as run_lib
 
 TEXTS = ["A red circle on the Left", "", "Größe 42 <eos> <pad>", "a very long text " * 30]
 CROP = {"resize_shortest_and_center_crop": {"size": 24, "method": "bilinear"}}
@@ -205,12 +205,12 @@ def test_part_of_a_composite(tmp_path):
 
 def test_scale_above_its_bound_is_written_as_the_loss_saw_it():
     objective = type("Bounded", (), {"max_logit_scale": 100.0})()
-    wild = run_model.bounded(objective, {"logit_scale": np.float32(5.0), "x": np.ones(2)})
+    wild = run_lib.bounded(objective, {"logit_scale": np.float32(5.0), "x": np.ones(2)})
     np.testing.assert_allclose(np.exp(wild["logit_scale"]), 100.0, rtol=1e-6)
-    tame = run_model.bounded(objective, {"logit_scale": np.float32(2.0)})
+    tame = run_lib.bounded(objective, {"logit_scale": np.float32(2.0)})
     assert tame["logit_scale"] == 2.0
     objective.max_logit_scale = 0.0
-    assert run_model.bounded(objective, {"logit_scale": np.float32(5.0)})["logit_scale"] == 5.0
+    assert run_lib.bounded(objective, {"logit_scale": np.float32(5.0)})["logit_scale"] == 5.0
 
 
 def test_what_a_run_says_of_its_images():
@@ -219,7 +219,7 @@ def test_what_a_run_says_of_its_images():
         config = runs.run_config(runs.CLIP, runs.SUBWORD, preprocess).copy_and_resolve_references()
         if evaluator is not None:
             config.unlock().evaluators = {"retrieval": {"data": {"preprocess": evaluator}}}
-        return run_model.resizing(config, notes), notes
+        return run_lib.resizing(config, notes), notes
 
     crop = {"random_resized_crop": {"size": 24}}
     assert said({"resize": {"size": 24, "method": "bilinear"}}) == (

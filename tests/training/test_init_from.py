@@ -13,7 +13,8 @@ from vlp_jax.errors import UserError
 from vlp_jax.parallel.batch import put_batch
 from vlp_jax.training import param_groups
 from vlp_jax.training.checkpoint import Checkpointer
-from vlp_jax.training.init_from import FromSeed, make_start, match
+from vlp_jax.training.init_from import FromSeed, make_start
+from vlp_jax.training.matching import match
 from vlp_jax.training.weights import Source
 
 UP = "image/encoder/layers/mlp/up/kernel"
@@ -354,3 +355,96 @@ def test_token_embeddings_of_another_tokenizer(run, tmp_path):
         make_start(setup, new, tokenizer("ours"))
     rules = ((".*/token_embedding/.*", "fresh"), *ALL)
     make_start(setup_from(tmp_path, rules), new, tokenizer("ours"))
+
+
+# Several sources.
+
+
+def setup_of(sources, rules=ALL, source=None, **objective):
+    config = helpers.tiny_config(**objective)
+    config.init_from.source, config.init_from.rules = source and str(source), rules
+    with config.unlocked():
+        config.init_from.sources = {name: dict(given) for name, given in sources.items()}
+    return helpers.setup_on(config, {"replica": 1}, 1)
+
+
+@pytest.fixture(scope="module")
+def other(tmp_path_factory):
+    """Another run of the same model: (workdir, parameters)."""
+    workdir = tmp_path_factory.mktemp("other")
+    setup = helpers.setup_on(helpers.tiny_config(), {"replica": 1}, 1)
+    state = helpers.fresh(setup)
+    state = state.replace(params=jax.tree.map(lambda x: x - 0.5, state.params))
+    save(workdir, state, 7)
+    return workdir, flat(state.params)
+
+
+def test_a_tower_from_here_and_a_tower_from_there(run, other, tmp_path):
+    """An image tower of one run, a text tower of another, the rest from the seed."""
+    sources = {
+        "eyes": {"source": str(run[0]), "into": "image"},
+        "words": {"source": str(other[0]), "into": "text"},
+    }
+    setup = setup_of(sources)
+    start, told = start_of(setup, tmp_path), []
+    params, seed = flat(start.state(setup).params), flat(helpers.fresh(setup).params)
+    for path, value in params.items():
+        source = {"image": run[1], "text": other[1]}.get(path.split("/")[0], seed)
+        np.testing.assert_array_equal(value, source[path], err_msg=path)
+    start.announce(tmp_path, told.append)
+    assert sorted(fate.path for fate in start.fates) == sorted(
+        path for path in params if "encoder/layer_" not in path
+    )
+    (text,) = told
+    assert f"start from {run[0]}, params of step 3, image into image" in text
+    assert "start from the seed" in text and "image_projection/kernel" in text
+
+
+def test_a_tower_goes_to_another_place(other, tmp_path):
+    """The text tower of the source becomes the image tower's encoder: its layers are as large."""
+    rules = (("image/encoder/.*", "load"), (".*", "skip"))
+    setup = setup_of(
+        {"odd": {"source": str(other[0]), "take": "text", "into": "image", "rules": rules}}
+    )
+    params = flat(start_of(setup, tmp_path).state(setup).params)
+    np.testing.assert_array_equal(params[UP], other[1][UP.replace("image", "text")])
+
+
+def test_a_further_source_replaces_a_part_of_the_first(run, other, tmp_path):
+    rules = (("text/.*", "fresh"), *ALL)
+    words = {"source": str(other[0]), "into": "text", "step": 7}
+    setup = setup_of({"words": words}, rules, run[0])
+    params = flat(start_of(setup, tmp_path).state(setup).params)
+    for path, value in params.items():
+        expected = other[1] if path.startswith("text/") else run[1]
+        np.testing.assert_array_equal(value, expected[path], err_msg=path)
+
+
+@pytest.mark.parametrize(
+    ("sources", "message"),
+    [
+        (
+            {"a": {"into": "image"}, "b": {"into": "image/encoder"}},
+            "sources.a and config.init_from.sources.b both give image/encoder/.*b.into",
+        ),
+        ({"a": {"into": "imagine"}}, "sources.a.into: the model has no parameters under 'imagine'"),
+        ({"a": {"take": "imagine", "into": "image"}}, "no parameters under 'imagine' .there are"),
+        ({"a": {"onto": "image"}}, "sources.a.* into"),
+        ({"a": {"into": "image", "rules": (("text/.*", "load"),)}}, "sources.a.rules: 'text/"),
+        ({"a": {"into": "image", "step": 99}}, "sources.a: .*has no checkpoint of step 99"),
+    ],
+)
+def test_sources_that_do_not_go_together(run, tmp_path, sources, message):
+    given = {name: {"source": str(run[0]), **section} for name, section in sources.items()}
+    with pytest.raises(UserError, match=message) as caught:
+        start_of(setup_of(given), tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_source_is_named_on_the_command_line():
+    config = helpers.tiny_config()
+    with config.unlocked():
+        config.init_from.sources = {"eyes": {"source": "runs/a"}}
+    config_lib.override(config, ["init_from.sources.eyes.into=image"])
+    assert config.init_from.sources.eyes.into == "image"
+    config_lib.check(config)

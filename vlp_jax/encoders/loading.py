@@ -22,7 +22,7 @@ from vlp_jax.models.masked_autoencoder import MaskedAutoencoder
 from vlp_jax.objectives.base import Function
 from vlp_jax.objectives.compute import DTYPES
 from vlp_jax.objectives.of_model import objective_of
-from vlp_jax.training.run_model import RunModel, bounded, resizing, text_wording
+from vlp_jax.training.run import Run, bounded, read_stacked, resizing
 
 RESIZING = ("resize", "interpolation", "scale", "crop_rounding")  # fields of `interop.Extras`
 
@@ -59,14 +59,15 @@ def load(
     if not foreign:
         if tokenizer is not None:
             raise UserError(f"{source} is a run, which has its own tokenizer")
-        return _of_run(source, RunModel.read(source, step, params), dtype)
+        return _of_run(source, Run.open(source), step, params, dtype)
     if step is not None or params != "auto":
         raise UserError(f"{source} is no run: it has no steps, and one kind of parameters")
     interop.format_named(prefix)
     return _of_files(source, dtype, tokenizer)
 
 
-def _of_run(source: str, run: RunModel, dtype: str) -> Encoder:
+def _of_run(source: str, run: Run, step: int | None, params: str, dtype: str) -> Encoder:
+    saved = run.saved(step, params)
     found = [part.objective for part in run.objective.parts().values()]
     known = (DualEncoder, MaskedAutoencoder)
     usable = sorted(
@@ -79,10 +80,10 @@ def _of_run(source: str, run: RunModel, dtype: str) -> Encoder:
     objective, notes = usable[0], []
     module = with_dtype(objective.model, DTYPES[dtype])
     expected = interop.trees.expected_shapes(objective.model)
-    weights = {k: v for k, v in bounded(objective, run.params).items() if k in expected}
+    weights = {k: v for k, v in bounded(objective, read_stacked(saved)).items() if k in expected}
     texts = None
     if "text" in module.towers():
-        wording, more = text_wording(run.config, run.objective)
+        wording, more = run.wording
         texts = TextProcessor(run.tokenizer, wording)
         notes += more
     return Encoder(
@@ -92,7 +93,7 @@ def _of_run(source: str, run: RunModel, dtype: str) -> Encoder:
         functions=functions_of(module),
         images=ImageProcessor(image_of(module).image_size, **resizing(run.config, notes)),
         texts=texts,
-        step=run.saved.step,
+        step=saved.step,
         notes=tuple(notes),
     )
 

@@ -26,14 +26,12 @@ from vlp_jax.evaluators import differing_wordings, make_evaluators, merged_data
 from vlp_jax.evaluators.base import Evaluator, Resources, compile_functions
 from vlp_jax.evaluators.derived import evaluator_functions, with_attacks
 from vlp_jax.interop.trees import to_tree
-from vlp_jax.objectives import Objective, make_objective
+from vlp_jax.objectives import Objective
 from vlp_jax.parallel import mesh as mesh_lib
 from vlp_jax.parallel import rules
-from vlp_jax.training import checkpoint
-from vlp_jax.training import workdir as workdir_lib
 from vlp_jax.training.abstract_setup import batch_spec
-from vlp_jax.training.restore import LoadedParameters, SavedParameters
-from vlp_jax.training.run_model import text_wording
+from vlp_jax.training.restore import LoadedParameters
+from vlp_jax.training.run import Run
 
 EXAMPLES_PER_DEVICE = 64  # of an evaluation batch, where the run's own does not fit
 
@@ -49,7 +47,7 @@ class Subject:
       module: the model; of a composite, that of its first part.
       resources: functions, tokenizer, mesh and batch size of the evaluators.
       evaluators: name in the config -> evaluator.
-      workdir: of a run.
+      run: None for files of others.
       notes: what the user should know, a line each.
     """
 
@@ -59,15 +57,10 @@ class Subject:
     module: nn.Module
     resources: Resources
     evaluators: dict[str, Evaluator]
-    workdir: epath.Path | None
+    run: Run | None
     notes: tuple[str, ...]
     _abstract: Any = None
     _loaded: LoadedParameters | None = None
-
-    @staticmethod
-    def config_of(workdir: str | epath.Path) -> ConfigDict:
-        """The config of the run in `workdir`. Raises UserError: there is none."""
-        return workdir_lib.load_config(checkpoint.absolute(workdir))
 
     @classmethod
     def of_run(
@@ -88,33 +81,31 @@ class Subject:
         Raises:
           UserError: there is no run, an evaluator or a key is not there, or its data is not.
         """
-        workdir = checkpoint.absolute(workdir)
-        config = workdir_lib.load_config(workdir)
+        run = Run.open(workdir)
+        config, objective = run.config, run.objective
         train_data = as_plain(config.data)  # as it was in training
         config_lib.override(config, list(overrides))
-        tokenizer = workdir_lib.open_kept_tokenizer(workdir, config)
-        objective = make_objective(config.objective, tokenizer)
         mesh, batch_size, notes = _layout(config, batch_size)
-        wording, more = text_wording(config, objective)
+        wording, more = run.wording
         chosen = choose_evaluators(config, names)
         spec = {k: jax.ShapeDtypeStruct(*v) for k, v in batch_spec(config, objective).items()}
         boxed = jax.eval_shape(lambda: objective.init(jax.random.key(0), spec))
         resources = Resources(
             functions=compile_functions(evaluator_functions(objective), mesh),
-            tokenizer=tokenizer,
+            tokenizer=run.tokenizer,
             mesh=mesh,
             batch_size=batch_size,
             wording=wording,
             train_data=train_data,
         )
         return cls(
-            title=str(workdir),
+            title=str(run.workdir),
             config=config,
             objective=objective,
             module=objective.model,
             resources=resources,
             evaluators=make_evaluators(chosen, config.data, resources),
-            workdir=workdir,
+            run=run,
             notes=(*notes, *more, *differing_wordings(chosen, config.data, wording)),
             _abstract=_placed(boxed, mesh),
         )
@@ -162,16 +153,21 @@ class Subject:
             module=encoder.module,
             resources=resources,
             evaluators=make_evaluators(chosen, config.data, resources),
-            workdir=None,
+            run=None,
             notes=(*notes, *encoder.notes),
             _loaded=LoadedParameters(step=0, part="params", params=params),
         )
         subject._check_image_sizes(encoder.image_size)
         return subject
 
+    @property
+    def workdir(self) -> epath.Path | None:
+        """The folder of the run; None for files of others."""
+        return None if self.run is None else self.run.workdir
+
     def saved_steps(self) -> list[int]:
         """Steps of the run's checkpoints, in order."""
-        return checkpoint.saved_steps(self.workdir)
+        return self.run.steps()
 
     def load(self, step: int | None = None, choice: str = "auto") -> LoadedParameters:
         """The parameters at `step` (default: the newest) on the mesh; of files, those.
@@ -184,8 +180,7 @@ class Subject:
         """
         if self._loaded is not None:
             return self._loaded
-        step = checkpoint.choose_step(self.workdir, step)
-        return SavedParameters.of(self.workdir, step, choice).load(self._abstract)
+        return self.run.saved(step, choice).load(self._abstract)
 
     def open_evaluation_data(self, name: str, extra_fields: Sequence[str] = ()) -> EvalPipeline:
         """The examples of the evaluator `name`, to look at."""

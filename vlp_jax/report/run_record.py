@@ -17,7 +17,7 @@ from vlp_jax.observe.jsonl import read_metrics
 from vlp_jax.observe.summary import SUMMARY_FILE
 from vlp_jax.report.scores import PREFIX
 from vlp_jax.training import workdir as workdir_lib
-from vlp_jax.training.checkpoint import saved_steps
+from vlp_jax.training.run import Run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,16 +47,16 @@ class RunRecord:
         Raises:
           UserError: there is no run in it, or a file of it is damaged.
         """
-        folder = epath.Path(workdir)
-        config = workdir_lib.load_config(folder)
+        run = Run.open(workdir)
+        folder = run.workdir
         files = [folder / name for name in (workdir_lib.METRICS, workdir_lib.EVALUATIONS)]
         return cls(
             path=os.fspath(workdir),
-            config=config,
+            config=run.config,
             records=[r for file in files if file.exists() for r in read_metrics(file)],
             run_time=_run_time(folder / GOODPUT_FILE),
             summary=_summary(folder / SUMMARY_FILE),
-            steps_saved=saved_steps(folder.expanduser().resolve()),
+            steps_saved=run.steps(),
         )
 
     def curve(self, name: str) -> tuple[list[int], list[float]]:

@@ -25,6 +25,7 @@ from vlp_jax.serve.index import build_index, default_folder, import_faiss
 from vlp_jax.serve.pictures import EvaluationImages, Folder, Pictures
 from vlp_jax.training.command import run_command
 from vlp_jax.training.restore import CHOICES
+from vlp_jax.training.run import Run
 
 EPILOG = """examples:
   python -m vlp_jax.serve --workdir demo/run                 the images it is evaluated on
@@ -133,7 +134,7 @@ def open_subject(arguments: argparse.Namespace) -> Subject | None:
     """The run with the evaluators that give images and classes; None if neither is asked of it."""
     if arguments.workdir is None:
         return None
-    config = Subject.config_of(arguments.workdir)
+    config = Run.open(arguments.workdir).config
     kinds = {s.name: name for name, s in reversed(list(config.evaluators.items()))}
     wanted = [kinds[kind] for kind in ("retrieval", "zero_shot") if kind in kinds]
     if not wanted or (arguments.images is not None and arguments.classes is not None):

@@ -25,7 +25,7 @@ from vlp_jax.training.init_from import Start, make_start
 from vlp_jax.training.input_state import InputState
 from vlp_jax.training.loop import Evaluation, When
 from vlp_jax.training.measures import profile_steps
-from vlp_jax.training.run_model import text_wording
+from vlp_jax.training.run import text_wording
 from vlp_jax.training.setup import Setup
 from vlp_jax.training.state import TrainState
 from vlp_jax.training.when import EveryMinutes, EverySteps, StepsAhead, StepsOrMinutes

@@ -4,62 +4,35 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
-import re
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Protocol
 
 import jax
 import numpy as np
 from etils import epath
+from ml_collections import ConfigDict
 
+from vlp_jax import config as config_lib
 from vlp_jax.data.tokenizers import Tokenizer
-from vlp_jax.errors import UserError, unknown_key_message
+from vlp_jax.errors import UserError
 from vlp_jax.files import write_whole
 from vlp_jax.training import checkpoint, param_groups
 from vlp_jax.training.layer_layout import Shape, stack_layers, stacked_name
+from vlp_jax.training.matching import WHERE, Fate, Rules, check_rules, is_taken, match
 from vlp_jax.training.setup import Setup
 from vlp_jax.training.state import TrainState
 from vlp_jax.training.weights import (
     PATCH_KERNEL,
-    POSITIONS,
     Arrays,
     Grid,
     Source,
     open_source,
     patch_grid,
-    square_grid,
+    relocated,
 )
 
 REPORT = "init_from.txt"
-RULES = "config.init_from.rules"
-ACTIONS = ("load", "fresh", "skip")
-MAX_LISTED = 8  # parameters that an error names
-Rules = Sequence[tuple[str, str]]
-
-
-@dataclasses.dataclass(frozen=True)
-class Fate:
-    """What becomes of one parameter, its layers stacked.
-
-    Attributes:
-      kind: "loaded", "resampled" (positions, for another grid of patches), "fresh", or "skipped":
-        a parameter of the source that the model has not.
-      shape: in the model; that of the source if it is skipped.
-      grids: old and new grid, of one that is resampled.
-    """
-
-    path: str
-    shape: Shape
-    kind: str
-    grids: tuple[Grid, Grid] | None = None
-
-    def __str__(self) -> str:
-        if not self.grids:
-            return self.kind
-        old, new = (f"{rows}x{columns}" for rows, columns in self.grids)
-        return f"{self.kind} {old} -> {new}"
 
 
 class Start(Protocol):
@@ -85,17 +58,42 @@ class FromSeed:
 
 
 @dataclasses.dataclass(frozen=True)
-class FromWeights:
-    """A fresh state in which some parameters, and their average, are those of the source."""
+class Taking:
+    """A source, and what becomes of the parameters that it is asked for."""
 
     source: Source
     fates: Sequence[Fate]
 
+    @property
+    def taken(self) -> dict[str, Fate]:
+        """The parameters that come from this source, by path."""
+        return {fate.path: fate for fate in self.fates if is_taken(fate)}
+
+
+@dataclasses.dataclass(frozen=True)
+class FromWeights:
+    """A fresh state in which some parameters, and their average, are those of sources.
+
+    Attributes:
+      takings: one for each source; no parameter comes from two.
+      fresh: the parameters that no source is asked for.
+    """
+
+    takings: Sequence[Taking]
+    fresh: Sequence[Fate] = ()
+
+    @property
+    def fates(self) -> list[Fate]:
+        """What becomes of every parameter."""
+        return [*(fate for taking in self.takings for fate in taking.fates), *self.fresh]
+
     def state(self, setup: Setup) -> TrainState:
-        """The state at step 0. The source is read now; two states are never alive."""
-        arrays = self.source.take()
-        chosen = {fate.path: _values(fate, arrays) for fate in self.fates if _is_taken(fate)}
-        del arrays
+        """The state at step 0. The sources are read now; two states are never alive."""
+        chosen: dict[str, np.ndarray] = {}
+        for taking in self.takings:
+            arrays = taking.source.take()
+            chosen |= {path: _values(fate, arrays) for path, fate in taking.taken.items()}
+            del arrays
         state = FromSeed().state(setup)
         params, ema = (param_groups.flatten(tree) for tree in (state.params, state.ema))
         state = state.replace(params={}, ema={})  # so that what is replaced is let go
@@ -112,20 +110,23 @@ class FromWeights:
 
     def report(self) -> str:
         """Path, shape and fate of every parameter, and how many numbers met each fate."""
-        rows = [(fate.path, str(fate.shape), str(fate)) for fate in self.fates]
+        every = self.fates
+        rows = [(fate.path, str(fate.shape), str(fate)) for fate in every]
         widths = [max(len(row[column]) for row in rows) for column in range(2)]
         totals = {
-            kind: sum(math.prod(fate.shape) for fate in self.fates if fate.kind == kind)
+            kind: sum(math.prod(fate.shape) for fate in every if fate.kind == kind)
             for kind in ("loaded", "resampled", "fresh", "skipped")
         }
-        return "\n".join(
-            [
-                f"start from {self.source.title}",
-                *(f"note: {note}" for note in self.source.notes),
-                *(f"  {p:<{widths[0]}}  {shape:<{widths[1]}}  {fate}" for p, shape, fate in rows),
-                "parameters: " + ", ".join(f"{n:,} {kind}" for kind, n in totals.items() if n),
-            ]
-        )
+        lines, at = [], 0
+        titles = [(t.source.title, t.source.notes, len(t.fates)) for t in self.takings]
+        titles += [("the seed", (), len(self.fresh))] if self.fresh else []
+        for title, notes, count in titles:
+            lines += [f"start from {title}", *(f"note: {note}" for note in notes)]
+            for path, shape, fate in rows[at : at + count]:
+                lines.append(f"  {path:<{widths[0]}}  {shape:<{widths[1]}}  {fate}")
+            at += count
+        counted = ", ".join(f"{n:,} {kind}" for kind, n in totals.items() if n)
+        return "\n".join([*lines, f"parameters: {counted}"])
 
 
 def make_start(setup: Setup, workdir: epath.Path, tokenizer: Tokenizer) -> Start:
@@ -134,168 +135,108 @@ def make_start(setup: Setup, workdir: epath.Path, tokenizer: Tokenizer) -> Start
     A run that has a checkpoint goes on from it and looks at no other weights.
 
     Raises:
-      UserError: the weights are not there, or do not fit the model as the rules want it.
+      UserError: the weights are not there, or do not fit the model as the rules want it, or a
+        parameter would come from two sources.
     """
     section = setup.config.init_from
     if checkpoint.saved_steps(checkpoint.absolute(workdir)):
         return FromSeed()
-    if section.source is None:
-        if section.step is not None:
-            raise UserError("config.init_from.step is set and config.init_from.source is not")
-        return FromSeed()
-    check_rules(section.rules)
+    if section.source is None and section.step is not None:
+        raise UserError("config.init_from.step is set and config.init_from.source is not")
     model = {
         path: tuple(leaf.shape)
         for path, leaf in param_groups.flatten(setup.abstract.params).items()
     }
     model = stack_layers(model, lambda layers: (len(layers), *layers[0]))
-    source = open_source(section.source, section.step, setup.objective.model)
-    fates = match(model, source, section.rules, _model_grid(setup, model))
-    _check_tokenizer(fates, source, tokenizer)
-    return FromWeights(source, fates)
-
-
-def check_rules(rules: Rules) -> None:
-    """Raises UserError for a rule that is not a pair of a regular expression and an action."""
-    for rule in rules:
-        if isinstance(rule, str) or len(rule) != 2:
-            raise UserError(f"{RULES}: {rule!r} is no pair such as ('image/.*', 'load')")
-        if rule[1] not in ACTIONS:
-            raise UserError(unknown_key_message(str(rule[1]), ACTIONS, f"{RULES}, {rule!r}"))
-    param_groups.check_patterns([pattern for pattern, _ in rules], RULES)
-
-
-def match(
-    model: Mapping[str, Shape], source: Source, rules: Rules, grid: Grid | None = None
-) -> tuple[Fate, ...]:
-    """What becomes of every parameter of the model and of the source.
-
-    The first rule whose regular expression is the whole path decides: "load" takes the parameter
-    from the source, "fresh" and "skip" leave it as the seed makes it, and leave out one that the
-    source alone has. Tables of positions of images are resampled where the grid of patches is
-    another; all else must have the model's shape.
-
-    Args:
-      model: path -> shape, layers stacked.
-      grid: of the model's patches; None if it has no images.
-
-    Raises:
-      UserError: parameters that are to be loaded and cannot be, or that would be lost, each with
-        both shapes; a rule that is of no parameter; a parameter without a rule.
-    """
-    paths = sorted({*model, *source.shapes})
-    _check_rules_fit(rules, paths)
-    results = []
-    for path in paths:
-        rule = next((rule for rule in rules if re.fullmatch(rule[0], path)), None)
-        results.append(_decide(path, rule, model.get(path), source, grid))
-    problems = [result for result in results if isinstance(result, Problem)]
-    fates = [result for result in results if isinstance(result, Fate)]
-    if problems:
-        raise UserError(_complaint(problems, source, paths))
-    if not any(_is_taken(fate) for fate in fates):
-        raise UserError(
-            f"config.init_from.rules load nothing from {source.title}; set "
-            "config.init_from.source to None, or add a rule with 'load'"
-        )
-    return tuple(fates)
+    grid = _model_grid(setup, model)
+    takings: dict[str, Taking] = {}
+    for where, wanted in _wanted(section).items():
+        check_rules(wanted.rules, f"{where}.rules")
+        asked = {path: shape for path, shape in model.items() if is_under(path, wanted.into)}
+        if not asked:
+            raise UserError(f"{where}.into: the model has no parameters under {wanted.into!r}")
+        source = open_source(wanted.source, wanted.step, setup.objective.model, where)
+        source = relocated(source, wanted.take, wanted.into)
+        takings[where] = Taking(source, match(asked, source, wanted.rules, grid, where))
+        _check_tokenizer(takings[where], tokenizer, where)
+    if not takings:
+        return FromSeed()
+    _check_one_source_each(takings)
+    return FromWeights(*_without_repeats(takings.values(), model))
 
 
 @dataclasses.dataclass(frozen=True)
-class Problem:
-    """A parameter for which the rules cannot hold: its shape on either side, a key of `ADVICE`."""
+class Wanted:
+    """A section of `config.init_from.sources`.
 
-    path: str
-    model: Shape | None
-    source: Shape | None
-    kind: str
+    Attributes:
+      source, step, rules: as in `config.init_from`.
+      into: the parameters it is for: those whose path begins with this, and a slash; "": all.
+      take: what the paths of these begin with in the source; None: the same.
+    """
 
-    def __str__(self) -> str:
-        there, here = ("absent" if x is None else x for x in (self.source, self.model))
-        return f"{self.path} is {there} in the source and {here} in the model"
+    source: str
+    step: int | None = None
+    rules: Rules = ((".*", "load"),)
+    into: str = ""
+    take: str | None = None
 
-
-# What mends a problem, by its kind.
-ADVICE = {
-    "no rule": f"end {RULES} with ('.*', 'load')",
-    "absent": f"to initialize it, begin {RULES} with ({{path!r}}, 'fresh')",
-    "shape": f"to initialize it, begin {RULES} with ({{path!r}}, 'fresh')",
-    "text": "positions of texts are not resampled: set config.tokenizer.context_length to "
-    f"{{source[0]}}, or begin {RULES} with ({{path!r}}, 'fresh')",
-    "grid": "positions are resampled where both sides have the same tokens besides the patches (a "
-    f"class token): make them so, or begin {RULES} with ({{path!r}}, 'fresh')",
-    "extra": f"to do without it, begin {RULES} with ({{path!r}}, 'skip')",
-}
+    def __post_init__(self) -> None:
+        if self.take is None:
+            object.__setattr__(self, "take", self.into)
 
 
-def _decide(
-    path: str, rule: tuple[str, str] | None, shape: Shape | None, source: Source, grid: Grid | None
-) -> Fate | Problem:
-    other = source.shapes.get(path)
-    if rule is None:
-        return Problem(path, shape, other, "no rule")
-    if rule[1] != "load":
-        return Fate(path, other, "skipped") if shape is None else Fate(path, shape, "fresh")
-    if other is None or shape is None:
-        return Problem(path, shape, other, "absent" if other is None else "extra")
-    if path == POSITIONS and grid and shape[1:] == other[1:]:
-        return _decide_positions(shape, other, source.grids.get(path), grid)
-    if shape == other:
-        return Fate(path, shape, "loaded")
-    text = path.startswith("text/") and path.endswith("/position_embedding")
-    return Problem(path, shape, other, "text" if text and shape[1:] == other[1:] else "shape")
+def _wanted(section: ConfigDict) -> dict[str, Wanted]:
+    """What the config calls a source -> the source."""
+    wanted: dict[str, Wanted] = {}
+    if section.source is not None:
+        wanted[WHERE] = Wanted(section.source, section.step, section.rules)
+    for name, given in section.sources.items():
+        where = f"config.init_from.sources.{name}"
+        if not isinstance(given, Mapping | ConfigDict):
+            raise UserError(f"{where} must be a section with a source, not {given!r}")
+        wanted[where] = config_lib.build(Wanted, given, where)
+    return wanted
 
 
-def _decide_positions(shape: Shape, other: Shape, old: Grid | None, new: Grid) -> Fate | Problem:
-    """The fate of the image positions. An old grid that is not known is the same, or a square."""
-    prefix = shape[0] - math.prod(new)
-    old = old or (new if shape == other else square_grid(other[0] - prefix))
-    if old is None or other[0] - math.prod(old) != prefix:
-        return Problem(POSITIONS, shape, other, "grid")
-    if tuple(old) == tuple(new):
-        return Fate(POSITIONS, shape, "loaded")
-    return Fate(POSITIONS, shape, "resampled", (old, new))
+def is_under(path: str, prefix: str) -> bool:
+    """Whether a parameter's path begins with the names of `prefix`."""
+    return not prefix or path.startswith(f"{prefix}/")
 
 
-def _complaint(problems: Sequence[Problem], source: Source, paths: Sequence[str]) -> str:
-    """One line: the parameters that do not fit, and for each kind what mends it."""
-    rows = [str(problem) for problem in problems[:MAX_LISTED]]
-    if len(problems) > MAX_LISTED:
-        rows.append(f"and {len(problems) - MAX_LISTED} more")
-    first = {problem.kind: problem for problem in reversed(problems)}
-    advice = [
-        text.format(source=first[kind].source, path=_pattern(kind, problems, paths))
-        for kind, text in ADVICE.items()
-        if kind in first
-    ]
-    return (
-        f"config.init_from: {source.title}: the weights do not fit the model: {', '.join(rows)}; "
-        + "; ".join(advice)
-    )
+def _check_one_source_each(takings: Mapping[str, Taking]) -> None:
+    """Raises UserError for a parameter that two sources give."""
+    given: dict[str, str] = {}
+    for where, taking in takings.items():
+        for path in taking.taken:
+            if path in given:
+                raise UserError(
+                    f"{given[path]} and {where} both give {path}: let one of them be for other "
+                    f"parameters ({where}.into), or begin {where}.rules with ({path!r}, 'fresh')"
+                )
+            given[path] = where
 
 
-def _pattern(kind: str, problems: Sequence[Problem], paths: Sequence[str]) -> str:
-    """A regular expression of the problems of a kind and of no other path; of a few if many."""
-    bad = [problem.path for problem in problems if problem.kind == kind]
-    folder = os.path.commonprefix(bad).rpartition("/")[0]
-    if len(bad) > 1 and {path for path in paths if path.startswith(f"{folder}/")} == {*bad}:
-        return f"{folder}/.*"
-    return "|".join(bad[:MAX_LISTED])
+def _without_repeats(
+    takings: Collection[Taking], model: Mapping[str, Shape]
+) -> tuple[list[Taking], list[Fate]]:
+    """Each parameter of the model once: what one source gives is not fresh by another."""
+    given = {path for taking in takings for path in taking.taken}
+    seen: set[str] = set()
+    kept = []
+    for taking in takings:
+        fates = [
+            fate for fate in taking.fates if fate.kind != "fresh" or fate.path not in given | seen
+        ]
+        seen |= {fate.path for fate in fates if fate.kind != "skipped"}
+        kept.append(Taking(taking.source, fates))
+    return kept, [Fate(p, shape, "fresh") for p, shape in sorted(model.items()) if p not in seen]
 
 
-def _check_rules_fit(rules: Rules, paths: Sequence[str]) -> None:
-    for pattern, _ in rules:
-        if not any(re.fullmatch(pattern, path) for path in paths):
-            raise UserError(
-                f"{RULES}: {pattern!r} is the whole path of no parameter of the model or the "
-                f"source, such as {max(paths, key=len)!r} (layers are stacked here); at the top "
-                f"there are {', '.join(sorted({path.partition('/')[0] for path in paths}))}"
-            )
-
-
-def _check_tokenizer(fates: Sequence[Fate], source: Source, tokenizer: Tokenizer) -> None:
+def _check_tokenizer(taking: Taking, tokenizer: Tokenizer, where: str) -> None:
     """Raises UserError if embeddings of tokens are loaded that stand for other tokens here."""
-    loaded = [fate.path for fate in fates if _is_taken(fate) and "token_embedding/" in fate.path]
+    source = taking.source
+    loaded = [path for path in taking.taken if "token_embedding/" in path]
     if not loaded or source.tokenizer is None:
         return
     with tempfile.TemporaryDirectory() as folder:
@@ -303,14 +244,10 @@ def _check_tokenizer(fates: Sequence[Fate], source: Source, tokenizer: Tokenizer
         same = epath.Path(f"{folder}/ours").read_text() == source.tokenizer.read_text()
     if not same:
         raise UserError(
-            f"config.init_from: {loaded[0]} of {source.title} is of another tokenizer; set "
-            f"config.tokenizer.file to {source.tokenizer}, or begin {RULES} with "
+            f"{where}: {loaded[0]} of {source.title} is of another tokenizer; set "
+            f"config.tokenizer.file to {source.tokenizer}, or begin {where}.rules with "
             f"({loaded[0]!r}, 'fresh')"
         )
-
-
-def _is_taken(fate: Fate) -> bool:
-    return fate.kind in ("loaded", "resampled")
 
 
 def _values(fate: Fate, arrays: Arrays) -> np.ndarray:

@@ -56,13 +56,16 @@ class Source:
     tokenizer: epath.Path | None = None
 
 
-def open_source(source: str, step: int | None, model: Any) -> Source:
+def open_source(
+    source: str, step: int | None, model: Any, where: str = "config.init_from"
+) -> Source:
     """The weights that `config.init_from.source` names.
 
     Args:
       source: a workdir of ours, which may be gs://..., or one of `FORMATS`.
       step: of the checkpoint of a workdir; None for the newest.
       model: the Flax module that is to have them, which tells apart variants of a foreign format.
+      where: what the section with the source is called in an error.
 
     Raises:
       UserError: there are none, or they cannot be read.
@@ -73,13 +76,13 @@ def open_source(source: str, step: int | None, model: Any) -> Source:
         or rest.startswith("//")
         or (prefix not in FORMATS and epath.Path(source).exists())
     ):
-        return from_workdir(source, step)
+        return from_workdir(source, step, where)
     if prefix not in FORMATS:
         known = ", ".join(FORMATS.values())
-        message = unknown_key_message(prefix, FORMATS, "config.init_from.source")
+        message = unknown_key_message(prefix, FORMATS, f"{where}.source")
         raise UserError(f"{message}; a source is a workdir or one of {known}")
     if step is not None:
-        raise UserError(f"config.init_from.step is of a workdir's checkpoints, not of {source}")
+        raise UserError(f"{where}.step is of a workdir's checkpoints, not of {source}")
     from vlp_jax.interop import read_weights
 
     return from_weights(source, read_weights(source, model))
@@ -98,7 +101,7 @@ def from_weights(title: str, weights: Any) -> Source:
     return Source(title, shapes, dict(weights.grids), tuple(weights.notes), take)
 
 
-def from_workdir(source: str, step: int | None) -> Source:
+def from_workdir(source: str, step: int | None, where: str = "config.init_from") -> Source:
     """The averaged parameters of a run's checkpoint, or its parameters if it has no average.
 
     Only these are read, and onto the host, whatever mesh the run had.
@@ -109,10 +112,10 @@ def from_workdir(source: str, step: int | None) -> Source:
     workdir = checkpoint.absolute(source)
     if not workdir.exists():
         raise UserError(
-            f"config.init_from.source: the folder {source} does not exist; give a workdir or one "
+            f"{where}.source: the folder {source} does not exist; give a workdir or one "
             f"of {', '.join(FORMATS.values())}"
         )
-    step = checkpoint.choose_step(workdir, step, "config.init_from")
+    step = checkpoint.choose_step(workdir, step, where)
     saved = SavedParameters.of(workdir, step)
     shapes = stack_layers(saved.shapes, lambda layers: (len(layers), *layers[0]))
     return Source(
@@ -122,6 +125,36 @@ def from_workdir(source: str, step: int | None) -> Source:
         notes=(),
         take=lambda: stack_layers(saved.read(), np.stack),
         tokenizer=workdir / TOKENIZER if (workdir / TOKENIZER).exists() else None,
+    )
+
+
+def relocated(source: Source, take: str, into: str) -> Source:
+    """The weights of a source whose paths begin with `take`, which is `into` here; "" is all.
+
+    Raises:
+      UserError: it has none.
+    """
+    if not take and not into:
+        return source
+
+    def moved(tree: Mapping[str, Any]) -> dict[str, Any]:
+        old, new = (f"{prefix}/" if prefix else "" for prefix in (take, into))
+        return {
+            new + path.removeprefix(old): value
+            for path, value in tree.items()
+            if path.startswith(old)
+        }
+
+    shapes = moved(source.shapes)
+    if not shapes:
+        there = ", ".join(sorted({path.partition("/")[0] for path in source.shapes}))
+        raise UserError(f"{source.title} has no parameters under {take!r} (there are: {there})")
+    return dataclasses.replace(
+        source,
+        title=f"{source.title}, {take or 'all'} into {into or 'all'}",
+        shapes=shapes,
+        grids=moved(source.grids),
+        take=lambda: moved(source.take()),
     )
 
 

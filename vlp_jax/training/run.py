@@ -1,8 +1,10 @@
-"""The model of a run by itself: module, parameters, tokenizer, and how images come to its size."""
+"""A run that has begun: config, tokenizer, objective, checkpoints, and how it takes its inputs."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -27,42 +29,66 @@ RESIZED_BY = {"resize": "squash", "resize_shortest_and_center_crop": "crop"}
 
 
 @dataclasses.dataclass(frozen=True)
-class RunModel:
-    """What a checkpoint of a run holds, read to the host. No training data is opened.
+class Run:
+    """A run that has begun: what lies in its workdir. No training data is opened.
 
     Attributes:
-      workdir, config: of the run.
-      saved: which checkpoint of it, and which parameters.
-      objective: as the config describes it; of a composite, the whole.
-      params: path -> float32 array, layers stacked (see `vlp_jax.interop.trees`).
-      tokenizer: the run's; None if it has no text.
+      workdir: its folder.
+      config: as it was written, resolved.
     """
 
     workdir: epath.Path
     config: ConfigDict
-    saved: SavedParameters
-    objective: Objective
-    params: dict[str, np.ndarray]
-    tokenizer: Tokenizer | None
 
     @classmethod
-    def read(cls, workdir: str | epath.Path, step: int | None, choice: str = "auto") -> RunModel:
-        """The newest checkpoint of `workdir`, or that of `step`.
+    def open(cls, workdir: str | os.PathLike[str]) -> Run:
+        """The run in `workdir`.
+
+        Raises:
+          UserError: there is none, or its config cannot be read.
+        """
+        folder = checkpoint.absolute(workdir)
+        return cls(folder, workdir_lib.load_config(folder))
+
+    @functools.cached_property
+    def tokenizer(self) -> Tokenizer | None:
+        """The tokenizer of the run; None if it has no text.
+
+        Raises:
+          UserError: it is not there any more.
+        """
+        return workdir_lib.open_kept_tokenizer(self.workdir, self.config)
+
+    @functools.cached_property
+    def objective(self) -> Objective:
+        """The objective, as the config describes it; of a composite, the whole."""
+        return make_objective(self.config.objective, self.tokenizer)
+
+    def steps(self) -> list[int]:
+        """The steps of its checkpoints, in order."""
+        return checkpoint.saved_steps(self.workdir)
+
+    def saved(self, step: int | None = None, choice: str = "auto") -> SavedParameters:
+        """The parameters of the checkpoint of `step`, None for the newest, not yet read.
 
         Args:
           choice: one of `vlp_jax.training.restore.CHOICES`.
 
         Raises:
-          UserError: there is no run, or no such checkpoint or average, in `workdir`.
+          UserError: there is no such checkpoint or average.
         """
-        workdir = checkpoint.absolute(workdir)
-        config = workdir_lib.load_config(workdir)
-        step = checkpoint.choose_step(workdir, step)
-        tokenizer = workdir_lib.open_kept_tokenizer(workdir, config)
-        objective = make_objective(config.objective, tokenizer)
-        saved = SavedParameters.of(workdir, step, choice)
-        params = stack_layers(saved.read())
-        return cls(workdir, config, saved, objective, params, tokenizer)
+        step = checkpoint.choose_step(self.workdir, step)
+        return SavedParameters.of(self.workdir, step, choice)
+
+    @property
+    def wording(self) -> tuple[Wording, tuple[str, ...]]:
+        """See `text_wording`."""
+        return text_wording(self.config, self.objective)
+
+
+def read_stacked(saved: SavedParameters) -> dict[str, np.ndarray]:
+    """path -> float32 array on the host, layers stacked (see `vlp_jax.interop.trees`)."""
+    return stack_layers(saved.read())
 
 
 def text_wording(config: ConfigDict, objective: Objective) -> tuple[Wording, tuple[str, ...]]:
