@@ -64,7 +64,7 @@ class TextTransformer(nn.Module):
     compute: ComputeConfig = ComputeConfig()
 
     # See `VisionTransformer`.
-    SHARED: ClassVar[Mapping[str, tuple[str, ...]]] = {"__call__": (), "sequence": ("pooling",)}
+    SHARED: ClassVar[Mapping[str, tuple[str, ...]]] = {"__call__": (), "_sequence": ("pooling",)}
 
     @property
     def width(self) -> int:
@@ -87,9 +87,9 @@ class TextTransformer(nn.Module):
         Raises:
           ValueError: the sequences have another length than `context_length`.
         """
-        return self._pool(self.sequence(tokens, train), tokens)
+        return self._pool(self._sequence(tokens, train), tokens)
 
-    def sequence(
+    def _sequence(
         self, tokens: Int[Array, "batch tokens"], train: bool = False
     ) -> Float[Array, "batch tokens width"]:
         """All tokens as they are before the pooling; arguments and errors as for a call."""

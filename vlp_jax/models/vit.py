@@ -141,7 +141,7 @@ class VisionTransformer(nn.Module):
     compute: ComputeConfig = ComputeConfig()
 
     # The methods that several losses share, and the fields that make no difference to them.
-    SHARED: ClassVar[Mapping[str, tuple[str, ...]]] = {"__call__": (), "sequence": ("pooling",)}
+    SHARED: ClassVar[Mapping[str, tuple[str, ...]]] = {"__call__": (), "_sequence": ("pooling",)}
 
     @property
     def width(self) -> int:
@@ -198,12 +198,12 @@ class VisionTransformer(nn.Module):
         Raises:
           ValueError: the image has another size than `image_size`.
         """
-        x = self._pool(self.sequence(image, keep, train, prepare))
+        x = self._pool(self._sequence(image, keep, train, prepare))
         if self.norm_after_pool:
             x = norm(self.transformer, self.compute.dtype, "norm")(x)
         return x
 
-    def sequence(
+    def _sequence(
         self,
         image: Num[Array, "batch height width channels"],
         keep: Int[Array, "batch kept"] | None = None,
