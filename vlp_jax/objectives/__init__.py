@@ -8,6 +8,7 @@ from typing import Any
 
 from vlp_jax import config as config_lib
 from vlp_jax.objectives.base import Objective
+from vlp_jax.objectives.captioning import make_captioning
 from vlp_jax.objectives.classification import make_classification
 from vlp_jax.objectives.composite import Composite, make_composite
 from vlp_jax.objectives.contrastive import make_contrastive
@@ -50,6 +51,7 @@ def _composite(*, parts: Mapping[str, Any], tokenizer: Any, steps_of: StepsOf | 
 
 
 OBJECTIVES = {
+    "captioning": make_captioning,
     "classification": make_classification,
     "composite": _composite,
     "contrastive": make_contrastive,

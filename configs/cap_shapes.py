@@ -1,0 +1,38 @@
+"""Captions of the embedded `shapes`, as CapPa learns them: minutes on two CPU cores.
+
+    python -m vlp_jax.train --config configs/cap_shapes.py --workdir DIR
+
+The image tower is of the demo's size and learns from captions alone. Half of the captions are
+predicted word by word and half all at once.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import clip_shapes, demo
+from vlp_jax.config import duration
+
+
+def get_config(arg=None):
+    config = demo.get_config(arg)
+    config.duration = duration(steps=800)
+    config.objective = ConfigDict(
+        {
+            "name": "captioning",
+            "parallel_share": 0.5,
+            "image": {
+                "variant": "Ti/16",
+                "image_size": 64,
+                **demo.TOWER,
+                "depth": 2,
+            },
+            "decoder": {"variant": "Ti", **demo.TOWER, "depth": 1},
+            "remat": "dots",
+        }
+    )
+    config.data.preprocess.choose_text = ConfigDict({"index": 0})  # names all that is in a scene
+    config.evaluators = ConfigDict(
+        {"loss": {"name": "loss", "data": clip_shapes.test_data(limit=1000)}}
+    )
+    for evaluator in config.evaluators.values():
+        evaluator.every = duration(percent=25.0)
+    return config

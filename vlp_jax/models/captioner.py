@@ -1,0 +1,69 @@
+"""An image tower whose tokens a text decoder looks at."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from vlp_jax.models.attention_mask import AttentionMask
+from vlp_jax.models.decoder import CAUSAL, Decoder
+from vlp_jax.models.layers import Attended
+from vlp_jax.models.values import Images, Pixels
+from vlp_jax.models.vit import VisionTransformer
+
+Seen = Float[Array, "batch image_tokens image_width"]
+
+
+class Captioner(nn.Module):
+    """Scores the words of a text about an image (Tschannen et al. 2023, "CapPa", 3.1).
+
+    Attributes:
+      image: the tower, without pooling: all of its tokens are looked at.
+      decoder: what reads and scores the text.
+      pixels: how they are normalized.
+    """
+
+    image: VisionTransformer
+    decoder: Decoder
+    pixels: Pixels = Pixels()
+
+    def towers(self) -> dict[str, nn.Module]:
+        """Its towers, by the names that their parameters have."""
+        return {"image": self.image, "decoder": self.decoder}
+
+    def example(self) -> tuple[Any, ...]:
+        """The inputs of a call, of one example, all 0."""
+        tokens = jnp.zeros((1, self.decoder.context_length), jnp.int32)
+        return (*self.image.example(jnp.uint8), tokens)
+
+    def __call__(
+        self, image: Images, tokens: Int[Array, "batch tokens"], mask: AttentionMask = CAUSAL
+    ) -> Float[Array, "batch tokens vocab"]:
+        """The scores of the token after each, float32, of images with values in [0, 255]."""
+        return self.decoder(tokens, Attended(self.look(image)), mask)
+
+    def look(self, image: Images, train: bool = False) -> Seen:
+        """The tokens of images with values in [0, 255]."""
+        return self.image(image, train=train, prepare=self.pixels.normalize)
+
+    def features(
+        self,
+        image: Images,
+        tokens: Int[Array, "batch tokens"],
+        mask: AttentionMask,
+        train: bool = False,
+    ) -> Float[Array, "batch tokens width"]:
+        """What `score` makes the scores of; see `Decoder.features`."""
+        return self.decoder.features(tokens, Attended(self.look(image, train)), mask, train)
+
+    def score(self, features: Float[Array, "*batch width"]) -> Float[Array, "*batch vocab"]:
+        """The scores of the next token, float32."""
+        return self.decoder.score(features)
+
+    def image_features(self, image: Images) -> Float[Array, "batch embed"]:
+        """The mean over the patches, float32: what a probe of CapPa's encoder is trained on."""
+        tokens = self.look(image)[:, self.image.prefix_tokens :]
+        return tokens.astype(jnp.float32).mean(axis=1)

@@ -1,0 +1,210 @@
+"""Captioning as pretraining: one word after the other, and all at once (CapPa)."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Int
+
+from vlp_jax import config as config_lib
+from vlp_jax.models.attention import HOLDS
+from vlp_jax.models.attention_mask import AttentionMask
+from vlp_jax.models.captioner import Captioner
+from vlp_jax.models.decoder import CAUSAL, make_decoder
+from vlp_jax.models.dual_encoder import l2_normalize
+from vlp_jax.models.values import Pixels, keywords_of
+from vlp_jax.models.vit import make_vit
+from vlp_jax.objectives.base import (
+    Batch,
+    Context,
+    Examples,
+    Field,
+    Function,
+    Objective,
+    Params,
+    of_images,
+)
+from vlp_jax.objectives.compute import make_compute
+from vlp_jax.objectives.token_loss import token_losses
+
+MEANS = ("example", "token")
+
+
+@dataclasses.dataclass(frozen=True)
+class Captioning(Objective):
+    """Says the caption of an image.
+
+    Attributes:
+      model: an image tower and a decoder that looks at its tokens. The id behind the vocabulary is
+        the mask.
+      eos_id, pad_id: the tokenizer's. Tokens behind the first end of text have no loss. A text
+        begins with a padding token.
+      parallel_share: chance that the words of an example are predicted all at once, from masks that
+        see each other, and not one after the other (Tschannen et al. 2023, "CapPa", 3.2). In
+        evaluation none are.
+      label_smoothing, z_loss: see `token_losses`; in training alone.
+      mean: "example": the loss is the mean over the examples of the mean over their tokens (CapPa);
+        "token": the mean over all tokens (Yu et al. 2022, "CoCa").
+    """
+
+    model: Captioner
+    eos_id: int
+    pad_id: int
+    parallel_share: float = 0.75
+    label_smoothing: float = 0.0
+    z_loss: float = 0.0
+    mean: str = "example"
+
+    @property
+    def reads(self) -> dict[str, Field]:
+        """Images and their texts."""
+        return {
+            "image": Field.pixels(self.model.image.image_size),
+            "text": Field.tokens(self.model.decoder.context_length),
+        }
+
+    @property
+    def mask_id(self) -> int:
+        """The token that stands for one that is not told."""
+        return self.model.decoder.vocab_size
+
+    def draw(self, batch: Batch, context: Context) -> Examples:
+        """Images and texts, and which texts are predicted all at once."""
+        key, count = jax.random.split(context.rng)[0], len(batch["text"])
+        share = self.parallel_share if context.train else 0.0
+        parallel = jax.random.bernoulli(key, share, (count,))
+        return {"image": batch["image"], "text": batch["text"], "parallel": parallel}
+
+    def forward(self, params: Params, batch: Examples, context: Context) -> Examples:
+        """The cross-entropy of each text, and how many of its tokens have the highest score."""
+        tokens, parallel = batch["text"], batch["parallel"]
+        train = {"label_smoothing": self.label_smoothing, "z_loss": self.z_loss}
+        features = self.model.apply(
+            {"params": params},
+            batch["image"],
+            jnp.where(parallel[:, None], self.mask_id, self.shifted(tokens)),
+            self._mask(parallel, tokens.shape[1], context.train),
+            context.train,
+            method="features",
+            rngs={"drop_path": jax.random.split(context.rng)[1]},
+        )
+        found = token_losses(
+            lambda x: self.model.apply({"params": params}, x, method="score"),
+            features,
+            tokens,
+            self.model.decoder.vocab_size,
+            **(train if context.train else {}),
+        )
+        told = self.told(tokens).astype(jnp.float32)
+        count = told.sum(axis=1)
+        loss, hits = ((x * told).sum(axis=1) for x in (found.loss, found.hit))
+        mean = loss / jnp.maximum(count, 1)
+        of_examples = self.mean == "example"
+        one = jnp.minimum(count, 1)  # 0 of an example without a text
+        metrics = {
+            "loss": (mean, one) if of_examples else (loss, count),
+            "accuracy": (hits, count),
+        }
+        if context.train and 0 < self.parallel_share < 1:
+            for name, own in (("parallel", parallel), ("causal", ~parallel)):
+                metrics[f"{name}_loss"] = (jnp.where(own, mean, 0), jnp.where(own, one, 0))
+        return metrics
+
+    def shifted(self, tokens: Int[Array, "batch tokens"]) -> Int[Array, "batch tokens"]:
+        """What is read before each token: padding, then the tokens but for the last."""
+        return jnp.pad(tokens[:, :-1], ((0, 0), (1, 0)), constant_values=self.pad_id)
+
+    def told(self, tokens: Int[Array, "batch tokens"]) -> Bool[Array, "batch tokens"]:
+        """The tokens up to the first end of text."""
+        ends = tokens == self.eos_id
+        before = jnp.cumsum(ends, axis=1) - ends
+        return (before == 0) & ((tokens != self.pad_id) | ends)
+
+    def _mask(self, parallel: Bool[Array, " batch"], length: int, train: bool) -> AttentionMask:
+        if not train or not self.parallel_share:
+            return CAUSAL
+        if self.parallel_share == 1:
+            return AttentionMask()
+        return AttentionMask(causal=True, prefix=jnp.where(parallel, length, 0))
+
+    def functions(self) -> dict[str, Function]:
+        """What evaluators, export and users may ask for.
+
+        `embed_image` and `image_features`: the mean over the patches, as unit vectors or as it is.
+        """
+
+        def features(params: Params, image: Array) -> Array:
+            return self.model.apply({"params": params}, image, method="image_features")
+
+        return {
+            "embed_image": of_images(
+                lambda params, x: l2_normalize(features(params, x)), "unit vectors"
+            ),
+            "image_features": of_images(features, "features"),
+        }
+
+
+@keywords_of(make_compute)
+def make_captioning(
+    *,
+    tokenizer: Any,
+    image: Mapping[str, Any],
+    decoder: Mapping[str, Any],
+    parallel_share: float = 0.75,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    mean: str = "example",
+    image_mean: tuple[float, ...] = (0.5, 0.5, 0.5),
+    image_std: tuple[float, ...] = (0.5, 0.5, 0.5),
+    **compute: Any,
+) -> Captioning:
+    """`Captioning` from `config.objective`.
+
+    Args:
+      tokenizer: gives the decoder its vocabulary and context length.
+      image: arguments of `make_vit`; the pooling is none.
+      decoder: arguments of `make_decoder`, and `attention` if it is to be another than that of the
+        image tower. By default there are no biases in its layers, and token embeddings begin with
+        deviation 1, as published.
+      parallel_share, label_smoothing, z_loss, mean: see `Captioning`.
+      compute: see `make_compute`.
+
+    Raises:
+      ValueError: an unknown variant, mean or dtype, no tokenizer, a number out of range, or an
+        attention that does not hold the decoder's mask.
+    """
+    if tokenizer is None:
+        raise ValueError("captioning needs config.tokenizer")
+    if not 0 <= parallel_share <= 1:
+        raise ValueError(f"parallel_share is a chance from 0 to 1, not {parallel_share}")
+    if not 0 <= label_smoothing < 1:
+        raise ValueError(f"label_smoothing is at least 0 and below 1, not {label_smoothing}")
+    if mean not in MEANS:
+        raise ValueError(f"unknown mean {mean!r} (known: {', '.join(MEANS)})")
+    how, published = make_compute(**compute), {"bias": False, "embedding_stddev": 1.0}
+    own = {**published, **decoder}
+    attention = own.pop("attention", how.attention)
+    if 0 < parallel_share < 1:
+        AttentionMask(causal=True, prefix=jnp.zeros(1)).check(attention, HOLDS.get(attention, ()))
+    token = {"class_token": image.get("pooling", "none") == "cls"}
+    model = Captioner(
+        config_lib.build(
+            make_vit, {**token, **image, "pooling": "none"}, "config.objective.image", compute=how
+        ),
+        config_lib.build(
+            make_decoder,
+            own,
+            "config.objective.decoder",
+            vocab_size=tokenizer.vocab_size,
+            context_length=tokenizer.context_length,
+            extra_tokens=1,
+            compute=dataclasses.replace(how, attention=attention),
+        ),
+        Pixels(tuple(image_mean), tuple(image_std)),
+    )
+    ids = (tokenizer.eos_id, tokenizer.pad_id)
+    return Captioning(model, *ids, parallel_share, label_smoothing, z_loss, mean)
