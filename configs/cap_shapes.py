@@ -3,7 +3,8 @@
     python -m vlp_jax.train --config configs/cap_shapes.py --workdir DIR
 
 The image tower is of the demo's size and learns from captions alone. Half of the captions are
-predicted word by word and half all at once.
+predicted word by word and half all at once. Evaluation lets the model say what it sees, and
+classifies by how likely it finds the names of the classes.
 """
 
 from ml_collections import ConfigDict
@@ -30,8 +31,18 @@ def get_config(arg=None):
         }
     )
     config.data.preprocess.choose_text = ConfigDict({"index": 0})  # names all that is in a scene
+    one_object = clip_shapes.test_data({"num_objects": 1, "unseen": False})
+    unseen = clip_shapes.test_data({"num_objects": 1, "unseen": True})
+    likelihood = {"name": "likelihood", "template": "a {}"}
+    captions = {"name": "captions", "label_field": "label"}
     config.evaluators = ConfigDict(
-        {"loss": {"name": "loss", "data": clip_shapes.test_data(limit=1000)}}
+        {
+            "loss": {"name": "loss", "data": clip_shapes.test_data(limit=1000)},
+            "captions": {"name": "captions", "data": clip_shapes.test_data(limit=1000)},
+            "one_object": {**captions, "data": one_object},
+            "one_object_unseen": {**captions, "data": unseen},
+            "likelihood": {**likelihood, "data": one_object},
+        }
     )
     for evaluator in config.evaluators.values():
         evaluator.every = duration(percent=25.0)

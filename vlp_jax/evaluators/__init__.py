@@ -11,6 +11,7 @@ from vlp_jax.data.wording import Wording, wording_of
 from vlp_jax.errors import UserError
 from vlp_jax.evaluators.accuracy import Accuracy, Answers
 from vlp_jax.evaluators.base import Evaluator, Resources
+from vlp_jax.evaluators.captioning import Captions, Likelihood
 from vlp_jax.evaluators.few_shot import FewShot
 from vlp_jax.evaluators.geometry import Geometry
 from vlp_jax.evaluators.knn import Knn
@@ -24,9 +25,11 @@ from vlp_jax.evaluators.zero_shot import ZeroShot
 EVALUATORS = {
     "accuracy": Accuracy,
     "answers": Answers,
+    "captions": Captions,
     "few_shot": FewShot,
     "geometry": Geometry,
     "knn": Knn,
+    "likelihood": Likelihood,
     "linear_probe": LinearProbe,
     "loss": Loss,
     "reconstruction": Reconstruction,

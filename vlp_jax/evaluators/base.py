@@ -200,6 +200,11 @@ class CompiledFunction:
             out_shardings=mesh_lib.replicated(self.mesh),
         )
 
+    def having(self, **settings: Any) -> CompiledFunction:
+        """The same function with other settings than its defaults."""
+        call = functools.partial(self.function.call, **settings)
+        return CompiledFunction(dataclasses.replace(self.function, call=call), self.mesh)
+
     def __call__(self, params: Any, array: Any, rest: dict[str, Array]) -> Any:
         """Compiles it for shapes that are new, and starts it."""
         with rules.use_mesh(self.mesh):

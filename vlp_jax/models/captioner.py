@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Int
 
 from vlp_jax.models.attention_mask import AttentionMask
 from vlp_jax.models.decoder import CAUSAL, Decoder
+from vlp_jax.models.heads import Cache
 from vlp_jax.models.layers import Attended
 from vlp_jax.models.values import Images, Pixels
 from vlp_jax.models.vit import VisionTransformer
@@ -59,9 +60,25 @@ class Captioner(nn.Module):
         """What `score` makes the scores of; see `Decoder.features`."""
         return self.decoder.features(tokens, Attended(self.look(image, train)), mask, train)
 
+    def score_tokens(
+        self, tokens: Int[Array, "batch tokens"], seen: Seen
+    ) -> Float[Array, "batch tokens vocab"]:
+        """The scores of the token after each, float32, for image tokens that `look` gave."""
+        return self.decoder(tokens, Attended(seen))
+
     def score(self, features: Float[Array, "*batch width"]) -> Float[Array, "*batch vocab"]:
         """The scores of the next token, float32."""
         return self.decoder.score(features)
+
+    def start(self, batch: int, length: int) -> Cache:
+        """An empty cache for texts of so many tokens."""
+        return self.decoder.start(batch, length)
+
+    def step(
+        self, tokens: Int[Array, "batch tokens"], cache: Cache, seen: Seen
+    ) -> tuple[Float[Array, "batch vocab"], Cache]:
+        """The scores of the token after these, which follow those in the cache; and the cache."""
+        return self.decoder.step(tokens, cache, Attended(seen))
 
     def image_features(self, image: Images) -> Float[Array, "batch embed"]:
         """The mean over the patches, float32: what a probe of CapPa's encoder is trained on."""

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from vlp_jax import config as config_lib
 from vlp_jax.models.attention import HOLDS
@@ -16,9 +16,12 @@ from vlp_jax.models.attention_mask import AttentionMask
 from vlp_jax.models.captioner import Captioner
 from vlp_jax.models.decoder import CAUSAL, make_decoder
 from vlp_jax.models.dual_encoder import l2_normalize
+from vlp_jax.models.generation import Generated, Sampling, beam_search, generate
 from vlp_jax.models.values import Pixels, keywords_of
 from vlp_jax.models.vit import make_vit
 from vlp_jax.objectives.base import (
+    PIXELS,
+    TOKENS,
     Batch,
     Context,
     Examples,
@@ -134,6 +137,8 @@ class Captioning(Objective):
     def functions(self) -> dict[str, Function]:
         """What evaluators, export and users may ask for.
 
+        `caption` of images: see `Captioning.caption`.
+        `class_likelihood` of images and the texts of classes: see `Captioning.class_likelihood`.
         `embed_image` and `image_features`: the mean over the patches, as unit vectors or as it is.
         """
 
@@ -141,11 +146,89 @@ class Captioning(Objective):
             return self.model.apply({"params": params}, image, method="image_features")
 
         return {
+            "caption": of_images(self.caption, "tokens and scores of captions"),
+            "class_likelihood": Function(
+                self.class_likelihood, {"image": PIXELS, "classes": TOKENS}, "log-likelihoods"
+            ),
             "embed_image": of_images(
                 lambda params, x: l2_normalize(features(params, x)), "unit vectors"
             ),
             "image_features": of_images(features, "features"),
         }
+
+    def caption(
+        self,
+        params: Params,
+        image: Array,
+        prompt: Sequence[int] = (),
+        length: int | None = None,
+        beams: int = 1,
+        length_penalty: float = 0.0,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        seed: int = 0,
+    ) -> Generated:
+        """Texts about images with values in [0, 255].
+
+        Args:
+          prompt: ids that each text begins with, which are not in the result.
+          length: tokens at most, the end of text included; None: as many as there is room for.
+          beams: texts that are followed side by side; see `beam_search`, also for
+            `length_penalty`. With 1 each token is chosen as `Sampling` says.
+          temperature, top_k, top_p: see `Sampling`.
+          seed: of what is drawn.
+
+        Raises:
+          ValueError: a prompt that leaves no room, or beams that are to be drawn.
+        """
+        room = self.model.decoder.context_length - len(prompt)
+        if room < 1:
+            raise ValueError(
+                f"a prompt of {len(prompt)} tokens leaves no room in the context of "
+                f"{self.model.decoder.context_length}"
+            )
+        sampling = Sampling(temperature, top_k, top_p)
+        if beams > 1 and temperature:
+            raise ValueError("texts are drawn by a temperature or followed by beams, not both")
+        count, length = len(image), min(room, length or room)
+        seen = self.model.apply({"params": params}, image, method="look")
+        seen = jnp.repeat(seen, beams, axis=0)
+        begin = jnp.asarray([self.pad_id, *prompt], jnp.int32)
+        begin = jnp.broadcast_to(begin, (count, len(begin)))
+        cache = self.model.apply(
+            {"params": params}, count * beams, len(prompt) + length, method="start"
+        )
+
+        def step(tokens: Array, cache: Any) -> tuple[Array, Any]:
+            return self.model.apply({"params": params}, tokens, cache, seen, method="step")
+
+        ids = {"eos_id": self.eos_id, "pad_id": self.pad_id}
+        if beams > 1:
+            more = {"width": beams, "length_penalty": length_penalty}
+            return beam_search(step, cache, begin, length, **more, **ids)
+        rng = jax.random.key(seed)
+        return generate(step, cache, begin, length, rng=rng, sampling=sampling, **ids)
+
+    def class_likelihood(
+        self, params: Params, inputs: Mapping[str, Array]
+    ) -> Float[Array, "batch classes"]:
+        """The log-probability of the text of each class given each image, the end included.
+
+        Args:
+          inputs: "image", values in [0, 255], and "classes", token ids [classes, tokens].
+        """
+        seen = self.model.apply({"params": params}, inputs["image"], method="look")
+
+        def of_class(text: Int[Array, " tokens"]) -> Float[Array, " batch"]:
+            tokens = jnp.broadcast_to(text, (len(seen), len(text)))
+            scores = self.model.apply(
+                {"params": params}, self.shifted(tokens), seen, method="score_tokens"
+            )
+            log = jnp.take_along_axis(jax.nn.log_softmax(scores), tokens[..., None], axis=-1)
+            return (log[..., 0] * self.told(tokens)).sum(axis=1)
+
+        return jax.lax.map(of_class, inputs["classes"]).T
 
 
 @keywords_of(make_compute)
