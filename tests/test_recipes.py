@@ -26,6 +26,7 @@ NO_RECIPES = {
     "classify_shapes",
     "vqa_shapes",
     "retrieval_shapes",
+    "cap_shapes",
 }
 DEBUG = {"debug_cpu", "debug_gpu"}
 RECIPES = sorted({p.stem for p in CONFIGS.glob("[!_]*.py")} - NO_RECIPES - DEBUG)
@@ -38,7 +39,7 @@ def total_steps(config, epoch_examples=IMAGENET):
 
 
 def test_the_recipes_are_there_and_say_what_they_aim_at():
-    families = {"clip": 3, "siglip": 3, "lit": 1, "flip": 1, "mae": 3}
+    families = {"clip": 3, "siglip": 3, "lit": 1, "flip": 1, "mae": 3, "cappa": 1}
     assert len(RECIPES) == sum(families.values())
     for name in RECIPES:
         docstring = ast.get_docstring(ast.parse((CONFIGS / f"{name}.py").read_text()))

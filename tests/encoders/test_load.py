@@ -386,3 +386,68 @@ def test_tokenizer_argument_of_files_without_one(clip_run, tmp_path):
         vlp_jax.load(f"hf:{folder}")
     given, run = vlp_jax.load(f"hf:{folder}", tokenizer=str(kept)), vlp_jax.load(clip_run[0])
     np.testing.assert_allclose(given.embed_text(TEXTS), run.embed_text(TEXTS), atol=1e-5)
+
+
+# Captions.
+
+DECODER = {"variant": "mu", "width": 32, "depth": 1, "mlp_dim": 64, "heads": 2}
+
+
+@pytest.fixture(scope="module")
+def coca_run(tmp_path_factory):
+    """A sum of contrast and captions, whose parameters are far from their start."""
+    workdir = tmp_path_factory.mktemp("coca")
+    image = {key: value for key, value in runs.CLIP["image"].items() if key != "pooling"}
+    captions = {"name": "captioning", "image": {**image, "pooling": "cls"}, "decoder": DECODER}
+    pixels = {key: runs.CLIP[key] for key in ("image_mean", "image_std") if key in runs.CLIP}
+    section = {
+        "name": "composite",
+        "parts": {"pairs": runs.CLIP, "captions": {**captions, **pixels, "weight": 2.0}},
+    }
+    config = runs.run_config(section, runs.SUBWORD, {"lowercase": {}, "decode_image": {}, **CROP})
+    objective, trees = runs.write_run(config, workdir)
+    return workdir, objective, trees
+
+
+def test_a_run_of_contrast_and_captions_embeds_and_says(coca_run, pictures):
+    workdir, objective, trees = coca_run
+    model = vlp_jax.load(workdir)
+    assert model.embed_image(pictures).shape == model.embed_text(TEXTS[:3]).shape
+    said = model.caption(pictures)
+    assert len(said) == 3 and all(isinstance(text, str) for text in said)
+    part = objective.parts()["captions"].objective
+    pixels = np.stack([model.images(picture, "x") for picture in pictures])
+    (params,) = trees.values()
+    made = part.caption(params, pixels)
+    assert said == model.tokenizer.decode(np.asarray(made.tokens))
+
+
+def test_how_a_caption_is_chosen(coca_run, pictures):
+    model = vlp_jax.load(coca_run[0])
+    greedy = model.caption(pictures)
+    assert model.caption(iter(pictures), batch_size=2) == greedy  # one by one, whatever the batch
+    assert model.caption(pictures, beams=1, temperature=0.0) == greedy
+    drawn = [model.caption(pictures, temperature=5.0, seed=seed) for seed in (0, 0, 1)]
+    assert drawn[0] == drawn[1] != drawn[2]
+    assert model.caption(pictures, prompt="A Box", length=2) == model.caption(
+        pictures, prompt="a box", length=2
+    )  # worded as the run words its texts
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"prompt": "box " * 40}, "leaves no room in the context of 12"),
+        ({"beams": 2, "temperature": 1.0}, "drawn by a temperature or followed by beams, not both"),
+        ({"temperature": 1.0, "top_p": 0.0}, "top_p is above 0"),
+        ({"beam": 2}, "'beam'"),
+    ],
+)
+def test_settings_of_captions_that_are_none(coca_run, pictures, settings, message):
+    with pytest.raises(UserError, match=message):
+        vlp_jax.load(coca_run[0]).caption(pictures, **settings)
+
+
+def test_a_model_that_says_nothing(clip_run, pictures):
+    with pytest.raises(UserError, match="has no caption"):
+        vlp_jax.load(clip_run[0]).caption(pictures)

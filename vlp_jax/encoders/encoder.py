@@ -106,6 +106,30 @@ class Encoder:
         texts = [texts] if isinstance(texts, str) else list(texts)
         return self._embed("embed_text", iter(self._texts(texts)), batch_size)
 
+    def caption(
+        self,
+        images: Image | Iterable[Image],
+        *,
+        prompt: str = "",
+        batch_size: int = BATCH_SIZE,
+        **settings: Any,
+    ) -> list[str]:
+        """Texts about images, each of them by itself; `images` as for `embed_image`.
+
+        Args:
+          prompt: what each text begins with; it is not in the result.
+          batch_size: how many are computed at a time.
+          settings: `length`, `beams`, `length_penalty`, `temperature`, `top_k`, `top_p` and `seed`,
+            see `vlp_jax.objectives.captioning.Captioning.caption`.
+
+        Raises:
+          UserError: the model says no captions, a prompt leaves no room, or a setting is none.
+        """
+        ids = self.tokenizer.encode(self._texts.preprocess([prompt]))[0] if prompt else []
+        pixels = (self.images(image, name) for name, image in each_image(images))
+        made = self._outputs("caption", pixels, batch_size, prompt=tuple(ids), **settings)
+        return [text for part in made for text in self.tokenizer.decode(part.tokens)]
+
     def apply(
         self, name: str, rows: Iterable[np.ndarray], batch_size: int = BATCH_SIZE
     ) -> np.ndarray:
@@ -141,22 +165,46 @@ class Encoder:
         return float(np.exp(self.weights["logit_scale"])), float(bias)
 
     @functools.cached_property
-    def _jitted(self) -> dict[str, Callable[..., Any]]:
-        return {name: jax.jit(function) for name, function in self.functions.items()}
+    def _jitted(self) -> dict[Any, Callable[..., Any]]:
+        return {}
 
-    def _embed(self, name: str, rows: Iterator[np.ndarray], batch_size: int) -> np.ndarray:
-        """What a function makes of rows, in batches of few sizes, each compiled once."""
-        if batch_size < 1:
-            raise UserError(f"batch_size is at least 1, not {batch_size}")
+    def _program(self, name: str, **settings: Any) -> Callable[..., Any]:
+        """A function with these settings, to be compiled once for each shape."""
         if name not in self.functions:
             raise UserError(f"{self.source} has no {name}")
-        function, found = self._jitted[name], []
+        key = (name, *sorted(settings.items()))
+        if key not in self._jitted:
+            call = getattr(self.functions[name], "call", self.functions[name])
+            self._jitted[key] = jax.jit(functools.partial(call, **settings))
+        return self._jitted[key]
+
+    def _embed(self, name: str, rows: Iterator[np.ndarray], batch_size: int) -> np.ndarray:
+        """What a function makes of rows."""
+        found = list(self._outputs(name, rows, batch_size))
+        return np.concatenate(found) if found else self._nothing(name)
+
+    def _outputs(
+        self, name: str, rows: Iterator[np.ndarray], batch_size: int, **settings: Any
+    ) -> Iterator[Any]:
+        """What a function makes of rows, in batches of few sizes, each compiled once.
+
+        Raises:
+          UserError: there is no such function, or a setting is none of it.
+        """
+        if batch_size < 1:
+            raise UserError(f"batch_size is at least 1, not {batch_size}")
+        function = self._program(name, **settings)
         while batch := list(itertools.islice(rows, batch_size)):
             # The last batch is filled up to a power of two.
             size = min(1 << (len(batch) - 1).bit_length(), batch_size)
             padded = np.stack(batch + batch[-1:] * (size - len(batch)))
-            found.append(np.asarray(function(self.params, padded))[: len(batch)])
-        return np.concatenate(found) if found else self._nothing(name)
+            try:
+                made = function(self.params, padded)
+            except (TypeError, ValueError) as error:
+                if not settings:
+                    raise
+                raise UserError(f"{name}: {error}") from error
+            yield jax.tree.map(lambda x: np.asarray(x)[: len(batch)], made)
 
     def _nothing(self, name: str) -> np.ndarray:
         text = name == "embed_text"

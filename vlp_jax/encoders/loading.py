@@ -17,6 +17,7 @@ from vlp_jax.encoders.images import ImageProcessor
 from vlp_jax.encoders.texts import TextProcessor, tokenizer_from
 from vlp_jax.errors import UserError
 from vlp_jax.interop.trees import Module, image_of, with_dtype
+from vlp_jax.models.captioner import Captioner
 from vlp_jax.models.dual_encoder import DualEncoder
 from vlp_jax.models.masked_autoencoder import MaskedAutoencoder
 from vlp_jax.objectives.base import Function
@@ -24,6 +25,8 @@ from vlp_jax.objectives.compute import DTYPES
 from vlp_jax.objectives.of_model import objective_of
 from vlp_jax.training.run import Run, bounded, read_stacked, resizing
 
+# The models of parts of a run that are loaded; the first of a run's is `Encoder.module`.
+LOADED = (DualEncoder, MaskedAutoencoder, Captioner)
 RESIZING = ("resize", "interpolation", "scale", "crop_rounding")  # fields of `interop.Extras`
 
 
@@ -69,20 +72,21 @@ def load(
 def _of_run(source: str, run: Run, step: int | None, params: str, dtype: str) -> Encoder:
     saved = run.saved(step, params)
     found = [part.objective for part in run.objective.parts().values()]
-    known = (DualEncoder, MaskedAutoencoder)
     usable = sorted(
-        (leaf for leaf in found if isinstance(leaf.model, known)),
-        key=lambda leaf: known.index(type(leaf.model)),
+        (leaf for leaf in found if isinstance(leaf.model, LOADED)),
+        key=lambda leaf: LOADED.index(type(leaf.model)),
     )
     if not usable:
         kinds = ", ".join(type(leaf.model).__name__ for leaf in found)
         raise UserError(f"{source} is a run of {kinds}, which has no embeddings of its own")
-    objective, notes = usable[0], []
-    module = with_dtype(objective.model, DTYPES[dtype])
-    expected = interop.trees.expected_shapes(objective.model)
-    weights = {k: v for k, v in bounded(objective, read_stacked(saved)).items() if k in expected}
-    texts = None
-    if "text" in module.towers():
+    functions: dict[str, Function] = {}
+    for leaf in usable:  # of two that have the same function, the first counts
+        own = dataclasses.replace(leaf, model=with_dtype(leaf.model, DTYPES[dtype]))
+        functions = own.functions() | functions
+    expected = {path for leaf in usable for path in interop.trees.expected_shapes(leaf.model)}
+    weights = {k: v for k, v in bounded(usable[0], read_stacked(saved)).items() if k in expected}
+    module, notes, texts = with_dtype(usable[0].model, DTYPES[dtype]), [], None
+    if functions.keys() & {"embed_text", "caption"}:
         wording, more = run.wording
         texts = TextProcessor(run.tokenizer, wording)
         notes += more
@@ -90,7 +94,7 @@ def _of_run(source: str, run: Run, step: int | None, params: str, dtype: str) ->
         source=source,
         module=module,
         weights=weights,
-        functions=functions_of(module),
+        functions=functions,
         images=ImageProcessor(image_of(module).image_size, **resizing(run.config, notes)),
         texts=texts,
         step=saved.step,

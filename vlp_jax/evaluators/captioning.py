@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,11 +13,13 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jaxtyping import Float, Int
 
-from vlp_jax.data.wording import caption_wording, captions_of
+from vlp_jax.data.pipeline import EvalPipeline
+from vlp_jax.data.stream import RAW_TEXT
+from vlp_jax.data.wording import Wording, caption_wording, captions_of
 from vlp_jax.errors import NoScores, UserError
 from vlp_jax.evaluators import classification
 from vlp_jax.evaluators.base import Outcome, Pairs, Resources
-from vlp_jax.evaluators.caption_scores import SCORES, tokens_of
+from vlp_jax.evaluators.caption_scores import SCORES, cider, tokens_of
 from vlp_jax.evaluators.class_lists import check_class_names, check_templates, fill, lines
 from vlp_jax.evaluators.outputs import check_field, check_labels, numbered, outputs_of
 from vlp_jax.parallel import agreement
@@ -34,24 +37,40 @@ class CaptionsOutcome(Outcome):
       references: all captions of each image.
       likelihood: the log-probability of each generated caption.
       index: int64 [n], the place of each example in its source.
-      named: whether each caption names the class of its image and no other; None without classes.
-      classes: how many there are; 0 without.
+      labels: the class of each image, int64 [n]; empty without classes.
+      class_names: by label.
     """
 
     captions: tuple[str, ...]
     references: tuple[tuple[str, ...], ...]
     likelihood: Float[np.ndarray, " n"]
     index: Int[np.ndarray, " n"]
-    named: np.ndarray | None = None
-    classes: int = 0
+    labels: Int[np.ndarray, " n"]
+    class_names: tuple[str, ...] = ()
+
+    def named(self, captions: Sequence[str]) -> float:
+        """The share of captions with all words of the name of their image's class, and no other
+        word of any class's name."""
+        names = [set(name.lower().split()) for name in self.class_names]
+        known = set().union(*names)
+        words = (set(re.findall(r"\w+", caption.lower())) for caption in captions)
+        hits = [own & known == names[k] for own, k in zip(words, self.labels, strict=True)]
+        return float(np.mean(hits))
 
     def scores(self) -> dict[str, float]:
         """See `Captions`."""
         candidates = tokens_of(self.captions)
         references = [tokens_of(own) for own in self.references]
         scores = {name: score(candidates, references) for name, score in SCORES.items()}
-        if self.named is not None:
-            scores |= {"named": float(self.named.mean()), "chance": 1 / self.classes}
+        # What is said of the image before: as good as a model can be that does not look.
+        shuffled = cider([*candidates[-1:], *candidates[:-1]], references)
+        scores["cider_shuffled"] = shuffled
+        if self.class_names:
+            scores |= {
+                "named": self.named(self.captions),
+                "named_shuffled": self.named([*self.captions[-1:], *self.captions[:-1]]),
+                "chance": 1 / len(self.class_names),
+            }
         lengths = [len(tokens) for tokens in candidates]
         different = len(set(self.captions))
         return {
@@ -76,7 +95,8 @@ class Captions:
 
     Args:
       data: of the images.
-      references: the field with the captions of each image, one or several.
+      references: the field with the captions of each image, one or several; "text_raw" is the text
+        that the model would be trained on.
       prompt: what each caption begins with.
       length: tokens at most; default: as many as the context has room for.
       beams, length_penalty: of the search; with 1 beam the most likely word is taken each time.
@@ -105,7 +125,8 @@ class Captions:
     ):
         self._resources, self._references, self._label_field = resources, references, label_field
         self._pipeline = resources.pipeline(data, extra_fields=(references,))
-        self._wording = caption_wording(data.get("preprocess"))
+        worded = references == RAW_TEXT  # the operations on the data have done it
+        self._wording = Wording() if worded else caption_wording(data.get("preprocess"))
         ids = resources.tokenizer.encode([prompt])[0] if prompt else []
         room = resources.tokenizer.context_length
         if len(ids) >= room:
@@ -117,9 +138,7 @@ class Captions:
         )
         self._class_names: tuple[str, ...] = ()
         if label_field is not None:
-            check_field(self._pipeline, label_field, "captions")
-            known = self._pipeline.class_names(label_field) or ()
-            self._class_names = check_class_names(lines(class_names or known, "class_names"))
+            self._class_names = _class_names(self._pipeline, label_field, class_names)
 
     def outcome(self, params: Any) -> CaptionsOutcome:
         """Captions and references of the whole split.
@@ -139,15 +158,15 @@ class Captions:
             references=tuple(tuple(row["references"]) for row in rows),
             likelihood=np.array([row["likelihood"] for row in rows], np.float32),
             index=np.array([row["index"] for row in rows], np.int64),
-            named=np.array([row["named"] for row in rows]) if self._class_names else None,
-            classes=len(self._class_names),
+            labels=np.array([row["label"] for row in rows if self._class_names], np.int64),
+            class_names=self._class_names,
         )
 
     def __call__(self, params: Any) -> Pairs:
         """`cider` (CIDEr-D, from 0 to 10), `bleu4`, `rouge_l` and `meteor` in [0, 1], of words as
         `tokens_of` cuts them; `words` of a caption and the share of `different` captions;
-        `examples`. With classes `named`, the share of captions with all words of the name of the
-        image's class and no other word of any class's name, and `chance`, one over their number.
+        `examples`. With classes `named` (see `CaptionsOutcome.named`), and `chance`, one over their
+        number. What ends in `_shuffled` is the score of captions of other images.
         """
         yield from self.outcome(params).scores().items()
 
@@ -165,25 +184,31 @@ class Captions:
             own = [x.decode() for x in self._wording(captions_of(references[row]))]
             if not own:
                 continue
-            named = None
-            if self._class_names:
-                named = self._names(texts[row], batch[self._label_field][row])
             rows.append(
                 {
                     "index": int(numbers[row]),
                     "caption": texts[row],
                     "references": own,
                     "likelihood": float(made.scores[first + row]),
-                    "named": named,
+                    "label": int(batch[self._label_field][row]) if self._class_names else 0,
                 }
             )
         return rows
 
-    def _names(self, caption: str, label: int) -> bool:
-        """Whether a caption has the words of a class's name, and of no other class's."""
-        words = set(caption.lower().replace(",", " ").replace(".", " ").split())
-        all_names = {word for name in self._class_names for word in name.lower().split()}
-        return words & all_names == set(self._class_names[int(label)].lower().split())
+
+def _class_names(
+    pipeline: EvalPipeline, label_field: str, given: Sequence[str] | str | None
+) -> tuple[str, ...]:
+    """The names of the classes that a field numbers: those given, or those of the data.
+
+    Raises:
+      UserError: there are none, one is there twice, or the field holds no whole numbers.
+    """
+    check_field(pipeline, label_field, "class_names")
+    names = lines(given or pipeline.class_names(label_field) or (), "class_names")
+    if not names:
+        raise UserError(f"the data has no names of the classes in {label_field!r}: set class_names")
+    return check_class_names(names)
 
 
 def _of_all_processes(rows: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
@@ -223,14 +248,9 @@ class Likelihood:
     ):
         self._resources, self._label_field = resources, label_field
         self._pipeline = resources.pipeline(data)
-        check_field(self._pipeline, label_field, "likelihood")
-        names = lines(class_names or self._pipeline.class_names(label_field) or (), "class_names")
-        if not names:
-            raise UserError(
-                f"the data has no names of the classes in {label_field!r}: set class_names"
-            )
+        names = _class_names(self._pipeline, label_field, class_names)
         (template,) = check_templates((template,))
-        self._texts = [fill(template, name) for name in check_class_names(names)]
+        self._texts = [fill(template, name) for name in names]
 
     def __call__(self, params: Any) -> Pairs:
         """`top1` in [0, 1], `top5` with more than five classes, `examples`, `classes`, `chance`.
