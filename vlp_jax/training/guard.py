@@ -77,4 +77,4 @@ NO_SPIKE_RULE = Guard()  # only steps that are not finite are skipped
 
 def choose(condition: Bool[Array, ""], new: Any, old: Any) -> Any:
     """The tree `new` where the condition holds, else `old`, bit for bit."""
-    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), new, old)
+    return jax.tree.map(lambda a, b: a if a is b else jnp.where(condition, a, b), new, old)

@@ -81,6 +81,8 @@ def hold(paths: frozenset[str], new: Any, old: Any) -> Any:
       new, old: trees of which a leaf belongs to the parameter that its own path ends in, such as
         the state of an optimizer.
     """
+    if not paths:
+        return new
     ends = {tuple(path.split("/")) for path in paths}
 
     def pick(path: tuple, new: Any, old: Any) -> Any:

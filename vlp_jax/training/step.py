@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Self
 
@@ -65,12 +66,12 @@ def make_step(
 
         (value, output), grads = jax.value_and_grad(loss, has_aux=True)(trained)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        if resting:
-            updates = param_groups.hold(resting, updates, jax.tree.map(jnp.zeros_like, updates))
-            opt_state = param_groups.hold(resting, opt_state, state.opt_state)
-        trained = optax.apply_updates(trained, updates)
-        params = param_groups.merge(trained, fixed)
-        ema = average(state.ema, trained, state.step)
+        hold = functools.partial(param_groups.hold, resting)
+        updates = hold(updates, jax.tree.map(jnp.zeros_like, updates))
+        opt_state = hold(opt_state, state.opt_state)
+        moved = hold(optax.apply_updates(trained, updates), trained)
+        params = param_groups.merge(moved, fixed)
+        ema = hold(average(state.ema, moved, state.step), state.ema)
         grad_norm = optax.tree.norm(grads)
         memory = choose(state.step == begins, guard.init(), state.guard) if begins else state.guard
         ahead, memory = guard(memory, value, grad_norm)
