@@ -7,6 +7,7 @@ import os
 import signal
 import threading
 import time
+import types
 from pathlib import Path
 from unittest.mock import MagicMock
 
@@ -17,6 +18,7 @@ from jax.experimental import multihost_utils
 from tests.training.helpers import fresh, setup_on, tiny_config
 from vlp_jax import signals, train
 from vlp_jax.errors import Preempted
+from vlp_jax.evaluators.base import Scores
 from vlp_jax.parallel import agreement
 from vlp_jax.training import preemption
 from vlp_jax.training import setup as setup_lib
@@ -119,7 +121,10 @@ def test_a_process_that_is_told_by_nobody_ends_its_watch_at_once(watching):
 
 def loop_with(evaluators, preempted, interruptible=contextlib.nullcontext):
     """A loop that evaluates before its first batch; all of its other parts are mocks."""
-    evaluations = [Evaluation(f"{i}", lambda step: True, e) for i, e in enumerate(evaluators)]
+    evaluations = [
+        Evaluation(f"{i}", lambda step: True, types.SimpleNamespace(outcome=outcome))
+        for i, outcome in enumerate(evaluators)
+    ]
     fields = {field.name: MagicMock() for field in dataclasses.fields(Loop)}
     fields |= {"evaluations": evaluations, "first_step": 4, "last_step": 9}
     made = Loop(**fields | {"preempted": preempted, "interruptible": interruptible})
@@ -148,7 +153,11 @@ def test_an_evaluation_is_left_and_the_step_before_it_saved():
 
 def test_several_processes_stop_between_two_evaluators():
     """All ask equally often, so that all leave out the same."""
-    asked, first, second = [], MagicMock(return_value={}), MagicMock(return_value={})
+    asked, first, second = (
+        [],
+        MagicMock(return_value=Scores({})),
+        MagicMock(return_value=Scores({})),
+    )
 
     def preempted(step):
         asked.append(step)

@@ -1,6 +1,7 @@
 """Optimizer, schedules, durations, state and step."""
 
 import dataclasses
+import types
 from unittest.mock import MagicMock
 
 import helpers
@@ -12,6 +13,7 @@ import pytest
 
 from vlp_jax import config as config_lib
 from vlp_jax.errors import NoScores, NotFinite, UserError
+from vlp_jax.evaluators.base import Scores
 from vlp_jax.objectives.base import Context
 from vlp_jax.parallel.batch import put_batch
 from vlp_jax.training.loop import Evaluation, Loop
@@ -287,14 +289,17 @@ def test_seed_changes_the_parameters():
 @pytest.mark.parametrize("error", [NoScores("3 of 4 examples"), NotFinite("no numbers")])
 def test_an_evaluator_without_scores_ends_no_run(error):
     def fails(params):
-        yield "early", 1.0
         raise error
 
     parts = {field.name: MagicMock() for field in dataclasses.fields(Loop)}
     parts["preempted"] = lambda step: False
     parts["evaluations"] = [
-        Evaluation("broken", lambda step: True, fails),
-        Evaluation("sound", lambda step: True, lambda params: iter([("top1", 0.5)])),
+        Evaluation("broken", lambda step: True, types.SimpleNamespace(outcome=fails)),
+        Evaluation(
+            "sound",
+            lambda step: True,
+            types.SimpleNamespace(outcome=lambda params: Scores({"top1": 0.5})),
+        ),
     ]
     loop = Loop(**parts)
     loop.evaluate(7, MagicMock())
@@ -303,7 +308,8 @@ def test_an_evaluator_without_scores_ends_no_run(error):
     loop.writer.write_scalars.assert_called_once_with(7, {"eval/sound/top1": 0.5})
     loop.measures.note.assert_called_once_with("no scores of broken", "at step 7")
     with pytest.raises(UserError, match="labels"):
-        parts["evaluations"][0] = Evaluation("wrong", lambda step: True, raises_user_error)
+        wrong = types.SimpleNamespace(outcome=raises_user_error)
+        parts["evaluations"][0] = Evaluation("wrong", lambda step: True, wrong)
         Loop(**parts).evaluate(7, MagicMock())
 
 

@@ -19,14 +19,17 @@ class Findings:
 
     Attributes:
       scores: "eval/EVALUATOR/NAME" -> value.
-      outcomes: evaluator -> its arrays, of those that give them.
+      outcomes: evaluator -> its scores, arrays and samples.
     """
 
     scores: Mapping[str, float]
     outcomes: Mapping[str, Outcome]
 
     def save_embeddings(self, folder: Path) -> Iterator[str]:
-        """Writes EVALUATOR.npz for each outcome (`vlp_jax.evaluators.saved`); a line for each.
+        """Writes EVALUATOR.npz for each outcome that has arrays, see `vlp_jax.evaluators.saved`.
+
+        Yields:
+          A line for each file.
 
         Raises:
           UserError: the folder cannot be written.
@@ -34,8 +37,9 @@ class Findings:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             for name, outcome in self.outcomes.items():
-                save_embeddings(outcome, folder / f"{name}.npz")
-                yield f"wrote {folder / name}.npz"
+                if outcome.arrays():
+                    save_embeddings(outcome, folder / f"{name}.npz")
+                    yield f"wrote {folder / name}.npz"
         except OSError as error:
             raise UserError(f"--embeddings {folder} cannot be written: {error}") from None
 
@@ -52,12 +56,7 @@ def find(
     outcomes: dict[str, Outcome] = {}
     with subject.resources.one_evaluation(loaded.params):
         for name in subject.evaluators if names is None else names:
-            evaluator = subject.evaluators[name]
-            outcome = evaluator.outcome(loaded.params) if hasattr(evaluator, "outcome") else None
-            if isinstance(outcome, Outcome):
-                outcomes[name] = outcome
-                named = outcome.scores()
-            else:
-                named = dict(evaluator(loaded.params))
+            outcomes[name] = subject.evaluators[name].outcome(loaded.params)
+            named = outcomes[name].scores()
             scores |= {f"eval/{name}/{score}": value for score, value in named.items()}
     return Findings(scores, outcomes)

@@ -9,7 +9,7 @@ import numpy as np
 
 from vlp_jax.data.sources.base import as_plain
 from vlp_jax.errors import UserError
-from vlp_jax.evaluators.base import Pairs, Resources
+from vlp_jax.evaluators.base import Evaluator, Pairs, Resources, Scores
 from vlp_jax.evaluators.class_lists import renumber
 from vlp_jax.evaluators.outputs import (
     check_field,
@@ -20,7 +20,7 @@ from vlp_jax.evaluators.outputs import (
 )
 
 
-class Accuracy:
+class Accuracy(Evaluator):
     """How often a classifier has the right class at the top, or among its first five.
 
     Args:
@@ -41,7 +41,11 @@ class Accuracy:
         check_field(self._pipeline, label_field, "accuracy")
         self._numbers = numbers_of_model(resources, data, self._pipeline, label_field)
 
-    def __call__(self, params: Any) -> Pairs:
+    def outcome(self, params: Any) -> Scores:
+        """The scores of `pairs`."""
+        return Scores(dict(self.pairs(params)))
+
+    def pairs(self, params: Any) -> Pairs:
         """`top1`, `top5` (of six classes or more) and `mean_per_class`, the mean over the classes
         that occur of their own top-1, all in [0, 1]; `examples` and `classes`.
 
@@ -63,7 +67,7 @@ class Accuracy:
         yield "classes", float(scores.shape[1])
 
 
-class Answers:
+class Answers(Evaluator):
     """How often the right answer to a question has the highest score, over all and by kind.
 
     Args:
@@ -95,7 +99,11 @@ class Answers:
         names = first.class_names(kind_field) if self._has_kind and kinds is None else kinds
         self._kinds = tuple(names or ())
 
-    def __call__(self, params: Any) -> Pairs:
+    def outcome(self, params: Any) -> Scores:
+        """The scores of `pairs`."""
+        return Scores(dict(self.pairs(params)))
+
+    def pairs(self, params: Any) -> Pairs:
         """`accuracy`, `accuracy_KIND` of each kind that occurs, in [0, 1]; `questions`; and what
         knowing no image comes to: `most_common`, the accuracy of always giving the most common
         answer of the split, and `most_common_of_kind`, that of always giving the one of the kind.

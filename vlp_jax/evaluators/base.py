@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import numpy as np
@@ -18,36 +18,65 @@ from vlp_jax.data.wording import Wording
 from vlp_jax.errors import UserError
 from vlp_jax.evaluators.cache import EmbeddingCache
 from vlp_jax.objectives.base import PIXELS, TOKENS, Function
+from vlp_jax.observe.samples import Sample
 from vlp_jax.parallel import agreement, rules
 from vlp_jax.parallel import mesh as mesh_lib
 from vlp_jax.parallel.batch import put_batch
 
 INDEX = "_index"  # the place of an example in its data, among the fields of `Resources.embed`
 Pairs = Iterator[tuple[str, float]]
+SHOWN = 8  # samples of a split
 
 
 class Outcome:
-    """What an evaluator found out, as arrays, before it is boiled down to scores."""
+    """The result of an evaluator on a whole split: scores, the arrays behind them, and samples."""
 
     def scores(self) -> dict[str, float]:
-        """Name -> value, as the evaluator yields them."""
+        """Name -> value."""
         raise NotImplementedError
 
     def arrays(self) -> dict[str, np.ndarray]:
         """Everything from which the scores can be computed again, for `save_embeddings`."""
-        raise NotImplementedError
+        return {}
+
+    def samples(self) -> Sequence[Sample]:
+        """A few examples for TensorBoard, Weights & Biases and the report."""
+        return ()
 
 
-class Evaluator(Protocol):
-    """Attributes:
-    needs: names of the objective's functions that it calls.
-    reads_text: True if it embeds the texts of its data; an evaluator without it does not.
+@dataclasses.dataclass(frozen=True, eq=False)
+class Scores(Outcome):
+    """Scores that come without arrays."""
+
+    values: Mapping[str, float]
+
+    def scores(self) -> dict[str, float]:
+        """Name -> value."""
+        return dict(self.values)
+
+
+class Evaluator:
+    """Judges parameters on a split.
+
+    Attributes:
+      needs: names of the objective's functions that it calls.
+      reads_text: True if it embeds the texts of its data.
     """
 
-    needs: tuple[str, ...]
+    needs: tuple[str, ...] = ()
+    reads_text = False
+
+    def outcome(self, params: Any) -> Outcome:
+        """The scores of `params` and what lies behind them. Called on every process.
+
+        Raises:
+          NoScores: the data cannot be scored.
+        """
+        raise NotImplementedError
 
     def __call__(self, params: Any) -> Pairs:
         """(name, value) of every score of `params`."""
+        yield from self.outcome(params).scores().items()
 
 
 @dataclasses.dataclass(frozen=True)

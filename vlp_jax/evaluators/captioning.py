@@ -18,10 +18,11 @@ from vlp_jax.data.stream import RAW_TEXT
 from vlp_jax.data.wording import Wording, caption_wording, captions_of
 from vlp_jax.errors import NoScores, UserError
 from vlp_jax.evaluators import classification
-from vlp_jax.evaluators.base import Outcome, Pairs, Resources
+from vlp_jax.evaluators.base import SHOWN, Evaluator, Outcome, Pairs, Resources, Scores
 from vlp_jax.evaluators.caption_scores import SCORES, cider, tokens_of
 from vlp_jax.evaluators.class_lists import check_class_names, check_templates, fill, lines
 from vlp_jax.evaluators.outputs import check_field, check_labels, numbered, outputs_of
+from vlp_jax.observe.samples import Sample
 from vlp_jax.parallel import agreement
 from vlp_jax.parallel.batch import put_batch
 
@@ -39,6 +40,7 @@ class CaptionsOutcome(Outcome):
       index: int64 [n], the place of each example in its source.
       labels: the class of each image, int64 [n]; empty without classes.
       class_names: by label.
+      pictures: of a few images, on process 0: place in the source -> uint8 [height, width, 3].
     """
 
     captions: tuple[str, ...]
@@ -47,6 +49,22 @@ class CaptionsOutcome(Outcome):
     index: Int[np.ndarray, " n"]
     labels: Int[np.ndarray, " n"]
     class_names: tuple[str, ...] = ()
+    pictures: Mapping[int, np.ndarray] = dataclasses.field(default_factory=dict)
+
+    def samples(self) -> list[Sample]:
+        """The first images with the caption that was generated and one by a person."""
+        rows = {int(place): row for row, place in enumerate(self.index)}
+        return [
+            Sample(
+                picture,
+                {
+                    "the model": self.captions[rows[place]],
+                    "a reference": self.references[rows[place]][0],
+                },
+            )
+            for place, picture in sorted(self.pictures.items())
+            if place in rows
+        ]
 
     def named(self, captions: Sequence[str]) -> float:
         """The share of captions with all words of the name of their image's class, and no other
@@ -58,7 +76,11 @@ class CaptionsOutcome(Outcome):
         return float(np.mean(hits))
 
     def scores(self) -> dict[str, float]:
-        """See `Captions`."""
+        """`cider` (CIDEr-D, from 0 to 10), `bleu4`, `rouge_l` and `meteor` in [0, 1], of words as
+        `tokens_of` cuts them; `words` of a caption and the share of `different` captions;
+        `examples`. With classes `named` (see `CaptionsOutcome.named`), and `chance`, one over their
+        number. What ends in `_shuffled` is the score of captions of other images.
+        """
         candidates = tokens_of(self.captions)
         references = [tokens_of(own) for own in self.references]
         scores = {name: score(candidates, references) for name, score in SCORES.items()}
@@ -90,7 +112,7 @@ class CaptionsOutcome(Outcome):
         }
 
 
-class Captions:
+class Captions(Evaluator):
     """How close the captions that a model generates are to those that people gave.
 
     Args:
@@ -147,7 +169,10 @@ class Captions:
           NoScores: no example has a reference.
         """
         own: list[dict[str, Any]] = []
+        pictures: dict[int, np.ndarray] = {}
         for batch in numbered(self._pipeline.batches(), NUMBER):
+            for row in np.flatnonzero(batch["mask"])[: SHOWN - len(pictures)].tolist():
+                pictures[int(batch[NUMBER][row])] = np.asarray(batch["image"][row])
             own += self._of_batch(params, batch)
         rows = [row for part in _of_all_processes(own) for row in part]
         if not rows:
@@ -160,15 +185,8 @@ class Captions:
             index=np.array([row["index"] for row in rows], np.int64),
             labels=np.array([row["label"] for row in rows if self._class_names], np.int64),
             class_names=self._class_names,
+            pictures=pictures,
         )
-
-    def __call__(self, params: Any) -> Pairs:
-        """`cider` (CIDEr-D, from 0 to 10), `bleu4`, `rouge_l` and `meteor` in [0, 1], of words as
-        `tokens_of` cuts them; `words` of a caption and the share of `different` captions;
-        `examples`. With classes `named` (see `CaptionsOutcome.named`), and `chance`, one over their
-        number. What ends in `_shuffled` is the score of captions of other images.
-        """
-        yield from self.outcome(params).scores().items()
 
     def _of_batch(self, params: Any, batch: dict[str, np.ndarray]) -> list[dict[str, Any]]:
         """The examples of a batch that this process has read."""
@@ -222,7 +240,7 @@ def _of_all_processes(rows: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
     return [json.loads(part[:size].tobytes()) for part, size in zip(parts, sizes, strict=True)]
 
 
-class Likelihood:
+class Likelihood(Evaluator):
     """How often the name of the right class is the likeliest caption of an image.
 
     The score of a class is the log-probability of its text given the image (Tschannen et al. 2023,
@@ -252,7 +270,11 @@ class Likelihood:
         (template,) = check_templates((template,))
         self._texts = [fill(template, name) for name in names]
 
-    def __call__(self, params: Any) -> Pairs:
+    def outcome(self, params: Any) -> Scores:
+        """The scores of `pairs`."""
+        return Scores(dict(self.pairs(params)))
+
+    def pairs(self, params: Any) -> Pairs:
         """`top1` in [0, 1], `top5` with more than five classes, `examples`, `classes`, `chance`.
 
         Raises:

@@ -11,7 +11,7 @@ from jaxtyping import Float
 
 from vlp_jax.errors import UserError
 from vlp_jax.evaluators import probes
-from vlp_jax.evaluators.base import Outcome, Pairs, Resources
+from vlp_jax.evaluators.base import Evaluator, Outcome, Resources
 from vlp_jax.evaluators.frozen_features import FeatureSplits, FrozenFeatures
 
 L2_GRID = tuple(10.0**power for power in range(-3, 5))
@@ -38,7 +38,8 @@ class FewShotOutcome(Outcome):
     grid: tuple[float, ...]
 
     def scores(self) -> dict[str, float]:
-        """See `FewShot`."""
+        """`top1_Nshot` in [0, 1] and `top1_Nshot_std` (the population's, over the draws) for each
+        N, `seeds`, `examples`, `classes`."""
         scores = {}
         for shots, row in zip(self.shots, self.accuracy, strict=True):
             scores[f"top1_{shots}shot"] = float(row.mean())
@@ -62,7 +63,7 @@ class FewShotOutcome(Outcome):
         }
 
 
-class FewShot:
+class FewShot(Evaluator):
     """Top-1 of ridge regression on n training images of each class, over several draws.
 
     Features are standardized by the images that were drawn; targets are 1 for the class and -1 for
@@ -120,8 +121,3 @@ class FewShot:
                 fitted, l2[i, j] = probes.fit_ridge(train, labels, found.classes, self._grid)
                 accuracy[i, j] = probes.accuracy(fitted(test), found.test_labels)
         return FewShotOutcome(found, self._shots, self._seeds, accuracy, l2, self._grid)
-
-    def __call__(self, params: Any) -> Pairs:
-        """`top1_Nshot` in [0, 1] and `top1_Nshot_std` (the population's, over the draws) for each
-        N, `seeds`, `examples`, `classes`."""
-        yield from self.outcome(params).scores().items()

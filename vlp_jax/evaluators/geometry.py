@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from vlp_jax.evaluators import embedding_space
-from vlp_jax.evaluators.base import Outcome, Pairs, Resources
+from vlp_jax.evaluators.base import Evaluator, Outcome, Resources
 from vlp_jax.evaluators.splits import Split
 
 
@@ -28,7 +28,8 @@ class GeometryOutcome(Outcome):
     index: Int[np.ndarray, " n"]
 
     def scores(self) -> dict[str, float]:
-        """See `Geometry`."""
+        """`alignment` and `..._uniformity` (Wang and Isola 2020), `modality_gap` (Liang et al.
+        2022), `..._effective_rank` (Roy and Vetterli 2007), `pairs`: see `embedding_space`."""
         return {
             "alignment": embedding_space.alignment(self.image, self.text),
             "image_uniformity": embedding_space.uniformity(self.image),
@@ -44,7 +45,7 @@ class GeometryOutcome(Outcome):
         return {"image": self.image, "text": self.text, "index": self.index}
 
 
-class Geometry:
+class Geometry(Evaluator):
     """How images and texts lie in the space that they share, over all pairs of a split.
 
     Args:
@@ -61,8 +62,3 @@ class Geometry:
         """Embeddings of the whole split."""
         found = self._split.embed(params, {"image": "embed_image", "text": "embed_text"})
         return GeometryOutcome(found.outputs["image"], found.outputs["text"], found.index)
-
-    def __call__(self, params: Any) -> Pairs:
-        """`alignment` and `..._uniformity` (Wang and Isola 2020), `modality_gap` (Liang et al.
-        2022), `..._effective_rank` (Roy and Vetterli 2007), `pairs`: see `embedding_space`."""
-        yield from self.outcome(params).scores().items()

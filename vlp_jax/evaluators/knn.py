@@ -11,7 +11,7 @@ from jaxtyping import Int
 
 from vlp_jax.errors import UserError
 from vlp_jax.evaluators import neighbours
-from vlp_jax.evaluators.base import Outcome, Pairs, Resources
+from vlp_jax.evaluators.base import Evaluator, Outcome, Resources
 from vlp_jax.evaluators.frozen_features import FeatureSplits, FrozenFeatures
 
 
@@ -32,7 +32,7 @@ class KnnOutcome(Outcome):
     temperature: float
 
     def scores(self) -> dict[str, float]:
-        """See `Knn`."""
+        """`top1_kK` in [0, 1] for each k, `examples`, `train_examples`, `classes`."""
         hits = self.predictions == self.features.test_labels
         return {
             **{f"top1_k{k}": float(row.mean()) for k, row in zip(self.ks, hits, strict=True)},
@@ -51,7 +51,7 @@ class KnnOutcome(Outcome):
         }
 
 
-class Knn:
+class Knn(Evaluator):
     """Weighted vote of the k nearest training examples by cosine, exact.
 
     Args:
@@ -101,10 +101,6 @@ class Knn:
             found.test, found.train, found.train_labels, self._ks, self._temperature
         )
         return KnnOutcome(found, self._ks, predictions, self._temperature)
-
-    def __call__(self, params: Any) -> Pairs:
-        """`top1_kK` in [0, 1] for each k, `examples`, `train_examples`, `classes`."""
-        yield from self.outcome(params).scores().items()
 
 
 def _unit(x: np.ndarray) -> np.ndarray:

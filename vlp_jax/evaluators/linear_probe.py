@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 
 from vlp_jax.errors import UserError, unknown_key_message
 from vlp_jax.evaluators import classification, probes
-from vlp_jax.evaluators.base import Outcome, Pairs, Resources
+from vlp_jax.evaluators.base import Evaluator, Outcome, Resources
 from vlp_jax.evaluators.frozen_features import FeatureSplits, FrozenFeatures
 
 METHODS = ("lbfgs", "sgd")
@@ -45,7 +45,8 @@ class LinearProbeOutcome(Outcome):
         return classification.label_ranks(self.logits, self.features.test_labels)
 
     def scores(self) -> dict[str, float]:
-        """See `LinearProbe`."""
+        """`top1` and `top5` in [0, 1], `l2` or `learning_rate` as chosen and its `holdout_top1`,
+        `examples`, `train_examples`, `classes`."""
         chosen = {"lbfgs": "l2", "sgd": "learning_rate"}[self.method]
         return {
             "top1": classification.top_k(self.ranks, 1),
@@ -70,7 +71,7 @@ class LinearProbeOutcome(Outcome):
         }
 
 
-class LinearProbe:
+class LinearProbe(Evaluator):
     """A linear classifier on frozen features: how much of the classes they say, linearly.
 
     A part of the training split is held out to choose how it is fitted; then it is fitted on the
@@ -167,8 +168,3 @@ class LinearProbe:
         train, test = probes.standardize(f.train, f.test)
         (model,) = probes.fit_sgd(train, f.train_labels, f.classes, (chosen,), **self._sgd)
         return model(test), chosen, tried
-
-    def __call__(self, params: Any) -> Pairs:
-        """`top1` and `top5` in [0, 1], `l2` or `learning_rate` as chosen and its `holdout_top1`,
-        `examples`, `train_examples`, `classes`."""
-        yield from self.outcome(params).scores().items()

@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from vlp_jax.errors import UserError
-from vlp_jax.evaluators.base import Pairs, Resources
+from vlp_jax.evaluators.base import Evaluator, Pairs, Resources, Scores
 from vlp_jax.evaluators.outputs import numbered
 from vlp_jax.objectives import Objective
 from vlp_jax.objectives.base import SEPARATOR, Context, Function, Metrics
@@ -64,7 +64,7 @@ def _metrics(objective: Objective, params: Any, fields: dict[str, Array], key: A
     return objective.loss(params, fields, Context(key, train=False, state=state))[1].metrics
 
 
-class Loss:
+class Loss(Evaluator):
     """The loss and the other metrics of the objective over a split, as in training without noise:
     no masks of patches, no stochastic depth, no label smoothing where the objective says so.
 
@@ -108,7 +108,11 @@ class Loss:
                 f"{shortest} examples; take more of them (limit) or a smaller batch_size"
             )
 
-    def __call__(self, params: Any) -> Pairs:
+    def outcome(self, params: Any) -> Scores:
+        """The scores of `pairs`."""
+        return Scores(dict(self.pairs(params)))
+
+    def pairs(self, params: Any) -> Pairs:
         """Each metric of the objective, `loss` among them, and `examples`, how many count.
 
         Raises:

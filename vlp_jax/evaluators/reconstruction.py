@@ -2,13 +2,50 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from vlp_jax.evaluators.base import Pairs, Resources
+import numpy as np
+from jaxtyping import Float
+
+from vlp_jax.evaluators.base import INDEX, SHOWN, Evaluator, Outcome, Resources
+from vlp_jax.observe.samples import Sample
+
+VIEWS = "reconstruct"  # the function that gives what is seen, what is painted, and the image
 
 
-class Reconstruction:
+@dataclasses.dataclass(frozen=True, eq=False)
+class ReconstructionOutcome(Outcome):
+    """The error of every image of a split.
+
+    Attributes:
+      errors: float32 [n], in the units of the loss.
+      index: int64 [n], the place of each image in its source.
+      views: of a few images, float32 [few, 3, height, width, 3] in [0, 1].
+    """
+
+    errors: Float[np.ndarray, " n"]
+    index: np.ndarray
+    views: Float[np.ndarray, "few 3 height width 3"] | None = None
+
+    def scores(self) -> dict[str, float]:
+        """`error`, the mean squared error over the hidden patches, and `examples`."""
+        return {"error": float(self.errors.mean()), "examples": float(len(self.errors))}
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """What `save_embeddings` writes."""
+        return {"errors": self.errors, "index": self.index}
+
+    def samples(self) -> Sequence[Sample]:
+        """The three views of an image side by side."""
+        if self.views is None:
+            return ()
+        pixels = np.round(255 * np.clip(self.views, 0, 1)).astype(np.uint8)
+        return [Sample(np.concatenate(list(three), axis=1)) for three in pixels]
+
+
+class Reconstruction(Evaluator):
     """Mean squared error over the hidden patches of every image of a split.
 
     The masks are random and the same at every step of a run.
@@ -23,10 +60,14 @@ class Reconstruction:
         self._resources = resources
         self._pipeline = resources.pipeline(data)
 
-    def __call__(self, params: Any) -> Pairs:
-        """`error`, in the units of the loss, and `examples`."""
-        errors, _ = self._resources.embed(
+    def outcome(self, params: Any) -> ReconstructionOutcome:
+        """The errors of the whole split, and views of its first images."""
+        errors, fields = self._resources.embed(
             params, self._pipeline.batches(), {"image": "reconstruction_error"}
         )
-        yield "error", float(errors["image"].mean())
-        yield "examples", float(len(errors["image"]))
+        views = None
+        if VIEWS in self._resources.functions:
+            first = next(self._pipeline.batches())
+            made, _ = self._resources.embed(params, iter([first]), {"image": VIEWS})
+            views = made["image"][:SHOWN]
+        return ReconstructionOutcome(errors["image"], fields[INDEX], views)

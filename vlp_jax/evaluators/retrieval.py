@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from vlp_jax.errors import UserError
-from vlp_jax.evaluators.base import Outcome, Pairs, Resources
+from vlp_jax.evaluators.base import Evaluator, Outcome, Resources
 from vlp_jax.evaluators.captions import embed_captions
 from vlp_jax.evaluators.ranking import Ranks, rank_both_ways
 from vlp_jax.evaluators.splits import Split
@@ -39,7 +39,8 @@ class RetrievalOutcome(Outcome):
     ks: tuple[int, ...]
 
     def scores(self) -> dict[str, float]:
-        """See `Retrieval`."""
+        """`image_to_text_rK` and `text_to_image_rK` in [0, 1], `..._median_rank` from 1, `..._mrr`
+        in (0, 1], `pairs` (texts), `images` and `chance_r1`."""
         scores = {}
         ways = {"image_to_text": self.image_to_text, "text_to_image": self.text_to_image}
         for name, ranks in ways.items():
@@ -64,7 +65,7 @@ class RetrievalOutcome(Outcome):
         }
 
 
-class Retrieval:
+class Retrieval(Evaluator):
     """R@k, median rank and mean reciprocal rank, both ways, over all images and texts of a split.
 
     An image counts as found if any of its texts is among the k most similar ones. Among texts that
@@ -121,8 +122,3 @@ class Retrieval:
         """All cosine similarities at once, float32: for small splits."""
         outcome = self.outcome(params)
         return outcome.image @ outcome.text.T
-
-    def __call__(self, params: Any) -> Pairs:
-        """`image_to_text_rK` and `text_to_image_rK` in [0, 1], `..._median_rank` from 1, `..._mrr`
-        in (0, 1], `pairs` (texts), `images` and `chance_r1`."""
-        yield from self.outcome(params).scores().items()

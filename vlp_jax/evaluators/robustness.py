@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 from vlp_jax.errors import UserError
 from vlp_jax.evaluators import corruptions as corruptions_lib
 from vlp_jax.evaluators.attacks import PREFIX
-from vlp_jax.evaluators.base import Pairs, Resources
+from vlp_jax.evaluators.base import Evaluator, Pairs, Resources, Scores
 from vlp_jax.evaluators.class_lists import renumber
 from vlp_jax.evaluators.outputs import (
     check_field,
@@ -31,7 +31,7 @@ TRUE = "true_label"  # what scores are compared with; an attack takes "label" fo
 REACH = 2.5
 
 
-class Robustness:
+class Robustness(Evaluator):
     """Top-1 of a classifier on clean images, under common corruptions and under attacks.
 
     The classifier is the objective's own (`classify`), or a zero-shot one if there are `templates`.
@@ -92,7 +92,11 @@ class Robustness:
             of_model = numbers_of_model(resources, data, self._pipeline, label_field)
             self._numbers = functools.partial(renumber, numbers=of_model)
 
-    def __call__(self, params: Any) -> Pairs:
+    def outcome(self, params: Any) -> Scores:
+        """The scores of `pairs`."""
+        return Scores(dict(self.pairs(params)))
+
+    def pairs(self, params: Any) -> Pairs:
         """All in [0, 1]: `clean`; `NAME`, the mean over the severities of a corruption, and
         `NAME_SEVERITY`; `corruption_mean`, the mean over all, and `corruption_relative`, that
         divided by `clean`; `fgsm_RADIUS` and `pgd_RADIUS`. And `examples`.

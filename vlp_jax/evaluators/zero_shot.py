@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 
 from vlp_jax.errors import UserError
 from vlp_jax.evaluators import classification
-from vlp_jax.evaluators.base import Outcome, Pairs, Resources
+from vlp_jax.evaluators.base import Evaluator, Outcome, Resources
 from vlp_jax.evaluators.class_lists import (
     check_class_names,
     check_templates,
@@ -72,7 +72,12 @@ class ZeroShotOutcome(Outcome):
         return np.exp(self.log_probabilities)
 
     def scores(self) -> dict[str, float]:
-        """See `ZeroShot`."""
+        """`top1`, `top5` and `mean_per_class_recall` in [0, 1], `examples`, `classes`, `chance`.
+
+        If the model has a temperature also `calibration_error` (expected, 15 bins of equal width:
+        Guo et al. 2017) in [0, 1] and `nll`, the mean negative log likelihood in nats, both of the
+        softmax of logit_scale * cosine.
+        """
         classes = len(self.class_names)
         scores = {
             "top1": classification.top_k(self.ranks, 1),
@@ -105,7 +110,7 @@ class ZeroShotOutcome(Outcome):
         }
 
 
-class ZeroShot:
+class ZeroShot(Evaluator):
     """How often the class whose prompts are most similar to the image is the right one.
 
     A class is the normalized mean of the unit vectors of all its prompts.
@@ -183,12 +188,3 @@ class ZeroShot:
             index=found.index,
             logit_scale=self._resources.logit_scale(params),
         )
-
-    def __call__(self, params: Any) -> Pairs:
-        """`top1`, `top5` and `mean_per_class_recall` in [0, 1], `examples`, `classes`, `chance`.
-
-        If the model has a temperature also `calibration_error` (expected, 15 bins of equal width:
-        Guo et al. 2017) in [0, 1] and `nll`, the mean negative log likelihood in nats, both of the
-        softmax of logit_scale * cosine.
-        """
-        yield from self.outcome(params).scores().items()

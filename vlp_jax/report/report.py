@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from vlp_jax.encoders.subject import Subject
+from vlp_jax.evaluators.base import Outcome
+from vlp_jax.evaluators.captioning import CaptionsOutcome
+from vlp_jax.evaluators.reconstruction import ReconstructionOutcome
 from vlp_jax.evaluators.retrieval import RetrievalOutcome
 from vlp_jax.evaluators.zero_shot import ZeroShotOutcome
 from vlp_jax.report import page
@@ -20,6 +24,7 @@ from vlp_jax.report.section_curves import curves_section
 from vlp_jax.report.section_data import data_section
 from vlp_jax.report.section_pictures import heat_section, left_out, paintings_section
 from vlp_jax.report.section_retrieval import retrieval_section
+from vlp_jax.report.section_samples import samples_section
 from vlp_jax.report.section_scores import headline_section, table_section
 from vlp_jax.report.section_time import time_section
 from vlp_jax.report.section_zero_shot import zero_shot_section
@@ -61,6 +66,39 @@ def write_report(
     return [f"wrote {path}", *(f"note: {notice}" for notice in notices)]
 
 
+def _zero_shot(
+    name: str, outcome: ZeroShotOutcome, material: Material, album: Album
+) -> Section | None:
+    return zero_shot_section(name, outcome, material.mistakes[name], album)
+
+
+def _retrieval(
+    name: str, outcome: RetrievalOutcome, material: Material, album: Album
+) -> Section | None:
+    return retrieval_section(name, outcome, material.texts[name], material.pairs[name], album)
+
+
+def _painted(name: str, outcome: Outcome, material: Material, album: Album) -> Section | None:
+    del name, outcome
+    if material.views is None:
+        return None
+    return paintings_section(material.views, material.hidden, album)
+
+
+def _samples(name: str, outcome: Outcome, material: Material, album: Album) -> Section | None:
+    del material
+    return samples_section(name, outcome, album)
+
+
+# How the outcome of an evaluator is shown, by its type, in the order of the page.
+SECTIONS: dict[type[Outcome], Callable[[str, Any, Material, Album], Section | None]] = {
+    ZeroShotOutcome: _zero_shot,
+    RetrievalOutcome: _retrieval,
+    CaptionsOutcome: _samples,
+    ReconstructionOutcome: _painted,
+}
+
+
 def _sections(
     subject: Subject,
     material: Material,
@@ -75,14 +113,10 @@ def _sections(
         table_section(scores, baseline, notices),
         None if run is None else curves_section(run),
     ]
-    for name, outcome in material.outcomes(ZeroShotOutcome).items():
-        found.append(zero_shot_section(name, outcome, material.mistakes[name], album))
-    for name, outcome in material.outcomes(RetrievalOutcome).items():
-        texts, pairs = material.texts[name], material.pairs[name]
-        found.append(retrieval_section(name, outcome, texts, pairs, album))
+    for kind, section in SECTIONS.items():
+        for name, outcome in material.outcomes(kind).items():
+            found.append(section(name, outcome, material, album))
     found.append(heat_section(material.heat, album))
-    if material.views is not None:
-        found.append(paintings_section(material.views, material.hidden, album))
     tokenizer = subject.resources.tokenizer
     if run is not None:
         context = None if tokenizer is None else tokenizer.context_length

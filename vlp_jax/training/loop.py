@@ -12,6 +12,7 @@ from vlp_jax.evaluators import Evaluator
 from vlp_jax.objectives.base import Batch
 from vlp_jax.observe.profiler import Profiler
 from vlp_jax.observe.progress import Progress
+from vlp_jax.observe.samples import write_samples
 from vlp_jax.observe.throughput import StepClock
 from vlp_jax.observe.watchdog import Watchdog
 from vlp_jax.observe.writers import Writer
@@ -143,7 +144,8 @@ class Loop:
                 self.report.settle()
                 try:
                     with self.pause("evaluation"), self.interruptible():
-                        scores = dict(evaluation.evaluator(params))
+                        outcome = evaluation.evaluator.outcome(params)
+                        scores, samples = outcome.scores(), outcome.samples()
                 # What the run does about numbers that are not finite is for its guard to say.
                 except (NotFinite, NoScores) as error:
                     self.progress.print(f"step {step:,}  {evaluation.name}: no scores: {error}")
@@ -151,6 +153,7 @@ class Loop:
                     continue
                 named = {f"eval/{evaluation.name}/{key}": value for key, value in scores.items()}
                 self.writer.write_scalars(step, named)
+                write_samples(self.writer, step, evaluation.name, samples)
                 text = "  ".join(f"{key} {value:.4g}" for key, value in scores.items())
                 self.progress.print(f"step {step:,}  {evaluation.name}: {text}")
 
