@@ -24,6 +24,7 @@ from vlp_jax.data.wording import Wording
 from vlp_jax.errors import NotFinite, UserError
 from vlp_jax.evaluators import differing_wordings, make_evaluators
 from vlp_jax.evaluators.base import Resources
+from vlp_jax.evaluators.splits import Split
 from vlp_jax.parallel import mesh as mesh_lib
 
 
@@ -200,3 +201,14 @@ def test_evaluation_texts_that_are_worded_in_another_way_are_told():
     notes = differing_wordings(sections, train, LOWER)
     assert len(notes) == 2 and "evaluators.raw" in notes[1] and "evaluators.loss" in notes[0]
     assert "lowercase" in notes[0] and "preprocess" in notes[0]
+
+
+def test_arrays_stay_on_the_host_for_those_who_ask():
+    world = make_world()
+    rows = len(world.arrays["label"])
+    arrays = {**world.arrays, "second": np.arange(rows * 6, dtype=np.float32).reshape(rows, 6)}
+    data = {"source": "arrays", "arrays": arrays}
+    plain, asked = (Split(make_resources(2, 8), data, names) for names in ((), ("second",)))
+    assert set(plain.embed(world.params, {"image": "embed_image"}).fields) == {"label"}
+    found = asked.embed(world.params, {"image": "embed_image"})
+    np.testing.assert_array_equal(found.fields["second"], arrays["second"])

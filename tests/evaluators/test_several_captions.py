@@ -112,8 +112,8 @@ def test_a_model_whose_embeddings_depend_on_the_place_in_a_batch_still_ties(worl
     jittered = make(world, 1, 8)
     embed = Resources.embed
 
-    def embed_with_noise(self, params, batches, functions):
-        outputs, fields = embed(self, params, batches, functions)
+    def embed_with_noise(self, params, batches, functions, keep=()):
+        outputs, fields = embed(self, params, batches, functions, keep)
         rng = np.random.default_rng(0)
         noisy = {k: v + rng.normal(size=v.shape).astype("f") * 1e-7 for k, v in outputs.items()}
         return noisy, fields

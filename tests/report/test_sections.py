@@ -10,6 +10,8 @@ from sklearn import metrics
 from vlp_jax import config as config_lib
 from vlp_jax import defaults
 from vlp_jax.data.scan import Scan
+from vlp_jax.evaluators.base import Scores
+from vlp_jax.evaluators.captioning import CaptionsOutcome
 from vlp_jax.report import section_retrieval, section_zero_shot
 from vlp_jax.report.blocks import Beside, Cards, Charts, Fold, Table
 from vlp_jax.report.pictures import Album
@@ -24,6 +26,7 @@ from vlp_jax.report.scores import (
 from vlp_jax.report.section_config import config_section, differences, flat
 from vlp_jax.report.section_data import data_section
 from vlp_jax.report.section_pictures import heat_section, paintings_section
+from vlp_jax.report.section_samples import samples_section
 from vlp_jax.report.section_scores import table_section
 
 SCORES = {
@@ -198,6 +201,32 @@ def test_retrieval_shows_what_was_found_and_the_worst(retrieval):
     assert all(len(card.pictures) == 1 for card in cards["Texts whose image is ranked first"])
     two = cards["Texts whose image is ranked lowest"][0]
     assert [picture.label for picture in two.pictures] == ["ranked first", "right"]
+
+
+def test_samples_of_captions_are_cards():
+    outcome = CaptionsOutcome(
+        captions=("a red star", "a blue star", "a box"),
+        references=(("the star", "x"), ("it",), ("a crate",)),
+        likelihood=np.zeros(3),
+        index=np.array([0, 2, 5]),
+        labels=np.zeros(0, np.int64),
+        pictures={0: np.zeros((8, 8, 3), np.uint8), 5: np.zeros((8, 8, 3), np.uint8)},
+    )
+    section = samples_section("captions", outcome, Album(10**6))
+    ((first, second),) = [block.cards for block in blocks_of(section, Cards)]
+    assert first.lines == [("the model", "a red star"), ("a reference", "the star")]
+    assert second.lines == [("the model", "a box"), ("a reference", "a crate")]
+    assert len(first.pictures) == len(second.pictures) == 1
+    assert samples_section("captions", outcome, Album(0)) is None
+    assert samples_section("scores", Scores({"top1": 0.5}), Album(10**6)) is None
+
+
+def test_every_outcome_that_the_page_shows_has_its_section():
+    from vlp_jax.report.report import SECTIONS
+
+    assert {"CaptionsOutcome", "ReconstructionOutcome", "RetrievalOutcome", "ZeroShotOutcome"} == {
+        kind.__name__ for kind in SECTIONS
+    }
 
 
 def test_pictures_that_there_is_no_room_for_are_left_out(retrieval):

@@ -53,7 +53,12 @@ class Accuracy(Evaluator):
           UserError: a label that the model has no score for.
         """
         scores, fields = outputs_of(
-            self._resources, params, self._pipeline.batches(), "classify", ("image",)
+            self._resources,
+            params,
+            self._pipeline.batches(),
+            "classify",
+            ("image",),
+            keep=(self._label_field,),
         )
         labels = renumber(fields[self._label_field], self._numbers)
         check_labels(labels, scores.shape[1], self._label_field)
@@ -114,7 +119,12 @@ class Answers(Evaluator):
         right, labels, kinds = [], [], []
         for pipeline in self._pipelines:
             scores, fields = outputs_of(
-                self._resources, params, pipeline.batches(), "answer", ("image", "text")
+                self._resources,
+                params,
+                pipeline.batches(),
+                "answer",
+                ("image", "text"),
+                keep=(self._label_field, *(["kind"] if self._has_kind else [])),
             )
             own = fields[self._label_field]
             check_labels(own, scores.shape[1], self._label_field)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -17,7 +17,7 @@ from vlp_jax.data.pipeline import EvalPipeline
 from vlp_jax.data.wording import Wording
 from vlp_jax.errors import UserError
 from vlp_jax.evaluators.cache import EmbeddingCache
-from vlp_jax.objectives.base import PIXELS, TOKENS, Function
+from vlp_jax.objectives.base import Function
 from vlp_jax.observe.samples import Sample
 from vlp_jax.parallel import agreement, rules
 from vlp_jax.parallel import mesh as mesh_lib
@@ -102,25 +102,6 @@ class Resources:
     cache: EmbeddingCache = dataclasses.field(default_factory=EmbeddingCache)
     train_data: Mapping[str, Any] | None = None
 
-    def wanted(
-        self, batch: Mapping[str, np.ndarray], inputs: Collection[str]
-    ) -> dict[str, np.ndarray]:
-        """Selects from a batch the `inputs` of a function and the numbers that describe examples.
-
-        What other functions take as pixels or tokens is left out.
-        """
-        taken = {
-            name
-            for compiled in self.functions.values()
-            for name, kind in compiled.function.inputs.items()
-            if kind in (PIXELS, TOKENS)
-        }
-        return {
-            name: value
-            for name, value in batch.items()
-            if name in inputs or (name not in taken and value.dtype != object)
-        }
-
     @contextlib.contextmanager
     def one_evaluation(self, params: Any) -> Iterator[None]:
         """Inside, evaluators that look at the same data with these `params` embed it once.
@@ -161,26 +142,30 @@ class Resources:
         params: Any,
         batches: Iterator[Mapping[str, np.ndarray]],
         functions: Mapping[str, str],
+        keep: Sequence[str] = (),
     ) -> tuple[dict[str, Float[np.ndarray, "n dim"]], dict[str, np.ndarray]]:
         """What `functions` (field -> name of a function) make of their fields, in one pass.
 
-        Returns the outputs by field, and the other fields of all batches that are numbers, both
-        without padding, and as `INDEX` the place of each example in the data: int64 [n].
-        Every process gets the rows of all, in one order.
+        Args:
+          keep: further fields of all batches that are wanted; nothing else stays on the host.
+
+        Returns:
+          The outputs by field, and the fields `keep`, both without padding, and among these as
+          `INDEX` the place of each example in the data: int64 [n]. Every process gets the rows of
+          all, in one order.
         """
         outputs, fields = [], []
         for number, batch in enumerate(batches):
-            wanted = self.wanted(batch, functions)
-            rest = put_batch(wanted, self.mesh)
+            rest = put_batch(chosen(batch, (*functions, *keep)), self.mesh)
             arrays = {field: rest.pop(field) for field in functions}
             made = {}
             for field, name in functions.items():
                 made[field], rest = self.functions[name](params, arrays[field], rest)
             made, rest = jax.device_get((made, rest))
-            keep = rest.pop("mask")
-            outputs.append({name: value[keep] for name, value in made.items()})
-            fields.append({name: value[keep] for name, value in rest.items()})
-            fields[-1][INDEX] = np.flatnonzero(keep) + number * len(keep)
+            sound = rest.pop("mask")
+            outputs.append({name: value[sound] for name, value in made.items()})
+            fields.append({name: value[sound] for name, value in rest.items()})
+            fields[-1][INDEX] = np.flatnonzero(sound) + number * len(sound)
         return _concatenated(outputs), _concatenated(fields)
 
     def tokens(self, texts: Sequence[str]) -> Int[np.ndarray, "n context"]:
@@ -202,6 +187,11 @@ class Resources:
                 }
 
         return self.embed(params, batches(), {"text": "embed_text"})[0]["text"]
+
+
+def chosen(batch: Mapping[str, np.ndarray], names: Iterable[str]) -> dict[str, np.ndarray]:
+    """The named fields of a batch, and its mask."""
+    return {name: batch[name] for name in (*dict.fromkeys(names), "mask")}
 
 
 def _concatenated(batches: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:

@@ -287,6 +287,7 @@ class Likelihood(Evaluator):
             self._pipeline.batches(),
             "class_likelihood",
             ("image",),
+            keep=(self._label_field,),
             more={"classes": classes},
         )
         labels = fields[self._label_field]

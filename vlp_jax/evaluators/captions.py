@@ -97,7 +97,9 @@ def _embed_local(
                 "mask": np.arange(size) < size - padding,
             }
 
-    outputs, fields = resources.embed(params, batches(), {"text": "embed_text"})
+    outputs, fields = resources.embed(
+        params, batches(), {"text": "embed_text"}, keep=("number", TEXT_HASH)
+    )
     vectors = same_for_same_text(outputs["text"], fields[TEXT_HASH])
     order = np.argsort(fields["number"], kind="stable")
     return vectors[order], fields["number"][order]

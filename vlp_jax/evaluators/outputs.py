@@ -16,7 +16,7 @@ from vlp_jax.data.sources.base import as_plain
 from vlp_jax.data.sources.labels import WordClasses
 from vlp_jax.data.sources.manifest import SUFFIX
 from vlp_jax.errors import NoScores, UserError
-from vlp_jax.evaluators.base import Resources
+from vlp_jax.evaluators.base import Resources, chosen
 from vlp_jax.evaluators.class_lists import numbers_onto
 from vlp_jax.parallel.batch import put_batch
 
@@ -31,27 +31,29 @@ def outputs_of(
     batches: Iterable[Mapping[str, np.ndarray]],
     function: str,
     inputs: Sequence[str],
+    keep: Sequence[str] = (),
     change: Change = dict,
     more: Mapping[str, Any] | None = None,
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """The outputs of `function(params, {name: array})` on all batches, and their other fields.
+    """The outputs of `function(params, {name: array})` on all batches, and the fields `keep`.
 
     Both are without padding, and every process gets those of all, in one order.
 
     Args:
       inputs: fields that the function takes; of a single one it takes the bare array.
-      change: see `Change`; it gets and gives all fields of a batch.
+      keep: further fields that are wanted; nothing else stays on the host.
+      change: see `Change`; it gets and gives the fields of a batch that are taken or kept.
       more: what the function takes besides, the same for every batch.
     """
     outputs, fields = [], []
     for batch in batches:
-        rest = change(put_batch(resources.wanted(batch, inputs), resources.mesh))
+        rest = change(put_batch(chosen(batch, (*inputs, *keep)), resources.mesh))
         taken = {name: rest.pop(name) for name in inputs}
         argument = {**taken, **(more or {})} if more or len(inputs) > 1 else taken[inputs[0]]
         made, rest = jax.device_get(resources.functions[function](params, argument, rest))
-        keep = rest.pop("mask")
-        outputs.append(made[keep])
-        fields.append({name: value[keep] for name, value in rest.items()})
+        sound = rest.pop("mask")
+        outputs.append(made[sound])
+        fields.append({name: value[sound] for name, value in rest.items()})
     named = {name: np.concatenate([f[name] for f in fields]) for name in fields[0]}
     return np.concatenate(outputs), named
 

@@ -134,7 +134,13 @@ class Robustness(Evaluator):
     ) -> np.ndarray:
         """Which images are told right, after a change to the batches on the devices."""
         scores, fields = outputs_of(
-            self._resources, params, self._batches(), self._function, ("image",), change
+            self._resources,
+            params,
+            self._batches(),
+            self._function,
+            ("image",),
+            keep=(TRUE, NUMBER),
+            change=change,
         )
         return self._hits(scores if classes is None else scores @ classes.T, fields)
 
@@ -161,6 +167,7 @@ class Robustness(Evaluator):
             self._batches(),
             PREFIX + self._function,
             ("image", "label", NUMBER),
+            keep=(TRUE,),
             more=more,
         )
         return float(self._hits(scores, fields).mean())

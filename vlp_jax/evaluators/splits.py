@@ -21,7 +21,7 @@ class Embedded:
 
     Attributes:
       outputs: by field what a function made of it, float32 [n, ...].
-      fields: the fields of the examples that are numbers, [n, ...].
+      fields: a number of each example, [n], and the arrays that the split was asked for.
       index: int64 [n], the place of each example in the data.
     """
 
@@ -37,7 +37,7 @@ class Split:
     computed again.
 
     Args:
-      extra_fields: see `EvalPipeline`.
+      extra_fields: see `EvalPipeline`; arrays among them are in `Embedded.fields`.
     """
 
     def __init__(
@@ -46,6 +46,14 @@ class Split:
         self.resources, self.data = resources, data
         self.pipeline = resources.pipeline(data, extra_fields)
         self.key = key_of(data)
+        # A number of each example costs little, and another evaluator may ask for it. Arrays, such
+        # as a second image, are kept for those who ask.
+        spec = self.pipeline.batch_spec()
+        self._numbers = [
+            name
+            for name, (shape, _) in spec.items()
+            if (len(shape) == 1 or name in extra_fields) and name not in ("image", "text", "mask")
+        ]
 
     def embed(self, params: Any, functions: Mapping[str, str]) -> Embedded:
         """What `functions` (field -> name of a function) make of their fields.
@@ -57,13 +65,14 @@ class Split:
         keys = {field: (self.key, field, name) for field, name in functions.items()}
         outputs = {field: cache.get(params, key) for field, key in keys.items()}
         needed = {field: name for field, name in functions.items() if outputs[field] is None}
-        spec = set(self.pipeline.batch_spec()) - {"image", "text", "mask"} | {INDEX}
-        fields = {name: cache.get(params, (self.key, name)) for name in spec}
+        names = (*self._numbers, INDEX)
+        fields = {name: cache.get(params, (self.key, name)) for name in names}
         if needed or any(value is None for value in fields.values()):
             needed = needed or dict(functions)
             batches = self.pipeline.batches()
             batches = with_text_hashes(batches) if "text" in needed else batches
-            new, fields = self.resources.embed(params, batches, needed)
+            keep = (*self._numbers, *([TEXT_HASH] if "text" in needed else []))
+            new, fields = self.resources.embed(params, batches, needed, keep)
             if "text" in new:
                 new["text"] = same_for_same_text(new["text"], fields.pop(TEXT_HASH))
             for field, array in new.items():
