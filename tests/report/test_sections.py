@@ -46,6 +46,9 @@ SCORES = {
     "eval/space/modality_gap": 0.8,
     "eval/paint/error": 0.3,
     "eval/paint/examples": 10.0,
+    "eval/says/cider": 1.2,
+    "eval/says/cider_shuffled": 0.2,
+    "eval/says/words": 9.0,
 }
 
 
@@ -103,14 +106,19 @@ def test_headlines_are_one_of_each_evaluator_and_both_ways_of_retrieval():
         ("retrieval", "text_to_image_r1"),
         ("zs", "top1"),
         ("paint", "error"),
+        ("says", "cider"),
     ]
+    said = {score.name: score for score in scores_of(SCORES) if score.evaluator == "says"}
+    assert said["cider"].chance == 0.2 and set(said) == {"cider", "words"}
+    assert title_of("cider") == "CIDEr-D" and better_direction("cider") == 1
+    assert better_direction("words") == better_direction("different") == 0
     assert title_of("image_to_text_r1") == "image to text R@1" and title_of("top5") == "top-5"
 
 
 def test_the_table_holds_every_score_once_and_no_count():
     (table,) = blocks_of(table_section(SCORES, None, []), Table)
     rows = [row for row in table.rows if len(row) > 1]
-    assert len(rows) == len(list(scores_of(SCORES))) == 9
+    assert len(rows) == len(list(scores_of(SCORES))) == 11
     groups = [row[0] for row in table.rows if len(row) == 1]
     assert groups[0] == "retrieval (50 pairs)" and groups[1] == "zs (100 examples, 4 classes)"
     assert [row[1].text for row in rows if row[0] == "top-1"] == ["75.0\N{NO-BREAK SPACE}%"]

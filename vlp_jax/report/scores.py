@@ -11,13 +11,16 @@ from vlp_jax.report.wording import difference_text, is_share, score_text
 
 PREFIX = "eval/"
 # Names that say over how much a score is taken, or what chance is: no scores of their own.
-_ABOUT = re.compile(r"(examples|classes|pairs|images|texts|seeds)$|^chance")
+_ABOUT = re.compile(r"(examples|classes|pairs|images|texts|seeds)$|^chance|_shuffled$")
+_TEXTS = {"cider": "CIDEr-D", "bleu4": "BLEU-4", "rouge_l": "ROUGE-L", "meteor": "METEOR"}
 _LOWER_IS_BETTER = re.compile(r"(^|_)(error|loss|nll|median_rank|mse)$")
-_NEITHER = re.compile(r"_std$")
+_NEITHER = re.compile(r"_std$|^(different|words)$")
 # The first of these that an evaluator has is shown large; of retrieval both ways.
 _HEADLINES = (
     ("image_to_text_r1", "text_to_image_r1"),
     ("top1",),
+    ("cider", "named"),
+    ("cider",),
     ("accuracy",),
     ("error",),
 )
@@ -82,7 +85,7 @@ def better_direction(name: str) -> int:
         return 0
     if _LOWER_IS_BETTER.search(name):
         return -1
-    return 1 if is_share(name) or name.endswith("mrr") else 0
+    return 1 if is_share(name) or name.endswith("mrr") or name in _TEXTS else 0
 
 
 def by_evaluator(scores: Mapping[str, float]) -> dict[str, dict[str, float]]:
@@ -116,13 +119,18 @@ def about(named: Mapping[str, float]) -> str:
     parts = [
         f"{int(value):,} {name.replace('_', ' ')}"
         for name, value in named.items()
-        if _ABOUT.search(name) and not name.startswith("chance")
+        if _ABOUT.search(name) and not name.startswith("chance") and "shuffled" not in name
     ]
     return ", ".join(parts)
 
 
 def chance_of(name: str, named: Mapping[str, float]) -> float | None:
-    """What guessing would reach of the score `name`, as far as the evaluator's others tell it."""
+    """What guessing would reach of the score `name`, as far as the evaluator's others tell it.
+
+    Of captions it is the score of those of other images.
+    """
+    if f"{name}_shuffled" in named:
+        return named[f"{name}_shuffled"]
     if "chance_r1" in named and (match := re.search(r"_r(\d+)$", name)):
         return min(int(match[1]) * named["chance_r1"], 1.0)
     classes = named.get("classes") or (1 / named["chance"] if named.get("chance") else None)
@@ -152,6 +160,8 @@ def headlines(scores: Mapping[str, float], baseline: Mapping[str, float] | None)
 
 def title_of(name: str) -> str:
     """A score's name in words: "image_to_text_r1" -> "image to text R@1"."""
+    if name in _TEXTS:
+        return _TEXTS[name]
     name = re.sub(r"_r(\d+)$", r" R@\1", name)
     name = re.sub(r"^top(\d+)", r"top-\1", name)
     return name.replace("_", " ").replace("mrr", "mean reciprocal rank")

@@ -6,7 +6,9 @@ import math
 import re
 
 # Names of scores that are shares of something, in [0, 1].
-_SHARES = re.compile(r"(^|_)(top\d+|r\d+|recall|accuracy|chance|fraction|share)(_|$)|calibration")
+_SHARES = re.compile(
+    r"(^|_)(top\d+|r\d+|recall|accuracy|chance|fraction|share|named|different)(_|$)|calibration"
+)
 
 
 def is_share(name: str) -> bool:
