@@ -36,7 +36,6 @@ from vlp_jax.interop.open_clip_config import (
 )
 from vlp_jax.interop.open_clip_table import layers, native_tower
 from vlp_jax.interop.tables import (
-    FUSED_BIAS,
     HEADS_IN,
     SQUEEZED,
     Entry,
@@ -93,15 +92,11 @@ def table(same_width: bool) -> Table:
     """
     ours, theirs = "pooler/attention", "visual.attn_pool.attn"
     names = ("query", "key", "value")
-    bias = Entry(tuple(f"{ours}/{x}/bias" for x in names), f"{theirs}.in_proj_bias", FUSED_BIAS)
-    if same_width:
-        projections = fused(ours, names, f"{theirs}.in_proj_weight", f"{theirs}.in_proj_bias")
-    else:
-        matrices = [
-            Entry(f"{ours}/{name}/kernel", f"{theirs}.{name[0]}_proj_weight", HEADS_IN)
-            for name in names
-        ]
-        projections = [*matrices, bias]
+    weight, bias = fused(ours, names, f"{theirs}.in_proj_weight", f"{theirs}.in_proj_bias")
+    apart = [
+        Entry(f"{ours}/{name}/kernel", f"{theirs}.{name[0]}_proj_weight", HEADS_IN)
+        for name in names
+    ]
     decoder = "decoder/encoder"
     return [
         Entry("logit_scale", "logit_scale"),
@@ -110,7 +105,8 @@ def table(same_width: bool) -> Table:
         Entry("pooler/query", "visual.attn_pool.query"),
         *norm("pooler/norm_query", "visual.attn_pool.ln_q"),
         *norm("pooler/norm_tokens", "visual.attn_pool.ln_k"),
-        *projections,
+        *([weight] if same_width else apart),
+        bias,
         *heads_out(f"{ours}/out", f"{theirs}.out_proj"),
         *norm("pooler/norm", "visual.ln_post"),
         Entry("image_projection/kernel", "visual.proj"),

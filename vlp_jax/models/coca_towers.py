@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -28,13 +29,17 @@ from vlp_jax.models.values import (
 Seen = Float[Array, "batch queries embed"]
 Words = Float[Array, "batch tokens width"]
 
+# Epsilon of the norms of queries and tokens: open_clip does not give them the tower's.
+INNER_EPS = 1e-5
+
 
 class AttentionalPooler(nn.Module):
     """Learned queries attend to all tokens; queries, tokens and results are normalized.
 
     Attributes:
       queries: how many there are.
-      transformer: the width and heads of the queries; its depth and `mlp_dim` are not looked at.
+      transformer: the width and heads of the queries, and the norm of the results; its depth and
+        `mlp_dim` are not looked at.
     """
 
     queries: int
@@ -47,11 +52,12 @@ class AttentionalPooler(nn.Module):
     def __call__(self, tokens: Float[Array, "batch tokens width"]) -> Seen:
         """Returns the result of each query."""
         config, dtype = self.transformer, self.compute.dtype
+        inner = dataclasses.replace(config, norm_eps=INNER_EPS)
         init = named(nn.initializers.normal(1.0), None, "embed")
         query = self.param("query", init, (self.queries, config.width))
-        query = norm(config, dtype, "norm_query")(query)
+        query = norm(inner, dtype, "norm_query")(query)
         query = jnp.broadcast_to(query, (len(tokens), *query.shape))
-        tokens = norm(config, dtype, "norm_tokens")(tokens)
+        tokens = norm(inner, dtype, "norm_tokens")(tokens)
         x = MultiHeadAttention(config, self.compute, name="attention")(query, tokens)
         return norm(config, dtype, "norm")(x)
 
