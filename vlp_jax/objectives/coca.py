@@ -13,31 +13,29 @@ from vlp_jax import config as config_lib
 from vlp_jax.models.attention import HOLDS
 from vlp_jax.models.attention_mask import AttentionMask
 from vlp_jax.models.coca import CoCa, check_coca
-from vlp_jax.models.coca_towers import make_coca_decoder, make_coca_text
-from vlp_jax.models.values import Pixels, keywords_of
+from vlp_jax.models.coca_towers import CoCaText, make_coca_decoder, make_coca_text
+from vlp_jax.models.values import ComputeConfig, Pixels, keywords_of
 from vlp_jax.models.vit import make_vit
 from vlp_jax.objectives.base import Part
 from vlp_jax.objectives.captioning import Captioning
 from vlp_jax.objectives.composite import Composite
 from vlp_jax.objectives.compute import make_compute
-from vlp_jax.objectives.contrastive import Contrastive
+from vlp_jax.objectives.contrastive import Contrastive, check_loss
 from vlp_jax.objectives.weight import StepsOf, Weight
 
 
-def coca_parts(
-    model: CoCa, *, contrast: Weight, caption: Weight, max_logit_scale: float
-) -> Composite:
-    """Returns the sum of both losses of a model, each times its weight."""
+def coca_parts(model: CoCa, *, contrast: Weight, caption: Weight, **settings: Any) -> Composite:
+    """Returns the sum of both losses of a model, each times its weight.
+
+    Args:
+      settings: fields of `Contrastive`.
+    """
     text = model.text
     says = Captioning(
         model, text.eos_id, text.pad_id, parallel_share=0.0, mean="token", bos_id=text.bos_id
     )
-    return Composite(
-        (
-            Part("contrast", Contrastive(model, "softmax", max_logit_scale), contrast),
-            Part("caption", says, caption),
-        )
-    )
+    pairs = Contrastive(model, "softmax", **settings)
+    return Composite((Part("contrast", pairs, contrast), Part("caption", says, caption)))
 
 
 @keywords_of(make_compute)
@@ -53,6 +51,8 @@ def make_coca(
     pooler_heads: int = 8,
     contrast_weight: float | Mapping[str, Any] = 1.0,
     caption_weight: float | Mapping[str, Any] = 2.0,
+    loss_form: str = "plain",
+    loss_block_size: int = 256,
     logit_scale_init: float = 1 / 0.07,
     max_logit_scale: float = 100.0,
     image_mean: tuple[float, ...] = (0.5, 0.5, 0.5),
@@ -72,33 +72,20 @@ def make_coca(
       embed_dim, queries, pooler_heads: see `CoCa`.
       contrast_weight, caption_weight: factors on the losses, see `Weight.of`.
       logit_scale_init: initial factor on the cosine similarity.
-      max_logit_scale: see `Contrastive`.
+      loss_form, loss_block_size, max_logit_scale: see `Contrastive`.
       compute: see `make_compute`.
 
     Raises:
       ValueError: no tokenizer or one without bos, sizes that do not fit each other, or an attention
         that does not hold the text tower's mask.
     """
-    if tokenizer is None:
-        raise ValueError("coca needs config.tokenizer")
-    if tokenizer.bos_id is None:
-        raise ValueError("coca needs a tokenizer with a bos, which each caption begins with")
-    if logit_scale_init <= 0:
-        raise ValueError(f"logit_scale_init must be above 0, not {logit_scale_init}")
-    how, of_text = make_compute(**compute), dict(text)
-    attention = of_text.pop("attention", how.attention)
-    AttentionMask(causal=True, explicit=jnp.ones((1, 1, 1, 1), bool)).check(
-        attention, HOLDS.get(attention, ())
-    )
-    sizes = {name: getattr(tokenizer, name) for name in ("vocab_size", "context_length")}
-    ids = {name: getattr(tokenizer, name) for name in ("bos_id", "eos_id", "pad_id")}
-    where, body = "config.objective", {"class_token": True, **image, "pooling": "none"}
+    check_loss("softmax", loss_form, loss_block_size, logit_scale_init, max_logit_scale)
+    how, where, sizes = make_compute(**compute), "config.objective", _sizes(tokenizer)
+    body = {"class_token": True, **image, "pooling": "none"}
     vit = config_lib.build(make_vit, body, f"{where}.image", compute=how)
-    own = dataclasses.replace(how, attention=attention)
-    reader = config_lib.build(make_coca_text, of_text, f"{where}.text", compute=own, **sizes, **ids)
     model = CoCa(
         vit.clone(norm_after_pool=True),
-        reader,
+        _text_tower(tokenizer, text, how, f"{where}.text"),
         config_lib.build(make_coca_decoder, decoder, f"{where}.decoder", compute=how, **sizes),
         embed_dim,
         math.log(logit_scale_init),
@@ -112,4 +99,33 @@ def make_coca(
         contrast=Weight.of(contrast_weight, steps_of, f"{where}.contrast_weight"),
         caption=Weight.of(caption_weight, steps_of, f"{where}.caption_weight"),
         max_logit_scale=max_logit_scale,
+        loss_form=loss_form,
+        loss_block_size=loss_block_size,
     )
+
+
+def _sizes(tokenizer: Any) -> dict[str, int]:
+    """Returns what a tokenizer tells of both towers of text.
+
+    Raises:
+      ValueError: there is none, or it has no bos.
+    """
+    if tokenizer is None:
+        raise ValueError("coca needs config.tokenizer")
+    if tokenizer.bos_id is None:
+        raise ValueError("coca needs a tokenizer with a bos, which each caption begins with")
+    return {name: getattr(tokenizer, name) for name in ("vocab_size", "context_length")}
+
+
+def _text_tower(
+    tokenizer: Any, section: Mapping[str, Any], how: ComputeConfig, where: str
+) -> CoCaText:
+    """Returns the tower of a section, in which `attention` may be another than in `how`."""
+    fields = dict(section)
+    attention = fields.pop("attention", how.attention)
+    mask = AttentionMask(causal=True, explicit=jnp.ones((1, 1, 1, 1), bool))
+    mask.check(attention, HOLDS.get(attention, ()))
+    ids = {name: getattr(tokenizer, name) for name in ("bos_id", "eos_id", "pad_id")}
+    how = dataclasses.replace(how, attention=attention)
+    sizes = _sizes(tokenizer)
+    return config_lib.build(make_coca_text, fields, where, compute=how, **sizes, **ids)
