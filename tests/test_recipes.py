@@ -39,7 +39,7 @@ def total_steps(config, epoch_examples=IMAGENET):
 
 
 def test_the_recipes_are_there_and_say_what_they_aim_at():
-    families = {"clip": 3, "siglip": 3, "lit": 1, "flip": 1, "mae": 3, "cappa": 1}
+    families = {"clip": 3, "siglip": 3, "lit": 1, "flip": 1, "mae": 3, "cappa": 1, "coca": 1}
     assert len(RECIPES) == sum(families.values())
     for name in RECIPES:
         docstring = ast.get_docstring(ast.parse((CONFIGS / f"{name}.py").read_text()))
@@ -61,7 +61,11 @@ def test_parameters_are_as_many_as_in_the_published_weights(spec, parameters):
     [(name, ["hf_clip", "open_clip"]) for name in ("clip_b16", "clip_b32", "clip_l14")]
     + [(name, ["hf_siglip", "big_vision"]) for name in RECIPES if "siglip" in name]
     + [(name, ["hf_vit_mae"]) for name in ("mae_b16", "mae_l16", "mae_h14")]
-    + [("lit_b16", ["big_vision"]), ("clip_shapes", ["hf_clip", "open_clip"])]
+    + [
+        ("coca_b32", ["open_clip"]),
+        ("lit_b16", ["big_vision"]),
+        ("clip_shapes", ["hf_clip", "open_clip"]),
+    ]
     + [("siglip_shapes", ["hf_siglip", "big_vision"]), ("debug_gpu", ["hf_clip", "open_clip"])],
 )
 @pytest.mark.parametrize("eos_id", [1, 49_407])
@@ -79,6 +83,7 @@ def test_formats_can_express_the_model(spec, formats, eos_id):
         ("clip_b16", 390_625, 2_000, 5e-4),
         ("clip_b32", 390_625, 2_000, 5e-4),
         ("clip_l14", 390_625, 2_000, 4e-4),
+        ("coca_b32", 144_265, 10_000, 5e-4),
         ("siglip_b16", 1_220_704, 20_000, 1e-3),
         ("siglip_so400m14", 1_220_704, 20_000, 1e-3),
         ("siglip_g", 1_220_704, 20_000, 1e-3),

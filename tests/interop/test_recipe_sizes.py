@@ -88,3 +88,15 @@ def test_parameters_are_as_many_as_in_transformers(spec):
         tokens = objective.model.image.tokens
         ours += tokens * (objective.model.image.width + objective.model.decoder.transformer.width)
     assert ours == sum(parameter.numel() for parameter in theirs.parameters())
+
+
+def test_parameters_are_as_many_as_in_open_clips_coca():
+    from open_clip.coca_model import CoCa
+    from open_clip.factory import get_model_config
+
+    sizes = get_model_config("coca_ViT-B-32")
+    sizes.pop("custom_text")
+    with torch.device("meta"):
+        theirs = CoCa(**sizes)
+    ours = count(shapes_of(load("coca_b32")))
+    assert ours == sum(parameter.numel() for parameter in theirs.parameters())

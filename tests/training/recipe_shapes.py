@@ -24,7 +24,7 @@ def load(spec):
 def objective_of(config, **tokenizer):
     """With a stand-in for the tokenizer, which has as many tokens as it may have."""
     if config.tokenizer:
-        ids = {"pad_id": 0, "eos_id": 1, **tokenizer}
+        ids = {"pad_id": 0, "eos_id": 1, "bos_id": 2, **tokenizer}
         tokenizer = types.SimpleNamespace(
             vocab_size=config.tokenizer.vocab_size,
             context_length=config.tokenizer.context_length,

@@ -16,7 +16,6 @@ from vlp_jax.encoders.images import Image, ImageProcessor, each_image
 from vlp_jax.encoders.texts import TextProcessor
 from vlp_jax.errors import UserError
 from vlp_jax.interop.trees import Module, Params, to_tree
-from vlp_jax.models.dual_encoder import DualEncoder
 
 BATCH_SIZE = 64
 
@@ -27,7 +26,7 @@ class Encoder:
 
     Attributes:
       source: what it was loaded from, as the user named it.
-      module: `DualEncoder`, `MaskedAutoencoder` or `VisionTransformer`.
+      module: `DualEncoder`, `CoCa`, `MaskedAutoencoder`, `Captioner` or `VisionTransformer`.
       weights: path -> float32 array, layers stacked (`vlp_jax.interop.trees`).
       functions: name -> `f(params, array)`, those of the objective that it is of.
       images: makes pixels of an image.
@@ -159,7 +158,7 @@ class Encoder:
 
     @functools.cached_property
     def _logit_parameters(self) -> tuple[float, float]:
-        if not isinstance(self.module, DualEncoder):
+        if "logit_scale" not in self.weights:
             raise UserError(f"{self.source} is an image model: it has no logits of pairs")
         bias = self.weights.get("logit_bias", np.float32(0))
         return float(np.exp(self.weights["logit_scale"])), float(bias)

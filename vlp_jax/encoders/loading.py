@@ -18,6 +18,7 @@ from vlp_jax.encoders.texts import TextProcessor, tokenizer_from
 from vlp_jax.errors import UserError
 from vlp_jax.interop.trees import Module, image_of, with_dtype
 from vlp_jax.models.captioner import Captioner
+from vlp_jax.models.coca import CoCa
 from vlp_jax.models.dual_encoder import DualEncoder
 from vlp_jax.models.masked_autoencoder import MaskedAutoencoder
 from vlp_jax.objectives.base import Function
@@ -26,7 +27,7 @@ from vlp_jax.objectives.of_model import objective_of
 from vlp_jax.training.run import Run, bounded, read_stacked, resizing
 
 # The models of parts of a run that are loaded; the first of a run's is `Encoder.module`.
-LOADED = (DualEncoder, MaskedAutoencoder, Captioner)
+LOADED = (DualEncoder, CoCa, MaskedAutoencoder, Captioner)
 RESIZING = ("resize", "interpolation", "scale", "crop_rounding")  # fields of `interop.Extras`
 
 

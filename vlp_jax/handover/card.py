@@ -23,6 +23,7 @@ from vlp_jax.handover.scores import Scores, is_score
 from vlp_jax.interop.base import Extras
 from vlp_jax.interop.transfer import Model
 from vlp_jax.interop.trees import Module, image_of
+from vlp_jax.models.coca import CoCa
 from vlp_jax.models.dual_encoder import DualEncoder
 from vlp_jax.models.masked_autoencoder import MaskedAutoencoder
 from vlp_jax.models.values import tower_fields
@@ -204,6 +205,8 @@ def _what(subject: Subject) -> str:
     module = subject.model.module
     kinds = {
         DualEncoder: "An image and a text encoder that end in one embedding space",
+        CoCa: "An image and a text encoder that end in one embedding space, and a decoder that "
+        "says captions",
         MaskedAutoencoder: "A masked autoencoder: an image encoder and a decoder that paints what "
         "was hidden",
     }

@@ -22,6 +22,7 @@ from vlp_jax.interop import precision
 from vlp_jax.interop.base import Extras
 from vlp_jax.interop.transfer import Model
 from vlp_jax.interop.trees import image_of, plain, to_tree
+from vlp_jax.models.coca import CoCa
 from vlp_jax.models.dual_encoder import DualEncoder
 from vlp_jax.models.masked_autoencoder import MaskedAutoencoder
 from vlp_jax.models.masking import kept_patches, mask_from_noise
@@ -198,10 +199,15 @@ def _computed(
         kept = kept_patches(module.image.patches, extras.mask_ratio)
         mask = mask_from_noise(jnp.asarray(inputs["noise"]), kept)
         return {"prediction": np.asarray(jax.jit(module.apply)(tree, inputs["image"], mask))}
-    if isinstance(module, DualEncoder):
+    if isinstance(module, DualEncoder | CoCa):
         out = jax.jit(module.apply)(tree, inputs["image"], inputs["text"])
         out = {name: np.asarray(x) for name, x in out.items()}
         logits = np.exp(out["logit_scale"]) * out["image"] @ out["text"].T + out["logit_bias"]
-        return {"image": out["image"], "text": out["text"], "logits": logits}
+        found = {"image": out["image"], "text": out["text"], "logits": logits}
+        if isinstance(module, DualEncoder):
+            return found
+        seen = module.apply(tree, inputs["image"], method="look")
+        scores = module.apply(tree, inputs["text"], seen, method="score_tokens")
+        return found | {"scores": np.asarray(scores)[:, :-1]}
     pixels = np.asarray(inputs["pixels"]).transpose(0, 2, 3, 1)
     return {"features": np.asarray(jax.jit(module.apply)(tree, pixels))}

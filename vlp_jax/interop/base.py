@@ -361,9 +361,12 @@ def _same(name: str, source: Mapping[str, Any], here: Mapping[str, Any]) -> bool
     if name == "class_position":
         return not any(vit["class_token"] and vit["position"] == "learned" for vit in both)
     if name == "eos_id":
-        return "eos" not in (source["pooling"], here["pooling"])
+        return all(tower.get("pooling") not in ("eos", None) for tower in both)
     if name == "pad_id":
-        return not any(tower["padding_mask"] or tower["pooling"] == "mean" for tower in both)
+        return all(
+            "pooling" in tower and not tower["padding_mask"] and tower["pooling"] != "mean"
+            for tower in both
+        )
     if name in ("image_mean", "image_std"):
         return np.allclose(source[name], here[name], atol=1e-6)
     return False

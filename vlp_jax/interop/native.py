@@ -25,6 +25,8 @@ from vlp_jax.interop.base import Extras, Imported, described
 from vlp_jax.interop.hf_tokenizer import TokenizerFiles
 from vlp_jax.interop.tables import mismatch_report
 from vlp_jax.interop.trees import Module, Params, expected_shapes
+from vlp_jax.models.coca import CoCa
+from vlp_jax.models.coca_towers import CoCaDecoder, CoCaText
 from vlp_jax.models.dual_encoder import DualEncoder
 from vlp_jax.models.masked_autoencoder import MaskedAutoencoder, MaskedDecoder
 from vlp_jax.models.text import TextTransformer
@@ -38,7 +40,7 @@ from vlp_jax.models.values import (
 )
 from vlp_jax.models.vit import VisionTransformer
 
-KINDS = (DualEncoder, MaskedAutoencoder, VisionTransformer)
+KINDS = (DualEncoder, CoCa, MaskedAutoencoder, VisionTransformer)
 LOADED_BY = 'vlp_jax.interop.read("safetensors:{}")'
 HOLDS = precision.WEIGHTS
 FORMAT, VERSION = "vlp_jax", 1
@@ -49,6 +51,7 @@ _CLASSES = {
     kind.__name__: kind
     for kind in (
         *(DualEncoder, MaskedAutoencoder, MaskedDecoder, TextTransformer, VisionTransformer),
+        *(CoCa, CoCaDecoder, CoCaText),
     )
 }
 # What the tokenizer's files and the head of config.json say.

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from vlp_jax.errors import UserError
-from vlp_jax.interop import base, files, hf_tokenizer, timm
+from vlp_jax.interop import base, files, hf_tokenizer, open_clip_coca, timm
 from vlp_jax.interop.base import Extras, Imported
 from vlp_jax.interop.files import Tensors
 from vlp_jax.interop.open_clip_config import (
@@ -32,29 +32,28 @@ from vlp_jax.interop.open_clip_config import (
     resize_problems,
     text_config,
     text_fields,
+    tokenizer_of,
     trunk_config,
     trunk_fields,
 )
+from vlp_jax.interop.open_clip_table import layers, native_tower
 from vlp_jax.interop.tables import (
-    CONV,
     LINEAR,
-    SQUEEZED,
     Entry,
     Table,
     from_theirs,
-    fused,
-    heads_out,
     linear,
     norm,
     to_theirs,
 )
 from vlp_jax.interop.timm_names import siglip_name
 from vlp_jax.interop.trees import Module, Params, expected_shapes
+from vlp_jax.models.coca import CoCa
 from vlp_jax.models.dual_encoder import DualEncoder
 from vlp_jax.models.vit import VisionTransformer
 
 MODEL = "open_clip"
-KINDS = (DualEncoder,)
+KINDS = (DualEncoder, CoCa)
 LOADED_BY = 'open_clip.create_model_and_transforms("local-dir:{}")'
 HOLDS = ("float32", "bfloat16")
 CONFIG = "open_clip_config.json"
@@ -64,7 +63,7 @@ WEIGHTS = (
     "open_clip_pytorch_model.safetensors",
     "model.safetensors",
 )
-TRUNK = "visual.trunk."
+TRUNK, DECODER = "visual.trunk.", "text_decoder."
 IGNORED = (r"(text\.)?attn_mask", r"text\.transformer\.embeddings\.position_ids")
 
 NATIVE_HAS = {
@@ -93,7 +92,7 @@ def table(trunk: bool, text_bias: bool) -> Table:
         multiplied from the right.
     """
     text = "text." if trunk else ""
-    image = timm.table(TRUNK) if trunk else _native_tower()
+    image = timm.table(TRUNK) if trunk else native_tower()
     image_head = (
         linear("image_projection", "visual.head.proj")
         if trunk
@@ -114,41 +113,9 @@ def table(trunk: bool, text_bias: bool) -> Table:
         *image_head,
         Entry("text/token_embedding/embedding", f"{text}token_embedding.weight"),
         Entry("text/position_embedding", f"{text}positional_embedding"),
-        *_layers("text/encoder/layers", f"{text}transformer.resblocks.{{i}}"),
+        *layers("text/encoder/layers", f"{text}transformer.resblocks.{{i}}"),
         *norm("text/encoder/norm", f"{text}ln_final"),
         *text_head,
-    ]
-
-
-def _native_tower() -> Table:
-    return [
-        Entry("image/class_token", "visual.class_embedding", SQUEEZED),
-        Entry("image/position_embedding", "visual.positional_embedding"),
-        Entry("image/patch_embedding/projection/kernel", "visual.conv1.weight", CONV),
-        *norm("image/pre_norm", "visual.ln_pre"),
-        *_layers("image/encoder/layers", "visual.transformer.resblocks.{i}"),
-        *norm("image/encoder/norm", "visual.ln_post"),
-        *norm("image/norm", "visual.ln_post"),  # with norm_after_pool
-    ]
-
-
-def _layers(ours: str, theirs: str) -> Table:
-    return [
-        *norm(f"{ours}/norm_attention", f"{theirs}.ln_1"),
-        *fused(
-            f"{ours}/attention",
-            ("query", "key", "value"),
-            f"{theirs}.attn.in_proj_weight",
-            f"{theirs}.attn.in_proj_bias",
-        ),
-        *norm(f"{ours}/attention/query_norm", f"{theirs}.attn.ln_q"),
-        *norm(f"{ours}/attention/key_norm", f"{theirs}.attn.ln_k"),
-        *heads_out(f"{ours}/attention/out", f"{theirs}.attn.out_proj"),
-        Entry(f"{ours}/layer_scale_attention/scale", f"{theirs}.ls_1.gamma"),
-        *norm(f"{ours}/norm_mlp", f"{theirs}.ln_2"),
-        *linear(f"{ours}/mlp/up", f"{theirs}.mlp.c_fc"),
-        *linear(f"{ours}/mlp/down", f"{theirs}.mlp.c_proj"),
-        Entry(f"{ours}/layer_scale_mlp/scale", f"{theirs}.ls_2.gamma"),
     ]
 
 
@@ -164,13 +131,15 @@ def read(path: Path, like: Module | None = None) -> Imported:
     weights = files.find_weights(path, WEIGHTS)
     where = weights.parent / CONFIG
     config = files.load_json_if_there(where)
-    if not config and not isinstance(like, DualEncoder):
+    if not config and not isinstance(like, KINDS):
         raise UserError(
             f"{weights} needs its {CONFIG} beside it, or an image and text model that it goes into"
         )
     notes: list[str] = []
     tensors = _plain_keys(files.load_tensors(weights))
     model = read_config(config, where)
+    if any(key.startswith(DECODER) for key in tensors) or open_clip_coca.SECTION in model:
+        return _coca(tensors, config, like, weights, notes)
     check_config(model, where)
     image, tensors = _image(tensors, model, like, weights, notes)
     trunk = any(key.startswith(TRUNK) for key in tensors)
@@ -191,8 +160,36 @@ def read(path: Path, like: Module | None = None) -> Imported:
     return Imported(module, params, notes, extras_of(config, weights.parent, size, notes))
 
 
+def _coca(
+    tensors: Tensors,
+    config: Mapping[str, Any],
+    like: Module | None,
+    weights: Path,
+    notes: list[str],
+) -> Imported:
+    where = weights.parent / CONFIG
+    model = read_config(config, where)
+    section = open_clip_coca.SECTION
+    if model and section not in model:
+        raise UserError(
+            f"{where} has no {section}, and the weights beside it are a CoCa's: put in the section "
+            f"of the config that it was trained with"
+        )
+    if not model and not isinstance(like, CoCa):
+        raise UserError(f"{weights} is a CoCa: it needs its {CONFIG} beside it")
+    pixels = pixels_of(config, like, where, notes)
+    tokenizer = tokenizer_of(config, weights.parent, []) if config else None
+    module = open_clip_coca.module_of(tensors, model, like, tokenizer, pixels, where, notes)
+    mapping = open_clip_coca.table_of(module)
+    params = from_theirs(mapping, tensors, expected_shapes(module), weights, IGNORED)
+    extras = extras_of(config, weights.parent, module.image.image_size, notes)
+    return Imported(module, params, notes, extras)
+
+
 def check(module: Module, extras: Extras) -> list[str]:
     """All that open_clip cannot express of a module."""
+    if isinstance(module, CoCa):
+        return open_clip_coca.check(module, extras)
     image, text = module.image, module.text
     problems = base.requirements(MODEL, "text", text, TEXT_HAS) + resize_problems(image, extras)
     if text.pooling == "eos" and extras.eos_id not in (None, text.eos_id):
@@ -224,20 +221,25 @@ def check(module: Module, extras: Extras) -> list[str]:
     return problems
 
 
-def write(module: DualEncoder, params: Params, directory: Path, extras: Extras) -> list[Path]:
+def write(module: Module, params: Params, directory: Path, extras: Extras) -> list[Path]:
     """Writes a folder that `open_clip.create_model_and_transforms("local-dir:...")` takes."""
-    trunk = not module.image.class_token
     image, params = base.with_position_table(module.image, params)
+    module, name = module.clone(image=image), directory.resolve().name
     model: dict[str, Any] = {
         "embed_dim": module.embed_dim,
-        "vision_cfg": trunk_config(module) if trunk else native_config(image),
-        "text_cfg": text_config(module, extras, directory.resolve().name),
         "init_logit_scale": module.logit_scale_init,
     }
     if module.logit_bias_init is not None:
         model["init_logit_bias"] = module.logit_bias_init
-    if trunk:
-        model["custom_text"] = True
+    if isinstance(module, CoCa):
+        model |= open_clip_coca.config_of(module, extras, name)
+        mapping = open_clip_coca.table_of(module)
+    else:
+        trunk = not image.class_token
+        model["vision_cfg"] = trunk_config(module) if trunk else native_config(image)
+        model["text_cfg"] = text_config(module, extras, name)
+        model |= {"custom_text": True} if trunk else {}
+        mapping = table(trunk, module.text_head == "linear_bias")
     if module.text.transformer.activation == "quick_gelu":
         model["quick_gelu"] = True
     config = {
@@ -250,7 +252,7 @@ def write(module: DualEncoder, params: Params, directory: Path, extras: Extras) 
             "resize_mode": "squash" if extras.resize == "squash" else "shortest",
         },
     }
-    tensors = to_theirs(table(trunk, module.text_head == "linear_bias"), params)
+    tensors = to_theirs(mapping, params)
     return [
         files.save_json(config, directory / CONFIG),
         files.save_safetensors(tensors, directory / WEIGHTS[0], extras.narrow),
@@ -262,10 +264,10 @@ def _plain_keys(tensors: Tensors) -> Tensors:
     """Without the prefix of distributed training, text keys as with the tower's kind, scalars."""
     if tensors and all(key.startswith("module.") for key in tensors):
         tensors = {key.removeprefix("module."): x for key, x in tensors.items()}
-    trunk = any(key.startswith(TRUNK) for key in tensors)
+    named = any(key.startswith((TRUNK, DECODER)) for key in tensors)
     plain = {}
     for key, x in tensors.items():
-        if not trunk:
+        if not named:
             key = key.removeprefix("text.")  # its own towers may be a CustomTextCLIP too
         if key.startswith(f"{TRUNK}head."):  # timm_proj "": the projection is timm's classifier
             key = key.replace(f"{TRUNK}head.", "visual.head.proj.")

@@ -17,6 +17,7 @@ from vlp_jax.interop.files import Tensors
 from vlp_jax.interop.hf_tokenizer import TokenizerFiles
 from vlp_jax.interop.timm_names import fields_of, siglip_name
 from vlp_jax.interop.trees import Module, image_of
+from vlp_jax.models.coca_towers import CoCaText
 from vlp_jax.models.dual_encoder import DualEncoder
 from vlp_jax.models.text import TextTransformer
 from vlp_jax.models.values import Pixels, tower_fields
@@ -29,10 +30,14 @@ TOKENIZER_KEYS = ("tokenizer_kwargs", "tokenizer_mode")
 RESIZE_MODES = ("shortest", "longest", "squash")
 TRUNK_PROJECTIONS = {"none": "none", "linear": "linear", "linear_bias": "linear"}
 
-# Values of the two sections that make another model than ours, and the one without effect.
-UNKNOWN_KEYS = {
-    "vision_cfg": {"attentional_pool": False, "timm_proj": ("none", "linear", "")},
-    "text_cfg": {"hf_model_name": None, "embed_cls": False, "scaled_cosine_attn": False},
+# Values of the two sections with which the model is one of ours.
+HAS_KEYS = {
+    "vision_cfg": {"attentional_pool": (False,), "timm_proj": ("none", "linear", "")},
+    "text_cfg": {
+        "hf_model_name": (None,),
+        "embed_cls": (False,),
+        "scaled_cosine_attn": (False,),
+    },
 }
 
 
@@ -56,15 +61,24 @@ def check_config(model: Mapping[str, Any], where: Path) -> None:
     Raises:
       UserError: the config describes a model that we do not have.
     """
-    if "multimodal_cfg" in model:
-        raise UserError(f"{where}: a model with multimodal_cfg (CoCa) cannot be expressed here")
-    for section, keys in UNKNOWN_KEYS.items():
-        values = model.get(section, {})
-        for key, harmless in keys.items():
-            allowed = harmless if isinstance(harmless, tuple) else (harmless,)
-            if key in values and values[key] not in allowed:
+    refuse_unless(HAS_KEYS, model, where)
+
+
+def refuse_unless(
+    keys: Mapping[str, Mapping[str, tuple[Any, ...]]], model: Mapping[str, Any], where: Path
+) -> None:
+    """Checks the values that some keys of a config's sections may have, if they are there.
+
+    Raises:
+      UserError: one has another value.
+    """
+    for section, allowed in keys.items():
+        for key, value in model.get(section, {}).items():
+            if key in allowed and value not in allowed[key]:
+                known = " or ".join(map(repr, allowed[key]))
                 raise UserError(
-                    f"{where}: {section}.{key} {values[key]!r} cannot be expressed here"
+                    f"{where}: {section}.{key} {value!r} cannot be expressed here (supported: "
+                    f"{known})"
                 )
 
 
@@ -81,14 +95,12 @@ def image_fields(
       UserError: the pooling is unknown, or nothing tells the grid of patches.
     """
     config = model.get("vision_cfg")
-    block = "visual.transformer.resblocks.0."
     width, _, patch, _ = base.shape_of(tensors, "visual.conv1.weight", 4, where)
-    mlp_dim, _ = base.shape_of(tensors, f"{block}mlp.c_fc.weight", 2, where)
     rows, _ = base.shape_of(tensors, "visual.positional_embedding", 2, where)
     if config is None:
         vit = image_of(like)
         grid = base.grid_of(rows - 1, like, where)
-        told = _told(vit, "heads", "activation", "norm_eps", "pooling", "norm_after_pool")
+        told = told_by(vit, "heads", "activation", "norm_eps", "pooling", "norm_after_pool")
         size = (grid[0] * patch, grid[1] * patch)
     else:
         told = {
@@ -96,7 +108,7 @@ def image_fields(
             // base.integer({"head_width": HEAD_WIDTH, **config}, "head_width", where),
             "pooling": _ours(POOLINGS, config.get("pool_type", "tok"), "pool_type", where),
             "norm_after_pool": bool(config.get("final_ln_after_pool", False)),
-            **_activation_and_eps(model, config, where),
+            **activation_and_eps(model, config, where),
         }
         if told["pooling"] == "cls":
             told["norm_after_pool"] = base.norm_after_pool_of(like)
@@ -107,12 +119,9 @@ def image_fields(
         image_size=base.tiled(size, patch, notes),
         patch_size=patch,
         width=width,
-        depth=_depth(tensors, "visual.transformer.resblocks."),
-        mlp_dim=mlp_dim,
         patch_bias=False,
         pre_norm="visual.ln_pre.weight" in tensors,
-        qk_norm=f"{block}attn.ln_q.weight" in tensors,
-        layer_scale=1e-5 if f"{block}ls_1.gamma" in tensors else None,
+        **layer_sizes(tensors, "visual.transformer.resblocks.", where),
         **told,
     )
     return vit
@@ -147,12 +156,10 @@ def text_fields(
       UserError: the pooling is unknown.
     """
     config = model.get("text_cfg")
-    blocks = f"{prefix}transformer.resblocks."
     vocab_size, width = base.shape_of(tensors, f"{prefix}token_embedding.weight", 2, where)
     context_length, _ = base.shape_of(tensors, f"{prefix}positional_embedding", 2, where)
-    mlp_dim, _ = base.shape_of(tensors, f"{blocks}0.mlp.c_fc.weight", 2, where)
     if config is None:
-        told = _told(
+        told = told_by(
             like.text, *("heads", "activation", "norm_eps", "pooling", "causal"), "eos_id", "pad_id"
         )
     else:
@@ -164,7 +171,7 @@ def text_fields(
             "causal": not config.get("no_causal_mask", False),
             "eos_id": config.get("eos_id", 2 if pooling == "eos" else vocab_size - 1),
             "pad_id": config.get("pad_id", 0),
-            **_activation_and_eps(model, config, where),
+            **activation_and_eps(model, config, where),
         }
     text = base.tower(
         TextTransformer,
@@ -172,10 +179,7 @@ def text_fields(
         vocab_size=vocab_size,
         context_length=context_length,
         width=width,
-        depth=_depth(tensors, blocks),
-        mlp_dim=mlp_dim,
-        qk_norm=f"{blocks}0.attn.ln_q.weight" in tensors,
-        layer_scale=1e-5 if f"{blocks}0.ls_1.gamma" in tensors else None,
+        **layer_sizes(tensors, f"{prefix}transformer.resblocks.", where),
         **told,
     )
     return text
@@ -193,7 +197,7 @@ def native_config(vit: VisionTransformer) -> dict[str, Any]:
         "pool_type": POOLINGS[vit.pooling],
         "no_ln_pre": not vit.pre_norm,
         "final_ln_after_pool": vit.norm_after_pool,
-        **_encoder_config(vit),
+        **layers_config(vit),
     }
 
 
@@ -210,13 +214,25 @@ def trunk_config(module: DualEncoder) -> dict[str, Any]:
 
 
 def text_config(module: DualEncoder, extras: Extras, name: str) -> dict[str, Any]:
-    """`text_cfg`.
+    """`text_cfg`; `name` as for `text_sizes`."""
+    text = module.text
+    return {
+        **text_sizes(text, extras, name),
+        "no_causal_mask": not text.causal,
+        "pool_type": text.pooling,
+        "proj_type": "none" if module.text_head == "none" else "linear",
+        "proj_bias": module.text_head == "linear_bias",
+        **layers_config(text),
+    }
+
+
+def text_sizes(text: TextTransformer | CoCaText, extras: Extras, name: str) -> dict[str, Any]:
+    """Says in `text_cfg` how large a text tower is, and how texts become ids.
 
     Args:
       name: where the files of the tokenizer are. From "local-dir:" open_clip takes those of the
         folder itself, whatever is said here; on a hub this is to be the name of the repository.
     """
-    text = module.text
     tokenizer: dict[str, Any] = {}
     if extras.tokenizer is not None:
         tokenizer |= {"hf_tokenizer_name": name} if extras.tokenizer.contents else {}
@@ -229,13 +245,8 @@ def text_config(module: DualEncoder, extras: Extras, name: str) -> dict[str, Any
         "heads": text.transformer.heads,
         "layers": text.transformer.depth,
         "mlp_ratio": base.mlp_ratio(text.width, text.transformer.mlp_dim),
-        "no_causal_mask": not text.causal,
-        "pool_type": text.pooling,
         "eos_id": text.eos_id if extras.eos_id is None else extras.eos_id,
         "pad_id": text.pad_id if extras.pad_id is None else extras.pad_id,
-        "proj_type": "none" if module.text_head == "none" else "linear",
-        "proj_bias": module.text_head == "linear_bias",
-        **_encoder_config(text),
     }
 
 
@@ -288,10 +299,10 @@ def extras_of(
         extras |= {"scale": size, "interpolation": "bicubic"}
     else:
         extras["interpolation"] = "bilinear" if interpolation == "bilinear" else "bicubic"
-    return {**extras, "tokenizer": _tokenizer(config, directory, notes)}
+    return {**extras, "tokenizer": tokenizer_of(config, directory, notes)}
 
 
-def _tokenizer(
+def tokenizer_of(
     config: Mapping[str, Any], directory: Path, notes: list[str]
 ) -> TokenizerFiles | None:
     """The files that `open_clip.get_tokenizer` reads: none unless the config names some."""
@@ -321,7 +332,8 @@ def resize_problems(image: VisionTransformer, extras: Extras) -> list[str]:
     return lines
 
 
-def _encoder_config(tower: VisionTransformer | TextTransformer) -> dict[str, Any]:
+def layers_config(tower: VisionTransformer | TextTransformer | CoCaText) -> dict[str, Any]:
+    """Says how the layers of a tower are, in its section."""
     layers = tower.transformer
     config: dict[str, Any] = {"norm_kwargs": {"eps": layers.norm_eps}}
     if layers.activation == "gelu_tanh":
@@ -333,9 +345,10 @@ def _encoder_config(tower: VisionTransformer | TextTransformer) -> dict[str, Any
     return config
 
 
-def _activation_and_eps(
+def activation_and_eps(
     model: Mapping[str, Any], config: Mapping[str, Any], where: Path
 ) -> dict[str, Any]:
+    """The activation and the epsilon of the norms that a section tells."""
     tanh = (config.get("act_kwargs") or {}).get("approximate") == "tanh"
     activation = "gelu_tanh" if tanh else "gelu"
     return {
@@ -351,12 +364,28 @@ def _ours(names: Mapping[str, str], theirs: Any, what: str, where: Path) -> str:
     return ours[theirs]
 
 
-def _told(tower: Any, *fields: str) -> dict[str, Any]:
+def told_by(tower: Any, *fields: str) -> dict[str, Any]:
+    """Some fields of a tower, by name."""
     return {field: value for field, value in tower_fields(tower).items() if field in fields}
 
 
-def _depth(tensors: Tensors, blocks: str) -> int:
-    return len({key[len(blocks) :].split(".")[0] for key in tensors if key.startswith(blocks)})
+def layer_sizes(tensors: Tensors, blocks: str, where: Path) -> dict[str, Any]:
+    """The fields of the layers of a tower that its tensors tell.
+
+    Args:
+      blocks: what their keys begin with, before the number of the layer.
+
+    Raises:
+      UserError: the first layer is not there.
+    """
+    mlp_dim, _ = base.shape_of(tensors, f"{blocks}0.mlp.c_fc.weight", 2, where)
+    numbers = {key[len(blocks) :].split(".")[0] for key in tensors if key.startswith(blocks)}
+    return {
+        "depth": len(numbers),
+        "mlp_dim": mlp_dim,
+        "qk_norm": f"{blocks}0.attn.ln_q.weight" in tensors,
+        "layer_scale": 1e-5 if f"{blocks}0.ls_1.gamma" in tensors else None,
+    }
 
 
 def _size(vit: VisionTransformer) -> int | list[int]:

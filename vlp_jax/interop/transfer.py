@@ -14,6 +14,7 @@ from vlp_jax import interop
 from vlp_jax.errors import UserError
 from vlp_jax.interop import files, staging
 from vlp_jax.interop.trees import Module, Params, image_of, plain, to_tree
+from vlp_jax.models.coca import CoCa
 from vlp_jax.models.dual_encoder import DualEncoder
 from vlp_jax.models.masked_autoencoder import MaskedAutoencoder
 from vlp_jax.models.masking import mask_from_noise
@@ -127,7 +128,8 @@ def _features(model: Model) -> list[np.ndarray]:
     else:
         text = rng.integers(0, module.text.vocab_size, (1, module.text.context_length), np.int32)
         text[:, -1] = module.text.eos_id
-        inputs, function = (image, text), _pair
+        inputs = (image, text)
+        function = _said if isinstance(module, CoCa) else _pair
     out = jax.jit(lambda tree, *x: module.apply(tree, *x, method=function))(tree, *inputs)
     return [np.asarray(x, np.float32) for x in jax.tree.leaves(out)]
 
@@ -138,6 +140,12 @@ def _tower(module: VisionTransformer, image: jax.Array) -> Any:
 
 def _painted(module: MaskedAutoencoder, image: jax.Array, mask: Any) -> Any:
     return module(image, mask)
+
+
+def _said(module: CoCa, image: jax.Array, text: jax.Array) -> Any:
+    words = module.text(text)[0]
+    scores = module.score(module.features(image, text))
+    return module.image_features(image), words, dict(module(image, text)), scores
 
 
 def _pair(module: DualEncoder, image: jax.Array, text: jax.Array) -> Any:

@@ -21,13 +21,14 @@ import numpy as np
 
 from vlp_jax.errors import UserError
 from vlp_jax.interop.tables import Shape, mismatch_report
+from vlp_jax.models.coca import CoCa
 from vlp_jax.models.dual_encoder import DualEncoder
 from vlp_jax.models.masked_autoencoder import MaskedAutoencoder
 from vlp_jax.models.values import ComputeConfig
 from vlp_jax.models.vit import VisionTransformer
 
 Params = dict[str, np.ndarray]
-Module = DualEncoder | MaskedAutoencoder | VisionTransformer
+Module = DualEncoder | CoCa | MaskedAutoencoder | VisionTransformer
 
 _LAYER = re.compile(r"(^|.*/)layer_(\d+)/(.*)")
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
@@ -113,12 +112,7 @@ class Decoder(nn.Module):
           ValueError: that is more than `context_length`.
         """
         self._check(length)
-        config = self.transformer
-        shape = (config.depth, batch, length, config.key_heads, config.head_width)
-        if self.compute.attention == "pallas":
-            shape = (*shape[:3], shape[3] * shape[4])
-        empty = jnp.zeros(shape, self.compute.dtype)
-        return Cache((empty, empty), jnp.int32(0))
+        return empty_cache(self.transformer, self.compute, batch, length)
 
     def step(
         self, tokens: Int[Array, "batch tokens"], cache: Cache, context: Attended | None = None
@@ -138,11 +132,7 @@ class Decoder(nn.Module):
         self._check(tokens.shape[1])
         x = layers.look_up(self.token_embedding, tokens, self.compute.dtype)
         if self.transformer.rope is None:
-            rows = self.position_embedding.astype(x.dtype)
-            if isinstance(first, int):
-                x = x + rows[first : first + tokens.shape[1]]
-            else:
-                x = x + jax.lax.dynamic_slice_in_dim(rows, first, tokens.shape[1])
+            x = layers.add_positions(x, self.position_embedding, first)
         return nn.with_logical_constraint(x, ("batch", "act_tokens", "act_embed"))
 
     def _check(self, length: int) -> None:
@@ -150,6 +140,17 @@ class Decoder(nn.Module):
             raise ValueError(
                 f"the decoder takes at most {self.context_length} tokens, not {length}"
             )
+
+
+def empty_cache(
+    config: TransformerConfig, compute: ComputeConfig, batch: int, length: int
+) -> Cache:
+    """A cache of the layers of an encoder for so many tokens, none of which is there yet."""
+    shape = (config.depth, batch, length, config.key_heads, config.head_width)
+    if compute.attention == "pallas":
+        shape = (*shape[:3], shape[3] * shape[4])
+    empty = jnp.zeros(shape, compute.dtype)
+    return Cache((empty, empty), jnp.int32(0))
 
 
 @keywords_of(Decoder, TransformerConfig, optional=True)

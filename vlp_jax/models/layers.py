@@ -150,11 +150,15 @@ class Block(nn.Module):
             kept, keep = (None, False) if cache is None else (cache.context, True)
             tokens = context.tokens
             x, seen = attend(x, tokens, context.mask, "cross_attention", kept, keep=keep)
+        x = self._feed(x, drop_rate)
+        return x if cache is None else (x, Cache(own, cache.filled, seen))
+
+    def _feed(self, x: Array, drop_rate: Array | None) -> Array:
+        """Adds the feed-forward layer of each token."""
         y = norm(self.config, self.compute.dtype, "norm_mlp")(x)
         y = Mlp(self.config, self.compute, name="mlp")(y)
         x = x + self._branch(y, drop_rate, "layer_scale_mlp")
-        x = nn.with_logical_constraint(x, ("batch", "act_tokens", "act_embed"))
-        return x if cache is None else (x, Cache(own, cache.filled, seen))
+        return nn.with_logical_constraint(x, ("batch", "act_tokens", "act_embed"))
 
     def _attend(
         self,
@@ -191,11 +195,13 @@ class Encoder(nn.Module):
 
     Attributes:
       final_norm: whether there is the norm at the end.
+      block: the module of a layer; it is called as `Block` is.
     """
 
     config: TransformerConfig
     compute: ComputeConfig = ComputeConfig()
     final_norm: bool = True
+    block: type[nn.Module] = Block
 
     @nn.compact
     def __call__(
@@ -209,11 +215,11 @@ class Encoder(nn.Module):
         """`train` with stochastic depth needs the random stream "drop_path"; the others as in
         `Block`."""
         config, compute = self.config, self.compute
-        block = Block
+        block = self.block
         if compute.remat != "none":
             policy = choose(REMAT_POLICIES, compute.remat, "remat policy")
             # Inside a scan the loop itself keeps XLA from merging the two forward passes.
-            block = nn.remat(Block, policy=policy, prevent_cse=not compute.scan_layers)
+            block = nn.remat(block, policy=policy, prevent_cse=not compute.scan_layers)
         drops = train and config.stochastic_depth > 0
         rates = jnp.linspace(0, config.stochastic_depth, config.depth) if drops else None
         each = None if cache is None else (cache.own, cache.context)
@@ -289,6 +295,18 @@ def look_up(
     """
     table = nn.with_logical_constraint(table.astype(dtype), ("vocab", "act_embed"))
     return jnp.take(table, tokens, axis=0)
+
+
+def add_positions(
+    x: Float[Array, "batch tokens width"],
+    table: Float[Array, "positions width"],
+    first: Int[Array, ""] | int = 0,
+) -> Float[Array, "batch tokens width"]:
+    """Adds the rows of a table from `first` on; a traced `first` is that of a cache."""
+    table = table.astype(x.dtype)
+    if isinstance(first, int):
+        return x + table[first : first + x.shape[1]]
+    return x + jax.lax.dynamic_slice_in_dim(table, first, x.shape[1])
 
 
 def position_embedding(module: nn.Module, tokens: int, width: int, stddev: float) -> Array:

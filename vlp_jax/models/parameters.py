@@ -83,8 +83,12 @@ class RMSNorm(nn.Module):
         return (x * (jax.lax.rsqrt(square + self.eps) * scale)).astype(self.dtype)
 
 
-def norm(config: TransformerConfig, dtype: Dtype, name: str) -> LayerNorm | RMSNorm:
-    """The norm of a Transformer's layers, under that name, inside of a module."""
+def norm(config: TransformerConfig, dtype: Dtype, name: str | None) -> LayerNorm | RMSNorm:
+    """The norm of a Transformer's layers, under that name, inside of a module.
+
+    Args:
+      name: None in a `setup`, where the attribute names it.
+    """
     if config.norm == "rms":
         return RMSNorm(config.norm_eps, dtype, name=name)
     return LayerNorm(config.norm_eps, dtype, config.bias, name=name)

@@ -122,7 +122,8 @@ class VisionTransformer(nn.Module):
       registers: further learned tokens, without position (Darcet et al. 2024).
       patch_bias: whether the projection of patches has a bias (CLIP: no).
       pre_norm: LayerNorm before the blocks (CLIP).
-      norm_after_pool: the last LayerNorm comes after the pooling instead of before it.
+      norm_after_pool: the last LayerNorm comes after the pooling instead of before it. With pooling
+        "none" there is then no such norm: it belongs to whoever pools the tokens.
       transformer: the layers.
       compute: how they are computed.
     """
@@ -199,7 +200,7 @@ class VisionTransformer(nn.Module):
           ValueError: the image has another size than `image_size`.
         """
         x = self._pool(self._sequence(image, keep, train, prepare))
-        if self.norm_after_pool:
+        if self.norm_after_pool and self.pooling != "none":
             x = norm(self.transformer, self.compute.dtype, "norm")(x)
         return x
 

@@ -10,6 +10,7 @@ from vlp_jax import config as config_lib
 from vlp_jax.objectives.base import Objective
 from vlp_jax.objectives.captioning import make_captioning
 from vlp_jax.objectives.classification import make_classification
+from vlp_jax.objectives.coca import make_coca
 from vlp_jax.objectives.composite import Composite, make_composite
 from vlp_jax.objectives.contrastive import make_contrastive
 from vlp_jax.objectives.masked_autoencoding import make_masked_autoencoding
@@ -53,6 +54,7 @@ def _composite(*, parts: Mapping[str, Any], tokenizer: Any, steps_of: StepsOf | 
 OBJECTIVES = {
     "captioning": make_captioning,
     "classification": make_classification,
+    "coca": make_coca,
     "composite": _composite,
     "contrastive": make_contrastive,
     "masked_autoencoding": make_masked_autoencoding,

@@ -44,14 +44,15 @@ class Captioning(Objective):
     Attributes:
       model: an image tower and a decoder that looks at its tokens. The id behind the vocabulary is
         the mask.
-      eos_id, pad_id: the tokenizer's. Tokens behind the first end of text have no loss. A text
-        begins with a padding token.
+      eos_id, pad_id: the tokenizer's. Tokens behind the first end of text have no loss.
       parallel_share: chance that the words of an example are predicted all at once, from masks that
         see each other, and not one after the other (Tschannen et al. 2023, "CapPa", 3.2). In
         evaluation none are.
       label_smoothing, z_loss: see `token_losses`; in training alone.
       mean: "example": the loss is the mean over the examples of the mean over their tokens (CapPa);
         "token": the mean over all tokens (Yu et al. 2022, "CoCa").
+      bos_id: the token that each text begins with, which is given and has no loss; None for texts
+        that begin with their first word, before which a padding token is put.
     """
 
     model: Captioner
@@ -61,6 +62,7 @@ class Captioning(Objective):
     label_smoothing: float = 0.0
     z_loss: float = 0.0
     mean: str = "example"
+    bos_id: int | None = None
 
     @property
     def reads(self) -> dict[str, Field]:
@@ -85,11 +87,14 @@ class Captioning(Objective):
     def forward(self, params: Params, batch: Examples, context: Context) -> Examples:
         """The cross-entropy of each text, and how many of its tokens have the highest score."""
         tokens, parallel = batch["text"], batch["parallel"]
+        given = self.given(tokens)
+        if self.parallel_share:
+            given = jnp.where(parallel[:, None], self.mask_id, given)
         train = {"label_smoothing": self.label_smoothing, "z_loss": self.z_loss}
         features = self.model.apply(
             {"params": params},
             batch["image"],
-            jnp.where(parallel[:, None], self.mask_id, self.shifted(tokens)),
+            given,
             self._mask(parallel, tokens.shape[1], context.train),
             context.train,
             method="features",
@@ -98,7 +103,7 @@ class Captioning(Objective):
         found = token_losses(
             lambda x: self.model.apply({"params": params}, x, method="score"),
             features,
-            tokens,
+            self.wanted(tokens),
             self.model.decoder.vocab_size,
             **(train if context.train else {}),
         )
@@ -117,15 +122,30 @@ class Captioning(Objective):
                 metrics[f"{name}_loss"] = (jnp.where(own, mean, 0), jnp.where(own, one, 0))
         return metrics
 
-    def shifted(self, tokens: Int[Array, "batch tokens"]) -> Int[Array, "batch tokens"]:
-        """What is read before each token: padding, then the tokens but for the last."""
+    def given(self, tokens: Int[Array, "batch tokens"]) -> Int[Array, "batch tokens"]:
+        """Returns the last token that is read before each of `wanted`.
+
+        It is the text itself if that begins with `bos_id`, so that a tower that reads it for
+        another loss does so once; otherwise padding, then the tokens but for the last.
+        """
+        if self.bos_id is not None:
+            return tokens
         return jnp.pad(tokens[:, :-1], ((0, 0), (1, 0)), constant_values=self.pad_id)
 
+    def wanted(self, tokens: Int[Array, "batch tokens"]) -> Int[Array, "batch tokens"]:
+        """Returns the tokens that are predicted, with padding in the place of a given first."""
+        if self.bos_id is None:
+            return tokens
+        return jnp.pad(tokens[:, 1:], ((0, 0), (0, 1)), constant_values=self.pad_id)
+
     def told(self, tokens: Int[Array, "batch tokens"]) -> Bool[Array, "batch tokens"]:
-        """The tokens up to the first end of text."""
-        ends = tokens == self.eos_id
+        """Tells which of `wanted` have a loss: the tokens up to the first end of text."""
+        wanted = self.wanted(tokens)
+        ends = wanted == self.eos_id
         before = jnp.cumsum(ends, axis=1) - ends
-        return (before == 0) & ((tokens != self.pad_id) | ends)
+        told = (before == 0) & ((wanted != self.pad_id) | ends)
+        # The padding that was put behind a text is no end of it, also where both have one id.
+        return told if self.bos_id is None else told.at[:, -1].set(False)
 
     def _mask(self, parallel: Bool[Array, " batch"], length: int, train: bool) -> AttentionMask:
         if not train or not self.parallel_share:
@@ -182,7 +202,9 @@ class Captioning(Objective):
         Raises:
           ValueError: a prompt that leaves no room, or beams that are to be drawn.
         """
-        room = self.model.decoder.context_length - len(prompt)
+        first = self.pad_id if self.bos_id is None else self.bos_id
+        # A bos is one of the tokens of a text; the padding before a text without one is not.
+        room = self.model.decoder.context_length - len(prompt) - (self.bos_id is not None)
         if room < 1:
             raise ValueError(
                 f"a prompt of {len(prompt)} tokens leaves no room in the context of "
@@ -194,7 +216,7 @@ class Captioning(Objective):
         count, length = len(image), min(room, length or room)
         seen = self.model.apply({"params": params}, image, method="look")
         seen = jnp.repeat(seen, beams, axis=0)
-        begin = jnp.asarray([self.pad_id, *prompt], jnp.int32)
+        begin = jnp.asarray([first, *prompt], jnp.int32)
         begin = jnp.broadcast_to(begin, (count, len(begin)))
         cache = self.model.apply(
             {"params": params}, count * beams, len(prompt) + length, method="start"
@@ -223,9 +245,10 @@ class Captioning(Objective):
         def of_class(text: Int[Array, " tokens"]) -> Float[Array, " batch"]:
             tokens = jnp.broadcast_to(text, (len(seen), len(text)))
             scores = self.model.apply(
-                {"params": params}, self.shifted(tokens), seen, method="score_tokens"
+                {"params": params}, self.given(tokens), seen, method="score_tokens"
             )
-            log = jnp.take_along_axis(jax.nn.log_softmax(scores), tokens[..., None], axis=-1)
+            wanted = self.wanted(tokens)
+            log = jnp.take_along_axis(jax.nn.log_softmax(scores), wanted[..., None], axis=-1)
             return (log[..., 0] * self.told(tokens)).sum(axis=1)
 
         return jax.lax.map(of_class, inputs["classes"]).T

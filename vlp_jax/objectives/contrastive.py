@@ -179,9 +179,17 @@ def _check_known(what: str, name: str, known: Iterable[str]) -> None:
         raise ValueError(f"unknown {what} {name!r} (known: {', '.join(known)})")
 
 
-def _check_loss(
+def check_loss(
     loss: str, form: str, block_size: int, scale: float | None, most: float | None
 ) -> None:
+    """Checks what a config says of a contrastive loss; see `make_contrastive`.
+
+    Args:
+      scale, most: `logit_scale_init` and `max_logit_scale`; None where a config leaves them out.
+
+    Raises:
+      ValueError: an unknown name or a number out of range.
+    """
     _check_known("loss", loss, PAIRWISE_LOSSES)
     _check_known("loss_form", form, LOSS_FORMS)
     if block_size < 1:
@@ -235,7 +243,7 @@ def make_contrastive(
     Raises:
       ValueError: an unknown loss, form, dtype, variant or pooling, or a block size below 1.
     """
-    _check_loss(loss, loss_form, loss_block_size, logit_scale_init, max_logit_scale)
+    check_loss(loss, loss_form, loss_block_size, logit_scale_init, max_logit_scale)
     how = make_compute(**compute)
     defaults = {"softmax": (1 / 0.07, None), "sigmoid": (10.0, -10.0)}[loss]
     scale = defaults[0] if logit_scale_init is None else logit_scale_init

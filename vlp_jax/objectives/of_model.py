@@ -8,13 +8,16 @@ from typing import Any
 import flax.linen as nn
 from jaxtyping import Array
 
+from vlp_jax.models.coca import CoCa
 from vlp_jax.models.dual_encoder import DualEncoder, l2_normalize
 from vlp_jax.models.masked_autoencoder import MaskedAutoencoder
 from vlp_jax.models.values import Pixels
 from vlp_jax.models.vit import VisionTransformer
 from vlp_jax.objectives.base import Field, Function, Objective, Params, of_images
+from vlp_jax.objectives.coca import coca_parts
 from vlp_jax.objectives.contrastive import Contrastive
 from vlp_jax.objectives.masked_autoencoding import MaskedAutoencoding
+from vlp_jax.objectives.weight import Weight
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +60,7 @@ def objective_of(
       mask_ratio, normalize_targets: of a masked autoencoder.
     """
     made: dict[type, Any] = {
+        CoCa: lambda: coca_parts(model, contrast=Weight(), caption=Weight(), max_logit_scale=0.0),
         DualEncoder: lambda: Contrastive(
             model, "softmax" if model.logit_bias_init is None else "sigmoid", max_logit_scale=0.0
         ),

@@ -102,9 +102,14 @@ def with_open_clip(folder: Path, inputs: Arrays) -> Arrays:
 
     model = open_clip.create_model(f"local-dir:{folder}").eval()
     out = model(torch.from_numpy(inputs["pixels"]), torch.from_numpy(inputs["text"]).long())
+    scores = {}
+    if isinstance(out, dict):  # a CoCa
+        scores = {"scores": out["logits"]}
+        names = ("image_features", "text_features", "logit_scale", "logit_bias")
+        out = [out[name] for name in names if name in out]
     image, text, scale, *bias = out
     logits = scale * image @ text.T + (bias[0] if bias else 0.0)
-    return {"image": image, "text": text, "logits": logits}
+    return {"image": image, "text": text, "logits": logits, **scores}
 
 
 def with_timm(folder: Path, inputs: Arrays) -> Arrays:

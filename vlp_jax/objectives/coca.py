@@ -1,0 +1,131 @@
+"""CoCa as an objective: the contrastive and the captioning loss of one model."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+
+from vlp_jax import config as config_lib
+from vlp_jax.models.attention import HOLDS
+from vlp_jax.models.attention_mask import AttentionMask
+from vlp_jax.models.coca import CoCa, check_coca
+from vlp_jax.models.coca_towers import CoCaText, make_coca_decoder, make_coca_text
+from vlp_jax.models.values import ComputeConfig, Pixels, keywords_of
+from vlp_jax.models.vit import make_vit
+from vlp_jax.objectives.base import Part
+from vlp_jax.objectives.captioning import Captioning
+from vlp_jax.objectives.composite import Composite
+from vlp_jax.objectives.compute import make_compute
+from vlp_jax.objectives.contrastive import Contrastive, check_loss
+from vlp_jax.objectives.weight import StepsOf, Weight
+
+
+def coca_parts(model: CoCa, *, contrast: Weight, caption: Weight, **settings: Any) -> Composite:
+    """Returns the sum of both losses of a model, each times its weight.
+
+    Args:
+      settings: fields of `Contrastive`.
+    """
+    text = model.text
+    says = Captioning(
+        model, text.eos_id, text.pad_id, parallel_share=0.0, mean="token", bos_id=text.bos_id
+    )
+    pairs = Contrastive(model, "softmax", **settings)
+    return Composite((Part("contrast", pairs, contrast), Part("caption", says, caption)))
+
+
+@keywords_of(make_compute)
+def make_coca(
+    *,
+    tokenizer: Any,
+    steps_of: StepsOf | None = None,
+    image: Mapping[str, Any],
+    text: Mapping[str, Any],
+    decoder: Mapping[str, Any],
+    embed_dim: int,
+    queries: int = 256,
+    pooler_heads: int = 8,
+    contrast_weight: float | Mapping[str, Any] = 1.0,
+    caption_weight: float | Mapping[str, Any] = 2.0,
+    loss_form: str = "plain",
+    loss_block_size: int = 256,
+    logit_scale_init: float = 1 / 0.07,
+    max_logit_scale: float = 100.0,
+    image_mean: tuple[float, ...] = (0.5, 0.5, 0.5),
+    image_std: tuple[float, ...] = (0.5, 0.5, 0.5),
+    **compute: Any,
+) -> Composite:
+    """Returns the `Composite` that `config.objective` describes.
+
+    Args:
+      tokenizer: gives text tower and decoder their vocabulary and context length. Its rows begin
+        with a bos.
+      steps_of: turns durations into steps, for weights that change.
+      image: arguments of `make_vit`; there is a class token and no pooling of its own.
+      text: arguments of `make_coca_text`, and `attention` if it is to be another than that of the
+        rest.
+      decoder: arguments of `make_coca_decoder`.
+      embed_dim, queries, pooler_heads: see `CoCa`.
+      contrast_weight, caption_weight: factors on the losses, see `Weight.of`.
+      logit_scale_init: initial factor on the cosine similarity.
+      loss_form, loss_block_size, max_logit_scale: see `Contrastive`.
+      compute: see `make_compute`.
+
+    Raises:
+      ValueError: no tokenizer or one without bos, sizes that do not fit each other, or an attention
+        that does not hold the text tower's mask.
+    """
+    check_loss("softmax", loss_form, loss_block_size, logit_scale_init, max_logit_scale)
+    how, where, sizes = make_compute(**compute), "config.objective", _sizes(tokenizer)
+    body = {"class_token": True, **image, "pooling": "none"}
+    vit = config_lib.build(make_vit, body, f"{where}.image", compute=how)
+    model = CoCa(
+        vit.clone(norm_after_pool=True),
+        _text_tower(tokenizer, text, how, f"{where}.text"),
+        config_lib.build(make_coca_decoder, decoder, f"{where}.decoder", compute=how, **sizes),
+        embed_dim,
+        math.log(logit_scale_init),
+        queries=queries,
+        pooler_heads=pooler_heads,
+        pixels=Pixels(tuple(image_mean), tuple(image_std)),
+    )
+    check_coca(model)
+    return coca_parts(
+        model,
+        contrast=Weight.of(contrast_weight, steps_of, f"{where}.contrast_weight"),
+        caption=Weight.of(caption_weight, steps_of, f"{where}.caption_weight"),
+        max_logit_scale=max_logit_scale,
+        loss_form=loss_form,
+        loss_block_size=loss_block_size,
+    )
+
+
+def _sizes(tokenizer: Any) -> dict[str, int]:
+    """Returns what a tokenizer tells of both towers of text.
+
+    Raises:
+      ValueError: there is none, or it has no bos.
+    """
+    if tokenizer is None:
+        raise ValueError("coca needs config.tokenizer")
+    if tokenizer.bos_id is None:
+        raise ValueError("coca needs a tokenizer with a bos, which each caption begins with")
+    return {name: getattr(tokenizer, name) for name in ("vocab_size", "context_length")}
+
+
+def _text_tower(
+    tokenizer: Any, section: Mapping[str, Any], how: ComputeConfig, where: str
+) -> CoCaText:
+    """Returns the tower of a section, in which `attention` may be another than in `how`."""
+    fields = dict(section)
+    attention = fields.pop("attention", how.attention)
+    mask = AttentionMask(causal=True, explicit=jnp.ones((1, 1, 1, 1), bool))
+    mask.check(attention, HOLDS.get(attention, ()))
+    ids = {name: getattr(tokenizer, name) for name in ("bos_id", "eos_id", "pad_id")}
+    how = dataclasses.replace(how, attention=attention)
+    sizes = _sizes(tokenizer)
+    return config_lib.build(make_coca_text, fields, where, compute=how, **sizes, **ids)
