@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import open_clip
 import pytest
-import safetensors.numpy
+import runs
 import safetensors.torch
 import torch
 from foreign import MEAN, STD, assert_close, assert_same, images, pixels, random_params, vit
@@ -14,8 +14,9 @@ from open_clip.coca_model import CoCa as TheirCoCa
 from open_clip.loss import CoCaLoss
 
 import vlp_jax
-from vlp_jax import interop
+from vlp_jax import export, interop
 from vlp_jax.errors import UserError
+from vlp_jax.handover.functions import artifact_functions
 from vlp_jax.interop.trees import to_tree
 from vlp_jax.models.coca import CoCa
 from vlp_jax.models.coca_towers import CoCaDecoder, CoCaText
@@ -213,6 +214,21 @@ def test_writes_ours(changes, tmp_path):
     assert not interop.differences(again.module, module)
 
 
+def test_compiled_programs_embed_as_the_model_does():
+    module = small()
+    params = random_params(module)
+    image, ids = images(32, BATCH), texts()
+    mine = ours(module, params, image, ids)
+    found = {
+        function.name: jax.jit(function.call)(function.weights, inputs)
+        for function, inputs in zip(
+            artifact_functions(module, params, interop.Extras()), (image, ids), strict=True
+        )
+    }
+    assert_close(found["embed_image"], mine["image"])
+    assert_close(found["embed_text"], mine["text"])
+
+
 def test_our_own_format_holds_it(tmp_path):
     module = small(text={"bos_id": 7})
     params = random_params(module)
@@ -256,6 +272,38 @@ def test_loaded_it_embeds_and_says_captions(tmp_path):
     captions = loaded.caption(image)
     print(captions)
     assert captions == wanted and any(captions)
+
+
+@pytest.mark.parametrize("scan_layers", [True, False])
+def test_a_run_is_loaded_and_exported(scan_layers, tmp_path):
+    sizes = {**runs.SIZES, "activation": "gelu", "norm_eps": 1e-5}
+    image = {"variant": "Ti/8", "image_size": 24, "patch_bias": False, "pre_norm": True}
+    section = {
+        "name": "coca",
+        "image": {**image, **sizes},
+        "text": {"variant": "Ti", **sizes},
+        "decoder": {"variant": "Ti", **sizes, "mlp_dim": 128},
+        "embed_dim": 32,
+        "queries": 4,
+        "scan_layers": scan_layers,
+    }
+    preprocess = {"decode_image": {}, "resize": {"size": 24}}
+    runs.write_run(runs.run_config(section, runs.SUBWORD, preprocess), tmp_path / "run")
+    run = vlp_jax.load(tmp_path / "run")
+    proof = [] if scan_layers else ["--no-verify"]  # once in a process of its own, as a user's
+    command = ["--workdir", tmp_path / "run", "--format", "open_clip", "--output", tmp_path / "out"]
+    assert export.main([*map(str, command), *proof]) == 0
+    model, _, _ = open_clip.create_model_and_transforms(f"local-dir:{tmp_path / 'out'}")
+    tokenizer = open_clip.get_tokenizer(f"local-dir:{tmp_path / 'out'}")
+    image, words = images(24, BATCH), ["A red box", "on the left", "Blue circle", "floor"]
+    with torch.no_grad():
+        x = pixels(image, (0.5,) * 3, (0.5,) * 3)
+        out = model.eval()(x, tokenizer(words))
+    assert_close(run.embed_image(image), out["image_features"], "a run's images")
+    assert_close(run.embed_text(words), out["text_features"], "a run's texts")
+    again = vlp_jax.load(f"open_clip:{tmp_path / 'out'}")
+    assert again.caption(image) == run.caption(image)
+    assert run.caption(image, beams=2, length=5) == again.caption(image, beams=2, length=5)
 
 
 @pytest.mark.parametrize(

@@ -13,13 +13,14 @@ import numpy as np
 from vlp_jax.interop import precision
 from vlp_jax.interop.base import Extras
 from vlp_jax.interop.trees import Module, Params, image_of, to_tree, with_dtype
+from vlp_jax.models.coca import CoCa
 from vlp_jax.models.dual_encoder import DualEncoder, l2_normalize
 from vlp_jax.models.masked_autoencoder import MaskedAutoencoder
 from vlp_jax.models.masking import kept_patches, mask_from_noise
 from vlp_jax.models.vit import VisionTransformer
 from vlp_jax.objectives.masked_autoencoding import MaskedAutoencoding
 
-KINDS = (DualEncoder, MaskedAutoencoder, VisionTransformer)
+KINDS = (DualEncoder, CoCa, MaskedAutoencoder, VisionTransformer)
 DTYPES = ("float32", "bfloat16")
 
 
@@ -110,7 +111,7 @@ def artifact_functions(
         return embed
 
     unit = "unit vectors"
-    parts = ("image", "image_projection"), ("text", "text_projection")
+    parts = ("image", "pooler", "image_projection"), ("text", "text_projection")
     return [
         make("embed_image", (image,), unit, tower("embed_image"), parts[0]),
         make("embed_text", (text,), unit, tower("embed_text"), parts[1]),

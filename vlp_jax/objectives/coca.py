@@ -62,15 +62,12 @@ def make_coca(
     """Returns the `Composite` that `config.objective` describes.
 
     Args:
-      tokenizer: gives text tower and decoder their vocabulary and context length. Its rows begin
-        with a bos.
-      steps_of: turns durations into steps, for weights that change.
+      tokenizer: gives the vocabulary and the context length; its rows begin with a bos.
       image: arguments of `make_vit`; there is a class token and no pooling of its own.
-      text: arguments of `make_coca_text`, and `attention` if it is to be another than that of the
-        rest.
+      text: arguments of `make_coca_text`, and `attention` where the rest has another.
       decoder: arguments of `make_coca_decoder`.
       embed_dim, queries, pooler_heads: see `CoCa`.
-      contrast_weight, caption_weight: factors on the losses, see `Weight.of`.
+      contrast_weight, caption_weight, steps_of: factors on the losses, see `Weight.of`.
       logit_scale_init: initial factor on the cosine similarity.
       loss_form, loss_block_size, max_logit_scale: see `Contrastive`.
       compute: see `make_compute`.
