@@ -22,6 +22,7 @@ from ml_collections import ConfigDict
 from vlp_jax.defaults import DATA_DEFAULTS, base, duration
 from vlp_jax.errors import UserError, unknown_key_message
 from vlp_jax.files import without_mark
+from vlp_jax.preprocess import as_sections, normalize, smoke_preprocess
 
 BOOLEANS = {"true": True, "1": True, "false": False, "0": False}
 # What an argument that is annotated so takes. Arguments of other types are not checked here.
@@ -58,6 +59,7 @@ def load(spec: str) -> ConfigDict:
     check(config)
     with config.unlocked():
         _complete_data(config)
+        normalize(config)
     return config.lock()
 
 
@@ -94,7 +96,8 @@ def _check_keys(
 def override(config: ConfigDict, assignments: list[str]) -> None:
     """Applies `["a.b=v", ...]` in place. Values are Python literals, text needs no quotes;
     None leaves an evaluator (`evaluators.NAME=None`) or an operation on the data out
-    (`data.preprocess.NAME=None`).
+    (`data.preprocess.NAME=None`). In a `preprocess` that is a list NAME is the name of an
+    operation, and "NAME#2" the second of that name; one that is new follows at the end.
 
     A component takes arguments that its section does not set (`objective.attention=pallas`), so a
     key that is new in it is set as well, and checked where the component is built.
@@ -106,30 +109,36 @@ def override(config: ConfigDict, assignments: list[str]) -> None:
         path, equals, text = assignment.partition("=")
         if not equals:
             raise UserError(f"--config.{path} needs a value: --config.{path}=VALUE")
-        section, key, where = _find(config, path)
-        if key not in section and _is_component(path) and not _is_duration(section):
-            with config.unlocked():
-                section[key] = _literal(text)
-            continue
-        _require(section, key, where)
-        current = section[key]
-        may_go = where == "config.evaluators" or where.endswith(".preprocess")
-        if may_go and text == "None":
-            with config.unlocked():
-                del section[key]
-            continue
-        if isinstance(current, ConfigDict):
-            keys = ", ".join(f"--config.{path}.{name}" for name in current)
-            keys = f"set one of its keys: {keys}" if keys else "it has no keys yet"
-            leave = f"; --config.{path}=None leaves it out" if may_go else ""
-            raise UserError(f"--config.{path} is a section; {keys}{leave}")
-        expected = section.get_type(key)
-        try:
-            section[key] = _parse(text, current, expected)
-        except (TypeError, ValueError) as error:
-            raise UserError(
-                f"--config.{path}={text}: not a value of type {expected.__name__}"
-            ) from error
+        with as_sections(config, path):
+            _assign(config, path, text)
+
+
+def _assign(config: ConfigDict, path: str, text: str) -> None:
+    """Sets the key at the dotted `path` to the value that `text` spells."""
+    section, key, where = _find(config, path)
+    if key not in section and _is_component(path) and not _is_duration(section):
+        with config.unlocked():
+            section[key] = _literal(text)
+        return
+    _require(section, key, where)
+    current = section[key]
+    may_go = where == "config.evaluators" or where.endswith(".preprocess")
+    if may_go and text == "None":
+        with config.unlocked():
+            del section[key]
+        return
+    if isinstance(current, ConfigDict):
+        keys = ", ".join(f"--config.{path}.{name}" for name in current)
+        keys = f"set one of its keys: {keys}" if keys else "it has no keys yet"
+        leave = f"; --config.{path}=None leaves it out" if may_go else ""
+        raise UserError(f"--config.{path} is a section; {keys}{leave}")
+    expected = section.get_type(key)
+    try:
+        section[key] = _parse(text, current, expected)
+    except (TypeError, ValueError) as error:
+        raise UserError(
+            f"--config.{path}={text}: not a value of type {expected.__name__}"
+        ) from error
 
 
 def _find(config: ConfigDict, path: str) -> tuple[ConfigDict, str, str]:
@@ -310,11 +319,6 @@ SMOKE_EVALUATOR = {
     "radii": (8,),
     "steps": 2,
 }
-# Arguments of operations that name fields which the embedded data does not have.
-SMOKE_OTHER_FIELDS = {
-    "choose_text": ("field", "fields", "weights"),
-    "choose_question": ("question", "answer", "kind"),
-}
 
 
 def smoke(config: ConfigDict) -> ConfigDict:
@@ -372,11 +376,5 @@ def _shrink_models(section: ConfigDict) -> int | None:
 def _smoke_data(data: ConfigDict, split: str, image_size: int | None) -> ConfigDict:
     small = ConfigDict({"source": "tfds", "dataset": "shapes/tiny", "split": split})
     if "preprocess" in data:
-        small.preprocess = data.preprocess.copy_and_resolve_references()
-        for name, op in small.preprocess.items():
-            op.update({"size": image_size} if "size" in op else {})
-            for key in set(SMOKE_OTHER_FIELDS.get(name, ())) & set(op):
-                del op[key]  # it was that of the other data
-        if "choose_text" not in small.preprocess:
-            small.preprocess.choose_text = ConfigDict()  # the other data had a text of its own
+        small.preprocess = smoke_preprocess(data.preprocess, image_size)
     return small

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from vlp_jax.data import faults
+from vlp_jax.data import faults, traced_fields
 from vlp_jax.data.fault_log import Fault
 from vlp_jax.data.lazy_tensorflow import import_tensorflow
 from vlp_jax.data.ops import apply_ops
 from vlp_jax.data.sources.base import STRING, FieldSpec, Source
-from vlp_jax.errors import UserError, unknown_key_message
+from vlp_jax.data.tokenizing import Framing, unmarked
 
 if TYPE_CHECKING:
     import tensorflow as tf
@@ -23,7 +22,6 @@ if TYPE_CHECKING:
     from vlp_jax.data.lazy_tensorflow import Op
     from vlp_jax.data.tokenizers import Tokenizer
 
-_log = logging.getLogger("vlp_jax.data")
 # Examples that are read in one call of Python, and go through their operations in one thread.
 CHUNK = 256
 READING_AHEAD = 4  # chunks whose records are read at a time
@@ -35,13 +33,14 @@ class ExampleGraph:
     """Turns the records of examples into the fields that a batch holds, as a TensorFlow graph.
 
     Attributes:
-      outputs: the fields of the result. All fields that are numbers of a fixed shape are kept, and
-        `text`; of the others only those that `extra_fields` names. A field of `extra_fields` that
-        is a list is one byte string, a serialized tensor, for `unpack` to read back.
+      outputs: the fields of the result. All fields that are numbers of a fixed shape are kept,
+        those that `tokenize` marks, and `text`; of the others only those that `extra_fields` names.
+        A field of `extra_fields` that is a list is one byte string, a serialized tensor, for
+        `unpack` to read back.
       inputs: the fields of the source that the outputs depend on; no others are read or decoded.
       packed: the fields that are serialized so.
-      texts: the string fields of the source that `text` or `captions` of the result depend on.
-      results: what `chunk` gives of each example: the outputs with `text` tokenized.
+      texts: the string fields of the source that `captions` or what is tokenized depend on.
+      results: what `chunk` gives of each example: the outputs with the texts tokenized.
     """
 
     def __init__(
@@ -49,52 +48,69 @@ class ExampleGraph:
         source: Source,
         ops: Sequence[tuple[str, Op]],
         extra_fields: Sequence[str] = (),
-        only: Sequence[str] | None = None,
+        texts_only: bool = False,
         tokenizer: Tokenizer | None = None,
         raw_text: str | None = None,
     ) -> None:
         """Traces the operations once.
 
         Args:
-          only: names the outputs instead of the rule above.
-          tokenizer: for a string `text`, which is dropped without one unless `only` names it.
-          raw_text: under which name the text itself is kept, if at all.
+          texts_only: the outputs are the texts that a tokenizer gets, as strings.
+          tokenizer: for the texts, which are dropped without one.
+          raw_text: under which name `text` itself is kept, if at all.
 
         Raises:
-          UserError: for an output that the operations do not leave, or not as batches need it.
+          UserError: for an output that the operations do not leave, or not as batches need it; or
+            a tokenizer that cannot do what `tokenize` asks for.
         """
         self._source, self._ops = source, ops
         self._tokenizer, self._raw_text = tokenizer, raw_text
-        fields, example = _trace(source, ops)
-        specs = {name: _spec(value) for name, value in example.items()}
-        names = choose_outputs(specs, extra_fields) if only is None else list(only)
-        for name in names:
-            if name not in specs:
-                raise UserError(f"data.preprocess leaves no field {name!r}, only {sorted(specs)}")
-        reached = _ancestors([example[name] for name in names])
-        if tokenizer is not None and only is None and "text" not in names:
-            _check_no_text(source, specs)
-        self.inputs = [name for name, value in fields.items() if value.op in reached]
-        read = _ancestors([example[name] for name in names if name in ("text", "captions")])
-        self.texts = [
-            name
-            for name, value in fields.items()
-            if value.op in read and value.dtype == import_tensorflow().string and name != "image"
-        ]
+        fields, traced = traced_fields.trace(source, ops)
+        example, framings = unmarked(traced)
+        specs = {name: traced_fields.spec_of(value) for name, value in example.items()}
+        if texts_only:
+            names = traced_fields.texts_to_tokenize(source, specs, framings)
+        else:
+            names = traced_fields.choose_outputs(specs, extra_fields, framings)
+            if tokenizer is not None and not framings and "text" not in names:
+                traced_fields.check_no_text(source, specs)
+        if "text" in names and specs["text"] == STRING:
+            framings.setdefault("text", Framing())
+        self._tokenized_fields = tuple(framings)
+        self._framings = {} if texts_only else framings
+        self._set_inputs(fields, example, names)
         self.packed = {
             name: specs[name].dtype
             for name in names
             if specs[name].shape != () and not specs[name].is_array
         }
         self.outputs = {name: STRING if name in self.packed else specs[name] for name in names}
-        self.results = dict(self.outputs)
-        if only is None and self.results.get("text") == STRING:
-            del self.results["text"]
-            if raw_text is not None:
-                self.results[raw_text] = STRING
-            if tokenizer is not None:
-                ids = FieldSpec((tokenizer.context_length,), np.dtype(np.int32))
-                self.results["text"] = ids
+        self.results = self._results()
+
+    def _set_inputs(
+        self, fields: Mapping[str, tf.Tensor], example: Mapping[str, tf.Tensor], names: list[str]
+    ) -> None:
+        """Finds the fields of the source that outputs, and texts among them, depend on."""
+        reached = traced_fields.ancestors([example[name] for name in names])
+        self.inputs = [name for name, value in fields.items() if value.op in reached]
+        texts = ("text", "captions", *self._tokenized_fields)
+        read = traced_fields.ancestors([example[name] for name in names if name in texts])
+        self.texts = [
+            name
+            for name, value in fields.items()
+            if value.op in read and value.dtype == import_tensorflow().string and name != "image"
+        ]
+
+    def _results(self) -> dict[str, FieldSpec]:
+        results = {k: spec for k, spec in self.outputs.items() if k not in self._framings}
+        if self._raw_text is not None and "text" in self._framings:
+            results[self._raw_text] = STRING
+        if self._tokenizer is not None:
+            for name, framing in self._framings.items():
+                framing.check(self._tokenizer, name)
+                length = framing.row_length(self._tokenizer)
+                results[name] = FieldSpec((length,), np.dtype(np.int32))
+        return results
 
     def example(self, record: dict[str, tf.Tensor], seeds: tf.Tensor) -> dict[str, tf.Tensor]:
         """One example, without its leading dimension. Fails where it cannot be used."""
@@ -106,11 +122,12 @@ class ExampleGraph:
         }
         example = {**self._source.parse(record, self.inputs), **unread}
         example |= {name: _checked_text(name, example[name]) for name in self.texts}
-        example = apply_ops(self._ops, example, seeds)
-        if "text" in self.outputs and self.outputs["text"] == STRING:
-            full = tf.strings.length(tf.strings.strip(example["text"])) > 0
-            example["text"] = faults.require(
-                example["text"], full, faults.EMPTY_TEXT, "its text is empty"
+        example, _ = unmarked(apply_ops(self._ops, example, seeds))
+        for name in self._tokenized_fields:
+            full = tf.strings.length(tf.strings.strip(example[name])) > 0
+            which = "text" if name == "text" else repr(name)
+            example[name] = faults.require(
+                example[name], full, faults.EMPTY_TEXT, f"its {which} is empty"
             )
         return {
             name: tf.io.serialize_tensor(example[name])
@@ -153,15 +170,15 @@ class ExampleGraph:
     def _tokenized(self, outputs: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
         """The results from the outputs of several examples."""
         tf = import_tensorflow()
-        known = {**outputs}
-        if "text" in outputs and self.results.get("text") != self.outputs["text"]:
-            text = known.pop("text")
-            if self._raw_text is not None:
-                known[self._raw_text] = text
-            if self._tokenizer is not None:
-                ids = tf.numpy_function(self._tokenizer, [text], tf.int32, stateful=False)
-                ids.set_shape([None, self._tokenizer.context_length])
-                known["text"] = ids
+        known = {name: value for name, value in outputs.items() if name not in self._framings}
+        if self._raw_text is not None and "text" in self._framings:
+            known[self._raw_text] = outputs["text"]
+        tokenizer = self._tokenizer
+        for name, framing in self._framings.items() if tokenizer is not None else ():
+            rows = partial(framing.rows, tokenizer)
+            ids = tf.numpy_function(rows, [outputs[name]], tf.int32, stateful=False)
+            ids.set_shape([None, framing.row_length(tokenizer)])
+            known[name] = ids
         return known
 
     def unpack(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -299,66 +316,6 @@ def _processors() -> int:
     return os.cpu_count() or 1
 
 
-def choose_outputs(specs: Mapping[str, FieldSpec], extra_fields: Sequence[str]) -> list[str]:
-    """The fields that batches hold: numbers of a fixed shape, `text`, and the extra ones.
-
-    Raises:
-      UserError: for an extra field that does not exist, or an image that cannot be stacked.
-    """
-    for name in extra_fields:
-        if name not in specs:
-            raise UserError(f"extra fields: {unknown_key_message(name, specs, 'the example')}")
-    image = specs.get("image")
-    if image is not None and not image.is_array and "image" not in extra_fields:
-        state = "still encoded" if image.is_string else f"of no fixed shape {image.shape}"
-        raise UserError(
-            f"after data.preprocess, 'image' is {state}: it needs decode_image and then "
-            f"random_resized_crop, resize or resize_shortest_and_center_crop (or keep without it)"
-        )
-    return [
-        name
-        for name, spec in specs.items()
-        if spec.is_array or name in extra_fields or (name == "text" and spec == STRING)
-    ]
-
-
-def _trace(
-    source: Source, ops: Sequence[tuple[str, Op]]
-) -> tuple[dict[str, tf.Tensor], dict[str, tf.Tensor]]:
-    """The fields of a source, as placeholders, and what the operations make of them."""
-    tf = import_tensorflow()
-    traced: list[dict[str, tf.Tensor]] = []
-
-    def process(fields: dict[str, tf.Tensor], seeds: tf.Tensor) -> None:
-        traced.extend([fields, apply_ops(ops, fields, seeds, source.look_for)])
-
-    tf.function(process, autograph=False).get_concrete_function(
-        {
-            name: tf.TensorSpec(spec.shape, tf.as_dtype(spec.dtype), name=f"field{number}")
-            for number, (name, spec) in enumerate(source.fields().items())
-        },
-        tf.TensorSpec([len(ops), 2], tf.int32, name="seeds"),
-    )
-    fields, example = traced
-    return fields, example
-
-
-def _check_no_text(source: Source, specs: Mapping[str, FieldSpec]) -> None:
-    """Says why there is no text to tokenize, if that can be a mistake; a task may need none.
-
-    Raises:
-      UserError: there are several.
-    """
-    if "text" in specs and specs["text"].is_string:
-        raise UserError(
-            "after data.preprocess, 'text' is a list of strings and not one: let "
-            '"choose_text": {"field": "text"} in data.preprocess take one of them'
-        )
-    why = "" if "text" in specs else source.look_for("text")
-    if why:
-        _log.warning("data: there is no 'text' for the tokenizer: %s", why)
-
-
 def _checked_text(name: str, text: tf.Tensor) -> tf.Tensor:
     """UTF-8 strings of any shape, without a byte order mark at their heads; fails for others."""
     tf = import_tensorflow()
@@ -376,21 +333,3 @@ def _unread(spec: FieldSpec) -> tf.Tensor:
         [dim or 0 for dim in spec.shape], b"" if spec.is_string else spec.dtype.type(0)
     )
     return tf.raw_ops.PlaceholderWithDefault(input=nothing, shape=spec.shape)
-
-
-def _spec(value: tf.Tensor) -> FieldSpec:
-    if value.shape.rank is None:
-        raise UserError(f"after data.preprocess, a field has no known rank: {value.name}")
-    return FieldSpec(tuple(value.shape), np.dtype(value.dtype.as_numpy_dtype))
-
-
-def _ancestors(tensors: Sequence[tf.Tensor]) -> set[Any]:
-    """All operations that `tensors` depend on."""
-    waiting = [tensor.op for tensor in tensors]
-    reached = set(waiting)
-    while waiting:
-        op = waiting.pop()
-        new = {tensor.op for tensor in op.inputs} | set(op.control_inputs)
-        waiting.extend(new - reached)
-        reached |= new
-    return reached

@@ -11,9 +11,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from vlp_jax.data import image_ops, question_ops, text_ops
+from vlp_jax.data import image_ops, question_ops, row_ops, text_ops, tokenizing
 from vlp_jax.data.sources.base import as_plain
 from vlp_jax.errors import UserError, check_arguments, unknown_key_message
+from vlp_jax.preprocess import labelled, name_and_number
 
 if TYPE_CHECKING:
     import tensorflow as tf
@@ -32,7 +33,7 @@ def keep(fields: Sequence[str]) -> Op:
     return apply
 
 
-# In the order in which a mapping in a config runs them.
+# In the order in which a mapping in a config runs them; a sequence runs in its own.
 OPS: dict[str, Callable[..., Op]] = {
     "choose_text": text_ops.choose_text,
     "choose_question": question_ops.choose_question,
@@ -55,6 +56,8 @@ OPS: dict[str, Callable[..., Op]] = {
     "solarize": image_ops.solarize,
     "gaussian_blur": image_ops.gaussian_blur,
     "random_erasing": image_ops.random_erasing,
+    "pad_rows": row_ops.pad_rows,
+    "tokenize": tokenizing.tokenize,
     "keep": keep,
 }
 
@@ -63,15 +66,16 @@ def build_ops(preprocess: Mapping[str, Any] | Sequence[Any] | None) -> list[tupl
     """The operations that a config's `preprocess` names, in the order in which they run.
 
     Args:
-      preprocess: a mapping of names in `OPS` to keyword arguments (None or empty for none), which
-        run in the order of `OPS`, because ml_collections sorts the keys of its mappings; or a
-        sequence of (name, keyword arguments) pairs, which run in the order given.
+      preprocess: a sequence of (name in `OPS`, keyword arguments) pairs, which run as written; or a
+        mapping of labels ("resize", "resize#2") to keyword arguments, which run in the order of
+        `OPS`. None or empty for none. See `vlp_jax.preprocess`.
 
     Raises:
       UserError: for an unknown operation or argument, or a value that the operation refuses.
     """
-    pairs = in_order(preprocess)
-    return image_ops.fuse(pairs, [(name, _build(name, arguments)) for name, arguments in pairs])
+    labels, pairs = _in_order(preprocess)
+    ops = [(n, _build(k, n, v)) for k, (n, v) in zip(labels, pairs, strict=True)]
+    return image_ops.fuse(pairs, ops)
 
 
 def in_order(
@@ -85,21 +89,27 @@ def in_order(
     Raises:
       UserError: for an unknown operation.
     """
+    return _in_order(preprocess)[1]
+
+
+def _in_order(
+    preprocess: Mapping[str, Any] | Sequence[Any] | None,
+) -> tuple[list[str], list[tuple[str, dict[str, Any]]]]:
+    """The labels of operations, and their names and arguments."""
     plain = as_plain(preprocess or {})
-    if isinstance(plain, Mapping):
-        pairs = list(plain.items())
-    else:
-        pairs = [(pair[0], as_plain(pair[1])) for pair in plain]
-    for name, _ in pairs:
+    found = {label: as_plain(arguments) for label, arguments in labelled(plain).items()}
+    places = {}
+    for label in found:
+        name, number = name_and_number(label)
         if name not in OPS:
-            raise UserError(unknown_key_message(str(name), OPS, "data.preprocess"))
-    if isinstance(plain, Mapping):
-        pairs.sort(key=lambda pair: list(OPS).index(pair[0]))
-    return [(name, arguments or {}) for name, arguments in pairs]
+            raise UserError(unknown_key_message(name, OPS, "data.preprocess"))
+        places[label] = (list(OPS).index(name), number)
+    labels = sorted(found, key=places.__getitem__) if isinstance(plain, Mapping) else list(found)
+    return labels, [(name_and_number(label)[0], found[label]) for label in labels]
 
 
-def _build(name: str, arguments: Mapping[str, Any]) -> Op:
-    check_arguments(OPS[name], arguments, f"data.preprocess.{name}")
+def _build(label: str, name: str, arguments: Mapping[str, Any]) -> Op:
+    check_arguments(OPS[name], arguments, f"data.preprocess.{label}")
     return OPS[name](**arguments)
 
 

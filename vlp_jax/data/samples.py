@@ -17,9 +17,10 @@ from vlp_jax.errors import UserError
 def sample_texts(config: Mapping[str, Any], limit: int = 20_000, seed: int = 0) -> Iterator[str]:
     """Texts as the tokenizer will meet them in training.
 
-    The operations of the config are run as far as `text` depends on them: captions are chosen and
-    lower-cased, no image is decoded. Examples come in random order, at most five times each, those
-    of a mixture in its proportions. Bad examples are left out.
+    These are `text` and the fields that `tokenize` marks. The operations of the config are run as
+    far as these depend on them: captions are chosen and lower-cased, no image is decoded. Examples
+    come in random order, at most five times each, those of a mixture in its proportions. Bad
+    examples are left out.
 
     Args:
       config: the data config of the training split.
@@ -46,7 +47,8 @@ def _of_one(config: Mapping[str, Any], limit: int, seed: int) -> Iterator[str]:
     from vlp_jax.data.ops import build_ops
 
     ops = build_ops(config.get("preprocess"))
-    graph = example_graph.ExampleGraph(source, ops, only=("text",))
+    graph = example_graph.ExampleGraph(source, ops, texts_only=True)
+    positions = positions[: -(-limit // len(graph.outputs))]
     size = example_graph.CHUNK
 
     def plan(number: int) -> tuple[np.ndarray, np.ndarray]:
@@ -54,7 +56,8 @@ def _of_one(config: Mapping[str, Any], limit: int, seed: int) -> Iterator[str]:
         return order.indices(chosen), example_seeds(seed, chosen, len(ops))
 
     for batch, _ in graph.chunks(plan, -(-len(positions) // size)):
-        yield from (text.decode("utf-8", "replace") for text in batch["text"])
+        for texts in zip(*batch.values(), strict=True):
+            yield from (text.decode("utf-8", "replace") for text in texts)
 
 
 def _column(source: Source) -> np.ndarray:

@@ -53,7 +53,7 @@ class Stream:
     Args:
       config: see `vlp_jax.data.sources.build_source`; `preprocess` as `ops.build_ops` takes it;
         `order`, `lanes` and `window`, see `make_order`.
-      tokenizer: for `text`.
+      tokenizer: for `text`, and the fields that `tokenize` marks.
       seed: of the order and of all random operations.
       shuffle: False takes the examples in the order of the source.
       batch_size: examples of a global batch.
@@ -73,7 +73,8 @@ class Stream:
         self.source: Source = build_source(config)
         self.order = make_order(config, self.source, seed, shuffle, batch_size)
         self._preprocess = config.get("preprocess") or {}
-        _check_names(self._preprocess, self.source)
+        if self._preprocess:
+            _check_names(self._preprocess, self.source)
         self._tokenizer = tokenizer
         self._seed = seed
         # A bad example's place is taken by the one that follows a batch later: near in the files,
@@ -109,7 +110,7 @@ class Stream:
 
     @cached_property
     def _outputs(self) -> Mapping[str, FieldSpec]:
-        """The fields of an example before its text is tokenized."""
+        """The fields of an example before its texts are tokenized."""
         if self._graph is not None:
             return self._graph.outputs
         specs = self.source.fields()
@@ -122,6 +123,8 @@ class Stream:
     @cached_property
     def arrays(self) -> dict[str, FieldSpec]:
         """The fields that are numbers, without the leading dimension."""
+        if self._graph is not None:
+            return {name: spec for name, spec in self._graph.results.items() if spec.is_array}
         arrays = {name: spec for name, spec in self._outputs.items() if spec.is_array}
         if self._outputs.get("text") == STRING and self._tokenizer is not None:
             arrays["text"] = FieldSpec((self._tokenizer.context_length,), np.dtype(np.int32))
@@ -231,8 +234,9 @@ class Stream:
 
 def _check_names(preprocess: Mapping[str, Any] | Sequence[Any], source: Source) -> None:
     """Raises UserError if `prompt_template` names classes otherwise than the words of a folder."""
-    pairs = preprocess.items() if isinstance(preprocess, Mapping) else preprocess
-    for arguments in [pair[1] or {} for pair in pairs if pair[0] == "prompt_template"]:
+    from vlp_jax.data.ops import in_order
+
+    for arguments in [values for name, values in in_order(preprocess) if name == "prompt_template"]:
         known = source.class_names(arguments.get("field", "text"))
         names = arguments.get("names")
         if names and isinstance(known, WordClasses) and known != tuple(names):

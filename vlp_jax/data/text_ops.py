@@ -17,6 +17,7 @@ from vlp_jax.data.faults import EMPTY_TEXT, MISSING_FIELD, require
 from vlp_jax.data.lazy_tensorflow import import_tensorflow
 from vlp_jax.data.sources.base import as_plain
 from vlp_jax.data.templates import Templates
+from vlp_jax.data.tokenizing import Marked
 from vlp_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -250,6 +251,8 @@ def _strings(example: Example, name: str) -> tf.Tensor:
 def _scalar(example: Example, op: str) -> tf.Tensor:
     tf = import_tensorflow()
     text = example["text"]
+    if isinstance(text, Marked):
+        raise UserError(f"{op}: 'text' is tokenized already; put {op} before tokenize")
     if text.dtype != tf.string or text.shape.rank != 0:
         raise UserError(f"{op}: 'text' is no string; choose_text makes one of a list")
     return text

@@ -27,6 +27,8 @@ TEXT_TO_TEXT = (
     "lowercase",
     "truncate_text",
 )
+# The operations that take another `text` from the data.
+NEW_TEXT = ("choose_text", "choose_question")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,9 +86,20 @@ class Wording:
 def caption_wording(preprocess: Mapping[str, Any] | Sequence[Any] | None) -> Wording:
     """All operations of a config's `preprocess` that make a text of a text, for captions in lists.
 
-    Operations on other fields are left out, and so is `choose_text`: every caption is given.
+    Operations on other fields are left out, and so is `choose_text`: every caption is given. Of a
+    `preprocess` that makes several texts one after the other, `text` is the last, unless
+    `tokenize` makes the field `text` of an earlier one.
     """
-    return Wording(tuple(pair for pair in in_order(preprocess) if pair[0] in TEXT_TO_TEXT))
+    pairs = in_order(preprocess)
+    ends = [n for n, (name, given) in enumerate(pairs) if name == "tokenize" and _is_text(given)]
+    pairs = pairs[: ends[0]] if ends else pairs
+    begins = [n for n, (name, _) in enumerate(pairs) if name in NEW_TEXT]
+    return Wording(tuple(p for p in pairs[max(begins, default=0) :] if p[0] in TEXT_TO_TEXT))
+
+
+def _is_text(arguments: Mapping[str, Any]) -> bool:
+    """Whether `tokenize` with these arguments makes the field `text`."""
+    return (arguments.get("into") or arguments.get("field", "text")) == "text"
 
 
 def wording_of(data: Mapping[str, Any]) -> tuple[Wording, tuple[str, ...]]:

@@ -282,6 +282,13 @@ class Objective(Protocol):
         return self
 
 
+# The operations of `data.preprocess` that make a field of this kind.
+_MADE_BY = {
+    PIXELS: ", by decode_image and a resize or crop",
+    TOKENS: ", by tokenize (a string 'text' needs config.tokenizer alone)",
+}
+
+
 def check_reads(objective: Objective, batch_spec: BatchSpec) -> None:
     """Raises ValueError if a batch lacks a field that is read, or has another in its place."""
     for part in objective.parts().values():
@@ -292,6 +299,6 @@ def check_reads(objective: Objective, batch_spec: BatchSpec) -> None:
                 raise ValueError(
                     f"it has no {name!r}, which {who} reads ({field.kind}; there are: "
                     f"{', '.join(sorted(spec))}); name it by data.fields, or let data.preprocess "
-                    "make it"
+                    f"make it{_MADE_BY.get(field.kind, '')}"
                 )
             field.check(name, spec[name])

@@ -11,8 +11,8 @@ from vlp_jax.data.image_ops.checks import (
     check_fill,
     check_number,
     check_range,
-    decoded_image,
 )
+from vlp_jax.data.image_ops.fields import IMAGE, ImageField
 from vlp_jax.data.lazy_tensorflow import import_tensorflow
 from vlp_jax.errors import UserError
 
@@ -23,14 +23,23 @@ if TYPE_CHECKING:
 
 
 def random_op(
-    name: str, probability: float, change: Callable[[tf.Tensor, tf.Tensor], tf.Tensor]
+    images: ImageField,
+    probability: float,
+    change: Callable[[tf.Tensor, tf.Tensor], tf.Tensor],
+    moves: bool = False,
 ) -> Op:
-    """The operation that applies `change` (image, seed) with a probability."""
-    check_number(name, probability, "probability", 0, 1)
+    """The operation that applies `change` (image, seed) with a probability.
+
+    Args:
+      moves: whether it moves pixels; then images with boxes are refused.
+    """
+    check_number(images.op, probability, "probability", 0, 1)
 
     def apply(example: Example, seed: tf.Tensor) -> Example:
         tf = import_tensorflow()
-        image = decoded_image(example, name)
+        if moves:
+            images.refuse_boxes(example)
+        image = images.decoded(example)
         whether, how = tf.unstack(tf.random.split(seed, 2))
 
         def changed() -> tf.Tensor:
@@ -38,8 +47,8 @@ def random_op(
 
         if probability < 1:
             chosen = tf.random.stateless_uniform([], whether) < probability
-            return {**example, "image": tf.cond(chosen, changed, lambda: image)}
-        return {**example, "image": changed()}
+            return images.write(example, tf.cond(chosen, changed, lambda: image))
+        return images.write(example, changed())
 
     return apply
 
@@ -50,6 +59,8 @@ def color_jitter(
     saturation: float = 0.0,
     hue: float = 0.0,
     probability: float = 1.0,
+    field: str = IMAGE,
+    into: str | None = None,
 ) -> Op:
     """Changes colours at random, in a random order, as torchvision's ColorJitter does.
 
@@ -57,6 +68,7 @@ def color_jitter(
       brightness, contrast, saturation: a factor is drawn evenly from [max(0, 1 - it), 1 + it].
       hue: a turn is drawn evenly from [-it, it]; at most 0.5, half of the way round.
       probability: of changing an image at all.
+      field, into: the image, and the field of the result; None replaces the image.
     """
     limits = {"brightness": brightness, "contrast": contrast, "saturation": saturation}
     for name, value in limits.items():
@@ -83,24 +95,40 @@ def color_jitter(
             image = tf.switch_case(order[place], branches)
         return image
 
-    return random_op("color_jitter", probability, change)
+    return random_op(ImageField("color_jitter", field, into), probability, change)
 
 
-def grayscale(probability: float = 0.1) -> Op:
-    """Turns an image grey (three equal colours) with a probability."""
+def grayscale(probability: float = 0.1, field: str = IMAGE, into: str | None = None) -> Op:
+    """Turns an image grey (three equal colours) with a probability.
+
+    Args:
+      probability: of changing an image at all.
+      field, into: the image, and the field of the result; None replaces the image.
+    """
 
     def change(image: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
         del seed
         return import_tensorflow().tile(pixels.luma(image), [1, 1, 3])
 
-    return random_op("grayscale", probability, change)
+    return random_op(ImageField("grayscale", field, into), probability, change)
 
 
-def gaussian_blur(probability: float = 0.5, min_sigma: float = 0.1, max_sigma: float = 2.0) -> Op:
+def gaussian_blur(
+    probability: float = 0.5,
+    min_sigma: float = 0.1,
+    max_sigma: float = 2.0,
+    field: str = IMAGE,
+    into: str | None = None,
+) -> Op:
     """Blurs with a probability; the standard deviation, in pixels, is drawn evenly.
 
     The kernel ends at three times `max_sigma`. The defaults are those of Chen et al. 2020 (SimCLR,
     appendix A).
+
+    Args:
+      probability: of changing an image at all.
+      min_sigma, max_sigma: the range of the standard deviation.
+      field, into: the image, and the field of the result; None replaces the image.
     """
     check_range("gaussian_blur", min_sigma, max_sigma, "sigma")
     radius = math.ceil(3 * max_sigma)
@@ -110,14 +138,27 @@ def gaussian_blur(probability: float = 0.5, min_sigma: float = 0.1, max_sigma: f
         sigma = tf.random.stateless_uniform([], seed, min_sigma, max_sigma + 1e-6)
         return pixels.blur(image, sigma, radius)
 
-    return random_op("gaussian_blur", probability, change)
+    return random_op(ImageField("gaussian_blur", field, into), probability, change)
 
 
-def solarize(probability: float = 0.2, threshold: int = 128) -> Op:
-    """Inverts, with a probability, the numbers that are at least the threshold."""
+def solarize(
+    probability: float = 0.2,
+    threshold: int = 128,
+    field: str = IMAGE,
+    into: str | None = None,
+) -> Op:
+    """Inverts, with a probability, the numbers that are at least the threshold.
+
+    Args:
+      probability: of changing an image at all.
+      threshold: from 0 to 256.
+      field, into: the image, and the field of the result; None replaces the image.
+    """
     check_number("solarize", threshold, "threshold", 0, 256)
     return random_op(
-        "solarize", probability, lambda image, seed: pixels.solarize(image, float(threshold))
+        ImageField("solarize", field, into),
+        probability,
+        lambda image, seed: pixels.solarize(image, float(threshold)),
     )
 
 
@@ -128,8 +169,12 @@ def random_erasing(
     min_ratio: float = 0.3,
     max_ratio: float = 1 / 0.3,
     fill: int | tuple[int, int, int] | str = "random",
+    field: str = IMAGE,
+    into: str | None = None,
 ) -> Op:
     """Covers a random rectangle with a probability (Zhong et al. 2020, algorithm 1).
+
+    Boxes stay, also of what is covered.
 
     Args:
       probability: of covering anything.
@@ -137,6 +182,7 @@ def random_erasing(
       min_ratio, max_ratio: height over width; the logarithm is drawn evenly, as timm does. Of 10
         rectangles the first that fits is taken; if none does the image stays.
       fill: a colour, a grey, or "random" for a random number in every place.
+      field, into: the image, and the field of the result; None replaces the image.
     """
     op = "random_erasing"
     check_range(op, min_area, max_area, "area", 1)
@@ -169,4 +215,4 @@ def random_erasing(
             cover = tf.cast(bits, tf.uint8)
         return tf.where(inside[..., None], cover, image)
 
-    return random_op(op, probability, change)
+    return random_op(ImageField(op, field, into), probability, change)

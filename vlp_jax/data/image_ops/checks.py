@@ -1,37 +1,10 @@
-"""What image operations check of their settings and of an example's `image`."""
+"""Checks of the settings of image operations."""
 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
-from vlp_jax.data.lazy_tensorflow import import_tensorflow
 from vlp_jax.errors import UserError
-
-if TYPE_CHECKING:
-    import tensorflow as tf
-
-    from vlp_jax.data.lazy_tensorflow import Example
-
-
-def encoded_image(example: Example, op: str) -> tf.Tensor:
-    """The string `image` of an example; a UserError if it is decoded already."""
-    tf = import_tensorflow()
-    if example["image"].dtype != tf.string:
-        raise UserError(f"{op}: 'image' is decoded already; leave the operation out")
-    return example["image"]
-
-
-def decoded_image(example: Example, op: str) -> tf.Tensor:
-    """The uint8 `image` of an example, [h, w, 3]; a UserError if it is anything else."""
-    tf = import_tensorflow()
-    image = example["image"]
-    if image.dtype == tf.string:
-        raise UserError(f"{op}: 'image' is still encoded; put decode_image before it")
-    if image.dtype != tf.uint8 or image.shape.rank != 3:
-        found = f"{image.dtype.name} {tuple(image.shape)}"
-        raise UserError(f"{op}: 'image' must be uint8 [height, width, 3], got {found}")
-    return image
 
 
 def check_count(op: str, value: int, name: str, unit: str = "pixels") -> None:

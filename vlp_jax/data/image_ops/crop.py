@@ -1,8 +1,8 @@
 """Operations that resize, and those that cut a part out first, alone or fused with decoding.
 
 A crop says which part of an image it needs, and what becomes of it. Alone, it takes that part of a
-decoded image; directly after `decode_image` only that part is decoded (`fuse`), and the result is
-the same. How an image is resized says `resize.Resampler`, whose settings the operations take.
+decoded image; after the `decode_image` of its field only that part is decoded (`fuse`), and the
+result is the same. `resize.Resampler` resizes; the operations take its settings.
 """
 
 from __future__ import annotations
@@ -11,8 +11,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from vlp_jax.data.image_ops.checks import check_range, decoded_image
+from vlp_jax.data.image_ops.checks import check_range
 from vlp_jax.data.image_ops.decode import cut, part_decoder, ratio_keeping
+from vlp_jax.data.image_ops.fields import IMAGE, BoxRule, ImageField
 from vlp_jax.data.image_ops.resize import Resampler, shortest_to_size
 from vlp_jax.data.lazy_tensorflow import import_tensorflow
 
@@ -28,38 +29,42 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Crop:
-    """A part of an image, and how it becomes uint8 [size, size, 3].
+    """The operation that makes uint8 [size, size, 3] of a part of a decoded image.
 
     Attributes:
-      name: of the operation.
+      images: the field of the image and that of the result.
+      boxes: says which boxes stay.
       place: (upright height and width, seed, min_side) -> the part, as `decode.part_decoder` says.
+        `how` is float32 [4, 2], for y and x: scale and translation, as `Resampler.warp` takes
+        them, and begin and extent of the result in the upright image, fractions of its sides.
       finish: (the part, uint8 [h, w, 3]; `how`; whether min_side was given) -> uint8
         [size, size, 3].
     """
 
-    name: str
+    images: ImageField
+    boxes: BoxRule
     place: Callable[[tf.Tensor, tf.Tensor, int | None], Part]
     finish: Callable[[tf.Tensor, tf.Tensor, bool], tf.Tensor]
 
-    def op(self) -> Op:
-        """The operation on an image that is decoded."""
-
-        def apply(example: Example, seed: tf.Tensor) -> Example:
-            tf = import_tensorflow()
-            image = decoded_image(example, self.name)
-            _, begin, extent, how = self.place(tf.shape(image)[:2], seed, None)
-            return {**example, "image": self.finish(cut(image, begin, extent), how, False)}
-
-        return apply
+    def __call__(self, example: Example, seed: tf.Tensor) -> Example:
+        """The example with the result for the image, and its boxes."""
+        tf = import_tensorflow()
+        image = self.images.decoded(example)
+        _, begin, extent, how = self.place(tf.shape(image)[:2], seed, None)
+        result = self.finish(cut(image, begin, extent), how, False)
+        return self.boxes.write(self.images, example, result, how[2:])
 
     def decoding_op(self, **arguments: Any) -> Op:
         """The operation on an image that is encoded; arguments are those of `decode_image`."""
         decode = part_decoder(**arguments)
         scaled = arguments.get("min_side") is not None
+        file = ImageField("decode_image", arguments.get("field", IMAGE), arguments.get("into"))
 
         def apply(example: Example, seed: tf.Tensor) -> Example:
             part, how = decode(example, lambda sides, least: self.place(sides, seed, least))
-            return {**example, "image": self.finish(part, how, scaled)}
+            result = self.finish(part, how, scaled)
+            decoded = file.write(example, part)  # boxes go along, as they do by `decode_image`
+            return self.boxes.write(self.images, decoded, result, how[2:])
 
         return apply
 
@@ -72,7 +77,11 @@ def random_resized_crop(
     max_ratio: float = 4 / 3,
     method: str = "bicubic",
     antialias: bool = True,
-) -> Op:
+    field: str = IMAGE,
+    into: str | None = None,
+    box_fields: Sequence[str] | None = None,
+    min_box_share: float | None = None,
+) -> Crop:
     """Cuts out a random rectangle and resizes it to [size, size, 3] (Szegedy et al. 2014, sec. 6).
 
     The rectangle is that of `tf.image.stateless_sample_distorted_bounding_box`; if none fits
@@ -84,21 +93,12 @@ def random_resized_crop(
       min_ratio, max_ratio: width over height of the rectangle.
       method: "bilinear", "bicubic" or "lanczos3".
       antialias: whether the kernel widens when the image shrinks, as Pillow's does.
+      field, into: the image, and the field of the result; None replaces the image.
+      box_fields: the fields with a row for each box of the image, which lose the rows of the boxes
+        that go; [] for none. Needed if the image has boxes.
+      min_box_share: a box stays if at least this share of its area is in the rectangle, and is
+        clipped; None for `fields.MIN_BOX_SHARE`.
     """
-    return _random_rectangle(
-        size, min_scale, max_scale, min_ratio, max_ratio, method, antialias
-    ).op()
-
-
-def _random_rectangle(
-    size: int,
-    min_scale: float = 0.5,
-    max_scale: float = 1.0,
-    min_ratio: float = 3 / 4,
-    max_ratio: float = 4 / 3,
-    method: str = "bicubic",
-    antialias: bool = True,
-) -> Crop:
     op = "random_resized_crop"
     resampler = Resampler(op, size, method, antialias)
     check_range(op, min_scale, max_scale, "scale", 1)
@@ -106,131 +106,189 @@ def _random_rectangle(
 
     def place(sides: tf.Tensor, seed: tf.Tensor, min_side: int | None) -> Part:
         tf = import_tensorflow()
-        begin, extent, _ = tf.image.stateless_sample_distorted_bounding_box(
-            tf.concat([sides, [3]], 0),
-            tf.zeros([0, 0, 4], tf.float32),
-            seed=seed,
-            min_object_covered=0.0,
-            aspect_ratio_range=(min_ratio, max_ratio),
-            area_range=(min_scale, max_scale),
-            max_attempts=100,
-            use_image_if_no_bounding_boxes=True,
-        )
-        begin, extent = begin[:2], extent[:2]
+        areas, ratios = (min_scale, max_scale), (min_ratio, max_ratio)
+        begin, extent = _random_rectangle(sides, seed, areas, ratios)
+        window = [tf.cast(begin / sides, tf.float32), tf.cast(extent / sides, tf.float32)]
         ratio = ratio_keeping(tf.reduce_min(extent), min_side)
         scale = tf.cast(size * ratio / extent, tf.float32)
         if min_side is None:
-            return ratio, begin, extent, tf.stack([scale, tf.zeros([2])])
+            return ratio, begin, extent, tf.stack([scale, tf.zeros([2]), *window])
         # In the scaled image the rectangle need not begin or end at a whole pixel.
         start = tf.cast(begin / ratio, tf.float32)
         end = -(-(begin + extent) // ratio)
         begin //= ratio
         translation = scale * (tf.cast(begin, tf.float32) - start)
-        return ratio, begin, end - begin, tf.stack([scale, translation])
+        return ratio, begin, end - begin, tf.stack([scale, translation, *window])
 
     def finish(part: tf.Tensor, how: tf.Tensor, scaled: bool) -> tf.Tensor:
         return resampler.warp(part, how[0], how[1]) if scaled else resampler.fit(part)
 
-    return Crop(op, place, finish)
+    boxes = BoxRule(op, min_box_share, box_fields)
+    return Crop(ImageField(op, field, into), boxes, place, finish)
 
 
-def resize(size: int, method: str = "bicubic", antialias: bool = True) -> Op:
-    """Resizes to [size, size, 3] whatever the aspect ratio; arguments as `random_resized_crop`."""
+def _random_rectangle(
+    sides: tf.Tensor, seed: tf.Tensor, areas: tuple[float, float], ratios: tuple[float, float]
+) -> tuple[tf.Tensor, tf.Tensor]:
+    """Begin and extent, int32 [2] each; arguments are ranges, as `random_resized_crop` has them."""
+    tf = import_tensorflow()
+    begin, extent, _ = tf.image.stateless_sample_distorted_bounding_box(
+        tf.concat([sides, [3]], 0),
+        tf.zeros([0, 0, 4], tf.float32),
+        seed=seed,
+        min_object_covered=0.0,
+        aspect_ratio_range=ratios,
+        area_range=areas,
+        max_attempts=100,
+        use_image_if_no_bounding_boxes=True,
+    )
+    return begin[:2], extent[:2]
+
+
+def resize(
+    size: int,
+    method: str = "bicubic",
+    antialias: bool = True,
+    field: str = IMAGE,
+    into: str | None = None,
+) -> Op:
+    """Resizes to [size, size, 3] whatever the aspect ratio; arguments as `random_resized_crop`.
+
+    Boxes stay, since they are fractions of the image.
+    """
     resampler = Resampler("resize", size, method, antialias)
+    images = ImageField("resize", field, into)
 
     def apply(example: Example, seed: tf.Tensor) -> Example:
         del seed
-        return {**example, "image": resampler.fit(decoded_image(example, "resize"))}
+        return images.write(example, resampler.fit(images.decoded(example)))
 
     return apply
 
 
 def resize_shortest_and_center_crop(
-    size: int, method: str = "bicubic", antialias: bool = True
-) -> Op:
+    size: int,
+    method: str = "bicubic",
+    antialias: bool = True,
+    field: str = IMAGE,
+    into: str | None = None,
+    box_fields: Sequence[str] | None = None,
+    min_box_share: float | None = None,
+) -> Crop:
     """Resizes the shorter side to `size`, and cuts the middle [size, size, 3] out.
 
     Sizes and offsets are rounded as in torchvision's Resize and CenterCrop. Arguments are those of
     `random_resized_crop`.
     """
-    return _center_square(size, method, antialias).op()
+    op = "resize_shortest_and_center_crop"
 
-
-def _center_square(size: int, method: str = "bicubic", antialias: bool = True) -> Crop:
     def offset(spare: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
         tf = import_tensorflow()
         del seed
         # Rounds half to even, as Python does in torchvision.
         return tf.round(spare / 2)
 
-    return _square("resize_shortest_and_center_crop", size, method, antialias, offset)
+    boxes = BoxRule(op, min_box_share, box_fields)
+    resampler = Resampler(op, size, method, antialias)
+    return _square(ImageField(op, field, into), boxes, resampler, offset)
 
 
 def resize_shortest_and_random_crop(
-    size: int, method: str = "bicubic", antialias: bool = True
-) -> Op:
+    size: int,
+    method: str = "bicubic",
+    antialias: bool = True,
+    field: str = IMAGE,
+    into: str | None = None,
+    box_fields: Sequence[str] | None = None,
+    min_box_share: float | None = None,
+) -> Crop:
     """Resizes the shorter side to `size`, and cuts a square [size, size, 3] out anywhere.
 
     "A random square crop from resized images" is CLIP's only augmentation (Radford et al. 2021,
     2.3). Arguments are those of `random_resized_crop`.
     """
-    return _random_square(size, method, antialias).op()
+    op = "resize_shortest_and_random_crop"
 
-
-def _random_square(size: int, method: str = "bicubic", antialias: bool = True) -> Crop:
     def offset(spare: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
         tf = import_tensorflow()
         drawn = tf.cast(tf.random.stateless_uniform([2], seed), tf.float64)
         return tf.floor(drawn * tf.cast(spare + 1, tf.float64))
 
-    return _square("resize_shortest_and_random_crop", size, method, antialias, offset)
+    boxes = BoxRule(op, min_box_share, box_fields)
+    resampler = Resampler(op, size, method, antialias)
+    return _square(ImageField(op, field, into), boxes, resampler, offset)
 
 
-def _square(name: str, size: int, method: str, antialias: bool, offset: Offset) -> Crop:
-    resampler = Resampler(name, size, method, antialias)
-
+def _square(images: ImageField, boxes: BoxRule, resampler: Resampler, offset: Offset) -> Crop:
     def place(sides: tf.Tensor, seed: tf.Tensor, min_side: int | None) -> Part:
         tf = import_tensorflow()
+        upright = tf.cast(sides, tf.float32)
         ratio = ratio_keeping(tf.reduce_min(sides), min_side)
         if min_side is not None:
             sides = -(-sides // ratio)
         begin, extent, scale, translation = shortest_to_size(
             sides, resampler, lambda spare: offset(spare, seed)
         )
-        return ratio, begin, extent, tf.stack([scale, translation])
+        # `warp` puts pixel x of the scaled image at scale * (x - begin) + translation.
+        pixel = tf.cast(ratio, tf.float32) / upright
+        start = (tf.cast(begin, tf.float32) - translation / scale) * pixel
+        how = tf.stack([scale, translation, start, resampler.size / scale * pixel])
+        return ratio, begin, extent, how
 
-    return Crop(name, place, lambda part, how, _: resampler.warp(part, how[0], how[1]))
+    return Crop(images, boxes, place, lambda part, how, _: resampler.warp(part, how[0], how[1]))
 
 
-# Pairs of operations that become one where they follow each other directly. (`resize` needs all
-# pixels, so that after it nothing is left to save.)
+# Pairs of operations that become one where they work on one field. (`resize` needs all pixels, so
+# that after it nothing is left to save.)
 FUSED: dict[tuple[str, str], Callable[..., Crop]] = {
-    ("decode_image", "random_resized_crop"): _random_rectangle,
-    ("decode_image", "resize_shortest_and_random_crop"): _random_square,
-    ("decode_image", "resize_shortest_and_center_crop"): _center_square,
+    ("decode_image", "random_resized_crop"): random_resized_crop,
+    ("decode_image", "resize_shortest_and_random_crop"): resize_shortest_and_random_crop,
+    ("decode_image", "resize_shortest_and_center_crop"): resize_shortest_and_center_crop,
 }
+_PARTNERS = {name for pair in FUSED for name in pair}
 
 
 def fuse(
     pairs: Sequence[tuple[str, Mapping[str, Any]]], ops: Sequence[tuple[str, Op]]
 ) -> list[tuple[str, Op]]:
-    """Replaces pairs of operations in `FUSED`.
+    """Replaces pairs of operations in `FUSED` that follow each other on one field.
 
     The first of a pair becomes an operation that leaves the example as it is, and the second does
-    the work of both, so that every operation keeps its place, its name and its seed.
+    the work of both, so that every operation keeps its place, its name and its seed. Between the
+    two may stand only decodings and crops of other fields.
 
     Args:
       pairs: (name, arguments) of each operation.
       ops: (name, operation), built of them.
     """
     fused = list(ops)
-    for number in range(len(pairs) - 1):
-        (first, settings), (second, arguments) = pairs[number : number + 2]
-        if (first, second) in FUSED:
-            crop = FUSED[first, second](**arguments)
-            fused[number] = (first, _leave)
-            fused[number + 1] = (second, crop.decoding_op(**settings))
+    for number, (name, settings) in enumerate(pairs):
+        second = _crop_of(pairs, number) if name == "decode_image" else None
+        if second is not None:
+            crop = FUSED[name, pairs[second][0]](**pairs[second][1])
+            fused[number] = (name, _leave)
+            fused[second] = (pairs[second][0], crop.decoding_op(**settings))
     return fused
+
+
+def _crop_of(pairs: Sequence[tuple[str, Mapping[str, Any]]], number: int) -> int | None:
+    """The place of the crop that decoding number `number` is fused with; None for no such."""
+    decoded, file = _fields(*pairs[number])[::-1]
+    for second in range(number + 1, len(pairs)):
+        read, written = _fields(*pairs[second])
+        if read == written == decoded and (pairs[number][0], pairs[second][0]) in FUSED:
+            return second
+        # The file must stay as it is, and nobody else may ask for the pixels.
+        others = pairs[second][0] in _PARTNERS and read != decoded
+        if not others or written in (file, decoded):
+            return None
+    return None
+
+
+def _fields(name: str, arguments: Mapping[str, Any]) -> tuple[str, str]:
+    """The field that an image operation reads, and the field that it writes."""
+    images = ImageField(name, arguments.get("field", IMAGE), arguments.get("into"))
+    return images.field, images.target
 
 
 def _leave(example: Example, seed: tf.Tensor) -> Example:

@@ -1,4 +1,4 @@
-"""Decodes an encoded `image` to upright uint8 RGB: all of it, or the part that a crop needs."""
+"""Decodes an encoded image to upright uint8 RGB: all of it, or the part that a crop needs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ import numpy as np
 
 from vlp_jax.data import faults
 from vlp_jax.data.image_ops import headers
-from vlp_jax.data.image_ops.checks import check_count, encoded_image
+from vlp_jax.data.image_ops.checks import check_count
+from vlp_jax.data.image_ops.fields import IMAGE, ImageField
 from vlp_jax.data.image_ops.upright import MAX_PIXELS, Refused
 from vlp_jax.data.lazy_tensorflow import import_tensorflow
 
@@ -34,8 +35,13 @@ _HEAD = 2**18  # bytes of a JPEG that are searched for metadata: 4 of the longes
 _DCT = "INTEGER_ACCURATE"
 
 
-def decode_image(min_side: int | None = None, max_pixels: int = MAX_PIXELS) -> Op:
-    """Decodes `image` from JPEG, PNG, WebP, GIF or BMP to upright RGB, uint8 [h, w, 3].
+def decode_image(
+    min_side: int | None = None,
+    max_pixels: int = MAX_PIXELS,
+    field: str = IMAGE,
+    into: str | None = None,
+) -> Op:
+    """Decodes an image from JPEG, PNG, WebP, GIF or BMP to upright RGB, uint8 [h, w, 3].
 
     Grey becomes RGB, CMYK is converted, what is transparent is composited on white, of 16 bits the
     upper 8 are kept, of an animation the first frame; and the image is turned as its orientation
@@ -47,27 +53,32 @@ def decode_image(min_side: int | None = None, max_pixels: int = MAX_PIXELS) -> O
         at least that many pixels: several times faster for photographs. Where a crop follows, it
         is the shorter side of what is cut out that keeps them.
       max_pixels: of a larger image nothing is decoded; it fails as "image too large".
+      field, into: the file, and the field of the pixels; None replaces the file.
     """
     _check(min_side, max_pixels)
+    images = ImageField("decode_image", field, into)
 
     def apply(example: Example, seed: tf.Tensor) -> Example:
         del seed
         tf = import_tensorflow()
-        encoded = encoded_image(example, "decode_image")
+        encoded = images.encoded(example)
 
         def jpeg(orientation: tf.Tensor | None) -> tf.Tensor:
             return _whole_jpeg(encoded, orientation, min_side, max_pixels)
 
         image = _by_format(encoded, max_pixels, jpeg, lambda image: image)
-        return {**example, "image": tf.ensure_shape(image, [None, None, 3])}
+        return images.write(example, tf.ensure_shape(image, [None, None, 3]))
 
     return apply
 
 
 def part_decoder(
-    min_side: int | None = None, max_pixels: int = MAX_PIXELS
+    min_side: int | None = None,
+    max_pixels: int = MAX_PIXELS,
+    field: str = IMAGE,
+    into: str | None = None,
 ) -> Callable[[Example, Place], tuple[tf.Tensor, tf.Tensor]]:
-    """Decodes only the part of `image` that a crop needs; arguments as `decode_image`.
+    """Decodes only the part of an image that a crop needs; arguments as `decode_image`.
 
     Returns:
       A function of an example and of `place`, which chooses the part. `place` gets the upright
@@ -78,10 +89,11 @@ def part_decoder(
       noticed.
     """
     _check(min_side, max_pixels)
+    images = ImageField("decode_image", field, into)
 
     def decode(example: Example, place: Place) -> tuple[tf.Tensor, tf.Tensor]:
         tf = import_tensorflow()
-        encoded = encoded_image(example, "decode_image")
+        encoded = images.encoded(example)
 
         def part_of(image: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
             _, begin, extent, how = place(tf.shape(image)[:2], None)

@@ -6,7 +6,8 @@ import math
 from typing import TYPE_CHECKING
 
 from vlp_jax.data.image_ops import pixels
-from vlp_jax.data.image_ops.checks import check_fill, check_number, decoded_image
+from vlp_jax.data.image_ops.checks import check_fill, check_number
+from vlp_jax.data.image_ops.fields import IMAGE, ImageField
 from vlp_jax.data.lazy_tensorflow import import_tensorflow
 from vlp_jax.errors import UserError
 
@@ -16,13 +17,20 @@ if TYPE_CHECKING:
     from vlp_jax.data.lazy_tensorflow import Example, Op
 
 
-def flip_left_right(unless_text: str | None = r"\b(left|right)\b") -> Op:
+def flip_left_right(
+    unless_text: str | None = r"\b(left|right)\b",
+    field: str = IMAGE,
+    into: str | None = None,
+) -> Op:
     """Mirrors half of the images, but none whose `text` the pattern occurs in.
 
     Args:
       unless_text: a regular expression (RE2), matched anywhere in `text` and in any case; None
         mirrors half of all images.
+      field, into: the image, and the field of the result; None replaces the image.
+        Boxes are mirrored too.
     """
+    images = ImageField("flip_left_right", field, into)
     pattern = None
     if unless_text is not None:
         tf = import_tensorflow()
@@ -36,7 +44,7 @@ def flip_left_right(unless_text: str | None = r"\b(left|right)\b") -> Op:
 
     def apply(example: Example, seed: tf.Tensor) -> Example:
         tf = import_tensorflow()
-        image = decoded_image(example, "flip_left_right")
+        image = images.decoded(example)
         flip = tf.random.stateless_uniform([], seed) < 0.5
         if pattern is not None:
             if "text" not in example or example["text"].dtype != tf.string:
@@ -46,13 +54,22 @@ def flip_left_right(unless_text: str | None = r"\b(left|right)\b") -> Op:
                 )
             flip &= ~tf.strings.regex_full_match(example["text"], pattern)
         flipped = tf.cond(flip, lambda: tf.reverse(image, [1]), lambda: image)
-        return {**example, "image": tf.ensure_shape(flipped, image.shape)}
+
+        def move(boxes: tf.Tensor) -> tf.Tensor:
+            top, left, bottom, right = tf.unstack(boxes, 4, axis=1)
+            return tf.where(flip, tf.stack([top, 1 - right, bottom, 1 - left], 1), boxes)
+
+        return images.write_moved(example, tf.ensure_shape(flipped, image.shape), move)
 
     return apply
 
 
 def random_rotation(
-    degrees: float, interpolation: str = "bilinear", fill: int | tuple[int, int, int] = 0
+    degrees: float,
+    interpolation: str = "bilinear",
+    fill: int | tuple[int, int, int] = 0,
+    field: str = IMAGE,
+    into: str | None = None,
 ) -> Op:
     """Turns about the middle by an angle drawn evenly from [-degrees, degrees].
 
@@ -63,8 +80,13 @@ def random_rotation(
       degrees: from 0 to 180.
       interpolation: "nearest" or "bilinear".
       fill: the colour, or grey, of corners that come from outside.
+      field, into: the image, and the field of the result; None replaces the image.
+
+    Raises:
+      UserError: a setting that is none; or the image has boxes, which cannot be moved.
     """
     op = "random_rotation"
+    images = ImageField(op, field, into)
     check_number(op, degrees, "degrees", 0, 180)
     if interpolation not in ("nearest", "bilinear"):
         raise UserError(f"{op}: interpolation {interpolation!r} is not one of nearest, bilinear")
@@ -72,10 +94,11 @@ def random_rotation(
 
     def apply(example: Example, seed: tf.Tensor) -> Example:
         tf = import_tensorflow()
-        image = decoded_image(example, op)
+        images.refuse_boxes(example)
+        image = images.decoded(example)
         angle = tf.random.stateless_uniform([], seed, -1.0, 1.0) * (degrees * math.pi / 180)
         moved = pixels.affine(image, rotation(angle), tf.zeros([2]), interpolation, color)
-        return {**example, "image": moved}
+        return images.write(example, moved)
 
     return apply
 
@@ -87,22 +110,34 @@ def rotation(angle: tf.Tensor) -> tf.Tensor:
     return tf.stack([tf.stack([cosine, -sine]), tf.stack([sine, cosine])])
 
 
-def random_translation(fraction: float, fill: int | tuple[int, int, int] = 0) -> Op:
+def random_translation(
+    fraction: float,
+    fill: int | tuple[int, int, int] = 0,
+    field: str = IMAGE,
+    into: str | None = None,
+) -> Op:
     """Shifts by whole pixels, drawn evenly up to `fraction` of each side, in all four directions.
 
     Args:
       fraction: from 0 to 1.
       fill: the colour, or grey, of what comes from outside.
+      field, into: the image, and the field of the result; None replaces the image.
+
+    Raises:
+      UserError: a setting that is none; or the image has boxes, which cannot be moved.
     """
     op = "random_translation"
+    images = ImageField(op, field, into)
     check_number(op, fraction, "fraction", 0, 1)
     color = check_fill(op, fill)
 
     def apply(example: Example, seed: tf.Tensor) -> Example:
         tf = import_tensorflow()
-        image = decoded_image(example, op)
+        images.refuse_boxes(example)
+        image = images.decoded(example)
         sides = tf.cast(tf.shape(image)[1::-1], tf.float32)
         shift = tf.round(tf.random.stateless_uniform([2], seed, -1.0, 1.0) * fraction * sides)
-        return {**example, "image": pixels.affine(image, tf.eye(2), shift, "nearest", color)}
+        moved = pixels.affine(image, tf.eye(2), shift, "nearest", color)
+        return images.write(example, moved)
 
     return apply

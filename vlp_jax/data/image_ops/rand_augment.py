@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from vlp_jax.data.image_ops import pixels
 from vlp_jax.data.image_ops.augment import random_op
 from vlp_jax.data.image_ops.checks import check_count, check_fill, check_number
+from vlp_jax.data.image_ops.fields import IMAGE, ImageField
 from vlp_jax.data.image_ops.geometry import rotation
 from vlp_jax.data.lazy_tensorflow import import_tensorflow
 
@@ -25,6 +26,8 @@ def rand_augment(
     magnitude: float = 10,
     magnitude_std: float = 0.0,
     fill: int | tuple[int, int, int] = 128,
+    field: str = IMAGE,
+    into: str | None = None,
 ) -> Op:
     """Applies `num_layers` operations, each drawn evenly from 14.
 
@@ -40,6 +43,10 @@ def rand_augment(
       magnitude_std: the magnitude of each is drawn from a normal distribution about `magnitude`,
         clipped to 0 to 30 (0.5 in timm's "mstd0.5").
       fill: the colour, or grey, of what comes from outside.
+      field, into: the image, and the field of the result; None replaces the image.
+
+    Raises:
+      UserError: a setting that is none; or the image has boxes, which cannot be moved.
     """
     op = "rand_augment"
     check_count(op, num_layers, "num_layers", "operations")
@@ -63,7 +70,7 @@ def rand_augment(
             image = tf.switch_case(number, branches)
         return image
 
-    return random_op(op, 1.0, change)
+    return random_op(ImageField(op, field, into), 1.0, change, moves=True)
 
 
 def operations(
