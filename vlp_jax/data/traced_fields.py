@@ -107,6 +107,11 @@ def check_no_text(source: Source, specs: Mapping[str, FieldSpec]) -> None:
 
 
 def spec_of(value: tf.Tensor) -> FieldSpec:
+    """Reads shape and dtype of a traced field.
+
+    Raises:
+      UserError: not even the number of its dimensions is known.
+    """
     if value.shape.rank is None:
         raise UserError(f"after data.preprocess, a field has no known rank: {value.name}")
     return FieldSpec(tuple(value.shape), np.dtype(value.dtype.as_numpy_dtype))
