@@ -44,11 +44,12 @@ def shapes_dir(tmp_path_factory):
 def finished_run(tmp_path_factory, shapes_dir):
     """A run of the demo's config in two steps, with a checkpoint of each; not to be written to."""
     from vlp_jax import config as config_lib
+    from vlp_jax import smoke as smoke_lib
     from vlp_jax.observe.throughput import StartupClock
     from vlp_jax.train import train
 
     folder = tmp_path_factory.mktemp("finished") / "runs" / "first"
-    config = config_lib.smoke(config_lib.load(str(ROOT / "configs" / "demo.py")))
+    config = smoke_lib.smoke(config_lib.load(str(ROOT / "configs" / "demo.py")))
     config_lib.override(config, ["checkpoint.every.percent=None", "checkpoint.every.steps=1"])
     train(config, folder, StartupClock())
     return folder

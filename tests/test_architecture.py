@@ -59,7 +59,7 @@ MAY_IMPORT = {
     },
 }
 LEAVES = {"config", "defaults", "errors", "files", "preprocess", "signals", "versions"}
-ENTRY_POINTS = {"train", "evaluate", "export", "__init__"}
+ENTRY_POINTS = {"train", "evaluate", "export", "smoke", "__init__"}
 MODELS_MAY_IMPORT = {"flax", "jax", "einops", "jaxtyping", "numpy"}
 MAX_FILE, MAX_FUNCTION = 400, 60
 

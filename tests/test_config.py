@@ -7,6 +7,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from vlp_jax import config as config_lib
+from vlp_jax import smoke as smoke_lib
 from vlp_jax.errors import UserError
 
 
@@ -192,7 +193,7 @@ def test_select_names_the_nearest():
 def test_smoke_leaves_the_original_alone_and_keeps_what_is_not_size():
     config = config_lib.load("configs/siglip_shapes.py")
     before = config_lib.to_json(config)
-    small = config_lib.smoke(config)
+    small = smoke_lib.smoke(config)
     assert config_lib.to_json(config) == before
     assert small.objective.image.width == 32 and small.objective.image.image_size == 16
     assert small.objective.image.pooling == "map" and small.objective.loss == "sigmoid"
@@ -203,7 +204,7 @@ def test_smoke_leaves_the_original_alone_and_keeps_what_is_not_size():
 
 def test_smoke_shortens_warmup_and_takes_the_captions_of_its_own_data():
     config = config_lib.load("configs/clip_b16.py")
-    small = config_lib.smoke(config)
+    small = smoke_lib.smoke(config)
     assert config.optimizer.warmup.steps == 2000 and small.optimizer.warmup.steps == 1
     assert small.optimizer.cooldown.percent == 0
     assert config.data.preprocess.choose_text.field == "caption"
@@ -256,3 +257,25 @@ def test_values_that_fit_or_are_not_checked():
     assert config_lib.build(Part, {"share": None}, "here").share is None
     with pytest.raises(UserError, match="^here: 'float' object is not iterable"):
         config_lib.build(make_part, {"mean": 0.5}, "here")
+
+
+def test_smoke_lets_a_late_loss_begin_with_its_second_step():
+    config = config_lib.load("configs/demo.py").unlock()
+    late = {"value": 2.0, "begin": {"percent": 80}, "ramp": {"percent": 5}, "end": {"percent": 99}}
+    parts = {"a": config.objective.to_dict(), "b": {**config.objective.to_dict(), "weight": late}}
+    config.objective = config_lib.ConfigDict({"name": "composite", "parts": parts})
+    config.init_from.sources = config_lib.ConfigDict({"x": {"source": "no/such"}})
+    small = smoke_lib.smoke(config.lock())
+    weight = small.objective.parts.b.weight
+    assert weight.begin.steps == 1 and set(weight) == {"value", "begin"}
+    assert not small.init_from.sources and small.objective.parts.b.image.width == 32
+
+
+def test_what_makes_an_evaluator_small_are_its_own_arguments():
+    import inspect
+
+    from vlp_jax.evaluators import EVALUATORS
+
+    assert any(kind.SMOKE for kind in EVALUATORS.values())
+    for kind in EVALUATORS.values():
+        assert set(kind.SMOKE) <= set(inspect.signature(kind.__init__).parameters), kind

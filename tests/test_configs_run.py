@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from vlp_jax import config as config_lib
+from vlp_jax import smoke as smoke_lib
 from vlp_jax.observe.throughput import StartupClock
 from vlp_jax.parallel.batch import put_batch
 from vlp_jax.train import train
@@ -39,7 +40,7 @@ MARKED = [pytest.param(n, marks=pytest.mark.slow) if n not in FAST else n for n 
 
 @pytest.mark.parametrize("name", MARKED)
 def test_smoke_save_and_restore_on_another_mesh(name, tmp_path, shapes_dir):
-    config = config_lib.smoke(config_lib.load(str(ROOT / "configs" / f"{name}.py")))
+    config = smoke_lib.smoke(config_lib.load(str(ROOT / "configs" / f"{name}.py")))
     live = train(config, tmp_path, StartupClock())
     assert int(live.step) == 2
     records = (tmp_path / "metrics.jsonl").read_text()

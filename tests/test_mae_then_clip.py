@@ -10,6 +10,7 @@ from PIL import Image
 
 from tools import mae_then_clip, show_reconstruction
 from vlp_jax import config as config_lib
+from vlp_jax import smoke as smoke_lib
 from vlp_jax.observe.throughput import StartupClock
 from vlp_jax.training.build import build
 from vlp_jax.training.init_from import REPORT, match
@@ -21,7 +22,7 @@ RUNS = (mae_then_clip.MAE, *mae_then_clip.LABELS)
 
 
 def smoke(stage):
-    return config_lib.smoke(config_lib.load(f"{mae_then_clip.CONFIG}:{stage}"))
+    return smoke_lib.smoke(config_lib.load(f"{mae_then_clip.CONFIG}:{stage}"))
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from vlp_jax import config as config_lib
+from vlp_jax import smoke as smoke_lib
 from vlp_jax.data.ops import OPS, build_ops, in_order
 from vlp_jax.data.pipeline import TrainPipeline
 from vlp_jax.data.tokenizers import ByteTokenizer
@@ -131,7 +132,7 @@ def first_batch(data):
 
 
 def test_smoke_keeps_the_form_and_its_data_can_be_read(config):
-    small = config_lib.smoke(config)
+    small = smoke_lib.smoke(config)
     size = small.objective.image.image_size
     assert [name for name, _ in small.data.preprocess] == [name for name, _ in PAIRS]
     batch = first_batch(small.data)
@@ -158,7 +159,7 @@ def test_smoke_of_operations_on_fields_that_the_embedded_data_lacks(form):
     config = config_lib.load("configs/debug_cpu.py").unlock()
     preprocess = OTHER if form == "list" else labelled(OTHER)
     config.data = ConfigDict({**DATA, "preprocess": preprocess})
-    small = config_lib.smoke(config.lock())
+    small = smoke_lib.smoke(config.lock())
     batch = first_batch(small.data)
     size = small.objective.image.image_size
     assert set(batch) == {"image", "second", "question", "target"}

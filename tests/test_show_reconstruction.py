@@ -9,6 +9,7 @@ from PIL import Image
 from tools import mae_then_clip, show_reconstruction
 from vlp_jax import config as config_lib
 from vlp_jax import evaluate
+from vlp_jax import smoke as smoke_lib
 from vlp_jax.errors import UserError
 from vlp_jax.observe.throughput import StartupClock
 from vlp_jax.train import train
@@ -19,7 +20,7 @@ def workdir(tmp_path_factory, shapes_dir):
     """A finished run of a masked autoencoder."""
     workdir = tmp_path_factory.mktemp("mae")
     config = config_lib.load(f"{mae_then_clip.CONFIG}:mae")
-    train(config_lib.smoke(config), workdir, StartupClock())
+    train(smoke_lib.smoke(config), workdir, StartupClock())
     return workdir
 
 

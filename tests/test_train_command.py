@@ -14,9 +14,10 @@ from vlp_jax.observe.writers import read_metrics
 ROOT = Path(__file__).resolve().parent.parent
 SMOKE = f"""
 from vlp_jax import config as config_lib
+from vlp_jax import smoke as smoke_lib
 
 def get_config(arg=None):
-    config = config_lib.smoke(config_lib.load({str(ROOT / "configs")!r} + "/" + arg + ".py"))
+    config = smoke_lib.smoke(config_lib.load({str(ROOT / "configs")!r} + "/" + arg + ".py"))
     return config.unlock()
 """
 

@@ -38,6 +38,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from vlp_jax import config as config_lib
+from vlp_jax import smoke as smoke_lib
 from vlp_jax.benchmarking.arguments import check_arguments
 from vlp_jax.errors import UserError
 from vlp_jax.models.variants import size_of
@@ -97,7 +98,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 def narrow_config(file: str, depth: int | None) -> ConfigDict:
     """The config with the sizes of a smoke test, but for its layers: `depth`, or its own."""
     config = config_lib.load(file)
-    small = config_lib.smoke(config).unlock()
+    small = smoke_lib.smoke(config).unlock()
     small.mesh = config_lib.base().mesh
     small.log.every = config.log.every
     small.duration.steps = 1_000_000

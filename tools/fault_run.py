@@ -26,7 +26,8 @@ CHECKPOINT_EVERY = 8
 WATCHDOG = {"first_step_minutes": 8.0, "step_minutes": 0.3, "pause_minutes": 0.75}
 PATIENCE_SECONDS = 900
 CONFIG = """
-from vlp_jax.config import duration, load, smoke
+from vlp_jax.config import duration, load
+from vlp_jax.smoke import smoke
 
 def get_config(arg=None):
     config = smoke(load({file!r})).unlock()

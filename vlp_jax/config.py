@@ -19,10 +19,11 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from vlp_jax.defaults import DATA_DEFAULTS, base, duration
+from vlp_jax.defaults import DATA_DEFAULTS, base
+from vlp_jax.defaults import duration as duration  # a config asks this module for it
 from vlp_jax.errors import UserError, unknown_key_message
 from vlp_jax.files import without_mark
-from vlp_jax.preprocess import as_sections, normalize, smoke_preprocess
+from vlp_jax.preprocess import as_sections, normalize
 
 BOOLEANS = {"true": True, "1": True, "false": False, "0": False}
 # What an argument that is annotated so takes. Arguments of other types are not checked here.
@@ -301,80 +302,3 @@ def select(table: Mapping[str, Any], section: Mapping[str, Any], where: str) -> 
 def _first_line(error: BaseException) -> str:
     text = str(error.args[0] if error.args else error)
     return text.strip().splitlines()[0] if text.strip() else type(error).__name__
-
-
-# What `smoke` puts in the place of a model's sizes, wherever it stands in the objective.
-SMOKE_SIZES = {"width": 32, "depth": 2, "mlp_dim": 64, "heads": 2, "embed_dim": 32}
-SMOKE_PATCHES = 2  # patches along one side of an image
-SMOKE_BATCH_SIZE = 16
-SMOKE_EVALUATOR = {
-    "batch_size": SMOKE_BATCH_SIZE,
-    "templates": ("{}",),
-    "grid": (100.0, 1000.0),
-    "shots": (1,),
-    "captions": "captions",
-    "max_iterations": 10,
-    "corruptions": ("gaussian_noise", "contrast"),
-    "severities": (5,),
-    "radii": (8,),
-    "steps": 2,
-}
-
-
-def smoke(config: ConfigDict) -> ConfigDict:
-    """A copy of `config` that runs 2 steps on tiny shapes and the embedded data, in seconds.
-
-    Layout, objective, optimizer, preprocessing and evaluators stay; sizes, durations and the source
-    of the data do not.
-    """
-    config = config.copy_and_resolve_references().unlock()
-    config.duration = duration(steps=2)
-    for part in (config.optimizer.warmup, config.optimizer.cooldown):
-        part.update(duration(steps=1) if part.percent is None else {})
-    config.batch_size = SMOKE_BATCH_SIZE
-    config.init_from.source = config.init_from.step = None
-    config.log.every = duration(steps=1)
-    config.checkpoint.every = duration(steps=2)
-    config.writers.tensorboard = False
-    config.writers.wandb.enabled = False
-    image_size = _shrink_models(config.objective)
-    if config.tokenizer:
-        config.tokenizer.context_length = 16
-    if config.tokenizer.get("name", "bytes") != "bytes":  # the others' files may not be here
-        config.tokenizer.update({"name": "subword", "vocab_size": 300, "file": None})
-    config.data = _smoke_data(config.data, "train", image_size)
-    for name, data in config.extra_data.items():
-        config.extra_data[name] = _smoke_data(data, "train", image_size)
-    for evaluator in config.evaluators.values():
-        evaluator.every = duration(steps=2)
-        evaluator.update({key: SMOKE_EVALUATOR[key] for key in SMOKE_EVALUATOR if key in evaluator})
-        if "data" in evaluator:
-            evaluator.data = _smoke_data(evaluator.data, "test", image_size)
-            evaluator.data.limit = 2 * SMOKE_BATCH_SIZE + 1
-        if "train_data" in evaluator:
-            evaluator.train_data = _smoke_data(evaluator.train_data, "train", image_size)
-            evaluator.train_data.limit = 4 * SMOKE_BATCH_SIZE + 1
-    return config.lock()
-
-
-def _shrink_models(section: ConfigDict) -> int | None:
-    """Puts `SMOKE_SIZES` into every model of `section`; the image size, if one has any."""
-    image_size = None
-    for key, value in section.items():
-        if isinstance(value, ConfigDict):
-            image_size = _shrink_models(value) or image_size
-        elif key in SMOKE_SIZES:
-            section[key] = SMOKE_SIZES[key]
-    if "variant" in section:
-        section.update({k: v for k, v in SMOKE_SIZES.items() if k != "embed_dim"})
-        if "image_size" in section:
-            image_size = SMOKE_PATCHES * int(section.variant.split("/")[1])
-            section.image_size = image_size
-    return image_size
-
-
-def _smoke_data(data: ConfigDict, split: str, image_size: int | None) -> ConfigDict:
-    small = ConfigDict({"source": "tfds", "dataset": "shapes/tiny", "split": split})
-    if "preprocess" in data:
-        small.preprocess = smoke_preprocess(data.preprocess, image_size)
-    return small

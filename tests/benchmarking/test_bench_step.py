@@ -13,6 +13,7 @@ import pytest
 from rich.console import Console
 
 from vlp_jax import config as config_lib
+from vlp_jax import smoke as smoke_lib
 from vlp_jax.benchmarking import contender as turns
 from vlp_jax.benchmarking.apart import ApartPeer
 from vlp_jax.benchmarking.jax_step import NOMINAL_EPOCH, JaxStep, compile_twice, fixed_batch
@@ -97,7 +98,7 @@ def test_figures_of_a_result():
 
 
 def test_our_step_is_the_one_that_trains():
-    config = config_lib.smoke(config_lib.load("configs/bench_small.py"))
+    config = smoke_lib.smoke(config_lib.load("configs/bench_small.py"))
     step = JaxStep("ours", config, jax.devices()[:2])
     setup = step.setup
     params = jax.device_get(step._state.params)
@@ -115,7 +116,7 @@ def test_our_step_is_the_one_that_trains():
 
 @pytest.mark.parametrize("name", ["classify_shapes", "vqa_shapes", "mae_then_clip"])
 def test_every_kind_of_objective_gets_a_batch(name):
-    config = config_lib.smoke(config_lib.load(f"configs/{name}.py"))
+    config = smoke_lib.smoke(config_lib.load(f"configs/{name}.py"))
     setup = abstract_setup(config, make_mesh({}, jax.devices()[:1]), NOMINAL_EPOCH)
     batch = fixed_batch(setup)
     assert {name: (x.shape, x.dtype) for name, x in batch.items()} == {
@@ -124,7 +125,7 @@ def test_every_kind_of_objective_gets_a_batch(name):
 
 
 def test_a_program_is_compiled_anew_and_from_the_cache():
-    config = config_lib.smoke(config_lib.load("configs/mae_b16.py"))
+    config = smoke_lib.smoke(config_lib.load("configs/mae_b16.py"))
     before = jax.config.jax_compilation_cache_dir
     setup = abstract_setup(config, make_mesh({}, jax.devices()[:1]), NOMINAL_EPOCH)
     with CompileWatch() as watch:

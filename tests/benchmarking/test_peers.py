@@ -10,6 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from vlp_jax import config as config_lib
+from vlp_jax import smoke as smoke_lib
 from vlp_jax.benchmarking import open_clip_peer, timm_peer, transformers_peer
 from vlp_jax.benchmarking import peers as peers_lib
 from vlp_jax.benchmarking.jax_step import NOMINAL_EPOCH, fixed_batch
@@ -33,7 +34,7 @@ CASES = {
 def small_setup(name, overrides=()):
     config = config_lib.load(f"configs/{name}.py")
     config_lib.override(config, list(overrides))
-    return abstract_setup(config_lib.smoke(config), make_mesh({}, jax.devices()[:1]), NOMINAL_EPOCH)
+    return abstract_setup(smoke_lib.smoke(config), make_mesh({}, jax.devices()[:1]), NOMINAL_EPOCH)
 
 
 def torch_step(setup, peer):
@@ -146,7 +147,7 @@ def test_a_peer_that_is_not_installed_is_named(monkeypatch):
 
 @pytest.mark.parametrize("name", ["siglip_b16", "mae_l16", "mae_then_clip"])
 def test_plain_switches_off_what_the_objective_has_and_changes_no_shape(name):
-    config = config_lib.smoke(config_lib.load(f"configs/{name}.py"))
+    config = smoke_lib.smoke(config_lib.load(f"configs/{name}.py"))
     plain = plain_config(config)
     objective = plain.objective
     for section in objective.get("parts", {"": objective}).values():

@@ -7,10 +7,11 @@ from test_processes import run
 CONFIG = """
 import importlib
 from vlp_jax import config as config_lib
+from vlp_jax import smoke as smoke_lib
 
 def get_config(arg=None):
     module = importlib.import_module("configs.NAME")
-    config = config_lib.smoke(module.get_config()).unlock()
+    config = smoke_lib.smoke(module.get_config()).unlock()
     for evaluator in config.evaluators.values():
         evaluator.data.limit = 37
     if "retrieval_captions" in config.evaluators:

@@ -8,6 +8,7 @@ import pytest
 from jax.sharding import AxisType, PartitionSpec
 
 from vlp_jax import config as config_lib
+from vlp_jax import smoke as smoke_lib
 from vlp_jax.models.layers import Encoder
 from vlp_jax.models.values import ComputeConfig, TransformerConfig
 from vlp_jax.objectives.flops import count_flops
@@ -145,7 +146,7 @@ CLOSED = {
 
 @pytest.mark.parametrize("name", CLOSED)
 def test_the_loss_of_an_objective_has_the_flops_of_the_formulas(name):
-    config = config_lib.smoke(config_lib.load(f"configs/{name}.py"))
+    config = smoke_lib.smoke(config_lib.load(f"configs/{name}.py"))
     setup = abstract_setup(config, mesh_lib.make_mesh({"replica": 1}, jax.devices()[:1]), 100)
     expected = CLOSED[name](setup.objective) * BATCH_OF_16
     assert setup.forward_flops == pytest.approx(expected, rel=1e-6)

@@ -9,6 +9,7 @@ import pytest
 
 from tools import bench_compile
 from vlp_jax import config as config_lib
+from vlp_jax import smoke as smoke_lib
 from vlp_jax.errors import UserError
 from vlp_jax.parallel.mesh import make_mesh
 from vlp_jax.planning import hlo, target, traffic, variant_report, variants
@@ -71,7 +72,7 @@ def test_a_mistake_in_a_variant_is_told_with_its_name_before_anything_is_compile
 
 
 def setups(*chosen, per_chip=(6,)):
-    config = config_lib.smoke(config_lib.load(CONFIG))
+    config = smoke_lib.smoke(config_lib.load(CONFIG))
     where = target.make_target("cpu:8")
     return variants.make_setups(config, where, chosen, per_chip, None), where
 

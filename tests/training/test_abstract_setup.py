@@ -8,6 +8,7 @@ from ml_collections import ConfigDict
 from recipe_shapes import load
 
 from vlp_jax import config as config_lib
+from vlp_jax import smoke as smoke_lib
 from vlp_jax.errors import UserError
 from vlp_jax.parallel import mesh as mesh_lib
 from vlp_jax.training.abstract_setup import abstract_setup, tokenizer_sizes
@@ -26,7 +27,7 @@ def same(ours, theirs):
 
 
 def test_it_is_the_setup_of_a_run_on_data(shapes_dir):
-    config = config_lib.smoke(load("siglip_shapes")).unlock()
+    config = smoke_lib.smoke(load("siglip_shapes")).unlock()
     config.tokenizer = ConfigDict({"name": "bytes", "context_length": 24})
     config.duration = config_lib.duration(epochs=2.0)
     from vlp_jax.data.tokenizers import ByteTokenizer

@@ -13,6 +13,7 @@ import damage
 import pytest
 
 from vlp_jax import config as config_lib
+from vlp_jax import smoke as smoke_lib
 from vlp_jax.observe.throughput import StartupClock
 from vlp_jax.observe.writers import read_metrics
 from vlp_jax.train import train
@@ -23,7 +24,7 @@ OPS = {"decode_image": {}, "resize": {"size": 16}, "keep": {"fields": ("image", 
 
 
 def config_of(data, steps=STEPS, mesh=None):
-    config = config_lib.smoke(config_lib.load(str(ROOT / "configs" / "clip_shapes.py"))).unlock()
+    config = smoke_lib.smoke(config_lib.load(str(ROOT / "configs" / "clip_shapes.py"))).unlock()
     config.duration = config_lib.duration(steps=steps)
     config.checkpoint.every = config_lib.duration(steps=5)
     config.checkpoint.keep_last = 10

@@ -25,7 +25,8 @@ from vlp_jax.training.measures import Measures, profile_steps, take_profile_flag
 ROOT = Path(__file__).resolve().parent.parent.parent
 STEPS = 12
 CONFIG = f"""
-from vlp_jax.config import duration, load, smoke
+from vlp_jax.config import duration, load
+from vlp_jax.smoke import smoke
 
 def get_config(arg=None):
     config = smoke(load({str(ROOT / "configs" / "siglip_shapes.py")!r})).unlock()

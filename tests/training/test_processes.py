@@ -15,7 +15,8 @@ from vlp_jax.observe.writers import read_metrics
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 CONFIG = f"""
-from vlp_jax.config import duration, load, smoke
+from vlp_jax.config import duration, load
+from vlp_jax.smoke import smoke
 
 def get_config(arg=None):
     config = smoke(load({str(ROOT / "configs" / "siglip_shapes.py")!r})).unlock()

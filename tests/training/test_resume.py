@@ -15,7 +15,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent.parent
 STEPS = 60
 CONFIG = f"""
-from vlp_jax.config import duration, load, smoke
+from vlp_jax.config import duration, load
+from vlp_jax.smoke import smoke
 
 def get_config(arg=None):
     config = smoke(load({str(ROOT / "configs" / "clip_shapes.py")!r})).unlock()

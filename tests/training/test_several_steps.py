@@ -10,6 +10,7 @@ from etils import epath
 
 from tests.training.helpers import batches, compiled, fresh, setup_on, tiny_config
 from vlp_jax import config as config_lib
+from vlp_jax import smoke as smoke_lib
 from vlp_jax.errors import NotFinite, UserError
 from vlp_jax.observe.throughput import StartupClock
 from vlp_jax.parallel.batch import put_batch
@@ -135,7 +136,7 @@ def run(config, workdir, **settings):
 
 @pytest.fixture
 def demo(shapes_dir):
-    config = config_lib.smoke(config_lib.load("configs/demo.py"))
+    config = smoke_lib.smoke(config_lib.load("configs/demo.py"))
     config_lib.override(
         config,
         [

@@ -19,7 +19,8 @@ from vlp_jax.training import loop
 ROOT = Path(__file__).resolve().parent.parent.parent
 STEPS, PERIOD = 9, 3
 CONFIG = f"""
-from vlp_jax.config import duration, load, smoke
+from vlp_jax.config import duration, load
+from vlp_jax.smoke import smoke
 
 def get_config(arg=None):
     config = smoke(load({str(ROOT / "configs" / "siglip_shapes.py")!r})).unlock()

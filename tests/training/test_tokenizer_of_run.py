@@ -11,6 +11,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from vlp_jax import config as config_lib
+from vlp_jax import smoke as smoke_lib
 from vlp_jax.errors import UserError
 from vlp_jax.objectives import make_objective
 from vlp_jax.training import workdir as workdir_lib
@@ -93,6 +94,6 @@ def test_a_smoke_test_needs_none_of_the_files(tmp_path):
                 "preprocess": {"choose_text": {"fields": {"a": 1, "b": 2}}, "clean_text": {}},
             }
         )
-        small = config_lib.smoke(config)
+        small = smoke_lib.smoke(config)
         assert small.tokenizer.name == "subword" and small.tokenizer.file is None
         assert small.data.preprocess.to_dict() == {"choose_text": {}, "clean_text": {}}

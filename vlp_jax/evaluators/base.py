@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import numpy as np
@@ -61,8 +61,10 @@ class Evaluator:
     Attributes:
       needs: names of the objective's functions that it calls.
       reads_text: True if it embeds the texts of its data.
+      SMOKE: arguments that make it small, in the place of those that a config gives.
     """
 
+    SMOKE: ClassVar[Mapping[str, Any]] = {}
     needs: tuple[str, ...] = ()
     reads_text = False
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from jaxtyping import Float
@@ -83,6 +83,7 @@ class FewShot(Evaluator):
       UserError: a value that cannot be used, or features that the objective lacks.
     """
 
+    SMOKE: ClassVar[Mapping[str, Any]] = {"grid": (100.0, 1000.0), "shots": (1,)}
     needs = ()
 
     def __init__(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -94,6 +94,7 @@ class LinearProbe(Evaluator):
       UserError: a value that cannot be used, or features that the objective lacks.
     """
 
+    SMOKE: ClassVar[Mapping[str, Any]] = {"grid": (100.0, 1000.0), "max_iterations": 10}
     needs = ()
 
     def __init__(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -83,6 +83,7 @@ class Retrieval(Evaluator):
       UserError: a k below 1, or a field that is not there or holds no text.
     """
 
+    SMOKE: ClassVar[Mapping[str, Any]] = {"captions": "captions"}
     needs = ("embed_image", "embed_text")
     reads_text = True
 

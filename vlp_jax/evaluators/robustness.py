@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import numpy as np
@@ -50,6 +50,13 @@ class Robustness(Evaluator):
       seed: of all that is random.
     """
 
+    SMOKE: ClassVar[Mapping[str, Any]] = {
+        "templates": ("{}",),
+        "corruptions": ("gaussian_noise", "contrast"),
+        "severities": (5,),
+        "radii": (8,),
+        "steps": 2,
+    }
     needs = ()
 
     def __init__(

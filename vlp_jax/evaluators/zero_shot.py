@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -128,6 +128,7 @@ class ZeroShot(Evaluator):
         class of the data that has no name here, or a file that cannot be read.
     """
 
+    SMOKE: ClassVar[Mapping[str, Any]] = {"templates": ("{}",)}
     needs = ("embed_image", "embed_text")
 
     def __init__(

@@ -1,0 +1,86 @@
+"""Any config as a run of two steps on tiny shapes, for tests and for a first look."""
+
+from __future__ import annotations
+
+from ml_collections import ConfigDict
+
+from vlp_jax.config import duration
+from vlp_jax.evaluators import EVALUATORS
+from vlp_jax.preprocess import smoke_preprocess
+
+# The sizes of models, wherever they stand in the objective.
+SMOKE_SIZES = {"width": 32, "depth": 2, "mlp_dim": 64, "heads": 2, "embed_dim": 32}
+SMOKE_PATCHES = 2  # patches along one side of an image
+SMOKE_BATCH_SIZE = 16
+
+
+def smoke(config: ConfigDict) -> ConfigDict:
+    """A copy of `config` that runs 2 steps on tiny shapes and the embedded data, in seconds.
+
+    Layout, objective, optimizer, preprocessing and evaluators stay; sizes, durations and the source
+    of the data do not.
+    """
+    config = config.copy_and_resolve_references().unlock()
+    config.duration = duration(steps=2)
+    for part in (config.optimizer.warmup, config.optimizer.cooldown):
+        part.update(duration(steps=1) if part.percent is None else {})
+    config.batch_size = SMOKE_BATCH_SIZE
+    config.init_from.source = config.init_from.step = None
+    config.init_from.sources = ConfigDict()
+    config.log.every = duration(steps=1)
+    config.checkpoint.every = duration(steps=2)
+    config.writers.tensorboard = False
+    config.writers.wandb.enabled = False
+    image_size = _shrink_models(config.objective)
+    if config.tokenizer:
+        config.tokenizer.context_length = 16
+    if config.tokenizer.get("name", "bytes") != "bytes":  # the others' files may not be here
+        config.tokenizer.update({"name": "subword", "vocab_size": 300, "file": None})
+    config.data = _smoke_data(config.data, "train", image_size)
+    for name, data in config.extra_data.items():
+        config.extra_data[name] = _smoke_data(data, "train", image_size)
+    for evaluator in config.evaluators.values():
+        evaluator.every = duration(steps=2)
+        small = EVALUATORS[evaluator.name].SMOKE | {"batch_size": SMOKE_BATCH_SIZE}
+        evaluator.update({key: value for key, value in small.items() if key in evaluator})
+        if "data" in evaluator:
+            evaluator.data = _smoke_data(evaluator.data, "test", image_size)
+            evaluator.data.limit = 2 * SMOKE_BATCH_SIZE + 1
+        if "train_data" in evaluator:
+            evaluator.train_data = _smoke_data(evaluator.train_data, "train", image_size)
+            evaluator.train_data.limit = 4 * SMOKE_BATCH_SIZE + 1
+    return config.lock()
+
+
+def _shrink_models(section: ConfigDict) -> int | None:
+    """Puts `SMOKE_SIZES` into every model of `section`; the image size, if one has any."""
+    image_size = None
+    for key, value in section.items():
+        if key == "weight" and isinstance(value, ConfigDict):
+            _shrink_weight(value)
+        elif isinstance(value, ConfigDict):
+            image_size = _shrink_models(value) or image_size
+        elif key in SMOKE_SIZES:
+            section[key] = SMOKE_SIZES[key]
+    if "variant" in section:
+        section.update({k: v for k, v in SMOKE_SIZES.items() if k != "embed_dim"})
+        if "image_size" in section:
+            image_size = SMOKE_PATCHES * int(section.variant.split("/")[1])
+            section.image_size = image_size
+    return image_size
+
+
+def _shrink_weight(weight: ConfigDict) -> None:
+    """Lets a loss that begins late begin with the second of the two steps, and none end."""
+    late = "begin" in weight
+    for key in {"begin", "ramp", "end"} & set(weight):
+        del weight[key]
+    if late:
+        weight.begin = duration(steps=1)
+
+
+def _smoke_data(data: ConfigDict, split: str, image_size: int | None) -> ConfigDict:
+    small = ConfigDict({"source": "tfds", "dataset": "shapes/tiny", "split": split})
+    if "preprocess" in data:
+        small.preprocess = smoke_preprocess(data.preprocess, image_size)
+    return small
