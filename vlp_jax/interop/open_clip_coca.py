@@ -54,7 +54,7 @@ SECTION = "multimodal_cfg"
 POOLER_HEADS = 8  # default
 MLP_RATIO = 4
 
-# Values of the sections of a CoCa that we have; the first is open_clip's default if it is allowed.
+# Values of the sections with which a CoCa is one of ours.
 HAS_KEYS = {
     "vision_cfg": {
         "attentional_pool": (True,),
@@ -130,7 +130,8 @@ def table_of(module: CoCa) -> Table:
 
 
 def check_config(model: Mapping[str, Any], where: Path) -> None:
-    """
+    """Checks that a config is of a kind of CoCa that we have.
+
     Raises:
       UserError: the config describes a CoCa that we do not have.
     """
@@ -151,7 +152,7 @@ def module_of(
     where: Path,
     notes: list[str],
 ) -> CoCa:
-    """The model that tensors and config, or else `like`, describe.
+    """Returns the model that tensors and config, or else `like`, describe.
 
     Args:
       model: the part of the config that describes it; empty if there is none.
@@ -271,7 +272,7 @@ def _bos_id(tokenizer: TokenizerFiles | None) -> int | None:
 
 
 def check(module: CoCa, extras: Extras) -> list[str]:
-    """All that open_clip cannot express of a CoCa."""
+    """Lists what open_clip cannot express of a CoCa."""
     text, decoder = module.text, module.decoder
     problems = [
         *base.requirements(MODEL, "image", module.image, IMAGE_HAS),

@@ -196,9 +196,10 @@ class CoCa(nn.Module):
 
 
 def check_coca(model: CoCa) -> None:
-    """
+    """Checks that the parts of a model fit each other.
+
     Raises:
-      ValueError: the parts of a model do not fit each other.
+      ValueError: they do not.
     """
     widths = model.text.width, model.decoder.transformer.width
     if widths[0] != widths[1]:

@@ -14,6 +14,7 @@ from vlp_jax import config as config_lib
 from vlp_jax.models.attention import HOLDS
 from vlp_jax.models.attention_mask import AttentionMask
 from vlp_jax.models.captioner import Captioner
+from vlp_jax.models.coca import CoCa
 from vlp_jax.models.decoder import CAUSAL, make_decoder
 from vlp_jax.models.dual_encoder import l2_normalize
 from vlp_jax.models.generation import Generated, Sampling, beam_search, generate
@@ -43,7 +44,7 @@ class Captioning(Objective):
 
     Attributes:
       model: an image tower and a decoder that looks at its tokens. The id behind the vocabulary is
-        the mask.
+        the mask, which a `CoCa` does not have: its words are predicted one after the other.
       eos_id, pad_id: the tokenizer's. Tokens behind the first end of text have no loss.
       parallel_share: chance that the words of an example are predicted all at once, from masks that
         see each other, and not one after the other (Tschannen et al. 2023, "CapPa", 3.2). In
@@ -55,7 +56,7 @@ class Captioning(Objective):
         that begin with their first word, before which a padding token is put.
     """
 
-    model: Captioner
+    model: Captioner | CoCa
     eos_id: int
     pad_id: int
     parallel_share: float = 0.75

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from vlp_jax import config as config_lib
+from vlp_jax.models.coca import CoCa
 from vlp_jax.models.dual_encoder import DualEncoder, make_dual_encoder
 from vlp_jax.models.masking import kept_patches, random_mask
 from vlp_jax.models.text import make_text
@@ -52,7 +53,7 @@ class Contrastive(Objective):
       loss_block_size: images of a device whose logits the blocked form holds at once.
     """
 
-    model: DualEncoder
+    model: DualEncoder | CoCa
     pairwise_loss: str
     max_logit_scale: float
     mask_ratio: float = 0.0
