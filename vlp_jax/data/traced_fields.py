@@ -107,13 +107,14 @@ def check_no_text(source: Source, specs: Mapping[str, FieldSpec]) -> None:
 
 
 def spec_of(value: tf.Tensor) -> FieldSpec:
+    """The type of a field; a UserError if its rank is not known."""
     if value.shape.rank is None:
         raise UserError(f"after data.preprocess, a field has no known rank: {value.name}")
     return FieldSpec(tuple(value.shape), np.dtype(value.dtype.as_numpy_dtype))
 
 
 def ancestors(tensors: Sequence[tf.Tensor]) -> set[Any]:
-    """All operations that `tensors` depend on."""
+    """The TensorFlow operations that `tensors` depend on."""
     waiting = [tensor.op for tensor in tensors]
     reached = set(waiting)
     while waiting:
