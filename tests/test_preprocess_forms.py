@@ -89,6 +89,14 @@ def test_mistakes_in_overrides_of_a_list_change_nothing(config, assignment, mess
     assert config.data.preprocess == before and config.is_locked
 
 
+def test_every_argument_of_a_list_has_a_key(config):
+    found = dict(config_lib.settable(config))
+    assert found["data.preprocess.random_resized_crop#2.size"] == 32
+    assert found["data.preprocess.random_resized_crop.field"] == "view"
+    config_lib.override(config, [f"{key}={value}" for key, value in found.items() if ".pre" in key])
+    assert dict(config_lib.settable(config)) == found
+
+
 def test_json_round_trip_of_a_list(config):
     again = config_lib.from_json(config_lib.to_json(config))
     assert dict(config_lib.flatten(again)) == dict(config_lib.flatten(config))

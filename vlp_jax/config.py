@@ -23,7 +23,7 @@ from vlp_jax.defaults import DATA_DEFAULTS, base
 from vlp_jax.defaults import duration as duration  # a config asks this module for it
 from vlp_jax.errors import UserError, unknown_key_message
 from vlp_jax.files import without_mark
-from vlp_jax.preprocess import as_sections, normalize
+from vlp_jax.preprocess import as_sections, is_sequence, labelled, normalize
 
 BOOLEANS = {"true": True, "1": True, "false": False, "0": False}
 # What an argument that is annotated so takes. Arguments of other types are not checked here.
@@ -210,6 +210,16 @@ def flatten(config: ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield from flatten(value, f"{prefix}{key}.")
         else:
             yield prefix + key, value
+
+
+def settable(config: ConfigDict) -> Iterator[tuple[str, Any]]:
+    """Yields `flatten`'s keys, with the arguments of each operation of a list by its label."""
+    for key, value in flatten(config):
+        if not key.endswith("preprocess") or not is_sequence(value):
+            yield key, value
+            continue
+        for label, arguments in labelled(value).items():
+            yield from ((f"{key}.{label}.{name}", item) for name, item in arguments.items())
 
 
 def to_json(config: ConfigDict) -> str:

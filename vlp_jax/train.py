@@ -113,7 +113,7 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, ConfigDict]:
     config_lib.check(config)
     if arguments.help:
         print(f"\nkeys of {arguments.config}:")
-        for key, value in config_lib.flatten(config):
+        for key, value in config_lib.settable(config):
             print(f"  --config.{key}={textwrap.shorten(str(value), LONGEST_VALUE)}")
         raise SystemExit(0)
     if not arguments.workdir:

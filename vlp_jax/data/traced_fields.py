@@ -118,7 +118,7 @@ def spec_of(value: tf.Tensor) -> FieldSpec:
 
 
 def ancestors(tensors: Sequence[tf.Tensor]) -> set[Any]:
-    """All operations that `tensors` depend on."""
+    """The TensorFlow operations that `tensors` depend on."""
     waiting = [tensor.op for tensor in tensors]
     reached = set(waiting)
     while waiting:
