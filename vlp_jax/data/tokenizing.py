@@ -44,6 +44,13 @@ class Framing:
 
     def check(self, tokenizer: Tokenizer, field: str) -> None:
         """Raises UserError if a tokenizer cannot make such rows of the field `field`."""
+        if self == Framing():
+            return
+        if not hasattr(tokenizer, "bos_id"):  # it came with a model of others
+            raise UserError(
+                f"data.preprocess.tokenize: the tokenizer of these weights frames {field!r} by "
+                "itself: leave length, bos, eos and padding out"
+            )
         if self.bos and tokenizer.bos_id is None:
             raise UserError(
                 f"data.preprocess.tokenize: {field!r} is to begin with bos, and the tokenizer has "
