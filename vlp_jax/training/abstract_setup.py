@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 
 from vlp_jax.data.pipeline import BatchSpec
 from vlp_jax.data.tokenizers import KEYS, TOKENIZERS, ByteTokenizer
-from vlp_jax.data.tokenizers.base import EOS_ID, PAD_ID, check_context_length
+from vlp_jax.data.tokenizers.base import BOS_ID, EOS_ID, PAD_ID, check_context_length
 from vlp_jax.errors import UserError, unknown_key_message
 from vlp_jax.objectives import Objective, make_objective
 from vlp_jax.objectives.base import SEPARATOR
@@ -33,6 +33,7 @@ class TokenizerSizes:
     context_length: int
     pad_id: int = PAD_ID
     eos_id: int = EOS_ID
+    bos_id: int = BOS_ID
 
 
 def abstract_setup(config: ConfigDict, mesh: Mesh, epoch_examples: int | None = None) -> Setup:
