@@ -173,8 +173,7 @@ class Encoder:
             raise UserError(f"{self.source} has no {name}")
         key = (name, *sorted(settings.items()))
         if key not in self._jitted:
-            call = getattr(self.functions[name], "call", self.functions[name])
-            self._jitted[key] = jax.jit(functools.partial(call, **settings))
+            self._jitted[key] = jax.jit(functools.partial(self.functions[name], **settings))
         return self._jitted[key]
 
     def _embed(self, name: str, rows: Iterator[np.ndarray], batch_size: int) -> np.ndarray:

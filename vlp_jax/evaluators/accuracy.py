@@ -9,7 +9,7 @@ import numpy as np
 
 from vlp_jax.data.sources.base import as_plain
 from vlp_jax.errors import UserError
-from vlp_jax.evaluators.base import Evaluator, Pairs, Resources, Scores
+from vlp_jax.evaluators.base import Evaluator, Pairs, Resources
 from vlp_jax.evaluators.class_lists import renumber
 from vlp_jax.evaluators.outputs import (
     check_field,
@@ -40,10 +40,6 @@ class Accuracy(Evaluator):
         self._pipeline = resources.pipeline(data)
         check_field(self._pipeline, label_field, "accuracy")
         self._numbers = numbers_of_model(resources, data, self._pipeline, label_field)
-
-    def outcome(self, params: Any) -> Scores:
-        """The scores of `pairs`."""
-        return Scores(dict(self.pairs(params)))
 
     def pairs(self, params: Any) -> Pairs:
         """`top1`, `top5` (of six classes or more) and `mean_per_class`, the mean over the classes
@@ -103,10 +99,6 @@ class Answers(Evaluator):
         self._has_kind = "kind" in first.batch_spec()
         names = first.class_names(kind_field) if self._has_kind and kinds is None else kinds
         self._kinds = tuple(names or ())
-
-    def outcome(self, params: Any) -> Scores:
-        """The scores of `pairs`."""
-        return Scores(dict(self.pairs(params)))
 
     def pairs(self, params: Any) -> Pairs:
         """`accuracy`, `accuracy_KIND` of each kind that occurs, in [0, 1]; `questions`; and what

@@ -74,6 +74,10 @@ class Evaluator:
         Raises:
           NoScores: the data cannot be scored.
         """
+        return Scores(dict(self.pairs(params)))
+
+    def pairs(self, params: Any) -> Pairs:
+        """(name, value) of every score, of an evaluator without an outcome of its own."""
         raise NotImplementedError
 
     def __call__(self, params: Any) -> Pairs:

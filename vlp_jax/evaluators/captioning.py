@@ -18,7 +18,7 @@ from vlp_jax.data.stream import RAW_TEXT
 from vlp_jax.data.wording import Wording, caption_wording, captions_of
 from vlp_jax.errors import NoScores, UserError
 from vlp_jax.evaluators import classification
-from vlp_jax.evaluators.base import SHOWN, Evaluator, Outcome, Pairs, Resources, Scores
+from vlp_jax.evaluators.base import SHOWN, Evaluator, Outcome, Pairs, Resources
 from vlp_jax.evaluators.caption_scores import SCORES, cider, tokens_of
 from vlp_jax.evaluators.class_lists import check_class_names, check_templates, fill, lines
 from vlp_jax.evaluators.outputs import check_field, check_labels, numbered, outputs_of
@@ -269,10 +269,6 @@ class Likelihood(Evaluator):
         names = _class_names(self._pipeline, label_field, class_names)
         (template,) = check_templates((template,))
         self._texts = [fill(template, name) for name in names]
-
-    def outcome(self, params: Any) -> Scores:
-        """The scores of `pairs`."""
-        return Scores(dict(self.pairs(params)))
 
     def pairs(self, params: Any) -> Pairs:
         """`top1` in [0, 1], `top5` with more than five classes, `examples`, `classes`, `chance`.

@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from vlp_jax.errors import UserError
-from vlp_jax.evaluators.base import Evaluator, Pairs, Resources, Scores
+from vlp_jax.evaluators.base import Evaluator, Pairs, Resources
 from vlp_jax.evaluators.outputs import numbered
 from vlp_jax.objectives import Objective
 from vlp_jax.objectives.base import SEPARATOR, Context, Function, Metrics
@@ -107,10 +107,6 @@ class Loss(Evaluator):
                 f"this loss is of whole batches of {resources.batch_size}, and the split has "
                 f"{shortest} examples; take more of them (limit) or a smaller batch_size"
             )
-
-    def outcome(self, params: Any) -> Scores:
-        """The scores of `pairs`."""
-        return Scores(dict(self.pairs(params)))
 
     def pairs(self, params: Any) -> Pairs:
         """Each metric of the objective, `loss` among them, and `examples`, how many count.

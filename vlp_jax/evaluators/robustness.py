@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 from vlp_jax.errors import UserError
 from vlp_jax.evaluators import corruptions as corruptions_lib
 from vlp_jax.evaluators.attacks import PREFIX
-from vlp_jax.evaluators.base import Evaluator, Pairs, Resources, Scores
+from vlp_jax.evaluators.base import Evaluator, Pairs, Resources
 from vlp_jax.evaluators.class_lists import renumber
 from vlp_jax.evaluators.outputs import (
     check_field,
@@ -98,10 +98,6 @@ class Robustness(Evaluator):
         if self._numbers is None:
             of_model = numbers_of_model(resources, data, self._pipeline, label_field)
             self._numbers = functools.partial(renumber, numbers=of_model)
-
-    def outcome(self, params: Any) -> Scores:
-        """The scores of `pairs`."""
-        return Scores(dict(self.pairs(params)))
 
     def pairs(self, params: Any) -> Pairs:
         """All in [0, 1]: `clean`; `NAME`, the mean over the severities of a corruption, and

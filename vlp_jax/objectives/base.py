@@ -96,9 +96,9 @@ class Function:
     inputs: Mapping[str, str]
     output: str
 
-    def __call__(self, params: Params, inputs: Any) -> Any:
-        """Computes it."""
-        return self.call(params, inputs)
+    def __call__(self, params: Params, inputs: Any, **settings: Any) -> Any:
+        """Computes it, with other settings than its defaults if any are given."""
+        return self.call(params, inputs, **settings)
 
 
 def of_images(call: Callable[..., Array], output: str) -> Function:
