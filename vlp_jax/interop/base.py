@@ -317,7 +317,8 @@ def differences(source: Module, here: Module) -> list[str]:
     """
     towers, ours = source.towers(), here.towers()
     lines = []
-    for part in towers.keys() & ours.keys() if type(source) is type(here) else ("image",):
+    both = [part for part in towers if part in ours]  # in the model's own order
+    for part in both if type(source) is type(here) else ["image"]:
         lines += _fields(part, towers[part], ours[part])
     if any(module is image_of(module) for module in (source, here)):
         return lines  # a tower alone has no fields but its own
