@@ -224,24 +224,16 @@ class Encoder(nn.Module):
         rates = jnp.linspace(0, config.stochastic_depth, config.depth) if drops else None
         each = None if cache is None else (cache.own, cache.context)
         told = (mask, context, None if cache is None else cache.filled)
-        if compute.scan_layers:
-            scan = nn.scan(
-                _layer,
-                variable_axes={"params": 0},
-                split_rngs={"params": True, "drop_path": True},
-                in_axes=((0, 0), nn.broadcast),
-                length=config.depth,
-                metadata_params={nn.PARTITION_NAME: "layers"},
-            )
-            x, made = scan(block(config, compute, name="layers"), x, (rates, each), told)
-        else:
-            rows = []
-            for index in range(config.depth):
-                layer = block(config, compute, name=f"layer_{index}")
-                own = jax.tree.map(lambda leaf, index=index: leaf[index], (rates, each))
-                x, row = _layer(layer, x, own, told)
-                rows.append(row)
-            made = None if cache is None else jax.tree.map(lambda *leaves: jnp.stack(leaves), *rows)
+        scan = nn.scan(
+            _layer,
+            variable_axes={"params": 0},
+            split_rngs={"params": True, "drop_path": True},
+            in_axes=((0, 0), nn.broadcast),
+            length=config.depth,
+            unroll=1 if compute.scan_layers else config.depth,
+            metadata_params={nn.PARTITION_NAME: "layers"},
+        )
+        x, made = scan(block(config, compute, name="layers"), x, (rates, each), told)
         x = norm(config, compute.dtype, "norm")(x) if self.final_norm else x
         if cache is None:
             return x
