@@ -135,6 +135,23 @@ def test_gradients_against_a_finite_difference(name, case):
     gradients_fit(name, case)
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_cudnn_is_asked_for_even_lengths_alone(case, monkeypatch):
+    """JAX refuses odd ones in training. XLA computes in the place of cuDNN, which is not here."""
+    compute = jax.nn.dot_product_attention
+
+    def even(query, key, value, implementation, **told):
+        assert implementation == "cudnn" and query.shape[1] % 2 == key.shape[1] % 2 == 0
+        return compute(query, key, value, implementation="xla", **told)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", even)
+    (q, k, v, _), rules = inputs(case)
+    arrays = [jnp.asarray(x, jnp.float32) for x in (q, k, v)]
+    values = jax.jit(of_name("cudnn"))(*arrays, mask_of(rules))
+    np.testing.assert_allclose(values, oracle(q, k, v, rules), atol=3e-6)
+    gradients_fit("cudnn", case)
+
+
 @pytest.mark.parametrize("names", combinations(), ids="+".join)
 def test_every_combination_of_rules_where_it_is_held(names):
     """Values and gradients; and an error where it is not held."""

@@ -14,6 +14,7 @@ there is an error; so there is for a mask that it does not hold (`HOLDS`).
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 
@@ -28,6 +29,7 @@ from vlp_jax.models.attention_kernel import LANES, short_attention
 from vlp_jax.models.attention_mask import CAUSAL, KINDS, LENGTHS, SEE_ALL, AttentionMask
 
 Heads = Float[Array, "batch tokens heads head_dim"]
+Attention = Callable[[Heads, Heads, Heads, AttentionMask], Heads]
 
 
 def _xla(query: Heads, key: Heads, value: Heads, mask: AttentionMask) -> Heads:
@@ -40,8 +42,8 @@ def _xla(query: Heads, key: Heads, value: Heads, mask: AttentionMask) -> Heads:
 
 
 def _cudnn(query: Heads, key: Heads, value: Heads, mask: AttentionMask) -> Heads:
-    # Lengths and causality are told as such and not as a mask: that would become a bias, with which
-    # cuDNN takes no odd lengths in training.
+    # JAX turns an array of a mask into a bias, for which cuDNN is slower; lengths and causality it
+    # takes as such.
     try:
         return jax.nn.dot_product_attention(
             query,
@@ -65,15 +67,23 @@ def _xla_bf16(query: Heads, key: Heads, value: Heads, mask: AttentionMask) -> He
     return jnp.einsum("bhqk,bkhd->bqhd", jax.nn.softmax(scores), value)
 
 
-def _xla_padded(query: Heads, key: Heads, value: Heads, mask: AttentionMask) -> Heads:
+def _padded(
+    attention: Attention,
+    multiple: int,
+    query: Heads,
+    key: Heads,
+    value: Heads,
+    mask: AttentionMask,
+) -> Heads:
+    """`attention` of sequences that are filled up to a multiple; nothing sees what fills them."""
     batch, tokens, keys = query.shape[0], query.shape[1], key.shape[1]
 
     def pad(x: Heads) -> Heads:
-        return jnp.pad(x, ((0, 0), (0, -x.shape[1] % LANES), (0, 0), (0, 0)))
+        return jnp.pad(x, ((0, 0), (0, -x.shape[1] % multiple), (0, 0), (0, 0)))
 
-    if mask.lengths is None and keys % LANES:
+    if mask.lengths is None and keys % multiple:
         mask = mask.replace(lengths=jnp.full((batch,), keys, jnp.int32))
-    return _xla(pad(query), pad(key), pad(value), mask)[:, :tokens]
+    return attention(pad(query), pad(key), pad(value), mask)[:, :tokens]
 
 
 def _pallas(query: Heads, key: Heads, value: Heads, mask: AttentionMask) -> Heads:
@@ -130,12 +140,13 @@ def _spec(
     return PartitionSpec(*found)
 
 
-ATTENTIONS: dict[str, Callable[[Heads, Heads, Heads, AttentionMask], Heads]] = {
+ATTENTIONS: dict[str, Attention] = {
     "xla": _xla,
     "xla_bf16": _xla_bf16,
-    "xla_padded": _xla_padded,
+    "xla_padded": functools.partial(_padded, _xla, LANES),
     "pallas": _pallas,
-    "cudnn": _cudnn,
+    # JAX refuses odd lengths in training: patches and a class token, or one query of a pooling.
+    "cudnn": functools.partial(_padded, _cudnn, 2),
 }
 # The rules of a mask that each holds.
 HOLDS: dict[str, tuple[str, ...]] = {
