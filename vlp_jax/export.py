@@ -31,7 +31,7 @@ from vlp_jax.parallel import startup
 from vlp_jax.training import checkpoint
 from vlp_jax.training.command import run_command
 from vlp_jax.training.restore import CHOICES
-from vlp_jax.training.run import Run, bounded, read_stacked, resizing
+from vlp_jax.training.run import Run, bounded, resizing
 
 EPILOG = """formats:
   hf_clip     transformers CLIPModel        hf_siglip   transformers SiglipModel
@@ -217,7 +217,7 @@ def export(arguments: argparse.Namespace) -> str:
     check_arguments_fit(arguments, workdir, output)
     run = Run.open(workdir)
     saved = run.saved(arguments.step, arguments.params)
-    leaf, model, note = choose(run.objective, read_stacked(saved), arguments.format, arguments.part)
+    leaf, model, note = choose(run.objective, saved.read(), arguments.format, arguments.part)
     notes = [note] if note else []
     extras = extras_of(run, leaf, notes) | chosen_settings(arguments)
     job = Job(

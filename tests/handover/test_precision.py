@@ -5,7 +5,7 @@ import pytest
 import torch
 from foreign import autoencoder, clip, random_params, siglip
 
-from vlp_jax.interop import precision, stack_layers, unstack_layers
+from vlp_jax.interop import precision
 
 
 @pytest.mark.parametrize("model", [clip(), siglip(), autoencoder()], ids=["clip", "siglip", "mae"])
@@ -59,14 +59,15 @@ def test_what_is_no_matrix_stays_and_tables_of_tokens_have_a_scale_a_row():
             np.testing.assert_array_equal(stored[path], x)
 
 
-def test_rounding_does_not_depend_on_whether_layers_are_stacked():
-    params = random_params(clip())
+def test_each_layer_is_rounded_by_itself():
+    """A scale of int8 is of one layer's weights alone."""
+    params = {path: x for path, x in random_params(clip()).items() if "/layers/" in path}
+    assert params
     for weights in ("bfloat16", "int8"):
-        stacked = precision.rounded(params, weights)
-        apart = stack_layers(precision.rounded(unstack_layers(params), weights))
-        assert stacked.keys() == apart.keys()
-        for path, x in stacked.items():
-            np.testing.assert_array_equal(x, apart[path])
+        for path, x in precision.rounded(params, weights).items():
+            for layer, own in enumerate(params[path]):
+                alone = precision.rounded({path.replace("/layers/", "/layer/"): own}, weights)
+                np.testing.assert_array_equal(x[layer], *alone.values())
 
 
 def test_bfloat16_is_pytorchs_and_single_numbers_stay():

@@ -86,20 +86,17 @@ def test_activations(name, torch_formula):
 
 
 @pytest.mark.parametrize("pooling", ["cls", "mean", "map"])
-def test_scanned_layers_equal_separate_ones(pooling):
-    scanned, separate = (
+def test_a_loop_over_layers_and_layers_written_out_are_the_same(pooling):
+    loop, written_out = (
         tiny_vit(ComputeConfig(scan_layers=s), pooling=pooling) for s in (True, False)
     )
-    params = perturbed(scanned, image())["params"]
-    encoder = dict(params["encoder"])
-    stacked = encoder.pop("layers")
-    for index in range(3):
-        encoder[f"layer_{index}"] = jax.tree.map(lambda x, i=index: x[i], stacked)
-    np.testing.assert_allclose(
-        apply(scanned, {"params": params}, image()),
-        apply(separate, {"params": {**params, "encoder": encoder}}, image()),
-        atol=1e-5,
-    )
+    params = perturbed(loop, image())
+    outputs = []
+    for model, loops in ((loop, 1), (written_out, 0)):
+        program = jax.jit(model.apply).lower(params, image())
+        assert program.as_text().count("stablehlo.while") == loops
+        outputs.append(program.compile()(params, image()))
+    np.testing.assert_allclose(*outputs, atol=1e-5)
 
 
 @pytest.mark.parametrize("remat", ["full", "dots"])

@@ -101,17 +101,6 @@ def test_a_checkpoint_can_be_chosen(run, tmp_path):
     np.testing.assert_allclose(flat(state.params)[UP], params[UP] - 0.25, atol=1e-6)
 
 
-def test_layers_one_by_one_and_stacked(run, tmp_path):
-    workdir, params = run
-    setup = setup_from(workdir, scan_layers=False, optimizer={"ema_decay": 0.9})
-    alone = start_of(setup, tmp_path).state(setup)
-    for tree in (flat(alone.params), flat(alone.ema)):
-        np.testing.assert_array_equal(tree["image/encoder/layer_1/mlp/up/kernel"], params[UP][1])
-    save(tmp_path, alone, 2)
-    again = setup_from(tmp_path)
-    assert_same(flat(start_of(again, tmp_path / "new").state(again).params), params)
-
-
 def test_the_average_is_preferred(run, tmp_path):
     setup = setup_from(optimizer={"ema_decay": 0.9})
     state = helpers.fresh(setup)

@@ -1,4 +1,4 @@
-"""A checkpoint in another layout of the layers, and its parameters alone."""
+"""A checkpoint on another mesh, or of an older version, and its parameters alone."""
 
 import re
 
@@ -7,10 +7,11 @@ import jax
 import numpy as np
 import pytest
 import tensorstore
+from flax.traverse_util import unflatten_dict
 
+from tools import stack_layers
 from vlp_jax.errors import UserError
-from vlp_jax.parallel.batch import put_batch
-from vlp_jax.training import checkpoint, layer_layout
+from vlp_jax.training import checkpoint
 from vlp_jax.training.checkpoint import Checkpointer
 from vlp_jax.training.restore import SavedParameters, mismatch_report, shapes_of
 
@@ -18,8 +19,8 @@ ELSEWHERE = {"replica": 2, "fsdp": 2, "tensor": 2}
 BYTES_READ = "/tensorstore/kvstore/file/bytes_read"
 
 
-def setup_of(scan, optimizer="adamw", sizes=None, ema=0.9, frozen=(), devices=8, **objective):
-    config = helpers.tiny_config(scan_layers=scan, **objective)
+def setup_of(optimizer="adamw", sizes=None, ema=0.9, frozen=(), devices=8, **objective):
+    config = helpers.tiny_config(**objective)
     config.optimizer.name = optimizer
     config.optimizer.ema_decay = ema
     config.optimizer.frozen = frozen
@@ -66,127 +67,93 @@ def assert_laid_out(tree, abstract):
         assert leaf.sharding == wanted.sharding
 
 
-@pytest.mark.parametrize(
-    "optimizer",
-    ["adamw", *(pytest.param(o, marks=pytest.mark.slow) for o in ("adafactor", "muon", "lion"))],
-)
-def test_stacked_layers_are_taken_apart_and_stacked_again(tmp_path, optimizer):
-    stacked, separate = setup_of(True, optimizer), setup_of(False, optimizer, ELSEWHERE)
-    state = random_state(stacked)
-    save(tmp_path / "stacked", state)
-    apart, told = restore(tmp_path / "stacked", separate)
-    assert told[0].startswith("note: the layout of the layers is converted: stacked layers taken")
-    assert_laid_out(apart, separate.abstract)
-    before, after, layers = flat(state), flat(apart), 0
-    for path, array in after.items():
-        match = re.search("layer_([01])/", path)
-        if match:
-            source = path.replace(f"layer_{match[1]}/", "layers/")
-            source = source.replace("inner_states/single", "inner_states/stack_of_2")
-            whole = before[source if source in before else path]
-            np.testing.assert_array_equal(array, whole[int(match[1])], path)
-            layers += 1
-        else:
-            np.testing.assert_array_equal(array, before[path], path)
-    assert layers >= 2 * 2 * 2 * 16 * (2 if optimizer == "lion" else 3) / 2
-    save(tmp_path / "separate", apart)
-    again, told = restore(tmp_path / "separate", stacked)
-    assert told[0].startswith("note: the layout of the layers is converted: separate layers stac")
-    assert_laid_out(again, stacked.abstract)
-    jax.tree.map(np.testing.assert_array_equal, flat(again), before)
+@pytest.mark.parametrize(("saved_depth", "depth"), [(2, 3), (3, 2)])
+def test_other_depths_are_refused(saved_depth, depth):
+    def shapes(depth):
+        tower = {"width": 32, "depth": depth, "mlp_dim": 64, "heads": 2}
+        return shapes_of(setup_of(text={"variant": "mu", **tower}).abstract)
+
+    report = mismatch_report(shapes(saved_depth), shapes(depth))
+    there, here = ((number, 2, 16) for number in (saved_depth, depth))
+    path = "params/text/encoder/layers/attention/key/bias"
+    assert f"{path} is {there} in the checkpoint and {here} in the model" in report
 
 
-def test_a_layout_that_is_the_same_is_not_talked_about(tmp_path):
-    setup = setup_of(False)
-    state = random_state(setup)
+def test_a_loop_over_layers_and_layers_written_out_have_one_state(tmp_path):
+    loop, written_out = setup_of(scan_layers=True), setup_of(scan_layers=False, sizes=ELSEWHERE)
+    state = random_state(loop)
     save(tmp_path, state)
-    restored, told = restore(tmp_path, setup)
+    restored, told = restore(tmp_path, written_out)
     assert told == []
+    assert_laid_out(restored, written_out.abstract)
     jax.tree.map(np.testing.assert_array_equal, flat(restored), flat(state))
 
 
-def go_on(setup, state, first, last):
-    """The losses of steps `first` to `last`."""
-    step, losses = helpers.compiled(setup), []
-    for batch in list(helpers.batches(last))[first:]:
-        state, metrics = step(state, put_batch(batch, setup.mesh))
-        losses.append(float(metrics["loss"][0]) / float(metrics["loss"][1]))
-    return losses
+def apart(state):
+    """A state as older versions kept it without a loop: path -> array, each layer by itself."""
+    found = {}
+    for path, array in flat(state).items():
+        single = re.sub(r"inner_states/stack_of_2/", "inner_states/single/", path)
+        if "/layers/" in path:
+            for layer, own in enumerate(array):
+                found[single.replace("/layers/", f"/layer_{layer}/")] = own
+        elif single == path:  # the counts of steps of a group of layers were those of all
+            found[path] = array
+    return found
 
 
-def check_training_goes_on(tmp_path, optimizer, scan):
-    setup = setup_of(scan, optimizer, devices=1)
-    other = setup_of(not scan, optimizer, devices=1)
-    state, _ = helpers.train(setup, 4)
-    save(tmp_path, state, step=4)
-    converted, _ = restore(tmp_path, other)
-    wanted = go_on(setup, state, 4, 10)
-    np.testing.assert_allclose(go_on(other, converted, 4, 10), wanted, rtol=1e-4)
-    # Without the moments of the optimizer the losses are others.
-    fresh = other.optimizer.init(converted.params)
-    restarted, _ = restore(tmp_path, other)
-    lost = restarted.replace(opt_state=fresh)
-    assert np.abs(np.subtract(go_on(other, lost, 4, 10), wanted)).max() > 1e-3
+@pytest.fixture
+def older(tmp_path):
+    """A function that makes a workdir of an older version from a state."""
+
+    def make(state):
+        save(tmp_path / "old", unflatten_dict(state, sep="/"), step=4)
+        (tmp_path / "old" / "config.json").write_text("{}")
+        (tmp_path / "old" / "tensorboard" / "train").mkdir(parents=True)
+        (tmp_path / "old" / "tensorboard" / "train" / "events").write_bytes(b"1")
+        return tmp_path / "old"
+
+    return make
 
 
-@pytest.mark.slow
-def test_training_goes_on_after_a_conversion(tmp_path):
-    check_training_goes_on(tmp_path, "adamw", scan=True)
+@pytest.mark.parametrize("optimizer", ["adamw", "adafactor", "muon", "lion"])
+def test_layers_of_an_older_version_are_stacked(older, tmp_path, capsys, optimizer):
+    setup, new = setup_of(optimizer), tmp_path / "new"
+    state = random_state(setup)
+    old = older(apart(state))
+    with pytest.raises(UserError, match="keeps each layer by itself.*python -m tools.stack_layers"):
+        restore(old, setup)
+    with pytest.raises(UserError, match="keeps each layer by itself"):
+        SavedParameters.of(checkpoint.absolute(old), 4)
+    assert stack_layers.main([str(old), "--output", str(new)]) == 0
+    assert "step 4: " in capsys.readouterr().out
+    restored, told = restore(new, setup)
+    assert told == []
+    assert_laid_out(restored, setup.abstract)
+    jax.tree.map(np.testing.assert_array_equal, flat(restored), flat(state))
+    assert (new / "config.json").read_text() == "{}"
+    assert (new / "tensorboard" / "train" / "events").read_bytes() == b"1"
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("scan", [True, False])
-@pytest.mark.parametrize("optimizer", ["adamw", "muon", "adafactor", "lion"])
-def test_training_goes_on_with_every_optimizer(tmp_path, optimizer, scan):
-    check_training_goes_on(tmp_path, optimizer, scan)
-
-
-@pytest.mark.parametrize("saved_stacked", [True, False])
-@pytest.mark.parametrize(("saved_depth", "depth"), [(2, 3), (3, 2)])
-def test_other_depths_are_refused_in_another_layout_too(saved_stacked, saved_depth, depth):
-    def abstract(stacked, depth):
-        tower = {"width": 32, "depth": depth, "mlp_dim": 64, "heads": 2}
-        return shapes_of(setup_of(stacked, text={"variant": "mu", **tower}).abstract)
-
-    saved, wanted = abstract(saved_stacked, saved_depth), abstract(not saved_stacked, depth)
-    origins = layer_layout.find_origins(saved, wanted)
-    report = mismatch_report(layer_layout.converted_shapes(saved, origins), wanted)
-    if saved_stacked:
-        shape = "(2, 16)"
-        there = (shape, "absent") if depth == 2 else ("absent", shape)
-        path = "params/text/encoder/layer_2/attention/key/bias"
-    else:
-        there = (f"({saved_depth}, 2, 16)", f"({depth}, 2, 16)")
-        path = "params/text/encoder/layers/attention/key/bias"
-    assert f"{path} is {there[0]} in the checkpoint and {there[1]} in the model" in report
-    same = abstract(not saved_stacked, saved_depth)
-    origins = layer_layout.find_origins(saved, same)
-    assert mismatch_report(layer_layout.converted_shapes(saved, origins), same) == ""
-
-
-def test_a_layer_that_alone_is_frozen_has_no_state_to_be_stacked(tmp_path):
-    frozen = setup_of(False, frozen=("image/encoder/layer_0/.*",))
-    save(tmp_path, random_state(frozen))
-    with pytest.raises(UserError) as error:
-        restore(tmp_path, setup_of(True))
-    message = str(error.value)
-    assert "the optimizer's state cannot be converted: opt_state/1/0/mu/image/encoder" in message
-    assert "config.init_from.source" in message and "\n" not in message
-
-
-def test_what_is_nowhere_has_no_origin():
-    saved = {"a/layers/w": (2, 3), "b/layer_0/w": (4,), "b/layer_2/w": (4,)}
-    wanted = {"a/layer_1/w": (3,), "a/layer_2/w": (3,), "b/layers/w": (3, 4), "c": ()}
-    origins = layer_layout.find_origins(saved, wanted)
-    assert list(origins) == ["a/layer_1/w"]
-    assert origins["a/layer_1/w"].shape(saved) == (3,)
+def test_what_cannot_be_stacked_is_named(older, tmp_path, capsys):
+    setup = setup_of()
+    state = apart(random_state(setup))
+    moments = [path for path in state if path.startswith("opt_state/") and "/layer_0/" in path]
+    old = older({path: array for path, array in state.items() if path not in moments})
+    for output, words in ((tmp_path / "new", "is of the layers [1] alone"), (old, "exists; give")):
+        assert stack_layers.main([str(old), "--output", str(output)]) == 2
+        assert words in capsys.readouterr().err
+    assert moments and not (tmp_path / "new").exists()
+    save(tmp_path / "today", random_state(setup))
+    assert stack_layers.main([str(tmp_path / "today"), "--output", str(tmp_path / "other")]) == 2
+    assert "are stacked already; it can be used as it is" in capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")
 def averaged(tmp_path_factory):
     """A workdir with a checkpoint by AdamW with an average, its setup and its state."""
     workdir = tmp_path_factory.mktemp("averaged")
-    setup = setup_of(True, image={"variant": "mu/8", "image_size": 16, "width": 256, "depth": 2})
+    setup = setup_of(image={"variant": "mu/8", "image_size": 16, "width": 256, "depth": 2})
     state = random_state(setup)
     save(workdir, state, step=5)
     return workdir, setup, state
@@ -212,14 +179,13 @@ def bytes_read(function):
 def test_parameters_alone_come_onto_any_mesh_whatever_the_optimizer(averaged, choice, part):
     workdir, setup, state = averaged
     image = {"variant": "mu/8", "image_size": 16, "width": 256, "depth": 2}
-    other = setup_of(False, "adafactor", ELSEWHERE, ema=0, image=image)
+    other = setup_of("adafactor", ELSEWHERE, ema=0, image=image)
     saved = SavedParameters.of(checkpoint.absolute(workdir), 5, choice)
     loaded, read = bytes_read(lambda: saved.load(other.abstract.params))
     assert (loaded.step, loaded.part) == (5, part)
     assert_laid_out(loaded.params, other.abstract.params)
-    stacked = layer_layout.stack_layers(flat(loaded.params), np.stack)
     wanted = flat(getattr(state, part))
-    jax.tree.map(np.testing.assert_array_equal, stacked, wanted)
+    jax.tree.map(np.testing.assert_array_equal, flat(loaded.params), wanted)
     jax.tree.map(np.testing.assert_array_equal, saved.read(), wanted)
     size = sum(array.nbytes for array in wanted.values())
     # The index of the files counts as well, some of it more than once, and on a busy machine
@@ -234,11 +200,11 @@ def test_the_whole_state_of_another_optimizer_is_refused(averaged):
     workdir, setup, _ = averaged
     image = {"variant": "mu/8", "image_size": 16, "width": 256, "depth": 2}
     with pytest.raises(UserError, match="belongs to another model: opt_state/"):
-        restore(workdir, setup_of(True, "lion", image=image))
+        restore(workdir, setup_of("lion", image=image))
 
 
 def test_an_average_that_is_not_there_is_refused(tmp_path):
-    setup = setup_of(True, ema=0)
+    setup = setup_of(ema=0)
     save(tmp_path, random_state(setup))
     workdir = checkpoint.absolute(tmp_path)
     assert SavedParameters.of(workdir, 1).part == "params"
@@ -251,4 +217,4 @@ def test_parameters_of_another_model_are_refused(averaged):
     workdir, _, _ = averaged
     saved = SavedParameters.of(checkpoint.absolute(workdir), 5)
     with pytest.raises(UserError, match=r"key/bias is \(2, 2, 128\) in the checkpoint and"):
-        saved.load(setup_of(True).abstract.params)
+        saved.load(setup_of().abstract.params)

@@ -24,7 +24,7 @@ from vlp_jax.models.masked_autoencoder import MaskedAutoencoder
 from vlp_jax.objectives.base import Function
 from vlp_jax.objectives.compute import DTYPES
 from vlp_jax.objectives.of_model import objective_of
-from vlp_jax.training.run import Run, bounded, read_stacked, resizing
+from vlp_jax.training.run import Run, bounded, resizing
 
 # The models of parts of a run that are loaded; the first of a run's is `Encoder.module`.
 LOADED = (DualEncoder, CoCa, MaskedAutoencoder, Captioner)
@@ -85,7 +85,7 @@ def _of_run(source: str, run: Run, step: int | None, params: str, dtype: str) ->
         own = dataclasses.replace(leaf, model=with_dtype(leaf.model, DTYPES[dtype]))
         functions = own.functions() | functions
     expected = {path for leaf in usable for path in interop.trees.expected_shapes(leaf.model)}
-    weights = {k: v for k, v in bounded(usable[0], read_stacked(saved)).items() if k in expected}
+    weights = {k: v for k, v in bounded(usable[0], saved.read()).items() if k in expected}
     module, notes, texts = with_dtype(usable[0].model, DTYPES[dtype]), [], None
     if functions.keys() & {"embed_text", "caption"}:
         wording, more = run.wording

@@ -21,6 +21,7 @@ from vlp_jax.models.attention_mask import SEE_ALL, AttentionMask
 from vlp_jax.models.dual_encoder import DualEncoder
 from vlp_jax.models.heads import MultiHeadAttention
 from vlp_jax.models.layers import Encoder
+from vlp_jax.models.parameters import norm
 
 Params = Any
 Edit = Callable[[Array], Array]
@@ -45,8 +46,7 @@ def tapped(
 ) -> tuple[Any, Seen]:
     """Runs a method of a dual encoder and tells what happened inside. To be called under jit.
 
-    What is seen has the path of the module that made it, as its parameters have it with
-    `scan_layers` off:
+    What is seen has the path of the module that made it, with each layer by itself:
 
     | path | what |
     |---|---|
@@ -59,7 +59,7 @@ def tapped(
     weights, [batch, tokens, heads, head_dim]; with "/value" the values that were mixed.
 
     Args:
-      params: the parameters, boxed or not, of layers stacked or not.
+      params: the parameters, boxed or not.
       inputs: of the method.
       edits: path -> a function of what is seen there; its result takes that place in the rest of
         the pass. What is reported is as it was before.
@@ -71,41 +71,24 @@ def tapped(
       ValueError: an edit of something that the method does not come by.
     """
     edits = dict(edits or {})
-    plain, tree = unrolled(module), unrolled_params(module, params)
     taps = _Taps(edits)
     with nn.intercept_methods(taps):
-        output = plain.apply({"params": tree}, *inputs, method=method)
+        output = _plain(module).apply({"params": nn.unbox(params)}, *inputs, method=method)
     missing = sorted(set(edits) - set(taps.seen))
     if missing:
         raise ValueError(f"{method} does not come by {', '.join(missing)}")
     return output, taps.seen
 
 
-def unrolled(module: DualEncoder) -> DualEncoder:
-    """The same model with its layers one by one, so that each of them can be told apart."""
+def _plain(module: DualEncoder) -> DualEncoder:
+    """The same model by XLA's attention, whose queries and keys can be seen, and without remat."""
 
-    # Under remat, what an interceptor sees would not be allowed to leave the layer.
     def plain(tower: nn.Module) -> nn.Module:
-        compute = dataclasses.replace(
-            tower.compute, scan_layers=False, remat="none", attention="xla"
-        )
+        # Under remat, what an interceptor sees would not be allowed to leave the layer.
+        compute = dataclasses.replace(tower.compute, remat="none", attention="xla")
         return tower.clone(compute=compute)
 
     return module.clone(image=plain(module.image), text=plain(module.text))
-
-
-def unrolled_params(module: DualEncoder, params: Params) -> dict[str, Any]:
-    """The parameters that `unrolled` takes, from those of the module."""
-    tree = dict(nn.unbox(params))
-    for tower in TOWERS:
-        if not getattr(module, tower).compute.scan_layers:
-            continue
-        encoder = dict(tree[tower]["encoder"])
-        stacked = encoder.pop("layers")
-        for layer in range(getattr(module, tower).transformer.depth):
-            encoder[f"layer_{layer}"] = jax.tree.map(lambda x, layer=layer: x[layer], stacked)
-        tree[tower] = {**tree[tower], "encoder": encoder}
-    return tree
 
 
 def attention_weights(
@@ -130,6 +113,7 @@ class _Taps:
     def __init__(self, edits: Mapping[str, Edit]):
         self.seen: Seen = {}
         self._edits = edits
+        self._above = ""  # the path of the layer that is running, and a slash
         self._masks: dict[str, AttentionMask] = {}
         self._parts: dict[str, Array] = {}  # queries, keys and values, until they are used
 
@@ -140,21 +124,52 @@ class _Taps:
         kwargs: dict[str, Any],
         context: nn.module.InterceptorContext,
     ) -> Any:
-        module, path = context.module, "/".join(context.module.path)
-        if context.method_name != "__call__" or not path:
+        module, path = context.module, self._path(context.module)
+        if context.method_name != "__call__" or not module.path:
             return call(*args, **kwargs)
+        if isinstance(module, Encoder):
+            return self._see(path, self._layers(module, path, *args, **kwargs))
         if isinstance(module, MultiHeadAttention):
             self._masks[path] = args[2] if len(args) > 2 else kwargs.get("mask", SEE_ALL)
         inside = isinstance(module.parent, MultiHeadAttention)
         if inside and module.name == "out":
-            path = "/".join(module.parent.path)
+            path = self._path(module.parent)
             return call(self._mix(module.parent, path, args[0]), **kwargs)
         output = call(*args, **kwargs)
         if inside:
             self._parts[path] = output
-        elif isinstance(module, Encoder) or path in TOWERS or path.endswith("_projection"):
+        elif path in TOWERS or path.endswith("_projection"):
             output = self._see(path, output)
         return output
+
+    def _path(self, module: nn.Module) -> str:
+        return self._above + "/".join(module.path)
+
+    def _layers(
+        self,
+        encoder: Encoder,
+        path: str,
+        x: Array,
+        mask: AttentionMask = SEE_ALL,
+        train: bool = False,
+    ) -> Array:
+        """Does what the encoder does, one layer after the other.
+
+        The encoder's own loop is traced once for all layers, so that nothing seen in it could be
+        told apart or leave it.
+        """
+        config, compute = encoder.config, encoder.compute
+        params = encoder.variables["params"]
+        for layer in range(config.depth):
+            self._above = f"{path}/layer_{layer}/"
+            own = jax.tree.map(lambda leaf, layer=layer: leaf[layer], params["layers"])
+            block = encoder.block(config, compute, parent=None)
+            x = block.apply({"params": own}, x, None, mask)
+        self._above = ""
+        if encoder.final_norm:
+            last = norm(config, compute.dtype, None).clone(parent=None)
+            x = last.apply({"params": params["norm"]}, x)
+        return x
 
     def _mix(self, module: MultiHeadAttention, path: str, mixed: Array) -> Array:
         """What goes to the output projection: values mixed by weights that are seen."""

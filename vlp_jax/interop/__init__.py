@@ -35,9 +35,7 @@ from vlp_jax.interop.trees import (
     check_params,
     from_tree,
     image_of,
-    stack_layers,
     to_tree,
-    unstack_layers,
 )
 
 FORMATS: dict[str, Format] = {
@@ -165,8 +163,6 @@ __all__ = [
     "read",
     "read_weights",
     "rounded",
-    "stack_layers",
     "to_tree",
-    "unstack_layers",
     "write",
 ]

@@ -1,15 +1,13 @@
 """Parameters as flat dicts: path -> float32 array, the layers of an encoder stacked.
 
-"image/encoder/layers/attention/query/kernel" is `[depth, width, heads, head_dim]`, as a model with
-`scan_layers` has it. A model without has ".../encoder/layer_3/..." instead; `stack_layers` and
-`unstack_layers` go from one to the other. A `VisionTransformer` alone has the paths that it has as
+"image/encoder/layers/attention/query/kernel" is `[depth, width, heads, head_dim]`. A
+`VisionTransformer` alone has the paths that it has as
 the image tower of a larger model: they begin with "image/".
 """
 
 from __future__ import annotations
 
 import functools
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -30,54 +28,16 @@ from vlp_jax.models.vit import VisionTransformer
 Params = dict[str, np.ndarray]
 Module = DualEncoder | CoCa | MaskedAutoencoder | VisionTransformer
 
-_LAYER = re.compile(r"(^|.*/)layer_(\d+)/(.*)")
-
-
-def stack_layers(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """Paths ".../layer_0/x", ".../layer_1/x" and so on as one ".../layers/x", stacked along a first
-    axis; what is stacked already stays.
-
-    Raises:
-      ValueError: the layers of an encoder are not numbered from 0 without a gap.
-    """
-    stacked = {}
-    layers: dict[str, dict[int, Any]] = {}
-    for path, value in flat.items():
-        match = _LAYER.fullmatch(path)
-        if match:
-            layers.setdefault(f"{match[1]}layers/{match[3]}", {})[int(match[2])] = value
-        else:
-            stacked[path] = value
-    for path, values in layers.items():
-        if sorted(values) != list(range(len(values))):
-            raise ValueError(f"{path}: there are layers {sorted(values)}, not all from 0 on")
-        stacked[path] = np.stack([np.asarray(values[i]) for i in range(len(values))])
-    return stacked
-
-
-def unstack_layers(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """The inverse of `stack_layers`."""
-    apart = {}
-    for path, value in flat.items():
-        before, found, after = path.partition("encoder/layers/")
-        if not found:
-            apart[path] = value
-            continue
-        for i, layer in enumerate(value):
-            apart[f"{before}encoder/layer_{i}/{after}"] = layer
-    return apart
-
 
 def from_tree(module: Module, tree: Any) -> Params:
-    """The flat dict of a nested tree of parameters, boxed or not, stacked or not.
+    """The flat dict of a nested tree of parameters, boxed or not.
 
     Args:
       module: the model whose parameters they are.
       tree: what its `init` gives under "params".
     """
     flat = flax.traverse_util.flatten_dict(nn.unbox(tree), sep="/")
-    stacked = stack_layers({path: np.asarray(x, np.float32) for path, x in flat.items()})
-    return {_prefix(module) + path: x for path, x in stacked.items()}
+    return {_prefix(module) + path: np.asarray(x, np.float32) for path, x in flat.items()}
 
 
 def _prefix(module: Module) -> str:
@@ -87,13 +47,8 @@ def _prefix(module: Module) -> str:
 
 def to_tree(module: Module, params: Mapping[str, np.ndarray]) -> dict[str, Any]:
     """The inverse of `from_tree`: the nested tree that `module.apply` takes under "params"."""
-    towers, prefix = module.towers(), _prefix(module)
-    flat: dict[str, Any] = {}
-    for path, x in params.items():
-        tower = towers.get(path.split("/")[0])
-        apart = tower is not None and not tower.compute.scan_layers
-        for name, value in (unstack_layers({path: x}) if apart else {path: x}).items():
-            flat[name.removeprefix(prefix)] = value
+    prefix = _prefix(module)
+    flat = {path.removeprefix(prefix): x for path, x in params.items()}
     return flax.traverse_util.unflatten_dict(flat, sep="/")
 
 
@@ -104,7 +59,7 @@ def image_of(module: Module) -> VisionTransformer:
 
 @functools.lru_cache(maxsize=64)
 def expected_shapes(module: Module) -> dict[str, Shape]:
-    """The paths and shapes of all parameters of a model, layers stacked; computes nothing."""
+    """The paths and shapes of all parameters of a model; computes nothing."""
     module = plain(module)
     tree = jax.eval_shape(lambda: module.init(jax.random.key(0), *module.example())["params"])
     flat = flax.traverse_util.flatten_dict(nn.unbox(tree), sep="/")

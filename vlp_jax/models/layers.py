@@ -218,7 +218,7 @@ class Encoder(nn.Module):
         block = self.block
         if compute.remat != "none":
             policy = choose(REMAT_POLICIES, compute.remat, "remat policy")
-            # Inside a scan the loop itself keeps XLA from merging the two forward passes.
+            # A loop keeps XLA from merging the two forward passes; written out, nothing else does.
             block = nn.remat(block, policy=policy, prevent_cse=not compute.scan_layers)
         drops = train and config.stochastic_depth > 0
         rates = jnp.linspace(0, config.stochastic_depth, config.depth) if drops else None

@@ -101,8 +101,8 @@ class ComputeConfig:
         does not hold the shapes raises.
       quantization: "none" or "fp8", see `models.quantization`.
       remat: "none", or a name in `remat.REMAT_POLICIES`: what the backward pass computes again.
-      scan_layers: the layers are one `nn.scan` over parameters stacked along a leading `layers`
-        axis, so that compile time does not grow with depth; otherwise each layer stands alone.
+      scan_layers: the program loops over the layers, so that it takes no longer to compile for more
+        of them; False writes the loop out, and may run faster. Parameters are stacked either way.
     """
 
     dtype: Any = jnp.float32

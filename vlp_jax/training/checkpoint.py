@@ -270,16 +270,13 @@ class Checkpointer:
     def check_fits(self, abstract: TrainState) -> int:
         """Step of the newest checkpoint, whose state `restore` can put into `abstract`; 0 if none.
 
-        Tells whether layers have to be stacked or taken apart for that.
-
         Raises:
           UserError: the checkpoint holds other parameters; it names them with both shapes.
         """
         step = self.latest_step()
         if step is None:
             return 0
-        for note in self._reader(step, abstract).notes:
-            self._tell(f"note: {note}")
+        self._reader(step, abstract)
         return step
 
     def restore(self, abstract: TrainState, step: int) -> TrainState:

@@ -18,8 +18,8 @@ from vlp_jax.data.tokenizers import Tokenizer
 from vlp_jax.errors import UserError
 from vlp_jax.files import write_whole
 from vlp_jax.training import checkpoint, param_groups
-from vlp_jax.training.layer_layout import Shape, stack_layers, stacked_name
 from vlp_jax.training.matching import WHERE, Fate, Rules, check_rules, is_taken, match
+from vlp_jax.training.restore import Shape
 from vlp_jax.training.setup import Setup
 from vlp_jax.training.state import TrainState
 from vlp_jax.training.weights import (
@@ -147,7 +147,6 @@ def make_start(setup: Setup, workdir: epath.Path, tokenizer: Tokenizer) -> Start
         path: tuple(leaf.shape)
         for path, leaf in param_groups.flatten(setup.abstract.params).items()
     }
-    model = stack_layers(model, lambda layers: (len(layers), *layers[0]))
     grid = _model_grid(setup, model)
     takings: dict[str, Taking] = {}
     for where, wanted in _wanted(section).items():
@@ -271,10 +270,8 @@ def _model_grid(setup: Setup, model: Mapping[str, Shape]) -> Grid | None:
 def _replace(flat: dict[str, Any], abstract: Mapping[str, Any], chosen: Arrays) -> None:
     """Puts the arrays `chosen` in the place of the leaves of `flat`, laid out as these."""
     for path in flat:
-        name, layer = stacked_name(path)
-        if name in chosen:
-            array = chosen[name] if layer is None else chosen[name][layer]
-            flat[path] = _put(np.asarray(array), abstract[path])
+        if path in chosen:
+            flat[path] = _put(chosen[path], abstract[path])
 
 
 def _put(array: np.ndarray, like: jax.ShapeDtypeStruct) -> jax.Array:

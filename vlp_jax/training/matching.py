@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 
 from vlp_jax.errors import UserError, unknown_key_message
 from vlp_jax.training import param_groups
-from vlp_jax.training.layer_layout import Shape
+from vlp_jax.training.restore import Shape
 from vlp_jax.training.weights import POSITIONS, Grid, Source, square_grid
 
 WHERE = "config.init_from"
@@ -22,7 +22,7 @@ Rules = Sequence[tuple[str, str]]
 
 @dataclasses.dataclass(frozen=True)
 class Fate:
-    """What becomes of one parameter, its layers stacked.
+    """What becomes of one parameter.
 
     Attributes:
       kind: "loaded", "resampled" (positions, for another grid of patches), "fresh", or "skipped":
@@ -68,7 +68,7 @@ def match(
     another; all else must have the model's shape.
 
     Args:
-      model: path -> shape, layers stacked.
+      model: path -> shape.
       grid: of the model's patches; None if it has no images.
       where: what the source is called in an error.
 

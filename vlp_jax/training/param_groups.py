@@ -1,8 +1,7 @@
 """Which parameters are updated, and how far: frozen sub-trees and layer-wise learning-rate decay.
 
-A parameter's path is that of the model, "image/encoder/layers/mlp/up/kernel". The layers of a
-tower are stacked along the first axis of `encoder/layers/...`, or stand alone as
-`encoder/layer_0/...`.
+A parameter is named by its path in the model, "image/encoder/layers/mlp/up/kernel". The layers of
+a tower are stacked along the first axis of `encoder/layers/...`.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ BEFORE_BLOCKS = (
     "pre_norm",
 )
 AFTER_BLOCKS = ("encoder/norm", "norm", "pooling")
-STACKED, SEPARATE = re.compile(r"encoder/layers/.+"), re.compile(r"encoder/layer_(\d+)/.+")
+BLOCKS = "encoder/layers/"
 
 
 def map_with_path(function: Callable[[str, Any], Any], params: Any) -> Any:
@@ -158,16 +157,13 @@ def layer_factors(params: Any, decays: Mapping[str, float]) -> dict[str, float |
 
 def _depth(paths: Mapping[str, Any]) -> int:
     """How many blocks a tower has."""
-    stacked = (leaf.shape[0] for path, leaf in paths.items() if STACKED.fullmatch(path))
-    separate = (int(m.group(1)) + 1 for path in paths if (m := SEPARATE.fullmatch(path)))
-    return max([*stacked, *separate], default=0)
+    depths = (leaf.shape[0] for path, leaf in paths.items() if path.startswith(BLOCKS))
+    return max(depths, default=0)
 
 
 def _layer(path: str, depth: int, dims: int, tower: str) -> int | np.ndarray:
-    if STACKED.fullmatch(path):
+    if path.startswith(BLOCKS):
         return 1 + np.arange(depth).reshape(depth, *(1,) * (dims - 1))
-    if match := SEPARATE.fullmatch(path):
-        return 1 + int(match.group(1))
     for names, layer in ((BEFORE_BLOCKS, 0), (AFTER_BLOCKS, depth + 1)):
         if any(f"{path}/".startswith(f"{name}/") for name in names):
             return layer

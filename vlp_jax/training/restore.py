@@ -1,7 +1,7 @@
 """What a checkpoint holds, read into arrays on any mesh of any number of processes.
 
-Only paths and shapes decide: neither the mesh nor the processes that wrote a checkpoint matter, nor
-whether the layers of its model were stacked. Each process reads what its devices hold.
+Only paths and shapes decide: neither the mesh nor the processes that wrote a checkpoint matter.
+Each process reads what its devices hold.
 """
 
 from __future__ import annotations
@@ -21,9 +21,11 @@ from etils import epath
 
 from vlp_jax.errors import UserError
 from vlp_jax.files import is_remote
-from vlp_jax.training import checkpoint_files, layer_layout
-from vlp_jax.training.layer_layout import Shape
+from vlp_jax.training import checkpoint_files
 from vlp_jax.training.param_groups import flatten, unflatten
+
+Shape = tuple[int, ...]
+LAYER = re.compile(r"(^|.*/)layer_(\d+)/(.*)")  # a path in which a layer stands by itself
 
 MAX_LISTED = 4  # parameters that a mismatch names
 # Which parameters of a checkpoint are meant: "auto" is the average if there is one.
@@ -118,6 +120,17 @@ def mismatch_report(saved: Mapping[str, Shape], wanted: Mapping[str, Shape]) -> 
     return ", ".join(rows[:MAX_LISTED] + more)
 
 
+def _check_stacked(directory: epath.Path, paths: Collection[str]) -> None:
+    """Raises UserError for a checkpoint of an older version, with each layer by itself."""
+    apart = next((path for path in paths if LAYER.fullmatch(path)), None)
+    if apart is not None:
+        raise UserError(
+            f"the checkpoint {directory.parent} keeps each layer by itself ({apart}), as older "
+            f"versions did with scan_layers=False; python -m tools.stack_layers "
+            f"{directory.parent.parent.parent} --output DIR makes a workdir of it that can be read"
+        )
+
+
 @dataclasses.dataclass(frozen=True)
 class Reader:
     """Reads the whole or a part of the state in a checkpoint into arrays laid out as wanted.
@@ -127,7 +140,6 @@ class Reader:
       tree: Orbax's metadata of what is read.
       abstract: what is wanted, a tree of shapes, dtypes and shardings; that of a part is {"ema":
         ...}, as in the state.
-      origins: path in `abstract` -> where that is in the checkpoint.
       fresh: paths in `abstract` that begin anew, as zeros: the memory of the rule about spikes of
         the loss, where the checkpoint was made without that rule.
     """
@@ -135,7 +147,6 @@ class Reader:
     directory: epath.Path
     tree: Any
     abstract: Any
-    origins: Mapping[str, layer_layout.Origin]
     fresh: Collection[str] = ()
 
     @classmethod
@@ -147,64 +158,42 @@ class Reader:
           tree: what it reads of Orbax's metadata, if not the whole of these fields.
 
         Raises:
-          UserError: the checkpoint holds other parameters, which are named with both shapes, or an
-            optimizer's state that cannot be had with layers stacked in another way.
+          UserError: the checkpoint holds other parameters, which are named with both shapes.
         """
         if tree is None:
             tree = _metadata(directory)
             if isinstance(abstract, dict):
                 tree = {field: tree[field] for field in abstract}
         saved, wanted = shapes_of(tree), shapes_of(abstract)
+        _check_stacked(directory, saved)
         memory = {path for path in saved.keys() ^ wanted.keys() if path.startswith(MEMORY)}
         fresh = memory & wanted.keys()
         wanted = {path: shape for path, shape in wanted.items() if path not in memory}
         saved = {path: shape for path, shape in saved.items() if path not in memory}
-        origins = layer_layout.find_origins(saved, wanted)
-        report = mismatch_report(layer_layout.converted_shapes(saved, origins), wanted)
-        if report and layer_layout.is_other(origins) and "opt_state/" in report:
-            raise UserError(
-                f"the checkpoint {directory.parent} stacks the layers in another way than the "
-                f"model, and the optimizer's state cannot be converted: {report}; set scan_layers "
-                "and config.optimizer as the checkpoint has them, or give another workdir and "
-                "config.init_from.source, which takes the parameters alone"
-            )
+        report = mismatch_report(saved, wanted)
         if report:
             raise UserError(
                 f"the checkpoint {directory.parent} belongs to another model: {report}; "
                 "use the config it was trained with, or another workdir"
             )
-        used = {path for origin in origins.values() for path in origin.paths}
-        unused = shapes_of(tree).keys() - used
-        return cls(directory, _without(tree, unused), abstract, origins, fresh)
-
-    @property
-    def notes(self) -> list[str]:
-        """What is worth a line in the log."""
-        text = layer_layout.describe(self.origins)
-        return [f"the layout of the layers is converted: {text}"] if text else []
+        unused = shapes_of(tree).keys() - wanted.keys()
+        return cls(directory, _without(tree, unused), abstract, fresh)
 
     def read(self) -> Any:
-        """The tree of arrays.
-
-        Each device gets its own part from disk. If layers are converted, the peak is what is read
-        and one stack of layers more.
-        """
+        """Reads the tree of arrays. Each device gets its own part from disk."""
         leaves = _flatten(self.abstract)
-        wanted = {path: leaf for path, leaf in leaves.items() if path not in self.fresh}
-        layout = layer_layout.saved_layout(shapes_of(self.tree), wanted, self.origins)
-        arrays = _flatten(
+        made = _flatten(
             _restore(
                 self.directory,
                 self.tree,
-                lambda path, leaf: layout[path],
+                lambda path, leaf: leaves[path],
                 lambda path, leaf: ocp.ArrayRestoreArgs(
-                    sharding=layout[path].sharding,
-                    global_shape=layout[path].shape,
-                    dtype=layout[path].dtype,
+                    sharding=leaves[path].sharding,
+                    global_shape=leaves[path].shape,
+                    dtype=leaves[path].dtype,
                 ),
             )
         )
-        made = layer_layout.convert(arrays, wanted, self.origins)
         for path in self.fresh:
             zeros = np.zeros(leaves[path].shape, leaves[path].dtype)
             made[path] = jax.make_array_from_callback(
@@ -306,6 +295,7 @@ class SavedParameters:
             )
         part = "ema" if choice != "params" and has_average else "params"
         shapes = {**shapes_of(tree["params"]), **shapes_of(tree[part])}
+        _check_stacked(directory, shapes)
         return cls(directory, step, part, shapes)
 
     def read(self) -> dict[str, np.ndarray]:
@@ -339,8 +329,7 @@ class SavedParameters:
         """
         with _told_if_damaged(self.directory.parent):
             found = self._parts(_metadata(self.directory))
-            rest = {_stacked(path) for path in shapes_of(found.get("params", {}))}
-            plain = {path for path in shapes_of(abstract) if _stacked(path) in rest}
+            plain = shapes_of(abstract).keys() & shapes_of(found.get("params", {})).keys()
             wanted = {self.part: abstract}
             if self.part == "ema" and plain:
                 averaged = shapes_of(abstract).keys() - plain
@@ -348,8 +337,3 @@ class SavedParameters:
             read = Reader.of(self.directory, wanted, found).read()
             params = {path: x for tree in read.values() for path, x in flatten(tree).items()}
             return LoadedParameters(self.step, self.part, unflatten(params))
-
-
-def _stacked(path: str) -> str:
-    """The path that a parameter of a layer has where the layers are stacked."""
-    return re.sub(r"(^|/)layer_\d+/", r"\1layers/", path)

@@ -17,7 +17,6 @@ from vlp_jax.data.pipeline import split_mixture
 from vlp_jax.data.sources.base import as_plain
 from vlp_jax.data.tokenizers import Tokenizer
 from vlp_jax.data.wording import Wording, common_wording, worded_parts
-from vlp_jax.interop import stack_layers
 from vlp_jax.interop.base import INTERPOLATIONS
 from vlp_jax.objectives import Objective, make_objective
 from vlp_jax.training import checkpoint
@@ -84,11 +83,6 @@ class Run:
     def wording(self) -> tuple[Wording, tuple[str, ...]]:
         """See `text_wording`."""
         return text_wording(self.config, self.objective)
-
-
-def read_stacked(saved: SavedParameters) -> dict[str, np.ndarray]:
-    """path -> float32 array on the host, layers stacked (see `vlp_jax.interop.trees`)."""
-    return stack_layers(saved.read())
 
 
 def text_wording(config: ConfigDict, objective: Objective) -> tuple[Wording, tuple[str, ...]]:

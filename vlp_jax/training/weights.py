@@ -1,8 +1,4 @@
-"""Weights that a run can start from, whatever wrote them: shapes first, numbers when asked for.
-
-Layers are stacked here, also where model or source have them one by one: a parameter goes by the
-name "image/encoder/layers/mlp/up/kernel" and has the layers as its first dimension.
-"""
+"""Weights that a run can start from, whatever wrote them: shapes first, numbers when asked for."""
 
 from __future__ import annotations
 
@@ -17,8 +13,7 @@ from etils import epath
 
 from vlp_jax.errors import UserError, unknown_key_message
 from vlp_jax.training import checkpoint
-from vlp_jax.training.layer_layout import Shape, stack_layers
-from vlp_jax.training.restore import SavedParameters
+from vlp_jax.training.restore import SavedParameters, Shape
 from vlp_jax.training.workdir import CONFIG, TOKENIZER
 
 Grid = tuple[int, int]  # rows and columns of patches
@@ -40,7 +35,7 @@ class Source:
 
     Attributes:
       title: what they are, for people.
-      shapes: path -> shape, with stacked layers.
+      shapes: path -> shape.
       grids: path of a table of positions -> the grid of patches it is for, where that is known.
       notes: what else is worth knowing, a line each.
       tokenizer: file of the tokenizer that the weights go with; None where that is not known.
@@ -90,7 +85,7 @@ def open_source(
 
 def from_weights(title: str, weights: Any) -> Source:
     """Weights that `vlp_jax.interop.read_weights` has read."""
-    arrays = stack_layers(weights.params, np.stack)
+    arrays = dict(weights.params)
 
     def take() -> Arrays:
         taken = {path: np.asarray(array, np.float32) for path, array in arrays.items()}
@@ -117,13 +112,12 @@ def from_workdir(source: str, step: int | None, where: str = "config.init_from")
         )
     step = checkpoint.choose_step(workdir, step, where)
     saved = SavedParameters.of(workdir, step)
-    shapes = stack_layers(saved.shapes, lambda layers: (len(layers), *layers[0]))
     return Source(
         title=f"{source}, {saved.part} of step {step:,}",
-        shapes=shapes,
-        grids=_grids(workdir, shapes),
+        shapes=saved.shapes,
+        grids=_grids(workdir, saved.shapes),
         notes=(),
-        take=lambda: stack_layers(saved.read(), np.stack),
+        take=saved.read,
         tokenizer=workdir / TOKENIZER if (workdir / TOKENIZER).exists() else None,
     )
 
