@@ -41,6 +41,8 @@ def _backward(like: Array, gradient: Array) -> tuple[Array, Array]:
 add_bias.defvjp(_forward, _backward)
 
 
+# Not Flax's own layers, though with their parameters and numbers: a TPU adds up the gradient of a
+# bias on its matrix units (`add_bias`), and the backward pass needs names inside (`models.remat`).
 class Product(nn.Module):
     """A product whose kernel may have several dimensions on either side, and a bias.
 

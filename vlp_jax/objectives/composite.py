@@ -29,6 +29,8 @@ from vlp_jax.objectives.shared_forward import shared_forward
 from vlp_jax.objectives.weight import StepsOf, Weight
 
 
+# Every objective calls its image tower `image`, so that parts share it, and so that
+# `config.init_from` needs no table of names between our own models.
 @dataclasses.dataclass(frozen=True)
 class Composite(Objective):
     """The sum of its parts' losses, each times its weight.

@@ -61,6 +61,7 @@ class NullMeasures:
         del label, value
 
 
+# Nothing in here may end a run: a file that cannot be written is a warning.
 class Measures:
     """The time of the run by cause, memory, compilation, stragglers, traces, and the summary.
 

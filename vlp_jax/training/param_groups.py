@@ -50,6 +50,8 @@ def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
 
 
 # Frozen sub-trees.
+# The step differentiates by the trained parameters alone, and the optimizer never sees the frozen
+# ones: they cost neither a backward pass nor optimizer state.
 
 
 def is_frozen(path: str, frozen: Sequence[str]) -> bool:

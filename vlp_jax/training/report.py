@@ -37,6 +37,8 @@ def _of_each_step(metrics: Metrics | SeveralMetrics) -> list[dict[str, float]]:
     return [to_scalars(metrics, "train/")]
 
 
+# A logged step writes its own value and no running mean, so that a resumed run writes the same
+# numbers as a run that was never stopped.
 class StepReport:
     """Checks, logs and shows the metrics of each step after the next one was started.
 

@@ -121,6 +121,7 @@ class StepsOrMinutes:
         return due
 
 
+# The answer follows from the config alone, so that all processes of a job hand over equally many.
 @dataclasses.dataclass(frozen=True)
 class StepsAhead:
     """How many steps the devices are handed at once: `several`, or 1 where the host has to look.
