@@ -71,11 +71,19 @@ class Charts:
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-    """A cell of a table with a tone, or with a drawing before its text."""
+    """A cell of a table.
+
+    Attributes:
+      text: its content.
+      tone: its color.
+      share: in [0, 1], drawn as a small bar before the text; None for no bar.
+      mark: in [0, 1], marked on the bar, such as chance; None for no mark.
+    """
 
     text: str
     tone: str = PLAIN
-    svg: Markup | None = None
+    share: float | None = None
+    mark: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,8 +11,8 @@ import jinja2
 from etils import epath
 
 from vlp_jax.errors import UserError
+from vlp_jax.observe.palette import DARK, LIGHT, declarations
 from vlp_jax.report.blocks import Section
-from vlp_jax.report.palette import DARK, LIGHT, declarations
 from vlp_jax.report.pictures import Album
 
 MAX_BYTES = 5_000_000

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from vlp_jax.report import wording
 from vlp_jax.report.blocks import Block, Chart, Charts, Fold, Section, Table, Text
-from vlp_jax.report.line_charts import Series, line_chart
+from vlp_jax.report.charts import Series, line_chart
 from vlp_jax.report.run_record import RunRecord
 from vlp_jax.report.scores import PREFIX, Score, better_direction, headlines, title_of
 

@@ -13,7 +13,7 @@ from vlp_jax.data.sources.base import as_plain
 from vlp_jax.encoders.subject import Subject
 from vlp_jax.errors import UserError
 from vlp_jax.report.blocks import Beside, Block, Chart, Charts, Section, Table, Text
-from vlp_jax.report.shape_charts import histogram
+from vlp_jax.report.charts import histogram
 from vlp_jax.report.wording import percent
 from vlp_jax.training.workdir import TOKENIZER
 

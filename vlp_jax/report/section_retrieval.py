@@ -10,8 +10,8 @@ from jaxtyping import Int
 
 from vlp_jax.evaluators.retrieval import RetrievalOutcome
 from vlp_jax.report.blocks import BAD, GOOD, Block, Card, Cards, Chart, Charts, Picture, Section
+from vlp_jax.report.charts import bars
 from vlp_jax.report.pictures import Album
-from vlp_jax.report.shape_charts import bars
 from vlp_jax.report.wording import percent, plain
 
 GOOD_ONES, BAD_ONES = 4, 6

@@ -16,7 +16,6 @@ from vlp_jax.report.scores import (
     scores_of,
     title_of,
 )
-from vlp_jax.report.shape_charts import meter
 from vlp_jax.report.wording import is_share, score_text
 
 _TONES = {BETTER: GOOD, WORSE: BAD}
@@ -51,11 +50,10 @@ def table_section(
         title = f"{score.evaluator} ({about(named[score.evaluator])})"
         if [title] not in rows:
             rows.append([title])
-        bar = None
-        if is_share(score.name) and 0 <= score.value <= 1:
-            bar = meter(score.value, score.chance)
+        share = score.value if is_share(score.name) and 0 <= score.value <= 1 else None
         chance = "" if score.chance is None else score_text(score.name, score.chance)
-        row: list[str | Cell] = [title_of(score.name), Cell(score.text, svg=bar), chance]
+        cell = Cell(score.text, share=share, mark=score.chance)
+        row: list[str | Cell] = [title_of(score.name), cell, chance]
         if baseline:
             old = "" if score.baseline is None else score_text(score.name, score.baseline)
             row += [old, Cell(score.change, _TONES.get(score.verdict or "", PLAIN))]

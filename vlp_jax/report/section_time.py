@@ -8,8 +8,8 @@ from typing import Any
 
 from vlp_jax.observe.goodput import USEFUL, in_order
 from vlp_jax.report.blocks import Beside, Block, Chart, Charts, Section, Table
+from vlp_jax.report.charts import bars
 from vlp_jax.report.run_record import RunRecord
-from vlp_jax.report.shape_charts import bars
 from vlp_jax.report.wording import percent, plain, seconds_text
 
 _GIB = 2**30

@@ -22,8 +22,8 @@ from vlp_jax.report.blocks import (
     Table,
     Text,
 )
+from vlp_jax.report.charts import confusion_map, reliability
 from vlp_jax.report.pictures import Album
-from vlp_jax.report.shape_charts import confusion_map, meter, reliability
 from vlp_jax.report.wording import percent
 
 MOST_CLASSES = 60  # of a confusion matrix; of more, those that are confused most are drawn
@@ -117,7 +117,7 @@ def _recalls(counts: np.ndarray, names: tuple[str, ...]) -> tuple[Block, list[Bl
     rows: list[list[str | Cell]] = [
         [
             names[present[n]],
-            Cell(percent(recall[n]), svg=meter(float(recall[n]))),
+            Cell(percent(recall[n]), share=float(recall[n])),
             f"{totals[present[n]]:,}",
         ]
         for n in order

@@ -42,17 +42,6 @@ def plain(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 1e4 else f"{value:.4g}"
 
 
-def short(value: float) -> str:
-    """A tick of an axis: 1000 -> "1k", 0.00001 -> "1e-5"."""
-    for bound, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if abs(value) >= bound:
-            return f"{value / bound:g}{letter}"
-    if value and abs(value) < 1e-3:
-        mantissa, _, exponent = f"{value:e}".partition("e")
-        return f"{round(float(mantissa), 3):g}e{int(exponent)}"
-    return f"{value:.6g}"
-
-
 def seconds_text(seconds: float) -> str:
     """75 -> "1 min 15 s"."""
     if seconds < 60:
