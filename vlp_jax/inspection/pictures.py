@@ -1,4 +1,4 @@
-"""PNG files of what `vlp_jax.inspection` finds."""
+"""PNG files of the results of `vlp_jax.inspection`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from vlp_jax.observe.sheet import FONT, GAP, TOP, Image, Sheet, picture_grid
 _CROSS = "#d55e00"  # orange of Okabe and Ito: the colors of a map have no orange
 _MARKERS = "os^*Pv"  # shapes tell groups apart where colors do not
 _MOST_GROUPS = 12
-LEGEND = "dark: least, yellow: most"  # what the colors of a map mean, for a subtitle
+LEGEND = "dark: least, yellow: most"  # of the colors of a map, for a subtitle
 
 
 def draw_heat_maps(
@@ -33,7 +33,7 @@ def draw_heat_maps(
     Args:
       path: the PNG; its folder is made.
       maps: in [0, 1], as `heat_map` gives them.
-      captions: what stands under each.
+      captions: a text under each map.
 
     Raises:
       ValueError: no map, or another number of captions.
@@ -61,14 +61,14 @@ def draw_attention(
     subtitle: str,
     captions: Sequence[str] | None = None,
 ) -> None:
-    """Writes a PNG with a row for each layer and a column for each head: where it looks.
+    """Writes a PNG of attention with a row for each layer and a column for each head.
 
-    Each map is drawn between its own least and largest weight; the latter stands beneath it.
+    Each map is drawn between its own least and largest weight; the largest stands beneath it.
 
     Args:
       path: the PNG; its folder is made.
       maps: weights of the patches.
-      captions: of all maps, layer by layer; default: layer, head and the largest weight.
+      captions: texts under all maps, layer by layer; default: layer, head and the largest weight.
 
     Raises:
       ValueError: the maps have another number of dimensions.
@@ -99,8 +99,8 @@ def draw_relevance(
 
     Args:
       path: the PNG; its folder is made.
-      heat: at least 0; it is drawn as a share of its largest value.
-      words, scores: of the text's tokens; scores are drawn as shares of their sum.
+      heat: relevance >= 0, drawn as a share of its largest value.
+      words, scores: tokens of the text and their scores, drawn as shares of the sum.
 
     Raises:
       ValueError: no word, or another number of scores.
@@ -138,7 +138,7 @@ def draw_neighbours(
 
     Args:
       path: the PNG; its folder is made.
-      neighbours, captions: of each query, best first.
+      neighbours, captions: images and their texts for each query, best first.
 
     Raises:
       ValueError: no query, or another number of rows.
@@ -166,8 +166,8 @@ def draw_projection(
 
     Args:
       path: the PNG; its folder is made.
-      groups: of each point; of more than 12 the smallest are drawn as one, "others".
-      colors: of groups; default: colors that are told apart with any kind of color vision.
+      groups: the group of each point; of more than 12 the smallest are drawn as "others".
+      colors: group -> color; default: colors that are told apart with any kind of color vision.
 
     Raises:
       ValueError: no point, or another number of groups.
@@ -202,6 +202,6 @@ def draw_projection(
 
 
 def _scaled(heat: np.ndarray) -> np.ndarray:
-    """Between 0 and 1, by its own least and largest value."""
+    """Scales a map to [0, 1] by its own least and largest value."""
     low, high = float(heat.min()), float(heat.max())
     return (heat - low) / (high - low) if high > low else np.zeros_like(heat)

@@ -16,7 +16,7 @@ from vlp_jax.observe.sheet import GAP, TOP, Sheet, picture_grid
 from vlp_jax.observe.text_layout import Colored
 
 _FONT = 6.5  # points
-_WIDTH, _ROW = 10.0, 2.1  # inches: all panels, and those of a source
+_WIDTH, _ROW = 10.0, 2.1  # inches: the sheet, and the height of the panels of a source
 _MOST_POINTS = 5_000  # more sizes of images would hide each other
 
 

@@ -186,7 +186,7 @@ def _widest(figure: Figure, texts, size: float = FONT) -> float:
 
 
 def _room_for_names(figure: Figure, names: Sequence[tuple[str, float]]) -> float:
-    """Width of the axes that leaves room for the name of each curve behind its end.
+    """Returns the width of the axes that leaves room for the name of each curve behind its end.
 
     Args:
       names: (name, where the curve ends as a share of the axes) of each curve.
@@ -198,7 +198,7 @@ def _room_for_names(figure: Figure, names: Sequence[tuple[str, float]]) -> float
 
 def _name_ends(axes: Axes, names: Sequence[tuple[int, str, float, float]]) -> None:
     """Writes names at the ends of their curves, moved apart where they would cover each other."""
-    axes.figure.canvas.get_renderer()
+    axes.get_ylim()  # has the limits computed, which `transData` alone does not
     ends = [axes.transData.transform((x, y)) for _, _, x, y in names]
     order = np.argsort([y for _, y in ends])
     places: list[float] = []

@@ -1,4 +1,4 @@
-"""Everything that a report shows, collected before a line of it is written."""
+"""Everything that a report shows, collected before the page is written."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ MOST_EVALUATORS = 4  # of a kind that are shown with examples
 
 @dataclasses.dataclass(frozen=True)
 class Material:
-    """What a model was found to do.
+    """The scores, arrays and examples of a model.
 
     Attributes:
-      findings: scores and arrays.
+      findings: scores and outcomes of the evaluators.
       mistakes: zero-shot evaluator -> place in its data -> pixels.
       texts: retrieval evaluator -> its texts, in the order of its outcome.
       pairs: retrieval evaluator -> row of its outcome -> pixels.
-      heat: images under maps.
-      views: what a masked autoencoder paints; None if it is none.
-      hidden: share of the patches that it does not see.
-      data: of the training data, or why it cannot be looked at.
-      parameters: how many the model has.
+      heat: images with their heat maps.
+      views: reconstructions of a masked autoencoder; None for another model.
+      hidden: share of the patches that the autoencoder does not see, in [0, 1].
+      data: training data by part, or the reason why it cannot be read.
+      parameters: number of parameters of the model.
     """
 
     findings: Findings
@@ -51,13 +51,13 @@ class Material:
     parameters: int
 
     def outcomes(self, kind: type) -> dict[str, object]:
-        """Evaluator -> its outcome, of the first ones of a kind."""
+        """Returns evaluator -> outcome of the first evaluators whose outcome is of a type."""
         found = {k: v for k, v in self.findings.outcomes.items() if isinstance(v, kind)}
         return dict(list(found.items())[:MOST_EVALUATORS])
 
 
 def collect(subject: Subject, loaded: LoadedParameters, findings: Findings) -> Material:
-    """Looks for what is worth showing of what was found. On every process."""
+    """Collects everything that a report shows; every process must call it."""
     views = _views(subject, loaded)
     material = Material(
         findings=findings,
@@ -85,7 +85,7 @@ def _views(subject: Subject, loaded: LoadedParameters) -> np.ndarray | None:
 
 
 def _examples(subject: Subject, loaded: LoadedParameters, material: Material) -> dict[str, object]:
-    """The fields of `Material` that process 0 alone needs."""
+    """Returns the fields of `Material` that only process 0 needs, which writes the page."""
     mistakes, texts, pairs, heat = {}, {}, {}, ()
     classes = material.outcomes(ZeroShotOutcome)
     for name, outcome in classes.items():

@@ -1,4 +1,4 @@
-"""Arrays as pictures inside a page, within a budget of bytes."""
+"""Pictures inside a page, within a budget of bytes."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from jaxtyping import UInt8
 from vlp_jax.report.blocks import Picture
 
 LONGEST = 224  # pixels; larger ones are made smaller
-_SMALL = 96  # up to here without loss
+_SMALL = 96  # pixels; up to here WebP would blur what little there is
 _QUALITY = 82
 
 
 class Album:
-    """Makes pictures until their bytes are used up.
+    """Encodes pictures until a budget of bytes is used up.
 
     Args:
-      max_bytes: of all pictures, as they stand in the page.
+      max_bytes: of all pictures together, in base64.
 
     Attributes:
-      left_out: how many there was no room for.
+      left_out: number of pictures that had no room.
     """
 
     def __init__(self, max_bytes: int) -> None:
@@ -33,7 +33,7 @@ class Album:
     def add(
         self, image: UInt8[np.ndarray, "height width 3"], alt: str, label: str = ""
     ) -> Picture | None:
-        """The picture of an array; None if there is no room for it any more."""
+        """Encodes an array as a picture; returns None if there is no room left."""
         shown = PIL.Image.fromarray(np.ascontiguousarray(image))
         shown.thumbnail((LONGEST, LONGEST), PIL.Image.Resampling.LANCZOS)
         stream = io.BytesIO()

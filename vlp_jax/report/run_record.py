@@ -1,4 +1,4 @@
-"""What a run has written about itself, read without a model or a device."""
+"""The files of a run, read without a model or a device."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ class RunRecord:
 
     Attributes:
       path: the workdir as the user named it.
-      config: of the run.
-      records: of metrics.jsonl, then those of evaluations.jsonl; empty if there are none.
-      run_time: where the time went; None if that is not known.
-      summary: what the newest process said at its end; empty if it did not.
+      config: the config of the run.
+      records: lines of metrics.jsonl, then of evaluations.jsonl; empty if there are none.
+      run_time: time by cause; None if it is not known.
+      summary: summary.json of the newest process; empty if there is none.
       steps_saved: steps of the checkpoints.
     """
 
@@ -45,7 +45,7 @@ class RunRecord:
         """Reads a workdir.
 
         Raises:
-          UserError: there is no run in it, or a file of it is damaged.
+          UserError: the folder holds no run, or a file is damaged.
         """
         run = Run.open(workdir)
         folder = run.workdir
@@ -60,16 +60,16 @@ class RunRecord:
         )
 
     def curve(self, name: str) -> tuple[list[int], list[float]]:
-        """(steps, values) of a metric, in order; of a step that was written twice, the newest."""
+        """Returns (steps, values) of a metric in order; a later record of a step counts."""
         found = {r["step"]: r[name] for r in self.records if name in r}
         return sorted(found), [found[step] for step in sorted(found)]
 
     def names(self, prefix: str) -> list[str]:
-        """The metrics whose names begin so, in the order in which they were written first."""
+        """Returns the metrics whose names begin with `prefix`, in the order of the file."""
         return list(dict.fromkeys(k for r in self.records for k in r if k.startswith(prefix)))
 
     def last_scores(self) -> tuple[dict[str, float], Sequence[int]]:
-        """The newest value of every score, and the steps that they are of, in order."""
+        """Returns the newest value of every score, and the steps of these values in order."""
         scores, steps = {}, set()
         for name in self.names(PREFIX):
             at, values = self.curve(name)
@@ -84,7 +84,7 @@ class RunRecord:
 
 
 def short_names(paths: Sequence[str]) -> list[str]:
-    """The shortest ends of paths that tell them apart: "a/run", "b/run"."""
+    """Returns the shortest ends of paths that differ: "a/run", "b/run"."""
     parts = [str(epath.Path(path).expanduser().resolve()).split("/") for path in paths]
     for length in range(1, max(map(len, parts)) + 1):
         names = ["/".join(p[-length:]) for p in parts]

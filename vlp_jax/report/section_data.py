@@ -1,4 +1,4 @@
-"""The training data: how much of it, how long its texts, how large its images."""
+"""The section of the training data: its amount, lengths of texts and sizes of images."""
 
 from __future__ import annotations
 
@@ -22,12 +22,13 @@ _SEED = 0
 
 
 def scan_training_data(subject: Subject) -> dict[str, Scan] | str:
-    """What is in the training data of a run, by part, or why it cannot be looked at."""
+    """Scans a sample of each part of the training data; returns the reason if it cannot."""
     config, workdir = subject.config, subject.workdir
     section = {key: value for key, value in config.tokenizer.items() if key != "file"}
     kept = None if workdir is None else workdir / TOKENIZER
     try:
         tokenizers = Tokenizers(section if kept else {}, lambda: iter(()), kept)
+        # A report should show bad examples, not fail because there are too many.
         parts, _ = split_mixture({**as_plain(config.data), "max_bad_fraction": 1.0})
         return {
             name: scan(
@@ -45,7 +46,7 @@ def scan_training_data(subject: Subject) -> dict[str, Scan] | str:
 
 
 def data_section(found: Mapping[str, Scan] | str, context_length: int | None) -> Section:
-    """Figures of each part of the training data, and how they are spread.
+    """Builds a table of figures of each part, and histograms.
 
     Args:
       found: from `scan_training_data`.

@@ -1,4 +1,4 @@
-"""What the model paints, and which regions of images answer texts."""
+"""Sections of pictures: heat maps of texts in images, and reconstructions."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ VIEWS = ("seen", "painted", "true")
 
 @dataclasses.dataclass(frozen=True)
 class Heat:
-    """Where an image answers some texts.
+    """Heat maps of some texts in an image.
 
     Attributes:
       image: the pixels.
-      texts: what it is asked for.
-      maps: of each text, in [0, 1].
+      texts: the texts that are looked for.
+      maps: a heat map for each text, in [0, 1].
     """
 
     image: UInt8[np.ndarray, "height width 3"]
@@ -42,14 +42,14 @@ class Heat:
 
 
 def choose_heated(rows: int) -> list[int]:
-    """Rows of an outcome, chosen by chance."""
+    """Chooses rows of an outcome by chance."""
     return sorted(np.random.default_rng(_SEED).permutation(rows)[:HEATED].tolist())
 
 
 def texts_for(
     row: int, retrieval: RetrievalOutcome, texts: Sequence[str], classes: ZeroShotOutcome | None
 ) -> list[str]:
-    """Of an image its own first text, and the classes that it is most similar to."""
+    """Returns an image's own first text, and the classes that it is most similar to."""
     own = [texts[int(np.flatnonzero(retrieval.owners == row)[0])]]
     if classes is not None:
         similar = classes.class_embeddings @ retrieval.image[row]
@@ -63,9 +63,10 @@ def make_heat(
     images: Sequence[np.ndarray],
     texts: Sequence[Sequence[str]],
 ) -> list[Heat]:
-    """Maps of several texts for each image; none for a model that is no `DualEncoder`."""
+    """Computes maps of several texts for each image; [] for a model that is no `DualEncoder`."""
     if not isinstance(subject.module, DualEncoder) or not images:
         return []
+    # One batch of pairs, so that the model is compiled once.
     flat = [(image, text) for image, asked in zip(images, texts) for text in asked]
     tokens = subject.resources.tokens([text for _, text in flat])
     maps = heat_map(subject.module, loaded.params, np.stack([i for i, _ in flat]), tokens)
@@ -77,7 +78,7 @@ def make_heat(
 
 
 def heat_section(found: Sequence[Heat], album: Album) -> Section | None:
-    """Images under their maps; None if there are none."""
+    """Shows images under their maps; None if there are none."""
     cards = []
     for heat in found:
         shown = [album.add(heat.image, f"image: {heat.texts[0]}", "image")]
@@ -88,7 +89,7 @@ def heat_section(found: Sequence[Heat], album: Album) -> Section | None:
                 lines.append((label, text))
             shown.append(album.add(overlay(heat.image, heated), f"heat map of {text}", label))
         pictures = [picture for picture in shown if picture is not None]
-        if len(pictures) == len(shown):
+        if len(pictures) == len(shown):  # a card without one of its pictures says too little
             cards.append(Card(pictures, lines))
     if not cards:
         return None
@@ -105,7 +106,7 @@ def heat_section(found: Sequence[Heat], album: Album) -> Section | None:
 def paintings_section(
     views: Float[np.ndarray, "images 3 height width 3"], hidden: float | None, album: Album
 ) -> Section | None:
-    """What is seen, what is painted, and the truth; None if there is nothing."""
+    """Shows what is seen, what is painted, and the truth; None if there is no room."""
     cards = []
     for number, three in enumerate(views):
         pixels = np.round(255 * np.clip(three, 0, 1)).astype(np.uint8)
@@ -124,7 +125,7 @@ def paintings_section(
 
 
 def left_out(album: Album) -> list[Text]:
-    """A line if there was no room for some pictures."""
+    """Returns a line if some pictures had no room."""
     if not album.left_out:
         return []
     return [Text(f"{album.left_out} pictures are left out, so that the page stays small.")]

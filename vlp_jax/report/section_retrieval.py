@@ -1,4 +1,4 @@
-"""Retrieval: examples that were found, and those that went most wrong."""
+"""The section of retrieval: ranks, examples that were found, and the worst errors."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ _EDGES = (1, 5, 10, 100)  # ranks of the histogram
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """Which examples are shown, as rows of an outcome.
+    """The examples that are shown, as rows of an outcome.
 
     Attributes:
-      found_images, lost_images: queries by image.
-      found_texts, lost_texts: queries by text.
+      found_images, lost_images: images whose text is ranked first, and lowest.
+      found_texts, lost_texts: texts whose image is ranked first, and lowest.
     """
 
     found_images: Int[np.ndarray, " few"]
@@ -36,7 +36,8 @@ class Choice:
 
 
 def choose(outcome: RetrievalOutcome) -> Choice:
-    """Of what was found at rank 1 some by chance, and what stands lowest."""
+    """Chooses some queries of rank 1 by chance, and the queries of the lowest ranks."""
+    # A fixed seed: a report of the same model shows the same examples.
     rng = np.random.default_rng(_SEED)
     chosen = []
     for ranks in (outcome.image_to_text.ranks(), outcome.text_to_image.ranks()):
@@ -48,7 +49,7 @@ def choose(outcome: RetrievalOutcome) -> Choice:
 
 
 def images_of(outcome: RetrievalOutcome, choice: Choice) -> list[int]:
-    """Rows of all images that a page of `choice` shows."""
+    """Returns the rows of all images that a page of `choice` shows."""
     texts = np.concatenate([choice.found_texts, choice.lost_texts])
     rows = [*choice.found_images, *choice.lost_images, *outcome.owners[texts]]
     rows += [int((outcome.image @ outcome.text[text]).argmax()) for text in texts]
@@ -62,10 +63,10 @@ def retrieval_section(
     images: Mapping[int, np.ndarray],
     album: Album,
 ) -> Section:
-    """Where queries find what is theirs, with examples.
+    """Builds charts of ranks, and cards of examples.
 
     Args:
-      texts: those of the outcome.
+      texts: the texts of the outcome.
       images: row of the outcome -> pixels, of `images_of`.
     """
     choice = choose(outcome)
@@ -75,22 +76,22 @@ def retrieval_section(
         (
             "Images whose text is ranked first",
             [page.by_image(row) for row in choice.found_images],
-            "Chosen by chance among all that are found.",
+            "Chosen by chance among the images at rank 1.",
         ),
         (
             "Images whose text is ranked lowest",
             [page.by_image(row) for row in choice.lost_images],
-            "The worst of all. In brackets the cosine similarity.",
+            "The worst errors. In brackets: cosine similarity.",
         ),
         (
             "Texts whose image is ranked first",
             [page.by_text(row) for row in choice.found_texts],
-            "Chosen by chance among all that are found.",
+            "Chosen by chance among the texts at rank 1.",
         ),
         (
             "Texts whose image is ranked lowest",
             [page.by_text(row) for row in choice.lost_texts],
-            "The worst of all: the image that is ranked first, and the right one.",
+            "The worst errors: the image that is ranked first, and the right image.",
         ),
     ):
         if shown := [card for card in cards if card]:
@@ -107,7 +108,7 @@ class _Page:
     album: Album
 
     def by_image(self, row: int) -> Card | None:
-        """An image with the text that is ranked first, and its own best one."""
+        """Shows an image with the text that is ranked first, and its own best text."""
         similar = self.outcome.text @ self.outcome.image[row]
         own = np.flatnonzero(self.outcome.owners == row)
         best, first = own[similar[own].argmax()], int(similar.argmax())
@@ -122,10 +123,11 @@ class _Page:
         return Card([picture], lines, _verdict(rank, len(self.texts)))
 
     def by_text(self, row: int) -> Card | None:
-        """A text with the image that is ranked first, and its own."""
+        """Shows a text with the image that is ranked first, and its own image."""
         similar = self.outcome.image @ self.outcome.text[row]
         own, first = int(self.outcome.owners[row]), int(similar.argmax())
         rank = float(self.outcome.text_to_image.ranks()[row])
+        # Ties share a mean rank, so the right image may come first and have a rank above 1.
         alike = rank == 1 or own == first
         if alike:
             shown = [self._picture(own, f"found for: {self._text(row)}")]
@@ -156,7 +158,7 @@ def _verdict(rank: float, total: int) -> tuple[str, str]:
 
 
 def _ranks(query: str, outcome: RetrievalOutcome) -> Chart:
-    """How many queries find what is theirs at which rank."""
+    """Draws the share of queries whose right answer has each rank."""
     ranks = (outcome.image_to_text if query == "image" else outcome.text_to_image).ranks()
     edges, shares, low = (*_EDGES, float("inf")), {}, 0.0
     for edge in edges:

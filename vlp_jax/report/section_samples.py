@@ -1,4 +1,4 @@
-"""What a model answered, example by example."""
+"""The section of samples: a model's answers, example by example."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from vlp_jax.report.pictures import Album
 
 
 def samples_section(name: str, outcome: Outcome, album: Album) -> Section | None:
-    """The samples of an evaluator, a card each; None if it has none."""
+    """Shows the samples of an evaluator, a card each; None if it has none."""
     cards = []
     for number, sample in enumerate(outcome.samples()):
         shown = None
@@ -19,5 +19,5 @@ def samples_section(name: str, outcome: Outcome, album: Album) -> Section | None
             cards.append(Card([] if shown is None else [shown], list(sample.texts.items())))
     if not cards:
         return None
-    text = "The first examples of the split, which the model was not trained on."
+    text = "The first examples of a split that the model was not trained on."
     return Section(f"samples-{name}", name, [Cards(f"{name}: what the model says", cards, text)])
