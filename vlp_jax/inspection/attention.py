@@ -122,6 +122,7 @@ def token_strings(
         length = int(ends[0]) + 1
     else:
         length = int(np.flatnonzero(ids != pad_id).max(initial=0)) + 1
+    # Decoding would print special tokens as nothing.
     special = {pad_id: "<pad>", eos_id: "<eos>", getattr(tokenizer, "bos_id", None): "<bos>"}
     words = [special.get(int(i)) or tokenizer.decode(np.array([[i]]))[0] for i in ids[:length]]
     return [word if word.strip() else "<special>" for word in words]

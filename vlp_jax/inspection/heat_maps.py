@@ -27,7 +27,7 @@ Texts = Int[np.ndarray, "n context"] | Float[np.ndarray, "n embed"]
 
 
 @dataclasses.dataclass(frozen=True)
-class Samples:
+class PlaceValues:
     """Values of a method at a grid of places of each of n images.
 
     Attributes:
@@ -132,7 +132,7 @@ def _itself(weights: Array) -> Array:
     return jnp.broadcast_to(jnp.eye(weights.shape[-1], dtype=weights.dtype), weights.shape)
 
 
-def spread_out(samples: Samples, size: tuple[int, int]) -> Float[np.ndarray, "n height width"]:
+def spread_out(samples: PlaceValues, size: tuple[int, int]) -> Float[np.ndarray, "n height width"]:
     """Spreads values at some places over the whole image, in [0, 1].
 
     Each place adds a Gaussian whose height is its value above the least. So a map fades beyond the
@@ -154,19 +154,19 @@ def shifts_of(module: DualEncoder, shifts: int = SHIFTS) -> Int[np.ndarray, " sh
     return np.unique(np.round((np.arange(shifts) - shifts // 2) * patch / shifts).astype(int))
 
 
-def _windows(module: DualEncoder, params: Params, images: Array, texts: Array) -> Samples:
+def _windows(module: DualEncoder, params: Params, images: Array, texts: Array) -> PlaceValues:
     values = np.asarray(_window_similarities(module, params, images, texts, False))
     return _window_samples(module, values)
 
 
-def _occlusion(module: DualEncoder, params: Params, images: Array, texts: Array) -> Samples:
+def _occlusion(module: DualEncoder, params: Params, images: Array, texts: Array) -> PlaceValues:
     values = -np.asarray(_window_similarities(module, params, images, texts, True))
     return _window_samples(module, values)
 
 
-def _window_samples(module: DualEncoder, values: np.ndarray) -> Samples:
+def _window_samples(module: DualEncoder, values: np.ndarray) -> PlaceValues:
     rows, columns = (np.arange(1, STEPS) * side / STEPS for side in module.image.image_size)
-    return Samples(values, rows, columns, _WINDOW_SPREAD * min(module.image.image_size))
+    return PlaceValues(values, rows, columns, _WINDOW_SPREAD * min(module.image.image_size))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 4))
@@ -194,7 +194,7 @@ def _window_similarities(
     return einops.rearrange(values, "(r c) n -> n r c", r=STEPS - 1)
 
 
-def _patches(module: DualEncoder, params: Params, images: np.ndarray, texts: Array) -> Samples:
+def _patches(module: DualEncoder, params: Params, images: np.ndarray, texts: Array) -> PlaceValues:
     def values(shifted: np.ndarray) -> np.ndarray:
         return np.asarray(_patch_similarities(module, params, shifted, texts))
 
@@ -208,7 +208,9 @@ def _patch_similarities(
     return jnp.einsum("nrcd,nd->nrc", patch_embeddings(module, params, images), texts)
 
 
-def _relevance(module: DualEncoder, params: Params, images: np.ndarray, texts: Array) -> Samples:
+def _relevance(
+    module: DualEncoder, params: Params, images: np.ndarray, texts: Array
+) -> PlaceValues:
     return _shifted_samples(
         module, images, lambda shifted: relevance(module, params, shifted, texts).image
     )
@@ -216,7 +218,7 @@ def _relevance(module: DualEncoder, params: Params, images: np.ndarray, texts: A
 
 def _shifted_samples(
     module: DualEncoder, images: np.ndarray, values: Callable[[np.ndarray], np.ndarray]
-) -> Samples:
+) -> PlaceValues:
     """Evaluates `values` on the image in all shifts; its edges are continued."""
     offsets, patch = shifts_of(module), module.image.patch_size
     (height, width), (rows, columns) = module.image.image_size, module.image.grid
@@ -230,10 +232,10 @@ def _shifted_samples(
         for count in (rows, columns)
     ]
     grids = einops.rearrange(found, "n r i c j -> n (r i) (c j)")
-    return Samples(grids, *places, _PATCH_SPREAD * patch)
+    return PlaceValues(grids, *places, _PATCH_SPREAD * patch)
 
 
-METHODS: dict[str, Callable[..., Samples]] = {
+METHODS: dict[str, Callable[..., PlaceValues]] = {
     "windows": _windows,
     "occlusion": _occlusion,
     "patches": _patches,

@@ -175,6 +175,7 @@ def draw_projection(
     if not len(points) or len(points) != len(groups):
         raise ValueError(f"{len(points)} points and {len(groups)} groups cannot be drawn")
     names, counts = np.unique(np.asarray(groups), return_counts=True)
+    # One place is needed for "others".
     many = len(names) > _MOST_GROUPS
     kept = sorted(names[np.argsort(-counts, kind="stable")][: _MOST_GROUPS - many])
     kept += ["others"] if many else []

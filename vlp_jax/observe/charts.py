@@ -77,6 +77,7 @@ def tell(artist: Artist, *texts: str) -> None:
 
 def plot(axes: Axes, number: int, curve: Series, width: float = 1.3) -> Line2D:
     """Draws a curve with the look of its number, and its level; few points are marked each."""
+    # More points than pixels only make a page large.
     steps, values = thinned(curve.steps, curve.values)
     # Not clipped: the last marker stands on the edge of the axes.
     more = {"linewidth": width, "label": curve.name, "clip_on": False}
@@ -116,9 +117,9 @@ def scale(axes: Axes, values: Sequence[float], share: bool = False, log: bool = 
 
 
 def steps_axis(axes: Axes, last: float, label: str = "steps") -> None:
-    """Has the horizontal axis end at the last step, and begin at 0 if that is near."""
+    """Has the horizontal axis end at the last step, and begin at 0 unless that is far."""
     first = axes.dataLim.x0
-    axes.set_xlim(0 if first < 0.5 * last else first, last if last > first else last + 1)
+    axes.set_xlim(first if 0.5 * last <= first < last else 0, last or 1)
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True, steps=[1, 2, 5, 10]))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
     axes.set_xlabel(label)

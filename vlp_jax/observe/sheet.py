@@ -90,6 +90,7 @@ class Sheet:
         with warnings.catch_warnings(record=True) as told:
             warnings.simplefilter("always")
             self.figure.savefig(buffer, format="png", dpi=DPI)
+        # All other warnings pass on, as if they had not been recorded.
         for one in told:
             if "missing from" in str(one.message):
                 missing.add(str(one.message))
@@ -123,6 +124,7 @@ def picture_grid(
       side: inches of a picture.
       text_height: inches of a caption, at most.
     """
+    # The height of the sheet follows from its captions, so a figure of no size measures them.
     fitter = TextFitter(Figure(dpi=DPI))
     paragraphs = [[Colored(c, INK)] if isinstance(c, str) else c for c in captions]
     lines = [

@@ -101,6 +101,7 @@ class TextFitter:
             others = sum(map(len, wrapped[index + 1 :]))
             share = (room - len(lines)) // (len(paragraphs) - index)
             allowed = max(share, room - len(lines) - others)
+            # What later paragraphs do not need is left to this one.
             if len(texts) > allowed:
                 texts = [*texts[: allowed - 1], self._cut(texts[allowed - 1], font_size, width)]
             lines += [Colored(text, paragraph.color) for text in texts]

@@ -56,23 +56,6 @@ class Writer(Protocol):
     def close(self) -> None: ...
 
 
-class NullWriter:
-    """Writes nothing: for every process but the first, and for runs that keep no record."""
-
-    def write_scalars(self, step: int, scalars: Scalars) -> None:
-        del step, scalars
-
-    def write_images(self, step: int, images: Images) -> None:
-        del step, images
-
-    def write_text(self, step: int, texts: Texts) -> None:
-        del step, texts
-
-    def flush(self) -> None: ...
-
-    def close(self) -> None: ...
-
-
 class MultiWriter:
     """Passes every call on to each of `writers`, in order."""
 
@@ -100,6 +83,13 @@ class MultiWriter:
         with contextlib.ExitStack() as stack:
             for writer in reversed(self.writers):
                 stack.callback(writer.close)
+
+
+class NullWriter(MultiWriter):
+    """Writes nothing: for every process but the first, and for runs that keep no record."""
+
+    def __init__(self) -> None:
+        super().__init__(())
 
 
 class TensorBoardWriter:

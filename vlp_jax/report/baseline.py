@@ -38,6 +38,7 @@ class Baseline:
         known, lines = sorted(scores), []
         for key in self.scores:
             if key not in known:
+                # Half of the letters alike: names of scores share long beginnings.
                 nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
                 hint = f"; did you mean {nearest[0].removeprefix(PREFIX)!r}?" if nearest else ""
                 lines.append(

@@ -143,6 +143,7 @@ def confusion_map(
     shown = [name if len(name) <= 30 else f"{name[:29]}…" for name in names]
     width, height = _CELL * len(columns), _CELL * len(rows)
     figure = Figure((1, 1), dpi=72)
+    # A few long names must not push the matrix off a phone.
     margin = min(_widest(figure, (shown[n] for n in {*rows, *columns}), _TINY) + 8, 190)
     figure.set_size_inches((margin + width + 2) / 72, (margin + height + 2) / 72)
     axes = _axes(figure, margin, margin, width, height)
@@ -191,6 +192,7 @@ def _room_for_names(figure: Figure, names: Sequence[tuple[str, float]]) -> float
     Args:
       names: (name, where the curve ends as a share of the axes) of each curve.
     """
+    # Measured in DejaVu Sans, which is wider than the fonts that browsers take.
     whole, fitter = WIDTH - _LEFT - 12, TextFitter(figure)
     room = [(whole - 72 * fitter.width(name, FONT, "bold")) / max(end, 0.01) for name, end in names]
     return min(whole, *(max(width, WIDTH / 4) for width in room))
@@ -199,6 +201,8 @@ def _room_for_names(figure: Figure, names: Sequence[tuple[str, float]]) -> float
 def _name_ends(axes: Axes, names: Sequence[tuple[int, str, float, float]]) -> None:
     """Writes names at the ends of their curves, moved apart where they would cover each other."""
     axes.get_ylim()  # has the limits computed, which `transData` alone does not
+    # From the lowest to the highest, each at least a line above the one before; then all move
+    # down if the highest has left the drawing.
     ends = [axes.transData.transform((x, y)) for _, _, x, y in names]
     order = np.argsort([y for _, y in ends])
     places: list[float] = []

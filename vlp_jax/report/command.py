@@ -72,7 +72,7 @@ def compare(arguments: argparse.Namespace, argv: Sequence[str]) -> list[str]:
 
 
 @dataclasses.dataclass(frozen=True)
-class Report:
+class PageRequest:
     """A page that is to be written.
 
     Attributes:
@@ -88,7 +88,7 @@ class Report:
     @classmethod
     def prepare(
         cls, arguments: argparse.Namespace, subject: Subject, argv: Sequence[str]
-    ) -> Report | None:
+    ) -> PageRequest | None:
         """Checks the arguments before anything is computed; returns None if no page is asked for.
 
         Raises:

@@ -54,6 +54,7 @@ def write_comparison(
     file = page.check_output(path)
     if not 2 <= len(workdirs) <= MOST_RUNS:
         raise UserError(f"2 to {MOST_RUNS} runs can be compared, not {len(workdirs)}")
+    # By real paths: a link to a run is the same run.
     if len({os.path.realpath(workdir) for workdir in workdirs}) < len(workdirs):
         raise UserError("--compare: a run is named twice")
     names = short_names(workdirs)

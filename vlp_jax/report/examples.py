@@ -72,4 +72,5 @@ def _captions(value: Any, field: str | None) -> list[bytes]:
 
 
 def _text(caption: bytes) -> str:
+    # One bad byte must not cost the page.
     return caption.decode("utf-8", "replace")

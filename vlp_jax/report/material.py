@@ -18,7 +18,7 @@ from vlp_jax.report import section_pictures, section_retrieval, section_zero_sho
 from vlp_jax.report.examples import captions_and_images, images_at
 from vlp_jax.report.paintings import FUNCTION, hidden_share, paint
 from vlp_jax.report.section_data import scan_training_data
-from vlp_jax.report.section_pictures import Heat
+from vlp_jax.report.section_pictures import HeatMaps
 from vlp_jax.training.restore import LoadedParameters
 
 MOST_EVALUATORS = 4  # of a kind that are shown with examples
@@ -44,7 +44,7 @@ class Material:
     mistakes: Mapping[str, Mapping[int, np.ndarray]]
     texts: Mapping[str, Sequence[str]]
     pairs: Mapping[str, Mapping[int, np.ndarray]]
-    heat: Sequence[Heat]
+    heat: Sequence[HeatMaps]
     views: Float[np.ndarray, "images 3 height width 3"] | None
     hidden: float | None
     data: Mapping[str, Scan] | str
@@ -93,9 +93,11 @@ def _examples(subject: Subject, loaded: LoadedParameters, material: Material) ->
         mistakes[name] = images_at(subject, name, places)
     for name, outcome in material.outcomes(RetrievalOutcome).items():
         shown = section_retrieval.images_of(outcome, section_retrieval.choose(outcome))
+        # Maps of one evaluator are enough: a text in an image costs 49 forward passes.
         heated = [] if heat else section_pictures.choose_heated(len(outcome.image))
         places = [int(outcome.index[row]) for row in {*shown, *heated}]
         texts[name], found = captions_and_images(subject, name, outcome.index, places)
+        # Outcomes leave out images that could not be read, so rows are not places in the data.
         row_of = {int(place): row for row, place in enumerate(outcome.index)}
         pairs[name] = {row_of[place]: pixels for place, pixels in found.items()}
         if heated and jax.process_count() == 1:  # of several, this one alone cannot run the model

@@ -24,7 +24,7 @@ def _environment() -> jinja2.Environment:
     return jinja2.Environment(
         loader=jinja2.PackageLoader("vlp_jax.report"),
         autoescape=True,
-        undefined=jinja2.StrictUndefined,
+        undefined=jinja2.StrictUndefined,  # a misspelt name fails instead of printing nothing
         trim_blocks=True,
         lstrip_blocks=True,
     )
@@ -56,6 +56,7 @@ def render(
         facts=facts,
         sections=sections,
         made_by=made_by,
+        # Ours and not from a run, so it may go in unescaped.
         style=jinja2.utils.markupsafe.Markup(style),
         policy=f"default-src 'none'; style-src 'sha256-{digest}'; img-src data:; "
         "base-uri 'none'; form-action 'none'",

@@ -44,5 +44,6 @@ class Album:
         if len(uri) > self._left:
             self.left_out += 1
             return None
+        # Counted as base64, which is what makes a page large.
         self._left -= len(uri)
         return Picture(uri, alt, *shown.size, label)

@@ -57,9 +57,11 @@ def write_report(
     file = page.check_output(path)
     run = None if subject.workdir is None else RunRecord.read(subject.workdir)
     notices = [] if baseline is None else baseline.unknown(material.findings.scores)
+    # "demo/run" says enough; the whole path would wrap on a phone.
     title = "/".join(str(subject.title).rstrip("/").split("/")[-2:])
     facts = _facts(subject, loaded, material, run, baseline)
 
+    # Called again with a smaller album while the page is too large.
     def build(album: Album) -> str:
         sections = _sections(subject, material, run, baseline, notices, album)
         return page.render(title, facts, sections, provenance(command))

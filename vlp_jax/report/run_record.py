@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from etils import epath
@@ -54,13 +54,14 @@ class RunRecord:
             path=os.fspath(workdir),
             config=run.config,
             records=[r for file in files if file.exists() for r in read_metrics(file)],
-            run_time=_run_time(folder / GOODPUT_FILE),
-            summary=_summary(folder / SUMMARY_FILE),
+            run_time=_read(folder / GOODPUT_FILE, RunTime.from_json),
+            summary=_read(folder / SUMMARY_FILE, _summary) or {},
             steps_saved=run.steps(),
         )
 
     def curve(self, name: str) -> tuple[list[int], list[float]]:
         """Returns (steps, values) of a metric in order; a later record of a step counts."""
+        # A restart repeats steps, and evaluations.jsonl may judge a step again.
         found = {r["step"]: r[name] for r in self.records if name in r}
         return sorted(found), [found[step] for step in sorted(found)]
 
@@ -93,22 +94,18 @@ def short_names(paths: Sequence[str]) -> list[str]:
     return list(paths)
 
 
-def _run_time(file: epath.Path) -> RunTime | None:
+def _read(file: epath.Path, parse: Callable[[str], Any]) -> Any:
+    """Parses a file; returns None if there is none."""
     if not file.exists():
         return None
     try:
-        return RunTime.from_json(file.read_text())
+        return parse(file.read_text())
     except ValueError as error:
         raise UserError(f"{file} is damaged ({error}): mend or remove it") from None
 
 
-def _summary(file: epath.Path) -> dict[str, Any]:
-    if not file.exists():
-        return {}
-    try:
-        found = json.loads(file.read_text())
-        if not isinstance(found, dict):
-            raise ValueError("it is no JSON object")
-    except ValueError as error:
-        raise UserError(f"{file} is damaged ({error}): mend or remove it") from None
+def _summary(text: str) -> dict[str, Any]:
+    found = json.loads(text)
+    if not isinstance(found, dict):
+        raise ValueError("it is no JSON object")
     return found

@@ -13,8 +13,9 @@ PREFIX = "eval/"
 # Values of an evaluator that are no scores: numbers of examples, and chance.
 _ABOUT = re.compile(r"(examples|classes|pairs|images|texts|seeds)$|^chance|_shuffled$")
 _TEXTS = {"cider": "CIDEr-D", "bleu4": "BLEU-4", "rouge_l": "ROUGE-L", "meteor": "METEOR"}
-_LOWER_IS_BETTER = re.compile(r"(^|_)(error|loss|nll|median_rank|mse)$")
+# Of a spread, and of how varied captions are, neither more nor less is better.
 _NEITHER = re.compile(r"_std$|^(different|words)$")
+_LOWER_IS_BETTER = re.compile(r"(^|_)(error|loss|nll|median_rank|mse)$")
 # The first of these that an evaluator has is shown large; of retrieval both ways.
 _HEADLINES = (
     ("image_to_text_r1", "text_to_image_r1"),
@@ -134,6 +135,7 @@ def chance_of(name: str, named: Mapping[str, float]) -> float | None:
     classes = named.get("classes") or (1 / named["chance"] if named.get("chance") else None)
     if classes is None or name.endswith("_std"):
         return None
+    # One of k guesses among n classes is right with probability k / n.
     if match := re.match(r"top(\d+)", name):
         return min(int(match[1]) / classes, 1.0)
     return 1 / classes if "recall" in name or "accuracy" in name else None
@@ -151,6 +153,7 @@ def headlines(scores: Mapping[str, float], baseline: Mapping[str, float] | None)
                 chosen += [named[name] for name in names]
                 break
         else:
+            # An evaluator that is not known here still has a headline.
             shares = [s for s in named.values() if better_direction(s.name) > 0]
             chosen += shares[:1]
     return chosen

@@ -12,7 +12,7 @@ from vlp_jax import defaults
 from vlp_jax.report.blocks import Block, Code, Fold, Section, Table, Text
 
 _LONGEST_VALUE = 90  # letters
-_LONGEST_TEXT = 150_000
+_LONGEST_TEXT = 150_000  # letters; a config may hold thousands of class names
 ABSENT = "\N{EN DASH}"
 
 
@@ -29,6 +29,7 @@ def config_section(config: ConfigDict, other: ConfigDict | None, title: str) -> 
         blocks.append(_difference_table({title: flat(other), "this run": own}))
     else:
         base = flat(defaults.base())
+        # Arguments of parts have no common default: they are listed by themselves.
         changed = {key: value for key, value in own.items() if key in base}
         blocks.append(_difference_table({"default": base, "this run": changed}))
         parts = {k: v for k, v in own.items() if k not in base}
@@ -81,5 +82,5 @@ def _difference_table(configs: Mapping[str, Mapping[str, Any]]) -> Table | Text:
     rows = [
         [key, *(written(c[key]) if key in c else ABSENT for c in configs.values())] for key in keys
     ]
-    count = f"{len(keys)} keys" if len(keys) > 1 else "1 key"
-    return Table(f"{count} that differ", ["key", *configs], rows)
+    caption = f"{len(keys)} keys that differ" if len(keys) > 1 else "1 key that differs"
+    return Table(caption, ["key", *configs], rows)

@@ -17,6 +17,7 @@ _NEXT = ("perf/examples_per_second", "train/batch_accuracy", "train/logit_scale"
 _ROW = 3  # drawings side by side on a wide screen: as many of `_NEXT` are shown as fill a row
 _BY_LOGARITHM = ("train/grad_norm",)
 _SHARES = ("train/batch_accuracy", "perf/mfu")
+# They follow from examples a second, or are in the table of speed.
 _FEW_CARE = ("perf/steps_per_second", "perf/step_seconds", "perf/device_wait_fraction")
 _MOST_FOLDED = 24
 _MOST_SKIPPED = 20

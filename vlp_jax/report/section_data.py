@@ -17,7 +17,7 @@ from vlp_jax.report.charts import histogram
 from vlp_jax.report.wording import percent
 from vlp_jax.training.workdir import TOKENIZER
 
-LOOKED_AT = 2_000  # examples of each part
+LOOKED_AT = 2_000  # examples of each part; their shares are known to about 1 %
 _SEED = 0
 
 
@@ -60,6 +60,7 @@ def data_section(found: Mapping[str, Scan] | str, context_length: int | None) ->
         label = "" if len(found) == 1 else f"{name}: "
         charts += _charts(part, context_length, label)
     blocks: list[Block] = [_table(found), *([Charts(charts)] if charts else [])]
+    # Two charts and the table fill a row of a wide screen.
     beside = len(found) == 1 and len(charts) < 3
     return Section("data", "Training data", [Beside(blocks)] if beside else blocks)
 
@@ -100,6 +101,7 @@ def _twice(part: Scan) -> str:
 def _spread(values: list[int]) -> str:
     if not values:
         return ""
+    # Not the extremes: one odd file would hide how the rest is spread.
     low, middle, high = np.percentile(values, (5, 50, 95))
     return f"{middle:,.0f}" + (f" ({low:,.0f} to {high:,.0f})" if low < high else "")
 

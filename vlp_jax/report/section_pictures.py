@@ -27,7 +27,7 @@ VIEWS = ("seen", "painted", "true")
 
 
 @dataclasses.dataclass(frozen=True)
-class Heat:
+class HeatMaps:
     """Heat maps of some texts in an image.
 
     Attributes:
@@ -62,7 +62,7 @@ def make_heat(
     loaded: LoadedParameters,
     images: Sequence[np.ndarray],
     texts: Sequence[Sequence[str]],
-) -> list[Heat]:
+) -> list[HeatMaps]:
     """Computes maps of several texts for each image; [] for a model that is no `DualEncoder`."""
     if not isinstance(subject.module, DualEncoder) or not images:
         return []
@@ -72,12 +72,12 @@ def make_heat(
     maps = heat_map(subject.module, loaded.params, np.stack([i for i, _ in flat]), tokens)
     found, start = [], 0
     for image, asked in zip(images, texts):
-        found.append(Heat(image, asked, maps[start : start + len(asked)]))
+        found.append(HeatMaps(image, asked, maps[start : start + len(asked)]))
         start += len(asked)
     return found
 
 
-def heat_section(found: Sequence[Heat], album: Album) -> Section | None:
+def heat_section(found: Sequence[HeatMaps], album: Album) -> Section | None:
     """Shows images under their maps; None if there are none."""
     cards = []
     for heat in found:

@@ -21,7 +21,7 @@ _EDGES = (1, 5, 10, 100)  # ranks of the histogram
 
 
 @dataclasses.dataclass(frozen=True)
-class Choice:
+class ShownExamples:
     """The examples that are shown, as rows of an outcome.
 
     Attributes:
@@ -35,7 +35,7 @@ class Choice:
     lost_texts: Int[np.ndarray, " few"]
 
 
-def choose(outcome: RetrievalOutcome) -> Choice:
+def choose(outcome: RetrievalOutcome) -> ShownExamples:
     """Chooses some queries of rank 1 by chance, and the queries of the lowest ranks."""
     # A fixed seed: a report of the same model shows the same examples.
     rng = np.random.default_rng(_SEED)
@@ -45,10 +45,10 @@ def choose(outcome: RetrievalOutcome) -> Choice:
         some = rng.permutation(found)[:GOOD_ONES]
         worst = np.argsort(-ranks, kind="stable")[:BAD_ONES]
         chosen += [np.sort(some), worst[ranks[worst] > 1]]
-    return Choice(*chosen)
+    return ShownExamples(*chosen)
 
 
-def images_of(outcome: RetrievalOutcome, choice: Choice) -> list[int]:
+def images_of(outcome: RetrievalOutcome, choice: ShownExamples) -> list[int]:
     """Returns the rows of all images that a page of `choice` shows."""
     texts = np.concatenate([choice.found_texts, choice.lost_texts])
     rows = [*choice.found_images, *choice.lost_images, *outcome.owners[texts]]

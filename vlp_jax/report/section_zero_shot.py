@@ -43,6 +43,7 @@ def predictions(outcome: ZeroShotOutcome) -> Int[np.ndarray, " n"]:
 def confusion(outcome: ZeroShotOutcome) -> Int[np.ndarray, "classes classes"]:
     """Counts the images of each class (row) that were taken for each class (column)."""
     classes = len(outcome.class_names)
+    # A pair of classes as one number, so that one pass counts all pairs.
     flat = np.bincount(outcome.labels * classes + predictions(outcome), minlength=classes**2)
     return flat.reshape(classes, classes)
 
@@ -78,6 +79,7 @@ def _matrix(counts: np.ndarray, names: tuple[str, ...]) -> Block:
     total, right = counts.sum(), np.trace(counts)
     caption = "Rows: the true class. Columns: the class that was predicted. "
     rows = np.flatnonzero(counts.sum(axis=1))
+    # A class without an image may be predicted all the same.
     columns = np.union1d(rows, np.flatnonzero(counts.sum(axis=0)))
     if len(columns) > MOST_CLASSES:  # names would be too small to read
         errors = counts - np.diag(np.diag(counts))
@@ -113,6 +115,7 @@ def _recalls(counts: np.ndarray, names: tuple[str, ...]) -> tuple[Block, list[Bl
     totals = counts.sum(axis=1)
     present = np.flatnonzero(totals)
     recall = np.diag(counts)[present] / totals[present]
+    # Stable: classes of equal recall keep their order, so that two reports can be compared.
     order = np.argsort(recall, kind="stable")
     rows: list[list[str | Cell]] = [
         [

@@ -94,6 +94,7 @@ class Guarded:
             await send(message)
 
         origin = request.headers.get("origin")
+        # A browser sends the origin with every POST; other programs need not.
         own = (f"http://{request.headers.get('host')}", f"https://{request.headers.get('host')}")
         if request.method == "POST" and origin is not None and origin not in own:
             response: ASGIApp = _error(f"requests from {origin} are not answered", 403)

@@ -158,6 +158,7 @@ class Explorer:
         with self._lock:
             tokens = self.encoder.texts([text])
             heat = heat_map(self.encoder.module, self.encoder.params, pixels[None], tokens)[0]
+        # The model sees few pixels; a smooth map is easier to read than their squares.
         picture = PIL.Image.fromarray(overlay(pixels, np.asarray(heat)))
         factor = HEAT_MAP_SIDE / max(picture.size)
         size = tuple(round(side * factor) for side in picture.size)

@@ -66,6 +66,7 @@ class ImageIndex:
 
 def fingerprint(encoder: Encoder) -> str:
     """Returns a hash of the parameters of the image tower and of its preprocessing."""
+    # The repr of a frozen dataclass names all of its fields.
     digest = hashlib.sha256(repr((encoder.images, encoder.module)).encode())
     for path in sorted(encoder.weights):
         digest.update(path.encode())
@@ -152,6 +153,7 @@ def import_faiss() -> Any:
 
 def _faiss_index(vectors: Float[np.ndarray, "n dim"]) -> Any:
     faiss = import_faiss()
+    # HNSW32: 32 links a node, the default of faiss.
     kind = "Flat" if len(vectors) <= EXACT_UP_TO else "HNSW32"
     index = faiss.index_factory(vectors.shape[1], kind, faiss.METRIC_INNER_PRODUCT)
     index.add(np.ascontiguousarray(vectors, np.float32))

@@ -1,4 +1,4 @@
-"""What a step reports, read one step late so that the devices never wait for the host."""
+"""Metrics of steps, read one step late so that the devices never wait for the host."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from vlp_jax.training.step import StepMetrics
 
 
 def to_scalars(metrics: Metrics, prefix: str) -> dict[str, float]:
-    """Sums over counts, as Python numbers, each name behind `prefix`. Waits for the devices."""
+    """Divides sums by counts, as Python numbers named PREFIX + name; waits for the devices."""
     pairs = metrics.fetch() if isinstance(metrics, StepMetrics) else jax.device_get(metrics)
     return _ratios(pairs, prefix)
 
@@ -45,14 +45,16 @@ class StepReport:
     Args:
       log_when: steps whose metrics are written.
       batch_size: examples of a step, over the whole mesh.
+      writer, progress, clock: take the metrics, the progress and the time of steps.
+      startup: its report is printed after the first step; None for no report.
       input_metrics: step -> metrics of the input just before its batch.
       max_skipped: steps that are skipped one after the other before the run ends.
       keep_examples: writes down which examples the batches of some steps hold; returns the file.
       measures: further metrics of a logged step; None for none.
 
     Attributes:
-      skipped: how many steps were skipped.
-      skipped_in_a_row: of these, how many just before the newest step that was settled.
+      skipped: number of skipped steps.
+      skipped_in_a_row: number of skipped steps up to the newest settled step.
     """
 
     def __init__(
@@ -84,7 +86,7 @@ class StepReport:
         self._rate = math.nan
 
     def take(self, step: int, metrics: Metrics | SeveralMetrics) -> None:
-        """Holds the metrics of batch `step`, or of several from it on, and settles those before."""
+        """Holds the metrics of batch `step`, or of several from it on, and settles older ones."""
         self.clock.dispatched(metrics)
         pending, self._pending = self._pending, (step, metrics)
         if pending:
