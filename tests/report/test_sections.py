@@ -25,8 +25,7 @@ from vlp_jax.report.scores import (
 )
 from vlp_jax.report.section_config import config_section, differences, flat
 from vlp_jax.report.section_data import data_section
-from vlp_jax.report.section_pictures import heat_section, paintings_section
-from vlp_jax.report.section_samples import samples_section
+from vlp_jax.report.section_pictures import heat_section, paintings_section, samples_section
 from vlp_jax.report.section_scores import table_section
 
 SCORES = {

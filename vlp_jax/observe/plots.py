@@ -164,6 +164,7 @@ def _draw_panel(
 ) -> None:
     """Draws curves with a legend above the axes, where it can hide nothing."""
     charts.style(axes, 6)
+    curves = {name: curve for name, curve in curves.items() if len(curve[0])}
     values = [value for _, each in curves.values() for value in each]
     for number, (name, (steps, each)) in enumerate(curves.items()):
         smooth = _running_mean(np.asarray(each, float))

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import base64
 import io
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import PIL.Image
 from jaxtyping import UInt8
 
-from vlp_jax.report.blocks import Picture
+from vlp_jax.report.blocks import Card, Cards, Picture, Section
 
 LONGEST = 224  # pixels; larger ones are made smaller
 _SMALL = 96  # pixels; up to here WebP would blur what little there is
@@ -47,3 +48,29 @@ class Album:
         # Counted as base64, which is what makes a page large.
         self._left -= len(uri)
         return Picture(uri, alt, *shown.size, label)
+
+    def card(
+        self,
+        pictures: Sequence[tuple[UInt8[np.ndarray, "height width 3"] | None, str, str]],
+        lines: Sequence[tuple[str, str]] = (),
+        verdict: tuple[str, str] | None = None,
+    ) -> Card | None:
+        """Makes a card; returns None if a picture is missing or has no room.
+
+        Args:
+          pictures: (pixels, description, label) of each; pixels are None if they cannot be read.
+          lines, verdict: as in `Card`.
+        """
+        # A card without one of its pictures would say too little.
+        if any(pixels is None for pixels, *_ in pictures):
+            return None
+        shown = [self.add(*picture) for picture in pictures]
+        return None if None in shown else Card(shown, lines, verdict)
+
+
+def cards_section(
+    key: str, title: str, heading: str, cards: Iterable[Card | None], text: str
+) -> Section | None:
+    """Makes a section of the cards that are there; None if there are none."""
+    kept = [card for card in cards if card is not None]
+    return Section(key, title, [Cards(heading, kept, text)]) if kept else None

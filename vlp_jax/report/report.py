@@ -22,9 +22,13 @@ from vlp_jax.report.run_record import RunRecord
 from vlp_jax.report.section_config import config_section
 from vlp_jax.report.section_curves import curves_section
 from vlp_jax.report.section_data import data_section
-from vlp_jax.report.section_pictures import heat_section, left_out, paintings_section
+from vlp_jax.report.section_pictures import (
+    heat_section,
+    left_out,
+    paintings_section,
+    samples_section,
+)
 from vlp_jax.report.section_retrieval import retrieval_section
-from vlp_jax.report.section_samples import samples_section
 from vlp_jax.report.section_scores import headline_section, table_section
 from vlp_jax.report.section_time import time_section
 from vlp_jax.report.section_zero_shot import zero_shot_section

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Int
 
 from vlp_jax.evaluators.retrieval import RetrievalOutcome
-from vlp_jax.report.blocks import BAD, GOOD, Block, Card, Cards, Chart, Charts, Picture, Section
+from vlp_jax.report.blocks import BAD, GOOD, Block, Card, Cards, Chart, Charts, Section
 from vlp_jax.report.charts import bars
 from vlp_jax.report.pictures import Album
 from vlp_jax.report.wording import percent, plain
@@ -112,15 +112,13 @@ class _Page:
         similar = self.outcome.text @ self.outcome.image[row]
         own = np.flatnonzero(self.outcome.owners == row)
         best, first = own[similar[own].argmax()], int(similar.argmax())
-        picture = self._picture(row, f"shown for: {self._text(best)}")
-        if picture is None:
-            return None
         rank = float(self.outcome.image_to_text.ranks()[row])
         lines = [("ranked first", f"{self._text(first)} ({similar[first]:.2f})")]
         if rank > 1 or self._text(first) != self._text(best):
             more = f", best of {len(own)}" if len(own) > 1 else ""
             lines.append((f"its own{more}", f"{self._text(best)} ({similar[best]:.2f})"))
-        return Card([picture], lines, _verdict(rank, len(self.texts)))
+        pictures = [(self.images.get(row), f"shown for: {self._text(best)}", "")]
+        return self.album.card(pictures, lines, _verdict(rank, len(self.texts)))
 
     def by_text(self, row: int) -> Card | None:
         """Shows a text with the image that is ranked first, and its own image."""
@@ -129,27 +127,20 @@ class _Page:
         rank = float(self.outcome.text_to_image.ranks()[row])
         # Ties share a mean rank, so the right image may come first and have a rank above 1.
         alike = rank == 1 or own == first
+        text, right = self._text(row), self.images.get(own)
         if alike:
-            shown = [self._picture(own, f"found for: {self._text(row)}")]
+            pictures = [(right, f"found for: {text}", "")]
         else:
-            shown = [self._picture(first, f"ranked first for: {self._text(row)}", "ranked first")]
-            shown.append(self._picture(own, f"the right image: {self._text(row)}", "right"))
-        lines = [("text", self._text(row))]
+            wrong = (self.images.get(first), f"ranked first for: {text}", "ranked first")
+            pictures = [wrong, (right, f"the right image: {text}", "right")]
+        lines = [("text", text)]
         similarity = f"{similar[own]:.2f}" if alike else f"{similar[first]:.2f}, {similar[own]:.2f}"
         lines.append(("similarity", similarity))
-        pictures = [picture for picture in shown if picture is not None]
-        if len(pictures) < len(shown):
-            return None
-        return Card(pictures, lines, _verdict(rank, len(self.outcome.image)))
+        return self.album.card(pictures, lines, _verdict(rank, len(self.outcome.image)))
 
     def _text(self, row: int) -> str:
         text = self.texts[row]
         return text if len(text) <= _MOST_LETTERS else f"{text[: _MOST_LETTERS - 1]}…"
-
-    def _picture(self, row: int, alt: str, label: str = "") -> Picture | None:
-        if int(row) not in self.images:
-            return None
-        return self.album.add(self.images[int(row)], alt, label)
 
 
 def _verdict(rank: float, total: int) -> tuple[str, str]:

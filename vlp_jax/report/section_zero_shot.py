@@ -153,18 +153,13 @@ def _calibration(outcome: ZeroShotOutcome) -> Block:
 def _mistaken(outcome: ZeroShotOutcome, images: Images, album: Album) -> list[Card]:
     cards, taken = [], predictions(outcome)
     for row in mistakes(outcome):
-        place = int(outcome.index[row])
-        if place not in images:
-            continue
         right, wrong = outcome.labels[row], taken[row]
         true_name, wrong_name = outcome.class_names[right], outcome.class_names[wrong]
-        picture = album.add(images[place], f"{true_name}, taken for {wrong_name}")
-        if picture is None:
-            continue
         cosines = outcome.cosines[row]
         lines = [
             ("taken for", f"{wrong_name} ({cosines[wrong]:.2f})"),
             ("but is", f"{true_name} ({cosines[right]:.2f})"),
         ]
-        cards.append(Card([picture], lines))
-    return cards
+        pixels = images.get(int(outcome.index[row]))
+        cards.append(album.card([(pixels, f"{true_name}, taken for {wrong_name}", "")], lines))
+    return [card for card in cards if card]
