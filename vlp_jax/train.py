@@ -62,12 +62,14 @@ def train(
     workdir, clock = epath.Path(workdir), clock or StartupClock()
     check_before_start(config, workdir)
     with contextlib.ExitStack() as stack:
+        # First what must outlive the rest: a signal, or a hang, may come at any time.
         preempted = stack.enter_context(PreemptionWatch())
         watchdog = stack.enter_context(make_watchdog(config, workdir))
         parts = build(config, workdir, clock)
         setup = parts.setup
         last_step = setup.units.total_steps
         progress = stack.enter_context(make_progress(last_step, workdir.name))
+        # Nothing was written up to here, so a mistake leaves no trace in the workdir.
         stack.enter_context(locked(workdir))
         measures = stack.enter_context(Measures(config, workdir, clock, progress))
         with clock.phase("check the checkpoints"):
@@ -76,10 +78,12 @@ def train(
         first_step = find_first_step(parts, checkpointer)
         begin(parts, workdir, job, first_step, progress.print)
         measures.begin(first_step, last_step)
+        # Before the state is made: a step that does not fit then fails with its devices empty.
         with clock.phase("compile the step"), measures.compiling_step():
             programs = compile_phases(setup, first_step)
         with clock.phase("restore the state" if first_step else "initialize the state"):
             state = first_state(parts, checkpointer, first_step)
+        # After the restore: opening a writer removes the records of later steps.
         writers = build_writers(config.writers, workdir, first_step, config.to_dict())
         writer = stack.enter_context(contextlib.closing(writers))
         step_clock = measures.use(make_step_clock(setup, clock))
@@ -174,7 +178,7 @@ def begin(
         tell(processes)
     tell(mesh_lib.describe(parts.setup.mesh))
     tell(describe_run(parts.setup, first_step))
-    for phase in parts.setup.phases[1:]:
+    for phase in parts.setup.phases[1:]:  # the first begins with the run
         tell(f"from step {phase:,} on the loss is {describe_losses(parts.setup, phase)}")
 
 
@@ -182,7 +186,7 @@ def changed(setup: Setup, workdir: epath.Path, first_step: int) -> Iterator[str]
     """Yields lines on changed keys of the config, and on learning rates that leap by them."""
     changes = list(workdir_lib.changes(workdir, setup.config))
     yield from (f"note: {change}" for change in changes)
-    if changes and first_step:
+    if changes and first_step:  # a new run has no learning rate to leap from
         before = workdir_lib.load_config(workdir)
         params = setup.abstract.params
         yield from learning_rate_jumps(before, setup.config, setup.units, first_step, params)

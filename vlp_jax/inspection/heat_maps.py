@@ -138,6 +138,7 @@ def spread_out(samples: PlaceValues, size: tuple[int, int]) -> Float[np.ndarray,
     Each place adds a Gaussian whose height is its value above the least. So a map fades beyond the
     outermost places, where nothing was measured.
     """
+    # Relative to the least value of each map, since similarities have no zero.
     values = samples.values - samples.values.min(axis=(1, 2), keepdims=True)
     down, across = (
         np.exp(-0.5 * ((np.arange(side)[:, None] + 0.5 - places) / samples.spread) ** 2)

@@ -107,6 +107,7 @@ def draw_relevance(
     """
     if not len(words) or len(words) != len(scores):
         raise ValueError(f"{len(words)} words and {len(scores)} scores cannot be drawn")
+    # Inches: a row for each word beside the two pictures.
     side, height = 1.7, max(0.19 * len(words), 0.6)
     sheet = Sheet(7.2, TOP + max(side, height) + 0.42, title, subtitle)
     panels = (("the image", image), ("relevance of its patches", overlay(image, _scaled(heat))))
@@ -145,7 +146,7 @@ def draw_neighbours(
     """
     if not len(queries) or not len(queries) == len(neighbours) == len(captions):
         raise ValueError(f"{len(queries)} queries and {len(neighbours)} rows cannot be drawn")
-    panels, texts = [], []
+    panels, texts = [], []  # row by row, the query first
     for query, found, names in zip(queries, neighbours, captions):
         panels += [query, *found]
         texts += ["" if isinstance(query, str) else "the query", *names]

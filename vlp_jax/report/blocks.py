@@ -15,7 +15,7 @@ GOOD, BAD, PLAIN = "good", "bad", "plain"  # tones; words beside them always say
 class Text:
     """A paragraph."""
 
-    kind: ClassVar[str] = "text"
+    kind: ClassVar[str] = "text"  # no field: the same for all, and read by the template
     text: str
 
 

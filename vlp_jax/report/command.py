@@ -45,6 +45,7 @@ def check_arguments(arguments: argparse.Namespace) -> None:
             if getattr(arguments, name) is not None:
                 raise UserError(f"--{name} belongs to a page: add --report FILE.html")
         return
+    # These evaluate many checkpoints, and a page shows one.
     if arguments.all or arguments.follow:
         raise UserError("--report is of one checkpoint: leave --all and --follow out")
     if arguments.compare is None:
@@ -96,6 +97,7 @@ class PageRequest:
         """
         if arguments.report is None:
             return None
+        # Here and not above: a command without a page need not have jinja2 and matplotlib.
         from vlp_jax.report.baseline import read_baseline
         from vlp_jax.report.page import check_output
 

@@ -68,6 +68,7 @@ def speed(run: RunRecord) -> dict[str, str]:
 
 
 def _causes(seconds: Mapping[str, float]) -> Chart:
+    # A cause that took no time is no bar.
     shown = {cause: value for cause, value in in_order(seconds).items() if value > 0}
     total = sum(shown.values())
     texts = {c: f"{seconds_text(s)}, {percent(s / total)}" for c, s in shown.items()}

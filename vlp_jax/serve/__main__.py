@@ -179,6 +179,7 @@ def make_explorer(arguments: argparse.Namespace) -> Explorer:
         index = build_index(
             encoder, pictures, folder, lambda n: progress.advance(task, n), progress.console.print
         )
+    # `--max-images` leaves out the last ones, which the user should know.
     left = pictures.found - len(pictures.names)
     more = f" ({left:,} more are left out: --max-images)" if left > 0 else ""
     print(f"{len(index):,} images of {pictures.title}{more}; embeddings in {folder}")
@@ -235,7 +236,7 @@ def serve(arguments: argparse.Namespace) -> None:
         ) from None
     if arguments.max_upload <= 0:
         raise UserError(f"--max-upload is more than 0, not {arguments.max_upload}")
-    startup.use_compilation_cache()
+    startup.use_compilation_cache()  # heat maps compile at the first click
     with listen(arguments.host, arguments.port) as opened:
         explorer = make_explorer(arguments)
         app = make_app(

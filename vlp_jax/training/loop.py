@@ -91,6 +91,7 @@ class Loop:
                 self.evaluate(step, state)
             except KeyboardInterrupt:  # it begins anew when the run goes on from this step
                 raise self.stop(step, state) from None
+            # After the evaluation, so that the checkpoint of step i follows every score of step i.
             saved = self.save_when(step) and self.save(step, state)
             if step == self.last_step:
                 break
@@ -114,6 +115,7 @@ class Loop:
         saved = self.save(step, state)
         if saved:
             self.finish(step)
+        # A save in the middle of skipped steps does not happen; the newest may be older.
         newest = self.checkpointer.latest_step()
         why = "" if saved else " in the middle of steps that are skipped"
         return Preempted(f"told to stop{why}; saved step {newest}, run the same command to go on")
@@ -128,6 +130,7 @@ class Loop:
         params = state.eval_params
         with self.one_evaluation(params):
             for evaluation in due:
+                # `run` has just asked before the first. All processes must ask equally often.
                 if evaluation is not due[0] and self.preempted(step):
                     raise KeyboardInterrupt
                 self.monitor.settle()

@@ -182,6 +182,7 @@ class Measures:
         Returns:
           goodput/..., memory/..., compile/..., with several processes perf/..._min and _max.
         """
+        # Not through the devices: a collective would wait for the step under way.
         own = {"host": socket.gethostname(), "speed": dict(speed), "memory": memory_metrics()}
         rows = agreement.to_first(own)
         if rows is None:

@@ -1,4 +1,4 @@
-"""What watches a run from within its loop: metrics, scores, clocks, traces and the watchdog."""
+"""The monitor of a run: metrics, scores, clocks, traces and the watchdog, as the loop sees them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from vlp_jax.training.state import TrainState
 
 
 class Monitor:
-    """Takes note of what the loop does; it never changes the state.
+    """Takes note of the steps, scores and saves of the loop; it never changes the state.
 
     Args:
       report: reads, checks and writes the metrics of steps. Its writer, progress line, clock and
@@ -44,6 +44,7 @@ class Monitor:
     def begin_step(self, step: int, state: TrainState, count: int) -> None:
         """Collects garbage and begins or ends a trace, if due just before `count` steps."""
         self._report.measures.collect_garbage(step)
+        # The state, because a trace must not begin before the step ahead of it is computed.
         self._profiler.step(step, state, count)
 
     def waiting_for_data(self) -> contextlib.AbstractContextManager[None]:
@@ -89,6 +90,7 @@ class Monitor:
 
     def saved(self, step: int) -> None:
         """Takes note of a checkpoint of the state before batch `step`."""
+        # Metrics go to disk with the state: a restart begins here and writes no earlier step.
         self._report.measures.saved(step)
         self._report.writer.flush()
 
@@ -103,7 +105,7 @@ class Monitor:
 
     @contextlib.contextmanager
     def pause(self, cause: str) -> Iterator[None]:
-        """Wraps what is not training, which has more time than a step."""
+        """Wraps work that is not training, which may take longer than a step."""
         report = self._report
         with self._watchdog.patient(cause), report.clock.paused(cause), report.progress.paused():
             yield
@@ -116,6 +118,7 @@ def make_watchdog(config: ConfigDict, workdir: epath.Path) -> Watchdog | NullWat
       UserError: only some of the limits are 0.
     """
     limits = config.watchdog
+    # The devices are handed several steps at once, and the host hears of them together.
     step_minutes = limits.step_minutes * config.steps_per_dispatch
     minutes = (limits.first_step_minutes, step_minutes, limits.pause_minutes)
     if not any(minutes):
@@ -130,6 +133,7 @@ def make_step_clock(setup: Setup, startup: StartupClock) -> StepClock:
 
     MFU is measured against the peak of the devices at hand.
     """
+    # A measurement beside other work is too slow: the clock repeats it when the devices idle.
     measure = functools.partial(
         peak_flops, setup.mesh.local_devices[0], setup.objective.compute_dtype
     )

@@ -88,6 +88,7 @@ class StepReport:
     def take(self, step: int, metrics: Metrics | SeveralMetrics) -> None:
         """Holds the metrics of batch `step`, or of several from it on, and settles older ones."""
         self.clock.dispatched(metrics)
+        # The step before is read only now, while the devices compute this one.
         pending, self._pending = self._pending, (step, metrics)
         if pending:
             self._settle(*pending)
@@ -130,6 +131,7 @@ class StepReport:
         names = ("train/loss", "train/grad_norm")
         bad = [name for name in names if not math.isfinite(scalars[name])]
         what = " and ".join(f"{name} is {scalars[name]}" for name in bad)
+        # All finite: then the guard has found a leap of the loss.
         what = what or f"train/loss leaps to {scalars['train/loss']:.4g}"
         self.progress.print(f"warning: step {step:,} is skipped: {what}")
         if self.skipped_in_a_row < self._max_skipped:
