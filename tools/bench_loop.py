@@ -31,19 +31,16 @@ from ml_collections import ConfigDict
 from vlp_jax import config as config_lib
 from vlp_jax.benchmarking.arguments import check_arguments
 from vlp_jax.benchmarking.provenance import provenance
-from vlp_jax.observe.profiler import NullProfiler
 from vlp_jax.observe.progress import Progress
 from vlp_jax.observe.throughput import StartupClock
-from vlp_jax.observe.watchdog import NullWatchdog
 from vlp_jax.observe.writers import build_writers
 from vlp_jax.parallel import mesh as mesh_lib
 from vlp_jax.parallel import startup
 from vlp_jax.parallel.batch import Prefetcher
-from vlp_jax.train import make_step_clock
 from vlp_jax.training.build import Parts, build, first_state, make_checkpointer
 from vlp_jax.training.command import run_command
 from vlp_jax.training.loop import Loop
-from vlp_jax.training.measures import NullMeasures
+from vlp_jax.training.monitor import Monitor, make_step_clock
 from vlp_jax.training.report import StepReport
 from vlp_jax.training.several_steps import StepProgram
 from vlp_jax.training.state import TrainState
@@ -92,7 +89,6 @@ class LoopRunner:
             clock=self._clock,
             startup=startup_clock,
             input_metrics=parts.input_state.metrics,
-            measures=NullMeasures(),
             max_skipped=config.guard.max_skipped,
             keep_examples=functools.partial(parts.input_state.write_examples, workdir),
         )
@@ -111,14 +107,8 @@ class LoopRunner:
             one_evaluation=self._parts.resources.one_evaluation,
             preempted=lambda step: False,
             log_when=self._parts.log_when,
-            report=self._report,
             checkpointer=self._checkpointer,
-            writer=self._writer,
-            progress=self.progress,
-            clock=self._clock,
-            profiler=NullProfiler(),
-            watchdog=NullWatchdog(),
-            measures=NullMeasures(),
+            monitor=Monitor(self._report),
             steps_ahead=StepsAhead(
                 several=self._parts.setup.config.steps_per_dispatch,
                 first=0,

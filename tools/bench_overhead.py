@@ -43,21 +43,18 @@ from vlp_jax.benchmarking.arguments import check_arguments
 from vlp_jax.errors import UserError
 from vlp_jax.models.variants import size_of
 from vlp_jax.observe.compilation import CompileWatch
-from vlp_jax.observe.profiler import NullProfiler
 from vlp_jax.observe.progress import NullProgress
 from vlp_jax.observe.throughput import StartupClock, StepClock
-from vlp_jax.observe.watchdog import NullWatchdog
 from vlp_jax.observe.writers import Writer, build_writers
 from vlp_jax.parallel import mesh as mesh_lib
 from vlp_jax.parallel.batch import put_batch
 from vlp_jax.planning.options import sections
 from vlp_jax.planning.variants import TOWERS, with_depth
-from vlp_jax.train import make_step_clock
 from vlp_jax.training.abstract_setup import abstract_setup
 from vlp_jax.training.command import run_command
 from vlp_jax.training.init_from import FromSeed
 from vlp_jax.training.loop import Loop
-from vlp_jax.training.measures import NullMeasures
+from vlp_jax.training.monitor import Monitor, make_step_clock
 from vlp_jax.training.report import StepReport
 from vlp_jax.training.setup import Setup
 from vlp_jax.training.step import compile_step
@@ -245,7 +242,6 @@ def _make_report(
         clock=clock,
         startup=startup,
         input_metrics=lambda step: {},
-        measures=NullMeasures(),
         max_skipped=setup.config.guard.max_skipped,
         keep_examples=lambda steps: epath.Path(),
     )
@@ -271,7 +267,7 @@ class HostRun:
         report = _make_report(self._setup, writer, clock, startup)
         dispatch, reporting = Spent(), Spent()
         report.take = reporting.timed(report.take)
-        loop = self._loop(dispatch.timed(self._program), first, report, writer, clock)
+        loop = self._loop(dispatch.timed(self._program), first, report)
         begin, whole = time.thread_time(), time.process_time()
         self._state = loop.run(self._state)
         own = time.thread_time() - begin
@@ -289,14 +285,7 @@ class HostRun:
         }
         return {f"{k}_microseconds": v / steps * 1e6 for k, v in seconds.items()}
 
-    def _loop(
-        self,
-        program: Callable[..., Any],
-        first: int,
-        report: StepReport,
-        writer: Writer,
-        clock: StepClock,
-    ) -> Loop:
+    def _loop(self, program: Callable[..., Any], first: int, report: StepReport) -> Loop:
         """Up to where this turn ends, with everything off that a step in the middle does not do."""
         log_when = self._setup.log_when()
         return Loop(
@@ -310,14 +299,8 @@ class HostRun:
             one_evaluation=contextlib.nullcontext,
             preempted=lambda step: False,
             log_when=log_when,
-            report=report,
             checkpointer=NullCheckpointer(),
-            writer=writer,
-            progress=NullProgress(),
-            clock=clock,
-            profiler=NullProfiler(),
-            watchdog=NullWatchdog(),
-            measures=NullMeasures(),
+            monitor=Monitor(report),
             steps_ahead=StepsAhead(
                 several=self._setup.config.steps_per_dispatch,
                 first=0,

@@ -25,7 +25,7 @@ from vlp_jax import config as config_lib
 from vlp_jax import evaluate
 from vlp_jax.data.pipeline import EvalPipeline
 from vlp_jax.encoders.subject import Subject
-from vlp_jax.observe.plots import draw_report
+from vlp_jax.observe.plots import report_sheet
 from vlp_jax.observe.throughput import StartupClock
 from vlp_jax.observe.writers import read_metrics
 from vlp_jax.parallel import startup
@@ -100,8 +100,7 @@ def draw(path: Path, metrics: Path, pairs: dict[str, Any], summary: dict[str, An
     """Writes report.png."""
     captions, similarity = pairs["captions"], pairs["similarity"]
     best = similarity.argmax(axis=1)
-    draw_report(
-        path,
+    sheet = report_sheet(
         title="A CLIP model, pretrained from nothing on two CPU cores",
         subtitle=(
             f"{summary['train_seconds']:.0f} s on the embedded shapes: zero-shot top-1 "
@@ -120,6 +119,7 @@ def draw(path: Path, metrics: Path, pairs: dict[str, Any], summary: dict[str, An
             "image-to-text R@1": 1 / len(captions),
         },
     )
+    sheet.save(path)
 
 
 def run(output: Path, config_file: str, setup_seconds: float) -> dict[str, Any]:

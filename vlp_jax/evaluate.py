@@ -339,7 +339,7 @@ def run(arguments: argparse.Namespace, overrides: Sequence[str], argv: Sequence[
         return
     subject = open_subject(arguments, overrides, names)
     _say_all(f"note: {note}" for note in subject.notes)
-    report = report_command.Report.prepare(arguments, subject, argv)
+    report = report_command.PageRequest.prepare(arguments, subject, argv)
     if arguments.all or arguments.follow:
         never = contextlib.nullcontext(threading.Event())
         with signals.noted() if arguments.follow else never as stop:

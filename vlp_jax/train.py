@@ -5,12 +5,10 @@ In Python: `train(vlp_jax.config.load("configs/demo.py"), "runs/demo")`.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import functools
 import os
 import sys
-import textwrap
 from collections.abc import Callable, Iterator, Sequence
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
@@ -21,10 +19,8 @@ from ml_collections import ConfigDict
 
 from vlp_jax import config as config_lib
 from vlp_jax.errors import UserError
-from vlp_jax.observe.profiler import parse_steps
 from vlp_jax.observe.progress import NullProgress, Progress
-from vlp_jax.observe.throughput import StartupClock, StepClock, peak_flops
-from vlp_jax.observe.watchdog import NullWatchdog, Watchdog
+from vlp_jax.observe.throughput import StartupClock, StepClock
 from vlp_jax.observe.writers import Writer, build_writers, check_writers
 from vlp_jax.parallel import agreement, startup
 from vlp_jax.parallel import mesh as mesh_lib
@@ -32,13 +28,15 @@ from vlp_jax.parallel.batch import Prefetcher
 from vlp_jax.parallel.sharding_report import spread
 from vlp_jax.training import checkpoint, param_groups
 from vlp_jax.training import workdir as workdir_lib
+from vlp_jax.training.arguments import parse
 from vlp_jax.training.build import Parts, build, first_state, make_checkpointer
 from vlp_jax.training.checkpoint import Checkpointer
 from vlp_jax.training.checkpoint_files import check_path
 from vlp_jax.training.command import run_command
 from vlp_jax.training.lock import locked
 from vlp_jax.training.loop import Loop
-from vlp_jax.training.measures import Measures, profile_steps, take_profile_flag
+from vlp_jax.training.measures import Measures, profile_steps
+from vlp_jax.training.monitor import Monitor, make_step_clock, make_watchdog
 from vlp_jax.training.optimizer import learning_rate_jumps
 from vlp_jax.training.phases import Phases, begin_phase, compile_phases, describe_losses
 from vlp_jax.training.preemption import PreemptionWatch
@@ -47,124 +45,31 @@ from vlp_jax.training.setup import Setup, check_dispatch
 from vlp_jax.training.state import TrainState
 
 Path = str | os.PathLike[str]
-LONGEST_VALUE = 200  # characters of a value that --help prints
-EPILOG = """\
-examples:
-  python -m vlp_jax.train --config configs/demo.py --workdir runs/demo
-  python -m vlp_jax.train --config configs/clip_folder.py --workdir runs/mine --config.data.path=DIR
-  python -m vlp_jax.train --config configs/demo.py --help        lists every key of that config
-  python -m vlp_jax.train --config configs/demo.py --workdir runs/new --config.init_from.source=DIR
-      starts from the weights of the run in DIR, or of hf:DIR, open_clip:FILE, big_vision:FILE.npz
-      or timm:FILE; config.init_from.rules say which
-
-Run the same command again to resume. Exit status (the last line of stderr says more):
-   0  the run is complete
-   2  a mistake in config, data or workdir; starting again does not help, all else is worth it:
-  65  losses or gradients were not finite, several steps in a row
-  70  no sign of life: ended by the watchdog, which has written where each thread was
-  74  checkpoints could not be written
-  75  told to stop (SIGTERM, Ctrl-C, a maintenance notice), and saved what it had trained
-  76  another process of the job was lost
-The scripts in launch/ start a run again accordingly.
-"""
-
-
-def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, ConfigDict]:
-    """The arguments, and the config with its overrides.
-
-    Raises:
-      UserError: an argument, a config file or a key that does not exist.
-    """
-    parser = argparse.ArgumentParser(
-        prog="python -m vlp_jax.train",
-        description="Pretrains the model of a config and evaluates it along the way.",
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        add_help=False,
-        allow_abbrev=False,
-    )
-    parser.add_argument(
-        "--help", "-h", action="store_true", help="this text; with --config, its keys"
-    )
-    parser.add_argument("--config", metavar="FILE[:ARG]", help="a config file, and its argument")
-    parser.add_argument("--workdir", metavar="DIR", help="folder of the run; may be gs://...")
-    parser.add_argument(
-        "--config.KEY",
-        metavar="VALUE",
-        help="replaces a key, or gives a part an argument: --config.a.b=VALUE",
-    )
-    parser.add_argument(
-        "--profile", metavar="FIRST:LAST", type=parse_steps, help="traces these steps"
-    )
-    add_job_arguments(parser)
-    overrides = [a.removeprefix("--config.") for a in argv if a.startswith("--config.")]
-    arguments, unknown = parser.parse_known_args([a for a in argv if not a.startswith("--config.")])
-    if unknown:
-        raise UserError(f"unknown argument {unknown[0]!r}; see --help")
-    if arguments.help:
-        parser.print_help()
-    if not arguments.config:
-        if arguments.help:
-            raise SystemExit(0)
-        raise UserError("--config is missing; see --help")
-    config = config_lib.load(arguments.config)
-    config_lib.override(config, overrides)
-    take_profile_flag(config, arguments.profile)
-    config_lib.check(config)
-    if arguments.help:
-        print(f"\nkeys of {arguments.config}:")
-        for key, value in config_lib.settable(config):
-            print(f"  --config.{key}={textwrap.shorten(str(value), LONGEST_VALUE)}")
-        raise SystemExit(0)
-    if not arguments.workdir:
-        raise UserError("--workdir is missing; see --help")
-    return arguments, config
-
-
-def add_job_arguments(parser: argparse.ArgumentParser) -> None:
-    """Those that say how the processes of a job find each other."""
-    several = parser.add_argument_group(
-        "several processes (give the first three; without, SLURM, Cloud TPU and GKE are asked)"
-    )
-    several.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 listens")
-    several.add_argument("--processes", type=int, metavar="N", help="how many take part")
-    several.add_argument("--process-id", type=int, metavar="I", help="which one this is")
-    several.add_argument(
-        "--expect-processes",
-        type=int,
-        metavar="N",
-        help="fail if the job has another number, however it was found",
-    )
-    several.add_argument(
-        "--join-seconds",
-        type=float,
-        default=startup.JOIN_SECONDS,
-        metavar="S",
-        help="how long to wait for process 0 (default: %(default)g)",
-    )
 
 
 def train(
     config: ConfigDict, workdir: Path, clock: StartupClock | None = None, job: str = startup.ALONE
 ) -> TrainState:
-    """Trains, from the newest checkpoint in `workdir` if there is one; returns the last state.
+    """Trains from the newest checkpoint in `workdir`, or from the start; returns the last state.
 
     Args:
-      clock: has counted since the process began; None begins now.
+      clock: counts since the process began; None begins now.
       job: how the processes found each other, for the log.
 
     Raises:
-      UserError: a mistake in config, data or workdir, or a kind of it that `Loop.run` raises.
+      UserError: a mistake in config, data or workdir; `Loop.run` raises further kinds.
     """
     workdir, clock = epath.Path(workdir), clock or StartupClock()
     check_before_start(config, workdir)
     with contextlib.ExitStack() as stack:
+        # First what must outlive the rest: a signal, or a hang, may come at any time.
         preempted = stack.enter_context(PreemptionWatch())
         watchdog = stack.enter_context(make_watchdog(config, workdir))
         parts = build(config, workdir, clock)
         setup = parts.setup
         last_step = setup.units.total_steps
         progress = stack.enter_context(make_progress(last_step, workdir.name))
+        # Nothing was written up to here, so a mistake leaves no trace in the workdir.
         stack.enter_context(locked(workdir))
         measures = stack.enter_context(Measures(config, workdir, clock, progress))
         with clock.phase("check the checkpoints"):
@@ -173,44 +78,35 @@ def train(
         first_step = find_first_step(parts, checkpointer)
         begin(parts, workdir, job, first_step, progress.print)
         measures.begin(first_step, last_step)
+        # Before the state is made: a step that does not fit then fails with its devices empty.
         with clock.phase("compile the step"), measures.compiling_step():
             programs = compile_phases(setup, first_step)
         with clock.phase("restore the state" if first_step else "initialize the state"):
             state = first_state(parts, checkpointer, first_step)
-        writer = stack.enter_context(open_writers(config, workdir, first_step))
+        # After the restore: opening a writer removes the records of later steps.
+        writers = build_writers(config.writers, workdir, first_step, config.to_dict())
+        writer = stack.enter_context(contextlib.closing(writers))
         step_clock = measures.use(make_step_clock(setup, clock))
+        report = make_report(parts, workdir, writer, progress, step_clock, clock, measures)
+        batches = Prefetcher(parts.pipeline.batches(first_step), setup.mesh, config.prefetch)
         loop = Loop(
             program_of=Phases(programs, begin_phase(setup, step_clock, progress.print)),
-            batches=stack.enter_context(make_prefetcher(parts, first_step)),
+            batches=stack.enter_context(batches),
             input_state=parts.input_state.save,
             first_step=first_step,
             last_step=last_step,
             save_when=parts.save_when,
+            log_when=parts.log_when,
             evaluations=parts.evaluations,
             one_evaluation=parts.resources.one_evaluation,
             preempted=preempted.begin(),
             interruptible=preempted.interruptible,
-            log_when=parts.log_when,
-            report=make_report(parts, workdir, writer, progress, step_clock, clock, measures),
             checkpointer=checkpointer,
-            writer=writer,
-            progress=progress,
-            clock=step_clock,
-            profiler=stack.enter_context(measures.profiler()),
-            watchdog=watchdog,
-            measures=measures,
+            monitor=Monitor(report, stack.enter_context(measures.profiler()), watchdog),
             steps_ahead=parts.steps_ahead(first_step),
         )
         with measures.training():
             return loop.run(state)
-
-
-def open_writers(
-    config: ConfigDict, workdir: epath.Path, first_step: int
-) -> contextlib.closing[Writer]:
-    """Where metrics go; closed on leaving."""
-    writers = build_writers(config.writers, workdir, first_step, config.to_dict())
-    return contextlib.closing(writers)
 
 
 def make_report(
@@ -222,7 +118,7 @@ def make_report(
     clock: StartupClock,
     measures: Measures,
 ) -> StepReport:
-    """What is told of each step."""
+    """Returns what reads, checks and writes the metrics of each step."""
     return StepReport(
         log_when=parts.log_when,
         batch_size=parts.setup.config.batch_size,
@@ -237,17 +133,12 @@ def make_report(
     )
 
 
-def make_prefetcher(parts: Parts, first_step: int) -> Prefetcher:
-    """The batches from `first_step` on, on their way to the devices."""
-    batches = parts.pipeline.batches(first_step)
-    return Prefetcher(batches, parts.setup.mesh, parts.setup.config.prefetch)
-
-
 def find_first_step(parts: Parts, checkpointer: Checkpointer) -> int:
-    """The step of the newest checkpoint; 0 if there is none.
+    """Returns the step of the newest checkpoint; 0 if there is none.
 
     Raises:
-      UserError: it is of another model, another batch size or other data, or beyond the end.
+      UserError: the checkpoint belongs to another model, another batch size or other data, or lies
+        beyond the end of the run.
     """
     step, last = checkpointer.check_fits(parts.setup.abstract), parts.setup.units.total_steps
     if step > last:
@@ -261,7 +152,7 @@ def find_first_step(parts: Parts, checkpointer: Checkpointer) -> int:
 
 
 def check_before_start(config: ConfigDict, workdir: epath.Path) -> None:
-    """Raises UserError for what can be seen to be wrong without building anything."""
+    """Raises UserError for mistakes that can be seen without building anything."""
     config_lib.check(config)
     check_path(checkpoint.absolute(workdir))
     workdir_lib.check_writable(workdir)
@@ -273,9 +164,9 @@ def check_before_start(config: ConfigDict, workdir: epath.Path) -> None:
 def begin(
     parts: Parts, workdir: epath.Path, job: str, first_step: int, tell: Callable[[str], None]
 ) -> None:
-    """Writes config and tokenizer, and tells what has changed, who takes part and how."""
+    """Writes config and tokenizer, and tells what changed, who takes part and on which mesh."""
     config = parts.setup.config
-    # On the first process alone, which is about to write that file.
+    # The first process alone compares: it is about to overwrite the file that it reads.
     for line in agreement.on_first(lambda: list(changed(parts.setup, workdir, first_step))):
         tell(line)
     workdir_lib.prepare(workdir, config, parts.tokenizer)
@@ -287,22 +178,22 @@ def begin(
         tell(processes)
     tell(mesh_lib.describe(parts.setup.mesh))
     tell(describe_run(parts.setup, first_step))
-    for phase in parts.setup.phases[1:]:
-        tell(f"from step {phase:,} on the loss is that of {describe_losses(parts.setup, phase)}")
+    for phase in parts.setup.phases[1:]:  # the first begins with the run
+        tell(f"from step {phase:,} on the loss is {describe_losses(parts.setup, phase)}")
 
 
 def changed(setup: Setup, workdir: epath.Path, first_step: int) -> Iterator[str]:
-    """Lines on what is another config than before, and on learning rates that leap by it."""
+    """Yields lines on changed keys of the config, and on learning rates that leap by them."""
     changes = list(workdir_lib.changes(workdir, setup.config))
     yield from (f"note: {change}" for change in changes)
-    if changes and first_step:
+    if changes and first_step:  # a new run has no learning rate to leap from
         before = workdir_lib.load_config(workdir)
         params = setup.abstract.params
         yield from learning_rate_jumps(before, setup.config, setup.units, first_step, params)
 
 
 def describe_run(setup: Setup, first_step: int) -> str:
-    """One line for the log: the size of the model and of its state, and the steps ahead."""
+    """Returns a line for the log: sizes of model and state, and the steps that are left."""
     size, frozen = param_groups.count(setup.abstract.params, setup.config.optimizer.frozen)
     last_step, batch_size = setup.units.total_steps, setup.config.batch_size
     steps = f"steps {first_step:,} to {last_step:,} of {batch_size:,} examples"
@@ -314,44 +205,12 @@ def describe_run(setup: Setup, first_step: int) -> str:
 
 
 def make_progress(last_step: int, name: str) -> Progress | NullProgress:
-    """The live line, on the first process alone."""
+    """Returns the live line, which the first process alone shows."""
     return Progress(last_step, name) if jax.process_index() == 0 else NullProgress()
 
 
-def make_watchdog(config: ConfigDict, workdir: epath.Path) -> Watchdog | NullWatchdog:
-    """Ends this process when it hangs, after the limits of `config.watchdog`.
-
-    Raises:
-      UserError: only some of the limits are 0.
-    """
-    limits = config.watchdog
-    step_minutes = limits.step_minutes * config.steps_per_dispatch
-    minutes = (limits.first_step_minutes, step_minutes, limits.pause_minutes)
-    if not any(minutes):
-        return NullWatchdog()
-    if not all(minute > 0 for minute in minutes):
-        raise UserError("config.watchdog: the limits in minutes are above 0, or all of them 0")
-    return Watchdog(*(60 * minute for minute in minutes), directory=workdir / "stacks")
-
-
-def make_step_clock(setup: Setup, clock: StartupClock) -> StepClock:
-    """Examples per second, MFU and goodput, against the peak of the devices at hand."""
-    measure = functools.partial(
-        peak_flops, setup.mesh.local_devices[0], setup.objective.compute_dtype
-    )
-    with clock.phase("measure the devices"):
-        peak = measure()
-    return StepClock(
-        forward_flops_per_example=setup.forward_flops / setup.config.batch_size,
-        peak=peak,
-        device_count=setup.mesh.size,
-        measure=measure,
-        before=clock.causes(),
-    )
-
-
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command; returns its exit status."""
+    """Runs the command and returns its exit status."""
     clock = StartupClock.from_process_start("python and imports")
 
     def command() -> None:

@@ -8,7 +8,7 @@ from modules import changed
 
 from vlp_jax import interop
 from vlp_jax.inspection import heat_map, heat_maps, overlay, patch_embeddings
-from vlp_jax.inspection.heat_maps import Samples, spread_out
+from vlp_jax.inspection.heat_maps import PlaceValues, spread_out
 from vlp_jax.models.layers import AttentionPooling
 
 MODULES = {
@@ -117,7 +117,7 @@ def test_a_map_fades_beyond_its_samples_and_a_flat_one_is_nought():
     values = np.zeros((2, 3, 3))
     values[0, 0, 2] = 4.0
     places = np.array([8.0, 16.0, 24.0])
-    heat, flat = spread_out(Samples(values, places, places, 3.0), (32, 48))
+    heat, flat = spread_out(PlaceValues(values, places, places, 3.0), (32, 48))
     assert heat.shape == (32, 48) and not flat.any()
     assert np.unravel_index(heat.argmax(), heat.shape) in {(7, 23), (7, 24), (8, 23), (8, 24)}
     assert heat[7, 23] == 1 > heat[3, 23] > heat[0, 23]

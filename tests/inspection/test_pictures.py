@@ -56,7 +56,7 @@ def test_bars_of_tokens_are_as_long_as_their_scores(tmp_path):
     words, scores = ["a", "<b>", "$c"], np.array([1.0, 2.0, 4.0])
     heat = np.random.default_rng(0).random((4, 4))
     pictures.draw_relevance(path, IMAGE, heat, words, scores, **TITLES)
-    blue = (np.abs(read(path) - [0x00, 0x72, 0xB2]).max(axis=-1) < 12)[:, 900:]
+    blue = (np.abs(read(path) - [0x0B, 0x5F, 0xA5]).max(axis=-1) < 12)[:, 900:]
     lengths = [n for n in blue.sum(axis=1) if n > 5]
     assert sorted(set(np.round(np.array(lengths) / min(lengths)).astype(int))) == [1, 2, 4]
     nothing = tmp_path / "nothing.png"
@@ -84,7 +84,7 @@ def test_neighbours_are_beside_their_query(tmp_path):
 
 def test_small_groups_are_drawn_as_one(tmp_path, monkeypatch):
     figures = []
-    monkeypatch.setattr(pictures, "save_figure", lambda figure, path: figures.append(figure))
+    monkeypatch.setattr(pictures.Sheet, "save", lambda sheet, path: figures.append(sheet.figure))
     groups = [f"g{i:02}" for i in range(15) for _ in range(i + 1)]
     points = np.random.default_rng(0).normal(size=(len(groups), 2))
     pictures.draw_projection("x.png", points, groups, **TITLES)

@@ -4,13 +4,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from vlp_jax.observe.palette import PALE, SERIES
 from vlp_jax.observe.pictures import (
     VIEWS,
     draw_comparison,
     draw_differences,
     draw_reconstructions,
 )
-from vlp_jax.observe.plots import CURVE_COLORS, PALE
 
 TITLES = {"title": "A title", "subtitle": "what it is about"}
 
@@ -87,11 +87,11 @@ def test_curves_have_their_colors_and_their_heights(tmp_path):
     steps = [0, 50, 100]
     curves = {"low": (steps, [0.1, 0.2, 0.2]), "high": (steps, [0.5, 0.9, 0.95])}
     picture = compare(tmp_path / "a.png", curves)
-    assert center(picture, CURVE_COLORS[1])[0] < center(picture, CURVE_COLORS[0])[0] - 50
+    assert center(picture, SERIES[1])[0] < center(picture, SERIES[0])[0] - 50
     swapped = compare(tmp_path / "b.png", {"low": curves["high"], "high": curves["low"]})
-    assert center(swapped, CURVE_COLORS[1])[0] > center(swapped, CURVE_COLORS[0])[0] + 50
+    assert center(swapped, SERIES[1])[0] > center(swapped, SERIES[0])[0] + 50
     one = compare(tmp_path / "c.png", {"low": curves["low"]})
-    assert not len(where(one, CURVE_COLORS[1])[0])
+    assert not len(where(one, SERIES[1])[0])
 
 
 def test_the_target_is_a_dotted_line_at_its_height(tmp_path):
@@ -127,7 +127,7 @@ def test_differences_are_of_variants_with_the_steps_of_the_baseline(tmp_path):
     curves["long"] = [([0, 20, 40], loss), ([0, 20, 40], loss - 0.2)]
     picture = differences(tmp_path / "x.png", curves)
     middle = picture.shape[1] // 2
-    sides = [{x > middle for x in where(picture, CURVE_COLORS[n])[1].tolist()} for n in range(3)]
+    sides = [{x > middle for x in where(picture, SERIES[n])[1].tolist()} for n in range(3)]
     assert sides == [{False}, {False, True}, {False}]
     for wrong in ([(steps, loss)], [(steps, loss), ([0, 10, 30], loss)]):
         with pytest.raises(ValueError, match="numbers of runs differ, or the steps"):
@@ -138,5 +138,5 @@ def test_there_are_as_many_curves_as_variants(tmp_path):
     curves = {f"{n}": ([0, 100], [0.1 * n, 0.1 * n]) for n in range(1, 9)}
     before = compare(tmp_path / "7.png", dict(list(curves.items())[:7]))
     after = compare(tmp_path / "8.png", curves)
-    color = CURVE_COLORS[7 - len(CURVE_COLORS)]
+    color = SERIES[7 - len(SERIES)]
     assert len(where(after, color)[0]) > len(where(before, color)[0]) + 500

@@ -6,7 +6,7 @@ from matplotlib.colors import to_hex
 from matplotlib.text import Text
 from PIL import Image
 
-from vlp_jax.observe.plots import CORRECT, WRONG, draw_curves, draw_report, report_figure
+from vlp_jax.observe.plots import CORRECT, WRONG, report_sheet
 from vlp_jax.observe.text_layout import ELLIPSIS, Colored, TextFitter
 
 _SHORT = "a red circle above a blue square"
@@ -64,7 +64,7 @@ def _texts(figure):
 
 def test_report_has_its_size_and_is_not_blank(tmp_path):
     path = tmp_path / "new" / "report.png"
-    draw_report(path, **_arguments())
+    report_sheet(**_arguments()).save(path)
     pixels = _pixels(path)
     assert pixels.shape == (1000, 1600, 3)
     for block in (pixels[:500, :900], pixels[500:, :900], pixels[:500, 1000:], pixels[500:, 1000:]):
@@ -73,14 +73,14 @@ def test_report_has_its_size_and_is_not_blank(tmp_path):
 
 def test_flags_change_color_and_show_the_true_caption(tmp_path):
     correct = [True, False] * 6
-    draw_report(tmp_path / "right.png", **_arguments())
-    draw_report(tmp_path / "mixed.png", **_arguments(correct=correct))
+    report_sheet(**_arguments()).save(tmp_path / "right.png")
+    report_sheet(**_arguments(correct=correct)).save(tmp_path / "mixed.png")
     right, mixed = _pixels(tmp_path / "right.png"), _pixels(tmp_path / "mixed.png")
     gallery = np.s_[130:, :980]
     assert _count(right[gallery], WRONG) == 0 and _count(right[gallery], CORRECT) > 1000
     assert _count(mixed[gallery], WRONG) > 1000
-    figure = report_figure(**_arguments(correct=correct))
-    frames = [to_hex(axes.spines["top"].get_edgecolor()).upper() for axes in figure.axes[:8]]
+    figure = report_sheet(**_arguments(correct=correct)).figure
+    frames = [to_hex(axes.spines["top"].get_edgecolor()) for axes in figure.axes[:8]]
     assert frames == [CORRECT, WRONG] * 4
     texts = [text.get_text() for text in _texts(figure)]
     assert any(text.startswith("✗") for text in texts)
@@ -91,7 +91,7 @@ def test_flags_change_color_and_show_the_true_caption(tmp_path):
 @pytest.mark.parametrize("count", [1, 8, 10, 14])
 def test_no_text_overlaps_or_leaves_the_figure(captions, count):
     correct = [i % 3 != 1 for i in range(count)]
-    figure = report_figure(**_arguments(count, captions, correct))
+    figure = report_sheet(**_arguments(count, captions, correct)).figure
     figure.savefig(io.BytesIO(), format="png")
     boxes = [(text.get_text(), text.get_window_extent()) for text in _texts(figure)]
     for i, (name, box) in enumerate(boxes):
@@ -107,14 +107,14 @@ def test_no_text_overlaps_or_leaves_the_figure(captions, count):
 
 def test_long_captions_are_complete():
     correct = [i % 2 == 0 for i in range(12)]
-    figure = report_figure(**_arguments(12, (_LONG,), correct))
+    figure = report_sheet(**_arguments(12, (_LONG,), correct)).figure
     shown = " ".join(text.get_text() for text in _texts(figure))
     assert ELLIPSIS not in shown
     assert shown.count(_LONG) == 15  # ten images: five right, five wrong with both captions
 
 
 def test_captions_are_not_parsed_as_math(tmp_path):
-    draw_report(tmp_path / "r.png", **_arguments(8, ("$x_{$ each",)))
+    report_sheet(**_arguments(8, ("$x_{$ each",))).save(tmp_path / "r.png")
     assert _pixels(tmp_path / "r.png").shape == (1000, 1600, 3)
 
 
@@ -127,46 +127,7 @@ def test_wrong_arguments_are_refused(tmp_path):
         {"curves": {"accuracy": ([0], [55.0])}, "chance": {}},
     ):
         with pytest.raises(ValueError):
-            draw_report(tmp_path / "r.png", **{**arguments, **change})
-
-
-def _records(count=300):
-    rng = np.random.default_rng(1)
-    records = [
-        {"step": i, "time": 1.0, "train/loss": float(rng.random()), "train/grad_norm": 1.0 + i}
-        for i in range(count)
-    ]
-    return records + [{"step": i, "time": 1.0, "val/loss": 1.0} for i in (0, 100, 200)]
-
-
-def test_curves_of_a_run(tmp_path):
-    draw_curves(tmp_path / "two.png", _records(), title="a run")
-    draw_curves(tmp_path / "one.png", _records(), title="a run", names=["val/loss"])
-    two, one = _pixels(tmp_path / "two.png"), _pixels(tmp_path / "one.png")
-    # train/loss and val/loss share a panel, so only there are there two colors.
-    assert _count(two, "#D55E00") > 100 and _count(one, "#D55E00") == 0
-    assert _count(one, "#0072B2") > 100
-
-
-def test_curves_leave_gaps_and_refuse_the_unknown(tmp_path):
-    records = [{"step": i, "time": 0.0, "loss": float("nan")} for i in range(3)]
-    with pytest.raises(ValueError, match="two finite values"):
-        draw_curves(tmp_path / "c.png", records, title="t")
-    with pytest.raises(ValueError, match="no such metrics.*'x'"):
-        draw_curves(tmp_path / "c.png", _records(), title="t", names=["x"])
-    draw_curves(tmp_path / "c.png", [*_records(400), *records], title="t")
-    assert (tmp_path / "c.png").exists()
-
-
-def test_many_panels_do_not_overlap():
-    from vlp_jax.observe import plots
-
-    panels = {f"metric_{i}": {f"set_{j}": ([0, 1], [j, i]) for j in range(4)} for i in range(7)}
-    figure = plots._curves_figure(panels, "a title " * 20)
-    figure.savefig(io.BytesIO(), format="png")
-    legends = [axes.get_legend().get_window_extent() for axes in figure.axes]
-    panels_drawn = [axes.get_window_extent() for axes in figure.axes]
-    assert not any(legend.overlaps(panel) for legend in legends for panel in panels_drawn)
+            report_sheet(**{**arguments, **change}).save(tmp_path / "r.png")
 
 
 @pytest.mark.parametrize("width", [0.3, 0.8, 2.0])

@@ -25,8 +25,7 @@ from vlp_jax.report.scores import (
 )
 from vlp_jax.report.section_config import config_section, differences, flat
 from vlp_jax.report.section_data import data_section
-from vlp_jax.report.section_pictures import heat_section, paintings_section
-from vlp_jax.report.section_samples import samples_section
+from vlp_jax.report.section_pictures import heat_section, paintings_section, samples_section
 from vlp_jax.report.section_scores import table_section
 
 SCORES = {
@@ -143,7 +142,7 @@ def test_the_section_of_zero_shot(zero_shot):
     section = section_zero_shot.zero_shot_section("zs", zero_shot, images, Album(10**6))
     # Ten classes have images, so the rest is neither a row nor, unless predicted, a column.
     svg = ET.fromstring(str(blocks_of(section, Charts)[0].charts[0].svg))
-    cells = [r for r in svg.iter("rect") if r.find("title") is not None]
+    cells = [path for path in svg.iter("path") if path.find("title") is not None]
     told = [int(c.find("title").text.rpartition(": ")[2].split(" of ")[0]) for c in cells]
     assert sum(told) == 300
     right = [n for c, n in zip(cells, told) if c.get("class") == "f-accent"]

@@ -19,7 +19,7 @@ from vlp_jax.errors import UserError
 from vlp_jax.observe.progress import NullProgress
 from vlp_jax.observe.throughput import StartupClock
 from vlp_jax.observe.writers import read_metrics
-from vlp_jax.training import loop
+from vlp_jax.training import report
 from vlp_jax.training.measures import Measures, profile_steps, take_profile_flag
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -52,13 +52,13 @@ def config_file(tmp_path):
 
 def act_at(monkeypatch, actions):
     """Has the loop call `actions[step]` when it hands over batch `step`."""
-    take = loop.StepReport.take
+    take = report.StepReport.take
 
     def acting(self, step, metrics):
         actions.get(step, lambda: None)()
         return take(self, step, metrics)
 
-    monkeypatch.setattr(loop.StepReport, "take", acting)
+    monkeypatch.setattr(report.StepReport, "take", acting)
 
 
 def send():

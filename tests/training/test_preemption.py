@@ -128,7 +128,7 @@ def loop_with(evaluators, preempted, interruptible=contextlib.nullcontext):
     fields = {field.name: MagicMock() for field in dataclasses.fields(Loop)}
     fields |= {"evaluations": evaluations, "first_step": 4, "last_step": 9}
     made = Loop(**fields | {"preempted": preempted, "interruptible": interruptible})
-    made.report.skipped_in_a_row = 0
+    made.monitor.skipping = False
     return made
 
 

@@ -32,9 +32,9 @@ def get_config(arg=None):
 # Keeps the machine from finishing all steps before a kill can fall between them.
 SLOWLY = """
 import sys, time
-from vlp_jax.training import loop
-take = loop.StepReport.take
-loop.StepReport.take = lambda self, *a: (time.sleep(0.05), take(self, *a))
+from vlp_jax.training import report
+take = report.StepReport.take
+report.StepReport.take = lambda self, *a: (time.sleep(0.05), take(self, *a))
 from vlp_jax.train import main
 sys.exit(main(sys.argv[1:]))
 """
@@ -62,11 +62,11 @@ MOMENTS = {
     "opens the data": ("vlp_jax.training.setup:make_pipeline", 1),
     "compiles": ("vlp_jax.training.setup:compile_steps", 1),
     "makes the state": ("vlp_jax.training.init_from:init_state", 1),
-    "first step": ("vlp_jax.training.loop:StepReport.take", 1),
+    "first step": ("vlp_jax.training.report:StepReport.take", 1),
     "evaluates": ("vlp_jax.evaluators.retrieval:Retrieval.__call__", 2),
     "saves": ("vlp_jax.training.checkpoint:Checkpointer.save", 3),
     "writes checksums": ("vlp_jax.training.checkpoint_files:write_checksums", 2),
-    "last step": ("vlp_jax.training.loop:StepReport.take", STEPS),
+    "last step": ("vlp_jax.training.report:StepReport.take", STEPS),
 }
 
 

@@ -15,8 +15,9 @@ from vlp_jax.errors import NotFinite, UserError
 from vlp_jax.observe.throughput import StartupClock
 from vlp_jax.parallel.batch import put_batch
 from vlp_jax.planning import hlo, loops, traffic
-from vlp_jax.train import make_watchdog, train
+from vlp_jax.train import train
 from vlp_jax.training.build import Parts
+from vlp_jax.training.monitor import make_watchdog
 from vlp_jax.training.several_steps import compile_steps
 from vlp_jax.training.when import EverySteps, StepsAhead
 

@@ -14,7 +14,7 @@ from vlp_jax import train
 from vlp_jax.observe.compilation import CompileWatch
 from vlp_jax.observe.writers import read_metrics
 from vlp_jax.parallel import startup
-from vlp_jax.training import loop
+from vlp_jax.training import loop, report
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 STEPS, PERIOD = 9, 3
@@ -141,14 +141,14 @@ def test_a_program_that_is_compiled_between_steps_is_told(
     config_file, shapes_dir, tmp_path, monkeypatch, capsys
 ):
     workdir = tmp_path / "run"
-    take = loop.StepReport.take
+    take = report.StepReport.take
 
     def compiling(self, step, metrics):
         if step in (4, 5):  # another shape at each
             jax.jit(lambda x: jnp.sin(x) * 1.25, donate_argnums=()).lower(jnp.ones(step)).compile()
         return take(self, step, metrics)
 
-    monkeypatch.setattr(loop.StepReport, "take", compiling)
+    monkeypatch.setattr(report.StepReport, "take", compiling)
     options = ["--config.evaluators.retrieval=None", "--config.duration.steps=7"]
     assert train.main(["--config", str(config_file), "--workdir", str(workdir), *options]) == 0
     printed = capsys.readouterr().err

@@ -17,6 +17,7 @@ from vlp_jax.evaluators.base import Scores
 from vlp_jax.objectives.base import Context
 from vlp_jax.parallel.batch import put_batch
 from vlp_jax.training.loop import Evaluation, Loop
+from vlp_jax.training.monitor import Monitor
 from vlp_jax.training.optimizer import (
     decay_mask,
     learning_rate_jumps,
@@ -301,12 +302,14 @@ def test_an_evaluator_without_scores_ends_no_run(error):
             types.SimpleNamespace(outcome=lambda params: Scores({"top1": 0.5})),
         ),
     ]
+    report = MagicMock()
+    parts["monitor"] = Monitor(report)
     loop = Loop(**parts)
     loop.evaluate(7, MagicMock())
-    told = [call.args[0] for call in loop.progress.print.call_args_list]
+    told = [call.args[0] for call in report.progress.print.call_args_list]
     assert told == [f"step 7  broken: no scores: {error}", "step 7  sound: top1 0.5"]
-    loop.writer.write_scalars.assert_called_once_with(7, {"eval/sound/top1": 0.5})
-    loop.measures.note.assert_called_once_with("no scores of broken", "at step 7")
+    report.writer.write_scalars.assert_called_once_with(7, {"eval/sound/top1": 0.5})
+    report.measures.note.assert_called_once_with("no scores of broken", "at step 7")
     with pytest.raises(UserError, match="labels"):
         wrong = types.SimpleNamespace(outcome=raises_user_error)
         parts["evaluations"][0] = Evaluation("wrong", lambda step: True, wrong)

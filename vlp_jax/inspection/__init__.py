@@ -1,6 +1,6 @@
-"""Looking inside a trained dual encoder: what it attends to, and what makes a pair similar.
+"""Looks inside a trained dual encoder: its attention, and the reasons why a pair is similar.
 
-Functions of a module, its parameters and arrays; `vlp_jax.load` gives the first two. See
+All functions take a module, its parameters and arrays; `vlp_jax.load` returns the first two. See
 docs/inspection.md.
 """
 

@@ -21,7 +21,7 @@ def attention_maps(
     images: UInt8[np.ndarray, "n height width 3"] | None = None,
     tokens: Int[np.ndarray, "n context"] | None = None,
 ) -> Maps:
-    """Softmax weights of every layer and head, as the forward pass uses them.
+    """Returns the softmax weights of every layer and head, as the forward pass uses them.
 
     Row i of a map says where token i looks; it sums to 1. The tokens of an image are the class
     token if there is one, the registers, and the patches row by row.
@@ -36,7 +36,7 @@ def attention_maps(
       attention also "image_pooling" and "text_pooling", [n, heads, tokens].
 
     Raises:
-      ValueError: neither images nor tokens, or of another shape than the model takes.
+      ValueError: neither images nor tokens are given, or the model takes other shapes.
     """
     if images is None and tokens is None:
         raise ValueError("attention_maps needs images or tokens")
@@ -57,7 +57,7 @@ def _maps(module: DualEncoder, tower: str, params: Params, inputs: Array) -> dic
 
 
 def layers_of(module: DualEncoder, tower: str, seen: Seen) -> Float[Array, "n layers heads q k"]:
-    """The weights of all layers of a tower, of what `tapped` has seen."""
+    """Stacks the weights of all layers of a tower that `tapped` has seen."""
     depth = getattr(module, tower).transformer.depth
     return jax.numpy.stack([seen[layer_path(tower, i)] for i in range(depth)], axis=1)
 
@@ -65,7 +65,7 @@ def layers_of(module: DualEncoder, tower: str, seen: Seen) -> Float[Array, "n la
 def rollout(
     maps: Float[np.ndarray, "n layers heads tokens tokens"], residual: float = 0.5
 ) -> Float[np.ndarray, "n tokens tokens"]:
-    """How much of each first token arrives in each last one, if attention were all there is.
+    """Estimates how much of each input token arrives in each output token.
 
     The mean over heads, mixed with the residual connection, multiplied layer by layer (Abnar and
     Zuidema 2020, "Quantifying Attention Flow in Transformers", 3.1). Rows sum to 1.
@@ -82,18 +82,19 @@ def rollout(
         raise ValueError(f"maps are [n, layers, heads, tokens, tokens], not {list(maps.shape)}")
     if not 0 <= residual <= 1:
         raise ValueError(f"residual {residual} is not in [0, 1]")
+    # The residual connection passes each token on to itself.
     identity = np.eye(maps.shape[-1], dtype=np.float32)
     mixed = (1 - residual) * maps.mean(axis=2) + residual * identity
     return functools.reduce(lambda before, layer: layer @ before, mixed.swapaxes(0, 1))
 
 
 def image_rollout(module: DualEncoder, maps: Maps) -> Float[np.ndarray, "n rows columns"]:
-    """Rollout from the patches to what the image tower pools: the class token, the mean over the
-    patches, or the tokens as the attention pooling weighs them. Sums to 1 with what the tokens that
-    are no patches have of it.
+    """Estimates how much of each patch arrives in the pooled features of the image tower.
+
+    The patches have the sum 1 less the share of the class token and the registers.
 
     Args:
-      maps: of `attention_maps`, with those of images.
+      maps: from `attention_maps`, with maps of images.
     """
     image, rolled = module.image, rollout(maps["image"])
     first = image.prefix_tokens
@@ -109,18 +110,19 @@ def image_rollout(module: DualEncoder, maps: Maps) -> Float[np.ndarray, "n rows 
 def token_strings(
     tokenizer: Any, ids: Int[np.ndarray, " context"], eos_id: int, pad_id: int
 ) -> list[str]:
-    """What each id of a text stands for, up to its eos and with it; the padding is left out.
+    """Decodes each id of a text up to and with its eos; the padding is left out.
 
     Args:
-      tokenizer: of which `decode` is asked, one id at a time; `bos_id` if it has one.
-      eos_id, pad_id: those of the text tower.
+      tokenizer: decodes one id at a time; may have a `bos_id`.
+      eos_id, pad_id: ids of the text tower.
     """
     ids = np.asarray(ids)
     ends = np.flatnonzero(ids == eos_id)
-    if ends.size:
+    if ends.size:  # a text that was cut may have no eos
         length = int(ends[0]) + 1
     else:
         length = int(np.flatnonzero(ids != pad_id).max(initial=0)) + 1
+    # Decoding would print special tokens as nothing.
     special = {pad_id: "<pad>", eos_id: "<eos>", getattr(tokenizer, "bos_id", None): "<bos>"}
     words = [special.get(int(i)) or tokenizer.decode(np.array([[i]]))[0] for i in ids[:length]]
     return [word if word.strip() else "<special>" for word in words]

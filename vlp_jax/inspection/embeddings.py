@@ -1,4 +1,4 @@
-"""What lies near what: nearest neighbours among embeddings, and their projection to a plane."""
+"""Nearest neighbours among embeddings, and their projection to a plane."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ def nearest(
     k: int,
     block: int = BLOCK,
 ) -> tuple[Int[np.ndarray, "queries k"], Float[np.ndarray, "queries k"]]:
-    """The k rows of `index` with the largest inner product with each query, best first.
+    """Finds the k rows of `index` with the largest inner product with each query, best first.
 
-    Exact: all rows are compared, `block` at a time, so that memory does not grow with the index.
-    Of equal ones that with the smaller number comes first. Of unit vectors the products are cosine
-    similarities.
+    The search is exact: all rows are compared, `block` at a time, so that memory does not grow with
+    the index. Of equal products the smaller row number comes first. The products of unit vectors
+    are cosine similarities.
 
     Args:
-      index: an array, or a `numpy.memmap`, of which a block is read at a time.
+      index: an array, or a `numpy.memmap` that is read block by block.
       k: at most the rows of the index.
 
     Returns:
-      Numbers of rows, int64, and their products, float32.
+      row numbers, int64, and their products, float32.
 
     Raises:
       ValueError: k is not in [1, rows of the index], or the widths differ.
@@ -62,17 +62,17 @@ def _largest(products: np.ndarray, rows: np.ndarray, k: int) -> tuple[np.ndarray
 def project(
     embeddings: Float[np.ndarray, "n dim"], method: str = "pca", seed: int = 0
 ) -> Float[np.ndarray, "n 2"]:
-    """Embeddings on a plane, centred, float32.
+    """Projects embeddings onto a plane; the result is centred and float32.
 
     Args:
       method: "pca" (the two directions of most variance, exact; each has the sign that makes its
         largest loading positive) or "tsne" (van der Maaten and Hinton 2008; of scikit-learn, which
         needs `pip install scikit-learn`).
-      seed: of t-SNE.
+      seed: for t-SNE.
 
     Raises:
-      UserError: an unknown method, fewer than 3 embeddings, or t-SNE without scikit-learn or of
-        more than 20,000 points.
+      UserError: the method is unknown, there are fewer than 3 embeddings, or t-SNE lacks
+        scikit-learn or is given more than 20,000 points.
     """
     if method not in METHODS:
         raise UserError(unknown_key_message(method, METHODS, "the methods of projection"))
@@ -85,7 +85,7 @@ def _pca(embeddings: np.ndarray, seed: int) -> np.ndarray:
     del seed
     centred = embeddings - embeddings.mean(axis=0)
     _, directions = np.linalg.eigh(centred.T @ centred)  # ascending
-    plane = directions[:, :-3:-1]
+    plane = directions[:, :-3:-1]  # the last two, the larger one first
     if plane.shape[1] < 2:
         raise UserError("embeddings of one number have no plane to be projected on")
     largest = np.take_along_axis(plane, np.abs(plane).argmax(axis=0)[None], axis=0)
@@ -101,6 +101,7 @@ def _tsne(embeddings: np.ndarray, seed: int) -> np.ndarray:
         ) from None
     if len(embeddings) > TSNE_MOST:
         raise UserError(f"t-SNE of {len(embeddings):,} points: give at most {TSNE_MOST:,}, or pca")
+    # 30 is scikit-learn's default; a few points have fewer neighbours than that.
     perplexity = min(30.0, (len(embeddings) - 1) / 3)
     plane = TSNE(perplexity=perplexity, init="pca", random_state=seed).fit_transform(
         embeddings.astype(np.float32)

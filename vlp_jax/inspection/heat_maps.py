@@ -1,4 +1,4 @@
-"""Which region of an image answers a text: heat maps in the image's resolution."""
+"""Heat maps of a text in an image, in the resolution of the image."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ Texts = Int[np.ndarray, "n context"] | Float[np.ndarray, "n embed"]
 
 
 @dataclasses.dataclass(frozen=True)
-class Samples:
-    """What a method says of some places of each of n images.
+class PlaceValues:
+    """Values of a method at a grid of places of each of n images.
 
     Attributes:
-      values: the larger, the more the place answers the text.
-      rows, columns: where these places are, in pixels from the upper left corner.
-      spread: standard deviation of the Gaussian that each of them becomes, in pixels.
+      values: how well a place answers the text; more is better.
+      rows, columns: the places, in pixels from the upper left corner.
+      spread: standard deviation of the Gaussian that each place becomes, in pixels.
     """
 
     values: Float[np.ndarray, "n rows columns"]
@@ -52,7 +52,7 @@ def heat_map(
     against: Float[np.ndarray, "m embed"] | None = None,
     batch_size: int = 64,
 ) -> Float[np.ndarray, "n height width"]:
-    """Where image i answers text i: float32 in [0, 1], 1 at the peak of each map.
+    """Computes where image i answers text i: float32 in [0, 1], 1 at the peak of each map.
 
     | method | value of a place | forward passes an image |
     |---|---|---|
@@ -63,17 +63,17 @@ def heat_map(
 
     Around a window, or in its place, there is the median color of the image. "Occlusion" is of
     Zeiler and Fergus 2014, "Visualizing and Understanding Convolutional Networks", 4.2; to show a
-    part and hide the rest is Petsiuk et al. 2018, "RISE", with one window for a mask. For the two
-    others see `patch_embeddings` and `relevance`; the image is shifted by quarters of a patch, so
-    that their maps are finer than the grid of patches.
+    part and hide the rest is Petsiuk et al. 2018, "RISE", with one window for a mask. "Patches" and
+    "relevance" are described at `patch_embeddings` and `relevance`. For these two the image is
+    shifted by quarters of a patch, so that the maps are finer than the grid of patches.
 
     Args:
       params: the parameters, of layers stacked or not.
       images: of the model's size.
       texts: token ids, or unit vectors (not for "relevance").
-      against: embeddings of other texts, whose mean is subtracted from that of each text, so that
-        what every text finds in an image counts no more (Li et al. 2023, "CLIP Surgery", 3.3: the
-        redundant features are the mean over texts). None for none.
+      against: embeddings of other texts. Their mean is subtracted from the embedding of each text,
+        so that features shared by all texts do not count (Li et al. 2023, "CLIP Surgery", 3.3:
+        the redundant features are the mean over texts). None subtracts nothing.
       batch_size: images that are computed at a time.
 
     Raises:
@@ -94,7 +94,7 @@ def heat_map(
     for first in range(0, len(images), batch_size):
         part = slice(first, first + batch_size)
         count = len(images[part])
-        # Few sizes of a batch, for each of them is compiled.
+        # Powers of two, since each size of a batch is compiled.
         size = min(1 << (count - 1).bit_length(), batch_size)
         batch = [_padded(np.asarray(x[part]), size) for x in (images, texts)]
         samples = METHODS[method](module, params, *batch)
@@ -105,20 +105,20 @@ def heat_map(
 def patch_embeddings(
     module: DualEncoder, params: Params, images: UInt8[Array, "n height width 3"]
 ) -> Float[Array, "n rows columns embed"]:
-    """A unit vector for each patch, in the space of the image's embedding. To be called under jit.
+    """Embeds each patch as a unit vector in the space of image embeddings. Call it under jit.
 
-    It is what the model makes of an image whose pooling sees this one patch: the patch in the place
-    of the class token; the mean over it alone; or it alone under the query of an attention pooling.
-    In the last layer each token attends to itself alone, for what it gathers there is for the
-    pooling and not of its own place (Zhou, Loy and Dai 2022, "Extract Free Dense Labels from CLIP",
-    MaskCLIP, 3.2: the value path of the last layer).
+    The vector is the embedding of an image whose pooling sees this one patch alone: in the place of
+    the class token, as the mean, or under the query of an attention pooling. In the last layer each
+    token attends to itself alone, since it gathers there for the pooling and not for its own place
+    (Zhou, Loy and Dai 2022, "Extract Free Dense Labels from CLIP", MaskCLIP, 3.2: the value path of
+    the last layer).
     """
     image = module.image
     first = image.prefix_tokens
 
     def one_by_one(tokens: Array) -> Array:
         patches = einops.rearrange(tokens[:, first:], "n t w -> (n t) 1 w")
-        if image.pooling == "mean" and first:  # which leaves so many tokens out
+        if image.pooling == "mean" and first:  # the mean leaves the first tokens out
             return jnp.pad(patches, ((0, 0), (first, 0), (0, 0)))
         return patches
 
@@ -132,12 +132,13 @@ def _itself(weights: Array) -> Array:
     return jnp.broadcast_to(jnp.eye(weights.shape[-1], dtype=weights.dtype), weights.shape)
 
 
-def spread_out(samples: Samples, size: tuple[int, int]) -> Float[np.ndarray, "n height width"]:
-    """A map of an image's height and width, in [0, 1], of what is known of some places.
+def spread_out(samples: PlaceValues, size: tuple[int, int]) -> Float[np.ndarray, "n height width"]:
+    """Spreads values at some places over the whole image, in [0, 1].
 
-    Each place adds a Gaussian of the height by which its value is above the least. So a map fades
-    beyond the outermost places, instead of being continued there.
+    Each place adds a Gaussian whose height is its value above the least. So a map fades beyond the
+    outermost places, where nothing was measured.
     """
+    # Relative to the least value of each map, since similarities have no zero.
     values = samples.values - samples.values.min(axis=(1, 2), keepdims=True)
     down, across = (
         np.exp(-0.5 * ((np.arange(side)[:, None] + 0.5 - places) / samples.spread) ** 2)
@@ -149,24 +150,24 @@ def spread_out(samples: Samples, size: tuple[int, int]) -> Float[np.ndarray, "n 
 
 
 def shifts_of(module: DualEncoder, shifts: int = SHIFTS) -> Int[np.ndarray, " shifts"]:
-    """By how many pixels an image is shifted, along an axis: `shifts` parts of a patch."""
+    """Returns the shifts of an image along an axis, in pixels: `shifts` parts of a patch."""
     patch = module.image.patch_size
     return np.unique(np.round((np.arange(shifts) - shifts // 2) * patch / shifts).astype(int))
 
 
-def _windows(module: DualEncoder, params: Params, images: Array, texts: Array) -> Samples:
+def _windows(module: DualEncoder, params: Params, images: Array, texts: Array) -> PlaceValues:
     values = np.asarray(_window_similarities(module, params, images, texts, False))
     return _window_samples(module, values)
 
 
-def _occlusion(module: DualEncoder, params: Params, images: Array, texts: Array) -> Samples:
+def _occlusion(module: DualEncoder, params: Params, images: Array, texts: Array) -> PlaceValues:
     values = -np.asarray(_window_similarities(module, params, images, texts, True))
     return _window_samples(module, values)
 
 
-def _window_samples(module: DualEncoder, values: np.ndarray) -> Samples:
+def _window_samples(module: DualEncoder, values: np.ndarray) -> PlaceValues:
     rows, columns = (np.arange(1, STEPS) * side / STEPS for side in module.image.image_size)
-    return Samples(values, rows, columns, _WINDOW_SPREAD * min(module.image.image_size))
+    return PlaceValues(values, rows, columns, _WINDOW_SPREAD * min(module.image.image_size))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 4))
@@ -181,6 +182,7 @@ def _window_similarities(
     def similarity(place: Array) -> Float[Array, " n"]:
         centre = place * jnp.array([height, width]) / STEPS
         inside = (jnp.abs(y - centre[0]) < half) & (jnp.abs(x - centre[1]) < half)
+        # To hide is to show the complement.
         seen = (inside ^ hide)[None, :, :, None]
         shown = jnp.where(seen, images, fill)
         embeddings = module.apply({"params": params}, shown, method="embed_image")
@@ -188,11 +190,12 @@ def _window_similarities(
 
     steps = np.arange(1, STEPS)
     places = np.stack(np.meshgrid(steps, steps, indexing="ij"), axis=-1).reshape(-1, 2)
+    # One window at a time: all at once would hold 49 copies of the batch.
     values = jax.lax.map(similarity, jnp.asarray(places, jnp.float32))
     return einops.rearrange(values, "(r c) n -> n r c", r=STEPS - 1)
 
 
-def _patches(module: DualEncoder, params: Params, images: np.ndarray, texts: Array) -> Samples:
+def _patches(module: DualEncoder, params: Params, images: np.ndarray, texts: Array) -> PlaceValues:
     def values(shifted: np.ndarray) -> np.ndarray:
         return np.asarray(_patch_similarities(module, params, shifted, texts))
 
@@ -206,7 +209,9 @@ def _patch_similarities(
     return jnp.einsum("nrcd,nd->nrc", patch_embeddings(module, params, images), texts)
 
 
-def _relevance(module: DualEncoder, params: Params, images: np.ndarray, texts: Array) -> Samples:
+def _relevance(
+    module: DualEncoder, params: Params, images: np.ndarray, texts: Array
+) -> PlaceValues:
     return _shifted_samples(
         module, images, lambda shifted: relevance(module, params, shifted, texts).image
     )
@@ -214,8 +219,8 @@ def _relevance(module: DualEncoder, params: Params, images: np.ndarray, texts: A
 
 def _shifted_samples(
     module: DualEncoder, images: np.ndarray, values: Callable[[np.ndarray], np.ndarray]
-) -> Samples:
-    """What `values` says of the patches of the image, shifted in all ways; its edges go on."""
+) -> PlaceValues:
+    """Evaluates `values` on the image in all shifts; its edges are continued."""
     offsets, patch = shifts_of(module), module.image.patch_size
     (height, width), (rows, columns) = module.image.image_size, module.image.grid
     padded = np.pad(images, ((0, 0), (patch, patch), (patch, patch), (0, 0)), mode="edge")
@@ -228,10 +233,10 @@ def _shifted_samples(
         for count in (rows, columns)
     ]
     grids = einops.rearrange(found, "n r i c j -> n (r i) (c j)")
-    return Samples(grids, *places, _PATCH_SPREAD * patch)
+    return PlaceValues(grids, *places, _PATCH_SPREAD * patch)
 
 
-METHODS: dict[str, Callable[..., Samples]] = {
+METHODS: dict[str, Callable[..., PlaceValues]] = {
     "windows": _windows,
     "occlusion": _occlusion,
     "patches": _patches,

@@ -14,11 +14,11 @@ _LUMA = np.array([0.299, 0.587, 0.114])  # ITU-R BT.601
 def overlay(
     image: UInt8[np.ndarray, "height width 3"], heat: Float[np.ndarray, "rows columns"]
 ) -> UInt8[np.ndarray, "height width 3"]:
-    """The image, paler, under the colors of the map: from dark (0) through green to yellow (1).
+    """Lays the colors of a map over a paler image: from dark (0) through green to yellow (1).
 
     Args:
-      heat: in [0, 1]; what lies outside is cut. Of fewer rows and columns than the image, its cells
-        become rectangles.
+      heat: clipped to [0, 1]. With fewer rows and columns than the image, its cells become
+        rectangles.
 
     Raises:
       ValueError: its rows and columns do not divide the image's height and width.

@@ -17,11 +17,11 @@ from vlp_jax.models.dual_encoder import DualEncoder
 
 @dataclasses.dataclass(frozen=True)
 class Relevance:
-    """What speaks for the similarity of each of n pairs.
+    """Reasons for the similarity of each of n pairs.
 
     Attributes:
-      image: of each patch, at least 0.
-      text: of each token id, at least 0; padding has what it has.
+      image: relevance of each patch, >= 0.
+      text: relevance of each token id, >= 0; padding is not masked.
       similarity: cosine of the two embeddings, in [-1, 1].
     """
 
@@ -36,13 +36,13 @@ def relevance(
     images: UInt8[np.ndarray, "n height width 3"],
     tokens: Int[np.ndarray, "n context"],
 ) -> Relevance:
-    """Relevance of patches and tokens for the cosine similarity of image i and text i.
+    """Computes the relevance of patches and tokens for the cosine similarity of image i and text i.
 
     Layer by layer R <- R + E_heads[(gradient * attention)+] R from the identity (Chefer, Gur and
     Wolf 2021, "Generic Attention-model Explainability", 3.2, eqs. 5 and 6), in each tower on its
-    own. The last step is the pooling. An attention pooling is one more such layer, of one query. A
-    mean is one whose weights are all the same: gradient times weight is there gradient times token.
-    Of a class token, an eos, or the first or last token it is that token's row.
+    own. The last step is the pooling. An attention pooling is one more such layer with one query. A
+    mean is a layer of equal weights, where gradient times weight is gradient times token. Pooling
+    by a class token, an eos, or the first or last token takes the row of this token.
 
     Args:
       params: the parameters, of layers stacked or not.
@@ -50,7 +50,7 @@ def relevance(
       tokens: as many rows as images.
 
     Raises:
-      ValueError: shapes that the model does not take, or another number of texts than of images.
+      ValueError: the model takes other shapes, or the numbers of texts and images differ.
     """
     if len(images) != len(tokens):
         raise ValueError(f"{len(images)} images and {len(tokens)} texts are no pairs")
@@ -64,10 +64,11 @@ def _relevance(module: DualEncoder, params: Params, images: Array, tokens: Array
         edits = {path: functools.partial(jnp.add, x) for path, x in added.items()}
         out, seen = tapped(module, params, images, tokens, edits=edits)
         cosine = jnp.sum(out["image"] * out["text"], axis=-1)
-        # Pairs do not depend on each other: the gradient of the sum is that of each.
+        # Pairs do not depend on each other, so one gradient of the sum serves all.
         return cosine.sum(), (cosine, seen)
 
     shapes = jax.eval_shape(lambda: run({})[1][1])
+    # The gradient by a zero that is added to a value is the gradient by the value.
     zeros = {
         path: jnp.zeros(shapes[path].shape, shapes[path].dtype)
         for tower in TOWERS
@@ -85,7 +86,7 @@ def _relevance(module: DualEncoder, params: Params, images: Array, tokens: Array
 
 
 def _paths(module: DualEncoder, tower: str) -> list[str]:
-    """What the gradient is taken of: the attention of all layers, and what is pooled."""
+    """Lists the values that need a gradient: attention of all layers, and the pooled value."""
     part = getattr(module, tower)
     pooled = f"{tower}/{POOLING}" if part.pooling == "map" else f"{tower}/encoder"
     return [*(layer_path(tower, i) for i in range(part.transformer.depth)), pooled]
@@ -107,7 +108,7 @@ def _tower_relevance(
 def _pooling_weights(
     module: DualEncoder, tower: str, value: Array, gradient: Array, tokens: Array
 ) -> Float[Array, "n tokens"]:
-    """How much each last token counts for the pooled features; at least 0."""
+    """Returns how much each output token counts for the pooled features, >= 0."""
     part = getattr(module, tower)
     if part.pooling == "map":
         return jnp.maximum(gradient * value, 0).mean(axis=1)[:, 0]

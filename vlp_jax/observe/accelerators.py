@@ -1,4 +1,4 @@
-"""How fast one device could multiply matrices: the denominator of model FLOPs utilisation."""
+"""Peak rate of matrix products of one device: the denominator of model FLOPs utilisation."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ import jax
 import jax.numpy as jnp
 
 _DTYPES = ("bfloat16", "float16", "float32")
-_MEASURE_BUDGET_SECONDS = 0.25
+_MEASURE_BUDGET_SECONDS = 0.25  # a start should not wait longer for a figure of one line
 
 
 @dataclasses.dataclass(frozen=True)
 class PeakFlops:
-    """Dense floating-point operations a second of one JAX device, and where the figure is from."""
+    """Dense FLOP/s of one JAX device, from the table of data sheets or measured here."""
 
     flops: float
     source: Literal["table", "measured"]
@@ -25,7 +25,7 @@ class PeakFlops:
 
 @dataclasses.dataclass(frozen=True)
 class _Row:
-    """One device kind. TFLOP/s, dense (no structured sparsity), at the boost clock.
+    """Figures of one device kind: TFLOP/s, dense (no structured sparsity), at the boost clock.
 
     float32 is what a float32 matrix product reaches at JAX's default precision: TF32 tensor cores
     on NVIDIA from Ampere on, a single bfloat16 pass on TPU. float16 is None where it equals
@@ -90,7 +90,7 @@ _PEAK_TFLOPS = (
 
 
 def peak_flops(device: jax.Device, dtype: Any) -> PeakFlops:
-    """Peak matrix-product rate of one device, in FLOP/s (a multiply-add is two).
+    """Returns the peak rate of matrix products of one device (a multiply-add is two FLOPs).
 
     Known accelerators come from the table of data-sheet figures. Anything else (a CPU, a new chip,
     a MIG slice) is measured here by a matrix product, which takes about 0.3 s on a laptop. CPU
@@ -98,10 +98,10 @@ def peak_flops(device: jax.Device, dtype: Any) -> PeakFlops:
 
     Args:
         device: the device; for a measurement, a local one.
-        dtype: what matrix products are computed in: bfloat16, float16 or float32.
+        dtype: type of the products: bfloat16, float16 or float32.
 
     Raises:
-        ValueError: `dtype` is another one.
+        ValueError: `dtype` is none of these.
     """
     name = jnp.dtype(dtype).name
     if name not in _DTYPES:
@@ -113,7 +113,7 @@ def peak_flops(device: jax.Device, dtype: Any) -> PeakFlops:
 
 
 def table_flops(device_kind: str, dtype: Any) -> float:
-    """Peak of a known accelerator that need not be here, in FLOP/s; see `peak_flops`.
+    """Returns the peak of a known accelerator that need not be here, in FLOP/s.
 
     Raises:
         KeyError: the table has no such device.
@@ -136,10 +136,10 @@ def _table_tflops(device_kind: str, dtype: str) -> float | None:
 
 
 def _measured_flops(device: jax.Device, dtype: Any) -> float:
-    """Best rate of a few n x n products: large enough to fill the device, short enough to wait."""
+    """Measures the best rate of a few n x n products, in FLOP/s."""
     started = time.perf_counter()
     on_cpu = device.platform == "cpu"
-    n = 1024 if on_cpu else 8192
+    n = 1024 if on_cpu else 8192  # large enough to fill the device, short enough to wait for
     matrix = jax.device_put(jnp.ones((n, n), dtype), device)
     product = jax.jit(jnp.matmul).lower(matrix, matrix).compile()
     product(matrix, matrix).block_until_ready()
@@ -151,5 +151,6 @@ def _measured_flops(device: jax.Device, dtype: Any) -> float:
         best = min(best, after - before)
         if after - started > _MEASURE_BUDGET_SECONDS - best:
             break
+    # CPU devices share the cores, and a product on one of them takes all cores.
     share = len(jax.local_devices(backend="cpu")) if on_cpu else 1
     return 2 * n**3 / best / share

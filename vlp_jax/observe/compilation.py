@@ -1,4 +1,4 @@
-"""What XLA compiled, how long it took, and what came from the persistent cache."""
+"""Counts of compiled programs, their seconds, and hits of the persistent cache."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ _BACKEND = "/jax/core/compile/backend_compile_duration"  # a compilation, or a r
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-    """What was compiled in some stretch of time.
+    """The programs that were compiled in a stretch of time.
 
     Attributes:
-      programs: how many.
-      seconds: in XLA, or in reading the cache.
+      programs: their number.
+      seconds: time in XLA, or in reading the cache.
       requests: programs that were looked for in the persistent cache; 0 if
         `jax_enable_compilation_cache` is off.
-      hits: of these, found.
-      saved_seconds: what the programs that were found had taken to compile, less the reading.
+      hits: programs that were found there.
+      saved_seconds: compilation time of the programs that were found, less the reading.
     """
 
     programs: int = 0
@@ -42,7 +42,7 @@ class Compiled:
         return Compiled(**{name: getattr(self, name) - value for name, value in fields.items()})
 
     def from_cache(self) -> bool:
-        """Whether all of it came from the persistent cache."""
+        """Whether every program came from the persistent cache."""
         return self.programs > 0 and self.hits == self.programs
 
 
@@ -61,7 +61,7 @@ class CompileWatch:
         self._lock = threading.Lock()
 
     def so_far(self) -> Compiled:
-        """All that was compiled up to now."""
+        """Returns the counts up to now."""
         return self._so_far
 
     def __enter__(self) -> Self:
@@ -86,6 +86,7 @@ class CompileWatch:
             self._add(saved_seconds=duration)
         elif event == _BACKEND:
             self._add(programs=1, seconds=duration)
+            # Only the thread that entered waits for its compilations; others cost no step.
             if threading.get_ident() == self._thread:
                 self._compiled(duration, str(more.get("fun_name", "a program")))
 
@@ -96,7 +97,7 @@ class CompileWatch:
 
 
 def describe(step: Compiled, seconds: float) -> str:
-    """How the step was come by in `seconds`, for the log and the summary."""
+    """Says how the step was made in `seconds`, for the log and the summary."""
     if step.from_cache():
         saved = f", which saved {step.saved_seconds:.1f} s" if step.saved_seconds >= 0.05 else ""
         return f"the step in {seconds:.1f} s, from the persistent cache{saved}"

@@ -1,4 +1,4 @@
-"""When the devices were done with a step, seen from a thread of its own."""
+"""The time at which the devices finished a step, noted by a thread of its own."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ import jax
 class DeviceWatch:
     """Notes the time at which the devices have computed the newest step.
 
-    A step is dispatched and computed later, so that the host can prepare and wait in the meantime
-    at no cost. How much of a wait was at no cost can only be told by the time at which the devices
-    were done, which the waiting thread does not see: a thread that sleeps until then notes it.
+    A step is dispatched and computed later. Meanwhile the host can prepare and wait at no cost.
+    Which part of a wait had no cost follows from the time at which the devices were done. The
+    waiting thread does not see that time, so a thread that sleeps until then notes it.
 
     Args:
         time_fn: the clock, in seconds.
@@ -27,10 +27,10 @@ class DeviceWatch:
         self._queue: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
         self._watched = 0
-        self._done = (0, 0.0)  # how many are done, and when the last of them was
+        self._done = (0, 0.0)  # how many steps are done, and the time of the last
 
     def watch(self, arrays: Any) -> None:
-        """Begins to wait for `arrays`, which the newest step computes. They are not donated."""
+        """Begins to wait for `arrays` of the newest step, which must not be donated."""
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, name="device_watch", daemon=True)
             self._thread.start()
@@ -38,7 +38,7 @@ class DeviceWatch:
         self._queue.put(arrays)
 
     def busy_between(self, begin: float, end: float) -> float:
-        """Seconds of the time from `begin` to `end` in which the newest step was not done."""
+        """Returns the seconds from `begin` to `end` in which the newest step was not done."""
         if not self._watched:
             return 0.0
         done, at = self._done

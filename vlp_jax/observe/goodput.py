@@ -1,4 +1,4 @@
-"""Where the time of a run went, over all the processes that it took: WORKDIR/goodput.json."""
+"""Time of a run by cause, over all its processes: WORKDIR/goodput.json."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from vlp_jax.files import write_whole
 
 GOODPUT_FILE = "goodput.json"
 FORMAT = 1
-MAX_MARKS = 256
+MAX_MARKS = 256  # keeps the file below 10 kB, however often a run is saved
 
 USEFUL, LOST, DOWN = "useful", "lost work", "down"
-# The order of tables. A cause that a clock has and this list has not comes before the last two.
+# The order of tables. A cause that is not in this list comes before "lost work" and "down".
 CAUSES = (USEFUL, "start", "compile", "data wait", "checkpoint", "evaluation")
 
 
 @dataclasses.dataclass(frozen=True)
 class OwnTime:
-    """What this process has done since it started: seconds by cause, and steps."""
+    """Seconds by cause and steps of this process since it started."""
 
     seconds: Mapping[str, float]
     steps: int
@@ -39,11 +39,12 @@ class RunTime:
     Attributes:
       began_at: Unix time at which the first process started.
       alive_at: Unix time of the last sign of life.
-      starts: processes 0 that began.
-      seconds: by cause. "useful" is the time of those steps alone that the newest state consists
-        of; that of steps which a restart did again is "lost work".
+      starts: how often the run was started.
+      seconds: by cause. "useful" is the time of the steps that the newest state consists of. The
+        time of steps that a restart repeated is "lost work".
       step: steps that the newest state consists of.
-      steps_done: all that were done, those that were lost among them.
+      steps_done: all steps that were done, lost ones included.
+      steps_lost: steps that a restart repeated.
       marks: (step, useful seconds of the steps before it), ascending, for saved steps.
       ended: how the last process ended; None while it runs, and if it was killed.
     """
@@ -63,7 +64,7 @@ class RunTime:
         """Reads what `to_json` wrote.
 
         Raises:
-          ValueError: it is something else.
+          ValueError: the text is no such record.
         """
         try:
             record = json.loads(text)
@@ -83,16 +84,14 @@ class RunTime:
         return time_of_run
 
     def to_json(self) -> str:
-        """One JSON object; a torn one is no JSON."""
+        """Writes one JSON object, so that a torn file is no JSON."""
         return json.dumps({"format": FORMAT, **dataclasses.asdict(self)}, allow_nan=False) + "\n"
 
     def restart(self, step: int, started_at: float) -> None:
-        """A new process started at `started_at` (Unix time) and goes on from `step`.
-
-        A clock that was set back would make the time in between negative: it counts as none.
-        """
+        """Takes note of a process that started at `started_at` (Unix time) from `step`."""
         self.starts += 1
         self.ended = None
+        # A clock that was set back would make the time in between negative.
         self._add(DOWN, max(started_at - self.alive_at, 0.0))
         if step < self.step:
             known_from = self.marks[0][0] if self.marks else 0
@@ -102,14 +101,14 @@ class RunTime:
             self.seconds[USEFUL] = kept
             self.steps_lost += self.step - max(step, known_from)
         else:
-            # Steps after the last sign of life, of which a checkpoint is left.
+            # A checkpoint may be newer than the last sign of life.
             self.steps_done += step - self.step
         self.step = step
         self.marks = [mark for mark in self.marks if mark[0] < step]
         self.mark()
 
     def mark(self) -> None:
-        """Keeps what is useful up to `step`, to which a restart may return."""
+        """Keeps the useful seconds up to `step`, to which a restart may return."""
         if self.marks and self.marks[-1][0] >= self.step:
             return
         self.marks.append((self.step, self.seconds.get(USEFUL, 0.0)))
@@ -118,7 +117,7 @@ class RunTime:
             del self.marks[1 : MAX_MARKS // 2 : 2]
 
     def _useful_before(self, step: int) -> float:
-        """Useful seconds of the steps before `step`; between two marks, in proportion."""
+        """Estimates the useful seconds before `step`; between two marks, in proportion."""
         points = [*self.marks, (self.step, self.seconds.get(USEFUL, 0.0))]
         after = bisect.bisect_left(points, step, key=lambda point: point[0])
         (right, more) = points[after]
@@ -132,14 +131,14 @@ class RunTime:
 
 
 class RunLedger:
-    """Adds the time of this process to that of the run, and keeps both in a file.
+    """Adds the time of this process to the time of the run, and keeps both in a file.
 
-    Neither reading nor writing it can end a run: what is not readable is counted anew, and a file
-    that cannot be written is warned of once.
+    No error of the file ends a run: an unreadable file is counted anew, and one that cannot be
+    written is warned of once.
 
     Args:
       path: of goodput.json, in a folder that exists.
-      own: what this process has done so far; called from any thread.
+      own: returns the time of this process so far; called from any thread.
       warn: takes a line for the user.
       time_fn: the Unix time.
     """
@@ -172,7 +171,7 @@ class RunLedger:
         self._marks = before.marks
 
     def saved(self, step: int) -> None:
-        """Says that all steps before `step`, and no other, are done, and that it is being saved."""
+        """Takes note that exactly the steps before `step` are done, and that it is being saved."""
         with self._lock:
             now = self._now()
             now.step = step
@@ -180,11 +179,11 @@ class RunLedger:
             self._marks = now.marks
 
     def end(self, how: str) -> None:
-        """Says how this process ends."""
+        """Keeps how this process ends, for the next write."""
         self._ended = how
 
     def now(self) -> RunTime:
-        """The time of the run up to now."""
+        """Returns the time of the run up to now."""
         with self._lock:
             return self._now()
 
@@ -216,7 +215,7 @@ class RunLedger:
         )
 
     def _read(self, step: int) -> RunTime | None:
-        """What the file says; None, with a warning unless the run is new, if it says nothing."""
+        """Reads the file; None without one, with a warning unless the run is new."""
         try:
             if self._path.exists():
                 return RunTime.from_json(self._path.read_text())
@@ -234,13 +233,13 @@ class RunLedger:
 
 
 def in_order(seconds: Mapping[str, float]) -> dict[str, float]:
-    """`seconds` in the order of a table: useful first, what was lost between processes last."""
+    """Orders `seconds` as a table: useful first, the time between processes last."""
     more = [cause for cause in seconds if cause not in (*CAUSES, LOST, DOWN)]
     return {c: seconds[c] for c in (*CAUSES, *more, LOST, DOWN) if c in seconds}
 
 
 def goodput_metrics(seconds: Mapping[str, float]) -> dict[str, Any]:
-    """`goodput/useful_fraction`, in [0, 1], and `goodput/CAUSE_seconds` for each cause."""
+    """Returns `goodput/useful_fraction`, in [0, 1], and `goodput/CAUSE_seconds` by cause."""
     total = sum(seconds.values())
     named = {f"goodput/{c.replace(' ', '_')}_seconds": s for c, s in in_order(seconds).items()}
     return {"goodput/useful_fraction": seconds.get(USEFUL, 0.0) / total if total else 0.0, **named}

@@ -1,4 +1,4 @@
-"""Something that is done every few seconds beside the loop, and can be asked for at once."""
+"""A function that a thread calls every few seconds beside the loop, or at once on request."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Heartbeat:
         while True:
             self._wake.wait(self._interval)
             self._wake.clear()
-            last = self._ending
+            last = self._ending  # read before the call: what is asked for during it is not lost
             self._function()
             if last:
                 return

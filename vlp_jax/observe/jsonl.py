@@ -38,12 +38,12 @@ class JsonlWriter:
     NaN and the infinities are the strings "nan", "inf" and "-inf". Texts share the file, as
     `{"step": ..., "time": ..., "texts": {name: text}}`; images are left to the other writers.
 
-    On a local disk every line reaches the operating system before the call returns, so a killed
-    process loses at most the line it was writing. Object stores (gs://, s3://) cannot append:
+    On a local disk every line reaches the operating system before the call returns. A killed
+    process loses at most the line that it was writing. Object stores (gs://, s3://) cannot append:
     there the file is uploaded whole, at most every `upload_seconds`, and on `flush` and `close`.
 
     Args:
-        path: the file; its directory is made.
+        path: the file; its folder is made.
         start_step: records of this and later steps are removed, as is a torn last line.
         upload_seconds: least time between two uploads, for remote paths alone.
 
@@ -85,7 +85,7 @@ class JsonlWriter:
 
 
 def read_metrics(path: epath.PathLike) -> list[dict[str, Any]]:
-    """The records of a metrics.jsonl in file order, with "nan", "inf", "-inf" as floats again.
+    """Reads the records of a metrics.jsonl, with "nan", "inf", "-inf" as floats again.
 
     A torn last line, which a killed run leaves and a run in progress may show, is skipped.
 
@@ -101,8 +101,8 @@ def read_metrics(path: epath.PathLike) -> list[dict[str, Any]]:
 class _LocalLines:
     """Appends lines to a local file, each handed to the operating system at once.
 
-    What a full disk does not take waits in memory and is written when there is room again: that
-    metrics cannot be written is no reason to end a run.
+    Lines that a full disk does not take wait in memory until there is room: a run must not end
+    because its metrics cannot be written.
     """
 
     def __init__(self, path: epath.Path):
@@ -113,6 +113,7 @@ class _LocalLines:
         before = bool(self._waiting)
         self._waiting += line
         try:
+            # An unbuffered write may take only a part of what it is given.
             while self._waiting:
                 del self._waiting[: self._file.write(self._waiting)]
         except OSError as error:
@@ -176,7 +177,7 @@ def _remove_from_step(path: epath.Path, start_step: int) -> list[bytes]:
 
 
 def _parse_lines(path: epath.Path, data: bytes) -> list[tuple[bytes, dict[str, Any]]]:
-    """(line with its newline, record) for each line, without a torn last one."""
+    """Splits into (line with its newline, record) pairs, without a torn last line."""
     lines = data.splitlines(keepends=True)
     parsed = []
     for number, line in enumerate(lines, start=1):
@@ -191,7 +192,7 @@ def _parse_lines(path: epath.Path, data: bytes) -> list[tuple[bytes, dict[str, A
 
 
 def _parse_record(line: bytes) -> dict[str, Any] | None:
-    """The record on a line, or None where the line is not a whole one."""
+    """Reads the record of a line; None where the line is not whole."""
     if not line.endswith(b"\n"):
         return None
     try:

@@ -1,4 +1,4 @@
-"""Memory in use: of the devices, where they tell, and of this process on the host."""
+"""Memory in use on the devices, where they tell, and of this process on the host."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ HOST = "memory/host_rss_bytes"
 
 
 def memory_metrics(devices: Sequence[jax.Device] | None = None) -> dict[str, float]:
-    """Bytes in use now, at most so far, and at hand: of the fullest device, and of the host.
+    """Measures the bytes in use of the fullest device and of the host: now, at most, and at hand.
 
     Args:
-        devices: None for those of this process.
+        devices: None for the devices of this process.
 
     Returns:
         memory/bytes_in_use, memory/peak_bytes_in_use and memory/limit, each the largest of any
-        device; without those that no device tells (a CPU tells none). The peak is that since the
-        start of the process. memory/host_rss_bytes, the resident memory of this process, on Linux.
+        device. Figures that no device tells are left out (a CPU tells none). The peak counts from
+        the start of the process. On Linux also memory/host_rss_bytes, the resident memory.
     """
     metrics: dict[str, float] = {}
     for device in jax.local_devices() if devices is None else devices:
@@ -38,7 +38,7 @@ def memory_metrics(devices: Sequence[jax.Device] | None = None) -> dict[str, flo
 
 
 def largest(of_processes: Iterable[Mapping[str, float]]) -> dict[str, float]:
-    """The largest value of each metric over the processes that have it."""
+    """Returns the largest value of each metric over the processes that have it."""
     found: dict[str, float] = {}
     for metrics in of_processes:
         for name, value in metrics.items():
@@ -47,7 +47,7 @@ def largest(of_processes: Iterable[Mapping[str, float]]) -> dict[str, float]:
 
 
 def host_rss_bytes(statm: str = "/proc/self/statm") -> int | None:
-    """Resident memory of this process (man 5 proc, field 2 of statm); None where not on Linux."""
+    """Reads the resident memory of this process (man 5 proc, statm); None if not on Linux."""
     try:
         with open(statm) as file:
             return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")

@@ -35,8 +35,8 @@ class NullProfiler:
 class TraceSignal:
     """Whether SIGUSR1 came since the last look. As a context manager it takes the signal.
 
-    Without it, SIGUSR1 ends a process. So it is entered as early as can be and left late: the
-    signal is harmless while nothing can be traced. On systems without SIGUSR1 it is never there.
+    Python ends a process on SIGUSR1. So the context is entered early and left late: the signal is
+    harmless also while nothing can be traced. On systems without SIGUSR1 it never comes.
     """
 
     def __init__(self) -> None:
@@ -53,7 +53,7 @@ class TraceSignal:
             signal.signal(signal.SIGUSR1, self._before)
 
     def take(self) -> bool:
-        """Whether it came; the next call says no, until it comes again."""
+        """Whether the signal came since the last call."""
         came, self._came = self._came, False
         return came
 
@@ -62,11 +62,11 @@ class TraceSignal:
 
 
 class Profiler:
-    """Traces steps into `directory`: those of `steps`, and some more whenever it is asked to.
+    """Traces the steps `steps` into `directory`, and some more whenever it is asked to.
 
-    Leave out the first steps of a run: they hold the start. As a context manager it writes the
-    trace also when the run ends, or fails, within the traced steps. A trace that cannot be taken
-    or written is told, and ends no run.
+    Leave out the first steps of a run: they hold the start. As a context manager it also writes a
+    trace within which the run ends or fails. A trace that cannot be taken or written is told, and
+    ends no run.
 
     Args:
         steps: numbers of the first and the last step to trace, as given to `step`; None for none.
@@ -117,7 +117,7 @@ class Profiler:
         self.close()
 
     def step(self, step: int, wait_for: Any = (), count: int = 1) -> None:
-        """Says that step `step` is about to begin.
+        """Begins or ends a trace, if due just before step `step`.
 
         Args:
             step: its number.
@@ -180,7 +180,8 @@ class Profiler:
 
 
 def _options() -> jax.profiler.ProfileOptions:
-    """Without the calls of Python functions: to note these makes Python several times as slow."""
+    """Returns options without the tracing of Python calls."""
+    # To note each call makes Python several times as slow, and the trace untrue.
     options = jax.profiler.ProfileOptions()
     options.python_tracer_level = 0
     return options
@@ -195,10 +196,10 @@ def check_steps(first: int, last: int) -> None:
 
 
 def parse_steps(text: str) -> tuple[int, int]:
-    """(10, 15) of "10:15".
+    """Parses "10:15" into (10, 15).
 
     Raises:
-        UserError: it is not of this form, or no steps.
+        UserError: the text has another form, or names no steps.
     """
     first, colon, last = text.partition(":")
     if not (colon and first.isdecimal() and last.isdecimal()):

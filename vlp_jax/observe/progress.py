@@ -1,4 +1,4 @@
-"""One line that says how far a run is: live on a terminal, now and then in a log file."""
+"""The progress line of a run: live on a terminal, now and then in a log file."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ class Progress:
             self._live.stop()
 
     def update(self, step: int, loss: float, examples_per_second: float) -> None:
-        """Says that `step` steps are done. A speed that is not known yet is given as NaN."""
+        """Shows that `step` steps are done; NaN stands for a speed that is not known yet."""
         self._pace.add(step)
         self._fraction = min(step / self._total, 1.0) if self._total else 1.0
         if step >= self._total:
@@ -180,7 +180,7 @@ class _Pace:
         self._skipped += seconds
 
     def seconds_for(self, steps: int) -> float | None:
-        """Time that `steps` more steps take, or None before two updates made progress."""
+        """Estimates the seconds of `steps` more steps; None before two updates made progress."""
         (first_step, first_time), (last_step, last_time) = self._samples[0], self._samples[-1]
         if last_step <= first_step:
             return None
@@ -188,7 +188,7 @@ class _Pace:
 
 
 def format_duration(seconds: float) -> str:
-    """Seconds as `45s`, `3m10s`, `1h02m` or `2d03h`: the two units that matter."""
+    """Writes seconds as `45s`, `3m10s`, `1h02m` or `2d03h`."""
     seconds = max(round(seconds), 0)
     if seconds < 60:
         return f"{seconds}s"
@@ -202,7 +202,7 @@ def format_duration(seconds: float) -> str:
 
 
 def _live_line(parts: dict[str, str], fraction: float, width: int, ascii_only: bool) -> Text:
-    """The live line in at most width - 1 columns, with a bar where there is room for one."""
+    """Composes the live line in at most width - 1 columns, with a bar where it fits."""
     room = width - 1  # a full last column makes some terminals wrap
     shown = {name: part for name, part in parts.items() if part}
     for dropped in ("speed", "description", "percent", "left"):

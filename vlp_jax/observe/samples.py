@@ -1,4 +1,4 @@
-"""Samples: examples with a model's answers, for people to look at while a run goes on."""
+"""Examples with a model's answers, for people to look at while a run goes on."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ import PIL.Image
 import PIL.ImageDraw
 from jaxtyping import Float, UInt8
 
+from vlp_jax.observe.palette import DARK
 from vlp_jax.observe.writers import Writer
 
-# Colors that are told apart by those who do not see all of them (Okabe and Ito 2008).
-_COLORS = ((230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66), (213, 94, 0))
-_LEAST_SIDE = 256  # pixels; smaller pictures are enlarged before boxes are drawn
+# Bright, since photographs are rather dark; any kind of color vision tells them apart.
+_COLORS = [color for name, color in DARK.items() if name.startswith("series-")]
+_LEAST_SIDE = 256  # pixels; smaller pictures are enlarged, or lines would hide what is in a box
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -34,7 +35,7 @@ class Sample:
     box_labels: Sequence[str] = ()
 
     def drawn(self) -> UInt8[np.ndarray, "height width 3"]:
-        """The picture with its boxes in it.
+        """Returns the picture with its boxes drawn in.
 
         Raises:
           ValueError: there is no picture.
@@ -62,7 +63,7 @@ def write_samples(writer: Writer, step: int, name: str, samples: Sequence[Sample
     """Hands samples to TensorBoard and Weights & Biases: a picture each, and a table of texts.
 
     Args:
-      name: of the evaluator; pictures are "samples/NAME/0", texts "samples/NAME".
+      name: the evaluator; pictures are "samples/NAME/0", texts "samples/NAME".
     """
     pictures = {
         f"samples/{name}/{number}": sample.drawn()
@@ -82,5 +83,5 @@ def write_samples(writer: Writer, step: int, name: str, samples: Sequence[Sample
 
 
 def _cell(text: str) -> str:
-    """A text inside of a table of Markdown."""
+    """Escapes a text for a table of Markdown."""
     return " ".join(text.replace("|", "\\|").split())

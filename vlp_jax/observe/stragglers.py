@@ -1,12 +1,13 @@
-"""Which process holds the others back.
+"""Search for the process that holds the others back.
 
 In a job of several processes every step ends with exchanges between all devices, so no process can
 be a step ahead: the time from dispatch to the end of a step, and the time of a step as a whole, are
-the same everywhere, whichever process is slow. What differs is what a process does before it
-dispatches: it waits for its part of the batch, or works in Python. The others have dispatched by
-then and wait for their devices, which wait for those of the slow one. So the straggler is the
-process that waits least for its devices, and the share of the time that it waits for data, or works
-on the host, says why. A slow device or link shows in none of these: all wait for it alike.
+the same everywhere, whichever process is slow. Processes differ in what they do before they
+dispatch: wait for their part of the batch, or work in Python. Meanwhile the fast processes have
+dispatched and wait for their devices, which wait for the devices of the slow process. So the
+straggler is the process that waits least for its devices. The share of its time that it waits for
+data, or works on the host, says why. A slow device or link shows in none of these, since all
+processes wait for it alike.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-# By how much of the time one process must differ from the median of the others to be named.
+# Share of the time by which a process must differ from the median of the others to be named.
 CLEARLY = 0.15
 
 
@@ -37,7 +38,7 @@ class ProcessSpeed:
 
     @classmethod
     def of(cls, host: str, speed: Mapping[str, float]) -> ProcessSpeed:
-        """From `StepClock.summary`, which is not empty."""
+        """Reads the metrics of `StepClock.summary`, which must not be empty."""
         return cls(
             host,
             speed["perf/step_seconds"],
@@ -51,7 +52,7 @@ class ProcessSpeed:
 
 
 def spread(speeds: Sequence[ProcessSpeed]) -> dict[str, float]:
-    """How far the processes lie apart.
+    """Measures how far the processes lie apart.
 
     Returns:
       perf/step_seconds_min and _max; perf/data_wait_fraction_max, of the process that waits longest
@@ -78,7 +79,7 @@ class StragglerWatch:
         self._named: dict[tuple[int, str], float] = {}
 
     def look(self, speeds: Sequence[ProcessSpeed], now: float) -> str | None:
-        """A line for the log, or None.
+        """Returns a line for the log, or None if nobody has to be named.
 
         Args:
           now: seconds, on any clock.
@@ -108,7 +109,7 @@ _KINDS: dict[str, tuple[str, str]] = {
 
 
 def straggler(speeds: Sequence[ProcessSpeed]) -> tuple[int, str] | None:
-    """The process that waits clearly less for its devices than the others, and why.
+    """Finds the process that waits clearly less for its devices than the others, and why.
 
     Returns:
       its number and "data" or "host"; None if there is none.

@@ -1,4 +1,4 @@
-"""What a run says at its end, as text and as WORKDIR/summary.json."""
+"""The summary of a run at its end, as text and as WORKDIR/summary.json."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _LABEL_WIDTH = 14
 
 @dataclasses.dataclass(frozen=True)
 class RunSummary:
-    """One process's part of a run, and the run as a whole.
+    """The work of one process, and the run as a whole.
 
     Attributes:
       outcome: how it ended: "complete", or why not, in one line.
@@ -27,15 +27,15 @@ class RunSummary:
       total_steps: of the run.
       examples: over all devices, of the steps of this process.
       speed: from `StepClock.overall`.
-      peak: of one device.
-      step_compiled, step_seconds: how the step was compiled, and the time that took in all.
-      compiled: all that this process compiled.
+      peak: FLOP/s of one device.
+      step_compiled, step_seconds: compilation of the step, and its time in all.
+      compiled: all compilations of this process.
       cache: folder of the persistent compilation cache.
       memory: from `memory_metrics`, the largest of all processes.
-      seconds: of this process by cause.
-      run: of all processes up to now.
-      notes: more rows, by label.
-      files: what lies where, by label.
+      seconds: time of this process by cause.
+      run: time of all processes up to now.
+      notes: label -> a further row.
+      files: label -> path of a file or folder.
     """
 
     outcome: str
@@ -56,7 +56,7 @@ class RunSummary:
     files: Mapping[str, str]
 
     def to_json(self) -> str:
-        """All of it but the marks of the ledger, as one JSON object; times in seconds."""
+        """Writes everything but the marks of the ledger as one JSON object; times in seconds."""
         record: dict[str, Any] = dataclasses.asdict(self)
         del record["run"]["marks"]
         record["run"]["seconds"] = in_order(self.run.seconds)
@@ -65,7 +65,7 @@ class RunSummary:
         return json.dumps(record, indent=2) + "\n"
 
     def text(self) -> str:
-        """A block of lines to read."""
+        """Writes a block of lines to read."""
         rows = [
             ("steps", self._steps()),
             ("speed", self._speed()),
@@ -117,7 +117,7 @@ class RunSummary:
         return ", ".join(parts)
 
     def _time(self) -> list[str]:
-        """A table of the seconds by cause: of this process, and of the run if it took several."""
+        """Writes a table of seconds by cause, of this process and of a run of several."""
         columns = [("this start", in_order(self.seconds))]
         if self.run.starts > 1:
             columns.append((f"all {self.run.starts} starts", in_order(self.run.seconds)))

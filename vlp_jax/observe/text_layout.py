@@ -1,14 +1,30 @@
-"""Text that is sure to fit its box in a matplotlib figure, wrapped by real glyph widths."""
+"""Text that fits its box in a matplotlib figure, wrapped by measured widths of glyphs."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
+import warnings
 from collections.abc import Sequence
 
+from matplotlib import font_manager
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
 
+# DejaVu Sans, which matplotlib brings along, has no glyphs of these scripts.
+_FALLBACK_FONTS = (
+    "Noto Sans CJK SC",
+    "Noto Sans CJK JP",
+    "WenQuanYi Zen Hei",
+    "Droid Sans Fallback",
+    "Noto Sans Arabic",
+    "Noto Sans Devanagari",
+    "Noto Sans Thai",
+    "Noto Sans Hebrew",
+    "Arial Unicode MS",
+    "Noto Emoji",
+)
 LINE_SPACING = 1.22  # of the font size
 ELLIPSIS = "…"
 
@@ -19,6 +35,13 @@ class Colored:
 
     text: str
     color: str
+
+
+@functools.cache
+def font_families() -> tuple[str, ...]:
+    """DejaVu Sans and the installed fallback fonts, in the order in which glyphs are sought."""
+    installed = set(font_manager.get_font_names())
+    return ("DejaVu Sans", *(name for name in _FALLBACK_FONTS if name in installed))
 
 
 class TextFitter:
@@ -33,16 +56,18 @@ class TextFitter:
         self._widths: dict[tuple[str, float, str], float] = {}
 
     def width(self, text: str, font_size: float, weight: str = "normal") -> float:
-        """Width in inches at `font_size` points."""
+        """Returns the width of a text in inches at `font_size` points."""
         key = (text, font_size, weight)
         if key not in self._widths:
-            font = FontProperties(size=font_size, weight=weight)
-            pixels, _, _ = self._renderer.get_text_width_height_descent(text, font, ismath=False)
-            self._widths[key] = pixels / self._dpi
+            font = FontProperties(family=font_families(), size=font_size, weight=weight)
+            with warnings.catch_warnings():  # a missing glyph is told once, by `Sheet.save`
+                warnings.simplefilter("ignore")
+                measured = self._renderer.get_text_width_height_descent(text, font, ismath=False)
+            self._widths[key] = measured[0] / self._dpi
         return self._widths[key]
 
     def wrap(self, text: str, font_size: float, width: float) -> list[str]:
-        """Lines of at most `width` inches, broken between words, or inside one that is longer."""
+        """Breaks text into lines of at most `width` inches, inside a word only if it is longer."""
         lines: list[str] = []
         current = ""
         for word in text.split():
@@ -62,9 +87,11 @@ class TextFitter:
     def lay_out(
         self, paragraphs: Sequence[Colored], font_size: float, width: float, height: float
     ) -> tuple[list[Colored], bool]:
-        """The wrapped lines that fit a box in inches, and whether that is all of the text.
+        """Wraps paragraphs into a box of `width` by `height` inches.
 
-        Where it is not, every paragraph keeps a fair share of the lines and ends in an ellipsis.
+        Returns:
+          the lines, and True if they hold the whole text. Where they do not, every paragraph keeps
+          a fair share of the lines and a cut one ends in an ellipsis.
         """
         room = max(int(height * 72 / (font_size * LINE_SPACING)), len(paragraphs))
         wrapped = [self.wrap(paragraph.text, font_size, width) for paragraph in paragraphs]
@@ -74,6 +101,7 @@ class TextFitter:
             others = sum(map(len, wrapped[index + 1 :]))
             share = (room - len(lines)) // (len(paragraphs) - index)
             allowed = max(share, room - len(lines) - others)
+            # What later paragraphs do not need is left to this one.
             if len(texts) > allowed:
                 texts = [*texts[: allowed - 1], self._cut(texts[allowed - 1], font_size, width)]
             lines += [Colored(text, paragraph.color) for text in texts]
@@ -82,7 +110,7 @@ class TextFitter:
     def largest_size(
         self, text: str, width: float, sizes: Sequence[float], weight: str = "normal"
     ) -> float:
-        """The first of `sizes` (descending) at which `text` is one line of `width` inches."""
+        """Returns the first of `sizes` (descending) at which `text` is one line of `width`."""
         for size in sizes:
             if self.width(text, size, weight) <= width:
                 return size

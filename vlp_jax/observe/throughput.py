@@ -1,4 +1,4 @@
-"""How fast a run is, and where its time goes: examples a second, MFU, start-up, goodput."""
+"""Clocks of a run: examples a second, MFU, start-up, time by cause."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class TimeLedger:
                 self._open.pop()
 
     def change_default(self, name: str) -> None:
-        """From now on, time in which no cause is open is charged to `name`."""
+        """Charges time in which no cause is open to `name` from now on."""
         with self._lock:
             self._settle()
             self._open[0] = name
@@ -67,7 +67,7 @@ class TimeLedger:
             self._seconds[name] = self._seconds.get(name, 0.0) + seconds
 
     def move(self, seconds: float, source: str, target: str) -> None:
-        """Charges to `target` up to `seconds` that had been charged to `source`."""
+        """Moves up to `seconds` from the cause `source` to the cause `target`."""
         with self._lock:
             self._settle()
             moved = min(max(seconds, 0.0), self._seconds.get(source, 0.0))
@@ -76,7 +76,7 @@ class TimeLedger:
                 self._seconds[target] = self._seconds.get(target, 0.0) + moved
 
     def seconds(self) -> dict[str, float]:
-        """Seconds by cause up to now, in the order in which the causes first came."""
+        """Returns seconds by cause up to now, in the order in which the causes first came."""
         with self._lock:
             self._settle()
             return dict(self._seconds)
@@ -90,19 +90,19 @@ class TimeLedger:
 class StepClock:
     """Speed of the steps between two summaries, and a ledger of the whole run.
 
-    A window is the time since the last summary, without what was spent in `paused`. A step that
-    finishes inside `paused` counts in no window.
+    A window is the time since the last summary, without the time in `paused`. A step that finishes
+    inside `paused` counts in no window.
 
-    JAX returns before the device is done, so a summary is true only when the loop has just waited
-    for the newest step, as it does when it fetches the metrics it logs.
+    JAX returns before the device is done. So a summary is true only when the loop has just waited
+    for the newest step, as it does when it fetches the metrics that it logs.
 
     Args:
-        forward_flops_per_example: FLOPs of a forward pass, analytic.
-        peak: of one device, from `peak_flops`.
+        forward_flops_per_example: FLOPs of a forward pass, counted in the jaxpr.
+        peak: FLOP/s of one device, from `peak_flops`.
         device_count: devices of the whole job.
-        measure: measures the peak of a device again. A product that was measured while the machine
-            did other work as well is too slow, and steps beat it: then this is called when the
-            devices have nothing to do, and the faster one counts.
+        measure: measures the peak of a device again. A measurement beside other work on the machine
+            is too slow, and steps beat it. Then the peak is measured again when the devices have
+            nothing to do, and the faster figure counts.
         before: seconds by cause that passed before this clock was made, for the goodput.
         time_fn: the clock, in seconds.
     """
@@ -134,15 +134,15 @@ class StepClock:
         self.examples_done = 0
 
     def dispatched(self, arrays: Any) -> None:
-        """Says that the step which computes `arrays` was handed to the devices."""
+        """Takes note that the step that computes `arrays` was handed to the devices."""
         self._watch.watch(arrays)
 
     @contextlib.contextmanager
     def data_wait(self) -> Iterator[None]:
         """Wraps waiting for the next batch; inside `paused` it is part of the pause.
 
-        While the devices still compute the step before, nothing is lost by waiting: only what
-        passes after they are done is charged to "data wait".
+        While the devices still compute the step before, nothing is lost by waiting. Only the time
+        after they are done is charged to "data wait".
         """
         cause = self._ledger.current
         if cause != _USEFUL:
@@ -166,7 +166,7 @@ class StepClock:
 
     @contextlib.contextmanager
     def paused(self, cause: str) -> Iterator[None]:
-        """Wraps what is not training: "compile", "evaluation", "checkpoint", ..."""
+        """Wraps work that is not training: "compile", "evaluation", "checkpoint", ..."""
         if cause in (_USEFUL, _DATA_WAIT):
             raise ValueError(f"{cause!r} is not a cause of a pause")
         with self._ledger.cause(cause), jax.profiler.TraceAnnotation(cause):
@@ -180,11 +180,11 @@ class StepClock:
 
     @property
     def pausing(self) -> bool:
-        """Whether something that is not training is under way."""
+        """True while work that is not training is under way."""
         return self._ledger.current not in (_USEFUL, _DATA_WAIT)
 
     def compiled(self, seconds: float) -> None:
-        """Says that the last `seconds` went into compiling, whatever the cause that is open."""
+        """Charges the last `seconds` to compiling, whatever cause is open."""
         self._ledger.move(seconds, self._ledger.current, _COMPILE)
 
     def step_done(self, n_examples: int) -> None:
@@ -196,19 +196,19 @@ class StepClock:
             self._examples += n_examples
 
     def finish(self) -> None:
-        """Says that the last step is done: what follows waits for the last checkpoint."""
+        """Takes note of the last step: later time is waiting for the last checkpoint."""
         self._ledger.change_default(_CHECKPOINT)
         self._watch.close()
 
     def summary(self) -> dict[str, float]:
-        """Speed over the window that ends now; a new one begins. Empty if no step finished in it.
+        """Ends the window and returns its speed; empty if no step finished in it.
 
         Returns:
             perf/examples_per_second and perf/steps_per_second over all devices;
             perf/mfu, 3 x forward FLOPs x examples/s over the peak of all devices, in [0, 1]
-            (PaLM, arXiv:2204.02311, appendix B; recomputation does not count, and the backward
-            pass of frozen parameters, which is not computed, does). It is left out where it would
-            be above 1: the peak, or the time of these steps, is wrong;
+            (PaLM, arXiv:2204.02311, appendix B. Recomputation does not count. The backward pass of
+            frozen parameters counts, although it is not computed). A value above 1 is left out,
+            since the peak or the time of these steps must be wrong;
             perf/data_wait_fraction, the share of the time in which the devices had nothing to do
             because the next batch was not there, in [0, 1];
             perf/device_wait_fraction, the share in which this process waited for the devices;
@@ -233,9 +233,9 @@ class StepClock:
         }
 
     def overall(self) -> dict[str, float]:
-        """The first three figures of `summary` over all steps of this process; empty if none.
+        """Returns the first three figures of `summary` over all steps; empty if there were none.
 
-        To be called when the devices have nothing to do.
+        Call it when the devices have nothing to do.
         """
         seconds = self._ledger.seconds()
         active = seconds.get(_USEFUL, 0.0) + seconds.get(_DATA_WAIT, 0.0)
@@ -245,11 +245,12 @@ class StepClock:
         return self._speed(self.steps_done, self.examples_done, active)
 
     def count_flops(self, forward_flops_per_example: float) -> None:
-        """From now on an example has these FLOPs: the forward pass, and twice that backward."""
+        """Sets the FLOPs of an example from now on, from its forward pass."""
+        # The backward pass takes two products for each product of the forward pass.
         self._flops_per_example = 3 * forward_flops_per_example
 
     def goodput(self) -> dict[str, float]:
-        """Seconds by cause since the process started: "useful" (training steps), "start", ..."""
+        """Returns seconds by cause since the process started, "useful" (training steps) first."""
         useful_first = {_USEFUL: 0.0, **self._before}
         for cause, seconds in self._ledger.seconds().items():
             useful_first[cause] = useful_first.get(cause, 0.0) + seconds
@@ -299,18 +300,18 @@ class StartupClock:
             yield
 
     def total(self) -> float:
-        """Seconds since the start."""
+        """Returns the seconds since the start."""
         return sum(self._ledger.seconds().values())
 
     def causes(self) -> dict[str, float]:
-        """The seconds since the start as the goodput has them: "start", and "compile"."""
+        """Returns the seconds since the start under the causes "start" and "compile"."""
         causes = {_START: 0.0, _COMPILE: 0.0}
         for name, seconds in self._ledger.seconds().items():
             causes[_COMPILE if name.startswith(_COMPILE) else _START] += seconds
         return causes
 
     def report(self) -> str:
-        """A heading with the total, then each phase with its seconds and share, then the rest."""
+        """Writes a heading with the total, then each phase with its seconds and share."""
         seconds = self._ledger.seconds()
         total = sum(seconds.values())
         seconds[_OTHER] = seconds.pop(_OTHER, 0.0)  # last
@@ -323,9 +324,10 @@ class StartupClock:
 
 
 def _process_age() -> float:
-    """Seconds since this process started (man 5 proc, field 22 of stat), or 0 if unknown."""
+    """Reads the seconds since this process started (man 5 proc, stat); 0 if unknown."""
     try:
         with open("/proc/self/stat") as file:
+            # The name of the process, in brackets, may hold spaces and brackets itself.
             after_name = file.read().rpartition(")")[2].split()
         start = int(after_name[19]) / os.sysconf("SC_CLK_TCK")
         age = time.clock_gettime(time.CLOCK_BOOTTIME) - start

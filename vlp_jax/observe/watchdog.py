@@ -1,4 +1,4 @@
-"""Ends a process that shows no sign of life, and says where it was stuck."""
+"""Watchdog that ends a process without a sign of life, and says where it was stuck."""
 
 from __future__ import annotations
 
@@ -40,11 +40,10 @@ class NullWatchdog:
 
 
 class Watchdog:
-    """Ends the process with status 70 when a step, or what else it waits for, takes too long.
+    """Ends the process with status 70 when a step, or another activity, takes too long.
 
-    Before, it writes the stacks of all threads to stderr and to a file. A process of a job whose
-    peer died or hangs waits in a collective operation and would do so for ever; the launchers start
-    the job again.
+    Before that, it writes the stacks of all threads to stderr and to a file. A process whose peer
+    died or hangs would wait in a collective operation for ever; the launchers start the job again.
 
     The time in which the process itself was stopped (SIGSTOP, a frozen machine) counts.
 
@@ -91,12 +90,12 @@ class Watchdog:
         faulthandler.cancel_dump_traceback_later()
 
     def beat(self) -> None:
-        """A sign of life: a step is done. The next one has `step_seconds`."""
+        """Takes a sign of life: a step is done, and the next has `step_seconds`."""
         self._expect("a step", self._step_seconds)
 
     @contextlib.contextmanager
     def patient(self, activity: str) -> Iterator[None]:
-        """Wraps what may take longer than a step."""
+        """Wraps an activity that may take longer than a step."""
         with self._lock:
             before = self._activity, self._limit
         self._expect(activity, self._patient_seconds)
@@ -143,7 +142,7 @@ class Watchdog:
 
 
 def _stacks() -> str:
-    """Where every thread is."""
+    """Returns the stacks of all threads."""
     with tempfile.TemporaryFile() as file:
         faulthandler.dump_traceback(file, all_threads=True)
         file.seek(0)

@@ -1,8 +1,8 @@
-"""Where the numbers, images and texts of a run go: metrics.jsonl, TensorBoard, Weights & Biases.
+"""Writers of the numbers, images and texts of a run: metrics.jsonl, TensorBoard, W&B.
 
 A writer is opened with the step at which the run (re)starts. A checkpoint at step i means "just
-before batch i", so whatever an interrupted run wrote for steps >= i will be written again, and a
-writer forgets it on opening: every step of a resumed run is there once.
+before batch i". An interrupted run writes its records of steps >= i again after a restart. So a
+writer forgets them on opening, and every step of a resumed run is there once.
 """
 
 from __future__ import annotations
@@ -47,29 +47,12 @@ _WANDB_MODES = ("online", "offline")
 
 
 class Writer(Protocol):
-    """What the loop asks of a writer. Values of one step may come in several calls."""
+    """The methods of a writer. Values of one step may come in several calls."""
 
     def write_scalars(self, step: int, scalars: Scalars) -> None: ...
     def write_images(self, step: int, images: Images) -> None: ...
     def write_text(self, step: int, texts: Texts) -> None: ...
     def flush(self) -> None: ...
-    def close(self) -> None: ...
-
-
-class NullWriter:
-    """Writes nothing: for every process but the first, and for runs that keep no record."""
-
-    def write_scalars(self, step: int, scalars: Scalars) -> None:
-        del step, scalars
-
-    def write_images(self, step: int, images: Images) -> None:
-        del step, images
-
-    def write_text(self, step: int, texts: Texts) -> None:
-        del step, texts
-
-    def flush(self) -> None: ...
-
     def close(self) -> None: ...
 
 
@@ -102,12 +85,19 @@ class MultiWriter:
                 stack.callback(writer.close)
 
 
+class NullWriter(MultiWriter):
+    """Writes nothing: for every process but the first, and for runs that keep no record."""
+
+    def __init__(self) -> None:
+        super().__init__(())
+
+
 class TensorBoardWriter:
     """Event files for TensorBoard by tensorboardX, without TensorFlow.
 
-    Event files are append-only: on opening, an event is written that makes TensorBoard hide what
-    earlier files say of steps >= `start_step`. Where the disk is full, nothing is written, and that
-    is told once: the thread in which tensorboardX writes would not survive it.
+    Event files are append-only. On opening, an event is written that makes TensorBoard hide what
+    earlier files say of steps >= `start_step`. On a full disk nothing is written, and this is told
+    once: the thread in which tensorboardX writes would not survive the error.
 
     Raises:
         UserError: `directory` is not local, or tensorboardX is not installed.
@@ -169,9 +159,9 @@ class WandbWriter:
     """A Weights & Biases run, continued by later processes of the same workdir.
 
     The run's id lives in `directory`/wandb_run_id.txt. wandb cannot take rows back, so after a
-    resume the replayed steps are there twice; its own row counter is therefore not our step, which
-    is logged as the metric "step" and set as the x axis of every chart. The same holds offline:
-    each process leaves one offline-run-* folder, and `wandb sync` of all of them makes one run.
+    resume the replayed steps are there twice, and its row counter is not our step. The step is
+    logged as the metric "step" and is the x axis of every chart. Offline, each process leaves one
+    offline-run-* folder, and `wandb sync` of all of them makes one run.
 
     Args:
         directory: the workdir; local runs keep wandb's files in `directory`/wandb.
@@ -231,14 +221,14 @@ class WandbWriter:
         self._run.log({"step": step, **texts})
 
     def flush(self) -> None:
-        """Nothing to do: wandb's own process already has every row that was logged."""
+        """Does nothing: wandb's own process already has every row that was logged."""
 
     def close(self) -> None:
         self._run.finish()
 
 
 def check_writers(config: Mapping[str, Any]) -> None:
-    """Raises UserError for what `build_writers` would not take; writes nothing."""
+    """Raises UserError for a config that `build_writers` would refuse; writes nothing."""
     _check_keys(config, ("tensorboard", "wandb"), "writers")
     wandb_config = config["wandb"]
     _check_keys(wandb_config, ("enabled", "project", "name", "mode"), "writers.wandb")
@@ -247,7 +237,7 @@ def check_writers(config: Mapping[str, Any]) -> None:
 
 
 def _import_wandb(mode: str) -> Any:
-    """The library.
+    """Imports the library.
 
     Raises:
       UserError: it is not installed, or has no such mode.
@@ -270,7 +260,7 @@ def build_writers(
     start_step: int,
     resolved_config: Mapping[str, Any],
 ) -> Writer:
-    """The writers that `config` asks for; a NullWriter on every process but the first.
+    """Opens the writers that `config` asks for; a NullWriter on every process but the first.
 
     Args:
         config: `{"tensorboard": bool, "wandb": {"enabled": bool, "project": str,
@@ -318,7 +308,7 @@ def _checked_image(name: str, image: np.ndarray) -> np.ndarray:
 
 
 def _wandb_run_id(directory: epath.Path) -> str:
-    """The id of this workdir's wandb run, made on first use."""
+    """Returns the id of this workdir's wandb run, which is made on first use."""
     path = directory / "wandb_run_id.txt"
     if not path.exists():
         write_whole(path, uuid.uuid4().hex[:12] + "\n")

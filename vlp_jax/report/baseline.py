@@ -1,4 +1,4 @@
-"""What a run is compared with: another run, or given numbers."""
+"""The baseline of a report: another run, or given numbers."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ class Baseline:
     """Scores to compare with.
 
     Attributes:
-      title: what they are of.
+      title: the run and step, or the file, that they come from.
       scores: "eval/EVALUATOR/NAME" -> value.
-      run: whose they are; None for given numbers.
+      run: the run; None for given numbers.
     """
 
     title: str
@@ -32,12 +32,13 @@ class Baseline:
     run: RunRecord | None = None
 
     def unknown(self, scores: Iterable[str]) -> list[str]:
-        """A line for each given number that is of none of `scores`, with the nearest."""
+        """Names given numbers that were not evaluated, a line each, with the nearest score."""
         if self.run is not None:
             return []
         known, lines = sorted(scores), []
         for key in self.scores:
             if key not in known:
+                # Half of the letters alike: names of scores share long beginnings.
                 nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
                 hint = f"; did you mean {nearest[0].removeprefix(PREFIX)!r}?" if nearest else ""
                 lines.append(
@@ -47,14 +48,14 @@ class Baseline:
 
 
 def read_baseline(path: str | os.PathLike[str], evaluators: Sequence[str]) -> Baseline:
-    """The workdir of another run, or a JSON file {"zero_shot/top1": 0.9, ...}.
+    """Reads the workdir of another run, or a JSON file {"zero_shot/top1": 0.9, ...}.
 
     Args:
-      evaluators: names that a file may speak of.
+      evaluators: names of evaluators that a file may use.
 
     Raises:
-      UserError: it is neither, a run without scores, or a file that names another evaluator or
-        holds something that is no number.
+      UserError: the path is neither, the run has no scores, or the file names another evaluator
+        or holds a value that is no number.
     """
     place = epath.Path(path)
     if not place.exists():
@@ -83,6 +84,7 @@ def _numbers(file: epath.Path, evaluators: Sequence[str]) -> dict[str, float]:
     for key, value in given.items():
         if key == "step":
             continue  # as `vlp_jax.evaluate --output` writes
+        # In Python True is an int.
         number = isinstance(value, int | float) and not isinstance(value, bool)
         if not number or not math.isfinite(value):
             raise UserError(f"--baseline {file}: {key} is {value!r}, not a number")

@@ -1,4 +1,4 @@
-"""What a page consists of: sections of blocks, each of which the template knows how to show."""
+"""The parts of a page: sections of blocks, which the template shows by their `kind`."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from typing import ClassVar
 
 from markupsafe import Markup
 
-GOOD, BAD, PLAIN = "good", "bad", "plain"  # tones; what they say is always said in words too
+GOOD, BAD, PLAIN = "good", "bad", "plain"  # tones; words beside them always say the same
 
 
 @dataclasses.dataclass(frozen=True)
 class Text:
     """A paragraph."""
 
-    kind: ClassVar[str] = "text"
+    kind: ClassVar[str] = "text"  # no field: the same for all, and read by the template
     text: str
 
 
@@ -24,10 +24,10 @@ class Tile:
     """A score that is shown large.
 
     Attributes:
-      label: its name.
-      value: itself, as text.
+      label: the name of the score.
+      value: the score as text.
       notes: lines below it.
-      change: (text, tone) of its difference from the baseline; None for none.
+      change: (text, tone) of the difference from the baseline; None for none.
     """
 
     label: str
@@ -46,13 +46,13 @@ class Tiles:
 
 @dataclasses.dataclass(frozen=True)
 class Chart:
-    """A drawing with what it shows.
+    """A drawing with its heading.
 
     Attributes:
-      title: its heading.
+      title: the heading.
       svg: the drawing.
-      caption: what to read from it.
-      natural: it has a size of its own and scrolls where there is less room.
+      caption: how to read it.
+      natural: True if it has a size of its own and scrolls where there is less room.
     """
 
     title: str
@@ -71,11 +71,19 @@ class Charts:
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-    """A cell of a table with a tone, or with a drawing before its text."""
+    """A cell of a table.
+
+    Attributes:
+      text: its content.
+      tone: its color.
+      share: in [0, 1], drawn as a small bar before the text; None for no bar.
+      mark: in [0, 1], marked on the bar, such as chance; None for no mark.
+    """
 
     text: str
     tone: str = PLAIN
-    svg: Markup | None = None
+    share: float | None = None
+    mark: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,9 +91,9 @@ class Table:
     """Rows under a head; the first cell of a row names it.
 
     Attributes:
-      caption: what it is a table of.
-      numeric: numbers of the columns that hold numbers.
-      rows: cells; those of a row of one cell stand over the rows below it.
+      caption: the subject of the table.
+      rows: cells; a row of one cell is a heading of the rows below it.
+      numeric: indices of the columns that hold numbers.
     """
 
     kind: ClassVar[str] = "table"
@@ -101,8 +109,8 @@ class Picture:
 
     Attributes:
       uri: "data:...".
-      alt: what it shows, for those who do not see it.
-      width, height: in pixels of the image.
+      alt: a description for those who do not see it.
+      width, height: pixels of the image.
       label: a word above it.
     """
 
@@ -115,10 +123,10 @@ class Picture:
 
 @dataclasses.dataclass(frozen=True)
 class Card:
-    """Pictures with what is to be said of them.
+    """Pictures with lines of text.
 
     Attributes:
-      lines: (what, text) pairs.
+      lines: (label, text) pairs.
       verdict: (text, tone); None for none.
     """
 
@@ -139,7 +147,7 @@ class Cards:
 
 @dataclasses.dataclass(frozen=True)
 class Code:
-    """Text as it stands in a file."""
+    """The content of a file."""
 
     kind: ClassVar[str] = "code"
     label: str
@@ -148,7 +156,7 @@ class Code:
 
 @dataclasses.dataclass(frozen=True)
 class Fold:
-    """Blocks that are shown when they are asked for."""
+    """Blocks that are hidden until a reader unfolds them."""
 
     kind: ClassVar[str] = "fold"
     summary: str
@@ -171,7 +179,7 @@ class Section:
     """A part of the page with a heading.
 
     Attributes:
-      key: unique on the page; links lead to it.
+      key: the target of links, unique on the page.
     """
 
     key: str

@@ -1,6 +1,6 @@
 """The part of `python -m vlp_jax.evaluate` that writes pages.
 
-What draws and renders is imported when a page is asked for.
+Matplotlib and jinja2 are imported when a page is asked for.
 """
 
 from __future__ import annotations
@@ -39,12 +39,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def check_arguments(arguments: argparse.Namespace) -> None:
-    """Raises UserError for arguments that do not go together."""
+    """Raises UserError for arguments that exclude or need each other."""
     if arguments.report is None:
         for name in ("baseline", "compare"):
             if getattr(arguments, name) is not None:
                 raise UserError(f"--{name} belongs to a page: add --report FILE.html")
         return
+    # These evaluate many checkpoints, and a page shows one.
     if arguments.all or arguments.follow:
         raise UserError("--report is of one checkpoint: leave --all and --follow out")
     if arguments.compare is None:
@@ -59,10 +60,10 @@ def check_arguments(arguments: argparse.Namespace) -> None:
 
 
 def compare(arguments: argparse.Namespace, argv: Sequence[str]) -> list[str]:
-    """Writes the page of several runs, on process 0; lines for the user.
+    """Writes the page of several runs on process 0, and returns lines for the user.
 
     Raises:
-      UserError: one of them is no run, or the page cannot be written.
+      UserError: a folder holds no run, or the page cannot be written.
     """
     from vlp_jax.report.comparison import write_comparison
 
@@ -72,13 +73,13 @@ def compare(arguments: argparse.Namespace, argv: Sequence[str]) -> list[str]:
 
 
 @dataclasses.dataclass(frozen=True)
-class Report:
+class PageRequest:
     """A page that is to be written.
 
     Attributes:
       path: the HTML file.
-      baseline: what is compared with; None for nothing.
-      argv: what the user typed after `python -m vlp_jax.evaluate`.
+      baseline: the scores to compare with; None for none.
+      argv: the command line after `python -m vlp_jax.evaluate`.
     """
 
     path: str
@@ -88,14 +89,15 @@ class Report:
     @classmethod
     def prepare(
         cls, arguments: argparse.Namespace, subject: Subject, argv: Sequence[str]
-    ) -> Report | None:
-        """Looks at everything that can be wrong before something is computed; None for no page.
+    ) -> PageRequest | None:
+        """Checks the arguments before anything is computed; returns None if no page is asked for.
 
         Raises:
-          UserError: no file can be written there, or the baseline is none.
+          UserError: the file cannot be written, or the baseline cannot be read.
         """
         if arguments.report is None:
             return None
+        # Here and not above: a command without a page need not have jinja2 and matplotlib.
         from vlp_jax.report.baseline import read_baseline
         from vlp_jax.report.page import check_output
 
@@ -106,7 +108,7 @@ class Report:
         return cls(arguments.report, baseline, argv)
 
     def write(self, subject: Subject, loaded: LoadedParameters, findings: Findings) -> list[str]:
-        """Writes the page; lines for the user. On every process.
+        """Writes the page and returns lines for the user; every process must call it.
 
         Raises:
           UserError: the page cannot be written.
@@ -115,7 +117,7 @@ class Report:
         from vlp_jax.report.report import write_report
 
         material = collect(subject, loaded, findings)
-        if jax.process_index() != 0:
+        if jax.process_index() != 0:  # after `collect`, which computes on all processes
             return []
         return write_report(
             self.path, subject, loaded, material, baseline=self.baseline, command=self.argv

@@ -1,4 +1,4 @@
-"""Several runs side by side, from what they have written; nothing is computed again."""
+"""The page of several runs side by side, from their files; nothing is computed again."""
 
 from __future__ import annotations
 
@@ -40,20 +40,21 @@ BEST = "\N{BLACK STAR}"
 def write_comparison(
     path: str | os.PathLike[str], workdirs: Sequence[str], command: Sequence[str] = ()
 ) -> list[str]:
-    """Writes the page; lines for the user.
+    """Writes the page and returns lines for the user.
 
     Args:
       path: the HTML file.
-      workdirs: two or more.
-      command: what the user typed after `python -m vlp_jax.evaluate`.
+      workdirs: 2 to 6 folders of runs.
+      command: the command line after `python -m vlp_jax.evaluate`.
 
     Raises:
-      UserError: one of them is no run or is named twice, there are too many, or the page cannot be
+      UserError: a folder holds no run or is named twice, there are too many, or the page cannot be
         written.
     """
     file = page.check_output(path)
     if not 2 <= len(workdirs) <= MOST_RUNS:
         raise UserError(f"2 to {MOST_RUNS} runs can be compared, not {len(workdirs)}")
+    # By real paths: a link to a run is the same run.
     if len({os.path.realpath(workdir) for workdir in workdirs}) < len(workdirs):
         raise UserError("--compare: a run is named twice")
     names = short_names(workdirs)
@@ -70,7 +71,7 @@ def write_comparison(
 
 
 def best_of(name: str, values: Mapping[str, float]) -> list[str]:
-    """The runs with the best value of a score; none if that cannot be said or all are equal."""
+    """Returns the runs with the best value; none if all are equal or the score has no direction."""
     direction = better_direction(name)
     if not direction or len(set(values.values())) < 2:
         return []
@@ -80,7 +81,7 @@ def best_of(name: str, values: Mapping[str, float]) -> list[str]:
 
 def _scores(runs: Mapping[str, RunRecord]) -> Section:
     last = {name: run.last_scores() for name, run in runs.items()}
-    every: dict[str, float] = {}
+    every: dict[str, float] = {}  # the union, in the order of the first run
     for scores, _ in last.values():
         every = {**scores, **every}
     if not every:

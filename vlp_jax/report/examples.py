@@ -1,4 +1,4 @@
-"""Examples from the data of evaluators, for what they found out."""
+"""Images and texts from the data of evaluators, to be shown beside their answers."""
 
 from __future__ import annotations
 
@@ -17,14 +17,18 @@ _BATCH = 64
 
 
 def open_examples(subject: Subject, name: str, extra_fields: Sequence[str] = ()) -> EvalPipeline:
-    """The data of an evaluator, all of it on this process."""
+    """Opens the data of an evaluator, all of it on this process."""
     data = merged_data(subject.config.data, subject.config.evaluators[name])
     tokenizer = subject.resources.tokenizer
     return EvalPipeline(data, tokenizer, batch_size=_BATCH, extra_fields=extra_fields)
 
 
 def images_at(subject: Subject, name: str, places: Sequence[int]) -> dict[int, np.ndarray]:
-    """Place in an evaluator's data -> uint8 [height, width, 3]; reads no further than it must."""
+    """Reads images of an evaluator's data.
+
+    Returns:
+      place -> uint8 [height, width, 3].
+    """
     wanted, found = set(map(int, places)), {}
     if not wanted:
         return found
@@ -32,7 +36,7 @@ def images_at(subject: Subject, name: str, places: Sequence[int]) -> dict[int, n
         for row, place in enumerate(range(number * _BATCH, (number + 1) * _BATCH)):
             if place in wanted:
                 found[place] = np.asarray(batch["image"][row])
-        if len(found) == len(wanted):
+        if len(found) == len(wanted):  # data may be long, and the last place early
             break
     return found
 
@@ -40,10 +44,14 @@ def images_at(subject: Subject, name: str, places: Sequence[int]) -> dict[int, n
 def captions_and_images(
     subject: Subject, name: str, index: Sequence[int], places: Sequence[int]
 ) -> tuple[list[str], dict[int, np.ndarray]]:
-    """All texts of a retrieval evaluator in the order of its outcome, and images at some places.
+    """Reads all texts of a retrieval evaluator in the order of its outcome, and some images.
 
     Args:
       index: of the outcome: the places in the data of the images that count.
+      places: of the images that are read.
+
+    Returns:
+      the texts, and place -> uint8 [height, width, 3].
     """
     field = subject.config.evaluators[name].get("captions")
     extra = RAW_TEXT if field is None else field
@@ -64,4 +72,5 @@ def _captions(value: Any, field: str | None) -> list[bytes]:
 
 
 def _text(caption: bytes) -> str:
+    # One bad byte must not cost the page.
     return caption.decode("utf-8", "replace")

@@ -1,4 +1,4 @@
-"""Sections to one HTML file that needs nothing else."""
+"""Rendering of sections as one HTML file that needs no other file."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import jinja2
 from etils import epath
 
 from vlp_jax.errors import UserError
+from vlp_jax.observe.palette import DARK, LIGHT, declarations
 from vlp_jax.report.blocks import Section
-from vlp_jax.report.palette import DARK, LIGHT, declarations
 from vlp_jax.report.pictures import Album
 
-MAX_BYTES = 5_000_000
+MAX_BYTES = 5_000_000  # of the whole page
 # Of all pictures, tried in turn until the page is below `MAX_BYTES`.
 _PICTURE_BYTES = (3_000_000, 1_000_000, 0)
 
@@ -24,7 +24,7 @@ def _environment() -> jinja2.Environment:
     return jinja2.Environment(
         loader=jinja2.PackageLoader("vlp_jax.report"),
         autoescape=True,
-        undefined=jinja2.StrictUndefined,
+        undefined=jinja2.StrictUndefined,  # a misspelt name fails instead of printing nothing
         trim_blocks=True,
         lstrip_blocks=True,
     )
@@ -36,25 +36,27 @@ def render(
     sections: Sequence[Section],
     made_by: Mapping[str, str],
 ) -> str:
-    """The page as HTML. Whatever is put into it is text and is escaped.
+    """Renders the page as HTML and escapes all text.
 
-    It has no script, and its policy (Content-Security-Policy) allows its one style sheet and
-    pictures that are part of it, and nothing else: no network, no script, no form.
+    Its policy (Content-Security-Policy) allows its one style sheet and pictures that are part of
+    it. Network, scripts and forms are forbidden, also to a text that should escape the escaping.
 
     Args:
-      facts: what stands under the title, a line each.
-      made_by: what is told at the end: name -> text.
+      facts: lines under the title.
+      made_by: label -> text of the footer.
     """
     environment = _environment()
     style = environment.get_template("style.css").render(
         light=declarations(LIGHT), dark=declarations(DARK), series=range(6)
     )
+    # The policy names the style sheet by its hash, so that no other style is applied.
     digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
     return environment.get_template("page.html").render(
         title=title,
         facts=facts,
         sections=sections,
         made_by=made_by,
+        # Ours and not from a run, so it may go in unescaped.
         style=jinja2.utils.markupsafe.Markup(style),
         policy=f"default-src 'none'; style-src 'sha256-{digest}'; img-src data:; "
         "base-uri 'none'; form-action 'none'",
@@ -62,10 +64,10 @@ def render(
 
 
 def render_small(build: Callable[[Album], str]) -> str:
-    """The page that `build` makes, with as many pictures as leave it below `MAX_BYTES`.
+    """Builds the page with as many pictures as leave it below `MAX_BYTES`.
 
     Raises:
-      UserError: it is too large without any.
+      UserError: the page is too large without any picture.
     """
     for most in _PICTURE_BYTES:
         page = build(Album(most))
@@ -79,10 +81,10 @@ def render_small(build: Callable[[Album], str]) -> str:
 
 
 def check_output(path: str | os.PathLike[str]) -> epath.Path:
-    """Where a page is to be written; looked at before anything is computed.
+    """Checks the path of a page before anything is computed.
 
     Raises:
-      UserError: it is a folder, or its folder is not there.
+      UserError: the path is a folder, or its folder does not exist.
     """
     file = epath.Path(path)
     if file.is_dir():

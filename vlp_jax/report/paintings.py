@@ -1,4 +1,4 @@
-"""What a masked autoencoder paints into what it does not see."""
+"""Reconstructions of a masked autoencoder."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ FUNCTION = "reconstruct"
 def paint(
     subject: Subject, loaded: LoadedParameters, evaluator: str, count: int
 ) -> Float[np.ndarray, "images 3 height width 3"]:
-    """Three views of each of `count` images, float32 in [0, 1]: seen, painted, true.
+    """Returns three views of each of `count` images, float32 in [0, 1]: seen, painted, true.
 
     Raises:
-      UserError: the run's objective does not paint, or it has no such evaluator.
+      UserError: the objective of the run does not reconstruct, or there is no such evaluator.
     """
     if FUNCTION not in subject.resources.functions:
         raise UserError("the objective of this run does not paint: it is no masked autoencoder")
@@ -36,6 +36,6 @@ def paint(
 
 
 def hidden_share(subject: Subject) -> float | None:
-    """Share of the patches that are hidden, in [0, 1]; None if the objective does not say."""
+    """Returns the share of hidden patches, in [0, 1]; None if the objective does not say."""
     kept = getattr(subject.objective, "kept", None)
     return None if kept is None else 1 - kept / subject.module.image.patches

@@ -1,4 +1,4 @@
-"""By what a page was made: versions, devices, commit, command, time."""
+"""Versions, devices, commit, command and time, for the footer of a page."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "numpy", "tensorflow", "
 
 
 def provenance(command: Sequence[str]) -> Mapping[str, str]:
-    """What it is -> its text; what cannot be found out is left out.
+    """Returns label -> text; facts that cannot be found out are left out.
 
     Args:
-      command: the arguments after `python -m vlp_jax.evaluate`.
+      command: the command line after `python -m vlp_jax.evaluate`.
     """
     now = datetime.datetime.now(datetime.UTC)
     found = {
@@ -43,6 +43,7 @@ def _devices() -> str:
 
 
 def _processor() -> str:
+    # Under Linux `platform.processor` is empty.
     model = platform.processor()
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()

@@ -1,4 +1,4 @@
-"""The report of one model: what it scores and how it came about, as one HTML file."""
+"""The report of one model, its scores and its training, as one HTML file."""
 
 from __future__ import annotations
 
@@ -22,9 +22,13 @@ from vlp_jax.report.run_record import RunRecord
 from vlp_jax.report.section_config import config_section
 from vlp_jax.report.section_curves import curves_section
 from vlp_jax.report.section_data import data_section
-from vlp_jax.report.section_pictures import heat_section, left_out, paintings_section
+from vlp_jax.report.section_pictures import (
+    heat_section,
+    left_out,
+    paintings_section,
+    samples_section,
+)
 from vlp_jax.report.section_retrieval import retrieval_section
-from vlp_jax.report.section_samples import samples_section
 from vlp_jax.report.section_scores import headline_section, table_section
 from vlp_jax.report.section_time import time_section
 from vlp_jax.report.section_zero_shot import zero_shot_section
@@ -41,23 +45,27 @@ def write_report(
     baseline: Baseline | None = None,
     command: Sequence[str] = (),
 ) -> list[str]:
-    """Writes the page; lines for the user: what was written, and what is missing in it.
+    """Writes the page and returns lines for the user.
 
     Args:
       path: the HTML file.
-      loaded: the parameters that `material` is of.
-      baseline: what the scores are compared with.
-      command: what the user typed after `python -m vlp_jax.evaluate`.
+      subject: the model and its data.
+      loaded: the parameters that were evaluated.
+      material: everything that the page shows.
+      baseline: scores to compare with; None for none.
+      command: the command line after `python -m vlp_jax.evaluate`.
 
     Raises:
-      UserError: it cannot be written, or a file of the run is damaged.
+      UserError: the page cannot be written, or a file of the run is damaged.
     """
     file = page.check_output(path)
     run = None if subject.workdir is None else RunRecord.read(subject.workdir)
     notices = [] if baseline is None else baseline.unknown(material.findings.scores)
+    # "demo/run" says enough; the whole path would wrap on a phone.
     title = "/".join(str(subject.title).rstrip("/").split("/")[-2:])
     facts = _facts(subject, loaded, material, run, baseline)
 
+    # Called again with a smaller album while the page is too large.
     def build(album: Album) -> str:
         sections = _sections(subject, material, run, baseline, notices, album)
         return page.render(title, facts, sections, provenance(command))
@@ -90,7 +98,7 @@ def _samples(name: str, outcome: Outcome, material: Material, album: Album) -> S
     return samples_section(name, outcome, album)
 
 
-# How the outcome of an evaluator is shown, by its type, in the order of the page.
+# The section for the outcome of an evaluator, by its type, in the order of the page.
 SECTIONS: dict[type[Outcome], Callable[[str, Any, Material, Album], Section | None]] = {
     ZeroShotOutcome: _zero_shot,
     RetrievalOutcome: _retrieval,
@@ -136,12 +144,12 @@ def _facts(
     run: RunRecord | None,
     baseline: Baseline | None,
 ) -> list[str]:
-    """What stands under the title."""
+    """Returns the lines under the title."""
     size = f"{plain(material.parameters)} parameters"
     if material.parameters >= 1e6:
         size = f"{material.parameters / 1e6:,.1f} million parameters"
     if run is None:
-        facts = [f"Weights of {subject.title}, {size}, judged by the evaluators of a config."]
+        facts = [f"Weights of {subject.title}, {size}, scored by the evaluators of a config."]
     else:
         config = run.config
         kind = config.objective.get("name", "")

@@ -1,11 +1,11 @@
-"""What a run has written about itself, read without a model or a device."""
+"""The files of a run, read without a model or a device."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from etils import epath
@@ -26,10 +26,10 @@ class RunRecord:
 
     Attributes:
       path: the workdir as the user named it.
-      config: of the run.
-      records: of metrics.jsonl, then those of evaluations.jsonl; empty if there are none.
-      run_time: where the time went; None if that is not known.
-      summary: what the newest process said at its end; empty if it did not.
+      config: the config of the run.
+      records: lines of metrics.jsonl, then of evaluations.jsonl; empty if there are none.
+      run_time: time by cause; None if it is not known.
+      summary: summary.json of the newest process; empty if there is none.
       steps_saved: steps of the checkpoints.
     """
 
@@ -45,7 +45,7 @@ class RunRecord:
         """Reads a workdir.
 
         Raises:
-          UserError: there is no run in it, or a file of it is damaged.
+          UserError: the folder holds no run, or a file is damaged.
         """
         run = Run.open(workdir)
         folder = run.workdir
@@ -54,22 +54,23 @@ class RunRecord:
             path=os.fspath(workdir),
             config=run.config,
             records=[r for file in files if file.exists() for r in read_metrics(file)],
-            run_time=_run_time(folder / GOODPUT_FILE),
-            summary=_summary(folder / SUMMARY_FILE),
+            run_time=_read(folder / GOODPUT_FILE, RunTime.from_json),
+            summary=_read(folder / SUMMARY_FILE, _summary) or {},
             steps_saved=run.steps(),
         )
 
     def curve(self, name: str) -> tuple[list[int], list[float]]:
-        """(steps, values) of a metric, in order; of a step that was written twice, the newest."""
+        """Returns (steps, values) of a metric in order; a later record of a step counts."""
+        # A restart repeats steps, and evaluations.jsonl may judge a step again.
         found = {r["step"]: r[name] for r in self.records if name in r}
         return sorted(found), [found[step] for step in sorted(found)]
 
     def names(self, prefix: str) -> list[str]:
-        """The metrics whose names begin so, in the order in which they were written first."""
+        """Returns the metrics whose names begin with `prefix`, in the order of the file."""
         return list(dict.fromkeys(k for r in self.records for k in r if k.startswith(prefix)))
 
     def last_scores(self) -> tuple[dict[str, float], Sequence[int]]:
-        """The newest value of every score, and the steps that they are of, in order."""
+        """Returns the newest value of every score, and the steps of these values in order."""
         scores, steps = {}, set()
         for name in self.names(PREFIX):
             at, values = self.curve(name)
@@ -84,7 +85,7 @@ class RunRecord:
 
 
 def short_names(paths: Sequence[str]) -> list[str]:
-    """The shortest ends of paths that tell them apart: "a/run", "b/run"."""
+    """Returns the shortest ends of paths that differ: "a/run", "b/run"."""
     parts = [str(epath.Path(path).expanduser().resolve()).split("/") for path in paths]
     for length in range(1, max(map(len, parts)) + 1):
         names = ["/".join(p[-length:]) for p in parts]
@@ -93,22 +94,18 @@ def short_names(paths: Sequence[str]) -> list[str]:
     return list(paths)
 
 
-def _run_time(file: epath.Path) -> RunTime | None:
+def _read(file: epath.Path, parse: Callable[[str], Any]) -> Any:
+    """Parses a file; returns None if there is none."""
     if not file.exists():
         return None
     try:
-        return RunTime.from_json(file.read_text())
+        return parse(file.read_text())
     except ValueError as error:
         raise UserError(f"{file} is damaged ({error}): mend or remove it") from None
 
 
-def _summary(file: epath.Path) -> dict[str, Any]:
-    if not file.exists():
-        return {}
-    try:
-        found = json.loads(file.read_text())
-        if not isinstance(found, dict):
-            raise ValueError("it is no JSON object")
-    except ValueError as error:
-        raise UserError(f"{file} is damaged ({error}): mend or remove it") from None
+def _summary(text: str) -> dict[str, Any]:
+    found = json.loads(text)
+    if not isinstance(found, dict):
+        raise ValueError("it is no JSON object")
     return found

@@ -1,4 +1,4 @@
-"""Scores beside what chance and a baseline reach."""
+"""Scores beside chance and a baseline."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from collections.abc import Iterator, Mapping
 from vlp_jax.report.wording import difference_text, is_share, score_text
 
 PREFIX = "eval/"
-# Names that say over how much a score is taken, or what chance is: no scores of their own.
+# Values of an evaluator that are no scores: numbers of examples, and chance.
 _ABOUT = re.compile(r"(examples|classes|pairs|images|texts|seeds)$|^chance|_shuffled$")
 _TEXTS = {"cider": "CIDEr-D", "bleu4": "BLEU-4", "rouge_l": "ROUGE-L", "meteor": "METEOR"}
-_LOWER_IS_BETTER = re.compile(r"(^|_)(error|loss|nll|median_rank|mse)$")
+# Of a spread, and of how varied captions are, neither more nor less is better.
 _NEITHER = re.compile(r"_std$|^(different|words)$")
+_LOWER_IS_BETTER = re.compile(r"(^|_)(error|loss|nll|median_rank|mse)$")
 # The first of these that an evaluator has is shown large; of retrieval both ways.
 _HEADLINES = (
     ("image_to_text_r1", "text_to_image_r1"),
@@ -30,14 +31,14 @@ _ARROWS = {BETTER: "\N{BLACK UP-POINTING TRIANGLE}", WORSE: "\N{BLACK DOWN-POINT
 
 @dataclasses.dataclass(frozen=True)
 class Score:
-    """A number that an evaluator found.
+    """A score of an evaluator.
 
     Attributes:
       evaluator: its name in the config.
-      name: of the score.
-      value: of the run.
-      chance: what guessing reaches; None if that is not known.
-      baseline: what it is compared with; None if there is nothing.
+      name: the name of the score.
+      value: the score of the run.
+      chance: the score of guessing; None if it is not known.
+      baseline: the score of the baseline; None if it has none.
     """
 
     evaluator: str
@@ -48,12 +49,12 @@ class Score:
 
     @property
     def text(self) -> str:
-        """The value as it is written."""
+        """The value as text."""
         return score_text(self.name, self.value)
 
     @property
     def verdict(self) -> str | None:
-        """How the value stands to the baseline; None without one."""
+        """The value against the baseline, as one word; None without a baseline."""
         if self.baseline is None or not math.isfinite(self.baseline):
             return None
         if self.value == self.baseline:
@@ -80,7 +81,7 @@ class Score:
 
 
 def better_direction(name: str) -> int:
-    """1 if more of this score is better, -1 if less is, 0 if that cannot be said of it."""
+    """Returns 1 if a higher score is better, -1 if a lower one is, 0 if neither."""
     if _NEITHER.search(name):
         return 0
     if _LOWER_IS_BETTER.search(name):
@@ -89,7 +90,7 @@ def better_direction(name: str) -> int:
 
 
 def by_evaluator(scores: Mapping[str, float]) -> dict[str, dict[str, float]]:
-    """evaluator -> name -> value, of "eval/EVALUATOR/NAME" -> value; other keys are left out."""
+    """Groups "eval/EVALUATOR/NAME" -> value by evaluator; other keys are left out."""
     found: dict[str, dict[str, float]] = {}
     for key, value in scores.items():
         if key.startswith(PREFIX) and key.count("/") >= 2:
@@ -101,7 +102,7 @@ def by_evaluator(scores: Mapping[str, float]) -> dict[str, dict[str, float]]:
 def scores_of(
     scores: Mapping[str, float], baseline: Mapping[str, float] | None = None
 ) -> Iterator[Score]:
-    """Every score in its order, with its chance and its baseline.
+    """Yields every score in order, with its chance and its baseline.
 
     Args:
       scores, baseline: "eval/EVALUATOR/NAME" -> value.
@@ -115,7 +116,7 @@ def scores_of(
 
 
 def about(named: Mapping[str, float]) -> str:
-    """Over how much the scores of an evaluator are taken: "1,015 examples, 48 classes"."""
+    """Says how much data the scores of an evaluator cover: "1,015 examples, 48 classes"."""
     parts = [
         f"{int(value):,} {name.replace('_', ' ')}"
         for name, value in named.items()
@@ -125,10 +126,8 @@ def about(named: Mapping[str, float]) -> str:
 
 
 def chance_of(name: str, named: Mapping[str, float]) -> float | None:
-    """What guessing would reach of the score `name`, as far as the evaluator's others tell it.
-
-    Of captions it is the score of those of other images.
-    """
+    """Returns the score `name` of guessing, from other values of the evaluator; None if unknown."""
+    # Captions of other images of the split are the guess that a captioner has to beat.
     if f"{name}_shuffled" in named:
         return named[f"{name}_shuffled"]
     if "chance_r1" in named and (match := re.search(r"_r(\d+)$", name)):
@@ -136,13 +135,14 @@ def chance_of(name: str, named: Mapping[str, float]) -> float | None:
     classes = named.get("classes") or (1 / named["chance"] if named.get("chance") else None)
     if classes is None or name.endswith("_std"):
         return None
+    # One of k guesses among n classes is right with probability k / n.
     if match := re.match(r"top(\d+)", name):
         return min(int(match[1]) / classes, 1.0)
     return 1 / classes if "recall" in name or "accuracy" in name else None
 
 
 def headlines(scores: Mapping[str, float], baseline: Mapping[str, float] | None) -> list[Score]:
-    """The scores that are shown large: the first ones of each evaluator."""
+    """Chooses the scores that are shown large: the main ones of each evaluator."""
     found: dict[str, dict[str, Score]] = {}
     for score in scores_of(scores, baseline):
         found.setdefault(score.evaluator, {})[score.name] = score
@@ -153,13 +153,14 @@ def headlines(scores: Mapping[str, float], baseline: Mapping[str, float] | None)
                 chosen += [named[name] for name in names]
                 break
         else:
+            # An evaluator that is not known here still has a headline.
             shares = [s for s in named.values() if better_direction(s.name) > 0]
             chosen += shares[:1]
     return chosen
 
 
 def title_of(name: str) -> str:
-    """A score's name in words: "image_to_text_r1" -> "image to text R@1"."""
+    """Writes a score's name in words: "image_to_text_r1" -> "image to text R@1"."""
     if name in _TEXTS:
         return _TEXTS[name]
     name = re.sub(r"_r(\d+)$", r" R@\1", name)

@@ -1,4 +1,4 @@
-"""The config: what differs from a baseline's or from the defaults, and the whole of it."""
+"""The section of the config: its differences from another config, and all of it."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from vlp_jax import defaults
 from vlp_jax.report.blocks import Block, Code, Fold, Section, Table, Text
 
 _LONGEST_VALUE = 90  # letters
-_LONGEST_TEXT = 150_000
+_LONGEST_TEXT = 150_000  # letters; a config may hold thousands of class names
 ABSENT = "\N{EN DASH}"
 
 
 def config_section(config: ConfigDict, other: ConfigDict | None, title: str) -> Section:
-    """The differences to another run's config, or to the defaults, and the config folded away.
+    """Builds a table of differences, with the whole config folded away.
 
     Args:
-      other: None for the defaults.
-      title: what the other one is called.
+      other: the config to compare with; None for the defaults.
+      title: the name of the other config.
     """
     own = flat(config)
     blocks: list[Block] = []
@@ -29,6 +29,7 @@ def config_section(config: ConfigDict, other: ConfigDict | None, title: str) -> 
         blocks.append(_difference_table({title: flat(other), "this run": own}))
     else:
         base = flat(defaults.base())
+        # Arguments of parts have no common default: they are listed by themselves.
         changed = {key: value for key, value in own.items() if key in base}
         blocks.append(_difference_table({"default": base, "this run": changed}))
         parts = {k: v for k, v in own.items() if k not in base}
@@ -43,25 +44,26 @@ def config_section(config: ConfigDict, other: ConfigDict | None, title: str) -> 
 
 
 def differences(configs: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """The keys whose values are not the same in all flat configs, in order."""
+    """Returns the keys whose values are not the same in all flat configs, in order."""
     first, *others = configs.values()
     keys = sorted({key for config in configs.values() for key in config})
-    missing = object()
+    missing = object()  # None is a value of many keys
     return [k for k in keys if any(o.get(k, missing) != first.get(k, missing) for o in others)]
 
 
 def difference_table(configs: Mapping[str, ConfigDict]) -> Table | Text:
-    """The keys that differ, with the values of each config."""
+    """Builds a table of the keys that differ, with the value in each config."""
     return _difference_table({name: flat(config) for name, config in configs.items()})
 
 
 def flat(config: ConfigDict) -> dict[str, Any]:
-    """Dotted key -> value, as the config is read back from a run."""
+    """Returns dotted key -> value."""
+    # Through JSON, as the configs of runs came: else a tuple would differ from a list.
     return dict(config_lib.flatten(config_lib.from_json(config_lib.to_json(config))))
 
 
 def written(value: Any) -> str:
-    """A value as it is shown; long ones cut in the middle."""
+    """Writes a value; a long one is cut in the middle."""
     text = repr(value) if not isinstance(value, str) else value
     if len(text) <= _LONGEST_VALUE:
         return text or "''"
@@ -80,5 +82,5 @@ def _difference_table(configs: Mapping[str, Mapping[str, Any]]) -> Table | Text:
     rows = [
         [key, *(written(c[key]) if key in c else ABSENT for c in configs.values())] for key in keys
     ]
-    count = f"{len(keys)} keys" if len(keys) > 1 else "1 key"
-    return Table(f"{count} that differ", ["key", *configs], rows)
+    caption = f"{len(keys)} keys that differ" if len(keys) > 1 else "1 key that differs"
+    return Table(caption, ["key", *configs], rows)

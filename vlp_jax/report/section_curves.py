@@ -1,4 +1,4 @@
-"""How the run went: curves of its loss, its scores and its speed."""
+"""The section of curves: loss, scores and speed over the steps."""
 
 from __future__ import annotations
 
@@ -6,17 +6,18 @@ from collections.abc import Sequence
 
 from vlp_jax.report import wording
 from vlp_jax.report.blocks import Block, Chart, Charts, Fold, Section, Table, Text
-from vlp_jax.report.line_charts import Series, line_chart
+from vlp_jax.report.charts import Series, line_chart
 from vlp_jax.report.run_record import RunRecord
 from vlp_jax.report.scores import PREFIX, Score, better_direction, headlines, title_of
 
 SKIPPED = "train/skipped"
-# What is shown first, in this order; the other metrics of training are folded away.
+# The metrics that are shown first, in this order; the rest is folded away.
 MAIN = ("train/loss", "train/learning_rate", "train/grad_norm")
 _NEXT = ("perf/examples_per_second", "train/batch_accuracy", "train/logit_scale")
 _ROW = 3  # drawings side by side on a wide screen: as many of `_NEXT` are shown as fill a row
 _BY_LOGARITHM = ("train/grad_norm",)
 _SHARES = ("train/batch_accuracy", "perf/mfu")
+# They follow from examples a second, or are in the table of speed.
 _FEW_CARE = ("perf/steps_per_second", "perf/step_seconds", "perf/device_wait_fraction")
 _MOST_FOLDED = 24
 _MOST_SKIPPED = 20
@@ -24,10 +25,11 @@ _MOST_EVALUATORS = 6  # that are overlaid in one drawing
 
 
 def curves_section(run: RunRecord) -> Section | None:
-    """Training and evaluation over the steps; None if the run wrote no metrics."""
+    """Builds the curves of training and evaluation; None if the run wrote no metrics."""
     scores = score_charts([("", run)])
     main = [chart for name in MAIN if (chart := metric_chart(name, [("", run)]))]
     names = [*run.names("train/")[:_MOST_FOLDED], *run.names("perf/")]
+    # As many as fill the last row of drawings.
     next_ones = [n for n in _NEXT if n in names][: -(len(main) + len(scores)) % _ROW]
     main += [chart for name in next_ones if (chart := metric_chart(name, [("", run)]))]
     rest = [n for n in names if n not in (*MAIN, *next_ones, SKIPPED) and n not in _FEW_CARE]
@@ -41,10 +43,10 @@ def curves_section(run: RunRecord) -> Section | None:
 
 
 def metric_chart(name: str, runs: Sequence[tuple[str, RunRecord]]) -> Chart | None:
-    """A metric of some runs over the steps; None if none of them has it.
+    """Draws a metric of some runs over the steps; None if no run has it.
 
     Args:
-      runs: (what stands at the curve, run).
+      runs: (name of the curve, run) pairs.
     """
     title = name.partition("/")[2].replace("_", " ")
     title = title.replace("grad norm", "gradient norm").replace("param norm", "parameter norm")
@@ -55,6 +57,7 @@ def metric_chart(name: str, runs: Sequence[tuple[str, RunRecord]]) -> Chart | No
     )
     if svg is None:
         return None
+    # NaN is the one value that differs from itself.
     odd = sum(
         1 for c in curves for value in c.values if value != value or abs(value) == float("inf")
     )
@@ -63,9 +66,9 @@ def metric_chart(name: str, runs: Sequence[tuple[str, RunRecord]]) -> Chart | No
 
 
 def score_charts(runs: Sequence[tuple[str, RunRecord]]) -> list[Chart]:
-    """The main scores over the steps.
+    """Draws the main scores over the steps.
 
-    Of one run, those of several evaluators in one drawing; of several runs, a drawing for each.
+    The scores of one run share a drawing; of several runs, each score has a drawing.
     """
     all_scores: dict[str, float] = {}
     for _, run in runs:
@@ -95,6 +98,7 @@ def _score_chart(
             steps, values = run.curve(f"{PREFIX}{score.evaluator}/{score.name}")
             alone = evaluators.count(score.evaluator) == 1
             name = score.evaluator if alone else title_of(score.name)
+            # One line of chance is enough: it is the same for all runs.
             level = score.chance if not several or label == runs[0][0] else None
             if steps:
                 curves.append(Series(label if several else name, steps, values, level))
@@ -111,7 +115,7 @@ def _score_chart(
 
 
 def _skipped(run: RunRecord) -> list[Block]:
-    """What is to be said of steps that were skipped."""
+    """Tells of the steps that the guard skipped."""
     steps, values = run.curve(SKIPPED)
     if not steps:
         return []
@@ -126,5 +130,5 @@ def _skipped(run: RunRecord) -> list[Block]:
 
 
 def _value(run: RunRecord, step: int, name: str) -> float:
-    """A metric at a step; NaN if it was not written."""
+    """Returns a metric at a step; NaN if it was not written."""
     return dict(zip(*run.curve(name))).get(step, float("nan"))

@@ -1,4 +1,4 @@
-"""The training data: how much of it, how long its texts, how large its images."""
+"""The section of the training data: its amount, lengths of texts and sizes of images."""
 
 from __future__ import annotations
 
@@ -13,21 +13,22 @@ from vlp_jax.data.sources.base import as_plain
 from vlp_jax.encoders.subject import Subject
 from vlp_jax.errors import UserError
 from vlp_jax.report.blocks import Beside, Block, Chart, Charts, Section, Table, Text
-from vlp_jax.report.shape_charts import histogram
+from vlp_jax.report.charts import histogram
 from vlp_jax.report.wording import percent
 from vlp_jax.training.workdir import TOKENIZER
 
-LOOKED_AT = 2_000  # examples of each part
+LOOKED_AT = 2_000  # examples of each part; their shares are known to about 1 %
 _SEED = 0
 
 
 def scan_training_data(subject: Subject) -> dict[str, Scan] | str:
-    """What is in the training data of a run, by part, or why it cannot be looked at."""
+    """Scans a sample of each part of the training data; returns the reason if it cannot."""
     config, workdir = subject.config, subject.workdir
     section = {key: value for key, value in config.tokenizer.items() if key != "file"}
     kept = None if workdir is None else workdir / TOKENIZER
     try:
         tokenizers = Tokenizers(section if kept else {}, lambda: iter(()), kept)
+        # A report should show bad examples, not fail because there are too many.
         parts, _ = split_mixture({**as_plain(config.data), "max_bad_fraction": 1.0})
         return {
             name: scan(
@@ -45,7 +46,7 @@ def scan_training_data(subject: Subject) -> dict[str, Scan] | str:
 
 
 def data_section(found: Mapping[str, Scan] | str, context_length: int | None) -> Section:
-    """Figures of each part of the training data, and how they are spread.
+    """Builds a table of figures of each part, and histograms.
 
     Args:
       found: from `scan_training_data`.
@@ -59,6 +60,7 @@ def data_section(found: Mapping[str, Scan] | str, context_length: int | None) ->
         label = "" if len(found) == 1 else f"{name}: "
         charts += _charts(part, context_length, label)
     blocks: list[Block] = [_table(found), *([Charts(charts)] if charts else [])]
+    # Two charts and the table fill a row of a wide screen.
     beside = len(found) == 1 and len(charts) < 3
     return Section("data", "Training data", [Beside(blocks)] if beside else blocks)
 
@@ -99,6 +101,7 @@ def _twice(part: Scan) -> str:
 def _spread(values: list[int]) -> str:
     if not values:
         return ""
+    # Not the extremes: one odd file would hide how the rest is spread.
     low, middle, high = np.percentile(values, (5, 50, 95))
     return f"{middle:,.0f}" + (f" ({low:,.0f} to {high:,.0f})" if low < high else "")
 

@@ -1,4 +1,4 @@
-"""What the model paints, and which regions of images answer texts."""
+"""Sections of pictures: heat maps of texts in images, reconstructions, and samples."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ import numpy as np
 from jaxtyping import Float, UInt8
 
 from vlp_jax.encoders.subject import Subject
+from vlp_jax.evaluators.base import Outcome
 from vlp_jax.evaluators.retrieval import RetrievalOutcome
 from vlp_jax.evaluators.zero_shot import ZeroShotOutcome
 from vlp_jax.inspection import heat_map, overlay
 from vlp_jax.models.dual_encoder import DualEncoder
-from vlp_jax.report.blocks import Card, Cards, Section, Text
-from vlp_jax.report.pictures import Album
+from vlp_jax.report.blocks import Section, Text
+from vlp_jax.report.pictures import Album, cards_section
 from vlp_jax.report.wording import percent
 from vlp_jax.training.restore import LoadedParameters
 
@@ -27,13 +28,13 @@ VIEWS = ("seen", "painted", "true")
 
 
 @dataclasses.dataclass(frozen=True)
-class Heat:
-    """Where an image answers some texts.
+class HeatMaps:
+    """Heat maps of some texts in an image.
 
     Attributes:
       image: the pixels.
-      texts: what it is asked for.
-      maps: of each text, in [0, 1].
+      texts: the texts that are looked for.
+      maps: a heat map for each text, in [0, 1].
     """
 
     image: UInt8[np.ndarray, "height width 3"]
@@ -42,14 +43,14 @@ class Heat:
 
 
 def choose_heated(rows: int) -> list[int]:
-    """Rows of an outcome, chosen by chance."""
+    """Chooses rows of an outcome by chance."""
     return sorted(np.random.default_rng(_SEED).permutation(rows)[:HEATED].tolist())
 
 
 def texts_for(
     row: int, retrieval: RetrievalOutcome, texts: Sequence[str], classes: ZeroShotOutcome | None
 ) -> list[str]:
-    """Of an image its own first text, and the classes that it is most similar to."""
+    """Returns an image's own first text, and the classes that it is most similar to."""
     own = [texts[int(np.flatnonzero(retrieval.owners == row)[0])]]
     if classes is not None:
         similar = classes.class_embeddings @ retrieval.image[row]
@@ -62,69 +63,71 @@ def make_heat(
     loaded: LoadedParameters,
     images: Sequence[np.ndarray],
     texts: Sequence[Sequence[str]],
-) -> list[Heat]:
-    """Maps of several texts for each image; none for a model that is no `DualEncoder`."""
+) -> list[HeatMaps]:
+    """Computes maps of several texts for each image; [] for a model that is no `DualEncoder`."""
     if not isinstance(subject.module, DualEncoder) or not images:
         return []
+    # One batch of pairs, so that the model is compiled once.
     flat = [(image, text) for image, asked in zip(images, texts) for text in asked]
     tokens = subject.resources.tokens([text for _, text in flat])
     maps = heat_map(subject.module, loaded.params, np.stack([i for i, _ in flat]), tokens)
     found, start = [], 0
     for image, asked in zip(images, texts):
-        found.append(Heat(image, asked, maps[start : start + len(asked)]))
+        found.append(HeatMaps(image, asked, maps[start : start + len(asked)]))
         start += len(asked)
     return found
 
 
-def heat_section(found: Sequence[Heat], album: Album) -> Section | None:
-    """Images under their maps; None if there are none."""
+def heat_section(found: Sequence[HeatMaps], album: Album) -> Section | None:
+    """Shows images under their maps; None if there are none."""
     cards = []
     for heat in found:
-        shown = [album.add(heat.image, f"image: {heat.texts[0]}", "image")]
-        lines = []
+        pictures, lines = [(heat.image, f"image: {heat.texts[0]}", "image")], []
         for number, (text, heated) in enumerate(zip(heat.texts, heat.maps), start=1):
             label = text if len(text) <= _SHORT else f"text {number}"
             if label != text:
                 lines.append((label, text))
-            shown.append(album.add(overlay(heat.image, heated), f"heat map of {text}", label))
-        pictures = [picture for picture in shown if picture is not None]
-        if len(pictures) == len(shown):
-            cards.append(Card(pictures, lines))
-    if not cards:
-        return None
-    title = "Which region of an image answers a text"
+            pictures.append((overlay(heat.image, heated), f"heat map of {text}", label))
+        cards.append(album.card(pictures, lines))
     text = (
-        "How similar the text is to the image of which one window "
-        "alone is shown, for windows all over it. Dark blue is least, yellow is most. The texts "
-        "are the image's own and the classes that it is most similar to; the images are chosen by "
-        "chance, and the model was never told where anything is."
+        "The similarity of the text to the image when all but one window is hidden, for windows "
+        "all over the image. Dark blue is least, yellow is most. The texts are the image's own "
+        "text and the classes that it is most similar to. The images are chosen by chance, and "
+        "the model was never told where anything is."
     )
-    return Section("heat", "Heat maps", [Cards(title, cards, text)])
+    heading = "Which region of an image answers a text"
+    return cards_section("heat", "Heat maps", heading, cards, text)
 
 
 def paintings_section(
     views: Float[np.ndarray, "images 3 height width 3"], hidden: float | None, album: Album
 ) -> Section | None:
-    """What is seen, what is painted, and the truth; None if there is nothing."""
-    cards = []
-    for number, three in enumerate(views):
-        pixels = np.round(255 * np.clip(three, 0, 1)).astype(np.uint8)
-        shown = [
-            album.add(view, f"image {number + 1}, {label}", label)
-            for view, label in zip(pixels, VIEWS)
-        ]
-        pictures = [picture for picture in shown if picture is not None]
-        if len(pictures) == len(VIEWS):
-            cards.append(Card(pictures, []))
-    if not cards:
-        return None
+    """Shows what is seen, what is painted, and the truth; None if there is no room."""
+    pixels = np.round(255 * np.clip(views, 0, 1)).astype(np.uint8)
+    cards = [
+        album.card([(view, f"image {n}, {name}", name) for view, name in zip(three, VIEWS)])
+        for n, three in enumerate(pixels, start=1)
+    ]
     share = "Patches" if hidden is None else f"{percent(hidden, 0)} of the patches"
-    text = f"{share} are hidden (grey) and painted by the model; images it was not trained on."
-    return Section("painted", "Reconstructions", [Cards("What it paints", cards, text)])
+    text = (
+        f"{share} are hidden (grey) and painted by the model. It was not trained on these images."
+    )
+    return cards_section("painted", "Reconstructions", "What the model paints", cards, text)
+
+
+def samples_section(name: str, outcome: Outcome, album: Album) -> Section | None:
+    """Shows the samples of an evaluator, a card each; None if it has none."""
+    cards = []
+    for number, sample in enumerate(outcome.samples(), start=1):
+        alt = next(iter(sample.texts.values()), f"example {number}")
+        pictures = [] if sample.picture is None else [(sample.drawn(), alt, "")]
+        cards.append(album.card(pictures, list(sample.texts.items())))
+    text = "The first examples of a split that the model was not trained on."
+    return cards_section(f"samples-{name}", name, f"{name}: what the model says", cards, text)
 
 
 def left_out(album: Album) -> list[Text]:
-    """A line if there was no room for some pictures."""
+    """Returns a line if some pictures had no room."""
     if not album.left_out:
         return []
     return [Text(f"{album.left_out} pictures are left out, so that the page stays small.")]

@@ -1,4 +1,4 @@
-"""Retrieval: examples that were found, and those that went most wrong."""
+"""The section of retrieval: ranks, examples that were found, and the worst errors."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import numpy as np
 from jaxtyping import Int
 
 from vlp_jax.evaluators.retrieval import RetrievalOutcome
-from vlp_jax.report.blocks import BAD, GOOD, Block, Card, Cards, Chart, Charts, Picture, Section
+from vlp_jax.report.blocks import BAD, GOOD, Block, Card, Cards, Chart, Charts, Section
+from vlp_jax.report.charts import bars
 from vlp_jax.report.pictures import Album
-from vlp_jax.report.shape_charts import bars
 from vlp_jax.report.wording import percent, plain
 
 GOOD_ONES, BAD_ONES = 4, 6
@@ -21,12 +21,12 @@ _EDGES = (1, 5, 10, 100)  # ranks of the histogram
 
 
 @dataclasses.dataclass(frozen=True)
-class Choice:
-    """Which examples are shown, as rows of an outcome.
+class ShownExamples:
+    """The examples that are shown, as rows of an outcome.
 
     Attributes:
-      found_images, lost_images: queries by image.
-      found_texts, lost_texts: queries by text.
+      found_images, lost_images: images whose text is ranked first, and lowest.
+      found_texts, lost_texts: texts whose image is ranked first, and lowest.
     """
 
     found_images: Int[np.ndarray, " few"]
@@ -35,8 +35,9 @@ class Choice:
     lost_texts: Int[np.ndarray, " few"]
 
 
-def choose(outcome: RetrievalOutcome) -> Choice:
-    """Of what was found at rank 1 some by chance, and what stands lowest."""
+def choose(outcome: RetrievalOutcome) -> ShownExamples:
+    """Chooses some queries of rank 1 by chance, and the queries of the lowest ranks."""
+    # A fixed seed: a report of the same model shows the same examples.
     rng = np.random.default_rng(_SEED)
     chosen = []
     for ranks in (outcome.image_to_text.ranks(), outcome.text_to_image.ranks()):
@@ -44,11 +45,11 @@ def choose(outcome: RetrievalOutcome) -> Choice:
         some = rng.permutation(found)[:GOOD_ONES]
         worst = np.argsort(-ranks, kind="stable")[:BAD_ONES]
         chosen += [np.sort(some), worst[ranks[worst] > 1]]
-    return Choice(*chosen)
+    return ShownExamples(*chosen)
 
 
-def images_of(outcome: RetrievalOutcome, choice: Choice) -> list[int]:
-    """Rows of all images that a page of `choice` shows."""
+def images_of(outcome: RetrievalOutcome, choice: ShownExamples) -> list[int]:
+    """Returns the rows of all images that a page of `choice` shows."""
     texts = np.concatenate([choice.found_texts, choice.lost_texts])
     rows = [*choice.found_images, *choice.lost_images, *outcome.owners[texts]]
     rows += [int((outcome.image @ outcome.text[text]).argmax()) for text in texts]
@@ -62,10 +63,10 @@ def retrieval_section(
     images: Mapping[int, np.ndarray],
     album: Album,
 ) -> Section:
-    """Where queries find what is theirs, with examples.
+    """Builds charts of ranks, and cards of examples.
 
     Args:
-      texts: those of the outcome.
+      texts: the texts of the outcome.
       images: row of the outcome -> pixels, of `images_of`.
     """
     choice = choose(outcome)
@@ -75,22 +76,22 @@ def retrieval_section(
         (
             "Images whose text is ranked first",
             [page.by_image(row) for row in choice.found_images],
-            "Chosen by chance among all that are found.",
+            "Chosen by chance among the images at rank 1.",
         ),
         (
             "Images whose text is ranked lowest",
             [page.by_image(row) for row in choice.lost_images],
-            "The worst of all. In brackets the cosine similarity.",
+            "The worst errors. In brackets: cosine similarity.",
         ),
         (
             "Texts whose image is ranked first",
             [page.by_text(row) for row in choice.found_texts],
-            "Chosen by chance among all that are found.",
+            "Chosen by chance among the texts at rank 1.",
         ),
         (
             "Texts whose image is ranked lowest",
             [page.by_text(row) for row in choice.lost_texts],
-            "The worst of all: the image that is ranked first, and the right one.",
+            "The worst errors: the image that is ranked first, and the right image.",
         ),
     ):
         if shown := [card for card in cards if card]:
@@ -107,47 +108,39 @@ class _Page:
     album: Album
 
     def by_image(self, row: int) -> Card | None:
-        """An image with the text that is ranked first, and its own best one."""
+        """Shows an image with the text that is ranked first, and its own best text."""
         similar = self.outcome.text @ self.outcome.image[row]
         own = np.flatnonzero(self.outcome.owners == row)
         best, first = own[similar[own].argmax()], int(similar.argmax())
-        picture = self._picture(row, f"shown for: {self._text(best)}")
-        if picture is None:
-            return None
         rank = float(self.outcome.image_to_text.ranks()[row])
         lines = [("ranked first", f"{self._text(first)} ({similar[first]:.2f})")]
         if rank > 1 or self._text(first) != self._text(best):
             more = f", best of {len(own)}" if len(own) > 1 else ""
             lines.append((f"its own{more}", f"{self._text(best)} ({similar[best]:.2f})"))
-        return Card([picture], lines, _verdict(rank, len(self.texts)))
+        pictures = [(self.images.get(row), f"shown for: {self._text(best)}", "")]
+        return self.album.card(pictures, lines, _verdict(rank, len(self.texts)))
 
     def by_text(self, row: int) -> Card | None:
-        """A text with the image that is ranked first, and its own."""
+        """Shows a text with the image that is ranked first, and its own image."""
         similar = self.outcome.image @ self.outcome.text[row]
         own, first = int(self.outcome.owners[row]), int(similar.argmax())
         rank = float(self.outcome.text_to_image.ranks()[row])
+        # Ties share a mean rank, so the right image may come first and have a rank above 1.
         alike = rank == 1 or own == first
+        text, right = self._text(row), self.images.get(own)
         if alike:
-            shown = [self._picture(own, f"found for: {self._text(row)}")]
+            pictures = [(right, f"found for: {text}", "")]
         else:
-            shown = [self._picture(first, f"ranked first for: {self._text(row)}", "ranked first")]
-            shown.append(self._picture(own, f"the right image: {self._text(row)}", "right"))
-        lines = [("text", self._text(row))]
+            wrong = (self.images.get(first), f"ranked first for: {text}", "ranked first")
+            pictures = [wrong, (right, f"the right image: {text}", "right")]
+        lines = [("text", text)]
         similarity = f"{similar[own]:.2f}" if alike else f"{similar[first]:.2f}, {similar[own]:.2f}"
         lines.append(("similarity", similarity))
-        pictures = [picture for picture in shown if picture is not None]
-        if len(pictures) < len(shown):
-            return None
-        return Card(pictures, lines, _verdict(rank, len(self.outcome.image)))
+        return self.album.card(pictures, lines, _verdict(rank, len(self.outcome.image)))
 
     def _text(self, row: int) -> str:
         text = self.texts[row]
         return text if len(text) <= _MOST_LETTERS else f"{text[: _MOST_LETTERS - 1]}…"
-
-    def _picture(self, row: int, alt: str, label: str = "") -> Picture | None:
-        if int(row) not in self.images:
-            return None
-        return self.album.add(self.images[int(row)], alt, label)
 
 
 def _verdict(rank: float, total: int) -> tuple[str, str]:
@@ -156,7 +149,7 @@ def _verdict(rank: float, total: int) -> tuple[str, str]:
 
 
 def _ranks(query: str, outcome: RetrievalOutcome) -> Chart:
-    """How many queries find what is theirs at which rank."""
+    """Draws the share of queries whose right answer has each rank."""
     ranks = (outcome.image_to_text if query == "image" else outcome.text_to_image).ranks()
     edges, shares, low = (*_EDGES, float("inf")), {}, 0.0
     for edge in edges:

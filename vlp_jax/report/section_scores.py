@@ -1,4 +1,4 @@
-"""The first sections: the scores, large and as a table."""
+"""The first sections: main scores in large type, and all scores as a table."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ from vlp_jax.report.scores import (
     scores_of,
     title_of,
 )
-from vlp_jax.report.shape_charts import meter
 from vlp_jax.report.wording import is_share, score_text
 
 _TONES = {BETTER: GOOD, WORSE: BAD}
@@ -24,7 +23,7 @@ MOST_TILES = 8
 
 
 def headline_section(scores: Mapping[str, float], baseline: Baseline | None) -> Section:
-    """The main score of each evaluator, with chance and the difference from the baseline."""
+    """Shows the main scores of each evaluator, with chance and the change from the baseline."""
     tiles = [_tile(score) for score in headlines(scores, baseline and baseline.scores)]
     return Section("summary", "Summary", [Tiles(tiles[:MOST_TILES])])
 
@@ -43,7 +42,7 @@ def _tile(score: Score) -> Tile:
 def table_section(
     scores: Mapping[str, float], baseline: Baseline | None, notices: list[str]
 ) -> Section:
-    """Every score of every evaluator."""
+    """Builds the table of every score of every evaluator."""
     head = ["score", "value", "chance"] + (["baseline", "difference"] if baseline else [])
     named = by_evaluator(scores)
     rows: list[list[str | Cell]] = []
@@ -51,16 +50,15 @@ def table_section(
         title = f"{score.evaluator} ({about(named[score.evaluator])})"
         if [title] not in rows:
             rows.append([title])
-        bar = None
-        if is_share(score.name) and 0 <= score.value <= 1:
-            bar = meter(score.value, score.chance)
+        share = score.value if is_share(score.name) and 0 <= score.value <= 1 else None
         chance = "" if score.chance is None else score_text(score.name, score.chance)
-        row: list[str | Cell] = [title_of(score.name), Cell(score.text, svg=bar), chance]
+        cell = Cell(score.text, share=share, mark=score.chance)
+        row: list[str | Cell] = [title_of(score.name), cell, chance]
         if baseline:
             old = "" if score.baseline is None else score_text(score.name, score.baseline)
             row += [old, Cell(score.change, _TONES.get(score.verdict or "", PLAIN))]
         rows.append(row)
-    beside = f", beside those of {baseline.title}" if baseline else ""
+    beside = f", beside the scores of {baseline.title}" if baseline else ""
     caption = f"Scores of each evaluator{beside}. The mark on a bar is chance."
     numeric = range(1, len(head))
     blocks: list[Block] = [Table(caption, head, rows, tuple(numeric))]

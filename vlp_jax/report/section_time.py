@@ -1,4 +1,4 @@
-"""Where the time of a run went, and how fast it was."""
+"""The section of time by cause, and of speed."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from typing import Any
 
 from vlp_jax.observe.goodput import USEFUL, in_order
 from vlp_jax.report.blocks import Beside, Block, Chart, Charts, Section, Table
+from vlp_jax.report.charts import bars
 from vlp_jax.report.run_record import RunRecord
-from vlp_jax.report.shape_charts import bars
 from vlp_jax.report.wording import percent, plain, seconds_text
 
 _GIB = 2**30
 
 
 def time_section(run: RunRecord) -> Section | None:
-    """Time by cause and figures of speed; None if the run has told neither."""
+    """Shows time by cause and figures of speed; None if the run wrote neither."""
     blocks: list[Block] = []
     if run.run_time is not None and sum(run.run_time.seconds.values()) > 0:
         blocks.append(Charts([_causes(run.run_time.seconds)]))
@@ -26,7 +26,7 @@ def time_section(run: RunRecord) -> Section | None:
 
 
 def useful_share(run: RunRecord) -> float | None:
-    """Time of the steps that the newest state consists of, of all time; None if not known."""
+    """Returns the goodput: useful time over all time, in [0, 1]; None if it is not known."""
     if run.run_time is None:
         return None
     total = sum(run.run_time.seconds.values())
@@ -34,7 +34,7 @@ def useful_share(run: RunRecord) -> float | None:
 
 
 def speed(run: RunRecord) -> dict[str, str]:
-    """Figure -> text: what the run has said of its speed, its memory and its interruptions."""
+    """Returns label -> text of figures of speed, memory and interruptions."""
     summary, told = run.summary, run.summary.get("speed", {})
     found: dict[str, str] = {}
     share = useful_share(run)
@@ -68,11 +68,12 @@ def speed(run: RunRecord) -> dict[str, str]:
 
 
 def _causes(seconds: Mapping[str, float]) -> Chart:
+    # A cause that took no time is no bar.
     shown = {cause: value for cause, value in in_order(seconds).items() if value > 0}
     total = sum(shown.values())
     texts = {c: f"{seconds_text(s)}, {percent(s / total)}" for c, s in shown.items()}
     label = "Time by cause: " + "; ".join(f"{cause} {text}" for cause, text in texts.items())
-    caption = f"Of {seconds_text(total)} since the first process began."
+    caption = f"Shares of {seconds_text(total)} since the first process began."
     return Chart("Where the time went", bars(shown, texts, label), caption)
 
 

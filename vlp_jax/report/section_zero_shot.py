@@ -1,4 +1,4 @@
-"""Classification by prompts: confusions, recall of classes, calibration, mistakes."""
+"""The section of zero-shot classification: confusions, recall, calibration, mistakes."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from vlp_jax.report.blocks import (
     Table,
     Text,
 )
+from vlp_jax.report.charts import confusion_map, reliability
 from vlp_jax.report.pictures import Album
-from vlp_jax.report.shape_charts import confusion_map, meter, reliability
 from vlp_jax.report.wording import percent
 
 MOST_CLASSES = 60  # of a confusion matrix; of more, those that are confused most are drawn
@@ -36,19 +36,20 @@ Images = Mapping[int, np.ndarray]
 
 
 def predictions(outcome: ZeroShotOutcome) -> Int[np.ndarray, " n"]:
-    """The class that each image is most similar to."""
+    """Returns the class that each image is most similar to."""
     return outcome.cosines.argmax(axis=1)
 
 
 def confusion(outcome: ZeroShotOutcome) -> Int[np.ndarray, "classes classes"]:
-    """How many images of each class (row) were taken for each class (column)."""
+    """Counts the images of each class (row) that were taken for each class (column)."""
     classes = len(outcome.class_names)
+    # A pair of classes as one number, so that one pass counts all pairs.
     flat = np.bincount(outcome.labels * classes + predictions(outcome), minlength=classes**2)
     return flat.reshape(classes, classes)
 
 
 def mistakes(outcome: ZeroShotOutcome, count: int = MISTAKES) -> Int[np.ndarray, " few"]:
-    """Rows of images that were taken for another class, those of the largest margin first."""
+    """Returns rows of images that were taken for another class, the largest margin first."""
     own = np.take_along_axis(outcome.cosines, outcome.labels[:, None], axis=1)[:, 0]
     margin = outcome.cosines.max(axis=1) - own
     wrong = np.flatnonzero(predictions(outcome) != outcome.labels)
@@ -56,10 +57,10 @@ def mistakes(outcome: ZeroShotOutcome, count: int = MISTAKES) -> Int[np.ndarray,
 
 
 def zero_shot_section(name: str, outcome: ZeroShotOutcome, images: Images, album: Album) -> Section:
-    """Everything about one evaluator.
+    """Builds the section of an evaluator.
 
     Args:
-      images: place in the data -> pixels, of `mistakes`.
+      images: place in the data -> pixels of the `mistakes`.
     """
     counts = confusion(outcome)
     few = [_pairs(counts, outcome.class_names)]
@@ -68,7 +69,7 @@ def zero_shot_section(name: str, outcome: ZeroShotOutcome, images: Images, album
     worst, every = _recalls(counts, outcome.class_names)
     blocks = [_matrix(counts, outcome.class_names), Beside([*few, worst]), *every]
     if cards := _mistaken(outcome, images, album):
-        text = "Those of the largest margin. In brackets the cosine similarity."
+        text = "The mistakes of the largest margin. In brackets: cosine similarity."
         blocks.append(Cards("Mistakes", cards, text))
     title = "Zero-shot" if name == "zero_shot" else f"Zero-shot: {name}"
     return Section(f"zero-shot-{name}", title, blocks)
@@ -78,8 +79,9 @@ def _matrix(counts: np.ndarray, names: tuple[str, ...]) -> Block:
     total, right = counts.sum(), np.trace(counts)
     caption = "Rows: the true class. Columns: the class that was predicted. "
     rows = np.flatnonzero(counts.sum(axis=1))
+    # A class without an image may be predicted all the same.
     columns = np.union1d(rows, np.flatnonzero(counts.sum(axis=0)))
-    if len(columns) > MOST_CLASSES:
+    if len(columns) > MOST_CLASSES:  # names would be too small to read
         errors = counts - np.diag(np.diag(counts))
         confused = errors.sum(axis=0) + errors.sum(axis=1)
         columns = np.sort(np.argsort(-confused, kind="stable")[:MOST_CLASSES])
@@ -109,15 +111,16 @@ def _pairs(counts: np.ndarray, names: tuple[str, ...]) -> Block:
 
 
 def _recalls(counts: np.ndarray, names: tuple[str, ...]) -> tuple[Block, list[Block]]:
-    """A table of the lowest, and one of all, folded away, if there are more."""
+    """Builds a table of the lowest recalls, and a folded one of all if there are more."""
     totals = counts.sum(axis=1)
     present = np.flatnonzero(totals)
     recall = np.diag(counts)[present] / totals[present]
+    # Stable: classes of equal recall keep their order, so that two reports can be compared.
     order = np.argsort(recall, kind="stable")
     rows: list[list[str | Cell]] = [
         [
             names[present[n]],
-            Cell(percent(recall[n]), svg=meter(float(recall[n]))),
+            Cell(percent(recall[n]), share=float(recall[n])),
             f"{totals[present[n]]:,}",
         ]
         for n in order
@@ -150,18 +153,13 @@ def _calibration(outcome: ZeroShotOutcome) -> Block:
 def _mistaken(outcome: ZeroShotOutcome, images: Images, album: Album) -> list[Card]:
     cards, taken = [], predictions(outcome)
     for row in mistakes(outcome):
-        place = int(outcome.index[row])
-        if place not in images:
-            continue
         right, wrong = outcome.labels[row], taken[row]
         true_name, wrong_name = outcome.class_names[right], outcome.class_names[wrong]
-        picture = album.add(images[place], f"{true_name}, taken for {wrong_name}")
-        if picture is None:
-            continue
         cosines = outcome.cosines[row]
         lines = [
             ("taken for", f"{wrong_name} ({cosines[wrong]:.2f})"),
             ("but is", f"{true_name} ({cosines[right]:.2f})"),
         ]
-        cards.append(Card([picture], lines))
-    return cards
+        pixels = images.get(int(outcome.index[row]))
+        cards.append(album.card([(pixels, f"{true_name}, taken for {wrong_name}", "")], lines))
+    return [card for card in cards if card]

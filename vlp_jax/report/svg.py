@@ -1,68 +1,93 @@
-"""SVG drawings in the colors of the page they stand in."""
+"""Matplotlib figures as SVG inside a page, in the page's colors and without style of their own."""
 
 from __future__ import annotations
 
+import io
+import re
 import xml.etree.ElementTree as ET
 
+import matplotlib
 from markupsafe import Markup
+from matplotlib.figure import Figure
 
-FONT = 12  # size of text, in units of the drawing
-_LETTER = 0.56  # width of an average letter, by its size
+from vlp_jax.observe.charts import SEPARATOR, TELLS
+from vlp_jax.observe.palette import LIGHT
+
+_LEFT_OUT = ("font-family", "stroke-linecap")  # the page says which font
+_NUMBER = re.compile(r"(\d+\.\d{2})\d+")  # hundredths of a pixel are enough
+_NAMES = {color: name for name, color in LIGHT.items()}
 
 
-class Drawing:
-    """Elements on a plane of `width` by `height` units, y going down.
+def figure_svg(figure: Figure, label: str, natural: bool = False) -> Markup:
+    """Turns a figure into SVG; all text in it is escaped.
 
-    Colors are given as classes of the page's style sheet ("f-ink" fills, "s-line" strokes), so that
-    a drawing is light or dark as the page is, and needs no style of its own.
+    A page's policy forbids style in elements, and a page is light or dark. So each color of the
+    light palette becomes a class of the style sheet ("f-ink" fills, "s-line" strokes).
 
     Args:
-      label: what it shows, for those who do not see it.
+      label: what the figure shows, for those who do not see it.
       natural: a unit is a pixel; else the drawing is as wide as the room it is given.
     """
-
-    def __init__(self, width: float, height: float, label: str, natural: bool = False) -> None:
-        self.width, self.height = width, height
-        self._root = ET.Element(
-            "svg",
-            {"viewBox": f"0 0 {_number(width)} {_number(height)}", "role": "img"}
-            | {"aria-label": label}
-            | ({"width": _number(width), "height": _number(height)} if natural else {}),
-        )
-
-    def add(self, tag: str, text: str = "", title: str = "", **attributes: str | float) -> None:
-        """An element; `title` is what a pointer over it shows; `_` in names is `-`, `cls` class."""
-        given = {
-            {"cls": "class"}.get(name, name.replace("_", "-")): (
-                value if isinstance(value, str) else _number(value)
-            )
-            for name, value in attributes.items()
-        }
-        element = ET.SubElement(self._root, tag, given)
-        if title:
-            ET.SubElement(element, "title").text = title
-        if text:
-            element.text = text
-
-    def line(self, x1: float, y1: float, x2: float, y2: float, cls: str) -> None:
-        """A straight line."""
-        self.add("line", x1=x1, y1=y1, x2=x2, y2=y2, cls=cls)
-
-    def text(
-        self, x: float, y: float, text: str, anchor: str = "start", cls: str = "f-pale", **more: str
-    ) -> None:
-        """Text on the base line y."""
-        self.add("text", text, x=x, y=y, text_anchor=anchor, cls=cls, **more)
-
-    def markup(self) -> Markup:
-        """The drawing, to be put into a page; all text in it is escaped."""
-        return Markup(ET.tostring(self._root, encoding="unicode"))
+    # Text stays text. Names of shared shapes are made from the label, so that figures of one page
+    # do not use each other's, and the page is the same each time.
+    settings = {"svg.fonttype": "none", "svg.hashsalt": label}
+    buffer = io.BytesIO()
+    with matplotlib.rc_context(settings):
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
+    source = ET.fromstring(buffer.getvalue())
+    box = source.get("viewBox", "")
+    root = ET.Element("svg", {"viewBox": box, "role": "img", "aria-label": label})
+    if natural:
+        root.set("width", box.split()[2])
+        root.set("height", box.split()[3])
+    for child in source:
+        _copy(child, root)
+    return Markup(ET.tostring(root, encoding="unicode"))
 
 
-def text_width(text: str, size: float = FONT) -> float:
-    """About how wide a text is, in units of the drawing."""
-    return len(text) * size * _LETTER
+def _copy(element: ET.Element, parent: ET.Element) -> None:
+    """Appends an element to `parent`; one that says nothing is replaced by its children."""
+    tag = element.tag.rpartition("}")[2]
+    if tag in ("metadata", "style"):
+        return
+    told, attributes = "", {}
+    for name, value in element.items():
+        name = name.rpartition("}")[2]
+        if name == "style":
+            attributes |= _presentation(value)
+        elif name == "id" and tag == "g":
+            told = value.removeprefix(TELLS) if value.startswith(TELLS) else ""
+        # Matplotlib rotates each upright text by -0 degrees.
+        elif not value.startswith("rotate(-0 "):
+            attributes[name] = _NUMBER.sub(r"\1", " ".join(value.split()))
+    # Most groups say nothing. Without them and their style a chart is half as large.
+    own, before = parent, len(parent)
+    if tag != "g" or attributes:
+        own, before = ET.SubElement(parent, tag, attributes), 0
+        own.text = (element.text or "").strip() or None
+    for child in element:
+        _copy(child, own)
+    if told:
+        _tell(list(own)[before:], told.split(SEPARATOR))
 
 
-def _number(value: float) -> str:
-    return f"{round(float(value), 2):g}"
+def _tell(shapes: list[ET.Element], texts: list[str]) -> None:
+    """Gives a text to each marker of a curve, or the only text to a shape."""
+    markers = [use for shape in shapes for use in shape.iter("use")]
+    for shape, text in zip(markers or shapes, texts):
+        title = ET.Element("title")
+        title.text = text
+        shape.insert(0, title)
+
+
+def _presentation(style: str) -> dict[str, str]:
+    """Turns "fill: #1b1f24; font: 12px 'DejaVu Sans'" into attributes of SVG and classes."""
+    found: dict[str, str] = {}
+    classes = []
+    for declaration in filter(None, style.split("; ")):
+        name, _, value = declaration.partition(": ")
+        if name in ("fill", "stroke") and value in _NAMES:
+            classes.append(f"{name[0]}-{_NAMES[value].removeprefix('series-')}")
+        elif name not in _LEFT_OUT:
+            found[name] = value.rstrip(";")
+    return found | ({"class": " ".join(classes)} if classes else {})

@@ -1,11 +1,11 @@
-"""Numbers as a reader wants them."""
+"""Numbers as text."""
 
 from __future__ import annotations
 
 import math
 import re
 
-# Names of scores that are shares of something, in [0, 1].
+# Names of scores in [0, 1] that are shares.
 _SHARES = re.compile(
     r"(^|_)(top\d+|r\d+|recall|accuracy|chance|fraction|share|named|different)(_|$)|calibration"
 )
@@ -17,24 +17,24 @@ def is_share(name: str) -> bool:
 
 
 def percent(value: float, digits: int = 1) -> str:
-    """0.956 -> "95.6 %"."""
+    """Writes a share in percent: 0.956 -> "95.6 %"."""
     return f"{100 * value:.{digits}f}\N{NO-BREAK SPACE}%" if math.isfinite(value) else str(value)
 
 
 def score_text(name: str, value: float) -> str:
-    """A score as it is written on the page."""
+    """Writes a score."""
     return percent(value) if is_share(name) else plain(value)
 
 
 def difference_text(name: str, value: float) -> str:
-    """A difference of two scores, with its sign; shares in percentage points."""
+    """Writes a difference of two scores with its sign; shares in percentage points."""
     points = f"{100 * value:+.1f}\N{NO-BREAK SPACE}points"
     text = points if is_share(name) else f"{value:+.3g}"
     return text.replace("-", "\N{MINUS SIGN}")
 
 
 def plain(value: float) -> str:
-    """At most four digits that count, thousands apart."""
+    """Writes a number with at most four significant digits and separated thousands."""
     if not math.isfinite(value):
         return str(value)
     if value == int(value) and abs(value) < 1e15:
@@ -42,19 +42,8 @@ def plain(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 1e4 else f"{value:.4g}"
 
 
-def short(value: float) -> str:
-    """A tick of an axis: 1000 -> "1k", 0.00001 -> "1e-5"."""
-    for bound, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if abs(value) >= bound:
-            return f"{value / bound:g}{letter}"
-    if value and abs(value) < 1e-3:
-        mantissa, _, exponent = f"{value:e}".partition("e")
-        return f"{round(float(mantissa), 3):g}e{int(exponent)}"
-    return f"{value:.6g}"
-
-
 def seconds_text(seconds: float) -> str:
-    """75 -> "1 min 15 s"."""
+    """Writes seconds: 75 -> "1 min 15 s"."""
     if seconds < 60:
         return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
     minutes, rest = divmod(round(seconds), 60)

@@ -39,7 +39,7 @@ DEFAULT_TEMPLATE = "a photo of a {}."
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """The arguments."""
+    """Reads the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m vlp_jax.serve",
         description="A local page on which a text finds images, and an image finds classes, "
@@ -58,43 +58,51 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         "--images",
         type=Path,
         metavar="DIR",
-        help="folder of the images to be found; default: those of the run's retrieval evaluator",
+        help="folder of the images to be found; default: images of the run's retrieval evaluator",
     )
-    parser.add_argument("--max-images", type=int, default=100_000, metavar="N", help="of them")
+    parser.add_argument(
+        "--max-images", type=int, default=100_000, metavar="N", help="at most so many"
+    )
     parser.add_argument(
         "--classes",
         type=Path,
         metavar="FILE",
         help="names or captions, a line each, to compare "
-        "images with; default: those of the run's zero-shot evaluator",
+        "images with; default: classes of the run's zero-shot evaluator",
     )
     parser.add_argument(
         "--template",
         action="append",
         metavar="TEXT",
         help=f"with {{}} for the name of a class, can be repeated; default: {DEFAULT_TEMPLATE!r}, "
-        "or those of the run; '{}' for captions",
+        "or the templates of the run; '{}' for captions",
     )
     parser.add_argument(
         "--index", type=Path, metavar="DIR", help="where embeddings are kept; default: ~/.cache"
     )
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen on; default: own")
-    parser.add_argument("--port", type=int, default=8000, help="0 takes any that is free")
+    parser.add_argument(
+        "--host", default="127.0.0.1", help="address to listen on; default: this machine only"
+    )
+    parser.add_argument("--port", type=int, default=8000, help="0 takes any free port")
     parser.add_argument(
         "--allow-host", action="append", default=[], metavar="NAME",
         help="a name by which browsers may ask for the page, besides --host and this machine's",
     )  # fmt: skip
     parser.add_argument(
-        "--max-upload", type=float, default=20.0, metavar="MIB", help="of an image; default: 20"
+        "--max-upload",
+        type=float,
+        default=20.0,
+        metavar="MIB",
+        help="size of an image; default: 20",
     )
     return parser.parse_args(argv)
 
 
 def open_pictures(arguments: argparse.Namespace, subject: Subject | None) -> Pictures:
-    """The images that can be found.
+    """Opens the images that can be found.
 
     Raises:
-      UserError: there are none.
+      UserError: there are no images.
     """
     if arguments.max_images < 1:
         raise UserError(f"--max-images is at least 1, not {arguments.max_images}")
@@ -110,10 +118,10 @@ def open_pictures(arguments: argparse.Namespace, subject: Subject | None) -> Pic
 
 
 def open_classes(arguments: argparse.Namespace, subject: Subject | None) -> Classes | None:
-    """What images are compared with; None if nothing is said and the run has nothing.
+    """Reads the classes that images are compared with; None without any.
 
     Raises:
-      UserError: the file cannot be read, holds nothing, or names a class twice.
+      UserError: the file cannot be read, is empty, or names a class twice.
     """
     if arguments.classes is not None:
         names = list(read_lines(arguments.classes, "--classes"))
@@ -131,10 +139,11 @@ def open_classes(arguments: argparse.Namespace, subject: Subject | None) -> Clas
 
 
 def open_subject(arguments: argparse.Namespace) -> Subject | None:
-    """The run with the evaluators that give images and classes; None if neither is asked of it."""
+    """Opens the run with the evaluators that give images and classes; None if none is needed."""
     if arguments.workdir is None:
         return None
     config = Run.open(arguments.workdir).config
+    # Reversed, so that the first evaluator of a kind counts.
     kinds = {s.name: name for name, s in reversed(list(config.evaluators.items()))}
     wanted = [kinds[kind] for kind in ("retrieval", "zero_shot") if kind in kinds]
     if not wanted or (arguments.images is not None and arguments.classes is not None):
@@ -148,7 +157,7 @@ def make_explorer(arguments: argparse.Namespace) -> Explorer:
     Raises:
       UserError: a mistake in the command line, or files that cannot be read.
     """
-    import_faiss()
+    import_faiss()  # first: nobody should wait for a model to learn that faiss is missing
     encoder = load(
         arguments.workdir or arguments.weights,
         step=arguments.step,
@@ -170,6 +179,7 @@ def make_explorer(arguments: argparse.Namespace) -> Explorer:
         index = build_index(
             encoder, pictures, folder, lambda n: progress.advance(task, n), progress.console.print
         )
+    # `--max-images` leaves out the last ones, which the user should know.
     left = pictures.found - len(pictures.names)
     more = f" ({left:,} more are left out: --max-images)" if left > 0 else ""
     print(f"{len(index):,} images of {pictures.title}{more}; embeddings in {folder}")
@@ -177,7 +187,7 @@ def make_explorer(arguments: argparse.Namespace) -> Explorer:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether other machines cannot reach this address."""
+    """Returns whether other machines cannot reach this address."""
     if host == "localhost":
         return True
     try:
@@ -187,7 +197,7 @@ def is_loopback(host: str) -> bool:
 
 
 def hosts_of(host: str, allowed: Sequence[str]) -> list[str]:
-    """The names under which the page answers."""
+    """Returns the names under which the page answers."""
     names = {"localhost", "127.0.0.1", "[::1]", *allowed}
     if not is_loopback(host):
         names |= {host, socket.gethostname(), socket.getfqdn()}
@@ -195,13 +205,14 @@ def hosts_of(host: str, allowed: Sequence[str]) -> list[str]:
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A socket that is bound already, so that what is wrong is said in one line.
+    """Opens a socket and binds it, so that a mistake ends in one line before the model is loaded.
 
     Raises:
-      UserError: the address is not this machine's, or the port is taken.
+      UserError: the address is not an address of this machine, or the port is taken.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     opened = socket.socket(family, socket.SOCK_STREAM)
+    # Without it a port stays taken for a minute after the server ended.
     opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         opened.bind((host, port))
@@ -214,7 +225,7 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def serve(arguments: argparse.Namespace) -> None:
-    """Runs until it is told to stop."""
+    """Serves the page until told to stop."""
     try:
         import uvicorn
 
@@ -225,7 +236,7 @@ def serve(arguments: argparse.Namespace) -> None:
         ) from None
     if arguments.max_upload <= 0:
         raise UserError(f"--max-upload is more than 0, not {arguments.max_upload}")
-    startup.use_compilation_cache()
+    startup.use_compilation_cache()  # heat maps compile at the first click
     with listen(arguments.host, arguments.port) as opened:
         explorer = make_explorer(arguments)
         app = make_app(
@@ -243,7 +254,7 @@ def serve(arguments: argparse.Namespace) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command; returns its exit status."""
+    """Runs the command and returns its exit status."""
     arguments = parse(sys.argv[1:] if argv is None else argv)
     return run_command(lambda: serve(arguments))
 

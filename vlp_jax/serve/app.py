@@ -1,4 +1,4 @@
-"""The page over HTTP: what a browser may ask, how much it may send, and what it is told."""
+"""The HTTP interface of the page: requests, their limits, and answers."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ FILES = {
     "/page.js": ("page.js", "text/javascript; charset=utf-8"),
     "/icon.svg": ("icon.svg", "image/svg+xml"),
 }
-MAX_JSON = 1 << 20  # bytes of a request that is no image
+MAX_JSON = 1 << 20  # bytes of a request without an image
 DEFAULT_COUNT = 24
 
 # Nothing from elsewhere is loaded, run or framed, whatever a file name or a text may contain.
@@ -48,12 +48,12 @@ class TooLarge(Exception):
 
 
 def make_app(explorer: Explorer, hosts: list[str], max_upload: int) -> Starlette:
-    """The application.
+    """Builds the application.
 
     Args:
-      hosts: names under which the page may be asked for. Others are refused, so that a page
-        elsewhere cannot read this one under a name that it lets point here.
-      max_upload: bytes of an image.
+      hosts: names under which the page answers. Under another name it refuses: a page elsewhere
+        could let its own name point here and read the answers (DNS rebinding).
+      max_upload: bytes of an image, at most.
     """
     endpoints = Endpoints(explorer, max_upload)
     files = [Route(path, functools.partial(_file, *file)) for path, file in FILES.items()]
@@ -76,7 +76,7 @@ def make_app(explorer: Explorer, hosts: list[str], max_upload: int) -> Starlette
 
 
 class Guarded:
-    """Adds the headers, and refuses what another site's page makes a browser send."""
+    """Adds the headers, and refuses requests that the page of another site makes a browser send."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -94,6 +94,7 @@ class Guarded:
             await send(message)
 
         origin = request.headers.get("origin")
+        # A browser sends the origin with every POST; other programs need not.
         own = (f"http://{request.headers.get('host')}", f"https://{request.headers.get('host')}")
         if request.method == "POST" and origin is not None and origin not in own:
             response: ASGIApp = _error(f"requests from {origin} are not answered", 403)
@@ -105,7 +106,7 @@ class Guarded:
 def _answering(
     endpoint: Callable[[Endpoints, Request], Awaitable[Response]],
 ) -> Callable[[Endpoints, Request], Awaitable[Response]]:
-    """Mistakes of the user as an answer that the page shows."""
+    """Turns mistakes of the user into an answer that the page shows."""
 
     @functools.wraps(endpoint)
     async def answer(self: Endpoints, request: Request) -> Response:
@@ -115,34 +116,34 @@ def _answering(
             return _error(str(error), 400)
         except TooLarge as error:
             return _error(str(error), 413)
-        except ClientDisconnect:
+        except ClientDisconnect:  # nobody is left to be told
             return Response(status_code=204)
 
     return answer
 
 
 class Endpoints:
-    """What can be asked for. The model computes in threads, so that the page stays responsive."""
+    """The answers to requests. The model computes in threads, so the page stays responsive."""
 
     def __init__(self, explorer: Explorer, max_upload: int) -> None:
         self._explorer, self._max_upload = explorer, max_upload
 
     @_answering
     async def about(self, request: Request) -> Response:
-        """`Explorer.about`, and the limit of an upload in bytes."""
+        """Answers with `Explorer.about` and the limit of an upload in bytes."""
         del request
         return JSONResponse({**self._explorer.about(), "max_upload": self._max_upload})
 
     @_answering
     async def search(self, request: Request) -> Response:
-        """{"text", "count"} -> `Explorer.search`."""
+        """Answers {"text", "count"} with `Explorer.search`."""
         asked = await _json(request)
         count = asked.get("count", DEFAULT_COUNT)
         return await _in_thread(self._explorer.search, asked.get("text"), count)
 
     @_answering
     async def look(self, request: Request) -> Response:
-        """The bytes of an image file -> `Explorer.look`."""
+        """Answers the bytes of an image file with `Explorer.look`."""
         content = await _body(request, self._max_upload)
         if not content:
             raise UserError("the file is empty")
@@ -150,19 +151,19 @@ class Endpoints:
 
     @_answering
     async def look_at_known(self, request: Request) -> Response:
-        """`Explorer.look` at an image of the index."""
+        """Answers with `Explorer.look` at an image of the index."""
         number = request.path_params["number"]
         return await _in_thread(self._explorer.look_at_known, number, DEFAULT_COUNT)
 
     @_answering
     async def compare(self, request: Request) -> Response:
-        """{"key", "texts"} -> `Explorer.compare`."""
+        """Answers {"key", "texts"} with `Explorer.compare`."""
         asked = await _json(request)
         return await _in_thread(self._explorer.compare, asked.get("key"), asked.get("texts"))
 
     @_answering
     async def heat_map(self, request: Request) -> Response:
-        """{"key", "text"} -> a PNG."""
+        """Answers {"key", "text"} with a PNG."""
         asked = await _json(request)
         draw = self._explorer.heat_map
         content = await run_in_threadpool(draw, asked.get("key"), asked.get("text"))
@@ -170,7 +171,7 @@ class Endpoints:
 
     @_answering
     async def thumbnail(self, request: Request) -> Response:
-        """A WebP."""
+        """Answers with a WebP of an image of the index."""
         number = request.path_params["number"]
         content = await run_in_threadpool(self._explorer.thumbnail, number)
         return Response(content, media_type="image/webp")
@@ -186,12 +187,13 @@ async def _in_thread(function: Callable[..., dict[str, Any]], *args: Any) -> Res
 
 
 async def _body(request: Request, limit: int) -> bytes:
-    """What was sent, of which no more than `limit` bytes are ever held."""
+    """Reads the body of a request, and never holds more than `limit` bytes of it."""
     message = f"the file has more than {limit / 2**20:.0f} MiB, the most that is accepted"
     said = request.headers.get("content-length", "0")
     if not said.isdigit() or int(said) > limit:
         raise TooLarge(message)
     content = bytearray()
+    # A sender may announce fewer bytes than it sends.
     async for chunk in request.stream():
         content += chunk
         if len(content) > limit:
@@ -201,7 +203,7 @@ async def _body(request: Request, limit: int) -> bytes:
 
 async def _json(request: Request) -> dict[str, Any]:
     kind = request.headers.get("content-type", "").partition(";")[0].strip()
-    if kind != "application/json":  # which a form of another site cannot send
+    if kind != "application/json":  # a form of another site cannot send this type
         raise UserError("send JSON, with Content-Type: application/json")
     asked = None
     with contextlib.suppress(ValueError):

@@ -1,4 +1,4 @@
-"""What the page asks for, without HTTP: search by text, and a look at one image."""
+"""Search by text and a look at one image: the answers of the page, without HTTP."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from vlp_jax.serve.pictures import Pictures, png, thumbnail
 MAX_COUNT = 100  # images of one answer
 MAX_TEXT = 2_000  # characters
 MAX_TEXTS = 200  # candidates that are typed into the page
-KEPT_IMAGES = 32  # uploads that heat maps can still be drawn for
+KEPT_IMAGES = 32  # newest uploads, for heat maps; memory must not grow with each upload
 HEAT_MAP_SIDE = 384  # pixels
 SHOWN_CLASSES = 5
 
@@ -32,9 +32,9 @@ class Classes:
     """Texts that an image is compared with: names of classes, or captions.
 
     Attributes:
-      title: what they are, for people.
-      names: of each.
-      prompts: each name as a text; several a name are averaged.
+      title: their origin, for messages.
+      names: a name for each class.
+      prompts: the texts of each class; the embeddings of several are averaged.
     """
 
     title: str
@@ -51,10 +51,10 @@ class Classes:
 
     @classmethod
     def of_names(cls, title: str, names: Sequence[str], templates: Sequence[str]) -> Classes:
-        """Names in templates such as "a photo of a {}.".
+        """Puts names into templates such as "a photo of a {}.".
 
         Raises:
-          UserError: a name twice, or a template without a place for it.
+          UserError: a name occurs twice, or a template has no {}.
         """
         for template in templates:
             if "{}" not in template:
@@ -70,7 +70,7 @@ class Explorer:
         self, encoder: Encoder, pictures: Pictures, index: ImageIndex, classes: Classes | None
     ) -> None:
         self.encoder, self.pictures, self.index, self.classes = encoder, pictures, index, classes
-        self._lock = threading.Lock()
+        self._lock = threading.Lock()  # guards `_uploads`, and lets one request compute at a time
         self._uploads: collections.OrderedDict[str, UInt8[np.ndarray, "h w 3"]] = (
             collections.OrderedDict()
         )
@@ -79,7 +79,7 @@ class Explorer:
             self._class_vectors = self._embed_classes(classes)
 
     def about(self) -> dict[str, Any]:
-        """What the page says of itself."""
+        """Returns the facts at the top of the page: model, images and classes."""
         height, width = self.encoder.image_size
         return {
             "model": self.encoder.source,
@@ -92,7 +92,7 @@ class Explorer:
         }
 
     def search(self, text: str, count: int) -> dict[str, Any]:
-        """The images that are most similar to a text.
+        """Finds the images that are most similar to a text.
 
         Raises:
           UserError: the text is empty or too long, or the count out of range.
@@ -105,13 +105,13 @@ class Explorer:
         return {"results": self._named(found), "note": note}
 
     def look(self, content: bytes, count: int) -> dict[str, Any]:
-        """The classes of an image and the images that are most similar to it.
+        """Finds the classes of an image and the images that are most similar to it.
 
         Returns:
-          Also a `key` by which `heat_map` and `compare` know the image for a while.
+          also a `key` by which `heat_map` and `compare` know the image for a while.
 
         Raises:
-          UserError: it is no image, or too large.
+          UserError: the file is no image, or too large.
         """
         count = _checked_count(count)
         pixels = self.encoder.images(content, "the file")
@@ -128,14 +128,14 @@ class Explorer:
         return {"key": key, "classes": best, "results": self._named(found)}
 
     def look_at_known(self, number: int, count: int) -> dict[str, Any]:
-        """As `look`, of an image of the index."""
+        """Calls `look` with an image of the index."""
         return self.look(self.content(number), count)
 
     def compare(self, key: str, texts: Sequence[str]) -> dict[str, Any]:
-        """Probabilities of texts that somebody typed, for an image that was looked at.
+        """Computes probabilities of typed texts for an image that was looked at.
 
         Raises:
-          UserError: the image is not known any more, or a text is empty, double or too long.
+          UserError: the image is not kept any more, or a text is empty, double or too long.
         """
         if not isinstance(texts, list) or not 1 <= len(texts) <= MAX_TEXTS:
             raise UserError(f"give 1 to {MAX_TEXTS} texts, a line each")
@@ -148,23 +148,24 @@ class Explorer:
         return {"classes": self._ranked(image, vectors, texts), "note": note}
 
     def heat_map(self, key: str, text: str) -> bytes:
-        """A PNG of the image with the regions marked that answer a text.
+        """Draws a PNG of the image with the regions marked that answer a text.
 
         Raises:
-          UserError: the image is not known any more, or the text is empty or too long.
+          UserError: the image is not kept any more, or the text is empty or too long.
         """
         text = _checked_text(text)
         pixels = self._upload(key)
         with self._lock:
             tokens = self.encoder.texts([text])
             heat = heat_map(self.encoder.module, self.encoder.params, pixels[None], tokens)[0]
+        # The model sees few pixels; a smooth map is easier to read than their squares.
         picture = PIL.Image.fromarray(overlay(pixels, np.asarray(heat)))
         factor = HEAT_MAP_SIDE / max(picture.size)
         size = tuple(round(side * factor) for side in picture.size)
         return png(picture.resize(size, PIL.Image.Resampling.BICUBIC))
 
     def content(self, number: int) -> bytes:
-        """The file of an image of the index.
+        """Reads the file of an image of the index.
 
         Raises:
           UserError: there is no such image.
@@ -174,7 +175,7 @@ class Explorer:
         return self.pictures.content(number)
 
     def thumbnail(self, number: int) -> bytes:
-        """A small WebP of an image of the index; raises as `content`."""
+        """Encodes a small WebP of an image of the index; raises as `content`."""
         return thumbnail(self.content(number), self.encoder.images)
 
     def _upload(self, key: str) -> np.ndarray:
@@ -185,7 +186,7 @@ class Explorer:
             return self._uploads[key]
 
     def _embed(self, texts: Sequence[str]) -> tuple[Float[np.ndarray, "n dim"], str | None]:
-        """Unit vectors, and what is to be said of texts that lose their end."""
+        """Embeds texts as unit vectors; also returns a note on texts that lose their end."""
         note = self.encoder.texts.too_long(texts)
         return self.encoder.apply("embed_text", self.encoder.texts.ids(texts)), note
 
@@ -198,10 +199,10 @@ class Explorer:
     def _ranked(
         self, image: np.ndarray, texts: np.ndarray, names: Sequence[str]
     ) -> list[dict[str, Any]]:
-        """Names with cosine similarity and probability among them, the likeliest first."""
+        """Ranks names with cosine similarity and probability, the likeliest first."""
         cosine = texts @ image
         logits = self.encoder.logit_scale * cosine
-        odds = np.exp(logits - logits.max())
+        odds = np.exp(logits - logits.max())  # without the maximum it could overflow
         share = odds / odds.sum()
         return [
             {"text": names[i], "similarity": float(cosine[i]), "probability": float(share[i])}

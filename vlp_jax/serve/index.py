@@ -1,7 +1,7 @@
 """An index of the embeddings of images, kept on disk by faiss (Johnson et al. 2017).
 
 FOLDER/index.faiss    the vectors
-FOLDER/entries.json   what they are of: the model, and name and version of each image
+FOLDER/entries.json   the model, and the name and version of each image
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ from vlp_jax.files import write_whole
 from vlp_jax.serve.pictures import Pictures
 
 VECTORS, ENTRIES = "index.faiss", "entries.json"
-EXACT_UP_TO = 200_000  # images; beyond, the graph of HNSW finds nearly all of the nearest
+EXACT_UP_TO = 200_000  # images; beyond, the HNSW graph finds nearly all nearest neighbours
 FORMAT = 1
 BATCH = 64
 
 
 @dataclasses.dataclass(frozen=True)
 class Entries:
-    """What the vectors of an index are of, in their order.
+    """The images of an index, in the order of its vectors.
 
     Attributes:
-      model: fingerprint of what embedded them.
-      names, versions: of each image.
+      model: fingerprint of the model that embedded them.
+      names, versions: name and version of each image.
     """
 
     model: str
@@ -43,28 +43,30 @@ class Entries:
 
 
 class ImageIndex:
-    """The images that are nearest to a vector."""
+    """A search for the images that are nearest to a vector.
+
+    Args:
+      vectors: a faiss index of unit vectors by inner product.
+      places: number of the image of each of its vectors.
+    """
 
     def __init__(self, vectors: Any, places: Sequence[int]) -> None:
-        """
-        Args:
-          vectors: a faiss index of unit vectors by inner product.
-          places: number of the image of each of its vectors.
-        """
         self._vectors, self._places = vectors, list(places)
 
     def __len__(self) -> int:
         return len(self._places)
 
     def nearest(self, query: Float[np.ndarray, " dim"], count: int) -> list[tuple[int, float]]:
-        """(number of the image, cosine similarity), the most similar first."""
+        """Returns (number of the image, cosine similarity) pairs, the most similar first."""
         scores, found = self._vectors.search(query[None], min(count, len(self)))
         pairs = zip(found[0], scores[0], strict=True)
+        # The graph of HNSW may find fewer, and says -1 for the rest.
         return [(self._places[i], float(score)) for i, score in pairs if i >= 0]
 
 
 def fingerprint(encoder: Encoder) -> str:
-    """Changes with the parameters of an image tower and with how it gets its pixels."""
+    """Returns a hash of the parameters of the image tower and of its preprocessing."""
+    # The repr of a frozen dataclass names all of its fields.
     digest = hashlib.sha256(repr((encoder.images, encoder.module)).encode())
     for path in sorted(encoder.weights):
         digest.update(path.encode())
@@ -73,7 +75,7 @@ def fingerprint(encoder: Encoder) -> str:
 
 
 def default_folder(title: str) -> Path:
-    """Where the index of these images is kept if nothing else is said."""
+    """Returns the folder of the index of these images in the user's cache."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return cache / "vlp_jax" / "index" / hashlib.sha256(title.encode()).hexdigest()[:16]
 
@@ -85,15 +87,15 @@ def build_index(
     advance: Callable[[int], None],
     tell: Callable[[str], None],
 ) -> ImageIndex:
-    """The index of all images that can be read; only those that are new or changed are embedded.
+    """Builds the index of all images that can be read; only new or changed ones are embedded.
 
     Args:
-      folder: where it is kept, and read from if it is of this model.
-      advance: told how many more images are done.
-      tell: told of images that are left out.
+      folder: keeps the index; an index of the same model in it is read first.
+      advance: is called with the number of further images that are done.
+      tell: is called with a line on images that are left out.
 
     Raises:
-      UserError: none of the images can be read, or the folder cannot be written.
+      UserError: no image can be read, or the folder cannot be written.
     """
     model = fingerprint(encoder)
     known = _known(folder, model)
@@ -135,7 +137,8 @@ def build_index(
 
 
 def import_faiss() -> Any:
-    """
+    """Imports the library.
+
     Raises:
       UserError: it is not installed.
     """
@@ -150,6 +153,7 @@ def import_faiss() -> Any:
 
 def _faiss_index(vectors: Float[np.ndarray, "n dim"]) -> Any:
     faiss = import_faiss()
+    # HNSW32: 32 links a node, the default of faiss.
     kind = "Flat" if len(vectors) <= EXACT_UP_TO else "HNSW32"
     index = faiss.index_factory(vectors.shape[1], kind, faiss.METRIC_INNER_PRODUCT)
     index.add(np.ascontiguousarray(vectors, np.float32))
@@ -157,7 +161,7 @@ def _faiss_index(vectors: Float[np.ndarray, "n dim"]) -> Any:
 
 
 def _known(folder: Path, model: str) -> dict[tuple[str, str], np.ndarray]:
-    """(name, version) -> vector of what is kept in `folder`; nothing if it is another model's."""
+    """Reads (name, version) -> vector from `folder`; {} for the index of another model."""
     try:
         content = json.loads((folder / ENTRIES).read_text())
         if content.pop("format") != FORMAT:
@@ -171,11 +175,13 @@ def _known(folder: Path, model: str) -> dict[tuple[str, str], np.ndarray]:
             return {}
         return dict(zip(keys, index.reconstruct_n(0, index.ntotal), strict=True))
     except (OSError, ValueError, TypeError, KeyError, RuntimeError):
-        return {}  # not there, or torn: it is made anew
+        return {}  # absent, or torn by a crash: the index is made anew
 
 
 def _write(folder: Path, vectors: Any, entries: Entries) -> None:
-    """Puts both files in place, the entries last: torn, they do not fit together and are redone."""
+    """Writes both files."""
+    # The entries go first and come last. After a crash in between there are none, and the index is
+    # made anew.
     faiss = import_faiss()
     try:
         folder.mkdir(parents=True, exist_ok=True)

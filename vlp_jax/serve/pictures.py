@@ -1,4 +1,4 @@
-"""The images that can be found: those of a folder, or of an evaluator's data."""
+"""The images that can be found: files of a folder, or an evaluator's data."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ class Pictures(Protocol):
     """Numbered images with names.
 
     Attributes:
-      title: where they are from, for people.
-      names: of each, unique.
-      versions: changes when the content of that image does.
+      title: their origin, for people.
+      names: a unique name for each image.
+      versions: a text for each image that changes with its content.
     """
 
     title: str
@@ -34,17 +34,17 @@ class Pictures(Protocol):
     versions: Sequence[str]
 
     def content(self, number: int) -> bytes:
-        """The file of an image."""
+        """Reads the file of an image."""
 
 
 class Folder:
-    """All image files below a folder, in the order of their paths."""
+    """All image files below a folder, in the order of their paths.
+
+    Raises:
+      UserError: there is no such folder, or no image in it.
+    """
 
     def __init__(self, folder: Path, limit: int) -> None:
-        """
-        Raises:
-          UserError: there is no such folder, or no image in it.
-        """
         if not folder.is_dir():
             raise UserError(f"--images {folder} is no folder")
         files = sorted(f for f in folder.rglob("*") if f.suffix.lower() in SUFFIXES and f.is_file())
@@ -54,6 +54,7 @@ class Folder:
         self._files = files[:limit]
         self.title = str(folder)
         self.names = [str(f.relative_to(folder)) for f in self._files]
+        # To hash the content would read the whole folder at each start.
         stats = [f.stat() for f in self._files]
         self.versions = [f"{s.st_size}-{s.st_mtime_ns}" for s in stats]
 
@@ -65,13 +66,13 @@ class Folder:
 
 
 class EvaluationImages:
-    """The images of an evaluator of a run, as its data holds them."""
+    """The images of an evaluator of a run, as its data holds them.
+
+    Raises:
+      UserError: the data cannot be read.
+    """
 
     def __init__(self, subject: Subject, evaluator: str, limit: int) -> None:
-        """
-        Raises:
-          UserError: the data cannot be read.
-        """
         self.title = f"the data of the evaluator {evaluator}"
         self._contents = list(_encoded(subject, evaluator, limit))
         self.found = len(self._contents)
@@ -95,23 +96,21 @@ def _encoded(subject: Subject, evaluator: str, limit: int) -> Iterator[bytes]:
 
 
 def png(image: PIL.Image.Image) -> bytes:
-    """An image as the content of a PNG file."""
+    """Encodes an image as a PNG file."""
     buffer = io.BytesIO()
     image.save(buffer, "PNG")
     return buffer.getvalue()
 
 
 def thumbnail(content: bytes, process: ImageProcessor) -> bytes:
-    """A file's image, at most `THUMBNAIL` pixels wide and high, as a WebP.
-
-    A small one is enlarged pixel by pixel: blurred, it would look broken.
+    """Encodes a file's image as a WebP of at most `THUMBNAIL` pixels in width and height.
 
     Raises:
-      UserError: it is no image, or too large.
+      UserError: the file is no image, or too large.
     """
     image = process.upright(*process.open(content, "the image"))
     factor = THUMBNAIL // max(image.size)
-    if factor > 1:
+    if factor > 1:  # a small image is enlarged pixel by pixel: blurred, it would look broken
         size = tuple(side * factor for side in image.size)
         image = image.resize(size, PIL.Image.Resampling.NEAREST)
     image.thumbnail((THUMBNAIL, THUMBNAIL))

@@ -10,15 +10,8 @@ from typing import Any
 from vlp_jax.errors import NoScores, NotFinite, Preempted
 from vlp_jax.evaluators import Evaluator
 from vlp_jax.objectives.base import Batch
-from vlp_jax.observe.profiler import Profiler
-from vlp_jax.observe.progress import Progress
-from vlp_jax.observe.samples import write_samples
-from vlp_jax.observe.throughput import StepClock
-from vlp_jax.observe.watchdog import Watchdog
-from vlp_jax.observe.writers import Writer
 from vlp_jax.training.checkpoint import Checkpointer
-from vlp_jax.training.measures import LoopMeasures
-from vlp_jax.training.report import StepReport
+from vlp_jax.training.monitor import Monitor
 from vlp_jax.training.several_steps import StepProgram
 from vlp_jax.training.state import TrainState
 from vlp_jax.training.step import StepFunction
@@ -27,7 +20,7 @@ When = Callable[[int], bool]
 
 
 def one_step(step: int) -> int:
-    """Every step by itself."""
+    """Has each step dispatched by itself."""
     del step
     return 1
 
@@ -43,20 +36,25 @@ class Evaluation:
 
 @dataclasses.dataclass(frozen=True)
 class Loop:
-    """What a run consists of. A part that is off is a null object.
+    """The parts of a run. A part that is off is a null object.
 
     Attributes:
-      program_of: the program of a step.
-      first_step: the step to begin with: 0, or that of the checkpoint.
+      program_of: step -> its program.
+      batches: the global batches from `first_step` on.
+      input_state: step -> the record of the input just before its batch, for the checkpoint.
+      first_step: the step to begin with: 0, or the step of the checkpoint.
       last_step: the run ends before this batch.
-      input_state: the record of the input just before a batch, for the checkpoint.
-      one_evaluation: within it, evaluators share what they compute of the given parameters.
-      preempted: whether to save and stop before this batch.
-      interruptible: within it, being told to stop may raise KeyboardInterrupt.
+      save_when: the steps before which the state is saved.
       log_when: the steps whose metrics are written. At these the processes of a job tell each other
         how things are.
-      steps_ahead: how many steps to hand to the devices at once, from a step on. The host looks at
-        nothing in between, so each step that it has to look at is the first of them.
+      evaluations: the evaluators, in the order in which they run.
+      one_evaluation: within it, evaluators share what they compute of the given parameters.
+      preempted: step -> whether to save and stop before its batch.
+      checkpointer: saves states.
+      monitor: takes note of everything that happens.
+      steps_ahead: step -> how many steps to hand to the devices at once. The host looks at nothing
+        in between, so each step that it has to look at is the first of them.
+      interruptible: within it, being told to stop may raise KeyboardInterrupt.
     """
 
     program_of: Callable[[int], StepFunction | StepProgram]
@@ -65,18 +63,12 @@ class Loop:
     first_step: int
     last_step: int
     save_when: When
+    log_when: When
     evaluations: Sequence[Evaluation]
     one_evaluation: Callable[[Any], contextlib.AbstractContextManager]
     preempted: When
-    log_when: When
-    report: StepReport
     checkpointer: Checkpointer
-    writer: Writer
-    progress: Progress
-    clock: StepClock
-    profiler: Profiler
-    watchdog: Watchdog
-    measures: LoopMeasures
+    monitor: Monitor
     steps_ahead: Callable[[int], int] = one_step
     interruptible: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
 
@@ -99,32 +91,31 @@ class Loop:
                 self.evaluate(step, state)
             except KeyboardInterrupt:  # it begins anew when the run goes on from this step
                 raise self.stop(step, state) from None
+            # After the evaluation, so that the checkpoint of step i follows every score of step i.
             saved = self.save_when(step) and self.save(step, state)
             if step == self.last_step:
                 break
-            self.measures.collect_garbage(step)
             count = self.steps_ahead(step)
-            self.profiler.step(step, state, count)
-            with self.clock.data_wait():
+            self.monitor.begin_step(step, state, count)
+            with self.monitor.waiting_for_data():
                 batches = [next(self.batches) for _ in range(count)]
             state, metrics = self.program_of(step)(state, *batches)
             del batches  # their memory is free when the step is done
-            self.report.take(step, metrics)
-            self.watchdog.beat()
+            self.monitor.end_step(step, metrics)
             if self.log_when(step):
                 self.checkpointer.poll()
-                if self.checkpointer.failed:
-                    self.measures.note("saves failed", self.checkpointer.failed)
+                self.monitor.saves_failed(self.checkpointer.failed)
             step += count
         if saved:
             self.finish(step)
         return state
 
     def stop(self, step: int, state: TrainState) -> Preempted:
-        """Saves the state before batch `step`, for the run to be resumed; what to end it with."""
+        """Saves the state before batch `step`, and returns the error that ends the run."""
         saved = self.save(step, state)
         if saved:
             self.finish(step)
+        # A save in the middle of skipped steps does not happen; the newest may be older.
         newest = self.checkpointer.latest_step()
         why = "" if saved else " in the middle of steps that are skipped"
         return Preempted(f"told to stop{why}; saved step {newest}, run the same command to go on")
@@ -139,47 +130,36 @@ class Loop:
         params = state.eval_params
         with self.one_evaluation(params):
             for evaluation in due:
+                # `run` has just asked before the first. All processes must ask equally often.
                 if evaluation is not due[0] and self.preempted(step):
                     raise KeyboardInterrupt
-                self.report.settle()
+                self.monitor.settle()
                 try:
-                    with self.pause("evaluation"), self.interruptible():
+                    with self.monitor.pause("evaluation"), self.interruptible():
                         outcome = evaluation.evaluator.outcome(params)
                         scores, samples = outcome.scores(), outcome.samples()
                 # What the run does about numbers that are not finite is for its guard to say.
                 except (NotFinite, NoScores) as error:
-                    self.progress.print(f"step {step:,}  {evaluation.name}: no scores: {error}")
-                    self.measures.note(f"no scores of {evaluation.name}", f"at step {step:,}")
-                    continue
-                named = {f"eval/{evaluation.name}/{key}": value for key, value in scores.items()}
-                self.writer.write_scalars(step, named)
-                write_samples(self.writer, step, evaluation.name, samples)
-                text = "  ".join(f"{key} {value:.4g}" for key, value in scores.items())
-                self.progress.print(f"step {step:,}  {evaluation.name}: {text}")
+                    self.monitor.no_scores(step, evaluation.name, error)
+                else:
+                    self.monitor.scores(step, evaluation.name, scores, samples)
 
     def save(self, step: int, state: TrainState) -> bool:
-        """Saves the state before batch `step`, once it is known how all steps before it went.
+        """Saves the state before batch `step`, and returns whether it was saved.
 
-        Not so in the middle of steps that are skipped: what made them wrong may be gone after a
-        restart, which then goes back to before the first of them. Returns whether it was saved.
+        Nothing is saved in the middle of skipped steps: a restart then goes back to before the
+        first of them, and what made them wrong may be gone.
         """
-        self.report.settle()
-        if self.report.skipped_in_a_row and step != self.last_step:
-            self.progress.print(f"step {step:,}  not saved: the steps before it were skipped")
+        self.monitor.settle()
+        if self.monitor.skipping and step != self.last_step:
+            self.monitor.tell(f"step {step:,}  not saved: the steps before it were skipped")
             return False
-        with self.pause("checkpoint"):
+        with self.monitor.pause("checkpoint"):
             self.checkpointer.save(step, state, self.input_state(step))
-        self.measures.saved(step)
-        self.writer.flush()
+        self.monitor.saved(step)
         return True
 
     def finish(self, step: int) -> None:
         """Waits until the checkpoint of `step` is on disk."""
-        with self.pause("checkpoint"):
+        with self.monitor.pause("checkpoint"):
             self.checkpointer.finish(step)
-
-    @contextlib.contextmanager
-    def pause(self, cause: str) -> Iterator[None]:
-        """Wraps what is not training, which has more time than a step."""
-        with self.watchdog.patient(cause), self.clock.paused(cause), self.progress.paused():
-            yield

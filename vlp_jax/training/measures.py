@@ -1,4 +1,4 @@
-"""What a run measures about itself beside the speed of its steps, and what it says at its end."""
+"""Measurements of a run beside the speed of its steps, and the summary at its end."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ LEDGER_SECONDS = 30.0  # between two writes of goodput.json: what a kill can lea
 
 
 class LoopMeasures(Protocol):
-    """What the loop and its report ask for."""
+    """The methods that the loop's monitor and report call."""
 
     def scalars(self, step: int, speed: Mapping[str, float]) -> Mapping[str, float]: ...
     def saved(self, step: int) -> None: ...
@@ -63,17 +63,17 @@ class NullMeasures:
 
 # Nothing in here may end a run: a file that cannot be written is a warning.
 class Measures:
-    """The time of the run by cause, memory, compilation, stragglers, traces, and the summary.
+    """Measures time by cause, memory, compilation and stragglers, and writes the summary.
 
-    Entered early and left late, so that what comes before and after the loop is counted; then, in
-    this order, `begin`, `compiling_step`, `use` and `training`. On leaving, process 0 prints the
-    summary, if `training` has begun, and writes it.
+    Enter it early and leave it late, so that time before and after the loop is counted. Then call,
+    in this order, `begin`, `compiling_step`, `use` and `training`. On leaving, process 0 prints and
+    writes the summary if `training` has begun.
 
     Args:
-      config: of the run.
-      workdir: its folder.
+      config: the config of the run.
+      workdir: the folder of the run.
       startup: counts the time up to `use`.
-      progress: where to print.
+      progress: prints lines.
     """
 
     def __init__(
@@ -118,7 +118,7 @@ class Measures:
                 self._tell_summary("complete" if error is None else _one_line(error))
 
     def begin(self, first_step: int, total_steps: int) -> None:
-        """Goes on with the ledger of the run, which this process takes up at `first_step`."""
+        """Continues the ledger of the run, which this process takes up at `first_step`."""
         self._first_step, self._total_steps = first_step, total_steps
         if jax.process_index() == 0:
             self._ledger.begin(first_step)
@@ -135,12 +135,12 @@ class Measures:
         self._progress.print(f"compiled {describe(self._step_compiled, self._step_seconds)}")
 
     def use(self, clock: StepClock) -> StepClock:
-        """From now on `clock` counts the time; it begins where the clock of the start-up ends."""
+        """Lets `clock` count the time from here, where the clock of the start-up ends."""
         self._clock = clock
         return clock
 
     def profiler(self) -> Profiler:
-        """Traces the steps of `config.profile`, and some more on SIGUSR1; after `use`."""
+        """Makes what traces the steps of `config.profile`, and some on SIGUSR1; after `use`."""
         own, count = jax.process_index(), jax.process_count()
         folder = self._workdir / "profile"
         return Profiler(
@@ -155,7 +155,7 @@ class Measures:
 
     @contextlib.contextmanager
     def training(self) -> Iterator[None]:
-        """Wraps the loop. What comes after it is waiting for the last checkpoint."""
+        """Wraps the loop; time after it is waiting for the last checkpoint."""
         self._trained = True
         every = self._config.garbage_collection_every
         try:
@@ -169,20 +169,21 @@ class Measures:
         self._collection(step)
 
     def saved(self, step: int) -> None:
-        """Says that the state before batch `step` was handed over to be saved."""
+        """Takes note that the state before batch `step` was handed over to be saved."""
         if self._heartbeat is not None:
             self._ledger.saved(step)
             self._heartbeat.soon()
 
     def scalars(self, step: int, speed: Mapping[str, float]) -> dict[str, float]:
-        """Metrics of a logged step, on process 0; all processes call it.
+        """Returns metrics of a logged step on process 0; every process must call it.
 
         Args:
-          speed: of this process, from `StepClock.summary`.
+          speed: figures of this process, from `StepClock.summary`.
 
         Returns:
           goodput/..., memory/..., compile/..., with several processes perf/..._min and _max.
         """
+        # Not through the devices: a collective would wait for the step under way.
         own = {"host": socket.gethostname(), "speed": dict(speed), "memory": memory_metrics()}
         rows = agreement.to_first(own)
         if rows is None:
@@ -212,7 +213,7 @@ class Measures:
         return spread(speeds)
 
     def _step_compilation(self) -> dict[str, float]:
-        """Once a start, at its first logged step."""
+        """Returns how the step was compiled, at the first logged step of a start alone."""
         if self._told_step:
             return {}
         self._told_step = True
@@ -274,7 +275,7 @@ class Measures:
 
 
 def profile_steps(config: ConfigDict) -> tuple[int, int] | None:
-    """The first and the last step to trace, from `config.profile`; None if it names none.
+    """Returns the first and the last step to trace, or None if `config.profile` names none.
 
     Raises:
       UserError: only one of `first` and `last` is set, or they are no steps.
@@ -291,7 +292,7 @@ def profile_steps(config: ConfigDict) -> tuple[int, int] | None:
 
 
 def take_profile_flag(config: ConfigDict, steps: tuple[int, int] | None) -> None:
-    """Puts what `--profile FIRST:LAST` gave into `config.profile`.
+    """Puts the steps of `--profile FIRST:LAST` into `config.profile`.
 
     Raises:
       UserError: the config names other steps.

@@ -1,12 +1,13 @@
-"""Colors of the page, light and dark, by what they are for."""
+"""Colors of pages and pictures by purpose, for a light and for a dark ground."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
-# `series-N` tell curves apart, also as text: each is at least 4.5:1 (WCAG 2.1, 1.4.3) on `ground`
-# and on `panel`. Their hues are those of Okabe and Ito, "Color universal design" (2008), darkened
-# or lightened until they are.
+# Every color but `line` is text somewhere, so each has a contrast of at least 4.5:1 (WCAG 2.1,
+# 1.4.3) with `ground` and with `panel`. The hues of `series-N` come from Okabe and Ito, "Color
+# universal design" (2008), which any kind of color vision tells apart; they are darkened or
+# lightened until the contrast is reached.
 LIGHT: Mapping[str, str] = {
     "ground": "#ffffff",
     "panel": "#f5f6f8",
@@ -39,21 +40,12 @@ DARK: Mapping[str, str] = {
     "series-4": "#e3b84a",
     "series-5": "#b1bbc6",
 }
-SERIES = 6
+# Charts are drawn in the light colors; `report.svg` turns these into classes that follow the page.
+INK, PALE, LINE, GROUND = (LIGHT[name] for name in ("ink", "pale", "line", "ground"))
+ACCENT, BAD = LIGHT["accent"], LIGHT["bad"]
+SERIES = tuple(color for name, color in LIGHT.items() if name.startswith("series-"))
 
 
 def declarations(palette: Mapping[str, str]) -> str:
-    """CSS custom properties: `--ground: #ffffff; ...`."""
+    """CSS custom properties of a palette: `--ground: #ffffff; ...`."""
     return " ".join(f"--{name}: {color};" for name, color in palette.items())
-
-
-def contrast(one: str, other: str) -> float:
-    """Contrast ratio of two colors "#rrggbb", in [1, 21] (WCAG 2.1, definition)."""
-    lighter, darker = sorted((_luminance(one), _luminance(other)), reverse=True)
-    return (lighter + 0.05) / (darker + 0.05)
-
-
-def _luminance(color: str) -> float:
-    channels = (int(color[place : place + 2], 16) / 255 for place in (1, 3, 5))
-    linear = (c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels)
-    return sum(w * c for w, c in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
