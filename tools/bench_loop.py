@@ -40,7 +40,7 @@ from vlp_jax.parallel import mesh as mesh_lib
 from vlp_jax.parallel import startup
 from vlp_jax.parallel.batch import Prefetcher
 from vlp_jax.train import make_step_clock
-from vlp_jax.training.build import Parts, build, first_state, make_checkpointer
+from vlp_jax.training.build import RunComponents, build, first_state, make_checkpointer
 from vlp_jax.training.command import run_command
 from vlp_jax.training.loop import Loop
 from vlp_jax.training.measures import NullMeasures
@@ -72,7 +72,7 @@ class LoopRunner:
 
     def __init__(
         self,
-        parts: Parts,
+        parts: RunComponents,
         step_function: StepProgram,
         workdir: epath.Path,
         startup_clock: StartupClock,

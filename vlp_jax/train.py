@@ -32,7 +32,7 @@ from vlp_jax.parallel.batch import Prefetcher
 from vlp_jax.parallel.sharding_report import spread
 from vlp_jax.training import checkpoint, param_groups
 from vlp_jax.training import workdir as workdir_lib
-from vlp_jax.training.build import Parts, build, first_state, make_checkpointer
+from vlp_jax.training.build import RunComponents, build, first_state, make_checkpointer
 from vlp_jax.training.checkpoint import Checkpointer
 from vlp_jax.training.checkpoint_files import check_path
 from vlp_jax.training.command import run_command
@@ -214,7 +214,7 @@ def open_writers(
 
 
 def make_report(
-    parts: Parts,
+    parts: RunComponents,
     workdir: epath.Path,
     writer: Writer,
     progress: Progress | NullProgress,
@@ -237,13 +237,13 @@ def make_report(
     )
 
 
-def make_prefetcher(parts: Parts, first_step: int) -> Prefetcher:
+def make_prefetcher(parts: RunComponents, first_step: int) -> Prefetcher:
     """The batches from `first_step` on, on their way to the devices."""
     batches = parts.pipeline.batches(first_step)
     return Prefetcher(batches, parts.setup.mesh, parts.setup.config.prefetch)
 
 
-def find_first_step(parts: Parts, checkpointer: Checkpointer) -> int:
+def find_first_step(parts: RunComponents, checkpointer: Checkpointer) -> int:
     """The step of the newest checkpoint; 0 if there is none.
 
     Raises:
@@ -271,7 +271,11 @@ def check_before_start(config: ConfigDict, workdir: epath.Path) -> None:
 
 
 def begin(
-    parts: Parts, workdir: epath.Path, job: str, first_step: int, tell: Callable[[str], None]
+    parts: RunComponents,
+    workdir: epath.Path,
+    job: str,
+    first_step: int,
+    tell: Callable[[str], None],
 ) -> None:
     """Writes config and tokenizer, and tells what has changed, who takes part and how."""
     config = parts.setup.config

@@ -1,4 +1,4 @@
-"""The one training loop. It knows steps, states and batches, and nothing of what is trained."""
+"""The one training loop. It knows steps, states and batches, and nothing about the objective."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ from vlp_jax.training.step import StepFunction
 When = Callable[[int], bool]
 
 
-def one_step(step: int) -> int:
-    """Every step by itself."""
+def one_at_a_time(step: int) -> int:
+    """Dispatches one step at a time."""
     del step
     return 1
 
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """An evaluator, the name its scores go by, and the steps at which it runs."""
+    """An evaluator, the name that prefixes its scores, and the steps at which it runs."""
 
     name: str
     when: When
@@ -43,20 +43,21 @@ class Evaluation:
 
 @dataclasses.dataclass(frozen=True)
 class Loop:
-    """What a run consists of. A part that is off is a null object.
+    """The components of a run, and the order in which each step calls them.
+
+    A component that is off is a null object.
 
     Attributes:
-      program_of: the program of a step.
-      first_step: the step to begin with: 0, or that of the checkpoint.
+      program_of: step -> the compiled program of its phase.
+      first_step: the step to begin with: 0, or the step of the restored checkpoint.
       last_step: the run ends before this batch.
-      input_state: the record of the input just before a batch, for the checkpoint.
-      one_evaluation: within it, evaluators share what they compute of the given parameters.
-      preempted: whether to save and stop before this batch.
-      interruptible: within it, being told to stop may raise KeyboardInterrupt.
-      log_when: the steps whose metrics are written. At these the processes of a job tell each other
-        how things are.
-      steps_ahead: how many steps to hand to the devices at once, from a step on. The host looks at
-        nothing in between, so each step that it has to look at is the first of them.
+      input_state: step -> the record of the input just before that batch, for the checkpoint.
+      one_evaluation: a context in which evaluators share embeddings of the given parameters.
+      preempted: step -> whether to save and stop before that batch.
+      interruptible: a context in which a request to stop may raise KeyboardInterrupt.
+      log_when: the steps whose metrics are written. Processes exchange messages at these steps.
+      steps_ahead: step -> how many steps to dispatch at once, beginning with it. The host sees
+        nothing in between, so a step that the host must see comes first in its dispatch.
     """
 
     program_of: Callable[[int], StepFunction | StepProgram]
@@ -77,18 +78,18 @@ class Loop:
     profiler: Profiler
     watchdog: Watchdog
     measures: LoopMeasures
-    steps_ahead: Callable[[int], int] = one_step
+    steps_ahead: Callable[[int], int] = one_at_a_time
     interruptible: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
 
     def run(self, state: TrainState) -> TrainState:
-        """Trains from `state`, just before batch `first_step`, to the end.
+        """Trains from `state`, just before batch `first_step`, to the end of the run.
 
         The order within a step never changes, so the checkpoint of step i is the state just before
         batch i and after every score of step i.
 
         Raises:
-          Preempted: told to stop; the state is saved.
-          NotFinite: too many steps were skipped, one after the other; none of them was saved.
+          Preempted: the run was told to stop; the state is saved.
+          NotFinite: too many steps in a row were skipped; none of them was saved.
           CannotSave: a checkpoint that the run depends on could not be written.
         """
         step = self.first_step
@@ -97,7 +98,7 @@ class Loop:
                 raise self.stop(step, state)
             try:
                 self.evaluate(step, state)
-            except KeyboardInterrupt:  # it begins anew when the run goes on from this step
+            except KeyboardInterrupt:  # the resumed run repeats the whole evaluation of this step
                 raise self.stop(step, state) from None
             saved = self.save_when(step) and self.save(step, state)
             if step == self.last_step:
@@ -108,7 +109,7 @@ class Loop:
             with self.clock.data_wait():
                 batches = [next(self.batches) for _ in range(count)]
             state, metrics = self.program_of(step)(state, *batches)
-            del batches  # their memory is free when the step is done
+            del batches  # else the host would hold their memory until the next batches are here
             self.report.take(step, metrics)
             self.watchdog.beat()
             if self.log_when(step):
@@ -121,7 +122,7 @@ class Loop:
         return state
 
     def stop(self, step: int, state: TrainState) -> Preempted:
-        """Saves the state before batch `step`, for the run to be resumed; what to end it with."""
+        """Saves the state before batch `step`, and returns the error that ends the run."""
         saved = self.save(step, state)
         if saved:
             self.finish(step)
@@ -133,7 +134,7 @@ class Loop:
         """Runs the evaluators that are due before batch `step`.
 
         Raises:
-          KeyboardInterrupt: told to stop; those that are left were not run.
+          KeyboardInterrupt: the run was told to stop; the remaining evaluators did not run.
         """
         due = [evaluation for evaluation in self.evaluations if evaluation.when(step)]
         params = state.eval_params
@@ -146,7 +147,7 @@ class Loop:
                     with self.pause("evaluation"), self.interruptible():
                         outcome = evaluation.evaluator.outcome(params)
                         scores, samples = outcome.scores(), outcome.samples()
-                # What the run does about numbers that are not finite is for its guard to say.
+                # Scores that are not finite do not end a run: the guard alone decides on that.
                 except (NotFinite, NoScores) as error:
                     self.progress.print(f"step {step:,}  {evaluation.name}: no scores: {error}")
                     self.measures.note(f"no scores of {evaluation.name}", f"at step {step:,}")
@@ -158,10 +159,10 @@ class Loop:
                 self.progress.print(f"step {step:,}  {evaluation.name}: {text}")
 
     def save(self, step: int, state: TrainState) -> bool:
-        """Saves the state before batch `step`, once it is known how all steps before it went.
+        """Saves the state before batch `step`, once the outcome of all earlier steps is known.
 
-        Not so in the middle of steps that are skipped: what made them wrong may be gone after a
-        restart, which then goes back to before the first of them. Returns whether it was saved.
+        Nothing is saved between skipped steps: their cause may be gone after a restart, which then
+        repeats all of them. Returns whether the state was saved.
         """
         self.report.settle()
         if self.report.skipped_in_a_row and step != self.last_step:
@@ -180,6 +181,6 @@ class Loop:
 
     @contextlib.contextmanager
     def pause(self, cause: str) -> Iterator[None]:
-        """Wraps what is not training, which has more time than a step."""
+        """Wraps work other than training: the watchdog is patient, and the time has a cause."""
         with self.watchdog.patient(cause), self.clock.paused(cause), self.progress.paused():
             yield

@@ -1,4 +1,4 @@
-"""What a step reports, read one step late so that the devices never wait for the host."""
+"""Reads and logs the metrics of each step, one step late: the devices never wait for the host."""
 
 from __future__ import annotations
 
@@ -19,7 +19,10 @@ from vlp_jax.training.step import StepMetrics
 
 
 def to_scalars(metrics: Metrics, prefix: str) -> dict[str, float]:
-    """Sums over counts, as Python numbers, each name behind `prefix`. Waits for the devices."""
+    """Returns sum / count of each metric as a Python number, its name after `prefix`.
+
+    Waits for the devices. A count of 0 gives NaN.
+    """
     pairs = metrics.fetch() if isinstance(metrics, StepMetrics) else jax.device_get(metrics)
     return _ratios(pairs, prefix)
 
@@ -38,21 +41,21 @@ def _of_each_step(metrics: Metrics | SeveralMetrics) -> list[dict[str, float]]:
 
 
 class StepReport:
-    """Checks, logs and shows the metrics of each step after the next one was started.
+    """Checks, logs and shows the metrics of each step, after the next step was dispatched.
 
-    Steps that the devices were handed together are told together.
+    Steps that were dispatched together are reported together.
 
     Args:
-      log_when: steps whose metrics are written.
+      log_when: selects the steps whose metrics are written.
       batch_size: examples of a step, over the whole mesh.
-      input_metrics: what to tell of the input just before a batch.
-      measures: what else to tell of a logged step.
-      max_skipped: steps that are skipped one after the other before the run ends.
-      keep_examples: writes down which examples the batches of some steps hold, and where.
+      input_metrics: step -> metrics of the input just before that batch.
+      measures: further metrics of a logged step.
+      max_skipped: the run ends when this many steps in a row were skipped.
+      keep_examples: writes down the examples in the batches of some steps; returns the file.
 
     Attributes:
-      skipped: how many steps were skipped.
-      skipped_in_a_row: of these, how many just before the newest step that was settled.
+      skipped: the number of skipped steps.
+      skipped_in_a_row: the number of skipped steps just before the newest one that was settled.
     """
 
     def __init__(
@@ -84,7 +87,7 @@ class StepReport:
         self._rate = math.nan
 
     def take(self, step: int, metrics: Metrics | SeveralMetrics) -> None:
-        """Holds the metrics of batch `step`, or of several from it on, and settles those before."""
+        """Keeps the metrics of a dispatch that begins with `step`, and settles the one before."""
         self._clock.dispatched(metrics)
         pending, self._pending = self._pending, (step, metrics)
         if pending:
@@ -95,10 +98,10 @@ class StepReport:
             self._startup = None
 
     def settle(self) -> None:
-        """Waits for the newest step, so that it is known how all steps so far went.
+        """Waits for the newest step, and reports all steps so far.
 
         Raises:
-          NotFinite: too many were skipped, one after the other.
+          NotFinite: too many steps in a row were skipped.
         """
         if self._pending:
             pending, self._pending = self._pending, None
@@ -140,7 +143,7 @@ class StepReport:
             named = f"could not be written down ({error})"
         raise NotFinite(
             f"{what} at step {step}, the last of {self.skipped_in_a_row} that were skipped in a "
-            f"row; their examples {named}. The last checkpoint is of before them: "
+            f"row; their examples {named}. The last checkpoint was saved before them: "
             "start the run again; if it comes here once more, lower the learning rate, lengthen "
             "the warm-up, or look at these examples"
         )
