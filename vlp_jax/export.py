@@ -188,7 +188,7 @@ def extras_of(run: Run, objective: Objective, notes: list[str]) -> dict[str, Any
                 "all HTML entities; its files for others do not"
             )
         extras |= ids
-        extras["tokenizer"] = TokenizerFiles.made(
+        extras["tokenizer"] = TokenizerFiles.from_json(
             tokenizer.to_json(*(name in wording.names for name in NORMALIZED)),
             context_length=tokenizer.context_length,
             **ids,
