@@ -18,7 +18,7 @@ from vlp_jax.data.tokenizers.base import NORMALIZED
 from vlp_jax.errors import UserError, unknown_key_message
 from vlp_jax.handover.artifacts import ARTIFACTS
 from vlp_jax.handover.functions import DTYPES
-from vlp_jax.handover.job import Job, kinds_of, known_formats
+from vlp_jax.handover.job import ExportJob, kinds_of, known_formats
 from vlp_jax.interop.base import INTERPOLATIONS, RESIZES
 from vlp_jax.interop.hf_tokenizer import TokenizerFiles
 from vlp_jax.interop.precision import WEIGHTS
@@ -225,7 +225,7 @@ def export(arguments: argparse.Namespace) -> str:
     leaf, model, note = choose(run.objective, read_stacked(saved), arguments.format, arguments.part)
     notes = [note] if note else []
     extras = extras_of(run, leaf, notes) | chosen_settings(arguments)
-    job = Job(
+    job = ExportJob(
         format=arguments.format,
         model=model,
         extras=extras,
