@@ -161,6 +161,8 @@ class Encoder:
     def _logit_parameters(self) -> tuple[float, float]:
         if "logit_scale" not in self.weights:
             raise UserError(f"{self.source} is an image model: it has no logits of pairs")
+        # The softmax of a row does not change with a bias on all its logits. So models of the
+        # softmax loss have no bias.
         bias = self.weights.get("logit_bias", np.float32(0))
         return float(np.exp(self.weights["logit_scale"])), float(bias)
 
@@ -172,6 +174,7 @@ class Encoder:
         """Returns a function with these settings, jitted once for each shape."""
         if name not in self.functions:
             raise UserError(f"{self.source} has no {name}")
+        # Two calls of `jax.jit` on new partials would compile the same program twice.
         key = (name, *sorted(settings.items()))
         if key not in self._jitted:
             self._jitted[key] = jax.jit(functools.partial(self.functions[name], **settings))
@@ -200,6 +203,7 @@ class Encoder:
             try:
                 result = function(self.params, padded)
             except (TypeError, ValueError) as error:
+                # The user's settings are the usual cause. Without any, this is a bug of ours.
                 if not settings:
                     raise
                 raise UserError(f"{name}: {error}") from error
@@ -210,5 +214,6 @@ class Encoder:
         text = name == "embed_text"
         shape = (1, self.tokenizer.context_length) if text else (1, *self.image_size, 3)
         one = jax.ShapeDtypeStruct(shape, np.int32 if text else np.uint8)
+        # Traces the function, and computes nothing.
         out = jax.eval_shape(self.functions[name], self.params, one)
         return np.zeros((0, *out.shape[1:]), out.dtype)

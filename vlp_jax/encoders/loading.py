@@ -60,6 +60,7 @@ def load(
     if dtype not in DTYPES:
         raise UserError(f"dtype={dtype!r} must be {' or '.join(DTYPES)}")
     prefix, colon, rest = source.partition(":")
+    # The URL of a bucket has a colon too, and so may the name of a folder.
     foreign = colon and not rest.startswith("//") and not epath.Path(source).exists()
     if not foreign:
         if tokenizer is not None:
@@ -85,6 +86,7 @@ def _of_run(source: str, run: Run, step: int | None, params: str, dtype: str) ->
     for leaf in usable:  # of two functions with the same name the first counts
         cast = dataclasses.replace(leaf, model=with_dtype(leaf.model, DTYPES[dtype]))
         functions = cast.functions() | functions
+    # The checkpoint of a composite also has the parameters of the parts that are not usable.
     expected = {path for leaf in usable for path in interop.trees.expected_shapes(leaf.model)}
     weights = {k: v for k, v in bounded(usable[0], read_stacked(saved)).items() if k in expected}
     module, notes, texts = with_dtype(usable[0].model, DTYPES[dtype]), [], None

@@ -38,6 +38,7 @@ class TextProcessor:
         """
         note = self.too_long(texts)
         if note:
+            # 3 is the caller of `Encoder.embed_text`, whose line the warning shows.
             warnings.warn(note, stacklevel=3)
         return self.ids(texts)
 

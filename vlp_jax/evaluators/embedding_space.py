@@ -37,10 +37,12 @@ def uniformity(x: Float[np.ndarray, "n dim"]) -> float:
         left = x[rows].astype(np.float64)
         for second in range(first, len(x), BLOCK):
             columns = slice(second, second + BLOCK)
+            # |a - b|^2 = |a|^2 + |b|^2 - 2 ab, in place, so that one block needs one array.
             distances = left @ x[columns].T.astype(np.float64)
             distances *= -2
             distances += squares[rows, None]
             distances += squares[columns]
+            # Rounding can make the distance of equal vectors negative.
             np.maximum(distances, 0, out=distances)
             distances *= -UNIFORMITY_T
             np.exp(distances, out=distances)
@@ -65,10 +67,12 @@ def effective_rank(x: Float[np.ndarray, "n dim"]) -> float:
     The mean of the vectors is not subtracted (Roy and Vetterli 2007, section 2).
     """
     triangle = np.zeros((0, x.shape[1]))
-    for start in range(0, len(x), 8 * BLOCK):  # the singular values of x are those of its R
+    # A QR decomposition x = QR keeps the singular values of x in R, which is small. It is computed
+    # row block by row block, so that no float64 copy of x is needed.
+    for start in range(0, len(x), 8 * BLOCK):
         part = x[start : start + 8 * BLOCK].astype(np.float64)
         triangle = np.linalg.qr(np.concatenate([triangle, part]), mode="r")
     values = np.linalg.svd(triangle, compute_uv=False)
     share = values / values.sum()
-    share = share[share > 0]
+    share = share[share > 0]  # the limit of p log p for p -> 0 is 0
     return float(np.exp(-(share * np.log(share)).sum()))

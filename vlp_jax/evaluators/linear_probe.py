@@ -168,7 +168,8 @@ class LinearProbe(Evaluator):
             rate: probes.accuracy(model(held_out), held_labels)
             for rate, model in zip(rates, fitted, strict=True)
         }
-        chosen = max(tried, key=lambda rate: (tried[rate], -rate))
+        chosen = max(tried, key=lambda rate: (tried[rate], -rate))  # of equal ones the lowest rate
+        # The final fit uses the held-out part too, so its mean and deviation are other ones.
         train, test = probes.standardize(f.train, f.test)
         (model,) = probes.fit_sgd(train, f.train_labels, f.classes, (chosen,), **self._sgd)
         return model(test), chosen, tried

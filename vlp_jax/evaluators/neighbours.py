@@ -58,6 +58,8 @@ def _hits(block: np.ndarray, hits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Returns values and columns where `hits` is True, row by row, padded with -inf."""
     counts = hits.sum(axis=1)
     row, column = np.nonzero(hits)
+    # `np.nonzero` goes row by row. So the place of a hit in its row is its number minus the number
+    # of hits in earlier rows.
     place = np.arange(len(row)) - np.repeat(np.cumsum(counts) - counts, counts)
     values = np.full((len(block), counts.max()), -np.inf, np.float32)
     columns = np.zeros(values.shape, np.int64)
@@ -78,6 +80,7 @@ def votes(
     weights = similarity.astype(np.float64)
     # Relative to the nearest neighbour, so that exp does not overflow at low temperatures.
     weights = np.exp((weights - weights[:, :1]) / temperature)
+    # A bin for each pair of query and class: one `bincount` adds up the votes of all queries.
     keys = np.arange(len(labels))[:, None] * classes + labels
     total = np.bincount(keys.ravel(), weights=weights.ravel(), minlength=len(labels) * classes)
     return total.reshape(len(labels), classes)

@@ -152,6 +152,7 @@ class ZeroShot(Evaluator):
             )
         self.class_names = check_class_names(class_names)
         self._numbers, self._labels = None, len(self.class_names)
+        # Labels of the data count in the dataset's names, which may be in another order.
         if named is not None:
             where = f"{label_field!r} in the data"
             self._numbers = numbers_onto(named, self.class_names, where, "class_names")
@@ -168,6 +169,7 @@ class ZeroShot(Evaluator):
 
     def class_embeddings(self, params: Any) -> Float[np.ndarray, "classes dim"]:
         """Computes a unit vector for each class."""
+        # Class by class, so that the reshape below collects the prompts of each class.
         prompts = [fill(t, name) for name in self.class_names for t in self._templates]
         vectors = self._resources.embed_texts(params, prompts)
         means = vectors.reshape(len(self.class_names), len(self._templates), -1).mean(axis=1)

@@ -38,9 +38,11 @@ def write(functions: list[Function], signature: dict[str, Any], directory: Path)
     calls = {}
     for function in functions:
         for key, x in function.weights.items():
+            # Functions that need the same weights share their variables.
             if key not in module.weights:
                 module.weights[key] = tf.Variable(x, trainable=False, name=key)
         calls[function.name] = _graph(tf, jax2tf, module.weights, function)
+        # `saved_model.load` restores the attributes of the module.
         setattr(module, function.name, calls[function.name])
         signature["functions"][function.name]["signature"] = function.name
     tf.saved_model.save(module, str(directory), signatures=calls)
@@ -52,6 +54,8 @@ def write(functions: list[Function], signature: dict[str, Any], directory: Path)
 def _graph(tf: Any, jax2tf: Any, variables: Any, function: Function) -> Any:
     """Converts a function to a `tf.function` of its inputs."""
     shapes = [", ".join(["batch", *map(str, x.shape)]) for x in function.inputs]
+    # None stands for the weights, whose shapes are fixed. An artifact is for inference: it stores
+    # no gradient functions.
     converted = jax2tf.convert(
         function.call,
         polymorphic_shapes=[None, *(f"({shape})" for shape in shapes)],

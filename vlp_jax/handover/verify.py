@@ -68,6 +68,8 @@ def verify(
     library = LIBRARIES[format]
     if library is None:
         return {"skipped": f"no package of {format} can be installed to load it with"}
+    # The library reads rounded weights. If ours were not rounded as well, the difference would
+    # include the rounding, and hide errors of the conversion.
     rounded = Model(model.module, precision.rounded(model.params, extras.weights))
     inputs = batch_of(rounded, extras)
     answer, theirs = run_foreign(library, directory, inputs, format)
@@ -113,6 +115,7 @@ def batch_of(model: Model, extras: Extras) -> dict[str, np.ndarray]:
 def _texts(rng: np.random.Generator, text: Any) -> np.ndarray:
     """Makes token ids of texts with different lengths, with end of text and padding."""
     ids = rng.integers(0, text.vocab_size, (BATCH, text.context_length)).astype(np.int32)
+    # An end of text or padding in the middle would end the text earlier than `end` below.
     ids[np.isin(ids, (text.eos_id, text.pad_id))] = min(3, text.vocab_size - 1)
     for row, end in enumerate(rng.integers(1, text.context_length, BATCH)):
         ids[row, end] = text.eos_id
@@ -187,6 +190,7 @@ def _offered(
     model: Model, extras: Extras, inputs: Mapping[str, np.ndarray]
 ) -> dict[str, np.ndarray]:
     """Computes the functions of an artifact on the batch, in float32 and without the artifact."""
+    # The parameters are rounded already, and float32 stores them as they are.
     whole = Extras(**{**vars(extras), "weights": "float32"})
     return {
         function.name: np.asarray(

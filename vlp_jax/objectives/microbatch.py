@@ -122,6 +122,8 @@ def _uncoupled(objective: Objective, params: Params, divided: _Divided, context:
     def finish(params: Params, examples: Examples) -> tuple[Array, LossOutput]:
         return objective.reduce(params, merge(examples), context)
 
+    # If JAX differentiated the scan, it would keep the activations of all parts for the backward
+    # pass. So `forward` below already computes the gradient, part by part.
     @jax.custom_vjp
     def loss(params: Params) -> tuple[Array, LossOutput]:
         _, examples = jax.lax.scan(lambda _, x: (None, part(params, x)[1]), None, divided.xs)
@@ -136,6 +138,7 @@ def _uncoupled(objective: Objective, params: Params, divided: _Divided, context:
         return finish(params, examples), gradient
 
     def backward(gradient: Params, cotangents: tuple[Array, Any]) -> tuple[Params]:
+        # cotangents[1] belongs to the metrics, which are not differentiated.
         return (jax.tree.map(lambda g: g * cotangents[0], gradient),)
 
     loss.defvjp(forward, backward)
