@@ -1,1 +1,1 @@
-"""Experiments, one a file. Each starts from `vlp_jax.config.base()` or from another."""
+"""Experiments, one a file. Each derives from `vlp_jax.config.base()` or from another experiment."""

@@ -1,15 +1,16 @@
-"""What the published recipes share: data, evaluators, tokenizer, optimizers.
+"""Data, evaluators, tokenizer and optimizers that the published recipes share.
 
-The files beside this one say what is a model's own. Where a constant is from is said where it
-stands. What holds for all of them:
+Each recipe is a file in this folder. The source of a constant is written beside it. For all
+recipes:
 
 - Private datasets are replaced by LAION-400M as `tensorflow_datasets` prepares it
-  (`laion400m/images`); ImageNet is its `imagenet2012`. Another one is taken by
+  (`laion400m/images`); ImageNet is its `imagenet2012`. To use other data, set
   `--config.data.source`, `--config.data.dataset` and the other keys of `config.data`.
-- Without `--config.tokenizer.file` a byte-level BPE is trained on the captions, with as many tokens
-  as the published vocabulary. Its ids are not those of the published weights.
-- Without ImageNet: `--config.evaluators.zero_shot=None`.
-- Zero-shot ImageNet is scored with 7 prompts a class and not the 80 of Radford et al. 2021.
+- Without `--config.tokenizer.file` a byte-level BPE is trained on the captions, with the size of
+  the published vocabulary. Its ids differ from the published tokenizer's.
+- If you do not have ImageNet: `--config.evaluators.zero_shot=None`.
+- Zero-shot ImageNet is scored with 7 prompts for each class, not with the 80 of Radford et al.
+  2021.
 """
 
 from pathlib import Path
@@ -29,7 +30,7 @@ IMAGENET_PIXELS = {"image_mean": (0.485, 0.456, 0.406), "image_std": (0.229, 0.2
 # [0, 255] to [-1, 1]: `value_range(-1, 1)` in the configs of google-research/big_vision
 HALF_PIXELS = {"image_mean": (0.5, 0.5, 0.5), "image_std": (0.5, 0.5, 0.5)}
 
-# The subset of the 80 prompts that does as well as all of them in openai/CLIP,
+# A subset of the 80 prompts that scores as well as all of them, from openai/CLIP,
 # notebooks/Prompt_Engineering_for_ImageNet.ipynb.
 TEMPLATES = (
     "itap of a {}.",
@@ -40,7 +41,7 @@ TEMPLATES = (
     "art of the {}.",
     "a photo of the small {}.",
 )
-# Texts come in lower case, as those of the training data do.
+# In lower case, because the training data's texts are (operation `lowercase` below).
 CLASS_NAMES = tuple(
     line.lower()
     for line in Path(__file__).with_name("imagenet_class_names.txt").read_text().splitlines()
@@ -48,11 +49,11 @@ CLASS_NAMES = tuple(
 )
 
 IMAGENET_EXAMPLES = 1_281_167
-HELD_OUT = 10_000  # pairs at the start of the training data that retrieval is measured on
+HELD_OUT = 10_000  # pairs at the start of the training data, held out for retrieval
 
 
 def known_argument(arg, known=()):
-    """`arg`, or the first of `known` if it is None; a UserError if it is none of them."""
+    """Returns `arg`, or the first of `known` for None; raises UserError for an unknown argument."""
     if arg is None:
         return known[0] if known else None
     if arg not in known:
@@ -62,7 +63,7 @@ def known_argument(arg, known=()):
 
 
 def long_run(config):
-    """What suits a run of days: few lines, many checkpoints, some scores."""
+    """Sets logging and checkpoints for a run of days."""
     config.log.every = duration(steps=100)
     config.checkpoint.every = duration(steps=5_000)
     config.checkpoint.keep_last = 3
@@ -70,21 +71,21 @@ def long_run(config):
 
 
 def shard_parameters(config):
-    """Parameters and optimizer state spread over all devices, for models of more than a base size.
+    """Shards parameters and optimizer state over all devices, for models above the size B.
 
-    On several slices or hosts with a slow network between them, `--config.mesh.preset=hybrid`
-    spreads them over the devices of each.
+    On several slices or hosts with a slow network between them, use `--config.mesh.preset=hybrid`:
+    it shards within each slice or host.
     """
     config.mesh.preset = "fsdp"
     return config
 
 
 def image_text(augmentation, resize):
-    """A config with data and evaluators of image-text pretraining, and no model.
+    """Makes a config with data and evaluators for image-text pretraining, without a model.
 
     Args:
-      augmentation: operations on a training image after it is decoded.
-      resize: operations on an image that is evaluated.
+      augmentation: operations on a decoded training image.
+      resize: operations on a decoded evaluation image.
     """
     config = long_run(base())
     text = {"choose_text": {"field": "caption"}, "lowercase": {}}
@@ -125,9 +126,9 @@ def image_text(augmentation, resize):
 
 
 def imagenet(augmentation, resize):
-    """A config with data and evaluators of pretraining on the images of ImageNet, and no model.
+    """Makes a config with data and evaluators for pretraining on ImageNet, without a model.
 
-    Arguments are those of `image_text`.
+    For the arguments see `image_text`.
     """
     config = long_run(base())
     kept = {"keep": {"fields": ("image",)}}
@@ -156,12 +157,12 @@ def imagenet(augmentation, resize):
 
 
 def subwords(vocab_size, context_length):
-    """A tokenizer of the published sizes: `file`, or one that is trained on the captions."""
+    """Makes the section of a tokenizer with these sizes, from `file` or trained on the captions."""
     return ConfigDict(
         {
             "name": "subword",
             "file": placeholder(str),
-            "pad": placeholder(str),  # None: the file's own token for it; "eos"
+            "pad": placeholder(str),  # "eos" pads with the end of text; None: the file's padding
             "vocab_size": vocab_size,
             "context_length": context_length,
         }
@@ -169,7 +170,7 @@ def subwords(vocab_size, context_length):
 
 
 def set_image_size(config, size, context_length):
-    """Another resolution, in the model and in all preprocessing, and another length of texts."""
+    """Sets the image size in the model and in all preprocessing, and the length of texts."""
     config.objective.image.image_size = size
     config.tokenizer.context_length = context_length
     evaluators = config.evaluators.values()
@@ -180,14 +181,14 @@ def set_image_size(config, size, context_length):
 
 
 def big_vision_adafactor(config, b2):
-    """The optimizer of google-research/big_vision at the settings that its configs share.
+    """Sets the optimizer of google-research/big_vision, with the settings that its configs share.
 
-    lr 1e-3, wd 1e-4 (which is our `weight_decay` times the learning rate, see `adafactor`), of
-    kernels alone (`wd_mults` in optax.py), clipped to a norm of 1: configs/proj/cappa/pretrain.py
-    and configs/proj/clippo/train_clippo.py there.
+    Their lr is 1e-3, and their wd is 1e-4 for kernels alone (`wd_mults` in optax.py). Our
+    `weight_decay` times the learning rate is their wd, see `adafactor`. The gradient is clipped to
+    the norm 1. Source: configs/proj/cappa/pretrain.py and configs/proj/clippo/train_clippo.py.
 
     Args:
-      b2: the bound on the decay of the second moment.
+      b2: upper bound of the decay of the second moment.
     """
     config.optimizer.name = "adafactor"
     config.optimizer.learning_rate = 1e-3

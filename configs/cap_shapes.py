@@ -1,10 +1,10 @@
-"""Captions of the embedded `shapes`, as CapPa learns them: minutes on two CPU cores.
+"""CapPa's captioning on the embedded `shapes`: minutes on two CPU cores.
 
     python -m vlp_jax.train --config configs/cap_shapes.py --workdir DIR
 
-The image tower is of the demo's size and learns from captions alone. Half of the captions are
-predicted word by word and half all at once. Evaluation lets the model say what it sees, and
-classifies by how likely it finds the names of the classes.
+The image tower has the demo's size and learns from captions alone. Half of the captions are
+predicted token by token, and half in parallel. Evaluation generates captions, and classifies by the
+likelihood of captions that name the classes.
 """
 
 from ml_collections import ConfigDict
@@ -30,7 +30,7 @@ def get_config(arg=None):
             "remat": "dots",
         }
     )
-    config.data.preprocess.choose_text = ConfigDict({"index": 0})  # names all that is in a scene
+    config.data.preprocess.choose_text = ConfigDict({"index": 0})  # the caption of all objects
     one_object = clip_shapes.test_data({"num_objects": 1, "unseen": False})
     unseen = clip_shapes.test_data({"num_objects": 1, "unseen": True})
     likelihood = {"name": "likelihood", "template": "a {}"}

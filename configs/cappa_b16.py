@@ -6,11 +6,11 @@ Aims at: table 2 there, CapPa B/16 on 9 billion examples.
     python -m vlp_jax.train --config configs/cappa_b16.py --workdir DIR \
         --config.tokenizer.file=TOKENIZER_JSON
 
-From google-research/big_vision, configs/proj/cappa/pretrain.py: decoder of half the encoder's depth
-without biases, three quarters of the examples predicted all at once, 64 tokens of a vocabulary of
-32,000, batch, steps, optimizer and its warm-up.
+From google-research/big_vision, configs/proj/cappa/pretrain.py: a decoder of half the encoder's
+depth without biases, parallel prediction of three quarters of the examples, 64 tokens, a vocabulary
+of 32,000, batch, steps, optimizer and warm-up.
 
-What differs: LAION-400M for the private WebLI. Evaluation is on a part of ImageNet, since each
+Differences: LAION-400M replaces the private WebLI. Evaluation uses a part of ImageNet, because each
 image is scored with each of 1,000 names.
 """
 

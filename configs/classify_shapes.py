@@ -1,14 +1,16 @@
-"""Classification of `shapes` by the demo's image tower, minutes on two CPU cores.
+"""Classification of `shapes` with the demo's image tower: minutes on two CPU cores.
 
     python -m vlp_jax.train --config configs/classify_shapes.py --workdir DIR \
         --config.init_from.source=demo/run
 
-`:finetune` (the default) trains tower and head, by the form of He et al. 2022, table 9: layer-wise
-decay, label smoothing, MixUp, stochastic depth. `:probe` trains the head of a tower that stays as
-it is, as their table 10. Without `init_from.source` the tower starts from nothing, which only
-`:finetune` can do with. The source is any run with such an `image` tower: CLIP or a masked
-autoencoder (configs/mae_then_clip.py). Scenes of one object, whose label is its color and shape;
-the head knows 48 classes, of which 8 are never seen in training.
+`:finetune` (the default) trains tower and head in the form of He et al. 2022, table 9: layer-wise
+decay, label smoothing, MixUp, stochastic depth. `:probe` trains the head on a frozen tower, as in
+their table 10. The source is any run with an `image` tower of this form: CLIP or a masked
+autoencoder (configs/mae_then_clip.py). Without a source the tower starts from random weights, with
+which only `:finetune` makes sense.
+
+A scene has one object, whose color and shape are its label. The head has 48 classes, 8 of which
+never occur in training.
 """
 
 from ml_collections import ConfigDict
@@ -26,7 +28,7 @@ PREPROCESS = {
 
 
 def images(split, unseen=None, limit=None):
-    """Scenes of one object of a split, of combinations (never) seen in training if that is said."""
+    """Makes the data section of scenes with one object; `unseen` None takes all combinations."""
     where = {"num_objects": 1} if unseen is None else {"num_objects": 1, "unseen": unseen}
     return {"split": split, "where": where, "limit": limit, "preprocess": PREPROCESS}
 

@@ -6,13 +6,13 @@ for OpenAI's weights, and 67.1 for its own that were trained on LAION-400M.)
     python -m vlp_jax.train --config configs/clip_b16.py --workdir DIR \
         --config.tokenizer.file=TOKENIZER_JSON
 
-Learning rates and widths are those of table 20, the rest of the optimizer that of table 18, the
-form of the model that of openai/CLIP, clip/model.py. The published tokenizer is the tokenizer.json
-of openai/clip-vit-base-patch16 (49,408 ids); without a file see `configs/_recipes.py`.
+Sources: table 20 for learning rates and widths, table 18 for the optimizer, openai/CLIP,
+clip/model.py, for the form of the model. The published tokenizer is the tokenizer.json of
+openai/clip-vit-base-patch16 (49,408 ids); without a file see `configs/_recipes.py`.
 
-What differs: LAION-400M for the private WIT of 400 million pairs, of which 32 epochs are 12.8
-billion examples whatever the size of the data here; the logits' factor is bounded in the loss
-instead of the parameter being clipped; computation is bfloat16, not float16.
+Differences: LAION-400M replaces the private WIT of 400 million pairs. The duration is 12.8 billion
+examples, 32 epochs of WIT. The logit scale is bounded in the loss, instead of clipping the
+parameter. Computation is in bfloat16, not float16.
 """
 
 from ml_collections import ConfigDict
@@ -55,6 +55,6 @@ def get_config(arg=None):
     config.optimizer.learning_rate = 5e-4
     config.optimizer.warmup = duration(steps=2_000)
     config.optimizer.b1, config.optimizer.b2, config.optimizer.eps = 0.9, 0.98, 1e-6
-    config.optimizer.weight_decay = 0.2  # of all weights that are not gains or biases (2.5)
-    config.optimizer.clip_norm = 0.0  # the paper has none
+    config.optimizer.weight_decay = 0.2  # for all weights except gains and biases (section 2.5)
+    config.optimizer.clip_norm = 0.0  # the paper does not clip gradients
     return config

@@ -6,7 +6,7 @@ trained on LAION-400M.)
     python -m vlp_jax.train --config configs/clip_b32.py --workdir DIR \
         --config.tokenizer.file=TOKENIZER_JSON
 
-`configs/clip_b16.py` with larger patches; what differs from the paper is said there.
+`configs/clip_b16.py` with larger patches; see there for the differences from the paper.
 """
 
 from configs import clip_b16

@@ -3,7 +3,8 @@
     python -m vlp_jax.train --config configs/clip_folder.py --workdir DIR --config.data.path=DIR
 
 About a tenth of the images, chosen by a hash of their path, is held out for retrieval. The argument
-is the image size: `configs/clip_folder.py:128`; 64 by default, a size for a first look on a CPU.
+is the image size, as in `configs/clip_folder.py:128`. The default of 64 suits a first look on a
+CPU.
 """
 
 from ml_collections import ConfigDict
@@ -24,7 +25,7 @@ def get_config(arg=None):
     config.objective.image.update(**clip_shapes.MEAN_POOLING)
     config.objective.text.update(depth=2, norm_eps=1e-6, **TOWER)
     config.objective.embed_dim = 128
-    # Of a few thousand pictures Muon finds twice as many held-out ones as AdamW after as many
+    # With a few thousand pictures, Muon retrieves twice as many held-out ones as AdamW in the same
     # epochs: docs/real_pictures.md.
     config.optimizer.name = "muon"
     config.optimizer.learning_rate = 8e-4
@@ -39,8 +40,8 @@ def get_config(arg=None):
             "preprocess": {
                 "choose_text": {},
                 "decode_image": {"min_side": 2 * size},
-                # Nearly whole and never mirrored: of smaller crops less is learned, also where each
-                # picture comes 15 times (docs/real_pictures.md).
+                # Nearly whole and never mirrored: smaller crops train worse, even where each
+                # picture is seen 15 times (docs/real_pictures.md).
                 "random_resized_crop": {"size": size, "min_scale": 0.8},
                 "keep": {"fields": ("image", "text")},
             },

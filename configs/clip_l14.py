@@ -6,8 +6,8 @@ trained on LAION-400M.)
     python -m vlp_jax.train --config configs/clip_l14.py --workdir DIR \
         --config.tokenizer.file=TOKENIZER_JSON
 
-`configs/clip_b16.py` with larger towers and a smaller learning rate (table 20); what differs from
-the paper is said there. The further epoch at 336 pixels is not part of it.
+`configs/clip_b16.py` with larger towers and a smaller learning rate (table 20); see there for the
+differences from the paper. The paper's further epoch at 336 pixels is not included.
 """
 
 from configs import _recipes, clip_b16

@@ -1,6 +1,6 @@
 """CLIP on the embedded `shapes` at a size for a GPU; the base of the small runs.
 
-The model has the form of the published ones, so that it can be exported to Hugging Face's CLIPModel
+The model has the form of published CLIP models, so it can be exported to Hugging Face's CLIPModel
 and to open_clip.
 """
 
@@ -10,7 +10,7 @@ from vlp_jax.config import base, duration
 from vlp_jax.data.shapes import vocabulary
 
 TOWER = {"width": 192, "depth": 6, "mlp_dim": 768, "heads": 3}
-# What a small run without class token sets instead of CLIP's form of the image tower.
+# Fields of an image tower without a class token, which replace CLIP's form in small runs.
 MEAN_POOLING = {
     "pooling": "mean",
     "class_token": False,
@@ -23,7 +23,7 @@ TEMPLATES = ("{}", "a picture of {}", "there is {}", "an image of {}")
 
 
 def test_data(where=None, limit=None):
-    """The test split, detailed captions, no augmentation; with the changes that are given."""
+    """Makes the data section of the test split, with detailed captions and no augmentation."""
     return {
         "split": "test",
         "where": where,
@@ -37,7 +37,7 @@ def test_data(where=None, limit=None):
 
 
 def zero_shot(unseen):
-    """Color and shape of the one object of a scene, on combinations (never) seen in training."""
+    """Makes a zero-shot evaluator of color and shape, on combinations (un)seen in training."""
     return {
         "name": "zero_shot",
         "templates": TEMPLATES,
@@ -48,7 +48,7 @@ def zero_shot(unseen):
 
 
 def probes(every, train_limit=10_000):
-    """What frozen features say of the one object of a scene, learned from so many scenes."""
+    """Makes the evaluators that train classifiers of the one object on frozen features."""
     data = {
         "data": test_data({"num_objects": 1, "unseen": False}),
         "train_data": {"split": "train", "limit": train_limit},
@@ -61,7 +61,7 @@ def probes(every, train_limit=10_000):
 
 
 def evaluators():
-    """Often what is cheap, at the end what trains on features or embeds all captions."""
+    """Makes all evaluators: cheap ones run often, expensive ones at the end."""
     every = duration(percent=20.0)
     return {
         "zero_shot": zero_shot(unseen=False),

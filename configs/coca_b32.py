@@ -1,5 +1,5 @@
 """CoCa ViT-B/32 at 224 pixels (Yu et al. 2022, "CoCa: Contrastive Captioners are Image-Text
-Foundation Models", arXiv:2205.01917) in the form and sizes that open_clip gives it.
+Foundation Models", arXiv:2205.01917) in open_clip's form and sizes.
 
 Aims at: open_clip, docs/openclip_results.csv, coca_ViT-B-32 trained on LAION-2B
 (laion2b_s13b_b90k), zero-shot ImageNet 63.6.
@@ -7,13 +7,13 @@ Aims at: open_clip, docs/openclip_results.csv, coca_ViT-B-32 trained on LAION-2B
     python -m vlp_jax.train --config configs/coca_b32.py --workdir DIR \
         --config.tokenizer.file=TOKENIZER_JSON
 
-Sizes are those of open_clip, model_configs/coca_ViT-B-32.json; examples and batch are the 13
-billion and 90 thousand in the name of its weights; the losses' weights are its defaults. The
+Sources: open_clip, model_configs/coca_ViT-B-32.json, for the sizes; the name of its weights for 13
+billion examples and a batch of 90 thousand; its defaults for the weights of the losses. The
 published tokenizer is the tokenizer.json of openai/clip-vit-base-patch16 (49,408 ids).
 
-What differs: LAION-400M for LAION-2B. Learning rate, warm-up and optimizer of that run are not
-published with its weights: those here are the defaults of open_clip (open_clip_train/params.py),
-and its class token of the text, which has no weight decay there, has some here.
+Differences: LAION-400M replaces LAION-2B. Learning rate, warm-up and optimizer of the published run
+are unknown; these are open_clip's defaults (open_clip_train/params.py). The text's class token has
+weight decay here, and none in open_clip.
 """
 
 from ml_collections import ConfigDict
@@ -60,7 +60,7 @@ def get_config(arg=None):
     config.optimizer.warmup = duration(steps=10_000)
     config.optimizer.b1, config.optimizer.b2, config.optimizer.eps = 0.9, 0.98, 1e-6
     config.optimizer.weight_decay = 0.2
-    config.optimizer.clip_norm = 0.0  # open_clip has none by default
+    config.optimizer.clip_norm = 0.0  # open_clip does not clip gradients by default
     pairs = config.evaluators.retrieval
     config.evaluators.captions = ConfigDict(
         {

@@ -2,8 +2,8 @@
 
     python -m vlp_jax.train --config configs/debug_cpu.py --workdir DIR
 
-To see that an installation runs, or a change of the code does: training, evaluation, checkpoints
-and going on from them. It learns next to nothing.
+Use it to see that an installation, or a change of the code, runs: training, evaluation,
+checkpoints, resuming. It learns next to nothing.
 """
 
 from configs import debug_gpu

@@ -1,10 +1,10 @@
-"""`configs/clip_b16.py` unshrunk, on one GPU and the embedded `shapes`: minutes, nothing to fetch.
+"""`configs/clip_b16.py` at full size, on one GPU and the embedded `shapes`: minutes, no download.
 
     python -m vlp_jax.train --config configs/debug_gpu.py --workdir DIR
 
-To see that a machine trains at the speed it should (the line of progress has examples a second and
-MFU) before a real run is launched. The model, the blocked loss and bfloat16 are the recipe's; the
-batch, the schedule, the vocabulary and the data are not. Pictures of 64 pixels are enlarged.
+Use it to see that a machine trains at the right speed before a real run is launched: the progress
+line shows examples per second and MFU. Model, blocked loss and bfloat16 are the recipe's; batch,
+schedule, vocabulary and data are smaller. Pictures of 64 pixels are enlarged.
 """
 
 from ml_collections import ConfigDict

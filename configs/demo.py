@@ -3,14 +3,14 @@
 from configs import clip_shapes
 from vlp_jax.config import duration
 
-TOWER = {"width": 128, "mlp_dim": 512, "heads": 4}  # of CLIP's form, so that others can load it
+TOWER = {"width": 128, "mlp_dim": 512, "heads": 4}  # CLIP's form, which other libraries can load
 
 
 def get_config(arg=None):
     config = clip_shapes.get_config(arg)
     config.batch_size = 128
     config.duration = duration(steps=500)
-    # AdamW learns colors in a hundred steps and shapes not within the demo; Muon learns both.
+    # Within the demo's steps Muon learns colors and shapes; AdamW learns only colors.
     config.optimizer.name = "muon"
     config.optimizer.learning_rate = 8e-4
     config.optimizer.muon.learning_rate = 0.01
@@ -30,6 +30,6 @@ def get_config(arg=None):
         del config.evaluators[name]
     for evaluator in config.evaluators.values():
         evaluator.every = duration(percent=25.0)
-    # It looks at the pairs of `retrieval`, whose embeddings it shares.
+    # Cheap: it has the data of `retrieval`, and shares the embeddings.
     config.evaluators.geometry.every = duration(percent=100.0)
     return config

@@ -1,4 +1,4 @@
-"""FLIP ViT-L/16: CLIP that sees half of the patches (Li et al. 2023, arXiv:2212.00794).
+"""FLIP ViT-L/16: CLIP trained on half of the patches (Li et al. 2023, arXiv:2212.00794).
 
 Aims at: Li et al. 2023, table 2, and facebookresearch/flip, README.md: ViT-L/16 with a mask ratio
 of 50%, LAION-400M, 12.8 billion samples, zero-shot ImageNet 74.3, after both stages.
@@ -8,15 +8,15 @@ of 50%, LAION-400M, 12.8 billion samples, zero-shot ImageNet 74.3, after both st
     python -m vlp_jax.train --config configs/flip_l16.py:tune --workdir runs/flip_l16_tuned \
         --config.tokenizer.file=TOKENIZER_JSON --config.init_from.source=runs/flip_l16
 
-The second stage sees all patches for a hundredth of the time (section 3, "unmasking"); after a
-first one that trained its own tokenizer, the file is runs/flip_l16/tokenizer.json. The published
-tokenizer is the tokenizer.json of google-bert/bert-base-uncased. All numbers are those of
-facebookresearch/flip, configs/default.py and configs/cfg_flip_large.py, and of "Unmasked tuning" in
-its README.
+The second stage trains on all patches for a hundredth of the time (section 3, "unmasking"). If the
+first stage has trained its own tokenizer, TOKENIZER_JSON is runs/flip_l16/tokenizer.json. The
+published tokenizer is the tokenizer.json of google-bert/bert-base-uncased. All numbers come from
+facebookresearch/flip: configs/default.py, configs/cfg_flip_large.py, and "Unmasked tuning" in its
+README.
 
-What differs: the mean over the image's tokens leaves the class token out; a text begins with [CLS]
-and ends with [SEP], which are two of its 32 tokens, and is pooled at the first token as there; the
-table of tokens has 30,522 rows instead of 30,523.
+Differences: the mean over the image's tokens excludes the class token. [CLS] and [SEP] at the ends
+of a text are two of its 32 tokens; texts are pooled at the first token as in FLIP. The table of
+tokens has 30,522 rows instead of 30,523.
 """
 
 from ml_collections import ConfigDict
@@ -26,7 +26,7 @@ from vlp_jax.config import duration
 
 
 def virtual_epochs(count):
-    """A duration in epochs of ImageNet, whatever the data is, as the configs there have them."""
+    """Makes a duration in epochs of ImageNet, on any data, as FLIP's configs count them."""
     return duration(examples=count * _recipes.IMAGENET_EXAMPLES)
 
 
@@ -71,14 +71,15 @@ def get_config(arg=None):
     config.optimizer.warmup = virtual_epochs(40)
     config.optimizer.b1, config.optimizer.b2 = 0.9, 0.95
     config.optimizer.weight_decay = 0.2
-    # There all but biases, norms and positions decay (utils/opt_util.py), the logits' scale too.
+    # In FLIP, everything but biases, norms and positions decays, also the logit scale
+    # (utils/opt_util.py).
     config.optimizer.no_decay = ("bias", "scale", "position_embedding")
     config.optimizer.clip_norm = 0.0
     return tuned(config) if stage == "tune" else config
 
 
 def tuned(config):
-    """The second stage."""
+    """Changes the config to the second stage, which trains on all patches."""
     config.objective.mask_ratio = 0.0
     config.objective.remat = "full"
     config.duration = virtual_epochs(100)

@@ -1,4 +1,4 @@
-"""LiT: a text tower for a ViT-B/16 that stays as it is (Zhai et al. 2022, arXiv:2111.07991).
+"""LiT: trains a text tower for a frozen ViT-B/16 (Zhai et al. 2022, arXiv:2111.07991).
 
 Aims at: the model LiT-B16B_2 of Zhai et al. 2022 on public data, zero-shot ImageNet 73.9
 (google-research/big_vision, configs/proj/image_text/README_lit.md; the paper's own models are in
@@ -7,15 +7,15 @@ table 1).
     python -m vlp_jax.train --config configs/lit_b16.py --workdir DIR \
         --config.init_from.source=big_vision:FILE.npz
 
-The locked tower is the ViT-B/16 of "How to train your ViT" (Steiner et al. 2021) that was trained
-on ImageNet-21k; by default its file (`SOURCE`, published in the bucket gs://vit_models/augreg) is
-looked for in the working directory, and a run without it does not start. Like LiT-B16B_2: no head
-on the image side, a linear one for texts, 16 tokens, 60,000 steps.
+The locked tower is the ViT-B/16 of "How to train your ViT" (Steiner et al. 2021), trained on
+ImageNet-21k. Its file (`SOURCE`, published in the bucket gs://vit_models/augreg) must be in the
+working directory, unless `init_from.source` names another. As in LiT-B16B_2, images have no head,
+texts have a linear head and 16 tokens, and training takes 60,000 steps.
 
-What differs: LAION-400M for CC12M and YFCC100M; the text tower begins at random, in the form of
-SigLIP's, and its 32,000 tokens are those of a tokenizer.json or trained on the captions, where the
-published one began as BERT-base with its word pieces. Images are resized and not augmented. The
-batch of 16,384 is the paper's; optimizer and warm-up are those of the authors' later configs
+Differences: LAION-400M replaces CC12M and YFCC100M. The text tower has SigLIP's form and starts
+from random weights, with 32,000 tokens from a tokenizer.json or trained on the captions; the
+published one starts from BERT-base with its word pieces. Images are resized and not augmented. The
+batch of 16,384 is the paper's. Optimizer and warm-up come from the authors' later configs
 (google-research/big_vision, configs/proj/cappa/pretrain.py).
 """
 
@@ -48,7 +48,7 @@ def get_config(arg=None):
                 "variant": "B/16",
                 "image_size": 224,
                 "pooling": "cls",
-                "class_position": False,  # reading adds it to the class token, as big_vision does
+                "class_position": False,  # on reading, it is added to the class token
                 **tower,
             },
             "text": {"variant": "B", "causal": False, "pooling": "last", **tower},

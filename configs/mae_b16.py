@@ -4,8 +4,8 @@ Aims at: He et al. 2022, table 3, ViT-B, ImageNet 83.6 after fine-tuning.
 
     python -m vlp_jax.train --config configs/mae_b16.py --workdir DIR
 
-Table 8 of the paper, with the 1,600 epochs of its final models; its ablations have 800, which are
---config.duration.epochs=800. Sizes of the decoder: section 4.1 and facebookresearch/mae,
+Sources: table 8 of the paper, with the 1,600 epochs of its final models. (Its ablations have 800:
+--config.duration.epochs=800.) Sizes of the decoder: section 4.1 and facebookresearch/mae,
 models_mae.py.
 
 A contrastive config whose image tower has the same form (a class token, "sincos" positions,
@@ -14,8 +14,8 @@ activation "gelu") can start from it, without its decoder:
     --config.init_from.source=DIR
     --config.init_from.rules="(('decoder/.*','skip'),('image/.*','load'),('.*','fresh'))"
 
-What differs: evaluation is the error of reconstruction on the validation split; fine-tuning on
-ImageNet would be the objective `classification` (docs/downstream.md), and has no config here.
+Differences: evaluation is the reconstruction error on the validation split. Fine-tuning on ImageNet
+would use the objective `classification` (docs/downstream.md); there is no config for it here.
 """
 
 from ml_collections import ConfigDict

@@ -4,7 +4,7 @@ Aims at: He et al. 2022, table 3, ViT-H, ImageNet 86.9 after fine-tuning at 224 
 
     python -m vlp_jax.train --config configs/mae_h14.py --workdir DIR
 
-`configs/mae_l16.py` with a larger encoder; the rest is said in `configs/mae_b16.py`.
+`configs/mae_l16.py` with a larger encoder; for everything else see `configs/mae_b16.py`.
 """
 
 from configs import mae_l16

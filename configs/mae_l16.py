@@ -5,7 +5,7 @@ Aims at: He et al. 2022, table 3, ViT-L, ImageNet 85.9 after fine-tuning. (With 
 
     python -m vlp_jax.train --config configs/mae_l16.py --workdir DIR
 
-`configs/mae_b16.py` with a larger encoder, where the rest is said.
+`configs/mae_b16.py` with a larger encoder; see there for everything else.
 """
 
 from configs import _recipes, mae_b16

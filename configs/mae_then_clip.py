@@ -5,8 +5,8 @@
         --config.init_from.source=runs/mae
 
 The second stage is the demo with towers that average their tokens, in 400 steps, evaluated more
-often; without `init_from` it starts from nothing.
-`python -m tools.mae_then_clip` runs both stages and that one, and draws what comes out.
+often. Without `init_from` it starts from random weights. `python -m tools.mae_then_clip` runs both
+stages and the comparison from random weights, and draws the results.
 """
 
 from ml_collections import ConfigDict
@@ -15,7 +15,7 @@ from configs import clip_shapes, demo
 from vlp_jax.config import duration
 
 DECODER = {"depth": 4, **demo.TOWER}
-# What a masked autoencoder would choose differently from CLIP's tower.
+# Fields in which masked autoencoders usually differ from CLIP; here the stages share the tower.
 SHARED = {"class_token": False, "position": "learned", "activation": "gelu_tanh"}
 
 
@@ -35,7 +35,8 @@ def mae(config):
     config.duration = duration(steps=1500)
     config.optimizer.learning_rate = 1.5e-3
     config.optimizer.muon.learning_rate = 0.02
-    # With less, Muon lets the kernels grow so far that the short second stage hardly moves them.
+    # With less decay, kernels grow so large under Muon that the short second stage hardly moves
+    # them.
     config.optimizer.weight_decay = 0.3
     image = {**config.objective.image.to_dict(), **SHARED}
     del image["pooling"]
@@ -44,9 +45,9 @@ def mae(config):
             "name": "masked_autoencoding",
             "image": image,
             "decoder": DECODER,
-            # Of 16 patches, 4 visible ones would say too little of the objects.
+            # An image has only 16 patches: a ratio of 0.75 would leave 4, too few to see objects.
             "mask_ratio": 0.5,
-            # Pixels as they are: the picture then owes nothing to the patches that are hidden.
+            # So that a picture of the reconstruction needs no statistics of the hidden patches.
             "normalize_targets": False,
             "image_mean": (0.5, 0.5, 0.5),
             "image_std": (0.5, 0.5, 0.5),
@@ -73,7 +74,7 @@ def mae(config):
 
 
 def clip(config):
-    # Of the source, the encoder alone; what is not of the image tower starts from the seed.
+    # Load only the encoder; all parameters outside of the image tower are initialized.
     config.init_from.rules = (("image/.*", "load"), (".*", "fresh"))
     config.evaluators.zero_shot.every = duration(steps=25)
     return config

@@ -3,9 +3,9 @@
     python -m vlp_jax.train --config configs/retrieval_shapes.py --workdir DIR \
         --config.init_from.source=demo/run --config.tokenizer.file=demo/run/tokenizer.json
 
-The demo learns from captions that name a part of a scene. This goes on from its weights with a
-tenth of its learning rates, with the captions that name everything, by which images are to be
-found.
+The demo learns from captions that name a part of a scene. This config continues from its weights
+with a tenth of its learning rates, on captions that name all objects. Retrieval is scored with such
+captions.
 """
 
 from ml_collections import ConfigDict

@@ -1,6 +1,6 @@
 """SigLIP on the embedded `shapes`: sigmoid loss, bidirectional text, attention pooling.
 
-The model has the form of the published ones, so that it can be exported to Hugging Face's
+The model has the form of published SigLIP models, so it can be exported to Hugging Face's
 SiglipModel.
 """
 

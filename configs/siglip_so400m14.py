@@ -7,13 +7,13 @@ Aims at: Zhai et al. 2023, table 3 (version 4 of the paper), So400m/14: zero-sho
         --config.tokenizer.file=TOKENIZER_JSON
     python -m vlp_jax.train --config configs/siglip_so400m14.py:378 ...
 
-The argument is the image size. At 224 pixels texts have 16 tokens, at 378 they have 64, as the two
-published models (google-research/big_vision, configs/proj/image_text/SigLIP_demo.ipynb). Of the 384
-pixels that the second one is named after its patches of 14 cover 378.
+The argument is the image size. Texts have 16 tokens at 224 pixels and 64 tokens at 378, as in the
+two published models (google-research/big_vision, configs/proj/image_text/SigLIP_demo.ipynb). The
+second model is named after 384 pixels, of which its patches of 14 cover 378.
 
-`configs/siglip_b16.py` with other towers; what differs from the paper is said there. The larger
-resolution is trained from the start here, while the published one went on from a smaller one.
-1152 is no multiple of 256: on so many devices set --config.mesh.fsdp=64 (or 128, 16).
+`configs/siglip_b16.py` with other towers; see there for the differences from the paper. The larger
+resolution is trained from the start here; the published model was trained on from a smaller one.
+1152 is no multiple of 256: on 256 devices set --config.mesh.fsdp=64 (or 128, 16).
 """
 
 from configs import _recipes, siglip_b16

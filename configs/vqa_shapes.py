@@ -1,12 +1,12 @@
-"""Questions about `shapes`, answered from a closed list of 42, minutes on two CPU cores.
+"""Questions about `shapes`, answered from a closed list of 42: minutes on two CPU cores.
 
     python -m vlp_jax.train --config configs/vqa_shapes.py --workdir DIR \
         --config.init_from.source=demo/run --config.tokenizer.file=demo/run/tokenizer.json
 
-The towers are those of the demo, a Transformer over the tokens of both is new. A scene has six
-questions of ten kinds, of which a step sees one; evaluation asks all of them.
-Without `init_from.source` everything starts from nothing, and without `tokenizer.file` the
-tokenizer is trained on the questions.
+The towers come from the demo; the Transformer over the tokens of both is new. A scene has six
+questions, of ten kinds. A training step sees one of them, and evaluation asks all. Without
+`init_from.source` everything starts from random weights, and without `tokenizer.file` the tokenizer
+is trained on the questions.
 """
 
 from ml_collections import ConfigDict

@@ -37,7 +37,7 @@ from vlp_jax.observe.writers import build_writers
 from vlp_jax.parallel import mesh as mesh_lib
 from vlp_jax.parallel import startup
 from vlp_jax.parallel.batch import Prefetcher
-from vlp_jax.training.build import Parts, build, first_state, make_checkpointer
+from vlp_jax.training.build import RunComponents, build, first_state, make_checkpointer
 from vlp_jax.training.command import run_command
 from vlp_jax.training.loop import Loop
 from vlp_jax.training.monitor import Monitor, make_step_clock
@@ -69,7 +69,7 @@ class LoopRunner:
 
     def __init__(
         self,
-        parts: Parts,
+        parts: RunComponents,
         step_function: StepProgram,
         workdir: epath.Path,
         startup_clock: StartupClock,

@@ -1,5 +1,7 @@
 """Vision-language pretraining in JAX.
 
+Load a trained model and compare images with texts:
+
 import vlp_jax
 model = vlp_jax.load("runs/clip")
 model.embed_image(["a.jpg"]) @ model.embed_text(["a red ring", "a blue star"]).T
@@ -14,7 +16,7 @@ from vlp_jax import signals
 if TYPE_CHECKING:
     from vlp_jax.encoders import load
 
-# Before a command imports what takes seconds.
+# First of all: imports take seconds, and a signal must be heard meanwhile.
 signals.listen_if_started(__name__)
 
 __version__ = "0.1.0"
@@ -22,7 +24,7 @@ __all__ = ["load"]
 
 
 def __getattr__(name: str) -> Any:
-    # Imported when it is asked for: most commands have no use for it, and it takes a second.
+    # Imported on demand, because it takes a second and most commands do not need it.
     if name == "load":
         from vlp_jax.encoders import load
 

@@ -1,4 +1,4 @@
-"""Configs: load a file, override it from the command line, check it, shrink it to a smoke test.
+"""Loads configs from files, overrides keys from the command line, and checks them.
 
 A config file is Python with a function `get_config(arg)` that starts from `base()`, changes what it
 needs to and returns an `ml_collections.ConfigDict`. Sections that name a component (`objective`,
@@ -26,26 +26,26 @@ from vlp_jax.files import without_mark
 from vlp_jax.preprocess import as_sections, is_sequence, labelled, normalize
 
 BOOLEANS = {"true": True, "1": True, "false": False, "0": False}
-# What an argument that is annotated so takes. Arguments of other types are not checked here.
+# Annotation of an argument -> the types it accepts. Other annotations are not checked here.
 PLAIN_TYPES = {"bool": (bool,), "int": (int,), "float": (int, float), "str": (str,)}
 DURATION_UNITS = ("steps", "examples", "epochs", "percent")
-# Sections whose keys are the arguments of what they name; each is checked where it is built.
+# Sections whose keys are the arguments of a component. `build` checks them.
 COMPONENT_SECTIONS = ("objective", "data", "extra_data", "tokenizer", "evaluators")
 
 
 def load(spec: str) -> ConfigDict:
-    """The config of `"path/to/file.py"` or `"path/to/file.py:arg"`, locked and checked.
+    """Loads the config in `"path/to/file.py"` or `"path/to/file.py:arg"`; locks and checks it.
 
     Raises:
-      UserError: no such file, no `get_config` in it, or it sets a key that does not exist.
+      UserError: the file or its `get_config` is missing, or it sets a key that does not exist.
     """
     path, _, argument = spec.partition(":")
     file = Path(path)
     if not file.is_file():
         raise UserError(f"config file {path} does not exist")
-    without_mark(file.read_bytes(), path)  # Python takes its own mark and no other encoding's
+    without_mark(file.read_bytes(), path)  # Python's own error for UTF-16 does not say what to do
     root = str(file.resolve().parent.parent)
-    if root not in sys.path:  # so that configs can derive from each other: `from configs import x`
+    if root not in sys.path:  # lets a config derive from another: `from configs import clip_b16`
         sys.path.insert(0, root)
     module_spec = importlib.util.spec_from_file_location(f"vlp_jax_config_{file.stem}", file)
     module = importlib.util.module_from_spec(module_spec)
@@ -55,7 +55,7 @@ def load(spec: str) -> ConfigDict:
             raise UserError(f"{path} has no function get_config(arg)")
         config = module.get_config(argument or None)
     except (AttributeError, KeyError, TypeError) as error:
-        # ConfigDict's own words for a key that its locked parent does not have.
+        # ConfigDict's error names the key that its locked parent does not have.
         raise UserError(f"{path}: {_first_line(error)}") from error
     check(config)
     with config.unlocked():
@@ -88,23 +88,25 @@ def _check_keys(
         if key not in skip and isinstance(known[key], ConfigDict):
             if not isinstance(config[key], ConfigDict):
                 raise UserError(f"{where}.{key} must be a section, not {config[key]!r}")
-            if known[key]:  # else it holds sections by names of the user's own
+            if known[key]:  # an empty section takes any names, such as config.init_from.sources
                 _check_keys(config[key], known[key], f"{where}.{key}")
         elif config[key] is None and known[key] is not None and key not in DURATION_UNITS:
             raise UserError(f"{where}.{key} must not be None")
 
 
 def override(config: ConfigDict, assignments: list[str]) -> None:
-    """Applies `["a.b=v", ...]` in place. Values are Python literals, text needs no quotes;
-    None leaves an evaluator (`evaluators.NAME=None`) or an operation on the data out
-    (`data.preprocess.NAME=None`). In a `preprocess` that is a list NAME is the name of an
-    operation, and "NAME#2" the second of that name; one that is new follows at the end.
+    """Applies `["a.b=v", ...]` in place.
 
-    A component takes arguments that its section does not set (`objective.attention=pallas`), so a
-    key that is new in it is set as well, and checked where the component is built.
+    - A value is a Python literal; text needs no quotes.
+    - `evaluators.NAME=None` removes an evaluator, `data.preprocess.NAME=None` an operation.
+    - In a `preprocess` that is a list, NAME is an operation's name, and "NAME#2" is the second
+      operation with that name. A new operation is appended.
+    - A component accepts arguments that its section does not set (`objective.attention=pallas`). So
+      a new key of a component is set here, and checked where the component is built.
 
     Raises:
-      UserError: a key that does not exist (with the nearest that does), or a value of another type.
+      UserError: a key that does not exist (the error names the nearest one that does), or a value
+        of another type.
     """
     for assignment in assignments:
         path, equals, text = assignment.partition("=")
@@ -123,15 +125,15 @@ def _assign(config: ConfigDict, path: str, text: str) -> None:
         return
     _require(section, key, where)
     current = section[key]
-    may_go = where == "config.evaluators" or where.endswith(".preprocess")
-    if may_go and text == "None":
+    removable = where == "config.evaluators" or where.endswith(".preprocess")
+    if removable and text == "None":
         with config.unlocked():
             del section[key]
         return
     if isinstance(current, ConfigDict):
         keys = ", ".join(f"--config.{path}.{name}" for name in current)
         keys = f"set one of its keys: {keys}" if keys else "it has no keys yet"
-        leave = f"; --config.{path}=None leaves it out" if may_go else ""
+        leave = f"; --config.{path}=None leaves it out" if removable else ""
         raise UserError(f"--config.{path} is a section; {keys}{leave}")
     expected = section.get_type(key)
     try:
@@ -143,7 +145,7 @@ def _assign(config: ConfigDict, path: str, text: str) -> None:
 
 
 def _find(config: ConfigDict, path: str) -> tuple[ConfigDict, str, str]:
-    """The section that holds the last key of the dotted `path`, that key, the section's name."""
+    """Finds the section that holds the last key of `path`; returns (section, key, its name)."""
     *parents, key = path.split(".")
     section, where = config, "config"
     for parent in parents:
@@ -157,11 +159,11 @@ def _find(config: ConfigDict, path: str) -> tuple[ConfigDict, str, str]:
 
 
 def _is_component(path: str) -> bool:
-    """Whether the last key of `path` stands in the section of a component, or below it."""
+    """Whether the last key of `path` is in the section of a component, or below it."""
     if path.startswith("init_from.sources."):
         return path.count(".") == 3
     root, *keys = path.split(".")
-    named = ("extra_data", "evaluators")  # sections of components, each by its name
+    named = ("extra_data", "evaluators")  # these hold components by names that the user chooses
     return root in COMPONENT_SECTIONS and len(keys) > (1 if root in named else 0)
 
 
@@ -170,7 +172,7 @@ def _is_duration(section: ConfigDict) -> bool:
 
 
 def _literal(text: str) -> Any:
-    """`text` as the Python value that it spells, else as it is."""
+    """Parses `text` as a Python literal; text that is none stays as it is."""
     if text.lower() in ("true", "false"):
         return BOOLEANS[text.lower()]
     try:
@@ -185,7 +187,7 @@ def _require(section: ConfigDict, key: str, where: str) -> None:
 
 
 def _parse(text: str, current: Any, expected: type) -> Any:
-    """`text` as a value that may stand where `current` stood."""
+    """Parses `text` as a value of the type `expected`, which may replace `current`."""
     if text == "None":
         return None
     if expected is str:
@@ -204,7 +206,7 @@ def _parse(text: str, current: Any, expected: type) -> Any:
 
 
 def flatten(config: ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """("a.b", value) of every leaf."""
+    """Yields ("a.b", value) for every leaf."""
     for key, value in config.items():
         if isinstance(value, ConfigDict):
             yield from flatten(value, f"{prefix}{key}.")
@@ -213,7 +215,7 @@ def flatten(config: ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def settable(config: ConfigDict) -> Iterator[tuple[str, Any]]:
-    """Yields `flatten`'s keys, with the arguments of each operation of a list by its label."""
+    """Yields the keys that `override` accepts, with values: `flatten`, and operations of a list."""
     for key, value in flatten(config):
         if not key.endswith("preprocess") or not is_sequence(value):
             yield key, value
@@ -223,14 +225,14 @@ def settable(config: ConfigDict) -> Iterator[tuple[str, Any]]:
 
 
 def to_json(config: ConfigDict) -> str:
-    """The resolved config as text; `from_json` reads it back."""
+    """Writes the resolved config as JSON; `from_json` reads it back."""
     return json.dumps(config.to_dict(), indent=2) + "\n"
 
 
 def from_json(text: str) -> ConfigDict:
-    """The config that `to_json` wrote, with lists as tuples, locked and checked.
+    """Reads a config that `to_json` wrote, with lists as tuples; locks and checks it.
 
-    Keys of `base()` that were not there yet when it was written get their defaults.
+    Keys of `base()` that did not exist yet when it was written get their defaults.
     """
     config = ConfigDict(_tuples(json.loads(text)))
     _add_missing(config, base())
@@ -254,10 +256,11 @@ def _tuples(value: Any) -> Any:
 
 
 def build(constructor: Callable[..., Any], section: Mapping[str, Any], where: str, **more: Any):
-    """`constructor(**section, **more)`; unknown and missing keys are a UserError that names them.
+    """Calls `constructor(**section, **more)`, without the key `name` that selected it.
 
-    So are values of another type, where the constructor says that it takes a bool, a number or a
-    text. A key `name` in `section` selected the constructor and is left out.
+    Raises:
+      UserError: unknown or missing keys, a value that does not fit an annotation in `PLAIN_TYPES`,
+        or a TypeError or ValueError of the constructor.
     """
     arguments = {key: value for key, value in section.items() if key != "name"}
     if dataclasses.is_dataclass(constructor):
@@ -291,17 +294,18 @@ def build(constructor: Callable[..., Any], section: Mapping[str, Any], where: st
 
 
 def _check_type(where: str, value: Any, annotation: Any) -> None:
-    """Raises UserError if `annotation` names a type in `PLAIN_TYPES`, and `value` is of another."""
+    """Raises UserError if `annotation` is in `PLAIN_TYPES` and `value` has another type."""
     name = annotation.removesuffix(" | None") if isinstance(annotation, str) else ""
     if name not in PLAIN_TYPES or value is None:
         return
     kinds = PLAIN_TYPES[name]
+    # A bool is an int in Python, but `depth=True` is a mistake.
     if not isinstance(value, kinds) or (isinstance(value, bool) and name != "bool"):
         raise UserError(f"{where}={value!r}: not a value of type {name}")
 
 
 def select(table: Mapping[str, Any], section: Mapping[str, Any], where: str) -> Any:
-    """`table[section.name]`; a UserError that names the nearest known one if there is none."""
+    """Returns `table[section.name]`; raises a UserError that names the nearest known name."""
     if "name" not in section:
         raise UserError(f"{where} lacks a name (known: {', '.join(sorted(table))})")
     if section["name"] not in table:

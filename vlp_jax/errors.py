@@ -1,4 +1,4 @@
-"""The exceptions that end in one line, and the exit statuses of all commands."""
+"""The exceptions that end a command with one line, and the exit statuses of all commands."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ from typing import Any
 
 
 class ExitStatus(enum.IntEnum):
-    """How a command ended. The launchers start again what ended otherwise than in the first two.
+    """How a command ended. The launchers restart a run, except after the first two.
 
-    The numbers are those of sysexits.h where it has one that fits.
+    The numbers are from sysexits.h where it has one that fits.
     """
 
     COMPLETE = 0
-    MISTAKE = 2  # of the user: it would come again
-    NOT_FINITE = 65  # EX_DATAERR: losses or gradients, several steps in a row
-    HANG = 70  # EX_SOFTWARE: no sign of life, ended by the watchdog
+    MISTAKE = 2  # a mistake of the user, which a restart would repeat
+    NOT_FINITE = 65  # EX_DATAERR: loss or gradient not finite, several steps in a row
+    HANG = 70  # EX_SOFTWARE: no progress; the watchdog ended the process
     CANNOT_SAVE = 74  # EX_IOERR: checkpoints cannot be written
-    PREEMPTED = 75  # EX_TEMPFAIL: told to stop; a run has saved what it had trained
+    PREEMPTED = 75  # EX_TEMPFAIL: told to stop; a run has saved its state before
     PEER_LOST = 76  # EX_PROTOCOL: another process of the job is gone
 
 
 class UserError(Exception):
-    """A mistake in a config, a command line, a file or a workdir that the user can mend.
+    """A mistake in a config, a command line, a file or a workdir, which the user can mend.
 
     Its message is one line: what is wrong, where, and what to do about it. The entry points print
-    that line to stderr and exit with `status`; anything else that is raised is a defect of ours and
+    the line to stderr and exit with `status`. Every other exception is a defect of this package and
     keeps its traceback.
     """
 
@@ -36,26 +36,26 @@ class UserError(Exception):
 
 
 class NotFinite(UserError):
-    """Losses or gradients that are no numbers, too many steps in a row."""
+    """Losses or gradients were not finite for too many steps in a row."""
 
     status = ExitStatus.NOT_FINITE
 
 
 class NoScores(UserError):
-    """An evaluator cannot score its data, which every process finds alike.
+    """An evaluator cannot score its data. Every process raises it alike.
 
-    A command that evaluates ends with it; a training run says so and goes on.
+    It ends an evaluation command; a training run prints it and goes on.
     """
 
 
 class CannotSave(UserError):
-    """Checkpoints that a run depends on could not be written."""
+    """A checkpoint that a run depends on could not be written."""
 
     status = ExitStatus.CANNOT_SAVE
 
 
 class PeerLost(UserError):
-    """Another process of the job is not there: it may be late, so starting again can help."""
+    """Another process of the job is missing. It may be late, so starting again can help."""
 
     status = ExitStatus.PEER_LOST
 
@@ -67,14 +67,14 @@ class Preempted(UserError):
 
 
 def error_of_status(status: int) -> type[UserError]:
-    """The kind of `UserError` that ends a command with `status`, as another process told it."""
+    """Returns the kind of `UserError` that has this exit status."""
     kinds = {kind.status: kind for kind in UserError.__subclasses__()}
     kinds[ExitStatus.MISTAKE] = UserError
     return kinds.get(status, UserError)
 
 
 def unknown_key_message(key: str, known: Iterable[str], where: str) -> str:
-    """One line that says `key` is not known in `where`, and which known key is nearest."""
+    """Makes the line of an error about an unknown key in `where`; it suggests the nearest key."""
     known = sorted(known)
     nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
     hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
@@ -82,7 +82,7 @@ def unknown_key_message(key: str, known: Iterable[str], where: str) -> str:
 
 
 def check_arguments(constructor: Callable[..., Any], arguments: Iterable[str], where: str) -> None:
-    """Raises UserError for an argument that `constructor` does not take, or one that it lacks."""
+    """Raises UserError for an argument that `constructor` does not take, or that is missing."""
     parameters, arguments = inspect.signature(constructor).parameters, set(arguments)
     for key in sorted(arguments - set(parameters)):
         raise UserError(unknown_key_message(key, parameters, where))

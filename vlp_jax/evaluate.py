@@ -1,4 +1,4 @@
-"""Evaluates checkpoints or weights of others: python -m vlp_jax.evaluate --workdir DIR."""
+"""Evaluates checkpoints or foreign weights: python -m vlp_jax.evaluate --workdir DIR."""
 
 from __future__ import annotations
 
@@ -48,10 +48,10 @@ EPILOG = """examples:
 
 
 def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-    """The arguments, and the assignments of --config.KEY=VALUE.
+    """Parses the command line into arguments and assignments "KEY=VALUE" of --config.KEY=VALUE.
 
     Raises:
-      UserError: an argument that does not exist, or some that exclude each other.
+      UserError: an unknown argument, or arguments that exclude each other.
     """
     parser = argparse.ArgumentParser(
         prog="python -m vlp_jax.evaluate",
@@ -149,10 +149,10 @@ def _check(arguments: argparse.Namespace) -> None:
 def open_subject(
     arguments: argparse.Namespace, overrides: Sequence[str], names: Sequence[str] | None
 ) -> Subject:
-    """What the command line names.
+    """Opens the run or the weights that the command line names.
 
     Raises:
-      UserError: it is not there, or cannot be evaluated so.
+      UserError: they do not exist, or cannot be evaluated with these arguments.
     """
     if arguments.weights is None:
         return Subject.of_run(
@@ -176,7 +176,7 @@ def open_subject(
 def load_run(
     workdir: str | os.PathLike, step: int | None = None, choice: str = "auto"
 ) -> tuple[Subject, LoadedParameters]:
-    """The run in `workdir` with its evaluators, and its parameters at `step` (default: the newest).
+    """Opens the run in `workdir`, and loads its parameters at `step` (default: the newest).
 
     Args:
       choice: one of `restore.CHOICES`.
@@ -191,10 +191,10 @@ def load_run(
 def scores_of(
     subject: Subject, loaded: LoadedParameters, names: Sequence[str] | None = None
 ) -> dict[str, float]:
-    """`eval/NAME/SCORE` -> value.
+    """Runs evaluators; returns `eval/NAME/SCORE` -> value.
 
     Args:
-      names: of evaluators; None for all that the subject has.
+      names: names of evaluators; None for all of the subject.
     """
     return dict(find(subject, loaded, names).scores)
 
@@ -205,10 +205,10 @@ def evaluate(
     names: Sequence[str] | None = None,
     choice: str = "auto",
 ) -> dict[str, float]:
-    """`eval/NAME/SCORE` -> value, and `step`.
+    """Evaluates a run; returns `eval/NAME/SCORE` -> value, and `step`.
 
     Raises:
-      UserError: an evaluator that the run's config does not have, or see `load_run`.
+      UserError: an unknown evaluator, or the errors of `load_run`.
     """
     subject = Subject.of_run(workdir, names=names)
     loaded = subject.load(step, choice)
@@ -216,29 +216,29 @@ def evaluate(
 
 
 def known_scores(workdir: epath.Path) -> dict[int, dict[str, float]]:
-    """Step -> the newest scores in `evaluations.jsonl`."""
-    file, found = workdir / EVALUATIONS, {}
+    """Reads the newest scores of each step from `evaluations.jsonl`."""
+    file, by_step = workdir / EVALUATIONS, {}
     for record in read_metrics(file) if file.exists() else ():
         scores = {key: value for key, value in record.items() if key.startswith("eval/")}
-        found.setdefault(record["step"], {}).update(scores)
-    return found
+        by_step.setdefault(record["step"], {}).update(scores)
+    return by_step
 
 
 def missing(subject: Subject, known: dict[str, float]) -> list[str]:
-    """The evaluators that have no score among those that are known of a checkpoint."""
-    there = {key.split("/")[1] for key in known}
-    return [name for name in subject.evaluators if name not in there]
+    """Returns the evaluators without a score among the `known` scores of a checkpoint."""
+    scored = {key.split("/")[1] for key in known}
+    return [name for name in subject.evaluators if name not in scored]
 
 
 def checkpoints(subject: Subject, follow: bool, stop: threading.Event) -> Iterator[int]:
-    """Steps of the run's checkpoints in order; with `follow` also those that are still to come.
+    """Yields the steps of the run's checkpoints, in order.
 
-    Follows until the run is complete, or `stop` is set.
+    With `follow` it waits for new checkpoints until the run is complete, or `stop` is set.
     """
     seen: set[int] = set()
     waiting = False
     while not stop.is_set():
-        # Asked before the list is made: a run saves its last checkpoint before it says so.
+        # Before the list is made: a run that is complete by now has saved its last checkpoint.
         last = not follow or agreement.from_first(_is_complete(subject.workdir))
         new = [s for s in agreement.from_first(subject.saved_steps()) if s not in seen]
         for step in new:
@@ -256,7 +256,7 @@ def checkpoints(subject: Subject, follow: bool, stop: threading.Event) -> Iterat
 
 
 def _is_complete(workdir: epath.Path) -> bool:
-    """Whether the run has come to its end."""
+    """Whether the run is complete, according to its goodput file."""
     file = workdir / GOODPUT_FILE
     return file.exists() and RunTime.from_json(file.read_text()).ended == "complete"
 
@@ -264,16 +264,16 @@ def _is_complete(workdir: epath.Path) -> bool:
 def evaluate_many(
     subject: Subject, arguments: argparse.Namespace, stop: threading.Event
 ) -> dict[str, float]:
-    """Evaluates all checkpoints, keeps their scores, and returns the scores of the last.
+    """Evaluates all checkpoints, saves their scores, and returns the scores of the last one.
 
     Args:
-      stop: set when no further checkpoint is to be evaluated.
+      stop: set to end before the next checkpoint.
 
     Raises:
       UserError: there is no checkpoint.
     """
     if not arguments.follow and not subject.saved_steps():
-        subject.load()  # says that there are none
+        subject.load()  # raises the error that there are none
     writer = None
     if jax.process_index() == 0:
         writer = JsonlWriter(subject.workdir / EVALUATIONS, start_step=sys.maxsize)
@@ -287,7 +287,7 @@ def evaluate_many(
             try:
                 loaded = subject.load(step, arguments.params)
             except (UserError, FileNotFoundError) as error:
-                # The run removes old checkpoints while this waits and computes.
+                # A run under way removes its old checkpoints while this command computes.
                 if step in subject.saved_steps():
                     raise
                 _say(f"step {step:,} is gone, as the run keeps its newest alone ({error})")
@@ -321,7 +321,7 @@ def _say_all(lines: Iterable[str]) -> None:
 
 
 def _exact(value: float) -> str:
-    """The shortest digits that read back as `value`, so that printed scores can be compared."""
+    """Formats `value` in six digits, or in more if it takes them to read back the same number."""
     short = f"{value:.6g}"
     return short if float(short) == value else repr(float(value))
 
@@ -332,7 +332,7 @@ def _print_scores(scores: dict[str, Any]) -> None:
 
 
 def run(arguments: argparse.Namespace, overrides: Sequence[str], argv: Sequence[str] = ()) -> None:
-    """Evaluates what the command line names, and writes what it asks for."""
+    """Runs the command: evaluates, prints the scores, and writes the files it is asked for."""
     names = arguments.evaluators.split(",") if arguments.evaluators else None
     if arguments.compare:
         _say_all(report_command.compare(arguments, argv))
@@ -359,7 +359,7 @@ def run(arguments: argparse.Namespace, overrides: Sequence[str], argv: Sequence[
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command; returns its exit status."""
+    """Runs the command, and returns its exit status."""
 
     def command() -> None:
         typed = sys.argv[1:] if argv is None else argv

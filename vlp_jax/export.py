@@ -1,4 +1,4 @@
-"""Writes a run's model as another project's files: python -m vlp_jax.export --workdir DIR ..."""
+"""Writes a run's model in a foreign format: python -m vlp_jax.export --workdir DIR ..."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from vlp_jax.data.tokenizers.base import NORMALIZED
 from vlp_jax.errors import UserError, unknown_key_message
 from vlp_jax.handover.artifacts import ARTIFACTS
 from vlp_jax.handover.functions import DTYPES
-from vlp_jax.handover.job import Job, kinds_of, known_formats
+from vlp_jax.handover.job import ExportJob, kinds_of, known_formats
 from vlp_jax.interop.base import INTERPOLATIONS, RESIZES
 from vlp_jax.interop.hf_tokenizer import TokenizerFiles
 from vlp_jax.interop.precision import WEIGHTS
@@ -44,7 +44,7 @@ EPILOG = """formats:
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """The arguments."""
+    """Parses the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m vlp_jax.export",
         description="Writes the model of a run's checkpoint, with its config, tokenizer and image "
@@ -76,7 +76,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def add_handover_arguments(parser: argparse.ArgumentParser) -> None:
-    """What an export of a run asks for besides."""
+    """Adds the arguments that only an export of a run has."""
     parser.add_argument(
         "--dtype",
         choices=DTYPES,
@@ -98,7 +98,7 @@ def add_handover_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_writing_arguments(parser: argparse.ArgumentParser) -> None:
-    """What every command that writes a model asks for."""
+    """Adds the arguments of every command that writes a model."""
     parser.add_argument(
         "--weights",
         choices=WEIGHTS,
@@ -128,10 +128,14 @@ def add_writing_arguments(parser: argparse.ArgumentParser) -> None:
 def choose(
     objective: Objective, parameters: Mapping[str, Any], format: str, part: str | None
 ) -> tuple[Objective, Model, str]:
-    """What is written: the objective it is of, the model, and a line on what is left out.
+    """Chooses the part of an objective to write, for a format.
+
+    Returns:
+      The objective (or its part), its model with parameters, and a line about towers that the
+      format leaves out ("" if there are none).
 
     Raises:
-      UserError: there is no such part, or no such format.
+      UserError: an unknown part or format.
     """
     parts = objective.parts()
     if part is not None and part not in parts:
@@ -140,10 +144,10 @@ def choose(
     candidates = [one.objective for one in chosen]
     kinds = kinds_of(format)
     leaf = next((leaf for leaf in candidates if isinstance(leaf.model, kinds)), candidates[0])
-    own = dict(parameters)
+    parameters = dict(parameters)
     if leaf is not objective:
-        own = {k: own[k] for k in expected_shapes(leaf.model) if k in own}
-    model = Model(leaf.model, bounded(leaf, own))
+        parameters = {k: parameters[k] for k in expected_shapes(leaf.model) if k in parameters}
+    model = Model(leaf.model, bounded(leaf, parameters))
     if format in ARTIFACTS:
         return leaf, model, ""
     model, note = fitting_part(format, model)
@@ -151,10 +155,11 @@ def choose(
 
 
 def extras_of(run: Run, objective: Objective, notes: list[str]) -> dict[str, Any]:
-    """What a foreign config wants to know of a run, as fields of `vlp_jax.interop.Extras`.
+    """Collects the settings of a run that foreign configs need, as fields of `interop.Extras`.
 
     Args:
-      objective: the run's, or the part of it that is written.
+      objective: the run's objective, or the part of it to write.
+      notes: lines for the user are appended here.
     """
     model, tokenizer = objective.model, run.tokenizer
     extras = {
@@ -183,7 +188,7 @@ def extras_of(run: Run, objective: Objective, notes: list[str]) -> dict[str, Any
                 "all HTML entities; its files for others do not"
             )
         extras |= ids
-        extras["tokenizer"] = TokenizerFiles.made(
+        extras["tokenizer"] = TokenizerFiles.from_json(
             tokenizer.to_json(*(name in wording.names for name in NORMALIZED)),
             context_length=tokenizer.context_length,
             **ids,
@@ -192,14 +197,14 @@ def extras_of(run: Run, objective: Objective, notes: list[str]) -> dict[str, Any
 
 
 def chosen_settings(arguments: argparse.Namespace) -> dict[str, Any]:
-    """What the command line says of the resize and the weights."""
+    """Returns the settings for resizing and weights that the command line sets."""
     settings = {name: getattr(arguments, name) for name in ("resize", "interpolation", "weights")}
     chosen: dict[str, Any] = {k: value for k, value in settings.items() if value is not None}
     return chosen | {"scale": None} if "resize" in chosen else chosen
 
 
 def report(format: str, directory: Path, written: Sequence[Path], difference: float | None) -> str:
-    """What was written, and how it is loaded."""
+    """Lists the files that were written, and says how to load them."""
     lines = [f"wrote {path} ({path.stat().st_size:,} bytes)" for path in written]
     if difference is not None:
         lines.append(f"read back: features of a random input differ by at most {difference:.1e}")
@@ -207,11 +212,11 @@ def report(format: str, directory: Path, written: Sequence[Path], difference: fl
 
 
 def export(arguments: argparse.Namespace) -> str:
-    """Writes what the command asks for; returns a report.
+    """Runs the export that the command line asks for; returns a report.
 
     Raises:
-      UserError: no run or checkpoint, a folder that is not free, a format that does not hold the
-        model, or one that its own library does not load.
+      UserError: there is no run or checkpoint, the output folder is not empty, the format cannot
+        express the model, or the format's library cannot load the result.
     """
     workdir, output = checkpoint.absolute(arguments.workdir), Path(arguments.output).expanduser()
     check_arguments_fit(arguments, workdir, output)
@@ -220,7 +225,7 @@ def export(arguments: argparse.Namespace) -> str:
     leaf, model, note = choose(run.objective, saved.read(), arguments.format, arguments.part)
     notes = [note] if note else []
     extras = extras_of(run, leaf, notes) | chosen_settings(arguments)
-    job = Job(
+    job = ExportJob(
         format=arguments.format,
         model=model,
         extras=extras,
@@ -239,11 +244,7 @@ def export(arguments: argparse.Namespace) -> str:
 
 
 def check_arguments_fit(arguments: argparse.Namespace, workdir: epath.Path, output: Path) -> None:
-    """
-    Raises:
-      UserError: a format that is not known, an option that it does not have, or an output that
-        cannot be.
-    """
+    """Raises UserError for an unknown format, an option that it lacks, or an unusable output."""
     if arguments.format not in known_formats():
         raise UserError(unknown_key_message(arguments.format, known_formats(), "--format"))
     if arguments.dtype is not None and arguments.format not in ARTIFACTS:
@@ -263,7 +264,7 @@ def check_arguments_fit(arguments: argparse.Namespace, workdir: epath.Path, outp
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command; returns its exit status."""
+    """Runs the command, and returns its exit status."""
     arguments = parse(sys.argv[1:] if argv is None else argv)
 
     def command() -> None:

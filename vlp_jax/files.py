@@ -1,4 +1,4 @@
-"""Files on a disk or in an object store: written whole or not at all; users' texts, read."""
+"""Writes files atomically, on disk or in an object store, and reads text files of users."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from etils import epath
 
 from vlp_jax.errors import UserError
 
-# UTF-32's come first, because its little-endian mark begins with that of UTF-16.
+# UTF-32 comes first: its little-endian mark begins with UTF-16's mark.
 _OTHER_MARKS = (
     (codecs.BOM_UTF32_LE, "UTF-32"),
     (codecs.BOM_UTF32_BE, "UTF-32"),
@@ -26,22 +26,22 @@ _LINE_END = re.compile(r"\r\n|\r|\n")
 
 
 def is_remote(path: epath.PathLike) -> bool:
-    """Whether `path` is an object store's (gs://, s3://, ...), where files cannot be appended."""
+    """Whether `path` is in an object store (gs://, s3://, ...), where files cannot be appended."""
     return "://" in os.fspath(path)
 
 
 def write_whole(path: epath.PathLike, content: str | bytes) -> None:
-    """Writes a file so that readers, and a crash, see the old content or the new, never a part.
+    """Writes a file atomically: readers see the old content or the new, also after a crash.
 
-    Its folder is made. What could not be put in place leaves no other file behind.
+    Makes the folder if needed. A failure leaves no temporary file behind.
 
     Raises:
-      OSError: it cannot be written; of an object store, also others.
+      OSError: the file cannot be written. An object store may raise other errors.
     """
     path = epath.Path(path)
     content = content.encode() if isinstance(content, str) else content
     if is_remote(path):
-        path.write_bytes(content)  # an object appears when it is whole
+        path.write_bytes(content)  # an object appears only when it is complete
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.parent / f".{path.name}.{uuid.uuid4().hex[:8]}.tmp"
@@ -79,7 +79,7 @@ def decode_text(content: bytes, where: str) -> str:
       where: names the content in messages.
 
     Raises:
-      UserError: it is in another encoding.
+      UserError: the content is in another encoding.
     """
     without_mark(content, where)
     text = _decode(content, where, 1)
@@ -108,7 +108,7 @@ def text_lines(path: epath.PathLike) -> Iterator[str]:
     except OSError as error:
         raise UserError(f"cannot read the file {path}: {error.strerror or error}") from None
     except UnicodeDecodeError:
-        # The decoder is ahead of the lines. Only a second look tells which line it is.
+        # The decoder reads ahead of the lines, so a second pass has to find the line.
         with epath.Path(path).open("rb") as raw:
             for number, line in enumerate(raw, 1):
                 _decode(line, str(path), number)
@@ -124,17 +124,17 @@ def read_lines(path: epath.PathLike, key: str = "") -> tuple[str, ...]:
       UserError: as `read_text`, or no line is left.
     """
     stripped = (line.strip() for line in _LINE_END.split(read_text(path, key)))
-    found = tuple(line for line in stripped if line and not line.startswith("#"))
-    if not found:
+    lines = tuple(line for line in stripped if line and not line.startswith("#"))
+    if not lines:
         raise UserError(f"{key}: the file {path} has no lines")
-    return found
+    return lines
 
 
 def without_mark(content: bytes, where: str) -> bytes:
-    """`content` without the byte order mark of UTF-8 at its beginning.
+    """Removes a byte order mark of UTF-8 from the beginning of `content`.
 
     Raises:
-      UserError: it begins with the mark of another encoding.
+      UserError: `content` begins with the mark of another encoding.
     """
     for mark, name in _OTHER_MARKS:
         if content.startswith(mark):

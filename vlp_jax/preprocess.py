@@ -1,4 +1,4 @@
-"""The two forms of `data.preprocess`, which name operations on an example and their arguments.
+"""Reads the two forms of `data.preprocess`, a list of operations on an example with arguments.
 
 A sequence of (name, arguments) pairs runs as written. A mapping of names to arguments has no order,
 because ml_collections sorts its keys: `vlp_jax.data.ops` runs it in the order of its table.
@@ -20,7 +20,8 @@ from vlp_jax.errors import UserError
 if TYPE_CHECKING:
     from ml_collections import ConfigDict
 
-# Arguments of operations that name fields which the embedded data does not have.
+# For smoke tests: arguments that name fields which the embedded data does not have. They are
+# removed.
 SMOKE_OTHER_FIELDS = {
     "choose_text": ("field", "fields", "weights"),
     "choose_question": ("question", "answer", "kind"),
@@ -28,7 +29,7 @@ SMOKE_OTHER_FIELDS = {
     "resize_shortest_and_random_crop": ("box_fields", "min_box_share"),
     "resize_shortest_and_center_crop": ("box_fields", "min_box_share"),
 }
-# Operations that read a field of the data, and the field of the embedded data in its place.
+# Operations that read a stored field -> the embedded data's field to read instead.
 SMOKE_READ = {"decode_image": "image", "tokenize": "text"}
 SMOKE_WITHOUT = ("pad_rows",)  # the embedded data has no lists of numbers under usual names
 
@@ -39,15 +40,15 @@ def is_sequence(preprocess: Any) -> bool:
 
 
 def labelled(preprocess: Any) -> dict[str, Any]:
-    """The arguments of each operation by its label, in the order in which the config has them.
+    """Returns the arguments of each operation by its label, in the order of the config.
 
     Raises:
       UserError: an entry is no (name, arguments) pair, or its arguments are no mapping.
     """
     if not is_sequence(preprocess):
-        found = dict(preprocess.items())
+        operations = dict(preprocess.items())
     else:
-        found, counts = {}, Counter()
+        operations, counts = {}, Counter()
         for pair in preprocess:
             if not is_sequence(pair) or len(pair) != 2 or not isinstance(pair[0], str):
                 raise UserError(
@@ -61,20 +62,20 @@ def labelled(preprocess: Any) -> dict[str, Any]:
                     f"{name.partition('#')[0]!r}, got {name!r}"
                 )
             counts[name] += 1
-            found[name if counts[name] == 1 else f"{name}#{counts[name]}"] = pair[1]
-    for label, arguments in found.items():
+            operations[name if counts[name] == 1 else f"{name}#{counts[name]}"] = pair[1]
+    for label, arguments in operations.items():
         if arguments is not None and not hasattr(arguments, "items"):
             raise UserError(
                 f"data.preprocess.{label}: the arguments must be a mapping, got {arguments!r}"
             )
-    return {label: {} if arguments is None else arguments for label, arguments in found.items()}
+    return {label: {} if value is None else value for label, value in operations.items()}
 
 
 def name_and_number(label: str) -> tuple[str, int]:
-    """The operation of a label, and its number among those of the same name, from 1.
+    """Splits a label into the operation's name and its number among equal names, from 1.
 
     Raises:
-      UserError: what follows the "#" is no number from 2.
+      UserError: the text after "#" is not a number from 2 on.
     """
     name, mark, number = str(label).partition("#")
     if not mark:
@@ -87,7 +88,7 @@ def name_and_number(label: str) -> tuple[str, int]:
 
 
 def as_pairs(operations: Mapping[str, Any]) -> tuple[tuple[str, dict[str, Any]], ...]:
-    """The pairs of operations that are given by their labels."""
+    """Converts operations by label to (name, arguments) pairs."""
     return tuple((name_and_number(k)[0], _plain(v)) for k, v in operations.items())
 
 
@@ -109,9 +110,9 @@ def normalize(config: ConfigDict) -> None:
 
 @contextlib.contextmanager
 def as_sections(config: ConfigDict, path: str) -> Iterator[None]:
-    """Within it, a sequence of pairs on the dotted `path` is a section with labels as keys.
+    """Turns a sequence of pairs on the dotted `path` into a section with labels as keys.
 
-    Afterwards it is a sequence again. Its order stays, and new operations follow at the end.
+    On exit it becomes a sequence again, in the old order; new operations come at the end.
     """
     section = config
     *parents, _ = path.split(".")
@@ -145,10 +146,11 @@ def as_sections(config: ConfigDict, path: str) -> Iterator[None]:
 
 
 def smoke_preprocess(preprocess: Any, image_size: int | None) -> Any:
-    """The same operations on the embedded data, in the same form.
+    """Adapts operations to the embedded data, and keeps their form (list or mapping).
 
-    Images get `image_size`, and arguments that name fields of other data go. An operation that
-    reads such a field reads `image` or `text` instead, and comes before those that change it.
+    Images get `image_size`. Arguments that name fields of the real data are removed. An operation
+    that reads such a field reads `image` or `text` instead; it moves to the front, before the
+    operations that change these fields.
     """
     kept, moved = [], []
     made: set[str] = set()
@@ -172,5 +174,5 @@ def smoke_preprocess(preprocess: Any, image_size: int | None) -> Any:
     pairs = [(name, _plain(arguments)) for name, arguments in (*moved, *kept)]
     chosen = any(name == "choose_text" for name, _ in kept)
     if not chosen or (moved and is_sequence(preprocess)):
-        pairs.insert(0, ("choose_text", {}))  # the other data had a text of its own
+        pairs.insert(0, ("choose_text", {}))  # without it the embedded data has no field `text`
     return tuple(pairs) if is_sequence(preprocess) else labelled(pairs)

@@ -1,8 +1,9 @@
-"""SIGTERM and Ctrl-C (SIGINT), heard from a command's first line to its last, whatever it does.
+"""Handles SIGTERM and Ctrl-C (SIGINT) from a command's first line to its last.
 
-Python runs a signal's handler on the main thread, between two of its instructions: not while the
-main thread compiles or waits for a device. So a thread of its own listens as well, through the pipe
-that the interpreter writes the number of a signal to (`signal.set_wakeup_fd`).
+Python runs signal handlers on the main thread, between two bytecode instructions. So a handler does
+not run while the main thread compiles or waits for a device. Therefore a second thread listens as
+well: the interpreter writes the number of each signal to a pipe (`signal.set_wakeup_fd`), and the
+thread reads the pipe.
 """
 
 from __future__ import annotations
@@ -21,20 +22,22 @@ from types import FrameType
 from vlp_jax.errors import ExitStatus
 
 TOLD_BY = {signal.SIGTERM: "SIGTERM", signal.SIGINT: "Ctrl-C"}
-STOP_SECONDS = 5.0  # for the main thread to end what it does; a spot machine has 30
-# Ctrl-C in a terminal reaches a program itself and once more through what started it.
+STOP_SECONDS = 5.0  # time for the main thread to stop; a spot machine has 30 seconds in all
+# Within this time a second Ctrl-C is the same one: a terminal sends it to the program and to its
+# launcher, which passes it on.
 AGAIN_SECONDS = 1.0
-REPEAT_SECONDS = 0.02  # by then the main thread is out of a destructor
+REPEAT_SECONDS = 0.02  # by then the main thread has left the destructor
 
 
 class ToldToStop(KeyboardInterrupt):
-    """Raised where the main thread is when a signal comes.
+    """Raised in the main thread when a signal arrives.
 
-    Not KeyboardInterrupt itself: once Python has seen that one leave a text that was compiled by
-    `exec`, as dataclasses do, it ends with the status of an interrupt, whoever caught it later.
+    It is a subclass of KeyboardInterrupt for a reason. Once a plain KeyboardInterrupt has left code
+    compiled by `exec`, as in dataclasses, Python exits with the status of an interrupt, even if the
+    exception was caught.
 
     Attributes:
-      number: of the signal.
+      number: the number of the signal.
     """
 
     def __init__(self, number: int) -> None:
@@ -43,35 +46,35 @@ class ToldToStop(KeyboardInterrupt):
 
 
 class Reaction(enum.Enum):
-    """The answer to being told to stop."""
+    """The reaction to a signal."""
 
-    LEAVE = "ends the process: its command has not begun, or is through"
+    LEAVE = "ends the process: its command has not begun, or is complete"
     END = "raises ToldToStop once, and ends the process if that takes too long"
     RAISE = "raises ToldToStop once"
-    NOTE = "sets `told` and nothing else: whoever runs looks there and ends by itself"
+    NOTE = "only sets `told`: the training loop polls it, saves and stops"
 
 
 class Listener:
-    """Hears the signals of this process, while it is open.
+    """Receives the signals of this process, between `open` and `close`.
 
     Attributes:
-      told: set once a signal has come.
-      number: of that signal.
+      told: set once a signal has arrived.
+      number: the number of that signal.
     """
 
     def __init__(self) -> None:
         self.told = threading.Event()
         self._reaction = Reaction.LEAVE
-        self._status: int | None = None  # of a command that is through
+        self._status: int | None = None  # exit status of a complete command
         self._lock = threading.Lock()  # never taken by a handler, which may interrupt its holder
         self._ends = threading.Lock()
         self._timer: threading.Timer | None = None
         self._told_at = 0.0
         self._raised = False
-        self._repeats: list[int] = []  # signals that this process has sent to itself
+        self._repeats: list[int] = []  # signals that this process has sent to itself, not to count
 
     def open(self) -> None:
-        """Takes the signals. On the main thread alone."""
+        """Installs the handlers and starts the thread. Must run on the main thread."""
         self._read, self._write = os.pipe()
         os.set_blocking(self._write, False)
         self._pipe_before = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
@@ -80,13 +83,13 @@ class Listener:
         threading.Thread(target=self._listen, name="signals", daemon=True).start()
 
     def close(self) -> None:
-        """Gives the signals back."""
+        """Restores the previous handlers and ends the thread."""
         self.give_back(self._pipe_before)
-        self.reaction = Reaction.NOTE  # to what the thread has yet to read
+        self.reaction = Reaction.NOTE  # signals still in the pipe must not end the process
         os.write(self._write, b"\0")  # no signal has this number: the thread ends
 
     def give_back(self, pipe: int) -> None:
-        """Puts the handlers of before in place, and `pipe` where the interpreter writes to."""
+        """Restores the previous handlers; `pipe` is the interpreter's new wakeup descriptor."""
         signal.set_wakeup_fd(pipe)
         sys.unraisablehook = self._hook_before
         for number, handler in self._before.items():
@@ -94,7 +97,7 @@ class Listener:
 
     @property
     def reaction(self) -> Reaction:
-        """The answer to the next signal."""
+        """The reaction to the next signal."""
         return self._reaction
 
     @reaction.setter
@@ -105,7 +108,7 @@ class Listener:
                 self._stop_timer()
 
     def leaving(self, status: int) -> None:
-        """Says that the command is through, and with which exit status."""
+        """Notes that the command is complete, and its exit status."""
         self._status, self._reaction = status, Reaction.LEAVE
 
     def _on_main_thread(self, number: int, frame: FrameType | None) -> None:
@@ -115,7 +118,10 @@ class Listener:
             raise ToldToStop(number)
 
     def _on_lost_exception(self, lost: sys.UnraisableHookArgs) -> None:
-        """Raises again what came in a destructor or a callback of the garbage collector."""
+        """Repeats a signal whose ToldToStop was lost in a destructor or a callback.
+
+        Python cannot raise an exception there; it passes the exception to `sys.unraisablehook`.
+        """
         if not isinstance(lost.exc_value, ToldToStop):
             self._hook_before(lost)
             return
@@ -144,14 +150,14 @@ class Listener:
             if first:
                 self._told_at, self.number = now, number
                 self.told.set()
-            # The main thread may be faster, and have left its command because of this signal.
+            # The main thread may be faster: its handler raised, and the command is over already.
             left = self._reaction is Reaction.LEAVE and self._raised
             if first and (left or self._reaction is Reaction.END):
                 self._timer = threading.Timer(STOP_SECONDS, self._end, (number,))
                 self._timer.daemon = True
                 self._timer.start()
                 return
-            # A scheduler may send SIGTERM twice: it says nothing new.
+            # A second SIGTERM means nothing new (schedulers repeat it); a second Ctrl-C is urgent.
             again = number == signal.SIGINT and now - self._told_at > AGAIN_SECONDS
             if again or self._reaction is Reaction.LEAVE:
                 self._end(number)
@@ -164,9 +170,9 @@ class Listener:
     def _end(self, number: int) -> None:
         """Ends the process at once."""
         if not self._ends.acquire(blocking=False):
-            return  # another thread does
+            return  # another thread is ending the process
         if self._status is None:
-            # Past Python's own stream, whose lock the main thread may hold.
+            # Not through sys.stderr, because the main thread may hold its lock.
             os.write(2, f"{_line(number)}\n".encode())
         os._exit(ExitStatus.PREEMPTED if self._status is None else self._status)
 
@@ -179,7 +185,7 @@ _listener: Listener | None = None
 
 
 def listen() -> None:
-    """Hears signals from now to the end of the process; before the first import that takes long."""
+    """Listens to signals until the process ends. Call it before the first slow import."""
     global _listener
     if _listener is None and threading.current_thread() is threading.main_thread():
         _listener = Listener()
@@ -187,10 +193,11 @@ def listen() -> None:
 
 
 def listen_if_started(package: str) -> None:
-    """Hears signals if this process is `python -m PACKAGE...`; one that imports it is left alone.
+    """Listens to signals if this process was started as `python -m PACKAGE...`.
 
-    Python imports the package before it runs the module in it, so that a package that calls this
-    first hears what comes while all else is imported. Until then `sys.argv[0]` is "-m".
+    A program that merely imports the package is left alone. Python imports a package before it runs
+    a module in it, with "-m" as `sys.argv[0]`. So a package that calls this first also hears
+    signals during its own imports.
     """
     name = re.compile(rf"(-\w*m)?{re.escape(package)}(\..+)?")
     if sys.argv[:1] == ["-m"] and any(map(name.fullmatch, sys.orig_argv)):
@@ -199,10 +206,10 @@ def listen_if_started(package: str) -> None:
 
 @contextlib.contextmanager
 def heard() -> Iterator[None]:
-    """Wraps a command: within it, being told to stop raises ToldToStop.
+    """Wraps a command: a signal raises ToldToStop within it.
 
-    After STOP_SECONDS, or at a second Ctrl-C, the process is ended. See `noted` for a command that
-    stops by itself. Nothing changes on another thread than the main one.
+    STOP_SECONDS later, or at a second Ctrl-C, the process is ended. See `noted` for a command that
+    stops by itself. On a thread other than the main one it does nothing.
     """
     global _listener
     opened = _listener is None
@@ -220,17 +227,17 @@ def heard() -> Iterator[None]:
 
 
 def leaving(status: int) -> None:
-    """Says that the command is through: a signal ends the process with `status` from now on."""
+    """Marks the command as complete: from now on a signal ends the process with `status`."""
     if _listener is not None:
         _listener.leaving(status)
 
 
 @contextlib.contextmanager
 def noted() -> Iterator[threading.Event]:
-    """The event that is set when the process is told to stop, and no other answer to it.
+    """Returns an event that a signal sets; the signal has no other effect.
 
-    Within a command it stays so to the command's end; a second Ctrl-C ends the process. In somebody
-    else's program the handlers of before are back after the first signal.
+    Within a command (`heard`) this lasts until the command's end, and a second Ctrl-C ends the
+    process. In another program the previous handlers are restored after the first signal.
     """
     if _listener is not None:
         _listener.reaction = Reaction.NOTE
@@ -257,7 +264,7 @@ def noted() -> Iterator[threading.Event]:
 
 @contextlib.contextmanager
 def interruptible() -> Iterator[None]:
-    """Within `noted` of a command: raises ToldToStop if it is told to stop, or was."""
+    """Makes signals raise ToldToStop again, within `noted`. An earlier signal raises at once."""
     if _listener is None or _listener.reaction is not Reaction.NOTE:
         yield
         return
@@ -272,7 +279,7 @@ def interruptible() -> Iterator[None]:
 
 
 def _after_fork() -> None:
-    """Lets a child, which has its parent's handlers and pipe, not speak for its parent."""
+    """Restores the handlers in a forked child, which would write to its parent's pipe."""
     global _listener
     if _listener is not None:
         _listener.give_back(-1)

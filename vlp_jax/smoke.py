@@ -1,4 +1,4 @@
-"""Any config as a run of two steps on tiny shapes, for tests and for a first look."""
+"""Shrinks any config to a run of two steps on tiny shapes, for tests and for a first look."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from vlp_jax.config import duration
 from vlp_jax.evaluators import EVALUATORS
 from vlp_jax.preprocess import smoke_preprocess
 
-# The sizes of models, wherever they stand in the objective.
+# Sizes of models, set wherever these keys appear in the objective.
 SMOKE_SIZES = {"width": 32, "depth": 2, "mlp_dim": 64, "heads": 2, "embed_dim": 32}
 SMOKE_PATCHES = 2  # patches along one side of an image
 SMOKE_BATCH_SIZE = 16
 
 
 def smoke(config: ConfigDict) -> ConfigDict:
-    """A copy of `config` that runs 2 steps on tiny shapes and the embedded data, in seconds.
+    """Returns a copy of `config` that runs 2 steps on tiny shapes and the embedded data.
 
-    Layout, objective, optimizer, preprocessing and evaluators stay; sizes, durations and the source
-    of the data do not.
+    Mesh, objective, optimizer, preprocessing and evaluators stay. Sizes, durations and the source
+    of the data change.
     """
     config = config.copy_and_resolve_references().unlock()
     config.duration = duration(steps=2)
@@ -34,7 +34,7 @@ def smoke(config: ConfigDict) -> ConfigDict:
     image_size = _shrink_models(config.objective)
     if config.tokenizer:
         config.tokenizer.context_length = 16
-    if config.tokenizer.get("name", "bytes") != "bytes":  # the others' files may not be here
+    if config.tokenizer.get("name", "bytes") != "bytes":  # its file may not exist on this machine
         config.tokenizer.update({"name": "subword", "vocab_size": 300, "file": None})
     config.data = _smoke_data(config.data, "train", image_size)
     for name, data in config.extra_data.items():
@@ -53,7 +53,7 @@ def smoke(config: ConfigDict) -> ConfigDict:
 
 
 def _shrink_models(section: ConfigDict) -> int | None:
-    """Puts `SMOKE_SIZES` into every model of `section`; the image size, if one has any."""
+    """Sets `SMOKE_SIZES` in every model of `section`; returns the image size, if there is one."""
     image_size = None
     for key, value in section.items():
         if key == "weight" and isinstance(value, ConfigDict):
@@ -71,7 +71,7 @@ def _shrink_models(section: ConfigDict) -> int | None:
 
 
 def _shrink_weight(weight: ConfigDict) -> None:
-    """Lets a loss that begins late begin with the second of the two steps, and none end."""
+    """Lets a loss with a late begin start at the second of the two steps, and no loss end."""
     late = "begin" in weight
     for key in {"begin", "ramp", "end"} & set(weight):
         del weight[key]

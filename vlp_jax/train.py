@@ -29,7 +29,7 @@ from vlp_jax.parallel.sharding_report import spread
 from vlp_jax.training import checkpoint, param_groups
 from vlp_jax.training import workdir as workdir_lib
 from vlp_jax.training.arguments import parse
-from vlp_jax.training.build import Parts, build, first_state, make_checkpointer
+from vlp_jax.training.build import RunComponents, build, first_state, make_checkpointer
 from vlp_jax.training.checkpoint import Checkpointer
 from vlp_jax.training.checkpoint_files import check_path
 from vlp_jax.training.command import run_command
@@ -110,7 +110,7 @@ def train(
 
 
 def make_report(
-    parts: Parts,
+    parts: RunComponents,
     workdir: epath.Path,
     writer: Writer,
     progress: Progress | NullProgress,
@@ -133,7 +133,7 @@ def make_report(
     )
 
 
-def find_first_step(parts: Parts, checkpointer: Checkpointer) -> int:
+def find_first_step(parts: RunComponents, checkpointer: Checkpointer) -> int:
     """Returns the step of the newest checkpoint; 0 if there is none.
 
     Raises:
@@ -162,7 +162,11 @@ def check_before_start(config: ConfigDict, workdir: epath.Path) -> None:
 
 
 def begin(
-    parts: Parts, workdir: epath.Path, job: str, first_step: int, tell: Callable[[str], None]
+    parts: RunComponents,
+    workdir: epath.Path,
+    job: str,
+    first_step: int,
+    tell: Callable[[str], None],
 ) -> None:
     """Writes config and tokenizer, and tells what changed, who takes part and on which mesh."""
     config = parts.setup.config

@@ -1,4 +1,4 @@
-"""What runs: the versions of packages, and the commit of this one."""
+"""Versions of installed packages, and the commit of this code, for records of runs."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ from collections.abc import Sequence
 from pathlib import Path
 
 UNKNOWN = "unknown"
-DIGITS = 12  # of a commit
+DIGITS = 12  # of a commit's hash
 
 
 def versions(packages: Sequence[str]) -> dict[str, str]:
-    """Of Python, of this package, and of those of `packages` that are installed."""
-    found = {"python": platform.python_version(), "vlp_jax": version()}
+    """Returns the versions of Python, this package, and each of `packages` that is installed."""
+    installed = {"python": platform.python_version(), "vlp_jax": version()}
     for name in packages:
         try:
-            found[name] = importlib.metadata.version(name)
+            installed[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return found
+    return installed
 
 
 def version() -> str:
-    """Of this package; "unknown" where it runs from a folder and is not installed."""
+    """Returns the version of this package; "unknown" if it runs from a folder, not installed."""
     try:
         return importlib.metadata.version("vlp_jax")
     except importlib.metadata.PackageNotFoundError:
@@ -32,8 +32,10 @@ def version() -> str:
 
 
 def commit() -> str | None:
-    """The commit of the checkout that this code runs from, with "+changes" if files differ from it;
-    None outside of a checkout or without git."""
+    """Returns the commit of the checkout that this code runs from; None without checkout or git.
+
+    "+changes" follows if tracked files differ from the commit.
+    """
     file = Path(__file__).resolve()
 
     def git(*arguments: str) -> str | None:
@@ -44,7 +46,7 @@ def commit() -> str | None:
             return None
         return done.stdout.strip() if done.returncode == 0 else None
 
-    # Of a package in some other project's environment that project's commit says nothing.
+    # An environment inside another project's checkout: that project's commit means nothing here.
     if git("ls-files", "--error-unmatch", str(file)) is None:
         return None
     head, changes = git("rev-parse", "HEAD"), git("status", "--porcelain", "--untracked-files=no")

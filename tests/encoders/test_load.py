@@ -439,7 +439,7 @@ def test_how_a_caption_is_chosen(coca_run, pictures):
     [
         ({"prompt": "box " * 40}, "leaves no room in the context of 12"),
         ({"beams": 2, "temperature": 1.0}, "drawn by a temperature or followed by beams, not both"),
-        ({"temperature": 1.0, "top_p": 0.0}, "top_p is above 0"),
+        ({"temperature": 1.0, "top_p": 0.0}, "top_p must be in"),
         ({"beam": 2}, "'beam'"),
     ],
 )

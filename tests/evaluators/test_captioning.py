@@ -98,7 +98,9 @@ def greedy(world, prompt=b"", length=LENGTH):
     found[:, : len(ids)] = ids
     total, ended = np.zeros(N), np.zeros(N, bool)
     for place in range(len(ids), min(LENGTH, len(ids) + length)):
-        scores = apply({"params": world.params}, world.pictures, world.objective.given(found))
+        scores = apply(
+            {"params": world.params}, world.pictures, world.objective.decoder_inputs(found)
+        )
         log = np.asarray(jax.nn.log_softmax(scores[:, place]), np.float64)
         best = log.argmax(-1)
         total += np.where(ended, 0, log.max(-1))
@@ -164,7 +166,7 @@ def test_classes_by_the_likelihood_of_their_names(world, devices):
     for row in tokens:
         ids = jnp.broadcast_to(jnp.asarray(row), (N, LENGTH))
         found = world.objective.model.apply(
-            {"params": world.params}, world.pictures, world.objective.given(ids)
+            {"params": world.params}, world.pictures, world.objective.decoder_inputs(ids)
         )
         log = np.asarray(jax.nn.log_softmax(found), np.float64)
         end = int(np.flatnonzero(row == world.tokenizer.eos_id)[0]) + 1

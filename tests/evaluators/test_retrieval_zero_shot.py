@@ -135,7 +135,7 @@ def test_collapsed_zero_shot_scores_nothing(world):
         ({"x": {"name": "zero_shot", "class_names": ("a", "b", "a")}}, r"'a' \(2 times\)"),
         ({"x": {"name": "zero_shot", "class_names": "/no.txt"}}, "cannot read the file /no.txt"),
         ({"x": {"name": "zero_shot", "class_names": ("a",), "templates": ("{d}",)}}, "need {}"),
-        ({"x": {"name": "retrieval", "ks": (0, 1)}}, "ks are numbers from 1"),
+        ({"x": {"name": "retrieval", "ks": (0, 1)}}, "ks must be at least 1"),
         ({"x": {"name": "retrieval", "captions": "label"}}, "'label' holds numbers"),
         ({"x": {"name": "retrieval", "captions": "lable"}}, "did you mean 'label'"),
     ],

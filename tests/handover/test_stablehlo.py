@@ -144,7 +144,7 @@ def test_the_example_tokenizes_as_transformers(tmp_path):
     texts = ["A red circle", "", "<eos> is a word here", "a very long text " * 9, "Größe 42"]
     tokenizer = train_subword(["a red circle on the left", "a blue box"] * 4, 280, 12)
     ids = {name: getattr(tokenizer, name) for name in ("bos_id", "eos_id", "pad_id")}
-    files = TokenizerFiles.made(tokenizer.to_json(True), context_length=12, **ids)
+    files = TokenizerFiles.from_json(tokenizer.to_json(True), context_length=12, **ids)
     text = {"vocab": tokenizer.vocab_size, "length": 12, "eos_id": tokenizer.eos_id}
     module = clip(text=text)
     program = written(module, random_params(module), tmp_path, tokenizer=files, **ids)

@@ -38,7 +38,7 @@ def clip_folder(tmp_path_factory, tokenizer):
     folder = tmp_path_factory.mktemp("clip")
     module = clip(dict(activation="gelu"), dict(vocab=tokenizer.vocab_size, eos_id=1))
     ids = dict(bos_id=2, eos_id=1, pad_id=0)
-    files = TokenizerFiles.made(tokenizer.to_json(False), context_length=9, **ids)
+    files = TokenizerFiles.from_json(tokenizer.to_json(False), context_length=9, **ids)
     extras = dict(resize="crop", interpolation="bilinear", tokenizer=files, **ids)
     interop.write("hf_clip", module, random_params(module), folder, **extras)
     return folder

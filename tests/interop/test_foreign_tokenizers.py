@@ -186,7 +186,7 @@ def test_a_clip_run_in_open_clip_and_transformers(clip, tmp_path):
     from vlp_jax.interop.hf_tokenizer import TokenizerFiles
 
     ids = {"bos_id": clip.bos_id, "eos_id": clip.eos_id, "pad_id": clip.pad_id}
-    files = TokenizerFiles.made(clip.to_json(lowercase=False), context_length=77, **ids)
+    files = TokenizerFiles.from_json(clip.to_json(lowercase=False), context_length=77, **ids)
     files.write(tmp_path, ["input_ids", "attention_mask"])
     theirs = open_clip.tokenizer.HFTokenizer(str(tmp_path), context_length=77)
     np.testing.assert_array_equal(theirs(TEXTS).numpy(), clip(TEXTS))

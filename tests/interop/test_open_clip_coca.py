@@ -249,7 +249,7 @@ def test_loaded_it_embeds_and_says_captions(tmp_path):
     ids = {name: getattr(tokenizer, name) for name in ("bos_id", "eos_id", "pad_id")}
     sizes = {"vocab_size": tokenizer.vocab_size}
     module = small(text={**sizes, **ids}, decoder=sizes)
-    files = TokenizerFiles.made(tokenizer.to_json(False, False), context_length=LENGTH, **ids)
+    files = TokenizerFiles.from_json(tokenizer.to_json(False, False), context_length=LENGTH, **ids)
     params = random_params(module)
     interop.write("open_clip", module, params, tmp_path, tokenizer=files, **ids)
     loaded = vlp_jax.load(f"open_clip:{tmp_path}")

@@ -47,7 +47,7 @@ def folder_of(files, folder, model_type="clip"):
 
 def ours_of(folder, model_type="clip", vocab=10**6):
     """(ids, notes) of the folder, as `vlp_jax.load` makes them."""
-    notes, files = [], TokenizerFiles.found(folder, kind=KINDS[model_type])
+    notes, files = [], TokenizerFiles.from_folder(folder, kind=KINDS[model_type])
     tower = TextTransformer(vocab, CONTEXT, TransformerConfig(8, 1, 8, 1))
     tokenizer = tokenizer_of_files(files, tower, 0, str(folder), notes)
     assert tokenizer.lengths(["x"])[0] >= 1
@@ -64,7 +64,7 @@ def theirs_of(folder):
 def subword():
     tokenizer = train_subword(runs.CAPTIONS, 280, CONTEXT)
     ids = dict(bos_id=2, eos_id=1, pad_id=0)
-    made = TokenizerFiles.made(tokenizer.to_json(False), context_length=CONTEXT, **ids)
+    made = TokenizerFiles.from_json(tokenizer.to_json(False), context_length=CONTEXT, **ids)
     return json.loads(made.contents[TOKENIZER]), json.loads(made.contents[CONFIG])
 
 

@@ -262,12 +262,12 @@ def test_one_beam_is_greedy():
     "make, message",
     [
         (lambda: tiny().init(KEY, ids(1, 13)), "at most 12 tokens, not 13"),
-        (lambda: Sampling(temperature=-1.0), "temperature is at least 0"),
-        (lambda: Sampling(top_k=-1), "top_k is at least 0"),
-        (lambda: Sampling(top_p=0.0), "top_p is above 0 and at most 1"),
+        (lambda: Sampling(temperature=-1.0), "temperature must be >= 0"),
+        (lambda: Sampling(top_k=-1), "top_k must be >= 0"),
+        (lambda: Sampling(top_p=0.0), r"top_p must be in \(0, 1\]"),
         (
             lambda: beam_search(None, None, ids(), 3, width=0, eos_id=EOS, pad_id=PAD),
-            "at least one text, not 0",
+            "width of a beam search must be at least 1, not 0",
         ),
     ],
 )

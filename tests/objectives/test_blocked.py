@@ -316,8 +316,8 @@ def test_a_blocked_loss_without_a_mesh_says_so():
     [
         ({"loss_form": "chunked"}, "known: plain, blocked"),
         ({"loss_block_size": 0}, "at least 1"),
-        ({"logit_scale_init": 0.0}, "logit_scale_init is above 0, not 0.0"),
-        ({"max_logit_scale": -1.0}, "max_logit_scale is above 0"),
+        ({"logit_scale_init": 0.0}, "logit_scale_init must be > 0, not 0.0"),
+        ({"max_logit_scale": -1.0}, "max_logit_scale must be >= 0"),
     ],
 )
 def test_contrastive_refuses_what_it_does_not_know(wrong, words):

@@ -159,7 +159,7 @@ def test_coca_is_a_sum_that_looks_once():
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        ({"parallel_share": 1.5}, "parallel_share is a chance"),
+        ({"parallel_share": 1.5}, "parallel_share must be in"),
         ({"mean": "median"}, "known: example, token"),
         ({"label_smoothing": 1.0}, "label_smoothing"),
         ({"attention": "cudnn"}, "'cudnn' holds no mask with prefix .*take attention 'xla'"),

@@ -272,7 +272,7 @@ def test_flops_are_those_that_xla_counts():
     ("section", "message"),
     [
         ({**CLASSIFICATION, "loss": "hinge"}, "known: softmax, sigmoid"),
-        ({**CLASSIFICATION, "label_smoothing": 1.0}, "below 1"),
+        ({**CLASSIFICATION, "label_smoothing": 1.0}, r"must be in \[0, 1\)"),
         ({**CLASSIFICATION, "classes": 1}, "at least 2"),
         ({**CLASSIFICATION, "image": {**IMAGE, "pooling": "none"}}, "needs a pooling"),
         ({**QUESTIONS, "answers": 1}, "at least 2"),

@@ -197,7 +197,7 @@ def test_remat_and_a_narrow_type_change_no_shape():
         ({"caption_weight": 0.0}, "a weight must be positive"),
         ({"attention": "xla_padded"}, "holds no mask with explicit .*take attention 'xla'"),
         ({"decoder": {**SECTION["decoder"], "width": 64}}, "one width, not 64 and 32"),
-        ({"logit_scale_init": 0.0}, "logit_scale_init is above 0"),
+        ({"logit_scale_init": 0.0}, "logit_scale_init must be > 0"),
         ({"text": {**SECTION["text"], "pooling": "eos"}}, "pooling"),
     ],
 )

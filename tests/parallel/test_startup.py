@@ -26,16 +26,16 @@ def no_cluster(monkeypatch):
 
 
 def test_alone():
-    job = startup.find_job()
-    assert job.kind == startup.ALONE and job.arguments["num_processes"] == 1
-    assert job.arguments["coordinator_bind_address"].startswith("127.0.0.1:")
+    cluster = startup.find_cluster()
+    assert cluster.kind == startup.ALONE and cluster.arguments["num_processes"] == 1
+    assert cluster.arguments["coordinator_bind_address"].startswith("127.0.0.1:")
 
 
 def test_flags_come_before_the_cluster(monkeypatch):
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "4")
-    job = startup.find_job("host:1", 2, 1)
-    assert job.kind == "flags" and job.arguments["process_id"] == 1
-    assert job.arguments["cluster_detection_method"] == "deactivate"
+    cluster = startup.find_cluster("host:1", 2, 1)
+    assert cluster.kind == "flags" and cluster.arguments["process_id"] == 1
+    assert cluster.arguments["cluster_detection_method"] == "deactivate"
 
 
 @pytest.mark.parametrize(
@@ -49,7 +49,7 @@ def test_flags_come_before_the_cluster(monkeypatch):
 )
 def test_flags_that_do_not_fit(arguments, message):
     with pytest.raises(UserError, match=message):
-        startup.find_job(*arguments)
+        startup.find_cluster(*arguments)
 
 
 SLURM = {
@@ -73,24 +73,26 @@ SLURM = {
 def test_slurm(monkeypatch, nodes, host):
     for name, value in {**SLURM, "SLURM_STEP_NODELIST": nodes}.items():
         monkeypatch.setenv(name, value)
-    job = startup.find_job()
-    assert job.kind == "SLURM"
-    assert job.arguments["coordinator_address"] == f"{host}:61441"
-    assert (job.arguments["num_processes"], job.arguments["process_id"]) == (16, 5)
-    assert job.arguments["local_device_ids"] == [1]  # a GPU for each of the four tasks of a node
+    cluster = startup.find_cluster()
+    assert cluster.kind == "SLURM"
+    assert cluster.arguments["coordinator_address"] == f"{host}:61441"
+    assert (cluster.arguments["num_processes"], cluster.arguments["process_id"]) == (16, 5)
+    assert cluster.arguments["local_device_ids"] == [
+        1
+    ]  # a GPU for each of the four tasks of a node
 
 
 def test_slurm_with_one_task_a_node_takes_all_of_its_gpus(monkeypatch):
     for name, value in {**SLURM, "SLURM_STEP_NODELIST": "a,b"}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("SLURM_STEP_TASKS_PER_NODE", "1(x16)")
-    assert "local_device_ids" not in startup.find_job().arguments
+    assert "local_device_ids" not in startup.find_cluster().arguments
 
 
 def test_a_step_of_one_task_is_no_job_of_several(monkeypatch):
     for name, value in {**SLURM, "SLURM_STEP_NUM_TASKS": "1"}.items():
         monkeypatch.setenv(name, value)
-    assert startup.find_job().kind == startup.ALONE
+    assert startup.find_cluster().kind == startup.ALONE
 
 
 @pytest.mark.parametrize(
@@ -99,8 +101,8 @@ def test_a_step_of_one_task_is_no_job_of_several(monkeypatch):
 def test_other_clusters_are_left_to_jax(monkeypatch, name, kind):
     monkeypatch.setenv(name, "a,b")
     monkeypatch.setattr(startup, "_platforms", lambda: "")
-    job = startup.find_job()
-    assert job.kind == kind and job.arguments == {}
+    cluster = startup.find_cluster()
+    assert cluster.kind == kind and cluster.arguments == {}
 
 
 def run(*arguments):
@@ -173,13 +175,13 @@ def test_a_process_alone_has_no_table_and_gpus_a_line_about_memory(monkeypatch):
 
 def test_what_libtpu_says_where_there_is_no_tpu_is_no_cluster(monkeypatch):
     monkeypatch.setenv("TPU_WORKER_HOSTNAMES", "WARNING: could not determine TPU worker hostnames")
-    assert startup.find_job().kind == startup.ALONE
+    assert startup.find_cluster().kind == startup.ALONE
 
 
 def test_a_tpu_that_is_not_wanted_is_not_looked_for(monkeypatch):
     monkeypatch.setenv("TPU_WORKER_HOSTNAMES", "a,b")
     assert startup.jax.config.jax_platforms == "cpu"  # as all tests run
-    assert startup.find_job().kind == startup.ALONE
+    assert startup.find_cluster().kind == startup.ALONE
 
 
 def test_each_cpu_device_has_two_threads(monkeypatch):

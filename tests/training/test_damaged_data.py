@@ -109,7 +109,7 @@ def test_other_data_is_not_taken_for_that_of_the_checkpoint(tmp_path):
     from vlp_jax.errors import UserError
 
     config = config_of(more, steps=8)
-    with pytest.raises(UserError, match="not that of the checkpoint.*accept_other_data"):
+    with pytest.raises(UserError, match="changed since the checkpoint.*accept_other_data"):
         train(config, tmp_path / "run", StartupClock())
     with config.unlocked():
         config.checkpoint.accept_other_data = True

@@ -16,7 +16,7 @@ from vlp_jax.observe.throughput import StartupClock
 from vlp_jax.parallel.batch import put_batch
 from vlp_jax.planning import hlo, loops, traffic
 from vlp_jax.train import train
-from vlp_jax.training.build import Parts
+from vlp_jax.training.build import RunComponents
 from vlp_jax.training.monitor import make_watchdog
 from vlp_jax.training.several_steps import compile_steps
 from vlp_jax.training.when import EverySteps, StepsAhead
@@ -114,7 +114,7 @@ def test_traces_collections_of_garbage_and_new_losses_come_between_programs():
         log_when=never,
         evaluations=(),
     )
-    ahead = Parts.steps_ahead(parts, 0)
+    ahead = RunComponents.steps_ahead(parts, 0)
     step, begun = 0, []
     while step < 40:
         begun.append(step)
@@ -237,5 +237,5 @@ def test_the_watchdog_waits_for_all_of_them(tmp_path):
 
 
 def test_it_is_at_least_one(demo, tmp_path):
-    with pytest.raises(UserError, match="steps_per_dispatch is at least 1, not 0"):
+    with pytest.raises(UserError, match="steps_per_dispatch must be at least 1, not 0"):
         run(demo, tmp_path, steps_per_dispatch=0)

@@ -1,10 +1,10 @@
-"""What CLIP_benchmark asks of a model (clip_benchmark/models/__init__.py, 1.6).
+"""Adapts a model to CLIP_benchmark's interface (clip_benchmark/models/__init__.py, 1.6).
 
     from clip_benchmark import models
     models.TYPE2FUNC["vlp_jax"] = load_for_clip_benchmark
     models.MODEL_TYPES.append("vlp_jax")
 
-`python -m tools.clip_benchmark` does so and hands over to its command.
+`python -m tools.clip_benchmark` does so and then runs CLIP_benchmark's command.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ MODEL_TYPE = "vlp_jax"
 
 
 def register() -> None:
-    """Makes `--model_type vlp_jax` known to an installed CLIP_benchmark, in this process.
+    """Adds `--model_type vlp_jax` to an installed CLIP_benchmark, in this process.
 
     Raises:
-      UserError: it is not installed.
+      UserError: CLIP_benchmark is not installed.
     """
     try:
         from clip_benchmark import models
@@ -42,10 +42,10 @@ def register() -> None:
 
 
 def mend_accuracy() -> bool:
-    """Lets CLIP_benchmark count hits with NumPy 2.4, where its 1.6.2 raises a TypeError.
+    """Replaces CLIP_benchmark's `accuracy` where it fails with NumPy 2.4 (TypeError in 1.6.2).
 
-    Its `accuracy` makes a float of an array with one element, which NumPy does not do any more. The
-    stand-in counts the same. Returns whether it was needed.
+    It converts an array with one element to a float, which NumPy no longer does. The replacement
+    counts the same hits. Returns whether it was needed.
     """
     from clip_benchmark.metrics import linear_probe, zeroshot_classification
 
@@ -69,13 +69,13 @@ def _accuracy(
 def load_for_clip_benchmark(
     model_name: str, pretrained: str = "", cache_dir: str | None = None, device: Any = "cpu"
 ) -> tuple[BenchmarkModel, Callable[..., torch.Tensor], Callable[..., torch.Tensor]]:
-    """(model, transform, tokenizer) as `clip_benchmark.models.load_clip` returns them.
+    """Returns (model, transform, tokenizer) like `clip_benchmark.models.load_clip`.
 
     Args:
-      model_name: what `vlp_jax.load` takes: a workdir, or hf:DIR and so on.
-      pretrained: a step of the workdir; empty for the newest.
-      cache_dir: not used: nothing is downloaded.
-      device: of PyTorch, where results go. The model itself runs where JAX does.
+      model_name: a source for `vlp_jax.load`, such as a workdir or hf:DIR.
+      pretrained: the step of a workdir's checkpoint; "" for the newest.
+      cache_dir: ignored, because nothing is downloaded.
+      device: PyTorch's device for the results. The model itself runs on JAX's device.
 
     Raises:
       UserError: see `vlp_jax.load`; or the model takes no texts.
@@ -90,19 +90,19 @@ def load_for_clip_benchmark(
 
 
 class BenchmarkModel(torch.nn.Module):
-    """`encode_image` and `encode_text` on PyTorch tensors. It has no gradients."""
+    """Implements `encode_image` and `encode_text` for PyTorch tensors, without gradients."""
 
     def __init__(self, encoder: Encoder, device: Any):
         super().__init__()
         self._encoder, self._device = encoder, device
 
     def encode_image(self, images: torch.Tensor) -> torch.Tensor:
-        """uint8 [n, 3, height, width] to unit vectors [n, dim]."""
+        """Embeds uint8 images [n, 3, height, width] as unit vectors [n, dim]."""
         pixels = np.ascontiguousarray(images.cpu().numpy().transpose(0, 2, 3, 1))
         return self._as_tensor(self._encoder.apply("embed_image", pixels))
 
     def encode_text(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Token ids [n, context] to unit vectors [n, dim]."""
+        """Embeds token ids [n, context] as unit vectors [n, dim]."""
         return self._as_tensor(self._encoder.apply("embed_text", tokens.cpu().numpy()))
 
     def _as_tensor(self, vectors: np.ndarray) -> torch.Tensor:
@@ -111,9 +111,9 @@ class BenchmarkModel(torch.nn.Module):
 
 @dataclasses.dataclass(frozen=True)
 class Transform:
-    """A Pillow image to uint8 [3, height, width]; the model itself normalizes the pixels.
+    """Converts a Pillow image to uint8 [3, height, width]; the model normalizes the pixels.
 
-    It goes to the processes of a `DataLoader`, and so holds nothing of JAX.
+    A `DataLoader` sends it to its worker processes, so it must not hold JAX objects.
     """
 
     images: ImageProcessor
@@ -124,7 +124,7 @@ class Transform:
 
 @dataclasses.dataclass(frozen=True)
 class Tokenize:
-    """Texts to token ids [n, context]."""
+    """Converts texts to token ids [n, context]."""
 
     texts: Callable[[Sequence[str]], np.ndarray]
 

@@ -1,4 +1,4 @@
-"""A trained model as a library hands it out: images and texts in, embeddings out."""
+"""A trained model with its preprocessing: embeds images and texts."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ class Encoder:
     """A model with its parameters and its preprocessing.
 
     Attributes:
-      source: what it was loaded from, as the user named it.
+      source: the workdir or files it was loaded from, as the user named them.
       module: `DualEncoder`, `CoCa`, `MaskedAutoencoder`, `Captioner` or `VisionTransformer`.
-      weights: path -> float32 array, layers stacked (`vlp_jax.interop.trees`).
-      functions: name -> `f(params, array)`, those of the objective that it is of.
-      images: makes pixels of an image.
-      texts: makes token ids of a text; None if the model takes none.
-      step: of the checkpoint; None for files of others.
-      notes: what a user should know of how it was read, a line each.
+      weights: path -> float32 array, with stacked layers (`vlp_jax.interop.trees`).
+      functions: name -> `f(params, array)`, the functions of the model's objective.
+      images: converts images to pixels.
+      texts: converts texts to token ids; None if the model takes no texts.
+      step: step of the checkpoint; None for foreign files.
+      notes: lines for the user about how the model was read.
     """
 
     source: str
@@ -46,12 +46,12 @@ class Encoder:
 
     @functools.cached_property
     def params(self) -> dict[str, Any]:
-        """The tree of parameters that `module.apply` takes, on the default device."""
+        """The tree of parameters for `module.apply`, on the default device."""
         return jax.device_put(to_tree(self.module, self.weights))
 
     @property
     def tokenizer(self) -> Any:
-        """Texts to token ids; see `vlp_jax.data.tokenizers`.
+        """The tokenizer; see `vlp_jax.data.tokenizers`.
 
         Raises:
           UserError: the model takes no texts.
@@ -60,12 +60,12 @@ class Encoder:
 
     @property
     def image_size(self) -> tuple[int, int]:
-        """Height and width of the pixels that the model takes."""
+        """The height and width of images that the model takes."""
         return self.images.size
 
     @property
     def logit_scale(self) -> float:
-        """The factor on a cosine similarity that makes a logit of it.
+        """The factor on the cosine similarity in a logit.
 
         Raises:
           UserError: the model takes no texts.
@@ -74,22 +74,22 @@ class Encoder:
 
     @property
     def logit_bias(self) -> float:
-        """What is added to a logit; 0 for models of the softmax loss. Raises as `logit_scale`."""
+        """The bias of a logit; 0 for models of the softmax loss. Raises like `logit_scale`."""
         return self._logit_parameters[1]
 
     def embed_image(
         self, images: Image | Iterable[Image], batch_size: int = BATCH_SIZE
     ) -> Float[np.ndarray, "n dim"]:
-        """Unit vectors of images, float32.
+        """Embeds images as unit vectors, float32.
 
         Args:
-          images: one or several (any iterable, read as it is needed) of: the path of a file, its
-            bytes, a Pillow image, a uint8 array [height, width, 3]. An array [n, height, width, 3]
-            is n images.
-          batch_size: how many are computed at a time.
+          images: an image or an iterable of images, which is read lazily. An image is the path of a
+            file, its bytes, a Pillow image, or a uint8 array [height, width, 3]. An array [n,
+            height, width, 3] is n images.
+          batch_size: number of images that are computed at a time.
 
         Raises:
-          UserError: one of them is no image, is damaged or too large; it is named.
+          UserError: an image is invalid, damaged or too large; the error names it.
         """
         pixels = (self.images(image, name) for name, image in each_image(images))
         return self._embed("embed_image", pixels, batch_size)
@@ -97,7 +97,7 @@ class Encoder:
     def embed_text(
         self, texts: str | Sequence[str], batch_size: int = BATCH_SIZE
     ) -> Float[np.ndarray, "n dim"]:
-        """Unit vectors of texts, float32. A text longer than the context is cut, with a warning.
+        """Embeds texts as unit vectors, float32. A too long text is truncated, with a warning.
 
         Raises:
           UserError: the model takes no texts, or a text is empty.
@@ -113,30 +113,31 @@ class Encoder:
         batch_size: int = BATCH_SIZE,
         **settings: Any,
     ) -> list[str]:
-        """Texts about images, each of them by itself; `images` as for `embed_image`.
+        """Generates a caption for each image; for `images` see `embed_image`.
 
         Args:
-          prompt: what each text begins with; it is not in the result.
-          batch_size: how many are computed at a time.
+          prompt: the beginning of each caption; it is not part of the result.
+          batch_size: number of images that are computed at a time.
           settings: `length`, `beams`, `length_penalty`, `temperature`, `top_k`, `top_p` and `seed`,
             see `vlp_jax.objectives.captioning.Captioning.caption`.
 
         Raises:
-          UserError: the model says no captions, a prompt leaves no room, or a setting is none.
+          UserError: the model cannot caption, the prompt fills the context, or a setting is
+            invalid.
         """
         ids = self.tokenizer.encode(self._texts.preprocess([prompt]))[0] if prompt else []
         pixels = (self.images(image, name) for name, image in each_image(images))
-        made = self._outputs("caption", pixels, batch_size, prompt=tuple(ids), **settings)
-        return [text for part in made for text in self.tokenizer.decode(part.tokens)]
+        batches = self._outputs("caption", pixels, batch_size, prompt=tuple(ids), **settings)
+        return [text for batch in batches for text in self.tokenizer.decode(batch.tokens)]
 
     def apply(
         self, name: str, rows: Iterable[np.ndarray], batch_size: int = BATCH_SIZE
     ) -> np.ndarray:
-        """What a function of the model makes of rows that are prepared already.
+        """Applies a function of the model to preprocessed rows.
 
         Args:
-          name: in `functions`.
-          rows: pixels or token ids of one example each.
+          name: a key of `functions`.
+          rows: the pixels or token ids of one example each.
 
         Raises:
           UserError: the model has no such function.
@@ -146,7 +147,7 @@ class Encoder:
     def logits(
         self, images: Image | Iterable[Image], texts: str | Sequence[str]
     ) -> Float[np.ndarray, "images texts"]:
-        """`logit_scale` * cosine similarity + `logit_bias` of every image with every text."""
+        """Computes `logit_scale` * cosine + `logit_bias` of every image with every text."""
         cosine = self.embed_image(images) @ self.embed_text(texts).T
         return cosine * np.float32(self.logit_scale) + np.float32(self.logit_bias)
 
@@ -160,6 +161,8 @@ class Encoder:
     def _logit_parameters(self) -> tuple[float, float]:
         if "logit_scale" not in self.weights:
             raise UserError(f"{self.source} is an image model: it has no logits of pairs")
+        # The softmax of a row does not change with a bias on all its logits. So models of the
+        # softmax loss have no bias.
         bias = self.weights.get("logit_bias", np.float32(0))
         return float(np.exp(self.weights["logit_scale"])), float(bias)
 
@@ -168,45 +171,49 @@ class Encoder:
         return {}
 
     def _program(self, name: str, **settings: Any) -> Callable[..., Any]:
-        """A function with these settings, to be compiled once for each shape."""
+        """Returns a function with these settings, jitted once for each shape."""
         if name not in self.functions:
             raise UserError(f"{self.source} has no {name}")
+        # Two calls of `jax.jit` on new partials would compile the same program twice.
         key = (name, *sorted(settings.items()))
         if key not in self._jitted:
             self._jitted[key] = jax.jit(functools.partial(self.functions[name], **settings))
         return self._jitted[key]
 
     def _embed(self, name: str, rows: Iterator[np.ndarray], batch_size: int) -> np.ndarray:
-        """What a function makes of rows."""
-        found = list(self._outputs(name, rows, batch_size))
-        return np.concatenate(found) if found else self._nothing(name)
+        """Applies a function to rows, and joins the results."""
+        batches = list(self._outputs(name, rows, batch_size))
+        return np.concatenate(batches) if batches else self._nothing(name)
 
     def _outputs(
         self, name: str, rows: Iterator[np.ndarray], batch_size: int, **settings: Any
     ) -> Iterator[Any]:
-        """What a function makes of rows, in batches of few sizes, each compiled once.
+        """Yields a function's results for batches of rows.
 
         Raises:
-          UserError: there is no such function, or a setting is none of it.
+          UserError: there is no such function, or it does not take a setting.
         """
         if batch_size < 1:
-            raise UserError(f"batch_size is at least 1, not {batch_size}")
+            raise UserError(f"batch_size must be at least 1, not {batch_size}")
         function = self._program(name, **settings)
         while batch := list(itertools.islice(rows, batch_size)):
-            # The last batch is filled up to a power of two.
+            # The last batch is padded to a power of two. So there are few sizes to compile for.
             size = min(1 << (len(batch) - 1).bit_length(), batch_size)
             padded = np.stack(batch + batch[-1:] * (size - len(batch)))
             try:
-                made = function(self.params, padded)
+                result = function(self.params, padded)
             except (TypeError, ValueError) as error:
+                # The user's settings are the usual cause. Without any, this is a bug of ours.
                 if not settings:
                     raise
                 raise UserError(f"{name}: {error}") from error
-            yield jax.tree.map(lambda x: np.asarray(x)[: len(batch)], made)
+            yield jax.tree.map(lambda x: np.asarray(x)[: len(batch)], result)
 
     def _nothing(self, name: str) -> np.ndarray:
+        """Returns the result of a function for no rows, with the right shape and dtype."""
         text = name == "embed_text"
         shape = (1, self.tokenizer.context_length) if text else (1, *self.image_size, 3)
         one = jax.ShapeDtypeStruct(shape, np.int32 if text else np.uint8)
+        # Traces the function, and computes nothing.
         out = jax.eval_shape(self.functions[name], self.params, one)
         return np.zeros((0, *out.shape[1:]), out.dtype)

@@ -1,4 +1,4 @@
-"""What the evaluators of a subject find out about a set of parameters."""
+"""Runs the evaluators of a model on a set of parameters, and collects the outcomes."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from vlp_jax.training.restore import LoadedParameters
 
 @dataclasses.dataclass(frozen=True)
 class Findings:
-    """What was found out about a model.
+    """The scores and outcomes of a model's evaluators.
 
     Attributes:
       scores: "eval/EVALUATOR/NAME" -> value.
-      outcomes: evaluator -> its scores, arrays and samples.
+      outcomes: name of an evaluator -> its outcome.
     """
 
     scores: Mapping[str, float]
@@ -47,10 +47,10 @@ class Findings:
 def find(
     subject: Subject, loaded: LoadedParameters, names: Sequence[str] | None = None
 ) -> Findings:
-    """Runs the evaluators, each once. On every process.
+    """Runs each evaluator once. All processes must call it.
 
     Args:
-      names: of evaluators; None for all that the subject has.
+      names: names of evaluators; None for all of the subject.
     """
     scores: dict[str, float] = {}
     outcomes: dict[str, Outcome] = {}

@@ -1,4 +1,4 @@
-"""The tokenizer beside a model of others, with the ids that its own library makes."""
+"""Builds the tokenizer of a foreign model from its files, with the same ids as its own library."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from vlp_jax.models.text import TextTransformer
 
 CLIP_TOKENS = 49_408
 TOKEN_NAMES = tuple(f"{x}_token" for x in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
-LENGTHLESS = 10**9  # transformers writes a larger model_max_length where there is none
+LENGTHLESS = 10**9  # transformers writes a model_max_length above this for "no limit"
 Clean = Callable[[str], str]
 
 
@@ -28,18 +28,18 @@ def tokenizer_of_files(
     where: str,
     notes: list[str],
 ) -> Any:
-    """The tokenizer that lies beside a model of others.
+    """Builds the tokenizer of a foreign model.
 
     Args:
-      files: None if there are none: then it is CLIP's published one, if the vocabulary is as large
-        as its.
+      files: the tokenizer's files. None takes CLIP's published tokenizer if the vocabulary has its
+        size.
       text: the tower that takes the ids.
-      pad_id: that of the model's config, if it says one.
-      where: the model, for an error.
-      notes: gets a line for everything that a user of the library may not expect.
+      pad_id: the padding id in the model's config, if any.
+      where: the model, for errors.
+      notes: lines are appended for differences from the foreign library.
 
     Raises:
-      UserError: there is none that can be used.
+      UserError: there are no usable files.
     """
     wrapped = None if files is None else files.open_clip
     options = dict((wrapped or {}).get("tokenizer_kwargs") or {})
@@ -86,7 +86,7 @@ def _as_transformers(
     where: str,
     notes: list[str],
 ) -> Any:
-    """The tokenizer of `AutoTokenizer.from_pretrained`."""
+    """Builds the tokenizer that `AutoTokenizer.from_pretrained` returns."""
     config = _config(files, where)
     name = config.get("tokenizer_class") or files.kind
     name = None if name is None else str(name).removesuffix("Fast")
@@ -123,7 +123,7 @@ def _as_transformers(
 def _as_class(
     name: str | None, content: dict[str, Any], config: dict[str, Any], notes: list[str]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The tokenizer.json that does what a class does with this one, and its config."""
+    """Changes a tokenizer.json and its config the way a class of transformers does."""
     known = CLASSES.get(name)
     if known is None and name not in GENERIC:
         why = "needs spiece.model" if name == "SiglipTokenizer" else "is not known here"
@@ -153,7 +153,7 @@ def _as_class(
 
 
 def _config(files: TokenizerFiles, where: str) -> dict[str, Any]:
-    """tokenizer_config.json, with special tokens that old folders have in files of their own."""
+    """Reads tokenizer_config.json, and the special tokens that old folders have in other files."""
     config = _json(files, CONFIG, where)
     if "added_tokens_decoder" not in config:
         config |= _json(files, "special_tokens_map.json", where)
@@ -178,10 +178,10 @@ def _spelled(token: Any) -> Any:
 
 
 def _content(files: TokenizerFiles, where: str, name: str | None) -> dict[str, Any]:
-    """The content of the tokenizer.json, or one made of a vocabulary.
+    """Reads tokenizer.json, or makes its content from a vocabulary.
 
     Raises:
-      UserError: neither is there, or it is damaged.
+      UserError: neither file exists, or it is damaged.
     """
     if TOKENIZER in files.contents:
         content = _json(files, TOKENIZER, where)
@@ -229,7 +229,7 @@ def _siglip(
 
 
 def _add_tokens(content: dict[str, Any], config: Mapping[str, Any]) -> None:
-    """Adds the special tokens that a config has and a tokenizer.json lacks."""
+    """Adds special tokens that are in a config and not in tokenizer.json."""
     there = {token["content"] for token in content["added_tokens"]}
     ids = vocabulary_of(content)
     wanted: dict[str, dict[str, Any]] = {}
@@ -242,19 +242,20 @@ def _add_tokens(content: dict[str, Any], config: Mapping[str, Any]) -> None:
         if token:
             wanted.setdefault(str(_spelled(token)), {"special": True})
     number = 1 + max(ids.values(), default=-1)
-    for spelled, said in wanted.items():
+    for spelled, options in wanted.items():
         if spelled in there:
             continue
-        if spelled not in ids:
+        if spelled not in ids:  # transformers numbers new tokens from the end of the vocabulary
             ids[spelled], number = number, number + 1
-        flags = {name: bool(said.get(name)) for name in ("single_word", "lstrip", "rstrip")}
-        flags["normalized"] = bool(said.get("normalized", not said["special"]))
-        token = {"id": ids[spelled], "content": spelled, "special": bool(said["special"]), **flags}
+        special = bool(options["special"])
+        flags = {name: bool(options.get(name)) for name in ("single_word", "lstrip", "rstrip")}
+        flags["normalized"] = bool(options.get("normalized", not special))
+        token = {"id": ids[spelled], "content": spelled, "special": special, **flags}
         content["added_tokens"].append(token)
 
 
 def _sides(content: Mapping[str, Any], config: Mapping[str, Any], left: bool) -> dict[str, bool]:
-    """Which end of a row is padded, and which of a text that is too long is cut."""
+    """Returns the side on which rows are padded, and the side on which long texts are truncated."""
     padding, truncation = content.get("padding") or {}, content.get("truncation") or {}
     pads = config.get("padding_side") or padding.get("direction") or ("left" if left else "right")
     cuts = config.get("truncation_side") or truncation.get("direction") or "right"
@@ -262,7 +263,7 @@ def _sides(content: Mapping[str, Any], config: Mapping[str, Any], left: bool) ->
 
 
 def _note_frame(content: Mapping[str, Any], config: Mapping[str, Any], notes: list[str]) -> None:
-    """Notes that a config wants a bos or eos around texts and its tokenizer.json does otherwise."""
+    """Notes if a config and its tokenizer.json disagree about bos or eos around texts."""
     frame = json.dumps(content.get("post_processor"))
     for name in ("bos", "eos"):
         wanted, token = config.get(f"add_{name}_token"), config.get(f"{name}_token")

@@ -1,4 +1,4 @@
-"""Images of any kind to the pixels that a model takes, by Pillow alone."""
+"""Converts images of any kind to the pixels that a model takes, with Pillow alone."""
 
 from __future__ import annotations
 
@@ -20,23 +20,25 @@ from vlp_jax.errors import UserError
 from vlp_jax.interop.base import CROP_ROUNDINGS, RESAMPLINGS, RESIZES
 
 _RESAMPLING = {name: PIL.Image.Resampling[name.upper()] for name in RESAMPLINGS}
-_RADIUS = 3  # pixels that a kernel reaches to each side at most: Lanczos
-_MAX_BETWEEN = 2**23  # pixels of an image that a resize makes on its way, 32 MiB
-_GAP = 4  # by how much such an average is larger than the result: more than Pillow's "fair" 3
+_RADIUS = 3  # reach of the largest kernel, Lanczos, in pixels of the result
+_MAX_BETWEEN = 2**23  # largest intermediate image of a resize, in pixels: 32 MiB
+# `reducing_gap`: the averaged image is at least this factor larger than the result. Pillow calls 3
+# a fair quality.
+_GAP = 4
 
 Image = Any  # PIL.Image.Image | np.ndarray | bytes | str | os.PathLike
 
 
 @dataclasses.dataclass(frozen=True)
 class ImageProcessor:
-    """Images to uint8 [height, width, 3] as the model was trained and evaluated on them.
+    """Converts images to uint8 [height, width, 3], as in training and evaluation.
 
     Attributes:
       size: height and width in pixels.
-      resize: "squash" changes the aspect ratio; "crop" scales the image until it covers the size
-        and cuts the middle out, with torchvision's rounding.
+      resize: "squash" changes the aspect ratio; "crop" scales the image until it covers the size,
+        and crops the center, with torchvision's rounding.
       interpolation: one of `RESAMPLINGS`.
-      scale, crop_rounding: as in `vlp_jax.interop.Extras`: what is scaled to before the cut.
+      scale, crop_rounding: see `vlp_jax.interop.Extras`.
       max_pixels: a larger image is refused before it is decoded.
     """
 
@@ -56,19 +58,20 @@ class ImageProcessor:
     def __call__(
         self, image: Image, name: str = "the image"
     ) -> UInt8[np.ndarray, "height width 3"]:
-        """The pixels of a file's path, a file's bytes, a Pillow image, or an array.
+        """Converts an image to pixels.
 
         Args:
-          image: an array is uint8, [h, w, 3], [h, w, 4] or [h, w].
-          name: what it is called in an error.
+          image: the path of a file, a file's bytes, a Pillow image, or a uint8 array [h, w, 3],
+            [h, w, 4] or [h, w].
+          name: the name of the image in errors.
 
         Raises:
-          UserError: it is no image, damaged, or has more than `max_pixels`.
+          UserError: the image is invalid, damaged, or has more than `max_pixels`.
         """
         return np.asarray(self._fit(self.upright(*self.open(image, name))), np.uint8)
 
     def upright(self, opened: PIL.Image.Image, name: str) -> PIL.Image.Image:
-        """The pixels of what `open` returned, as `upright_rgb` makes them.
+        """Decodes the image that `open` returned, see `upright_rgb`.
 
         Raises:
           UserError: the image is damaged.
@@ -79,10 +82,10 @@ class ImageProcessor:
             raise UserError(f"{name} is damaged: {error}") from None
 
     def open(self, image: Image, name: str = "the image") -> tuple[PIL.Image.Image, str]:
-        """The Pillow image, whose pixels may not be decoded yet, and its name.
+        """Opens an image without decoding it; returns the Pillow image and its name.
 
         Raises:
-          UserError: it is no image, or has more than `max_pixels`.
+          UserError: the image is invalid, or has more than `max_pixels`.
         """
         if isinstance(image, np.ndarray):
             opened = _from_array(image, name)
@@ -105,13 +108,13 @@ class ImageProcessor:
         box = (left, top, left + width, top + height)
         if math.prod(sides) > _MAX_BETWEEN:
             return _part_of_resized(image, sides, box, method)
-        # What lies between Pillow's two passes and its table of weights grow with the sides of an
-        # image, so of a long and thin one groups of pixels are averaged first.
+        # Pillow resizes in two passes. The image between them, and the table of weights, grow with
+        # the sides of the image. So a long, thin image is first reduced by averaging pixels.
         long = max(sides[0] * image.height, sides[1] * image.width) > _MAX_BETWEEN
         return image.resize(sides, method, reducing_gap=_GAP if long else None).crop(box)
 
     def _scaled(self, width: int, height: int) -> tuple[int, int]:
-        """Width and height that an image is scaled to."""
+        """Returns the width and height to which an image is scaled before the crop."""
         scale = self.scale
         if self.resize == "squash":
             return (self.size if scale is None else scale)[::-1]
@@ -124,7 +127,7 @@ class ImageProcessor:
         return max(width * scale // short, 1), max(height * scale // short, 1)
 
     def _offset(self, have: int, want: int) -> int:
-        """Where a cut of `want` pixels begins; below 0 where black ones are added."""
+        """Returns where a crop of `want` pixels begins; below 0 where black pixels are added."""
         if have < want:
             return -((want - have) // 2)
         return (have - want) // 2 if self.crop_rounding == "down" else round((have - want) / 2)
@@ -136,24 +139,24 @@ def _part_of_resized(
     box: tuple[int, ...],
     method: PIL.Image.Resampling,
 ) -> PIL.Image.Image:
-    """`image.resize(sides, method).crop(box)` but for rounding, without the whole resized image."""
+    """Computes `image.resize(sides, method).crop(box)`, without the whole resized image."""
     kept = [max(box[0], 0), max(box[1], 0), min(box[2], sides[0]), min(box[3], sides[1])]
     scales = [have / resized for have, resized in zip(image.size, sides)] * 2
     window = [at * scale for at, scale in zip(kept, scales)]
-    # Pillow takes the corners of a window as float32, which in a long image are off by a pixel. So
-    # what is resampled is first cut out at whole pixels.
+    # Pillow converts the corners of a window to float32, which can be off by a pixel in a long
+    # image. So the image is first cropped at whole pixels around the window.
     reach = [_RADIUS * max(scale, 1) + 1 for scale in scales]
     left, top = (max(math.floor(window[i] - reach[i]), 0) for i in (0, 1))
     right, bottom = (min(math.ceil(window[i] + reach[i]), image.size[i - 2]) for i in (2, 3))
     part = image.crop((left, top, right, bottom))
-    limits = (right - left, bottom - top) * 2  # of what floating point rounds up
+    limits = (right - left, bottom - top) * 2  # rounding must not push a corner out of the image
     window = [min(at - at0, end) for at, at0, end in zip(window, (left, top) * 2, limits)]
-    found = part.resize((kept[2] - kept[0], kept[3] - kept[1]), method, tuple(window))
-    return found.crop((box[0] - kept[0], box[1] - kept[1], box[2] - kept[0], box[3] - kept[1]))
+    resized = part.resize((kept[2] - kept[0], kept[3] - kept[1]), method, tuple(window))
+    return resized.crop((box[0] - kept[0], box[1] - kept[1], box[2] - kept[0], box[3] - kept[1]))
 
 
 def each_image(images: Image | Iterable[Image]) -> Iterator[tuple[str, Image]]:
-    """(name, image) of one image, or of each of several."""
+    """Yields (name, image) for one image, or for each of several images."""
     single = str | os.PathLike | bytes | PIL.Image.Image
     if isinstance(images, single) or (isinstance(images, np.ndarray) and images.ndim < 4):
         images = [images]
@@ -203,5 +206,5 @@ def _told_format(source: Path | io.BytesIO) -> str:
         head = source.getvalue()[:64]
     if not head:
         return ": it is empty"
-    found = format_of(head)
-    return f": its format is {found}" if found else f": it begins with {head[:8]!r}"
+    name = format_of(head)
+    return f": its format is {name}" if name else f": it begins with {head[:8]!r}"

@@ -1,4 +1,4 @@
-"""A trained model from a run or from files of others."""
+"""Loads a trained model from a run or from foreign files."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ from vlp_jax.objectives.compute import DTYPES
 from vlp_jax.objectives.of_model import objective_of
 from vlp_jax.training.run import Run, bounded, resizing
 
-# The models of parts of a run that are loaded; the first of a run's is `Encoder.module`.
+# Models that can be loaded from a run. Of several in a composite, the first in this order becomes
+# `Encoder.module`.
 LOADED = (DualEncoder, CoCa, MaskedAutoencoder, Captioner)
 RESIZING = ("resize", "interpolation", "scale", "crop_rounding")  # fields of `interop.Extras`
 
@@ -39,18 +40,18 @@ def load(
     dtype: str = "float32",
     tokenizer: str | None = None,
 ) -> Encoder:
-    """A model with its preprocessing, ready to embed images and texts.
+    """Loads a model with its preprocessing, ready to embed images and texts.
 
         model = load("runs/clip")            # or "hf:DIR", "open_clip:DIR", "big_vision:FILE.npz"
         model.embed_image(["a.jpg", "b.png"]) @ model.embed_text(["a red ring"]).T
 
     Args:
       source: the workdir of a run, or FORMAT:PATH with one of `vlp_jax.interop.FORMATS`.
-      step: of a run's checkpoints; default: the newest.
-      params: of a run's checkpoint its parameters ("params"), their average ("ema"), or the average
+      step: the step of a run's checkpoint; None for the newest.
+      params: the parameters ("params") of a run's checkpoint, their average ("ema"), or the average
         if there is one ("auto").
-      dtype: of the computation, "float32" or "bfloat16".
-      tokenizer: a tokenizer.json or a SentencePiece .model, for files that come without one.
+      dtype: dtype of the computation, "float32" or "bfloat16".
+      tokenizer: a tokenizer.json or a SentencePiece .model, for files without a tokenizer.
 
     Raises:
       UserError: there is no run or checkpoint, or the files cannot be read.
@@ -59,6 +60,7 @@ def load(
     if dtype not in DTYPES:
         raise UserError(f"dtype={dtype!r} must be {' or '.join(DTYPES)}")
     prefix, colon, rest = source.partition(":")
+    # The URL of a bucket has a colon too, and so may the name of a folder.
     foreign = colon and not rest.startswith("//") and not epath.Path(source).exists()
     if not foreign:
         if tokenizer is not None:
@@ -72,18 +74,19 @@ def load(
 
 def _of_run(source: str, run: Run, step: int | None, params: str, dtype: str) -> Encoder:
     saved = run.saved(step, params)
-    found = [part.objective for part in run.objective.parts().values()]
+    leaves = [part.objective for part in run.objective.parts().values()]
     usable = sorted(
-        (leaf for leaf in found if isinstance(leaf.model, LOADED)),
+        (leaf for leaf in leaves if isinstance(leaf.model, LOADED)),
         key=lambda leaf: LOADED.index(type(leaf.model)),
     )
     if not usable:
-        kinds = ", ".join(type(leaf.model).__name__ for leaf in found)
+        kinds = ", ".join(type(leaf.model).__name__ for leaf in leaves)
         raise UserError(f"{source} is a run of {kinds}, which has no embeddings of its own")
     functions: dict[str, Function] = {}
-    for leaf in usable:  # of two that have the same function, the first counts
-        own = dataclasses.replace(leaf, model=with_dtype(leaf.model, DTYPES[dtype]))
-        functions = own.functions() | functions
+    for leaf in usable:  # of two functions with the same name the first counts
+        cast = dataclasses.replace(leaf, model=with_dtype(leaf.model, DTYPES[dtype]))
+        functions = cast.functions() | functions
+    # The checkpoint of a composite also has the parameters of the parts that are not usable.
     expected = {path for leaf in usable for path in interop.trees.expected_shapes(leaf.model)}
     weights = {k: v for k, v in bounded(usable[0], saved.read()).items() if k in expected}
     module, notes, texts = with_dtype(usable[0].model, DTYPES[dtype]), [], None
@@ -131,7 +134,7 @@ def _of_files(source: str, dtype: str, tokenizer: str | None) -> Encoder:
 
 
 def functions_of(module: Module, given: Mapping[str, Any] | None = None) -> dict[str, Function]:
-    """Functions by name: what evaluators may ask of a model, as its objective has it.
+    """Returns the functions that a model's objective offers, by name.
 
     Args:
       given: fields of `vlp_jax.interop.Extras`.

@@ -1,6 +1,6 @@
-"""What is evaluated: a model with the evaluators of a config, and nothing of its training.
+"""The subject of an evaluation: a model with the evaluators of a config, without its training.
 
-Neither the training data nor an optimizer is needed, and the devices need not be those of the run.
+Neither training data nor an optimizer is needed, and the devices may differ from the run's.
 """
 
 from __future__ import annotations
@@ -33,22 +33,22 @@ from vlp_jax.training.abstract_setup import batch_spec
 from vlp_jax.training.restore import LoadedParameters
 from vlp_jax.training.run import Run
 
-EXAMPLES_PER_DEVICE = 64  # of an evaluation batch, where the run's own does not fit
+EXAMPLES_PER_DEVICE = 64  # in an evaluation batch, where the run's batch does not fit
 
 
 @dataclasses.dataclass(frozen=True)
 class Subject:
-    """A model and the evaluators that judge it.
+    """A model, and the evaluators that score it.
 
     Attributes:
-      title: the workdir or the files.
-      config: whose evaluators they are; of a run, its own.
-      objective: None for files of others.
-      module: the model; of a composite, that of its first part.
+      title: the name of the workdir or of the files.
+      config: the config with the evaluators; a run's own config.
+      objective: the run's objective; None for foreign files.
+      module: the model; the first part's model for a composite.
       resources: functions, tokenizer, mesh and batch size of the evaluators.
       evaluators: name in the config -> evaluator.
-      run: None for files of others.
-      notes: what the user should know, a line each.
+      run: the run; None for foreign files.
+      notes: lines for the user.
     """
 
     title: str
@@ -71,21 +71,21 @@ class Subject:
         names: Sequence[str] | None = None,
         batch_size: int | None = None,
     ) -> Subject:
-        """The run in `workdir`.
+        """Opens the run in `workdir` with its evaluators.
 
         Args:
-          overrides: "evaluators.NAME.KEY=VALUE" and the like, see `vlp_jax.config.override`.
-          names: the evaluators that are wanted; None for all. The data of others is not opened.
-          batch_size: examples of an evaluation batch; None: see `_layout`.
+          overrides: assignments such as "evaluators.NAME.KEY=VALUE", see `vlp_jax.config.override`.
+          names: names of evaluators; None for all. Only their data is opened.
+          batch_size: examples of an evaluation batch; None: see `_mesh_and_batch_size`.
 
         Raises:
-          UserError: there is no run, an evaluator or a key is not there, or its data is not.
+          UserError: there is no run, or an evaluator, a key or data is missing.
         """
         run = Run.open(workdir)
         config, objective = run.config, run.objective
-        train_data = as_plain(config.data)  # as it was in training
+        train_data = as_plain(config.data)  # before the overrides: as it was in training
         config_lib.override(config, list(overrides))
-        mesh, batch_size, notes = _layout(config, batch_size)
+        mesh, batch_size, notes = _mesh_and_batch_size(config, batch_size)
         wording, more = run.wording
         chosen = choose_evaluators(config, names)
         spec = {k: jax.ShapeDtypeStruct(*v) for k, v in batch_spec(config, objective).items()}
@@ -121,18 +121,18 @@ class Subject:
         dtype: str = "float32",
         tokenizer: str | None = None,
     ) -> Subject:
-        """Files of others, judged by the evaluators of a config.
+        """Opens foreign files with the evaluators of a config.
 
         Args:
-          weights: "hf:DIR" and so on, see `vlp_jax.load`.
-          config: its `evaluators` and `data`; its objective and tokenizer are not looked at.
+          weights: FORMAT:PATH, see `vlp_jax.load`.
+          config: supplies `evaluators` and `data`; its objective and tokenizer are ignored.
           dtype, tokenizer: see `vlp_jax.load`.
 
         Raises:
           UserError: the files cannot be read, or see `of_run`.
         """
         encoder = load(weights, dtype=dtype, tokenizer=tokenizer)
-        mesh, batch_size, notes = _layout(config, batch_size)
+        mesh, batch_size, notes = _mesh_and_batch_size(config, batch_size)
         resources = Resources(
             functions=compile_functions(with_attacks(encoder.functions), mesh),
             tokenizer=None if encoder.texts is None else encoder.tokenizer,
@@ -162,15 +162,17 @@ class Subject:
 
     @property
     def workdir(self) -> epath.Path | None:
-        """The folder of the run; None for files of others."""
+        """The folder of the run; None for foreign files."""
         return None if self.run is None else self.run.workdir
 
     def saved_steps(self) -> list[int]:
-        """Steps of the run's checkpoints, in order."""
+        """Returns the steps of the run's checkpoints, in order."""
         return self.run.steps()
 
     def load(self, step: int | None = None, choice: str = "auto") -> LoadedParameters:
-        """The parameters at `step` (default: the newest) on the mesh; of files, those.
+        """Loads the parameters at `step` (default: the newest) onto the mesh.
+
+        Foreign files have one set of parameters, which is returned.
 
         Args:
           choice: one of `vlp_jax.training.restore.CHOICES`.
@@ -183,12 +185,12 @@ class Subject:
         return self.run.saved(step, choice).load(self._abstract)
 
     def open_evaluation_data(self, name: str, extra_fields: Sequence[str] = ()) -> EvalPipeline:
-        """The examples of the evaluator `name`, to look at."""
+        """Opens the examples of the evaluator `name`, as the evaluator sees them."""
         data = merged_data(self.config.data, self.config.evaluators[name])
         return self.resources.pipeline(data, extra_fields)
 
     def _check_image_sizes(self, size: tuple[int, int]) -> None:
-        """Raises UserError if an evaluator gives images of another size than the model takes."""
+        """Raises UserError if an evaluator's images do not have the model's size."""
         for name in self.evaluators:
             shape = self.open_evaluation_data(name).batch_spec()["image"][0]
             if tuple(shape[1:3]) != tuple(size):
@@ -199,17 +201,19 @@ class Subject:
                 )
 
     def open_stored_data(self, name: str, fields: Sequence[str]) -> EvalPipeline:
-        """`fields` of the examples of the evaluator `name` as the source stores them: images are
-        not decoded, texts not chosen."""
+        """Opens `fields` of the evaluator `name` as the source stores them, without preprocessing.
+
+        Images are not decoded, and texts are not chosen.
+        """
         data = merged_data(self.config.data, self.config.evaluators[name])
         return self.resources.pipeline({**data, "preprocess": {}}, fields)
 
 
 def choose_evaluators(config: ConfigDict, names: Sequence[str] | None) -> ConfigDict:
-    """The sections of `config.evaluators` that are wanted.
+    """Selects the sections of `config.evaluators` in `names`; None for all.
 
     Raises:
-      UserError: one of them is not there, or there is none at all.
+      UserError: a section is missing, or the config has no evaluators.
     """
     for name in names or ():
         if name not in config.evaluators:
@@ -220,11 +224,13 @@ def choose_evaluators(config: ConfigDict, names: Sequence[str] | None) -> Config
     return ConfigDict(dict(chosen.items()))
 
 
-def _layout(config: ConfigDict, batch_size: int | None) -> tuple[Mesh, int, tuple[str, ...]]:
-    """Mesh and batch size: the run's, if they fit these devices.
+def _mesh_and_batch_size(
+    config: ConfigDict, batch_size: int | None
+) -> tuple[Mesh, int, tuple[str, ...]]:
+    """Returns the run's mesh and batch size if they fit these devices, and notes.
 
-    Scores depend on neither. Else parameters are spread over all devices, and a batch has
-    `EXAMPLES_PER_DEVICE` for each.
+    Otherwise parameters are sharded over all devices, and a batch has `EXAMPLES_PER_DEVICE` for
+    each device. Scores depend on neither.
     """
     notes: tuple[str, ...] = ()
     try:
@@ -236,14 +242,14 @@ def _layout(config: ConfigDict, batch_size: int | None) -> tuple[Mesh, int, tupl
     most = EXAMPLES_PER_DEVICE * parts
     chosen = batch_size
     if chosen is None:
-        own = config.batch_size
-        chosen = own if own <= most and own % parts == 0 else most
+        fits = config.batch_size <= most and config.batch_size % parts == 0
+        chosen = config.batch_size if fits else most
     mesh_lib.check_batch_size(chosen, mesh, "--batch-size")
     return mesh, chosen, notes
 
 
 def _placed(boxed: Any, mesh: Mesh) -> Any:
-    """Shapes, dtypes and shardings of parameters."""
+    """Returns shapes, dtypes and shardings of parameters."""
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         nn.unbox(boxed),

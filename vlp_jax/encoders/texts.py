@@ -1,4 +1,4 @@
-"""Texts to the token ids that a model takes."""
+"""Converts texts to the token ids that a model takes."""
 
 from __future__ import annotations
 
@@ -20,40 +20,41 @@ from vlp_jax.models.text import TextTransformer
 
 @dataclasses.dataclass(frozen=True)
 class TextProcessor:
-    """Texts to int32 [n, context_length] as the model was trained on them.
+    """Converts texts to token ids, int32 [n, context_length], as in training.
 
     Attributes:
-      tokenizer: of a run, or of the files of others.
-      preprocess: how the run words its texts before it tokenizes them.
+      tokenizer: the tokenizer of a run or of foreign files.
+      preprocess: the run's operations on texts before tokenizing, such as lower case.
     """
 
     tokenizer: Any
     preprocess: Wording = Wording()
 
     def __call__(self, texts: Sequence[str]) -> Int[np.ndarray, "n context"]:
-        """Token ids. A text that is longer than the context loses its end, with a warning.
+        """Returns token ids. A text longer than the context is truncated, with a warning.
 
         Raises:
-          UserError: a text is empty, or no text.
+          UserError: a text is empty, or is not a str.
         """
         note = self.too_long(texts)
         if note:
+            # 3 is the caller of `Encoder.embed_text`, whose line the warning shows.
             warnings.warn(note, stacklevel=3)
         return self.ids(texts)
 
     def ids(self, texts: Sequence[str]) -> Int[np.ndarray, "n context"]:
-        """The same without a warning; see `too_long`.
+        """Returns token ids without a warning; see `too_long`.
 
         Raises:
-          UserError: a text is empty, or no text.
+          UserError: a text is empty, or is not a str.
         """
         return self.tokenizer(self._prepared(texts))
 
     def too_long(self, texts: Sequence[str]) -> str | None:
-        """A line on the texts that are longer than the context; None if there are none.
+        """Describes the texts that are longer than the context; None if there are none.
 
         Raises:
-          UserError: a text is empty, or no text.
+          UserError: a text is empty, or is not a str.
         """
         limit, prepared = self.tokenizer.context_length, self._prepared(texts)
         long = [(n, k) for n, k in enumerate(self._lengths(prepared)) if k > limit]
@@ -76,17 +77,17 @@ class TextProcessor:
         return [as_text(text) for text in self.preprocess(texts)]
 
     def _lengths(self, texts: Sequence[str]) -> list[int]:
-        if hasattr(self.tokenizer, "lengths"):  # a tokenizer of others, which frames by itself
+        if hasattr(self.tokenizer, "lengths"):  # a foreign tokenizer, which adds bos and eos itself
             return self.tokenizer.lengths(texts)
         extra = frame_length(self.tokenizer)
         return [len(ids) + extra for ids in self.tokenizer.encode(texts)]
 
 
 def tokenizer_from(path: str, text: TextTransformer) -> Any:
-    """The tokenizer in a file: a tokenizer.json or a SentencePiece .model.
+    """Loads the tokenizer in a file: a tokenizer.json or a SentencePiece .model.
 
     Raises:
-      UserError: it cannot be read, or has more tokens than the tower.
+      UserError: the file cannot be read, or has more tokens than the tower.
     """
     kinds = {".json": SubwordTokenizer, ".model": SentencePieceTokenizer}
     if Path(path).suffix not in kinds:

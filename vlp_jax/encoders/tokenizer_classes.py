@@ -1,8 +1,8 @@
-"""What the tokenizer classes of `transformers` make of a tokenizer.json or a vocabulary.
+"""Imitates how the tokenizer classes of `transformers` change a tokenizer.json or a vocabulary.
 
 Source: transformers 5.24, tokenization_utils_tokenizers.py and the `tokenization_*.py` of each
-model. A class that tokenizer_config.json names takes vocabulary and merges from tokenizer.json, and
-normalizes and splits texts in its own way; `PreTrainedTokenizerFast` takes all as it is there.
+model. A class named in tokenizer_config.json takes vocabulary and merges from tokenizer.json, but
+normalizes and splits texts by its own rules. `PreTrainedTokenizerFast` uses the file unchanged.
 """
 
 from __future__ import annotations
@@ -77,8 +77,9 @@ def _bert(content: Content, config: Mapping[str, Any], ids: Mapping[str, int]) -
 
 
 def _t5(content: Content, config: Mapping[str, Any], ids: Mapping[str, int]) -> None:
-    found = content.get("normalizer") or {}
-    steps = found.get("normalizers", [found])
+    # Of the normalizer in the file, T5 keeps only SentencePiece's compiled character map.
+    normalizer = content.get("normalizer") or {}
+    steps = normalizer.get("normalizers", [normalizer])
     content["normalizer"] = next((x for x in steps if x.get("type") == "Precompiled"), None)
     spaces = {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": "always"}
     content["pre_tokenizer"] = _sequence(
@@ -89,7 +90,7 @@ def _t5(content: Content, config: Mapping[str, Any], ids: Mapping[str, int]) -> 
 
 
 def _frame(ids: Mapping[str, int], before: str | None, after: str) -> Content:
-    """Special tokens around a text."""
+    """Makes the post-processor that puts special tokens around a text."""
     text = {"Sequence": {"id": "A", "type_id": 0}}
     names = [name for name in (before, after) if name is not None]
     around = {name: {"SpecialToken": {"id": name, "type_id": 0}} for name in names}
@@ -106,13 +107,13 @@ def _frame(ids: Mapping[str, int], before: str | None, after: str) -> Content:
 
 @dataclasses.dataclass(frozen=True)
 class TokenizerClass:
-    """A class that does not take a tokenizer.json as it is.
+    """A tokenizer class that changes a tokenizer.json.
 
     Attributes:
-      change: changes the content of a tokenizer.json, given the tokenizer's config and the ids of
-        the vocabulary.
-      tokens: special tokens that a config does not have to name.
-      pads_left: texts are padded before them unless the config says otherwise.
+      change: changes the content of a tokenizer.json in place, given the tokenizer's config and the
+        ids of the vocabulary.
+      tokens: default special tokens, for a config that names none.
+      pads_left: whether texts are padded on the left by default.
     """
 
     change: Callable[[Content, Mapping[str, Any], Mapping[str, int]], None]
@@ -142,10 +143,11 @@ CLASSES: dict[str, TokenizerClass] = {
 
 
 def of_vocabulary(files: Mapping[str, bytes]) -> Content | None:
-    """The content of a tokenizer.json without rules, of a vocabulary in files of its own.
+    """Makes the content of a tokenizer.json without rules, from separate vocabulary files.
 
     Returns:
-      None if neither vocab.json and merges.txt (byte pairs) nor vocab.txt (WordPiece) are there.
+      The content; None if there is neither vocab.json with merges.txt (byte pairs) nor vocab.txt
+      (WordPiece).
     """
     if {"vocab.json", "merges.txt"} <= files.keys():
         lines = files["merges.txt"].decode("utf-8", "replace").split("\n")
@@ -164,7 +166,7 @@ def of_vocabulary(files: Mapping[str, bytes]) -> Content | None:
 
 
 def vocabulary_of(content: Content) -> dict[str, int]:
-    """Spelling -> id of the tokens of a tokenizer.json."""
+    """Returns spelling -> id of the tokens in a tokenizer.json."""
     vocab = content["model"].get("vocab") or {}
     if isinstance(vocab, list):  # unigram: pairs of a spelling and a score
         vocab = {spelled: number for number, (spelled, _) in enumerate(vocab)}

@@ -1,4 +1,4 @@
-"""Evaluators: (functions, params) -> (name, value) pairs, each exact over its whole split."""
+"""Evaluators, by the names that `config.evaluators.NAME.name` takes. Each scores a whole split."""
 
 from __future__ import annotations
 
@@ -38,33 +38,33 @@ EVALUATORS = {
     "zero_shot": ZeroShot,
 }
 
-# Keys of an evaluator's section that say on what and when it runs, not what it computes.
+# Keys of an evaluator's section that are not arguments of its constructor.
 COMMON_KEYS = ("data", "every", "train_data")
 
 
 def merged_data(train_data: Mapping[str, Any], section: Mapping[str, Any]) -> dict[str, Any]:
-    """The data of an evaluator: that of training with what its section's `data` replaces.
+    """Returns the data config of an evaluator: the training data's, updated by its `data` section.
 
-    If that names another source, nothing of the training data is left.
+    If the section names another source, it takes nothing from the training data.
     """
-    own = section.get("data", {})
-    if own.get("source", train_data.get("source")) != train_data.get("source"):
-        return dict(own.items())
-    return {**dict(train_data.items()), **dict(section.get("data", {}).items())}
+    changes = dict(section.get("data", {}).items())
+    if changes.get("source", train_data.get("source")) != train_data.get("source"):
+        return changes
+    return {**dict(train_data.items()), **changes}
 
 
 def differing_wordings(
     sections: Mapping[str, Any], train_data: Mapping[str, Any], wording: Wording
 ) -> tuple[str, ...]:
-    """A line for each evaluator whose data words its texts in another way than the run."""
+    """Returns a line for each evaluator that preprocesses its texts in another way than the run."""
     notes = []
     for key in sorted(sections):
         if not getattr(EVALUATORS.get(sections[key].get("name")), "reads_text", False):
             continue
-        own = wording_of(merged_data(train_data, sections[key]))[0]
-        if own != wording:
+        theirs = wording_of(merged_data(train_data, sections[key]))[0]
+        if theirs != wording:
             notes.append(
-                f"the texts of config.evaluators.{key} go through other operations ({own}) than "
+                f"the texts of config.evaluators.{key} go through other operations ({theirs}) than "
                 f"the training texts ({wording}): set config.evaluators.{key}.data.preprocess"
             )
     return tuple(notes)
@@ -73,11 +73,11 @@ def differing_wordings(
 def make_evaluators(
     sections: Mapping[str, Any], train_data: Mapping[str, Any], resources: Resources
 ) -> dict[str, Evaluator]:
-    """An evaluator for each section of `config.evaluators`, under the section's own key.
+    """Makes an evaluator for each section of `config.evaluators`, under the section's key.
 
-    A section has `name` (a key of `EVALUATORS`), `data` (what differs from `config.data`), `every`
-    (a duration) and the arguments of what it names; `train_data`, of those that train something,
-    has what differs from the data that they test on.
+    A section has `name` (a key of `EVALUATORS`), `data` (differences from `config.data`), `every`
+    (a duration) and the arguments of the evaluator. For an evaluator that trains a classifier,
+    `train_data` has the differences from the data that it tests on.
 
     Raises:
       UserError: an unknown name or key, data that does not exist, or a function that the objective

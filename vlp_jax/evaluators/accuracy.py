@@ -1,4 +1,4 @@
-"""Accuracy of a classifier, and of answers to questions."""
+"""Accuracy of image classifiers, and of answers to visual questions."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ from vlp_jax.data.sources.base import as_plain
 from vlp_jax.errors import UserError
 from vlp_jax.evaluators.base import Evaluator, Pairs, Resources
 from vlp_jax.evaluators.class_lists import renumber
+from vlp_jax.evaluators.classification import label_ranks
 from vlp_jax.evaluators.outputs import (
     check_field,
     check_labels,
     numbers_of_model,
     outputs_of,
-    ranks,
 )
 
 
 class Accuracy(Evaluator):
-    """How often a classifier has the right class at the top, or among its first five.
+    """Scores top-1 and top-5 accuracy of the objective's classifier.
 
     Args:
-      data: of the images, with the class as a whole number in `label_field`. If labels are words,
-        their classes are those of the same names in the training data.
+      data: images, with the class as a whole number in `label_field`. Labels that are words are
+        matched by name with the classes of the training data.
 
     Raises:
-      UserError: there is no such field, or the training data lacks a class.
+      UserError: the field is missing, or the training data lacks a class.
     """
 
     needs = ("classify",)
@@ -42,11 +42,13 @@ class Accuracy(Evaluator):
         self._numbers = numbers_of_model(resources, data, self._pipeline, label_field)
 
     def pairs(self, params: Any) -> Pairs:
-        """`top1`, `top5` (of six classes or more) and `mean_per_class`, the mean over the classes
-        that occur of their own top-1, all in [0, 1]; `examples` and `classes`.
+        """Yields `top1`, `top5` (with six classes or more), `mean_per_class`, and two counts.
+
+        The counts are `examples` and `classes`; the scores are in [0, 1]. `mean_per_class` is the
+        top-1 of each class that occurs, averaged over these classes.
 
         Raises:
-          UserError: a label that the model has no score for.
+          UserError: a label for which the model has no score.
         """
         scores, fields = outputs_of(
             self._resources,
@@ -58,7 +60,7 @@ class Accuracy(Evaluator):
         )
         labels = renumber(fields[self._label_field], self._numbers)
         check_labels(labels, scores.shape[1], self._label_field)
-        rank = ranks(scores, labels)
+        rank = label_ranks(scores, labels)
         yield "top1", float((rank < 1).mean())
         if scores.shape[1] > 5:
             yield "top5", float((rank < 5).mean())
@@ -69,15 +71,15 @@ class Accuracy(Evaluator):
 
 
 class Answers(Evaluator):
-    """How often the right answer to a question has the highest score, over all and by kind.
+    """Scores the accuracy of answers to visual questions, over all questions and by kind.
 
     Args:
-      data: of the images with their questions: `text`, and the answer as a whole number in
-        `label_field`. If `kind` is a whole number too, there is a score for each kind.
-      questions: how many questions an example has: `preprocess.choose_question.index` goes from 0
-        up to below it, so that each is asked once. None: the data has one question an example.
-      kinds: names of the kinds; default: those that the dataset knows for `kind_field`.
-      kind_field: the field of the dataset that `kind` is taken from.
+      data: images with a question in `text`, and the answer as a whole number in `label_field`. If
+        `kind` is a whole number too, each kind has a score.
+      questions: the number of questions of an example. Each is asked once, by setting
+        `preprocess.choose_question.index` to 0, 1, ... None if an example has one question.
+      kinds: names of the kinds; by default the dataset's names for `kind_field`.
+      kind_field: the field of the dataset from which `kind` is taken.
     """
 
     needs = ("answer",)
@@ -93,6 +95,7 @@ class Answers(Evaluator):
         kind_field: str = "questions/kind",
     ):
         self._resources, self._label_field = resources, label_field
+        # One pass over the data for each question: a pass chooses one question of every example.
         self._pipelines = [resources.pipeline(one) for one in _each_question(data, questions)]
         first = self._pipelines[0]
         check_field(first, label_field, "answers")
@@ -101,12 +104,14 @@ class Answers(Evaluator):
         self._kinds = tuple(names or ())
 
     def pairs(self, params: Any) -> Pairs:
-        """`accuracy`, `accuracy_KIND` of each kind that occurs, in [0, 1]; `questions`; and what
-        knowing no image comes to: `most_common`, the accuracy of always giving the most common
-        answer of the split, and `most_common_of_kind`, that of always giving the one of the kind.
+        """Yields `accuracy`, `accuracy_KIND` of each kind, `questions`, and two baselines.
+
+        The baselines answer without seeing the image. `most_common` always gives the most common
+        answer of the split, and `most_common_of_kind` the most common answer of the question's
+        kind. Accuracies are in [0, 1].
 
         Raises:
-          UserError: an answer that the model has no score for.
+          UserError: an answer for which the model has no score.
         """
         right, labels, kinds = [], [], []
         for pipeline in self._pipelines:
@@ -118,11 +123,11 @@ class Answers(Evaluator):
                 ("image", "text"),
                 keep=(self._label_field, *(["kind"] if self._has_kind else [])),
             )
-            own = fields[self._label_field]
-            check_labels(own, scores.shape[1], self._label_field)
-            right.append(ranks(scores, own) < 1)
-            labels.append(own)
-            kinds.append(fields.get("kind", np.zeros(len(own), int)))
+            answers = fields[self._label_field]
+            check_labels(answers, scores.shape[1], self._label_field)
+            right.append(label_ranks(scores, answers) < 1)
+            labels.append(answers)
+            kinds.append(fields.get("kind", np.zeros(len(answers), int)))
         right, labels, kinds = (np.concatenate(x) for x in (right, labels, kinds))
         yield "accuracy", float(right.mean())
         by_kind = 0
@@ -137,10 +142,10 @@ class Answers(Evaluator):
 
 
 def _each_question(data: Mapping[str, Any], questions: int | None) -> Iterator[dict[str, Any]]:
-    """The data once for each question, with the number of it in its preprocess.
+    """Yields the data config once for each question, with the question's index in `preprocess`.
 
     Raises:
-      UserError: there is no operation that chooses a question, or not one question.
+      UserError: `preprocess` has no choose_question, or `questions` is below 1.
     """
     data = as_plain(data)
     if questions is None:

@@ -1,4 +1,4 @@
-"""Attacks on the pixels of an image: the worst that a small change can do to a classifier."""
+"""Adversarial attacks on the pixels of an image: FGSM and PGD, in the maximum norm."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt8
 from vlp_jax.objectives.base import Function, of_images
 
 Scores = Callable[[Float[Array, "batch height width 3"]], Float[Array, "batch classes"]]
-PREFIX = "attacked_"  # of the name of the function that is attacked
+PREFIX = "attacked_"  # of the attacked function's name
 ATTACKABLE = ("classify", "embed_image")
-# Fields of what an attacked function takes, besides `image`.
+# Inputs of an attacked function that describe the attack.
 SETTINGS = ("radius", "step_size", "steps", "random_start")
 
 
@@ -29,32 +29,33 @@ def attacked_images(
     steps: int | Int[Array, ""],
     random_start: bool | Float[Array, ""],
 ) -> Float[Array, "batch height width 3"]:
-    """Images no further than `radius` from the true ones, of which the classifier is less sure.
+    """Changes images by at most `radius` so that the classifier is less sure of the true class.
 
-    Each step follows the sign of the gradient of the cross-entropy of the true class. One step of
-    the length of the radius from the image itself is FGSM (Goodfellow et al. 2015, "Explaining and
-    Harnessing Adversarial Examples", 4); several from a random point of the ball, each brought back
-    into it, are PGD (Madry et al. 2018, "Towards Deep Learning Models Resistant to Adversarial
-    Attacks", 2.1).
+    Each step follows the sign of the gradient of the cross-entropy of the true class. FGSM is one
+    step of length `radius`, from the image itself (Goodfellow et al. 2015, "Explaining and
+    Harnessing Adversarial Examples", 4). PGD takes several steps from a random point of the ball
+    and projects each result into the ball (Madry et al. 2018, "Towards Deep Learning Models
+    Resistant to Adversarial Attacks", 2.1).
 
     Args:
-      scores: of the classes, before the softmax; those of an image depend on it alone.
+      scores: images -> logits of the classes. The logits of an image must depend on it alone.
       image: values in [0, 255].
       label: the true class.
-      keys: of the random start, one for each image [batch].
-      radius: the largest change of a value, on the scale of 0 to 255 (the maximum norm).
+      keys: random keys of the start, one for each image.
+      radius: largest change of a value (the maximum norm), on the scale of 0 to 255.
       step_size: length of a step, on the same scale.
-      steps: how many.
+      steps: number of steps.
       random_start: whether to start from a random point of the ball, or from the image.
 
     Returns:
-      float32 values, within the ball and within [0, 255]; they are not rounded.
+      float32 values within the ball and within [0, 255]. They are not rounded.
     """
     image = image.astype(jnp.float32)
     low, high = jnp.maximum(image - radius, 0), jnp.minimum(image + radius, 255)
 
     def loss(x: Array) -> Array:
         log = jax.nn.log_softmax(scores(x).astype(jnp.float32))
+        # A sum, not a mean: then each image has the gradient that it would have alone.
         return -jnp.take_along_axis(log, label[:, None], axis=1).sum()
 
     def step(_: Any, x: Array) -> Array:
@@ -68,12 +69,12 @@ def attacked_images(
 def attack_functions(
     functions: Mapping[str, Function],
 ) -> dict[str, Function]:
-    """What `Robustness` needs of an objective's functions, for `compile_functions`.
+    """Makes the attacked versions of an objective's classifying functions, for `Robustness`.
 
-    Each takes `(params, inputs)`, where the inputs are `image`, `label`, `number` (of the example
-    in its split, for the random start), `seed` and `SETTINGS`, and gives the scores
-    [batch, classes] of the attacked images. That of `embed_image` also takes `classes`, unit
-    vectors [classes, dim], and `logit_scale`, the factor on the cosine similarity in the softmax.
+    Each takes `(params, inputs)` and returns the scores [batch, classes] of the attacked images.
+    Its inputs are `image`, `label`, `number` (the example's number in its split, for the random
+    start), `seed` and `SETTINGS`. An attacked `embed_image` also takes `classes`, unit vectors
+    [classes, dim], and `logit_scale`, the factor on the cosine similarity in the softmax.
     """
 
     def attacked(function: Callable[..., Array], embeds: bool) -> Callable[..., Array]:

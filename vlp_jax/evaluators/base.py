@@ -1,4 +1,4 @@
-"""What evaluators share: embeddings of a whole split, gathered on the host."""
+"""The base of evaluators: outcomes, shared resources, and embeddings gathered on the host."""
 
 from __future__ import annotations
 
@@ -23,45 +23,45 @@ from vlp_jax.parallel import agreement, rules
 from vlp_jax.parallel import mesh as mesh_lib
 from vlp_jax.parallel.batch import put_batch
 
-INDEX = "_index"  # the place of an example in its data, among the fields of `Resources.embed`
+INDEX = "_index"  # among the fields of `Resources.embed`: the position of an example in its data
 Pairs = Iterator[tuple[str, float]]
-SHOWN = 8  # samples of a split
+SHOWN = 8  # samples that an outcome shows
 
 
 class Outcome:
     """The result of an evaluator on a whole split: scores, the arrays behind them, and samples."""
 
     def scores(self) -> dict[str, float]:
-        """Name -> value."""
+        """Computes name -> value of every score."""
         raise NotImplementedError
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """Everything from which the scores can be computed again, for `save_embeddings`."""
+        """Returns the arrays from which the scores can be computed again, for `save_embeddings`."""
         return {}
 
     def samples(self) -> Sequence[Sample]:
-        """A few examples for TensorBoard, Weights & Biases and the report."""
+        """Returns a few examples for TensorBoard, Weights & Biases and the report."""
         return ()
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Scores(Outcome):
-    """Scores that come without arrays."""
+    """An outcome that has scores alone, without arrays."""
 
     values: Mapping[str, float]
 
     def scores(self) -> dict[str, float]:
-        """Name -> value."""
+        """Returns name -> value of every score."""
         return dict(self.values)
 
 
 class Evaluator:
-    """Judges parameters on a split.
+    """Scores parameters on a split.
 
     Attributes:
       needs: names of the objective's functions that it calls.
       reads_text: True if it embeds the texts of its data.
-      SMOKE: arguments that make it small, in the place of those that a config gives.
+      SMOKE: arguments that replace the config's in a smoke test, to make it small.
     """
 
     SMOKE: ClassVar[Mapping[str, Any]] = {}
@@ -69,7 +69,7 @@ class Evaluator:
     reads_text = False
 
     def outcome(self, params: Any) -> Outcome:
-        """The scores of `params` and what lies behind them. Called on every process.
+        """Evaluates `params`. All processes must call it.
 
         Raises:
           NoScores: the data cannot be scored.
@@ -77,27 +77,27 @@ class Evaluator:
         return Scores(dict(self.pairs(params)))
 
     def pairs(self, params: Any) -> Pairs:
-        """(name, value) of every score, of an evaluator without an outcome of its own."""
+        """Yields (name, value) of every score. Implemented by evaluators without an `outcome`."""
         raise NotImplementedError
 
     def __call__(self, params: Any) -> Pairs:
-        """(name, value) of every score of `params`."""
+        """Yields (name, value) of every score of `params`."""
         yield from self.outcome(params).scores().items()
 
 
 @dataclasses.dataclass(frozen=True)
 class Resources:
-    """What the evaluators of one run share. Functions are compiled once for all of them.
+    """Everything that the evaluators of one run share, such as compiled functions.
 
     Attributes:
-      functions: the objective's, jitted by `compile_functions`.
-      tokenizer: that of the run.
-      mesh: devices over which a batch is spread.
+      functions: the objective's functions, compiled by `compile_functions`.
+      tokenizer: the run's tokenizer.
+      mesh: the devices over which a batch is split.
       batch_size: examples of an evaluation batch, over the whole mesh.
-      wording: how the run words its texts; see `vlp_jax.data.wording`.
-      cache: embeddings that several evaluators ask for, within `one_evaluation`.
-      train_data: the data config that the model was trained on, whose classes it tells; None if
-        they are those of the data that it is evaluated on.
+      wording: the run's operations on texts; see `vlp_jax.data.wording`.
+      cache: embeddings that several evaluators need, within `one_evaluation`.
+      train_data: the data config of training, which numbers the model's classes; None if the
+        evaluation data numbers them alike.
     """
 
     functions: Mapping[str, CompiledFunction]
@@ -110,29 +110,29 @@ class Resources:
 
     @contextlib.contextmanager
     def one_evaluation(self, params: Any) -> Iterator[None]:
-        """Inside, evaluators that look at the same data with these `params` embed it once.
+        """Lets evaluators of the same data share its embeddings by `params`, within this context.
 
-        Nothing is kept after it, and nothing is shared without it.
+        Nothing is cached outside of it.
         """
         with self.cache.open(params):
             yield
 
     def check_function(self, name: str) -> str:
-        """`name`; raises UserError if the objective has no such function."""
+        """Returns `name`; raises UserError if the objective has no such function."""
         if name not in self.functions:
             known = ", ".join(sorted(self.functions)) or "none"
             raise UserError(f"the objective has no function {name!r} (it has: {known})")
         return name
 
     def logit_scale(self, params: Any) -> float | None:
-        """The model's factor on the cosine similarity; None if the objective has none."""
+        """Returns the model's factor on the cosine similarity; None if the objective has none."""
         if "logit_scale" not in self.functions:
             return None
         unused = jax.device_put(np.zeros((), np.float32), mesh_lib.replicated(self.mesh))
         return float(jax.device_get(self.functions["logit_scale"](params, unused, {})[0]))
 
     def pipeline(self, data: Mapping[str, Any], extra_fields: Sequence[str] = ()) -> EvalPipeline:
-        """The examples of `data`, each once."""
+        """Opens `data` as a pipeline that yields each example once."""
         return EvalPipeline(
             data,
             self.tokenizer,
@@ -150,36 +150,39 @@ class Resources:
         functions: Mapping[str, str],
         keep: Sequence[str] = (),
     ) -> tuple[dict[str, Float[np.ndarray, "n dim"]], dict[str, np.ndarray]]:
-        """What `functions` (field -> name of a function) make of their fields, in one pass.
+        """Applies functions to fields of all batches, in one pass over the data.
 
         Args:
-          keep: further fields of all batches that are wanted; nothing else stays on the host.
+          functions: field -> the name of the function to apply to it.
+          keep: further fields to return. Other fields are dropped batch by batch, to save memory.
 
         Returns:
-          The outputs by field, and the fields `keep`, both without padding, and among these as
-          `INDEX` the place of each example in the data: int64 [n]. Every process gets the rows of
-          all, in one order.
+          The outputs by field, and the fields `keep` with `INDEX` (the position of each example in
+          the data, int64 [n]). Both are without padding. Every process gets the rows of all
+          processes, in the same order.
         """
         outputs, fields = [], []
         for number, batch in enumerate(batches):
             rest = put_batch(chosen(batch, (*functions, *keep)), self.mesh)
             arrays = {field: rest.pop(field) for field in functions}
-            made = {}
+            results = {}
             for field, name in functions.items():
-                made[field], rest = self.functions[name](params, arrays[field], rest)
-            made, rest = jax.device_get((made, rest))
-            sound = rest.pop("mask")
-            outputs.append({name: value[sound] for name, value in made.items()})
-            fields.append({name: value[sound] for name, value in rest.items()})
-            fields[-1][INDEX] = np.flatnonzero(sound) + number * len(sound)
+                # `rest` passes through each function, because the function's out_shardings gather
+                # it: afterwards every process can fetch the rows of all.
+                results[field], rest = self.functions[name](params, arrays[field], rest)
+            results, rest = jax.device_get((results, rest))
+            mask = rest.pop("mask")  # False for padding and for examples that cannot be used
+            outputs.append({name: value[mask] for name, value in results.items()})
+            fields.append({name: value[mask] for name, value in rest.items()})
+            fields[-1][INDEX] = np.flatnonzero(mask) + number * len(mask)
         return _concatenated(outputs), _concatenated(fields)
 
     def tokens(self, texts: Sequence[str]) -> Int[np.ndarray, "n context"]:
-        """Token ids of texts that are not from the data, worded as the run words its own."""
+        """Tokenizes texts from outside of the data, after the run's operations on texts."""
         return self.tokenizer(self.wording(texts))
 
     def embed_texts(self, params: Any, texts: Sequence[str]) -> Float[np.ndarray, "n dim"]:
-        """Unit vectors of texts, worded as in `tokens`, that every process holds whole."""
+        """Embeds texts from outside of the data (see `tokens`). All processes pass all texts."""
         tokens = self.tokens(texts)
         local = self.batch_size // jax.process_count()
         start = jax.process_index() * local
@@ -187,6 +190,7 @@ class Resources:
         def batches() -> Iterator[dict[str, np.ndarray]]:
             for first in range(0, len(tokens), self.batch_size):
                 rows = first + start + np.arange(local)
+                # Batches of one size need one compilation; the last one repeats its last text.
                 yield {
                     "text": tokens[np.minimum(rows, len(tokens) - 1)],
                     "mask": rows < len(tokens),
@@ -196,7 +200,7 @@ class Resources:
 
 
 def chosen(batch: Mapping[str, np.ndarray], names: Iterable[str]) -> dict[str, np.ndarray]:
-    """The named fields of a batch, and its mask."""
+    """Selects the named fields of a batch, and its mask."""
     return {name: batch[name] for name in (*dict.fromkeys(names), "mask")}
 
 
@@ -206,12 +210,12 @@ def _concatenated(batches: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.n
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class CompiledFunction:
-    """A function of the objective as a program, `g(params, array, rest) -> (output, rest)`.
+    """A jitted function of the objective: `(params, array, rest) -> (output, rest)`.
 
-    What comes out lies whole on every device, so that each process can fetch all of it.
+    The results are replicated, so that each process can fetch them whole.
 
     Attributes:
-      function: what was compiled.
+      function: the function to compile.
       mesh: the devices.
     """
 
@@ -226,16 +230,16 @@ class CompiledFunction:
         )
 
     def having(self, **settings: Any) -> CompiledFunction:
-        """The same function with other settings than its defaults."""
+        """Returns the function with other values for its keyword arguments."""
         call = functools.partial(self.function.call, **settings)
         return CompiledFunction(dataclasses.replace(self.function, call=call), self.mesh)
 
     def __call__(self, params: Any, array: Any, rest: dict[str, Array]) -> Any:
-        """Compiles it for shapes that are new, and starts it."""
+        """Runs the function; compiles it first for new shapes."""
         with rules.use_mesh(self.mesh):
             return self._jitted(params, array, rest)
 
 
 def compile_functions(functions: Mapping[str, Function], mesh: Mesh) -> dict[str, CompiledFunction]:
-    """Each function as a program on the mesh; it costs nothing until it is called."""
+    """Wraps each function for the mesh. Compilation happens at the first call."""
     return {name: CompiledFunction(function, mesh) for name, function in functions.items()}

@@ -1,4 +1,4 @@
-"""Embeddings that several evaluators ask for, kept for the length of one evaluation."""
+"""Caches embeddings that several evaluators need, for the length of one evaluation."""
 
 from __future__ import annotations
 
@@ -8,52 +8,52 @@ from typing import Any
 
 import numpy as np
 
-MAX_BYTES = 2**31  # of all that is kept
+MAX_BYTES = 2**31  # of all cached arrays
 
 
 class EmbeddingCache:
-    """Arrays by key, for one set of parameters at a time; off unless it is `open`.
+    """Caches arrays by key, for one set of parameters at a time; off unless it is `open`.
 
     Args:
-      max_bytes: what would make it larger is not kept.
+      max_bytes: an array that would make the cache larger is not cached.
     """
 
     def __init__(self, max_bytes: int = MAX_BYTES) -> None:
         self._max_bytes = max_bytes
         self._params: Any = None
-        self._found: dict[Hashable, np.ndarray] | None = None
+        self._arrays: dict[Hashable, np.ndarray] | None = None  # None while it is off
 
     @contextlib.contextmanager
     def open(self, params: Any) -> Iterator[None]:
-        """Keeps what is put with `params` (the same object) until it ends; may be nested."""
-        before = self._params, self._found
-        if self._found is None or self._params is not params:
-            self._params, self._found = params, {}
+        """Turns the cache on for `params` (this very object) within the context; may be nested."""
+        before = self._params, self._arrays
+        if self._arrays is None or self._params is not params:
+            self._params, self._arrays = params, {}
         try:
             yield
         finally:
-            self._params, self._found = before
+            self._params, self._arrays = before
 
     @property
     def bytes(self) -> int:
-        """Size of what is kept."""
-        return sum(array.nbytes for array in (self._found or {}).values())
+        """The size of the cached arrays."""
+        return sum(array.nbytes for array in (self._arrays or {}).values())
 
     def get(self, params: Any, key: Hashable) -> np.ndarray | None:
-        """What was put under `key` with `params`; None if there is nothing."""
-        return None if self._found is None or params is not self._params else self._found.get(key)
+        """Returns the array under `key` for `params`; None if it is not cached."""
+        return None if self._arrays is None or params is not self._params else self._arrays.get(key)
 
     def put(self, params: Any, key: Hashable, array: np.ndarray) -> None:
-        """Keeps `array` if the cache is open for `params` and has room; nobody may change it."""
-        if self._found is None or params is not self._params:
+        """Caches `array` if the cache is open for `params` and has room; makes it read-only."""
+        if self._arrays is None or params is not self._params:
             return
         if self.bytes + array.nbytes <= self._max_bytes:
-            array.flags.writeable = False
-            self._found[key] = array
+            array.flags.writeable = False  # evaluators share it, so none of them may change it
+            self._arrays[key] = array
 
 
 def key_of(value: Any) -> Hashable:
-    """A key for a config's value: equal for equal values; arrays count as the objects they are."""
+    """Makes a key from a value of a config: equal for equal values, by identity for arrays."""
     if isinstance(value, Mapping) or hasattr(value, "items"):
         return ("mapping", *sorted((str(k), key_of(v)) for k, v in value.items()))
     if isinstance(value, list | tuple):

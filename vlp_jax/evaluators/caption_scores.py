@@ -1,6 +1,7 @@
 """Scores of generated captions against references: CIDEr-D, BLEU-4, ROUGE-L and METEOR.
 
-All of them take tokens, as `tokens_of` makes them: a score depends on how texts are cut into words.
+All scores take lists of words from `tokens_of`. They depend on how texts are split into words, so
+compare only scores with the same tokenization.
 """
 
 from __future__ import annotations
@@ -11,19 +12,19 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 Tokens = Sequence[str]
-NGRAMS = 4  # the longest that count
-CIDER_SIGMA = 6.0  # Vedantam et al. 2015, "CIDEr", 5: of the penalty for another length
+NGRAMS = 4  # the longest n-gram that counts
+CIDER_SIGMA = 6.0  # of the Gaussian length penalty: Vedantam et al. 2015, "CIDEr", 5
 ROUGE_BETA = 1.2  # weight of recall against precision in COCO's evaluation
-# What COCO's evaluation takes out (tylin/coco-caption, ptbtokenizer.py).
+# Tokens that COCO's evaluation removes (tylin/coco-caption, ptbtokenizer.py).
 PUNCTUATIONS = frozenset(
     (*"'`.?!,:-;(){}", "''", "``", "--", "...", "-LRB-", "-RRB-", "-LCB-", "-RCB-")
 )
 
 
 def tokens_of(texts: Iterable[str]) -> list[list[str]]:
-    """The words of texts, in lower case and without punctuation, as Penn Treebank has them.
+    """Splits texts into words by Penn Treebank's rules, in lower case and without punctuation.
 
-    Close to the tokenizer of COCO's evaluation, which is a program in Java and not the same.
+    COCO's evaluation uses a Java tokenizer that differs in details.
     """
     from nltk.tokenize import TreebankWordTokenizer
 
@@ -32,21 +33,22 @@ def tokens_of(texts: Iterable[str]) -> list[list[str]]:
 
 
 def bleu(candidates: Sequence[Tokens], references: Sequence[Sequence[Tokens]]) -> float:
-    """BLEU-4 of a corpus (Papineni et al. 2002), in [0, 1], without smoothing.
+    """Computes BLEU-4 of a corpus (Papineni et al. 2002), in [0, 1], without smoothing.
 
-    The length that candidates are compared with is that of the closest reference.
+    The brevity penalty uses the reference that is closest in length.
     """
     hits, counts = [0] * NGRAMS, [0] * NGRAMS
     length = closest = 0
-    for candidate, own in zip(candidates, references, strict=True):
+    for candidate, captions in zip(candidates, references, strict=True):
         length += len(candidate)
-        closest += min((abs(len(r) - len(candidate)), len(r)) for r in own)[1]
+        closest += min((abs(len(r) - len(candidate)), len(r)) for r in captions)[1]
         for n in range(1, NGRAMS + 1):
-            found = _ngrams(candidate, n)
+            # `|` of counters takes the larger count: an n-gram counts at most as often as in the
+            # reference that has it most often.
             most: collections.Counter[Tokens] = collections.Counter()
-            for reference in own:
+            for reference in captions:
                 most |= _ngrams(reference, n)
-            hits[n - 1] += sum((found & most).values())
+            hits[n - 1] += sum((_ngrams(candidate, n) & most).values())
             counts[n - 1] += max(0, len(candidate) - n + 1)
     # pycocoevalcap adds these to every fraction, so that none is 0 / 0.
     tiny, small = 1e-15, 1e-9
@@ -57,15 +59,15 @@ def bleu(candidates: Sequence[Tokens], references: Sequence[Sequence[Tokens]]) -
 
 
 def rouge_l(candidates: Sequence[Tokens], references: Sequence[Sequence[Tokens]]) -> float:
-    """The mean of ROUGE-L (Lin 2004, 3.1), in [0, 1]: the longest words in order that are common.
+    """Computes the mean of ROUGE-L (Lin 2004, 3.1), in [0, 1]: longest common subsequences.
 
-    Precision and recall are each those of the best reference, as in COCO's evaluation.
+    As in COCO's evaluation, precision and recall are each the maximum over the references.
     """
     total = 0.0
-    for candidate, own in zip(candidates, references, strict=True):
-        common = [_longest_common(candidate, reference) for reference in own]
+    for candidate, captions in zip(candidates, references, strict=True):
+        common = [_longest_common(candidate, reference) for reference in captions]
         precision = max((c / len(candidate) for c in common), default=0.0) if candidate else 0.0
-        recall = max((c / len(r) for c, r in zip(common, own, strict=True) if r), default=0.0)
+        recall = max((c / len(r) for c, r in zip(common, captions, strict=True) if r), default=0.0)
         if precision and recall:
             beta = ROUGE_BETA**2
             total += (1 + beta) * precision * recall / (recall + beta * precision)
@@ -73,13 +75,15 @@ def rouge_l(candidates: Sequence[Tokens], references: Sequence[Sequence[Tokens]]
 
 
 def cider(candidates: Sequence[Tokens], references: Sequence[Sequence[Tokens]]) -> float:
-    """The mean of CIDEr-D (Vedantam et al. 2015, 5), from 0 to 10 (papers give 100 times it).
+    """Computes the mean of CIDEr-D (Vedantam et al. 2015, 5), from 0 to 10.
 
-    How rare an n-gram is, is counted over the references given: the score of one image is 0.
+    Papers print 100 times this number. The rarity of an n-gram is counted over the given
+    references. So the score of a single image is always 0.
     """
+    # For each n-gram the number of images with a reference that contains it.
     frequency: collections.Counter[Tokens] = collections.Counter()
-    for own in references:
-        frequency.update({gram for reference in own for gram in _all_ngrams(reference)})
+    for captions in references:
+        frequency.update({gram for reference in captions for gram in _all_ngrams(reference)})
     log_images = math.log(len(references))
 
     def vector(tokens: Tokens) -> tuple[list[dict[Tokens, float]], list[float], int]:
@@ -88,7 +92,7 @@ def cider(candidates: Sequence[Tokens], references: Sequence[Sequence[Tokens]]) 
             rarity = log_images - math.log(max(1, frequency[gram]))
             parts[len(gram) - 1][gram] = count * rarity
         norms = [math.sqrt(sum(x * x for x in part.values())) for part in parts]
-        return parts, norms, max(0, len(tokens) - 1)  # the length is that in pairs of words
+        return parts, norms, max(0, len(tokens) - 1)  # pycocoevalcap counts bigrams as the length
 
     def similarity(one: Any, other: Any) -> float:
         penalty = math.exp(-((one[2] - other[2]) ** 2) / (2 * CIDER_SIGMA**2))
@@ -101,31 +105,31 @@ def cider(candidates: Sequence[Tokens], references: Sequence[Sequence[Tokens]]) 
         return sum(values) / NGRAMS
 
     total = 0.0
-    for candidate, own in zip(candidates, references, strict=True):
-        found = vector(candidate)
-        total += sum(similarity(found, vector(r)) for r in own) / len(own)
+    for candidate, captions in zip(candidates, references, strict=True):
+        generated = vector(candidate)
+        total += sum(similarity(generated, vector(r)) for r in captions) / len(captions)
     return 10 * total / len(candidates)
 
 
 def meteor(candidates: Sequence[Tokens], references: Sequence[Sequence[Tokens]]) -> float:
-    """The mean of METEOR (Banerjee and Lavie 2005) against the best reference, in [0, 1].
+    """Computes the mean of METEOR (Banerjee and Lavie 2005) against the best reference, in [0, 1].
 
-    Words match exactly or by their stems: synonyms, which need WordNet, do not.
+    Words match exactly or by their stems. Synonyms do not match, because they need WordNet's data.
     """
     from nltk.translate.meteor_score import meteor_score
 
     values = [
-        meteor_score([list(r) for r in own], list(candidate), wordnet=_NoSynonyms())
-        for candidate, own in zip(candidates, references, strict=True)
+        meteor_score([list(r) for r in captions], list(candidate), wordnet=_NoSynonyms())
+        for candidate, captions in zip(candidates, references, strict=True)
     ]
     return sum(values) / len(values)
 
 
 class _NoSynonyms:
-    """A WordNet that knows no word."""
+    """A stand-in for WordNet that knows no word."""
 
     def synsets(self, word: str) -> list[Any]:
-        """None."""
+        """Returns no synonyms."""
         del word
         return []
 
@@ -143,14 +147,16 @@ def _ngrams(tokens: Tokens, n: int) -> collections.Counter[Tokens]:
 
 
 def _all_ngrams(tokens: Tokens) -> collections.Counter[Tokens]:
-    found: collections.Counter[Tokens] = collections.Counter()
+    ngrams: collections.Counter[Tokens] = collections.Counter()
     for n in range(1, NGRAMS + 1):
-        found += _ngrams(tokens, n)
-    return found
+        ngrams += _ngrams(tokens, n)
+    return ngrams
 
 
 def _longest_common(one: Tokens, other: Tokens) -> int:
-    """The length of the longest sequence of words that both have, in order."""
+    """Returns the length of the longest common subsequence."""
+    # Dynamic programming over a table of prefixes, of which one row is kept. `diagonal` is the
+    # entry of both prefixes without their last words.
     row = [0] * (len(other) + 1)
     for word in one:
         diagonal = 0

@@ -1,4 +1,4 @@
-"""Captions that a model generates, and classification by the captions that it finds likely."""
+"""Evaluates generated captions, and classification by the likelihood of captions."""
 
 from __future__ import annotations
 
@@ -26,21 +26,21 @@ from vlp_jax.observe.samples import Sample
 from vlp_jax.parallel import agreement
 from vlp_jax.parallel.batch import put_batch
 
-NUMBER = "number"  # of an example in its split
+NUMBER = "number"  # field with the number of an example in its split
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class CaptionsOutcome(Outcome):
-    """What a model says about every image of a split, in the order of the source.
+    """Generated captions of every image of a split, in the order of the source.
 
     Attributes:
-      captions: that it generated.
-      references: all captions of each image.
+      captions: the generated captions.
+      references: all captions by people of each image.
       likelihood: the log-probability of each generated caption.
-      index: int64 [n], the place of each example in its source.
+      index: int64 [n], the position of each example in its source.
       labels: the class of each image, int64 [n]; empty without classes.
-      class_names: by label.
-      pictures: of a few images, on process 0: place in the source -> uint8 [height, width, 3].
+      class_names: names of the classes, by label.
+      pictures: a few images, on process 0: position -> uint8 [height, width, 3].
     """
 
     captions: tuple[str, ...]
@@ -52,7 +52,7 @@ class CaptionsOutcome(Outcome):
     pictures: Mapping[int, np.ndarray] = dataclasses.field(default_factory=dict)
 
     def samples(self) -> list[Sample]:
-        """The first images with the caption that was generated and one by a person."""
+        """Returns the first images, each with its generated caption and one reference."""
         rows = {int(place): row for row, place in enumerate(self.index)}
         return [
             Sample(
@@ -67,24 +67,28 @@ class CaptionsOutcome(Outcome):
         ]
 
     def named(self, captions: Sequence[str]) -> float:
-        """The share of captions with all words of the name of their image's class, and no other
-        word of any class's name."""
+        """Computes the share of captions that name the class of their image and no other class.
+
+        A caption must contain all words of its class's name, and no other word of any class's name.
+        """
         names = [set(name.lower().split()) for name in self.class_names]
         known = set().union(*names)
         words = (set(re.findall(r"\w+", caption.lower())) for caption in captions)
-        hits = [own & known == names[k] for own, k in zip(words, self.labels, strict=True)]
+        hits = [spoken & known == names[k] for spoken, k in zip(words, self.labels, strict=True)]
         return float(np.mean(hits))
 
     def scores(self) -> dict[str, float]:
-        """`cider` (CIDEr-D, from 0 to 10), `bleu4`, `rouge_l` and `meteor` in [0, 1], of words as
-        `tokens_of` cuts them; `words` of a caption and the share of `different` captions;
-        `examples`. With classes `named` (see `CaptionsOutcome.named`), and `chance`, one over their
-        number. What ends in `_shuffled` is the score of captions of other images.
+        """Computes the scores:
+
+        - `cider` (CIDEr-D, from 0 to 10), `bleu4`, `rouge_l` and `meteor` (in [0, 1]).
+        - `words`: mean number of words. `different`: share of distinct captions. `examples`.
+        - With classes: `named` (see `CaptionsOutcome.named`) and `chance`, 1 / classes.
+        - `..._shuffled`: the score with the captions assigned to other images.
         """
         candidates = tokens_of(self.captions)
-        references = [tokens_of(own) for own in self.references]
+        references = [tokens_of(captions) for captions in self.references]
         scores = {name: score(candidates, references) for name, score in SCORES.items()}
-        # What is said of the image before: as good as a model can be that does not look.
+        # Each image gets the caption of the image before: the level of a model that is blind.
         shuffled = cider([*candidates[-1:], *candidates[:-1]], references)
         scores["cider_shuffled"] = shuffled
         if self.class_names:
@@ -103,31 +107,30 @@ class CaptionsOutcome(Outcome):
         }
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """What `save_embeddings` writes; the references of an image are one JSON list."""
+        """Returns the arrays for `save_embeddings`; the references of an image are a JSON list."""
         return {
             "captions": np.array(self.captions),
-            "references": np.array([json.dumps(own) for own in self.references]),
+            "references": np.array([json.dumps(captions) for captions in self.references]),
             "likelihood": self.likelihood,
             "index": self.index,
         }
 
 
 class Captions(Evaluator):
-    """How close the captions that a model generates are to those that people gave.
+    """Compares generated captions with captions by people.
 
     Args:
-      data: of the images.
-      references: the field with the captions of each image, one or several; "text_raw" is the text
-        that the model would be trained on.
-      prompt: what each caption begins with.
-      length: tokens at most; default: as many as the context has room for.
-      beams, length_penalty: of the search; with 1 beam the most likely word is taken each time.
-      label_field: the field with the class of an image: then it is also told how often a caption
-        names the class.
-      class_names: by label; default: those that the dataset knows.
+      data: the images.
+      references: the field with one or several captions of an image; "text_raw" is the text that
+        the model would be trained on.
+      prompt: the beginning of each caption.
+      length: largest number of tokens; None for as many as the context holds.
+      beams, length_penalty: see `beam_search`; with 1 beam the most likely token is taken.
+      label_field: the field with the class of an image, for the score `named`; None for no score.
+      class_names: names of the classes by label; None for the dataset's names.
 
     Raises:
-      UserError: a field that is not there, or a prompt that is too long.
+      UserError: a field is missing, or the prompt is too long.
     """
 
     needs = ("caption",)
@@ -147,7 +150,7 @@ class Captions(Evaluator):
     ):
         self._resources, self._references, self._label_field = resources, references, label_field
         self._pipeline = resources.pipeline(data, extra_fields=(references,))
-        worded = references == RAW_TEXT  # the operations on the data have done it
+        worded = references == RAW_TEXT  # the data's operations on texts were applied already
         self._wording = Wording() if worded else caption_wording(data.get("preprocess"))
         ids = resources.tokenizer.encode([prompt])[0] if prompt else []
         room = resources.tokenizer.context_length
@@ -163,18 +166,18 @@ class Captions(Evaluator):
             self._class_names = _class_names(self._pipeline, label_field, class_names)
 
     def outcome(self, params: Any) -> CaptionsOutcome:
-        """Captions and references of the whole split.
+        """Generates captions for the whole split, and collects the references.
 
         Raises:
           NoScores: no example has a reference.
         """
-        own: list[dict[str, Any]] = []
+        local: list[dict[str, Any]] = []  # rows that this process has read
         pictures: dict[int, np.ndarray] = {}
         for batch in numbered(self._pipeline.batches(), NUMBER):
             for row in np.flatnonzero(batch["mask"])[: SHOWN - len(pictures)].tolist():
                 pictures[int(batch[NUMBER][row])] = np.asarray(batch["image"][row])
-            own += self._of_batch(params, batch)
-        rows = [row for part in _of_all_processes(own) for row in part]
+            local += self._of_batch(params, batch)
+        rows = [row for part in _of_all_processes(local) for row in part]
         if not rows:
             raise NoScores(f"captions: no example has a caption in {self._references!r}")
         rows.sort(key=lambda row: row["index"])
@@ -189,25 +192,26 @@ class Captions(Evaluator):
         )
 
     def _of_batch(self, params: Any, batch: dict[str, np.ndarray]) -> list[dict[str, Any]]:
-        """The examples of a batch that this process has read."""
+        """Generates captions for a batch; returns a row for each example that this process read."""
         references, numbers = batch.pop(self._references), batch[NUMBER]
         keep = batch["mask"]
         fields = put_batch({"image": batch["image"]}, self._resources.mesh)
-        made, _ = jax.device_get(self._function(params, fields["image"], {}))
+        generated, _ = jax.device_get(self._function(params, fields["image"], {}))
+        # The result covers the global batch; only this process has the references of its rows.
         first = jax.process_index() * len(keep)
         here = slice(first, first + len(keep))
-        texts = self._resources.tokenizer.decode(made.tokens[here])
+        texts = self._resources.tokenizer.decode(generated.tokens[here])
         rows = []
         for row in np.flatnonzero(keep).tolist():
-            own = [x.decode() for x in self._wording(captions_of(references[row]))]
-            if not own:
+            captions = [x.decode() for x in self._wording(captions_of(references[row]))]
+            if not captions:
                 continue
             rows.append(
                 {
                     "index": int(numbers[row]),
                     "caption": texts[row],
-                    "references": own,
-                    "likelihood": float(made.scores[first + row]),
+                    "references": captions,
+                    "likelihood": float(generated.scores[first + row]),
                     "label": int(batch[self._label_field][row]) if self._class_names else 0,
                 }
             )
@@ -217,10 +221,10 @@ class Captions(Evaluator):
 def _class_names(
     pipeline: EvalPipeline, label_field: str, given: Sequence[str] | str | None
 ) -> tuple[str, ...]:
-    """The names of the classes that a field numbers: those given, or those of the data.
+    """Returns the names of the classes that a field numbers: given names, or the data's.
 
     Raises:
-      UserError: there are none, one is there twice, or the field holds no whole numbers.
+      UserError: there are no names, a name occurs twice, or the field holds no whole numbers.
     """
     check_field(pipeline, label_field, "class_names")
     names = lines(given or pipeline.class_names(label_field) or (), "class_names")
@@ -230,7 +234,7 @@ def _class_names(
 
 
 def _of_all_processes(rows: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
-    """The rows of every process, which go from device to device: there may be megabytes."""
+    """Gathers the rows of every process, through the devices: there may be megabytes of text."""
     if jax.process_count() == 1:
         return [rows]
     text = np.frombuffer(json.dumps(rows).encode(), np.uint8)
@@ -241,16 +245,16 @@ def _of_all_processes(rows: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
 
 
 class Likelihood(Evaluator):
-    """How often the name of the right class is the likeliest caption of an image.
+    """Classifies images by the likelihood of captions that name the classes.
 
     The score of a class is the log-probability of its text given the image (Tschannen et al. 2023,
     "CapPa", 4.3).
 
     Args:
-      data: of the images, with the class as a whole number in `label_field`.
-      template: the text of a class, with `{}` where its name goes.
-      class_names: by label, or the path of a file with one a line; default: those that the dataset
-        knows.
+      data: images, with the class as a whole number in `label_field`.
+      template: the text of a class, with `{}` in place of its name.
+      class_names: names of the classes by label, or the path of a file with one name a line; None
+        for the dataset's names.
     """
 
     needs = ("class_likelihood",)
@@ -271,10 +275,10 @@ class Likelihood(Evaluator):
         self._texts = [fill(template, name) for name in names]
 
     def pairs(self, params: Any) -> Pairs:
-        """`top1` in [0, 1], `top5` with more than five classes, `examples`, `classes`, `chance`.
+        """Yields `top1`, `top5` (with more than five classes), `examples`, `classes`, `chance`.
 
         Raises:
-          NoScores: a label that is not the number of a class.
+          NoScores: a label is not the number of a class.
         """
         classes = self._resources.tokens(self._texts)
         scores, fields = outputs_of(

@@ -1,4 +1,4 @@
-"""Embeddings of images that have several captions each, and of all these captions."""
+"""Embeds images with several captions each, and all their captions."""
 
 from __future__ import annotations
 
@@ -26,24 +26,24 @@ _PARTS = ("image", "text", "owners", "index")
 
 
 def embed_captions(split: Split, params: Any, field: str) -> ImagesAndTexts:
-    """Vectors of a split's images and of all captions in `field`, which `split` has as an extra.
+    """Embeds a split's images and all captions in `field`, an extra field of the split.
 
     Returns:
-      Images, texts sorted by image, of each text its image (a row of the first), and the place of
-      each image in the data. Images without a caption that is not empty are left out. The same on
-      every process.
+      Vectors of the images; vectors of the captions, sorted by image; for each caption the row of
+      its image; for each image its position in the data. Images without a caption are left out. All
+      processes get the same arrays.
 
     Raises:
       UserError: `field` holds no text, or no example has any.
     """
     cache = split.resources.cache
     keys = [(split.key, "captions", field, part) for part in _PARTS]
-    found = [cache.get(params, key) for key in keys]
-    if any(part is None for part in found):
-        found = _embed(split, params, field)
-        for key, part in zip(keys, found, strict=True):
-            cache.put(params, key, part)
-    image, text, owners, index = found
+    arrays = [cache.get(params, key) for key in keys]
+    if any(array is None for array in arrays):
+        arrays = _embed(split, params, field)
+        for key, array in zip(keys, arrays, strict=True):
+            cache.put(params, key, array)
+    image, text, owners, index = arrays
     return image, text, owners, index
 
 
@@ -63,8 +63,10 @@ def _embed(split: Split, params: Any, field: str) -> ImagesAndTexts:
 def _without_captions(
     split: Split, field: str, texts: list[bytes], numbers: list[int]
 ) -> Iterator[Mapping[str, np.ndarray]]:
-    """The batches of this process. Their captions go to `texts`; to `numbers` the place of their
-    examples in the data."""
+    """Yields this process's batches without their captions, which devices cannot hold.
+
+    Appends the captions to `texts`, and for each of them its example's position to `numbers`.
+    """
     for number, batch in enumerate(split.pipeline.batches()):
         lists, mask = batch.pop(field), batch["mask"]
         start = (number * jax.process_count() + jax.process_index()) * len(mask)
@@ -78,8 +80,9 @@ def _without_captions(
 def _embed_local(
     resources: Resources, params: Any, texts: list[bytes], numbers: Int[np.ndarray, " n"]
 ) -> tuple[Float[np.ndarray, "all dim"], Int[np.ndarray, " all"]]:
-    """Vectors of the texts of all processes, sorted by `numbers`, in the order that each had."""
+    """Embeds the texts of all processes; sorts them by `numbers`, otherwise keeps their order."""
     size = resources.batch_size // jax.process_count()
+    # Processes have different numbers of captions, but must run equally many batches.
     rounds = max(agreement.gather(-(-len(texts) // size)))
     if not rounds:
         return np.zeros((0, 0), np.float32), np.zeros(0, np.int32)

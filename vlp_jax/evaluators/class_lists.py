@@ -1,4 +1,4 @@
-"""Names of classes, matched between data, prompts and models; templates of prompts."""
+"""Matches class names between data, prompts and models, and fills templates of prompts."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from vlp_jax.files import read_lines
 
 _log = logging.getLogger("vlp_jax.evaluators")
 
-# Where the name goes: {}, or {c} as in CLIP_benchmark's zeroshot_classification_templates.txt.
+# The place of the name: {}, or {c} as in CLIP_benchmark's zeroshot_classification_templates.txt.
 PLACE = re.compile(r"\{c?\}")
 
 
 def lines(value: Sequence[str] | str, key: str) -> tuple[str, ...]:
-    """`value`, or the lines of the file that it names, without empty ones and # comments.
+    """Returns `value`, or the lines of the file it names, without empty lines and # comments.
 
     Raises:
       UserError: the file cannot be read, or has no lines.
@@ -31,7 +31,7 @@ def lines(value: Sequence[str] | str, key: str) -> tuple[str, ...]:
 
 
 def check_templates(templates: Sequence[str]) -> tuple[str, ...]:
-    """`templates`; raises UserError if there are none, or one has no place for the class."""
+    """Returns `templates`; raises UserError if one has no place for the name, or there are none."""
     bad = [t for t in templates if not PLACE.search(t)]
     if bad or not templates:
         raise UserError(f"zero-shot templates need {{}} for the class; got {bad or 'none'}")
@@ -39,14 +39,14 @@ def check_templates(templates: Sequence[str]) -> tuple[str, ...]:
 
 
 def fill(template: str, name: str) -> str:
-    """`template` with the name of a class; all its other characters stay, braces too."""
+    """Puts the name of a class into `template`; other braces in it stay as they are."""
     return PLACE.sub(lambda _: name, template)
 
 
 def check_class_names(names: Sequence[str]) -> tuple[str, ...]:
-    """`names`; raises UserError that lists those that occur twice.
+    """Returns `names`; raises UserError if a name occurs twice.
 
-    Two classes of the same name have the same prompts, and no model can tell them apart.
+    Two classes with one name have the same prompts, so no model can distinguish them.
     """
     twice = [f"{name!r} ({count} times)" for name, count in Counter(names).items() if count > 1]
     if twice:
@@ -60,12 +60,12 @@ def check_class_names(names: Sequence[str]) -> tuple[str, ...]:
 def numbers_onto(
     names: Sequence[str] | None, classes: Sequence[str] | None, where: str, key: str
 ) -> Int[np.ndarray, " names"] | None:
-    """For each class of the data its number in another list; None if the numbers are the same.
+    """Returns for each class of the data its number in another list; None if the numbers agree.
 
     Args:
-      names: of the data's classes, by number; None if they are not known.
-      classes: the other list, by number; None if its names are not known.
-      where, key: what the data and the other list are called in messages.
+      names: names of the data's classes, by number; None if unknown.
+      classes: names in the other list, by number; None if unknown.
+      where, key: the names of the data and of the other list in errors.
 
     Raises:
       UserError: a class of the data is not in the other list.
@@ -87,14 +87,14 @@ def numbers_onto(
 def joined_classes(
     train: Sequence[str] | None, test: Sequence[str] | None
 ) -> tuple[tuple[str, ...] | None, Int[np.ndarray, " test"] | None]:
-    """One list of classes for two splits: those of the training data, and what it lacks.
+    """Joins the classes of two splits: the training data's, then those that only the test data has.
 
     Returns:
-      The names, None if neither split knows them; and the number in them of each class of the test
-      data, None if the numbers are the same.
+      The names, None if neither split knows them; and for each class of the test data its number in
+      the joined list, None if the numbers agree.
 
     Raises:
-      UserError: they have no class in common.
+      UserError: the splits have no class in common.
     """
     if same_numbers(train, test):
         names = test if train is None else train
@@ -118,7 +118,7 @@ def joined_classes(
 def renumber(
     labels: Int[np.ndarray, " n"], numbers: Int[np.ndarray, " names"] | None
 ) -> Int[np.ndarray, " n"]:
-    """Labels as `numbers` has them. A label that is no place in it stays, to be refused later."""
+    """Maps labels by the table `numbers`. Labels out of range stay, to be refused later."""
     if numbers is None:
         return labels
     known = (labels >= 0) & (labels < len(numbers))
@@ -126,21 +126,21 @@ def renumber(
 
 
 def _places(names: Sequence[str], classes: Sequence[str]) -> dict[str, int]:
-    """The place in `classes` of each of `names` that is there.
+    """Returns the number in `classes` of each of `names` that occurs there.
 
-    "red_card" is "Red card", unless another of the names or classes is spelled alike.
+    "red_card" matches "Red card", unless several names or classes are alike in this sense.
     """
-    places = {name: number for number, name in enumerate(classes)}
+    exact = {name: number for number, name in enumerate(classes)}
     spelled = Counter(map(_folded, classes)), Counter(map(_folded, names))
     alike = {_folded(name): number for number, name in enumerate(classes)}
-    found = {}
+    places = {}
     for name in names:
         folded = _folded(name)
-        if name in places:
-            found[name] = places[name]
+        if name in exact:
+            places[name] = exact[name]
         elif all(count[folded] == 1 for count in spelled):
-            found[name] = alike[folded]
-    return found
+            places[name] = alike[folded]
+    return places
 
 
 def _folded(name: str) -> str:
@@ -153,8 +153,8 @@ def _check_named(
     """Raises UserError if one side has words for classes and the other numbers alone."""
     if names is None or classes is None:
         words, numbers = (key, where) if names is None else (where, key)
-        found = listed(classes if names is None else names)
+        some = listed(classes if names is None else names)
         raise UserError(
-            f"the classes of {words} are words ({found}), and those of {numbers} are numbers: set "
+            f"the classes of {words} are words ({some}), and those of {numbers} are numbers: set "
             f"data.label_names, the list of all classes in the order of the numbers"
         )

@@ -1,6 +1,6 @@
-"""Scores of a classifier from its logits, in NumPy: ranks, calibration, likelihood.
+"""Computes scores of a classifier from its logits, in NumPy: ranks, calibration, likelihood.
 
-All are sums over examples in float64, so that neither batches nor devices matter.
+Sums over examples are in float64, so the scores do not depend on batches or devices.
 """
 
 from __future__ import annotations
@@ -14,25 +14,27 @@ CALIBRATION_BINS = 15  # Guo et al. 2017, section 5
 def label_ranks(
     logits: Float[np.ndarray, "n classes"], labels: Int[np.ndarray, " n"]
 ) -> Int[np.ndarray, " n"]:
-    """How many other classes score at least as high as the right one; 0 is a hit.
+    """Counts the other classes that score at least as high as the right one; 0 is a hit.
 
-    Ties count against the model, so that equal scores for all classes are no success.
+    Ties count against the model, or a model with equal scores for all classes would be right. So
+    does a score that is NaN.
 
     Raises:
       ValueError: a label is not in [0, classes).
     """
     check_labels(labels, logits.shape[1])
-    own = np.take_along_axis(logits, labels[:, None], axis=1)
-    return (logits >= own).sum(axis=1) - 1
+    right = np.take_along_axis(logits, labels[:, None].astype(int), axis=1)
+    # Not `logits >= right`, which is False for NaN.
+    return (~(logits < right)).sum(axis=1) - 1
 
 
 def top_k(ranks: Int[np.ndarray, " n"], k: int) -> float:
-    """Share of examples whose class is among the k highest, in [0, 1]."""
+    """Returns the share of examples whose class is among the k highest, in [0, 1]."""
     return float((ranks < k).mean())
 
 
 def mean_per_class_recall(ranks: Int[np.ndarray, " n"], labels: Int[np.ndarray, " n"]) -> float:
-    """Top-1 of each class that occurs, averaged over these classes, in [0, 1]."""
+    """Computes the top-1 of each class that occurs, and averages over these classes; in [0, 1]."""
     counts = np.bincount(labels)
     hits = np.bincount(labels[ranks < 1], minlength=len(counts))
     present = counts > 0
@@ -40,7 +42,7 @@ def mean_per_class_recall(ranks: Int[np.ndarray, " n"], labels: Int[np.ndarray, 
 
 
 def log_softmax(logits: Float[np.ndarray, "n classes"]) -> Float[np.ndarray, "n classes"]:
-    """Logarithms of the probabilities, float64."""
+    """Computes the logarithms of the softmax, float64."""
     shifted = logits.astype(np.float64)
     shifted -= shifted.max(axis=1, keepdims=True)
     return shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
@@ -49,21 +51,23 @@ def log_softmax(logits: Float[np.ndarray, "n classes"]) -> Float[np.ndarray, "n 
 def negative_log_likelihood(
     log_probabilities: Float[np.ndarray, "n classes"], labels: Int[np.ndarray, " n"]
 ) -> float:
-    """Mean of -log p(right class), in nats."""
+    """Computes the mean of -log p(right class), in nats."""
     return float(-np.take_along_axis(log_probabilities, labels[:, None], axis=1).mean())
 
 
 def calibration_bins(
     confidences: Float[np.ndarray, " n"], hits: np.ndarray, bins: int = CALIBRATION_BINS
 ) -> tuple[Int[np.ndarray, " bins"], Float[np.ndarray, " bins"], Float[np.ndarray, " bins"]]:
-    """Examples, mean confidence and accuracy of each of `bins` equal parts of (0, 1].
+    """Divides (0, 1] into `bins` equal bins by confidence.
 
-    A part holds its upper end and not its lower one (Guo et al. 2017, section 2). Means of empty
-    parts are 0.
+    A bin includes its upper end and not its lower end (Guo et al. 2017, section 2).
 
     Args:
-      confidences: the probability of the class that is predicted.
-      hits: bool [n], whether it is the right one.
+      confidences: the probability of the predicted class.
+      hits: bool [n], whether the predicted class is right.
+
+    Returns:
+      Number of examples, mean confidence and accuracy of each bin; 0 for empty bins.
     """
     edges = np.linspace(0, 1, bins + 1)[1:-1]
     place = np.searchsorted(edges, confidences, side="left")
@@ -77,8 +81,10 @@ def calibration_bins(
 def calibration_error(
     confidences: Float[np.ndarray, " n"], hits: np.ndarray, bins: int = CALIBRATION_BINS
 ) -> float:
-    """Expected calibration error, in [0, 1] (Guo et al. 2017, eq. 3): the gap between confidence
-    and accuracy of each of `calibration_bins`, weighted by its examples."""
+    """Computes the expected calibration error, in [0, 1] (Guo et al. 2017, eq. 3).
+
+    It is the gap between confidence and accuracy in each bin, weighted by the bin's examples.
+    """
     counts, confidence, accuracy = calibration_bins(confidences, hits, bins)
     return float((counts * np.abs(accuracy - confidence)).sum() / counts.sum())
 

@@ -1,4 +1,4 @@
-"""Functions that evaluators call and that follow from any objective."""
+"""Derives functions for evaluators from any objective: its loss on examples, and attacks."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from vlp_jax.objectives.base import Function
 
 
 def evaluator_functions(objective: Objective) -> dict[str, Function]:
-    """The objective's own functions, its loss on examples, and attacks on its classifiers.
+    """Returns the objective's functions, its loss on examples, and attacks on its classifiers.
 
-    They cost nothing until one is called.
+    Nothing is compiled until a function is called.
     """
     return {**loss_functions(objective), **with_attacks(objective.functions())}
 
 
 def with_attacks(functions: Mapping[str, Function]) -> dict[str, Function]:
-    """The functions, and attacks on those that classify."""
+    """Adds attacks on the functions that classify."""
     return {**attack_functions(functions), **functions}

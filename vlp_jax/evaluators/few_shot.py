@@ -19,15 +19,15 @@ L2_GRID = tuple(10.0**power for power in range(-3, 5))
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class FewShotOutcome(Outcome):
-    """How well each draw of a few images did.
+    """The accuracy of each draw of training images.
 
     Attributes:
-      features: of both splits, and their labels.
-      shots: images per class.
-      seeds: of the draws.
+      features: features and labels of both splits.
+      shots: numbers of images per class.
+      seeds: seeds of the draws.
       accuracy: top-1 on the test split, float64 [shots, seeds].
-      l2: what was chosen, float64 [shots, seeds].
-      grid: what it was chosen from.
+      l2: the chosen regularization, float64 [shots, seeds].
+      grid: the values to choose from.
     """
 
     features: FrozenFeatures
@@ -38,8 +38,10 @@ class FewShotOutcome(Outcome):
     grid: tuple[float, ...]
 
     def scores(self) -> dict[str, float]:
-        """`top1_Nshot` in [0, 1] and `top1_Nshot_std` (the population's, over the draws) for each
-        N, `seeds`, `examples`, `classes`."""
+        """Computes `top1_Nshot` and `top1_Nshot_std` for each N, `seeds`, `examples`, `classes`.
+
+        Top-1 is the mean over the draws, in [0, 1]; `std` is the population's, over the draws.
+        """
         scores = {}
         for shots, row in zip(self.shots, self.accuracy, strict=True):
             scores[f"top1_{shots}shot"] = float(row.mean())
@@ -52,7 +54,7 @@ class FewShotOutcome(Outcome):
         }
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """What `save_embeddings` writes."""
+        """Returns the arrays for `save_embeddings`."""
         return {
             **self.features.arrays(),
             "shots": np.array(self.shots),
@@ -64,23 +66,22 @@ class FewShotOutcome(Outcome):
 
 
 class FewShot(Evaluator):
-    """Top-1 of ridge regression on n training images of each class, over several draws.
+    """Scores ridge regression on n training images of each class, over several draws.
 
-    Features are standardized by the images that were drawn; targets are 1 for the class and -1 for
-    the others. The strength of regularization is the one of `grid` with the least squared error
-    when each of the drawn images in turn is left out: no other image is looked at.
+    Features are standardized by the drawn images. Targets are 1 for the class and -1 for other
+    classes. The regularization is chosen from `grid` by the leave-one-out error on the drawn images
+    alone.
 
     Args:
-      data: of the test images, with the class as an integer in `label_field`.
-      train_data: what differs from `data` for the training images, such as {"split": "train"}.
-      shots: images of each class; each number is scored.
-      seeds: how many draws, with the seeds 0, 1, ... Which images are drawn is a pure function of
-        (seed, shots).
+      data: test images, with the class as an integer in `label_field`.
+      train_data: differences from `data` for the training images, such as {"split": "train"}.
+      shots: numbers of images per class; each is scored.
+      seeds: number of draws, with the seeds 0, 1, ... A draw depends on (seed, shots) alone.
       grid: strengths of l2 regularization.
-      features: the function of the objective that gives them.
+      features: name of the objective's function that computes features.
 
     Raises:
-      UserError: a value that cannot be used, or features that the objective lacks.
+      UserError: a value out of range, or the objective lacks the function.
     """
 
     SMOKE: ClassVar[Mapping[str, Any]] = {"grid": (100.0, 1000.0), "shots": (1,)}
@@ -111,14 +112,14 @@ class FewShot(Evaluator):
         Raises:
           UserError: a class has fewer training images than a number of shots.
         """
-        found = self._splits(params)
+        features = self._splits(params)
         accuracy = np.zeros((len(self._shots), len(self._seeds)))
         l2 = np.zeros(accuracy.shape)
         for i, shots in enumerate(self._shots):
             for j, seed in enumerate(self._seeds):
-                rows = probes.few_per_class(found.train_labels, shots, seed)
-                train, test = probes.standardize(found.train[rows], found.test)
-                labels = found.train_labels[rows]
-                fitted, l2[i, j] = probes.fit_ridge(train, labels, found.classes, self._grid)
-                accuracy[i, j] = probes.accuracy(fitted(test), found.test_labels)
-        return FewShotOutcome(found, self._shots, self._seeds, accuracy, l2, self._grid)
+                rows = probes.few_per_class(features.train_labels, shots, seed)
+                train, test = probes.standardize(features.train[rows], features.test)
+                labels = features.train_labels[rows]
+                fitted, l2[i, j] = probes.fit_ridge(train, labels, features.classes, self._grid)
+                accuracy[i, j] = probes.accuracy(fitted(test), features.test_labels)
+        return FewShotOutcome(features, self._shots, self._seeds, accuracy, l2, self._grid)

@@ -1,4 +1,4 @@
-"""Features of a training and a test split with their labels, for classifiers on top of them."""
+"""Frozen features and labels of a training and a test split, for probes, few-shot and kNN."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from vlp_jax.evaluators.splits import Split
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class FrozenFeatures:
-    """Both splits, in the order of their sources.
+    """Features and labels of both splits, in the order of their sources.
 
     Attributes:
       train: float32 [m, dim].
       train_labels: int64 [m].
       test: float32 [n, dim].
       test_labels: int64 [n].
-      classes: one more than the largest label, or the number of `class_names`.
-      class_names: by label, if the datasets know them: those of the training data, and behind them
-        those that the test data alone has.
-      index: int64 [n], the place of each test example in its source (after `where` and `limit`).
+      classes: the number of `class_names`, or without names the largest label + 1.
+      class_names: names by label, if the datasets know them: the classes of the training data, then
+        those that only the test data has.
+      index: int64 [n], the position of each test example in its source (after `where`, `limit`).
     """
 
     train: Float[np.ndarray, "m dim"]
@@ -38,7 +38,7 @@ class FrozenFeatures:
     index: Int[np.ndarray, " n"]
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """What `save_embeddings` writes of these."""
+        """Returns the arrays for `save_embeddings`."""
         names = {} if self.class_names is None else {"class_names": np.array(self.class_names)}
         return {
             "train": self.train,
@@ -52,16 +52,16 @@ class FrozenFeatures:
 
 
 class FeatureSplits:
-    """Makes the `FrozenFeatures` of some parameters.
+    """Computes the `FrozenFeatures` of given parameters.
+
+    Labels of the test split are renumbered by class name to match the training split.
 
     Args:
-      data, train_data: of the images to test and to train on, with the class in `label_field`.
-      features: the function of the objective that gives them.
-
-    Labels of the test split get the numbers that their classes have in the training split, by name.
+      data, train_data: images to test and to train on, with the class in `label_field`.
+      features: name of the objective's function that computes features.
 
     Raises:
-      UserError: the objective has no such function, or the splits have no class in common.
+      UserError: the objective lacks the function, or the splits have no class in common.
     """
 
     def __init__(
@@ -82,10 +82,10 @@ class FeatureSplits:
         self._names, self._numbers = joined_classes(self._train_names, self._test_names)
 
     def __call__(self, params: Any) -> FrozenFeatures:
-        """Features and labels of both splits.
+        """Computes features and labels of both splits.
 
         Raises:
-          UserError: labels that are no numbers of classes.
+          UserError: a label is not the number of a class.
         """
         test, test_labels = self._of(self._test, params, self._test_names)
         train, train_labels = self._of(self._train, params, self._train_names)
@@ -102,7 +102,7 @@ class FeatureSplits:
         )
 
     def _of(self, split: Split, params: Any, names: tuple[str, ...] | None) -> tuple[Any, Any]:
-        found = split.embed(params, {"image": self._function})
-        # Where one split alone knows the names, they are those of both.
+        embedded = split.embed(params, {"image": self._function})
+        # If only one split knows the names, they hold for both.
         known = names or self._names
-        return found, split.labels(found, self._label_field, len(known) if known else None)
+        return embedded, split.labels(embedded, self._label_field, len(known) if known else None)

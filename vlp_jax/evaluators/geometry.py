@@ -1,4 +1,4 @@
-"""The geometry of the embedding space that images and texts share."""
+"""Evaluates the geometry of the embedding space that images and texts share."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from vlp_jax.evaluators.splits import Split
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class GeometryOutcome(Outcome):
-    """The pairs of a split, in the order of the source.
+    """Embeddings of the pairs of a split, in the order of the source.
 
     Attributes:
-      image, text: unit vectors, float32 [n, dim]; those of a row belong together.
-      index: int64 [n], the place of each pair in its source (after `where` and `limit`).
+      image, text: unit vectors, float32 [n, dim]; row i of both is pair i.
+      index: int64 [n], the position of each pair in its source (after `where` and `limit`).
     """
 
     image: Float[np.ndarray, "n dim"]
@@ -28,8 +28,7 @@ class GeometryOutcome(Outcome):
     index: Int[np.ndarray, " n"]
 
     def scores(self) -> dict[str, float]:
-        """`alignment` and `..._uniformity` (Wang and Isola 2020), `modality_gap` (Liang et al.
-        2022), `..._effective_rank` (Roy and Vetterli 2007), `pairs`: see `embedding_space`."""
+        """Computes the measures of `embedding_space`, and `pairs`, the number of pairs."""
         return {
             "alignment": embedding_space.alignment(self.image, self.text),
             "image_uniformity": embedding_space.uniformity(self.image),
@@ -41,15 +40,15 @@ class GeometryOutcome(Outcome):
         }
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """What `save_embeddings` writes."""
+        """Returns the arrays for `save_embeddings`."""
         return {"image": self.image, "text": self.text, "index": self.index}
 
 
 class Geometry(Evaluator):
-    """How images and texts lie in the space that they share, over all pairs of a split.
+    """Measures alignment, uniformity, modality gap and effective rank over the pairs of a split.
 
     Args:
-      data: of the pairs, one text an image.
+      data: pairs, one text for each image.
     """
 
     needs = ("embed_image", "embed_text")
@@ -59,6 +58,6 @@ class Geometry(Evaluator):
         self._split = Split(resources, data)
 
     def outcome(self, params: Any) -> GeometryOutcome:
-        """Embeddings of the whole split."""
-        found = self._split.embed(params, {"image": "embed_image", "text": "embed_text"})
-        return GeometryOutcome(found.outputs["image"], found.outputs["text"], found.index)
+        """Embeds the whole split."""
+        embedded = self._split.embed(params, {"image": "embed_image", "text": "embed_text"})
+        return GeometryOutcome(embedded.outputs["image"], embedded.outputs["text"], embedded.index)

@@ -1,4 +1,4 @@
-"""Classification by the nearest neighbours in a training split (Wu et al. 2018, 3.4)."""
+"""Classifies images by their nearest neighbours in a training split (Wu et al. 2018, 3.4)."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from vlp_jax.evaluators.frozen_features import FeatureSplits, FrozenFeatures
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class KnnOutcome(Outcome):
-    """What the neighbours say of every test example.
+    """The predicted class of every test example.
 
     Attributes:
-      features: unit vectors of both splits, and their labels.
-      ks: how many neighbours vote.
+      features: unit vectors and labels of both splits.
+      ks: numbers of neighbours that vote.
       predictions: int64 [ks, n].
-      temperature: of the votes.
+      temperature: temperature of the votes.
     """
 
     features: FrozenFeatures
@@ -32,7 +32,7 @@ class KnnOutcome(Outcome):
     temperature: float
 
     def scores(self) -> dict[str, float]:
-        """`top1_kK` in [0, 1] for each k, `examples`, `train_examples`, `classes`."""
+        """Computes `top1_kK` in [0, 1] for each k, `examples`, `train_examples`, `classes`."""
         hits = self.predictions == self.features.test_labels
         return {
             **{f"top1_k{k}": float(row.mean()) for k, row in zip(self.ks, hits, strict=True)},
@@ -42,7 +42,7 @@ class KnnOutcome(Outcome):
         }
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """What `save_embeddings` writes."""
+        """Returns the arrays for `save_embeddings`."""
         return {
             **self.features.arrays(),
             "ks": np.array(self.ks),
@@ -52,17 +52,17 @@ class KnnOutcome(Outcome):
 
 
 class Knn(Evaluator):
-    """Weighted vote of the k nearest training examples by cosine, exact.
+    """Scores a weighted vote of the k nearest training examples by cosine, by exact search.
 
     Args:
-      data: of the test images, with the class as an integer in `label_field`.
-      train_data: what differs from `data` for the training images, such as {"split": "train"}.
-      ks: how many neighbours vote; each k is scored.
-      temperature: a neighbour counts exp(cosine / temperature).
-      features: the function of the objective that gives them; they are normalized.
+      data: test images, with the class as an integer in `label_field`.
+      train_data: differences from `data` for the training images, such as {"split": "train"}.
+      ks: numbers of neighbours that vote; each is scored.
+      temperature: the weight of a neighbour is exp(cosine / temperature).
+      features: name of the objective's function that computes features, which are normalized here.
 
     Raises:
-      UserError: a value that cannot be used, or features that the objective lacks.
+      UserError: a value out of range, or the objective lacks the function.
     """
 
     needs = ()
@@ -86,21 +86,21 @@ class Knn(Evaluator):
         self._splits = FeatureSplits(resources, data, train_data, label_field, features)
 
     def outcome(self, params: Any) -> KnnOutcome:
-        """Predictions for the whole test split.
+        """Predicts the classes of the whole test split.
 
         Raises:
           UserError: there are fewer training examples than neighbours.
         """
-        found = self._splits(params)
-        if len(found.train) < max(self._ks):
+        splits = self._splits(params)
+        if len(splits.train) < max(self._ks):
             raise UserError(
-                f"ks={self._ks}, but train_data has {len(found.train)} examples: raise its limit"
+                f"ks={self._ks}, but train_data has {len(splits.train)} examples: raise its limit"
             )
-        found = dataclasses.replace(found, train=_unit(found.train), test=_unit(found.test))
+        splits = dataclasses.replace(splits, train=_unit(splits.train), test=_unit(splits.test))
         predictions = neighbours.predictions(
-            found.test, found.train, found.train_labels, self._ks, self._temperature
+            splits.test, splits.train, splits.train_labels, self._ks, self._temperature
         )
-        return KnnOutcome(found, self._ks, predictions, self._temperature)
+        return KnnOutcome(splits, self._ks, predictions, self._temperature)
 
 
 def _unit(x: np.ndarray) -> np.ndarray:

@@ -21,15 +21,15 @@ LEARNING_RATES = (0.01, 0.1, 1.0)
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class LinearProbeOutcome(Outcome):
-    """The classifier that was fitted, and what it makes of the test split.
+    """The logits of a fitted linear classifier on the test split.
 
     Attributes:
-      features: of both splits, and their labels.
+      features: features and labels of both splits.
       logits: float64 [n, classes], of the test examples.
       method: "lbfgs" or "sgd".
-      chosen: the regularization (lbfgs) or the learning rate (sgd).
-      tried: value -> top-1 on the part of the training split that was held out.
-      settings: of the fit: holdout, seed, max_iterations, epochs, batch_size.
+      chosen: the chosen regularization (lbfgs) or learning rate (sgd).
+      tried: each value that was tried -> top-1 on the held-out part of the training split.
+      settings: settings of the fit: holdout, seed, max_iterations, epochs, batch_size.
     """
 
     features: FrozenFeatures
@@ -41,12 +41,15 @@ class LinearProbeOutcome(Outcome):
 
     @cached_property
     def ranks(self) -> Int[np.ndarray, " n"]:
-        """How many other classes score at least as high as the right one; 0 is a hit."""
+        """For each example the number of classes that beat the right one; 0 is a hit."""
         return classification.label_ranks(self.logits, self.features.test_labels)
 
     def scores(self) -> dict[str, float]:
-        """`top1` and `top5` in [0, 1], `l2` or `learning_rate` as chosen and its `holdout_top1`,
-        `examples`, `train_examples`, `classes`."""
+        """Computes `top1` and `top5` in [0, 1], the chosen `l2` or `learning_rate`, and counts.
+
+        `holdout_top1` is the score that chose the value. The counts are `examples`,
+        `train_examples` and `classes`.
+        """
         chosen = {"lbfgs": "l2", "sgd": "learning_rate"}[self.method]
         return {
             "top1": classification.top_k(self.ranks, 1),
@@ -59,7 +62,7 @@ class LinearProbeOutcome(Outcome):
         }
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """What `save_embeddings` writes."""
+        """Returns the arrays for `save_embeddings`."""
         settings = {name: np.array(value) for name, value in self.settings.items()}
         return {
             **self.features.arrays(),
@@ -72,26 +75,26 @@ class LinearProbeOutcome(Outcome):
 
 
 class LinearProbe(Evaluator):
-    """A linear classifier on frozen features: how much of the classes they say, linearly.
+    """Scores a linear classifier on frozen features.
 
-    A part of the training split is held out to choose how it is fitted; then it is fitted on the
-    whole training split, and scored on the test split.
+    A held-out part of the training split chooses the regularization or the learning rate. Then the
+    classifier is fitted on the whole training split, and scored on the test split.
 
     Args:
-      data: of the test images, with the class as an integer in `label_field`.
-      train_data: what differs from `data` for the images to train on, such as {"split": "train"}.
-      method: "lbfgs" (logistic regression to its optimum) or "sgd" (mini-batches, on standardized
+      data: test images, with the class as an integer in `label_field`.
+      train_data: differences from `data` for the training images, such as {"split": "train"}.
+      method: "lbfgs" (logistic regression to its optimum) or "sgd" (mini-batches of standardized
         features, on the device).
-      features: the function of the objective that gives them.
+      features: name of the objective's function that computes features.
       grid: strengths of l2 regularization (lbfgs; default: `probes.search_l2`) or learning rates
         (sgd; default: 0.01, 0.1 and 1).
       holdout: share of the training split that is held out.
-      max_iterations: of each fit of lbfgs.
-      epochs, batch_size: of sgd alone.
-      seed: of what is held out, and of the order of sgd's batches.
+      max_iterations: largest number of iterations of a fit (lbfgs).
+      epochs, batch_size: settings of sgd.
+      seed: seed of the held-out part, and of the order of sgd's batches.
 
     Raises:
-      UserError: a value that cannot be used, or features that the objective lacks.
+      UserError: a value out of range, or the objective lacks the function.
     """
 
     SMOKE: ClassVar[Mapping[str, Any]] = {"grid": (100.0, 1000.0), "max_iterations": 10}
@@ -127,7 +130,7 @@ class LinearProbe(Evaluator):
         self._splits = FeatureSplits(resources, data, train_data, label_field, features)
 
     def outcome(self, params: Any) -> LinearProbeOutcome:
-        """Fits, and classifies the whole test split.
+        """Fits the classifier, and applies it to the whole test split.
 
         Raises:
           UserError: the training split is too small to hold a part out, or has one class.
@@ -165,7 +168,8 @@ class LinearProbe(Evaluator):
             rate: probes.accuracy(model(held_out), held_labels)
             for rate, model in zip(rates, fitted, strict=True)
         }
-        chosen = max(tried, key=lambda rate: (tried[rate], -rate))
+        chosen = max(tried, key=lambda rate: (tried[rate], -rate))  # of equal ones the lowest rate
+        # The final fit uses the held-out part too, so its mean and deviation are other ones.
         train, test = probes.standardize(f.train, f.test)
         (model,) = probes.fit_sgd(train, f.train_labels, f.classes, (chosen,), **self._sgd)
         return model(test), chosen, tried

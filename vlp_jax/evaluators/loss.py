@@ -1,4 +1,4 @@
-"""The loss of an objective over a split that it is not trained on."""
+"""Evaluates an objective's loss on a split that it is not trained on."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from vlp_jax.objectives.base import SEPARATOR, Context, Function, Metrics
 from vlp_jax.parallel import mesh as mesh_lib
 from vlp_jax.parallel.batch import put_batch
 
-SEED = 0  # of what a loss draws, such as masks: the same at every step of a run
-NUMBER = "number"  # of an example in its split
-EACH, WHOLE = "loss_of_each", "loss_of_batch"  # names of the functions, one of which there is
+SEED = 0  # of random draws of the loss, such as masks: fixed, to compare steps of a run
+NUMBER = "number"  # field with the number of an example in its split
+EACH, WHOLE = "loss_of_each", "loss_of_batch"  # an objective has one of these functions
 
 
 def loss_functions(objective: Objective) -> dict[str, Function]:
-    """What `Loss` needs of an objective, for `compile_functions`.
+    """Makes the function that `Loss` calls, for `compile_functions`.
 
-    `loss_of_each(params, batch)`: metric -> (sum, count), float32 [batch] each, of every example by
-    itself. What the loss draws at random depends on the example's number alone. If an example's
-    loss depends on the others, there is `loss_of_batch` instead: metric -> (sum, count), scalars.
+    `loss_of_each(params, batch)` returns metric -> (sum, count), float32 [batch] each: every
+    example by itself. Random draws depend on the example's number alone. An objective that couples
+    the batch has `loss_of_batch` instead: metric -> (sum, count), scalars.
     """
     if objective.couples_batch:
         whole = lambda params, batch: _loss_of_batch(objective, params, batch)  # noqa: E731
@@ -44,7 +44,8 @@ def loss_functions(objective: Objective) -> dict[str, Function]:
             return jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), metrics)
 
         fields = {name: value for name, value in batch.items() if name != NUMBER}
-        # A batch of one example cannot be spread over devices; the many of them are.
+        # Within vmap a batch has one example, which cannot be split over devices. The constraints
+        # are dropped there; XLA splits the dimension that vmap adds.
         with nn.logical_axis_rules(()):
             return jax.vmap(one)(fields, batch[NUMBER])
 
@@ -58,28 +59,28 @@ def _loss_of_batch(objective: Objective, params: Any, batch: dict[str, Array]) -
 
 
 def _metrics(objective: Objective, params: Any, fields: dict[str, Array], key: Array) -> Metrics:
-    """The metrics of a loss with a fresh state and without an average of the parameters."""
+    """Computes the metrics of a loss with a fresh state, without the average of parameters."""
     spec = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in fields.items()}
     state = nn.unbox(objective.init_state(spec))
     return objective.loss(params, fields, Context(key, train=False, state=state))[1].metrics
 
 
 class Loss(Evaluator):
-    """The loss and the other metrics of the objective over a split, as in training without noise:
-    no masks of patches, no stochastic depth, no label smoothing where the objective says so.
+    """Computes the loss and the other metrics of the objective over a split.
 
-    A loss that is a mean over examples is exact: every example counts once, whatever the batch. A
-    loss of whole batches (a contrastive one, whose examples are told apart from the others of their
-    batch) is the mean over the full batches, of `batch_size`, in the order of the source.
-    The examples of the last batch that do not fill it are left out, and so is a batch that holds an
-    example which cannot be used.
+    The objective's randomness of training is off, such as stochastic depth and label smoothing.
+
+    A loss that is a mean over examples is exact: every example counts once, in batches of any size.
+    A loss that couples the batch (a contrastive loss) is the mean over full batches, in the order
+    of the source. An incomplete last batch is left out, and so is a batch with an example that
+    cannot be used.
 
     Args:
-      data: of the examples.
-      batch_size: of a loss of whole batches; default: the evaluation's, which is the training's if
-        the devices are those of the run. Another one is another loss.
-      extra_data: for a composite whose parts have data of their own: name -> data, as in
-        `config.extra_data`. Read side by side, up to the end of the shortest.
+      data: the examples.
+      batch_size: batch size of a loss that couples the batch; None for the evaluation's, which is
+        the training's on the run's devices. Losses of different batch sizes cannot be compared.
+      extra_data: for a composite with several datasets: name -> data, as in `config.extra_data`.
+        They are read side by side, up to the end of the shortest.
     """
 
     needs = ()
@@ -109,10 +110,10 @@ class Loss(Evaluator):
             )
 
     def pairs(self, params: Any) -> Pairs:
-        """Each metric of the objective, `loss` among them, and `examples`, how many count.
+        """Yields each metric of the objective, such as `loss`, and `examples`, the number counted.
 
         Raises:
-          UserError: there is no batch without an example that cannot be used.
+          UserError: every batch has an example that cannot be used.
         """
         sums: dict[str, np.ndarray] = {}
         examples = 0
@@ -130,7 +131,7 @@ class Loss(Evaluator):
     def _sums(
         self, params: Any, batch: Mapping[str, np.ndarray]
     ) -> tuple[int, dict[str, Float[np.ndarray, 2]]]:
-        """How many examples of the batch count, and the sum and the count of each metric."""
+        """Returns the number of examples that count, and sum and count of each metric."""
         fields = put_batch(batch, self._resources.mesh)
         rest = {"mask": fields.pop("mask")}
         function = self._resources.functions[WHOLE if self._coupled else EACH]
@@ -147,7 +148,7 @@ class Loss(Evaluator):
         return int(keep.sum()), chosen
 
     def _batches(self) -> Iterator[dict[str, np.ndarray]]:
-        """The batches of all datasets joined; masked is what any of them masks."""
+        """Yields joined batches of all datasets. An example counts if no dataset masks it."""
         streams = [pipeline.batches() for pipeline in self._pipelines.values()]
         for parts in zip(*streams, strict=False):
             joined = {

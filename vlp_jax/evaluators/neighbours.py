@@ -1,4 +1,4 @@
-"""Exact nearest neighbours by cosine similarity, and the classes that they vote for, in blocks."""
+"""Finds exact nearest neighbours by cosine similarity, block by block, and lets them vote."""
 
 from __future__ import annotations
 
@@ -8,16 +8,18 @@ import numpy as np
 from jaxtyping import Float, Int
 
 QUERY_BLOCK = 512
-FIRST_BLOCK, LAST_BLOCK = 256, 8192  # vectors of the bank, doubled from block to block
+# Vectors of the bank in a block. Blocks double in size: after the first blocks hits are rare, and
+# large blocks cost less per vector.
+FIRST_BLOCK, LAST_BLOCK = 256, 8192
 
 
 def nearest(
     queries: Float[np.ndarray, "n dim"], bank: Float[np.ndarray, "m dim"], k: int
 ) -> tuple[Float[np.ndarray, "n k"], Int[np.ndarray, "n k"]]:
-    """Similarities (float32, the largest first) and numbers of the `k` vectors of `bank` with the
-    largest dot products; of equal ones those with the lowest numbers.
+    """Finds the `k` vectors of `bank` with the largest dot products, for each query.
 
-    Memory grows neither with the queries nor with the bank. k is at most the size of the bank.
+    Returns their similarities (float32, the largest first) and their numbers. Of equal ones, those
+    with the lowest numbers count. Memory grows neither with the queries nor with the bank.
 
     Raises:
       ValueError: the bank has fewer than `k` vectors.
@@ -38,12 +40,12 @@ def _nearest(queries: np.ndarray, bank: np.ndarray, k: int) -> tuple[np.ndarray,
     start, size = 0, FIRST_BLOCK
     while start < len(bank):
         block = queries @ bank[start : start + size].T
-        # What is not above the k-th best so far stands behind it: equal ones have higher numbers.
+        # Only what exceeds the k-th best so far can enter: an equal one has a higher number.
         hits = block > best[:, -1:]
         rows = np.flatnonzero(hits.any(axis=1))
         if rows.size:
-            found, at = _hits(block[rows], hits[rows])
-            merged = np.concatenate([best[rows], found], axis=1)
+            values, at = _hits(block[rows], hits[rows])
+            merged = np.concatenate([best[rows], values], axis=1)
             numbers = np.concatenate([number[rows], at + start], axis=1)
             order = np.argsort(-merged, axis=1, kind="stable")[:, :k]
             best[rows] = np.take_along_axis(merged, order, axis=1)
@@ -53,9 +55,11 @@ def _nearest(queries: np.ndarray, bank: np.ndarray, k: int) -> tuple[np.ndarray,
 
 
 def _hits(block: np.ndarray, hits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Values and columns where `hits` is True, row by row, filled up with -inf."""
+    """Returns values and columns where `hits` is True, row by row, padded with -inf."""
     counts = hits.sum(axis=1)
     row, column = np.nonzero(hits)
+    # `np.nonzero` goes row by row. So the place of a hit in its row is its number minus the number
+    # of hits in earlier rows.
     place = np.arange(len(row)) - np.repeat(np.cumsum(counts) - counts, counts)
     values = np.full((len(block), counts.max()), -np.inf, np.float32)
     columns = np.zeros(values.shape, np.int64)
@@ -69,10 +73,14 @@ def votes(
     classes: int,
     temperature: float,
 ) -> Float[np.ndarray, "n classes"]:
-    """The sum of exp(similarity / temperature) of the neighbours of each class, float64, up to a
-    factor per query that changes no order (Wu et al. 2018, section 3.4)."""
+    """Sums exp(similarity / temperature) of the neighbours of each class, float64.
+
+    Each query's sums have a common factor, which changes no order (Wu et al. 2018, section 3.4).
+    """
     weights = similarity.astype(np.float64)
+    # Relative to the nearest neighbour, so that exp does not overflow at low temperatures.
     weights = np.exp((weights - weights[:, :1]) / temperature)
+    # A bin for each pair of query and class: one `bincount` adds up the votes of all queries.
     keys = np.arange(len(labels))[:, None] * classes + labels
     total = np.bincount(keys.ravel(), weights=weights.ravel(), minlength=len(labels) * classes)
     return total.reshape(len(labels), classes)
@@ -85,18 +93,19 @@ def predictions(
     ks: Sequence[int],
     temperature: float,
 ) -> Int[np.ndarray, "ks n"]:
-    """The class that gets most votes of the k nearest of `bank`, for each k; of equal ones the
-    lowest.
+    """Predicts the class with most votes of the k nearest vectors of `bank`, for each k.
+
+    Of classes with equal votes the lowest number wins.
 
     Raises:
       ValueError: the bank has fewer vectors than the largest k.
     """
     similarity, number = nearest(queries, bank, max(ks))
     classes = int(labels.max()) + 1
-    found = np.empty((len(ks), len(queries)), np.int64)
+    result = np.empty((len(ks), len(queries)), np.int64)
     for start in range(0, len(queries), QUERY_BLOCK):
         part = slice(start, start + QUERY_BLOCK)
-        for row, k in zip(found, ks, strict=True):
-            near, own = similarity[part, :k], labels[number[part, :k]]
-            row[part] = votes(near, own, classes, temperature).argmax(axis=1)
-    return found
+        for row, k in zip(result, ks, strict=True):
+            near, near_labels = similarity[part, :k], labels[number[part, :k]]
+            row[part] = votes(near, near_labels, classes, temperature).argmax(axis=1)
+    return result

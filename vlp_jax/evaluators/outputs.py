@@ -1,4 +1,4 @@
-"""What a function of several fields makes of a split, gathered on the host."""
+"""Applies a function of several fields to a split, and gathers the outputs on the host."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Int
 
 from vlp_jax.data.pipeline import EvalPipeline, split_mixture
 from vlp_jax.data.sources import build_source
@@ -21,7 +21,7 @@ from vlp_jax.evaluators.class_lists import numbers_onto
 from vlp_jax.parallel.batch import put_batch
 
 _log = logging.getLogger("vlp_jax.evaluators")
-# What is done to the arrays of a batch, already on the devices, before the function sees them.
+# Changes a batch on the devices before the function gets it, such as a corruption.
 Change = Callable[[dict[str, Array]], dict[str, Array]]
 
 
@@ -35,25 +35,25 @@ def outputs_of(
     change: Change = dict,
     more: Mapping[str, Any] | None = None,
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """The outputs of `function(params, {name: array})` on all batches, and the fields `keep`.
+    """Returns the outputs of `function(params, {name: array})` on all batches, and `keep`'s fields.
 
-    Both are without padding, and every process gets those of all, in one order.
+    Both are without padding. Every process gets the rows of all processes, in the same order.
 
     Args:
-      inputs: fields that the function takes; of a single one it takes the bare array.
-      keep: further fields that are wanted; nothing else stays on the host.
-      change: see `Change`; it gets and gives the fields of a batch that are taken or kept.
-      more: what the function takes besides, the same for every batch.
+      inputs: the fields that the function takes; it takes a single one as a bare array.
+      keep: further fields to return.
+      change: see `Change`; it gets and returns the fields `inputs` and `keep`.
+      more: further inputs of the function, the same for every batch.
     """
     outputs, fields = [], []
     for batch in batches:
         rest = change(put_batch(chosen(batch, (*inputs, *keep)), resources.mesh))
         taken = {name: rest.pop(name) for name in inputs}
         argument = {**taken, **(more or {})} if more or len(inputs) > 1 else taken[inputs[0]]
-        made, rest = jax.device_get(resources.functions[function](params, argument, rest))
-        sound = rest.pop("mask")
-        outputs.append(made[sound])
-        fields.append({name: value[sound] for name, value in rest.items()})
+        output, rest = jax.device_get(resources.functions[function](params, argument, rest))
+        mask = rest.pop("mask")
+        outputs.append(output[mask])
+        fields.append({name: value[mask] for name, value in rest.items()})
     named = {name: np.concatenate([f[name] for f in fields]) for name in fields[0]}
     return np.concatenate(outputs), named
 
@@ -61,7 +61,7 @@ def outputs_of(
 def numbered(
     batches: Iterable[Mapping[str, np.ndarray]], name: str = "number"
 ) -> Iterable[dict[str, np.ndarray]]:
-    """The batches with the number of each example in the whole split, int32, as field `name`."""
+    """Adds the field `name` to each batch: the number of each example in the split, int32."""
     for step, batch in enumerate(batches):
         local = len(batch["mask"])
         whole = local * jax.process_count()
@@ -69,20 +69,8 @@ def numbered(
         yield {**batch, name: np.arange(first, first + local, dtype=np.int32)}
 
 
-def ranks(
-    scores: Float[np.ndarray, "n classes"], labels: Int[np.ndarray, " n"]
-) -> Int[np.ndarray, " n"]:
-    """How many classes stand before the right one, 0 if none.
-
-    Ties count against the model, so that equal scores for all classes are no success; so does a
-    score that is no number.
-    """
-    own = np.take_along_axis(scores, labels[:, None].astype(int), axis=1)
-    return (~(scores < own)).sum(axis=1) - 1
-
-
 def check_labels(labels: Int[np.ndarray, " n"], classes: int, field: str) -> None:
-    """Raises NoScores for a label without a score."""
+    """Raises NoScores if the model has no score for a label."""
     if labels.size and not 0 <= labels.min() <= labels.max() < classes:
         raise NoScores(
             f"the labels in {field!r} go from {labels.min()} to {labels.max()}, and the model "
@@ -93,9 +81,10 @@ def check_labels(labels: Int[np.ndarray, " n"], classes: int, field: str) -> Non
 def numbers_of_model(
     resources: Resources, data: Mapping[str, Any], pipeline: EvalPipeline, field: str
 ) -> Int[np.ndarray, " names"] | None:
-    """For each class of the data its number in the training data; None if they are the same.
+    """Returns for each class of the data its number in the training data; None if they agree.
 
-    Only a folder, and what was prepared from one, may have numbers that depend on the words in it.
+    They can differ only for a folder, and for data prepared from a folder: such data numbers the
+    label words that occur in it.
 
     Raises:
       UserError: the training data lacks a class of `data`.
@@ -108,7 +97,7 @@ def numbers_of_model(
         return None
     asked = ("source", "path", "captions", "fields", "label_field", "label_names")
     if any(all(part.get(key) == data.get(key) for key in asked) for part in parts):
-        return None  # the same list, which need not be read again
+        return None  # the same files have the same classes, so they need not be read
     try:
         trained = [build_source(part).class_names(field) for part in parts]
     except UserError as error:
@@ -123,12 +112,12 @@ def numbers_of_model(
 
 
 def _may_hold_words(data: Mapping[str, Any]) -> bool:
-    """Whether the labels of some data may be words: it is a folder, or was prepared from one."""
+    """Whether labels may be words: in a folder, and in data prepared from a folder."""
     return data.get("source") == "folder" or str(data.get("path")).endswith(SUFFIX)
 
 
 def check_field(pipeline: EvalPipeline, field: str, where: str) -> None:
-    """Raises UserError if batches have no such field of whole numbers."""
+    """Raises UserError if batches have no field `field` of whole numbers."""
     spec = pipeline.batch_spec()
     if field not in spec or not np.issubdtype(spec[field][1], np.integer):
         raise UserError(

@@ -1,6 +1,6 @@
-"""Linear classifiers on frozen features: logistic regression, SGD, ridge regression.
+"""Fits linear classifiers on frozen features: logistic regression, SGD, ridge regression.
 
-Each is fitted on arrays that every process holds whole, so that all come to the same numbers.
+Every process fits on the same whole arrays, so all processes compute the same numbers.
 """
 
 from __future__ import annotations
@@ -17,32 +17,35 @@ from jaxtyping import Array, Float, Int
 
 from vlp_jax.errors import UserError
 
-# Radford et al. 2021, A.3: 1e-6 to 1e6 in 8 steps a decade, at first in steps of two decades.
+# Radford et al. 2021, A.3: 1e-6 to 1e6 in 8 steps a decade; the first search goes two decades at a
+# time.
 STEPS_PER_DECADE, LAST_STEP, FIRST_STRIDE = 8, 48, 16
 MOMENTUM = 0.9
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class LinearClassifier:
-    """logits = x @ kernel + bias; of a class that was not seen, -inf."""
+    """A linear classifier: logits = x @ kernel + bias; -inf for a class without examples."""
 
     kernel: Float[np.ndarray, "dim classes"]
     bias: Float[np.ndarray, " classes"]
 
     def __call__(self, x: Float[np.ndarray, "n dim"]) -> Float[np.ndarray, "n classes"]:
-        """Logits, float64."""
+        """Computes the logits, float64."""
         return x.astype(np.float64) @ self.kernel + self.bias
 
 
 def accuracy(logits: Float[np.ndarray, "n classes"], labels: Int[np.ndarray, " n"]) -> float:
-    """Share of examples whose highest logit is that of their class; of equal ones the first."""
+    """Returns the share of right predictions; of equal logits the first class is predicted."""
     return float((logits.argmax(axis=1) == labels).mean())
 
 
 def hold_out(
     count: int, share: float, seed: int
 ) -> tuple[Int[np.ndarray, " kept"], Int[np.ndarray, " held_out"]]:
-    """Numbers below `count` in two parts, the second `share` of all: a pure function of these.
+    """Splits the numbers below `count` at random into two parts; the second has `share` of them.
+
+    The result depends on the arguments alone.
 
     Raises:
       UserError: a part would be empty.
@@ -57,15 +60,16 @@ def hold_out(
 def search_l2(
     score: Callable[[float], float], grid: Sequence[float] | None = None
 ) -> tuple[float, dict[float, float]]:
-    """The strength of regularization with the highest score, and the score of each that was tried.
-
-    Of equally good ones the strongest.
+    """Finds the strength of regularization with the highest score; of equal scores the strongest.
 
     Args:
-      score: of a strength.
-      grid: strengths that are all tried. Without it, 97 from 1e-6 to 1e6 are searched as Radford
-        et al. 2021, A.3 do: of steps of two decades the best, and then around it in steps of half
-        the width, four times.
+      score: strength -> score.
+      grid: strengths, all of which are tried. None searches 97 strengths from 1e-6 to 1e6 as
+        Radford et al. 2021, A.3: first every two decades, then around the best one at half the
+        distance, four times.
+
+    Returns:
+      The best strength, and the score of each strength that was tried.
     """
     if grid is not None:
         tried = {value: score(value) for value in sorted(grid, reverse=True)}
@@ -99,10 +103,9 @@ def fit_logistic(
     l2: float,
     max_iterations: int = 1000,
 ) -> LinearClassifier:
-    """Minimizes sum of cross-entropies + l2 / 2 |kernel|^2 by L-BFGS; the bias is free.
+    """Minimizes sum(cross-entropy) + l2 / 2 |kernel|^2 by L-BFGS; the bias is not regularized.
 
-    It is scikit-learn's `LogisticRegression` with C = 1 / l2, as Radford et al. 2021, A.3 use it.
-    With two classes that has one column of weights and not two.
+    It is scikit-learn's `LogisticRegression` with C = 1 / l2, as in Radford et al. 2021, A.3.
 
     Raises:
       UserError: there are fewer than two classes among the labels.
@@ -113,7 +116,7 @@ def fit_logistic(
     _check_two(labels)
     model = LogisticRegression(C=1 / l2, solver="lbfgs", max_iter=max_iterations)
     with warnings.catch_warnings():
-        # With next to no regularization of data that can be separated there is no minimum.
+        # Separable data with almost no regularization has no minimum, so L-BFGS never converges.
         warnings.simplefilter("ignore", ConvergenceWarning)
         model.fit(x.astype(np.float64), labels)
     return _classifier(model.coef_, model.intercept_, model.classes_, classes)
@@ -127,8 +130,8 @@ def _check_two(labels: Int[np.ndarray, " n"]) -> None:
 def _classifier(
     coefficients: np.ndarray, intercepts: np.ndarray, seen: np.ndarray, classes: int
 ) -> LinearClassifier:
-    """From scikit-learn's numbers, which are one row for two classes."""
-    if len(seen) == 2:
+    """Makes a classifier from scikit-learn's coefficients."""
+    if len(seen) == 2:  # scikit-learn has one row then, the logit of the second class
         coefficients = np.stack([-coefficients.ravel(), coefficients.ravel()]) / 2
         intercepts = np.concatenate([-intercepts, intercepts]) / 2
     kernel = np.zeros((coefficients.shape[1], classes))
@@ -143,11 +146,10 @@ def fit_ridge(
     classes: int,
     grid: Sequence[float],
 ) -> tuple[LinearClassifier, float]:
-    """Least squares on targets of +-1 with l2 |kernel|^2, and the `l2` of `grid` that it took.
+    """Fits least squares on targets of +-1 with l2 |kernel|^2; returns it and the chosen `l2`.
 
-    That with the least squared error when each example in turn is left out, in closed form
-    (generalizes to one example a class; nothing but these examples is looked at). It is
-    scikit-learn's `RidgeClassifierCV`.
+    The value of `grid` with the least leave-one-out error is chosen, in closed form. This works
+    with one example per class too. It is scikit-learn's `RidgeClassifierCV`.
 
     Raises:
       UserError: there are fewer than two classes among the labels.
@@ -163,10 +165,12 @@ def fit_ridge(
 def few_per_class(
     labels: Int[np.ndarray, " n"], shots: int, seed: int
 ) -> Int[np.ndarray, " chosen"]:
-    """Numbers of `shots` examples of each class that occurs, sorted: a pure function of these.
+    """Draws `shots` examples of each class that occurs; returns their numbers, sorted.
+
+    The draw depends on the arguments alone.
 
     Raises:
-      UserError: a class has fewer.
+      UserError: a class has fewer examples.
     """
     counts = np.bincount(labels)
     few = np.flatnonzero((counts > 0) & (counts < shots))
@@ -176,6 +180,7 @@ def few_per_class(
             f"{few[0]} with {counts[few[0]]}: raise the limit of train_data, or ask for fewer shots"
         )
     order = np.random.default_rng([seed, shots]).permutation(len(labels))
+    # Stable: within a class the random order stays, and its first `shots` are the draw.
     by_class = order[np.argsort(labels[order], kind="stable")]
     starts = np.cumsum(counts)[counts > 0] - counts[counts > 0]
     return np.sort(by_class[(starts[:, None] + np.arange(shots)).ravel()])
@@ -184,13 +189,13 @@ def few_per_class(
 def standardize(
     x: Float[np.ndarray, "n dim"], *others: Float[np.ndarray, "m dim"]
 ) -> tuple[Float[np.ndarray, "n dim"], ...]:
-    """All with the mean of `x` taken away and divided by its standard deviation, per dimension.
+    """Subtracts the mean of `x` and divides by its standard deviation, for each dimension.
 
-    A dimension that is constant in `x` is not divided.
+    A dimension that is constant in `x` is not divided. The same numbers standardize `others`.
     """
     mean = x.mean(axis=0, dtype=np.float64)
     std = x.std(axis=0, dtype=np.float64)
-    std[std < 1e-7 * np.abs(x).max(axis=0)] = 1  # of what is constant, rounding is left
+    std[std < 1e-7 * np.abs(x).max(axis=0)] = 1  # rounding errors of a constant, not a spread
     return tuple(((y - mean) / std).astype(np.float32) for y in (x, *others))
 
 
@@ -204,10 +209,10 @@ def fit_sgd(
     batch_size: int,
     seed: int,
 ) -> list[LinearClassifier]:
-    """A classifier for each learning rate, all on the same batches, trained side by side.
+    """Trains a classifier for each learning rate, side by side on the same batches.
 
-    SGD with momentum 0.9 on the mean cross-entropy, from zeros, the learning rate falling to 0
-    along a cosine, no weight decay. What an epoch leaves over of its last batch is dropped.
+    SGD with momentum 0.9 on the mean cross-entropy, from zeros, with a cosine schedule to 0 and
+    without weight decay. An incomplete last batch of an epoch is dropped.
     """
     batch_size = min(batch_size, len(x))
     per_epoch = len(x) // batch_size

@@ -1,13 +1,15 @@
-"""Where the right targets of queries stand among all targets, both ways, in blocks.
+"""Ranks the right targets of queries among all targets, in both directions, block by block.
 
-Memory never holds queries x targets: each block of the similarities is one matrix product, of which
-only counts are kept, for its rows and for its columns.
+Memory never holds queries x targets. Each block of similarities is one matrix product, of which
+only counts remain, for its rows and for its columns.
 
-The similarity of a pair is one number, wherever the pair stands. A matrix product does not promise
-that: its last bit depends on where in a block a row lies. So equal rows are merged before (a
-caption that occurs twice is computed once and counts twice), and the similarity of a pair that
-belongs together is computed apart, in float64, rounded, and put into its block. Only what is equal
-ties.
+Equal inputs must have exactly equal similarities, or ties would be broken at random by rounding. A
+matrix product does not promise that: the last bit depends on the position of a row in its block.
+So two things are done:
+
+- Equal rows are merged (a caption that occurs twice is computed once and counts twice).
+- The similarities of pairs that belong together are computed separately in float64, rounded, and
+  written into their blocks.
 """
 
 from __future__ import annotations
@@ -19,19 +21,19 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int
 
-BLOCK_ROWS = 255  # a column of a block is counted in 8 bits
+BLOCK_ROWS = 255  # a column of a block is counted in 8 bits, see `_count_columns`
 BLOCK_COLUMNS = 8192
-_CHUNK = 4096  # rows that are hashed or multiplied by themselves at a time
+_CHUNK = 4096  # rows that are hashed or multiplied at a time
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Ranks:
-    """Where the best of each query's own targets stands.
+    """The rank of each query's best own target.
 
     Attributes:
-      above: int64 [queries], targets that are more similar than the best of its own.
-      equal: int64 [queries], targets exactly as similar as it, itself included.
-      own: int64 [queries], those of `equal` that are the query's own.
+      above: int64 [queries], number of targets more similar than the best own target.
+      equal: int64 [queries], number of targets exactly as similar, the best one included.
+      own: int64 [queries], how many of `equal` are the query's own targets.
     """
 
     above: Int[np.ndarray, " queries"]
@@ -39,12 +41,13 @@ class Ranks:
     own: Int[np.ndarray, " queries"]
 
     def found(self, k: int) -> Float[np.ndarray, " queries"]:
-        """Probability that any own target is among the first k; 0 or 1 without ties.
+        """Computes the probability that an own target is among the first k; 0 or 1 without ties.
 
-        Among targets that are exactly as similar the order is random. So a collapsed model scores
-        chance, not one.
+        Targets with exactly equal similarity are in random order. So a collapsed model, for which
+        all are equal, scores chance and not 1.
         """
         room = np.clip(k - self.above, 0, self.equal)
+        # Draws without replacement: each own target must fall outside of the room that is left.
         missed = np.ones(len(room))
         for taken in range(int(self.own.max(initial=0))):
             left = np.maximum(self.equal - room - taken, 0) / np.maximum(self.equal - taken, 1)
@@ -52,19 +55,19 @@ class Ranks:
         return 1 - missed
 
     def recall(self, k: int) -> float:
-        """R@k, in [0, 1]: the mean of `found`."""
+        """Computes R@k, in [0, 1]: the mean of `found`."""
         return float(self.found(k).mean())
 
     def ranks(self) -> Float[np.ndarray, " queries"]:
-        """Rank of the best own target, from 1; among equals its expected value."""
+        """Computes the rank of the best own target, from 1; its expected value among ties."""
         return self.above + (self.equal + 1) / (self.own + 1)
 
     def median(self) -> float:
-        """Median of `ranks`."""
+        """Computes the median of `ranks`."""
         return float(np.median(self.ranks()))
 
     def mean_reciprocal(self) -> float:
-        """Mean of 1 / rank, in (0, 1]; among equals its expected value."""
+        """Computes the mean of 1 / rank, in (0, 1]; its expected value among ties."""
         triples = np.stack([self.above, self.equal, self.own], axis=1)
         single = self.equal == 1
         total = (1 / (self.above[single] + 1)).sum()
@@ -75,7 +78,7 @@ class Ranks:
 
 
 def _expected_reciprocal(above: int, equal: int, own: int) -> float:
-    """E[1 / (above + T)], T the first of `own` places drawn from `equal`."""
+    """Computes E[1 / (above + T)], where T is the first of `own` places drawn from `equal`."""
     first = np.arange(1, equal - own + 2)
     # P(T = t + 1) = P(T = t) (equal - own - t + 1) / (equal - t)
     steps = (equal - own - first[:-1] + 1) / (equal - first[:-1])
@@ -88,11 +91,11 @@ class _Merged:
     """Rows without repetition.
 
     Attributes:
-      rows: the different ones.
-      place: for each given row, which of `rows` it is.
-      more: for each of `rows` how often it occurs beyond the first time.
-      first, others: numbers of the given rows that are the first of their kind, in the order of
-        `rows`, and that are not.
+      rows: the distinct rows, in the order of their first occurrence.
+      place: for each given row its number in `rows`.
+      more: for each of `rows` the number of its repetitions.
+      first: for each of `rows` the number of its first occurrence among the given rows.
+      others: the numbers of the given rows that are repetitions.
     """
 
     rows: Float[np.ndarray, "different dim"]
@@ -103,20 +106,21 @@ class _Merged:
 
 
 def _hashes(rows: Float[np.ndarray, "n dim"]) -> np.ndarray:
-    """A 64-bit number of each row, by its bits, -0 being 0."""
+    """Computes a 64-bit hash of the bits of each row."""
     weights = np.random.default_rng(0).integers(0, 2**64, rows.shape[1], np.uint64) | np.uint64(1)
-    found = np.empty(len(rows), np.uint64)
+    hashes = np.empty(len(rows), np.uint64)
     for start in range(0, len(rows), _CHUNK):
+        # Adding 0 turns -0 into 0, which compares as equal but has other bits.
         bits = np.ascontiguousarray(rows[start : start + _CHUNK] + np.float32(0)).view(np.uint32)
-        found[start : start + _CHUNK] = (bits * weights).sum(axis=1, dtype=np.uint64)
-    return found
+        hashes[start : start + _CHUNK] = (bits * weights).sum(axis=1, dtype=np.uint64)
+    return hashes
 
 
 def _merge(rows: Float[np.ndarray, "n dim"]) -> _Merged:
-    """The different ones of `rows`, in the order in which they occur first."""
+    """Merges equal rows."""
     _, first, place = np.unique(_hashes(rows), return_index=True, return_inverse=True)
     repeated = np.flatnonzero(first[place] != np.arange(len(rows)))
-    if not np.array_equal(rows[repeated], rows[first[place[repeated]]]):  # a hash deceives us
+    if not np.array_equal(rows[repeated], rows[first[place[repeated]]]):  # a collision of hashes
         _, first, place = np.unique(rows, axis=0, return_index=True, return_inverse=True)
     order = np.argsort(first)
     number = np.empty_like(order)
@@ -130,12 +134,12 @@ def _merge(rows: Float[np.ndarray, "n dim"]) -> _Merged:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Pairs:
-    """The different pairs that belong together, sorted by row.
+    """The distinct pairs that belong together, sorted by row.
 
     Attributes:
-      row, column: numbers of the different images and texts.
+      row, column: the numbers of the pair's merged image and merged text.
       similarity: float32, of each pair.
-      place: for each given text, which pair it and its image are.
+      place: for each given text the number of its pair.
     """
 
     row: Int[np.ndarray, " pairs"]
@@ -144,7 +148,7 @@ class _Pairs:
     place: Int[np.ndarray, " texts"]
 
     def put_into(self, block: np.ndarray, rows: slice, columns: slice) -> None:
-        """Overwrites what a matrix product made of these pairs."""
+        """Overwrites the similarities of these pairs in a block of the matrix product."""
         span = slice(*np.searchsorted(self.row, (rows.start, rows.stop)))
         row, column = self.row[span], self.column[span]
         inside = (columns.start <= column) & (column < columns.stop)
@@ -165,20 +169,21 @@ def _pairs(image: _Merged, text: _Merged, owners: Int[np.ndarray, " texts"]) -> 
 
 
 class _Count:
-    """Counts, over blocks, of what lies above and at the threshold of each query of one side."""
+    """Counts, over all blocks, the targets above and at the threshold of each query of one side."""
 
     def __init__(self, thresholds: np.ndarray, queries: _Merged, targets: _Merged) -> None:
         self.above = np.zeros(len(thresholds), np.int64)
         self.at_least = np.zeros(len(thresholds), np.int64)
         self._thresholds, self._queries = thresholds, queries
+        # Merged targets that occur several times count several times.
         self._heavy = np.flatnonzero(targets.more)
         self._more = targets.more
-        # Queries that share a row are few: they are looked up one by one.
+        # Queries with equal rows have their own thresholds. They are few and compared one by one.
         self._others = queries.others[np.argsort(queries.place[queries.others], kind="stable")]
         self._others_at = queries.place[self._others]
 
     def add(self, block: np.ndarray, axis: int, queries: slice, targets: slice) -> None:
-        """Takes a block of similarities, whose axis `axis` is that of the queries."""
+        """Adds a block of similarities; `axis` is the axis of the queries."""
         heavy = self._heavy[slice(*np.searchsorted(self._heavy, (targets.start, targets.stop)))]
         weights = self._more[heavy]
         self._compare(block, axis, self._queries.first[queries], heavy - targets.start, weights)
@@ -189,7 +194,7 @@ class _Count:
             self._compare(rows, axis, self._others[span], heavy - targets.start, weights)
 
     def ranks(self, own: Int[np.ndarray, " queries"]) -> Ranks:
-        """What has been counted, `own` being as in `Ranks`."""
+        """Returns the ranks; for `own` see `Ranks`."""
         return Ranks(self.above, self.at_least - self.above, own)
 
     def _compare(
@@ -207,12 +212,12 @@ class _Count:
 
 
 def _count_rows(mask: np.ndarray) -> Int[np.ndarray, " rows"]:
-    """How many are True in each row: by bits, many times as fast as a sum."""
+    """Counts True in each row. Counting packed bits is many times as fast as a sum."""
     return np.bitwise_count(np.packbits(mask, axis=1)).sum(axis=1, dtype=np.int64)
 
 
 def _count_columns(mask: np.ndarray) -> Int[np.ndarray, " columns"]:
-    """How many are True in each column: in 8 bits, of at most 255 rows at a time."""
+    """Counts True in each column. Sums of 255 rows fit in 8 bits, which is fast."""
     bits = mask.view(np.uint8)
     parts = [bits[i : i + 255].sum(axis=0, dtype=np.uint8) for i in range(0, len(bits), 255)]
     return np.sum(parts, axis=0, dtype=np.int64)
@@ -230,14 +235,14 @@ def rank_both_ways(
     block_rows: int = BLOCK_ROWS,
     block_columns: int = BLOCK_COLUMNS,
 ) -> tuple[Ranks, Ranks]:
-    """Ranks of images' texts among all texts, and of texts' images among all images.
+    """Ranks each image's texts among all texts, and each text's image among all images.
 
-    An image's own targets are all its texts; a text's own target is its image. A text that is
-    equal to another image's is no target of ours: it ties.
+    An image's own targets are all its texts; a text's own target is its image. An equal text of
+    another image is not an own target: it ties.
 
     Args:
       image, text: unit vectors, float32.
-      owners: of each text the number of its image. Every image has at least one.
+      owners: for each text the number of its image. Every image has at least one text.
 
     Raises:
       ValueError: an image without a text, or an owner that is no image.

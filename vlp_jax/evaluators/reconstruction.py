@@ -1,4 +1,4 @@
-"""How well a masked autoencoder paints what it does not see."""
+"""Evaluates the reconstructions of a masked autoencoder."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from jaxtyping import Float
 from vlp_jax.evaluators.base import INDEX, SHOWN, Evaluator, Outcome, Resources
 from vlp_jax.observe.samples import Sample
 
-VIEWS = "reconstruct"  # the function that gives what is seen, what is painted, and the image
+VIEWS = "reconstruct"  # the function that returns the three views of an image
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ReconstructionOutcome(Outcome):
-    """The error of every image of a split.
+    """The reconstruction error of every image of a split.
 
     Attributes:
       errors: float32 [n], in the units of the loss.
-      index: int64 [n], the place of each image in its source.
-      views: of a few images, float32 [few, 3, height, width, 3] in [0, 1].
+      index: int64 [n], the position of each image in its source.
+      views: three views of a few images, float32 [few, 3, height, width, 3] in [0, 1].
     """
 
     errors: Float[np.ndarray, " n"]
@@ -30,15 +30,15 @@ class ReconstructionOutcome(Outcome):
     views: Float[np.ndarray, "few 3 height width 3"] | None = None
 
     def scores(self) -> dict[str, float]:
-        """`error`, the mean squared error over the hidden patches, and `examples`."""
+        """Computes `error`, the mean squared error over the hidden patches, and `examples`."""
         return {"error": float(self.errors.mean()), "examples": float(len(self.errors))}
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """What `save_embeddings` writes."""
+        """Returns the arrays for `save_embeddings`."""
         return {"errors": self.errors, "index": self.index}
 
     def samples(self) -> Sequence[Sample]:
-        """The three views of an image side by side."""
+        """Returns pictures of the three views of an image side by side."""
         if self.views is None:
             return ()
         pixels = np.round(255 * np.clip(self.views, 0, 1)).astype(np.uint8)
@@ -46,12 +46,12 @@ class ReconstructionOutcome(Outcome):
 
 
 class Reconstruction(Evaluator):
-    """Mean squared error over the hidden patches of every image of a split.
+    """Scores the mean squared error over the hidden patches of every image of a split.
 
-    The masks are random and the same at every step of a run.
+    The masks are random, and the same at every step of a run.
 
     Args:
-      data: of the images.
+      data: the images.
     """
 
     needs = ("reconstruction_error",)
@@ -61,13 +61,13 @@ class Reconstruction(Evaluator):
         self._pipeline = resources.pipeline(data)
 
     def outcome(self, params: Any) -> ReconstructionOutcome:
-        """The errors of the whole split, and views of its first images."""
+        """Computes the errors of the whole split, and views of its first images."""
         errors, fields = self._resources.embed(
             params, self._pipeline.batches(), {"image": "reconstruction_error"}
         )
         views = None
         if VIEWS in self._resources.functions:
             first = next(self._pipeline.batches())
-            made, _ = self._resources.embed(params, iter([first]), {"image": VIEWS})
-            views = made["image"][:SHOWN]
+            pictures, _ = self._resources.embed(params, iter([first]), {"image": VIEWS})
+            views = pictures["image"][:SHOWN]
         return ReconstructionOutcome(errors["image"], fields[INDEX], views)

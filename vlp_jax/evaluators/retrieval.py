@@ -1,4 +1,4 @@
-"""Image-text retrieval: for each image its texts among all texts, and the other way round."""
+"""Image-text retrieval: ranks each image's texts among all texts, and the other way round."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from vlp_jax.evaluators.splits import Split
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class RetrievalOutcome(Outcome):
-    """The images and texts of a split, in the order of the source, and how they find each other.
+    """Embeddings of a split's images and texts, in the order of the source, and their ranks.
 
     Attributes:
       image: unit vectors, float32 [images, dim].
-      text: unit vectors, float32 [texts, dim]; those of an image follow one another.
-      owners: int64 [texts], the image (row of `image`) that each text belongs to.
-      index: int64 [images], the place of each image in its source (after `where` and `limit`).
-      image_to_text: where the best of each image's texts stands among all texts.
-      text_to_image: where each text's image stands among all images.
-      ks: the k of R@k.
+      text: unit vectors, float32 [texts, dim]; the texts of an image are adjacent.
+      owners: int64 [texts], the row in `image` of each text's image.
+      index: int64 [images], the position of each image in its source (after `where`, `limit`).
+      image_to_text: the rank of each image's best text among all texts.
+      text_to_image: the rank of each text's image among all images.
+      ks: the values of k for R@k.
     """
 
     image: Float[np.ndarray, "images dim"]
@@ -39,8 +39,11 @@ class RetrievalOutcome(Outcome):
     ks: tuple[int, ...]
 
     def scores(self) -> dict[str, float]:
-        """`image_to_text_rK` and `text_to_image_rK` in [0, 1], `..._median_rank` from 1, `..._mrr`
-        in (0, 1], `pairs` (texts), `images` and `chance_r1`."""
+        """Computes the scores of both directions, `image_to_text_...` and `text_to_image_...`.
+
+        `..._rK` is R@K in [0, 1], `..._median_rank` counts from 1, and `..._mrr` is the mean
+        reciprocal rank in (0, 1]. Further: `pairs` (texts), `images`, and `chance_r1`.
+        """
         scores = {}
         ways = {"image_to_text": self.image_to_text, "text_to_image": self.text_to_image}
         for name, ranks in ways.items():
@@ -55,7 +58,7 @@ class RetrievalOutcome(Outcome):
         }
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """What `save_embeddings` writes."""
+        """Returns the arrays for `save_embeddings`."""
         return {
             "image": self.image,
             "text": self.text,
@@ -66,21 +69,21 @@ class RetrievalOutcome(Outcome):
 
 
 class Retrieval(Evaluator):
-    """R@k, median rank and mean reciprocal rank, both ways, over all images and texts of a split.
+    """Scores R@k, median rank and mean reciprocal rank over all images and texts of a split.
 
-    An image counts as found if any of its texts is among the k most similar ones. Among texts that
-    are exactly as similar (a caption that two images have) the order is random: a query counts with
-    the probability that a text of its own is among the first k.
+    An image is a hit at k if any of its texts is among the k most similar ones. Texts with exactly
+    equal similarity (a caption that two images share) are in random order: a query then counts with
+    the probability of a hit.
 
     Args:
-      data: of the pairs.
-      ks: the k of R@k.
-      captions: a field of the examples that holds one caption or a list of them, of which all
-        count, each after the text operations of `data.preprocess`; default: the one `text`.
-        Captions that are empty do not count, nor images without any.
+      data: the pairs.
+      ks: the values of k for R@k.
+      captions: a field that holds one caption or a list of captions. All of them count, after the
+        text operations of `data.preprocess`. None takes the one `text` of each example. Empty
+        captions do not count, and neither do images without a caption.
 
     Raises:
-      UserError: a k below 1, or a field that is not there or holds no text.
+      UserError: a k below 1, or a field that is missing or holds no text.
     """
 
     SMOKE: ClassVar[Mapping[str, Any]] = {"captions": "captions"}
@@ -96,7 +99,7 @@ class Retrieval(Evaluator):
         captions: str | None = None,
     ):
         if not ks or min(ks) < 1:
-            raise UserError(f"ks are numbers from 1, got {tuple(ks)}")
+            raise UserError(f"ks must be at least 1, not {tuple(ks)}")
         self._resources = resources
         self._ks = tuple(ks)
         self._captions = captions
@@ -108,11 +111,11 @@ class Retrieval(Evaluator):
             )
 
     def outcome(self, params: Any) -> RetrievalOutcome:
-        """Embeddings of the whole split, and where everything stands."""
+        """Embeds the whole split, and ranks images and texts."""
         if self._captions is None:
             functions = {"image": "embed_image", "text": "embed_text"}
-            found = self._split.embed(params, functions)
-            image, text, index = found.outputs["image"], found.outputs["text"], found.index
+            pairs = self._split.embed(params, functions)
+            image, text, index = pairs.outputs["image"], pairs.outputs["text"], pairs.index
             owners = np.arange(len(text))
         else:
             image, text, owners, index = embed_captions(self._split, params, self._captions)
@@ -120,6 +123,6 @@ class Retrieval(Evaluator):
         return RetrievalOutcome(image, text, owners, index, image_to_text, text_to_image, self._ks)
 
     def similarity(self, params: Any) -> Float[np.ndarray, "images texts"]:
-        """All cosine similarities at once, float32: for small splits."""
+        """Computes all cosine similarities at once, float32, for small splits."""
         outcome = self.outcome(params)
         return outcome.image @ outcome.text.T

@@ -1,4 +1,4 @@
-"""Accuracy on images that are corrupted or attacked."""
+"""Evaluates accuracy on corrupted and on attacked images."""
 
 from __future__ import annotations
 
@@ -15,39 +15,39 @@ from vlp_jax.evaluators import corruptions as corruptions_lib
 from vlp_jax.evaluators.attacks import PREFIX
 from vlp_jax.evaluators.base import Evaluator, Pairs, Resources
 from vlp_jax.evaluators.class_lists import renumber
+from vlp_jax.evaluators.classification import label_ranks
 from vlp_jax.evaluators.outputs import (
     check_field,
     check_labels,
     numbered,
     numbers_of_model,
     outputs_of,
-    ranks,
 )
 from vlp_jax.evaluators.zero_shot import ZeroShot
 
-NUMBER = "number"  # of an image in its split
-TRUE = "true_label"  # what scores are compared with; an attack takes "label" for itself
-# Of a whole run of PGD, in radii: Madry et al. 2018 go 2.5 times as far as the radius.
+NUMBER = "number"  # field with the number of an image in its split
+TRUE = "true_label"  # field to score with; an attack takes "label" as its input
+# Total length of PGD's steps, in radii (Madry et al. 2018).
 REACH = 2.5
 
 
 class Robustness(Evaluator):
-    """Top-1 of a classifier on clean images, under common corruptions and under attacks.
+    """Scores top-1 of a classifier on clean images, under common corruptions and under attacks.
 
-    The classifier is the objective's own (`classify`), or a zero-shot one if there are `templates`.
+    The classifier is the objective's `classify`, or a zero-shot classifier if `templates` are set.
 
     Args:
-      data: of the images, with the class as a whole number in `label_field`.
+      data: images, with the class as a whole number in `label_field`.
       templates, class_names: see `ZeroShot`.
       corruptions: keys of `corruptions.CORRUPTIONS`; None for all, () for none.
-      severities: of each corruption, 1 to 5.
-      radii: of the attacks, the largest change of a pixel's value on the scale of 0 to 255; () for
-        none.
-      steps: of PGD; each is 2.5 * radius / steps long.
+      severities: severities of each corruption, 1 to 5.
+      radii: largest changes of a pixel's value by an attack, on the scale of 0 to 255; () for no
+        attacks.
+      steps: number of PGD's steps; each has the length 2.5 * radius / steps.
       logit_scale: factor on the cosine similarity in the softmax that an attack on a zero-shot
-        classifier climbs. With a large one the softmax has no gradient left where the classifier is
-        sure, and the attack fails.
-      seed: of all that is random.
+        classifier climbs. If it is large, the softmax is flat where the classifier is sure, and the
+        attack fails.
+      seed: seed of all randomness.
     """
 
     SMOKE: ClassVar[Mapping[str, Any]] = {
@@ -100,12 +100,15 @@ class Robustness(Evaluator):
             self._numbers = functools.partial(renumber, numbers=of_model)
 
     def pairs(self, params: Any) -> Pairs:
-        """All in [0, 1]: `clean`; `NAME`, the mean over the severities of a corruption, and
-        `NAME_SEVERITY`; `corruption_mean`, the mean over all, and `corruption_relative`, that
-        divided by `clean`; `fgsm_RADIUS` and `pgd_RADIUS`. And `examples`.
+        """Yields accuracies in [0, 1], and `examples`.
+
+        - `clean`: without changes.
+        - `NAME_SEVERITY` of a corruption, and `NAME`, its mean over the severities.
+        - `corruption_mean` over all corruptions; `corruption_relative`, divided by `clean`.
+        - `fgsm_RADIUS` and `pgd_RADIUS`: under attacks.
 
         Raises:
-          UserError: a label that the model has no score for.
+          UserError: a label for which the model has no score.
         """
         classes = self._zero_shot.class_embeddings(params) if self._zero_shot else None
         right = self._right(params, classes)
@@ -113,12 +116,12 @@ class Robustness(Evaluator):
         yield "clean", clean
         means = []
         for name in self._corruptions:
-            of_name = []
+            accuracies = []
             for severity in self._severities:
                 change = functools.partial(_corrupted, name, severity, self._seed)
-                of_name.append(float(self._right(params, classes, change).mean()))
-                yield f"{name}_{severity}", of_name[-1]
-            means.append(float(np.mean(of_name)))
+                accuracies.append(float(self._right(params, classes, change).mean()))
+                yield f"{name}_{severity}", accuracies[-1]
+            means.append(float(np.mean(accuracies)))
             yield name, means[-1]
         if means:
             yield "corruption_mean", float(np.mean(means))
@@ -135,7 +138,7 @@ class Robustness(Evaluator):
         classes: Float[np.ndarray, "classes dim"] | None,
         change: Callable[[dict[str, Array]], dict[str, Array]] = dict,
     ) -> np.ndarray:
-        """Which images are told right, after a change to the batches on the devices."""
+        """Returns which images are classified right, after a change to the batches."""
         scores, fields = outputs_of(
             self._resources,
             params,
@@ -154,7 +157,8 @@ class Robustness(Evaluator):
         radius: float,
         settings: Mapping[str, float],
     ) -> float:
-        """Top-1 on images that are attacked."""
+        """Computes top-1 on attacked images."""
+        # Arrays and not Python numbers: then one compiled program serves all attacks.
         more: dict[str, Any] = {
             "radius": np.float32(radius),
             "seed": np.uint32(self._seed),
@@ -186,16 +190,16 @@ class Robustness(Evaluator):
     ) -> np.ndarray:
         labels = fields[TRUE]
         check_labels(labels, scores.shape[1], self._label_field)
-        return ranks(scores, labels) < 1
+        return label_ranks(scores, labels) < 1
 
 
 def fgsm(radius: float) -> dict[str, float]:
-    """One step to the border of the ball; see `attacks.attacked_images`."""
+    """Returns the settings of FGSM, one step to the border; see `attacks.attacked_images`."""
     return {"step_size": radius, "steps": 1, "random_start": 0.0}
 
 
 def pgd(radius: float, steps: int) -> dict[str, float]:
-    """Several from a random start; see `attacks.attacked_images`."""
+    """Returns the settings of PGD, steps from a random start; see `attacks.attacked_images`."""
     return {"step_size": REACH * radius / steps, "steps": steps, "random_start": 1.0}
 
 

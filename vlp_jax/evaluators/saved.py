@@ -1,4 +1,4 @@
-"""Embeddings in a file, so that anybody can compute the scores again."""
+"""Saves the embeddings behind scores, so that anybody can compute the scores again."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from vlp_jax.evaluators.base import Outcome
 
 
 def save_embeddings(outcome: Outcome, file: str | os.PathLike[str]) -> None:
-    """Writes what `outcome` was computed from, and its scores, as one .npz.
+    """Writes the arrays of an outcome, and its scores, as one .npz.
 
-    It holds `kind` (the name of the outcome's class), the arrays that its attributes describe, and
+    The file holds `kind` (the name of the outcome's class), the arrays of `outcome.arrays()`, and
     `score_names` with `score_values`, float64. `python -m tools.compare_scores` reads it.
     """
     scores = outcome.scores()

@@ -1,4 +1,4 @@
-"""A split of a dataset as its evaluators want it: embeddings, labels and lists of captions."""
+"""A split of a dataset for evaluators: embeddings and labels, shared through the cache."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from vlp_jax.evaluators.text_identity import TEXT_HASH, same_for_same_text, with
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Embedded:
-    """A whole split, in the order of its source, on every process.
+    """Outputs and fields of a whole split, in the order of its source, on every process.
 
     Attributes:
-      outputs: by field what a function made of it, float32 [n, ...].
-      fields: a number of each example, [n], and the arrays that the split was asked for.
-      index: int64 [n], the place of each example in the data.
+      outputs: field -> the output of its function, float32 [n, ...].
+      fields: fields with one number for each example, and the arrays among `extra_fields`.
+      index: int64 [n], the position of each example in the data.
     """
 
     outputs: Mapping[str, Float[np.ndarray, "n dim"]]
@@ -31,13 +31,12 @@ class Embedded:
 
 
 class Split:
-    """The examples of `data`, each once, and what functions make of them.
+    """The examples of `data`, each once, and the outputs of functions on them.
 
-    Within `Resources.one_evaluation` what another split of the same data has computed is not
-    computed again.
+    Within `Resources.one_evaluation`, splits of the same data share their outputs.
 
     Args:
-      extra_fields: see `EvalPipeline`; arrays among them are in `Embedded.fields`.
+      extra_fields: see `EvalPipeline`; arrays among them become `Embedded.fields`.
     """
 
     def __init__(
@@ -46,8 +45,8 @@ class Split:
         self.resources, self.data = resources, data
         self.pipeline = resources.pipeline(data, extra_fields)
         self.key = key_of(data)
-        # A number of each example costs little, and another evaluator may ask for it. Arrays, such
-        # as a second image, are kept for those who ask.
+        # Fields with one number per example cost little, and another evaluator may need them.
+        # Arrays, such as a second image, are kept only if they were asked for.
         spec = self.pipeline.batch_spec()
         self._numbers = [
             name
@@ -56,10 +55,13 @@ class Split:
         ]
 
     def embed(self, params: Any, functions: Mapping[str, str]) -> Embedded:
-        """What `functions` (field -> name of a function) make of their fields.
+        """Applies functions to fields of all examples.
+
+        Args:
+          functions: field -> the name of the function to apply to it.
 
         Raises:
-          NotFinite: some of it is no number.
+          NotFinite: an output is NaN or infinite.
         """
         cache = self.resources.cache
         keys = {field: (self.key, field, name) for field, name in functions.items()}
@@ -73,7 +75,7 @@ class Split:
             batches = with_text_hashes(batches) if "text" in needed else batches
             keep = (*self._numbers, *([TEXT_HASH] if "text" in needed else []))
             new, fields = self.resources.embed(params, batches, needed, keep)
-            if "text" in new:
+            if "text" in new:  # else the same caption could have two slightly different vectors
                 new["text"] = same_for_same_text(new["text"], fields.pop(TEXT_HASH))
             for field, array in new.items():
                 self._check_finite(array, needed[field])
@@ -91,19 +93,22 @@ class Split:
                 f"{function} gives no finite numbers for {bad} of {len(array)} examples"
             )
 
-    def labels(self, found: Embedded, field: str, classes: int | None) -> Int[np.ndarray, " n"]:
-        """The classes of `found`, int64 [n].
+    def labels(self, embedded: Embedded, field: str, classes: int | None) -> Int[np.ndarray, " n"]:
+        """Returns the labels in `field`, int64 [n].
+
+        Args:
+          classes: the number of classes; None if unknown.
 
         Raises:
-          UserError: `field` is no whole number per example.
-          NoScores: one is not the number of one of `classes`.
+          UserError: `field` does not hold one whole number for each example.
+          NoScores: a label is below 0, or not below `classes`.
         """
-        if field not in found.fields:
-            known = ", ".join(sorted(found.fields)) or "none"
+        if field not in embedded.fields:
+            known = ", ".join(sorted(embedded.fields)) or "none"
             raise UserError(
                 f"label_field: the examples have no number {field!r} (they have: {known})"
             )
-        labels = found.fields[field]
+        labels = embedded.fields[field]
         if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer):
             shape = list(labels.shape[1:])
             raise UserError(f"label_field: {field!r} is {labels.dtype}{shape}, not a whole number")

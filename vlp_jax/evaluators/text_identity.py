@@ -1,4 +1,4 @@
-"""The same text has the same embedding, wherever in a batch it stands."""
+"""Makes the embeddings of equal texts exactly equal, so that equal captions tie in retrieval."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ TEXT_HASH = "_text_hash"
 
 
 def text_hashes(tokens: Int[np.ndarray, "n length"]) -> Int[np.ndarray, "n 2"]:
-    """64 bits of each row of ids, as int32, which devices can hold."""
+    """Hashes each row of ids to 64 bits, as two int32: JAX's devices hold no int64 by default."""
     digests = [hashlib.blake2b(row.tobytes(), digest_size=8).digest() for row in tokens]
     return np.frombuffer(b"".join(digests), np.int32).reshape(len(tokens), 2)
 
@@ -20,7 +20,7 @@ def text_hashes(tokens: Int[np.ndarray, "n length"]) -> Int[np.ndarray, "n 2"]:
 def with_text_hashes(
     batches: Iterator[Mapping[str, np.ndarray]],
 ) -> Iterator[Mapping[str, np.ndarray]]:
-    """The batches with `TEXT_HASH` beside `text`."""
+    """Adds the field `TEXT_HASH` to each batch."""
     for batch in batches:
         yield {**batch, TEXT_HASH: text_hashes(batch["text"])}
 
@@ -28,10 +28,10 @@ def with_text_hashes(
 def same_for_same_text(
     vectors: Float[np.ndarray, "n dim"], hashes: Int[np.ndarray, "n 2"]
 ) -> Float[np.ndarray, "n dim"]:
-    """`vectors` with that of the first of equal texts for all of them.
+    """Gives all equal texts the vector of the first one.
 
-    Where in a batch a text stands may change the last bit of its embedding, and then a caption that
-    occurs twice would not tie with itself.
+    The position of a text in its batch may change the last bit of its embedding. Then a caption
+    that occurs twice would not tie with itself.
     """
     whole = np.ascontiguousarray(hashes).view(np.int64)[:, 0]
     _, first, place = np.unique(whole, return_index=True, return_inverse=True)

@@ -26,16 +26,16 @@ from vlp_jax.evaluators.splits import Split
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ZeroShotOutcome(Outcome):
-    """What the model makes of every image of a split, in the order of the source.
+    """Embeddings of every image of a split, in the order of the source, and of the classes.
 
     Attributes:
       image: unit vectors, float32 [n, dim].
-      class_embeddings: a unit vector per class, float32 [classes, dim].
-      labels: int64 [n], numbers of `class_names`.
-      class_names: by label, as they stand in the prompts.
-      index: int64 [n], the place of each example in its source (after `where` and `limit`).
-      logit_scale: the model's factor on the cosine; None if it has none, and then there are no
-        probabilities. A bias on all logits would not change them.
+      class_embeddings: a unit vector for each class, float32 [classes, dim].
+      labels: int64 [n], the number in `class_names` of each image's class.
+      class_names: names by label, as they appear in the prompts.
+      index: int64 [n], the position of each example in its source (after `where` and `limit`).
+      logit_scale: the model's factor on the cosine similarity; None if it has none, and then there
+        are no probabilities. (A bias on all logits would not change them.)
     """
 
     image: Float[np.ndarray, "n dim"]
@@ -47,17 +47,17 @@ class ZeroShotOutcome(Outcome):
 
     @cached_property
     def cosines(self) -> Float[np.ndarray, "n classes"]:
-        """Of images and classes, in [-1, 1]."""
+        """The cosine similarities of images and classes, in [-1, 1]."""
         return self.image @ self.class_embeddings.T
 
     @cached_property
     def ranks(self) -> Int[np.ndarray, " n"]:
-        """How many other classes score at least as high as the right one; 0 is a hit."""
+        """For each image the number of classes that beat the right one; 0 is a hit."""
         return classification.label_ranks(self.cosines, self.labels)
 
     @cached_property
     def log_probabilities(self) -> Float[np.ndarray, "n classes"]:
-        """Of the softmax of logit_scale * cosine, float64.
+        """The logarithms of softmax(logit_scale * cosine), float64.
 
         Raises:
           ValueError: the model has no logit_scale.
@@ -68,15 +68,15 @@ class ZeroShotOutcome(Outcome):
 
     @property
     def probabilities(self) -> Float[np.ndarray, "n classes"]:
-        """exp(log_probabilities)."""
+        """The probabilities of the classes: exp(log_probabilities)."""
         return np.exp(self.log_probabilities)
 
     def scores(self) -> dict[str, float]:
-        """`top1`, `top5` and `mean_per_class_recall` in [0, 1], `examples`, `classes`, `chance`.
+        """Computes `top1`, `top5`, `mean_per_class_recall` (in [0, 1]), and more.
 
-        If the model has a temperature also `calibration_error` (expected, 15 bins of equal width:
-        Guo et al. 2017) in [0, 1] and `nll`, the mean negative log likelihood in nats, both of the
-        softmax of logit_scale * cosine.
+        `examples`, `classes` and `chance` describe the data. A model with a `logit_scale` also has
+        `calibration_error` (expected, 15 bins of equal width: Guo et al. 2017) in [0, 1], and
+        `nll`, the mean negative log-likelihood in nats.
         """
         classes = len(self.class_names)
         scores = {
@@ -98,7 +98,7 @@ class ZeroShotOutcome(Outcome):
         }
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """What `save_embeddings` writes."""
+        """Returns the arrays for `save_embeddings`."""
         scale = {} if self.logit_scale is None else {"logit_scale": np.float32(self.logit_scale)}
         return {
             "image": self.image,
@@ -111,21 +111,21 @@ class ZeroShotOutcome(Outcome):
 
 
 class ZeroShot(Evaluator):
-    """How often the class whose prompts are most similar to the image is the right one.
+    """Classifies images by the similarity to prompts that name the classes.
 
-    A class is the normalized mean of the unit vectors of all its prompts.
+    The vector of a class is the normalized mean of the unit vectors of all its prompts.
 
     Args:
-      data: of the images, with the class as an integer in `label_field`.
-      templates: prompts, each with `{}` or `{c}` where the name of the class goes, or the path of a
-        file with one a line.
-      class_names: by label, or the path of a file with one a line; default: those that the dataset
-        knows for `label_field`. In files, empty lines and lines that begin with # are skipped. If
-        the labels of the data are words, classes are matched by name (`labels.same_numbers`).
+      data: images, with the class as an integer in `label_field`.
+      templates: prompts with `{}` or `{c}` in place of the class's name, or the path of a file with
+        one prompt a line.
+      class_names: names by label, or the path of a file with one name a line; None for the
+        dataset's names of `label_field`. Empty lines and lines that begin with # are skipped. If
+        labels of the data are words, classes are matched by name (`labels.same_numbers`).
 
     Raises:
-      UserError: a template without a place for the class, a name that occurs twice or no names, a
-        class of the data that has no name here, or a file that cannot be read.
+      UserError: a template without a place for the name, no names or a name that occurs twice, a
+        class of the data without a name, or a file that cannot be read.
     """
 
     SMOKE: ClassVar[Mapping[str, Any]] = {"templates": ("{}",)}
@@ -152,6 +152,7 @@ class ZeroShot(Evaluator):
             )
         self.class_names = check_class_names(class_names)
         self._numbers, self._labels = None, len(self.class_names)
+        # Labels of the data count in the dataset's names, which may be in another order.
         if named is not None:
             where = f"{label_field!r} in the data"
             self._numbers = numbers_onto(named, self.class_names, where, "class_names")
@@ -159,33 +160,34 @@ class ZeroShot(Evaluator):
 
     @property
     def templates(self) -> tuple[str, ...]:
-        """The prompts, each with a place for the name of the class."""
+        """The prompts, each with a place for the class's name."""
         return self._templates
 
     def numbers(self, labels: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
-        """The places in `class_names` of labels of the data."""
+        """Maps labels of the data to numbers in `class_names`."""
         return renumber(labels, self._numbers)
 
     def class_embeddings(self, params: Any) -> Float[np.ndarray, "classes dim"]:
-        """A unit vector per class."""
+        """Computes a unit vector for each class."""
+        # Class by class, so that the reshape below collects the prompts of each class.
         prompts = [fill(t, name) for name in self.class_names for t in self._templates]
         vectors = self._resources.embed_texts(params, prompts)
         means = vectors.reshape(len(self.class_names), len(self._templates), -1).mean(axis=1)
         return means / np.linalg.norm(means, axis=1, keepdims=True)
 
     def outcome(self, params: Any) -> ZeroShotOutcome:
-        """Embeddings, labels and probabilities of the whole split.
+        """Embeds the whole split and the classes.
 
         Raises:
-          UserError: a label that is not the number of a class.
+          UserError: a label is not the number of a class.
         """
-        found = self._split.embed(params, {"image": "embed_image"})
-        labels = self.numbers(self._split.labels(found, self._label_field, self._labels))
+        embedded = self._split.embed(params, {"image": "embed_image"})
+        labels = self.numbers(self._split.labels(embedded, self._label_field, self._labels))
         return ZeroShotOutcome(
-            image=found.outputs["image"],
+            image=embedded.outputs["image"],
             class_embeddings=self.class_embeddings(params),
             labels=labels,
             class_names=self.class_names,
-            index=found.index,
+            index=embedded.index,
             logit_scale=self._resources.logit_scale(params),
         )

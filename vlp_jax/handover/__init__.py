@@ -1,1 +1,1 @@
-"""Handing a model over: compiled artifacts, proofs that others load it, and what is said of it."""
+"""Exports a model: compiled artifacts, verification by the foreign library, scores, model card."""

@@ -1,4 +1,4 @@
-"""Compiled forms of a model, which run without its code: StableHLO and TensorFlow's SavedModel."""
+"""Writes compiled forms of a model, which run without its code: StableHLO and SavedModel."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ def write(
 
     Args:
       module, params: a model and all its parameters.
-      directory: a folder that is there.
-      dtype: of the matrix products, one of `functions.DTYPES`.
+      directory: an existing folder.
+      dtype: dtype of the matrix products, one of `functions.DTYPES`.
       extras: fields of `vlp_jax.interop.Extras`.
 
     Raises:
-      UserError: a library that is needed is not installed.
+      UserError: a required library is not installed.
     """
     check_params(module, params)
     given = Extras(**extras)
@@ -57,7 +57,7 @@ def write(
 def signature_of(
     module: Module, params: Params, offered: list[Function], extras: Extras, dtype: str
 ) -> dict[str, Any]:
-    """What a user of the functions has to know, as JSON; the writers add what is theirs."""
+    """Describes the functions and their inputs as JSON, for users; writers add their own keys."""
     pixels = extras.pixels_of(module)
     signature: dict[str, Any] = {
         "functions": {
@@ -94,7 +94,7 @@ def signature_of(
             "pad_id": pad,
             "context_length": module.text.context_length,
         }
-        # Of a pair the logit is logit_scale * (its cosine similarity) + logit_bias.
+        # The logit of a pair is logit_scale * cosine + logit_bias.
         signature["logit_scale"] = float(np.exp(params["logit_scale"]))
         signature["logit_bias"] = bias
     return signature

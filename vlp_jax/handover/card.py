@@ -1,8 +1,8 @@
-"""README.md of an export: what the model is, of what data and recipe, what it scores, how to load.
+"""Writes the model card (README.md) of an export: model, data, recipe, scores, how to load it.
 
-Everything in it is taken from the run's config, its metrics and the model; what these do not say is
-left out. The head is that of the model cards of the Hugging Face hub (huggingface.co/docs/hub,
-"Model Cards"); JSON is YAML.
+Everything is taken from the run's config, its metrics and the model; unknown facts are left out.
+The YAML header follows the model cards of the Hugging Face hub (huggingface.co/docs/hub, "Model
+Cards"). It is written as JSON, which is valid YAML.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ LIBRARY = {
     "safetensors": "vlp_jax",
 }
 SIGLIP_PIPELINE_LENGTH = 64
-# What becomes of pixels that are not simply RGB, where it is not as in training. Found out by
-# running transformers 5.24, open_clip 3.3 and timm 1.0.31 (docs/interop.md has the table).
+# Format -> how its library treats pixels that are not plain RGB, where it differs from training.
+# Measured with transformers 5.24, open_clip 3.3 and timm 1.0.31 (table in docs/interop.md).
 ODD_PIXELS = {
     "hf": "The image processor of transformers composites on white too, but does not turn images "
     "and clips 16 bits at 255; its pipelines turn them, and drop the alpha channel.",
@@ -55,7 +55,7 @@ TOWER_FIELDS = {
     "activation": "activation",
     "pooling": "pooling",
 }
-# Says what is known of a dataset, and no more.
+# Dataset -> a warning about the limits of a model trained on it.
 DATA_LIMITS = {
     "shapes": "`shapes` is drawn: scenes of colored shapes with generated captions. Nothing here "
     "says how the model fares on photographs or on other sentences.",
@@ -63,23 +63,23 @@ DATA_LIMITS = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Subject:
-    """What a card is about.
+class CardContents:
+    """The facts that a model card states.
 
     Attributes:
-      name: of the model, the folder's.
-      format: of the export.
+      name: the name of the model, from its folder.
+      format: the format of the export.
       model: the module and its parameters.
-      extras: what the formats are told besides.
-      config: of the run.
-      step: of the checkpoint.
-      part: of it, "params" or "ema".
-      scores: none, or what is known.
-      versions: name -> version.
-      commit: of the code, None if it is not known.
+      extras: further settings of the export.
+      config: the run's config.
+      step: the step of the checkpoint.
+      part: the exported parameters, "params" or "ema".
+      scores: the scores; None if they are unknown.
+      versions: package -> version.
+      commit: the commit of the code; None if it is unknown.
       architecture: the class of `transformers`, for its formats.
-      license: as the hub names it, None if it was not given.
-      notes: what a user has to know, a line each.
+      license: the hub's name of the license; None if it was not given.
+      notes: lines for the user.
     """
 
     name: str
@@ -97,25 +97,25 @@ class Subject:
     notes: Sequence[str] = ()
 
 
-def text(subject: Subject) -> str:
-    """The whole card."""
+def text(contents: CardContents) -> str:
+    """Returns the whole card."""
     sections = [
-        ("", _what(subject)),
-        ("Load it", f"Inside this folder:\n\n```python\n{_example(subject)}\n```"),
-        ("Model", _architecture(subject)),
-        ("Images and texts", _preprocessing(subject)),
-        ("Training data", _data(subject)),
-        ("Recipe", _recipe(subject)),
-        ("Scores", _scores(subject)),
-        ("Limits", _limits(subject)),
-        ("Made with", _made(subject)),
+        ("", _what(contents)),
+        ("Load it", f"Inside this folder:\n\n```python\n{_example(contents)}\n```"),
+        ("Model", _architecture(contents)),
+        ("Images and texts", _preprocessing(contents)),
+        ("Training data", _data(contents)),
+        ("Recipe", _recipe(contents)),
+        ("Scores", _scores(contents)),
+        ("Limits", _limits(contents)),
+        ("Made with", _made(contents)),
     ]
     body = "\n\n".join(f"## {title}\n\n{x}" if title else x for title, x in sections)
-    return f"---\n{_head(subject)}---\n\n# {subject.name}\n\n{body}\n"
+    return f"---\n{_head(contents)}---\n\n# {contents.name}\n\n{body}\n"
 
 
 def pipeline_of(format: str, module: Module, architecture: str) -> tuple[str | None, str]:
-    """The `pipeline_tag` with which others run an export, and why it has none.
+    """Returns the `pipeline_tag` of transformers' pipeline that can run an export.
 
     Source: transformers 5.24, pipelines/zero_shot_image_classification.py and
     image_feature_extraction.py.
@@ -124,7 +124,7 @@ def pipeline_of(format: str, module: Module, architecture: str) -> tuple[str | N
       architecture: the class of `transformers`, for its formats.
 
     Returns:
-      (tag, "") or (None, a reason); (None, "") for a format that no pipeline loads.
+      (tag, ""), or (None, the reason for no tag); (None, "") for a format without pipelines.
     """
     library = format.split("_")[0]
     if library not in ("hf", "open", "timm"):
@@ -150,34 +150,34 @@ def pipeline_of(format: str, module: Module, architecture: str) -> tuple[str | N
     return "zero-shot-image-classification", ""
 
 
-def _head(subject: Subject) -> str:
-    name = subject.format
+def _head(contents: CardContents) -> str:
+    name = contents.format
     head: dict[str, Any] = {
         "library_name": LIBRARY.get(name.split("_")[0], name),
-        "tags": ["vlp_jax", subject.config.objective.name, name],
+        "tags": ["vlp_jax", contents.config.objective.name, name],
     }
-    tag, _ = pipeline_of(name, subject.model.module, subject.architecture)
+    tag, _ = pipeline_of(name, contents.model.module, contents.architecture)
     if tag is not None:
         head["pipeline_tag"] = tag
-    if subject.license:
-        head["license"] = subject.license
-    results = _results(subject) if subject.scores else []
+    if contents.license:
+        head["license"] = contents.license
+    results = _results(contents) if contents.scores else []
     if results:
-        head["model-index"] = [{"name": subject.name, "results": results}]
+        head["model-index"] = [{"name": contents.name, "results": results}]
     return "".join(f"{key}: {json.dumps(value)}\n" for key, value in head.items())
 
 
-def _results(subject: Subject) -> list[dict[str, Any]]:
-    """The scores as the hub lists them: an entry for each evaluator."""
+def _results(contents: CardContents) -> list[dict[str, Any]]:
+    """Converts the scores to the hub's `model-index`: an entry for each evaluator."""
     by_evaluator: dict[str, list[tuple[str, float]]] = {}
-    for name, value in subject.scores.values.items():
+    for name, value in contents.scores.values.items():
         if is_score(name):
             evaluator, _, score = name.partition("/")
             by_evaluator.setdefault(evaluator, []).append((score, value))
     return [
         {
             "task": {"type": name},
-            "dataset": {"name": _dataset(subject.config, name), "type": "custom"},
+            "dataset": {"name": _dataset(contents.config, name), "type": "custom"},
             "metrics": [{"type": score, "value": value} for score, value in scores],
         }
         for name, scores in by_evaluator.items()
@@ -186,23 +186,23 @@ def _results(subject: Subject) -> list[dict[str, Any]]:
 
 def _dataset(config: ConfigDict, evaluator: str) -> str:
     section = config.evaluators.get(evaluator, {})
-    own = {**config.data.to_dict(), **dict(section.get("data", {}))}
-    chosen = {**dict(own.get("where") or {}), "limit": own.get("limit")}
-    words = [f"split {own['split']}"] if own.get("split") else []
+    data = {**config.data.to_dict(), **dict(section.get("data", {}))}
+    chosen = {**dict(data.get("where") or {}), "limit": data.get("limit")}
+    words = [f"split {data['split']}"] if data.get("split") else []
     words += [f"{key} {value}" for key, value in chosen.items() if value is not None]
-    return ", ".join([_named(own), *words])
+    return ", ".join([_named(data), *words])
 
 
 def _named(data: Mapping[str, Any]) -> str:
-    """The name of a dataset: not the path to it, which says nothing elsewhere."""
+    """Returns the name of a dataset, without its path, which means nothing on other machines."""
     for key in ("dataset", "path", "files", "pattern"):
         if isinstance(data.get(key), str):
             return PurePosixPath(data[key]).name
     return str(data.get("source", "unknown"))
 
 
-def _what(subject: Subject) -> str:
-    module = subject.model.module
+def _what(contents: CardContents) -> str:
+    module = contents.model.module
     kinds = {
         DualEncoder: "An image and a text encoder that end in one embedding space",
         CoCa: "An image and a text encoder that end in one embedding space, and a decoder that "
@@ -211,23 +211,23 @@ def _what(subject: Subject) -> str:
         "was hidden",
     }
     kind = kinds.get(type(module), "An image encoder")
-    numbers = sum(x.size for x in subject.model.params.values())
-    kept = {"params": "its parameters", "ema": "the average of its parameters"}[subject.part]
+    numbers = sum(x.size for x in contents.model.params.values())
+    kept = {"params": "its parameters", "ema": "the average of its parameters"}[contents.part]
     return (
-        f"{kind}, {numbers:,} parameters, written as `{subject.format}` with weights in "
-        f"{subject.extras.weights}. It is {kept} at step {subject.step:,} of a run of vlp_jax."
+        f"{kind}, {numbers:,} parameters, written as `{contents.format}` with weights in "
+        f"{contents.extras.weights}. It is {kept} at step {contents.step:,} of a run of vlp_jax."
     )
 
 
-def _example(subject: Subject) -> str:
-    given = [section.get("class_names") for section in subject.config.evaluators.values()]
+def _example(contents: CardContents) -> str:
+    given = [section.get("class_names") for section in contents.config.evaluators.values()]
     lists = [list(names) for names in given if names and not isinstance(names, str)]  # no path
     texts = next((names[:2] for names in lists if len(names) > 1), TEXTS)
-    return example(subject.format, subject.model.module, subject.architecture, texts)
+    return example(contents.format, contents.model.module, contents.architecture, texts)
 
 
-def _architecture(subject: Subject) -> str:
-    module = subject.model.module
+def _architecture(contents: CardContents) -> str:
+    module = contents.model.module
     towers = module.towers()
     rows = [
         (label, *(str(tower_fields(tower).get(field, "-")) for tower in towers.values()))
@@ -251,8 +251,8 @@ def _row(cells: Sequence[str]) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
-def _preprocessing(subject: Subject) -> str:
-    extras, module = subject.extras, subject.model.module
+def _preprocessing(contents: CardContents) -> str:
+    extras, module = contents.extras, contents.model.module
     pixels = extras.pixels_of(module)
     height, width = image_of(module).image_size
     how = {
@@ -268,7 +268,7 @@ def _preprocessing(subject: Subject) -> str:
         "In training, what is transparent is composited on white, images are turned as their Exif "
         "orientation says, and of 16 bits the upper 8 are kept."
     )
-    lines.append(ODD_PIXELS.get(subject.format.split("_")[0], ""))
+    lines.append(ODD_PIXELS.get(contents.format.split("_")[0], ""))
     if "text" in module.towers() and extras.tokenizer is not None:
         lines.append(
             "Texts are tokenized, framed, cut and padded as `tokenizer.json` and its "
@@ -281,8 +281,8 @@ def _numbers(values: Sequence[float]) -> str:
     return "(" + ", ".join(f"{x:g}" for x in values) + ")"
 
 
-def _data(subject: Subject) -> str:
-    config = subject.config
+def _data(contents: CardContents) -> str:
+    config = contents.config
     lines = []
     for which, data in _datasets(config).items():
         split = f", split `{data['split']}`" if data.get("split") else ""
@@ -291,28 +291,28 @@ def _data(subject: Subject) -> str:
         names = [name for name, _ in in_order(data.get("preprocess"))]
         if names:
             lines.append(f"  - each example: {', '.join(f'`{name}`' for name in names)}")
-    seen = subject.step * config.batch_size
-    lines.append(f"- {seen:,} examples seen, counting repetitions, at step {subject.step:,}")
+    seen = contents.step * config.batch_size
+    lines.append(f"- {seen:,} examples seen, counting repetitions, at step {contents.step:,}")
     return "\n".join(lines)
 
 
 def _datasets(config: ConfigDict) -> dict[str, Mapping[str, Any]]:
-    """The training data by name, "" for `config.data`; of a mixture each part."""
-    found = {}
+    """Returns the training datasets by name ("" for `config.data`), with the parts of mixtures."""
+    datasets = {}
     for name, data in {"": config.data, **config.extra_data}.items():
         parts = split_mixture(as_plain(data))[0]
         one = len(parts) == 1
-        found |= {name if one else f"{name}/{part}".strip("/"): x for part, x in parts.items()}
-    return found
+        datasets |= {name if one else f"{name}/{part}".strip("/"): x for part, x in parts.items()}
+    return datasets
 
 
-def _recipe(subject: Subject) -> str:
-    config = subject.config
+def _recipe(contents: CardContents) -> str:
+    config = contents.config
     optimizer, objective = config.optimizer, config.objective
     name = "`, `".join(filter(None, (objective.name, objective.get("loss"))))
     lines = [
         f"objective `{name}`",
-        f"batches of {config.batch_size:,}, step {subject.step:,} of a run of "
+        f"batches of {config.batch_size:,}, step {contents.step:,} of a run of "
         f"{_duration(config.duration)}",
         f"optimizer `{optimizer.name}`, learning rate {optimizer.learning_rate:g}"
         + (
@@ -342,15 +342,15 @@ def _duration(section: Mapping[str, Any]) -> str:
     return f"{section['percent']:g} % of the run"
 
 
-def _scores(subject: Subject) -> str:
-    scores = subject.scores
+def _scores(contents: CardContents) -> str:
+    scores = contents.scores
     if scores is None:
         return "None are known."
     lines = [_row(["evaluator", "data", "score", "value"]), _row(["---"] * 3 + ["---:"])]
     for name, value in scores.values.items():
         if is_score(name):
             evaluator, _, score = name.partition("/")
-            data = _dataset(subject.config, evaluator)
+            data = _dataset(contents.config, evaluator)
             lines.append(_row([evaluator, data, score, f"{value:.4f}"]))
     chance = [
         f"{name.partition('/')[0]} {value:.4f}"
@@ -361,15 +361,15 @@ def _scores(subject: Subject) -> str:
     return "\n".join([*lines, "", f"{scores.source[0].upper()}{scores.source[1:]}.{more}"])
 
 
-def _limits(subject: Subject) -> str:
-    sets = map(_named, _datasets(subject.config).values())
+def _limits(contents: CardContents) -> str:
+    sets = map(_named, _datasets(contents.config).values())
     lines = [DATA_LIMITS[name] for name in sets if name in DATA_LIMITS]
-    lines += [f"{note[0].upper()}{note[1:]}." for note in subject.notes]
+    lines += [f"{note[0].upper()}{note[1:]}." for note in contents.notes]
     lines.append("Nothing but the scores above has been measured.")
     return "\n".join(f"- {line}" for line in dict.fromkeys(lines))
 
 
-def _made(subject: Subject) -> str:
-    used = ", ".join(f"{name} {version}" for name, version in subject.versions.items())
-    commit = f" at commit `{subject.commit}`" if subject.commit else ""
+def _made(contents: CardContents) -> str:
+    used = ", ".join(f"{name} {version}" for name, version in contents.versions.items())
+    commit = f" at commit `{contents.commit}`" if contents.commit else ""
     return f"Exported by vlp_jax{commit}, with {used}. `export.json` has the digests of all files."

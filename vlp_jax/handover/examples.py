@@ -1,4 +1,4 @@
-"""For each format lines of Python that load a folder of it, run inside that folder."""
+"""Python examples for model cards: load an exported folder, to be run inside the folder."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ print(model.embed_image(np.asarray(image)[None]).shape)
     "safetensors": TWO_TOWERS["safetensors"],
     "big_vision": TWO_TOWERS["big_vision"],
 }
-# What ViTMAEForPreTraining and ViTModel are loaded with, and give.
+# Class of transformers -> arguments of `from_pretrained`, and the output to print.
 HF_IMAGES = {
     "ViTMAEForPreTraining": {"options": "", "output": "outputs.logits"},
     "ViTModel": {"options": ", add_pooling_layer=False", "output": "outputs.last_hidden_state"},
@@ -130,11 +130,11 @@ TEXTS = ("a red circle", "a blue square")
 def example(
     format: str, module: Module, architecture: str = "", texts: Sequence[str] = TEXTS
 ) -> str:
-    """Python that loads the folder that it is run in and computes something.
+    """Returns Python code that loads the current folder and computes something.
 
     Args:
       architecture: the class of `transformers`, for its formats.
-      texts: for a model that has a text tower.
+      texts: example texts, for a model with a text tower.
     """
     table = TWO_TOWERS if "text" in module.towers() else IMAGES
     height, width = image_of(module).image_size

@@ -1,4 +1,4 @@
-"""What a compiled artifact offers of a model: functions of arrays, without names of ours."""
+"""The functions of a model that a compiled artifact contains, from arrays to arrays."""
 
 from __future__ import annotations
 
@@ -26,12 +26,13 @@ DTYPES = ("float32", "bfloat16")
 
 @dataclasses.dataclass(frozen=True)
 class Input:
-    """An argument of a function; its first dimension, the batch, is any number.
+    """An argument of a function. Its first dimension is a batch of any size.
 
     Attributes:
-      shape: of one example.
-      dtype: name of it.
-      meaning: for people.
+      name: the name of the argument.
+      shape: the shape of one example.
+      dtype: the name of the dtype.
+      meaning: a description for users.
     """
 
     name: str
@@ -42,13 +43,13 @@ class Input:
 
 @dataclasses.dataclass(frozen=True)
 class Function:
-    """One thing that a model computes.
+    """A function of a model, with the weights that it needs.
 
     Attributes:
       name: "embed_image", "embed_text" or "reconstruct".
-      inputs: what it takes besides the weights.
-      output: what it gives, for people.
-      weights: the arrays it needs, as they are stored (`precision.stored`).
+      inputs: its arguments beside the weights.
+      output: a description of the result for users.
+      weights: the arrays that it needs, as they are stored (`precision.stored`).
       call: `call(weights, *inputs) -> array`.
     """
 
@@ -62,13 +63,13 @@ class Function:
 def artifact_functions(
     module: Module, params: Params, extras: Extras, dtype: str = "float32"
 ) -> list[Function]:
-    """What a model offers.
+    """Returns the functions that a model offers.
 
     Args:
       params: all parameters of the module (`vlp_jax.interop.trees`).
-      extras: `weights` says how they are stored; for an image tower alone the normalization of
-        pixels; for a masked autoencoder what share is hidden.
-      dtype: of the matrix products, one of `DTYPES`.
+      extras: supplies the precision of stored weights, the normalization of pixels for an image
+        tower alone, and the mask ratio of a masked autoencoder.
+      dtype: dtype of the matrix products, one of `DTYPES`.
     """
     module = with_dtype(module, jnp.dtype(dtype))
     stored = precision.stored(params, extras.weights)
@@ -82,13 +83,13 @@ def artifact_functions(
     def make(
         name: str, inputs: tuple[Input, ...], output: str, body: Any, parts: tuple[str, ...]
     ) -> Function:
-        own = {key: x for key, x in stored.items() if key.split("/")[0] in parts}
+        needed = {key: x for key, x in stored.items() if key.split("/")[0] in parts}
 
         def call(weights: Mapping[str, Any], *arrays: Any) -> jax.Array:
             tree = to_tree(module, precision.restored(weights))
             return body({"params": tree}, *arrays).astype(jnp.float32)
 
-        return Function(name, inputs, output, own, call)
+        return Function(name, inputs, output, needed, call)
 
     if isinstance(module, VisionTransformer):
         embed = _tower(module, extras)
@@ -104,7 +105,7 @@ def artifact_functions(
 
     def tower(method: str) -> Callable[..., jax.Array]:
         def embed(tree: Any, x: jax.Array) -> jax.Array:
-            # The module asks for these two whatever it computes.
+            # The module's `setup` reads these two in every method.
             unused = dict.fromkeys(("logit_scale", "logit_bias"), jnp.zeros(()))
             return module.apply({"params": {**unused, **tree["params"]}}, x, method=method)
 

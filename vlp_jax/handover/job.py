@@ -1,4 +1,4 @@
-"""One export from first to last: written, read back, proved, scored, described, put in place."""
+"""Runs one export: write, read back, verify, score, describe, and move the folder into place."""
 
 from __future__ import annotations
 
@@ -24,22 +24,22 @@ from vlp_jax.training.restore import SavedParameters
 
 
 @dataclasses.dataclass
-class Job:
-    """What is exported, how, and what there is to say of it.
+class ExportJob:
+    """An export with its settings.
 
     Attributes:
       format: a key of `interop.FORMATS` or of `ARTIFACTS`.
       model: the module and its float32 parameters.
       extras: fields of `vlp_jax.interop.Extras`.
-      workdir, config, saved: the run, and which parameters of it.
-      dtype: of an artifact's matrix products.
-      overwrite: whether files may be there already.
-      check: whether what is written is read back.
-      prove: whether the format's library loads it in another process.
-      evaluate: whether the run's evaluators run; None: if the weights are rounded and it is
-        possible.
-      license: for the card.
-      notes: what the user has to know, a line each; is added to.
+      workdir, config, saved: the run, its config, and the parameters to export.
+      dtype: dtype of an artifact's matrix products.
+      overwrite: whether the output folder may contain files.
+      check: whether to read the files back.
+      prove: whether to load the files with the format's library, in another process.
+      evaluate: whether to run the run's evaluators. None runs them if the weights are rounded and
+        the data is available.
+      license: the license, for the card.
+      notes: lines for the user; the export appends to them.
     """
 
     format: str
@@ -58,22 +58,22 @@ class Job:
 
     @property
     def weights(self) -> str:
-        """How they are stored."""
+        """The precision of the stored weights."""
         return self.extras.get("weights", "float32")
 
     def run(self, output: Path) -> str:
         """Exports into the folder `output`; returns a report.
 
         Raises:
-          UserError: the folder is not free, the format does not hold the model, or what was written
-            is not it. Nothing is left behind.
+          UserError: the folder is not empty, the format cannot express the model, or the written
+            model computes something else. Nothing is left behind.
         """
-        said: dict[str, Any] = {}
+        facts: dict[str, Any] = {}  # for export.json; each stage adds its own
         with staged(output, self.overwrite) as folder:
-            lines = self._write(folder, said)
-            lines += self._prove(folder, said)
-            lines += self._score(said)
-            self._describe(folder, output.resolve().name, said)
+            lines = self._write(folder, facts)
+            lines += self._prove(folder, facts)
+            lines += self._score(facts)
+            self._describe(folder, output.resolve().name, facts)
             names = sorted(x.relative_to(folder) for x in folder.rglob("*") if x.is_file())
         sizes = {output / name: (output / name).stat().st_size for name in names}
         head = [f"{self.workdir}, {self.saved.part} of step {self.saved.step:,}"]
@@ -87,26 +87,26 @@ class Job:
             return artifacts.LOADED_BY[self.format].format(output)
         return how_to_load(self.format, output)
 
-    def _write(self, folder: Path, said: dict[str, Any]) -> list[str]:
+    def _write(self, folder: Path, facts: dict[str, Any]) -> list[str]:
         if self.format in ARTIFACTS:
             module, params = self.model.module, self.model.params
             artifacts.write(self.format, module, params, folder, self.dtype, **self.extras)
             return []
         _, difference = write_into(self.format, self.model, folder, check=self.check, **self.extras)
-        said["read_back"] = (
+        facts["read_back"] = (
             {"max_difference": difference} if self.check else {"skipped": "--no-check"}
         )
         if difference is None:
             return []
         return [f"read back: features of a random input differ by at most {difference:.1e}"]
 
-    def _prove(self, folder: Path, said: dict[str, Any]) -> list[str]:
+    def _prove(self, folder: Path, facts: dict[str, Any]) -> list[str]:
         if not self.prove:
-            said["verified"] = {"skipped": "--no-verify"}
+            facts["verified"] = {"skipped": "--no-verify"}
             return []
         extras = Extras(**self.extras)
         proof = verify(self.format, self.model, folder, extras, self.dtype)
-        said["verified"] = proof
+        facts["verified"] = proof
         if "skipped" in proof:
             return [f"not verified: {proof['skipped']}"]
         return [
@@ -114,26 +114,26 @@ class Job:
             f"differs by at most {proof['max_difference']:.1e}"
         ]
 
-    def _score(self, said: dict[str, Any]) -> list[str]:
-        """Scores and what rounding costs, as lines; into `said` as well."""
+    def _score(self, facts: dict[str, Any]) -> list[str]:
+        """Returns lines about scores and the cost of rounding; adds them to `facts`."""
         lines = []
         if self.weights != "float32":
             cosine = scores.cosines(self.model, Extras(**self.extras))
-            said["rounding"] = {"least_cosine": cosine}
+            facts["rounding"] = {"least_cosine": cosine}
             lines += [f"weights in {self.weights}, on random inputs:", *scores.as_lines(cosine)]
         before, after = self._evaluated()
         if before is not None:
             title = before.source if after is None else "what the weights cost:"
             lines += [title, *scores.table(before, after)]
         if after is not None:
-            said["rounding"]["before"] = before.values
-            said["rounding"]["after"] = after.values
+            facts["rounding"]["before"] = before.values
+            facts["rounding"]["after"] = after.values
         known = after or before or self._noted()
-        said["scores"] = None if known is None else known.as_json()
+        facts["scores"] = None if known is None else known.as_json()
         return lines
 
     def _evaluated(self) -> tuple[Scores | None, Scores | None]:
-        """Scores of the parameters, and of those that rounding leaves, if they are wanted."""
+        """Scores the parameters, and the rounded parameters, if evaluation is wanted."""
         wanted = self.evaluate
         if wanted is False or (wanted is None and self.weights == "float32"):
             return None, None
@@ -151,19 +151,19 @@ class Job:
 
     def _noted(self) -> Scores | None:
         if self.saved.part == "params" and self.config.optimizer.ema_decay:
-            return None  # the run has evaluated the average
-        found = scores.noted(self.workdir, self.saved.step)
-        if found is None or self.weights == "float32":
-            return found
-        return dataclasses.replace(found, source=f"{found.source}, with weights in float32")
+            return None  # the run's scores belong to the average
+        known = scores.noted(self.workdir, self.saved.step)
+        if known is None or self.weights == "float32":
+            return known
+        return dataclasses.replace(known, source=f"{known.source}, with weights in float32")
 
-    def _describe(self, folder: Path, name: str, said: dict[str, Any]) -> None:
-        """The card and the record, which is the last file."""
+    def _describe(self, folder: Path, name: str, facts: dict[str, Any]) -> None:
+        """Writes the card, and then the record, whose presence marks the folder as complete."""
         libraries, code = versions.versions(record.LIBRARIES), versions.commit()
         architectures = files.load_json_if_there(folder / "config.json").get("architectures", [""])
         _, untagged = card.pipeline_of(self.format, self.model.module, architectures[0])
         self.notes += [untagged] if untagged else []
-        subject = card.Subject(
+        contents = card.CardContents(
             name=name,
             format=self.format,
             model=self.model,
@@ -171,14 +171,14 @@ class Job:
             config=self.config,
             step=self.saved.step,
             part=self.saved.part,
-            scores=None if said["scores"] is None else Scores(**_back(said["scores"])),
+            scores=None if facts["scores"] is None else Scores(**_back(facts["scores"])),
             versions=libraries,
             commit=code,
             architecture=architectures[0],
             license=self.license,
             notes=self.notes,
         )
-        files.save_bytes(card.text(subject).encode(), folder / "README.md")
+        files.save_bytes(card.text(contents).encode(), folder / "README.md")
         head = {
             "format": self.format,
             "weights": self.weights,
@@ -192,16 +192,16 @@ class Job:
         }
         if self.format in ARTIFACTS:
             head["computes_in"] = self.dtype
-        rest = {"versions": libraries, "notes": self.notes, **said}
+        rest = {"versions": libraries, "notes": self.notes, **facts}
         record.write(folder, {**head, **rest})
 
 
-def _back(said: Mapping[str, Any]) -> dict[str, Any]:
-    return {"values": said["values"], "source": said["source"], "step": said["step"]}
+def _back(facts: Mapping[str, Any]) -> dict[str, Any]:
+    return {"values": facts["values"], "source": facts["source"], "step": facts["step"]}
 
 
 def kinds_of(format: str) -> tuple[type, ...]:
-    """The modules that a format or artifact can hold.
+    """Returns the classes of models that a format or artifact may be able to express.
 
     Raises:
       UserError: there is no such format.
@@ -210,5 +210,5 @@ def kinds_of(format: str) -> tuple[type, ...]:
 
 
 def known_formats() -> list[str]:
-    """The names that an export can have."""
+    """Returns the names of all formats and artifacts."""
     return sorted([*FORMATS, *ARTIFACTS])

@@ -1,4 +1,4 @@
-"""export.json: what an export is, of what, how it was proved, and the digests of its files."""
+"""Writes export.json: the facts about an export, and the digests of its files."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ LIBRARIES = ("jax", "flax", "numpy", "safetensors", "orbax-checkpoint")
 BLOCK = 1 << 20  # bytes that are hashed at a time
 
 
-def write(directory: Path, said: dict[str, Any]) -> Path:
-    """Writes export.json into a folder that has all its other files.
+def write(directory: Path, facts: dict[str, Any]) -> Path:
+    """Writes export.json into a folder that has all other files.
 
     Args:
-      said: what it begins with.
+      facts: the first keys of the file; the list of files follows.
     """
     paths = sorted(path for path in directory.rglob("*") if path.is_file())
     listed = {
@@ -28,11 +28,11 @@ def write(directory: Path, said: dict[str, Any]) -> Path:
         for path in paths
         if path.name != RECORD
     }
-    return files.save_json({**said, "files": listed}, directory / RECORD)
+    return files.save_json({**facts, "files": listed}, directory / RECORD)
 
 
 def digest(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
+    """Computes the SHA-256 of a file, in hexadecimal."""
     state = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(BLOCK):

@@ -1,8 +1,8 @@
-"""TensorFlow's SavedModel, by `jax.experimental.jax2tf`, which JAX 0.10 and 0.11 have.
+"""Writes TensorFlow's SavedModel with `jax.experimental.jax2tf`, which JAX 0.10 and 0.11 have.
 
-The graph holds the same StableHLO as the other artifact, in an XlaCallModule, and the weights as
-variables; to load it TensorFlow alone is needed, with XLA, which its packages have. One graph is
-for any batch and for CPU, CUDA and TPU.
+The graph contains the same StableHLO as the artifact "stablehlo", in an XlaCallModule, and has the
+weights as variables. Loading it needs only TensorFlow with XLA, which its packages include. One
+graph serves any batch size, and CPU, CUDA and TPU.
 """
 
 from __future__ import annotations
@@ -38,12 +38,13 @@ def write(functions: list[Function], signature: dict[str, Any], directory: Path)
     calls = {}
     for function in functions:
         for key, x in function.weights.items():
+            # Functions that need the same weights share their variables.
             if key not in module.weights:
                 module.weights[key] = tf.Variable(x, trainable=False, name=key)
         calls[function.name] = _graph(tf, jax2tf, module.weights, function)
+        # `saved_model.load` restores the attributes of the module.
         setattr(module, function.name, calls[function.name])
-        said = signature["functions"][function.name]
-        said["signature"] = function.name
+        signature["functions"][function.name]["signature"] = function.name
     tf.saved_model.save(module, str(directory), signatures=calls)
     signature["platforms"] = list(PLATFORMS)
     signature["jax"], signature["tensorflow"] = jax.__version__, tf.__version__
@@ -51,18 +52,20 @@ def write(functions: list[Function], signature: dict[str, Any], directory: Path)
 
 
 def _graph(tf: Any, jax2tf: Any, variables: Any, function: Function) -> Any:
-    """A function as a `tf.function` of its inputs."""
+    """Converts a function to a `tf.function` of its inputs."""
     shapes = [", ".join(["batch", *map(str, x.shape)]) for x in function.inputs]
+    # None stands for the weights, whose shapes are fixed. An artifact is for inference: it stores
+    # no gradient functions.
     converted = jax2tf.convert(
         function.call,
         polymorphic_shapes=[None, *(f"({shape})" for shape in shapes)],
         native_serialization_platforms=PLATFORMS,
         with_gradient=False,
     )
-    own = {key: variables[key] for key in function.weights}
+    weights = {key: variables[key] for key in function.weights}
     specs = [
         tf.TensorSpec((None, *x.shape), np.dtype(x.dtype), name=x.name) for x in function.inputs
     ]
     return tf.function(
-        lambda *inputs: converted(own, *inputs), autograph=False, input_signature=specs
+        lambda *inputs: converted(weights, *inputs), autograph=False, input_signature=specs
     )

@@ -1,4 +1,4 @@
-"""What a model scores: as its run has noted it, or evaluated anew before and after rounding."""
+"""The scores of an exported model: from its run's metrics, or evaluated anew."""
 
 from __future__ import annotations
 
@@ -21,17 +21,19 @@ from vlp_jax.training.build import build
 from vlp_jax.training.restore import SavedParameters
 
 PREFIX = "eval/"
-# What evaluators tell besides scores.
+# Names that evaluators report and that are no scores.
 NO_SCORES = ("examples", "classes", "pairs", "chance", "chance_r1")
-RANDOM_INPUTS = 16  # whose embeddings are compared before and after rounding
+RANDOM_INPUTS = 16  # number of inputs whose embeddings are compared before and after rounding
 
 
 @dataclasses.dataclass(frozen=True)
 class Scores:
-    """Attributes:
-    values: "EVALUATOR/SCORE" -> value; with what evaluators tell besides.
-    source: where they are from, for people.
-    step: of the state that they are of.
+    """The scores of a model.
+
+    Attributes:
+      values: "EVALUATOR/SCORE" -> value; also the counts and chances that evaluators report.
+      source: the origin of the scores, for people.
+      step: the step of the evaluated state.
     """
 
     values: dict[str, float]
@@ -39,31 +41,32 @@ class Scores:
     step: int
 
     def as_json(self) -> dict[str, Any]:
-        """For export.json."""
+        """Returns the scores for export.json."""
         return {"source": self.source, "step": self.step, "values": self.values}
 
 
 def is_score(name: str) -> bool:
-    """Whether a name is one of a score, not of a size or of chance."""
+    """Whether a name belongs to a score, and not to a count or to chance."""
     return name.rpartition("/")[2] not in NO_SCORES
 
 
 def noted(workdir: epath.Path, step: int) -> Scores | None:
-    """Those in a run's metrics.jsonl nearest to a step, the earlier of two; None if there are none.
+    """Reads the scores nearest to a step from a run's metrics.jsonl; None if there are none.
 
-    A resumed run can have noted a step twice: the last counts.
+    Of two equally near steps, the earlier one counts. A resumed run may have logged a step twice;
+    then the last record counts.
     """
     file = workdir / METRICS_FILE
     if not file.exists():
         return None
     by_step: dict[int, dict[str, float]] = {}
     for record in read_metrics(file):
-        own = {
+        scores = {
             name.removeprefix(PREFIX): float(value)
             for name, value in record.items()
             if name.startswith(PREFIX) and isinstance(value, int | float)
         }
-        by_step.setdefault(record["step"], {}).update(own)
+        by_step.setdefault(record["step"], {}).update(scores)
     by_step = {at: values for at, values in by_step.items() if values}
     if not by_step:
         return None
@@ -74,13 +77,13 @@ def noted(workdir: epath.Path, step: int) -> Scores | None:
 def evaluate_rounded(
     workdir: epath.Path, config: ConfigDict, saved: SavedParameters, weights: str
 ) -> tuple[Scores, Scores | None]:
-    """Runs the run's evaluators on a checkpoint's parameters, and on what rounding leaves of them.
+    """Runs the run's evaluators on a checkpoint's parameters, before and after rounding.
 
     Returns:
-      Both; None for the second if nothing is rounded.
+      The scores before and after rounding; None for the second if nothing is rounded.
 
     Raises:
-      UserError: the data is not there, or see `build`.
+      UserError: the data is missing, or see `build`.
     """
     parts = build(config, workdir, StartupClock())
     params = saved.load(parts.setup.abstract.params).params
@@ -100,7 +103,7 @@ def evaluate_rounded(
 
 
 def _rounded(params: Any, weights: str) -> Any:
-    """A tree of parameters rounded, on the same devices."""
+    """Rounds a tree of parameters, and keeps its shardings."""
 
     def one(path: tuple, x: jax.Array) -> jax.Array:
         name = jax.tree_util.keystr(path, simple=True, separator="/")
@@ -110,7 +113,7 @@ def _rounded(params: Any, weights: str) -> Any:
 
 
 def table(before: Scores, after: Scores | None) -> list[str]:
-    """Lines of scores, with the drop if there are two sets of them."""
+    """Formats scores as lines; with two sets of scores, adds the drop."""
     names = [name for name in before.values if is_score(name)]
     width = max((len(name) for name in names), default=0)
     if after is None:
@@ -123,10 +126,10 @@ def table(before: Scores, after: Scores | None) -> list[str]:
 
 
 def cosines(model: Model, extras: Extras) -> dict[str, float]:
-    """The least cosine between what a model makes of random inputs before and after rounding.
+    """Computes the least cosine between embeddings of random inputs before and after rounding.
 
     Returns:
-      A number for each function that embeds one input.
+      Function -> cosine, for each embedding function.
     """
     whole = Extras(**{**vars(extras), "weights": "float32"})
     rng, least = np.random.default_rng(0), {}
@@ -152,5 +155,5 @@ def _random(
 
 
 def as_lines(cosine: Mapping[str, float]) -> list[str]:
-    """The cosines, for people."""
+    """Formats the cosines as lines."""
     return [f"  {name}: least cosine with float32 {value:.6f}" for name, value in cosine.items()]

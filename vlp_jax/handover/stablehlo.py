@@ -1,9 +1,8 @@
-"""StableHLO: what a model computes, as `jax.export` serializes it, with its weights beside it.
+"""Writes StableHLO programs, serialized by `jax.export`, with the weights in a separate file.
 
-The weights are arguments and not constants: both functions share one file of them, it can be
-mapped into memory, and a program stays small enough to be compiled and cached by itself. The batch
-is a symbolic dimension, so one program takes any number of examples, and it is lowered for every
-platform of `PLATFORMS` whatever this machine has.
+The weights are arguments and not constants. So both functions share one file of weights, the file
+can be mapped into memory, and programs stay small. The batch is a symbolic dimension: a program
+takes any number of examples. Programs are lowered for all of `PLATFORMS`, on any machine.
 
 Source: docs.jax.dev, "Exporting and serializing staged-out computations"; JAX keeps serialized
 programs loadable for at least six months.
@@ -27,28 +26,28 @@ from vlp_jax.interop import files
 PLATFORMS = ("cpu", "cuda", "tpu")
 WEIGHTS = "weights.safetensors"
 EXAMPLE = "run.py"
-# The file that holds a function.
+# Function -> name of its file.
 PROGRAMS = {"embed_image": "image", "embed_text": "text", "reconstruct": "reconstruct"}
 
 
 def write(functions: list[Function], signature: dict[str, Any], directory: Path) -> list[Path]:
-    """Writes the programs, the weights and an example; adds to the signature where they are."""
+    """Writes the programs, the weights and an example; adds their names to the signature."""
     written, weights = [], {}
     for function in functions:
         exported = lower(function)
         file = directory / f"{PROGRAMS[function.name]}.stablehlo"
         written.append(files.save_bytes(bytes(exported.serialize()), file))
         weights |= function.weights
-        said = signature["functions"][function.name]
-        said["program"] = file.name
-        said["output"]["shape"] = [
+        entry = signature["functions"][function.name]
+        entry["program"] = file.name
+        entry["output"]["shape"] = [
             n if isinstance(n, int) else str(n) for n in exported.out_avals[0].shape
         ]
-        said["calling_convention_version"] = exported.calling_convention_version
+        entry["calling_convention_version"] = exported.calling_convention_version
     signature["platforms"] = list(PLATFORMS)
     signature["jax"] = jax.__version__
     written.append(files.save_safetensors(weights, directory / WEIGHTS))
-    # Of the arrays in the order in which the flattened dict of weights has them.
+    # Sorted, like the leaves of the flattened dict of weights: the order of a program's arguments.
     signature["arrays"] = {
         key: {"shape": list(x.shape), "dtype": str(x.dtype)} for key, x in sorted(weights.items())
     }
@@ -58,7 +57,7 @@ def write(functions: list[Function], signature: dict[str, Any], directory: Path)
 
 
 def lower(function: Function) -> jax.export.Exported:
-    """A function as StableHLO: its weights as a dict, then its inputs, for any batch."""
+    """Lowers a function to StableHLO. Its arguments are a dict of weights, then its inputs."""
     weights = {
         key: jax.ShapeDtypeStruct(np.shape(x), x.dtype) for key, x in function.weights.items()
     }

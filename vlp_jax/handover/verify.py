@@ -1,4 +1,4 @@
-"""Proof that others load what was written: their library computes, in a process without ours."""
+"""Verifies an export: the foreign library loads it in a process without vlp_jax, and computes."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from vlp_jax.models.dual_encoder import DualEncoder
 from vlp_jax.models.masked_autoencoder import MaskedAutoencoder
 from vlp_jax.models.masking import kept_patches, mask_from_noise
 
-# The distribution that loads a format; None where there is none to install.
+# Format -> the distribution that loads it; None if none can be installed.
 LIBRARIES: dict[str, str | None] = {
     "big_vision": None,
     "hf": "transformers",
@@ -42,8 +42,8 @@ LIBRARIES: dict[str, str | None] = {
     "timm": "timm",
 }
 ARTIFACTS = ("stablehlo", "saved_model")
-# Of unit vectors, features and logits, relative to the largest of ours (at least 1). Products in
-# bfloat16 are rounded elsewhere in another order.
+# Largest difference of unit vectors, features and logits, relative to our largest number (at least
+# 1). Libraries round products in bfloat16 in different orders.
 TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2}
 BATCH = 3
 
@@ -51,47 +51,52 @@ BATCH = 3
 def verify(
     format: str, model: Model, directory: Path, extras: Extras, dtype: str = "float32"
 ) -> dict[str, Any]:
-    """Compares what the format's library makes of a fixed random batch with what we do.
+    """Compares the outputs of the format's library with ours, on a fixed random batch.
 
     Args:
-      model: that was written, its parameters as they were before they were rounded.
-      directory: where it is.
-      extras: with which it was written.
-      dtype: of the artifact's matrix products.
+      model: the exported model, with its parameters before rounding.
+      directory: the folder of the export.
+      extras: the settings of the export.
+      dtype: dtype of the artifact's matrix products.
 
     Returns:
-      `{library, version, max_difference}`, or `{skipped: reason}` where it cannot be tried.
+      `{library, version, max_difference}`, or `{skipped: reason}` if the library is not available.
 
     Raises:
-      UserError: the library does not load it, or computes something else.
+      UserError: the library cannot load the export, or computes something else.
     """
     library = LIBRARIES[format]
     if library is None:
         return {"skipped": f"no package of {format} can be installed to load it with"}
+    # The library reads rounded weights. If ours were not rounded as well, the difference would
+    # include the rounding, and hide errors of the conversion.
     rounded = Model(model.module, precision.rounded(model.params, extras.weights))
     inputs = batch_of(rounded, extras)
-    said, theirs = run_foreign(library, directory, inputs, format)
+    answer, theirs = run_foreign(library, directory, inputs, format)
     if theirs is None:
-        return said
+        return answer
     if format in ARTIFACTS:
         ours = _offered(rounded, extras, inputs)
     elif format == "safetensors":
         ours = rounded.params
     else:
         ours = _computed(rounded, extras, inputs)
-    difference = _difference(ours, theirs, f"{library} {said['version']}")
+    difference = _difference(ours, theirs, f"{library} {answer['version']}")
     if not difference <= TOLERANCE[dtype]:
         raise UserError(
-            f"{library} {said['version']} loads what was written as {format} and computes "
+            f"{library} {answer['version']} loads what was written as {format} and computes "
             f"something else: it differs by {difference:.3g}; nothing is kept; report this with "
             f"the config of the model, or try another version of {library}"
         )
-    return {**said, "max_difference": difference}
+    return {**answer, "max_difference": difference}
 
 
 def batch_of(model: Model, extras: Extras) -> dict[str, np.ndarray]:
-    """Random images, texts and noise, always the same for a model: `image` uint8 and `pixels`
-    normalized, channels first; `text`; `noise`; and how the image tower pools."""
+    """Makes a random batch, always the same for a model.
+
+    Its keys are `image` (uint8), `pixels` (the same images normalized, channels first), `text`,
+    `noise`, and `pooling` (the image tower's).
+    """
     rng, vit = np.random.default_rng(0), image_of(model.module)
     image = rng.integers(0, 256, (BATCH, *vit.image_size, 3), np.uint8)
     normalized = extras.pixels_of(model.module).normalize(jnp.asarray(image))
@@ -108,8 +113,9 @@ def batch_of(model: Model, extras: Extras) -> dict[str, np.ndarray]:
 
 
 def _texts(rng: np.random.Generator, text: Any) -> np.ndarray:
-    """Ids that end at different places, as those of a tokenizer do."""
+    """Makes token ids of texts with different lengths, with end of text and padding."""
     ids = rng.integers(0, text.vocab_size, (BATCH, text.context_length)).astype(np.int32)
+    # An end of text or padding in the middle would end the text earlier than `end` below.
     ids[np.isin(ids, (text.eos_id, text.pad_id))] = min(3, text.vocab_size - 1)
     for row, end in enumerate(rng.integers(1, text.context_length, BATCH)):
         ids[row, end] = text.eos_id
@@ -120,17 +126,20 @@ def _texts(rng: np.random.Generator, text: Any) -> np.ndarray:
 def run_foreign(
     library: str, directory: Path, inputs: Mapping[str, np.ndarray], what: str
 ) -> tuple[dict[str, Any], dict[str, np.ndarray] | None]:
-    """What a library says and computes in a process of its own; nothing if it is not installed.
+    """Runs foreign/check.py in another process.
+
+    Returns:
+      The program's JSON, and the library's outputs; None if the library is not installed.
 
     Raises:
-      UserError: it does not load the folder.
+      UserError: the library cannot load the folder.
     """
     program = Path(foreign.__file__).parent / "check.py"
     with tempfile.TemporaryDirectory() as scratch:
         there, back = Path(scratch, "inputs.npz"), Path(scratch, "outputs.npz")
         np.savez(there, **inputs)
         done = subprocess.run(
-            # -I: neither the current folder nor PYTHONPATH, where vlp_jax may be.
+            # -I ignores the current folder and PYTHONPATH, where vlp_jax may be.
             [
                 sys.executable,
                 "-I",
@@ -148,20 +157,20 @@ def run_foreign(
         if done.returncode:
             reason = (done.stderr.strip().splitlines() or [f"status {done.returncode}"])[-1]
             raise UserError(f"{library} does not load what was written as {what}: {reason}")
-        said = json.loads(done.stdout.strip().splitlines()[-1])
-        if "skipped" in said:
-            return said, None
+        answer = json.loads(done.stdout.strip().splitlines()[-1])
+        if "skipped" in answer:
+            return answer, None
         with np.load(back, allow_pickle=False) as arrays:
-            return said, {name: arrays[name] for name in arrays.files}
+            return answer, {name: arrays[name] for name in arrays.files}
 
 
 def _difference(
     ours: Mapping[str, np.ndarray], theirs: Mapping[str, np.ndarray], who: str
 ) -> float:
-    """The largest difference of two sets of arrays, relative where the numbers are large.
+    """Computes the largest difference of two sets of arrays, relative to large numbers.
 
     Raises:
-      UserError: they are not arrays of the same names and shapes.
+      UserError: names or shapes differ.
     """
     largest = 0.0
     if ours.keys() != theirs.keys():
@@ -172,6 +181,7 @@ def _difference(
             raise UserError(f"{who} gives {name} the shape {b.shape} instead of {a.shape}")
         scale = max(1.0, float(np.max(np.abs(a), initial=0.0)))
         apart = float(np.max(np.abs(a - b), initial=0.0)) / scale
+        # A comparison with NaN is False, so max() would ignore it.
         largest = max(largest, apart if np.isfinite(apart) else np.inf)
     return largest
 
@@ -179,7 +189,8 @@ def _difference(
 def _offered(
     model: Model, extras: Extras, inputs: Mapping[str, np.ndarray]
 ) -> dict[str, np.ndarray]:
-    """The functions of an artifact on the batch, in float32 and not through the artifact."""
+    """Computes the functions of an artifact on the batch, in float32 and without the artifact."""
+    # The parameters are rounded already, and float32 stores them as they are.
     whole = Extras(**{**vars(extras), "weights": "float32"})
     return {
         function.name: np.asarray(
@@ -192,7 +203,7 @@ def _offered(
 def _computed(
     model: Model, extras: Extras, inputs: Mapping[str, np.ndarray]
 ) -> dict[str, np.ndarray]:
-    """What our model makes of the batch, in float32, by the names that foreign/check.py gives."""
+    """Computes our outputs on the batch, in float32, with the names in foreign/check.py."""
     module = plain(model.module)
     tree = {"params": to_tree(module, model.params)}
     if isinstance(module, MaskedAutoencoder):
@@ -203,11 +214,12 @@ def _computed(
         out = jax.jit(module.apply)(tree, inputs["image"], inputs["text"])
         out = {name: np.asarray(x) for name, x in out.items()}
         logits = np.exp(out["logit_scale"]) * out["image"] @ out["text"].T + out["logit_bias"]
-        found = {"image": out["image"], "text": out["text"], "logits": logits}
+        outputs = {"image": out["image"], "text": out["text"], "logits": logits}
         if isinstance(module, DualEncoder):
-            return found
+            return outputs
         seen = module.apply(tree, inputs["image"], method="look")
         scores = module.apply(tree, inputs["text"], seen, method="score_tokens")
-        return found | {"scores": np.asarray(scores)[:, :-1]}
+        # open_clip does not score the token after the last one.
+        return outputs | {"scores": np.asarray(scores)[:, :-1]}
     pixels = np.asarray(inputs["pixels"]).transpose(0, 2, 3, 1)
     return {"features": np.asarray(jax.jit(module.apply)(tree, pixels))}

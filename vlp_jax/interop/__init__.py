@@ -1,12 +1,12 @@
-"""Weights of other projects: each format is one file here, which reads and writes.
+"""Reads and writes the weights of other projects: one file for each format.
 
     imported = interop.read("hf_clip:path/to/folder")
     tree = interop.to_tree(imported.module, imported.params)
     embedding = imported.module.apply({"params": tree}, images, method="embed_image")
     interop.write("open_clip", module, params, "path/to/new/folder")
 
-Parameters are a flat dict, path -> float32 array, in which the layers of an encoder are stacked
-(`vlp_jax.interop.trees`); `from_tree` and `to_tree` go from a module's own tree to that and back.
+Parameters are a flat dict, path -> float32 array, with the layers of an encoder stacked (see
+`vlp_jax.interop.trees`). `from_tree` converts a module's nested tree to it, and `to_tree` back.
 """
 
 from __future__ import annotations
@@ -57,8 +57,8 @@ class Weights:
 
     Attributes:
       params: path -> float32 array, with the source's sizes.
-      grids: path of a table of positions -> rows and columns of patches that it is for.
-      notes: in what the source and the model differ that changes the numbers, a line each.
+      grids: path of a position table -> the rows and columns of patches that it is for.
+      notes: a line for each difference between source and model that changes outputs.
     """
 
     params: Params
@@ -71,11 +71,11 @@ def read(spec: str, like: Module | None = None) -> Imported:
 
     Args:
       spec: "FORMAT:PATH", a name in `FORMATS` and a file or a directory.
-      like: says what the files do not, such as the heads of a file without config.
+      like: a model that supplies settings the files lack, such as the number of heads.
 
     Raises:
-      UserError: unknown format, files that are not there, damaged, pickled or of another model, a
-        model that we cannot express, or one of which too little is known.
+      UserError: the format is unknown; the files are missing, damaged, pickled or of another kind;
+        the model cannot be expressed here, or its settings are unknown.
     """
     name, colon, path = spec.partition(":")
     if not colon or not path:
@@ -96,20 +96,20 @@ def read_weights(spec: str, like: Module) -> Weights:
 def write(
     format: str, module: Module, params: Params, directory: str | Path, **extras: Any
 ) -> list[Path]:
-    """Writes a model with its config, as the format's library loads it.
+    """Writes a model with its config, so that the format's library can load it.
 
     Args:
       format: a name in `FORMATS`.
-      module, params: a model and all its parameters, which are rounded as `weights` says.
-      directory: made if it is not there.
-      extras: the fields of `Extras`: what the config says and the module does not.
+      module, params: a model and all its parameters, which are rounded to `weights`.
+      directory: the output folder, created if needed.
+      extras: fields of `Extras`, for settings of the config that the module does not hold.
 
     Returns:
       The files that were written.
 
     Raises:
-      UserError: unknown format or extra, parameters that are not the module's, or a module that the
-        format cannot express: then all reasons are named, in one line, and nothing is written.
+      UserError: unknown format or extra, parameters that do not fit the module, or a module that
+        the format cannot express. Then one line lists all reasons, and nothing is written.
     """
     known = {field.name for field in dataclasses.fields(Extras)}
     for key in extras:
@@ -130,7 +130,7 @@ def write(
 
 
 def no_place_for(format: str, weights: str, holds: tuple[str, ...]) -> str:
-    """Why a format does not take weights of some kind, and what does."""
+    """Explains that a format cannot store weights of some kind, and names the ones that can."""
     able = [name for name, known in FORMATS.items() if weights in known.HOLDS]
     return (
         f"{format} has no place for weights in {weights} (it takes {' or '.join(holds)}; "
@@ -139,10 +139,7 @@ def no_place_for(format: str, weights: str, holds: tuple[str, ...]) -> str:
 
 
 def format_named(name: str) -> Format:
-    """
-    Raises:
-      UserError: there is no such format.
-    """
+    """Returns the format called `name`; raises UserError if there is none."""
     if name not in FORMATS:
         raise UserError(unknown_key_message(name, FORMATS, "the formats of weights"))
     return FORMATS[name]

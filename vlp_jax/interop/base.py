@@ -1,4 +1,4 @@
-"""What every format gives and takes, and what several of them need."""
+"""The interface of a format (`Format`), its data types, and helpers that several formats share."""
 
 from __future__ import annotations
 
@@ -24,12 +24,13 @@ OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)  # openai/CLIP, clip.py `_tran
 OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
 HALF = (0.5, 0.5, 0.5)
 
-INTERPOLATIONS = ("bicubic", "bilinear")  # of our own runs; both antialiased
-RESAMPLINGS = (*INTERPOLATIONS, "nearest", "box", "hamming", "lanczos")  # of Pillow
+INTERPOLATIONS = ("bicubic", "bilinear")  # supported by our data pipeline; both antialiased
+RESAMPLINGS = (*INTERPOLATIONS, "nearest", "box", "hamming", "lanczos")  # known to Pillow
 RESIZES = ("squash", "crop")
 CROP_ROUNDINGS = ("even", "down")
 
-# Fields that change how a model runs or starts, not what it computes.
+# Fields that change how a model is run or initialized, and not its function. `differences` ignores
+# them.
 _NO_MATTER = {
     *("parent", "name", "stochastic_depth", "logit_scale_init", "logit_bias_init"),
 }
@@ -37,13 +38,13 @@ _NO_MATTER = {
 
 @dataclasses.dataclass(frozen=True)
 class Imported:
-    """A model that was read.
+    """A model that was read from foreign files.
 
     Attributes:
-      module: complete: it computes what the source computes.
+      module: the model. It computes the same function as the source.
       params: path -> float32 array (see `vlp_jax.interop.trees`).
-      notes: what the module does not say, a line each.
-      extras: fields of `Extras` that the files say, for writing the model again.
+      notes: lines for the user about the source that the module does not express.
+      extras: fields of `Extras` that the files contain, for writing the model again.
     """
 
     module: Module
@@ -62,22 +63,22 @@ _CHOICES = (
 
 @dataclasses.dataclass(frozen=True)
 class Extras:
-    """What a foreign config wants to know and our modules do not say.
+    """Settings in foreign configs that our modules do not hold.
 
     Attributes:
-      bos_id, eos_id, pad_id: of the tokenizer; None takes what the text tower has (bos: none).
-      image_mean, image_std: for an image tower alone, which does not have them.
-      resize: how pixels come to the model's size: "squash" changes the aspect ratio, "crop" scales
-        the shorter side and cuts the middle out.
+      bos_id, eos_id, pad_id: ids of the tokenizer; None takes the text tower's (bos: none).
+      image_mean, image_std: normalization for an image tower alone, which does not hold it.
+      resize: how images get the model's size: "squash" changes the aspect ratio; "crop" scales the
+        shorter side and crops the center.
       interpolation: one of `RESAMPLINGS`.
-      scale: what an image is scaled to before the middle of the model's size is cut out; None: the
-        model's size. With "squash" height and width. With "crop" the length of the shorter side, or
-        a height and width that the image then covers.
-      crop_rounding: where half a pixel before a cut goes: "even" as torchvision rounds, "down" as
-        transformers does.
-      norm_pix_loss, mask_ratio: of masked autoencoding.
-      tokenizer: its files, for formats that have some.
-      weights: of `precision.WEIGHTS`, to which the parameters have been rounded.
+      scale: the size to scale to before the center is cropped; None for the model's size. With
+        "squash" it is a height and width. With "crop" it is the length of the shorter side, or a
+        height and width that the scaled image covers.
+      crop_rounding: rounding of half a pixel at the crop's corner: "even" like torchvision, "down"
+        like transformers.
+      norm_pix_loss, mask_ratio: settings of masked autoencoding.
+      tokenizer: the tokenizer's files, for formats that include them.
+      weights: the name in `precision.WEIGHTS` to which the parameters have been rounded.
     """
 
     bos_id: int | None = None
@@ -96,7 +97,7 @@ class Extras:
 
     @property
     def narrow(self) -> bool:
-        """Whether files hold bfloat16."""
+        """Whether files contain bfloat16."""
         return self.weights == "bfloat16"
 
     def __post_init__(self) -> None:
@@ -106,22 +107,22 @@ class Extras:
 
     @property
     def pixels(self) -> Pixels:
-        """How an image tower alone takes pixels."""
+        """The normalization of pixels for an image tower alone."""
         return Pixels(tuple(self.image_mean), tuple(self.image_std))
 
     def pixels_of(self, module: Module) -> Pixels:
-        """How a model takes pixels: by its own word, if it has one."""
+        """Returns a model's normalization of pixels, or `self.pixels` if it has none."""
         return getattr(module, "pixels", self.pixels)
 
 
 class Format(Protocol):
-    """A file of `vlp_jax.interop` that holds one foreign format.
+    """A module of `vlp_jax.interop` that implements one foreign format.
 
     Attributes:
-      KINDS: the modules of which it can hold some.
-      LOADED_BY: a line of Python that loads a folder of it, in which `{}` stands for the folder and
+      KINDS: the classes of models that it may be able to express.
+      LOADED_BY: a line of Python that loads its folder, with `{}` for the folder and
         `{architecture}` for the class that its config names.
-      HOLDS: those of `precision.WEIGHTS` that it has a place for.
+      HOLDS: the names in `precision.WEIGHTS` that it can store.
     """
 
     KINDS: tuple[type, ...]
@@ -129,19 +130,20 @@ class Format(Protocol):
     HOLDS: tuple[str, ...]
 
     def read(self, path: Path, like: Module | None) -> Imported:
-        """Reads a file or a directory; `like` says what the files do not."""
+        """Reads a file or a directory; `like` supplies settings that the files lack."""
         ...
 
     def check(self, module: Module, extras: Extras) -> list[str]:
-        """All that the format cannot express of a module, a line each."""
+        """Returns a line for each property of a module that the format cannot express."""
         ...
 
     def write(self, module: Module, params: Params, directory: Path, extras: Extras) -> list[Path]:
-        """Writes a module that `check` has nothing against; returns the files."""
+        """Writes a module for which `check` returns no lines; returns the files."""
         ...
 
 
-# Layers of other kinds are language models' and of none of these formats.
+# Values that these formats can express for every tower. Other kinds of layers belong to language
+# models.
 _LAYERS = {
     "activation": ("gelu", "gelu_tanh", "quick_gelu"),
     **{name: (value,) for name, value in PLAIN_LAYERS.items()},
@@ -151,14 +153,13 @@ _LAYERS = {
 def requirements(
     model: str, part: str, tower: nn.Module, required: Mapping[str, tuple[Any, ...]]
 ) -> list[str]:
-    """A line for each field of a tower whose value is not one of those that a model can have.
-
-    Of the layers, no model can have those of language models.
+    """Returns a line for each field of a tower with a value that a foreign class cannot express.
 
     Args:
       model: the foreign class, for the message.
-      part: "image", "text" or "decoder"; "" for the fields of the whole.
-      required: field of the tower or of its `TransformerConfig` -> the values it may have.
+      part: "image", "text" or "decoder"; "" for the fields of the whole model.
+      required: field of the tower or of its `TransformerConfig` -> the values it may have. For a
+        part, the values in `_LAYERS` are required too.
     """
     lines, fields = [], tower_fields(tower)
     for field, allowed in ((_LAYERS if part else {}) | dict(required)).items():
@@ -170,7 +171,7 @@ def requirements(
 
 
 def square_problems(model: str, vit: VisionTransformer) -> list[str]:
-    """A line if the images are not square."""
+    """Returns a line if the images are not square."""
     height, width = vit.image_size
     return [] if height == width else [f"{model} takes square images, not {height} x {width} ones"]
 
@@ -178,10 +179,10 @@ def square_problems(model: str, vit: VisionTransformer) -> list[str]:
 def with_position_table(
     vit: VisionTransformer, params: Params, prefix: str = "image"
 ) -> tuple[VisionTransformer, Params]:
-    """The same tower with a learned table that has a row for every token but the registers.
+    """Gives a tower a learned position table with a row for every token but the registers.
 
-    Fixed sines and cosines become a table of them, no positions one of zeros; the row of a class
-    token without a position is zero.
+    Fixed sines and cosines become a table of them. A tower without positions gets a table of zeros.
+    The row of a class token without a position is zero. The function does not change.
     """
     path = f"{prefix}/position_embedding"
     if vit.position == "learned":
@@ -196,10 +197,10 @@ def with_position_table(
 
 
 def grid_of(patches: int, like: Module | None, where: object) -> tuple[int, int]:
-    """The grid of so many patches: that of `like` if it has as many, else the square one.
+    """Returns the grid of `patches` patches: the grid of `like` if it fits, else a square.
 
     Raises:
-      UserError: the number is no square and `like` does not have it.
+      UserError: the number is not a square, and `like` does not fit.
     """
     if like is not None and image_of(like).patches == patches:
         return image_of(like).grid
@@ -210,7 +211,7 @@ def grid_of(patches: int, like: Module | None, where: object) -> tuple[int, int]
 
 
 def tiled(size: tuple[int, int], patch: int, notes: list[str]) -> tuple[int, int]:
-    """The pixels that patches cover; notes if some are left over at the right and the bottom."""
+    """Returns the pixels that whole patches cover; adds a note if the source drops a margin."""
     covered = (size[0] // patch * patch, size[1] // patch * patch)
     if covered != size:
         notes.append(
@@ -221,10 +222,10 @@ def tiled(size: tuple[int, int], patch: int, notes: list[str]) -> tuple[int, int
 
 
 def pair(value: Any, what: str, where: object) -> tuple[int, int]:
-    """Height and width of a side or a pair of them in a config.
+    """Reads a height and width from a config, given as one number or as two.
 
     Raises:
-      UserError: it is neither.
+      UserError: the value is neither.
     """
     sides = tuple(value) if isinstance(value, list | tuple) else (value, value)
     if len(sides) != 2 or not all(type(side) is int and side > 0 for side in sides):
@@ -233,10 +234,10 @@ def pair(value: Any, what: str, where: object) -> tuple[int, int]:
 
 
 def one_side(value: Any, what: str, where: object) -> int:
-    """The side of a square in a config.
+    """Reads the side of a square from a config.
 
     Raises:
-      UserError: it is none.
+      UserError: the value is not a number, or the two numbers differ.
     """
     height, width = pair(value, what, where)
     if height != width:
@@ -245,10 +246,10 @@ def one_side(value: Any, what: str, where: object) -> int:
 
 
 def integer(config: Mapping[str, Any], name: str, where: object) -> int:
-    """A positive whole number of a config.
+    """Reads a positive whole number from a config.
 
     Raises:
-      UserError: it is none.
+      UserError: the value is missing or is something else.
     """
     value = config.get(name)
     if type(value) is not int or value < 1:
@@ -257,10 +258,10 @@ def integer(config: Mapping[str, Any], name: str, where: object) -> int:
 
 
 def number(config: Mapping[str, Any], name: str, where: object) -> float:
-    """A number of a config.
+    """Reads a number from a config.
 
     Raises:
-      UserError: it is none.
+      UserError: the value is missing or is something else.
     """
     value = config.get(name)
     if type(value) not in (int, float):
@@ -269,7 +270,7 @@ def number(config: Mapping[str, Any], name: str, where: object) -> float:
 
 
 def tower(kind: type[nn.Module], where: object, **fields: Any) -> Any:
-    """A tower of class `kind` from its own fields and those of its layers.
+    """Makes a tower of class `kind` from fields of the class and of its layers.
 
     Raises:
       UserError: sizes that do not fit each other.
@@ -284,10 +285,10 @@ def tower(kind: type[nn.Module], where: object, **fields: Any) -> Any:
 
 
 def shape_of(tensors: Mapping[str, np.ndarray], key: str, ndim: int, where: object) -> Shape:
-    """The shape of a tensor from which sizes are taken.
+    """Returns the shape of a tensor, from which sizes of the model follow.
 
     Raises:
-      UserError: it is not there, or does not have so many dimensions.
+      UserError: the tensor is missing, or has another number of dimensions.
     """
     if key not in tensors:
         raise UserError(f"{where} has no {key}, which every model of this format has")
@@ -298,22 +299,25 @@ def shape_of(tensors: Mapping[str, np.ndarray], key: str, ndim: int, where: obje
 
 
 def norm_after_pool_of(like: Module | None) -> bool:
-    """Where the last LayerNorm of a class token stands: it makes no difference but to the path."""
+    """Whether `like` has its last norm after the pooling.
+
+    For a class token this does not change the function, but only the paths of the parameters.
+    """
     vit = None if like is None else image_of(like)
     return vit is not None and vit.pooling == "cls" and vit.norm_after_pool
 
 
 def mlp_ratio(width: int, mlp_dim: int) -> float:
-    """A factor such that `int(width * factor)`, as PyTorch libraries compute it, is `mlp_dim`."""
+    """Returns a factor for which `int(width * factor)`, as PyTorch libraries do, is `mlp_dim`."""
     ratio = mlp_dim / width
+    # If rounding leaves the product just below mlp_dim, the next larger float does it.
     return ratio if int(width * ratio) == mlp_dim else math.nextafter(ratio, math.inf)
 
 
 def differences(source: Module, here: Module) -> list[str]:
-    """A line for each field in which two models compute something else from the same parameters.
+    """Returns a line for each field that makes two models with equal parameters differ.
 
-    A source that is an image tower alone is compared with the image tower here, and the other way
-    round.
+    If one model is an image tower alone, only the image towers are compared.
     """
     towers, ours = source.towers(), here.towers()
     lines = []
@@ -321,11 +325,12 @@ def differences(source: Module, here: Module) -> list[str]:
     for part in both if type(source) is type(here) else ["image"]:
         lines += _fields(part, towers[part], ours[part])
     if any(module is image_of(module) for module in (source, here)):
-        return lines  # a tower alone has no fields but its own
-    own = {"image_mean", "image_std"}
+        return lines  # a tower alone has no fields beside the ones compared
+    # Models of different classes have only the normalization of pixels in common.
+    common = {"image_mean", "image_std"}
     if type(source) is type(here):
-        own = set(described(source)) - set(towers)
-    return lines + _fields("", source, here, only=own)
+        common = set(described(source)) - set(towers)
+    return lines + _fields("", source, here, only=common)
 
 
 def _fields(part: str, source: Any, here: Any, only: set[str] | None = None) -> list[str]:
@@ -342,7 +347,7 @@ def _fields(part: str, source: Any, here: Any, only: set[str] | None = None) -> 
 
 
 def described(module: nn.Module) -> dict[str, Any]:
-    """The fields of a model that say what it computes, with those of its layers and its pixels."""
+    """Returns the fields that define a model's function, including layers and pixels."""
     fields = tower_fields(module)
     if hasattr(module, "compute"):
         fields["quantization"] = module.compute.quantization
@@ -353,17 +358,17 @@ def described(module: nn.Module) -> dict[str, Any]:
 
 
 def _same(name: str, source: Mapping[str, Any], here: Mapping[str, Any]) -> bool:
-    """Whether fields of different values come to the same."""
+    """Whether a field with different values makes no difference to the function."""
     both = (source, here)
     if name == "norm_after_pool":
         return all(vit["pooling"] == "cls" for vit in both)
-    if name == "layer_scale":
+    if name == "layer_scale":  # its value is the initial one; only its presence matters
         return all(tower["layer_scale"] is not None for tower in both)
     if name == "class_position":
         return not any(vit["class_token"] and vit["position"] == "learned" for vit in both)
-    if name == "eos_id":
+    if name == "eos_id":  # only the pooling reads it
         return all(tower.get("pooling") not in ("eos", None) for tower in both)
-    if name == "pad_id":
+    if name == "pad_id":  # only the padding mask and the mean read it
         return all(
             "pooling" in tower and not tower["padding_mask"] and tower["pooling"] != "mean"
             for tower in both

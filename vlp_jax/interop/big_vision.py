@@ -1,17 +1,19 @@
 """google-research/big_vision: the .npz of its `two_towers` model, or of its `vit` alone.
 
 Source: google-research/big_vision, models/vit.py, models/proj/image_text/two_towers.py and
-text_transformer.py, utils.py `load_params`. Keys may begin with "params/", beside the state of the
-optimizer; layers may be apart or stacked (`scan`). It is Flax too, so tensors lie as ours do.
+text_transformer.py, utils.py `load_params`. Keys may begin with "params/", beside the optimizer's
+state. Layers may be separate or stacked (`scan`). It is Flax too, so axes have our order.
 
-A file has no config. Sizes and heads are in the shapes. The activation is the tanh GELU and epsilon
-is 1e-6, as in all its models; pixels are in [-1, 1], as its configs have them. Images are pooled by
-attention if there is a MAPHead, at the class token if there is one, else by their mean; texts by
-attention if there is a MAPHead, else at the last position: `pool_type` "0", "none", "first" and
-"max" leave no trace in a file.
+A file has no config:
+- Sizes and heads follow from the shapes.
+- Activation and epsilon are tanh GELU and 1e-6, as in all its models.
+- Pixels are in [-1, 1], as in its configs.
+- Images are pooled by attention if there is a MAPHead, at the class token if there is one, else by
+  the mean. Texts are pooled by attention if there is a MAPHead, else at the last position. Its
+  `pool_type` "0", "none", "first" and "max" leave no trace in a file and cannot be told apart.
 
-The class token has no position: one of ours is added to the token on writing. Fixed sines and
-cosines are written as a table, since those of big_vision are others.
+Its class token has no position, so on writing ours is added to the token. Fixed sines and cosines
+are written as a learned table, because big_vision's formula differs from ours.
 """
 
 from __future__ import annotations
@@ -35,9 +37,9 @@ from vlp_jax.models.vit import VisionTransformer
 MODEL = "big_vision"
 KINDS = (DualEncoder, VisionTransformer)
 LOADED_BY = 'numpy.load("{}/model.npz")'
-HOLDS = ("float32",)  # NumPy has no bfloat16, and so .npz has none
+HOLDS = ("float32",)  # .npz cannot store bfloat16
 FILE = "model.npz"
-LEFT_OUT = ("head/kernel", "head/bias", "pre_logits/kernel", "pre_logits/bias")  # of a classifier
+LEFT_OUT = ("head/kernel", "head/bias", "pre_logits/kernel", "pre_logits/bias")  # a classifier
 
 # Names of early checkpoints -> today's (`fix_old_checkpoints` in models/vit.py).
 _ATTENTION = "MultiHeadDotProductAttention"
@@ -49,6 +51,7 @@ RENAMED = (
     (rf"^((?:img/)?)(probe$|(?:LayerNorm|MlpBlock|{_ATTENTION})_0/)", r"\1MAPHead_0/\2"),
 )
 
+# Values of our fields that the format can express.
 ENCODER_HAS = {
     "activation": ("gelu_tanh",),
     "norm_eps": (1e-6,),
@@ -71,7 +74,7 @@ TEXT_HAS = {
 
 
 def table(image: str = "img/") -> Table:
-    """The mapping; keys of the image tower begin with `image`."""
+    """Returns the mapping; keys of the image tower begin with `image`."""
     return [
         Entry("logit_scale", "t", SCALAR),
         Entry("logit_bias", "b", SCALAR),
@@ -125,12 +128,13 @@ def _norm(ours: str, theirs: str) -> Table:
 
 
 def read(path: Path, like: Module | None = None) -> Imported:
-    """Reads an .npz, or the one of a folder; an image model alone becomes a `VisionTransformer`.
+    """Reads an .npz, or the only one in a folder.
 
-    `like` tells the grid of patches where it is not square, and the text's special tokens.
+    An image tower alone becomes a `VisionTransformer`. `like` supplies a grid of patches that is
+    not square, and the special tokens of texts.
 
     Raises:
-      UserError: the file is not that of a model that we can express.
+      UserError: the file holds no model that can be expressed here.
     """
     weights = files.find_weights(path, (FILE,))
     notes = [
@@ -165,9 +169,9 @@ def read(path: Path, like: Module | None = None) -> Imported:
 
 
 def check(module: Module, extras: Extras) -> list[str]:
-    """All that big_vision cannot express of a module.
+    """Returns a line for each property of a module that big_vision cannot express.
 
-    A head without bias is one whose bias is zero.
+    A head without a bias can be expressed: it is written with a bias of zeros.
     """
     pair, image = "text" in module.towers(), image_of(module)
     poolings = ("cls", "map", "mean") if pair else ("cls", "map", "mean", "none")
@@ -185,11 +189,11 @@ def check(module: Module, extras: Extras) -> list[str]:
 
 
 def write(module: Module, params: Params, directory: Path, extras: Extras) -> list[Path]:
-    """Writes an .npz, with "params/" before every key and the layers apart."""
+    """Writes an .npz with separate layers, and with "params/" before every key."""
     pair = "text" in module.towers()
     vit, params = base.with_position_table(image_of(module), params)
     path = "image/position_embedding"
-    if vit.class_token:
+    if vit.class_token:  # which has no row in big_vision's table
         params["image/class_token"] = params["image/class_token"] + params[path][:1]
         params[path] = params[path][1:]
     if pair:
@@ -202,7 +206,7 @@ def write(module: Module, params: Params, directory: Path, extras: Extras) -> li
 
 
 def _todays_names(tensors: Tensors, notes: list[str]) -> Tensors:
-    """The parameters of a checkpoint, layers apart, under the names of today's models."""
+    """Selects a checkpoint's parameters, with separate layers and the names of today's models."""
     if any(key.startswith("params/") for key in tensors):
         others = [key for key in tensors if not key.startswith("params/")]
         if others:
@@ -222,7 +226,9 @@ def _todays_names(tensors: Tensors, notes: list[str]) -> Tensors:
         else:
             renamed[key] = x
     extra = renamed.pop("txt/Encoder_0/pos_embedding", None)
-    if extra is not None:  # once added twice by mistake (`load` in text_transformer.py)
+    # Old models added positions twice by mistake; big_vision joins them too (`load` in
+    # text_transformer.py).
+    if extra is not None:
         renamed["txt/pos_embedding"] = renamed["txt/pos_embedding"] + extra
     return renamed
 
@@ -230,7 +236,7 @@ def _todays_names(tensors: Tensors, notes: list[str]) -> Tensors:
 def _image(
     tensors: Tensors, prefix: str, like: Module | None, where: Path
 ) -> tuple[VisionTransformer, Tensors]:
-    """The image tower, and the tensors with a table of positions for patches alone."""
+    """Makes the image tower; returns it, and tensors with a position table for patches alone."""
     _, _, _, width = base.shape_of(tensors, f"{prefix}embedding/kernel", 4, where)
     patch = tensors[f"{prefix}embedding/kernel"].shape[0]
     grid, tensors = _grid(tensors, prefix, like, where)
@@ -252,7 +258,7 @@ def _image(
 def _grid(
     tensors: Tensors, prefix: str, like: Module | None, where: Path
 ) -> tuple[tuple[int, int], Tensors]:
-    """The grid of patches, after a position of the class token was added to it."""
+    """Returns the grid of patches, and tensors with the class token's position added to it."""
     key = f"{prefix}pos_embedding"
     rows = base.shape_of(tensors, key, 3, where)[1]
     with_class = rows > 1 and _is_grid(rows - 1, like) and not _is_grid(rows, like)
@@ -273,7 +279,7 @@ def _is_grid(patches: int, like: Module | None) -> bool:
 
 def _text(tensors: Tensors, like: Module | None, where: Path) -> TextTransformer:
     vocab_size, width = base.shape_of(tensors, "txt/Embed_0/embedding", 2, where)
-    ids = {"eos_id": 1, "pad_id": 1}  # "sticky" eos, which is 1
+    ids = {"eos_id": 1, "pad_id": 1}  # its texts are padded with eos ("sticky"), which is 1
     if isinstance(like, DualEncoder):
         ids = {"eos_id": like.text.eos_id, "pad_id": like.text.pad_id}
     return base.tower(

@@ -1,7 +1,7 @@
-"""Files of weights: safetensors (whole or in shards) and .npz, and never a pickle.
+"""Reads and writes files of weights: safetensors (whole or in shards) and .npz, never pickles.
 
-A pickle is a program: loading one runs whatever its author put there. It is recognized by its
-content, whatever the file is called, and refused before anything is loaded.
+A pickle is a program: loading it runs any code that its author put there. Pickles are recognized by
+their content, not by their name, and refused before anything is loaded.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
 
 def find_weights(path: Path, names: Sequence[str]) -> Path:
-    """The file of weights that `path` means: itself, or the one of a directory.
+    """Finds the file of weights at `path`.
 
     Args:
       path: a file or a directory.
-      names: names that are looked for in a directory, the first that exists is taken; then any
-        single file with the suffix of one of them.
+      names: names to look for in a directory; the first that exists is taken. If none exists, the
+        only file with the suffix of one of them is taken.
 
     Raises:
-      UserError: there is none, there are several, or there are pickles alone.
+      UserError: there is no file of weights, there are several, or there are only pickles.
     """
     if path.is_file():
         return path
@@ -48,11 +48,11 @@ def find_weights(path: Path, names: Sequence[str]) -> Path:
         if (path / name).is_file():
             return path / name
     suffixes = {Path(name).suffix for name in names} - {".json"}
-    found = sorted(file for file in path.iterdir() if file.suffix in suffixes)
-    if len(found) == 1:
-        return found[0]
-    if found:
-        files = ", ".join(file.name for file in found)
+    candidates = sorted(file for file in path.iterdir() if file.suffix in suffixes)
+    if len(candidates) == 1:
+        return candidates[0]
+    if candidates:
+        files = ", ".join(file.name for file in candidates)
         raise UserError(f"{path} holds several files of weights ({files}): name one of them")
     for file in sorted(path.iterdir()):
         if file.suffix in _PICKLE_SUFFIXES:
@@ -61,7 +61,7 @@ def find_weights(path: Path, names: Sequence[str]) -> Path:
 
 
 def load_tensors(path: Path) -> Tensors:
-    """All arrays of a file; floating point is float32 whatever the file has, integers stay.
+    """Loads all arrays of a file. Floating-point arrays become float32; integers stay as they are.
 
     Args:
       path: a .safetensors, a .safetensors.index.json that names its shards, or an .npz.
@@ -75,11 +75,11 @@ def load_tensors(path: Path) -> Tensors:
         return _load_shards(path)
     with path.open("rb") as file:
         head = file.read(16)
-    if head[8:9] == b"{":
+    if head[8:9] == b"{":  # eight bytes of length, then a header in JSON
         return _load_safetensors(path)
     if head.startswith(_ZIP_MAGIC):
         return _load_npz(path)
-    if head[:1] == b"\x80" or path.suffix in _PICKLE_SUFFIXES:
+    if head[:1] == b"\x80" or path.suffix in _PICKLE_SUFFIXES:  # 0x80 is pickle's PROTO opcode
         raise _pickle_error(path)
     raise UserError(
         f"{path} is neither a safetensors file nor an .npz, or it is damaged: "
@@ -88,19 +88,19 @@ def load_tensors(path: Path) -> Tensors:
 
 
 def save_safetensors(tensors: Tensors, path: Path, narrow: bool = False) -> Path:
-    """Writes arrays, whole or not at all, as the PyTorch libraries expect them; returns `path`.
+    """Writes arrays atomically, as PyTorch libraries expect them; returns `path`.
 
     Args:
       narrow: see `precision.narrowed`.
     """
     tensors = precision.narrowed(tensors) if narrow else tensors
-    # The library writes an array's memory as it lies there: a transposed view would come out wrong.
+    # The library writes an array's memory without its strides, so a transposed view would be wrong.
     whole = {key: np.array(x, order="C", copy=None) for key, x in tensors.items()}
     return save_bytes(safetensors.numpy.save(whole, metadata={"format": "pt"}), path)
 
 
 def save_npz(tensors: Tensors, path: Path) -> Path:
-    """Writes arrays to an .npz, whole or not at all; returns `path`."""
+    """Writes arrays atomically to an .npz; returns `path`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f"{path.name}.{os.getpid()}.unfinished")
     with unfinished.open("wb") as file:
@@ -110,10 +110,10 @@ def save_npz(tensors: Tensors, path: Path) -> Path:
 
 
 def load_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file.
+    """Loads the object in a JSON file.
 
     Raises:
-      UserError: there is no such file, or it holds something else.
+      UserError: the file does not exist, or holds something else.
     """
     if not path.is_file():
         raise UserError(f"{path} does not exist")
@@ -127,18 +127,18 @@ def load_json(path: Path) -> dict[str, Any]:
 
 
 def load_json_if_there(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; an empty one if there is no such file."""
+    """Loads the object in a JSON file; {} if the file does not exist."""
     return load_json(path) if path.is_file() else {}
 
 
 def save_bytes(content: bytes, path: Path) -> Path:
-    """Writes a file, whole or not at all; returns `path`."""
+    """Writes a file atomically; returns `path`."""
     write_whole(path, content)
     return path
 
 
 def save_json(content: dict[str, Any], path: Path) -> Path:
-    """Writes a JSON file, whole or not at all; returns `path`."""
+    """Writes a JSON file atomically; returns `path`."""
     return save_bytes((json.dumps(content, indent=2) + "\n").encode(), path)
 
 
@@ -189,7 +189,7 @@ def _load_npz(path: Path) -> Tensors:
 
 def _as_float32(x: np.ndarray) -> np.ndarray:
     if x.dtype.kind == "V" and x.dtype.itemsize == 2:
-        x = x.view(jnp.bfloat16)  # how NumPy gives back what was saved as bfloat16
+        x = x.view(jnp.bfloat16)  # NumPy reads bfloat16 as a raw type of two bytes
     return x.astype(np.float32, copy=False) if jnp.issubdtype(x.dtype, jnp.floating) else x
 
 

@@ -1,5 +1,4 @@
-"""Whichever format of Hugging Face `transformers` fits: by the config on reading, by the module on
-writing."""
+"""Chooses among the formats of Hugging Face `transformers`, by a config or by a module."""
 
 from __future__ import annotations
 
@@ -29,30 +28,30 @@ def read(path: Path, like: Module | None = None) -> Imported:
     """Reads a folder by the `model_type` of its config.json.
 
     Raises:
-      UserError: it has another one, or the format raises it.
+      UserError: the model type is unknown, or the format cannot read the folder.
     """
     weights = files.find_weights(path, hf_common.WEIGHTS)
     config = weights.parent / "config.json"
-    found = files.load_json(config).get("model_type")
-    if found not in BY_MODEL_TYPE:
+    kind = files.load_json(config).get("model_type")
+    if kind not in BY_MODEL_TYPE:
         known = ", ".join(BY_MODEL_TYPE)
-        raise UserError(f"{config} has model_type {found!r}, which cannot be read (known: {known})")
-    return BY_MODEL_TYPE[found].read(path, like)
+        raise UserError(f"{config} has model_type {kind!r}, which cannot be read (known: {known})")
+    return BY_MODEL_TYPE[kind].read(path, like)
 
 
 def check(module: Module, extras: Extras) -> list[str]:
-    """All that keeps a module from being written: for two towers, what each class lacks."""
+    """Returns the reasons why no class can express a module; [] if one of them can."""
     problems = [format_.check(module, extras) for format_ in _formats_of(module)]
     return [line for lines in problems for line in lines] if all(problems) else []
 
 
 def write(module: Module, params: Params, directory: Path, extras: Extras) -> list[Path]:
-    """Writes a module as the class that can express it, CLIPModel if both can."""
+    """Writes a module as the first class that can express it: CLIPModel before SiglipModel."""
     *formats, last = _formats_of(module)
     able = (format_ for format_ in formats if not format_.check(module, extras))
     return next(able, last).write(module, params, directory, extras)
 
 
 def _formats_of(module: Module) -> list[Format]:
-    """The formats that hold such a module, the first choice first."""
+    """Returns the formats for this class of module, the first choice first."""
     return [format_ for format_ in BY_MODEL_TYPE.values() if isinstance(module, format_.KINDS)]

@@ -1,9 +1,11 @@
 """Hugging Face `CLIPModel`: config.json, model.safetensors, preprocessor_config.json.
 
-Source: transformers, models/clip/modeling_clip.py and configuration_clip.py. The text is pooled at
-its first `eos_token_id`, except that a config with `eos_token_id` 2, as the first published ones
-have, means the highest id. The norm after the image encoder sees the class token alone, which is
-the same as before the pooling.
+Source: transformers, models/clip/modeling_clip.py and configuration_clip.py.
+
+- Texts are pooled at the first `eos_token_id`. But `eos_token_id` 2, as in the first published
+  configs, means pooling at the highest id.
+- The norm after the image encoder is applied to the class token alone. This is the same as a norm
+  of all tokens before the pooling.
 """
 
 from __future__ import annotations
@@ -41,7 +43,7 @@ TABLE: Table = [
     Entry("image/class_token", "vision_model.embeddings.class_embedding", SQUEEZED),
     *convolution("image/patch_embedding/projection", "vision_model.embeddings.patch_embedding"),
     Entry("image/position_embedding", "vision_model.embeddings.position_embedding.weight"),
-    *norm("image/pre_norm", "vision_model.pre_layrnorm"),  # so it is spelled
+    *norm("image/pre_norm", "vision_model.pre_layrnorm"),  # transformers spells it this way
     *hf_common.layers_as_in_clip("image/encoder/layers", "vision_model.encoder.layers.{i}"),
     *norm("image/encoder/norm", "vision_model.post_layernorm"),
     *norm("image/norm", "vision_model.post_layernorm"),  # with norm_after_pool
@@ -54,7 +56,7 @@ TABLE: Table = [
 ]
 IGNORED = (r"(text|vision)_model\.embeddings\.position_ids",)
 
-# Defaults of CLIPConfig, CLIPVisionConfig and CLIPTextConfig.
+# Defaults of CLIPConfig, CLIPVisionConfig and CLIPTextConfig: a config.json may omit them.
 DEFAULTS = {"projection_dim": 512, "logit_scale_init_value": 2.6592}
 VISION_DEFAULTS = {
     "hidden_size": 768,
@@ -80,6 +82,7 @@ TEXT_DEFAULTS = {
     "eos_token_id": 49407,
 }
 
+# Values of our fields that the class can express.
 IMAGE_HAS = {
     "pooling": ("cls",),
     "class_token": (True,),
@@ -103,7 +106,7 @@ def read(path: Path, like: Module | None = None) -> Imported:
     """Reads a folder or its file of weights.
 
     Raises:
-      UserError: the files are not those of a CLIPModel that we can express.
+      UserError: the files hold no CLIPModel that can be expressed here.
     """
     weights, config = hf_common.open_folder(path, "clip")
     where, notes = weights.parent / "config.json", []
@@ -123,12 +126,12 @@ def read(path: Path, like: Module | None = None) -> Imported:
     params = from_theirs(TABLE, tensors, expected_shapes(module), weights, IGNORED)
     extras = processing | hf_common.read_texts(weights.parent, text, "CLIPTokenizer")
     if module.text.pooling == "argmax":
-        extras.pop("eos_id")  # the number stands for the pooling
+        extras.pop("eos_id")  # a 2 that stands for the pooling, not the tokenizer's id
     return Imported(module, params, notes, extras)
 
 
 def check(module: Module, extras: Extras) -> list[str]:
-    """All that a CLIPModel cannot express of a module."""
+    """Returns a line for each property of a module that a CLIPModel cannot express."""
     problems = [
         *base.requirements(MODEL, "image", module.image, IMAGE_HAS),
         *base.square_problems(MODEL, module.image),
@@ -150,7 +153,7 @@ def check(module: Module, extras: Extras) -> list[str]:
 
 
 def write(module: DualEncoder, params: Params, directory: Path, extras: Extras) -> list[Path]:
-    """Writes a folder that `CLIPModel.from_pretrained` takes."""
+    """Writes a folder for `CLIPModel.from_pretrained`."""
     image, params = base.with_position_table(module.image, params)
     text = module.text
     config = {
@@ -187,7 +190,7 @@ def write(module: DualEncoder, params: Params, directory: Path, extras: Extras) 
 
 
 def text_ids(text: TextTransformer, extras: Extras) -> dict[str, Any]:
-    """What a text config says of the tokenizer."""
+    """Returns the keys of a text config that describe the tokenizer."""
     return {
         "vocab_size": text.vocab_size,
         "max_position_embeddings": text.context_length,

@@ -1,7 +1,7 @@
-"""What the formats of Hugging Face `transformers` share: configs, special tokens, layers.
+"""Helpers for the formats of Hugging Face `transformers`: configs, special tokens, layers.
 
-A config.json holds only what differs from the defaults of its class, so these are part of a format;
-they are those of transformers 4.57 and 5.24.
+A config.json holds only differences from the defaults of its class. So the defaults are part of a
+format; they are taken from transformers 4.57 and 5.24.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from vlp_jax.interop.tables import Table, heads_in, heads_out, linear, norm
 
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 
-# Ours -> the name in `transformers.activations.ACT2FN`.
+# Our name -> the name in `transformers.activations.ACT2FN`.
 ACTIVATIONS = {"gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh", "quick_gelu": "quick_gelu"}
-_OTHER_NAMES = {"gelu_new": "gelu_tanh", "gelu_python": "gelu"}  # the same functions
+_OTHER_NAMES = {"gelu_new": "gelu_tanh", "gelu_python": "gelu"}  # other names, the same functions
 
 
 def layers_as_in_clip(ours: str, theirs: str) -> Table:
-    """The layers of an encoder as CLIPModel and SiglipModel name them."""
+    """Maps the layers of an encoder to the names in CLIPModel and SiglipModel."""
     return [
         *norm(f"{ours}/norm_attention", f"{theirs}.layer_norm1"),
         *heads_in(f"{ours}/attention/query", f"{theirs}.self_attn.q_proj"),
@@ -37,7 +37,7 @@ def layers_as_in_clip(ours: str, theirs: str) -> Table:
 
 
 def layers_as_in_vit(ours: str, theirs: str) -> Table:
-    """The layers of an encoder as ViTModel and ViTMAEModel of transformers 4 name them."""
+    """Maps the layers of an encoder to the names in ViTModel and ViTMAEModel of transformers 4."""
     attention = f"{theirs}.attention"
     return [
         *norm(f"{ours}/norm_attention", f"{theirs}.layernorm_before"),
@@ -52,28 +52,28 @@ def layers_as_in_vit(ours: str, theirs: str) -> Table:
 
 
 def open_folder(path: Path, model_type: str) -> tuple[Path, dict[str, Any]]:
-    """The file of weights, and the config beside it.
+    """Finds the file of weights, and loads the config beside it.
 
     Raises:
-      UserError: one of them is not there, or the config is another model's.
+      UserError: one of the files is missing, or the config has another `model_type`.
     """
     weights = files.find_weights(path, WEIGHTS)
     file = weights.parent / "config.json"
     if not file.is_file():
         raise UserError(f"{weights} needs its config.json beside it, and there is none")
     config = files.load_json(file)
-    found = config.get("model_type")
-    if found != model_type:
-        raise UserError(f"{file} has model_type {found!r}, and this format is {model_type!r}")
+    actual = config.get("model_type")
+    if actual != model_type:
+        raise UserError(f"{file} has model_type {actual!r}, and this format is {model_type!r}")
     return weights, config
 
 
 def section(
     config: Mapping[str, Any], name: str, defaults: Mapping[str, Any], where: object
 ) -> dict[str, Any]:
-    """The values of `text_config` or `vision_config`, with the defaults of their class.
+    """Returns the values of `text_config` or `vision_config`, with the defaults of its class.
 
-    Old files repeat a section as NAME_dict, which then counts alone.
+    Old files repeat a section as NAME_dict, which takes precedence.
 
     Raises:
       UserError: the section is no mapping.
@@ -85,15 +85,15 @@ def section(
 
 
 def with_defaults(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """The values of a config, and the default of each key that it does not have."""
+    """Adds the default of each key that a config does not have."""
     return {**defaults, **values}
 
 
 def activation_of(name: Any, where: object) -> str:
-    """Our name of an activation.
+    """Returns our name of an activation.
 
     Raises:
-      UserError: we do not have it.
+      UserError: there is no such activation here.
     """
     ours = {theirs: ours for ours, theirs in ACTIVATIONS.items()} | _OTHER_NAMES
     if name not in ours:
@@ -102,10 +102,10 @@ def activation_of(name: Any, where: object) -> str:
 
 
 def encoder_fields(config: Mapping[str, Any], where: object, prefix: str = "") -> dict[str, Any]:
-    """The fields of a tower of ours that a config gives for every encoder.
+    """Reads the fields of our tower that every encoder's config has.
 
     Raises:
-      UserError: a size is none, or the heads do not divide the width.
+      UserError: a size is invalid, or the heads do not divide the width.
     """
     names = {
         "width": f"{prefix}hidden_size",
@@ -126,7 +126,7 @@ def encoder_fields(config: Mapping[str, Any], where: object, prefix: str = "") -
 
 
 def encoder_config(tower: Any, prefix: str = "") -> dict[str, Any]:
-    """The inverse of `encoder_fields`."""
+    """Writes the fields that `encoder_fields` reads."""
     layers = tower.transformer
     return {
         f"{prefix}hidden_size": layers.width,
@@ -139,39 +139,33 @@ def encoder_config(tower: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def token_id(config: Mapping[str, Any], name: str) -> int:
-    """The id of a special token; 0 if the config has none, or several, and the model uses none."""
+    """Reads the id of a special token; 0 if the config has none or several."""
     value = config.get(name)
     return value if type(value) is int else 0
 
 
 def three_channels(config: Mapping[str, Any], where: object) -> None:
-    """
-    Raises:
-      UserError: the model takes other images than RGB.
-    """
+    """Raises UserError unless the model takes RGB images."""
     if config["num_channels"] != 3:
         raise UserError(f"{where}: num_channels is {config['num_channels']}; only 3 can be read")
 
 
 def biased_attention(config: Mapping[str, Any], where: object) -> None:
-    """
-    Raises:
-      UserError: queries, keys and values have no bias.
-    """
+    """Raises UserError unless queries, keys and values have biases."""
     if not config["qkv_bias"]:
         raise UserError(f"{where}: qkv_bias is false; only attention with a bias can be read")
 
 
 def read_texts(directory: Path, text: Mapping[str, Any], kind: str) -> dict[str, Any]:
-    """What a text config and the tokenizer beside it say, as fields of `Extras`.
+    """Reads a text config and the tokenizer beside it, as fields of `Extras`.
 
     Args:
-      kind: the class that a tokenizer of this model type has if its config names none.
+      kind: the tokenizer's class for this type of model, if its config names none.
     """
     extras: dict[str, Any] = {}
     for ours in ("bos_id", "eos_id", "pad_id"):
         value = text.get(f"{ours.removesuffix('_id')}_token_id")
         if type(value) is int:
             extras[ours] = value
-    extras["tokenizer"] = TokenizerFiles.found(directory, kind=kind)
+    extras["tokenizer"] = TokenizerFiles.from_folder(directory, kind=kind)
     return extras

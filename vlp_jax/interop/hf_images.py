@@ -2,8 +2,8 @@
 
 Source: transformers 5.24, image_processing_backends.py (`TorchvisionBackend`, `PilBackend`),
 image_processing_utils.py (`get_size_dict`) and models/auto/image_processing_auto.py. All classes in
-`DEFAULTS` take the same steps: resize, cut the middle out, rescale, normalize. They differ in their
-defaults, which count for every key that a file does not have.
+`DEFAULTS` take the same steps: resize, center crop, rescale, normalize. They differ in the defaults
+of keys that a file lacks.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from vlp_jax.models.values import Pixels
 
 FILE, NESTED = "preprocessor_config.json", "processor_config.json"
 
-# Resampling of PIL, which image processors name by its number.
+# Image processors give PIL's resampling method by its number.
 RESAMPLING = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3, "box": 4, "hamming": 5}
 
 _OF_ALL = {
@@ -45,7 +45,7 @@ _CLIP = {
     "do_center_crop": True,
     "default_to_square": False,
 }
-# Class without "ImageProcessor" -> its defaults. That of ViTHybrid is as transformers 4 has it.
+# Class without "ImageProcessor" -> its defaults. ViTHybrid exists in transformers 4 alone.
 DEFAULTS: dict[str, dict[str, Any]] = {
     "Bit": _CLIP,
     "Blip": {**_OF_ALL, **_OPENAI, "size": {"height": 384, "width": 384}},
@@ -56,7 +56,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "ViT": {**_OF_ALL, "resample": RESAMPLING["bilinear"]},
     "ViTHybrid": _CLIP,
 }
-# Steps that we know, with those that change nothing of an RGB image of the model's size.
+# Steps that are handled here, and steps without effect on an RGB image of the model's size.
 _STEPS = {name for name in _OF_ALL if name.startswith("do_")} | {"do_convert_rgb", "do_pad"}
 
 
@@ -68,52 +68,52 @@ def read(
     notes: list[str],
     **without: tuple[float, ...],
 ) -> dict[str, Any]:
-    """What a folder's image processor does, as fields of `Extras`; notes what we do otherwise.
+    """Reads a folder's image processor as fields of `Extras`; notes steps that cannot be done here.
 
     Args:
-      kind: in `DEFAULTS`: the class that a model of this type has if the file names none.
+      kind: a key of `DEFAULTS`, the class for this type of model if the file names none.
       size: height and width of the images that the model takes.
-      like: gives the normalization if there is no image processor.
-      without: the normalization if `like` gives none either, where it is not the class's.
+      like: supplies the normalization if there is no image processor.
+      without: the normalization if there is neither; by default the class's.
 
     Raises:
-      UserError: the file holds something else than numbers where they have to be.
+      UserError: a value that should be a number is something else.
     """
     file, config = _config(directory)
     if not config:
         settings = {**DEFAULTS[kind], **without}
-        told = Pixels(tuple(settings["image_mean"]), tuple(settings["image_std"]))
-        pixels = getattr(like, "pixels", told)
-        found = {"image_mean": pixels.mean, "image_std": pixels.std}
+        default = Pixels(tuple(settings["image_mean"]), tuple(settings["image_std"]))
+        pixels = getattr(like, "pixels", default)
+        normal = {"image_mean": pixels.mean, "image_std": pixels.std}
         settings |= {"size": {"shortest_edge": min(size)}, "crop_size": list(size)}
         if not settings["do_center_crop"]:
             settings["size"] = list(size)
         notes.append(
-            f"{directory} has no image processor: image_mean {found['image_mean']}, image_std "
-            f"{found['image_std']}, resized as by a {kind}ImageProcessor"
+            f"{directory} has no image processor: image_mean {normal['image_mean']}, image_std "
+            f"{normal['image_std']}, resized as by a {kind}ImageProcessor"
         )
     else:
-        settings = {**_defaults(config, kind, notes), **_given(config)}
-        found = _normalization(settings, file)
+        settings = {**_defaults(config, kind, notes), **_set_keys(config)}
+        normal = _normalization(settings, file)
         _note_unknown_steps(config, size, notes)
     resample = settings["resample"]
     names = {number: name for name, number in RESAMPLING.items()}
     if resample not in names:
         raise UserError(f"{file}: resample is {resample!r}, not one of PIL's methods 0 to 5")
     geometry = _geometry(settings, size, file, notes)
-    return {**found, "interpolation": names[resample], **geometry, "crop_rounding": "down"}
+    return {**normal, "interpolation": names[resample], **geometry, "crop_rounding": "down"}
 
 
-def normalization(found: Mapping[str, Any]) -> Pixels:
-    """The part of what `read` gives that a module holds itself."""
-    return Pixels(found["image_mean"], found["image_std"])
+def normalization(extras: Mapping[str, Any]) -> Pixels:
+    """Selects from the result of `read` the normalization, which a module holds itself."""
+    return Pixels(extras["image_mean"], extras["image_std"])
 
 
 def write(module: Module, directory: Path, extras: Extras, kind: str) -> Path:
     """Writes preprocessor_config.json.
 
     Args:
-      kind: the class of the image processor if nothing is cut; otherwise it is CLIP's.
+      kind: the class of the image processor without a crop; with a crop it is CLIP's.
     """
     pixels = extras.pixels_of(module)
     height, width = base.image_of(module).image_size
@@ -131,7 +131,7 @@ def write(module: Module, directory: Path, extras: Extras, kind: str) -> Path:
         "image_mean": list(pixels.mean),
         "image_std": list(pixels.std),
     }
-    if kind == "CLIPImageProcessor":  # which cuts if it is not told otherwise
+    if kind == "CLIPImageProcessor":  # its default is to crop
         config["do_center_crop"] = crop
     if crop:
         config["crop_size"] = {"height": height, "width": width}
@@ -144,7 +144,7 @@ def write(module: Module, directory: Path, extras: Extras, kind: str) -> Path:
 
 
 def problems(model: str, extras: Extras) -> list[str]:
-    """A line if the resize cannot be written."""
+    """Returns a line if the resize cannot be expressed."""
     if extras.resize == "crop" and isinstance(extras.scale, tuple):
         height, width = extras.scale
         return [
@@ -155,9 +155,9 @@ def problems(model: str, extras: Extras) -> list[str]:
 
 
 def _config(directory: Path) -> tuple[Path, dict[str, Any]]:
-    """The file and the config of an image processor; an empty config if there is none.
+    """Returns the file and the config of an image processor; {} if there is none.
 
-    As in transformers, a section of processor_config.json counts before the file of its own.
+    As in transformers, a section of processor_config.json precedes preprocessor_config.json.
     """
     nested = files.load_json_if_there(directory / NESTED).get("image_processor")
     if isinstance(nested, dict) and nested:
@@ -165,10 +165,10 @@ def _config(directory: Path) -> tuple[Path, dict[str, Any]]:
     return directory / FILE, files.load_json_if_there(directory / FILE)
 
 
-def _given(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The keys that a file sets: null leaves a step out."""
-    said = {name: config[name] for name in _OF_ALL if name in config}
-    return {name: x for name, x in said.items() if x is not None or name.startswith("do_")}
+def _set_keys(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the keys that a file sets. A null means the default, but turns off `do_...`."""
+    values = {name: config[name] for name in _OF_ALL if name in config}
+    return {name: x for name, x in values.items() if x is not None or name.startswith("do_")}
 
 
 def _defaults(config: Mapping[str, Any], kind: str, notes: list[str]) -> dict[str, Any]:
@@ -195,36 +195,37 @@ def _note_unknown_steps(config: Mapping[str, Any], size: tuple[int, int], notes:
 
 
 def _normalization(settings: Mapping[str, Any], file: Path) -> dict[str, tuple[float, ...]]:
-    """`image_mean` and `image_std` of pixels in [0, 1].
+    """Computes `image_mean` and `image_std` for pixels in [0, 1].
 
-    Theirs is (x * factor - mean) / std of x in [0, 255], whatever the factor.
+    transformers computes (x * factor - mean) / std for x in [0, 255], with any factor.
 
     Raises:
-      UserError: they are not three numbers each, or one number; or divide by zero.
+      UserError: mean or std is neither one number nor three, or std is zero.
     """
     factor = settings["rescale_factor"] if settings["do_rescale"] else 1
     if isinstance(factor, bool) or not isinstance(factor, int | float) or not factor > 0:
         raise UserError(f"{file}: rescale_factor is {factor!r}, not a number above 0")
+    # (255 f x' - mean) / std = (x' - mean / 255 f) / (std / 255 f), for x' in [0, 1].
     unit = 1.0 if math.isclose(factor, 1 / 255, rel_tol=1e-6) else 255 * factor
     given = {"image_mean": settings["image_mean"], "image_std": settings["image_std"]}
     if not settings["do_normalize"]:
         given = {"image_mean": (0.0, 0.0, 0.0), "image_std": (1.0, 1.0, 1.0)}
-    found = {}
+    scaled = {}
     for name, values in given.items():
         numbers = [values] * 3 if isinstance(values, int | float) else values
         fits = isinstance(numbers, list | tuple) and len(numbers) == 3
         if not fits or not all(isinstance(x, int | float) for x in numbers):
             raise UserError(f"{file}: {name} is {values!r}, not three numbers")
-        found[name] = tuple(float(x) / unit for x in numbers)
-    if not all(found["image_std"]):
+        scaled[name] = tuple(float(x) / unit for x in numbers)
+    if not all(scaled["image_std"]):
         raise UserError(
             f"{file}: image_std is {given['image_std']!r}, and pixels are divided by it"
         )
-    return found
+    return scaled
 
 
 def _pair(size: Any) -> tuple[int, int] | None:
-    """Height and width of a size that names both; None if it does not."""
+    """Returns height and width of a size that has both; else None."""
     if isinstance(size, Mapping):
         size = [size.get("height"), size.get("width")]
     sides = tuple(size) if isinstance(size, list | tuple) else (size, size)
@@ -235,10 +236,10 @@ def _pair(size: Any) -> tuple[int, int] | None:
 def _geometry(
     settings: Mapping[str, Any], size: tuple[int, int], file: Path, notes: list[str]
 ) -> dict[str, Any]:
-    """`resize` and `scale`; notes what cannot be done, or what does not give the model's size.
+    """Computes `resize` and `scale`; notes steps that cannot be done, or that give another size.
 
     Raises:
-      UserError: a size is none.
+      UserError: a size is invalid.
     """
     takes = f"the model takes {size[0]} x {size[1]}"
     cut = settings["do_center_crop"]

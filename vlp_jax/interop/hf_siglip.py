@@ -1,9 +1,9 @@
 """Hugging Face `SiglipModel`: config.json, model.safetensors, preprocessor_config.json.
 
-Source: transformers, models/siglip/modeling_siglip.py and configuration_siglip.py. The checkpoints
-of SigLIP 2 with a fixed resolution are of this class too; those of "siglip2" (NaFlex) are not. The
-projection to queries, keys and values is one tensor in the image tower's head, and three in every
-encoder. The text is pooled at its last position, padding or not.
+Source: transformers, models/siglip/modeling_siglip.py and configuration_siglip.py. Checkpoints of
+SigLIP 2 with a fixed resolution have this class too; NaFlex checkpoints ("siglip2") do not. The
+projection to queries, keys and values is one tensor in the image tower's head, and three tensors in
+every encoder. Texts are pooled at the last position, padding or not.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ TABLE: Table = [
 ]
 IGNORED = (r"(text|vision)_model\.embeddings\.position_ids",)
 
-# Defaults of SiglipVisionConfig and SiglipTextConfig.
+# Defaults of SiglipVisionConfig and SiglipTextConfig: a config.json may omit them.
 VISION_DEFAULTS = {
     "hidden_size": 768,
     "intermediate_size": 3072,
@@ -92,10 +92,11 @@ TEXT_DEFAULTS = {
     "pad_token_id": 1,
     "eos_token_id": 49407,
 }
-# The text is pooled at its last position, padded or not, and no token is hidden from another.
+# No attention_mask: padding is pooled and seen like every token.
 TOKENIZER_GIVES = ("input_ids",)
 LOGIT_SCALE_INIT, LOGIT_BIAS_INIT = math.log(10), -10.0  # Zhai et al. 2023, 3.2
 
+# Values of our fields that the class can express.
 IMAGE_HAS = {
     "pooling": ("map",),
     "class_token": (False,),
@@ -120,7 +121,7 @@ def read(path: Path, like: Module | None = None) -> Imported:
     """Reads a folder or its file of weights.
 
     Raises:
-      UserError: the files are not those of a SiglipModel that we can express.
+      UserError: the files hold no SiglipModel that can be expressed here.
     """
     weights, config = hf_common.open_folder(path, "siglip")
     where, notes = weights.parent / "config.json", []
@@ -156,9 +157,9 @@ def read(path: Path, like: Module | None = None) -> Imported:
 
 
 def check(module: Module, extras: Extras) -> list[str]:
-    """All that a SiglipModel cannot express of a module.
+    """Returns a line for each property of a module that a SiglipModel cannot express.
 
-    A text head without bias, or logits without, is one whose bias is zero.
+    A text head or logits without a bias can be expressed: they are written with a bias of zero.
     """
     return [
         *base.requirements(MODEL, "image", module.image, IMAGE_HAS),
@@ -170,7 +171,7 @@ def check(module: Module, extras: Extras) -> list[str]:
 
 
 def write(module: DualEncoder, params: Params, directory: Path, extras: Extras) -> list[Path]:
-    """Writes a folder that `SiglipModel.from_pretrained` takes."""
+    """Writes a folder for `SiglipModel.from_pretrained`."""
     image, params = base.with_position_table(module.image, params)
     params.setdefault("logit_bias", np.zeros((), np.float32))
     params.setdefault("text_projection/bias", np.zeros(module.embed_dim, np.float32))

@@ -1,4 +1,4 @@
-"""The files of a tokenizer, as `AutoTokenizer.from_pretrained` takes them, and open_clip with it.
+"""Reads and writes tokenizer files for `AutoTokenizer.from_pretrained`, which open_clip uses too.
 
 Source: transformers, tokenization_utils_base.py and tokenization_utils_fast.py of 4.57, and
 tokenization_utils_tokenizers.py of 5.24.
@@ -16,7 +16,7 @@ from vlp_jax.files import without_mark
 from vlp_jax.interop import files
 
 CONFIG, TOKENIZER = "tokenizer_config.json", "tokenizer.json"
-# Whatever a tokenizer of theirs may consist of; one of the first two alone is enough.
+# All files that a foreign tokenizer may consist of. The last three alone are no tokenizer.
 NAMES = (
     *(TOKENIZER, "spiece.model", "tokenizer.model", "vocab.json", "vocab.txt", "merges.txt"),
     *(CONFIG, "special_tokens_map.json", "added_tokens.json"),
@@ -25,13 +25,13 @@ NAMES = (
 
 @dataclasses.dataclass(frozen=True)
 class TokenizerFiles:
-    """A tokenizer in files.
+    """The files of a tokenizer.
 
     Attributes:
-      contents: name of a file -> what is in it; none if the library has the tokenizer itself.
-      kind: the class that `AutoTokenizer` takes if `contents` do not name one.
+      contents: file name -> content; empty if the library contains the tokenizer itself.
+      kind: the class that `AutoTokenizer` takes if `contents` names none.
       open_clip: for a tokenizer that open_clip wraps, `tokenizer_kwargs` and `tokenizer_mode` of
-        the model's `text_cfg`; None for others.
+        the model's `text_cfg`; else None.
     """
 
     contents: Mapping[str, bytes]
@@ -39,7 +39,7 @@ class TokenizerFiles:
     open_clip: Mapping[str, Any] | None = None
 
     @classmethod
-    def made(
+    def from_json(
         cls,
         tokenizer_json: str,
         *,
@@ -48,12 +48,12 @@ class TokenizerFiles:
         pad_id: int,
         context_length: int,
     ) -> Self:
-        """Of a tokenizer.json that frames a text itself.
+        """Makes the files for a tokenizer.json that adds bos and eos to texts itself.
 
         Args:
           tokenizer_json: the content of the file.
-          bos_id, eos_id, pad_id: special tokens in it.
-          context_length: rows are cut to and padded to this.
+          bos_id, eos_id, pad_id: the ids of special tokens in it.
+          context_length: the length to which rows are truncated and padded.
         """
         content = json.loads(tokenizer_json)
         names = {token["id"]: token["content"] for token in content["added_tokens"]}
@@ -73,8 +73,8 @@ class TokenizerFiles:
         return cls({TOKENIZER: tokenizer_json.encode(), CONFIG: json.dumps(config).encode()})
 
     @classmethod
-    def found(cls, directory: Path, **fields: Any) -> Self | None:
-        """The files of a directory; None if no tokenizer is there. `fields` are attributes."""
+    def from_folder(cls, directory: Path, **fields: Any) -> Self | None:
+        """Reads the files of a directory; None if it has no tokenizer. `fields` are attributes."""
         paths = [directory / name for name in NAMES if (directory / name).is_file()]
         contents = {path.name: without_mark(path.read_bytes(), str(path)) for path in paths}
         return cls(contents, **fields) if contents.keys() - {*NAMES[-3:]} else None
@@ -83,8 +83,8 @@ class TokenizerFiles:
         """Writes the files.
 
         Args:
-          inputs: what a model takes of a tokenizer's output. One that pools the last position of a
-            padded row takes no `attention_mask`.
+          inputs: the tokenizer's outputs that the model takes. A model that pools the last position
+            of a padded row takes no `attention_mask`.
         """
         config = json.loads(self.contents.get(CONFIG, b"{}"))
         config["model_input_names"] = list(inputs)
@@ -93,7 +93,7 @@ class TokenizerFiles:
 
 
 def _unknown(model: Mapping[str, Any]) -> str | None:
-    """The token for what a model does not know; None, as for CLIP's, if bytes leave nothing so."""
+    """Returns the token for unknown text; None if there is none, as with CLIP's bytes."""
     if model.get("unk_id") is not None:
         return model["vocab"][model["unk_id"]][0]
     return model.get("unk_token")

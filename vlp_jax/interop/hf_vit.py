@@ -1,9 +1,11 @@
 """Hugging Face `ViTModel`: config.json, model.safetensors, preprocessor_config.json.
 
-Source: transformers, models/vit/modeling_vit.py and configuration_vit.py. What is written has
-no pooling layer on top: `ViTModel.from_pretrained(path, add_pooling_layer=False)`, of which the
-feature is the class token of `last_hidden_state`. A classifier or pooling layer that a file has is
-left out. The names are those of transformers 4, which 5 reads too.
+Source: transformers, models/vit/modeling_vit.py and configuration_vit.py.
+
+- Written files have no pooling layer: load them by `ViTModel.from_pretrained(path,
+  add_pooling_layer=False)`. The feature is the class token of `last_hidden_state`.
+- On reading, a classifier or a pooling layer is left out.
+- Written names are transformers 4's, which version 5 reads too.
 """
 
 from __future__ import annotations
@@ -42,7 +44,7 @@ TABLE: Table = [
 ]
 LEFT_OUT = re.compile(r"pooler\..*|classifier\..*|decoder\..*|embeddings\.mask_token")
 
-# Names of transformers 5 -> those of 4.
+# Names in transformers 5 -> names in transformers 4.
 RENAMED = (
     (r"^layers\.", "encoder.layer."),
     (r"attention\.q_proj\.", "attention.attention.query."),
@@ -53,7 +55,7 @@ RENAMED = (
     (r"mlp\.fc2\.", "output.dense."),
 )
 
-# Defaults of ViTConfig.
+# Defaults of ViTConfig: a config.json may omit them.
 DEFAULTS = {
     "hidden_size": 768,
     "num_hidden_layers": 12,
@@ -67,6 +69,7 @@ DEFAULTS = {
     "qkv_bias": True,
 }
 
+# Values of our fields that the class can express.
 IMAGE_HAS = {
     "pooling": ("cls", "none"),
     "class_token": (True,),
@@ -82,7 +85,7 @@ def read(path: Path, like: Module | None = None) -> Imported:
     """Reads a folder or its file of weights; the tower is pooled at the class token.
 
     Raises:
-      UserError: the files are not those of a ViTModel that we can express.
+      UserError: the files hold no ViTModel that can be expressed here.
     """
     weights, config = hf_common.open_folder(path, "vit")
     where, notes = weights.parent / "config.json", []
@@ -110,7 +113,7 @@ def read(path: Path, like: Module | None = None) -> Imported:
 
 
 def check(module: Module, extras: Extras) -> list[str]:
-    """All that a ViTModel cannot express of a module."""
+    """Returns a line for each property of a module that a ViTModel cannot express."""
     return [
         *base.requirements(MODEL, "image", module, IMAGE_HAS),
         *hf_images.problems(MODEL, extras),
@@ -118,7 +121,7 @@ def check(module: Module, extras: Extras) -> list[str]:
 
 
 def write(module: VisionTransformer, params: Params, directory: Path, extras: Extras) -> list[Path]:
-    """Writes a folder that `ViTModel.from_pretrained` takes."""
+    """Writes a folder for `ViTModel.from_pretrained`."""
     image, params = base.with_position_table(module, params)
     height, width = image.image_size
     config = {
@@ -143,7 +146,7 @@ def write(module: VisionTransformer, params: Params, directory: Path, extras: Ex
 def _names_of_4(tensors: Tensors, notes: list[str]) -> Tensors:
     renamed, left_out = {}, []
     for key, x in tensors.items():
-        name = key.removeprefix("vit.")
+        name = key.removeprefix("vit.")  # the prefix of ViTForImageClassification
         for pattern, name_of_4 in RENAMED:
             name = re.sub(pattern, name_of_4, name)
         if LEFT_OUT.fullmatch(name):

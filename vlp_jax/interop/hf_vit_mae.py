@@ -1,8 +1,8 @@
 """Hugging Face `ViTMAEForPreTraining`: config.json, model.safetensors, preprocessor_config.json.
 
-Source: transformers, models/vit_mae/modeling_vit_mae.py and configuration_vit_mae.py. The names are
-those of transformers 4, which 5 reads too; those that 5 writes are read. Both tables of positions
-are always in the file: no two versions of the library compute the same sines and cosines.
+Source: transformers, models/vit_mae/modeling_vit_mae.py and configuration_vit_mae.py. Written names
+are transformers 4's, which version 5 reads too; names of both versions are read. Both position
+tables are always in the file, because versions of the library compute different sines and cosines.
 """
 
 from __future__ import annotations
@@ -52,14 +52,14 @@ TABLE: Table = [
     *linear("decoder/prediction", "decoder.decoder_pred"),
 ]
 
-# Names of transformers 5, in memory and in its files -> those of 4.
+# Names in transformers 5, in memory and in files -> names in transformers 4.
 RENAMED = (
     (r"^decoder\.decoder_encoder\.layer\.", "decoder.decoder_layers."),
     (r"^vit\.layers\.", "vit.encoder.layer."),
     *hf_vit.RENAMED[1:],
 )
 
-# Defaults of ViTMAEConfig.
+# Defaults of ViTMAEConfig: a config.json may omit them.
 DEFAULTS = {
     **hf_vit.DEFAULTS,
     "decoder_num_attention_heads": 16,
@@ -69,7 +69,7 @@ DEFAULTS = {
     "mask_ratio": 0.75,
     "norm_pix_loss": False,
 }
-SAME_TABLE = 1e-5  # a table no further from the fixed sines and cosines is these
+SAME_TABLE = 1e-5  # a table this close to the fixed sines and cosines counts as fixed
 
 IMAGE_HAS = {**hf_vit.IMAGE_HAS, "pooling": ("none",)}
 
@@ -78,7 +78,7 @@ def read(path: Path, like: Module | None = None) -> Imported:
     """Reads a folder or its file of weights.
 
     Raises:
-      UserError: the files are not those of a ViTMAEForPreTraining that we can express.
+      UserError: the files hold no ViTMAEForPreTraining that can be expressed here.
     """
     weights, config = hf_common.open_folder(path, "vit_mae")
     where, notes = weights.parent / "config.json", []
@@ -101,7 +101,7 @@ def read(path: Path, like: Module | None = None) -> Imported:
 
 
 def check(module: Module, extras: Extras) -> list[str]:
-    """All that a ViTMAEForPreTraining cannot express of a module."""
+    """Returns a line for each property of a module that ViTMAEForPreTraining cannot express."""
     image, decoder = module.image, module.decoder
     problems = [
         *base.requirements(MODEL, "image", image, IMAGE_HAS),
@@ -109,6 +109,7 @@ def check(module: Module, extras: Extras) -> list[str]:
         *base.requirements(MODEL, "decoder", decoder, {"class_token": (True,)}),
         *hf_images.problems(MODEL, extras),
     ]
+    # The config has one value for encoder and decoder.
     for field in ("activation", "norm_eps"):
         a, b = (getattr(tower.transformer, field) for tower in (image, decoder))
         if a != b:
@@ -117,7 +118,7 @@ def check(module: Module, extras: Extras) -> list[str]:
 
 
 def write(module: MaskedAutoencoder, params: Params, directory: Path, extras: Extras) -> list[Path]:
-    """Writes a folder that `ViTMAEForPreTraining.from_pretrained` takes."""
+    """Writes a folder for `ViTMAEForPreTraining.from_pretrained`."""
     image, params = base.with_position_table(module.image, params)
     decoder = module.decoder
     if decoder.position == "sincos":
@@ -147,7 +148,7 @@ def write(module: MaskedAutoencoder, params: Params, directory: Path, extras: Ex
 def _module(
     config: dict[str, Any], where: Path, pixels: Pixels, notes: list[str]
 ) -> MaskedAutoencoder:
-    """The model of a config, with learned positions."""
+    """Makes the model that a config describes, with learned positions."""
     hf_common.three_channels(config, where)
     hf_common.biased_attention(config, where)
     patch = base.one_side(config["patch_size"], "patch_size", where)
@@ -175,7 +176,7 @@ def _module(
 def _with_fixed_positions(
     module: MaskedAutoencoder, params: Params
 ) -> tuple[MaskedAutoencoder, Params]:
-    """The model with fixed positions where the learned ones are the same."""
+    """Replaces learned positions by fixed ones in towers whose tables are the fixed ones."""
     towers = {}
     for name in ("image", "decoder"):
         tower, path = getattr(module, name), f"{name}/position_embedding"
@@ -188,7 +189,7 @@ def _with_fixed_positions(
 
 
 def _sines(tower: VisionTransformer | MaskedDecoder) -> np.ndarray:
-    """The fixed table, with a row of zeros for the class token."""
+    """Makes the fixed table, with a row of zeros for the class token."""
     return np.pad(sincos_2d(tower.grid, tower.transformer.width), ((1, 0), (0, 0)))
 
 

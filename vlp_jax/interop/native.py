@@ -1,14 +1,14 @@
-"""Our own format: config.json and model.safetensors, which say everything and need no table.
+"""The format "safetensors" of vlp_jax: config.json and model.safetensors, for every model.
 
 model.safetensors has an array for each path (`vlp_jax.interop.trees`), in float32, bfloat16 or int8
-(`vlp_jax.interop.precision`). config.json names the module and its fields, nested as the modules
-are, and what images and texts go through before:
+(`vlp_jax.interop.precision`). config.json has the module's class and fields, nested like the
+modules, and the preprocessing of images and texts:
 
     {"format": "vlp_jax", "version": 1, "weights": "float32",
      "model": {"class": "DualEncoder", "image": {"class": "VisionTransformer", ...}, ...},
      "extras": {"resize": "squash", "interpolation": "bicubic", "eos_id": 1, ...}}
 
-Fields that change how a model runs and not what it computes are not written.
+Fields that only change how a model is run are not written.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ _CLASSES = {
         *(CoCa, CoCaDecoder, CoCaText),
     )
 }
-# What the tokenizer's files and the head of config.json say.
+# Fields of `Extras` that are stored elsewhere: in the tokenizer's files, in config.json's head.
 _NOT_IN_EXTRAS = {"tokenizer", "weights"}
 
 
@@ -62,7 +62,7 @@ def read(path: Path, like: Module | None = None) -> Imported:
     """Reads a folder.
 
     Raises:
-      UserError: the files are not there, damaged, of another format or version, or do not fit each
+      UserError: the files are missing, damaged, of another format or version, or do not fit each
         other.
     """
     del like
@@ -85,14 +85,14 @@ def read(path: Path, like: Module | None = None) -> Imported:
     if report:
         raise UserError(f"{weights} does not fit its {CONFIG}: {report}")
     extras = _extras(config.get("extras"), where)
-    tokenizer = TokenizerFiles.found(directory)
+    tokenizer = TokenizerFiles.from_folder(directory)
     return Imported(
         module, params, [], extras if tokenizer is None else extras | {"tokenizer": tokenizer}
     )
 
 
 def check(module: Module, extras: Extras) -> list[str]:
-    """Nothing: every model of ours can be written."""
+    """Returns []: the format can express every model."""
     del module, extras
     return []
 
@@ -119,17 +119,17 @@ def write(module: Module, params: Params, directory: Path, extras: Extras) -> li
 
 
 def _fields(module: Any) -> dict[str, Any]:
-    """The class of a module and its fields, those that are modules nested."""
+    """Returns the class of a module and its fields; modules among them are nested."""
     fields = {"class": type(module).__name__}
     for name, value in described(module).items():
-        # Older readers do not know these, and take them to be so.
+        # Older versions of vlp_jax refuse these keys; without them they assume the plain value.
         if name not in PLAIN_LAYERS or value != PLAIN_LAYERS[name]:
             fields[name] = _fields(value) if type(value).__name__ in _CLASSES else value
     return fields
 
 
 def _constructor(kind: type) -> Callable[..., Any]:
-    """A function of the names that `described` gives, with them in its signature."""
+    """Returns a function that makes a `kind` from the names of `described`, in its signature."""
     if "transformer" in kind.__dataclass_fields__:
 
         @keywords_of(kind, TransformerConfig)
@@ -146,10 +146,10 @@ def _constructor(kind: type) -> Callable[..., Any]:
 
 
 def _module(fields: Any, where: Path) -> Any:
-    """The inverse of `_fields`.
+    """Makes the module that `_fields` has described.
 
     Raises:
-      UserError: a class or a field that is not known, or a field that is missing.
+      UserError: an unknown class or field, or a missing field.
     """
     if not isinstance(fields, dict) or fields.get("class") not in _CLASSES:
         raise UserError(f"{where} describes no model of ours (known: {', '.join(_CLASSES)})")
@@ -177,10 +177,10 @@ def _module(fields: Any, where: Path) -> Any:
         raise UserError(f"{where}: {error}") from error
 
 
-def _extras(said: Any, where: Path) -> dict[str, Any]:
+def _extras(section: Any, where: Path) -> dict[str, Any]:
     known = {field.name for field in dataclasses.fields(Extras)} - _NOT_IN_EXTRAS
     extras = {}
-    for name, value in (said or {}).items() if isinstance(said, Mapping | None) else ():
+    for name, value in (section or {}).items() if isinstance(section, Mapping | None) else ():
         if name not in known:
             raise UserError(unknown_key_message(name, known, f"{where}, extras"))
         extras[name] = tuple(value) if isinstance(value, list) else value

@@ -1,13 +1,15 @@
 """open_clip: open_clip_config.json and open_clip_model.safetensors.
 
-Source: open_clip_torch 3.3, model.py, transformer.py, timm_model.py and factory.py. A folder is
-what `open_clip.create_model_and_transforms("local-dir:PATH")` takes. There are two kinds of image
-tower: its own, which always has a class token and no bias of the patches, and one of timm, by whose
-name alone the sizes are known, so that only those of the SigLIP family can be written. The text
-tower is its own in both; with a tower of timm its keys begin with "text.".
+Source: open_clip_torch 3.3, model.py, transformer.py, timm_model.py and factory.py. The folder is
+loaded by `open_clip.create_model_and_transforms("local-dir:PATH")`.
 
-Activations: erf GELU; its own towers have the tanh approximation by `act_kwargs`, or both the
-quick GELU by `quick_gelu`; a tower of timm has what its name says.
+There are two kinds of image tower:
+- native: always with a class token, and without a bias of the patches.
+- timm: sizes are known by the name of timm's model alone. So only the SigLIP family can be written.
+The text tower is native in both cases. With a timm tower its keys begin with "text.".
+
+The default activation is the erf GELU. `act_kwargs` gives a native tower the tanh approximation,
+and `quick_gelu` gives both towers the quick GELU. A timm tower's activation follows from its name.
 """
 
 from __future__ import annotations
@@ -66,6 +68,7 @@ WEIGHTS = (
 TRUNK, DECODER = "visual.trunk.", "text_decoder."
 IGNORED = (r"(text\.)?attn_mask", r"text\.transformer\.embeddings\.position_ids")
 
+# Values of our fields that the two kinds of towers can express.
 NATIVE_HAS = {
     "pooling": ("cls", "mean"),
     "class_token": (True,),
@@ -84,12 +87,12 @@ TEXT_HAS = {"pooling": ("eos", "argmax", "last"), "padding_mask": (False,)}
 
 
 def table(trunk: bool, text_bias: bool) -> Table:
-    """The mapping.
+    """Returns the mapping.
 
     Args:
-      trunk: the image tower is one of timm.
-      text_bias: the text head has a bias: then it is a Linear, otherwise a bare matrix that is
-        multiplied from the right.
+      trunk: whether the image tower is a timm tower.
+      text_bias: whether the text head has a bias. With a bias it is a Linear; without, it is a bare
+        matrix, with our order of axes.
     """
     text = "text." if trunk else ""
     image = timm.table(TRUNK) if trunk else native_tower()
@@ -122,11 +125,11 @@ def table(trunk: bool, text_bias: bool) -> Table:
 def read(path: Path, like: Module | None = None) -> Imported:
     """Reads a folder or a file of weights.
 
-    Without open_clip_config.json beside it, `like` has to say what shapes do not: heads,
-    activations, epsilons, poolings and whether the text is causal.
+    Without open_clip_config.json beside it, `like` must supply what does not follow from shapes:
+    heads, activations, epsilons, poolings, and whether the text is causal.
 
     Raises:
-      UserError: too little is known, or the files are not those of a model that we can express.
+      UserError: a setting is unknown, or the files hold no model that can be expressed here.
     """
     weights = files.find_weights(path, WEIGHTS)
     where = weights.parent / CONFIG
@@ -187,7 +190,7 @@ def _coca(
 
 
 def check(module: Module, extras: Extras) -> list[str]:
-    """All that open_clip cannot express of a module."""
+    """Returns a line for each property of a module that open_clip cannot express."""
     if isinstance(module, CoCa):
         return open_clip_coca.check(module, extras)
     image, text = module.image, module.text
@@ -196,7 +199,7 @@ def check(module: Module, extras: Extras) -> list[str]:
         problems.append(
             f"eos_id {extras.eos_id} is not text.eos_id {text.eos_id}, at which it pools"
         )
-    if image.class_token:
+    if image.class_token:  # a native tower
         tower = f"{MODEL}'s own image tower"
         problems += base.requirements(tower, "image", image, NATIVE_HAS)
         problems += base.requirements(tower, "", module, {"image_head": ("linear",)})
@@ -222,7 +225,7 @@ def check(module: Module, extras: Extras) -> list[str]:
 
 
 def write(module: Module, params: Params, directory: Path, extras: Extras) -> list[Path]:
-    """Writes a folder that `open_clip.create_model_and_transforms("local-dir:...")` takes."""
+    """Writes a folder for `open_clip.create_model_and_transforms("local-dir:...")`."""
     image, params = base.with_position_table(module.image, params)
     module, name = module.clone(image=image), directory.resolve().name
     model: dict[str, Any] = {
@@ -261,15 +264,15 @@ def write(module: Module, params: Params, directory: Path, extras: Extras) -> li
 
 
 def _plain_keys(tensors: Tensors) -> Tensors:
-    """Without the prefix of distributed training, text keys as with the tower's kind, scalars."""
+    """Unifies keys: no prefix of distributed training, "text." only with a timm tower."""
     if tensors and all(key.startswith("module.") for key in tensors):
         tensors = {key.removeprefix("module."): x for key, x in tensors.items()}
     named = any(key.startswith((TRUNK, DECODER)) for key in tensors)
     plain = {}
     for key, x in tensors.items():
         if not named:
-            key = key.removeprefix("text.")  # its own towers may be a CustomTextCLIP too
-        if key.startswith(f"{TRUNK}head."):  # timm_proj "": the projection is timm's classifier
+            key = key.removeprefix("text.")  # CustomTextCLIP adds it to native towers as well
+        if key.startswith(f"{TRUNK}head."):  # with timm_proj "", timm's classifier projects
             key = key.replace(f"{TRUNK}head.", "visual.head.proj.")
         plain[key] = x.reshape(()) if key in ("logit_scale", "logit_bias") and x.size == 1 else x
     return plain

@@ -1,10 +1,11 @@
-"""CoCa of open_clip: a config that has `multimodal_cfg` beside those of its two towers.
+"""open_clip's CoCa: a config with `multimodal_cfg` beside the sections of the two towers.
 
-Source: open_clip_torch 3.3, coca_model.py. The keys of the text tower begin with "text.". The
-layers of the decoder are two lists, `text_decoder.resblocks` and `text_decoder.cross_attn`. Of
-`multimodal_cfg` open_clip reads width, heads, layers, context_length and ls_init_value alone: the
-decoder's MLP is always four times as wide, its norms have the epsilon of PyTorch, and its
-activation is the quick GELU or the one with erf.
+Source: open_clip_torch 3.3, coca_model.py. Keys of the text tower begin with "text.". The layers of
+the decoder are two lists, `text_decoder.resblocks` and `text_decoder.cross_attn`.
+
+open_clip reads only width, heads, layers, context_length and ls_init_value from `multimodal_cfg`.
+So the decoder's MLP is always four times as wide, its norms have PyTorch's epsilon, and its
+activation is the quick GELU or the erf GELU.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ SECTION = "multimodal_cfg"
 POOLER_HEADS = 8  # default
 MLP_RATIO = 4
 
-# Values of the sections with which a CoCa is one of ours.
+# Values in a config's sections that a CoCa must have to be expressed here.
 HAS_KEYS = {
     "vision_cfg": {
         "attentional_pool": (True,),
@@ -71,6 +72,7 @@ HAS_KEYS = {
         "scaled_cosine_attn": (False,),
     },
 }
+# Keys whose default would make another model, so they must be present.
 NEEDED = (("vision_cfg", "attentional_pool"), ("text_cfg", "embed_cls"))
 IMAGE_HAS = {
     "pooling": ("none",),
@@ -83,12 +85,12 @@ DECODER_HAS = {"qk_norm": (False,), "norm_eps": (EPS,), "activation": ("gelu", "
 
 
 def table(same_width: bool) -> Table:
-    """The mapping.
+    """Returns the mapping.
 
     Args:
-      same_width: the queries of the pooler are as wide as the image's tokens: then
-        `torch.nn.MultiheadAttention` has one matrix for queries, keys and values, and otherwise
-        three. The bias is one in any case.
+      same_width: whether the pooler's queries are as wide as the image's tokens. If so,
+        `torch.nn.MultiheadAttention` has one matrix for queries, keys and values; if not, it has
+        three. The bias is one tensor in both cases.
     """
     ours, theirs = "pooler/attention", "visual.attn_pool.attn"
     names = ("query", "key", "value")
@@ -125,16 +127,12 @@ def table(same_width: bool) -> Table:
 
 
 def table_of(module: CoCa) -> Table:
-    """The mapping for a model."""
+    """Returns the mapping for a model."""
     return table(module.embed_dim == module.image.width)
 
 
 def check_config(model: Mapping[str, Any], where: Path) -> None:
-    """Checks that a config is of a kind of CoCa that we have.
-
-    Raises:
-      UserError: the config describes a CoCa that we do not have.
-    """
+    """Raises UserError if a config describes a CoCa that cannot be expressed here."""
     if not isinstance(model[SECTION], dict):
         raise UserError(f"{where}: {SECTION} must be a mapping, not {model[SECTION]!r}")
     for section, key in NEEDED:
@@ -152,14 +150,14 @@ def module_of(
     where: Path,
     notes: list[str],
 ) -> CoCa:
-    """Returns the model that tensors and config, or else `like`, describe.
+    """Makes the model that tensors and a config describe; without a config, `like` helps.
 
     Args:
-      model: the part of the config that describes it; empty if there is none.
-      tokenizer: tells the token that texts begin with.
+      model: the part of the config that describes the model; {} without a config.
+      tokenizer: names the token that texts begin with.
 
     Raises:
-      UserError: the config is of another kind of CoCa, or sizes do not fit each other.
+      UserError: the CoCa cannot be expressed here, or sizes do not fit each other.
     """
     if model:
         check_config(model, where)
@@ -203,7 +201,7 @@ def _text(
     else:
         bos_id = _bos_id(tokenizer)
         if bos_id is None:
-            bos_id = vocab_size - 2  # of CLIP's vocabulary
+            bos_id = vocab_size - 2  # its place in CLIP's vocabulary
             notes.append(
                 f"nothing tells the token that captions begin with: {bos_id}, as in CLIP's"
             )
@@ -257,14 +255,14 @@ def _decoder(
 
 
 def _bos_id(tokenizer: TokenizerFiles | None) -> int | None:
-    """The id of the token that a tokenizer's files call bos, or cls as BERT does."""
+    """Returns the id of the token that a tokenizer's files call bos, or cls as in BERT."""
     if tokenizer is None:
         return None
-    said = json.loads(tokenizer.contents.get(CONFIG, b"{}"))
+    config = json.loads(tokenizer.contents.get(CONFIG, b"{}"))
     content = json.loads(tokenizer.contents.get(TOKENIZER, b"{}"))
     ids = {token["content"]: token["id"] for token in content.get("added_tokens", ())}
     for name in ("bos_token", "cls_token"):
-        token = said.get(name)
+        token = config.get(name)
         token = token.get("content") if isinstance(token, dict) else token
         if token in ids:
             return ids[token]
@@ -272,7 +270,7 @@ def _bos_id(tokenizer: TokenizerFiles | None) -> int | None:
 
 
 def check(module: CoCa, extras: Extras) -> list[str]:
-    """Lists what open_clip cannot express of a CoCa."""
+    """Returns a line for each property of a CoCa that open_clip cannot express."""
     text, decoder = module.text, module.decoder
     problems = [
         *base.requirements(MODEL, "image", module.image, IMAGE_HAS),
@@ -300,7 +298,7 @@ def check(module: CoCa, extras: Extras) -> list[str]:
 
 
 def config_of(module: CoCa, extras: Extras, name: str) -> dict[str, Any]:
-    """The part of open_clip_config.json that describes the model.
+    """Makes the part of open_clip_config.json that describes the model.
 
     Args:
       name: see `text_sizes`.
@@ -309,6 +307,7 @@ def config_of(module: CoCa, extras: Extras, name: str) -> dict[str, Any]:
     scale = {} if layers_of.layer_scale is None else {"ls_init_value": layers_of.layer_scale}
     return {
         "vision_cfg": {
+            # The section needs pool_type "tok" (see HAS_KEYS); the last norm is the pooler's.
             **native_config(module.image.clone(pooling="cls", norm_after_pool=False)),
             "attentional_pool": True,
             "attn_pooler_queries": module.queries,

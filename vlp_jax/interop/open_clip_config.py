@@ -1,4 +1,4 @@
-"""open_clip_config.json: what it says of a model, and how a model is said in it.
+"""Reads and writes open_clip_config.json.
 
 Source: open_clip_torch 3.3, `CLIPVisionCfg`, `CLIPTextCfg` and `_build_vision_tower` in model.py,
 `PreprocessCfg` in transform.py.
@@ -24,13 +24,13 @@ from vlp_jax.models.values import Pixels, tower_fields
 from vlp_jax.models.vit import VisionTransformer
 
 POOLINGS = {"cls": "tok", "mean": "avg"}
-EPS = 1e-5  # of torch.nn.LayerNorm
-HEAD_WIDTH, TEXT_HEADS = 64, 8  # defaults
+EPS = 1e-5  # default of torch.nn.LayerNorm
+HEAD_WIDTH, TEXT_HEADS = 64, 8  # defaults of CLIPVisionCfg and CLIPTextCfg
 TOKENIZER_KEYS = ("tokenizer_kwargs", "tokenizer_mode")
 RESIZE_MODES = ("shortest", "longest", "squash")
 TRUNK_PROJECTIONS = {"none": "none", "linear": "linear", "linear_bias": "linear"}
 
-# Values of the two sections with which the model is one of ours.
+# Values in the two sections that a model must have to be expressed here.
 HAS_KEYS = {
     "vision_cfg": {"attentional_pool": (False,), "timm_proj": ("none", "linear", "")},
     "text_cfg": {
@@ -42,10 +42,10 @@ HAS_KEYS = {
 
 
 def read_config(config: Mapping[str, Any], where: Path) -> dict[str, Any]:
-    """The part of a config that describes the model; empty if there is no config.
+    """Returns the part of a config that describes the model; {} without a config.
 
     Raises:
-      UserError: the config lacks it.
+      UserError: the config lacks the part.
     """
     if not config:
         return {}
@@ -57,21 +57,14 @@ def read_config(config: Mapping[str, Any], where: Path) -> dict[str, Any]:
 
 
 def check_config(model: Mapping[str, Any], where: Path) -> None:
-    """
-    Raises:
-      UserError: the config describes a model that we do not have.
-    """
+    """Raises UserError if the config describes a model that cannot be expressed here."""
     refuse_unless(HAS_KEYS, model, where)
 
 
 def refuse_unless(
     keys: Mapping[str, Mapping[str, tuple[Any, ...]]], model: Mapping[str, Any], where: Path
 ) -> None:
-    """Checks the values that some keys of a config's sections may have, if they are there.
-
-    Raises:
-      UserError: one has another value.
-    """
+    """Raises UserError if a key of a config's sections has a value other than the allowed ones."""
     for section, allowed in keys.items():
         for key, value in model.get(section, {}).items():
             if key in allowed and value not in allowed[key]:
@@ -89,10 +82,10 @@ def image_fields(
     where: Path,
     notes: list[str],
 ) -> VisionTransformer:
-    """The image tower of open_clip's own kind that tensors and config, or else `like`, describe.
+    """Makes the native image tower that tensors and a config describe; without a config, `like`.
 
     Raises:
-      UserError: the pooling is unknown, or nothing tells the grid of patches.
+      UserError: the pooling or the grid of patches is unknown.
     """
     config = model.get("vision_cfg")
     width, _, patch, _ = base.shape_of(tensors, "visual.conv1.weight", 4, where)
@@ -128,10 +121,10 @@ def image_fields(
 
 
 def trunk_fields(model: Mapping[str, Any], where: Path) -> dict[str, Any]:
-    """What a config says of a tower of timm; nothing if there is no config.
+    """Reads the fields of a timm tower from a config; {} without a config.
 
     Raises:
-      UserError: the name of the tower, or its pooling, says nothing to us.
+      UserError: the name of the tower or its pooling is unknown.
     """
     if not model:
         return {}
@@ -150,7 +143,7 @@ def trunk_fields(model: Mapping[str, Any], where: Path) -> dict[str, Any]:
 def text_fields(
     tensors: Tensors, prefix: str, model: Mapping[str, Any], like: Module | None, where: Path
 ) -> TextTransformer:
-    """The text tower that tensors and config, or else `like`, describe.
+    """Makes the text tower that tensors and a config describe; without a config, `like` helps.
 
     Raises:
       UserError: the pooling is unknown.
@@ -186,7 +179,7 @@ def text_fields(
 
 
 def native_config(vit: VisionTransformer) -> dict[str, Any]:
-    """`vision_cfg` of a tower of open_clip's own kind."""
+    """Makes `vision_cfg` for a native tower."""
     return {
         "image_size": _size(vit),
         "patch_size": vit.patch_size,
@@ -202,7 +195,7 @@ def native_config(vit: VisionTransformer) -> dict[str, Any]:
 
 
 def trunk_config(module: DualEncoder) -> dict[str, Any]:
-    """`vision_cfg` of a tower of timm."""
+    """Makes `vision_cfg` for a timm tower."""
     config = {
         "image_size": _size(module.image),
         "timm_model_name": siglip_name(module.image),
@@ -214,7 +207,7 @@ def trunk_config(module: DualEncoder) -> dict[str, Any]:
 
 
 def text_config(module: DualEncoder, extras: Extras, name: str) -> dict[str, Any]:
-    """`text_cfg`; `name` as for `text_sizes`."""
+    """Makes `text_cfg`; for `name` see `text_sizes`."""
     text = module.text
     return {
         **text_sizes(text, extras, name),
@@ -227,11 +220,11 @@ def text_config(module: DualEncoder, extras: Extras, name: str) -> dict[str, Any
 
 
 def text_sizes(text: TextTransformer | CoCaText, extras: Extras, name: str) -> dict[str, Any]:
-    """Says in `text_cfg` how large a text tower is, and how texts become ids.
+    """Makes the part of `text_cfg` with the sizes of a text tower and its tokenizer.
 
     Args:
-      name: where the files of the tokenizer are. From "local-dir:" open_clip takes those of the
-        folder itself, whatever is said here; on a hub this is to be the name of the repository.
+      name: the repository with the tokenizer's files. open_clip ignores the name for "local-dir:",
+        where it takes the files in the folder.
     """
     tokenizer: dict[str, Any] = {}
     if extras.tokenizer is not None:
@@ -253,20 +246,20 @@ def text_sizes(text: TextTransformer | CoCaText, extras: Extras, name: str) -> d
 def pixels_of(
     config: Mapping[str, Any], like: Module | None, where: Path, notes: list[str]
 ) -> Pixels:
-    """How pixels are normalized: by the word of the config, of `like`, or else open_clip's default.
+    """Returns the normalization of pixels in the config, in `like`, or open_clip's default.
 
     Raises:
-      UserError: they are not three numbers each.
+      UserError: mean or std is not three numbers.
     """
-    said = config.get("preprocess_cfg") or {}
+    section = config.get("preprocess_cfg") or {}
     defaults = {"mean": base.OPENAI_MEAN, "std": base.OPENAI_STD}
     if not config:
         defaults = {"mean": like.pixels.mean, "std": like.pixels.std}
-    elif not {"mean", "std"} <= said.keys():
+    elif not {"mean", "std"} <= section.keys():
         notes.append(f"{where} does not say how pixels are normalized: as OpenAI's CLIP")
     pixels = {}
     for name, default in defaults.items():
-        values = said.get(name) or default
+        values = section.get(name) or default
         values = [values] * 3 if isinstance(values, int | float) else values
         if not isinstance(values, list | tuple) or len(values) != 3:
             raise UserError(f"{where}: preprocess_cfg.{name} is {values!r}, not three numbers")
@@ -277,16 +270,16 @@ def pixels_of(
 def extras_of(
     config: Mapping[str, Any], directory: Path, size: tuple[int, int], notes: list[str]
 ) -> dict[str, Any]:
-    """What a config and the files beside it say of images and texts, as fields of `Extras`.
+    """Reads the preprocessing of images and texts, as fields of `Extras`.
 
     Args:
-      size: height and width of the images that the model takes, whatever `preprocess_cfg` says.
+      size: height and width of the images that the model takes; `preprocess_cfg.size` is ignored.
     """
     if not config:
         return {}
-    said = config.get("preprocess_cfg") or {}
-    mode = said.get("resize_mode") or "shortest"
-    interpolation = said.get("interpolation") or "bicubic"
+    section = config.get("preprocess_cfg") or {}
+    mode = section.get("resize_mode") or "shortest"
+    interpolation = section.get("interpolation") or "bicubic"
     if mode == "longest":
         notes.append("its images are fitted in whole and padded, here their middle is cut out")
     if mode not in RESIZE_MODES or interpolation not in (*base.INTERPOLATIONS, "random"):
@@ -295,7 +288,7 @@ def extras_of(
         )
     extras: dict[str, Any] = {"resize": "squash" if mode == "squash" else "crop"}
     if mode != "squash" and size[0] != size[1]:
-        # Its ResizeKeepRatio for sides that differ is not told the interpolation.
+        # For sides that differ, open_clip uses ResizeKeepRatio and does not pass the interpolation.
         extras |= {"scale": size, "interpolation": "bicubic"}
     else:
         extras["interpolation"] = "bilinear" if interpolation == "bilinear" else "bicubic"
@@ -305,20 +298,20 @@ def extras_of(
 def tokenizer_of(
     config: Mapping[str, Any], directory: Path, notes: list[str]
 ) -> TokenizerFiles | None:
-    """The files that `open_clip.get_tokenizer` reads: none unless the config names some."""
+    """Reads the files that `open_clip.get_tokenizer` reads: none unless the config names some."""
     text = read_config(config, directory)["text_cfg"]
-    said = {name: text[name] for name in TOKENIZER_KEYS if text.get(name)}
+    settings = {name: text[name] for name in TOKENIZER_KEYS if text.get(name)}
     name = text.get("hf_tokenizer_name")
-    found = TokenizerFiles.found(directory, open_clip=said) if name else None
-    if found is not None:
-        return found
+    tokenizer = TokenizerFiles.from_folder(directory, open_clip=settings) if name else None
+    if tokenizer is not None:
+        return tokenizer
     if name:
         notes.append(f"its tokenizer is {name}, whose files are not in {directory}")
-    return TokenizerFiles({}, open_clip=said) if said else None
+    return TokenizerFiles({}, open_clip=settings) if settings else None
 
 
 def resize_problems(image: VisionTransformer, extras: Extras) -> list[str]:
-    """A line for each setting of the resize that `preprocess_cfg` has no place for."""
+    """Returns a line for each setting of the resize that `preprocess_cfg` cannot express."""
     lines = []
     height, width = image.image_size
     keeps = {None, image.image_size, *([height] if height == width else [])}
@@ -333,7 +326,7 @@ def resize_problems(image: VisionTransformer, extras: Extras) -> list[str]:
 
 
 def layers_config(tower: VisionTransformer | TextTransformer | CoCaText) -> dict[str, Any]:
-    """Says how the layers of a tower are, in its section."""
+    """Makes the keys of a tower's section that describe its layers."""
     layers = tower.transformer
     config: dict[str, Any] = {"norm_kwargs": {"eps": layers.norm_eps}}
     if layers.activation == "gelu_tanh":
@@ -348,7 +341,7 @@ def layers_config(tower: VisionTransformer | TextTransformer | CoCaText) -> dict
 def activation_and_eps(
     model: Mapping[str, Any], config: Mapping[str, Any], where: Path
 ) -> dict[str, Any]:
-    """The activation and the epsilon of the norms that a section tells."""
+    """Reads the activation and the epsilon of the norms from a section."""
     tanh = (config.get("act_kwargs") or {}).get("approximate") == "tanh"
     activation = "gelu_tanh" if tanh else "gelu"
     return {
@@ -365,18 +358,18 @@ def _ours(names: Mapping[str, str], theirs: Any, what: str, where: Path) -> str:
 
 
 def told_by(tower: Any, *fields: str) -> dict[str, Any]:
-    """Some fields of a tower, by name."""
+    """Selects some fields of a tower, by name."""
     return {field: value for field, value in tower_fields(tower).items() if field in fields}
 
 
 def layer_sizes(tensors: Tensors, blocks: str, where: Path) -> dict[str, Any]:
-    """The fields of the layers of a tower that its tensors tell.
+    """Reads the fields of a tower's layers from the shapes of its tensors.
 
     Args:
-      blocks: what their keys begin with, before the number of the layer.
+      blocks: the prefix of their keys, up to the number of the layer.
 
     Raises:
-      UserError: the first layer is not there.
+      UserError: the first layer is missing.
     """
     mlp_dim, _ = base.shape_of(tensors, f"{blocks}0.mlp.c_fc.weight", 2, where)
     numbers = {key[len(blocks) :].split(".")[0] for key in tensors if key.startswith(blocks)}

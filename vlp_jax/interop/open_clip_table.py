@@ -1,4 +1,4 @@
-"""Parts of the mapping that several models of open_clip share."""
+"""Parts of the mapping that several of open_clip's models share."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from vlp_jax.interop.tables import CONV, SQUEEZED, Entry, Table, fused, heads_ou
 
 
 def native_tower() -> Table:
-    """The image tower of open_clip's own kind."""
+    """Maps open_clip's native image tower."""
     return [
         Entry("image/class_token", "visual.class_embedding", SQUEEZED),
         Entry("image/position_embedding", "visual.positional_embedding"),
@@ -19,7 +19,7 @@ def native_tower() -> Table:
 
 
 def layers(ours: str, theirs: str) -> Table:
-    """The layers of a tower, or one of them if `theirs` has no `{i}`."""
+    """Maps the layers of a tower, or a single layer if `theirs` has no `{i}`."""
     return [
         *norm(f"{ours}/norm_attention", f"{theirs}.ln_1"),
         *fused(

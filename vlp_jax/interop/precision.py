@@ -1,12 +1,12 @@
-"""Weights in fewer bits: bfloat16, and int8 with a scale for each output of a matrix.
+"""Stores weights in fewer bits: bfloat16, or int8 with a scale for each output of a matrix.
 
-int8 is symmetric and of the weights alone: the largest magnitude of what makes one output becomes
-127 (absmax; Dettmers et al. 2022, "LLM.int8()", section 2). Computation stays in floating point. A
-matrix is a kernel or the table of token ids; all else (biases, norms, positions, tokens, the scale
-of the logits) stays float32.
+int8 is symmetric: the largest magnitude among the weights of one output becomes 127 (absmax;
+Dettmers et al. 2022, "LLM.int8()", section 2). Only weights are rounded; computation stays in
+floating point. Matrices are the kernels and the table of token ids. Everything else (biases, norms,
+positions, learned tokens, the logit scale) stays float32.
 
-Of an array in int8 a file has two: `PATH`, int8, and `PATH.scale`, float32, with as many axes, by
-which it is multiplied.
+A file has two arrays for a matrix in int8: `PATH` (int8), and `PATH.scale` (float32, the same
+number of axes), by which it is multiplied.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ LARGEST = 127
 
 
 def inputs_of(path: str) -> tuple[int, ...] | None:
-    """The axes of a matrix over which it sums, counted from its last; None if it is no matrix.
+    """Returns the axes over which a matrix product sums, as negative numbers; None for no matrix.
 
-    A table of token ids has a scale for each token, which is one row.
+    The table of token ids has one scale for each token (row).
 
     Args:
-      path: of a parameter, its layers stacked or not.
+      path: path of a parameter, with its layers stacked or not.
     """
     if path.endswith("token_embedding/embedding"):
         return (-1,)
@@ -41,21 +41,21 @@ def inputs_of(path: str) -> tuple[int, ...] | None:
 
 
 def quantize(x: np.ndarray, axes: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
-    """int8 and float32 scales (axes kept) of which the product is nearest to a matrix.
+    """Rounds a matrix to int8; returns it with its float32 scales, the axes kept as 1.
 
     Args:
-      x: float32 `[..., inputs, outputs]` in any order of axes.
-      axes: over which one scale holds.
+      x: float32, with inputs and outputs in any order of axes.
+      axes: the axes that share a scale.
     """
     scale = np.max(np.abs(x), axis=axes, keepdims=True).astype(np.float32) / LARGEST
-    scale = np.where(scale > 0, scale, np.float32(1))  # a row of zeros
+    scale = np.where(scale > 0, scale, np.float32(1))  # else a row of zeros divides by 0
     return np.rint(x / scale).astype(np.int8), scale
 
 
 def stored(params: Mapping[str, Any], weights: str) -> dict[str, np.ndarray]:
-    """The arrays of a file in which parameters have one of `WEIGHTS`.
+    """Converts parameters to the arrays of a file with the precision `weights`.
 
-    In bfloat16 all is so but single numbers, such as the scale of the logits.
+    With bfloat16, only single numbers such as the logit scale stay float32.
     """
     arrays: dict[str, np.ndarray] = {}
     for path, value in params.items():
@@ -69,7 +69,7 @@ def stored(params: Mapping[str, Any], weights: str) -> dict[str, np.ndarray]:
 
 
 def restored(arrays: Mapping[str, Any]) -> dict[str, Any]:
-    """The inverse of `stored`: float32 parameters, of NumPy's arrays or traced ones."""
+    """Converts the arrays of `stored` back to float32 parameters; works on traced arrays too."""
     params = {}
     for path, x in arrays.items():
         if path.endswith(SCALE):
@@ -81,17 +81,17 @@ def restored(arrays: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def rounded(params: Mapping[str, Any], weights: str) -> dict[str, np.ndarray]:
-    """The float32 parameters that are left of others when they were stored with `weights`."""
+    """Rounds float32 parameters as storing them with `weights` would."""
     if weights == "float32":
         return dict(params)
     return restored(stored(params, weights))
 
 
 def narrowed(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Tensors as bfloat16 where that holds each of their numbers exactly, as they are elsewhere.
+    """Casts each tensor to bfloat16 if that loses nothing.
 
-    So parameters that were rounded before take half the room, and what a format adds to them, such
-    as a table of sines, keeps its digits.
+    Parameters that were rounded before take half the space. Tensors that a format adds, such as a
+    table of sines, keep their precision.
     """
     narrow = {}
     for key, x in tensors.items():

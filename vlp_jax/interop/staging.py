@@ -1,4 +1,4 @@
-"""A folder that is there whole or not at all: written beside its place, and then moved there."""
+"""Writes a folder atomically: first beside its place, then moved there."""
 
 from __future__ import annotations
 
@@ -12,15 +12,12 @@ from pathlib import Path
 
 from vlp_jax.errors import UserError
 
-# What says that a folder is whole, and which files are of it; the last that is put in its place.
+# Lists the files of an export. It is moved last, so its presence means that the folder is complete.
 RECORD = "export.json"
 
 
 def check_free(directory: Path, overwrite: bool) -> None:
-    """
-    Raises:
-      UserError: a file is in the way, or a folder with files that may not be overwritten.
-    """
+    """Raises UserError if a file is in the way, or without `overwrite` a folder with files."""
     if directory.exists() and not directory.is_dir():
         raise UserError(f"{directory} is a file; name a folder that is to be made")
     if directory.is_dir() and any(directory.iterdir()) and not overwrite:
@@ -31,11 +28,11 @@ def check_free(directory: Path, overwrite: bool) -> None:
 
 @contextlib.contextmanager
 def staged(directory: Path, overwrite: bool) -> Iterator[Path]:
-    """A new folder of the same name to write into, which becomes `directory` at the end.
+    """Yields a new folder of the same name to write into, which becomes `directory` on exit.
 
-    It stands in a hidden folder beside `directory`, which a process that is killed leaves behind.
-    If `directory` has files already, those of an earlier export are replaced as a whole, and others
-    stay unless they have the name of a new one.
+    It is inside a hidden folder beside `directory`; a killed process leaves the hidden folder
+    behind. If `directory` has files already, all files of an earlier export are removed. Other
+    files stay, unless a new file has their name.
 
     Args:
       overwrite: see `check_free`.
@@ -57,32 +54,34 @@ def staged(directory: Path, overwrite: bool) -> Iterator[Path]:
         folder = beside / directory.name
         folder.mkdir()
         yield folder
-        check_free(directory, overwrite)  # hours may have passed
+        check_free(directory, overwrite)  # again, because an export may take hours
         _publish(folder, directory)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
 
 
 def _publish(folder: Path, directory: Path) -> None:
-    """Moves a whole folder to its place, where there may be one already."""
+    """Moves a complete folder to its place, into an existing folder if there is one."""
     if not directory.exists() or not any(directory.iterdir()):
         os.rename(folder, directory)
         return
     paths = [path.relative_to(folder) for path in folder.rglob("*") if path.is_file()]
     for name in _files_of_export(directory):
         (directory / name).unlink(missing_ok=True)
+    # The record comes last, see RECORD.
     for path in sorted(paths, key=lambda path: (path.name == RECORD, path)):
         (directory / path).parent.mkdir(parents=True, exist_ok=True)
         os.replace(folder / path, directory / path)
 
 
 def _files_of_export(directory: Path) -> list[str]:
-    """The record of an export that is in a folder, first, and the files that it names."""
+    """Lists the record of an export in a folder, then the files that it names."""
     try:
         files = json.loads((directory / RECORD).read_text(encoding="utf-8"))["files"]
     except FileNotFoundError:
         return []
     except (ValueError, KeyError, TypeError):
-        return [RECORD]  # what says nothing does not stay to say that the folder is whole
+        return [RECORD]  # unreadable, but it must not stay and mark the folder as complete
+    # A record comes from a file: it must not make us delete anything outside of the folder.
     inside = [str(x) for x in files if not Path(str(x)).is_absolute() and ".." not in Path(x).parts]
     return [RECORD, *inside]

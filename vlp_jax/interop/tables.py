@@ -1,9 +1,10 @@
-"""Mapping tables: which parameters of ours are which tensor of theirs, and how it is laid out.
+"""Mapping tables between our parameters and a foreign format's tensors.
 
-A table is a list of `Entry`, and the same entry is used for reading and for writing. It lists all
-that a format can hold; the entries whose parameters a model does not have are passed over. A layout
-is the two sides of an einops pattern, so both directions only move numbers: a round trip gives
-the same bits.
+A table is a list of `Entry`; the same entries read and write. It lists everything that a format can
+store. Entries whose parameters a model does not have are skipped.
+
+An `AxisOrder` holds the two sides of an einops pattern. So both directions only move numbers, and a
+round trip returns the same bits. In this file "ours" is vlp_jax and "theirs" the foreign format.
 """
 
 from __future__ import annotations
@@ -19,22 +20,22 @@ import numpy as np
 from vlp_jax.errors import UserError
 
 Shape = tuple[int, ...]
-SHOWN = 8  # names of a mismatch that are written out
+SHOWN = 8  # names that an error lists before it says "and N more"
 
 
 @dataclasses.dataclass(frozen=True)
-class Layout:
-    """How the axes of one parameter, or of several that are stacked, lie in ours and in theirs."""
+class AxisOrder:
+    """The order of axes of one parameter, or of several stacked ones, in ours and in theirs."""
 
     ours: str
     theirs: str
 
     def lengths(self, shape: Shape) -> dict[str, int]:
-        """The length of each axis that our shape gives."""
+        """Returns the length of each named axis, from our shape."""
         return {} if self.ours == "..." else dict(zip(self.ours.split(), shape, strict=True))
 
     def their_shape(self, shape: Shape) -> Shape:
-        """The shape that theirs has if ours has `shape`."""
+        """Returns their shape for our `shape`."""
         if self.theirs == "...":
             return shape
         lengths = {"1": 1, **self.lengths(shape)}
@@ -42,54 +43,55 @@ class Layout:
         return tuple(math.prod(lengths[axis] for axis in g.strip("()").split()) for g in groups)
 
 
-# i, o: in and out; h: heads, e: width of a head, d: width; t: parameters that they keep as one.
-SAME = Layout("...", "...")
-LINEAR = Layout("i o", "o i")  # torch.nn.Linear
-CONV = Layout("y x c o", "o c y x")  # torch.nn.Conv2d
-HEADS_IN = Layout("d h e", "(h e) d")  # queries, keys or values of torch.nn.Linear
-HEADS_BIAS = Layout("h e", "(h e)")
-HEADS_OUT = Layout("h e d", "d (h e)")
-FUSED = Layout("t d h e", "(t h e) d")
-FUSED_BIAS = Layout("t h e", "(t h e)")
-SQUEEZED = Layout("1 d", "d")  # one token of ours, a vector of theirs
-BATCHED = Layout("n d", "1 n d")  # tokens of ours, a batch of one of theirs
-SCALAR = Layout("", "1")
+# i, o: inputs and outputs; h: heads; e: width of a head; d: width; t: our parameters that they
+# store as one tensor; y, x, c: rows, columns and channels of a patch.
+SAME = AxisOrder("...", "...")
+LINEAR = AxisOrder("i o", "o i")  # torch.nn.Linear
+CONV = AxisOrder("y x c o", "o c y x")  # torch.nn.Conv2d
+HEADS_IN = AxisOrder("d h e", "(h e) d")  # queries, keys or values of torch.nn.Linear
+HEADS_BIAS = AxisOrder("h e", "(h e)")
+HEADS_OUT = AxisOrder("h e d", "d (h e)")
+FUSED = AxisOrder("t d h e", "(t h e) d")
+FUSED_BIAS = AxisOrder("t h e", "(t h e)")
+SQUEEZED = AxisOrder("1 d", "d")  # one token of ours, a vector of theirs
+BATCHED = AxisOrder("n d", "1 n d")  # tokens of ours, a batch of one of theirs
+SCALAR = AxisOrder("", "1")
 
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """Our parameter, or several, and the tensor of theirs.
+    """A row of a table: one or several parameters of ours, and their tensor.
 
     Attributes:
-      ours: paths; several are stacked along a first axis before the layout is applied.
-      theirs: the key; with `{i}` in it there is one for each layer, which ours stacks.
-      layout: how the axes lie; without those of the layers.
+      ours: paths; several parameters are stacked along a new first axis before reordering.
+      theirs: the key. With `{i}` there is one tensor for each layer, and our parameter stacks them.
+      axes: the order of axes, without the axis of layers.
     """
 
     ours: str | tuple[str, ...]
     theirs: str
-    layout: Layout = SAME
+    axes: AxisOrder = SAME
 
     @property
     def paths(self) -> tuple[str, ...]:
-        """Our paths, also if there is one."""
+        """Our paths, as a tuple."""
         return (self.ours,) if isinstance(self.ours, str) else self.ours
 
     @property
     def layered(self) -> bool:
-        """Whether there is a tensor for each layer."""
+        """Whether they have a tensor for each layer."""
         return "{i}" in self.theirs
 
     def their_shapes(self, shape: Shape) -> dict[str, Shape]:
-        """Their keys and shapes if each of our parameters has `shape`."""
+        """Returns their keys and shapes, for parameters of ours with `shape`."""
         layers, shape = (shape[0], shape[1:]) if self.layered else (1, shape)
         if not isinstance(self.ours, str):
             shape = (len(self.ours), *shape)
-        theirs = self.layout.their_shape(shape)
+        theirs = self.axes.their_shape(shape)
         return {self.theirs.replace("{i}", str(i)): theirs for i in range(layers)}
 
     def write(self, params: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Their tensors of our parameters."""
+        """Converts our parameters to their tensors."""
         arrays = [params[path] for path in self.paths]
         if not self.layered:
             return {self.theirs: self._write_one(arrays)}
@@ -99,7 +101,7 @@ class Entry:
         }
 
     def read(self, tensors: Mapping[str, np.ndarray], shape: Shape) -> dict[str, np.ndarray]:
-        """Our parameters, each of `shape`, of their tensors."""
+        """Converts their tensors to our parameters, each of `shape`."""
         if self.layered:
             keys = [self.theirs.replace("{i}", str(i)) for i in range(shape[0])]
             layers = [self._read_one(tensors[key], shape[1:]) for key in keys]
@@ -108,13 +110,13 @@ class Entry:
 
     def _write_one(self, arrays: Sequence[np.ndarray]) -> np.ndarray:
         x = np.asarray(arrays[0]) if isinstance(self.ours, str) else np.stack(arrays)
-        return np.asarray(einops.rearrange(x, f"{self.layout.ours} -> {self.layout.theirs}"))
+        return np.asarray(einops.rearrange(x, f"{self.axes.ours} -> {self.axes.theirs}"))
 
     def _read_one(self, x: np.ndarray, shape: Shape) -> list[np.ndarray]:
         stacked = not isinstance(self.ours, str)
-        lengths = self.layout.lengths((len(self.paths), *shape) if stacked else shape)
-        lengths.pop("1", None)
-        pattern = f"{self.layout.theirs} -> {self.layout.ours}"
+        lengths = self.axes.lengths((len(self.paths), *shape) if stacked else shape)
+        lengths.pop("1", None)  # a literal in einops patterns, not the name of an axis
+        pattern = f"{self.axes.theirs} -> {self.axes.ours}"
         y = np.asarray(einops.rearrange(x, pattern, **lengths), dtype=np.float32)
         return list(y) if stacked else [y]
 
@@ -123,12 +125,12 @@ Table = list[Entry]
 
 
 def norm(ours: str, theirs: str) -> Table:
-    """A LayerNorm."""
+    """Maps a LayerNorm."""
     return [Entry(f"{ours}/scale", f"{theirs}.weight"), Entry(f"{ours}/bias", f"{theirs}.bias")]
 
 
 def linear(ours: str, theirs: str) -> Table:
-    """A `torch.nn.Linear`, with or without bias."""
+    """Maps a `torch.nn.Linear`, with or without bias."""
     return [
         Entry(f"{ours}/kernel", f"{theirs}.weight", LINEAR),
         Entry(f"{ours}/bias", f"{theirs}.bias"),
@@ -136,7 +138,7 @@ def linear(ours: str, theirs: str) -> Table:
 
 
 def convolution(ours: str, theirs: str) -> Table:
-    """A `torch.nn.Conv2d`, with or without bias."""
+    """Maps a `torch.nn.Conv2d`, with or without bias."""
     return [
         Entry(f"{ours}/kernel", f"{theirs}.weight", CONV),
         Entry(f"{ours}/bias", f"{theirs}.bias"),
@@ -144,7 +146,7 @@ def convolution(ours: str, theirs: str) -> Table:
 
 
 def heads_in(ours: str, theirs: str) -> Table:
-    """The projection to queries, keys or values."""
+    """Maps the projection to queries, keys or values."""
     return [
         Entry(f"{ours}/kernel", f"{theirs}.weight", HEADS_IN),
         Entry(f"{ours}/bias", f"{theirs}.bias", HEADS_BIAS),
@@ -152,7 +154,7 @@ def heads_in(ours: str, theirs: str) -> Table:
 
 
 def heads_out(ours: str, theirs: str) -> Table:
-    """The projection behind the heads."""
+    """Maps the projection after the heads."""
     return [
         Entry(f"{ours}/kernel", f"{theirs}.weight", HEADS_OUT),
         Entry(f"{ours}/bias", f"{theirs}.bias"),
@@ -160,7 +162,7 @@ def heads_out(ours: str, theirs: str) -> Table:
 
 
 def fused(ours: str, names: Sequence[str], weight: str, bias: str) -> Table:
-    """Projections of an attention, `names` of "query", "key" and "value", as one of theirs."""
+    """Maps several projections of an attention (`names`: "query", ...) to one tensor of theirs."""
     return [
         Entry(tuple(f"{ours}/{name}/kernel" for name in names), weight, FUSED),
         Entry(tuple(f"{ours}/{name}/bias" for name in names), bias, FUSED_BIAS),
@@ -168,7 +170,7 @@ def fused(ours: str, names: Sequence[str], weight: str, bias: str) -> Table:
 
 
 def to_theirs(table: Table, params: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Their tensors of all our parameters.
+    """Converts all our parameters to their tensors.
 
     Raises:
       ValueError: the table has no entry for a parameter.
@@ -186,15 +188,15 @@ def from_theirs(
     where: object,
     ignored: Sequence[str] = (),
 ) -> dict[str, np.ndarray]:
-    """Our parameters of their tensors.
+    """Converts their tensors to our parameters.
 
     Args:
-      expected: the paths and shapes of the parameters that the model has.
+      expected: the paths and shapes of the model's parameters.
       where: the file, for the error.
-      ignored: regular expressions of keys that need not be there and hold nothing of the model.
+      ignored: regular expressions of keys that may be present and are no parameters.
 
     Raises:
-      UserError: tensors are missing, left over, or of other shapes; all are named, in one line.
+      UserError: tensors are missing, left over, or have other shapes; one line lists them.
     """
     entries = _entries(table, expected)
     needed: dict[str, Shape] = {}
@@ -211,7 +213,7 @@ def from_theirs(
 
 
 def mismatch_report(needed: Mapping[str, Shape], given: Mapping[str, Shape]) -> str:
-    """What is missing, left over and misshapen, with shapes; empty if everything fits."""
+    """Lists missing and unexpected tensors and wrong shapes in one line; "" if everything fits."""
     parts = {
         "missing": [f"{k} {_show(needed[k])}" for k in sorted(needed.keys() - given.keys())],
         "unexpected": [f"{k} {_show(given[k])}" for k in sorted(given.keys() - needed.keys())],
@@ -225,22 +227,22 @@ def mismatch_report(needed: Mapping[str, Shape], given: Mapping[str, Shape]) -> 
 
 
 def shorten(names: Iterable[str]) -> str:
-    """The first names, and how many more there are."""
+    """Lists the first names, and the number of the rest."""
     names = list(names)
     more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
     return ", ".join(names[:SHOWN]) + more
 
 
 def matches_any(key: str, patterns: Sequence[str]) -> bool:
-    """Whether one of the regular expressions fits the whole key."""
+    """Whether one of the regular expressions matches the whole key."""
     return any(re.fullmatch(pattern, key) for pattern in patterns)
 
 
 def _entries(table: Table, paths: Iterable[str]) -> Table:
-    """The entries for `paths`.
+    """Selects the entries for `paths`.
 
     Raises:
-      ValueError: there is none for one of them.
+      ValueError: a path has no entry.
     """
     paths = set(paths)
     entries = [entry for entry in table if paths.issuperset(entry.paths)]

@@ -1,15 +1,16 @@
 """timm's `VisionTransformer`: config.json and model.safetensors.
 
-Source: timm 1.0.31, models/vision_transformer.py, layers/attention_pool.py and models/_hub.py. A
-folder is what `timm.create_model("local-dir:PATH", pretrained=True)` takes. Its config names an
-architecture and, under `model_args`, whatever differs from it; what is written names everything.
+Source: timm 1.0.31, models/vision_transformer.py, layers/attention_pool.py and models/_hub.py. The
+folder is loaded by `timm.create_model("local-dir:PATH", pretrained=True)`. Its config names an
+architecture, and lists differences from it under `model_args`. Written configs list everything.
 
-Three conventions differ from ours. Positions: with `no_embed_class` the table has rows for patches
-alone, otherwise also for the class token and the registers. Ours never has them for registers, so
-their positions are added to the registers on reading; and as timm has no table for class and
-patches alone when there are registers, the class token's position is added to it on writing.
-Attention pooling leaves out class token and registers unless `pool_include_prefix`. A LayerNorm
-before the blocks (`pre_norm`) and a bias of the patches exclude each other.
+Three conventions differ from ours:
+- Positions. With `no_embed_class`, timm's table has rows for patches alone; otherwise it also has
+  rows for the class token and the registers. Our table never has rows for registers. On reading,
+  positions of registers are added to the registers. On writing a model with registers, the class
+  token's position is added to the token, because timm has no table for class token and patches.
+- Attention pooling ignores class token and registers, unless `pool_include_prefix`.
+- A LayerNorm before the blocks (`pre_norm`) and a bias of the patches exclude each other.
 """
 
 from __future__ import annotations
@@ -48,12 +49,13 @@ KINDS = (VisionTransformer,)
 LOADED_BY = 'timm.create_model("local-dir:{}", pretrained=True)'
 HOLDS = ("float32", "bfloat16")
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
-HEAD = ("head.weight", "head.bias")  # a classifier, for which the tower has no place
+HEAD = ("head.weight", "head.bias")  # a classifier, which our tower does not have
 
 POOLINGS = {"cls": "token", "mean": "avg", "map": "map", "none": ""}
-# The architecture that has an epsilon; the other arguments replace all else that it has.
+# Epsilon of the norms -> an architecture with it: `model_args` cannot express an epsilon, but they
+# override everything else.
 ARCHITECTURES = {1e-6: "vit_base_patch16_224", 1e-5: "vit_base_patch16_clip_224"}
-# Arguments that change the numbers in a way that we do not have, and the value without effect.
+# Arguments that are not supported here -> the value without effect.
 UNKNOWN_ARGS = {
     "qkv_bias": True,
     "proj_bias": True,
@@ -66,7 +68,7 @@ ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu")  # the same names as ours
 
 
 def table(prefix: str = "") -> Table:
-    """The mapping, for keys that begin with `prefix`."""
+    """Returns the mapping, for keys that begin with `prefix`."""
     block = f"{prefix}blocks.{{i}}"
     layers, pool = "image/encoder/layers", f"{prefix}attn_pool"
     return [
@@ -105,11 +107,11 @@ def table(prefix: str = "") -> Table:
 def read(path: Path, like: Module | None = None) -> Imported:
     """Reads a folder or a file of weights.
 
-    Without a config that names an architecture that we know, `like` has to say what shapes do not:
-    heads, activation, epsilon and pooling.
+    Without a config that names a known architecture, `like` must supply what does not follow from
+    shapes: heads, activation, epsilon and pooling.
 
     Raises:
-      UserError: too little is known, or the files are not those of a model that we can express.
+      UserError: a setting is unknown, or the files hold no model that can be expressed here.
     """
     weights = files.find_weights(path, WEIGHTS)
     where = weights.parent / "config.json"
@@ -127,7 +129,7 @@ def read(path: Path, like: Module | None = None) -> Imported:
 
 
 def check(module: Module, extras: Extras) -> list[str]:
-    """All that timm's VisionTransformer cannot express of a module."""
+    """Returns a line for each property of a module that timm cannot express."""
     problems = base.requirements(MODEL, "image", module, {"norm_eps": tuple(ARCHITECTURES)})
     if module.pre_norm and module.patch_bias:
         problems.append(f"{MODEL} with pre_norm has image.patch_bias False, not True")
@@ -135,7 +137,7 @@ def check(module: Module, extras: Extras) -> list[str]:
 
 
 def write(module: VisionTransformer, params: Params, directory: Path, extras: Extras) -> list[Path]:
-    """Writes a folder that `timm.create_model("local-dir:...", pretrained=True)` takes."""
+    """Writes a folder for `timm.create_model("local-dir:...", pretrained=True)`."""
     args, params = model_args(module, params)
     config = {
         "architecture": ARCHITECTURES[module.transformer.norm_eps],
@@ -163,7 +165,7 @@ def write(module: VisionTransformer, params: Params, directory: Path, extras: Ex
 
 
 def model_args(vit: VisionTransformer, params: Params) -> tuple[dict[str, Any], Params]:
-    """The arguments of timm's class, and the parameters with positions as it has them."""
+    """Returns the arguments of timm's class, and parameters with its convention of positions."""
     params, path = dict(params), "image/position_embedding"
     if vit.position == "sincos":
         params[path] = sincos_2d(vit.grid, vit.width)
@@ -199,16 +201,16 @@ def model_args(vit: VisionTransformer, params: Params) -> tuple[dict[str, Any], 
 def tower(
     tensors: Tensors, known: Mapping[str, Any], like: Module | None, where: object, notes: list[str]
 ) -> tuple[VisionTransformer, Tensors]:
-    """The image tower that tensors without prefix are, and the tensors with positions as we have
-    them.
+    """Makes the image tower of tensors; returns it, and tensors with our convention of positions.
 
     Args:
-      known: `heads`, `activation`, `norm_eps`, `pooling`, and where it is known `image_size`.
-      like: gives those that are not in `known`.
-      notes: is added to.
+      tensors: tensors without a prefix of their keys.
+      known: `heads`, `activation`, `norm_eps`, `pooling` and `image_size`, as far as known.
+      like: supplies the settings that are not in `known`.
+      notes: lines for the user are appended here.
 
     Raises:
-      UserError: too little is known, or a tensor is not there.
+      UserError: a setting is unknown, or a tensor is missing.
     """
     vit = None if like is None else image_of(like)
     told: dict[str, Any] = {}
@@ -255,10 +257,10 @@ def tower(
 
 
 def _known(config: Mapping[str, Any], where: Path, notes: list[str]) -> dict[str, Any]:
-    """What a config says of the tower's fields.
+    """Reads the tower's fields from a config.
 
     Raises:
-      UserError: it says something that we cannot express.
+      UserError: the config describes a model that cannot be expressed here.
     """
     if not config:
         return {}
@@ -290,10 +292,10 @@ def _known(config: Mapping[str, Any], where: Path, notes: list[str]) -> dict[str
 
 
 def pooling_of(name: Any, where: object) -> str:
-    """Our pooling of timm's `global_pool`.
+    """Returns our name of timm's `global_pool`.
 
     Raises:
-      UserError: we do not have it.
+      UserError: there is no such pooling here.
     """
     ours = {theirs: ours for ours, theirs in POOLINGS.items()}
     if name not in ours:
@@ -304,10 +306,9 @@ def pooling_of(name: Any, where: object) -> str:
 def _check_prefix_pooling(
     pooling: str, known: Mapping[str, Any], tensors: Tensors, where: object
 ) -> None:
-    """
-    Raises:
-      UserError: the model pools other tokens than ours: that is all of them by attention, and the
-        patches alone by their mean.
+    """Raises UserError if the model pools other tokens than ours.
+
+    Our attention pooling uses all tokens, and our mean uses the patches alone.
     """
     if not {"cls_token", "reg_token"} & tensors.keys() or pooling not in ("map", "mean"):
         return
@@ -327,7 +328,7 @@ def _positions(
     registers: int,
     where: object,
 ) -> tuple[tuple[int, int], Tensors]:
-    """The grid of patches, and the tensors without positions of registers."""
+    """Returns the grid of patches, and tensors whose table has no rows for registers."""
     patch = tensors["patch_embed.proj.weight"].shape[-1]
     size = known.get("image_size")
     grid = (size[0] // patch, size[1] // patch) if size else None
@@ -348,7 +349,7 @@ def _positions(
 
 
 def _grid(rows: int, prefix: int, like: Module | None, where: object) -> tuple[int, int]:
-    """The grid of a table that may or may not have rows for the tokens before the patches."""
+    """Finds the grid of a table that may or may not have rows for class token and registers."""
     counts = sorted({rows, rows - prefix}, reverse=True)
     if like is not None and image_of(like).patches in counts:
         return image_of(like).grid

@@ -1,4 +1,4 @@
-"""How timm prepares images: the section `pretrained_cfg` of its config.json.
+"""Reads and writes timm's image preprocessing, the section `pretrained_cfg` of config.json.
 
 Source: timm 1.0.31, models/_pretrained.py (the defaults), models/_hub.py `_parse_model_cfg`,
 data/config.py and data/transforms_factory.py `transforms_imagenet_eval`.
@@ -26,31 +26,31 @@ DEFAULTS = {
 
 
 def section(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The part that describes the input; of an old config it is the whole."""
+    """Returns the part of a config that describes the input; old configs have no such section."""
     return config.get("pretrained_cfg") or config
 
 
 def read(
     config: Mapping[str, Any], size: tuple[int, int], where: Path, notes: list[str]
 ) -> dict[str, Any]:
-    """The preparation of images, as fields of `Extras`; notes what we do otherwise.
+    """Reads the preprocessing of images as fields of `Extras`; notes unsupported steps.
 
     Args:
       size: height and width of the images that the model takes.
 
     Raises:
-      UserError: a value is none of timm's.
+      UserError: a value is invalid.
     """
     if not config:
         notes.append(f"{where} is not there: nothing says how images are prepared for the model")
         return {}
-    said = section(config)
-    cfg = {name: said.get(name) or default for name, default in DEFAULTS.items()}
+    values = section(config)
+    cfg = {name: values.get(name) or default for name, default in DEFAULTS.items()}
     notes.append(f"images are normalized with mean {list(cfg['mean'])}, std {list(cfg['std'])}")
     for name in ("mean", "std"):
         if len(cfg[name]) != 3:
             raise UserError(f"{where}: {name} is {cfg[name]!r}, not three numbers")
-    input_size = tuple((said.get("input_size") or (3, *size))[1:])
+    input_size = tuple((values.get("input_size") or (3, *size))[1:])
     if input_size != size:
         notes.append(
             f"its config prepares images of {input_size[0]} x {input_size[1]} pixels, and the "
@@ -81,7 +81,7 @@ def read(
 
 
 def config_of(size: tuple[int, int], extras: Extras) -> dict[str, Any]:
-    """The keys of `pretrained_cfg` for what `problems` has nothing against."""
+    """Makes the keys of `pretrained_cfg`, for settings without `problems`."""
     return {
         "interpolation": extras.interpolation,
         "crop_pct": _crop_pct(size, extras.scale),
@@ -92,7 +92,7 @@ def config_of(size: tuple[int, int], extras: Extras) -> dict[str, Any]:
 
 
 def problems(size: tuple[int, int], extras: Extras) -> list[str]:
-    """A line if the resize cannot be written."""
+    """Returns a line if the resize cannot be expressed."""
     if _crop_pct(size, extras.scale) is None:
         return [
             f"timm has one crop_pct, with which images for {size[0]} x {size[1]} pixels are not "
@@ -106,13 +106,14 @@ def _scaled(size: Sequence[int], pct: float) -> tuple[int, ...]:
 
 
 def _crop_pct(size: tuple[int, int], scale: int | tuple[int, int] | None) -> float | None:
-    """A factor with which timm scales to `scale`; None if there is none."""
+    """Returns a factor with which timm scales to `scale`; None if there is none."""
     if scale is None:
         return 1.0
     wanted = (scale, scale) if isinstance(scale, int) else scale
     if isinstance(scale, int) and size[0] != size[1]:
         return None
     pct = min(side / scaled for side, scaled in zip(size, wanted, strict=True))
-    while any(a < b for a, b in zip(_scaled(size, pct), wanted, strict=True)):  # by rounding
+    # timm rounds down, so a quotient that is slightly too large would lose a pixel.
+    while any(a < b for a, b in zip(_scaled(size, pct), wanted, strict=True)):
         pct = math.nextafter(pct, 0)
     return pct if _scaled(size, pct) == tuple(wanted) else None

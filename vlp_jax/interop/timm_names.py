@@ -1,7 +1,7 @@
-"""What the names of timm's Vision Transformers mean: `vit_base_patch16_siglip_224`.
+"""Parses the names of timm's Vision Transformers, such as `vit_base_patch16_siglip_224`.
 
-Source: timm 1.0.31, models/vision_transformer.py, of which these are the plain, CLIP and SigLIP
-families, whose members follow a rule. A name that is not here says nothing to us.
+Source: timm 1.0.31, models/vision_transformer.py. The plain, CLIP and SigLIP families are known,
+because their names follow a rule. Other names cannot be parsed.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _NAME = re.compile(
     rf"vit_({'|'.join(SIZES)})_patch(\d+)_(?:(clip|clip_quickgelu|siglip|siglip_gap)_)?(\d+)"
 )
 
-# Patch size and sides of the SigLIP family's members.
+# (size, patch size) of the SigLIP family's members -> their image sides.
 SIGLIP = {
     ("base", 32): (256,),
     ("base", 16): (224, 256, 384, 512),
@@ -42,9 +42,9 @@ SIGLIP_GAP = {**SIGLIP, ("so400m", 14): (224, 378, 384, 448, 896)}
 
 
 def fields_of(name: str) -> dict[str, Any] | None:
-    """The fields of a `VisionTransformer` that a name stands for; None if it is not known.
+    """Returns the fields of a `VisionTransformer` for a name; None for an unknown name.
 
-    `image_size` may be one that the patches do not tile.
+    Patches may not tile `image_size`.
     """
     match = _NAME.fullmatch(name.split(".")[0])
     if match is None:
@@ -64,7 +64,7 @@ def fields_of(name: str) -> dict[str, Any] | None:
 
 
 def siglip_name(vit: VisionTransformer) -> str | None:
-    """The member of the SigLIP family that an image tower is; None if it is none."""
+    """Returns timm's name of an image tower in the SigLIP family; None if it is not a member."""
     family = {"map": "siglip", "mean": "siglip_gap"}.get(vit.pooling)
     ours, sizes = tower_fields(vit), ("width", "depth", "mlp_dim", "heads")
     for (word, patch), sides in (SIGLIP if family == "siglip" else SIGLIP_GAP).items():
@@ -80,7 +80,7 @@ def siglip_name(vit: VisionTransformer) -> str | None:
 def _activation(word: str, patch: int, family: str, side: int) -> str:
     if family == "clip_quickgelu":
         return "quick_gelu"
-    if family.startswith("siglip"):
+    if family.startswith("siglip"):  # a few members have the tanh approximation, without a rule
         tanh = {("base", 32), ("so400m", 16), ("giantopt", 16)}
         if (word, patch) in tanh or (word, side) == ("large", 512):
             return "gelu_tanh"

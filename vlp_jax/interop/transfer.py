@@ -1,4 +1,4 @@
-"""A model of ours into a folder of theirs: the part that a format holds, written and read back."""
+"""Writes a model (or the part a format can express) to a folder, and reads it back as a test."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from vlp_jax.models.masked_autoencoder import MaskedAutoencoder
 from vlp_jax.models.masking import mask_from_noise
 from vlp_jax.models.vit import VisionTransformer
 
-TOLERANCE = 1e-4  # of the self-test: float32, and the order of sums
+TOLERANCE = 1e-4  # of the test: float32 sums in another order
 
 
 def how_to_load(format: str, directory: Path) -> str:
-    """A line of Python that loads the folder in which a model was written."""
+    """Returns a line of Python that loads the folder of a written model."""
     architectures = files.load_json_if_there(directory / "config.json").get("architectures", [""])
     line = interop.FORMATS[format].LOADED_BY
     return line.format(directory, architecture=architectures[0])
@@ -32,18 +32,18 @@ def how_to_load(format: str, directory: Path) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """A module with its parameters, the layers stacked (see `vlp_jax.interop.trees`)."""
+    """A module with its parameters, with stacked layers (see `vlp_jax.interop.trees`)."""
 
     module: Module
     params: Params
 
 
 def fitting_part(format: str, model: Model) -> tuple[Model, str]:
-    """The model if it is of a kind that a format holds, or else its image tower.
+    """Returns the model if a format can express its class, or else its image tower.
 
     Returns:
-      It, and a line on what is left out, empty if nothing is. It is the model as it is if the
-      format holds nothing of it, so that the format can say why.
+      The model or tower, and a line about the parts left out ("" if there are none). If the format
+      can express neither, the model is returned, so that the format's check explains why.
 
     Raises:
       UserError: there is no such format.
@@ -65,17 +65,17 @@ def write_checked(
     """Writes a model and reads it back.
 
     Args:
-      overwrite: files that are there already may be replaced.
-      check: read it back, for which the model is in memory twice, and compare what both compute.
+      overwrite: whether existing files may be replaced.
+      check: whether to read the files back and compare outputs. Then the model is in memory twice.
       extras: see `vlp_jax.interop.write`.
 
     Returns:
-      The files, and by how much the features of a random image and text differ at most; None
-      without the check.
+      The files, and the largest difference of features of a random image and text; None without the
+      check.
 
     Raises:
-      UserError: the folder is not empty, `vlp_jax.interop.write` raises it, or what is read back
-        is another model.
+      UserError: the folder is not empty, `vlp_jax.interop.write` raises it, or the model that is
+        read back computes something else.
     """
     with staging.staged(directory, overwrite) as folder:
         written, difference = write_into(format, model, folder, check=check, **extras)
@@ -85,14 +85,14 @@ def write_checked(
 def write_into(
     format: str, model: Model, directory: Path, *, check: bool, **extras: Any
 ) -> tuple[list[Path], float | None]:
-    """The same, into a folder that is made if it is not there, and file by file."""
+    """Does the work of `write_checked` file by file in `directory`, which need not exist."""
     module = model.module
     written = interop.write(format, module, model.params, directory, **extras)
     if not check:
         return written, None
     again = interop.read(f"{format}:{directory}", like=module)
     read_back = again.module
-    if isinstance(module, VisionTransformer):  # some files do not say how their user is to pool
+    if isinstance(module, VisionTransformer):  # some formats do not store the pooling
         read_back = read_back.clone(pooling=module.pooling)
     weights = extras.get("weights", "float32")
     as_written = Model(module, interop.rounded(model.params, weights))
@@ -106,9 +106,9 @@ def write_into(
 
 
 def deviation(one: Model, other: Model) -> float:
-    """The largest absolute difference of what two models make of a random image and text.
+    """Computes the largest absolute difference of two models' features of a random input.
 
-    Features are compared before they are normalized, which hides a wrong scale.
+    Features are compared before normalization, because normalization would hide a wrong scale.
     """
     computed = [_features(model) for model in (one, other)]
     return max(float(np.max(np.abs(a - b))) for a, b in zip(*computed, strict=True))

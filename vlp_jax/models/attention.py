@@ -1,15 +1,15 @@
-"""Attention of several heads: the ways to compute it, and the one place that chooses.
+"""Multi-head attention: its backends, and `attend`, the one place that chooses a backend.
 
-| name | devices | what it is |
+| name | devices | implementation |
 |---|---|---|
-| `xla` | all | two products, and a float32 softmax between them |
-| `xla_bf16` | all | the same with scores and softmax in the type of the computation |
-| `xla_padded` | all | `xla` with sequences filled up to whole tiles of a TPU, 128 tokens |
+| `xla` | all | two products with a float32 softmax between them |
+| `xla_bf16` | all | like `xla`, with scores and softmax in the compute dtype |
+| `xla_padded` | all | `xla` on sequences padded to whole tiles of a TPU, 128 tokens |
 | `pallas` | TPU | `attention_kernel`: scores never leave fast memory |
-| `cudnn` | GPU | cuDNN's fused attention, by way of `jax.nn.dot_product_attention` |
+| `cudnn` | GPU | cuDNN's fused attention, through `jax.nn.dot_product_attention` |
 
-All give the same numbers within the precision of the computation. The one that is named runs, or
-there is an error; so there is for a mask that it does not hold (`HOLDS`).
+All backends return the same numbers within the precision of the computation. There is no fallback:
+a backend that does not run on these devices, or does not support the mask (`HOLDS`), raises.
 """
 
 from __future__ import annotations
@@ -27,13 +27,14 @@ from jaxtyping import Array, Float
 
 from vlp_jax.models.attention_kernel import LANES, short_attention
 from vlp_jax.models.attention_mask import CAUSAL, KINDS, LENGTHS, SEE_ALL, AttentionMask
+from vlp_jax.models.variants import check_choice
 
 Heads = Float[Array, "batch tokens heads head_dim"]
 Attention = Callable[[Heads, Heads, Heads, AttentionMask], Heads]
 
 
 def _xla(query: Heads, key: Heads, value: Heads, mask: AttentionMask) -> Heads:
-    # Lengths and causality are told as such, for which JAX makes no array of its own.
+    # JAX applies lengths and causality without an array [queries, keys]; other rules need one.
     plain = {CAUSAL, LENGTHS}.issuperset(mask.kinds())
     told = {"is_causal": mask.causal, "key_value_seq_lengths": mask.lengths}
     if not plain:
@@ -58,7 +59,7 @@ def _cudnn(query: Heads, key: Heads, value: Heads, mask: AttentionMask) -> Heads
 
 
 def _xla_bf16(query: Heads, key: Heads, value: Heads, mask: AttentionMask) -> Heads:
-    shared = query.shape[2] // key.shape[2]  # heads of queries for one of keys
+    shared = query.shape[2] // key.shape[2]  # query heads per key head (GQA)
     key, value = (jnp.repeat(x, shared, axis=2) if shared > 1 else x for x in (key, value))
     scores = jnp.einsum("bqhd,bkhd->bhqk", query * query.shape[-1] ** -0.5, key)
     seen = mask.visible(query.shape[1], key.shape[1])
@@ -100,12 +101,13 @@ def attend_flat(
     head_dim: int,
     mask: AttentionMask = SEE_ALL,
 ) -> Float[Array, "batch tokens width"]:
-    """`attend` by "pallas", with the heads side by side, as the kernel takes them.
+    """Computes `attend` with the backend "pallas", for heads that lie side by side.
 
-    It runs on each device's examples and heads: the compiler cannot divide it up itself.
+    Under a mesh it runs inside `shard_map`, on each device's examples and heads, because XLA cannot
+    partition a kernel.
 
     Raises:
-      ValueError: shapes or a mask that the kernel does not hold.
+      ValueError: shapes or a mask that the kernel does not support.
     """
     mask.check("pallas", HOLDS["pallas"])
     heads = query.shape[-1] // head_dim
@@ -130,14 +132,15 @@ def attend_flat(
 def _spec(
     names: tuple[str | None, ...], shape: tuple[int, ...], mesh: jax.sharding.AbstractMesh
 ) -> PartitionSpec:
-    """The mesh axes of each dimension by its logical name, where they divide it."""
-    found = []
+    """Returns the mesh axes of each dimension by its logical name, where they divide it."""
+    spec = []
+    # Flax leaves out trailing dimensions without an axis.
     axes_of = (*nn.logical_to_mesh_axes(names), *(None,) * len(names))
     for axes, dim in zip(axes_of, shape, strict=False):
         parts = (axes,) if isinstance(axes, str) else tuple(axes or ())
         size = math.prod(mesh.shape[axis] for axis in parts)
-        found.append(parts if parts and dim % size == 0 else None)
-    return PartitionSpec(*found)
+        spec.append(parts if parts and dim % size == 0 else None)
+    return PartitionSpec(*spec)
 
 
 ATTENTIONS: dict[str, Attention] = {
@@ -148,7 +151,7 @@ ATTENTIONS: dict[str, Attention] = {
     # JAX refuses odd lengths in training: patches and a class token, or one query of a pooling.
     "cudnn": functools.partial(_padded, _cudnn, 2),
 }
-# The rules of a mask that each holds.
+# The rules of a mask that each backend supports.
 HOLDS: dict[str, tuple[str, ...]] = {
     "xla": KINDS,
     "xla_bf16": KINDS,
@@ -156,7 +159,7 @@ HOLDS: dict[str, tuple[str, ...]] = {
     "pallas": (CAUSAL, LENGTHS),
     "cudnn": (CAUSAL, LENGTHS),
 }
-# Those that run on one kind of device alone: name -> `jax.Device.platform`.
+# Backends that need a certain kind of device: name -> values of `jax.Device.platform`.
 ONLY_ON = {"pallas": ("tpu",), "cudnn": ("gpu", "cuda")}
 
 
@@ -168,19 +171,18 @@ def attend(
     implementation: str,
     mask: AttentionMask = SEE_ALL,
 ) -> Heads:
-    """softmax(query key / sqrt(head_dim)) value (Vaswani et al. 2017, 3.2.1).
+    """Computes softmax(query key / sqrt(head_dim)) value (Vaswani et al. 2017, 3.2.1).
 
     Args:
-      key, value: heads that divide those of the queries; each is for as many in a row.
+      key, value: their number of heads divides the queries'. Each serves `heads / kv_heads`
+        consecutive heads of queries.
       implementation: a name in `ATTENTIONS`.
-      mask: which keys each query sees; each query must see one.
+      mask: the keys that each query sees; each query must see at least one.
 
     Raises:
-      ValueError: an unknown implementation, or one that does not hold this mask, these shapes or
+      ValueError: an unknown backend, or a backend that does not support the mask, the shapes or the
         devices.
     """
-    if implementation not in ATTENTIONS:
-        known = ", ".join(ATTENTIONS)
-        raise ValueError(f"unknown attention {implementation!r} (known: {known})")
+    check_choice("attention", implementation, tuple(ATTENTIONS))
     mask.check(implementation, HOLDS[implementation])
     return ATTENTIONS[implementation](query, key, value, mask)

@@ -1,14 +1,20 @@
-"""Attention for TPUs whose whole sequence fits beside the cores: images and captions.
+"""A TPU kernel for attention over short sequences (images, captions), which fit in fast memory.
 
-A program of the kernel holds the queries, keys and values of one example, 200 or 600 tokens wide
-as the model is, and computes its scores head by head in fast memory (VMEM): they never are in main
-memory, where they would be most of what a layer moves. There is no loop over blocks of keys and no
-running softmax, which long sequences need (Dao et al. 2022, "FlashAttention"), and the backward
-pass computes the scores again from queries and keys, so that nothing else is kept.
+One program of the kernel handles one example, of about 200 to 600 tokens. It loads all queries,
+keys and values into fast memory (VMEM) and computes the scores head by head there. The scores never
+reach main memory, where they would be most of a layer's traffic. Unlike FlashAttention (Dao et al.
+2022), which is for long sequences, there is no loop over blocks of keys and no running softmax. The
+backward pass computes the scores again from queries and keys, so nothing else is saved.
 
-The heads stay where the projections put them, side by side along the width. A matrix unit takes 128
-columns at once: narrower heads are computed in groups of 128 columns, the other heads of the group
-being zero in one of the factors, which takes the same time as the head alone and moves no data.
+Heads stay side by side along the width, as the projections write them: [tokens, heads * head_dim].
+The matrix unit works on 128 columns at once, so narrower heads share a group. With heads of 64:
+
+    columns   0..63   64..127       q masked for head 0:  q0  0
+    group 0   head 0  head 1        k unmasked:           k0  k1
+    group 1   head 2  head 3        product over 128:     q0 k0 + 0 k1 = the scores of head 0
+
+A masked product takes the time of 128 columns, which the matrix unit would need for 64 as well, and
+no data is moved to separate the heads.
 """
 
 from __future__ import annotations
@@ -25,22 +31,23 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
 LANES = 128  # columns of a TPU's matrix and vector units
-MASKED = -1e30  # the score of what is not seen; finite, so that a masked row is no NaN
-# Of the 16 MiB that a kernel has by default on v5e, what the arrays of one example may take, twice:
-# while one is computed the next is fetched.
+MASKED = -1e30  # score of a hidden key; finite, because a row of -inf would give NaN
+# Bytes for the arrays of two examples: one is computed while the next is fetched. A kernel on v5e
+# has 16 MiB by default; 2 MiB are left for temporaries.
 VMEM_BYTES = 14 * 2**20
 
+# `dimension_numbers` of matrix products, by the dimension that is contracted.
 _WIDTHS = (((1,), (1,)), ((), ()))  # a @ b.T
 _TOKENS = (((0,), (0,)), ((), ()))  # a.T @ b
 _PLAIN = (((1,), (0,)), ((), ()))  # a @ b
 
 
 def check_shapes(tokens: int, keys: int, heads: int, head_dim: int, itemsize: int) -> None:
-    """Raises ValueError if the kernel does not hold these shapes, and says why.
+    """Raises ValueError if the kernel does not support these shapes.
 
     Args:
       tokens, keys: lengths of the sequences of queries and of keys.
-      itemsize: bytes of an element.
+      itemsize: bytes of a number.
     """
     if (LANES % head_dim and head_dim % LANES) or (heads * head_dim) % LANES:
         raise ValueError(
@@ -48,9 +55,11 @@ def check_shapes(tokens: int, keys: int, heads: int, head_dim: int, itemsize: in
             f"{head_dim} do not; take attention 'xla'"
         )
     width = heads * head_dim
-    rows = [_round_up(n, 8) for n in (tokens, keys)]
-    # Backward: q, k, v, the gradient of the output, and the gradients of the first three.
+    rows = [_round_up(n, 8) for n in (tokens, keys)]  # VMEM holds tiles of 8 x 128
+    # The backward pass needs most: as many rows as queries for q and the gradients of q and of the
+    # output, as many as keys for k, v and their gradients. Twice, see VMEM_BYTES.
     blocks = 2 * width * itemsize * (3 * rows[0] + 4 * rows[1])
+    # The backward pass has at most about six float32 arrays of scores alive at once.
     scores = 6 * rows[0] * _round_up(keys, LANES) * 4
     if blocks + scores > VMEM_BYTES:
         raise ValueError(
@@ -70,16 +79,18 @@ def short_attention(
     causal: bool = False,
     interpret: bool = False,
 ) -> Float[Array, "batch tokens width"]:
-    """softmax(query key / sqrt(head_dim)) value of heads side by side, on one TPU.
+    """Computes softmax(query key / sqrt(head_dim)) value for heads side by side, on one TPU.
+
+    Scores and softmax are float32.
 
     Args:
-      lengths: of each example only the first so many keys are seen; at least 1. None for all.
-      head_dim: width of a head; the scores are float32.
-      causal: query i sees keys up to i alone.
-      interpret: run it as plain JAX, on any device, to test it.
+      lengths: only the first `lengths` keys of each example are seen; at least 1. None for all.
+      head_dim: width of a head.
+      causal: query i sees keys 0 to i.
+      interpret: runs the kernel as plain JAX on any device, for tests.
 
     Raises:
-      ValueError: shapes that the kernel does not hold, see `check_shapes`.
+      ValueError: unsupported shapes, see `check_shapes`.
     """
     batch, tokens, width = query.shape
     keys, heads = key.shape[1], width // head_dim
@@ -92,19 +103,19 @@ def short_attention(
 
 @dataclasses.dataclass(frozen=True)
 class _Spec:
-    """What the kernels are specialized to."""
+    """The static arguments of the kernels."""
 
     heads: int
     head_dim: int
     tokens: int
     keys: int
     causal: bool
-    padded: bool  # not all keys are seen
+    padded: bool  # whether `lengths` hide keys
     interpret: bool
 
     @property
     def group(self) -> int:
-        """Columns that are computed at once."""
+        """The number of columns that are computed at once."""
         return max(LANES, self.head_dim)
 
     @property
@@ -116,11 +127,11 @@ class _Spec:
         return 1 / math.sqrt(self.head_dim)
 
     def cost(self, products: int, arrays: int, itemsize: int, batch: int) -> pl.CostEstimate:
-        """With the products as the matrix unit computes them, in whole columns.
+        """Estimates the cost for XLA's scheduler, with products padded as in the matrix unit.
 
         Args:
-          products: matrix products of tokens x keys x columns for each head.
-          arrays: read and written, [batch, tokens, width].
+          products: number of products of tokens x keys x columns for each head.
+          arrays: number of arrays [batch, tokens, width] that are read or written.
         """
         keys = _round_up(self.keys, LANES)
         tokens = _round_up(self.tokens, 8)
@@ -165,16 +176,22 @@ def _call(
     inputs: tuple[Array, ...],
     outputs: tuple[Array, ...],
 ) -> tuple[Array, ...]:
-    """Runs a kernel for each example; `outputs` have the shapes of its results."""
+    """Runs a kernel once for each example.
+
+    Args:
+      products: see `_Spec.cost`.
+      outputs: arrays with the shapes and dtypes of the results.
+    """
 
     def block(x: Array) -> pl.BlockSpec:
+        # None drops the batch dimension: the kernel sees [tokens, width].
         return pl.BlockSpec((None, *x.shape[1:]), lambda example, lengths: (example, 0, 0))
 
     batch, itemsize = len(lengths), inputs[0].dtype.itemsize
     return pl.pallas_call(
         functools.partial(kernel, spec),
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=1,
+            num_scalar_prefetch=1,  # `lengths` go to scalar memory before the kernel starts
             grid=(batch,),
             in_specs=[block(x) for x in inputs],
             out_specs=[block(x) for x in outputs],
@@ -188,16 +205,17 @@ def _call(
 
 
 def _each_group(spec: _Spec, body: Any) -> None:
-    """Calls `body(columns)` for each group of columns that is computed at once."""
+    """Calls `body(columns)` for each group of columns."""
 
     def step(index: Array, _: None) -> None:
+        # Without the hint the compiler cannot prove that the slice is aligned to a tile.
         body(pl.ds(pl.multiple_of(index * spec.group, LANES), spec.group))
 
     jax.lax.fori_loop(0, spec.width // spec.group, step, None)
 
 
 def _masks(spec: _Spec) -> list[Array | None]:
-    """For each head of a group, which of the group's columns are its own; None for all."""
+    """Returns for each head of a group a mask of its columns; [None] if a head fills the group."""
     if spec.group == spec.head_dim:
         return [None]
     column = jax.lax.broadcasted_iota(jnp.int32, (1, spec.group), 1)
@@ -205,8 +223,8 @@ def _masks(spec: _Spec) -> list[Array | None]:
     return [(column >= start) & (column < start + spec.head_dim) for start in starts]
 
 
-def _own(mask: Array | None, x: Array) -> Array:
-    """`x` with zeros in the columns of other heads."""
+def _mask_columns(mask: Array | None, x: Array) -> Array:
+    """Sets the columns of other heads to zero."""
     return x if mask is None else jnp.where(mask, x, jnp.zeros_like(x))
 
 
@@ -216,8 +234,8 @@ def _product(a: Array, b: Array, dims: Any) -> Array:
 
 
 def _exponentials(spec: _Spec, length: Array | None, query: Array, key: Array) -> Array:
-    """exp(score - the row's maximum), [tokens, keys], float32."""
-    # The unit for exponentials computes powers of 2.
+    """Computes exp(score - maximum of the row): [tokens, keys], float32."""
+    # exp(x) = 2^(x log2 e): the hardware computes powers of 2, and the scale takes up the factor.
     scores = _product(query, key, _WIDTHS) * (spec.scale * math.log2(math.e))
     seen = []
     if length is not None:
@@ -241,8 +259,11 @@ def _forward_kernel(spec: _Spec, lengths: Any, query: Any, key: Any, value: Any,
         q, k, v = query[:, columns], key[:, columns], value[:, columns]
         total = None
         for mask in _masks(spec):
-            weights = _exponentials(spec, length, _own(mask, q), k)
+            weights = _exponentials(spec, length, _mask_columns(mask, q), k)
+            # v is not masked: `part` is right in this head's columns, and the others are dropped
+            # below.
             part = _product(weights.astype(v.dtype), v, _PLAIN)
+            # Dividing the output [tokens, 128] is cheaper than dividing the weights [tokens, keys].
             part = part * (1 / weights.sum(axis=1, keepdims=True))
             total = part if total is None else jnp.where(mask, part, total)
         out[:, columns] = total.astype(out.dtype)
@@ -267,21 +288,22 @@ def _backward_kernel(
         q, k, v, g = query[:, columns], key[:, columns], value[:, columns], gradient[:, columns]
         totals = None
         for mask in _masks(spec):
-            q_own, g_own = _own(mask, q), _own(mask, g)
-            weights = _exponentials(spec, length, q_own, k)
-            # The weights stay without their factor 1 / sum: it is applied to rows of the narrower
-            # arrays.
+            q_head, g_head = _mask_columns(mask, q), _mask_columns(mask, g)
+            weights = _exponentials(spec, length, q_head, k)
+            # P = weights * factor is the softmax. As in the forward pass, `factor` multiplies the
+            # narrow arrays and not the scores.
             factor = 1 / weights.sum(axis=1, keepdims=True)
-            slopes = _product(g_own, v, _WIDTHS)
+            slopes = _product(g_head, v, _WIDTHS)  # dL/dP
+            # dL/dscores = P (dL/dP - sum(P dL/dP)), the gradient of a softmax.
             mean = (weights * slopes).sum(axis=1, keepdims=True) * factor
             slopes = (weights * (slopes - mean)).astype(q.dtype)
             factor = factor * spec.scale
             parts = (
-                _product(slopes, k, _PLAIN) * factor,
-                _product(slopes, (q_own * factor).astype(q.dtype), _TOKENS),
-                _product(
+                _product(slopes, k, _PLAIN) * factor,  # for the query
+                _product(slopes, (q_head * factor).astype(q.dtype), _TOKENS),  # for the key
+                _product(  # for the value
                     weights.astype(g.dtype),
-                    (g_own * (factor / spec.scale)).astype(g.dtype),
+                    (g_head * (factor / spec.scale)).astype(g.dtype),
                     _TOKENS,
                 ),
             )
@@ -290,7 +312,8 @@ def _backward_kernel(
                 if totals is None
                 else (
                     jnp.where(mask, parts[0], totals[0]),
-                    totals[1] + parts[1],  # zero outside of the head's own columns
+                    # Key and value: the masked factor makes other heads' columns zero.
+                    totals[1] + parts[1],
                     totals[2] + parts[2],
                 )
             )

@@ -1,4 +1,4 @@
-"""Who sees whom in attention, as one value: causal, prefix, lengths, segments, or any choice."""
+"""Describes which keys each query may attend to: causal, prefix, lengths, segments, explicit."""
 
 from __future__ import annotations
 
@@ -14,18 +14,26 @@ KINDS = (CAUSAL, "offset", "prefix", LENGTHS, "segments", "explicit")
 
 @flax.struct.dataclass
 class AttentionMask:
-    """Describes which keys each query sees: those that every rule that is given lets it see.
+    """Describes which keys each query sees: the keys that all given rules allow.
+
+    For 4 tokens, rows are queries, columns are keys, and x is "sees":
+
+        causal        prefix=2      lengths=3     segments=0011
+        x . . .       x x . .       x x x .       x x . .
+        x x . .       x x . .       x x x .       x x . .
+        x x x .       x x x .       x x x .       . . x x
+        x x x x       x x x x       x x x .       . . x x
 
     Attributes:
-      causal: query i sees keys up to i alone.
-      offset: with `causal`, the place of the first query among the keys, for queries that come
-        later (a cache); None for 0.
-      prefix: with `causal`, the keys of each example that all of its queries see, from the first on
-        (Raffel et al. 2020, "T5", 3.2.1).
-      lengths: of each example only the first so many keys are seen; at least 1.
-      segments: the number of a segment for each token; a query sees keys of its own alone, so that
-        several texts can be one sequence. Queries and keys are the same tokens.
-      explicit: what is True is seen; a dimension of 1 is for all.
+      causal: query i sees keys 0 to i.
+      offset: needs `causal`. The position of the first query among the keys, for decoding with a
+        cache; None for 0.
+      prefix: needs `causal`. All queries of an example see its first `prefix` keys (Raffel et al.
+        2020, "T5", 3.2.1).
+      lengths: only the first `lengths` keys of each example are seen; at least 1.
+      segments: the segment of each token. A query sees the keys of its segment alone, so several
+        texts can share a sequence. Queries and keys must be the same tokens.
+      explicit: True where a query sees a key; a dimension of size 1 is broadcast.
     """
 
     causal: bool = flax.struct.field(pytree_node=False, default=False)
@@ -36,7 +44,7 @@ class AttentionMask:
     explicit: Bool[Array, "#batch #heads #queries #keys"] | None = None
 
     def kinds(self) -> tuple[str, ...]:
-        """The rules that are given.
+        """Returns the names of the given rules, from `KINDS`.
 
         Raises:
           ValueError: a prefix or an offset without `causal`.
@@ -49,11 +57,11 @@ class AttentionMask:
         return tuple(kind for kind, value in zip(KINDS, given, strict=True) if value is not None)
 
     def check(self, who: str, holds: Collection[str]) -> None:
-        """Raises ValueError if an attention does not hold a rule, with what to take.
+        """Raises ValueError if an attention backend does not support a rule of this mask.
 
         Args:
-          who: the attention's name.
-          holds: names in `KINDS`.
+          who: the backend's name.
+          holds: the rules that it supports, from `KINDS`.
         """
         refused = [kind for kind in self.kinds() if kind not in holds]
         if refused:
@@ -63,10 +71,10 @@ class AttentionMask:
             )
 
     def visible(self, queries: int, keys: int) -> Bool[Array, "#batch #heads queries keys"] | None:
-        """The mask as an array, True where a query sees a key; None where all see all.
+        """Makes the mask as an array, True where a query sees a key; None if no rule is given.
 
         Raises:
-          ValueError: see `kinds`; or segments whose tokens are not both queries and keys.
+          ValueError: see `kinds`; or segments whose length differs from queries or keys.
         """
         row, column = jnp.arange(queries)[:, None], jnp.arange(keys)
         if self.offset is not None:
@@ -85,8 +93,7 @@ class AttentionMask:
                     f"segments of {self.segments.shape[1]} tokens are not for {queries} queries "
                     f"and {keys} keys"
                 )
-            own = self.segments[:, None, :, None] == self.segments[:, None, None, :]
-            rules.append(own)
+            rules.append(self.segments[:, None, :, None] == self.segments[:, None, None, :])
         if self.explicit is not None:
             rules.append(self.explicit)
         if not rules:
@@ -94,7 +101,7 @@ class AttentionMask:
         seen = rules[0]
         for rule in rules[1:]:
             seen = seen & rule
-        return seen.reshape((1,) * (4 - seen.ndim) + seen.shape)
+        return seen.reshape((1,) * (4 - seen.ndim) + seen.shape)  # causal alone is 2-dimensional
 
 
 SEE_ALL = AttentionMask()

@@ -1,4 +1,4 @@
-"""An image tower whose tokens a text decoder looks at."""
+"""An image tower, and a text decoder that attends to its tokens."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ Seen = Float[Array, "batch image_tokens image_width"]
 
 
 class Captioner(nn.Module):
-    """Scores the words of a text about an image (Tschannen et al. 2023, "CapPa", 3.1).
+    """Scores the tokens of a text about an image (Tschannen et al. 2023, "CapPa", 3.1).
 
     Attributes:
-      image: the tower, without pooling: all of its tokens are looked at.
-      decoder: what reads and scores the text.
-      pixels: how they are normalized.
+      image: the tower, without pooling: the decoder attends to all of its tokens.
+      decoder: reads and scores the text.
+      pixels: normalization of the pixels.
     """
 
     image: VisionTransformer
@@ -32,22 +32,22 @@ class Captioner(nn.Module):
     pixels: Pixels = Pixels()
 
     def towers(self) -> dict[str, nn.Module]:
-        """Its towers, by the names that their parameters have."""
+        """Returns the towers by the names of their parameters."""
         return {"image": self.image, "decoder": self.decoder}
 
     def example(self) -> tuple[Any, ...]:
-        """The inputs of a call, of one example, all 0."""
+        """Returns arguments of a call, for one example of zeros."""
         tokens = jnp.zeros((1, self.decoder.context_length), jnp.int32)
         return (*self.image.example(jnp.uint8), tokens)
 
     def __call__(
         self, image: Images, tokens: Int[Array, "batch tokens"], mask: AttentionMask = CAUSAL
     ) -> Float[Array, "batch tokens vocab"]:
-        """The scores of the token after each, float32, of images with values in [0, 255]."""
+        """Returns the scores of each next token, float32. Images have values in [0, 255]."""
         return self.decoder(tokens, Attended(self.look(image)), mask)
 
     def look(self, image: Images, train: bool = False) -> Seen:
-        """The tokens of images with values in [0, 255]."""
+        """Returns the image tokens that the decoder attends to. Images have values in [0, 255]."""
         return self.image(image, train=train, prepare=self.pixels.normalize)
 
     def features(
@@ -57,30 +57,30 @@ class Captioner(nn.Module):
         mask: AttentionMask,
         train: bool = False,
     ) -> Float[Array, "batch tokens width"]:
-        """What `score` makes the scores of; see `Decoder.features`."""
+        """Returns the input of `score`; see `Decoder.features`."""
         return self.decoder.features(tokens, Attended(self.look(image, train)), mask, train)
 
     def score_tokens(
         self, tokens: Int[Array, "batch tokens"], seen: Seen
     ) -> Float[Array, "batch tokens vocab"]:
-        """The scores of the token after each, float32, for image tokens that `look` gave."""
+        """Returns the scores of each next token, float32, for image tokens from `look`."""
         return self.decoder(tokens, Attended(seen))
 
     def score(self, features: Float[Array, "*batch width"]) -> Float[Array, "*batch vocab"]:
-        """The scores of the next token, float32."""
+        """Returns the scores of the next token, float32."""
         return self.decoder.score(features)
 
     def start(self, batch: int, length: int) -> Cache:
-        """An empty cache for texts of so many tokens."""
+        """Makes an empty cache for texts of `length` tokens."""
         return self.decoder.start(batch, length)
 
     def step(
         self, tokens: Int[Array, "batch tokens"], cache: Cache, seen: Seen
     ) -> tuple[Float[Array, "batch vocab"], Cache]:
-        """The scores of the token after these, which follow those in the cache; and the cache."""
+        """Appends `tokens` to the cache; returns the next token's scores and the new cache."""
         return self.decoder.step(tokens, cache, Attended(seen))
 
     def image_features(self, image: Images) -> Float[Array, "batch embed"]:
-        """The mean over the patches, float32: what a probe of CapPa's encoder is trained on."""
+        """Returns the mean over the patches, float32, as CapPa's probes take it."""
         tokens = self.look(image)[:, self.image.prefix_tokens :]
         return tokens.astype(jnp.float32).mean(axis=1)

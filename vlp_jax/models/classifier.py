@@ -1,4 +1,4 @@
-"""An image tower that ends in the scores of classes."""
+"""An image tower with a linear classification head."""
 
 from __future__ import annotations
 
@@ -13,14 +13,16 @@ from vlp_jax.models.dual_encoder import l2_normalize
 from vlp_jax.models.values import ComputeConfig, Images, Pixels
 from vlp_jax.models.vit import VisionTransformer
 
-# Of a head that is trained with its tower: facebookresearch/mae, main_finetune.py.
+# Initial standard deviation of a head that is trained with its tower: facebookresearch/mae,
+# main_finetune.py.
 HEAD_STDDEV = 2e-5
 
 
 def score_head(outputs: int, compute: ComputeConfig, name: str) -> Dense:
-    """A linear layer from features to the scores of `outputs` classes, which begins next to zero.
+    """Makes a linear layer from features to the scores of `outputs` classes.
 
-    So the first scores are equal, and the first gradients of the tower are small.
+    Its kernel starts near zero. So the first scores are about equal, and the first gradients of the
+    tower are small.
     """
     return Dense(
         ("embed", None),
@@ -36,10 +38,10 @@ class Classifier(nn.Module):
     """An image tower with a linear head.
 
     Attributes:
-      image: the tower, with a pooling. For the form in which He et al. 2022 fine-tune, it has the
-        pooling "mean" and `norm_after_pool`.
-      classes: how many there are.
-      pixels: how they are normalized.
+      image: the tower, with a pooling. He et al. 2022 fine-tune with the pooling "mean" and
+        `norm_after_pool`.
+      classes: the number of classes.
+      pixels: normalization of the pixels.
     """
 
     image: VisionTransformer
@@ -47,24 +49,24 @@ class Classifier(nn.Module):
     pixels: Pixels = Pixels()
 
     def towers(self) -> dict[str, nn.Module]:
-        """Its towers, by the names that their parameters have."""
+        """Returns the towers by the names of their parameters."""
         return {"image": self.image}
 
     def example(self) -> tuple[Any, ...]:
-        """The inputs of a call, of one example, all 0."""
+        """Returns arguments of a call, for one example of zeros."""
         return self.image.example(jnp.uint8)
 
     def setup(self) -> None:
         self.head = score_head(self.classes, self.image.compute, "head")
 
     def features(self, image: Images, train: bool = False) -> Float[Array, "batch embed"]:
-        """The pooled features of images with values in [0, 255]."""
+        """Returns the pooled features of images with values in [0, 255]."""
         return self.image(image, train=train, prepare=self.pixels.normalize)
 
     def embed_image(self, image: Images) -> Float[Array, "batch embed"]:
-        """Unit vectors of images with values in [0, 255], float32."""
+        """Returns unit vectors of images with values in [0, 255], float32."""
         return l2_normalize(self.features(image))
 
     def __call__(self, image: Images, train: bool = False) -> Float[Array, "batch classes"]:
-        """The score of each class, float32, of images with values in [0, 255]."""
+        """Returns the score of each class, float32. Images have values in [0, 255]."""
         return self.head(self.features(image, train)).astype(jnp.float32)

@@ -1,9 +1,11 @@
-"""CoCa (Yu et al. 2022, arXiv:2205.01917) in the form that open_clip gives it.
+"""CoCa (Yu et al. 2022, arXiv:2205.01917) as open_clip implements it.
 
-One model embeds images and texts and scores captions. The text tower reads a text without a look at
-the image; a decoder on top of it looks at the image and scores the next token. Source: open_clip
-3.3, coca_model.py and transformer.py. Unlike the paper's, its first query of the image is pooled
-for the contrastive loss and the rest are what the decoder looks at.
+One model embeds images and texts and scores captions. The text tower reads a text without the
+image. A decoder on top of it attends to the image and scores the next token.
+
+Source: open_clip 3.3, coca_model.py and transformer.py. One pooler serves both losses: its first
+query is the image's embedding, and the decoder attends to the other queries. The paper has two
+poolers.
 """
 
 from __future__ import annotations
@@ -29,14 +31,14 @@ class CoCa(nn.Module):
     """An image tower, a text tower, and a decoder of captions on top of both.
 
     Attributes:
-      image: the tower, with pooling "none" and without its last norm.
-      text, decoder: of one width.
+      image: the image tower, with pooling "none" and without its last norm.
+      text, decoder: the text tower and the decoder; they have the same width.
       embed_dim: width of the shared embedding and of the queries.
       logit_scale_init: initial natural logarithm of the factor on the cosine similarity.
-      logit_bias_init: initial bias of the logits; None for none.
-      queries: queries of the pooler: the first is pooled, the others are what the decoder sees.
+      logit_bias_init: initial bias of the logits; None for no bias.
+      queries: number of queries of the pooler: one for the embedding, the rest for the decoder.
       pooler_heads: attention heads of the pooler.
-      pixels: how they are normalized.
+      pixels: normalization of the pixels.
     """
 
     image: VisionTransformer
@@ -52,15 +54,15 @@ class CoCa(nn.Module):
     IS: ClassVar[str] = "an image tower, a text tower and a decoder of captions"
 
     def towers(self) -> dict[str, nn.Module]:
-        """Returns its towers, by the names that their parameters have."""
+        """Returns the towers by the names of their parameters."""
         return {"image": self.image, "text": self.text, "decoder": self.decoder}
 
     def example(self) -> tuple[Any, ...]:
-        """Returns the inputs of a call, of one example, all 0."""
+        """Returns arguments of a call, for one example of zeros."""
         return (*self.image.example(jnp.uint8), *self.text.example())
 
     def setup(self) -> None:
-        # The norms of the pooler are of the image tower's kind.
+        # The pooler takes kind and epsilon of its norms from the image tower, as open_clip does.
         config = dataclasses.replace(
             self.image.transformer,
             width=self.embed_dim,
@@ -100,10 +102,11 @@ class CoCa(nn.Module):
         Args:
           image: values in [0, 255].
           text: ids that begin with `bos_id`.
-          keep: the patches of each image that are seen; None for all.
-          train: whether stochastic depth is at work (it needs the random stream "drop_path").
+          keep: indices of the patches that the tower sees, for each image; None for all.
+          train: whether to apply stochastic depth, which needs the random stream "drop_path".
         """
-        if self.is_initializing():  # so that the decoder has parameters too
+        # The embeddings do not use the decoder, and Flax makes parameters only of what is called.
+        if self.is_initializing():
             self.score(self.features(image, text))
         scale, bias = self.logit_parameters()
         return {
@@ -116,7 +119,7 @@ class CoCa(nn.Module):
     def embed_image(
         self, image: Images, keep: Int[Array, "batch kept"] | None = None, train: bool = False
     ) -> Float[Array, "batch embed"]:
-        """Returns unit vectors of images, float32; of the patches `keep` alone if given."""
+        """Returns unit vectors of images, float32; `keep` restricts the tower to some patches."""
         return l2_normalize(self.image_projection(self._pooled(image, keep, train)[:, 0]))
 
     def embed_text(
@@ -135,7 +138,7 @@ class CoCa(nn.Module):
         return self.logit_scale, bias
 
     def look(self, image: Images, train: bool = False) -> Seen:
-        """Returns what the decoder sees of images with values in [0, 255]."""
+        """Returns the queries that the decoder attends to. Images have values in [0, 255]."""
         return self._pooled(image, None, train)[:, 1:]
 
     def _pooled(
@@ -144,7 +147,7 @@ class CoCa(nn.Module):
         keep: Int[Array, "batch kept"] | None = None,
         train: bool = False,
     ) -> Seen:
-        """Returns the result of all queries; losses share it within `shared_forward`."""
+        """Returns the results of all queries. Both losses share them within `shared_forward`."""
         return self.pooler(self.image(image, keep, train, self.pixels.normalize))
 
     def features(
@@ -154,10 +157,10 @@ class CoCa(nn.Module):
         mask: AttentionMask = CAUSAL,
         train: bool = False,
     ) -> Words:
-        """Returns what `score` makes the scores of the token after each of.
+        """Returns the input of `score` for each next token.
 
         Args:
-          mask: which words see which in the decoder; in the text tower it is always causal.
+          mask: the mask of the decoder's self-attention. The text tower is always causal.
         """
         words = self.text(tokens, train)[1]
         return self.decoder.features(words, self.look(image, train), mask, train)
@@ -169,11 +172,11 @@ class CoCa(nn.Module):
     def score_tokens(
         self, tokens: Int[Array, "batch tokens"], seen: Seen
     ) -> Float[Array, "batch tokens vocab"]:
-        """Returns the scores of the token after each, float32, for what `look` gave."""
+        """Returns the scores of each next token, float32, for image queries from `look`."""
         return self.score(self.decoder.features(self.text(tokens)[1], seen))
 
     def start(self, batch: int, length: int) -> Cache:
-        """Returns an empty cache of both towers of text, for so many tokens."""
+        """Makes an empty cache of text tower and decoder, for texts of `length` tokens."""
         caches = [
             empty_cache(tower.transformer, tower.compute, batch, length)
             for tower in (self.text, self.decoder)
@@ -183,9 +186,9 @@ class CoCa(nn.Module):
     def step(
         self, tokens: Int[Array, "batch tokens"], cache: Cache, seen: Seen
     ) -> tuple[Float[Array, "batch vocab"], Cache]:
-        """Returns the scores of the token after these, which follow those in the cache; and it.
+        """Appends `tokens` to the cache; returns the next token's scores and the new cache.
 
-        Tokens that count are no padding, so that nothing in the cache has to be hidden.
+        The tokens must not be padding, since no entry of the cache is masked.
         """
         of_text, of_decoder = cache.own
         words, read = self.text.step(tokens, Cache(of_text, cache.filled))
@@ -196,11 +199,7 @@ class CoCa(nn.Module):
 
 
 def check_coca(model: CoCa) -> None:
-    """Checks that the parts of a model fit each other.
-
-    Raises:
-      ValueError: they do not.
-    """
+    """Raises ValueError if the towers of a model do not fit each other."""
     widths = model.text.width, model.decoder.transformer.width
     if widths[0] != widths[1]:
         raise ValueError(

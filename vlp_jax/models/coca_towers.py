@@ -1,4 +1,4 @@
-"""The parts of CoCa (see `vlp_jax.models.coca`) that other models do not have."""
+"""The modules of CoCa (see `vlp_jax.models.coca`) that no other model uses."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from vlp_jax.models.values import (
 Seen = Float[Array, "batch queries embed"]
 Words = Float[Array, "batch tokens width"]
 
-# Epsilon of the norms of queries and tokens: open_clip does not give them the tower's.
+# Epsilon of the norms of queries and tokens: open_clip leaves PyTorch's default there.
 INNER_EPS = 1e-5
 
 
@@ -37,9 +37,9 @@ class AttentionalPooler(nn.Module):
     """Learned queries attend to all tokens; queries, tokens and results are normalized.
 
     Attributes:
-      queries: how many there are.
-      transformer: the width and heads of the queries, and the norm of the results; its depth and
-        `mlp_dim` are not looked at.
+      queries: the number of queries.
+      transformer: width and heads of the queries, and the norm of the results; `depth` and
+        `mlp_dim` are ignored.
     """
 
     queries: int
@@ -63,7 +63,7 @@ class AttentionalPooler(nn.Module):
 
 
 class CrossBlock(layers.Block):
-    """A pre-norm layer that attends to other tokens alone, which are normalized as well."""
+    """A pre-norm layer with cross-attention only, which normalizes the other tokens as well."""
 
     @nn.compact
     def __call__(
@@ -74,12 +74,12 @@ class CrossBlock(layers.Block):
         kept: KeysAndValues | None = None,
         keep: bool = False,
     ) -> tuple[Words, KeysAndValues | None]:
-        """Returns what comes out, and with `keep` the keys and values of the other tokens.
+        """Returns the output, and with `keep` the keys and values of `context`, else None.
 
         Args:
-          context: the other tokens.
+          context: the tokens to attend to.
           drop_rate: see `Block`.
-          kept: keys and values that an earlier call gave; `context` is not looked at then.
+          kept: keys and values from an earlier call; `context` is then ignored.
         """
         tokens = norm(self.config, self.compute.dtype, "norm_context")(context.tokens)
         x, seen = self._attend(
@@ -89,7 +89,7 @@ class CrossBlock(layers.Block):
 
 
 class CoCaBlock(nn.Module):
-    """A layer of the decoder: `Block` on the text, then `CrossBlock` on the image."""
+    """A layer of the decoder: a `Block` for the text, then a `CrossBlock` for the image."""
 
     config: TransformerConfig
     compute: ComputeConfig = ComputeConfig()
@@ -103,7 +103,7 @@ class CoCaBlock(nn.Module):
         context: Attended | None = None,
         cache: Cache | None = None,
     ) -> Words | tuple[Words, Cache]:
-        """Arguments are those of `Block`; there must be a context."""
+        """Takes the arguments of `Block`; `context` is required."""
         read = layers.Block(self.config, self.compute, name="read")
         look = CrossBlock(self.config, self.compute, name="look")
         if cache is None:
@@ -114,13 +114,14 @@ class CoCaBlock(nn.Module):
 
 
 class CoCaText(nn.Module):
-    """Reads a text, at whose end a learned class token stands for all of it.
+    """A causal text tower. A learned class token at the end of the text summarizes it.
 
     Attributes:
       vocab_size: number of token ids.
-      context_length: the most tokens of a text; there is a position more for the class token.
+      context_length: largest number of tokens of a text. There is one more position, for the class
+        token.
       transformer: the layers.
-      bos_id, eos_id, pad_id: the tokenizer's; the first is that with which each text begins.
+      bos_id, eos_id, pad_id: ids of the tokenizer; each text begins with `bos_id`.
       compute: how the layers are computed.
     """
 
@@ -150,21 +151,22 @@ class CoCaText(nn.Module):
         return self.transformer.width
 
     def example(self) -> tuple[Int[Array, "1 tokens"]]:
-        """The tokens of one text, all 0."""
+        """Returns the arguments of a call, for one text of zeros."""
         return (jnp.zeros((1, self.context_length), jnp.int32),)
 
     def __call__(
         self, tokens: Int[Array, "batch tokens"], train: bool = False
     ) -> tuple[Float[Array, "batch width"], Words]:
-        """Returns the normalized feature of each text and, not normalized, of each of its tokens.
+        """Returns the normalized features of each text, and its tokens' features without norm.
 
         Args:
-          train: whether stochastic depth is at work (it needs the random stream "drop_path").
+          train: whether to apply stochastic depth, which needs the random stream "drop_path".
 
         Raises:
           ValueError: the sequences are longer than `context_length`.
         """
         batch, count = tokens.shape
+        # The class token comes last: in causal attention it alone sees the whole text.
         last = self.class_token + self.position_embedding[count : count + 1]
         last = jnp.broadcast_to(last.astype(self.compute.dtype), (batch, *last.shape))
         x = jnp.concatenate([self._embed(tokens), last], axis=1)
@@ -173,7 +175,7 @@ class CoCaText(nn.Module):
         return self.norm(x[:, -1]), x[:, :-1]
 
     def step(self, tokens: Int[Array, "batch tokens"], cache: Cache) -> tuple[Words, Cache]:
-        """Returns the features of tokens that follow those in a cache; none of them is padding."""
+        """Appends tokens (no padding) to a cache; returns their features and the new cache."""
         mask = AttentionMask(causal=True, offset=cache.filled)
         return self.encoder(self._embed(tokens, cache.filled), mask, cache=cache)
 
@@ -185,22 +187,23 @@ class CoCaText(nn.Module):
         return layers.add_positions(self.token_embedding(tokens), self.position_embedding, first)
 
     def _keys(self, tokens: Int[Array, "batch tokens"]) -> Bool[Array, "batch 1 1 keys"]:
-        """Returns which positions are seen.
+        """Returns which positions attention may see.
 
-        open_clip puts the True of the class token in front of the others, where its published
-        weights were trained so: a position is hidden if the token before it is padding.
+        open_clip puts the True of the class token in front of the mask, although the token comes
+        last. So a position is hidden if the token before it is padding. Its published weights were
+        trained this way.
         """
         seen = jnp.pad(tokens != self.pad_id, ((0, 0), (1, 0)), constant_values=True)
         return seen[:, None, None, :]
 
 
 class CoCaDecoder(nn.Module):
-    """Scores the next token of a text that `CoCaText` has read, with a look at an image.
+    """Scores the next token from the features of `CoCaText` and from an image.
 
     Attributes:
       vocab_size: number of token ids that it scores.
-      context_length: the most tokens of a text.
-      transformer: the sizes of the layers, of which each is two (`CoCaBlock`).
+      context_length: largest number of tokens of a text.
+      transformer: the sizes of the layers. Each layer is a pair (`CoCaBlock`).
       compute: how the layers are computed.
     """
 
@@ -223,7 +226,7 @@ class CoCaDecoder(nn.Module):
     def features(
         self, words: Words, seen: Seen, mask: AttentionMask = CAUSAL, train: bool = False
     ) -> Words:
-        """Returns the last layer's output, from which `score` makes the scores."""
+        """Returns the last layer's output, the input of `score`."""
         return self.encoder(words, mask, train, Attended(seen))
 
     def score(self, features: Float[Array, "*batch width"]) -> Float[Array, "*batch vocab"]:
@@ -231,7 +234,7 @@ class CoCaDecoder(nn.Module):
         return self.scores(features).astype(jnp.float32)
 
     def step(self, words: Words, cache: Cache, seen: Seen) -> tuple[Words, Cache]:
-        """Returns the features of words that follow those in a cache, and the cache."""
+        """Appends words to a cache; returns their features and the new cache."""
         mask = AttentionMask(causal=True, offset=cache.filled)
         return self.encoder(words, mask, context=Attended(seen), cache=cache)
 
@@ -245,7 +248,7 @@ def make_coca_text(
     compute: ComputeConfig = PLAIN,
     **fields: Any,
 ) -> CoCaText:
-    """Returns a `CoCaText` of a named size; see `make_coca_decoder`."""
+    """Makes a `CoCaText` of a named size; see `make_coca_decoder`."""
     own, layer_fields = split_fields(fields)
     sizes = variants.size_of(variant, **layer_fields)
     return CoCaText(vocab_size, context_length, sizes, compute=compute, **own)
@@ -260,11 +263,11 @@ def make_coca_decoder(
     compute: ComputeConfig = PLAIN,
     **fields: Any,
 ) -> CoCaDecoder:
-    """Returns a `CoCaDecoder` of a named size.
+    """Makes a `CoCaDecoder` of a named size.
 
     Args:
       variant: a name in `variants.VARIANTS`.
-      fields: of `TransformerConfig` where not the variant's.
+      fields: fields of `TransformerConfig` that override the variant.
 
     Raises:
       ValueError: an unknown variant, or sizes that do not fit each other.

@@ -1,4 +1,4 @@
-"""A text decoder: tokens to the scores of the next ones, alone or with a look at other tokens."""
+"""A text decoder: scores each next token, with or without attention to other tokens."""
 
 from __future__ import annotations
 
@@ -30,12 +30,13 @@ class Decoder(nn.Module):
 
     Attributes:
       vocab_size: number of token ids that it scores.
-      context_length: the most tokens of a sequence.
+      context_length: largest number of tokens of a sequence.
       transformer: the layers; with `rope` there are no learned positions.
-      extra_tokens: ids behind the vocabulary that it can be given and never scores, such as a mask.
-      tied: the scores are products with the token embeddings; otherwise there is a kernel of their
-        own, which begins at zero, and a bias (Tschannen et al. 2023, "CapPa", as in big_vision).
-      embedding_stddev: of the token embeddings at first.
+      extra_tokens: ids after the vocabulary that the input may contain and that are never scored,
+        such as a mask token.
+      tied: True scores by products with the token embeddings. False has a separate kernel, which
+        starts at zero, and a bias (Tschannen et al. 2023, "CapPa", as in big_vision).
+      embedding_stddev: initial standard deviation of the token embeddings.
       compute: how the layers are computed.
     """
 
@@ -75,12 +76,12 @@ class Decoder(nn.Module):
         mask: AttentionMask = CAUSAL,
         train: bool = False,
     ) -> Float[Array, "batch tokens vocab"]:
-        """The scores of the token after each, float32.
+        """Returns the scores of each next token, float32.
 
         Args:
-          context: what it looks at besides.
-          mask: which tokens see which.
-          train: whether stochastic depth is at work (it needs the random stream "drop_path").
+          context: other tokens to attend to; None for a language model.
+          mask: the mask of the self-attention.
+          train: whether to apply stochastic depth, which needs the random stream "drop_path".
         """
         return self.score(self.features(tokens, context, mask, train))
 
@@ -91,7 +92,7 @@ class Decoder(nn.Module):
         mask: AttentionMask = CAUSAL,
         train: bool = False,
     ) -> Float[Array, "batch tokens width"]:
-        """The last layer's output, from which the scores are computed; arguments as above.
+        """Returns the last layer's output, the input of `score`; arguments as for a call.
 
         Raises:
           ValueError: the sequences are longer than `context_length`.
@@ -99,17 +100,17 @@ class Decoder(nn.Module):
         return self.encoder(self._embed(tokens, 0), mask, train, context)
 
     def score(self, features: Float[Array, "*batch width"]) -> Float[Array, "*batch vocab"]:
-        """The scores of the next token, float32."""
+        """Returns the scores of the next token, float32."""
         if not self.tied:
             return self.scores(features).astype(jnp.float32)
         table = self.token_embedding[: self.vocab_size].astype(self.compute.dtype)
         return (features @ table.T).astype(jnp.float32)
 
     def start(self, batch: int, length: int) -> Cache:
-        """An empty cache for so many tokens.
+        """Makes an empty cache for `length` tokens.
 
         Raises:
-          ValueError: that is more than `context_length`.
+          ValueError: `length` exceeds `context_length`.
         """
         self._check(length)
         return empty_cache(self.transformer, self.compute, batch, length)
@@ -117,9 +118,9 @@ class Decoder(nn.Module):
     def step(
         self, tokens: Int[Array, "batch tokens"], cache: Cache, context: Attended | None = None
     ) -> tuple[Float[Array, "batch vocab"], Cache]:
-        """The scores of the token after these, which follow those in the cache; and the cache.
+        """Appends `tokens` to the cache; returns the next token's scores and the new cache.
 
-        The context is given in every step; its keys and values are made in the first alone.
+        Pass `context` in every step. Its keys and values are computed in the first step and cached.
         """
         x = self._embed(tokens, cache.filled)
         mask = AttentionMask(causal=True, offset=cache.filled)
@@ -145,9 +146,9 @@ class Decoder(nn.Module):
 def empty_cache(
     config: TransformerConfig, compute: ComputeConfig, batch: int, length: int
 ) -> Cache:
-    """A cache of the layers of an encoder for so many tokens, none of which is there yet."""
+    """Makes an empty cache of an encoder's layers, with room for `length` tokens."""
     shape = (config.depth, batch, length, config.key_heads, config.head_width)
-    if compute.attention == "pallas":
+    if compute.attention == "pallas":  # this kernel takes heads side by side, see `attend_flat`
         shape = (*shape[:3], shape[3] * shape[4])
     empty = jnp.zeros(shape, compute.dtype)
     return Cache((empty, empty), jnp.int32(0))
@@ -162,11 +163,11 @@ def make_decoder(
     compute: ComputeConfig = PLAIN,
     **fields: Any,
 ) -> Decoder:
-    """A `Decoder` of a named size.
+    """Makes a `Decoder` of a named size.
 
     Args:
       variant: a name in `variants.VARIANTS`.
-      fields: of `Decoder`, and of `TransformerConfig` where not the variant's.
+      fields: fields of `Decoder`, and fields of `TransformerConfig` that override the variant.
 
     Raises:
       ValueError: an unknown variant, or sizes that do not fit each other.

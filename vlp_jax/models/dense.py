@@ -1,4 +1,4 @@
-"""Products with a kernel, and biases, as layers need them."""
+"""Linear layers: a product with a kernel, and a bias, with names for sharding."""
 
 from __future__ import annotations
 
@@ -17,22 +17,23 @@ from vlp_jax.models.values import ComputeConfig
 
 @jax.custom_vjp
 def add_bias(x: Float[Array, "batch tokens *dims"], bias: Float[Array, "*dims"]) -> Array:
-    """`x + bias`. In bfloat16 the gradient of the bias is a product with ones, and its sum float32.
+    """Computes `x + bias`, with a gradient of the bias that is fast on a TPU.
 
-    So the matrix units of a TPU add up the tokens, by its compiler's word in a thirtieth of the
-    cycles that a sum takes. In float32 it is a sum: a CPU takes a fifth less for the whole step.
+    In bfloat16 that gradient is a product with ones, accumulated in float32. The TPU's matrix units
+    then add up the tokens, in a thirtieth of the cycles of a sum (estimate of its compiler). In
+    float32 it is a plain sum: on a CPU the product would make the whole step a fifth slower.
     """
     return x + bias
 
 
 def _forward(x: Array, bias: Array) -> tuple[Array, Array]:
-    return x + bias, jnp.zeros((), bias.dtype)
+    return x + bias, jnp.zeros((), bias.dtype)  # a residual that carries the dtype alone
 
 
 def _backward(like: Array, gradient: Array) -> tuple[Array, Array]:
     if gradient.dtype != jnp.bfloat16:
         return gradient, gradient.sum(axis=(0, 1)).astype(like.dtype)
-    # Behind the barrier the compiler does not see that these are ones, and makes no sum of it.
+    # Without the barrier the compiler knows that these are ones, and turns the product into a sum.
     ones = jax.lax.optimization_barrier(jnp.ones(gradient.shape[:2], gradient.dtype))
     total = jnp.einsum("bt,bt...->...", ones, gradient, preferred_element_type=jnp.float32)
     return gradient, total.astype(like.dtype)
@@ -44,16 +45,16 @@ add_bias.defvjp(_forward, _backward)
 # Not Flax's own layers, though with their parameters and numbers: a TPU adds up the gradient of a
 # bias on its matrix units (`add_bias`), and the backward pass needs names inside (`models.remat`).
 class Product(nn.Module):
-    """A product whose kernel may have several dimensions on either side, and a bias.
+    """Base of linear layers whose kernel may have several input or output dimensions.
 
     Parameters have the shapes and initial values of `nn.DenseGeneral`.
 
     Attributes:
       kernel_names, bias_names: logical names of the dimensions.
-      compute: its `dtype` and `quantization`.
-      kernel_init: of the kernel as a matrix, [n, m].
-      bias_init: of the bias.
-      use_bias: whether there is one.
+      compute: only `dtype` and `quantization` are used.
+      kernel_init: initializer of the kernel, called with its shape as a matrix [n, m].
+      bias_init: initializer of the bias.
+      use_bias: whether there is a bias.
     """
 
     kernel_names: tuple[str | None, ...]
@@ -71,10 +72,11 @@ class Product(nn.Module):
         *,
         flat: bool = True,
     ) -> Float[Array, "*batch m"] | Float[Array, "*batch heads head_dim"]:
-        """x @ kernel + bias, the kernel being [n, m] once it is flat.
+        """Computes x @ kernel + bias, with the kernel reshaped to a matrix [n, m].
 
         Args:
-          flat: the result is [.., m]; otherwise it has the dimensions of the bias in its place.
+          kernel_shape, bias_shape: shapes of the parameters; `bias_shape` has the product m.
+          flat: True returns [.., m]; False returns [.., *bias_shape].
         """
         width = math.prod(bias_shape)
 
@@ -92,11 +94,12 @@ class Product(nn.Module):
             return x
         bias = self.param("bias", named(self.bias_init, *self.bias_names), bias_shape, jnp.float32)
         bias = bias.astype(self.compute.dtype).reshape(outputs)
+        # `add_bias` sums over batch and tokens, so it needs exactly these two dimensions.
         return add_bias(x, bias) if x.ndim - len(outputs) == 2 else x + bias
 
 
 class Dense(Product):
-    """`x @ kernel + bias` over the last dimension."""
+    """A linear layer over the last dimension, to `features` outputs."""
 
     features: int = 1
 

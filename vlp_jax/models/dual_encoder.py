@@ -1,4 +1,7 @@
-"""Two towers that end in one embedding space (Radford et al. 2021; Zhai et al. 2023)."""
+"""The dual encoder of CLIP and SigLIP: two towers with a shared embedding space.
+
+Sources: Radford et al. 2021 (CLIP); Zhai et al. 2023 (SigLIP).
+"""
 
 from __future__ import annotations
 
@@ -19,23 +22,24 @@ HEADS = ("linear", "linear_bias", "none")
 
 
 def l2_normalize(x: Float[Array, "*batch dim"], eps: float = 1e-12) -> Float[Array, "*batch dim"]:
-    """x / max(|x|, eps) along the last dimension, in float32."""
+    """Computes x / max(|x|, eps) along the last dimension, in float32."""
     x = x.astype(jnp.float32)
+    # The bound is inside the root: the gradient of a norm at x = 0 would be NaN.
     square = jnp.sum(x * x, axis=-1, keepdims=True)
     return x * jax.lax.rsqrt(jnp.maximum(square, eps * eps))
 
 
 class DualEncoder(nn.Module):
-    """Image and text encoder that end in `embed_dim` numbers each, and the logits' scale.
+    """An image tower and a text tower with the embedding width `embed_dim`, and the logit scale.
 
     Attributes:
       image, text: the towers.
       embed_dim: width of the shared embedding.
       logit_scale_init: initial natural logarithm of the factor on the cosine similarity.
-      logit_bias_init: initial bias of the logits, None for none (it belongs to the sigmoid loss).
-      image_head, text_head: what maps a tower's features to `embed_dim`: "linear" (CLIP),
-        "linear_bias" or "none" (SigLIP: none for images, with bias for texts).
-      pixels: how they are normalized.
+      logit_bias_init: initial bias of the logits, for the sigmoid loss; None for no bias.
+      image_head, text_head: the projection from a tower's features to `embed_dim`: "linear" (CLIP),
+        "linear_bias" (SigLIP's texts) or "none" (SigLIP's images).
+      pixels: normalization of the pixels.
     """
 
     image: VisionTransformer
@@ -50,11 +54,11 @@ class DualEncoder(nn.Module):
     IS: ClassVar[str] = "an image and a text tower"  # in words, for errors
 
     def towers(self) -> dict[str, nn.Module]:
-        """Its towers, by the names that their parameters have."""
+        """Returns the towers by the names of their parameters."""
         return {"image": self.image, "text": self.text}
 
     def example(self) -> tuple[Any, ...]:
-        """The inputs of a call, of one example, all 0."""
+        """Returns arguments of a call, for one example of zeros."""
         return (*self.image.example(jnp.uint8), *self.text.example())
 
     def setup(self) -> None:
@@ -86,7 +90,7 @@ class DualEncoder(nn.Module):
         keep: Int[Array, "batch kept"] | None = None,
         train: bool = False,
     ) -> Float[Array, "batch embed"]:
-        """Unit vectors of images, float32; of the patches `keep` alone if given."""
+        """Returns unit vectors of images, float32; `keep` restricts the tower to some patches."""
         features = self.image(image, keep, train, self.pixels.normalize)
         return l2_normalize(
             features if self.image_head == "none" else self.image_projection(features)
@@ -95,20 +99,20 @@ class DualEncoder(nn.Module):
     def image_features(
         self, image: UInt8[Array, "batch height width 3"]
     ) -> Float[Array, "batch width"]:
-        """The image tower's output of uint8 images before the projection, float32."""
+        """Returns the image tower's output for uint8 images, before the projection, float32."""
         return self.image(self.pixels.normalize(image)).astype(jnp.float32)
 
     def embed_text(
         self, text: Int[Array, "batch tokens"], train: bool = False
     ) -> Float[Array, "batch embed"]:
-        """Unit vectors of token ids, float32."""
+        """Returns unit vectors of token ids, float32."""
         features = self.text(text, train)
         return l2_normalize(
             features if self.text_head == "none" else self.text_projection(features)
         )
 
     def logit_parameters(self) -> tuple[Float[Array, ""], Float[Array, ""]]:
-        """`logit_scale` (still a logarithm) and `logit_bias` (0 if none)."""
+        """Returns `logit_scale` (still a logarithm) and `logit_bias` (0 if none)."""
         bias = jnp.float32(0) if self.logit_bias_init is None else self.logit_bias
         return self.logit_scale, bias
 
@@ -119,7 +123,7 @@ class DualEncoder(nn.Module):
         keep: Int[Array, "batch kept"] | None = None,
         train: bool = False,
     ) -> dict[str, Any]:
-        """Both embeddings, `logit_scale` (still a logarithm) and `logit_bias` (0 if none)."""
+        """Returns both embeddings, `logit_scale` (a logarithm) and `logit_bias` (0 if none)."""
         scale, bias = self.logit_parameters()
         return {
             "image": self.embed_image(image, keep, train),
@@ -138,11 +142,14 @@ def make_dual_encoder(
     text_head: str = "linear",
     **fields: Any,
 ) -> DualEncoder:
-    """A `DualEncoder` whose parts are known to fit each other; `fields` are its further ones.
+    """Makes a `DualEncoder` and checks that its towers fit.
+
+    Args:
+      fields: further fields of `DualEncoder`.
 
     Raises:
-      ValueError: an unknown head, a tower without pooling, or one without a projection whose width
-        is not `embed_dim`.
+      ValueError: an unknown head, a tower without pooling, or a tower without a projection whose
+        width is not `embed_dim`.
     """
     for name, tower, head in (("image", image, image_head), ("text", text, text_head)):
         variants.check_choice(f"{name}_head", head, HEADS)

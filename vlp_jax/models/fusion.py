@@ -1,4 +1,4 @@
-"""Image and text together: a Transformer over the tokens of both towers."""
+"""Fuses image and text: a Transformer over the tokens of both towers."""
 
 from __future__ import annotations
 
@@ -27,11 +27,12 @@ from vlp_jax.models.vit import VisionTransformer
 
 
 class Fusion(nn.Module):
-    """Self-attention over a class token, the tokens of an image and those of a text.
+    """Self-attention over a class token, the image's tokens and the text's tokens.
 
-    The "merged attention" of Dou et al. 2022 (METER, 3.1.3), as in ViLT (Kim et al. 2021): image
-    and text share the layers. Each has a projection to the width of these, whose bias tells the two
-    apart; where a token stands is known from its tower. The padding of the text is not seen.
+    This is the "merged attention" of Dou et al. 2022 (METER, 3.1.3), as in ViLT (Kim et al. 2021):
+    image and text share the layers. Each has a projection to their width, and the biases of the two
+    projections tell image and text apart. Tokens carry their positions from the towers. The padding
+    of the text is masked.
     """
 
     transformer: TransformerConfig
@@ -45,11 +46,11 @@ class Fusion(nn.Module):
         text_lengths: Int[Array, " batch"],
         train: bool = False,
     ) -> Float[Array, "batch width"]:
-        """The class token after the layers and a LayerNorm.
+        """Returns the class token after the layers and a LayerNorm.
 
         Args:
-          text_lengths: tokens of each text that are seen, from the first.
-          train: whether stochastic depth is at work (it needs the random stream "drop_path").
+          text_lengths: the number of tokens of each text without its padding.
+          train: whether to apply stochastic depth, which needs the random stream "drop_path".
         """
         init = named(nn.initializers.normal(0.02), None, "embed")
         width = self.transformer.width
@@ -58,7 +59,7 @@ class Fusion(nn.Module):
         parts = [first, self._projected(image, "image"), self._projected(text, "text")]
         x = jnp.concatenate(parts, axis=1)
         x = nn.with_logical_constraint(x, ("batch", "act_tokens", "act_embed"))
-        # The text comes last, so that its padding is the end of the whole sequence.
+        # The text comes last: then its padding ends the sequence, and lengths can mask it.
         mask = AttentionMask(lengths=(1 + image.shape[1] + text_lengths).astype(jnp.int32))
         x = layers.Encoder(self.transformer, self.compute, name="encoder")(x, mask, train)
         return x[:, 0]
@@ -76,7 +77,7 @@ class Fusion(nn.Module):
 
 @keywords_of(TransformerConfig)
 def make_fusion(*, compute: ComputeConfig = PLAIN, **fields: Any) -> Fusion:
-    """A `Fusion` whose layers have these fields of `TransformerConfig`.
+    """Makes a `Fusion` whose layers have these fields of `TransformerConfig`.
 
     Raises:
       ValueError: sizes that do not fit each other.
@@ -89,9 +90,9 @@ class QuestionAnswerer(nn.Module):
 
     Attributes:
       image, text: the towers, without pooling.
-      fusion: what looks at both.
-      answers: how many answers there are.
-      pixels: how they are normalized.
+      fusion: the layers over the tokens of both.
+      answers: the number of answers.
+      pixels: normalization of the pixels.
     """
 
     image: VisionTransformer
@@ -101,11 +102,11 @@ class QuestionAnswerer(nn.Module):
     pixels: Pixels = Pixels()
 
     def towers(self) -> dict[str, nn.Module]:
-        """Its towers, by the names that their parameters have."""
+        """Returns the towers by the names of their parameters."""
         return {"image": self.image, "text": self.text, "fusion": self.fusion}
 
     def example(self) -> tuple[Any, ...]:
-        """The inputs of a call, of one example, all 0."""
+        """Returns arguments of a call, for one example of zeros."""
         return (*self.image.example(jnp.uint8), *self.text.example())
 
     def setup(self) -> None:
@@ -114,12 +115,12 @@ class QuestionAnswerer(nn.Module):
     def __call__(
         self, image: Images, text: Int[Array, "batch tokens"], train: bool = False
     ) -> Float[Array, "batch answers"]:
-        """The score of each answer, float32.
+        """Returns the score of each answer, float32.
 
         Args:
           image: values in [0, 255].
           text: token ids of the question.
-          train: whether stochastic depth is at work (it needs the random stream "drop_path").
+          train: whether to apply stochastic depth, which needs the random stream "drop_path".
         """
         seen = self.image(image, train=train, prepare=self.pixels.normalize)
         read = self.text(text, train)

@@ -1,7 +1,7 @@
-"""Texts from a decoder, token by token, inside of a compiled program: greedy, sampled, by beams.
+"""Generates texts token by token within a compiled program: greedy, sampled, or by beam search.
 
-A `Step` is `Decoder.step` of some parameters: (tokens [batch, tokens], cache) -> (the scores of the
-next token [batch, vocab], the cache after them).
+A `Step` is `Decoder.step` with its parameters bound: (tokens [batch, tokens], cache) -> (scores of
+the next token [batch, vocab], new cache).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from vlp_jax.models.heads import Cache
 
 Step = Callable[[Array, Cache], tuple[Array, Cache]]
-LEAST = -1e30  # the score of what is not to be chosen; finite, so that no difference of two is NaN
+LEAST = -1e30  # score of an excluded token; finite, because -inf minus -inf would be NaN
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,10 +26,10 @@ class Sampling:
     """Describes how the next token is chosen.
 
     Attributes:
-      temperature: by which the scores are divided; 0 takes the best token always.
-      top_k: only so many tokens of the best are chosen from; 0 for all.
-      top_p: only the fewest tokens that have so much of the probability together (Holtzman et al.
-        2020, "The Curious Case of Neural Text Degeneration", 3.1); 1 for all.
+      temperature: divisor of the scores; 0 always takes the best token.
+      top_k: samples only from the best `top_k` tokens; 0 for all.
+      top_p: samples only from the smallest set of tokens whose probabilities add up to `top_p`
+        (Holtzman et al. 2020, "The Curious Case of Neural Text Degeneration", 3.1); 1 for all.
 
     Raises:
       ValueError: a number out of range.
@@ -40,24 +40,24 @@ class Sampling:
     top_p: float = 1.0
 
     def __post_init__(self) -> None:
-        """Checks the numbers."""
+        """Raises ValueError for a number out of range."""
         if self.temperature < 0:
-            raise ValueError(f"temperature is at least 0, not {self.temperature}")
+            raise ValueError(f"temperature must be >= 0, not {self.temperature}")
         if self.top_k < 0:
-            raise ValueError(f"top_k is at least 0, not {self.top_k}")
+            raise ValueError(f"top_k must be >= 0, not {self.top_k}")
         if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p is above 0 and at most 1, not {self.top_p}")
+            raise ValueError(f"top_p must be in (0, 1], not {self.top_p}")
 
     def __call__(
         self, scores: Float[Array, "batch vocab"], rng: PRNGKeyArray
     ) -> Int[Array, " batch"]:
-        """A token for each row of scores."""
+        """Chooses a token for each row of scores."""
         if self.temperature == 0:
             return jnp.argmax(scores, axis=-1).astype(jnp.int32)
         return jax.random.categorical(rng, self.narrowed(scores)).astype(jnp.int32)
 
     def narrowed(self, scores: Float[Array, "batch vocab"]) -> Float[Array, "batch vocab"]:
-        """The scores over the temperature, of the tokens that may be chosen; others are -1e30."""
+        """Returns scores / temperature; tokens that must not be chosen get the score -1e30."""
         scores = scores / self.temperature
         if 0 < self.top_k < scores.shape[-1]:
             least = jax.lax.top_k(scores, self.top_k)[0][:, -1:]
@@ -65,19 +65,20 @@ class Sampling:
         if self.top_p < 1:
             ordered = jnp.sort(scores, axis=-1)[:, ::-1]
             share = jax.nn.softmax(ordered, axis=-1)
-            before = jnp.cumsum(share, axis=-1) - share  # of the tokens that are better
-            kept = jnp.where(before < self.top_p, ordered, jnp.inf)
-            scores = jnp.where(scores < kept.min(axis=-1, keepdims=True), LEAST, scores)
+            # A token stays if the better ones do not reach top_p yet; so the best always stays.
+            before = jnp.cumsum(share, axis=-1) - share
+            allowed = jnp.where(before < self.top_p, ordered, jnp.inf)
+            scores = jnp.where(scores < allowed.min(axis=-1, keepdims=True), LEAST, scores)
         return scores
 
 
 class Generated(NamedTuple):
-    """Holds generated texts.
+    """Generated texts and their scores.
 
     Attributes:
-      tokens: behind the prompt, up to the end of text, and then padding.
-      scores: the log-probability of each text's tokens, the end of text included; divided by a
-        power of their number where a length penalty was asked for.
+      tokens: the tokens after the prompt, up to the end of text, then padding.
+      scores: the log-probability of each text, its end included; with a length penalty, divided by
+        a power of the number of tokens.
     """
 
     tokens: Int[Array, "batch length"]
@@ -95,10 +96,10 @@ def generate(
     rng: PRNGKeyArray,
     sampling: Sampling = Sampling(),
 ) -> Generated:
-    """Goes on with prompts of one length, until all have ended or have `length` tokens more.
+    """Continues prompts of equal length, until all texts have ended or are `length` tokens long.
 
     Args:
-      cache: empty, with room for prompt and text.
+      cache: an empty cache with room for prompt and text.
     """
     batch = prompt.shape[0]
     scores, cache = step(prompt, cache)
@@ -113,7 +114,7 @@ def generate(
         token = sampling(scores, jax.random.fold_in(rng, index))
         log = jnp.take_along_axis(jax.nn.log_softmax(scores), token[:, None], axis=1)[:, 0]
         total += jnp.where(done, 0, log)
-        token = jnp.where(done, pad_id, token)
+        token = jnp.where(done, pad_id, token)  # a finished row stays in the batch
         tokens = jax.lax.dynamic_update_index_in_dim(tokens, token, index, axis=1)
         done |= token == eos_id
         scores, cache = step(token[:, None], cache)
@@ -135,22 +136,23 @@ def beam_search(
     pad_id: int,
     length_penalty: float = 0.0,
 ) -> Generated:
-    """The best of `width` texts that are followed side by side for each prompt.
+    """Finds a likely text for each prompt by beam search.
 
     Args:
-      cache: empty, for `batch * width` sequences, a prompt's side by side, with room for prompt and
-        text.
-      length_penalty: a text counts by its log-probability over (number of its tokens) to this power
-        (Wu et al. 2016, "GNMT", 7, without its constants); 0 for none.
+      cache: an empty cache for `batch * width` sequences, with room for prompt and text. The beams
+        of a prompt are adjacent.
+      width: the number of beams of a prompt.
+      length_penalty: texts are ranked by log-probability / (number of tokens) ** length_penalty (Wu
+        et al. 2016, "GNMT", 7, without its constants); 0 ranks by log-probability.
 
     Raises:
-      ValueError: no beams.
+      ValueError: `width` is below 1.
     """
     if width < 1:
-        raise ValueError(f"a beam search follows at least one text, not {width}")
+        raise ValueError(f"the width of a beam search must be at least 1, not {width}")
     batch = prompt.shape[0]
     scores, cache = step(jnp.repeat(prompt, width, axis=0), cache)
-    # At first all texts of a prompt are the same: the first alone may be gone on with.
+    # All beams of a prompt start equal. Only the first counts, or all would stay equal for ever.
     total = jnp.where(jnp.arange(width) == 0, 0.0, LEAST) + jnp.zeros((batch, width))
     beams = _Beams(
         tokens=jnp.full((batch, width, length), pad_id, jnp.int32),
@@ -162,11 +164,12 @@ def beam_search(
     def body(index: Array, carry: Any) -> Any:
         beams, scores, cache = carry
         log = jax.nn.log_softmax(scores.reshape(batch, width, -1))
-        # A text that has ended goes on with padding, for nothing.
+        # A text that has ended goes on with padding at no cost, so its score does not change.
         ended = jnp.where(jnp.arange(log.shape[-1]) == pad_id, 0.0, LEAST)
         log = jnp.where(beams.done[..., None], ended, log)
         beams, parent = beams.extended(log, index, eos_id, length_penalty)
         rows = (jnp.arange(batch)[:, None] * width + parent).reshape(-1)
+        # A beam may continue another beam's text, so it takes over that beam's cache as well.
         of_parents = functools.partial(jnp.take, indices=rows, axis=1)
         own, context = jax.tree.map(of_parents, (cache.own, cache.context))
         token = jax.lax.dynamic_index_in_dim(beams.tokens, index, axis=2)
@@ -181,12 +184,13 @@ def beam_search(
 
 
 class _Beams(NamedTuple):
-    """The texts that are followed for each prompt.
+    """The texts in a beam search.
 
     Attributes:
-      done: whether they have ended.
-      total: their log-probabilities.
-      count: of their tokens, the end of text included.
+      tokens: the texts, filled up with padding.
+      done: whether each text has ended.
+      total: the log-probability of each text.
+      count: the number of tokens of each text, its end included.
     """
 
     tokens: Int[Array, "batch width length"]
@@ -201,7 +205,7 @@ class _Beams(NamedTuple):
         eos_id: int,
         length_penalty: float,
     ) -> tuple[_Beams, Int[Array, "batch width"]]:
-        """The best texts that are one token longer, and which each was before."""
+        """Returns the best texts that are one token longer, and the beam that each comes from."""
         batch, width, vocab = log.shape
         sums, counts = self.total[..., None] + log, self.count + ~self.done
         values = _penalized(sums, counts[..., None], length_penalty)

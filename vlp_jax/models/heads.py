@@ -18,20 +18,21 @@ from vlp_jax.models.parameters import norm
 from vlp_jax.models.positions import rotate
 from vlp_jax.models.values import ComputeConfig, TransformerConfig
 
-# Both [batch, tokens, heads, head_dim], or with the heads side by side.
+# Both are [batch, tokens, heads, head_dim], or [batch, tokens, heads * head_dim].
 KeysAndValues = tuple[Array, Array]
 
 
 @flax.struct.dataclass
 class Cache:
-    """Keys and values that a decoder has made, so that a further token costs its own alone.
+    """Keys and values of earlier tokens, so that a decoder computes only the new token.
 
-    In a stack of layers each array has the layers as its first dimension.
+    For stacked layers, each array has the layers as its first dimension.
 
     Attributes:
-      own: of its tokens, with room for those to come.
-      context: of the tokens that it looks at besides; None where there are none, or none yet.
-      filled: how many of its tokens have theirs.
+      own: keys and values of the decoder's own tokens, with room for all tokens to come.
+      context: keys and values of the tokens it cross-attends to; None before the first step, or
+        without cross-attention.
+      filled: the number of tokens in `own` so far.
     """
 
     own: KeysAndValues
@@ -40,12 +41,12 @@ class Cache:
 
 
 class ToHeads(Product):
-    """A projection of tokens to `heads` vectors of `head_dim` numbers each.
+    """Projects tokens to `heads` vectors of `head_dim` numbers each.
 
     Attributes:
-      flat: these vectors stay side by side, as a kernel wants them that takes them so; the product
-        is one of two matrices. To others a TPU's compiler gives the layout that they want, if the
-        product has the heads as a dimension.
+      flat: True returns the vectors side by side, [.., heads * head_dim], for `attend_flat`. False
+        keeps the heads as a dimension of the product; a TPU's compiler then chooses the memory
+        layout that the attention wants.
     """
 
     heads: int = 1
@@ -63,7 +64,7 @@ class ToHeads(Product):
 
 
 class FromHeads(Product):
-    """A projection of the heads' vectors, side by side or not, to `width` numbers a token."""
+    """Projects the heads' vectors, side by side or not, to `width` numbers for each token."""
 
     heads: int = 1
     width: int = 1
@@ -83,7 +84,7 @@ class MultiHeadAttention(nn.Module):
 
     Attributes:
       config: the heads, their width, norm, biases and rotary positions.
-      compute: how; the softmax is float32 in any case.
+      compute: how attention is computed.
     """
 
     config: TransformerConfig
@@ -102,18 +103,18 @@ class MultiHeadAttention(nn.Module):
         Float[Array, "batch query_tokens width"]
         | tuple[Float[Array, "batch query_tokens width"], KeysAndValues]
     ):
-        """Attends to the tokens that the mask lets it see.
+        """Attends from `query` to `key_value`, where the mask allows it.
 
         Args:
-          kept: keys and values that were made before: with `filled` those of the tokens before
-            these, with room behind them, into which those of `key_value` go; without, all that
-            there are, and `key_value` is not looked at.
-          filled: how many tokens have theirs in `kept`.
-          keep: the keys and values are a second result.
+          kept: cached keys and values. With `filled` they belong to earlier tokens, and the keys
+            and values of `key_value` are written after them. Without `filled` they are complete,
+            and `key_value` is ignored.
+          filled: the number of tokens in `kept`.
+          keep: whether to return the keys and values as a second result.
 
         Raises:
-          ValueError: the heads do not divide the width, or the attention that is asked for does not
-            hold these shapes.
+          ValueError: the heads do not divide the width, or the attention backend does not support
+            these shapes.
         """
         config, compute = self.config, self.compute
         q = self._projected(query, config.heads, "query")
@@ -138,7 +139,7 @@ class MultiHeadAttention(nn.Module):
     def _keys_and_values(
         self, tokens: Array, kept: KeysAndValues | None, filled: Array | None
     ) -> KeysAndValues:
-        """Those of the tokens, put behind those that were kept; or those that were kept alone."""
+        """Returns the keys and values to attend to: new, cached, or new ones appended to cached."""
         if kept is not None and filled is None:
             return kept
         k = self._projected(tokens, self.config.key_heads, "key")
@@ -164,7 +165,7 @@ class MultiHeadAttention(nn.Module):
         )(x)
 
     def _prepared(self, x: Array, name: str, first: Array | None) -> Array:
-        """Queries or keys of each head, normalized and turned where the config says so."""
+        """Applies `qk_norm` and rotary positions to queries or keys, as the config says."""
         if self.config.qk_norm:
             x = self._by_heads(norm(self.config, self.compute.dtype, name), x)
         if self.config.rope is not None:
@@ -173,7 +174,7 @@ class MultiHeadAttention(nn.Module):
         return x
 
     def _by_heads(self, function: Callable[[Array], Array], x: Array) -> Array:
-        """`function` of x as [batch, tokens, heads, head_dim]."""
+        """Applies `function` to x reshaped as [batch, tokens, heads, head_dim]."""
         if x.ndim == 4:
             return function(x)
         heads = function(einops.rearrange(x, "... (h d) -> ... h d", d=self.config.head_width))
@@ -181,9 +182,10 @@ class MultiHeadAttention(nn.Module):
 
 
 def _keep(x: Array, name: str) -> Array:
-    """`x` under a name that a remat policy can keep, with its heads side by side.
+    """Names `x` for remat policies, with its heads side by side.
 
-    As [.., heads, head_dim] a TPU would keep a head of 64 numbers in 128 places.
+    A TPU pads the last dimension to 128. As [.., heads, 64], a saved array would take twice the
+    memory.
     """
     if x.ndim == 3:
         return checkpoint_name(x, name)

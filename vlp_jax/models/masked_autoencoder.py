@@ -1,4 +1,4 @@
-"""Masked autoencoder (He et al. 2022, "Masked Autoencoders Are Scalable Vision Learners")."""
+"""Masked autoencoder: He et al. 2022, "Masked Autoencoders Are Scalable Vision Learners"."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ from vlp_jax.models.vit import VisionTransformer, patchify
 
 
 class MaskedDecoder(nn.Module):
-    """From the visible tokens to the pixels of all patches.
+    """Predicts the pixels of all patches from the encoder's tokens of the visible patches.
 
     Attributes:
       grid: rows and columns of patches.
-      class_token: whether the first token it gets is a class token.
-      outputs: numbers that are predicted for a patch.
+      class_token: whether the encoder's first token is a class token.
+      outputs: number of values to predict for a patch.
       position: "sincos" (fixed, as published) or "learned", a table with a row for the class token.
     """
 
@@ -45,14 +45,15 @@ class MaskedDecoder(nn.Module):
 
     @property
     def patches(self) -> int:
-        """Patches of an image."""
+        """The number of patches of an image."""
         return self.grid[0] * self.grid[1]
 
     @nn.compact
     def __call__(
         self, x: Float[Array, "batch visible embed"], restore: Int[Array, "batch patches"]
     ) -> Float[Array, "batch patches outputs"]:
-        """
+        """Predicts the values of every patch, in row order.
+
         Args:
           x: the encoder's tokens: the class token if any, then the visible patches.
           restore: see `masking.PatchMask`.
@@ -63,6 +64,7 @@ class MaskedDecoder(nn.Module):
         mask_token = self.param("mask_token", init, (1, width)).astype(x.dtype)
         prefix, visible = x[:, : int(self.class_token)], x[:, int(self.class_token) :]
         hidden = self.patches - visible.shape[1]
+        # Visible patches, then mask tokens: the order that `restore` turns back into row order.
         filler = jnp.broadcast_to(mask_token, (x.shape[0], hidden, width))
         patches = take_tokens(jnp.concatenate([visible, filler], axis=1), restore)
         x = jnp.concatenate([prefix, patches], axis=1) + self._positions().astype(x.dtype)
@@ -78,6 +80,7 @@ class MaskedDecoder(nn.Module):
         if self.position == "learned":
             tokens = self.class_token + self.patches
             return layers.position_embedding(self, tokens, self.transformer.width, 0.02)
+        # The class token has the position 0, as published (facebookresearch/mae, pos_embed.py).
         table = jnp.asarray(sincos_2d(self.grid, self.transformer.width))
         return jnp.pad(table, ((int(self.class_token), 0), (0, 0)))
 
@@ -88,11 +91,11 @@ class MaskedDecoder(nn.Module):
 def make_masked_decoder(
     image: VisionTransformer, *, compute: ComputeConfig = PLAIN, **fields: Any
 ) -> MaskedDecoder:
-    """The decoder for an encoder.
+    """Makes the decoder for an encoder.
 
     Args:
-      fields: of `MaskedDecoder`, and of `TransformerConfig`; activation and norm are by default
-        those of the encoder.
+      image: the encoder. The decoder takes over its activation and norm by default.
+      fields: fields of `MaskedDecoder` and of `TransformerConfig`.
 
     Raises:
       ValueError: an unknown position, or sizes that do not fit each other.
@@ -112,12 +115,12 @@ def make_masked_decoder(
 
 
 class MaskedAutoencoder(nn.Module):
-    """An encoder that sees a part of the patches, a small decoder that paints the rest.
+    """An encoder of the visible patches, and a small decoder that predicts the hidden ones.
 
     Attributes:
       image: the encoder, without pooling.
-      decoder: what paints.
-      pixels: how they are normalized.
+      decoder: predicts the pixels.
+      pixels: normalization of the pixels.
     """
 
     image: VisionTransformer
@@ -127,11 +130,11 @@ class MaskedAutoencoder(nn.Module):
     IS: ClassVar[str] = "an image tower and a decoder"  # in words, for errors
 
     def towers(self) -> dict[str, nn.Module]:
-        """Its towers, by the names that their parameters have."""
+        """Returns the towers by the names of their parameters."""
         return {"image": self.image, "decoder": self.decoder}
 
     def example(self) -> tuple[Any, ...]:
-        """The inputs of a call: an image that is 0, of whose patches the first half is seen."""
+        """Returns arguments of a call: an image of zeros, the first half of its patches visible."""
         patches = self.image.patches
         noise = jnp.arange(patches, dtype=jnp.float32)[None]
         return (
@@ -145,7 +148,7 @@ class MaskedAutoencoder(nn.Module):
         mask: PatchMask,
         train: bool = False,
     ) -> Float[Array, "batch patches outputs"]:
-        """The predicted numbers of every patch, float32, in the order (row, column, channel)."""
+        """Predicts the values of every patch, float32, in the order (row, column, channel)."""
         latent = self.encode(image, mask.keep, train)
         return self.decode(latent, mask.restore)
 
@@ -155,7 +158,7 @@ class MaskedAutoencoder(nn.Module):
         keep: Int[Array, "batch kept"] | None = None,
         train: bool = False,
     ) -> Float[Array, "batch tokens embed"]:
-        """The encoder's tokens of uint8 images, of the patches `keep` alone if given."""
+        """Returns the encoder's tokens for uint8 images; `keep` restricts it to some patches."""
         return self.image(image, keep, train, self.pixels.normalize)
 
     def decode(
@@ -163,7 +166,7 @@ class MaskedAutoencoder(nn.Module):
         latent: Float[Array, "batch tokens embed"],
         restore: Int[Array, "batch patches"],
     ) -> Float[Array, "batch patches outputs"]:
-        """Predictions for all patches from the encoder's tokens; registers are left out."""
+        """Predicts all patches from the encoder's tokens; the decoder gets no registers."""
         first, second = int(self.image.class_token), self.image.prefix_tokens
         latent = jnp.concatenate([latent[:, :first], latent[:, second:]], axis=1)
         return self.decoder(latent, restore).astype(jnp.float32)
@@ -171,11 +174,11 @@ class MaskedAutoencoder(nn.Module):
     def targets(
         self, image: UInt8[Array, "batch height width 3"]
     ) -> Float[Array, "batch patches outputs"]:
-        """Normalized pixels of every patch, in the order of the predictions."""
+        """Returns the normalized pixels of every patch, in the order of the predictions."""
         patches = patchify(self.pixels.normalize(image), self.image.patch_size)
         return patches.reshape(*patches.shape[:2], -1)
 
     def features(self, image: UInt8[Array, "batch height width 3"]) -> Float[Array, "batch embed"]:
-        """The class token of whole images, or the mean over the patches if there is none."""
+        """Returns the class token of whole images, or without one the mean over all tokens."""
         latent = self.encode(image)
         return latent[:, 0] if self.image.class_token else latent.mean(axis=1)

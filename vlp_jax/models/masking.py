@@ -1,5 +1,4 @@
-"""Random masking of patches, an own one for each image (He et al. 2022, "MAE"; Li et al. 2023,
-"FLIP")."""
+"""Random masks of patches, drawn for each image (He et al. 2022, "MAE"; Li et al. 2023, "FLIP")."""
 
 from __future__ import annotations
 
@@ -11,12 +10,15 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 
 class PatchMask(NamedTuple):
-    """Which patches of each image are visible.
+    """The visible patches of each image.
+
+    For 4 patches of which 3 and 0 are visible, and the hidden ones come in the order 2, 1:
+    keep = [3, 0], restore = [1, 3, 2, 0], hidden = [0, 1, 1, 0].
 
     Attributes:
       keep: indices of the visible patches, in the order in which the encoder gets them.
-      restore: for each patch its place in the sequence of visible, then hidden patches.
-      hidden: 1 for each patch that is hidden, else 0.
+      restore: for each patch its position in the sequence of visible, then hidden patches.
+      hidden: 1 for each hidden patch, else 0.
     """
 
     keep: Int[Array, "batch kept"]
@@ -25,7 +27,7 @@ class PatchMask(NamedTuple):
 
 
 def kept_patches(patches: int, mask_ratio: float) -> int:
-    """How many patches stay visible: a whole number, rounded down as in the published code.
+    """Returns the number of visible patches, rounded down as in the published code.
 
     Raises:
       ValueError: the ratio is not in [0, 1), or would hide every patch.
@@ -39,19 +41,20 @@ def kept_patches(patches: int, mask_ratio: float) -> int:
 
 
 def mask_from_noise(noise: Float[Array, "batch patches"], kept: int) -> PatchMask:
-    """The `kept` patches with the least noise stay visible."""
+    """Makes the mask in which the `kept` patches with the least noise are visible."""
     order = jnp.argsort(noise, axis=1)
+    # The argsort of a permutation is its inverse.
     restore = jnp.argsort(order, axis=1)
     return PatchMask(order[:, :kept], restore, (restore >= kept).astype(jnp.float32))
 
 
 def random_mask(rng: PRNGKeyArray, batch: int, patches: int, kept: int) -> PatchMask:
-    """`kept` random patches of each of `batch` images stay visible."""
+    """Draws `kept` visible patches for each of `batch` images."""
     return mask_from_noise(jax.random.uniform(rng, (batch, patches)), kept)
 
 
 def take_tokens(
     x: Float[Array, "batch tokens *rest"], indices: Int[Array, "batch kept"]
 ) -> Float[Array, "batch kept *rest"]:
-    """Of each sequence the tokens at its own `indices`."""
+    """Selects the tokens at `indices` from each sequence."""
     return jnp.take_along_axis(x, indices.reshape(*indices.shape, *(1,) * (x.ndim - 2)), axis=1)

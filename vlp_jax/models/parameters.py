@@ -1,4 +1,4 @@
-"""Parameters with the logical names of their dimensions (`vlp_jax.models.layers` lists them)."""
+"""Parameters with logical axis names (listed in `vlp_jax.models.layers`), and the norms."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ Dtype = Any
 class Named(nn.LogicallyPartitioned):
     """A parameter with the logical names of its dimensions.
 
-    Unboxing adds no sharding constraint: `nn.DenseGeneral` unboxes a kernel while it is still flat,
-    where the names do not fit, and the step is given its parameters already laid out.
+    Unboxing adds no sharding constraint. `nn.DenseGeneral` unboxes a kernel while it is still flat,
+    where the names do not fit. And the training step gets its parameters sharded already.
     """
 
     def unbox(self, apply_constraint: bool = False) -> Any:
-        """The bare parameter."""
+        """Returns the bare parameter."""
         return self.value
 
 
 def named(init: Callable[..., Array], *names: str | None) -> Callable[..., Named]:
-    """An initializer whose parameter carries the logical axis `names`."""
+    """Wraps an initializer so that its parameter carries the logical axis `names`."""
 
     @functools.wraps(init)
     def initialize(*args: Any, **kwargs: Any) -> Named:
@@ -42,8 +42,8 @@ def named(init: Callable[..., Array], *names: str | None) -> Callable[..., Named
 class LayerNorm(nn.Module):
     """LayerNorm over the last dimension (Ba et al. 2016), with float32 statistics and parameters.
 
-    Mean and variance have names (`remat.STATISTICS`), so that a backward pass that computes the
-    result again need not add up every token a second time.
+    Mean and variance have names (`remat.STATISTICS`). A remat policy keeps them, so that the
+    backward pass can repeat the norm without reading every token for its statistics.
     """
 
     eps: float
@@ -60,6 +60,7 @@ class LayerNorm(nn.Module):
         variance = checkpoint_name(
             jnp.square(centered).mean(axis=-1, keepdims=True), "norm_variance"
         )
+        # Scale times rsqrt first: one multiplication per number of x, and not two.
         x = centered * (jax.lax.rsqrt(variance + self.eps) * scale)
         if self.use_bias:
             zeros = named(nn.initializers.zeros_init(), "norm")
@@ -68,8 +69,10 @@ class LayerNorm(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) times a learned scale (Zhang and Sennrich 2019, "Root Mean Square
-    Layer Normalization"), over the last dimension, in float32."""
+    """RMSNorm over the last dimension: x / sqrt(mean(x^2) + eps) times a learned scale, in float32.
+
+    Source: Zhang and Sennrich 2019, "Root Mean Square Layer Normalization".
+    """
 
     eps: float
     dtype: Dtype
@@ -84,10 +87,10 @@ class RMSNorm(nn.Module):
 
 
 def norm(config: TransformerConfig, dtype: Dtype, name: str | None) -> LayerNorm | RMSNorm:
-    """The norm of a Transformer's layers, under that name, inside of a module.
+    """Makes the norm that a Transformer's layers use. Call it within a module.
 
     Args:
-      name: None in a `setup`, where the attribute names it.
+      name: name of the submodule; None in a `setup` method, where the attribute names it.
     """
     if config.norm == "rms":
         return RMSNorm(config.norm_eps, dtype, name=name)

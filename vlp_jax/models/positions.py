@@ -1,4 +1,4 @@
-"""Positions of image patches: fixed sines and cosines, and learned tables for another grid."""
+"""Position embeddings: fixed sines and cosines, rotary positions, resampling of learned tables."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ Grid = tuple[int, int]  # rows and columns of patches
 
 
 def sincos_2d(grid: Grid, width: int) -> Float[np.ndarray, "tokens width"]:
-    """Fixed embeddings of a grid of patches, row by row, float32 (He et al. 2022, "MAE").
+    """Makes fixed embeddings of a grid of patches, row by row, float32 (He et al. 2022, "MAE").
 
-    The first half of the width encodes the column, the second the row; each is width / 4 sines,
-    then as many cosines, of position / 10000 ** (i / (width / 4)). google-research/big_vision
-    divides by width / 4 - 1 instead; that is another table.
+    The first half of the width encodes the column, the second half the row. Each half has width / 4
+    sines, then as many cosines, of position / 10000 ** (i / (width / 4)). big_vision divides i by
+    width / 4 - 1, which gives another table.
 
     Raises:
       ValueError: 4 does not divide the width.
@@ -34,13 +34,14 @@ def rotate(
     base: float,
     first: Int[Array, ""] | int = 0,
 ) -> Float[Array, "batch tokens heads head_dim"]:
-    """Turns the pair (i, i + head_dim / 2) of token t by an angle of t base^(-2 i / head_dim).
+    """Applies rotary positions: the product of a query and a key depends on their distance alone.
 
-    These rotary positions make the product of a query and a key depend on their distance alone (Su
-    et al. 2021, "RoFormer", 3.2.2, with the pairs as in Llama). Angles and products are float32.
+    The pair of numbers (i, i + head_dim / 2) of token t is rotated by the angle
+    t base^(-2 i / head_dim) (Su et al. 2021, "RoFormer", 3.2.2, with the pairs of Llama). Angles
+    and products are float32.
 
     Args:
-      first: the place of the first token.
+      first: the position of the first token.
 
     Raises:
       ValueError: heads of an odd width.
@@ -62,9 +63,9 @@ def resample(
     new_grid: Grid,
     prefix_tokens: int = 0,
 ) -> Float[np.ndarray, "new_tokens width"]:
-    """A table of learned positions for another grid of patches: bicubic, antialiased.
+    """Resamples a table of learned positions to another grid: bicubic, antialiased.
 
-    The first `prefix_tokens` rows (a class token's) stay as they are.
+    The first `prefix_tokens` rows (for a class token) stay as they are.
 
     Raises:
       ValueError: the table does not have a row for each patch of `old_grid`.
@@ -86,14 +87,14 @@ def resample(
 
 
 def square_grid(patches: int) -> Grid:
-    """The square grid of so many patches.
+    """Returns the square grid that has `patches` patches.
 
     Raises:
-      ValueError: the number is no square, so the grid has to come from elsewhere.
+      ValueError: `patches` is not a square number, so the grid must be known from elsewhere.
     """
     side = round(patches**0.5)
     if side * side != patches:
         raise ValueError(
-            f"{patches} positions are no square grid, and nothing says which other they are"
+            f"{patches} positions are no square grid, and nothing tells their rows and columns"
         )
     return side, side

@@ -1,10 +1,10 @@
-"""Matrix products of layers in 8 bits, for chips whose 8-bit units are twice as fast.
+"""Computes the matrix products of layers in 8 bits, for chips whose 8-bit units are twice as fast.
 
-Parameters, activations between layers, attention and the optimizer stay as they are: what is cast
-is the factors of the products with a layer's kernel, forward and backward, each whole array by one
-factor that is taken from the array itself at that moment ("current scaling"; Micikevicius et al.
-2022, "FP8 Formats for Deep Learning", section 3). So there is no state, and a checkpoint does not
-depend on it.
+Only products with a layer's kernel use 8 bits, in the forward and in the backward pass. Parameters,
+activations between layers, attention and the optimizer keep their dtypes. Each array is divided by
+one scale, computed from the array just before the product ("current scaling"; Micikevicius et al.
+2022, "FP8 Formats for Deep Learning", section 3). So scales are no state, and checkpoints do not
+depend on the quantization.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from vlp_jax.models.variants import check_choice
+
 QUANTIZATIONS = ("none", "fp8")
 # Micikevicius et al. 2022, 3: E4M3 for activations and weights, E5M2 for gradients.
 FORWARD, BACKWARD = jnp.float8_e4m3fn, jnp.float8_e5m2
@@ -27,14 +29,12 @@ _ROWS = (((0,), (0,)), ((), ()))  # a.T @ b
 
 
 def dot_general_of(quantization: str) -> Callable[..., Array] | None:
-    """What `flax.linen.Dense` takes as `dot_general`; None for its own.
+    """Returns the `dot_general` of a quantization; None for `jax.lax.dot_general`.
 
     Raises:
       ValueError: an unknown name.
     """
-    if quantization not in QUANTIZATIONS:
-        known = ", ".join(QUANTIZATIONS)
-        raise ValueError(f"unknown quantization {quantization!r} (known: {known})")
+    check_choice("quantization", quantization, QUANTIZATIONS)
     return fp8_dot_general if quantization == "fp8" else None
 
 
@@ -45,13 +45,13 @@ def fp8_dot_general(
     precision: Any = None,
     preferred_element_type: Any = None,
 ) -> Array:
-    """`jax.lax.dot_general` of activations and a kernel, in 8 bits; sums are float32.
+    """Computes `jax.lax.dot_general` of activations and a kernel in 8 bits, with float32 sums.
 
     Raises:
-      ValueError: the last dimensions of `lhs` are not contracted with the first of `rhs`, or there
-        are batch dimensions.
+      ValueError: the contraction is not between the last dimensions of `lhs` and the first of
+        `rhs`, or there are batch dimensions.
     """
-    del precision  # there is one
+    del precision  # 8-bit products have only one
     (left, right), batch = dimension_numbers
     count = len(left)
     last, first = tuple(range(lhs.ndim - count, lhs.ndim)), tuple(range(count))
@@ -65,12 +65,12 @@ def fp8_dot_general(
 
 
 def quantize(x: Float[Array, "*dims"], dtype: Any) -> tuple[Array, Float[Array, ""]]:
-    """`x` divided by a factor so that its largest absolute value is the dtype's, and that factor.
+    """Scales `x` so that its largest absolute value becomes the dtype's; returns it and the scale.
 
-    An array of zeros has the factor 1. Values that are not finite stay so. The factor of the least
-    numbers is the least one that is not flushed to zero, by which nothing could be divided.
+    The scale of an array of zeros is 1. Values that are not finite stay so.
     """
     largest = jnp.abs(x).max().astype(jnp.float32)
+    # A smaller scale would be a denormal, which devices flush to zero; then x / 0 follows.
     least = float(jnp.finfo(jnp.float32).tiny)
     factor = jnp.maximum(largest / float(jnp.finfo(dtype).max), least)
     factor = jnp.where(largest == 0, 1.0, factor)
@@ -89,7 +89,7 @@ def _matmul(lhs: Float[Array, "m k"], rhs: Float[Array, "k n"]) -> Float[Array, 
 
 def _forward(lhs: Array, rhs: Array) -> tuple[Array, Any]:
     a, b = quantize(lhs, FORWARD), quantize(rhs, FORWARD)
-    # Empty arrays that say in what types the gradients leave.
+    # A residual must be an array, so empty arrays carry the dtypes of the gradients.
     types = (jnp.zeros(0, lhs.dtype), jnp.zeros(0, rhs.dtype))
     return _product(a, b, _WIDTH), (a, b, types)
 

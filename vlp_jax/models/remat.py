@@ -1,4 +1,7 @@
-"""What the backward pass keeps of a layer; everything else it computes again."""
+"""Rematerialization policies: which activations of a layer are kept for the backward pass.
+
+All other activations are computed again.
+"""
 
 from __future__ import annotations
 
@@ -7,19 +10,19 @@ from typing import Any
 
 import jax
 
-# What a layer names of its activations, so that a policy can speak of it: queries, keys and values,
-# the heads' output before it is projected, and the feed-forward layer before its activation.
+# Names that layers give their activations, for policies: queries, keys and values, the heads'
+# output before its projection, and the feed-forward layer's hidden units before their activation.
 NAMES = ("query", "key", "value", "attention", "mlp_hidden")
-# Mean and variance of each token in the norms: two numbers, for which it would be read again.
+# Mean and variance of each token in the norms: two numbers that save reading the whole token again.
 STATISTICS = ("norm_mean", "norm_variance")
 
 REMAT_POLICIES: dict[str, Callable[..., Any]] = {
     "full": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "names": jax.checkpoint_policies.save_only_these_names(*NAMES, *STATISTICS),
-    # Half of it: the first product of the feed-forward layer is done again too.
+    # Half the memory of "names": the first product of the feed-forward layer is repeated too.
     "names_lean": jax.checkpoint_policies.save_only_these_names(*NAMES[:-1], *STATISTICS),
-    # All of it, in the memory of the host while it is not needed.
+    # The activations of "names" wait in the host's memory until the backward pass.
     "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
         names_which_can_be_saved=list(STATISTICS),
         names_which_can_be_offloaded=list(NAMES),

@@ -1,4 +1,4 @@
-"""Text Transformer: causal (CLIP), bidirectional (SigLIP), with a padding mask (BERT)."""
+"""Text Transformer: causal (CLIP), bidirectional (SigLIP), or with a padding mask (BERT)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ POOLINGS = ("eos", "argmax", "first", "last", "mean", "map", "none")
 
 
 class TokenEmbedding(nn.Module):
-    """A row of a learned table for each token id."""
+    """Looks up a row of a learned table for each token id."""
 
     vocab_size: int
     width: int
@@ -36,21 +36,21 @@ class TokenEmbedding(nn.Module):
 
 
 class TextTransformer(nn.Module):
-    """Token ids to one vector, or to one of each token.
+    """Encodes a text as one vector, or as one vector for each token.
 
     Attributes:
       vocab_size: number of token ids.
       context_length: length of a sequence, padding included.
-      causal: each token sees only those before it (Radford et al. 2021, CLIP).
-      pooling: "eos" (at the first `eos_id`), "argmax" (at the highest token id, which in CLIP's
-        vocabulary is the end of text), "first" and "last" (that position), "mean" (over tokens that
-        are not `pad_id`), "map" (`AttentionPooling`, over all positions that are seen) or "none"
-        (all tokens are returned, those of the padding too).
-      padding_mask: no token sees what lies behind the last one that is not `pad_id` (Devlin et al.
-        2019, BERT).
-      eos_id, pad_id: the tokenizer's.
+      causal: a token sees itself and earlier tokens only (Radford et al. 2021, CLIP).
+      pooling: "eos" (the first `eos_id`), "argmax" (the highest token id, which is the end of text
+        in CLIP's vocabulary), "first", "last", "mean" (over tokens that are not `pad_id`), "map"
+        (`AttentionPooling` over all tokens that the mask allows) or "none" (returns all tokens,
+        also of the padding).
+      padding_mask: hides everything after the last token that is not `pad_id` (Devlin et al. 2019,
+        BERT).
+      eos_id, pad_id: ids of the tokenizer.
       transformer: the layers.
-      compute: how they are computed.
+      compute: how the layers are computed.
     """
 
     vocab_size: int
@@ -63,26 +63,26 @@ class TextTransformer(nn.Module):
     padding_mask: bool = False
     compute: ComputeConfig = ComputeConfig()
 
-    # See `VisionTransformer`.
+    # For `shared_forward`, see `VisionTransformer.SHARED`.
     SHARED: ClassVar[Mapping[str, tuple[str, ...]]] = {"__call__": (), "_sequence": ("pooling",)}
 
     @property
     def width(self) -> int:
-        """Of the features."""
+        """The width of the features."""
         return self.transformer.width
 
     def example(self) -> tuple[Int[Array, "1 tokens"]]:
-        """The tokens of one text, all 0."""
+        """Returns the arguments of a call, for one text of zeros."""
         return (jnp.zeros((1, self.context_length), jnp.int32),)
 
     @nn.compact
     def __call__(
         self, tokens: Int[Array, "batch tokens"], train: bool = False
     ) -> Float[Array, "batch width"] | Float[Array, "batch tokens width"]:
-        """Pooled features, in `dtype`.
+        """Returns the pooled features, in `compute.dtype`.
 
         Args:
-          train: whether stochastic depth is at work (it needs the random stream "drop_path").
+          train: whether to apply stochastic depth, which needs the random stream "drop_path".
 
         Raises:
           ValueError: the sequences have another length than `context_length`.
@@ -92,7 +92,7 @@ class TextTransformer(nn.Module):
     def _sequence(
         self, tokens: Int[Array, "batch tokens"], train: bool = False
     ) -> Float[Array, "batch tokens width"]:
-        """All tokens as they are before the pooling; arguments and errors as for a call."""
+        """Returns all tokens before the pooling; arguments and errors as for a call."""
         if tokens.shape[1] != self.context_length:
             raise ValueError(f"the model takes {self.context_length} tokens, not {tokens.shape[1]}")
         embedding = TokenEmbedding(
@@ -106,11 +106,11 @@ class TextTransformer(nn.Module):
         return encoder(x, AttentionMask(self.causal, lengths=self._seen(tokens)), train)
 
     def _seen(self, tokens: Int[Array, "batch tokens"]) -> Int[Array, " batch"] | None:
-        """The lengths that attention is told of."""
+        """Returns the lengths for the attention mask; None without `padding_mask`."""
         return self.lengths(tokens) if self.padding_mask else None
 
     def lengths(self, tokens: Int[Array, "batch tokens"]) -> Int[Array, " batch"]:
-        """Tokens up to the last that is no padding; one at least, since attention needs one."""
+        """Counts the tokens up to the last one that is no padding; at least 1, for attention."""
         last = jnp.max(jnp.where(tokens != self.pad_id, jnp.arange(tokens.shape[1]), 0), axis=1)
         return (last + 1).astype(jnp.int32)
 
@@ -123,7 +123,7 @@ class TextTransformer(nn.Module):
             return x
         if self.pooling in ("eos", "argmax"):
             marks = tokens == self.eos_id if self.pooling == "eos" else tokens
-            position = jnp.argmax(marks, axis=1)
+            position = jnp.argmax(marks, axis=1)  # the first of equal values
             return jnp.take_along_axis(x, position[:, None, None], axis=1)[:, 0]
         if self.pooling == "first":
             return x[:, 0]
@@ -148,11 +148,12 @@ def make_text(
     compute: ComputeConfig = PLAIN,
     **fields: Any,
 ) -> TextTransformer:
-    """A `TextTransformer` of a named size: `make_text("B", 32_000, 64, pooling="last")`.
+    """Makes a `TextTransformer` of a named size: `make_text("B", 32_000, 64, pooling="last")`.
 
     Args:
       variant: a name in `variants.VARIANTS`.
-      fields: of `TextTransformer`, and of `TransformerConfig` where not the variant's.
+      fields: fields of `TextTransformer`, and fields of `TransformerConfig` that override the
+        variant.
 
     Raises:
       ValueError: an unknown variant or pooling, or sizes that do not fit each other.

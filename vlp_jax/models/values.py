@@ -1,7 +1,7 @@
-"""Values that describe a model: what its layers compute, how, and how it takes pixels.
+"""Values that describe a model: what its layers compute, how, and how pixels are normalized.
 
-A module holds such a value and hands it on whole. All of them are frozen, so that a module that
-holds them can be compared, hashed and used as a static argument.
+A module holds such a value and passes it on whole. The values are frozen dataclasses, so a module
+that holds them can be compared, hashed and used as a static argument.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float, UInt8
 
-# Images as they are stored, or float32 with values in [0, 255]: an image that is computed, such as
-# an attack on it, is not rounded.
+# Images as stored, or float32 with values in [0, 255]: a computed image, such as an adversarial
+# one, must not be rounded.
 Images = UInt8[Array, "*batch height width 3"] | Float[Array, "*batch height width 3"]
 Tower = TypeVar("Tower", bound=nn.Module)
 NORMS = ("layer", "rms")
@@ -27,20 +27,20 @@ class TransformerConfig:
     """Describes what the layers of a Transformer compute.
 
     Attributes:
-      width: of the residual stream.
+      width: width of the residual stream.
       depth: number of layers.
       mlp_dim: hidden width of the feed-forward layer.
       heads: heads of the queries.
-      kv_heads: heads of the keys and values, each for `heads / kv_heads` heads of queries (Ainslie
-        et al. 2023, "GQA"); None for as many as `heads`.
+      kv_heads: heads of the keys and values; each serves `heads / kv_heads` heads of queries
+        (Ainslie et al. 2023, "GQA"). None for as many as `heads`.
       head_dim: width of a head; None for `width / heads`.
       activation: a name in `layers.ACTIVATIONS`.
-      gated: the feed-forward layer has two inner products, and multiplies the activation of one
-        with the other (Shazeer 2020, "GLU Variants Improve Transformer").
+      gated: the feed-forward layer has two input products, and multiplies the activation of one
+        by the other (Shazeer 2020, "GLU Variants Improve Transformer").
       norm: "layer" (Ba et al. 2016) or "rms" (Zhang and Sennrich 2019).
-      norm_eps: is added to the variance, or to the mean square.
-      bias: whether products and norms have biases ("rms" has none in any case).
-      qk_norm: queries and keys of each head are normalized (Dehghani et al. 2023, "ViT-22B", 2.2).
+      norm_eps: added to the variance, or to the mean square.
+      bias: whether products and norms have biases ("rms" never has one).
+      qk_norm: normalizes queries and keys of each head (Dehghani et al. 2023, "ViT-22B", 2.2).
       layer_scale: initial `LayerScale` of both branches; None for none.
       stochastic_depth: chance that a branch of the last layer is left out in training; it rises
         linearly from 0 at the first (Huang et al. 2016, "Deep Networks with Stochastic Depth").
@@ -82,23 +82,23 @@ class TransformerConfig:
 
     @property
     def head_width(self) -> int:
-        """Numbers of a head's query, key or value."""
+        """The width of a head's query, key or value."""
         return self.width // self.heads if self.head_dim is None else self.head_dim
 
     @property
     def key_heads(self) -> int:
-        """Heads of the keys and values."""
+        """The number of heads of the keys and values."""
         return self.heads if self.kv_heads is None else self.kv_heads
 
 
 @dataclasses.dataclass(frozen=True)
 class ComputeConfig:
-    """Describes how layers are computed. No field of it changes a parameter.
+    """Describes how layers are computed. No field changes the model or its parameters' values.
 
     Attributes:
-      dtype: of the computation. Parameters are float32.
-      attention: a name in `attention.ATTENTIONS`. The one named here is the one that runs; one that
-        does not hold the shapes raises.
+      dtype: dtype of the computation. Parameters are float32.
+      attention: the attention backend, a name in `attention.ATTENTIONS`. There is no fallback: a
+        backend that does not support the shapes raises.
       quantization: "none" or "fp8", see `models.quantization`.
       remat: "none", or a name in `remat.REMAT_POLICIES`: what the backward pass computes again.
       scan_layers: the program loops over the layers, so that it takes no longer to compile for more
@@ -112,7 +112,7 @@ class ComputeConfig:
     scan_layers: bool = True
 
     def unquantized(self) -> ComputeConfig:
-        """The same in the precision of `dtype`: for the first and the last product of a model."""
+        """Returns a copy without quantization, for the first and the last product of a model."""
         return dataclasses.replace(self, quantization="none")
 
 
@@ -121,25 +121,26 @@ PLAIN = ComputeConfig()
 
 @dataclasses.dataclass(frozen=True)
 class Pixels:
-    """Describes how a model takes pixels: each channel, scaled to [0, 1], minus `mean`, over `std`.
+    """The normalization of pixels: each channel, scaled to [0, 1], minus `mean`, divided by `std`.
 
     Attributes:
-      mean, std: one value per channel.
+      mean, std: one value for each channel.
     """
 
     mean: tuple[float, ...] = (0.5, 0.5, 0.5)
     std: tuple[float, ...] = (0.5, 0.5, 0.5)
 
     def normalize(self, image: Images) -> Float[Array, "*batch height width 3"]:
-        """Pixels in [0, 255] to (x / 255 - mean) / std, in float32."""
+        """Computes (x / 255 - mean) / std of pixels in [0, 255], in float32."""
         scaled = image.astype(jnp.float32) / 255.0
         return (scaled - jnp.asarray(self.mean, jnp.float32)) / jnp.asarray(self.std, jnp.float32)
 
 
-# Of ImageNet, as He et al. 2022 (MAE) and most of torchvision have it.
+# Mean and standard deviation of ImageNet, as in He et al. 2022 (MAE) and torchvision.
 IMAGENET = Pixels((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
-# What layers of image and text towers have where language models' may have another.
+# Fields for which published image and text towers have the default. Weight formats that cannot
+# express anything else check their models against this.
 PLAIN_LAYERS = {
     field.name: field.default
     for field in dataclasses.fields(TransformerConfig)
@@ -151,25 +152,25 @@ _NO_FIELDS = ("parent", "name", "transformer", "compute")
 
 
 def split_fields(fields: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The fields of a tower, and those that are of its `TransformerConfig`."""
+    """Splits fields into those of a tower and those of its `TransformerConfig`."""
     layers = {name: value for name, value in fields.items() if name in _TRANSFORMER}
     return {name: value for name, value in fields.items() if name not in layers}, layers
 
 
 def make_tower(kind: Callable[..., Tower], compute: ComputeConfig = PLAIN, **fields: Any) -> Tower:
-    """A module of class `kind` from its own fields and those of its `TransformerConfig`.
+    """Makes a module of class `kind` from fields of the class and of its `TransformerConfig`.
 
     Raises:
       ValueError: sizes that do not fit each other.
-      TypeError: a field that neither has.
+      TypeError: an unknown field.
     """
     own, layers = split_fields(fields)
-    # Without a parent: inside of another module's method it would become a part of that.
+    # parent=None, or a tower made within another module's method would become its submodule.
     return kind(transformer=TransformerConfig(**layers), compute=compute, parent=None, **own)
 
 
 def tower_fields(tower: nn.Module) -> dict[str, Any]:
-    """The fields of a tower and of its `TransformerConfig`: what `make_tower` takes."""
+    """Returns the fields of a tower and its `TransformerConfig`: arguments of `make_tower`."""
     fields: dict[str, Any] = {}
     for field in dataclasses.fields(tower):
         if field.name == "transformer":
@@ -182,15 +183,15 @@ def tower_fields(tower: nn.Module) -> dict[str, Any]:
 def keywords_of(
     *sources: Any, without: Collection[str] = (), optional: bool = False
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Writes the names that a function takes as `**fields` into its signature.
+    """Decorates a function with `**fields` so that its signature lists the possible names.
 
-    So a config's section is checked against it, and `help` shows it.
+    The sections of a config are checked against this signature, and `help` shows it.
 
     Args:
-      sources: dataclasses or functions whose fields or keyword arguments they are. Those that the
-        function names itself are its own.
+      sources: dataclasses or functions whose fields or keyword arguments `**fields` may contain.
+        A parameter that the function declares itself takes precedence.
       without: names that the function does not take.
-      optional: those that have no default have the default None.
+      optional: gives parameters without a default the default None.
     """
     kinds = inspect.Parameter
 

@@ -1,4 +1,4 @@
-"""Sizes of the published Transformers, by the field's names.
+"""Sizes of published Transformers, under their usual names.
 
 Sources: Ti, S: Touvron et al. 2021 (DeiT), table 1; B, L, H: Dosovitskiy et al. 2021 (ViT), table
 1; g, G: Zhai et al. 2022 (Scaling Vision Transformers), table 2; e: Chen et al. 2023 (PaLI);
@@ -14,7 +14,7 @@ from typing import Any
 
 from vlp_jax.models.values import TransformerConfig
 
-VARIANTS: dict[str, TransformerConfig] = {
+VARIANTS: dict[str, TransformerConfig] = {  # width, depth, mlp_dim, heads
     "mu": TransformerConfig(32, 1, 128, 2),
     "Ti": TransformerConfig(192, 12, 768, 3),
     "S": TransformerConfig(384, 12, 1536, 6),
@@ -32,7 +32,7 @@ VARIANTS: dict[str, TransformerConfig] = {
 
 
 def size_of(variant: str, **overrides: Any) -> TransformerConfig:
-    """The layers of `variant`, with each override that is not None put in its place.
+    """Returns the sizes of `variant`, with each override that is not None.
 
     Raises:
       ValueError: the variant is unknown, or the sizes do not fit each other.
@@ -43,10 +43,10 @@ def size_of(variant: str, **overrides: Any) -> TransformerConfig:
 
 
 def split_variant(variant: str) -> tuple[str, int]:
-    """("B", 16) of "B/16".
+    """Splits "B/16" into ("B", 16).
 
     Raises:
-      ValueError: there is no patch size behind a slash.
+      ValueError: there is no patch size after a slash.
     """
     name, slash, patch = variant.partition("/")
     if not slash or not patch.isdigit() or int(patch) < 1:

@@ -19,7 +19,7 @@ from vlp_jax.models.positions import Grid, sincos_2d
 from vlp_jax.models.values import PLAIN, ComputeConfig, TransformerConfig, keywords_of, split_fields
 from vlp_jax.models.variants import check_choice
 
-# From pixels [..., channels] as they are stored to what a model takes, each pixel by itself.
+# Converts stored pixels [..., channels] to normalized ones. Must treat each pixel by itself.
 Prepare = Callable[[Array], Array]
 
 POOLINGS = ("cls", "mean", "map", "none")
@@ -45,12 +45,12 @@ def patchify(
 def unpatchify(
     patches: Float[Array, "batch patches patch_height patch_width channels"], grid: Grid
 ) -> Float[Array, "batch height width channels"]:
-    """The images that `patchify` cut into a grid of patches."""
+    """Joins patches to images: undoes `patchify`."""
     return einops.rearrange(patches, "b (h w) p q c -> b (h p) (w q) c", h=grid[0], w=grid[1])
 
 
 class PatchProjection(Product):
-    """A product over all numbers of a patch, whose kernel keeps the patch's dimensions."""
+    """Projects each patch, with a kernel of shape [height, width, channels, embed]."""
 
     width: int = 1
 
@@ -64,9 +64,10 @@ class PatchProjection(Product):
 
 
 class PatchEmbedding(nn.Module):
-    """Cuts an image into patches and projects each: a matrix product, no convolution.
+    """Cuts an image into patches and projects each by a matrix product.
 
-    The kernel is `[patch, patch, channels, width]`, as that of the equivalent convolution (HWIO).
+    The kernel is `[patch, patch, channels, width]`, like the kernel of the equivalent convolution
+    (HWIO).
     """
 
     patch_size: int
@@ -81,11 +82,11 @@ class PatchEmbedding(nn.Module):
         keep: Int[Array, "batch kept"] | None = None,
         prepare: Prepare | None = None,
     ) -> Float[Array, "batch tokens embed"]:
-        """Patches in rows, or those at the indices `keep` of each image alone.
+        """Embeds all patches row by row, or only the patches `keep` of each image.
 
         Args:
-          prepare: is applied to the pixels of the patches that are seen, so that of those that are
-            not there is nothing but the stored pixels. None for pixels that are ready.
+          prepare: normalizes pixels; None for pixels that are normalized already. It is applied
+            after the selection, so dropped patches cost nothing beyond their stored pixels.
         """
         patches = patchify(image, self.patch_size)
         if keep is not None:
@@ -102,20 +103,20 @@ class PatchEmbedding(nn.Module):
 
 
 def _scaled_to_inputs(key: Array, shape: tuple[int, ...], dtype: Any) -> Array:
-    """Normal numbers whose deviation is one over the root of the inputs of a product."""
+    """Initializes with truncated normal numbers of standard deviation 1 / sqrt(inputs)."""
     return nn.initializers.truncated_normal(1 / math.sqrt(shape[0]))(key, shape, dtype)
 
 
 class VisionTransformer(nn.Module):
-    """Image to one vector: patches, positions, encoder, pooling.
+    """Encodes an image as one vector, or as one vector for each token.
 
     The sequence is the class token if any, the registers if any, then the patches row by row.
 
     Attributes:
       image_size: height and width in pixels; multiples of `patch_size`.
       pooling: "cls" (the class token), "mean" (over the patches), "map" (`AttentionPooling` over
-        all tokens) or "none" (all tokens are returned).
-      class_token: whether there is one; pooling "cls" needs it.
+        all tokens) or "none" (returns all tokens).
+      class_token: whether there is a class token; pooling "cls" needs it.
       position: "learned", "sincos" (fixed, see `positions.sincos_2d`) or "none".
       class_position: whether the learned table has a row for the class token (ViT, CLIP, MAE: yes;
         big_vision: no).
@@ -123,9 +124,9 @@ class VisionTransformer(nn.Module):
       patch_bias: whether the projection of patches has a bias (CLIP: no).
       pre_norm: LayerNorm before the blocks (CLIP).
       norm_after_pool: the last LayerNorm comes after the pooling instead of before it. With pooling
-        "none" there is then no such norm: it belongs to whoever pools the tokens.
+        "none" the tower then has no last norm: the module that pools its tokens has it.
       transformer: the layers.
-      compute: how they are computed.
+      compute: how the layers are computed.
     """
 
     image_size: tuple[int, int]
@@ -141,12 +142,13 @@ class VisionTransformer(nn.Module):
     norm_after_pool: bool = False
     compute: ComputeConfig = ComputeConfig()
 
-    # The methods that several losses share, and the fields that make no difference to them.
+    # For `shared_forward`: methods that several losses may share -> the fields that do not change
+    # their results. Towers that differ in their pooling share the sequence.
     SHARED: ClassVar[Mapping[str, tuple[str, ...]]] = {"__call__": (), "_sequence": ("pooling",)}
 
     @property
     def width(self) -> int:
-        """Of the features."""
+        """The width of the features."""
         return self.transformer.width
 
     @property
@@ -156,27 +158,27 @@ class VisionTransformer(nn.Module):
 
     @property
     def patches(self) -> int:
-        """Patches of an image."""
+        """The number of patches of an image."""
         return math.prod(self.grid)
 
     @property
     def prefix_tokens(self) -> int:
-        """Tokens before the patches: the class token and the registers."""
+        """The number of tokens before the patches: the class token and the registers."""
         return self.class_token + self.registers
 
     @property
     def tokens(self) -> int:
-        """Length of the sequence in the encoder when all patches are visible."""
+        """The length of the encoder's sequence when all patches are visible."""
         return self.prefix_tokens + self.patches
 
     IS: ClassVar[str] = "an image tower alone"  # in words, for errors
 
     def towers(self) -> dict[str, nn.Module]:
-        """Itself, as the image tower that it is in a larger model."""
+        """Returns itself, under the name of the image tower in larger models."""
         return {"image": self}
 
     def example(self, dtype: Any = jnp.float32) -> tuple[Num[Array, "1 height width 3"]]:
-        """The pixels of one image, all 0."""
+        """Returns the arguments of a call, for one image of zeros."""
         return (jnp.zeros((1, *self.image_size, 3), dtype),)
 
     @nn.compact
@@ -187,13 +189,13 @@ class VisionTransformer(nn.Module):
         train: bool = False,
         prepare: Prepare | None = None,
     ) -> Float[Array, "batch embed"] | Float[Array, "batch tokens embed"]:
-        """Pixels to the pooled features, in `dtype`.
+        """Returns the pooled features, in `compute.dtype`.
 
         Args:
-          image: normalized pixels, or others that `prepare` normalizes.
-          keep: indices of the patches that are seen, an own choice for each image; None for all.
-            The others cost nothing.
-          train: whether stochastic depth is at work (it needs the random stream "drop_path").
+          image: normalized pixels, or stored pixels that `prepare` normalizes.
+          keep: indices of the patches to encode, for each image; None for all. Dropped patches cost
+            nothing.
+          train: whether to apply stochastic depth, which needs the random stream "drop_path".
           prepare: see `PatchEmbedding`.
 
         Raises:
@@ -211,7 +213,7 @@ class VisionTransformer(nn.Module):
         train: bool = False,
         prepare: Prepare | None = None,
     ) -> Float[Array, "batch tokens embed"]:
-        """All tokens as they are before the pooling; arguments and errors as for a call."""
+        """Returns all tokens before the pooling; arguments and errors as for a call."""
         if image.shape[1:3] != tuple(self.image_size):
             raise ValueError(
                 f"the model takes images of {self.image_size[0]} x {self.image_size[1]} pixels, "
@@ -233,7 +235,7 @@ class VisionTransformer(nn.Module):
     def _embed(
         self, x: Float[Array, "batch kept width"], keep: Int[Array, "batch kept"] | None
     ) -> Float[Array, "batch tokens width"]:
-        """Adds positions, and puts the tokens that are no patches in front."""
+        """Adds positions, and prepends the class token and the registers."""
         first = self.class_token and self.class_position and self.position == "learned"
         if self.position != "none":
             if self.position == "learned":
@@ -242,6 +244,7 @@ class VisionTransformer(nn.Module):
                 )
             else:
                 table = jnp.asarray(sincos_2d(self.grid, self.width))
+            # The table's first row, if any, belongs to the class token.
             positions = table[None, int(first) :].astype(x.dtype)
             if keep is not None:
                 positions = jnp.take(positions[0], keep, axis=0)
@@ -281,13 +284,14 @@ def make_vit(
     compute: ComputeConfig = PLAIN,
     **fields: Any,
 ) -> VisionTransformer:
-    """A `VisionTransformer` of a named size: `make_vit("B/16", 224, pooling="map")`.
+    """Makes a `VisionTransformer` of a named size: `make_vit("B/16", 224, pooling="map")`.
 
     Args:
-      variant: a name in `variants.VARIANTS`, a slash and the side of a patch.
-      image_size: a side, or height and width.
-      class_token: by default there is one for the pooling "cls" alone.
-      fields: of `VisionTransformer`, and of `TransformerConfig` where not the variant's.
+      variant: a name in `variants.VARIANTS`, a slash and the side of a patch in pixels.
+      image_size: the side of a square image, or height and width.
+      class_token: None adds a class token for the pooling "cls" alone.
+      fields: fields of `VisionTransformer`, and fields of `TransformerConfig` that override the
+        variant.
 
     Raises:
       ValueError: unknown names, sizes that do not fit each other, or patches that do not tile the

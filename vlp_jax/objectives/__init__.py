@@ -1,4 +1,4 @@
-"""A model with its loss: the one interface between a task and the loop."""
+"""Objectives: models with their losses, by the names that `config.objective.name` takes."""
 
 from __future__ import annotations
 
@@ -24,19 +24,20 @@ def make_objective(
     steps_of: StepsOf | None = None,
     where: str = "config.objective",
 ) -> Objective:
-    """The objective that `config.objective` describes.
+    """Makes the objective that `config.objective` describes.
 
     Args:
-      section: `name`, a key of `OBJECTIVES`, and the arguments of what it names.
-      tokenizer: has `vocab_size`, `context_length`, `pad_id` and `eos_id`; None if there is none.
-      steps_of: turns durations into steps, for weights that change in the course of a run; None
-        where nothing is trained.
-      where: what the section is called in an error.
+      section: `name`, a key of `OBJECTIVES`, and the arguments of its constructor.
+      tokenizer: has `vocab_size`, `context_length`, `pad_id` and `eos_id`; None without text.
+      steps_of: converts durations to steps, for weights that change during a run; None where
+        nothing is trained.
+      where: the name of the section in errors.
 
     Raises:
       UserError: unknown names or keys, sizes that do not fit each other.
     """
     constructor = config_lib.select(OBJECTIVES, section, where)
+    # A constructor takes these two only if it has a use for them.
     given = {"tokenizer": tokenizer, "steps_of": steps_of}
     asked = inspect.signature(constructor).parameters
     return config_lib.build(

@@ -1,4 +1,4 @@
-"""The interface of a task to the loop, the evaluators and export."""
+"""The interface between a task (a model with its loss) and the loop, evaluators and export."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ Metrics = dict[str, tuple[Array, Array]]  # name -> (sum, count); merged by addi
 Examples = Any  # a pytree of arrays whose first dimension is the batch
 
 PIXELS, TOKENS, LABELS = "pixels", "tokens", "labels"
-SEPARATOR = "/"  # between the name of a further dataset and that of its field
+# A field of a dataset in config.extra_data is called DATASET/FIELD in a batch.
+SEPARATOR = "/"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,12 +30,12 @@ class Field:
     """Describes a field of an example that an objective reads.
 
     Attributes:
-      kind: "pixels", [height, width, 3], in [0, 255]; "tokens", ids as many as the text is long; or
-        "labels", the number of a class or the share of each.
-      shape: of one example; of labels that of a number, ().
-      dtype: of the data; of labels that of a number.
-      classes: of labels, how many there are.
-      told_by: of labels, the key of the config that says how many there are.
+      kind: "pixels": [height, width, 3] with values in [0, 255]; "tokens": a row of token ids;
+        "labels": the number of a class, or one share for each class.
+      shape: the shape of one example; () for labels.
+      dtype: the dtype in the data; int32 for labels.
+      classes: the number of classes; None for other kinds.
+      told_by: the key of the config that gives `classes`, for errors.
     """
 
     kind: str
@@ -45,28 +46,28 @@ class Field:
 
     @classmethod
     def pixels(cls, image_size: tuple[int, int]) -> Field:
-        """The field of a model that takes images of this height and width."""
+        """Makes the field of a model that takes images of this height and width."""
         return cls(PIXELS, (*image_size, 3), jnp.uint8)
 
     @classmethod
     def tokens(cls, length: int) -> Field:
-        """The field of a model that takes texts of so many tokens."""
+        """Makes the field of a model that takes texts of `length` tokens."""
         return cls(TOKENS, (length,))
 
     @classmethod
     def labels(cls, classes: int, told_by: str) -> Field:
-        """The field of a model that tells so many classes."""
+        """Makes the field of a model that distinguishes `classes` classes."""
         return cls(LABELS, classes=classes, told_by=told_by)
 
     def check(self, name: str, spec: jax.ShapeDtypeStruct) -> None:
-        """Raises ValueError if a field of a batch is not what is read."""
+        """Raises ValueError if the field `name` of a batch does not fit this description."""
         shape = tuple(spec.shape[1:])
-        found = f"{jnp.dtype(spec.dtype).name}{list(shape)}"
+        actual = f"{jnp.dtype(spec.dtype).name}{list(shape)}"
         if self.kind == LABELS:
             hard = jnp.issubdtype(spec.dtype, jnp.integer) and not shape
             soft = jnp.issubdtype(spec.dtype, jnp.floating) and len(shape) == 1
             if not hard and not soft:
-                raise ValueError(f"{name!r} holds no classes: it is {found} an example")
+                raise ValueError(f"{name!r} holds no classes: it is {actual} an example")
             if soft and shape[0] != self.classes:
                 raise ValueError(
                     f"{name!r} has shares of {shape[0]} classes, and {self.told_by} is "
@@ -79,17 +80,17 @@ class Field:
             )
         elif shape != self.shape:
             wanted = f"{jnp.dtype(self.dtype).name}{list(self.shape)}"
-            raise ValueError(f"{name!r} is {found} an example, and the model takes {wanted}")
+            raise ValueError(f"{name!r} is {actual} an example, and the model takes {wanted}")
 
 
-@dataclasses.dataclass(frozen=True, eq=False)  # so that it can be jitted
+@dataclasses.dataclass(frozen=True, eq=False)  # hashed by identity, since jax.jit needs a hash
 class Function:
-    """Something that a model computes for evaluators, exports and users.
+    """A function of the model that evaluators, exports and users may call.
 
     Attributes:
-      call: `call(params, array)`, or of several fields `call(params, {name: array})`.
-      inputs: the fields that it takes -> their kinds; empty for one that takes none of a batch.
-      output: what it gives, in words.
+      call: `call(params, array)`, or for several fields `call(params, {name: array})`.
+      inputs: field -> its kind, for each field of a batch that the function takes; may be empty.
+      output: the result, in words.
     """
 
     call: Callable[..., Any]
@@ -97,30 +98,32 @@ class Function:
     output: str
 
     def __call__(self, params: Params, inputs: Any, **settings: Any) -> Any:
-        """Computes it, with other settings than its defaults if any are given."""
+        """Calls the function; `settings` override the defaults of its keyword arguments."""
         return self.call(params, inputs, **settings)
 
 
 def of_images(call: Callable[..., Array], output: str) -> Function:
-    """A function of images with values in [0, 255]."""
+    """Makes a `Function` of images with values in [0, 255]."""
     return Function(call, {"image": PIXELS}, output)
 
 
 def of_texts(call: Callable[..., Array], output: str) -> Function:
-    """A function of token ids."""
+    """Makes a `Function` of token ids."""
     return Function(call, {"text": TOKENS}, output)
 
 
 @dataclasses.dataclass(frozen=True)
 class Context:
-    """Tells a loss what it needs beside parameters and batch.
+    """Arguments of a loss beside parameters and batch.
 
     Attributes:
-      rng: the key of this step.
-      train: whether it is a step of training; otherwise nothing is drawn that training alone wants.
+      rng: the random key of this step.
+      train: True in training. False turns off dropped layers, smoothing and other randomness of
+        training.
       step: steps done before this batch.
-      ema_params: the moving average of the parameters before this step; None if there is none.
-      state: what `init_state` made and the last loss returned; a fresh one in evaluation.
+      ema_params: the moving average of the parameters before this step; None without an average.
+      state: the state that the previous loss returned, at first the result of `init_state`; in
+        evaluation always a fresh one.
     """
 
     rng: PRNGKeyArray
@@ -130,17 +133,17 @@ class Context:
     state: State = dataclasses.field(default_factory=dict)
 
     def of_part(self, index: int, part: Part) -> Context:
-        """The same for a part of a composite, with randomness and state of its own."""
+        """Returns the context of one part of a composite, with its own random key and state."""
         rng = jax.random.fold_in(self.rng, index)
         return dataclasses.replace(self, rng=rng, state=self.state.get(part.key, {}))
 
 
 class LossOutput(NamedTuple):
-    """Holds the results of a loss beside its value.
+    """The results of a loss beside its value.
 
     Attributes:
       metrics: name -> (sum, count).
-      state: for the next step; empty for a loss that has none.
+      state: the objective's state for the next step; {} for an objective without state.
     """
 
     metrics: Metrics
@@ -149,12 +152,12 @@ class LossOutput(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """One objective of a sum.
+    """One objective of a weighted sum, with its weight and its dataset.
 
     Attributes:
-      name: what its metrics are known by; "" for an objective that is no sum.
+      name: prefix of its metrics; "" if the objective is not part of a sum.
       weight: factor on its loss.
-      data: the name of the dataset in `config.extra_data` that feeds it; None for `config.data`.
+      data: the name of its dataset in `config.extra_data`; None for `config.data`.
     """
 
     name: str
@@ -164,35 +167,36 @@ class Part:
 
     @property
     def key(self) -> str:
-        """Its name in the state of the sum, where a slash would be a branch."""
+        """The name as a key in trees of the sum, where a slash would separate levels."""
         return self.name.replace("/", ".")
 
     def fields(self, batch: Mapping[str, Any]) -> dict[str, Any]:
-        """The fields of a batch, or of its spec, that are this part's, under their plain names.
+        """Selects this part's fields from a batch or its spec, under their plain names.
 
         Raises:
-          ValueError: the batch has none of its dataset.
+          ValueError: the batch has no field of the part's dataset.
         """
         if self.data is None:
             return {name: value for name, value in batch.items() if SEPARATOR not in name}
         prefix = self.data + SEPARATOR
-        found = {k.removeprefix(prefix): v for k, v in batch.items() if k.startswith(prefix)}
-        if not found:
+        fields = {k.removeprefix(prefix): v for k, v in batch.items() if k.startswith(prefix)}
+        if not fields:
             raise ValueError(
                 f"part {self.name!r} is fed from {self.data!r}, which config.extra_data lacks"
             )
-        return found
+        return fields
 
 
 class Objective(Protocol):
-    """A frozen dataclass of Flax modules and numbers, which names this class as its base.
+    """A model with its loss: a frozen dataclass of Flax modules and numbers, with this base class.
 
-    The loss is computed in three stages, so that a batch can be computed in microbatches and
-    several losses can share a forward pass. Most objectives have `forward` alone.
+    The loss has three stages: `draw`, `forward` and `reduce`. Because of the stages a batch can be
+    computed in microbatches, and several losses can share a forward pass. Most objectives define
+    `forward` alone.
 
     Attributes:
       model: the Flax module, or the first of several.
-      compute_dtype: of the matrix products, for the peak that MFU is measured against.
+      compute_dtype: dtype of the matrix products; MFU is measured against its peak.
       reads: the fields of a batch that the loss takes, by name.
     """
 
@@ -200,23 +204,23 @@ class Objective(Protocol):
 
     @property
     def couples_batch(self) -> bool:
-        """Whether the loss of an example depends on the others, as a contrastive one does."""
+        """Whether an example's loss depends on other examples, as a contrastive loss does."""
         return type(self).reduce is not Objective.reduce
 
     @property
     def compute_dtype(self) -> Any:
-        """The type that the image tower computes in."""
+        """The dtype in which the image tower computes."""
         return self.model.image.compute.dtype
 
     @property
     def reads(self) -> Mapping[str, Field]:
-        """See the class."""
+        """The fields of a batch that the loss takes, by name."""
 
     def init(self, rng: PRNGKeyArray, batch_spec: BatchSpec) -> Params:
-        """Fresh parameters, in `nn.LogicallyPartitioned` boxes. Can be jitted.
+        """Makes fresh parameters, in `nn.LogicallyPartitioned` boxes. Can be jitted.
 
         Raises:
-          ValueError: a field of the batch is not what is read.
+          ValueError: a field of the batch does not fit `reads`.
         """
         for name, field in self.reads.items():
             if name in batch_spec:
@@ -224,65 +228,68 @@ class Objective(Protocol):
         return self.model.init(rng, *self.model.example())["params"]
 
     def init_state(self, batch_spec: BatchSpec) -> State:
-        """A tree of arrays that are neither trained nor constant, such as a queue or an average.
+        """Makes the arrays that are neither trained nor constant, such as a queue or an average.
 
-        In boxes they are spread by their names; bare ones lie whole on each device. Empty for most
-        objectives. Can be jitted.
+        Arrays in `nn.LogicallyPartitioned` boxes are sharded by their axis names; other arrays are
+        sharded over `fsdp` where it divides them. {} for most objectives. Can be jitted.
         """
         del batch_spec
         return {}
 
     def draw(self, batch: Batch, context: Context) -> Examples:
-        """The fields that `forward` takes, with what is drawn at random for each example.
+        """Returns the input of `forward`: the fields of the batch, and random draws such as masks.
 
-        It sees the whole batch, so that what is drawn does not depend on the microbatches.
+        It gets the whole batch, so the draws do not depend on the number of microbatches.
         """
         del context
         return {name: batch[name] for name in self.reads}
 
     def forward(self, params: Params, batch: Examples, context: Context) -> Examples:
-        """What is computed of each example by itself: of what `draw` gave, or of a part of it.
+        """Computes everything that does not couple examples.
 
-        For an objective without a `reduce` of its own it is the metrics of each example:
-        name -> (sum, count), both [batch], with the loss under "loss". Counts follow from the batch
-        alone, never from the parameters.
+        An objective that does not define `reduce` returns the metrics of each example: name ->
+        (sum, count), both [batch], with the loss under "loss". Counts must depend on the batch
+        alone, never on the parameters.
+
+        Args:
+          batch: the result of `draw`, or some of its examples.
         """
 
     def reduce(
         self, params: Params, examples: Examples, context: Context
     ) -> tuple[Float[Array, ""], LossOutput]:
-        """The scalar to minimize, and what else is worth knowing, from all that `forward` gave."""
+        """Computes the loss of the whole batch, and its metrics, from the results of `forward`."""
         del params, context
         metrics = {name: (total.sum(), count.sum()) for name, (total, count) in examples.items()}
         total, count = metrics["loss"]
-        mean = total / jnp.where(count == 0, 1, count)  # of a batch without anything to learn: 0
+        mean = total / jnp.where(count == 0, 1, count)  # a batch of empty texts has the loss 0
         return mean, LossOutput(metrics)
 
     def loss(
         self, params: Params, batch: Batch, context: Context
     ) -> tuple[Float[Array, ""], LossOutput]:
-        """The three stages, one after the other."""
+        """Computes the loss of a batch: `draw`, `forward` and `reduce`, one after the other."""
         examples = self.forward(params, self.draw(batch, context), context)
         return self.reduce(params, examples, context)
 
     def functions(self) -> dict[str, Function]:
-        """Functions of the model for evaluators, exports and users, by name."""
+        """Returns the functions of the model for evaluators, exports and users, by name."""
 
     def parts(self) -> dict[str, Part]:
-        """All objectives of a sum by name; an objective that is no sum has itself under ""."""
+        """Returns the objectives of a sum by name; {"": this objective} if it is not a sum."""
         return {"": Part("", self)}
 
     def switches(self) -> tuple[int, ...]:
-        """The steps from which on another sum is computed; see `at`."""
+        """Returns the steps at which parts of a sum begin or end; see `at`."""
         return ()
 
     def at(self, step: int) -> Self:
-        """The objective without the parts whose weight is 0 at this step, up to the next switch."""
+        """Returns the objective without the parts of weight 0 from `step` to the next switch."""
         del step
         return self
 
 
-# The operations of `data.preprocess` that make a field of this kind.
+# For errors: the operations of `data.preprocess` that make a field of each kind.
 _MADE_BY = {
     PIXELS: ", by decode_image and a resize or crop",
     TOKENS: ", by tokenize (a string 'text' needs config.tokenizer alone)",
@@ -290,7 +297,7 @@ _MADE_BY = {
 
 
 def check_reads(objective: Objective, batch_spec: BatchSpec) -> None:
-    """Raises ValueError if a batch lacks a field that is read, or has another in its place."""
+    """Raises ValueError if a field that `objective` reads is missing or does not fit."""
     for part in objective.parts().values():
         spec = part.fields(batch_spec)
         for name, field in part.objective.reads.items():

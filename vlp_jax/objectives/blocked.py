@@ -1,14 +1,20 @@
-"""The pairwise losses in blocks that travel around the devices.
+"""Computes the pairwise losses in blocks, so that memory does not grow with the devices.
 
-The plain form (`pairwise.py`) gives each device the texts of the whole batch, and its images' rows
-of the logits: both grow with the number of devices. Here a device holds its own images, one
-visiting block of texts, and the logits of `block_size` images against that block. The texts go
-around the ring of devices, so that every image meets every text, and nothing of a visit is kept:
-the gradients are written by hand, and the softmax computes its logits again on a second round. (A
-loop under automatic differentiation would keep the visitors of all rounds, the whole batch again.)
+The plain form (`pairwise.py`) gives each device the texts of the whole batch and the logits of its
+images against them. Both grow with the number of devices. Here the texts travel around the ring of
+devices in blocks, one block per device. At any time a device holds its images, one block of texts,
+and the logits of `block_size` images against that block:
 
-The ring of the sigmoid loss: Zhai et al. 2023, section 3.3. For the softmax, the running maximum
-and sum of exponentials of Milakov and Gimelshein 2018 (arXiv:1805.02867), for rows and columns.
+    1. for each block of texts on the ring            (`Ring.around`, calls `visit`)
+    2.   for each `block_size` images of the device   (`_by_rows`, calls `step`)
+    3.     compute a tile of logits, reduce it, forget it
+
+Gradients are written by hand. Automatic differentiation of the loops would save the blocks of all
+rounds, which is the whole batch again. The softmax goes around twice: first for the denominators of
+its rows and columns, then for the gradients. The sigmoid goes around once.
+
+Sources: Zhai et al. 2023, section 3.3, for the ring; Milakov and Gimelshein 2018 (arXiv:1805.02867)
+for the running maximum and sum of exponentials, here along rows and columns.
 """
 
 from __future__ import annotations
@@ -26,7 +32,7 @@ from vlp_jax.objectives.pairwise import pair_logits
 from vlp_jax.parallel.mesh import BATCH_AXES
 from vlp_jax.parallel.ring import SPREAD, WHOLE, Ring
 
-Gradients = tuple[Array, Array, Array, Array]  # with regard to image, text, scale, bias
+Gradients = tuple[Array, Array, Array, Array]  # with respect to image, text, scale, bias
 
 
 def blocked_loss(
@@ -39,36 +45,37 @@ def blocked_loss(
     mesh: Mesh | AbstractMesh,
     block_size: int = 256,
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """`PAIRWISE_LOSSES[name](pair_logits(image, text, scale, bias))`, and the hits of its argmax.
+    """Computes `PAIRWISE_LOSSES[name](pair_logits(...))`, and how often the argmax is right.
 
-    The batch is spread over `BATCH_AXES`; along other axes of the mesh the work is repeated. The
-    memory of a device depends on its part of the batch alone: a few times its embeddings, and a
-    block of logits [block_size, part of the batch]. Everything is computed in float32 or better,
-    and texts travel so; gradients leave in the types of the arguments.
+    The batch is split over `BATCH_AXES`; devices along other mesh axes repeat the work. A device
+    needs memory for a few copies of its embeddings and for one tile of logits [block_size, texts of
+    one device]. All computation, and the texts that travel, are in float32 or better. Gradients
+    have the dtypes of the arguments.
 
     Only reverse-mode differentiation is defined, and only once.
 
     Args:
       name: "softmax" (CLIP) or "sigmoid" (SigLIP).
-      image, text: of the global batch, pair i being (image i, text i).
-      mesh: has the axes `BATCH_AXES`, whose sizes together divide the batch. Inside `jax.set_mesh`
-        it must be the mesh that is set.
-      block_size: images of a device whose logits are alive at once. It need not divide the batch.
+      image, text: embeddings of the global batch; image i belongs to text i.
+      mesh: has the axes `BATCH_AXES`, and the product of their sizes divides the batch. Inside
+        `jax.set_mesh` it must be the mesh that is set.
+      block_size: images of a device whose logits are in memory at once. It need not divide the
+        batch.
 
     Returns:
-      The loss, and the number of images whose own text has the highest logit of their row: float32,
-      with no gradient. Of texts with equal logits the first in the batch counts, as in argmax.
+      The loss, and the number of images whose text has the highest logit of its row: float32,
+      without a gradient. Among equal logits the first text in the batch wins, as in argmax.
 
     Raises:
-      ValueError: an unknown name, shapes that are not those of pairs, a block_size below 1, or a
-        mesh that lacks an axis or does not divide the batch.
+      ValueError: an unknown name, images and texts that do not form pairs, a block_size below 1, or
+        a mesh that lacks an axis or does not divide the batch.
     """
     if name not in _LOSSES:
         raise ValueError(f"unknown loss {name!r} (known: {', '.join(_LOSSES)})")
     if image.ndim != 2 or image.shape != text.shape:
         raise ValueError(f"not [batch dim] of pairs: images {image.shape}, texts {text.shape}")
     if block_size < 1:
-        raise ValueError(f"block_size is at least 1, not {block_size}")
+        raise ValueError(f"block_size must be at least 1, not {block_size}")
     missing = [axis for axis in BATCH_AXES if axis not in mesh.shape]
     if missing:
         raise ValueError(f"the mesh {dict(mesh.shape)} has no axis {', '.join(missing)}")
@@ -83,12 +90,12 @@ def blocked_loss(
     return _LOSSES[name](ring, block_size, *arguments)
 
 
-# What both losses are made of. All of it runs on one device and sees its part of the batch: its
-# images, which stay, and a block of texts.
+# Building blocks of both losses. They run inside `shard_map`: an array is one device's part of the
+# batch. Images stay on their device; the texts are the block that is visiting.
 
 
 def _by_rows(size: int, step: Callable[[Any, Any], tuple[Any, Any]], carry: Any, rows: Any) -> Any:
-    """`jax.lax.scan` of `step` over blocks of `size` rows, and then over the rows that are left."""
+    """Runs `jax.lax.scan` of `step` over blocks of `size` rows, then `step` on the remainder."""
     count, rest = divmod(jax.tree.leaves(rows)[0].shape[0], size)
 
     def split(x: Array) -> Array:
@@ -106,20 +113,20 @@ def _by_rows(size: int, step: Callable[[Any, Any], tuple[Any, Any]], carry: Any,
 
 
 class _Block(NamedTuple):
-    """Logits of some images and texts, and which of the batch these are."""
+    """A tile of logits, with the positions of its images and texts in the global batch."""
 
     logits: Float[Array, "images texts"]
     row: Int[Array, "images 1"]
     column: Int[Array, "1 texts"]
 
     @property
-    def own(self) -> Bool[Array, "images texts"]:
-        """Where an image meets its own text."""
+    def is_pair(self) -> Bool[Array, "images texts"]:
+        """True where image and text belong together."""
         return self.row == self.column
 
 
 class _Ranking(NamedTuple):
-    """Of each image: the logit of its own text, and whether no text seen so far beats it."""
+    """For each image, the logit of its text, and whether it beats all texts so far."""
 
     match: Float[Array, " images"]
     leads: Bool[Array, " images"]
@@ -128,21 +135,24 @@ class _Ranking(NamedTuple):
     def start(cls, image: Float[Array, "images dim"]) -> _Ranking:
         return cls(jnp.zeros_like(image[:, 0]), jnp.ones_like(image[:, 0], bool))
 
-    def see(self, block: _Block) -> _Ranking:
-        """With a block added. The images' own texts have to come first."""
-        match = self.match + jnp.where(block.own, block.logits, 0).sum(axis=1)
+    def add(self, block: _Block) -> _Ranking:
+        """Adds a tile. The tile that holds the images' own texts must be the first."""
+        # Only the first tile has pairs. Its sum picks each image's match out of the row, without a
+        # gather; later tiles add 0.
+        match = self.match + jnp.where(block.is_pair, block.logits, 0).sum(axis=1)
         limit = match[:, None]
-        # A row with a NaN has no hit, since NaN is not behind anything.
+        # argmax takes the first of equal logits: an earlier text must be smaller, a later one may
+        # be equal. A NaN compares as False, so a row with a NaN has no hit.
         behind = jnp.where(block.column < block.row, block.logits < limit, block.logits <= limit)
-        return _Ranking(match, self.leads & (behind | block.own).all(axis=1))
+        return _Ranking(match, self.leads & (behind | block.is_pair).all(axis=1))
 
     def hits(self, ring: Ring) -> Float[Array, ""]:
-        """Images of the global batch whose own text leads."""
+        """Counts the images of the global batch whose own text leads."""
         return ring.sum(self.leads.sum().astype(jnp.float32))
 
 
 class _LogSum(NamedTuple):
-    """log(sum(exp(x))) as top + log(total), top being the maximum, so that total is at least 1."""
+    """log(sum(exp(x))) as `top + log(total)`. `top` is the maximum, so `total` is at least 1."""
 
     top: Float[Array, " n"]
     total: Float[Array, " n"]
@@ -151,30 +161,32 @@ class _LogSum(NamedTuple):
     def start(cls, embedding: Float[Array, "n dim"]) -> _LogSum:
         return cls(jnp.full_like(embedding[:, 0], -jnp.inf), jnp.zeros_like(embedding[:, 0]))
 
-    def see(self, block: _Block, axis: int) -> _LogSum:
-        """With the logits of a block added, summed along `axis`."""
+    def add(self, block: _Block, axis: int) -> _LogSum:
+        """Adds the logits of a tile, summed along `axis`."""
         top = block.logits.max(axis=axis)
         total = jnp.exp(block.logits - jnp.expand_dims(top, axis)).sum(axis=axis)
-        return self.plus(_LogSum(top, total))
+        return self.merge(_LogSum(top, total))
 
-    def plus(self, other: _LogSum) -> _LogSum:
-        """Of the terms of both. Either may be without terms, but not both."""
+    def merge(self, other: _LogSum) -> _LogSum:
+        """Sums the terms of both. One of them may be empty (top = -inf); two would give NaN."""
         top = jnp.maximum(self.top, other.top)
         ours, theirs = self.total * jnp.exp(self.top - top), other.total * jnp.exp(other.top - top)
         return _LogSum(top, ours + theirs)
 
     def minus(self, x: Float[Array, " n"]) -> Float[Array, " n"]:
-        """log(sum(exp)) - x, exact also where both are large and near each other."""
+        """Computes log(sum(exp)) - x; exact also where both are large and close to each other."""
+        # (top + log(total)) - x would round log(total) away before the subtraction.
         return self.top - x + jnp.log(self.total)
 
     def shares(self, block: _Block, axis: int) -> Float[Array, "images texts"]:
-        """exp(logits) / sum, the sum having been taken along `axis`."""
+        """Computes the softmax exp(logits) / sum, for a sum that was taken along `axis`."""
         top, total = jnp.expand_dims(self.top, axis), jnp.expand_dims(self.total, axis)
-        return jnp.exp(block.logits - top) * (1 / total)  # fewer divisions than shares
+        # One division per row (or column) and not per logit.
+        return jnp.exp(block.logits - top) * (1 / total)
 
 
 class _Slopes(NamedTuple):
-    """The slopes, d(batch * loss) / d(logit), of each image, summed over the texts."""
+    """The slopes d(batch * loss) / d(logit) of each image, summed over the texts."""
 
     times_text: Float[Array, "images dim"]  # sum of slope * text
     total: Float[Array, " images"]
@@ -183,18 +195,22 @@ class _Slopes(NamedTuple):
     def start(cls, image: Float[Array, "images dim"]) -> _Slopes:
         return cls(jnp.zeros_like(image), jnp.zeros_like(image[:, 0]))
 
-    def see(self, slope: Float[Array, "images texts"], text: Float[Array, "texts dim"]) -> _Slopes:
-        """With the slopes of a block added."""
+    def add(self, slope: Float[Array, "images texts"], text: Float[Array, "texts dim"]) -> _Slopes:
+        """Adds the slopes of a tile."""
         times_text = jnp.einsum("it,td->id", slope, text, precision="highest")
         return _Slopes(self.times_text + times_text, self.total + slope.sum(axis=1))
 
     def gradients(
         self, ring: Ring, times_image: Float[Array, "texts dim"], image: Array, scale: Array
     ) -> Gradients:
-        """Of the loss, `times_image` being the sum of slope * image over all images."""
+        """Computes the gradients of the loss.
+
+        Args:
+          times_image: the sum of slope * image over all images of the global batch.
+        """
         batch = image.shape[0] * ring.devices
-        # A logit's gradient with regard to the scale is <image, text>; sum(slope * <image, text>)
-        # needs no second look at the logits.
+        # d(logit) / d(scale) = <image, text>. The sum over texts of slope * <image, text> is
+        # <image, times_text>, so the logits are not needed again.
         to_scale = ring.sum((self.times_text * image).sum()) / batch
         to_bias = ring.sum(self.total.sum()) / batch
         return scale / batch * self.times_text, scale / batch * times_image, to_scale, to_bias
@@ -207,38 +223,40 @@ def _times_image(
 
 
 def _positions(owner: Int[Array, ""], count: int) -> Int[Array, " count"]:
-    """In the global batch, of the part that device `owner` of the ring holds."""
+    """Returns the positions in the global batch of the examples that device `owner` holds."""
     return owner * count + jnp.arange(count)
 
 
 def _chain(unit: Gradients, cotangents: tuple[Array, Array]) -> Gradients:
-    """Gradients for the cotangent of the loss. The hits have none."""
+    """Multiplies the gradients by the cotangent of the loss. The hits have no gradient."""
     return jax.tree.map(lambda x: cotangents[0] * x, unit)
 
 
-# CLIP's softmax: one round for the sums of exponentials, another for the gradients.
+# CLIP's softmax. The texts go around once for the sums of exponentials, and in the backward pass
+# once more for the gradients, which need the finished sums.
 
 
 def _softmax_sums(
     size: int, ring: Ring, image: Array, text: Array, scale: Array, bias: Array
 ) -> tuple[Array, Array, _LogSum, _LogSum]:
-    """Loss, hits, and the sums of the rows of the images here and of the columns of the texts."""
+    """Computes loss, hits, and the sums of this device's rows (images) and columns (texts)."""
     count = image.shape[0]
 
-    def visit(owner: Array, text: Array, host: Any) -> tuple[_LogSum, Any]:
+    def visit(owner: Array, text: Array, local: Any) -> tuple[_LogSum, Any]:
         column = _positions(owner, count)[None]
 
         def step(columns: _LogSum, rows: Any) -> tuple[_LogSum, Any]:
             image, row, (ranking, sums) = rows
             block = _Block(pair_logits(image, text, scale, bias), row[:, None], column)
-            return columns.see(block, axis=0), (ranking.see(block), sums.see(block, axis=1))
+            return columns.add(block, axis=0), (ranking.add(block), sums.add(block, axis=1))
 
-        rows = image, _positions(ring.here(), count), host
+        rows = image, _positions(ring.here(), count), local
         return _by_rows(size, step, _LogSum.start(text), rows)
 
-    host = _Ranking.start(image), _LogSum.start(image)
-    columns, (ranking, rows) = ring.around(visit, _LogSum.plus, text, _LogSum.start(text), host)
-    # Text i is home again, with image i; their logit is the match of a row and of a column.
+    # Sums of rows stay with their images; sums of columns travel with their texts.
+    local = _Ranking.start(image), _LogSum.start(image)
+    columns, (ranking, rows) = ring.around(visit, _LogSum.merge, text, _LogSum.start(text), local)
+    # Column i is back on the device of image i, and the logit of pair i is the match of both.
     losses = 0.5 * (rows.minus(ranking.match) + columns.minus(ranking.match))
     loss = ring.sum(losses.sum()) / (count * ring.devices)
     return loss, ranking.hits(ring), rows, columns
@@ -254,20 +272,22 @@ def _softmax_gradients(
     rows: _LogSum,
     columns: _LogSum,
 ) -> Gradients:
+    """Computes the gradients of the loss from the sums that `_softmax_sums` returned."""
     count = image.shape[0]
 
-    def visit(owner: Array, guest: Any, host: _Slopes) -> tuple[Array, _Slopes]:
-        text, columns = guest
+    def visit(owner: Array, texts: Any, local: _Slopes) -> tuple[Array, _Slopes]:
+        text, columns = texts
         column = _positions(owner, count)[None]
 
         def step(times_image: Array, rows: Any) -> tuple[Array, _Slopes]:
             image, row, sums, slopes = rows
             block = _Block(pair_logits(image, text, scale, bias), row[:, None], column)
+            # d(cross-entropy) / d(logit) = softmax - 1 at the match, averaged over both directions.
             shares = sums.shares(block, axis=1) + columns.shares(block, axis=0)
-            slope = 0.5 * shares - block.own
-            return times_image + _times_image(slope, image), slopes.see(slope, text)
+            slope = 0.5 * shares - block.is_pair
+            return times_image + _times_image(slope, image), slopes.add(slope, text)
 
-        by_row = image, _positions(ring.here(), count), rows, host
+        by_row = image, _positions(ring.here(), count), rows, local
         return _by_rows(size, step, jnp.zeros_like(text), by_row)
 
     times_image, slopes = ring.around(
@@ -302,8 +322,8 @@ def _softmax_backward(
 _softmax.defvjp(_softmax_forward, _softmax_backward)
 
 
-# SigLIP's sigmoid: the logits do not depend on each other, so that one round gives the loss and its
-# gradients; these are multiplied by the cotangent when it is known.
+# SigLIP's sigmoid. Logits do not depend on each other, so the forward pass computes the gradients
+# in the same round. The backward pass only multiplies them by the cotangent.
 
 
 def _sigmoid_sums(
@@ -315,30 +335,31 @@ def _sigmoid_sums(
     scale: Array,
     bias: Array,
 ) -> tuple[Array, Array, Any]:
-    """Loss, hits, and the gradients, or () without them."""
+    """Computes loss, hits, and the gradients; () in their place if `with_gradients` is False."""
     count = image.shape[0]
 
-    def visit(owner: Array, text: Array, host: Any) -> tuple[Any, Any]:
+    def visit(owner: Array, text: Array, local: Any) -> tuple[Any, Any]:
         column = _positions(owner, count)[None]
 
         def step(times_image: Any, rows: Any) -> tuple[Any, Any]:
             image, row, (ranking, losses, slopes) = rows
             block = _Block(pair_logits(image, text, scale, bias), row[:, None], column)
-            against = jnp.where(block.own, -block.logits, block.logits)
+            against = jnp.where(block.is_pair, -block.logits, block.logits)
             losses = losses + jax.nn.softplus(against).sum(axis=1)
             if with_gradients:
                 away = jax.nn.sigmoid(against)
-                slope = jnp.where(block.own, -away, away)
+                slope = jnp.where(block.is_pair, -away, away)
                 times_image = times_image + _times_image(slope, image)
-                slopes = slopes.see(slope, text)
-            return times_image, (ranking.see(block), losses, slopes)
+                slopes = slopes.add(slope, text)
+            return times_image, (ranking.add(block), losses, slopes)
 
-        return _by_rows(size, step, start, (image, _positions(ring.here(), count), host))
+        return _by_rows(size, step, start, (image, _positions(ring.here(), count), local))
 
+    # Evaluation needs no gradients, and then nothing but the texts travels.
     start, slopes = (jnp.zeros_like(text), _Slopes.start(image)) if with_gradients else ((), ())
-    pack = jnp.add if with_gradients else lambda luggage, gift: ()
-    host = _Ranking.start(image), jnp.zeros_like(image[:, 0]), slopes
-    times_image, (ranking, losses, slopes) = ring.around(visit, pack, text, start, host)
+    combine = jnp.add if with_gradients else lambda block_sum, contribution: ()
+    local = _Ranking.start(image), jnp.zeros_like(image[:, 0]), slopes
+    times_image, (ranking, losses, slopes) = ring.around(visit, combine, text, start, local)
     loss = ring.sum(losses.sum()) / (count * ring.devices)
     unit = slopes.gradients(ring, times_image, image, scale) if with_gradients else ()
     return loss, ranking.hits(ring), unit

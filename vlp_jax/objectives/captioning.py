@@ -1,4 +1,4 @@
-"""Captioning as pretraining: one word after the other, and all at once (CapPa)."""
+"""Captioning as pretraining: token by token, and all tokens in parallel (CapPa)."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from vlp_jax.models.decoder import CAUSAL, make_decoder
 from vlp_jax.models.dual_encoder import l2_normalize
 from vlp_jax.models.generation import Generated, Sampling, beam_search, generate
 from vlp_jax.models.values import Pixels, keywords_of
+from vlp_jax.models.variants import check_choice
 from vlp_jax.models.vit import make_vit
 from vlp_jax.objectives.base import (
     PIXELS,
@@ -40,20 +41,20 @@ MEANS = ("example", "token")
 
 @dataclasses.dataclass(frozen=True)
 class Captioning(Objective):
-    """Says the caption of an image.
+    """Predicts the caption of an image.
 
     Attributes:
-      model: an image tower and a decoder that looks at its tokens. The id behind the vocabulary is
-        the mask, which a `CoCa` does not have: its words are predicted one after the other.
-      eos_id, pad_id: the tokenizer's. Tokens behind the first end of text have no loss.
-      parallel_share: chance that the words of an example are predicted all at once, from masks that
-        see each other, and not one after the other (Tschannen et al. 2023, "CapPa", 3.2). In
-        evaluation none are.
+      model: an image tower, and a decoder that attends to its tokens. A `Captioner` has one id more
+        than the vocabulary: the mask token. A `CoCa` has none and predicts token by token only.
+      eos_id, pad_id: ids of the tokenizer. Tokens after the first end of text have no loss.
+      parallel_share: chance that an example is predicted in parallel: its decoder gets mask tokens
+        that see each other instead of the caption (Tschannen et al. 2023, "CapPa", 3.2). 0 in
+        evaluation.
       label_smoothing, z_loss: see `token_losses`; in training alone.
       mean: "example": the loss is the mean over the examples of the mean over their tokens (CapPa);
         "token": the mean over all tokens (Yu et al. 2022, "CoCa").
-      bos_id: the token that each text begins with, which is given and has no loss; None for texts
-        that begin with their first word, before which a padding token is put.
+      bos_id: the token that each text begins with; it is given and has no loss. None for texts
+        without such a token: the decoder then begins with a padding token.
     """
 
     model: Captioner | CoCa
@@ -67,7 +68,7 @@ class Captioning(Objective):
 
     @property
     def reads(self) -> dict[str, Field]:
-        """Images and their texts."""
+        """The fields of the loss: an image and its text."""
         return {
             "image": Field.pixels(self.model.image.image_size),
             "text": Field.tokens(self.model.decoder.context_length),
@@ -75,92 +76,101 @@ class Captioning(Objective):
 
     @property
     def mask_id(self) -> int:
-        """The token that stands for one that is not told."""
+        """The id of the mask token, which stands for an unknown token in parallel prediction."""
         return self.model.decoder.vocab_size
 
     def draw(self, batch: Batch, context: Context) -> Examples:
-        """Images and texts, and which texts are predicted all at once."""
+        """Returns images, texts, and for each text whether it is predicted in parallel."""
         key, count = jax.random.split(context.rng)[0], len(batch["text"])
         share = self.parallel_share if context.train else 0.0
         parallel = jax.random.bernoulli(key, share, (count,))
         return {"image": batch["image"], "text": batch["text"], "parallel": parallel}
 
     def forward(self, params: Params, batch: Examples, context: Context) -> Examples:
-        """The cross-entropy of each text, and how many of its tokens have the highest score."""
+        """Computes the cross-entropy of each text, and how many tokens have the highest score."""
         tokens, parallel = batch["text"], batch["parallel"]
-        given = self.given(tokens)
+        inputs = self.decoder_inputs(tokens)
         if self.parallel_share:
-            given = jnp.where(parallel[:, None], self.mask_id, given)
+            inputs = jnp.where(parallel[:, None], self.mask_id, inputs)
         train = {"label_smoothing": self.label_smoothing, "z_loss": self.z_loss}
         features = self.model.apply(
             {"params": params},
             batch["image"],
-            given,
+            inputs,
             self._mask(parallel, tokens.shape[1], context.train),
             context.train,
             method="features",
             rngs={"drop_path": jax.random.split(context.rng)[1]},
         )
-        found = token_losses(
+        losses = token_losses(
             lambda x: self.model.apply({"params": params}, x, method="score"),
             features,
-            self.wanted(tokens),
+            self.targets(tokens),
             self.model.decoder.vocab_size,
             **(train if context.train else {}),
         )
-        told = self.told(tokens).astype(jnp.float32)
-        count = told.sum(axis=1)
-        loss, hits = ((x * told).sum(axis=1) for x in (found.loss, found.hit))
+        in_loss = self.target_mask(tokens).astype(jnp.float32)
+        count = in_loss.sum(axis=1)
+        loss, hits = ((x * in_loss).sum(axis=1) for x in (losses.loss, losses.hit))
         mean = loss / jnp.maximum(count, 1)
         of_examples = self.mean == "example"
-        one = jnp.minimum(count, 1)  # 0 of an example without a text
+        one = jnp.minimum(count, 1)  # 0 for an example with an empty text
         metrics = {
             "loss": (mean, one) if of_examples else (loss, count),
             "accuracy": (hits, count),
         }
         if context.train and 0 < self.parallel_share < 1:
-            for name, own in (("parallel", parallel), ("causal", ~parallel)):
-                metrics[f"{name}_loss"] = (jnp.where(own, mean, 0), jnp.where(own, one, 0))
+            for name, chosen in (("parallel", parallel), ("causal", ~parallel)):
+                metrics[f"{name}_loss"] = (jnp.where(chosen, mean, 0), jnp.where(chosen, one, 0))
         return metrics
 
-    def given(self, tokens: Int[Array, "batch tokens"]) -> Int[Array, "batch tokens"]:
-        """Returns the last token that is read before each of `wanted`.
+    # For a caption "a red cat" and the context length 5:
+    #
+    #                   without bos                      with bos
+    #   tokens          a    red  cat  eos  pad          bos  a    red  cat  eos
+    #   decoder_inputs  pad  a    red  cat  eos          bos  a    red  cat  eos
+    #   targets         a    red  cat  eos  pad          a    red  cat  eos  pad
+    #   target_mask     1    1    1    1    0            1    1    1    1    0
 
-        It is the text itself if that begins with `bos_id`, so that a tower that reads it for
-        another loss does so once; otherwise padding, then the tokens but for the last.
+    def decoder_inputs(self, tokens: Int[Array, "batch tokens"]) -> Int[Array, "batch tokens"]:
+        """Returns the decoder's inputs: at each place the token before the one it predicts.
+
+        A text with a bos is its own input, so a tower that reads it for another loss too runs once.
         """
         if self.bos_id is not None:
             return tokens
         return jnp.pad(tokens[:, :-1], ((0, 0), (1, 0)), constant_values=self.pad_id)
 
-    def wanted(self, tokens: Int[Array, "batch tokens"]) -> Int[Array, "batch tokens"]:
-        """Returns the tokens that are predicted, with padding in the place of a given first."""
+    def targets(self, tokens: Int[Array, "batch tokens"]) -> Int[Array, "batch tokens"]:
+        """Returns the token to predict at each place."""
         if self.bos_id is None:
             return tokens
         return jnp.pad(tokens[:, 1:], ((0, 0), (0, 1)), constant_values=self.pad_id)
 
-    def told(self, tokens: Int[Array, "batch tokens"]) -> Bool[Array, "batch tokens"]:
-        """Tells which of `wanted` have a loss: the tokens up to the first end of text."""
-        wanted = self.wanted(tokens)
-        ends = wanted == self.eos_id
+    def target_mask(self, tokens: Int[Array, "batch tokens"]) -> Bool[Array, "batch tokens"]:
+        """Selects the targets that have a loss: all up to the first end of text."""
+        targets = self.targets(tokens)
+        ends = targets == self.eos_id
         before = jnp.cumsum(ends, axis=1) - ends
-        told = (before == 0) & ((wanted != self.pad_id) | ends)
-        # The padding that was put behind a text is no end of it, also where both have one id.
-        return told if self.bos_id is None else told.at[:, -1].set(False)
+        in_loss = (before == 0) & ((targets != self.pad_id) | ends)
+        # Where padding and end of text share an id, the padding that `targets` appends looks like
+        # an end of text.
+        return in_loss if self.bos_id is None else in_loss.at[:, -1].set(False)
 
     def _mask(self, parallel: Bool[Array, " batch"], length: int, train: bool) -> AttentionMask:
         if not train or not self.parallel_share:
             return CAUSAL
         if self.parallel_share == 1:
             return AttentionMask()
+        # One program for both kinds: a prefix as long as the text undoes the causal rule.
         return AttentionMask(causal=True, prefix=jnp.where(parallel, length, 0))
 
     def functions(self) -> dict[str, Function]:
-        """What evaluators, export and users may ask for.
+        """Returns the functions of a captioner.
 
-        `caption` of images: see `Captioning.caption`.
-        `class_likelihood` of images and the texts of classes: see `Captioning.class_likelihood`.
-        `embed_image` and `image_features`: the mean over the patches, as unit vectors or as it is.
+        - `caption`: images to texts, see `Captioning.caption`.
+        - `class_likelihood`: images and texts of classes to log-likelihoods, see the method.
+        - `image_features`: the mean over the patches; `embed_image` normalizes it to unit length.
         """
 
         def features(params: Params, image: Array) -> Array:
@@ -190,21 +200,21 @@ class Captioning(Objective):
         top_p: float = 1.0,
         seed: int = 0,
     ) -> Generated:
-        """Texts about images with values in [0, 255].
+        """Generates texts about images with values in [0, 255].
 
         Args:
-          prompt: ids that each text begins with, which are not in the result.
-          length: tokens at most, the end of text included; None: as many as there is room for.
-          beams: texts that are followed side by side; see `beam_search`, also for
-            `length_penalty`. With 1 each token is chosen as `Sampling` says.
+          prompt: ids that each text begins with; they are not part of the result.
+          length: largest number of tokens, the end of text included; None fills the context.
+          beams: width of the beam search; see `beam_search`, also for `length_penalty`. With 1,
+            tokens are chosen as `Sampling` describes.
           temperature, top_k, top_p: see `Sampling`.
-          seed: of what is drawn.
+          seed: seed of the sampling.
 
         Raises:
-          ValueError: a prompt that leaves no room, or beams that are to be drawn.
+          ValueError: the prompt fills the context, or both beams and a temperature are given.
         """
         first = self.pad_id if self.bos_id is None else self.bos_id
-        # A bos is one of the tokens of a text; the padding before a text without one is not.
+        # A bos takes one place of the context. The padding before a text without a bos does not.
         room = self.model.decoder.context_length - len(prompt) - (self.bos_id is not None)
         if room < 1:
             raise ValueError(
@@ -236,7 +246,7 @@ class Captioning(Objective):
     def class_likelihood(
         self, params: Params, inputs: Mapping[str, Array]
     ) -> Float[Array, "batch classes"]:
-        """The log-probability of the text of each class given each image, the end included.
+        """Computes the log-probability of each class's text, end included, given each image.
 
         Args:
           inputs: "image", values in [0, 255], and "classes", token ids [classes, tokens].
@@ -246,12 +256,13 @@ class Captioning(Objective):
         def of_class(text: Int[Array, " tokens"]) -> Float[Array, " batch"]:
             tokens = jnp.broadcast_to(text, (len(seen), len(text)))
             scores = self.model.apply(
-                {"params": params}, self.given(tokens), seen, method="score_tokens"
+                {"params": params}, self.decoder_inputs(tokens), seen, method="score_tokens"
             )
-            wanted = self.wanted(tokens)
-            log = jnp.take_along_axis(jax.nn.log_softmax(scores), wanted[..., None], axis=-1)
-            return (log[..., 0] * self.told(tokens)).sum(axis=1)
+            targets = self.targets(tokens)
+            log = jnp.take_along_axis(jax.nn.log_softmax(scores), targets[..., None], axis=-1)
+            return (log[..., 0] * self.target_mask(tokens)).sum(axis=1)
 
+        # One class at a time: all scores at once would be [classes, batch, tokens, vocab].
         return jax.lax.map(of_class, inputs["classes"]).T
 
 
@@ -269,33 +280,31 @@ def make_captioning(
     image_std: tuple[float, ...] = (0.5, 0.5, 0.5),
     **compute: Any,
 ) -> Captioning:
-    """`Captioning` from `config.objective`.
+    """Makes the `Captioning` that `config.objective` describes.
 
     Args:
       tokenizer: gives the decoder its vocabulary and context length.
-      image: arguments of `make_vit`; the pooling is none.
-      decoder: arguments of `make_decoder`, and `attention` if it is to be another than that of the
-        image tower. By default there are no biases in its layers, and token embeddings begin with
-        deviation 1, as published.
+      image: arguments of `make_vit`; the pooling is always "none".
+      decoder: arguments of `make_decoder`, and `attention` to differ from the image tower. As in
+        CapPa, its layers have no biases and token embeddings begin with standard deviation 1.
       parallel_share, label_smoothing, z_loss, mean: see `Captioning`.
       compute: see `make_compute`.
 
     Raises:
       ValueError: an unknown variant, mean or dtype, no tokenizer, a number out of range, or an
-        attention that does not hold the decoder's mask.
+        attention backend that does not support the decoder's mask.
     """
     if tokenizer is None:
         raise ValueError("captioning needs config.tokenizer")
     if not 0 <= parallel_share <= 1:
-        raise ValueError(f"parallel_share is a chance from 0 to 1, not {parallel_share}")
+        raise ValueError(f"parallel_share must be in [0, 1], not {parallel_share}")
     if not 0 <= label_smoothing < 1:
-        raise ValueError(f"label_smoothing is at least 0 and below 1, not {label_smoothing}")
-    if mean not in MEANS:
-        raise ValueError(f"unknown mean {mean!r} (known: {', '.join(MEANS)})")
+        raise ValueError(f"label_smoothing must be in [0, 1), not {label_smoothing}")
+    check_choice("mean", mean, MEANS)
     how, published = make_compute(**compute), {"bias": False, "embedding_stddev": 1.0}
-    own = {**published, **decoder}
-    attention = own.pop("attention", how.attention)
-    if 0 < parallel_share < 1:
+    decoder = {**published, **decoder}
+    attention = decoder.pop("attention", how.attention)
+    if 0 < parallel_share < 1:  # refuse here what would fail only when the step is traced
         AttentionMask(causal=True, prefix=jnp.zeros(1)).check(attention, HOLDS.get(attention, ()))
     token = {"class_token": image.get("pooling", "none") == "cls"}
     model = Captioner(
@@ -304,11 +313,11 @@ def make_captioning(
         ),
         config_lib.build(
             make_decoder,
-            own,
+            decoder,
             "config.objective.decoder",
             vocab_size=tokenizer.vocab_size,
             context_length=tokenizer.context_length,
-            extra_tokens=1,
+            extra_tokens=1,  # the mask token
             compute=dataclasses.replace(how, attention=attention),
         ),
         Pixels(tuple(image_mean), tuple(image_std)),

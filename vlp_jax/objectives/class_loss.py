@@ -1,4 +1,4 @@
-"""The loss of scores of classes, against labels that are numbers or shares."""
+"""Classification losses, for labels that are class numbers or one share for each class."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ def _sigmoid_loss(
     return -jnp.sum(shares * yes + (1 - shares) * no, axis=-1)
 
 
-# softmax: one class is right. sigmoid: each class is a question of its own, and their losses are
-# added up (Beyer et al. 2020, "Are we done with ImageNet?", 4.2; ViLT, 4.2, for answers).
+# softmax: exactly one class is right. sigmoid: each class is a separate yes-or-no question, and the
+# losses of all classes are added (Beyer et al. 2020, "Are we done with ImageNet?", 4.2; ViLT, 4.2).
 CLASS_LOSSES: dict[str, Callable[[Array, Array], Array]] = {
     "softmax": _softmax_loss,
     "sigmoid": _sigmoid_loss,
@@ -40,17 +40,18 @@ def class_losses(
     kind: str,
     label_smoothing: float = 0.0,
 ) -> Float[Array, " batch"]:
-    """The cross-entropy of each example, float32.
+    """Computes the cross-entropy of each example, in float32.
 
     Args:
-      scores: before softmax or sigmoid.
-      targets: the class of each example, or the share of each class, as MixUp makes them.
+      scores: logits, before softmax or sigmoid.
+      targets: the class of each example, or shares of all classes, as MixUp makes them.
       kind: a key of `CLASS_LOSSES`.
-      label_smoothing: this much of the shares is spread evenly over all classes (Szegedy et al.
+      label_smoothing: part of the label that is spread evenly over all classes (Szegedy et al.
         2016, "Rethinking the Inception Architecture", 7).
 
     Returns:
-      A class that is not there has the loss NaN, so that the step is skipped and told.
+      The loss of each example; NaN for a class number out of range. A NaN makes the guard skip the
+      step and report it.
     """
     scores = scores.astype(jnp.float32)
     classes = scores.shape[-1]
@@ -66,9 +67,9 @@ def class_losses(
 def loss_and_accuracy(
     scores: Float[Array, "batch classes"], targets: Targets, kind: str, label_smoothing: float
 ) -> dict[str, tuple[Float[Array, " batch"], Float[Array, " batch"]]]:
-    """`class_losses`, and 1 for an example that has its class at the top, as metrics of examples.
+    """Computes `class_losses` and accuracy, as metrics of each example.
 
-    The class of an example with shares is that of its largest.
+    With shares, the right class is the one with the largest share.
     """
     losses = class_losses(scores, targets, kind, label_smoothing)
     soft = not jnp.issubdtype(targets.dtype, jnp.integer)
@@ -82,4 +83,4 @@ def check_loss(kind: str, label_smoothing: float) -> None:
     """Raises ValueError for an unknown loss, or smoothing outside of [0, 1)."""
     check_choice("loss", kind, tuple(CLASS_LOSSES))
     if not 0 <= label_smoothing < 1:
-        raise ValueError(f"label_smoothing is at least 0 and below 1, not {label_smoothing}")
+        raise ValueError(f"label_smoothing must be in [0, 1), not {label_smoothing}")

@@ -1,4 +1,4 @@
-"""Classification of images: fine-tuning of a tower, or a linear probe of a frozen one."""
+"""Classification of images: fine-tunes a tower, or trains a linear probe on a frozen tower."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ from vlp_jax.objectives.compute import make_compute
 
 @dataclasses.dataclass(frozen=True)
 class Classification(Objective):
-    """Tells the class of an image.
+    """Predicts the class of an image.
 
     Attributes:
       model: the tower and its head.
       class_loss: "softmax" or "sigmoid"; see `class_loss.CLASS_LOSSES`.
       label_smoothing: share of a label that is spread over all classes, in training alone.
-      label_field: the field of a batch with the class, or with the share of each (MixUp).
+      label_field: the field of a batch with class numbers, or with shares of all classes (MixUp).
     """
 
     model: Classifier
@@ -43,22 +43,24 @@ class Classification(Objective):
 
     @property
     def reads(self) -> dict[str, Field]:
-        """Images and their classes."""
+        """The fields of the loss: an image and its class."""
         return {
             "image": Field.pixels(self.model.image.image_size),
             self.label_field: Field.labels(self.model.classes, "classes"),
         }
 
     def forward(self, params: Params, batch: Examples, context: Context) -> Examples:
-        """The cross-entropy of each example, and whether it is right."""
+        """Computes the cross-entropy and the accuracy of each example."""
         rngs = {"drop_path": context.rng}
         scores = self.model.apply({"params": params}, batch["image"], context.train, rngs=rngs)
         smoothing = self.label_smoothing if context.train else 0.0
         return loss_and_accuracy(scores, batch[self.label_field], self.class_loss, smoothing)
 
     def functions(self) -> dict[str, Function]:
-        """Of images with values in [0, 255]: `classify`, the score of each class, and
-        `embed_image`, unit vectors of what the head sees."""
+        """Returns `classify` (the score of each class) and `embed_image` (unit vectors).
+
+        Both take images with values in [0, 255]. The vectors are the head's input, normalized.
+        """
 
         def apply(method: str | None) -> Callable[..., Array]:
             return lambda params, x: self.model.apply({"params": params}, x, method=method)
@@ -81,11 +83,11 @@ def make_classification(
     image_std: tuple[float, ...] = (0.5, 0.5, 0.5),
     **compute: Any,
 ) -> Classification:
-    """`Classification` from `config.objective`.
+    """Makes the `Classification` that `config.objective` describes.
 
     Args:
       image: arguments of `make_vit`, with a pooling.
-      classes: how many there are.
+      classes: the number of classes.
       loss, label_smoothing, label_field: see `Classification`.
       compute: see `make_compute`.
 

@@ -1,4 +1,4 @@
-"""CoCa as an objective: the contrastive and the captioning loss of one model."""
+"""CoCa: a contrastive and a captioning loss on one model (Yu et al. 2022)."""
 
 from __future__ import annotations
 
@@ -25,9 +25,10 @@ from vlp_jax.objectives.weight import StepsOf, Weight
 
 
 def coca_parts(model: CoCa, *, contrast: Weight, caption: Weight, **settings: Any) -> Composite:
-    """Returns the sum of both losses of a model, each times its weight.
+    """Makes the weighted sum of a model's contrastive and captioning losses.
 
     Args:
+      contrast, caption: the weights of the two losses.
       settings: fields of `Contrastive`.
     """
     text = model.text
@@ -59,12 +60,12 @@ def make_coca(
     image_std: tuple[float, ...] = (0.5, 0.5, 0.5),
     **compute: Any,
 ) -> Composite:
-    """Returns the `Composite` that `config.objective` describes.
+    """Makes the CoCa objective, a `Composite`, that `config.objective` describes.
 
     Args:
       tokenizer: gives the vocabulary and the context length; its rows begin with a bos.
-      image: arguments of `make_vit`; there is a class token and no pooling of its own.
-      text: arguments of `make_coca_text`, and `attention` where the rest has another.
+      image: arguments of `make_vit`; by default with a class token, always without pooling.
+      text: arguments of `make_coca_text`, and `attention` to differ from the other towers.
       decoder: arguments of `make_coca_decoder`.
       embed_dim, queries, pooler_heads: see `CoCa`.
       contrast_weight, caption_weight, steps_of: factors on the losses, see `Weight.of`.
@@ -74,7 +75,7 @@ def make_coca(
 
     Raises:
       ValueError: no tokenizer or one without bos, sizes that do not fit each other, or an attention
-        that does not hold the text tower's mask.
+        backend that does not support the text tower's mask.
     """
     check_loss("softmax", loss_form, loss_block_size, logit_scale_init, max_logit_scale)
     how, where, sizes = make_compute(**compute), "config.objective", _sizes(tokenizer)
@@ -102,10 +103,10 @@ def make_coca(
 
 
 def _sizes(tokenizer: Any) -> dict[str, int]:
-    """Returns what a tokenizer tells of both towers of text.
+    """Returns the sizes that the tokenizer gives both text towers.
 
     Raises:
-      ValueError: there is none, or it has no bos.
+      ValueError: there is no tokenizer, or it has no bos.
     """
     if tokenizer is None:
         raise ValueError("coca needs config.tokenizer")
@@ -117,9 +118,10 @@ def _sizes(tokenizer: Any) -> dict[str, int]:
 def _text_tower(
     tokenizer: Any, section: Mapping[str, Any], how: ComputeConfig, where: str
 ) -> CoCaText:
-    """Returns the tower of a section, in which `attention` may be another than in `how`."""
+    """Makes the text tower of a section, whose `attention` overrides the one in `how`."""
     fields = dict(section)
     attention = fields.pop("attention", how.attention)
+    # The kinds of rules that the tower's real mask has; only the kinds are checked here.
     mask = AttentionMask(causal=True, explicit=jnp.ones((1, 1, 1, 1), bool))
     mask.check(attention, HOLDS.get(attention, ()))
     ids = {name: getattr(tokenizer, name) for name in ("bos_id", "eos_id", "pad_id")}

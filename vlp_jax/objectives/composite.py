@@ -33,35 +33,35 @@ from vlp_jax.objectives.weight import StepsOf, Weight
 # `config.init_from` needs no table of names between our own models.
 @dataclasses.dataclass(frozen=True)
 class Composite(Objective):
-    """The sum of its parts' losses, each times its weight.
+    """A weighted sum of the losses of its parts.
 
-    Parameters with the same path are the same: parts that both have an `image` tower train one, and
-    what it computes of the same images it computes once (`shared_forward`).
+    Parameters with the same path are shared: parts that both have an `image` tower train one tower.
+    A shared tower computes the same images only once (`shared_forward`).
 
     Attributes:
-      members: the parts, of which none is a sum itself.
+      members: the parts. None of them is a sum itself.
     """
 
     members: tuple[Part, ...]
 
     @property
     def model(self) -> nn.Module:
-        """Of the first part."""
+        """The model of the first part."""
         return self.members[0].objective.model
 
     @property
     def couples_batch(self) -> bool:
-        """Whether any part does."""
+        """Whether the loss of any part couples the examples of a batch."""
         return any(part.objective.couples_batch for part in self.members)
 
     @property
     def compute_dtype(self) -> Any:
-        """Of the first part."""
+        """The compute dtype of the first part."""
         return self.members[0].objective.compute_dtype
 
     @property
     def reads(self) -> Mapping[str, Field]:
-        """Those of all parts, as the batch names them."""
+        """The fields that all parts read, by their names in a batch."""
         return {
             name if part.data is None else f"{part.data}{SEPARATOR}{name}": field
             for part in self.members
@@ -69,7 +69,7 @@ class Composite(Objective):
         }
 
     def init(self, rng: PRNGKeyArray, batch_spec: BatchSpec) -> Params:
-        """Fresh parameters of all parts; shared ones as the first part that has them makes them.
+        """Makes the parameters of all parts. The first part that has a shared one initializes it.
 
         Raises:
           ValueError: two parts disagree on the shape of a parameter, or a part has no data.
@@ -81,21 +81,21 @@ class Composite(Objective):
         return params
 
     def init_state(self, batch_spec: BatchSpec) -> State:
-        """The states of the parts that have one, by their keys."""
+        """Makes the states of the parts that have a state, by the keys of the parts."""
         states = {
             part.key: part.objective.init_state(part.fields(batch_spec)) for part in self.members
         }
         return {name: state for name, state in states.items() if state}
 
     def draw(self, batch: Batch, context: Context) -> Examples:
-        """What each part draws, by its key."""
+        """Calls `draw` of each part; returns the results by the keys of the parts."""
         return {
             part.key: part.objective.draw(part.fields(batch), context.of_part(index, part))
             for index, part in enumerate(self.members)
         }
 
     def forward(self, params: Params, batch: Examples, context: Context) -> Examples:
-        """What each part computes, by its key. They share what their towers compute."""
+        """Calls `forward` of each part, with shared towers; returns the results by key."""
         with shared_forward():
             return {
                 part.key: part.objective.forward(
@@ -107,40 +107,41 @@ class Composite(Objective):
     def reduce(
         self, params: Params, examples: Examples, context: Context
     ) -> tuple[Float[Array, ""], LossOutput]:
-        """The weighted sum; metrics are named after the part, "NAME/loss" and so on.
+        """Computes the weighted sum. Metrics are called PART/NAME, such as "mae/loss".
 
-        In evaluation all weights are those that they rise to.
+        In evaluation each weight has its full value, so scores of different steps can be compared.
         """
         total, metrics, states = jnp.float32(0), {}, dict(context.state)
         for index, part in enumerate(self.members):
-            own = context.of_part(index, part)
-            value, output = part.objective.reduce(params, examples[part.key], own)
+            value, output = part.objective.reduce(
+                params, examples[part.key], context.of_part(index, part)
+            )
             total += (part.weight.at(context.step) if context.train else part.weight.value) * value
             metrics |= {f"{part.name}/{name}": pair for name, pair in output.metrics.items()}
             states |= {part.key: output.state} if output.state else {}
         return total, LossOutput({**metrics, "loss": (total, jnp.float32(1))}, states)
 
     def functions(self) -> dict[str, Function]:
-        """Those of all parts; where two have the same name, that of the first."""
+        """Returns the functions of all parts. Of two with the same name the first part's counts."""
         functions: dict[str, Function] = {}
         for part in self.members:
             functions = {**part.objective.functions(), **functions}
         return functions
 
     def parts(self) -> dict[str, Part]:
-        """The parts by name."""
+        """Returns the parts by name."""
         return {part.name: part for part in self.members}
 
     def switches(self) -> tuple[int, ...]:
-        """The steps at which parts begin or end."""
+        """Returns the steps at which parts begin or end, in order."""
         ends = (step for part in self.members for step in (part.weight.begin, part.weight.end))
         return tuple(sorted({step for step in ends if step}))
 
     def at(self, step: int) -> Self:
-        """The sum of the parts whose weight is not 0 at this step.
+        """Returns the sum of the parts whose weight is not 0 at `step`.
 
         Raises:
-          ValueError: there is none.
+          ValueError: all parts have weight 0.
         """
         members = tuple(part for part in self.members if part.weight.is_on(step))
         if not members:
@@ -152,18 +153,21 @@ class Composite(Objective):
 
 
 def merge_trees(tree: dict[str, Any], more: Mapping[str, Any], who: str, path: str = "") -> None:
-    """Puts what `tree` lacks of `more` into it.
+    """Adds to `tree`, in place, the leaves of `more` that it lacks.
+
+    Args:
+      who: the part that `more` comes from, for errors.
+      path: the path of both trees, for errors.
 
     Raises:
-      ValueError: a leaf is in both with different shapes, or a leaf in one and a branch in the
-        other; names its path and `who` brought the second.
+      ValueError: the trees hold different shapes, or a leaf and a branch, at the same path.
     """
     for key, value in more.items():
         where = f"{path}{key}"
         if key not in tree:
             tree[key] = value
         elif isinstance(tree[key], dict) and isinstance(value, Mapping):
-            tree[key] = dict(tree[key])
+            tree[key] = dict(tree[key])  # a copy, because this branch belongs to a part's own tree
             merge_trees(tree[key], value, who, f"{where}/")
         else:
             shapes = [getattr(_bare(leaf), "shape", "a branch") for leaf in (tree[key], value)]
@@ -183,18 +187,18 @@ def make_composite(
     parts: Mapping[str, Mapping[str, Any]],
     steps_of: StepsOf | None = None,
 ) -> Composite:
-    """`Composite` from `config.objective`.
+    """Makes the `Composite` that `config.objective` describes.
 
     Args:
-      make_part: makes the objective of a section; it is handed `where`.
-      parts: by name, the section of an objective with two keys more: `weight` (default 1; see
+      make_part: makes the objective of a section: `make_part(section, where=...)`.
+      parts: name -> the section of an objective, with two further keys: `weight` (default 1; see
         `Weight.of`) and `data`, the name of a dataset in `config.extra_data` (default:
         `config.data`).
       steps_of: see `Weight.of`.
 
     Raises:
-      ValueError: no parts, or weights that do not go together.
-      UserError: a weight that is none.
+      ValueError: no parts, or weights of nested sums that both change during the run.
+      UserError: an invalid weight.
     """
     if not parts:
         raise ValueError("a composite objective needs parts")
@@ -204,7 +208,7 @@ def make_composite(
         weight = Weight.of(section.pop("weight", 1.0), steps_of, f"{where}.weight")
         data = section.pop("data", None)
         objective = make_part(section, where=where)
-        for inner in objective.parts().values():  # of a sum in a sum, the parts themselves
+        for inner in objective.parts().values():  # flattens a sum within a sum
             made.append(
                 Part(
                     f"{name}/{inner.name}" if inner.name else name,

@@ -1,4 +1,4 @@
-"""How a model is computed, as the sections of several objectives say it."""
+"""The keys of `config.objective` that choose how a model is computed, for all objectives."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ def make_compute(
     remat: str = "none",
     scan_layers: bool = True,
 ) -> ComputeConfig:
-    """The `ComputeConfig` of these names; fields as there.
+    """Makes a `ComputeConfig` from names in a config; see there for the other fields.
 
     Args:
-      dtype: "float32" or "bfloat16"; None: bfloat16 on accelerators and float32 on CPU.
+      dtype: "float32" or "bfloat16". None takes bfloat16 on accelerators and float32 on CPU.
 
     Raises:
       ValueError: an unknown dtype.

@@ -1,11 +1,11 @@
-"""Contrastive pretraining of a dual encoder: CLIP's softmax, SigLIP's sigmoid, FLIP's masks."""
+"""Contrastive pretraining of two towers: CLIP's softmax, SigLIP's sigmoid, FLIP's masks."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -18,6 +18,7 @@ from vlp_jax.models.dual_encoder import DualEncoder, make_dual_encoder
 from vlp_jax.models.masking import kept_patches, random_mask
 from vlp_jax.models.text import make_text
 from vlp_jax.models.values import Pixels, keywords_of
+from vlp_jax.models.variants import check_choice
 from vlp_jax.models.vit import make_vit
 from vlp_jax.objectives.base import (
     Batch,
@@ -43,13 +44,13 @@ class Contrastive(Objective):
     """Matches the images of the global batch with its texts.
 
     Attributes:
-      model: the two towers.
+      model: the image tower and the text tower.
       pairwise_loss: "softmax" (CLIP) or "sigmoid" (SigLIP).
-      max_logit_scale: the factor on the cosine similarity is held at or below it; 0 for no bound.
-      mask_ratio: share of the patches of each image that is left out in training (Li et al. 2023,
-        "FLIP"); evaluation sees all of them.
-      loss_form: "plain" (all logits of a device's images at once) or "blocked" (`blocked_loss`:
-        memory that does not grow with the devices). The two are equal.
+      max_logit_scale: upper bound of the factor on the cosine similarity; 0 for no bound.
+      mask_ratio: share of each image's patches that are dropped in training (Li et al. 2023,
+        "FLIP"); evaluation keeps all patches.
+      loss_form: "plain" (a device computes all logits of its images at once) or "blocked" (see
+        `blocked_loss`: memory does not grow with the devices). Both compute the same loss.
       loss_block_size: images of a device whose logits the blocked form holds at once.
     """
 
@@ -62,7 +63,7 @@ class Contrastive(Objective):
 
     @property
     def reads(self) -> dict[str, Field]:
-        """Images and their texts."""
+        """The fields of the loss: an image and its text."""
         image, text = self.model.image, self.model.text
         return {
             "image": Field.pixels(image.image_size),
@@ -70,7 +71,7 @@ class Contrastive(Objective):
         }
 
     def draw(self, batch: Batch, context: Context) -> Examples:
-        """Images and texts, and in training the patches that are seen."""
+        """Returns images and texts, and in training with `mask_ratio` the patches to keep."""
         fields = {name: batch[name] for name in self.reads}
         if context.train and self.mask_ratio:
             key, patches = jax.random.split(context.rng)[0], self.model.image.patches
@@ -79,7 +80,7 @@ class Contrastive(Objective):
         return fields
 
     def forward(self, params: Params, batch: Examples, context: Context) -> Examples:
-        """The embeddings."""
+        """Computes the embeddings of images and texts."""
         rngs = {"drop_path": jax.random.split(context.rng)[1]}
         out = self.model.apply({"params": params}, **batch, train=context.train, rngs=rngs)
         return {name: out[name] for name in ("image", "text")}
@@ -87,7 +88,7 @@ class Contrastive(Objective):
     def reduce(
         self, params: Params, examples: Examples, context: Context
     ) -> tuple[Float[Array, ""], LossOutput]:
-        """The pairwise loss over the global batch.
+        """Computes the pairwise loss over the global batch.
 
         Raises:
           ValueError: the form is "blocked" and no mesh is set.
@@ -109,7 +110,7 @@ class Contrastive(Objective):
     def _pair_loss(
         self, image: Array, text: Array, scale: Array, bias: Array
     ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-        """The loss, and how many images find their text."""
+        """Computes the loss, and the number of images whose text has the highest logit."""
         if self.loss_form == "blocked":
             mesh = jax.sharding.get_abstract_mesh()
             if mesh.empty:
@@ -129,12 +130,12 @@ class Contrastive(Objective):
         return math.log(self.max_logit_scale) if self.max_logit_scale else math.inf
 
     def functions(self) -> dict[str, Function]:
-        """What evaluators and export may ask for.
+        """Returns the functions of a dual encoder.
 
-        `embed_image` of uint8 images and `embed_text` of token ids: unit vectors.
-        `image_features` of uint8 images: what the tower's pooling gives, before the projection.
-        `logit_scale`, whatever its array is: the factor on the cosine similarity, as training
-        bounds it.
+        - `embed_image` (uint8 images) and `embed_text` (token ids): unit vectors.
+        - `image_features` (uint8 images): the pooled output of the tower, before the projection.
+        - `logit_scale` (its array is ignored): the factor on the cosine similarity, with the bound
+          that training applies.
         """
 
         def apply(method: str) -> Callable[..., Array]:
@@ -156,10 +157,11 @@ class Contrastive(Objective):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def bound_above(x: Float[Array, ""], bound: float) -> Float[Array, ""]:
-    """min(x, bound), with a gradient that above the bound can only lead back under it.
+    """Computes min(x, bound). Above the bound, only gradients that lower `x` pass.
 
-    CLIP clips the parameter after each update instead ("clipped to prevent scaling the logits by
-    more than 100", Radford et al. 2021, 2.5). This needs no rule about one parameter in the step.
+    CLIP clips the parameter itself after each update ("clipped to prevent scaling the logits by
+    more than 100", Radford et al. 2021, 2.5). A bound in the loss does the same without a rule for
+    one parameter in the training step.
     """
     return jnp.minimum(x, bound)
 
@@ -169,40 +171,37 @@ def _bound_above_forward(x: Array, bound: float) -> tuple[Array, Array]:
 
 
 def _bound_above_backward(bound: float, x: Array, gradient: Array) -> tuple[Array]:
+    # Gradient descent subtracts, so a positive gradient lowers x. The true gradient is 0 above the
+    # bound, where x could never come back.
     return (jnp.where(x > bound, jnp.maximum(gradient, 0), gradient),)
 
 
 bound_above.defvjp(_bound_above_forward, _bound_above_backward)
 
 
-def _check_known(what: str, name: str, known: Iterable[str]) -> None:
-    if name not in known:
-        raise ValueError(f"unknown {what} {name!r} (known: {', '.join(known)})")
-
-
 def check_loss(
     loss: str, form: str, block_size: int, scale: float | None, most: float | None
 ) -> None:
-    """Checks what a config says of a contrastive loss; see `make_contrastive`.
+    """Checks the settings of a contrastive loss; see `make_contrastive`.
 
     Args:
-      scale, most: `logit_scale_init` and `max_logit_scale`; None where a config leaves them out.
+      scale, most: `logit_scale_init` and `max_logit_scale`; None where the config has no such key.
 
     Raises:
       ValueError: an unknown name or a number out of range.
     """
-    _check_known("loss", loss, PAIRWISE_LOSSES)
-    _check_known("loss_form", form, LOSS_FORMS)
+    check_choice("loss", loss, tuple(PAIRWISE_LOSSES))
+    check_choice("loss_form", form, LOSS_FORMS)
     if block_size < 1:
-        raise ValueError(f"loss_block_size is at least 1, not {block_size}")
+        raise ValueError(f"loss_block_size must be at least 1, not {block_size}")
     if scale is not None and scale <= 0:
-        raise ValueError(f"logit_scale_init is above 0, not {scale}")
+        raise ValueError(f"logit_scale_init must be > 0, not {scale}")
     if most is not None and most < 0:
-        raise ValueError(f"max_logit_scale is above 0, or 0 for no bound, not {most}")
+        raise ValueError(f"max_logit_scale must be >= 0 (0 for no bound), not {most}")
 
 
 def _from_tokenizer(tokenizer: Any) -> dict[str, int]:
-    """The fields of a text tower that its tokenizer decides."""
+    """Returns the fields of a text tower that follow from its tokenizer."""
     if tokenizer is None:
         raise ValueError("a contrastive objective needs config.tokenizer")
     names = ("vocab_size", "context_length", "eos_id", "pad_id")
@@ -229,13 +228,13 @@ def make_contrastive(
     image_std: tuple[float, ...] = (0.5, 0.5, 0.5),
     **compute: Any,
 ) -> Contrastive:
-    """`Contrastive` from `config.objective`.
+    """Makes the `Contrastive` that `config.objective` describes.
 
     Args:
       tokenizer: gives the text tower its vocabulary and context length.
       image, text: arguments of `make_vit` and `make_text`.
       image_head, text_head: see `DualEncoder`.
-      loss: "softmax" or "sigmoid".
+      loss: "softmax" (CLIP) or "sigmoid" (SigLIP).
       mask_ratio, loss_form, loss_block_size: see `Contrastive`.
       logit_scale_init: default 1 / 0.07 (CLIP) for softmax, 10 (SigLIP, alg. 1) for sigmoid.
       logit_bias_init: default none for softmax, -10 (SigLIP, alg. 1) for sigmoid.
@@ -260,5 +259,5 @@ def make_contrastive(
         logit_bias_init=bias,
         pixels=Pixels(tuple(image_mean), tuple(image_std)),
     )
-    kept_patches(model.image.patches, mask_ratio)  # raises for a ratio that leaves nothing
+    kept_patches(model.image.patches, mask_ratio)  # raises if the ratio leaves no patch
     return Contrastive(model, loss, max_logit_scale, mask_ratio, loss_form, loss_block_size)

@@ -1,8 +1,8 @@
-"""FLOPs of a function, counted in its jaxpr: matrix products and convolutions, a multiply-add is 2.
+"""Counts the FLOPs of a function in its jaxpr: matrix products and convolutions.
 
-Unlike XLA's `cost_analysis()`, which counts the body of a loop once, this counts every round of a
-scan, and what a rematerialization policy computes again counts again. Inside `shard_map` shapes are
-those of a device, and count for each device.
+A multiply-add is 2 FLOPs. Every round of a scan counts; XLA's `cost_analysis()` counts the body of
+a loop once. Work that a rematerialization policy repeats counts again. Inside `shard_map` shapes
+are per device, so its FLOPs are multiplied by the number of devices.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax.extend import core
 from jax.lax import Precision
 
-# How many bfloat16 products a float32 product of this precision consists of on a TPU's matrix unit
+# A TPU's matrix unit computes a float32 product as this many bfloat16 products, by precision
 # (jax.lax.Precision; openxla/xla, xla_data.proto, PrecisionConfig).
 _PASSES = {Precision.DEFAULT: 1, Precision.HIGH: 3, Precision.HIGHEST: 6}
 
@@ -27,10 +27,10 @@ class Flops:
     """FLOPs of all devices together.
 
     Attributes:
-      total: a multiply-add is 2, whatever its precision.
-      passes: `total` in units of the matrix unit's own products: a float32 product of highest
-        precision counts six times.
-      uncounted: what has FLOPs that are not in `total`, in words.
+      total: the count; a multiply-add is 2 at any precision.
+      passes: `total` in bfloat16 products of a matrix unit: a float32 product of highest precision
+        counts six times.
+      uncounted: operations whose FLOPs are missing in `total`, in words.
     """
 
     total: float = 0.0
@@ -46,16 +46,16 @@ class Flops:
 
 
 def count_flops(function: Any, *arguments: Any) -> Flops:
-    """Of one call of `function`, which is traced and not run.
+    """Counts one call of `function`, which is traced and not run.
 
     Args:
-      arguments: arrays, or `jax.ShapeDtypeStruct` in their place.
+      arguments: arrays or `jax.ShapeDtypeStruct`s.
     """
     return jaxpr_flops(jax.make_jaxpr(function)(*arguments).jaxpr)
 
 
 def jaxpr_flops(jaxpr: core.Jaxpr) -> Flops:
-    """Of one run of `jaxpr`. Of the branches of a conditional the most expensive counts."""
+    """Counts one run of `jaxpr`. A conditional counts as its most expensive branch."""
     total = Flops()
     for equation in jaxpr.eqns:
         total += _equation(equation)
@@ -89,7 +89,7 @@ def _equation(equation: core.JaxprEqn) -> Flops:
 
 
 def _jaxprs(params: dict[str, Any]) -> Iterator[core.Jaxpr]:
-    """The jaxprs among the parameters of an equation. A custom rule's function is one of them."""
+    """Yields the jaxprs among the parameters of an equation, such as the body of a scan."""
     for value in params.values():
         for item in value if isinstance(value, tuple | list) else (value,):
             if isinstance(item, core.ClosedJaxpr):
@@ -99,7 +99,7 @@ def _jaxprs(params: dict[str, Any]) -> Iterator[core.Jaxpr]:
 
 
 def _manual_axes(params: dict[str, Any]) -> frozenset[str]:
-    """The axes of the mesh along which a `shard_map` sees parts (JAX has had both names)."""
+    """Returns the mesh axes that a `shard_map` splits; versions of JAX name them differently."""
     return params["newly_manual_axes" if "newly_manual_axes" in params else "manual_axes"]
 
 
@@ -110,7 +110,7 @@ def _dot_flops(equation: core.JaxprEqn) -> float:
 
 
 def _convolution_flops(equation: core.JaxprEqn) -> float:
-    """Every place of the kernel on every place of the result, zeros between inputs left out."""
+    """Counts each tap of the kernel for each output, without the zeros of a dilated input."""
     params = equation.params
     kernel = equation.invars[1].aval.shape
     spec = params["dimension_numbers"].rhs_spec  # (out features, in features, *spatial)

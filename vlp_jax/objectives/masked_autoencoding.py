@@ -1,4 +1,4 @@
-"""Masked autoencoding (He et al. 2022, "Masked Autoencoders Are Scalable Vision Learners")."""
+"""Masked autoencoding: He et al. 2022, "Masked Autoencoders Are Scalable Vision Learners"."""
 
 from __future__ import annotations
 
@@ -29,15 +29,16 @@ from vlp_jax.objectives.base import (
 from vlp_jax.objectives.compute import make_compute
 
 VARIANCE_EPS = 1e-6
-EVALUATION_SEED = 0  # of the masks under which a model is evaluated and looked at
+EVALUATION_SEED = 0  # fixed, so that evaluations at different steps see the same masks
 
 
 def patch_statistics(
     targets: Float[Array, "batch patches outputs"],
 ) -> tuple[Float[Array, "batch patches 1"], Float[Array, "batch patches 1"]]:
-    """Mean and standard deviation of each patch, as its pixels are normalized with.
+    """Computes the mean and the standard deviation that normalize the pixels of each patch.
 
-    The variance is the unbiased one, of n - 1, plus 1e-6 (facebookresearch/mae, `forward_loss`).
+    The variance is the unbiased one (divided by n - 1) plus 1e-6, as in facebookresearch/mae,
+    `forward_loss`.
     """
     mean = targets.mean(axis=-1, keepdims=True)
     variance = targets.var(axis=-1, ddof=1, keepdims=True)
@@ -50,7 +51,7 @@ def hidden_errors(
     hidden: Float[Array, "batch patches"],
     normalize_targets: bool,
 ) -> Float[Array, " batch"]:
-    """Mean squared error over the hidden patches of each image."""
+    """Computes the mean squared error over the hidden patches of each image."""
     if normalize_targets:
         mean, std = patch_statistics(targets)
         targets = (targets - mean) / std
@@ -60,13 +61,13 @@ def hidden_errors(
 
 @dataclasses.dataclass(frozen=True)
 class MaskedAutoencoding(Objective):
-    """Paints the hidden patches of images of which it sees the others.
+    """Predicts the pixels of hidden patches from the visible patches of an image.
 
     Attributes:
       model: encoder and decoder.
-      mask_ratio: share of the patches that is hidden.
-      normalize_targets: the pixels of each patch are predicted relative to its mean and standard
-        deviation.
+      mask_ratio: share of the patches that are hidden.
+      normalize_targets: True predicts the pixels of each patch after normalizing them by the mean
+        and standard deviation of the patch.
     """
 
     model: MaskedAutoencoder
@@ -75,25 +76,25 @@ class MaskedAutoencoding(Objective):
 
     @property
     def reads(self) -> dict[str, Field]:
-        """Images."""
+        """The field of the loss: an image."""
         return {"image": Field.pixels(self.model.image.image_size)}
 
     @property
     def kept(self) -> int:
-        """Patches of an image that stay visible."""
+        """The number of visible patches of an image."""
         return kept_patches(self.model.image.patches, self.mask_ratio)
 
     def mask(self, rng: PRNGKeyArray, batch: int) -> PatchMask:
-        """A random mask for each of `batch` images."""
+        """Draws a random mask for each of `batch` images."""
         return random_mask(rng, batch, self.model.image.patches, self.kept)
 
     def draw(self, batch: Batch, context: Context) -> Examples:
-        """Images and their masks."""
+        """Returns images and their random masks."""
         key, image = jax.random.split(context.rng)[0], batch["image"]
         return {"image": image, "mask": self.mask(key, len(image))}
 
     def forward(self, params: Params, batch: Examples, context: Context) -> Examples:
-        """The mean squared error over the hidden patches of each image."""
+        """Computes the mean squared error over the hidden patches of each image."""
         rngs = {"drop_path": jax.random.split(context.rng)[1]}
         errors = self._errors(params, batch["image"], batch["mask"], context.train, rngs)
         return {"loss": (errors, jnp.ones_like(errors))}
@@ -111,12 +112,13 @@ class MaskedAutoencoding(Objective):
         return hidden_errors(prediction, targets, mask.hidden, self.normalize_targets)
 
     def functions(self) -> dict[str, Function]:
-        """What evaluators may ask for, of uint8 images, under masks that do not change.
+        """Returns the functions of a masked autoencoder. All take uint8 images.
 
-        `reconstruction_error`: mean squared error over the hidden patches, as the loss has it.
-        `reconstruct`: see `MaskedAutoencoding.reconstruct`.
-        `embed_image`: unit vectors of whole images.
-        `image_features`: the same before they are normalized.
+        - `reconstruction_error`: the loss of each image.
+        - `reconstruct`: pictures, see `MaskedAutoencoding.reconstruct`.
+        - `image_features`: pooled features of the whole image; `embed_image` normalizes them.
+
+        The first two hide the same patches in every call.
         """
 
         def mask(image: Array) -> PatchMask:
@@ -142,10 +144,10 @@ class MaskedAutoencoding(Objective):
     def reconstruct(
         self, params: Params, image: UInt8[Array, "batch height width 3"], mask: PatchMask
     ) -> Float[Array, "batch views height width 3"]:
-        """What the encoder sees (hidden patches grey), what is painted into it, and the image.
+        """Makes three views: the visible patches on grey, the reconstruction, and the image.
 
-        Values are in [0, 1]. If the model predicts normalized pixels, each painted patch gets the
-        mean and standard deviation of the true one, as in the figures of the paper.
+        Values are in [0, 1]. If the model predicts normalized pixels, each predicted patch gets the
+        mean and standard deviation of the true patch, as in the figures of the paper.
         """
         prediction = self.model.apply({"params": params}, image, mask)
         targets = self.model.targets(image)
@@ -179,13 +181,13 @@ def make_masked_autoencoding(
     image_std: tuple[float, ...] = IMAGENET.std,
     **compute: Any,
 ) -> MaskedAutoencoding:
-    """`MaskedAutoencoding` from `config.objective`.
+    """Makes the `MaskedAutoencoding` that `config.objective` describes.
 
     Args:
-      image: arguments of `make_vit`; the pooling is none, and by default there are a class token,
-        sin-cos positions and exact GELU, as published.
+      image: arguments of `make_vit`. The defaults are as published: a class token, sin-cos
+        positions and exact GELU. The pooling is always "none".
       decoder: arguments of `make_masked_decoder`.
-      mask_ratio: share of the patches that is hidden.
+      mask_ratio: share of the patches that are hidden.
       compute: see `make_compute`.
 
     Raises:

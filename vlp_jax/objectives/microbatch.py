@@ -1,7 +1,7 @@
-"""Batches in parts, one after the other, so that the activations of one part are alive at a time.
+"""Computes a batch in parts, so that only the activations of one part are in memory at a time.
 
-What is computed does not change: a contrastive loss still sees every pair of the whole batch, and a
-mean over words is one over all words of the batch.
+The loss does not change: a contrastive loss still sees every pair of the whole batch, and a mean
+over tokens is a mean over all tokens of the batch.
 """
 
 from __future__ import annotations
@@ -22,22 +22,23 @@ Loss = Callable[[Params, Batch, Context], tuple[Float[Array, ""], LossOutput]]
 
 
 def loss_in_parts(objective: Objective, parts: int) -> Loss:
-    """`objective.loss`, with `forward` of so many parts of the batch one after the other."""
+    """Returns `objective.loss`, which computes `forward` for `parts` parts of the batch in turn."""
     if parts == 1:
         return objective.loss
     compute = _coupled if objective.couples_batch else _uncoupled
 
     def loss(params: Params, batch: Batch, context: Context) -> Any:
-        batch = objective.draw(batch, context)
+        batch = objective.draw(batch, context)  # whole, so the draws do not depend on `parts`
         return compute(objective, params, _Divided(batch, context, parts), context)
 
     return loss
 
 
 class _Divided:
-    """A batch as the parts that a `jax.lax.scan` goes through.
+    """A batch split into parts for `jax.lax.scan`.
 
-    Fields that are the same array stay one, so that what is computed of it can be shared.
+    Fields that are the same array are split once and remain the same array within a part.
+    `shared_forward` recognizes shared inputs by identity.
     """
 
     def __init__(self, batch: Examples, context: Context, parts: int):
@@ -50,16 +51,17 @@ class _Divided:
         self.xs = (split(list(different.values()), parts), jax.random.split(context.rng, parts))
 
     def part(self, x: Any) -> tuple[Examples, Context]:
-        """A part of the batch and the context of its losses, of an element of `xs`."""
+        """Returns one part of the batch and its context, from an element of `xs`."""
         fields, key = x
         batch = jax.tree.unflatten(self._structure, [fields[place] for place in self._places])
         return batch, dataclasses.replace(self._context, rng=key)
 
 
 def split(fields: Examples, parts: int) -> Examples:
-    """[batch, ...] to [parts, batch / parts, ...]: part i has every `parts`-th example from i on.
+    """Reshapes [batch, ...] to [parts, batch / parts, ...]: part i has examples i, i + parts, ...
 
-    Neighbours go to different parts, so that each device keeps the examples it has.
+    A device holds a contiguous range of the batch. With every `parts`-th example, each part has an
+    equal share of that range, and no example moves to another device.
     """
 
     def one(x: Array) -> Array:
@@ -70,7 +72,7 @@ def split(fields: Examples, parts: int) -> Examples:
 
 
 def merge(fields: Examples) -> Examples:
-    """The inverse of `split`."""
+    """Undoes `split`."""
 
     def one(x: Array) -> Array:
         x = einops.rearrange(x, "m b ... -> (b m) ...")
@@ -80,11 +82,14 @@ def merge(fields: Examples) -> Examples:
 
 
 def _coupled(objective: Objective, params: Params, divided: _Divided, context: Context) -> Any:
-    """The loss at the price of a second forward pass: the first keeps what `forward` gives alone.
+    """Computes a loss that couples examples, with a second forward pass.
 
-    Once the loss has given the gradients of that, each part is computed again and its gradient
-    added up (Gao et al. 2021, "GradCache", 3.2; Pham et al. 2023, "BASIC", 4.2).
+    The first pass keeps only the results of `forward`, such as embeddings. The loss gives their
+    gradients. Then each part is computed again, and its gradient of the parameters is added (Gao et
+    al. 2021, "GradCache", 3.2; Pham et al. 2023, "BASIC", 4.2).
     """
+    # jax.checkpoint does it: the scan saves no activation of a part, and the backward pass computes
+    # the part again. Within a scan, the compiler cannot merge the two passes (prevent_cse).
     again = jax.checkpoint(
         lambda params, x: objective.forward(params, *divided.part(x)), prevent_cse=False
     )
@@ -93,25 +98,32 @@ def _coupled(objective: Objective, params: Params, divided: _Divided, context: C
 
 
 def _uncoupled(objective: Objective, params: Params, divided: _Divided, context: Context) -> Any:
-    """The loss of sums over examples.
+    """Computes a loss that is a sum over examples, with one forward pass.
 
-    The gradient of a part is computed right after its loss, so that nothing of it is kept and no
-    forward pass is done twice. The sums are divided by the counts of the whole batch, which need no
-    forward pass: the compiler leaves out what only the sums need.
+    The gradient of a part is computed right after its loss, so no activation outlives its part. A
+    part's sums must be divided by the counts of the whole batch, which are known beforehand because
+    counts depend on the batch alone.
     """
+    # Looks like a forward pass of the whole batch, but only the counts are used: the compiler
+    # removes everything else.
     fixed = jax.lax.stop_gradient(params)
     counts = jax.tree.map(jnp.sum, _counts(objective.forward(fixed, divided.batch, context)))
 
     def part(params: Params, x: Any) -> tuple[Array, Examples]:
         examples = objective.forward(params, *divided.part(x))
+        # Counts that add up to those of the whole batch make `reduce` divide by them.
         spread = jax.tree.map(
-            lambda count, own: jnp.full(own.shape, count / own.size), counts, _counts(examples)
+            lambda total, count: jnp.full(count.shape, total / count.size),
+            counts,
+            _counts(examples),
         )
         return objective.reduce(params, _with_counts(examples, spread), context)[0], examples
 
     def finish(params: Params, examples: Examples) -> tuple[Array, LossOutput]:
         return objective.reduce(params, merge(examples), context)
 
+    # If JAX differentiated the scan, it would keep the activations of all parts for the backward
+    # pass. So `forward` below already computes the gradient, part by part.
     @jax.custom_vjp
     def loss(params: Params) -> tuple[Array, LossOutput]:
         _, examples = jax.lax.scan(lambda _, x: (None, part(params, x)[1]), None, divided.xs)
@@ -126,6 +138,7 @@ def _uncoupled(objective: Objective, params: Params, divided: _Divided, context:
         return finish(params, examples), gradient
 
     def backward(gradient: Params, cotangents: tuple[Array, Any]) -> tuple[Params]:
+        # cotangents[1] belongs to the metrics, which are not differentiated.
         return (jax.tree.map(lambda g: g * cotangents[0], gradient),)
 
     loss.defvjp(forward, backward)
@@ -137,7 +150,7 @@ def _is_pair(x: Any) -> bool:
 
 
 def _counts(examples: Examples) -> Examples:
-    """The counts of metrics of examples."""
+    """Returns the counts of metrics, given as pairs (sum, count)."""
     return jax.tree.map(lambda pair: pair[1], examples, is_leaf=_is_pair)
 
 

@@ -1,4 +1,4 @@
-"""The objective of a model that comes without one, as files of others do."""
+"""Makes an objective for a model that was loaded without one, from another project's files."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from vlp_jax.objectives.weight import Weight
 
 @dataclasses.dataclass(frozen=True)
 class Features(Objective):
-    """Embeds images by a tower alone. It has no loss.
+    """Embeds images with an image tower alone. It has no loss.
 
     Attributes:
       model: the tower.
-      pixels: how they are normalized.
+      pixels: normalization of the pixels.
     """
 
     model: VisionTransformer
@@ -34,30 +34,30 @@ class Features(Objective):
 
     @property
     def reads(self) -> dict[str, Field]:
-        """Images."""
+        """The field that the functions take: an image."""
         return {"image": Field.pixels(self.model.image_size)}
 
     def functions(self) -> dict[str, Function]:
-        """`embed_image`: unit vectors of images with values in [0, 255]."""
+        """Returns `embed_image`: unit vectors of images with values in [0, 255]."""
         return {"embed_image": of_images(self._embed, "unit vectors")}
 
     def _embed(self, params: Params, image: Array) -> Array:
         features = self.model.apply({"params": params}, self.pixels.normalize(image))
-        if features.ndim == 3:  # no pooling of its own: the class token, or else the mean
-            first = self.model.prefix_tokens
-            own = features[:, 0] if self.model.class_token else features[:, first:].mean(axis=1)
-            features = own
+        if features.ndim == 3 and self.model.class_token:  # a tower without pooling
+            features = features[:, 0]
+        elif features.ndim == 3:
+            features = features[:, self.model.prefix_tokens :].mean(axis=1)
         return l2_normalize(features)
 
 
 def objective_of(
     model: nn.Module, *, pixels: Pixels, mask_ratio: float, normalize_targets: bool
 ) -> Objective:
-    """The objective whose functions a model offers.
+    """Makes the objective whose functions a model offers.
 
     Args:
-      pixels: of an image tower alone, how it takes them.
-      mask_ratio, normalize_targets: of a masked autoencoder.
+      pixels: normalization of the pixels, for an image tower alone. Other models hold theirs.
+      mask_ratio, normalize_targets: fields of `MaskedAutoencoding`, for a masked autoencoder.
     """
     made: dict[type, Any] = {
         CoCa: lambda: coca_parts(model, contrast=Weight(), caption=Weight(), max_logit_scale=0.0),

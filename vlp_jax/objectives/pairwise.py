@@ -1,7 +1,7 @@
-"""Losses of a batch of image-text pairs, pair i being (image i, text i).
+"""Losses of a batch of image-text pairs: image i belongs to text i.
 
 They see the whole global batch: under `jax.jit` the embeddings are global arrays, so every image
-meets every text of the mesh, whatever the number of devices.
+meets every text, on any number of devices.
 """
 
 from __future__ import annotations
@@ -12,14 +12,15 @@ from jaxtyping import Array, Float
 
 
 def at_least_float32(x: Float[Array, ...]) -> Float[Array, ...]:
-    """bfloat16 as float32; float32 and float64 as they are."""
+    """Casts bfloat16 to float32; float32 and float64 stay as they are."""
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 def softmax_loss(logits: Float[Array, "images texts"]) -> Float[Array, ""]:
     """Mean cross-entropy of image to text and text to image (Radford et al. 2021, figure 3)."""
     logits = at_least_float32(logits)
-    # Not `jnp.diagonal`, whose gradient is a branch in which devices that share the logits meet.
+    # Not `jnp.diagonal`: its gradient contains a branch with a collective of the devices that share
+    # the logits.
     matches = jnp.where(jnp.eye(len(logits), dtype=bool), logits, 0).sum(axis=1)
     image_to_text = jax.nn.logsumexp(logits, axis=1) - matches
     text_to_image = jax.nn.logsumexp(logits, axis=0) - matches
@@ -43,6 +44,6 @@ def pair_logits(
     scale: Float[Array, ""],
     bias: Float[Array, ""],
 ) -> Float[Array, "images texts"]:
-    """scale * <image, text> + bias, with products and sums in float32 or better."""
+    """Computes scale * <image, text> + bias, with products and sums in float32 or better."""
     image, text = at_least_float32(image), at_least_float32(text)
     return scale * jnp.einsum("id,td->it", image, text, precision="highest") + bias

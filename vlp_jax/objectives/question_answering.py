@@ -1,4 +1,4 @@
-"""Visual question answering as the choice of an answer from a closed list."""
+"""Visual question answering: chooses an answer from a closed list."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ from vlp_jax.objectives.compute import make_compute
 
 @dataclasses.dataclass(frozen=True)
 class QuestionAnswering(Objective):
-    """Tells the answer to a question about an image.
+    """Predicts the answer to a question about an image.
 
-    The towers are those of a dual encoder, without their pooling and projections; what looks at the
-    tokens of both is new (Dou et al. 2022, "METER"; Kim et al. 2021, "ViLT", 4.2, for the answers
-    as classes).
+    Image and text towers are a dual encoder's, without pooling and projections. The fusion layers,
+    which attend to the tokens of both, start from scratch (Dou et al. 2022, "METER"; Kim et al.
+    2021, "ViLT", 4.2, for answers as classes).
 
     Attributes:
       model: the towers, the fusion and the head.
       class_loss: "softmax" or "sigmoid"; see `class_loss.CLASS_LOSSES`.
       label_smoothing: share of a label that is spread over all answers, in training alone.
-      label_field: the field of a batch with the answer, a whole number, or the share of each.
+      label_field: the field of a batch with the answer's number, or with shares of all answers.
     """
 
     model: QuestionAnswerer
@@ -49,7 +49,7 @@ class QuestionAnswering(Objective):
 
     @property
     def reads(self) -> dict[str, Field]:
-        """Images, questions and their answers."""
+        """The fields of the loss: an image, a question and its answer."""
         return {
             "image": Field.pixels(self.model.image.image_size),
             "text": Field.tokens(self.model.text.context_length),
@@ -57,7 +57,7 @@ class QuestionAnswering(Objective):
         }
 
     def forward(self, params: Params, batch: Examples, context: Context) -> Examples:
-        """The cross-entropy of each example, and whether it is right."""
+        """Computes the cross-entropy and the accuracy of each example."""
         rngs = {"drop_path": context.rng}
         inputs = (batch["image"], batch["text"])
         scores = self.model.apply({"params": params}, *inputs, context.train, rngs=rngs)
@@ -65,7 +65,7 @@ class QuestionAnswering(Objective):
         return loss_and_accuracy(scores, batch[self.label_field], self.class_loss, smoothing)
 
     def functions(self) -> dict[str, Function]:
-        """`answer(params, {"image": pixels, "text": token ids})`: the score of each answer."""
+        """Returns `answer`: {"image": pixels, "text": token ids} to the score of each answer."""
 
         def answer(params: Params, x: Batch) -> Array:
             return self.model.apply({"params": params}, x["image"], x["text"])
@@ -89,13 +89,13 @@ def make_question_answering(
     image_std: tuple[float, ...] = (0.5, 0.5, 0.5),
     **compute: Any,
 ) -> QuestionAnswering:
-    """`QuestionAnswering` from `config.objective`.
+    """Makes the `QuestionAnswering` that `config.objective` describes.
 
     Args:
       tokenizer: gives the text tower its vocabulary and context length.
-      image, text: arguments of `make_vit` and `make_text`; the pooling is none.
+      image, text: arguments of `make_vit` and `make_text`; the pooling is always "none".
       fusion: arguments of `make_fusion`.
-      answers: how many there are.
+      answers: the number of answers.
       loss, label_smoothing, label_field: see `QuestionAnswering`.
       compute: see `make_compute`.
 
@@ -112,7 +112,7 @@ def make_question_answering(
         name: getattr(tokenizer, name)
         for name in ("vocab_size", "context_length", "eos_id", "pad_id")
     }
-    # The class token that the pooling of a source's tower had is a token like the others here.
+    # A tower pretrained with "cls" pooling has a class token; here it is one more image token.
     token = {"class_token": image.get("pooling", "cls") == "cls"}
     model = QuestionAnswerer(
         config_lib.build(

@@ -20,13 +20,14 @@ from jax.extend.core import get_opaque_trace_state
 
 @contextlib.contextmanager
 def shared_forward() -> Iterator[None]:
-    """Within it, equal calls of a module's methods in `SHARED` are made once.
+    """Makes equal calls of a module's shared methods only once, within this context.
 
-    A module has a class attribute `SHARED`: method -> the names of the fields that make no
-    difference to what it gives. Calls are equal if the other fields, the parameters and the
-    arguments are the same. Noise is not told apart: all get the stochastic depth of the first call.
+    A module lists its shared methods in a class attribute `SHARED`: method -> names of the fields
+    that do not change the method's result. Two calls are equal if the other fields, the parameters
+    and the arguments are the same. Random keys are not compared: every caller gets the stochastic
+    depth of the first call.
     """
-    known: dict[Hashable, tuple[Any, Any]] = {}
+    results: dict[Hashable, tuple[Any, Any]] = {}  # key of a call -> (trace it ran in, its result)
 
     def intercept(
         call: Callable[..., Any], args: tuple, kwargs: dict, context: nn.module.InterceptorContext
@@ -42,29 +43,28 @@ def shared_forward() -> Iterator[None]:
             *(_Same(leaf) for leaf in jax.tree.leaves(given, is_leaf=lambda x: x is None)),
             jax.tree.structure(given),
         )
-        now = get_opaque_trace_state()  # what a loop's body computes must not leave it
-        if key not in known or known[key][0] != now:
-            known[key] = now, call(*args, **kwargs)
-        return known[key][1]
+        # A tracer from the body of a scan must not be used outside of it (a leaked tracer), so a
+        # result counts only within the trace that computed it.
+        now = get_opaque_trace_state()
+        if key not in results or results[key][0] != now:
+            results[key] = now, call(*args, **kwargs)
+        return results[key][1]
 
     with nn.intercept_methods(intercept):
         yield
 
 
 def _settings(module: nn.Module, without: tuple[str, ...]) -> tuple[Hashable, ...]:
-    """The class of a module and its fields, but for those named."""
+    """Returns the class of a module and its fields, except the ones named in `without`."""
     names = {field.name for field in dataclasses.fields(module)} - {"parent", "name", *without}
     return (type(module), *((name, getattr(module, name)) for name in sorted(names)))
 
 
 class _Same:
-    """Compares plain values by value, methods by their objects, and arrays by identity.
-
-    It holds on to what it was given, so that no other array can take that place in memory.
-    """
+    """Compares plain values by value, methods by their objects, and arrays by identity."""
 
     def __init__(self, value: Any):
-        self._value = value
+        self._value = value  # keeps the array alive, so that its id is not given to another
         if inspect.ismethod(value):
             self._key = (value.__func__, value.__self__)
         elif value is None or isinstance(value, bool | int | float | str):

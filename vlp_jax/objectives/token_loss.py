@@ -1,4 +1,4 @@
-"""The cross-entropy of tokens of a large vocabulary, without all of their scores at once."""
+"""Computes the cross-entropy of tokens in chunks, because all scores at once may not fit."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-CHUNK_BYTES = 2**27  # of the float32 scores that are there at once
+CHUNK_BYTES = 2**27  # largest size of the float32 scores in memory at once
 
 
 class TokenLosses(NamedTuple):
-    """Holds the loss of each token and whether it is the best.
+    """The loss of each target token, and whether it was predicted.
 
     Attributes:
-      loss: float32.
-      hit: whether no other token has a higher score.
+      loss: cross-entropy, float32.
+      hit: True if no token has a higher score than the target.
     """
 
     loss: Float[Array, "batch tokens"]
@@ -35,18 +35,18 @@ def token_losses(
     z_loss: float = 0.0,
     chunk_bytes: int = CHUNK_BYTES,
 ) -> TokenLosses:
-    """The cross-entropy of each token.
+    """Computes the cross-entropy of each token.
 
-    The scores of a few places of all examples are there at once, and are computed again for the
-    backward pass.
+    A chunk is a few token positions of all examples. Its scores are computed again in the backward
+    pass, so that they need not be kept.
 
     Args:
-      score: from features to scores; it may hold parameters, which get their gradients.
-      labels: the right tokens.
-      label_smoothing: this much of a label is spread evenly over all tokens.
-      z_loss: factor on the square of the logarithm of the softmax's denominator, which is added and
-        keeps scores from drifting (Chowdhery et al. 2022, "PaLM", 5, with 1e-4).
-      chunk_bytes: of the scores that are there at once.
+      score: features -> scores. Parameters that it closes over get their gradients.
+      labels: the target tokens.
+      label_smoothing: part of a label that is spread evenly over all tokens.
+      z_loss: factor on the squared logarithm of the softmax's denominator, which is added to the
+        loss. It keeps scores from drifting (Chowdhery et al. 2022, "PaLM", 5, with 1e-4).
+      chunk_bytes: largest size of the scores in memory at once.
     """
     batch, tokens = labels.shape
     places = max(1, min(tokens, chunk_bytes // (4 * batch * vocab_size)))
@@ -60,11 +60,11 @@ def token_losses(
         return jnp.moveaxis(x.reshape(batch, -1, places, *x.shape[2:]), 1, 0)
 
     again = jax.checkpoint(one, prevent_cse=False)
-    _, found = jax.lax.scan(
+    _, losses = jax.lax.scan(
         lambda _, chunk: (None, again(*chunk)), None, (split(features), split(labels))
     )
     return jax.tree.map(
-        lambda x: jnp.moveaxis(x, 0, 1).reshape(batch, tokens + padding)[:, :tokens], found
+        lambda x: jnp.moveaxis(x, 0, 1).reshape(batch, tokens + padding)[:, :tokens], losses
     )
 
 
@@ -77,11 +77,11 @@ def _losses(
 ) -> TokenLosses:
     scores = score(features).astype(jnp.float32)
     denominator = jax.nn.logsumexp(scores, axis=-1)
-    own = jnp.take_along_axis(scores, labels[..., None], axis=-1)[..., 0]
-    loss = denominator - own
+    target = jnp.take_along_axis(scores, labels[..., None], axis=-1)[..., 0]
+    loss = denominator - target
     if label_smoothing:
         spread = denominator - scores.mean(axis=-1)
         loss = (1 - label_smoothing) * loss + label_smoothing * spread
     if z_loss:
         loss += z_loss * jnp.square(denominator)
-    return TokenLosses(loss, own >= scores.max(axis=-1))
+    return TokenLosses(loss, target >= scores.max(axis=-1))

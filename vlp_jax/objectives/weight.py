@@ -1,4 +1,4 @@
-"""The weight of a loss in a sum, which may change in the course of a run."""
+"""The weight of a loss in a sum, which may change during a run."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 from vlp_jax import config as config_lib
 
 Duration = Mapping[str, Any]  # a section of a config, such as {"percent": 80}
-StepsOf = Callable[[Duration, str], int]  # the second argument is its name in an error
+StepsOf = Callable[[Duration, str], int]  # (duration, its key for errors) -> steps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,10 +20,10 @@ class Weight:
     """The factor on a loss at each step.
 
     Attributes:
-      value: the factor once it has risen.
-      begin: the first step at which it is not 0.
-      ramp: steps over which it rises in a line, the last of which has `value`; 0: at once.
-      end: the step from which on it is 0 again; None: it stays.
+      value: the factor after the ramp.
+      begin: the first step with a factor above 0.
+      ramp: steps of a linear rise; the last of them has the factor `value`. 0 for no ramp.
+      end: the first step with the factor 0 again; None for no end.
     """
 
     value: float = 1.0
@@ -33,16 +33,17 @@ class Weight:
 
     @classmethod
     def of(cls, given: float | Mapping[str, Any], steps_of: StepsOf | None, where: str) -> Weight:
-        """The weight that a config gives: a number, or `value`, `begin`, `ramp` and `end`.
+        """Makes the weight from a config: a number, or `value`, `begin`, `ramp` and `end`.
 
         Args:
           given: `begin`, `ramp` and `end` are durations, such as {"percent": 80}.
-          steps_of: turns a duration into steps. None where nothing is trained: it is `value` then.
-          where: what it is called in an error.
+          steps_of: converts a duration to steps. None, where nothing is trained, makes the weight
+            `value` at every step.
+          where: its key, for errors.
 
         Raises:
-          UserError: an unknown key, a value that is not positive, a duration that is none, or an
-            end before the beginning.
+          UserError: an unknown key, a value that is not positive, an invalid duration, or an end
+            before the beginning.
         """
 
         def steps(key: str, duration: Duration | None) -> int | None:
@@ -55,24 +56,24 @@ class Weight:
 
     @property
     def changes(self) -> bool:
-        """Whether it is another one at another step."""
+        """Whether the factor differs between steps."""
         return bool(self.begin or self.ramp or self.end is not None)
 
     def is_on(self, step: int) -> bool:
-        """Whether it is not 0 at a step."""
+        """Whether the factor is above 0 at `step`."""
         return self.begin <= step and (self.end is None or step < self.end)
 
     def at(self, step: Int[Array, ""] | int) -> Float[Array, ""] | float:
-        """The factor at a step at which it is on."""
+        """Returns the factor at a step at which `is_on` is True."""
         if not self.ramp:
             return self.value
         return self.value * jnp.clip((step - self.begin + 1) / self.ramp, 0, 1)
 
     def __mul__(self, other: Weight) -> Weight:
-        """The weight of a part of a part.
+        """Multiplies the weight of a sum by the weight of one of its parts.
 
         Raises:
-          ValueError: both change in the course of the run.
+          ValueError: both change during the run.
         """
         if self.changes and other.changes:
             raise ValueError("a sum and a part of it both have a weight that changes: give one")

@@ -1,4 +1,4 @@
-"""Batches from the host onto the mesh, ahead of the step that takes them."""
+"""Copies batches from the host to the mesh, before the step that needs them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from vlp_jax.parallel.mesh import batch_sharding
 
 
 def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """This process's part of a global batch as global arrays, spread over the batch axes."""
+    """Makes global arrays, split over the batch axes, from this process's part of a batch."""
     sharding = batch_sharding(mesh)
     return {
         name: jax.make_array_from_process_local_data(sharding, np.ascontiguousarray(array))
@@ -23,10 +23,10 @@ def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Arra
 
 
 class Prefetcher:
-    """Takes batches from `batches` in a thread and keeps up to `size` of them on the devices.
+    """Copies batches to the devices in a thread, up to `size` batches ahead.
 
-    An exception of the source is raised by `next`, where the loop can see it. Use it as a context
-    manager: leaving it stops the thread.
+    An exception of `batches` is raised by `next`. Use it as a context manager: the exit stops the
+    thread.
     """
 
     def __init__(self, batches: Iterator[Mapping[str, np.ndarray]], mesh: Mesh, size: int = 2):
@@ -46,10 +46,11 @@ class Prefetcher:
                 if self._stop.is_set():
                     return
             self._put(StopIteration())
-        except BaseException as error:  # carried to the thread that asks for the next batch
+        except BaseException as error:  # `next` raises it in the thread of the loop
             self._put(error)
 
     def _put(self, item: object) -> None:
+        # With a timeout, or a full queue would keep the thread from noticing `_stop`.
         while not self._stop.is_set():
             try:
                 return self._queue.put(item, timeout=0.1)
@@ -71,6 +72,6 @@ class Prefetcher:
         item = self._queue.get() if self._ended is None else self._ended
         if isinstance(item, BaseException):
             self._stop.set()
-            self._ended = item  # whoever asks again is told again
+            self._ended = item  # every further `next` raises it again, and never blocks
             raise item
         return item

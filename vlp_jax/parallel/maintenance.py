@@ -1,4 +1,4 @@
-"""Notices of Google's metadata server that this machine will be taken away."""
+"""Watches Google's metadata server for the announcement that this machine will be taken away."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from typing import Self
 
 # https://cloud.google.com/compute/docs/metadata/predefined-metadata-keys
 METADATA = "http://metadata.google.internal/computeMetadata/v1/instance"
-# Value of each key while all is well. A spot machine that is taken away says so in `preempted`.
+# The value of each key while nothing is announced. `preempted` changes for spot machines.
 CALM = {"maintenance-event": "NONE", "preempted": "FALSE"}
 PRODUCT = Path("/sys/class/dmi/id/product_name")
-EVERY_SECONDS = 5.0  # a spot machine has 30 seconds
+EVERY_SECONDS = 5.0  # a spot machine ends 30 seconds after the announcement
 
 _log = logging.getLogger("vlp_jax.parallel")
 
 
 def on_google_cloud() -> bool:
-    """Whether this is a machine of Compute Engine, as its firmware says; asks no network."""
+    """Whether this is a Compute Engine machine, according to its firmware; uses no network."""
     try:
         return "Google" in PRODUCT.read_text()
     except OSError:
@@ -30,13 +30,13 @@ def on_google_cloud() -> bool:
 
 
 class MaintenanceWatch:
-    """Sends this process SIGTERM when its machine is announced to go, so that it saves and stops.
+    """Sends this process SIGTERM when the end of its machine is announced, so that the run saves.
 
-    Elsewhere than on Google Cloud there is nobody to ask, and it does nothing. A context manager.
+    A context manager. It does nothing outside of Google Cloud.
 
     Args:
-      url: of the instance's metadata; None for Google's own if this is one of its machines.
-      every_seconds: between two questions.
+      url: URL of the instance's metadata; None for Google's on a machine of Google Cloud.
+      every_seconds: time between two requests.
     """
 
     def __init__(self, url: str | None = None, every_seconds: float = EVERY_SECONDS):
@@ -72,10 +72,10 @@ class MaintenanceWatch:
                 return
 
     def event(self) -> str | None:
-        """What is announced, as "key=value"; None if nothing is.
+        """Asks the server; returns the announcement as "key=value", None if there is none.
 
         Raises:
-          OSError: the server cannot be asked.
+          OSError: the server cannot be reached.
         """
         for key, calm in CALM.items():
             request = urllib.request.Request(
@@ -85,7 +85,7 @@ class MaintenanceWatch:
                 with urllib.request.urlopen(request, timeout=self._every) as answer:
                     value = answer.read().decode().strip()
             except urllib.error.HTTPError as error:
-                if error.code == 404:  # a kind of machine that has no such notice
+                if error.code == 404:  # this kind of machine does not have the key
                     continue
                 raise
             if value.upper() != calm:

@@ -1,4 +1,4 @@
-"""The device mesh."""
+"""Makes the device mesh, and the shardings of batches and of replicated arrays."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from vlp_jax.errors import UserError
 from vlp_jax.parallel.mesh_sizes import AXES, resolve_sizes
 from vlp_jax.parallel.placement import islands, place
 
-# The axes over which the examples of a batch are spread.
+# The axes over which the examples of a batch are split.
 BATCH_AXES = ("replica", "fsdp")
 
 
 def make_mesh(section: Mapping[str, Any], devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh of `AXES` over `devices` (default: all of the job).
+    """Makes a mesh with the axes `AXES` over `devices` (default: all devices of the job).
 
     Args:
-      section: `config.mesh`: `preset`, and devices along each axis; see
+      section: `config.mesh`: `preset`, and the number of devices along each axis; see
         `mesh_sizes.resolve_sizes`.
 
     Raises:
-      UserError: an unknown axis or preset, sizes that contradict each other or are not of these
+      UserError: an unknown axis or preset, sizes that contradict each other or do not fit the
         devices, or a mesh that would split slices or processes; see `placement.place`.
     """
     devices = list(jax.devices() if devices is None else devices)
@@ -34,12 +34,12 @@ def make_mesh(section: Mapping[str, Any], devices: Sequence[jax.Device] | None =
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Examples spread over the batch axes, everything else whole."""
+    """Returns the sharding of a batch: the first dimension is split over the batch axes."""
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """The same array on every device."""
+    """Returns the sharding that puts the whole array on every device."""
     return NamedSharding(mesh, PartitionSpec())
 
 
@@ -56,7 +56,7 @@ def check_batch_size(batch_size: int, mesh: Mesh, what: str = "config.batch_size
 
 
 def describe(mesh: Mesh) -> str:
-    """One line for the log."""
+    """Describes devices and mesh in one line, for the log."""
     axes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
     kind = mesh.devices.flat[0].device_kind
     groups = len(islands(mesh.devices.flat))

@@ -1,4 +1,4 @@
-"""From `config.mesh` to the sizes of the mesh axes: presets, sizes that are given, and the rest."""
+"""Computes the sizes of the mesh axes from `config.mesh`: a preset, given sizes, and the rest."""
 
 from __future__ import annotations
 
@@ -8,32 +8,33 @@ from typing import Any
 
 from vlp_jax.errors import UserError, unknown_key_message
 
-# Data parallel (across hosts or slices), sharded parameters, sharded matrix products.
+# replica: data parallel, across hosts or slices. fsdp: data parallel with sharded parameters.
+# tensor: sharded matrix products.
 AXES = ("replica", "fsdp", "tensor")
-# name -> the axis that takes the devices which are left; if its size is given, `replica` does.
+# Preset -> the axis that takes the remaining devices; if its size is given, `replica` takes them.
 PRESETS = {"dp": "replica", "fsdp": "fsdp", "fsdp_tp": "fsdp", "hybrid": "fsdp"}
 KEYS = ("preset", *AXES)
 
 
 def resolve_sizes(section: Mapping[str, Any], devices: int, islands: int) -> tuple[int, ...]:
-    """Devices along each of `AXES`; their product is `devices`.
+    """Returns the number of devices along each of `AXES`; the product is `devices`.
 
-    A size that is given holds; -1 is all devices that the others leave. Of those that are not
-    given (None, or no such key), one takes the rest unless a size is -1, and the others are 1:
+    A given size is used; -1 means all remaining devices. If no size is -1, one of the axes without
+    a size takes the remaining devices. All other axes have the size 1:
 
-    | preset | takes the rest | besides |
+    | preset | takes the remaining devices | besides |
     |---|---|---|
     | none, "dp" | `replica` | |
     | "fsdp" | `fsdp` | |
     | "fsdp_tp" | `fsdp` | `tensor` must be given |
     | "hybrid" | `fsdp` | `replica` is the number of islands |
 
-    Where the preset's axis is given, `replica` takes the rest.
+    If the preset's axis has a given size, `replica` takes the remaining devices.
 
     Args:
       section: `config.mesh`, or any part of it.
-      devices: of the whole job.
-      islands: groups of devices with a fast network, see `placement.islands`.
+      devices: number of devices of the whole job.
+      islands: number of device groups with a fast network, see `placement.islands`.
 
     Raises:
       UserError: an unknown axis or preset, a size that contradicts the preset, or sizes whose
@@ -91,7 +92,7 @@ def _check_against(preset: str, given: Mapping[str, int]) -> None:
 
 
 def _fill(preset: str | None, given: Mapping[str, int], islands: int) -> dict[str, int]:
-    """A size for each axis; at most one is -1."""
+    """Returns a size for each axis; at most one of them is -1."""
     sizes = {"replica": islands if preset == "hybrid" else 1, "fsdp": 1, "tensor": 1, **given}
     if -1 not in given.values():
         takers = (PRESETS.get(preset or "dp", "replica"), "replica")
@@ -102,7 +103,7 @@ def _fill(preset: str | None, given: Mapping[str, int], islands: int) -> dict[st
 
 
 def _with_rest(sizes: Mapping[str, int], devices: int, preset: str | None) -> tuple[int, ...]:
-    """The sizes in order, with the devices that are left in the place of -1."""
+    """Returns the sizes in the order of `AXES`, with -1 replaced by the remaining devices."""
     shape = [sizes[axis] for axis in AXES]
     text = " x ".join(f"{axis} {size}" for axis, size in zip(AXES, shape, strict=True))
     known = math.prod(size for size in shape if size != -1)

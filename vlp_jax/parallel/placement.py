@@ -1,7 +1,7 @@
-"""Which device stands where in the mesh: what talks most is put closest together.
+"""Places devices in the mesh: the axes that communicate most get the fastest network.
 
-`replica` crosses slow networks first, `tensor` last; `jax.make_mesh` does not take devices of
-several slices at all.
+`tensor` communicates most and `replica` least. So only `replica` crosses slow networks, unless that
+is impossible. `jax.make_mesh` does not accept devices of several slices.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from vlp_jax.errors import UserError
 
 
 def islands(devices: Sequence[Any]) -> list[list[Any]]:
-    """The devices in groups with a fast network of their own, in order.
+    """Groups the devices that share a fast network, in order.
 
-    On TPU a group is a slice. Elsewhere it is what JAX gives one `slice_index` (a host, or hosts
-    that share NVLink), and without that a process.
+    On TPU a group is a slice. Elsewhere it is the devices with the same `slice_index` (of a host,
+    or of hosts that share NVLink), or without such an index the devices of a process.
 
     Raises:
-      UserError: the groups are not of one size.
+      UserError: the groups differ in size.
     """
     groups = collections.defaultdict(list)
     for device in sorted(devices, key=_order):
@@ -40,7 +40,7 @@ def islands(devices: Sequence[Any]) -> list[list[Any]]:
 def _island(device: Any) -> int:
     index = getattr(device, "slice_index", None)
     if index is None:
-        # A single slice that is only compiled for has no index.
+        # Devices of a single slice that is only compiled for have no index.
         return 0 if device.platform == "tpu" else device.process_index
     return index
 
@@ -50,15 +50,14 @@ def _order(device: Any) -> tuple[int, int, int]:
 
 
 def place(devices: Sequence[Any], shape: tuple[int, ...]) -> np.ndarray:
-    """The devices as an array of `shape`: replica, fsdp, tensor.
+    """Arranges the devices as an array of `shape`: replica, fsdp, tensor.
 
-    On TPU, `fsdp` and `tensor` stay inside a slice, and there JAX's own assignment to the torus
-    holds unless it has `tensor` leave a process though it need not. Elsewhere devices stand in the
-    order of islands and processes, so that an axis leaves one only if it is too long for it.
+    On TPU, `fsdp` and `tensor` stay inside a slice. There JAX assigns devices to the torus, unless
+    its assignment lets `tensor` cross processes without need. On other platforms devices are in
+    the order of islands and processes: an axis crosses them only if it does not fit into one.
 
     Raises:
-      UserError: an axis other than `replica` would run over several slices of a TPU, or `tensor`
-        over several processes.
+      UserError: `fsdp` or `tensor` would cross slices of a TPU, or `tensor` would cross processes.
     """
     groups = islands(devices)
     replica, fsdp, tensor = shape
@@ -89,7 +88,7 @@ def _in_order(devices: Sequence[Any], shape: tuple[int, ...]) -> np.ndarray:
 
 
 def _in_slice(devices: Sequence[Any], shape: tuple[int, ...]) -> np.ndarray:
-    """JAX's assignment to the physical axes of a slice, whole ones if that is possible."""
+    """Returns JAX's assignment to the torus of a slice, without split physical axes if possible."""
     try:
         array = mesh_utils.create_device_mesh(shape, devices)
     except NotImplementedError:

@@ -1,4 +1,11 @@
-"""A ring of the devices that share a batch: blocks of data visit all of them, one after another."""
+"""Passes blocks of data around the ring of devices that share a batch: each device sees each block.
+
+device      0   1   2   3
+round 0     a   b   c   d      every device works on its own block
+round 1     d   a   b   c      `ppermute` moves each block to the next device
+round 2     c   d   a   b
+round 3     b   c   d   a      then the sums of each block are one shift away from home
+"""
 
 from __future__ import annotations
 
@@ -14,10 +21,10 @@ from jaxtyping import Array, Int
 
 from vlp_jax.parallel.mesh import BATCH_AXES
 
-# How arrays lie: in parts over the batch axes, or whole on every device.
+# Shardings of arrays: split over the batch axes, or replicated on every device.
 SPREAD, WHOLE = PartitionSpec(BATCH_AXES), PartitionSpec()
 
-# (owner of the guest, guest, host) -> (gift to the guest, host)
+# (owner of the block, block, local state) -> (contribution to the block's sum, new local state)
 Visit = Callable[[Int[Array, ""], Any, Any], tuple[Any, Any]]
 
 
@@ -25,21 +32,21 @@ Visit = Callable[[Int[Array, ""], Any, Any], tuple[Any, Any]]
 class Ring:
     """The devices along the flattened `BATCH_AXES` of a mesh, each with its part of a batch.
 
-    Along other axes of the mesh, devices do the same work. All methods but `run` and `devices`
-    belong inside a function that `run` calls.
+    Devices along other axes of the mesh repeat the same work. Call the methods, except `run` and
+    `devices`, inside a function that `run` calls.
     """
 
     mesh: Mesh | AbstractMesh
 
     @property
     def devices(self) -> int:
-        """How many parts a batch has."""
+        """The number of devices that share a batch."""
         return math.prod(self.mesh.shape[axis] for axis in BATCH_AXES)
 
     def run(
         self, function: Callable[..., Any], in_specs: Any, out_specs: Any
     ) -> Callable[..., Any]:
-        """`function(ring, parts of arrays on a device)` as a function of whole arrays.
+        """Turns `function(ring, *local arrays)` into a function of global arrays, by `shard_map`.
 
         Args:
           in_specs, out_specs: `SPREAD` or `WHOLE` for each argument and result.
@@ -52,45 +59,53 @@ class Ring:
         return jax.lax.axis_index(BATCH_AXES)
 
     def shift(self, tree: Any) -> Any:
-        """Gives each array to the next device and takes that of the one before."""
+        """Sends each array to the next device, and returns the array of the previous device."""
         pairs = [(i, (i + 1) % self.devices) for i in range(self.devices)]
         return jax.tree.map(lambda x: jax.lax.ppermute(x, BATCH_AXES, pairs), tree)
 
     def sum(self, x: Array) -> Array:
-        """The sum of all devices' `x`, on each of them."""
+        """Sums `x` over the ring; every device gets the sum."""
         return jax.lax.psum(x, BATCH_AXES)
 
     def around(
         self,
         visit: Visit,
-        pack: Callable[[Any, Any], Any],
-        guest: Any,
-        luggage: Any,
-        host: Any,
+        combine: Callable[[Any, Any], Any],
+        block: Any,
+        block_sum: Any,
+        local: Any,
     ) -> tuple[Any, Any]:
-        """Sends each device's `guest` to every device, its own first.
+        """Sends each device's `block` to every device, beginning with the device itself.
 
-        There `visit(owner of the guest, guest, host)` gives a gift and the host's new state, and
-        the guest's luggage becomes `pack(luggage, gift)`. Returns the luggage, home again, and the
-        host.
+        Args:
+          visit: called on each device for each block: `visit(owner, block, local)` returns the
+            device's contribution to the block's sum, and the device's new local state.
+          combine: adds a contribution: `combine(block_sum, contribution)`.
+          block: data that travels and does not change.
+          block_sum: the sum that travels with the block; its value before the first visit.
+          local: state that stays on the device; its value before the first visit.
 
-        A round begins with both moves, and its visit needs neither: the next guest comes for the
-        next visit, and the luggage follows its guest one round later. So the compiler can let the
-        moves overlap with the visit. No more than two guests are on a device at once.
+        Returns:
+          The sum of the device's own block over all visits, and the final local state.
         """
         here = self.here()
 
-        def receive(hop: Any, guest: Any, luggage: Any, host: Any) -> tuple[Any, Any]:
-            luggage = self.shift(luggage)
-            gift, host = visit((here - hop) % self.devices, guest, host)
-            return pack(luggage, gift), host
+        def receive(hop: Any, block: Any, block_sum: Any, local: Any) -> tuple[Any, Any]:
+            # The sum arrives one round after its block. The visit does not read it, so this move
+            # overlaps with the visit.
+            block_sum = self.shift(block_sum)
+            contribution, local = visit((here - hop) % self.devices, block, local)
+            return combine(block_sum, contribution), local
 
         def move(hop: Any, carry: tuple[Any, Any, Any]) -> tuple[Any, Any, Any]:
-            guest, luggage, host = carry
-            return self.shift(guest), *receive(hop, guest, luggage, host)
+            block, block_sum, local = carry
+            # The visit reads the old block, so sending it on overlaps with the visit as well. A
+            # device holds two blocks at most: the old one and the one that arrives.
+            return self.shift(block), *receive(hop, block, block_sum, local)
 
-        # The guests of the last round go nowhere, so that it stands outside the loop.
+        # The last round stands outside the loop, since its blocks are not sent on.
         last = self.devices - 1
-        guest, luggage, host = jax.lax.fori_loop(0, last, move, (guest, luggage, host))
-        luggage, host = receive(last, guest, luggage, host)
-        return self.shift(luggage), host
+        block, block_sum, local = jax.lax.fori_loop(0, last, move, (block, block_sum, local))
+        block_sum, local = receive(last, block, block_sum, local)
+        # After `devices - 1` rounds each sum is one device short of its owner.
+        return self.shift(block_sum), local

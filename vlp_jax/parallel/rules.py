@@ -1,4 +1,4 @@
-"""The one table from logical axis names to mesh axes, and the shardings it gives."""
+"""The one table from logical axis names to mesh axes, and the shardings that follow from it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from vlp_jax.parallel.mesh import BATCH_AXES
 
-# A logical name that is not here is not sharded by name, but see `leaf_sharding`.
+# A dimension whose name is not here is not sharded by name, but see `leaf_sharding`.
 # `vlp_jax.models.layers` explains the names.
 AXIS_RULES: tuple[tuple[str, str | tuple[str, ...]], ...] = (
     ("batch", BATCH_AXES),
@@ -24,31 +24,31 @@ AXIS_RULES: tuple[tuple[str, str | tuple[str, ...]], ...] = (
     ("act_mlp", "tensor"),
     ("act_heads", "tensor"),
 )
-# The axis that takes a part of every parameter, and the dimension that it never takes: a scan over
-# sharded layers would gather them all before the first one runs.
+# EVERYWHERE is the mesh axis that shards every parameter. NEVER is the dimension that it must not
+# shard: a scan over sharded layers would gather all of them before the first layer runs.
 EVERYWHERE, NEVER = "fsdp", "layers"
 
 
 @contextlib.contextmanager
 def use_mesh(mesh: Mesh) -> Iterator[None]:
-    """Makes the logical names of activations mean axes of `mesh` in what is traced inside."""
+    """Binds the logical names of activations to the axes of `mesh`, for code traced within."""
     with jax.set_mesh(mesh), nn.logical_axis_rules(AXIS_RULES):
         yield
 
 
 def is_boxed(leaf: Any) -> bool:
-    """Whether `leaf` is a parameter with the logical names of its dimensions."""
+    """Whether `leaf` is a parameter in a box that names its dimensions."""
     return isinstance(leaf, nn.LogicallyPartitioned)
 
 
 def names_of(leaf: Any) -> tuple[str | None, ...]:
-    """The logical name of each dimension of a parameter, None where it has none."""
+    """Returns the logical name of each dimension of a parameter; None for an unnamed dimension."""
     names = leaf.names if is_boxed(leaf) else ()
     return (*names, *(None,) * (nn.unbox(leaf).ndim - len(names)))
 
 
 def param_shardings(boxed: Any, mesh: Mesh) -> Any:
-    """A NamedSharding for each parameter of an abstract tree with logical names.
+    """Returns a NamedSharding for each parameter of an abstract tree with logical names.
 
     Args:
       boxed: tree of `jax.ShapeDtypeStruct`, bare or in `nn.LogicallyPartitioned` boxes.
@@ -61,17 +61,19 @@ def param_shardings(boxed: Any, mesh: Mesh) -> Any:
 
 
 def leaf_sharding(names: Sequence[str | None], shape: Sequence[int], mesh: Mesh) -> NamedSharding:
-    """Where an array of the state lies: by its names, and over `fsdp` in any case.
+    """Chooses the sharding of an array of the train state: by its names, and over `fsdp` always.
 
-    First each name takes the mesh axes that `AXIS_RULES` give it. A mesh axis whose size does not
-    divide the dimension is left out, and the array lies whole along it: a bias of 3 heads is not
-    worth an error, and `python -m tools.show_sharding` shows it.
+    1. Each dimension takes the mesh axes that `AXIS_RULES` list for its name. If their size does
+       not divide the dimension, the array is replicated along them: a bias of 3 heads is not worth
+       an error. `python -m tools.show_sharding` lists such arrays.
+    2. If no dimension has taken `fsdp`, the largest dimension takes it that it divides and that no
+       other axis has taken. `layers` is excepted; of equal dimensions the first counts.
+    3. If there is no such dimension, `fsdp` joins the axes of the largest dimension that it divides
+       together with them.
 
-    Then, if no dimension has taken `fsdp`, the largest one does that it divides and that no other
-    axis took, `layers` excepted; of equal ones the first. If there is none, it joins the axes of
-    the largest dimension that it divides together with these. So biases, scales of norms and the
-    like do not lie whole on every device, which on hundreds of devices they would more than fill.
-    What is left whole is scalars, and arrays that `fsdp` divides nowhere.
+    Step 2 shards biases and scales of norms as well. On hundreds of devices, replicas of them would
+    take more memory than all shards of the kernels. Only scalars, and arrays that `fsdp` divides
+    nowhere, stay replicated.
     """
     rules = dict(AXIS_RULES)
     taken = [_axes(rules.get(name, ()), dim, mesh) for name, dim in zip(names, shape, strict=True)]
@@ -83,6 +85,7 @@ def leaf_sharding(names: Sequence[str | None], shape: Sequence[int], mesh: Mesh)
             if name != NEVER and _axes(joined[index], dim, mesh)
         ]
         if able:
+            # A free dimension first (rule 2), then a taken one (rule 3).
             best = max(able, key=lambda index: (not taken[index], shape[index], -index))
             taken[best] = joined[best]
     spec = (axes[0] if len(axes) == 1 else axes or None for axes in taken)
@@ -90,7 +93,7 @@ def leaf_sharding(names: Sequence[str | None], shape: Sequence[int], mesh: Mesh)
 
 
 def _axes(axes: str | tuple[str, ...], dim: int, mesh: Mesh) -> tuple[str, ...]:
-    """Those of the mesh axes that there are several devices along, if they divide `dim`."""
+    """The mesh axes larger than 1, or () if their product does not divide `dim`."""
     axes = (axes,) if isinstance(axes, str) else axes
     axes = tuple(axis for axis in axes if mesh.shape[axis] > 1)
     return axes if dim % math.prod(mesh.shape[axis] for axis in axes) == 0 else ()

@@ -1,4 +1,4 @@
-"""How a state lies on a mesh: a row per parameter, and what a device holds of the whole."""
+"""Reports the sharding of a train state: a row for each parameter, and bytes per device."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from jax.sharding import Mesh
 
 from vlp_jax.parallel import rules
 
-# The axes of a mesh that parts of a state are meant to lie over; `replica` repeats it.
+# The mesh axes that shard a state. `replica` holds copies.
 SHARDING_AXES = ("fsdp", "tensor")
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """A parameter, and how it lies.
+    """A parameter and its sharding.
 
     Attributes:
-      names: the logical name of each dimension, None where it has none.
-      spec: the mesh axes of each dimension, () where it is not sharded.
-      bytes_per_device: of its part on a device.
+      names: the logical name of each dimension; None for an unnamed dimension.
+      spec: the mesh axes of each dimension; () for a dimension that is not sharded.
+      bytes_per_device: bytes of a shard.
     """
 
     path: str
@@ -35,17 +35,18 @@ class Row:
 
     @property
     def is_whole(self) -> bool:
-        """Whether every device holds all of it."""
+        """Whether every device holds the whole parameter."""
         return not any(self.spec)
 
 
 @dataclasses.dataclass(frozen=True)
 class Spread:
-    """Bytes of some arrays, all together and on one device.
+    """Bytes of some arrays, in total and on one device.
 
     Attributes:
-      ratio: a device's bytes relative to an even part: `total` over as many devices as the mesh
-        has along `fsdp` and `tensor`. 1.0 is ideal.
+      total: bytes without copies.
+      per_device: bytes of the shards on one device.
+      ratio: `per_device` relative to an even share, `total` / (fsdp * tensor). 1.0 is ideal.
     """
 
     total: int
@@ -58,7 +59,7 @@ def _local_bytes(leaf: Any) -> int:
 
 
 def spread(tree: Any, mesh: Mesh) -> Spread:
-    """Of a tree of arrays, or of abstract ones with shardings."""
+    """Measures a tree of arrays, or of abstract arrays with shardings."""
     leaves = jax.tree.leaves(tree)
     total = sum(leaf.dtype.itemsize * math.prod(leaf.shape) for leaf in leaves)
     local = sum(_local_bytes(leaf) for leaf in leaves)
@@ -67,19 +68,19 @@ def spread(tree: Any, mesh: Mesh) -> Spread:
 
 
 def rows(params: Any, boxed: Any) -> list[Row]:
-    """A row for each parameter, in the order of the tree.
+    """Makes a row for each parameter, in the order of the tree.
 
     Args:
       params: abstract parameters with shardings.
-      boxed: the same tree with logical names, as `Objective.init` gives it.
+      boxed: the same tree with logical names, as `Objective.init` returns it.
     """
-    found = []
+    result = []
     with_names = jax.tree.leaves(boxed, is_leaf=rules.is_boxed)
     leaves = jax.tree_util.tree_leaves_with_path(params)
     for (path, leaf), box in zip(leaves, with_names, strict=True):
         assert nn.unbox(box).shape == leaf.shape, (path, box, leaf)
         spec = (*leaf.sharding.spec, *(None,) * (leaf.ndim - len(leaf.sharding.spec)))
-        found.append(
+        result.append(
             Row(
                 path=jax.tree_util.keystr(path, simple=True, separator="/"),
                 shape=tuple(leaf.shape),
@@ -91,12 +92,12 @@ def rows(params: Any, boxed: Any) -> list[Row]:
                 bytes_per_device=_local_bytes(leaf),
             )
         )
-    return found
+    return result
 
 
-def table(found: Sequence[Row]) -> str:
-    """A line per row: path, each dimension as `name=size/axes`, bytes on a device."""
-    cells = [(row.path, _dimensions(row), f"{row.bytes_per_device:,}") for row in found]
+def table(rows: Sequence[Row]) -> str:
+    """Formats a line for each row: path, each dimension as `name=size/axes`, bytes on a device."""
+    cells = [(row.path, _dimensions(row), f"{row.bytes_per_device:,}") for row in rows]
     widths = [max(len(line[column]) for line in cells) for column in range(3)]
     return "\n".join(
         f"{path.ljust(widths[0])}  {dims.ljust(widths[1])}  {size.rjust(widths[2])}"
@@ -112,12 +113,12 @@ def _dimensions(row: Row) -> str:
     return " ".join(parts) or "scalar"
 
 
-def warnings(found: Sequence[Row], mesh: Mesh) -> list[str]:
-    """What does not follow from the mesh as one would think: a line for each kind of it."""
+def warnings(rows: Sequence[Row], mesh: Mesh) -> list[str]:
+    """Returns a line for each kind of parameter that the mesh shards less than one would expect."""
     lines = []
     tensor = mesh.shape["tensor"]
-    stuck: dict[tuple[str, int], int] = {}
-    for row in found:
+    stuck: dict[tuple[str, int], int] = {}  # dimensions that `tensor` does not divide -> count
+    for row in rows:
         for name, size, axes in zip(row.names, row.shape, row.spec, strict=True):
             if tensor > 1 and "tensor" not in axes and name in _tensor_names():
                 stuck[name, size] = stuck.get((name, size), 0) + 1
@@ -126,18 +127,18 @@ def warnings(found: Sequence[Row], mesh: Mesh) -> list[str]:
             f"tensor {tensor} does not divide {size} {name}: {count} parameters lie whole along "
             "them, and every device of the tensor axis does the same work there"
         )
-    left = whole(found, mesh)
+    left = whole(rows, mesh)
     if left:
         size = sum(row.bytes_per_device for row in left)
         lines.append(f"parameters that lie whole on every device: {len(left)}, of {size:,} bytes")
     return lines
 
 
-def whole(found: Sequence[Row], mesh: Mesh) -> list[Row]:
-    """The parameters that lie whole on every device of a mesh that shards."""
+def whole(rows: Sequence[Row], mesh: Mesh) -> list[Row]:
+    """Selects the parameters that every device holds whole, although the mesh shards."""
     if all(mesh.shape[axis] == 1 for axis in SHARDING_AXES):
         return []
-    return [row for row in found if row.is_whole]
+    return [row for row in rows if row.is_whole]
 
 
 def _tensor_names() -> set[str]:

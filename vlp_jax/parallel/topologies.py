@@ -1,7 +1,7 @@
-"""TPUs that need not be here: their devices take `jit(...).lower(...).compile()`, but run nothing.
+"""Makes devices of absent TPUs, for ahead-of-time compilation: they compile programs but run none.
 
-This needs the package libtpu, and no TPU. libtpu makes devices of nearly any shape, also of such as
-nobody can rent; the table here is of those that exist.
+This needs the package libtpu, and no TPU. libtpu makes devices of nearly any shape, even of shapes
+that nobody can rent. The tables here list the slices that exist.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from vlp_jax.errors import UserError
 # https://docs.cloud.google.com/tpu/docs. v5e and v6e are flat grids of at most 256 chips.
 _FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 _SMALL = ("2x2x1", "2x2x2", "2x2x4", "2x4x4")
-# Slices of 64 chips and more are put together from cubes of 4x4x4: longest side, and most chips.
+# Slices of 64 chips and more are composed of cubes of 4x4x4: (longest side, most chips).
 _CUBES = {"v4": (16, 4096), "v5p": (24, 6144), "tpu7x": (24, 6144)}
-# On v4 the two cores of a chip are one device, as Cloud TPU has it; libtpu's default is two.
+# On v4, Cloud TPU shows the two cores of a chip as one device; libtpu's default is two devices.
 _OPTIONS = {"v4": {"chip_config_name": "megacore"}}
-# What a host holds of the slices that are smaller than its usual 2x2 chips, or one host with 8.
+# Chips of a host, where it does not have the usual 2x2.
 _HOSTS = {"1x1": (1, 1, 1), "2x4": (2, 4, 1)}
 
 
 def known_topologies() -> tuple[str, ...]:
-    """The slices that exist: "v5e:16x16", "v5p:8x8x8" and so on. On tpu7x a chip is two devices."""
+    """Lists the slices that exist, such as "v5e:16x16". On tpu7x a chip is two devices."""
     flat = [f"{kind}:{shape}" for kind in ("v5e", "v6e") for shape in _FLAT]
     deep = [
         f"{kind}:{shape}"
@@ -46,7 +46,7 @@ def _shapes_of_cubes(longest: int, most: int) -> list[str]:
 
 
 def tpu_devices(name: str, slices: int = 1) -> list[Any]:
-    """The devices of `slices` TPU slices of the topology `name`, which need not be here.
+    """Makes the devices of `slices` TPU slices of the topology `name`. No TPU is needed.
 
     Devices of several slices have a `slice_index`.
 
@@ -56,11 +56,12 @@ def tpu_devices(name: str, slices: int = 1) -> list[Any]:
     _check_known(name)
     if slices < 1:
         raise UserError(f"a TPU has at least one slice, not {slices}")
-    # Not to look for a TPU VM's metadata server, and not to wait for, or to keep from others, a
-    # lock on TPUs that are not used here.
+    # Keep libtpu from asking for a TPU VM's metadata server, and from taking the lock that guards
+    # real TPUs.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-    # What a TPU VM has; libtpu complains of its absence, and makes any topology with it.
+    # Variables of a TPU VM. libtpu complains if they are missing, but their values do not restrict
+    # the topology.
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
     kind, _, shape = name.partition(":")
@@ -70,13 +71,13 @@ def tpu_devices(name: str, slices: int = 1) -> list[Any]:
     if slices > 1:
         options["num_slices"] = slices
     try:
-        found = topologies.get_topology_desc(platform="tpu", topology_name=name, **options)
+        topology = topologies.get_topology_desc(platform="tpu", topology_name=name, **options)
     except (RuntimeError, ValueError, NotImplementedError, jax.errors.JaxRuntimeError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(
             f"topology {name}: {reason}; this needs the package libtpu (pip install libtpu)"
         ) from error
-    return list(found.devices)
+    return list(topology.devices)
 
 
 def _check_known(name: str) -> None:

@@ -1,8 +1,8 @@
-"""The setup of a run from its config alone, for tools that compile or count and never run.
+"""Makes the `Setup` of a run from its config alone, for tools that compile or count but never run.
 
-What a run learns from data and tokenizer on disk follows here from the config: images have the size
-that the model wants, texts the length of `config.tokenizer`, vocabularies the size that is known or
-allowed. So neither needs to be there, nor do the devices of the mesh.
+Neither data, nor a tokenizer, nor the devices of the mesh need to exist. Images get the size that
+the model takes, texts the length in `config.tokenizer`, and vocabularies the size that is known for
+the tokenizer or set in the config.
 """
 
 from __future__ import annotations
@@ -21,13 +21,14 @@ from vlp_jax.objectives import Objective, make_objective
 from vlp_jax.objectives.base import SEPARATOR
 from vlp_jax.training.setup import Setup, make_setup
 
-# Of tokenizers without a file of the user's. CLIP: the merges of openai/CLIP, `ClipTokenizer`.
+# Vocabulary sizes of tokenizers that need no file from the user. 49,408 is from openai/CLIP,
+# clip/simple_tokenizer.py.
 KNOWN_VOCABULARIES = {"bytes": ByteTokenizer.vocab_size, "clip": 49_408}
 
 
 @dataclasses.dataclass(frozen=True)
 class TokenizerSizes:
-    """What a model asks of a tokenizer. It cannot tokenize."""
+    """The sizes and ids that a model reads from a tokenizer. It cannot tokenize."""
 
     vocab_size: int
     context_length: int
@@ -37,20 +38,20 @@ class TokenizerSizes:
 
 
 def abstract_setup(config: ConfigDict, mesh: Mesh, epoch_examples: int | None = None) -> Setup:
-    """The `Setup` of the run that `config` describes, without data, tokenizer or devices.
+    """Makes the `Setup` of the run that `config` describes, without data, tokenizer or devices.
 
-    Where the config leaves the dtype of the computation open, it is that of the mesh's devices and
-    not of those of this process: bfloat16 on accelerators and float32 on CPU. The vocabulary may be
-    larger than that of the run (see `tokenizer_sizes`), and fields that data would add to a batch
-    and no model reads are left out.
+    It differs from the real setup in two ways: the vocabulary may be larger (see
+    `tokenizer_sizes`), and batches hold only the fields that the model reads. A compute dtype that
+    the config leaves open follows the devices of the mesh, not the devices of this process:
+    bfloat16 on accelerators, float32 on CPU.
 
     Args:
-      mesh: of devices that may be those of `jax.experimental.topologies`.
+      mesh: its devices may come from `jax.experimental.topologies`.
       epoch_examples: examples of the training set, for durations in epochs.
 
     Raises:
-      UserError: the config does not fit the mesh or itself, or lacks what is needed here: the size
-        of the vocabulary, or of an epoch.
+      UserError: the config does not fit the mesh or itself, or the size of the vocabulary or of an
+        epoch is unknown.
     """
     config = config.copy_and_resolve_references()
     set_dtypes(config, "float32" if mesh.devices.flat[0].platform == "cpu" else "bfloat16")
@@ -62,13 +63,13 @@ def abstract_setup(config: ConfigDict, mesh: Mesh, epoch_examples: int | None = 
 
 
 def tokenizer_sizes(section: ConfigDict) -> TokenizerSizes | None:
-    """A stand-in for the tokenizer of `config.tokenizer`; None if that is empty.
+    """Makes a stand-in for the tokenizer of `config.tokenizer`; None if the section is empty.
 
-    The vocabulary is that of the tokenizer's kind (`KNOWN_VOCABULARIES`) if it names no file, else
-    the bound `vocab_size`, which the recipes set to the published number. No file is looked at.
+    Without a file, the vocabulary has its known size (`KNOWN_VOCABULARIES`). Otherwise its size is
+    `vocab_size` in the config, which the recipes set to the published number. No file is read.
 
     Raises:
-      UserError: an unknown tokenizer or key, or neither says how large the vocabulary is.
+      UserError: an unknown tokenizer or key, or a vocabulary of unknown size.
     """
     if not section:
         return None
@@ -90,9 +91,10 @@ def tokenizer_sizes(section: ConfigDict) -> TokenizerSizes | None:
 
 
 def batch_spec(config: ConfigDict, objective: Objective) -> BatchSpec:
-    """Shape and dtype of what models read of a global batch.
+    """Returns shape and dtype of the fields of a global batch that the objective reads.
 
-    A dataset that config.extra_data lacks is left out: the part that it feeds says so itself.
+    Fields of a dataset that config.extra_data lacks are left out. The part that reads them raises
+    the error.
     """
     return {
         name: ((config.batch_size, *field.shape), np.dtype(field.dtype))
@@ -102,7 +104,7 @@ def batch_spec(config: ConfigDict, objective: Objective) -> BatchSpec:
 
 
 def set_dtypes(config: ConfigDict, dtype: str) -> None:
-    """Puts `dtype` where an objective, or a part of one, leaves its own open."""
+    """Sets `dtype` for the objective, or each of its parts, unless the config sets it."""
     with config.unlocked():
         parts = config.objective.get("parts")
         for section in [config.objective] if parts is None else parts.values():

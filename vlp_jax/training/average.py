@@ -1,4 +1,4 @@
-"""The exponential moving average of the parameters: what is evaluated, and a teacher for losses."""
+"""The exponential moving average of the parameters, for evaluation and as a teacher for losses."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ class Average:
 
     Attributes:
       decay: share of itself that the average keeps at a step; 0 for no average.
-      final_decay: to which the decay rises by half a cosine (Grill et al. 2020, "BYOL", 3.3); None:
-        it stays.
-      total_steps: over which it rises.
-      patterns: regular expressions; a parameter is averaged if one is its whole path.
+      final_decay: the decay rises to this value by half a cosine (Grill et al. 2020, "BYOL", 3.3);
+        None keeps it constant.
+      total_steps: steps over which the decay rises.
+      patterns: regular expressions. A parameter is averaged if its whole path matches one of them.
     """
 
     decay: float = 0.0
@@ -35,7 +35,7 @@ class Average:
 
     @classmethod
     def of(cls, config: Mapping[str, Any], units: Units) -> Average:
-        """The average that `config.optimizer` describes.
+        """Reads the average from `config.optimizer`.
 
         Raises:
           UserError: a number out of range, or a pattern that is no regular expression.
@@ -53,7 +53,7 @@ class Average:
         return cls(decay, final, units.total_steps or 1, tuple(config["ema_of"]))
 
     def check(self, params: Any) -> None:
-        """Raises UserError if a pattern is no parameter's path."""
+        """Raises UserError if a pattern matches no parameter."""
         paths = param_groups.flatten(params) if self.decay else {}
         for pattern in self.patterns if paths else ():
             if not any(param_groups.is_frozen(path, (pattern,)) for path in paths):
@@ -64,20 +64,24 @@ class Average:
         return param_groups.split(tree, self.patterns)[1] if self.decay else {}
 
     def init(self, params: Any) -> Any:
-        """The average before the first step."""
+        """Returns the average before the first step: a copy of the averaged parameters."""
+        # A copy, since the step donates both and a buffer cannot be donated twice.
         return jax.tree.map(jnp.copy, self.chosen(params))
 
     def decay_at(self, step: Int[Array, ""] | int) -> Float[Array, ""] | float:
-        """The decay of a step."""
+        """Returns the decay at `step`."""
         if self.final_decay is None:
             return self.decay
         done = jnp.clip(step / self.total_steps, 0, 1)
         return self.final_decay - (self.final_decay - self.decay) * (1 + jnp.cos(jnp.pi * done)) / 2
 
     def __call__(self, ema: Any, trained: Any, step: Int[Array, ""] | int) -> Any:
-        """The average after a step that left the parameters `trained`, of which it may hold a part.
+        """Returns the average after a step.
 
-        What it holds of others, which are frozen, stays.
+        Args:
+          ema: the average before the step, a flat or nested part of the parameters' tree.
+          trained: the trainable parameters after the step. Averages of other parameters, which are
+            frozen, do not change.
         """
         if not self.decay:
             return ema

@@ -1,4 +1,4 @@
-"""From a config and a workdir to everything that a run needs, before the first file is written."""
+"""Builds all components of a run from its config and workdir, before the first file is written."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ from vlp_jax.training.when import EveryMinutes, EverySteps, StepsAhead, StepsOrM
 
 
 @dataclasses.dataclass(frozen=True)
-class Parts:
-    """What a config stands for on these devices and this data; nothing is written yet.
+class RunComponents:
+    """The components of a run, built for these devices and this data. Nothing is written yet.
 
     Attributes:
-      start: where the state before step 0 comes from.
-      notes: what the user should know before the run begins, a line each.
+      start: the origin of the state before step 0: initialization, or other weights.
+      notes: lines for the user to read before the run begins.
     """
 
     setup: Setup
@@ -52,9 +52,9 @@ class Parts:
     notes: tuple[str, ...]
 
     def steps_ahead(self, first_step: int) -> StepsAhead:
-        """How many steps the devices are handed at once, in a run that begins with `first_step`.
+        """Makes the rule for how many steps are dispatched at once, from `first_step` on.
 
-        It follows from the config alone: with several processes all have to hand over as many.
+        The rule follows from the config alone, because all processes must dispatch the same number.
         """
         config, total = self.setup.config, self.setup.units.total_steps
         first, last = profile_steps(config) or (0, -1)
@@ -73,19 +73,20 @@ class Parts:
 
 
 def _check_classes(objective: Objective, pipeline: JoinedPipeline) -> None:
-    """Raises UserError if a classifier is not fed with one list of its classes."""
+    """Raises UserError if the data of a classifier has another list of classes than the model."""
     for part in objective.parts().values():
         for name, field in part.objective.reads.items():
             if field.kind == LABELS:
                 pipeline.pipelines()[part.data or ""].check_classes(name, field.classes)
 
 
-def build(config: ConfigDict, workdir: epath.Path, clock: StartupClock) -> Parts:
-    """Looks at everything that can be wrong before the first file is written.
+def build(config: ConfigDict, workdir: epath.Path, clock: StartupClock) -> RunComponents:
+    """Builds the components of a run, and so checks everything before the first file is written.
 
     Raises:
       UserError: the config does not fit the devices, the data, the workdir or itself.
     """
+    # Cheap checks come first: a batch that does not fit the mesh is known before data is opened.
     with clock.phase("find the devices"):
         mesh = mesh_lib.make_mesh(config.mesh)
         setup_lib.check_batch_size(config, mesh)
@@ -115,7 +116,7 @@ def build(config: ConfigDict, workdir: epath.Path, clock: StartupClock) -> Parts
         )
         for key, evaluator in evaluators.items()
     ]
-    return Parts(
+    return RunComponents(
         setup=setup,
         start=start,
         tokenizer=tokenizer,
@@ -139,7 +140,7 @@ def make_checkpointer(
     read_only: bool = False,
     tell: Callable[[str], None] = print,
 ) -> Checkpointer:
-    """The checkpoints of the run in `workdir`; arguments as for `Checkpointer`."""
+    """Opens the checkpoints of the run in `workdir`; for the arguments see `Checkpointer`."""
     return Checkpointer(
         workdir,
         keep_last=config.checkpoint.keep_last,
@@ -151,8 +152,8 @@ def make_checkpointer(
     )
 
 
-def first_state(parts: Parts, checkpointer: Checkpointer, first_step: int) -> TrainState:
-    """The state of the checkpoint at `first_step`; for step 0 that of the start."""
+def first_state(run: RunComponents, checkpointer: Checkpointer, first_step: int) -> TrainState:
+    """Restores the checkpoint at `first_step`, or makes the initial state for step 0."""
     if not first_step:
-        return parts.start.state(parts.setup)
-    return checkpointer.restore(parts.setup.abstract, first_step)
+        return run.start.state(run.setup)
+    return checkpointer.restore(run.setup.abstract, first_step)

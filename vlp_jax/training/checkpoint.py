@@ -1,4 +1,4 @@
-"""Checkpoints in a workdir, with Orbax."""
+"""Saves and restores the checkpoints in a workdir, with Orbax."""
 
 from __future__ import annotations
 
@@ -27,34 +27,34 @@ from vlp_jax.training.checkpoint_manager import (
 from vlp_jax.training.restore import Reader, unreadable
 from vlp_jax.training.state import TrainState
 
-# What Orbax and TensorStore raise when files cannot be written: OSError, ValueError with the
+# Errors that Orbax and TensorStore raise when files cannot be written: OSError, ValueError with the
 # system's words, RuntimeError from the threads that write.
 SAVE_ERRORS = (OSError, ValueError, RuntimeError, TimeoutError)
 _log = logging.getLogger("vlp_jax.training")
-_openings = itertools.count()  # of managers, the same on all processes
+_openings = itertools.count()  # numbers the managers; the same number on all processes
 
 
 class Checkpointer:
-    """Saves states under `workdir/checkpoints/STEP` and gives back the newest.
+    """Saves states under `workdir/checkpoints/STEP` and restores the newest.
 
     The checkpoint at step i holds all that is needed to go on with batch i: the state, and a
     small record of the input (`input_state.InputState`). Saving is asynchronous: `save` returns as
-    soon as the arrays are on the host. A checkpoint appears under its final name only when it is
-    whole, with checksums of its files. On opening, those that are not as they were written are set
-    aside, from the newest on until one is sound.
+    soon as the arrays are on the host. A checkpoint gets its final name only when it is complete,
+    with checksums of its files. On opening, damaged checkpoints are set aside, from the newest on
+    until one is sound.
 
-    A save that fails, for want of room above all, is told and does not end the run, unless it has
-    to succeed (`finish`) or too many fail in a row.
+    A save that fails, most often because the disk is full, is reported and does not end the run. It
+    ends the run if it has to succeed (`finish`), or if too many fail in a row.
 
     Args:
-      keep_last: how many of the newest to keep.
-      keep_every: also keep each whose step is a multiple of this; 0 for none.
-      max_failed: saves that fail one after the other before the run ends.
-      read_only: neither saves nor removes anything: for a workdir in which a run may be under way.
-      tell: takes a line about what went wrong.
+      keep_last: the number of newest checkpoints to keep.
+      keep_every: also keep each checkpoint whose step is a multiple of this; 0 for none.
+      max_failed: the run ends when this many saves in a row have failed.
+      read_only: neither save nor remove anything: for a workdir that a run may be writing to.
+      tell: takes a line about a failure.
 
     Attributes:
-      failed: how many saves have failed.
+      failed: the number of saves that have failed.
     """
 
     def __init__(
@@ -124,28 +124,28 @@ class Checkpointer:
             raise CannotSave(_no_place(self._directory, error)) from error
 
     def _add_checksums(self) -> None:
-        """Called in the background when all files of a checkpoint are written, on process 0."""
+        """Writes checksums. Orbax calls it on process 0, in the background, before the renaming."""
         step = self._writing
         for directory in [*checkpoint_files.unfinished(self._directory, step)] or [
-            self._directory / str(step)  # in an object store, where folders have no other name
+            self._directory / str(step)  # an object store has no renaming, so no temporary name
         ]:
             checkpoint_files.write_checksums(directory)
 
     def steps(self) -> list[int]:
-        """Steps of all whole checkpoints, in order."""
+        """Returns the steps of all complete checkpoints, in order."""
         return sorted(self._manager.all_steps())
 
     def latest_step(self) -> int | None:
-        """Step of the newest whole checkpoint; None if there is none."""
+        """Returns the step of the newest complete checkpoint; None if there is none."""
         return self._manager.latest_step()
 
     def save(self, step: int, state: TrainState, input_state: Mapping[str, Any]) -> None:
-        """Saves `state`, just before batch `step`, unless that checkpoint exists already.
+        """Starts to save `state`, just before batch `step`, unless that checkpoint exists already.
 
-        All processes call it. What fails is told; see `finish`.
+        All processes must call it. A failure is passed to `tell`; see also `finish`.
 
         Raises:
-          CannotSave: too many saves have failed, one after the other.
+          CannotSave: too many saves in a row have failed.
         """
         self.wait()
         if step in self._manager.all_steps():
@@ -155,7 +155,7 @@ class Checkpointer:
         except UserError as error:
             self._note_failure(step, str(error))
             return
-        self._barrier.renew()
+        self._barrier.renew()  # a barrier that a failed save has left behind never opens
         self._writing, error = step, None
         try:
             self._manager.save(
@@ -172,10 +172,10 @@ class Checkpointer:
             self._settle(error)
 
     def poll(self) -> None:
-        """Tells how a save ended that is over by now. All processes call it at the same step.
+        """Reports how the save under way has ended, if it has. All processes call it together.
 
         Raises:
-          CannotSave: as `save`.
+          CannotSave: too many saves in a row have failed.
         """
         if self._writing is not None:
             over = not self._manager.is_saving_in_progress()
@@ -183,19 +183,19 @@ class Checkpointer:
                 self._settle(None)
 
     def wait(self) -> None:
-        """Returns when nothing is being written any more. All processes call it.
+        """Waits until nothing is being written any more. All processes must call it.
 
         Raises:
-          CannotSave: as `save`.
+          CannotSave: too many saves in a row have failed.
         """
         if self._writing is not None:
             self._settle(None)
 
     def finish(self, step: int) -> None:
-        """Returns when the checkpoint of `step` is on disk.
+        """Waits until the checkpoint of `step` is on disk.
 
         Raises:
-          CannotSave: it is not, and will not be.
+          CannotSave: the checkpoint could not be written.
         """
         self.wait()
         if step not in self.steps():
@@ -207,8 +207,8 @@ class Checkpointer:
             )
 
     def _settle(self, error: Exception | None) -> None:
-        """Waits for the save that is under way, and has all processes agree on how it ended."""
-        step = self._writing  # the background needs it until it is done
+        """Waits for the save under way, and lets all processes agree on how it ended."""
+        step = self._writing  # `_add_checksums` reads the attribute in the background until then
         try:
             self._manager.wait_until_finished()
         except SAVE_ERRORS as caught:
@@ -225,8 +225,8 @@ class Checkpointer:
         self._note_failure(step, failed[0].removeprefix("process 0: "))
 
     def _reopen(self, step: int) -> None:
-        """Begins anew after a failure, which an open manager would tell for ever."""
-        with contextlib.suppress(*SAVE_ERRORS):  # told already
+        """Opens a new manager after a failure: the old one would raise its error for ever."""
+        with contextlib.suppress(*SAVE_ERRORS):  # the failure that is reported already
             self._manager.close()
         if jax.process_index() == 0:
             for directory in checkpoint_files.unfinished(self._directory, step):
@@ -248,11 +248,10 @@ class Checkpointer:
         self._tell(f"warning: {what}; failure {self._in_a_row} of {self._max_failed} in a row")
 
     def _check_room(self, state: TrainState) -> None:
-        """Raises UserError if there is certainly no room, before half of a checkpoint is written;
-        so too if the directory cannot be looked at.
+        """Raises UserError if the disk certainly has no room, or if it cannot be read.
 
-        Numbers are compressed, so that less may do than they take in memory: most of what the
-        newest checkpoint took is asked for.
+        Files are compressed and may be smaller than the arrays in memory. So the check asks for
+        4/5 of the newest checkpoint's size, or for half of the arrays' size if there is none.
         """
         newest = self.latest_step()
         likely = sum(leaf.nbytes for leaf in jax.tree.leaves(state)) // 2
@@ -268,10 +267,10 @@ class Checkpointer:
             )
 
     def check_fits(self, abstract: TrainState) -> int:
-        """Step of the newest checkpoint, whose state `restore` can put into `abstract`; 0 if none.
+        """Checks that the newest checkpoint fits `abstract`; returns its step, 0 if there is none.
 
         Raises:
-          UserError: the checkpoint holds other parameters; it names them with both shapes.
+          UserError: the checkpoint holds other parameters; the error lists them with both shapes.
         """
         step = self.latest_step()
         if step is None:
@@ -280,11 +279,11 @@ class Checkpointer:
         return step
 
     def restore(self, abstract: TrainState, step: int) -> TrainState:
-        """The state at `step` as arrays laid out as `abstract` says.
+        """Restores the state at `step`, with the shardings of `abstract`.
 
         Args:
-          abstract: one that `check_fits`.
-          step: of a checkpoint that exists.
+          abstract: a state that passed `check_fits`.
+          step: the step of an existing checkpoint.
         """
         return self._reader(step, abstract).read()
 
@@ -292,7 +291,7 @@ class Checkpointer:
         return Reader.of(self._directory / str(step) / "state", abstract)
 
     def input_state(self, step: int) -> dict[str, Any]:
-        """The record of the input in the checkpoint at `step`, which exists."""
+        """Returns the input's record in the checkpoint at `step`, which must exist."""
         args = ocp.args.Composite(input=ocp.args.JsonRestore())
         return self._manager.restore(step, args=args).input
 
@@ -300,21 +299,22 @@ class Checkpointer:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
-        """Finishes what is being written; a job that fails does not wait for its other processes.
+        """Waits for the save under way, unless one of several processes has failed.
 
-        A single process that fails still finishes it, since it may be the best that there is.
+        A single process that fails still waits: this checkpoint may be the best that there is. A
+        process of several would wait for the others, and they for it.
         """
         if kind is None or jax.process_count() == 1 or issubclass(kind, UserError):
             self._manager.close()
 
 
 def mend(checkpoints: epath.Path) -> list[str]:
-    """Sets aside the newest checkpoints as long as they are damaged; a line about each.
+    """Sets damaged checkpoints aside, from the newest on until one is sound; returns a line each.
 
-    Those that were being written when a run ended are removed by Orbax on opening.
+    Checkpoints that were being written when a run ended are not among them: Orbax removes these.
 
     Raises:
-      UserError: all are damaged. They stay where they are.
+      UserError: all checkpoints are damaged. Nothing was moved.
     """
     if not checkpoints.exists():
         return []
@@ -354,20 +354,21 @@ def _first_line(error: Exception) -> str:
 
 
 def absolute(path: str | epath.Path) -> epath.Path:
-    """`path` from the root, as Orbax wants it; one on a bucket (gs://...) is so already."""
+    """Makes `path` absolute, as Orbax requires. A bucket's URL (gs://...) is absolute already."""
     path = epath.Path(path)
     return path if is_remote(path) else path.resolve()
 
 
 def choose_step(workdir: epath.Path, step: int | None, where: str = "") -> int:
-    """`step`, or for None the step of the newest checkpoint in `workdir`. Nothing is written.
+    """Checks the checkpoint at `step`, or the newest one for None, and returns its step.
+
+    Nothing is written.
 
     Args:
-      where: the key or option that says so, for the message.
+      where: the key or option that gave `step`, for errors.
 
     Raises:
-      UserError: there is no checkpoint, none of this step, or files of it are not there, or not
-        whole.
+      UserError: there is no checkpoint, none at this step, or the checkpoint is damaged.
     """
     steps, prefix = saved_steps(workdir), f"{where}: " if where else ""
     if not steps:

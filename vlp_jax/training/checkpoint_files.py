@@ -1,4 +1,4 @@
-"""The files of a checkpoint: whether they are whole, and what happens to those that are not."""
+"""The files of a checkpoint: checksums, tests for damage, and setting damaged ones aside."""
 
 from __future__ import annotations
 
@@ -19,18 +19,19 @@ from vlp_jax.files import is_remote, write_whole
 CHECKSUMS = "checksums.json"
 # Without these Orbax finds nothing in a checkpoint.
 REQUIRED = ("state/_METADATA", "state/manifest.ocdbt", "input/metadata")
-# Orbax notes times there when all else is written; nothing of the state is in it.
+# Orbax writes times to _CHECKPOINT_METADATA after the checksums were taken. No state is in it.
 _NOT_CHECKED = (CHECKSUMS, "_CHECKPOINT_METADATA")
 SET_ASIDE = "damaged"  # the folder beside the checkpoints
-_READ_BYTES = 1 << 22
+_READ_BYTES = 1 << 22  # at once, for a checksum
 _TEMPORARY = re.compile(r"(\d+)\.orbax-checkpoint-tmp.*")
 
 
 def check_path(workdir: epath.PathLike) -> None:
-    """Raises UserError for a path in which Orbax and TensorStore do not find their own files.
+    """Raises UserError for a path in which Orbax and TensorStore cannot find their files.
 
-    Orbax looks for parts of a checkpoint by a pattern that begins with the path, and writes it
-    without them if there are none; TensorStore takes a backslash for a slash.
+    Orbax globs for parts of a checkpoint with a pattern that begins with the path, where "[" is
+    special; it then writes a checkpoint without these parts. TensorStore reads a backslash as a
+    slash.
     """
     if found := [sign for sign in "[\\" if sign in os.fspath(workdir)]:
         raise UserError(
@@ -42,11 +43,11 @@ def check_path(workdir: epath.PathLike) -> None:
 def write_checksums(directory: epath.Path) -> None:
     """Writes `checksums.json`: size and CRC-32C (RFC 3720) of every file of state and input.
 
-    Of files in an object store the sizes alone, since reading all of them back would double the
-    traffic and the store has checksums of its own.
+    For an object store it holds sizes alone. Reading all files back would double the traffic, and
+    the store checks its objects itself.
 
     Raises:
-      OSError: they cannot be read or written, or some are not there.
+      OSError: a file is missing, or cannot be read or written.
     """
     with_sums = not is_remote(directory)
     record = {
@@ -59,15 +60,15 @@ def write_checksums(directory: epath.Path) -> None:
 
 
 def damage(directory: epath.Path, *, contents: bool = True) -> str | None:
-    """Returns what is wrong with the files of a checkpoint, in words; None if nothing is.
+    """Describes the damage to a checkpoint's files; None if there is none.
+
+    Without `checksums.json` only missing files are noticed; `restore.unreadable` then tells more.
 
     Args:
-      contents: also compare what is in them, which reads all of them; False for their sizes alone.
-        Where there is no `checksums.json` neither can be compared, and `restore.unreadable` tells
-        more.
+      contents: compare checksums too, which reads every file. False compares sizes alone.
 
     Raises:
-      UserError: this user may not read them.
+      UserError: this user may not read the files.
     """
     try:
         if not directory.is_dir():
@@ -100,15 +101,15 @@ def damage(directory: epath.Path, *, contents: bool = True) -> str | None:
 
 
 def has_checksums(directory: epath.Path) -> bool:
-    """Whether `damage` can tell all; an interrupted copy and older versions leave none."""
+    """Whether a checkpoint has checksums. An interrupted copy or an old version may lack them."""
     return (directory / CHECKSUMS).exists()
 
 
 def _read_checksums(directory: epath.Path) -> dict[str, tuple[int, str | None]]:
-    """Path -> size and CRC-32C.
+    """Reads path -> (size, CRC-32C or None).
 
     Raises:
-      ValueError: the file is not what `write_checksums` has written.
+      ValueError: the file was not written by `write_checksums`.
     """
     record = json.loads((directory / CHECKSUMS).read_text())
     if not isinstance(record, dict) or not all(
@@ -122,26 +123,26 @@ def _read_checksums(directory: epath.Path) -> dict[str, tuple[int, str | None]]:
 
 
 def saved_steps(workdir: epath.Path) -> list[int]:
-    """Steps of all checkpoints in `workdir` that were finished, in order. Nothing is written."""
+    """Returns the steps of all complete checkpoints in `workdir`, in order. Writes nothing."""
     folder = workdir / "checkpoints"
-    # Orbax also takes "004" for step 4, which it then looks for in "4".
+    # Orbax lists a folder "004" as step 4, and then fails to open it as "4".
     return sorted(s for s in ocp.utils.checkpoint_steps(folder) if (folder / str(s)).exists())
 
 
 def not_checkpoints(checkpoints: epath.Path) -> Iterator[epath.Path]:
-    """What is no folder but has the name that a checkpoint will want."""
+    """Yields files with the name of a checkpoint's folder; a save of that step would fail."""
     for entry in checkpoints.iterdir():
         if entry.name.isdecimal() and not entry.is_dir():
             yield entry
 
 
 def damaged_error(directory: epath.Path, what: str, where: str = "") -> UserError:
-    """The error of a command that only reads: it names the checkpoint to take instead.
+    """Makes the error of a command that only reads: it names the checkpoint to take instead.
 
     Args:
-      directory: of a damaged checkpoint.
-      what: is wrong with it.
-      where: the key or option that names it, with a colon.
+      directory: the damaged checkpoint.
+      what: the damage, in words.
+      where: the key or option that named the checkpoint, with a colon.
     """
     workdir = directory.parent.parent
     others = [step for step in saved_steps(workdir) if step != int(directory.name)]
@@ -152,10 +153,10 @@ def damaged_error(directory: epath.Path, what: str, where: str = "") -> UserErro
 
 
 def set_aside(directory: epath.Path) -> epath.Path:
-    """Moves a checkpoint out of the way, to look at later; returns its new place.
+    """Moves a damaged checkpoint beside the others, for a later look; returns its new path.
 
     Raises:
-      UserError: it cannot be moved.
+      UserError: the folder cannot be moved.
     """
     parent = directory.parent.parent / SET_ASIDE
     target = parent / f"{directory.name}-{time.strftime('%Y%m%d-%H%M%S')}"
@@ -170,7 +171,7 @@ def set_aside(directory: epath.Path) -> epath.Path:
 
 
 def unfinished(checkpoints: epath.Path, step: int) -> Iterator[epath.Path]:
-    """The folders in which a checkpoint of `step` was being written."""
+    """Yields the temporary folders in which a checkpoint of `step` was being written."""
     for entry in checkpoints.iterdir():
         match = _TEMPORARY.fullmatch(entry.name)
         if match and int(match[1]) == step:
@@ -178,17 +179,17 @@ def unfinished(checkpoints: epath.Path, step: int) -> Iterator[epath.Path]:
 
 
 def size_of(directory: epath.Path) -> int:
-    """Bytes of all files below `directory`."""
+    """Returns the bytes of all files below `directory`."""
     return sum(size for _, size in _files(directory))
 
 
 def free_bytes(directory: epath.Path) -> int | None:
-    """What can still be written there; None where that has no limit that can be known."""
+    """Returns the free bytes on the disk of `directory`; None for an object store."""
     return None if is_remote(directory) else shutil.disk_usage(os.fspath(directory)).free
 
 
 def _files(directory: epath.Path) -> Iterator[tuple[str, int]]:
-    """(path below `directory`, bytes) of every file that is checked, sorted."""
+    """Yields (path below `directory`, bytes) of every file that has a checksum, sorted."""
     for entry in sorted(directory.iterdir()):
         if entry.is_dir():
             for name, size in _files(entry):

@@ -1,4 +1,4 @@
-"""Orbax's manager of checkpoints, without its part in preemption."""
+"""Orbax's `CheckpointManager`, configured for this project: no preemption, no collectives."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ import logging
 import jax
 import orbax.checkpoint as ocp
 
-# Of an array that lies on several devices as a whole, what each of them copies at least.
+# Bytes: a replicated array is written in slices by several devices only if each is this large.
 SMALLEST_SLICE = 4 << 20
 
 
 def state_handler(several: ocp.options.MultiprocessingOptions) -> ocp.PyTreeCheckpointHandler:
-    """Reads and writes the state.
+    """Makes the Orbax handler that reads and writes the state.
 
-    Where an array lies on several devices as a whole, Orbax has each of them copy and write a part.
-    JAX compiles a program for every shape then, within the first save, which is worth it for large
-    arrays alone, and never where the devices are one CPU.
+    Orbax has each device that holds a copy of a replicated array write a slice of it. JAX compiles
+    a program for each shape of a slice, within the first save. That pays for large arrays alone,
+    and never on a single CPU.
     """
     one_cpu = jax.process_count() == 1 and jax.default_backend() == "cpu"
     arrays = ocp.type_handlers.ArrayHandler(
@@ -31,24 +31,27 @@ def state_handler(several: ocp.options.MultiprocessingOptions) -> ocp.PyTreeChec
 
 
 class Manager(ocp.CheckpointManager):
-    """A `CheckpointManager` that never asks whether the job was told to stop.
+    """A `CheckpointManager` that never asks JAX whether the job was preempted.
 
-    Orbax asks JAX at every save, whose service for it is off: the signal belongs to
-    `vlp_jax.signals`, and the processes agree in `preemption.PreemptionWatch`.
+    JAX's preemption service is off in this project: `vlp_jax.signals` handles SIGTERM, and
+    `preemption.PreemptionWatch` lets the processes agree.
     """
 
     def reached_preemption(self, step: int) -> bool:
-        """No."""
+        """Returns False."""
         del step
         return False
 
 
 def processes(opening: int) -> ocp.options.MultiprocessingOptions:
-    """Has Orbax wait for other processes through JAX's coordination service.
+    """Makes Orbax synchronize processes through JAX's coordination service.
 
-    Without it, it uses collectives on the devices, which get mixed up with a step under way. Orbax
-    counts its barriers by name: where a save has failed on some processes alone, they have come to
-    fewer than the others, so each `opening` has names of its own.
+    By default Orbax uses collectives on the devices, which get mixed up with a step under way.
+
+    Args:
+      opening: the number of this manager, which becomes part of the barriers' names. Orbax numbers
+        its barriers. After a save that failed on some processes alone, the numbers of the old
+        manager differ between processes.
     """
     if jax.process_count() == 1:
         return ocp.options.MultiprocessingOptions()
@@ -60,18 +63,18 @@ def processes(opening: int) -> ocp.options.MultiprocessingOptions:
 
 
 def quiet_failures() -> None:
-    """Leaves it to `Checkpointer` to tell of a save that failed.
+    """Silences the logs of asyncio and Orbax about a failed save, which `Checkpointer` reports.
 
-    On a full disk asyncio and Orbax log a stack for every array, and one for every thread.
+    On a full disk they log a stack for every array and for every thread.
     """
     for name in ("asyncio", "absl"):
         logger = logging.getLogger(name)
-        if not any(isinstance(each, _Told) for each in logger.filters):
-            logger.addFilter(_Told())
+        if not any(isinstance(each, _FailedSaveFilter) for each in logger.filters):
+            logger.addFilter(_FailedSaveFilter())
 
 
-class _Told(logging.Filter):
-    """Leaves out what asyncio and Orbax log of a save that failed."""
+class _FailedSaveFilter(logging.Filter):
+    """Drops the log records of asyncio and Orbax about a failed save."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         if record.name == "asyncio":

@@ -1,4 +1,4 @@
-"""How every command ends: its exit status, and the last line of stderr."""
+"""Runs a command and ends it in a uniform way: an exit status and a last line on stderr."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from absl import logging
 from vlp_jax import signals
 from vlp_jax.errors import ExitStatus, Preempted, UserError
 
-# What JAX says when another process of the job cannot be reached any more.
+# Words in JAX's errors when another process of the job cannot be reached any more.
 PEER_LOST_WORDS = ("gloo", "nccl", "heartbeat", "coordination", "unavailable", "peer", "barrier")
 
 
 def run_command(command: Callable[[], None]) -> int:
     """Runs `command` and returns the exit status, one of `ExitStatus`.
 
-    SIGTERM and Ctrl-C end it with one line, see `vlp_jax.signals`.
+    SIGTERM and Ctrl-C end the command with one line, see `vlp_jax.signals`.
 
-    Of a job of several processes, one that fails ends at once and without waiting for the others,
-    which otherwise would wait for it: the status is that of the process, and nothing is returned.
+    In a job of several processes, a process that fails exits at once: this function does not
+    return. Otherwise the failed process and the others would wait for each other.
     """
     logging.set_verbosity(logging.WARNING)
     with signals.heard():
@@ -46,7 +46,7 @@ def _run(command: Callable[[], None]) -> int:
         return _leave(error.status)
     except Exception as error:
         if _processes() == 1:
-            raise
+            raise  # Python prints the traceback and exits with status 1
         traceback.print_exc()
         lost = isinstance(error, jax.errors.JaxRuntimeError | TimeoutError) and any(
             word in str(error).lower() for word in PEER_LOST_WORDS
@@ -58,7 +58,10 @@ def _run(command: Callable[[], None]) -> int:
 
 
 def _leave(status: int) -> int:
-    """Returns `status`, or ends the process with it if others would wait for its farewell."""
+    """Returns `status`, or exits with it at once in a job of several processes.
+
+    `sys.exit` would run JAX's exit handler, which waits for all other processes.
+    """
     if _processes() > 1:
         sys.stdout.flush()
         sys.stderr.flush()

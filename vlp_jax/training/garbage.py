@@ -1,4 +1,4 @@
-"""Python's garbage collection at chosen steps, the same on every process."""
+"""Runs Python's garbage collection at chosen steps, the same on every process."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ CAUSE = "garbage collection"
 class ScheduledCollection:
     """Collects garbage before the steps that are multiples of `every`, and at no other time.
 
-    Python collects when enough objects were made, which is at another step on each process; each
-    time all others wait for it. As a context manager it switches that off and leaves out of all
-    later collections what is there already (modules, the graph of the input), which makes them
-    short; on leaving, all is as it was.
+    Python's automatic collection begins once enough objects were made, so at different steps on
+    different processes. Each time, all processes wait for the slow one. This context manager
+    switches automatic collection off. It also freezes the objects that exist on entry (modules, the
+    input graph), so that later collections skip them and are short. On exit it restores both.
 
     Args:
-      every: steps; 0 leaves Python's own collection on and does nothing.
-      pause: charges the time inside to a cause.
+      every: steps between collections; 0 does nothing and leaves automatic collection on.
+      pause: charges the time within to a cause.
     """
 
     def __init__(self, every: int, pause: Pause):
@@ -35,7 +35,7 @@ class ScheduledCollection:
             if gc.isenabled():
                 gc.disable()
                 self._undo.callback(gc.enable)
-            if not gc.get_freeze_count():  # else somebody else's objects would be unfrozen
+            if not gc.get_freeze_count():  # else the exit would unfreeze another caller's objects
                 with self._pause(CAUSE):
                     gc.collect()
                 gc.freeze()

@@ -1,4 +1,4 @@
-"""What a checkpoint keeps of the input, and what is told of examples that could not be used."""
+"""The input's record in a checkpoint, and metrics of examples that could not be used."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from vlp_jax.parallel import agreement
 
 
 class InputState:
-    """The record of the input in a checkpoint: position, fingerprint, counts of bad examples.
+    """Makes and checks the input's record: position, fingerprint, counts of bad examples.
 
-    Its size does not depend on the data or on the processes.
+    The record has the same size for all data and any number of processes.
 
     Args:
-      pipeline: of this process.
+      pipeline: the input of this process.
       batch_size: examples of a step, over all processes.
-      accept_other_data: whether to go on with data that is not that of the checkpoint.
+      accept_other_data: whether to resume although the training data has changed.
     """
 
     def __init__(self, pipeline: JoinedPipeline, batch_size: int, accept_other_data: bool):
@@ -38,10 +38,11 @@ class InputState:
             for source in pipe.source_names
             for reason in REASONS
         ]
-        self._begin = np.zeros(len(self._kinds) + 1, np.int64)  # read, and bad of each kind
+        # Counts from before this process began: examples read, then bad ones of each kind.
+        self._begin = np.zeros(len(self._kinds) + 1, np.int64)
 
     def save(self, step: int) -> dict[str, Any]:
-        """The record just before batch `step`. With several processes, all of them call it."""
+        """Returns the record just before batch `step`. All processes must call it."""
         counts = self._begin + np.array(agreement.gather(self._counts(step)), np.int64).sum(axis=0)
         read, *bad = counts.tolist()
         return {
@@ -52,10 +53,10 @@ class InputState:
         }
 
     def resume(self, saved: Mapping[str, Any], step: int) -> None:
-        """Goes on from what `save` gave at `step`.
+        """Continues from the record that `save` returned at `step`.
 
         Raises:
-          UserError: the batches were of another size, or the data has changed.
+          UserError: the batch size or the data has changed.
         """
         position = saved["position"]
         if position != step * self._batch_size:
@@ -64,10 +65,12 @@ class InputState:
                 f"not fit config.batch_size {self._batch_size}; resume with the batch size "
                 f"{position // step}"
             )
+        # The order of examples follows from the fingerprinted data: with other data the position
+        # would name other examples, some of them trained on already and some never.
         before, now = saved.get("data"), self._pipeline.fingerprint()
         if before not in (None, now) and not self._accept_other_data:
             raise UserError(
-                "the training data is not that of the checkpoint, or not in its order (other files "
+                "the training data or its order has changed since the checkpoint (other files "
                 "or numbers of examples in them, another seed, lanes, window or weights); put it "
                 "back, or set config.checkpoint.accept_other_data to go on in the new order"
             )
@@ -75,13 +78,13 @@ class InputState:
         read = saved.get("read", 0)
         self._begin = np.array([read, *(counts.get(kind, 0) for kind in self._kinds)], np.int64)
         for name, pipe in self._pipeline.pipelines().items():
-            own = {(s, r): count for (n, s, r), count in counts.items() if n == name}
-            pipe.faults.begin_with(read, own)
+            bad = {(s, r): count for (n, s, r), count in counts.items() if n == name}
+            pipe.faults.begin_with(read, bad)
 
     def metrics(self, step: int) -> dict[str, float]:
-        """Bad examples before batch `step`, by source and reason, and their share.
+        """Counts bad examples before batch `step`, by source and reason; adds their share.
 
-        With several processes, all of them call it, and process 0 alone is told.
+        All processes must call it. Process 0 gets the metrics; other processes get {}.
         """
         rows = agreement.to_first(self._counts(step))
         if rows is None:
@@ -98,9 +101,9 @@ class InputState:
         }
 
     def write_examples(self, directory: epath.Path, steps: Sequence[int]) -> epath.Path:
-        """Writes which examples the batches of `steps` hold, a line of JSON for each; the file.
+        """Writes the examples in the batches of `steps`, a line of JSON for each step.
 
-        Process 0 writes it, for the batches of the whole job.
+        Process 0 writes the file, for the global batches. Returns its path.
         """
         file = directory / f"skipped-steps-{steps[0]}-{steps[-1]}.jsonl"
         if jax.process_index() == 0:
@@ -118,12 +121,11 @@ class InputState:
         return file
 
     def _counts(self, step: int) -> list[int]:
-        """Examples read, and bad ones of each kind, of this process since it began."""
+        """Counts this process's examples before `step`: those read, then the bad ones by kind."""
         totals = {
             name: pipe.faults.totals(before=step)
             for name, pipe in self._pipeline.pipelines().items()
         }
-        own = [sum(total["read"] for total in totals.values())]
-        return own + [
-            totals[n]["bad"].get(source, {}).get(reason, 0) for n, source, reason in self._kinds
-        ]
+        read = sum(total["read"] for total in totals.values())
+        bad = [totals[n]["bad"].get(source, {}).get(reason, 0) for n, source, reason in self._kinds]
+        return [read, *bad]

@@ -1,4 +1,4 @@
-"""One run at a time in a workdir."""
+"""Locks a workdir, so that only one run at a time writes to it."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ _log = logging.getLogger("vlp_jax.training")
 
 @contextmanager
 def locked(workdir: epath.Path) -> Iterator[None]:
-    """Holds the workdir for this job while the context is open. All processes of the job enter it.
+    """Locks the workdir for this job while the context is open. All its processes must enter it.
 
-    The lock is the operating system's (flock), on a file of the workdir that process 0 keeps open:
-    it ends with the process however that ends, and the file that stays behind means nothing. An
-    object store has no such lock; there nothing is held.
+    Process 0 holds an flock on a file in the workdir. The operating system releases it when the
+    process ends, however it ends. The file stays behind without effect. An object store has no
+    locks, so a workdir there is not locked.
 
     Raises:
-      UserError: another job holds it; the message says which.
+      UserError: another job holds the lock; the message names its host and process.
     """
     held = agreement.on_first(lambda: None if is_remote(workdir) else _take(workdir))
     try:
@@ -42,7 +42,7 @@ def locked(workdir: epath.Path) -> Iterator[None]:
 
 
 def _take(workdir: epath.Path) -> int:
-    """The open file that holds the lock."""
+    """Takes the lock, and returns the descriptor of the open file that holds it."""
     workdir.mkdir(parents=True, exist_ok=True)
     file = os.open(os.fspath(workdir / LOCK), os.O_RDWR | os.O_CREAT, 0o644)
     try:
@@ -54,7 +54,7 @@ def _take(workdir: epath.Path) -> int:
             f"workdir {workdir} is in use by another run ({_described(owner)}); stop that one "
             "first, or choose another --workdir"
         ) from None
-    except OSError as error:  # a file system without locks
+    except OSError as error:  # some network file systems have no locks
         _log.warning("workdir %s cannot be locked (%s): see to it yourself", workdir, error)
     os.ftruncate(file, 0)
     note = {"host": socket.gethostname(), "pid": os.getpid(), "since": time.time()}

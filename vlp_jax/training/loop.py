@@ -1,4 +1,4 @@
-"""The one training loop. It knows steps, states and batches, and nothing of what is trained."""
+"""The one training loop. It knows steps, states and batches, and nothing about the objective."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from vlp_jax.training.step import StepFunction
 When = Callable[[int], bool]
 
 
-def one_step(step: int) -> int:
-    """Has each step dispatched by itself."""
+def one_at_a_time(step: int) -> int:
+    """Dispatches one step at a time."""
     del step
     return 1
 
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """An evaluator, the name its scores go by, and the steps at which it runs."""
+    """An evaluator, the name that prefixes its scores, and the steps at which it runs."""
 
     name: str
     when: When
@@ -69,18 +69,18 @@ class Loop:
     preempted: When
     checkpointer: Checkpointer
     monitor: Monitor
-    steps_ahead: Callable[[int], int] = one_step
+    steps_ahead: Callable[[int], int] = one_at_a_time
     interruptible: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
 
     def run(self, state: TrainState) -> TrainState:
-        """Trains from `state`, just before batch `first_step`, to the end.
+        """Trains from `state`, just before batch `first_step`, to the end of the run.
 
         The order within a step never changes, so the checkpoint of step i is the state just before
         batch i and after every score of step i.
 
         Raises:
-          Preempted: told to stop; the state is saved.
-          NotFinite: too many steps were skipped, one after the other; none of them was saved.
+          Preempted: the run was told to stop; the state is saved.
+          NotFinite: too many steps in a row were skipped; none of them was saved.
           CannotSave: a checkpoint that the run depends on could not be written.
         """
         step = self.first_step
@@ -89,7 +89,7 @@ class Loop:
                 raise self.stop(step, state)
             try:
                 self.evaluate(step, state)
-            except KeyboardInterrupt:  # it begins anew when the run goes on from this step
+            except KeyboardInterrupt:  # the resumed run repeats the whole evaluation of this step
                 raise self.stop(step, state) from None
             # After the evaluation, so that the checkpoint of step i follows every score of step i.
             saved = self.save_when(step) and self.save(step, state)
@@ -124,7 +124,7 @@ class Loop:
         """Runs the evaluators that are due before batch `step`.
 
         Raises:
-          KeyboardInterrupt: told to stop; those that are left were not run.
+          KeyboardInterrupt: the run was told to stop; the remaining evaluators did not run.
         """
         due = [evaluation for evaluation in self.evaluations if evaluation.when(step)]
         params = state.eval_params
@@ -138,7 +138,7 @@ class Loop:
                     with self.monitor.pause("evaluation"), self.interruptible():
                         outcome = evaluation.evaluator.outcome(params)
                         scores, samples = outcome.scores(), outcome.samples()
-                # What the run does about numbers that are not finite is for its guard to say.
+                # Scores that are not finite do not end a run: the guard alone decides on that.
                 except (NotFinite, NoScores) as error:
                     self.monitor.no_scores(step, evaluation.name, error)
                 else:

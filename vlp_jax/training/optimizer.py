@@ -1,4 +1,4 @@
-"""Optimizers and learning-rate schedules from Optax."""
+"""Makes optimizers and learning-rate schedules from `config.optimizer`, with Optax."""
 
 from __future__ import annotations
 
@@ -19,11 +19,13 @@ from vlp_jax.training.when import Units
 
 SCHEDULES = ("cosine", "rsqrt", "linear", "constant")
 
-LARGEST_JUMP = 1.2  # between the learning rates of a run and of the one that goes on from it
+# Largest ratio between the learning rates before and after a restart that needs no warning.
+LARGEST_JUMP = 1.2
 
-# Muon makes the update of a matrix orthogonal; these are the axes of a kernel that the matrix maps
-# from and to, by the layer's own name. All others are Dense: the last but one, and the last. Axes
-# in front of these (stacked layers) are matrices of their own.
+# Muon orthogonalizes the update of a matrix. A kernel may have more than two axes, so this table
+# says which of its axes are the matrix's input and which its output, by the name of the layer.
+# Other layers are Dense: input is the last axis but one, output the last. Axes in front of these
+# (stacked layers) count as separate matrices.
 MATRIX_AXES: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
     "query": ((-3,), (-2, -1)),
     "key": ((-3,), (-2, -1)),
@@ -32,13 +34,13 @@ MATRIX_AXES: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
     "patch_embedding/projection": ((-4, -3, -2), (-1,)),
 }
 DENSE_AXES = ((-2,), (-1,))
-# Updates of every matrix get the root mean square that those of Adam have in practice, so that one
-# weight decay fits both (Liu et al. 2025, "Muon is Scalable for LLM Training", 2.2).
+# Root mean square of every matrix's update: Adam's in practice, so that one learning rate and one
+# weight decay fit both (Liu et al. 2025, "Muon is Scalable for LLM Training", 2.2).
 MUON_RMS = 0.2
 
 
 def make_schedule(config: Mapping[str, Any], units: Units) -> optax.Schedule:
-    """step -> learning rate: a linear warm-up, the named decay, a linear cool-down to zero.
+    """Makes the schedule: a linear warm-up, the named decay, and a linear cool-down to zero.
 
     `rsqrt` is peak * sqrt(warmup / step) (Zhai et al. 2022, 3.5), continuous where warm-up ends.
 
@@ -65,6 +67,7 @@ def make_schedule(config: Mapping[str, Any], units: Units) -> optax.Schedule:
             "rsqrt": jnp.sqrt(max(warmup, 1) / jnp.maximum(step, max(warmup, 1))),
             "constant": jnp.ones_like(progress),
         }[name]
+        # (step + 1): with a rate of 0 the first step would be wasted.
         rise = jnp.minimum(1.0, (step + 1) / warmup) if warmup else 1.0
         fall = jnp.clip((total - step) / cooldown, 0, 1) if cooldown else 1.0
         return peak * rise * decay * fall
@@ -73,9 +76,9 @@ def make_schedule(config: Mapping[str, Any], units: Units) -> optax.Schedule:
 
 
 def learning_rates(config: Mapping[str, Any], units: Units, step: int, params: Any) -> dict:
-    """Key of the config -> the learning rate that it gives parameters at `step`.
+    """Returns key of the config -> the learning rate that it gives parameters at `step`.
 
-    Of a tower with layer-wise decay there is one more, of its lowest layer.
+    A tower with layer-wise decay has an entry for its lowest layer as well.
 
     Args:
       config: `config.optimizer`.
@@ -98,23 +101,24 @@ def learning_rates(config: Mapping[str, Any], units: Units, step: int, params: A
 def learning_rate_jumps(
     before: Mapping[str, Any], now: Mapping[str, Any], units: Units, step: int, params: Any
 ) -> Iterator[str]:
-    """A line for each learning rate that is another one by more than a fifth in the resumed run.
+    """Yields a warning for each learning rate that jumps by more than a fifth when a run resumes.
 
-    Schedules follow from the length of a run, so that a longer run has another rate at this step.
+    Schedules depend on the length of the run. So a run that is prolonged has another rate at
+    `step`.
 
     Args:
-      before, now: the config of the run so far, and of the one that goes on at `step`.
-      units: of the run that goes on.
+      before, now: the config of the run so far, and the config it resumes with at `step`.
+      units: the durations of the resumed run.
       params: the parameters, or their shapes.
     """
     old_units = dataclasses.replace(units, total_steps=None)
     try:
         total = old_units.steps(before["duration"], "config.duration")
         old_units = dataclasses.replace(old_units, total_steps=total)
-        # At its last step but not after it, where most schedules have come to 0.
+        # Not after its last step, where most schedules have reached 0.
         old = learning_rates(before["optimizer"], old_units, min(step, total - 1), params)
     except UserError:
-        return  # the data of now does not say how long the run was to be
+        return  # the old duration is in epochs, and the present data has no known size
     new = learning_rates(now["optimizer"], units, step, params)
     for key in sorted(old.keys() | new.keys()):
         was, is_now = (rates.get(key, rates["learning_rate"]) for rates in (old, new))
@@ -134,7 +138,7 @@ def learning_rate_jumps(
 
 
 def decay_mask(params: Any, no_decay: Sequence[str]) -> Any:
-    """True for each parameter that weight decay pulls: all whose own name is not in `no_decay`."""
+    """True for each parameter with weight decay: all whose last name is not in `no_decay`."""
 
     def decays(path: tuple, leaf: Any) -> bool:
         return jax.tree_util.keystr(path[-1:], simple=True) not in no_decay
@@ -143,9 +147,9 @@ def decay_mask(params: Any, no_decay: Sequence[str]) -> Any:
 
 
 def first_moment_dtype(config: Mapping[str, Any], default: str = "float32") -> Any:
-    """That of `config.first_moment_dtype`, or the optimizer's own.
+    """Reads the dtype of the first moment from the config, or else returns `default`.
 
-    The second moment is no choice: with b2 near 1 it moves by less than bfloat16 can tell apart.
+    The second moment is always float32: with b2 near 1 its changes are below bfloat16's resolution.
 
     Raises:
       UserError: an unknown dtype.
@@ -171,9 +175,10 @@ def adamw(config: Mapping[str, Any], units: Units) -> optax.GradientTransformati
 
 
 def matrix_axes(path: str) -> optax.contrib.MuonDimensionNumbers | None:
-    """The axes that Muon orthogonalizes for the parameter `path`; None for one that is no kernel.
+    """Returns the axes that Muon orthogonalizes for the parameter `path`.
 
-    Embeddings, biases, norms and other parameters that are no kernel of a layer are Adam's.
+    None for a parameter that is not the kernel of a layer, such as an embedding, a bias or a norm:
+    Adam trains these.
     """
     layer, _, leaf = path.rpartition("/")
     if leaf != "kernel":
@@ -185,7 +190,7 @@ def matrix_axes(path: str) -> optax.contrib.MuonDimensionNumbers | None:
 def muon(config: Mapping[str, Any], units: Units) -> optax.GradientTransformation:
     """Muon for the kernels of all layers, AdamW for everything else (Jordan et al. 2024).
 
-    Both follow the same schedule, Muon up to `muon.learning_rate`, AdamW up to `learning_rate`.
+    Both follow the same schedule, with the peaks `muon.learning_rate` and `learning_rate`.
     """
 
     def by_path(function: Callable[[str], Any], params: Any) -> Any:
@@ -212,19 +217,20 @@ def adafactor(config: Mapping[str, Any], units: Units) -> optax.GradientTransfor
     The constants are those of google-research/big_vision, optax.py, `scale_by_adafactor`:
 
     - The second moment of a parameter is factored over its two largest dimensions if both have at
-      least 32 numbers. It decays by min(b2, 1 - t ** -0.8) at step t = 1, 2, ...; `b2` is 0.999
-      there and 0.95 for SigLIP. 1e-30 is added to the squared gradient; `eps` is not used.
-    - The first moment is one of the scaled gradient, b1 = 0.9, not debiased, and held in bfloat16
-      unless `first_moment_dtype` says otherwise.
-    - Neither is an update clipped by its root mean square (the `clipping_threshold` of the paper of
-      Adafactor is off there), nor is a learning rate relative to the size of the parameter. The
-      global norm of the gradient is clipped first, to 1.
-    - Weight decay is decoupled. There it follows the schedule and not the peak learning rate, here
-      both: their `wd` of 1e-4 with an `lr` of 1e-3 is a `weight_decay` of 0.1 here.
+      least 32 numbers. It decays by min(b2, 1 - t ** -0.8) at step t = 1, 2, ...; big_vision's
+      default `b2` is 0.999, and SigLIP takes 0.95. 1e-30 is added to the squared gradient; `eps` is
+      not used.
+    - The first moment averages the scaled gradient with b1 = 0.9, is not debiased, and is bfloat16
+      unless `first_moment_dtype` is set.
+    - Updates are not clipped by their root mean square (Adafactor's `clipping_threshold` is off in
+      big_vision). Learning rates are not relative to the size of a parameter. The global norm of
+      the gradient is clipped first, to 1.
+    - Weight decay is decoupled. In big_vision it is multiplied by the schedule alone, here by the
+      learning rate: their `wd` of 1e-4 with an `lr` of 1e-3 is a `weight_decay` of 0.1 here.
 
-    Rows and columns of the factored moments lie as the dimensions do that they have left of their
-    parameter (`training/state.py`), the first moment as its parameter does. Stacked layers are
-    factored each on its own, as separate ones are.
+    The first moment is sharded like its parameter; rows and columns of a factored second moment
+    like the dimensions that they keep (`training/state.py`). Each layer of a stack is factored by
+    itself, as separate layers are.
     """
 
     def decay(step: jax.Array, exponent: float) -> jax.Array:
@@ -248,8 +254,9 @@ def adafactor(config: Mapping[str, Any], units: Units) -> optax.GradientTransfor
 def lion(config: Mapping[str, Any], units: Units) -> optax.GradientTransformation:
     """Lion (Chen et al. 2023, "Symbolic Discovery of Optimization Algorithms", program 1).
 
-    Next to AdamW it wants a learning rate 3 to 10 times smaller and a weight decay as much larger
-    (section 5); the paper's default is b1 = 0.9 and b2 = 0.99. `eps` is not used.
+    Compared to AdamW, section 5 recommends a learning rate 3 to 10 times smaller, and a weight
+    decay larger by the same factor. The paper's default is b1 = 0.9 and b2 = 0.99. `eps` is not
+    used.
     """
     return optax.lion(
         make_schedule(config, units),
@@ -265,10 +272,10 @@ OPTIMIZERS = {"adamw": adamw, "muon": muon, "adafactor": adafactor, "lion": lion
 
 
 def make_optimizer(config: Mapping[str, Any], units: Units) -> optax.GradientTransformation:
-    """Clipping by the global norm, the optimizer that `config` names, layer-wise decay.
+    """Makes the optimizer: clipping by the global norm, the named rule, layer-wise decay.
 
-    Its `init` and `update` take all parameters. Frozen ones have no state and no update, and their
-    gradients, which need not be there, do not count in the norm (see `param_groups`).
+    `init` and `update` take all parameters. Frozen parameters have no state and no update, and need
+    no gradient; they do not count in the norm (see `param_groups`).
 
     Raises:
       UserError: an unknown optimizer, or a number out of range.

@@ -1,4 +1,4 @@
-"""Being told to stop: by the scheduler (SIGTERM), from the keyboard (SIGINT) or by the machine."""
+"""Notices requests to stop: from the scheduler (SIGTERM), the keyboard (SIGINT) or the machine."""
 
 from __future__ import annotations
 
@@ -17,25 +17,27 @@ from vlp_jax.errors import ExitStatus
 from vlp_jax.parallel import agreement
 from vlp_jax.parallel.maintenance import MaintenanceWatch
 
-LOOK_SECONDS = 0.5  # between two looks whether another process was told
-MANY_PROCESSES = 500  # of which as many look at process 0 in LOOK_SECONDS; more take turns
-# How long the others may take to say how far they are, while nothing is lost without them.
+LOOK_SECONDS = 0.5  # between two looks whether another process was told to stop
+# The key-value store on process 0 answers at most this many processes in LOOK_SECONDS. Larger jobs
+# look less often.
+MANY_PROCESSES = 500
+# How long to wait for the answers of other processes where nothing is lost without them.
 START_SECONDS, FAREWELL_SECONDS = 10.0, 3.0
 
 
 class PreemptionWatch:
-    """True once the run was told to stop, at the same step on every process.
+    """Returns True once the run was told to stop, at the same step on every process.
 
-    A context manager, entered when the run starts. Until `begin` nothing was trained that is not
-    saved already, so that being told ends the process:
+    A context manager, entered when the run starts. Until `begin` is called, nothing was trained
+    that is not saved already, so a request to stop ends the process at once:
 
-    - A job of one process leaves that to `signals.heard`, which raises KeyboardInterrupt.
-    - With several, a thread of each looks whether one was told. They tell each other how often they
-      have looked for a stop, or that they start. If one of them starts all end at once; else all
-      stop at the look after the furthest.
+    - In a job of one process, `signals.heard` does so: it raises KeyboardInterrupt.
+    - In a job of several, a thread of each process looks whether any process was told to stop. Then
+      all processes exchange how often they were called, or that they still start. If any process
+      still starts, all end at once. Otherwise all stop at the call after the furthest process's.
 
     Args:
-      end: ends the process with a status.
+      end: ends the process with the given status.
     """
 
     def __init__(self, end: Callable[[int], None] = os._exit) -> None:
@@ -64,7 +66,7 @@ class PreemptionWatch:
         self._stack.close()
 
     def begin(self) -> Self:
-        """Says that the start is over: what is done from now on has to be saved."""
+        """Ends the start phase: from now on a request to stop must save the state first."""
         if self._several:
             with self._lock:
                 self._looks = 0
@@ -73,14 +75,15 @@ class PreemptionWatch:
         return self
 
     def interruptible(self) -> contextlib.AbstractContextManager[None]:
-        """Within it, being told to stop raises KeyboardInterrupt in a job of one process.
+        """Returns a context in which a request to stop raises KeyboardInterrupt.
 
-        For what need not be finished. Several processes cannot end it at the same moment.
+        Use it for work that need not be finished. It has no effect in a job of several processes,
+        since these cannot leave the work at the same moment.
         """
         return contextlib.nullcontext() if self._several else signals.interruptible()
 
     def __call__(self, step: int) -> bool:
-        """Whether to save and stop before batch `step`. All processes ask equally often."""
+        """Whether to save and stop before batch `step`. All processes call it equally often."""
         del step
         if not self._several:
             return self._told.is_set()
@@ -89,7 +92,7 @@ class PreemptionWatch:
             return self._stop_at is not None and self._looks >= self._stop_at
 
     def _agree(self) -> None:
-        """Waits until a process is told, and finds with the others where to stop."""
+        """Waits until any process is told to stop, then agrees with all of them where to stop."""
         pause = LOOK_SECONDS * max(1.0, jax.process_count() / MANY_PROCESSES)
         try:
             while not (self._told.is_set() or self._notice.given()):
@@ -99,17 +102,18 @@ class PreemptionWatch:
             with self._lock:
                 starts = self._looks is None
                 seconds = START_SECONDS if starts else agreement.TIMEOUT_SECONDS
+                # The lock keeps `__call__` from going on meanwhile, so the count stays true.
                 looks = self._notice.answers("looks", self._looks, self._patience(seconds))
                 if looks is not None and None not in looks:
                     self._stop_at = max(looks) + 1
                 if self._stop_at is not None or not (starts or looks):
                     return
-            # So that nobody misses a process that is gone before it has heard why.
+            # A process that left before the others knew why would look like a crashed one to them.
             self._notice.answers("leave", True, self._patience(FAREWELL_SECONDS))
         except jax.errors.JaxRuntimeError:
             return  # process 0 is gone, and JAX ends the job
         if jax.process_index() == 0:
-            time.sleep(LOOK_SECONDS)  # it holds the messages that the others yet read
+            time.sleep(LOOK_SECONDS)  # process 0 serves the messages that the others still read
         line = "told to stop while the run started: run the same command to go on"
         print(line, file=sys.stderr, flush=True)
         self._end(ExitStatus.PREEMPTED)

@@ -40,12 +40,12 @@ def _of_each_step(metrics: Metrics | SeveralMetrics) -> list[dict[str, float]]:
 # A logged step writes its own value and no running mean, so that a resumed run writes the same
 # numbers as a run that was never stopped.
 class StepReport:
-    """Checks, logs and shows the metrics of each step after the next one was started.
+    """Checks, logs and shows the metrics of each step, after the next step was dispatched.
 
-    Steps that the devices were handed together are told together.
+    Steps that were dispatched together are reported together.
 
     Args:
-      log_when: steps whose metrics are written.
+      log_when: selects the steps whose metrics are written.
       batch_size: examples of a step, over the whole mesh.
       writer, progress, clock: take the metrics, the progress and the time of steps.
       startup: its report is printed after the first step; None for no report.
@@ -100,10 +100,10 @@ class StepReport:
             self._startup = None
 
     def settle(self) -> None:
-        """Waits for the newest step, so that it is known how all steps so far went.
+        """Waits for the newest step, and reports all steps so far.
 
         Raises:
-          NotFinite: too many were skipped, one after the other.
+          NotFinite: too many steps in a row were skipped.
         """
         if self._pending:
             pending, self._pending = self._pending, None
@@ -146,7 +146,7 @@ class StepReport:
             named = f"could not be written down ({error})"
         raise NotFinite(
             f"{what} at step {step}, the last of {self.skipped_in_a_row} that were skipped in a "
-            f"row; their examples {named}. The last checkpoint is of before them: "
+            f"row; their examples {named}. The last checkpoint was saved before them: "
             "start the run again; if it comes here once more, lower the learning rate, lengthen "
             "the warm-up, or look at these examples"
         )

@@ -1,4 +1,4 @@
-"""From a config to the parts of a run, without touching the workdir."""
+"""Builds objective, optimizer, shapes and shardings of a run from its config. Reads no workdir."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ from vlp_jax.training.when import EverySteps, Units
 
 @dataclasses.dataclass(frozen=True)
 class Setup:
-    """The parts of a run that follow from its config, data and devices. No array is made yet.
+    """Everything that follows from a run's config, data and devices before any array is made.
 
     Attributes:
       batch_spec: shape and dtype of each field of a global batch.
@@ -60,21 +60,21 @@ class Setup:
 
     @property
     def phases(self) -> tuple[int, ...]:
-        """The steps from which on a sum of other losses is computed, the first of which is 0."""
+        """The first step of each phase: 0, and the steps at which losses begin or end."""
         return (0, *(step for step in self.objective.switches() if step < self.units.total_steps))
 
     @property
     def costliest(self) -> int:
-        """The phase whose steps have the most FLOPs, by its first step."""
+        """The first step of the phase whose steps have the most FLOPs."""
         return max(self.phases, key=self.flops_by_phase.get) if len(self.phases) > 1 else 0
 
     @property
     def step(self) -> StepFunction:
-        """The pure training step, not yet compiled, of the costliest phase."""
+        """The pure training step of the costliest phase, not yet compiled."""
         return self.step_of(self.costliest)
 
     def step_of(self, phase: int) -> StepFunction:
-        """The pure training step of the phase that begins at this step."""
+        """Makes the pure training step of the phase that begins at step `phase`."""
         objective = self.objective.at(phase)
         return make_step(
             objective,
@@ -90,14 +90,14 @@ class Setup:
         )
 
     def _resting(self, objective: Objective) -> frozenset[str]:
-        """The paths of the parameters that an objective of a phase has not."""
+        """The paths of the parameters that the objective of a phase does not read."""
         if objective == self.objective:
             return frozenset()
         key = key_for(0, 0, PURPOSE_INIT)
         with rules.use_mesh(self.mesh):
-            own = nn.unbox(jax.eval_shape(lambda: objective.init(key, self.batch_spec)))
+            read = nn.unbox(jax.eval_shape(lambda: objective.init(key, self.batch_spec)))
         paths = param_groups.flatten(self.abstract.params).keys()
-        return frozenset(paths - param_groups.flatten(own).keys())
+        return frozenset(paths - param_groups.flatten(read).keys())
 
     @property
     def forward_flops(self) -> float:
@@ -106,7 +106,10 @@ class Setup:
 
     @functools.cached_property
     def flops_by_phase(self) -> dict[int, float]:
-        """FLOPs of the loss of a global batch, counted in its jaxpr; a multiply-add is 2."""
+        """First step of a phase -> FLOPs of the loss of a global batch, without its gradient.
+
+        They are counted in the jaxpr; a multiply-add is 2.
+        """
 
         def count(objective: Objective) -> float:
             def loss(state: TrainState, batch: Any) -> Any:
@@ -119,7 +122,7 @@ class Setup:
             return {phase: count(self.objective.at(phase)) for phase in self.phases}
 
     def compile(self, phase: int | None = None) -> StepProgram:
-        """The program that a run hands to the devices: `config.steps_per_dispatch` steps.
+        """Compiles the program of a dispatch: `config.steps_per_dispatch` steps.
 
         Args:
           phase: the first step of the phase; None for the costliest.
@@ -130,16 +133,16 @@ class Setup:
 
     @property
     def average(self) -> Average:
-        """Of the parameters."""
+        """The moving average of the parameters that `config.optimizer` asks for."""
         return Average.of(self.config.optimizer, self.units)
 
     @property
     def guard(self) -> Guard:
-        """Decides which steps are skipped."""
+        """The rule that decides which steps are skipped."""
         return Guard.of(self.config.guard)
 
     def fresh_state(self) -> TrainState:
-        """A state from the config's seed alone, made in place."""
+        """Makes the initial state from the config's seed, in place on the devices."""
         return init_state(
             self.objective,
             self.optimizer,
@@ -151,12 +154,13 @@ class Setup:
         )
 
     def every(self, duration: ConfigDict, where: str) -> EverySteps:
-        """True at each multiple of `duration` and at the end of the run."""
+        """Returns a test that is true at each multiple of `duration` and at the end of the run."""
         period = self.units.steps(duration, where)
         return EverySteps(period, last=self.units.total_steps)
 
     def log_when(self) -> Callable[[int], bool]:
-        """True for the batches whose metrics are written: every n-th from 0 on, and the last."""
+        """Returns a test that is true for the steps to log: every n-th from 0 on, and the last."""
+        # A period of 0 means the end alone elsewhere; here it would divide by zero.
         period = max(1, self.units.steps(self.config.log.every, "config.log.every"))
         last = self.units.total_steps - 1
         return lambda step: step % period == 0 or step == last
@@ -169,10 +173,10 @@ def make_setup(
     batch_spec: dict[str, tuple[tuple[int, ...], Any]],
     epoch_examples: int | None,
 ) -> Setup:
-    """The parts of the run that `config` describes.
+    """Builds the `Setup` of the run that `config` describes.
 
     Args:
-      batch_spec: name -> (shape, dtype) of a global batch.
+      batch_spec: field -> (shape, dtype) of a global batch.
       epoch_examples: examples of the training set, for durations in epochs.
 
     Raises:
@@ -207,7 +211,7 @@ def make_setup(
 
 
 def check_phases(objective: Objective, total_steps: int) -> None:
-    """Raises UserError if at some step there is no loss, or some loss is never computed."""
+    """Raises UserError if a step has no loss, or if a loss has weight 0 at every step."""
     seen: set[str] = set()
     for step in (0, *objective.switches()):
         if step < total_steps:
@@ -222,7 +226,7 @@ def check_phases(objective: Objective, total_steps: int) -> None:
 
 
 def check_attention(objective: ConfigDict, mesh: Mesh) -> None:
-    """Raises UserError if the attention of an objective, or of a part, is not for these devices."""
+    """Raises UserError if the config asks for an attention kernel that these devices cannot run."""
     platform = mesh.devices.flat[0].platform
     for section in [objective, *(objective.get("parts") or {}).values()]:
         name = section.get("attention")
@@ -246,16 +250,18 @@ def check_batch_size(config: ConfigDict, mesh: Mesh) -> None:
 
 
 def check_dispatch(config: ConfigDict) -> None:
-    """Raises UserError for a number of steps in a program that is none."""
+    """Raises UserError if `config.steps_per_dispatch` is below 1."""
     if config.steps_per_dispatch < 1:
-        raise UserError(f"config.steps_per_dispatch is at least 1, not {config.steps_per_dispatch}")
+        raise UserError(
+            f"config.steps_per_dispatch must be at least 1, not {config.steps_per_dispatch}"
+        )
 
 
 def make_units(config: ConfigDict, epoch_examples: int | None) -> Units:
-    """The length of the run in steps, and what turns other durations into steps.
+    """Makes the converter from durations to steps; `total_steps` is the length of the run.
 
     Raises:
-      UserError: the duration is less than one step, or cannot be known.
+      UserError: the run is shorter than one step, or its length cannot be known.
     """
     units = Units(config.batch_size, epoch_examples)
     total = units.steps(config.duration, "config.duration")
@@ -265,7 +271,7 @@ def make_units(config: ConfigDict, epoch_examples: int | None) -> Units:
 
 
 def make_pipeline(config: ConfigDict, tokenizer: Any) -> JoinedPipeline:
-    """The training input of this process."""
+    """Opens the training input of this process."""
     return JoinedPipeline(
         config.data,
         config.extra_data,

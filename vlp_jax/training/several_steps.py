@@ -1,8 +1,8 @@
-"""Several steps in one program: the host hands them to the devices together.
+"""Compiles several training steps into one program, which the host dispatches at once.
 
-To start a program takes the host a time that grows with its arrays, some hundred microseconds for a
-large model, and to take note of what it reports a part of that. Where a step is shorter than this,
-the devices wait for the host; where it is longer they never do, and nothing is gained.
+Starting a program costs the host some hundred microseconds for a large model; the cost grows with
+the number of its arrays. Where a step is shorter than this, the devices would wait for the host.
+Where a step is longer they never wait, and several steps per program gain nothing.
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ class SeveralMetrics(PackedMetrics):
     """The metrics of consecutive steps: the array is [steps, metrics, 2]."""
 
     def fetch(self) -> list[dict[str, tuple[float, float]]]:
-        """(sum, count) by name, of each step, as Python numbers; waits for the devices."""
+        """Waits for the devices and returns, for each step, (sum, count) by name."""
         return [self._named(rows) for rows in jax.device_get(self.array).tolist()]
 
 
 class CompiledSteps:
-    """A step, and `most` steps as one program, for the devices; they take over the state's memory.
+    """A program of one step and a program of `most` steps. A call donates the state's memory.
 
     Attributes:
-      single: the step by itself, for where fewer are left.
-      program: what XLA made of `most` steps.
+      single: the program of one step, for where fewer than `most` steps are left.
+      program: the XLA executable of `most` steps.
     """
 
     def __init__(
@@ -55,10 +55,10 @@ class CompiledSteps:
     def __call__(
         self, state: TrainState, *batches: Batch
     ) -> tuple[TrainState, StepMetrics | SeveralMetrics]:
-        """A step on each of the batches, in their order; it does not wait for the devices.
+        """Dispatches one step for each batch, in order, without waiting for the devices.
 
         Raises:
-          ValueError: neither one batch nor as many as it was compiled for.
+          ValueError: the number of batches is neither 1 nor `most`.
         """
         if len(batches) == 1:
             return self.single(state, *batches)
@@ -74,11 +74,10 @@ StepProgram = CompiledStep | CompiledSteps  # called with the state and one batc
 def compile_steps(
     step: StepFunction, abstract: TrainState, batch_spec: BatchSpec, mesh: Mesh, most: int
 ) -> StepProgram:
-    """The step as a program, and for `most` above 1 another of as many steps.
+    """Compiles the step, and for `most` > 1 also a program of `most` steps.
 
-    That one is a loop whose number of rounds is known to the compiler: on a GPU the host would
-    have to look at the end of each round otherwise. The batches lie twice on the devices while it
-    runs: as they came, and one after the other.
+    The second program is a scan. While it runs, the devices hold its batches twice: as arguments,
+    and stacked for the scan.
     """
     single = compile_step(step, abstract, batch_spec, mesh)
     if most == 1:
@@ -93,9 +92,12 @@ def compile_steps(
 
     def one(state: TrainState, batch: Batch) -> tuple[TrainState, jax.Array]:
         state, row = packed(state, batch)
+        # The carry of a scan must keep its sharding, or XLA reshards the state in every round.
         return jax.lax.with_sharding_constraint(state, state_shardings), row
 
     def several(state: TrainState, batches: Sequence[Batch]) -> tuple[TrainState, jax.Array]:
+        # A scan has a trip count that the compiler knows. On a GPU, a while loop would wait for the
+        # host at the end of each round.
         return jax.lax.scan(one, state, jax.tree.map(stack, *batches))
 
     program = compile_for(several, abstract, mesh, (batch,) * most)

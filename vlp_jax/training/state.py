@@ -1,4 +1,4 @@
-"""All that a step changes."""
+"""The train state: everything that a step changes, with its initial values and shardings."""
 
 from __future__ import annotations
 
@@ -19,23 +19,22 @@ from vlp_jax.training import param_groups
 from vlp_jax.training.average import NO_AVERAGE, Average
 from vlp_jax.training.guard import NO_SPIKE_RULE, Guard
 
-# What randomness is for: the third number, after seed and step, that a key is folded from.
+# A key is folded from (seed, purpose, step), so initialization and losses never share randomness.
 PURPOSE_INIT, PURPOSE_LOSS = 0, 1
 
 
 @flax.struct.dataclass
 class TrainState:
-    """State just before batch `step`.
+    """The state of training just before batch `step`.
 
     Attributes:
       step: int32, steps done.
       params: parameters, float32.
-      opt_state: the optimizer's.
-      ema: exponential moving average of all or some of `params`, see `Average`; an empty dict if
-        there is none.
-      guard: what the rule about spikes of the loss remembers; an empty dict if there is none.
-      objective: what the objective keeps that is neither trained nor constant, see
-        `Objective.init_state`; an empty dict for most.
+      opt_state: the state of the optimizer.
+      ema: exponential moving average of all or some of `params` (see `Average`); {} without one.
+      guard: running statistics of the loss, for the spike rule (see `Guard`); {} without the rule.
+      objective: arrays of the objective that are neither trained nor constant, such as a queue (see
+        `Objective.init_state`); {} for most objectives.
     """
 
     step: jax.Array
@@ -47,14 +46,14 @@ class TrainState:
 
     @property
     def eval_params(self) -> Any:
-        """The parameters to evaluate and export: their averages where there are any."""
+        """The parameters to evaluate and export: the average of each one that is averaged."""
         if jax.tree.structure(self.ema) == jax.tree.structure(self.params):
             return self.ema
         return param_groups.merge(self.params, self.ema)
 
 
 def context_of(state: TrainState, rng: jax.Array) -> Context:
-    """What the loss of the next batch is told of a state."""
+    """Makes the `Context` that the loss of the next batch gets."""
     return Context(
         rng,
         step=state.step,
@@ -64,7 +63,7 @@ def context_of(state: TrainState, rng: jax.Array) -> Context:
 
 
 def key_for(seed: int, step: jax.Array | int, purpose: int) -> jax.Array:
-    """The random key of (seed, step, purpose)."""
+    """Returns the random key of (seed, step, purpose)."""
     return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), purpose), step)
 
 
@@ -77,9 +76,13 @@ def _init(
     guard: Guard,
 ) -> TrainState:
     params = nn.unbox(objective.init(key_for(seed, 0, PURPOSE_INIT), batch_spec))
-    kept = nn.unbox(objective.init_state(batch_spec))
     return TrainState(
-        jnp.int32(0), params, optimizer.init(params), average.init(params), guard.init(), kept
+        step=jnp.int32(0),
+        params=params,
+        opt_state=optimizer.init(params),
+        ema=average.init(params),
+        guard=guard.init(),
+        objective=nn.unbox(objective.init_state(batch_spec)),
     )
 
 
@@ -91,15 +94,15 @@ def abstract_state(
     average: Average = NO_AVERAGE,
     guard: Guard = NO_SPIKE_RULE,
 ) -> TrainState:
-    """Shapes, dtypes and shardings of the state; no array is made.
+    """Computes shapes, dtypes and shardings of the state, without making an array.
 
-    Whatever in the optimizer's state has the shape of a parameter lies as that parameter does, and
-    what else belongs to one is spread as `rules.leaf_sharding` spreads it.
+    A leaf of the optimizer state with the shape of its parameter gets the parameter's sharding.
+    Other leaves that belong to a parameter (factored moments) go by `rules.leaf_sharding`.
     """
-    with rules.use_mesh(mesh):  # what a device does not hold may be refused
+    with rules.use_mesh(mesh):  # a module may refuse the mesh, as attention kernels do
         boxed = jax.eval_shape(lambda: objective.init(key_for(0, 0, PURPOSE_INIT), batch_spec))
         shapes = jax.eval_shape(lambda: _init(objective, optimizer, batch_spec, 0, average, guard))
-        kept = jax.eval_shape(lambda: objective.init_state(batch_spec))
+        objective_state = jax.eval_shape(lambda: objective.init_state(batch_spec))
     shardings = rules.param_shardings(boxed, mesh)
     whole = mesh_lib.replicated(mesh)
 
@@ -114,23 +117,26 @@ def abstract_state(
         ),
         ema=jax.tree.map(place, shapes.ema, average.chosen(shardings)),
         guard=jax.tree.map(lambda leaf: place(leaf, whole), shapes.guard),
-        objective=jax.tree.map(place, shapes.objective, rules.param_shardings(kept, mesh)),
+        objective=jax.tree.map(
+            place, shapes.objective, rules.param_shardings(objective_state, mesh)
+        ),
     )
 
 
 def _like_params(tree: Any, boxed: Any, mesh: Mesh) -> Any:
-    """A sharding for each leaf of an optimizer's state.
+    """Returns a sharding for each leaf of an optimizer state.
 
-    A leaf whose path ends in that of a parameter lies as that parameter does if it has its shape,
-    and by the names of the dimensions that it has left if not (a factored moment). A leaf that
-    belongs to no parameter lies whole. (`optax.tree_map_params` does not hold a state that is
-    partitioned by the names of the parameters, as Muon's is.)
+    A leaf belongs to the parameter whose path ends the leaf's path. With the parameter's shape it
+    gets the parameter's sharding. With fewer dimensions (a factored moment) it is sharded by the
+    names of the dimensions that remain. A leaf that belongs to no parameter is replicated.
     """
+    # `optax.tree_map_params` does not handle optax.partition, which Muon's optimizer is.
     params = dict(jax.tree_util.tree_leaves_with_path(boxed, is_leaf=rules.is_boxed))
 
     def sharding(path: tuple, leaf: Any) -> Any:
-        ends = (params.get(path[start:]) for start in range(len(path)))
-        param = next((found for found in ends if found is not None), None)
+        # The longest matching suffix comes first: "mu/image/head/kernel" before "head/kernel".
+        owners = (params.get(path[start:]) for start in range(len(path)))
+        param = next((owner for owner in owners if owner is not None), None)
         if param is None:
             return mesh_lib.replicated(mesh)
         names = _names_left(rules.names_of(param), nn.unbox(param).shape, leaf.shape)
@@ -140,12 +146,13 @@ def _like_params(tree: Any, boxed: Any, mesh: Mesh) -> Any:
 
 
 def _names_left(names: tuple, shape: tuple[int, ...], left: tuple[int, ...]) -> tuple:
-    """The names of the dimensions `left` of a parameter of `shape`, one of which may be gone."""
+    """The axis names of a leaf of shape `left`, made from a parameter of `shape` by a reduction."""
     if left == shape:
         return names
     for gone in reversed(range(len(shape))):
         if left == shape[:gone] + shape[gone + 1 :]:
             return names[:gone] + names[gone + 1 :]
+    # Neither the parameter nor a reduction of it: only the first axis (stacked layers) has a name.
     return (*names[:1], *(None,) * len(left))[: len(left)]
 
 
@@ -158,7 +165,7 @@ def init_state(
     average: Average = NO_AVERAGE,
     guard: Guard = NO_SPIKE_RULE,
 ) -> TrainState:
-    """A fresh state, made in place: each device computes its own part and no more."""
+    """Makes the initial state in place: each device computes only its own shard."""
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     return jax.jit(
         lambda: _init(objective, optimizer, batch_spec, seed, average, guard),

@@ -22,7 +22,7 @@ from vlp_jax.training.guard import NO_SPIKE_RULE, Guard, choose
 from vlp_jax.training.state import PURPOSE_LOSS, TrainState, context_of, key_for
 
 StepFunction = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
-# With the metrics as the array of `PackedMetrics`.
+# A step that returns its metrics as one array, for `PackedMetrics`.
 PackedStep = Callable[[TrainState, Batch], tuple[TrainState, jax.Array]]
 
 
@@ -39,21 +39,20 @@ def make_step(
     resting: frozenset[str] = frozenset(),
     begins: int = 0,
 ) -> StepFunction:
-    """(state before batch i, batch i) -> (state before batch i + 1, metrics of batch i).
+    """Makes the function from (state, batch i) to (next state, metrics of batch i).
 
-    The metrics are the objective's, the learning rate, the global norms of gradient, update and
-    parameters, and whether the step was skipped. A skipped step leaves all of the state as it is,
-    but for its number and that of the learning rate's schedule: the next one is of the next batch.
+    The metrics are the objective's and those named in `_step_metrics`. A skipped step advances the
+    step count and the learning-rate schedule, and changes nothing else.
 
     Args:
-      average: of the parameters.
-      frozen: regular expressions of the paths of parameters that stay as they are. The loss is not
-        differentiated by these, so that their part of the backward pass is not computed.
+      average: the moving average of the parameters to keep in the state.
+      frozen: regular expressions of the paths of parameters that never change. The loss is not
+        differentiated with respect to them, so their part of the backward pass costs nothing.
       guard: decides which steps are skipped.
       microbatches: parts in which a batch is computed, one after the other.
-      resting: paths of parameters that no loss of these steps reads: they and the optimizer's
-        state of them stay as they are.
-      begins: the first of these steps, whose loss is another one, so that the guard forgets.
+      resting: paths of parameters that no loss of this phase reads. They and their optimizer state
+        do not change.
+      begins: the first step of this phase, where the guard's loss statistics start anew.
     """
     compute_loss = loss_in_parts(objective, microbatches)
 
@@ -66,45 +65,47 @@ def make_step(
 
         (value, output), grads = jax.value_and_grad(loss, has_aux=True)(trained)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        # Weight decay and momentum would move resting parameters, although their gradient is 0.
         hold = functools.partial(param_groups.hold, resting)
         updates = hold(updates, jax.tree.map(jnp.zeros_like, updates))
         opt_state = hold(opt_state, state.opt_state)
-        moved = hold(optax.apply_updates(trained, updates), trained)
-        params = param_groups.merge(moved, fixed)
-        ema = hold(average(state.ema, moved, state.step), state.ema)
+        updated = hold(optax.apply_updates(trained, updates), trained)
+        params = param_groups.merge(updated, fixed)
+        ema = hold(average(state.ema, updated, state.step), state.ema)
         grad_norm = optax.tree.norm(grads)
-        memory = choose(state.step == begins, guard.init(), state.guard) if begins else state.guard
-        ahead, memory = guard(memory, value, grad_norm)
+        stats = choose(state.step == begins, guard.init(), state.guard) if begins else state.guard
+        apply, stats = guard(stats, value, grad_norm)
+        # Select, not branch: skipped steps are rare, and a select fuses with the update.
         before = (state.params, state.opt_state, state.ema, state.objective)
         after = (params, opt_state, ema, output.state)
-        params, chosen, ema, kept = choose(ahead, after, before)
-        opt_state = _with_schedules_of(chosen, opt_state)
+        params, selected, ema, objective_state = choose(apply, after, before)
+        opt_state = _advance_schedules(selected, opt_state)
         norms = optax.tree.norm(updates), optax.tree.norm(params)
-        own = _step_metrics(schedule(state.step), ahead, grad_norm, *norms)
-        state = TrainState(state.step + 1, params, opt_state, ema, memory, kept)
-        return state, {**output.metrics, **own}
+        step_metrics = _step_metrics(schedule(state.step), apply, grad_norm, *norms)
+        state = TrainState(state.step + 1, params, opt_state, ema, stats, objective_state)
+        return state, {**output.metrics, **step_metrics}
 
     return step
 
 
 def _step_metrics(
-    learning_rate: Any, ahead: Any, grad_norm: Any, update_norm: Any, param_norm: Any
+    learning_rate: Any, apply: Any, grad_norm: Any, update_norm: Any, param_norm: Any
 ) -> Metrics:
-    """The metrics of a step that no objective knows of."""
+    """The metrics that every step has, whatever its objective."""
     one = jnp.float32(1)
     return {
         "learning_rate": (learning_rate, one),
         "grad_norm": (grad_norm, one),
         "update_norm": (update_norm, one),
         "param_norm": (param_norm, one),
-        "skipped": (1 - ahead.astype(jnp.float32), one),
+        "skipped": (1 - apply.astype(jnp.float32), one),
     }
 
 
-def _with_schedules_of(opt_state: Any, ahead: Any) -> Any:
-    """`opt_state` with the steps that `ahead` has counted for its learning rates.
+def _advance_schedules(opt_state: Any, updated: Any) -> Any:
+    """Returns `opt_state` with the step counts of learning-rate schedules taken from `updated`.
 
-    A step that is skipped counts for them: else the rate would lag behind the run.
+    A skipped step counts for the schedule too. Otherwise the rate would lag behind the run.
     """
 
     def is_schedule(part: Any) -> bool:
@@ -113,14 +114,14 @@ def _with_schedules_of(opt_state: Any, ahead: Any) -> Any:
     def pick(part: Any, counted: Any) -> Any:
         return counted if is_schedule(part) else part
 
-    return jax.tree.map(pick, opt_state, ahead, is_leaf=is_schedule)
+    return jax.tree.map(pick, opt_state, updated, is_leaf=is_schedule)
 
 
 class PackedMetrics:
-    """Metrics, (sum, count) by name, in one array on the devices; a pytree of that array.
+    """The metrics of a step, (sum, count) by name, packed in one array on the devices.
 
-    Each array that a program gives or the host fetches costs the host some time: a step has some
-    twenty numbers.
+    A step has about twenty metrics. Each array that a program returns costs the host time, both
+    when the program starts and when the array is fetched, so all metrics share one array.
 
     Attributes:
       array: float32 [..., metrics, 2], in the order of the names.
@@ -131,12 +132,12 @@ class PackedMetrics:
         self.array = array
 
     def tree_flatten(self) -> tuple[tuple[jax.Array], tuple[str, ...]]:
-        """(the array, the names)."""
+        """Returns (the array, the names), for `jax.tree_util`."""
         return (self.array,), self._names
 
     @classmethod
     def tree_unflatten(cls, names: tuple[str, ...], leaves: Sequence[Any]) -> Self:
-        """The reverse of `tree_flatten`."""
+        """Builds the metrics from the results of `tree_flatten`."""
         return cls(names, *leaves)
 
     def _named(self, rows: Sequence[Sequence[float]]) -> dict[str, tuple[float, float]]:
@@ -145,7 +146,7 @@ class PackedMetrics:
 
 @jax.tree_util.register_pytree_node_class
 class StepMetrics(PackedMetrics, Mapping[str, tuple[Any, Any]]):
-    """The metrics of a step. Reading one of them waits for the step, and fetches all of them."""
+    """The metrics of one step. Reading a metric waits for the step and fetches all metrics."""
 
     def __getitem__(self, name: str) -> tuple[Any, Any]:
         if name not in self._names:
@@ -160,15 +161,15 @@ class StepMetrics(PackedMetrics, Mapping[str, tuple[Any, Any]]):
         return len(self._names)
 
     def fetch(self) -> dict[str, tuple[float, float]]:
-        """All of them, as Python numbers, fetched once."""
+        """Returns (sum, count) of every metric as Python numbers, in one transfer."""
         return self._named(jax.device_get(self.array).tolist())
 
 
 class CompiledStep:
-    """A step as a program for the devices. It takes over the memory of the state.
+    """A step compiled for the devices. A call donates the memory of the state it is given.
 
     Attributes:
-      program: what XLA made, for its text and its figures.
+      program: the XLA executable, for its text and its cost figures.
     """
 
     def __init__(self, program: jax.stages.Compiled, names: Sequence[str]):
@@ -176,7 +177,7 @@ class CompiledStep:
         self._names = tuple(names)
 
     def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
-        """The step; it does not wait for the devices."""
+        """Dispatches the step and returns without waiting for the devices."""
         state, array = self.program(state, batch)
         return state, StepMetrics(self._names, array)
 
@@ -184,19 +185,22 @@ class CompiledStep:
 def compile_step(
     step: StepFunction, abstract: TrainState, batch_spec: BatchSpec, mesh: Mesh
 ) -> CompiledStep:
-    """The step compiled for the mesh before its first batch."""
+    """Compiles the step for the mesh, from shapes alone."""
     packed, names = pack_metrics(step)
     batch = abstract_batch(batch_spec, mesh)
     return CompiledStep(compile_for(packed, abstract, mesh, batch), names)
 
 
 def pack_metrics(step: StepFunction) -> tuple[PackedStep, list[str]]:
-    """`step` with its metrics in one array (`PackedMetrics`), and their names once it is traced."""
+    """Returns `step` with its metrics packed in one array, and the list of their names.
+
+    The list is empty until the returned step is traced.
+    """
     names: list[str] = []
 
     def packed(state: TrainState, batch: Batch) -> tuple[TrainState, jax.Array]:
         state, metrics = step(state, batch)
-        names[:] = metrics
+        names[:] = metrics  # a side effect of tracing: names are known only once the loss ran
         pairs = [jnp.stack([jnp.float32(x) for x in pair]) for pair in metrics.values()]
         return state, jnp.stack(pairs)
 
@@ -204,7 +208,7 @@ def pack_metrics(step: StepFunction) -> tuple[PackedStep, list[str]]:
 
 
 def abstract_batch(batch_spec: BatchSpec, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes, dtypes and shardings of a batch on `mesh`."""
+    """Returns shapes, dtypes and shardings of a batch on `mesh`."""
     sharding = mesh_lib.batch_sharding(mesh)
     return {
         name: jax.ShapeDtypeStruct(spec.shape, spec.dtype, sharding=sharding)
@@ -218,7 +222,9 @@ def compile_for(
     mesh: Mesh,
     *arguments: Any,
 ) -> jax.stages.Compiled:
-    """(state, arguments) -> (state, metrics) as a program that takes over the state's memory."""
+    """Compiles (state, arguments) -> (state, metrics); a call donates the state's memory."""
+    # Without out_shardings XLA may choose another sharding for the new state. Then its memory could
+    # not be reused, and the second call would not accept the state.
     state_shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     jitted = jax.jit(
         function,

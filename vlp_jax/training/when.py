@@ -1,4 +1,4 @@
-"""Durations in steps, and when things run, as values."""
+"""Converts durations to steps, and describes when something runs as a value: `EverySteps(100)`."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from vlp_jax.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Units:
-    """What turns examples, epochs and percentages into steps.
+    """Converts examples, epochs and percentages into steps.
 
     Attributes:
       batch_size: examples of a step, over the whole mesh.
-      epoch_examples: examples of the training set; None where there is no such number.
-      total_steps: length of the run; None while it is being worked out.
+      epoch_examples: examples of the training set; None if its size is unknown.
+      total_steps: length of the run; None until `config.duration` itself is converted.
     """
 
     batch_size: int
@@ -26,10 +26,15 @@ class Units:
     total_steps: int | None = None
 
     def steps(self, duration: Mapping[str, float | None], where: str) -> int:
-        """`duration` in whole steps, rounded up.
+        """Converts `duration` to whole steps, rounded up.
+
+        Args:
+          duration: a section of a config with exactly one unit set, such as {"epochs": 3}.
+          where: the key of the section, for errors.
 
         Raises:
-          UserError: not exactly one unit is set, it is negative, or it cannot be known here.
+          UserError: not exactly one unit is set, the value is negative, or the size that the unit
+            refers to is unknown.
         """
         given = {u: duration[u] for u in DURATION_UNITS if duration.get(u) is not None}
         if len(given) != 1:
@@ -57,7 +62,11 @@ class Units:
 
 @dataclasses.dataclass(frozen=True)
 class EverySteps:
-    """True at every multiple of `period`, and at the end. A period of 0 means the end alone."""
+    """True at every multiple of `period` and at step `last`. With period 0, only at `last`.
+
+    Attributes:
+      at_start: whether step 0 counts as a multiple.
+    """
 
     period: int
     last: int
@@ -72,15 +81,15 @@ class EverySteps:
 
 
 class EveryMinutes:
-    """True when `minutes` have passed since it last was, or since `reset`.
+    """True when `minutes` have passed since the last `reset`.
 
-    The clock is that of process 0, so that all processes agree; they do so where `look` says, since
-    it takes a message.
+    All processes go by the clock of process 0, so that they agree. Agreement takes a message, so
+    the clock is read only at the steps that `look` selects.
 
     Args:
       minutes: the period; 0 for never.
-      look: the steps at which the clock is looked at, the same on all processes.
-      agree: gives the value of process 0 on every process.
+      look: selects the steps at which the clock is read; the same steps on all processes.
+      agree: returns process 0's value on every process.
       time_fn: the clock, in seconds.
     """
 
@@ -96,7 +105,7 @@ class EveryMinutes:
         self._since = time_fn()
 
     def __call__(self, step: int) -> bool:
-        """Whether it is time, just before batch `step`."""
+        """Whether the period is over just before batch `step`."""
         if not self._seconds or not self._look(step):
             return False
         return self._agree(self._time() - self._since >= self._seconds)
@@ -108,13 +117,13 @@ class EveryMinutes:
 
 @dataclasses.dataclass(frozen=True)
 class StepsOrMinutes:
-    """True at the steps of the one and at the times of the other, whose period then begins anew."""
+    """True when `steps` or `minutes` is true. Either one restarts the period of `minutes`."""
 
     steps: EverySteps
     minutes: EveryMinutes
 
     def __call__(self, step: int) -> bool:
-        """Whether it is time, just before batch `step`."""
+        """Whether either is due just before batch `step`."""
         due = self.steps(step) or self.minutes(step)
         if due:
             self.minutes.reset()
@@ -124,13 +133,14 @@ class StepsOrMinutes:
 # The answer follows from the config alone, so that all processes of a job hand over equally many.
 @dataclasses.dataclass(frozen=True)
 class StepsAhead:
-    """How many steps the devices are handed at once: `several`, or 1 where the host has to look.
+    """Decides how many steps are dispatched at once: `several`, or 1 near work for the host.
 
     Attributes:
-      several: of them.
-      first: the first step of this process, which is alone: how long it takes is told.
-      last: there is no step from this one on.
-      begins: true for the steps before which the host has something to do.
+      several: steps of a full dispatch.
+      first: the first step of this process. It is dispatched alone, so that its time can be told.
+      last: the end of the run; the last step is `last - 1`.
+      begins: tests that are true for a step before which the host has work. Such a step may begin
+        a dispatch but not lie within one.
     """
 
     several: int
@@ -139,7 +149,7 @@ class StepsAhead:
     begins: Sequence[Callable[[int], bool]]
 
     def __call__(self, step: int) -> int:
-        """The number of steps, from `step` on."""
+        """Returns the number of steps to dispatch, beginning with `step`."""
         if step == self.first or step + self.several > self.last:
             return 1
         within = range(step + 1, step + self.several)

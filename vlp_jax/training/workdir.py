@@ -1,4 +1,4 @@
-"""The folder of a run: config.json, tokenizer.json, metrics.jsonl, checkpoints/, tensorboard/."""
+"""The workdir of a run: config.json, tokenizer.json, metrics.jsonl, checkpoints/, tensorboard/."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from vlp_jax.errors import UserError
 from vlp_jax.files import write_whole
 
 CONFIG, TOKENIZER, METRICS = "config.json", "tokenizer.json", "metrics.jsonl"
-# Scores of checkpoints that were evaluated beside the run or after it, a line each.
+# Scores of checkpoints evaluated by `vlp_jax.evaluate`, during the run or after it; a line each.
 EVALUATIONS = "evaluations.jsonl"
 
 
 def check_writable(workdir: epath.Path) -> None:
     """Raises UserError if no file can be written in `workdir`, or where it would be made.
 
-    Leaves nothing behind: neither the file it tries with nor folders that were not there.
+    Leaves nothing behind: neither its probe file nor a new folder.
     """
-    existing = workdir
+    existing = workdir  # or the nearest folder above it that exists
     while not existing.exists() and existing.parent != existing:
         existing = existing.parent
     probe = existing / f".write_test_{uuid.uuid4().hex}"
@@ -42,10 +42,10 @@ def check_writable(workdir: epath.Path) -> None:
 
 
 def open_tokenizer(workdir: epath.Path, config: ConfigDict) -> Tokenizer | None:
-    """The tokenizer of the run: the one kept in `workdir`, else as the config says.
+    """Opens the tokenizer saved in `workdir`, or else builds it from the config.
 
-    One that is trained is trained on the captions of the training data. Nothing is written. None if
-    `config.tokenizer` is empty: the run has no text.
+    A tokenizer that has to be trained is trained on captions of the training data. Nothing is
+    written. Returns None if `config.tokenizer` is empty: the run has no text.
     """
     if not config.tokenizer:
         return None
@@ -55,22 +55,23 @@ def open_tokenizer(workdir: epath.Path, config: ConfigDict) -> Tokenizer | None:
 
 
 def open_kept_tokenizer(workdir: epath.Path, config: ConfigDict) -> Tokenizer | None:
-    """The tokenizer of a run that has begun, for which no data is needed; None if it has no text.
+    """Opens the tokenizer that the run saved in `workdir`, without its data; None without text.
 
     Raises:
-      UserError: it is not there any more.
+      UserError: its file is missing.
     """
     if not config.tokenizer:
         return None
-    kept = workdir / TOKENIZER
-    if not kept.exists():
+    saved = workdir / TOKENIZER
+    if not saved.exists():
         raise UserError(f"{workdir} holds no {TOKENIZER}, which its run has written")
+    # config.tokenizer.file names what the tokenizer was made from, which may be gone by now.
     section = {key: value for key, value in config.tokenizer.items() if key != "file"}
-    return build_tokenizer(section, texts=lambda: (), path=kept)
+    return build_tokenizer(section, texts=lambda: (), path=saved)
 
 
 def prepare(workdir: epath.Path, config: ConfigDict, tokenizer: Tokenizer | None) -> None:
-    """Makes the folder and writes the resolved config and the tokenizer, if any (on process 0)."""
+    """Writes the resolved config, and the tokenizer if there is one, to `workdir` on process 0."""
     if jax.process_index() == 0:
         write_whole(workdir / CONFIG, config_lib.to_json(config))
         if tokenizer is not None and not (workdir / TOKENIZER).exists():
@@ -78,17 +79,17 @@ def prepare(workdir: epath.Path, config: ConfigDict, tokenizer: Tokenizer | None
 
 
 def load_config(workdir: epath.Path) -> ConfigDict:
-    """The resolved config of the run in `workdir`.
+    """Loads the resolved config of the run in `workdir`.
 
     Raises:
-      UserError: there is none, or it cannot be read.
+      UserError: the file is missing or cannot be read.
     """
     file = workdir / CONFIG
     if not file.exists():
         raise UserError(f"{workdir} holds no run: there is no {CONFIG} in it")
     try:
         return config_lib.from_json(file.read_text(encoding="utf-8-sig"))
-    except ValueError as error:  # also what is not UTF-8
+    except ValueError as error:  # json.JSONDecodeError and UnicodeDecodeError are both ValueErrors
         raise UserError(
             f"{file} is not JSON ({error}): take it away, and training with the same --config "
             "and --workdir writes it anew"
@@ -96,10 +97,11 @@ def load_config(workdir: epath.Path) -> ConfigDict:
 
 
 def changes(workdir: epath.Path, config: ConfigDict) -> Iterator[str]:
-    """A line for each key whose value is not that of the config the workdir was started with."""
+    """Yields a line for each key whose value differs from the config saved in `workdir`."""
     if not (workdir / CONFIG).exists():
         return
     before = dict(config_lib.flatten(load_config(workdir)))
+    # Through JSON and back, since tuples become lists there.
     now = dict(config_lib.flatten(config_lib.from_json(config_lib.to_json(config))))
     for key in sorted({*before, *now}):
         if before.get(key) != now.get(key):

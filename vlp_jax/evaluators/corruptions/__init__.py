@@ -1,11 +1,12 @@
 """Common corruptions of images at five severities (Hendrycks and Dietterich 2019, "ImageNet-C").
 
-Eleven of their fifteen. Left out are those that move pixels about at random (glass blur, elastic
-transform), and snow and frost, which need ImageMagick's filters and photographs of ice. Constants
-are those of the authors' programs (hendrycks/robustness, ImageNet-C/create_c): of
-make_tinyimagenet_c.py, which are for 64 pixels, if the shorter side of an image is below
-`SMALL_SIDE`, of make_imagenet_c.py, which are for 224, if not. Of both programs' results ours
-differ in that they are not saved as JPEG afterwards, and where a function says so.
+These are eleven of their fifteen. The others are glass blur and elastic transform, which move
+pixels at random, and snow and frost, which need ImageMagick's filters and photographs of ice.
+
+Constants come from the authors' programs (hendrycks/robustness, ImageNet-C/create_c): from
+make_tinyimagenet_c.py, for 64 pixels, if the shorter side of an image is below `SMALL_SIDE`, else
+from make_imagenet_c.py, for 224 pixels. Unlike their images, the results are not saved as JPEG.
+Other differences are noted at the functions.
 """
 
 from __future__ import annotations
@@ -54,11 +55,11 @@ def corrupt(
     severity: int,
     seed: int = 0,
 ) -> UInt8[Array, "batch height width 3"]:
-    """Corrupted images, rounded, spread over devices as `images` are.
+    """Corrupts images; returns them rounded, with the sharding of `images`.
 
     Args:
-      numbers: of the images in their split; with the seed, the name and the severity they decide
-        what is random, so that this does not depend on how images are batched.
+      numbers: the number of each image in its split. The randomness of an image depends on its
+        number, the seed, the name and the severity, and not on the batch.
       name: a key of `CORRUPTIONS`.
       severity: one of `SEVERITIES`.
 
@@ -77,8 +78,8 @@ def corrupt(
 def _corrupt(name: str, images: Array, numbers: Array, key: Array, values: Any) -> Array:
     # The constants are arguments, so that one compiled program serves all severities.
     def one(image: Array, number: Array) -> Array:
-        own = jax.random.fold_in(key, number)
-        pixels = CORRUPTIONS[name](own, image.astype(jnp.float32) / 255, *values)
+        image_key = jax.random.fold_in(key, number)
+        pixels = CORRUPTIONS[name](image_key, image.astype(jnp.float32) / 255, *values)
         return jnp.round(jnp.clip(pixels, 0, 1) * 255).astype(jnp.uint8)
 
     return jax.vmap(one)(images, numbers)

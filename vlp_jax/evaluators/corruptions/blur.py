@@ -1,4 +1,4 @@
-"""Blur: out of focus, while the camera moves, while it comes nearer."""
+"""Blur: out of focus, by a moving camera, by a zoom."""
 
 from __future__ import annotations
 
@@ -8,12 +8,11 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from vlp_jax.evaluators.corruptions.noise import Image
 
-MAX_DEGREES = 45.0  # of the direction in which the camera moves, either way from the horizontal
+MAX_DEGREES = 45.0  # largest angle between the camera's movement and the horizontal
 
 
 def defocus_blur(key: PRNGKeyArray, image: Image, kernel: Float[Array, "side side"]) -> Image:
-    """Correlates each channel with a kernel; beyond its edge the image is mirrored (OpenCV's
-    BORDER_REFLECT_101)."""
+    """Correlates each channel with a kernel. The edge is mirrored (OpenCV's BORDER_REFLECT_101)."""
     del key
     margin = kernel.shape[0] // 2
     padded = jnp.pad(image, ((margin, margin), (margin, margin), (0, 0)), mode="reflect")
@@ -23,10 +22,10 @@ def defocus_blur(key: PRNGKeyArray, image: Image, kernel: Float[Array, "side sid
 
 
 def motion_blur(key: PRNGKeyArray, image: Image, weights: Float[Array, " taps"]) -> Image:
-    """Averages each pixel with those that follow in one direction, drawn at random.
+    """Averages each pixel with the next pixels along a random direction.
 
-    Which pixels these are is ImageMagick's rule (MagickCore/effect.c, MotionBlurImage); beyond its
-    edge the image goes on with its last pixel.
+    The pixels are chosen by ImageMagick's rule (MagickCore/effect.c, MotionBlurImage). Beyond the
+    edge, the last pixel is repeated.
     """
     height, width, _ = image.shape
     angle = jnp.radians(jax.random.uniform(key, minval=-MAX_DEGREES, maxval=MAX_DEGREES))
@@ -50,6 +49,6 @@ def zoom_blur(
     columns: Float[Array, "zooms width width"],
     weights: Float[Array, " zooms"],
 ) -> Image:
-    """The weighted sum of the image enlarged about its middle, by factors from 1 on."""
+    """Computes the weighted sum of the image enlarged about its middle, by factors from 1 on."""
     del key
     return jnp.einsum("z,zih,hwc,zjw->ijc", weights, rows, image, columns)

@@ -1,4 +1,4 @@
-"""How strong each severity of a corruption is, as the arrays that the functions take.
+"""The constants of each corruption and severity, as the arrays that the functions take.
 
 Numbers: hendrycks/robustness, ImageNet-C/create_c/make_tinyimagenet_c.py (SMALL) and
 make_imagenet_c.py (LARGE). All severities of a corruption have arrays of one shape.
@@ -42,7 +42,8 @@ LARGE: dict[str, tuple[Any, ...]] = {
     "pixelate": (0.6, 0.5, 0.4, 0.3, 0.25),
     "jpeg_compression": (25, 18, 15, 10, 7),
 }
-DISK_REACH, MOST_TAPS, MOST_ZOOMS = 10, 41, 26  # of the largest of all severities
+# Sizes at the strongest severity. Weaker ones are padded, so that one compiled program serves all.
+DISK_REACH, MOST_TAPS, MOST_ZOOMS = 10, 41, 26
 
 # ITU-T T.81, tables K.1 and K.2, row by row.
 LUMA_TABLE = (
@@ -57,21 +58,21 @@ CHROMA_TABLE = (
 
 
 def of(name: str, severity: int, height: int, width: int, *, small: bool) -> tuple[np.ndarray, ...]:
-    """The arrays that the corruption `name` takes after the image, float32.
+    """Returns the arrays that the corruption `name` takes after the image, float32.
 
     Args:
       severity: 1 to 5.
-      height, width: of the images.
-      small: which of the two tables.
+      height, width: size of the images.
+      small: True for the table SMALL, False for LARGE.
     """
     value = (SMALL if small else LARGE)[name][severity - 1]
-    made = MAKERS[name](value, height, width) if name in MAKERS else value
-    arrays = made if isinstance(made, tuple) else (made,)
+    arrays = MAKERS[name](value, height, width) if name in MAKERS else value
+    arrays = arrays if isinstance(arrays, tuple) else (arrays,)
     return tuple(np.asarray(array, np.float32) for array in arrays)
 
 
 def disk(radius: float, blur: float) -> Float[np.ndarray, "side side"]:
-    """A disk that sums up to 1, its edge blurred; smaller ones stand in a wider margin of zeros."""
+    """Makes a disk with a blurred edge that sums to 1, padded with zeros to one size for all."""
     reach = 8 if radius <= 8 else int(radius)
     place = np.arange(-reach, reach + 1)
     flat = (place**2 + place[:, None] ** 2 <= radius**2).astype(np.float64)
@@ -86,22 +87,22 @@ def disk(radius: float, blur: float) -> Float[np.ndarray, "side side"]:
 
 
 def motion_weights(radius: int, stddev: float) -> Float[np.ndarray, " taps"]:
-    """Half of a bell: the weights of a pixel and of those that follow, which sum up to 1."""
+    """Makes half of a Gaussian: the weights of a pixel and of the next ones, which sum to 1."""
     place = np.arange(2 * radius + 1)
     weights = np.exp(-(place**2) / (2 * stddev**2))
     return np.pad(weights / weights.sum(), (0, MOST_TAPS - len(weights)))
 
 
 def zoom_matrix(size: int, factor: float) -> Float[np.ndarray, "size size"]:
-    """Enlarges the middle of `size` values by `factor`, linearly, and cuts off what is too much.
+    """Makes the matrix that enlarges the middle of `size` values by `factor`, and crops to `size`.
 
-    As `scipy.ndimage.zoom` of order 1, which keeps the ends of what it enlarges.
+    It interpolates linearly like `scipy.ndimage.zoom` of order 1, which maps the ends to the ends.
     """
     kept = int(np.ceil(size / factor))
     top = (size - kept) // 2
-    made = max(round(kept * factor), size)
-    source = np.linspace(0, kept - 1, made) if made > 1 else np.zeros(1)
-    source = top + source[(made - size) // 2 :][:size]
+    enlarged = max(round(kept * factor), size)
+    source = np.linspace(0, kept - 1, enlarged) if enlarged > 1 else np.zeros(1)
+    source = top + source[(enlarged - size) // 2 :][:size]
     low = np.clip(np.floor(source).astype(int), 0, size - 1)
     high = np.minimum(low + 1, size - 1)
     matrix, rows = np.zeros((size, size)), np.arange(size)
@@ -111,10 +112,10 @@ def zoom_matrix(size: int, factor: float) -> Float[np.ndarray, "size size"]:
 
 
 def zooms(end: float, step: float, height: int, width: int) -> tuple[np.ndarray, ...]:
-    """Matrices for rows and for columns, and weights. The image itself counts once more."""
+    """Makes the zoom matrices of rows and of columns, and the weights of the factors."""
     factors = np.arange(1, end, step)
     weights = np.full(len(factors), 1 / (len(factors) + 1))
-    weights[0] *= 2
+    weights[0] *= 2  # the authors add the image itself to the sum once more
     missing = MOST_ZOOMS - len(factors)
     matrices = (
         np.pad(np.stack([zoom_matrix(size, f) for f in factors]), ((0, missing), (0, 0), (0, 0)))
@@ -124,7 +125,7 @@ def zooms(end: float, step: float, height: int, width: int) -> tuple[np.ndarray,
 
 
 def box_matrix(size: int, new: int) -> Float[np.ndarray, "new size"]:
-    """Resizes `size` values to `new`, by Pillow's box filter: whole pixels, each counting alike."""
+    """Makes the matrix that resizes `size` values to `new` by Pillow's box filter."""
     scale = size / new
     half = max(scale, 1) / 2
     matrix = np.zeros((new, size))
@@ -136,7 +137,7 @@ def box_matrix(size: int, new: int) -> Float[np.ndarray, "new size"]:
 
 
 def pixelated(share: float, height: int, width: int) -> tuple[np.ndarray, ...]:
-    """Matrices for rows and for columns that make an image smaller, and as large as before."""
+    """Makes matrices for rows and columns that shrink an image and enlarge it to its old size."""
 
     def there_and_back(size: int) -> np.ndarray:
         small = max(int(size * share), 1)
@@ -146,7 +147,7 @@ def pixelated(share: float, height: int, width: int) -> tuple[np.ndarray, ...]:
 
 
 def jpeg_tables(quality: int) -> Float[np.ndarray, "2 8 8"]:
-    """The steps of coefficients for luma and chroma (libjpeg, jcparam.c, jpeg_quality_scaling)."""
+    """Returns JPEG's quantization tables (libjpeg, jcparam.c, jpeg_quality_scaling)."""
     scale = 5000 // quality if quality < 50 else 200 - 2 * quality
     base = np.array([LUMA_TABLE.split(), CHROMA_TABLE.split()], int).reshape(2, 8, 8)
     return np.clip((base * scale + 50) // 100, 1, 255)

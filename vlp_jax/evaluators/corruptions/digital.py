@@ -1,4 +1,4 @@
-"""What a camera's software does: low contrast, few pixels, JPEG."""
+"""Digital corruptions: low contrast, low resolution, JPEG compression."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ TO_RGB = np.linalg.inv(TO_YCC.astype(np.float64)).astype(np.float32)
 
 
 def contrast(key: PRNGKeyArray, image: Image, factor: Number) -> Image:
-    """Draws each channel towards its mean."""
+    """Scales the distance of each channel from its mean by `factor`."""
     del key
     mean = image.mean(axis=(0, 1), keepdims=True)
     return (image - mean) * factor + mean
@@ -30,9 +30,9 @@ def pixelate(
     rows: Float[Array, "height height"],
     columns: Float[Array, "width width"],
 ) -> Image:
-    """Makes the image smaller and as large as before, with Pillow's box filter.
+    """Shrinks the image and enlarges it to its old size, with Pillow's box filter.
 
-    Both steps are in these matrices, without rounding between them.
+    The matrices contain both steps. Unlike Pillow, nothing is rounded between them.
     """
     del key
     return jnp.einsum("ih,hwc,jw->ijc", rows, image, columns)
@@ -41,12 +41,13 @@ def pixelate(
 def jpeg_compression(
     key: PRNGKeyArray, image: Image, tables: Float[Array, "luma_and_chroma 8 8"]
 ) -> Image:
-    """What baseline JPEG leaves of the image: half the rows and columns of color, rounded
-    coefficients of 8 x 8 blocks (ITU-T T.81; sampling 4:2:0 as in libjpeg, which also smooths color
-    when it decodes).
+    """Applies the losses of baseline JPEG (ITU-T T.81), without writing a file.
+
+    Color has half the rows and columns (4:2:0), coefficients of 8 x 8 blocks are rounded, and color
+    is interpolated in decoding as libjpeg does.
 
     Args:
-      tables: the steps to which coefficients are rounded.
+      tables: quantization tables, the steps to which coefficients are rounded.
     """
     del key
     height, width, _ = image.shape
@@ -64,7 +65,7 @@ def jpeg_compression(
 
 
 def _blocks_rounded(plane: Float[Array, "height width"], table: Array) -> Array:
-    """A plane about 0 after its coefficients were rounded to multiples of `table`."""
+    """Rounds the DCT coefficients of a plane with the mean 0 to multiples of `table`."""
     dct = jnp.asarray(dct_matrix())
     rows, columns = plane.shape[0] // BLOCK, plane.shape[1] // BLOCK
     blocks = plane.reshape(rows, BLOCK, columns, BLOCK).swapaxes(1, 2)
@@ -74,7 +75,7 @@ def _blocks_rounded(plane: Float[Array, "height width"], table: Array) -> Array:
 
 
 def dct_matrix() -> Float[np.ndarray, "8 8"]:
-    """The orthonormal cosine transform (DCT-II) of 8 values."""
+    """Makes the matrix of the orthonormal cosine transform (DCT-II) of 8 values."""
     place = np.arange(BLOCK)
     matrix = np.cos(np.pi * (place + 0.5) * place[:, None] / BLOCK) * np.sqrt(2 / BLOCK)
     matrix[0] /= np.sqrt(2)

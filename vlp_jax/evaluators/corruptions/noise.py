@@ -1,4 +1,4 @@
-"""Noise: of the sensor, of few photons, of dead pixels."""
+"""Noise: of a sensor, of few photons, of dead pixels."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ def gaussian_noise(key: PRNGKeyArray, image: Image, stddev: Number) -> Image:
 
 
 def shot_noise(key: PRNGKeyArray, image: Image, photons: Number) -> Image:
-    """Counts photons, of which white is so many on average (Poisson)."""
+    """Draws Poisson counts of photons; white has `photons` on average."""
     return jax.random.poisson(key, image * photons) / photons
 
 
 def impulse_noise(key: PRNGKeyArray, image: Image, amount: Number) -> Image:
-    """Sets this share of the values to 0 or 1 (salt and pepper), each of a pixel by itself."""
+    """Sets the share `amount` of the values to 0 or 1 (salt and pepper), each channel by itself."""
     chosen, salt = jax.random.uniform(key, (2, *image.shape))
     return jnp.where(chosen < amount, (salt < 0.5).astype(image.dtype), image)

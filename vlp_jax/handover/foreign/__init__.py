@@ -1,1 +1,1 @@
-"""Programs that import nothing of vlp_jax and are run or copied as files."""
+"""Programs that do not import vlp_jax. They are run or copied as files."""

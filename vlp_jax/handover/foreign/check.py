@@ -1,9 +1,9 @@
-"""Loads an export with the library it is for, and computes: a program by itself.
+"""Loads an export with the library it is for, and computes outputs: a standalone program.
 
     python -I check.py LIBRARY FOLDER INPUTS.npz OUTPUTS.npz
 
-LIBRARY is a key of `LIBRARIES`. It prints one JSON object: {"library", "version"} or {"skipped":
-reason}. It cannot import vlp_jax: an attempt to is an error.
+LIBRARY is a key of `LIBRARIES`. The program prints one JSON object: {"library", "version"} or
+{"skipped": reason}. Importing vlp_jax is an error here.
 """
 
 from __future__ import annotations
@@ -17,8 +17,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-# Progress bars and notices of the libraries would hide what this program says, and nothing is
-# looked for in the network.
+# No progress bars and notices, which would mix with this program's output. No network access.
 QUIET = {
     "HF_HUB_OFFLINE": "1",
     "TRANSFORMERS_OFFLINE": "1",
@@ -33,7 +32,7 @@ Arrays = dict[str, Any]
 
 
 class NoVlpJax:
-    """Refuses to import vlp_jax, also where it is installed."""
+    """An import hook that refuses vlp_jax, even if it is installed."""
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> None:
         if name.partition(".")[0] == "vlp_jax":
@@ -41,9 +40,9 @@ class NoVlpJax:
 
 
 def patch_torchvision() -> None:
-    """Defines two operators that a torchvision of another build of PyTorch looks for and lacks.
+    """Defines two operators that torchvision fails to find with a mismatched build of PyTorch.
 
-    transformers, open_clip and timm import torchvision; nothing here runs its operators.
+    transformers, open_clip and timm import torchvision, but nothing here runs its operators.
     """
     import torch
 
@@ -56,11 +55,11 @@ def patch_torchvision() -> None:
             torch._C._get_schema(f"torchvision::{schema.split('(')[0]}", "")
         except RuntimeError:
             library.define(schema)
-    patch_torchvision.kept = library  # it is undone when the object goes
+    patch_torchvision.kept = library  # PyTorch removes the operators when the object is collected
 
 
 def with_transformers(folder: Path, inputs: Arrays) -> Arrays:
-    """What `transformers` computes, in float32."""
+    """Computes outputs with `transformers`, in float32."""
     import torch
 
     patch_torchvision()
@@ -87,14 +86,14 @@ def with_transformers(folder: Path, inputs: Arrays) -> Arrays:
 
 
 def pooled(tokens: Any, pooling: str) -> Any:
-    """Of tokens with a class token in front what our tower ends in."""
+    """Pools tokens, of which the first is a class token, as our tower does."""
     if pooling == "cls":
         return tokens[:, 0]
     return tokens[:, 1:].mean(dim=1) if pooling == "mean" else tokens
 
 
 def with_open_clip(folder: Path, inputs: Arrays) -> Arrays:
-    """What `open_clip` computes."""
+    """Computes outputs with `open_clip`."""
     import torch
 
     patch_torchvision()
@@ -113,7 +112,7 @@ def with_open_clip(folder: Path, inputs: Arrays) -> Arrays:
 
 
 def with_timm(folder: Path, inputs: Arrays) -> Arrays:
-    """What `timm` computes."""
+    """Computes outputs with `timm`."""
     import torch
 
     patch_torchvision()
@@ -126,47 +125,47 @@ def with_timm(folder: Path, inputs: Arrays) -> Arrays:
 
 
 def with_jax(folder: Path, inputs: Arrays) -> Arrays:
-    """What the programs of a folder compute, by the example that is in it."""
+    """Computes outputs with the StableHLO programs of a folder, through its run.py."""
     spec = importlib.util.spec_from_file_location("run", folder / "run.py")
     run = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(run)
     model = run.Model(folder)
     outputs = {}
-    for name, said in model.signature["functions"].items():
-        arrays = [inputs[x["name"]] for x in said["inputs"]]
+    for name, function in model.signature["functions"].items():
+        arrays = [inputs[x["name"]] for x in function["inputs"]]
         outputs[name] = model(name, *arrays)
-        single = model(name, *(array[:1] for array in arrays))  # another batch, the same program
+        single = model(name, *(array[:1] for array in arrays))  # another batch size, same program
         if single.shape[1:] != outputs[name].shape[1:] or len(single) != 1:
             raise ValueError(f"{name} does not take a batch of one")
     return outputs
 
 
 def with_tensorflow(folder: Path, inputs: Arrays) -> Arrays:
-    """What the signatures of a SavedModel compute."""
+    """Computes outputs with the signatures of a SavedModel."""
     import tensorflow as tf
 
     model = tf.saved_model.load(str(folder))
     signature = json.loads((folder / "signature.json").read_text(encoding="utf-8"))
     outputs = {}
-    for name, said in signature["functions"].items():
-        arrays = {x["name"]: tf.constant(inputs[x["name"]]) for x in said["inputs"]}
+    for name, function in signature["functions"].items():
+        arrays = {x["name"]: tf.constant(inputs[x["name"]]) for x in function["inputs"]}
         (outputs[name],) = (x.numpy() for x in model.signatures[name](**arrays).values())
     return outputs
 
 
 def with_safetensors(folder: Path, inputs: Arrays) -> Arrays:
-    """The arrays of a file in our own format, in float32."""
+    """Reads the arrays of our own format as float32, without a model to run."""
     import numpy as np
     import safetensors
 
     arrays = {}
-    for name, said in safetensors.deserialize((folder / "model.safetensors").read_bytes()):
-        raw, kind = bytes(said["data"]), said["dtype"]
-        if kind == "BF16":  # which NumPy lacks: the upper half of a float32
+    for name, entry in safetensors.deserialize((folder / "model.safetensors").read_bytes()):
+        raw, kind = bytes(entry["data"]), entry["dtype"]
+        if kind == "BF16":  # unknown to NumPy; it is the upper half of a float32
             x = (np.frombuffer(raw, "<u2").astype(np.uint32) << 16).view(np.float32)
         else:
             x = np.frombuffer(raw, {"F32": "<f4", "I8": "i1"}[kind])
-        arrays[name] = x.reshape(said["shape"])
+        arrays[name] = x.reshape(entry["shape"])
     return {
         name: x.astype(np.float32) * arrays.get(f"{name}.scale", np.float32(1))
         for name, x in arrays.items()
@@ -174,7 +173,7 @@ def with_safetensors(folder: Path, inputs: Arrays) -> Arrays:
     }
 
 
-# The distribution, what else has to be there, and what computes.
+# Distribution -> (the function that computes, modules that must be installed).
 LIBRARIES = {
     "transformers": (with_transformers, ("torch", "transformers")),
     "open_clip_torch": (with_open_clip, ("torch", "open_clip")),
@@ -186,12 +185,12 @@ LIBRARIES = {
 
 
 def as_array(x: Any) -> Any:
-    """NumPy's array of what a library gave."""
+    """Converts a library's tensor to a NumPy array."""
     return x.detach().numpy() if hasattr(x, "detach") else x
 
 
 def main(library: str, folder: str, inputs: str, outputs: str) -> int:
-    """The program; see above."""
+    """Runs the program; see the module's docstring."""
     os.environ.update(QUIET)
     sys.meta_path.insert(0, NoVlpJax())
     compute, modules = LIBRARIES[library]
@@ -202,8 +201,8 @@ def main(library: str, folder: str, inputs: str, outputs: str) -> int:
     import numpy as np
 
     with np.load(inputs, allow_pickle=False) as arrays:
-        made = compute(Path(folder), {name: arrays[name] for name in arrays.files})
-    np.savez(outputs, **{name: as_array(x) for name, x in made.items()})
+        results = compute(Path(folder), {name: arrays[name] for name in arrays.files})
+    np.savez(outputs, **{name: as_array(x) for name, x in results.items()})
     if any(name.partition(".")[0] == "vlp_jax" for name in sys.modules):
         raise AssertionError("vlp_jax was imported")
     print(json.dumps({"library": library, "version": version_of(library)}))
@@ -211,8 +210,8 @@ def main(library: str, folder: str, inputs: str, outputs: str) -> int:
 
 
 def version_of(library: str) -> str:
-    """Of the distribution; TensorFlow's has several names."""
-    if library == "tensorflow":
+    """Returns the version of a distribution."""
+    if library == "tensorflow":  # distributed as tensorflow, tensorflow-cpu and others
         return importlib.import_module("tensorflow").__version__
     return importlib.metadata.version(library)
 

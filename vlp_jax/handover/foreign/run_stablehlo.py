@@ -1,7 +1,7 @@
 """Embeds images and texts with the programs in this folder: python run.py a.png "a red circle"
 
-It needs jax, numpy, pillow and tokenizers, and nothing else. Arguments that are files are images,
-all others are texts; cosine similarities are printed. As a module: `Model(folder)`.
+It needs only jax, numpy, pillow and tokenizers. Arguments that are files are images, all others are
+texts. It prints cosine similarities. To use it as a module: `Model(folder)`.
 """
 
 import json
@@ -19,7 +19,7 @@ MAX_PIXELS = 2**26  # of an image whose shorter side has been resized
 
 
 class Model:
-    """The programs of a folder and their weights; images are Pillow's, texts strings."""
+    """The programs of a folder and their weights. It takes Pillow images and strings."""
 
     def __init__(self, folder):
         self.folder = Path(folder)
@@ -68,7 +68,7 @@ class Model:
 
 
 def rgb(image):
-    """RGB as in training: upright, composited on white, and of 16 bits the upper 8."""
+    """Converts an image to RGB as in training: upright, on white, the upper 8 of 16 bits."""
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):
         shades = np.clip(np.asarray(image, np.int64), 0, 65535) >> 8
@@ -80,7 +80,7 @@ def rgb(image):
 
 
 def main(arguments):
-    """The command; see above."""
+    """Runs the command; see the module's docstring."""
     if not arguments or arguments[0] in ("-h", "--help"):
         print(__doc__)
         return

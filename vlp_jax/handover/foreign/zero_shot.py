@@ -1,11 +1,11 @@
-"""Zero-shot accuracy of an export, by the library it is for: a program by itself.
+"""Computes the zero-shot accuracy of an export with the library it is for: a standalone program.
 
     python -I zero_shot.py FORMAT FOLDER DATA
 
-DATA holds task.json, {"images": [file, ...], "labels": [...], "prompts": [[of a class], ...]}, and
-the files. Texts go through the library's own tokenizer and images through its own processor. It
-prints one JSON object: {"library", "version", "top1", "examples"} or {"skipped": reason}; vlp_jax
-cannot be imported.
+DATA holds image files and task.json: {"images": [file, ...], "labels": [...], "prompts": [[prompts
+of a class], ...]}. The library's own tokenizer and image processor are used. The program prints one
+JSON object: {"library", "version", "top1", "examples"} or {"skipped": reason}. Importing vlp_jax is
+an error here.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ BATCH = 128
 
 
 def sibling(name: str) -> Any:
-    """The module in another file of this folder, which is on no path; always the same one."""
+    """Imports a module from this folder, which is not on the path; caches it."""
     key = f"sibling_{name}"
     if key not in sys.modules:
         spec = importlib.util.spec_from_file_location(key, Path(__file__).with_name(f"{name}.py"))
@@ -32,13 +32,13 @@ def sibling(name: str) -> Any:
 
 
 def batches(items: Sequence[Any]) -> Iterator[Sequence[Any]]:
-    """Of items so many at a time."""
+    """Yields items in groups of BATCH."""
     for first in range(0, len(items), BATCH):
         yield items[first : first + BATCH]
 
 
 def by_transformers(folder: Path) -> tuple[Callable, Callable]:
-    """Unit vectors of pictures and of texts."""
+    """Returns functions that embed pictures and texts as unit vectors, by transformers."""
     import torch
 
     sibling("check").patch_torchvision()
@@ -62,7 +62,7 @@ def by_transformers(folder: Path) -> tuple[Callable, Callable]:
 
 
 def by_open_clip(folder: Path) -> tuple[Callable, Callable]:
-    """The same."""
+    """Returns functions that embed pictures and texts as unit vectors, by open_clip."""
     sibling("check").patch_torchvision()
     import open_clip
     import torch
@@ -84,7 +84,7 @@ def by_open_clip(folder: Path) -> tuple[Callable, Callable]:
 
 
 def by_jax(folder: Path) -> tuple[Callable, Callable]:
-    """The same, by the example in the folder."""
+    """Returns functions that embed pictures and texts, by the run.py in the folder."""
     spec = importlib.util.spec_from_file_location("run", folder / "run.py")
     run = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(run)
@@ -96,13 +96,15 @@ def by_jax(folder: Path) -> tuple[Callable, Callable]:
 
 
 def by_tensorflow(folder: Path) -> tuple[Callable, Callable]:
-    """The same. A SavedModel has no processor: pixels and ids are made as its signature.json says,
-    by the code of the other artifact."""
+    """Returns functions that embed pictures and texts, by a SavedModel.
+
+    It has no processor: run_stablehlo.py makes pixels and ids by the same signature.json.
+    """
     import tensorflow as tf
 
     model = tf.saved_model.load(str(folder))
     kind = sibling("run_stablehlo").Model
-    run = kind.__new__(kind)  # of which only the preparation is used
+    run = kind.__new__(kind)  # without __init__, which loads programs: only preprocessing is used
     run.folder = folder
     run.signature = json.loads((folder / "signature.json").read_text(encoding="utf-8"))
     return (
@@ -111,7 +113,7 @@ def by_tensorflow(folder: Path) -> tuple[Callable, Callable]:
     )
 
 
-# What has to be there, the distribution whose version is told, and what embeds.
+# Format -> (modules that must be installed, distribution to report, function that loads).
 LIBRARIES = {
     "hf": (("torch", "transformers"), "transformers", by_transformers),
     "open_clip": (("torch", "open_clip"), "open_clip_torch", by_open_clip),
@@ -121,9 +123,9 @@ LIBRARIES = {
 
 
 def top1(embed_images: Callable, embed_texts: Callable, data: Path) -> tuple[float, int]:
-    """The share of images whose own class is the most similar (a tie is a miss), and how many.
+    """Returns top-1 accuracy (a tie is a miss) and the number of images.
 
-    A class is the normalized mean of the unit vectors of its prompts.
+    The vector of a class is the normalized mean of the unit vectors of its prompts.
     """
     import numpy as np
     from PIL import Image
@@ -137,13 +139,13 @@ def top1(embed_images: Callable, embed_texts: Callable, data: Path) -> tuple[flo
     for names in batches(task["images"]):
         rows.append(embed_images([Image.open(data / name).convert("RGB") for name in names]))
     scores = np.concatenate(rows) @ classes.T
-    own = np.take_along_axis(scores, np.asarray(task["labels"])[:, None], axis=1)
-    hits = (scores >= own).sum(axis=1) == 1
+    right = np.take_along_axis(scores, np.asarray(task["labels"])[:, None], axis=1)
+    hits = (scores >= right).sum(axis=1) == 1
     return float(hits.mean()), len(hits)
 
 
 def main(format: str, folder: str, data: str) -> int:
-    """The program; see above."""
+    """Runs the program; see the module's docstring."""
     check = sibling("check")
     os.environ.update(check.QUIET)
     sys.meta_path.insert(0, check.NoVlpJax())
@@ -155,8 +157,8 @@ def main(format: str, folder: str, data: str) -> int:
     accuracy, examples = top1(*load(Path(folder)), Path(data))
     if any(name.partition(".")[0] == "vlp_jax" for name in sys.modules):
         raise AssertionError("vlp_jax was imported")
-    said = {"library": library, "version": check.version_of(library)}
-    print(json.dumps({**said, "top1": accuracy, "examples": examples}))
+    head = {"library": library, "version": check.version_of(library)}
+    print(json.dumps({**head, "top1": accuracy, "examples": examples}))
     return 0
 
 
