@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from rich.console import Console
 from rich.table import Table
 
-from vlp_jax.benchmarking.arguments import check_arguments
+from vlp_jax.arguments import check_arguments
 from vlp_jax.benchmarking.contender import StepTimer
 from vlp_jax.benchmarking.provenance import provenance
 from vlp_jax.errors import UserError

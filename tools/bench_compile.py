@@ -37,7 +37,7 @@ import jax
 
 from tools.plan import Waiting, versions
 from vlp_jax import config as config_lib
-from vlp_jax.benchmarking.arguments import check_arguments
+from vlp_jax.arguments import check_arguments
 from vlp_jax.errors import UserError
 from vlp_jax.planning.micro_programs import MICRO_SETS, measure_micro
 from vlp_jax.planning.target import Target, make_target

@@ -29,7 +29,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from vlp_jax import config as config_lib
-from vlp_jax.benchmarking.arguments import check_arguments
+from vlp_jax.arguments import check_arguments
 from vlp_jax.benchmarking.provenance import provenance
 from vlp_jax.observe.profiler import NullProfiler
 from vlp_jax.observe.progress import Progress

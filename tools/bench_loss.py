@@ -33,7 +33,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from tools.loss_memory import MIB, plain_loss, temporary_bytes
-from vlp_jax.benchmarking.arguments import check_arguments
+from vlp_jax.arguments import check_arguments
 from vlp_jax.objectives.blocked import blocked_loss
 from vlp_jax.objectives.pairwise import PAIRWISE_LOSSES
 from vlp_jax.parallel import mesh as mesh_lib

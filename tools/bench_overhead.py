@@ -39,7 +39,7 @@ from ml_collections import ConfigDict
 
 from vlp_jax import config as config_lib
 from vlp_jax import smoke as smoke_lib
-from vlp_jax.benchmarking.arguments import check_arguments
+from vlp_jax.arguments import check_arguments
 from vlp_jax.errors import UserError
 from vlp_jax.models.variants import size_of
 from vlp_jax.observe.compilation import CompileWatch

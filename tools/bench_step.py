@@ -31,10 +31,10 @@ from ml_collections import ConfigDict
 from rich.console import Console
 
 from vlp_jax import config as config_lib
+from vlp_jax.arguments import check_arguments
 from vlp_jax.benchmarking import contender as turns
 from vlp_jax.benchmarking import profile as profiles
 from vlp_jax.benchmarking.apart import ApartPeer, Channel
-from vlp_jax.benchmarking.arguments import check_arguments
 from vlp_jax.benchmarking.jax_step import JaxStep, fixed_batch, make_bench_setup
 from vlp_jax.benchmarking.peak import Peak, measure_peak
 from vlp_jax.benchmarking.peers import PEERS, check_devices, check_peers, make_peer, uses_torch

@@ -12,6 +12,7 @@ import dataclasses
 import importlib.util
 import inspect
 import json
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -29,20 +30,24 @@ BOOLEANS = {"true": True, "1": True, "false": False, "0": False}
 # What an argument that is annotated so takes. Arguments of other types are not checked here.
 PLAIN_TYPES = {"bool": (bool,), "int": (int,), "float": (int, float), "str": (str,)}
 DURATION_UNITS = ("steps", "examples", "epochs", "percent")
+# A link to configs/ in a checkout, a copy of it in an installed package. `load` puts the folder
+# above a config's on `sys.path`; "share" keeps the package's own modules off it.
+INSTALLED = Path(__file__).parent / "share" / "configs"
 # Sections whose keys are the arguments of what they name; each is checked where it is built.
 COMPONENT_SECTIONS = ("objective", "data", "extra_data", "tokenizer", "evaluators")
 
 
 def load(spec: str) -> ConfigDict:
-    """The config of `"path/to/file.py"` or `"path/to/file.py:arg"`, locked and checked.
+    """Loads `"path/to/file.py"` or `"path/to/file.py:arg"`; returns the config, locked and checked.
+
+    A bare name, `"demo"` or `"mae_then_clip:clip"`, is one of the configs that come with the
+    package, wherever the command runs.
 
     Raises:
       UserError: no such file, no `get_config` in it, or it sets a key that does not exist.
     """
     path, _, argument = spec.partition(":")
-    file = Path(path)
-    if not file.is_file():
-        raise UserError(f"config file {path} does not exist")
+    file = _find_file(path)
     without_mark(file.read_bytes(), path)  # Python takes its own mark and no other encoding's
     root = str(file.resolve().parent.parent)
     if root not in sys.path:  # so that configs can derive from each other: `from configs import x`
@@ -62,6 +67,18 @@ def load(spec: str) -> ConfigDict:
         _complete_data(config)
         normalize(config)
     return config.lock()
+
+
+def _find_file(path: str) -> Path:
+    """Returns the file that `path` names, else the installed config of that name."""
+    if Path(path).is_file():
+        return Path(path)
+    if not re.fullmatch(r"\w+", path):
+        raise UserError(f"config file {path} does not exist")
+    names = [file.stem for file in INSTALLED.glob("[!_]*.py")]
+    if path not in names:
+        raise UserError(unknown_key_message(path, names, "--config"))
+    return INSTALLED / f"{path}.py"
 
 
 def _complete_data(config: ConfigDict) -> None:

@@ -8,8 +8,9 @@ import PIL.Image
 import pytest
 import runs
 
-from tools import look_inside, measure_heat_maps
+from tools import measure_heat_maps
 from tools.measure_heat_maps import Case
+from vlp_jax.commands import look_inside
 from vlp_jax.errors import UserError
 
 
