@@ -1,6 +1,6 @@
 """A small SigLIP for `make bench`: a step of half a second on two CPU cores. Nothing is trained.
 
-    python -m tools.bench_step --config configs/bench_small.py --peer plain --peer open_clip
+    python -m tools.perf.step --config configs/bench_small.py --peer plain --peer open_clip
 
 Images of 64 pixels in patches of 16, texts of 32 tokens, width 192: small enough for a CPU, large
 enough that a step is matrix products and not its own overhead.

@@ -6,7 +6,7 @@
 
 The second stage is the demo with towers that average their tokens, in 400 steps, evaluated more
 often; without `init_from` it starts from nothing.
-`python -m tools.mae_then_clip` runs both stages and that one, and draws what comes out.
+`python -m tools.perf.mae_then_clip` runs both stages and that one, and draws what comes out.
 """
 
 from ml_collections import ConfigDict

@@ -48,15 +48,6 @@ MAY_IMPORT = {
         "models",
     },
     "planning": {"training", "objectives", "models", "parallel", "observe"},
-    "benchmarking": {
-        "planning",
-        "training",
-        "objectives",
-        "interop",
-        "models",
-        "parallel",
-        "observe",
-    },
 }
 LEAVES = {"arguments", "config", "defaults", "errors", "files", "preprocess", "signals", "versions"}
 ENTRY_POINTS = {"train", "evaluate", "export", "smoke", "commands", "__init__", "__main__"}

@@ -10,7 +10,7 @@ import PIL.Image
 import pytest
 import torch
 
-from tools import check_exports
+from tools.perf import check_exports
 from vlp_jax import evaluate
 from vlp_jax.commands import clip_benchmark as command
 from vlp_jax.commands import write_evaluation_tars
