@@ -46,7 +46,7 @@ CURVES = {
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """The arguments."""
+    """Returns the arguments."""
     parser = argparse.ArgumentParser(prog="python -m tools.demo", description=__doc__)
     parser.add_argument("--output", type=Path, default=Path("demo"), help="folder of the results")
     parser.add_argument("--config", default=str(ROOT / "configs" / "demo.py"), help="what to train")
@@ -57,7 +57,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def curves_of(metrics: Path) -> dict[str, tuple[list[int], list[float]]]:
-    """The lines of the report: name -> (steps, values)."""
+    """Returns the curves of the report: name -> (steps, values)."""
     records = read_metrics(metrics)
     return {
         name: (
@@ -69,7 +69,7 @@ def curves_of(metrics: Path) -> dict[str, tuple[list[int], list[float]]]:
 
 
 def last_scores(metrics: Path) -> dict[str, float]:
-    """What the evaluators said at the end of the run: "zero_shot/top1" -> value, and so on."""
+    """Returns the last scores of the evaluators: "zero_shot/top1" -> value, and so on."""
     records = read_metrics(metrics)
     last = max(record["step"] for record in records)
     return {
@@ -82,7 +82,7 @@ def last_scores(metrics: Path) -> dict[str, float]:
 
 
 def test_pairs(subject: Subject, loaded: LoadedParameters) -> dict[str, Any]:
-    """Images and captions of the retrieval evaluator, and their similarity, image by caption."""
+    """Returns images and captions of the retrieval evaluator, and their similarity matrix."""
     retrieval = subject.evaluators["retrieval"]
     pipeline: EvalPipeline = subject.open_evaluation_data("retrieval", ("text_raw",))
     images, captions = [], []
@@ -147,7 +147,7 @@ def run(output: Path, config_file: str, setup_seconds: float) -> dict[str, Any]:
 
 
 def report(summary: dict[str, Any], output: Path) -> str:
-    """The last lines: each score with its chance."""
+    """Returns the last lines: each score with its chance."""
     classes, pairs = summary["zero_shot_classes"], summary["retrieval_pairs"]
     rows = [
         (f"zero-shot top-1, {classes} classes", summary["zero_shot_top1"], 1 / classes),
@@ -166,7 +166,7 @@ def report(summary: dict[str, Any], output: Path) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command; returns its exit status."""
+    """Runs the command; returns its exit status."""
     arguments = parse(sys.argv[1:] if argv is None else argv)
 
     def command() -> None:

@@ -69,7 +69,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def checked(config: ConfigDict, evaluator: str) -> tuple[Any, Objective]:
-    """Tokenizer and objective of `config`, if open_clip can train it and the evaluator judge it.
+    """Makes tokenizer and objective of `config`, if open_clip can train it and be evaluated.
 
     Raises:
       UserError: it cannot, or the optimizer is another one than AdamW.
@@ -135,13 +135,13 @@ def train_theirs(
 
 
 def adamw(config: ConfigDict) -> dict[str, Any]:
-    """Arguments of PyTorch's AdamW."""
+    """Returns the arguments of PyTorch's AdamW."""
     optimizer = config.optimizer
     return {"betas": (optimizer.b1, optimizer.b2), "eps": optimizer.eps}
 
 
 def decayed(model: Any, weight_decay: float) -> list[dict[str, Any]]:
-    """Groups of parameters with and without weight decay, as open_clip's training divides them."""
+    """Groups parameters by weight decay, as open_clip's training does."""
     named = dict(model.named_parameters())
     plain = [n for n, p in named.items() if p.ndim < 2 or "bias" in n or "logit_scale" in n]
     return [
@@ -153,7 +153,7 @@ def decayed(model: Any, weight_decay: float) -> list[dict[str, Any]]:
 def judged(
     model: Any, config: ConfigDict, evaluator: str, tokenizer: Any, objective: Objective
 ) -> dict[str, float]:
-    """Scores of our retrieval evaluator for embeddings of their model."""
+    """Scores their model by our retrieval evaluator."""
     import torch
 
     section = config.evaluators[evaluator]
@@ -173,7 +173,7 @@ def judged(
 
 
 def table(scores: Mapping[str, Sequence[Mapping[str, float]]]) -> str:
-    """Mean, least and most of each score as Markdown: a row for each side, and chance."""
+    """Returns mean, least and most of each score as Markdown: a row for each side, and chance."""
     rows = []
     for name, runs in scores.items():
         values = ([run[score] for run in runs] for score in SCORES)

@@ -162,7 +162,7 @@ def per_example(one: Measured) -> tuple[float | None, float | None]:
 
 
 def ratios(this: Measured, base: Measured) -> tuple[float | None, float | None]:
-    """Returns cycles and bytes of an example, over those of `base`; None where not known."""
+    """Returns cycles and bytes of an example, over the base's; None where not known."""
     pairs = zip(per_example(this), per_example(base), strict=True)
     cycles, moved = (one / other if one and other else None for one, other in pairs)
     return cycles, moved

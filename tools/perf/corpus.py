@@ -1,8 +1,7 @@
 """The photos that `tools.perf.data` reads: synthetic, always the same, in every format.
 
-A photo is noise whose amplitude falls as 1/frequency, as that of photographs does (Field 1987), so
-that JPEG takes as many bits for it, and its decoder as much time. Every format holds the very bytes
-of the others.
+A photo is noise whose amplitude falls as 1/frequency, as in photographs (Field 1987), so that JPEG
+takes as many bits for it, and its decoder as much time. Every format holds the same bytes.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ _CONTRAST = 45  # standard deviation of grey, of 255; with it a photo has about 
 
 
 def photo(seed: int, number: int) -> bytes:
-    """Photo `number` as a JPEG of quality 90, 256 to 500 pixels wide and 256 to 400 high."""
+    """Makes photo `number`, a JPEG of quality 90, 256 to 500 pixels wide and 256 to 400 high."""
     random = np.random.default_rng([seed, number])
     width, height = int(random.integers(256, 501)), int(random.integers(256, 401))
     frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width))
@@ -72,7 +71,7 @@ class Corpus:
         return [str(files / _file_name(number)) for number in range(self.count)]
 
     def path(self, name: str) -> Path:
-        """The folder of a format, a name in `WRITERS`, which is written if it is not there."""
+        """Returns the folder of a format, a name in `WRITERS`; writes it if it is not there."""
         path = self.folder / f"photos-v{VERSION}-{self.count}-seed{self.seed}" / name
         if not path.exists():
             unfinished = path.with_name(f"{name}.unfinished")
@@ -86,13 +85,13 @@ class Corpus:
         return path
 
     def shards(self) -> list[range]:
-        """The numbers of the photos in each shard; no shard is empty."""
+        """Returns the numbers of the photos in each shard; no shard is empty."""
         bounds = np.linspace(0, self.count, min(SHARDS, self.count) + 1).astype(int)
         return [range(begin, end) for begin, end in zip(bounds, bounds[1:], strict=False)]
 
 
 def caption(number: int) -> str:
-    """The caption of a photo, which no measurement reads."""
+    """Returns the caption of a photo, which no measurement reads."""
     return f"synthetic photo number {number}"
 
 
@@ -233,7 +232,7 @@ NAMES = (*CONFIGS, "mixture")
 
 
 def data_config(name: str, corpus: Corpus, preprocess: Mapping[str, Any]) -> dict[str, Any]:
-    """The data config of a source in `NAMES` that reads the corpus, whose files are written."""
+    """Returns the data config of a source in `NAMES` that reads the corpus; writes its files."""
     if name != "mixture":
         return {**CONFIGS[name](corpus), "preprocess": dict(preprocess)}
     parts = {

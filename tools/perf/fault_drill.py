@@ -5,7 +5,7 @@
 First a run that nobody disturbs, then the same run with a fault a round: processes are killed,
 stopped, told to stop, a checkpoint is truncated, the disk is filled, parameters become NaN. Both
 go through launch/local.sh, which starts again what ended. In the end all losses and parameters have
-to be those of the undisturbed run, bit for bit, and no whole checkpoint may have been lost.
+to equal the undisturbed run's, bit for bit, and no whole checkpoint may have been lost.
 
 The exit status is 1 if anything differs. A full disk needs a small file system of its own, which is
 mounted (root, Linux); where that is not allowed, the other faults are drawn and the table says so.
@@ -203,7 +203,7 @@ def command(argv: list[str]) -> int:
         print(f"error: {line}", file=sys.stderr)
     if not wrong:
         console.print(
-            f"{len(rounds)} faults: losses and parameters are those of the undisturbed run, "
+            f"{len(rounds)} faults: losses and parameters equal the undisturbed run's, "
             "bit for bit, and no whole checkpoint was lost"
         )
     record = {"rounds": [dataclasses.asdict(r) for r in rounds], "wrong": wrong}

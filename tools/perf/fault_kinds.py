@@ -1,4 +1,4 @@
-"""What tools.perf.fault_drill does to a run. Each returns a few words about what it did."""
+"""The faults of tools.perf.fault_drill. Each disturbs a run and returns a few words about it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Fault = Callable[[Run, random.Random], str]
 
 @dataclasses.dataclass(frozen=True)
 class Round:
-    """What a fault led to.
+    """The outcome of a fault.
 
     Attributes:
       step: when it happened.
@@ -125,7 +125,7 @@ FAULTS: dict[str, Fault] = {
 
 
 def _wait_for_restart(run: Run, attempt: int, seconds: float = 300) -> None:
-    """Returns when the launcher has begun the attempt after that one, or the time is up."""
+    """Returns when the launcher has begun the next attempt, or the time is up."""
     until = time.monotonic() + seconds
     while run.attempt() == attempt and time.monotonic() < until:
         time.sleep(0.05)

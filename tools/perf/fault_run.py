@@ -43,7 +43,7 @@ def get_config(arg=None):
 
 
 class Run:
-    """A run of several processes, its launcher, and what can be seen of it.
+    """A run of several processes, its launcher, and its traces on disk.
 
     Args:
       home: where its config, logs and control files go.
@@ -120,7 +120,7 @@ class Run:
             time.sleep(0.05)
 
     def step(self) -> int:
-        """The newest step that is logged; -1 before the first."""
+        """Returns the newest step that is logged; -1 before the first."""
         file = self.workdir / "metrics.jsonl"
         if not file.exists():
             return -1
@@ -131,35 +131,35 @@ class Run:
             return int(json.loads(lines[-2])["step"]) if len(lines) > 1 else -1
 
     def checkpoints(self) -> list[int]:
-        """Steps of all whole checkpoints."""
+        """Returns the steps of all whole checkpoints."""
         folder = self.workdir / "checkpoints"
         names = [entry.name for entry in folder.iterdir()] if folder.exists() else []
         return sorted(int(name) for name in names if name.isdigit())
 
     def attempt(self) -> int:
-        """The number of the newest start."""
+        """Returns the number of the newest start."""
         names = [file.name for file in (self.home / "logs").glob("attempt-*.process-0.log")]
         return max((int(name.split("-")[1].split(".")[0]) for name in names), default=0)
 
     def output(self, attempt: int | None = None) -> str:
-        """What process 0 has printed in an attempt; the newest one by default."""
+        """Returns the output of process 0 in an attempt; the newest by default."""
         number = self.attempt() if attempt is None else attempt
         file = self.home / "logs" / f"attempt-{number}.process-0.log"
         return file.read_text(errors="replace") if file.exists() else ""
 
     def resumed_at(self) -> int | None:
-        """The step from which the newest attempt went on."""
+        """Returns the step from which the newest attempt went on."""
         match = re.search(r"steps ([\d,]+) to", self.output())
         return int(match[1].replace(",", "")) if match else None
 
     def statuses(self, attempt: int) -> list[int]:
-        """How the processes of an attempt ended; empty if they run."""
+        """Returns the exit statuses of an attempt's processes; empty if they run."""
         file = self.home / "restarts.jsonl"
         rows = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
         return next((row["statuses"] for row in rows if row["attempt"] == attempt), [])
 
     def pids(self) -> list[int]:
-        """The processes of the job, in order of their numbers."""
+        """Finds the processes of the job, in order of their numbers."""
         found = {}
         for entry in Path("/proc").iterdir():
             try:
@@ -172,7 +172,7 @@ class Run:
         return [found[number] for number in sorted(found)]
 
     def losses(self) -> dict[tuple[int, str], float]:
-        """(step, name) -> every number that follows from state and data alone."""
+        """Returns (step, name) -> every number that follows from state and data alone."""
         return {
             (record["step"], name): value
             for record in read_metrics(self.workdir / "metrics.jsonl")
@@ -181,7 +181,7 @@ class Run:
         }
 
     def parameters(self) -> dict[str, np.ndarray]:
-        """All arrays of the last checkpoint, as Orbax reads them, with none of our code."""
+        """Reads all arrays of the last checkpoint by Orbax, with none of our code."""
         import jax
         import orbax.checkpoint as ocp
 
@@ -206,5 +206,5 @@ class Run:
 
 
 def steps_of(losses: Mapping[tuple[int, str], float]) -> int:
-    """How many steps have a loss."""
+    """Counts the steps that have a loss."""
     return len({step for step, name in losses if name == "train/loss"})

@@ -23,7 +23,7 @@ STEP_SECONDS = 0.04  # added to each step, so that faults find a run and not its
 
 
 def with_faults(step_function: Callable[..., Any], control: Path) -> Callable[..., Any]:
-    """`step_function` that looks for `nan_at` before each program."""
+    """Wraps `step_function`: it looks for `nan_at` before each program."""
 
     def poisoned(state: TrainState, numbers: range) -> TrainState:
         asked = control / "nan_at"

@@ -114,7 +114,7 @@ class JaxStep:
 def timed_steps(
     program: Callable[[Any, Any], tuple[Any, Any]], state: Any, batch: Any, steps: int
 ) -> tuple[Any, list[float]]:
-    """(the state after `steps` steps on one batch, the seconds of each).
+    """Trains on one batch; returns (the state after `steps` steps, the seconds of each).
 
     Args:
       program: (state, batch) -> (state, what the host waits for).
@@ -128,7 +128,7 @@ def timed_steps(
 
 
 def make_bench_setup(config: ConfigDict, devices: Sequence[jax.Device]) -> Setup:
-    """The setup of `config` on `devices`, without its data.
+    """Makes the setup of `config` on `devices`, without its data.
 
     Raises:
       UserError: the config does not fit the devices or itself.
@@ -139,7 +139,7 @@ def make_bench_setup(config: ConfigDict, devices: Sequence[jax.Device]) -> Setup
 
 
 def program_bytes(program: Any) -> dict[str, int]:
-    """What a program needs of one device, in bytes; empty if the compiler does not tell."""
+    """Returns the bytes that a program needs of one device; empty if the compiler does not tell."""
     memory = program.memory_analysis()
     if memory is None:
         return {}
@@ -152,7 +152,7 @@ def program_bytes(program: Any) -> dict[str, int]:
 
 
 def compile_twice(setup: Setup) -> tuple[Any, Compilation]:
-    """The program of the step, compiled with an empty persistent cache and again with a full one.
+    """Compiles the step with an empty persistent cache and again with a full one.
 
     The settings of the cache are as before when it ends.
     """
@@ -189,9 +189,9 @@ def _compile(setup: Setup) -> Any:
 
 
 def fixed_batch(setup: Setup) -> dict[str, np.ndarray]:
-    """A global batch of random pixels, token ids and labels.
+    """Makes a global batch of random pixels, token ids and labels.
 
-    Texts end with the end of text, and no other token has its id or that of padding: every tower
+    Texts end with the end of text, and no other token has its id or the padding's: every tower
     sees the full length. Labels are 0 or 1, which all objectives have.
 
     Raises:
@@ -219,6 +219,6 @@ def fixed_batch(setup: Setup) -> dict[str, np.ndarray]:
 
 
 def _vocabulary(setup: Setup) -> tuple[int, int]:
-    """Size, and the id of the end of text, of the text that the config's model reads."""
+    """Returns the size of the vocabulary, and the id of the end of text."""
     tokenizer = tokenizer_sizes(setup.config.tokenizer)
     return tokenizer.vocab_size, tokenizer.eos_id

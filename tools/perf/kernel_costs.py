@@ -1,8 +1,8 @@
 """FLOPs and bytes of the kernels of a compiled program, read off its text.
 
 A kernel is an instruction that runs on a device by itself: a product, a fusion, a copy. FLOPs are
-those of matrix products and convolutions, a multiply-add counting 2. Bytes are what a kernel has to
-read and write at least, each operand once, in the device's main memory: of an operand that is only
+counted of matrix products and convolutions, a multiply-add as 2. Bytes are the least that a kernel
+has to read and write in the device's main memory, each operand once: of an operand that is only
 sliced, the slice; of one that is updated in place, the update.
 """
 
@@ -42,7 +42,7 @@ class KernelCost:
 
 
 def kernel_costs(module: Module) -> dict[str, KernelCost]:
-    """Name of an instruction -> what one run of it costs, for the kernels of all that runs."""
+    """Returns name of an instruction -> the cost of one run, for all kernels that run."""
     runs = count_runs(module)
     costs = {}
     for name in runs.times:
@@ -93,7 +93,7 @@ def _dot_flops(
 
 
 def _convolution_flops(computation: Computation, instruction: Instruction) -> float | None:
-    """Every place of the kernel on every place of the result."""
+    """Counts every place of the kernel on every place of the result."""
     labels = instruction.attribute(r"dim_labels=\w+_(\w+)->")
     if labels is None:
         return None
@@ -120,7 +120,7 @@ def _bytes(module: Module, computation: Computation, instruction: Instruction) -
 
 
 def _read(inner: Computation, number: int, size: int) -> int:
-    """Bytes that a fusion reads of its operand `number`, which has `size`."""
+    """Returns the bytes that a fusion reads of its operand `number`, which has `size`."""
     parameter = inner.parameters.get(number)
     users = inner.users.get(parameter.name, []) if parameter else []
     total = 0
@@ -136,7 +136,7 @@ def _read(inner: Computation, number: int, size: int) -> int:
 
 
 def _written(inner: Computation, size: int) -> int:
-    """Bytes that a fusion writes; it gives `size`."""
+    """Returns the bytes that a fusion writes; its result has `size`."""
     root = inner.root
     while root.opcode in ("bitcast", "copy", "convert") and root.operands:
         root = inner.by_name[root.operands[0]]

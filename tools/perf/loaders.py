@@ -1,4 +1,4 @@
-"""What `tools.perf.data` measures in this process: our pipeline, and the limit of tf.data.
+"""The loaders of `tools.perf.data` in this process: our pipeline, and the limit of tf.data.
 
 A loader yields batches, uint8 [batch, size, size, 3]. It is opened anew for each turn and closed
 after it, so that nothing of it runs while another one is measured.
@@ -33,7 +33,7 @@ SETTLE_SECONDS = 0.2  # for the threads of a loader that was closed to come to r
 
 @dataclass(frozen=True)
 class Task:
-    """What every loader does with a photo, and with how much of the machine.
+    """The work of every loader: the form of the images, and the cores of the machine.
 
     Attributes:
       size: side of the image that comes out.
@@ -54,7 +54,7 @@ class Task:
 
     @property
     def preprocess(self) -> dict[str, dict[str, Any]]:
-        """The same, for a data config."""
+        """The work as the operations of a data config."""
         crop = {"size": self.size, "min_scale": self.min_scale}
         return {
             "decode_image": {},
@@ -92,7 +92,7 @@ class PipelineLoader:
         )
 
     def open(self, batches: int) -> Iterator[np.ndarray]:
-        """The batches that follow those of the turn before."""
+        """Reads the batches after the last turn's."""
         start, self._read = self._read, self._read + batches
         stream = self._pipeline.batches(start)
         try:
@@ -106,7 +106,7 @@ class PipelineLoader:
 
 @dataclass
 class DecodeLimit:
-    """The least that tf.data can do: bytes in memory, crops known, one operation decodes and cuts.
+    """The limit of tf.data: bytes in memory, known crops, one operation that decodes and cuts.
 
     A call handles a whole batch, one image after the other, in each of as many threads as there
     are cores; that is a little faster than a call an image and `batch` after it.
@@ -146,9 +146,9 @@ class DecodeLimit:
 
 
 def windows(photos: list[bytes], task: Task) -> np.ndarray:
-    """A crop of each photo, int32 [photos, 4] (top, left, height, width), as our pipeline's fall.
+    """Draws a crop of each photo, int32 [photos, 4] (top, left, height, width).
 
-    They are drawn by the operation that `random_resized_crop` draws its own by.
+    The operation is the one of `random_resized_crop`, so that crops are as large as our pipeline's.
     """
     tf = import_tensorflow()
 
@@ -173,7 +173,7 @@ def windows(photos: list[bytes], task: Task) -> np.ndarray:
 
 
 def decode_crop_resize(encoded: Any, window: Any, task: Task) -> Any:
-    """uint8 [size, size, 3] of one JPEG, by the fewest operations of TensorFlow.
+    """Decodes one JPEG to uint8 [size, size, 3], by the fewest operations of TensorFlow.
 
     With antialiasing the resize is ours, which calls `ScaleAndTranslate` in the way in which it is
     fastest: the plain call takes three times as long, and would be no limit.
@@ -220,7 +220,7 @@ class Turn:
         return self.warm_up + self.timed + self.rest
 
     def speed(self, loader: Loader, batch_size: int) -> Speed:
-        """That of one turn."""
+        """Returns the speed of one turn."""
         stream = loader.open(self.total)
         for _ in range(self.warm_up):
             next(stream)
@@ -235,7 +235,7 @@ class Turn:
         return Speed(images / seconds, images / max(cpu, CPU_TICK))
 
     def wait_share(self, loader: Loader, step_seconds: float) -> float:
-        """The share of its time that training waits for data, if each step takes so long.
+        """Returns the share of its time that training waits for data, if each step takes so long.
 
         A step sleeps: an accelerator computes it.
         """
@@ -256,7 +256,7 @@ class Turn:
 
 
 def cpu_seconds() -> float:
-    """What this process and its workers have taken of the processors, all threads together."""
+    """Returns the processor time of this process and its workers, all threads together."""
     ticks = 0
     for process in multiprocessing.active_children():
         with contextlib.suppress(OSError):  # it has just ended
@@ -273,7 +273,7 @@ def settle() -> None:
 
 
 def peak_memory(name: str, corpus: Corpus, task: Task, batches: int) -> float:
-    """MiB that a fresh process takes at its peak to read so many batches, above its imports."""
+    """Returns MiB that a fresh process needs at its peak to read so many batches, above imports."""
     arguments = json.dumps(
         {
             "name": name,
@@ -290,7 +290,7 @@ def peak_memory(name: str, corpus: Corpus, task: Task, batches: int) -> float:
 
 
 def print_peak(arguments: str) -> None:
-    """The other side of `peak_memory`: prints the figure."""
+    """Prints the figure of `peak_memory`, in the process that it starts."""
     given = json.loads(arguments)
     folder = Path(given["corpus"].pop("folder"))
     corpus, task = Corpus(folder, **given["corpus"]), Task(**given["task"])

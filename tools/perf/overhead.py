@@ -11,7 +11,7 @@ layers as the config's model has, logged as often, and a width that a CPU can ho
 of steps that the devices are handed in one program (config.steps_per_dispatch). The CPU time of all
 other threads is told beside it: it shows that the step does not run inside of this thread.
 
-Sizes other than depth are those of a smoke test; nothing here says how fast a step is.
+Sizes other than depth are a smoke test's; nothing here says how fast a step is.
 """
 
 from __future__ import annotations

@@ -35,7 +35,7 @@ class Peak:
 
 
 def measure_peak(devices: Sequence[jax.Device], compute_dtype: Any) -> Peak:
-    """The peak of `devices`: in bfloat16 on accelerators, in the dtype of the computation on CPU.
+    """Measures `devices`: in bfloat16 on accelerators, in the dtype of the computation on CPU.
 
     CPU devices of one process share its cores: there one of them, which has all threads, and all
     of them at once are tried.
@@ -53,7 +53,7 @@ def measure_peak(devices: Sequence[jax.Device], compute_dtype: Any) -> Peak:
 
 
 def _rate(devices: Sequence[jax.Device], n: int, dtype: Any) -> float:
-    """FLOP/s of n x n products, one on each of `devices` at a time."""
+    """Returns FLOP/s of n x n products, one on each of `devices` at a time."""
     host = jax.random.normal(jax.random.key(0), (n, n), jnp.float32).astype(dtype)
     matrices = [jax.device_put(host, device) for device in devices]
     product = jax.jit(jnp.matmul)

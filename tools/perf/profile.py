@@ -1,4 +1,4 @@
-"""Where the time of a step goes: a trace of a few steps, and its dearest kernels."""
+"""Traces a few steps and lists the dearest kernels."""
 
 from __future__ import annotations
 
@@ -41,14 +41,14 @@ class Kernel:
 
     @property
     def flops_per_second(self) -> float | None:
-        """None if its FLOPs are not known."""
+        """FLOP/s of the kernel; None if its FLOPs are not known."""
         if self.cost is None or self.cost.flops is None:
             return None
         return self.cost.flops * self.calls / self.seconds
 
     @property
     def bytes_per_second(self) -> float | None:
-        """None if nothing is known of it."""
+        """Bytes a second of the kernel; None if the program's text does not have it."""
         return None if self.cost is None else self.cost.bytes * self.calls / self.seconds
 
 
@@ -70,7 +70,7 @@ class Profile:
 
     @property
     def seconds(self) -> float:
-        """Of all kernels."""
+        """Seconds of all kernels."""
         return sum(kernel.seconds for kernel in self.kernels) + self.elsewhere
 
     @property
@@ -113,7 +113,7 @@ def _traces(directory: str) -> list[Path]:
 def read_trace(
     trace: Path, costs: Mapping[str, KernelCost], seconds: float, devices: int, on_cpu: bool
 ) -> Profile:
-    """The kernels in a trace.
+    """Reads the kernels in a trace.
 
     Args:
       costs: by the name of an operation.
@@ -133,7 +133,7 @@ def read_trace(
 
 
 def _events(data: jax.profiler.ProfileData, on_cpu: bool) -> Iterator[tuple[str, float]]:
-    """(operation, seconds) of each event of a device.
+    """Yields (operation, seconds) of each event of a device.
 
     On CPU an operation is an event of a thread, with the statistic "hlo_op"; on a GPU so is a
     kernel, on the line of its stream; a TPU has a line of operations, named by their text.
@@ -162,7 +162,7 @@ def _operation(event: Any, line: str) -> str | None:
 
 
 def as_json(profile: Profile) -> dict[str, Any]:
-    """All kernels, for `json.dumps`."""
+    """Returns all kernels, for `json.dumps`."""
     return {
         "step_seconds": profile.step_seconds / STEPS,
         "kernel_seconds": profile.seconds / STEPS,
@@ -185,7 +185,7 @@ def as_json(profile: Profile) -> dict[str, Any]:
 
 
 def as_table(profile: Profile) -> Group:
-    """The dearest kernels, and what could not be attributed."""
+    """Returns a table of the dearest kernels, and remarks on the time without a kernel."""
     table = Table(title=f"the {SHOWN} dearest kernels, of one step", title_justify="left")
     for name in ("kernel", "what", "ms", "share", "calls", "GFLOP/s", "GB/s"):
         table.add_column(name, justify="left" if name in ("kernel", "what") else "right")
@@ -219,7 +219,7 @@ def _remarks(profile: Profile) -> Iterator[str]:
     wall = profile.step_seconds * profile.devices
     if profile.on_cpu:
         yield (
-            "on CPU the time is that of threads, which run side by side and may wait for each "
+            "on CPU the time is of threads, which run side by side and may wait for each "
             f"other: {whole / wall:.1f} of them at a time"
         )
     else:

@@ -66,7 +66,7 @@ def measure(
     times: list[tuple[tuple[float, ...], ...]] = [()] * len(contenders)
     turns = {str(n): functools.partial(one.run, steps) for n, one in enumerate(contenders)}
     for _ in range(rounds):
-        # Ours first in each round: the memory of the peers is then still that of their last turn.
+        # Always ours first: a peer's turn may leave memory or caches that the next one meets.
         found = in_turns(turns, 1, rotate=False)
         times = [(*own, tuple(found[str(n)][0])) for n, own in enumerate(times)]
         each_round([Times(own) for own in times])

@@ -1,4 +1,4 @@
-"""What `tools.perf.data` compares with: PyTorch's DataLoader and WebDataset's, with Pillow.
+"""The loaders that `tools.perf.data` compares with: PyTorch's and WebDataset's, with Pillow.
 
 Imports PyTorch, which only the tests require. Worker processes import this module and no more of
 ours that is heavy.
@@ -27,7 +27,7 @@ RATIOS = (3 / 4, 4 / 3)
 
 @dataclass(frozen=True)
 class Transform:
-    """An encoded image to uint8 [size, size, 3]: Pillow decodes, a random crop is resized.
+    """Turns an encoded image into uint8 [size, size, 3]: decodes, cuts at random, resizes.
 
     Attributes:
       resize: "pillow": with antialiasing as torchvision resizes Pillow's images, without it by
@@ -59,9 +59,9 @@ class Transform:
 
 
 def random_box(width: int, height: int, min_scale: float) -> tuple[int, int, int, int]:
-    """Left, top, right and bottom of a crop, drawn as TensorFlow draws ours.
+    """Draws left, top, right and bottom of a crop, as TensorFlow draws ours.
 
-    The height is uniform, not the area: crops are smaller, and so quicker to resize, than those of
+    The height is uniform, not the area: crops are smaller, and so quicker to resize, than with
     torchvision's RandomResizedCrop of the same least area.
 
     Source: tensorflow/core/kernels/image/sample_distorted_bounding_box_op.cc, GenerateRandomCrop.
@@ -119,7 +119,7 @@ class TorchLoader:
         self._batches = batches
 
     def open(self, batches: int) -> Iterator[np.ndarray]:
-        """All batches of a turn."""
+        """Reads all batches of a turn."""
         if batches != self._batches:
             raise ValueError(f"made for turns of {self._batches} batches, not {batches}")
         return (batch.numpy() for batch in self._loader)
@@ -132,7 +132,7 @@ class TorchLoader:
 def files_loader(
     files: list[str], transform: Transform, *, batch_size: int, workers: int, batches: int
 ) -> TorchLoader:
-    """PyTorch's DataLoader on image files, in random order, with turns of so many batches."""
+    """Opens PyTorch's DataLoader on image files, in random order, with turns of `batches`."""
     sampler = RandomBatches(len(files), batch_size, batches)
     dataset = Files(files, transform)
     return TorchLoader(_loader(dataset, workers, batch_sampler=sampler), batches)
@@ -141,7 +141,7 @@ def files_loader(
 def webdataset_loader(
     shards: list[str], transform: Transform, *, batch_size: int, workers: int, batches: int
 ) -> TorchLoader:
-    """WebDataset's loader on tar shards, shuffled, with turns of so many batches.
+    """Opens WebDataset's loader on tar shards, shuffled, with turns of `batches`.
 
     Raises:
       ImportError: webdataset is not installed.

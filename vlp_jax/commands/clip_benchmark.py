@@ -1,4 +1,4 @@
-"""CLIP_benchmark's own command on our models: vlp-jax clip-benchmark eval ...
+"""CLIP_benchmark's own command on our models.
 
     vlp-jax clip-benchmark eval --model_type vlp_jax --model runs/clip --pretrained "" \\
         --dataset wds/mine --dataset_root DIR --task zeroshot_classification --output scores.json
@@ -18,7 +18,7 @@ from vlp_jax.training.command import run_command
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command; returns its exit status."""
+    """Runs the command; returns its exit status."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments:
         print(__doc__)

@@ -29,7 +29,7 @@ TOLERANCE = 1e-6
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """The arguments."""
+    """Returns the arguments."""
     parser = make_parser("vlp-jax compare-scores", __doc__)
     parser.add_argument("--embeddings", type=Path, metavar="DIR", required=True)
     parser.add_argument("--scores", type=Path, metavar="FILE", help="eval/NAME/SCORE -> value")
@@ -40,7 +40,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def load(folder: Path) -> dict[str, dict[str, np.ndarray]]:
-    """The arrays of each evaluator, by its name.
+    """Loads the arrays of each evaluator, by its name.
 
     Raises:
       UserError: there are no files, or one was not written by `save_embeddings`.
@@ -60,7 +60,7 @@ def load(folder: Path) -> dict[str, dict[str, np.ndarray]]:
 def own_scores(
     name: str, arrays: Mapping[str, np.ndarray], scores: Mapping[str, float] | None
 ) -> dict[str, float]:
-    """What vlp_jax says, of a file of scores or else of the .npz itself.
+    """Returns the scores of vlp_jax, from a file of scores or else from the .npz itself.
 
     Raises:
       UserError: the file has no scores of the evaluator `name`.
@@ -80,7 +80,7 @@ def own_scores(
 def compare(
     name: str, arrays: Mapping[str, np.ndarray], own: Mapping[str, float]
 ) -> Iterator[tuple[str, float, float, str]]:
-    """(score, ours, independent, who computed it) of every score.
+    """Yields (score, ours, independent, who computed it) of every score.
 
     Raises:
       UserError: an unknown kind of outcome.
@@ -96,7 +96,7 @@ def compare(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command; returns its exit status."""
+    """Runs the command; returns its exit status."""
     arguments = parse(sys.argv[1:] if argv is None else argv)
     table = Table("score", "ours", "independent", "difference", "by")
     worst = 0.0

@@ -29,7 +29,7 @@ WITH_TOKENIZER = ("hf", "hf_clip", "hf_siglip", "open_clip")
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """The arguments."""
+    """Returns the arguments."""
     parser = make_parser("vlp-jax convert", __doc__, epilog=EPILOG)
     parser.add_argument(
         "--from", dest="source", metavar="FORMAT:PATH", required=True, help="a folder or a file"
@@ -63,9 +63,7 @@ def convert(arguments: argparse.Namespace) -> str:
     notes = [*source.notes, *([left_out] if left_out else [])]
     texts = isinstance(model.module, DualEncoder) and format in WITH_TOKENIZER
     if texts and extras.get("tokenizer") is None:
-        notes.append(
-            f"{arguments.source} holds no files of a tokenizer: put those of its own into {path}"
-        )
+        notes.append(f"{arguments.source} holds no files of a tokenizer: put its own into {path}")
     output = Path(path).expanduser()
     written, difference = write_checked(
         format, model, output, overwrite=arguments.overwrite, check=arguments.check, **extras
@@ -75,14 +73,14 @@ def convert(arguments: argparse.Namespace) -> str:
 
 
 def pixels(module: Module) -> dict[str, Any]:
-    """How a model normalizes its images, for an image tower that is taken out of it."""
+    """Returns how a model normalizes images, for an image tower that is taken out of it."""
     if isinstance(module, VisionTransformer):
         return {}
     return {"image_mean": tuple(module.pixels.mean), "image_std": tuple(module.pixels.std)}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command; returns its exit status."""
+    """Runs the command; returns its exit status."""
     arguments = parse(sys.argv[1:] if argv is None else argv)
 
     def command() -> None:

@@ -18,7 +18,7 @@ def _counts(**values: float) -> Scores:
 
 
 def zero_shot(a: Arrays) -> Scores:
-    """Of a `ZeroShotOutcome`."""
+    """Scores a `ZeroShotOutcome`."""
     labels, classes = a["labels"], len(a["class_names"])
     cosines = a["image"].astype(np.float64) @ a["class_embeddings"].astype(np.float64).T
     scores = {
@@ -73,7 +73,7 @@ def _calibration(p: np.ndarray, labels: np.ndarray, bins: int = 15) -> float:
 
 
 def retrieval(a: Arrays) -> Scores:
-    """Of a `RetrievalOutcome`."""
+    """Scores a `RetrievalOutcome`."""
     image, text, owners = a["image"].astype(np.float64), a["text"].astype(np.float64), a["owners"]
     scores = _counts(pairs=len(text), images=len(image), chance_r1=1 / len(image))
     matrix = image @ text.T
@@ -123,7 +123,7 @@ def _reciprocal(above: np.ndarray, several: np.ndarray, right: np.ndarray) -> fl
 def _clip_benchmark_recall(
     similarity: np.ndarray, mine: np.ndarray, k: int
 ) -> tuple[float, str] | None:
-    """As CLIP_benchmark's `zeroshot_retrieval.evaluate` has it; None if it is not installed."""
+    """Recall by CLIP_benchmark's `zeroshot_retrieval.evaluate`; None if it is not installed."""
     try:
         import torch
         from clip_benchmark.metrics.zeroshot_retrieval import batchify, recall_at_k
@@ -137,7 +137,7 @@ def _clip_benchmark_recall(
 
 
 def geometry(a: Arrays) -> Scores:
-    """Of a `GeometryOutcome`."""
+    """Scores a `GeometryOutcome`."""
     from scipy.spatial.distance import pdist
 
     image, text = a["image"].astype(np.float64), a["text"].astype(np.float64)
@@ -165,7 +165,7 @@ def _features(a: Arrays) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray
 
 
 def linear_probe(a: Arrays) -> Scores:
-    """Of a `LinearProbeOutcome`: L-BFGS is fitted again; of SGD the saved logits are scored."""
+    """Scores a `LinearProbeOutcome`: fits L-BFGS again, and takes the saved logits of SGD."""
     train, labels, test, test_labels, scores = _features(a)
     method, chosen = str(a["method"]), float(a["chosen"])
     if method == "sgd":
@@ -199,7 +199,7 @@ def linear_probe(a: Arrays) -> Scores:
 
 
 def knn(a: Arrays) -> Scores:
-    """Of a `KnnOutcome`."""
+    """Scores a `KnnOutcome`."""
     from sklearn.neighbors import KNeighborsClassifier
 
     train, labels, test, test_labels, scores = _features(a)
@@ -216,7 +216,7 @@ def knn(a: Arrays) -> Scores:
 
 
 def few_shot(a: Arrays) -> Scores:
-    """Of a `FewShotOutcome`."""
+    """Scores a `FewShotOutcome`."""
     from sklearn.linear_model import RidgeClassifierCV
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler

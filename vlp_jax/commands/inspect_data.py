@@ -1,4 +1,4 @@
-"""Looks at the data of a config, as a model would see it, and counts what is in it.
+"""Draws the data of a config as a model would see it, and counts what is in it.
 
     vlp-jax inspect-data --config configs/clip_folder.py --config.data.path=DIR
 
@@ -41,13 +41,13 @@ SEED = 0
 
 
 def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, ConfigDict]:
-    """The arguments, and the config with its overrides.
+    """Returns the arguments, and the config with its overrides.
 
     Raises:
       UserError: an argument, a config file or a key that does not exist.
     """
     parser = make_parser("vlp-jax inspect-data", __doc__, config=True)
-    parser.add_argument("--evaluator", metavar="NAME", help="its data, not that of training")
+    parser.add_argument("--evaluator", metavar="NAME", help="whose data, instead of training's")
     parser.add_argument("--output", type=Path, default=Path("inspected"), metavar="DIR")
     parser.add_argument("--examples", type=int, default=32, metavar="N", help="on the sheet")
     parser.add_argument(
@@ -58,7 +58,7 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, ConfigDict]:
 
 
 def datasets_of(config: ConfigDict, evaluator: str | None) -> dict[str, Mapping[str, Any]]:
-    """Name -> data config: of training and of `config.extra_data`, or of an evaluator.
+    """Returns name -> data config: of training and of `config.extra_data`, or of an evaluator.
 
     Raises:
       UserError: there is no such evaluator.
@@ -72,7 +72,7 @@ def datasets_of(config: ConfigDict, evaluator: str | None) -> dict[str, Mapping[
 
 
 def tolerant(data: Mapping[str, Any]) -> dict[str, Any]:
-    """The same data config, with any number of bad records allowed: they are to be counted."""
+    """Returns the data config with any number of bad records allowed: they are to be counted."""
     return {**dict(data.items()), "max_bad_fraction": 1.0}
 
 
@@ -85,7 +85,7 @@ def draw_sheet(
     count: int,
     title: str,
 ) -> str:
-    """Writes the contact sheet of a dataset; a line that says what was done.
+    """Writes the contact sheet of a dataset; returns a line for the user.
 
     Raises:
       UserError: a mistake in the config, or an example that cannot be read.
@@ -122,7 +122,7 @@ def draw_sheet(
 
 
 def describe(example: Mapping[str, Any], tokenizers: Tokenizers, pipeline: Any) -> Iterator[str]:
-    """What stands under an image: its text as its tokens say it, then every other field."""
+    """Yields the lines under an image: its text, decoded from tokens, then every other field."""
     example = dict(example)
     text = example.pop("text", None)
     if text is None or tokenizers.usual is None:
@@ -145,7 +145,7 @@ def describe(example: Mapping[str, Any], tokenizers: Tokenizers, pipeline: Any) 
 def scan_all(
     datasets: Mapping[str, Mapping[str, Any]], tokenizers: Tokenizers, count: int
 ) -> dict[str, Scan]:
-    """A scan of every source of every dataset, with a line on stderr that says how far it is."""
+    """Scans every source of every dataset, with its progress on stderr."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     found, single = {}, len(datasets) == 1
     with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as progress:
@@ -209,7 +209,7 @@ def show(figures: Mapping[str, Mapping[str, Any]], console: Console) -> None:
 
 
 def inspect(arguments: argparse.Namespace, config: ConfigDict) -> None:
-    """Everything that the command does.
+    """Scans, prints, draws and writes.
 
     Raises:
       UserError: a mistake in the config or in the data, or a folder that cannot be written.
@@ -242,13 +242,13 @@ def inspect(arguments: argparse.Namespace, config: ConfigDict) -> None:
             tokenizers,
             training=arguments.evaluator is None,
             count=arguments.examples,
-            title=f"What a model sees of {what}" + ("" if len(datasets) == 1 else f": {name}"),
+            title=f"{what}, as a model sees it" + ("" if len(datasets) == 1 else f": {name}"),
         )
         print(line)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command; returns its exit status."""
+    """Runs the command; returns its exit status."""
 
     def command() -> None:
         inspect(*parse(sys.argv[1:] if argv is None else argv))

@@ -1,4 +1,4 @@
-"""Draws what a trained model sees in an image, and what in it answers a text.
+"""Draws where a trained model looks in an image, and which regions answer a text.
 
     vlp-jax look-inside --workdir demo/run --image scene.png --text "a red circle" \\
         --text "a blue star" --output looks
@@ -63,7 +63,7 @@ SCENE_COLORS = {
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """The arguments.
+    """Returns the arguments.
 
     Raises:
       UserError: no model or two, an unknown method, or a number out of its range.
@@ -108,7 +108,7 @@ class Collection:
 
 
 def collect(encoder: Encoder, folder: Path | None, limit: int) -> Collection:
-    """The images of a folder, a group for each of its subfolders; without one, test scenes.
+    """Reads the images of a folder, a group for each subfolder; without one, test scenes.
 
     Raises:
       UserError: the folder holds fewer than 3 images, or one that cannot be read.
@@ -141,7 +141,7 @@ def collect(encoder: Encoder, folder: Path | None, limit: int) -> Collection:
 def draw_texts(
     encoder: Encoder, pixels: np.ndarray, arguments: argparse.Namespace, similarity: np.ndarray
 ) -> list[Path]:
-    """Heat maps of all texts, and the relevance of each; what was written."""
+    """Draws heat maps of all texts, and the relevance of each; returns the files."""
     texts, output = arguments.text, arguments.output
     tokens = encoder.texts(texts)
     images = np.repeat(pixels[None], len(texts), axis=0)
@@ -180,7 +180,7 @@ def draw_texts(
 
 
 def draw_attention(encoder: Encoder, pixels: np.ndarray, output: Path) -> list[Path]:
-    """Where the heads of the image tower look, and rollout; what was written."""
+    """Draws where the heads of the image tower look, and rollout; returns the files."""
     module = encoder.module
     maps = attention_maps(module, encoder.params, images=pixels[None])
     first, (rows, columns) = module.image.prefix_tokens, module.image.grid
@@ -211,7 +211,7 @@ def draw_attention(encoder: Encoder, pixels: np.ndarray, output: Path) -> list[P
 def draw_among(
     encoder: Encoder, pixels: np.ndarray, arguments: argparse.Namespace, texts: np.ndarray
 ) -> list[Path]:
-    """Neighbours and projection; what was written."""
+    """Draws neighbours and projection; returns the files."""
     collection = collect(encoder, arguments.among, arguments.limit)
     index = encoder.apply("embed_image", collection.pixels)
     written, output = [], arguments.output
@@ -247,7 +247,7 @@ def draw_among(
 
 
 def text_embeddings(encoder: Encoder, texts: Sequence[str]) -> Float[np.ndarray, "n dim"]:
-    """Unit vectors of the texts; what is cut is told in a line of stderr."""
+    """Embeds texts as unit vectors; warns on stderr where a text is cut."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         found = encoder.embed_text(texts) if texts else np.zeros((0, encoder.module.embed_dim))
@@ -257,7 +257,7 @@ def text_embeddings(encoder: Encoder, texts: Sequence[str]) -> Float[np.ndarray,
 
 
 def look(arguments: argparse.Namespace) -> None:
-    """Everything that the command does.
+    """Loads the model, draws and tells the files.
 
     Raises:
       UserError: a model, an image or a text that does not do, or a folder that cannot be written.
@@ -285,7 +285,7 @@ def look(arguments: argparse.Namespace) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command; returns its exit status."""
+    """Runs the command; returns its exit status."""
 
     def command() -> None:
         arguments = parse(sys.argv[1:] if argv is None else argv)

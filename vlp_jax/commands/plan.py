@@ -1,4 +1,4 @@
-"""What a training run needs and takes on devices that are not here, before anything is paid for.
+"""Memory, time and cost of a training run on devices that are not here, before it is paid for.
 
 vlp-jax plan --config configs/siglip_b16.py --topology v5e:16x16
 vlp-jax plan --config configs/clip_l14.py --topology v5p:4x4x4 --config.mesh.fsdp=64
@@ -7,9 +7,9 @@ vlp-jax plan --config configs/siglip_b16.py --topology gpu:h100x64 --mfu 0.4 --j
 
 For a TPU the real step (optimizer, mesh, rematerialization, donation) is compiled by libtpu (pip
 install -r requirements-plan.txt), which takes minutes; no TPU is needed, and no data. The report
-says what a device holds, computes, moves and sends in a step, the least time that takes, and what
-the whole schedule takes then. For cpu:N and gpu:KINDxN nothing is compiled: state, FLOPs and the
-time that these take are all that is known.
+has the bytes that a device holds, moves and sends in a step, its FLOPs, the least time they take,
+and the time of the whole schedule. For cpu:N and gpu:KINDxN nothing is compiled: state, FLOPs and
+the time of these are all that is known.
 
 Evaluations, checkpoints and waiting for data are not part of a plan. Exit status: 0 it fits, or
 that cannot be known; 1 it does not fit; 2 a mistake in the arguments or the config.
@@ -46,7 +46,7 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "libtpu")
 
 
 def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, ConfigDict]:
-    """The arguments, and the config with its overrides.
+    """Returns the arguments, and the config with its overrides.
 
     Raises:
       UserError: an argument, a config file or a key that does not exist.
@@ -83,14 +83,14 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, ConfigDict]:
 
 
 class Waiting:
-    """Says on stderr what is being done, and how long it has taken."""
+    """Tells on stderr which long task runs, and how long it took."""
 
     def __init__(self) -> None:
         self._console = Console(stderr=True)
 
     @contextlib.contextmanager
     def __call__(self, what: str) -> Iterator[None]:
-        """Wraps one thing that takes long."""
+        """Wraps one task that takes long."""
         begin = time.monotonic()
         if self._console.is_terminal:
             with self._console.status(what):
@@ -102,13 +102,13 @@ class Waiting:
 
 
 def versions() -> dict[str, str]:
-    """Of what decides a plan, as far as it is installed."""
+    """Returns the versions of the packages that decide a plan, where they are installed."""
     found = package_versions(PACKAGES)
     return {name: found[name] for name in PACKAGES if name in found}
 
 
 def find(arguments: argparse.Namespace, config: ConfigDict) -> Findings:
-    """The plan, and the search if it is wanted.
+    """Makes the plan, and the search if it is wanted.
 
     Raises:
       UserError: the config does not fit the topology or itself.
@@ -136,7 +136,7 @@ def find(arguments: argparse.Namespace, config: ConfigDict) -> Findings:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command; returns its exit status."""
+    """Runs the command; returns its exit status."""
     fits: list[bool | None] = []
 
     def command() -> None:

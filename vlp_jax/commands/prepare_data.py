@@ -48,7 +48,7 @@ PLAIN_SECONDS = 10.0  # between two lines where there is no terminal
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """The arguments; `flags` are Beam's."""
+    """Returns the arguments; `flags` are Beam's."""
     parser = make_parser("vlp-jax prepare-data", __doc__, epilog=EPILOG)
     add = parser.add_argument
     add("--input", nargs="+", metavar="PATTERN", help="a folder, files, globs, brace ranges or "
@@ -109,7 +109,7 @@ def verify(output: str, split: str) -> str:
 
 
 def report(arguments: argparse.Namespace, result: jobs.Result, seconds: float) -> str:
-    """What was written, what was skipped, and how to train on it."""
+    """Returns the counts of written and skipped examples, and how to train on them."""
     manifest = result.manifest
     sizes = [shard["examples"] for shard in manifest["shards"]]
     split, folder = manifest["split"], paths.absolute(arguments.output)
@@ -128,7 +128,7 @@ def report(arguments: argparse.Namespace, result: jobs.Result, seconds: float) -
 
 
 def config_lines(manifest: manifests.Manifest, path: str) -> list[str]:
-    """What a config must say so that examples have the fields of the manifest in any format."""
+    """Returns the lines of a config by which examples have the fields of the manifest."""
     lines = [f'config.data.source = "{manifest["format"]}"', f'config.data.path = "{path}"']
     if manifest["format"] == "webdataset":
         # All but the image is in KEY.json; its readers know no lists of numbers.
@@ -218,7 +218,7 @@ def prepare(arguments: argparse.Namespace) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command; returns its exit status."""
+    """Runs the command; returns its exit status."""
     arguments = parse(sys.argv[1:] if argv is None else argv)
 
     def command() -> None:

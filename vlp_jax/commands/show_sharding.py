@@ -5,9 +5,9 @@
         --config.mesh.preset=hybrid
 
 Needs no data, no tokenizer and no accelerator, and allocates nothing. A line has the path of a
-parameter, its dimensions as name=size/axes of the mesh, and its bytes on a device. A ratio is what
-a device holds to an even part: of the state divided by the devices along fsdp and tensor. 1.00 is
-ideal; warnings say what keeps it from that.
+parameter, its dimensions as name=size/axes of the mesh, and its bytes on a device. A ratio is the
+bytes of a device over an even part, the state divided by the devices along fsdp and tensor. 1.00 is
+ideal; warnings name the parameters that keep it above.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ ANY_EPOCH = 1_000_000  # examples of an epoch: how long a run is changes nothing
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """All that is shown.
+    """Everything that the command shows.
 
     Attributes:
       mesh: devices along each axis.
@@ -56,7 +56,7 @@ class Report:
 
 
 def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, ConfigDict]:
-    """The arguments, and the config with its overrides.
+    """Returns the arguments, and the config with its overrides.
 
     Raises:
       UserError: an argument, a config file or a key that does not exist.
@@ -74,7 +74,7 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, ConfigDict]:
 
 
 def find_devices(arguments: argparse.Namespace) -> list[Any]:
-    """The devices of the mesh, none of which has to be here."""
+    """Returns the devices of the mesh, none of which has to be here."""
     jax.config.update("jax_platforms", "cpu")
     if arguments.topology:
         return tpu_devices(arguments.topology, arguments.slices)
@@ -83,7 +83,7 @@ def find_devices(arguments: argparse.Namespace) -> list[Any]:
 
 
 def make_report(name: str, setup: Setup) -> Report:
-    """How the state of `setup` lies on its mesh."""
+    """Reports how the state of `setup` lies on its mesh."""
     boxed = jax.eval_shape(lambda: setup.objective.init(jax.random.key(0), setup.batch_spec))
     rows = report_lib.rows(setup.abstract.params, boxed)
     return Report(
@@ -98,7 +98,7 @@ def make_report(name: str, setup: Setup) -> Report:
 
 
 def fitting_batch(config: ConfigDict, devices: int) -> ConfigDict:
-    """The config with a batch that every mesh of the devices divides, since it shows nothing."""
+    """Returns the config with a batch that every mesh of the devices divides: it is not shown."""
     config = config.copy_and_resolve_references()
     with config.unlocked():
         config.batch_size = devices * config.microbatches
@@ -106,7 +106,7 @@ def fitting_batch(config: ConfigDict, devices: int) -> ConfigDict:
 
 
 def text(report: Report) -> str:
-    """The report as it is printed."""
+    """Returns the report as it is printed."""
     axes = " x ".join(f"{axis} {size}" for axis, size in report.mesh.items())
     lines = [report_lib.table(report.rows), "", f"{report.config} on {axes}"]
     for what, spread in (("parameters", report.params), ("whole state", report.state)):
@@ -121,7 +121,7 @@ def text(report: Report) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command; returns its exit status."""
+    """Runs the command; returns its exit status."""
 
     def command() -> None:
         arguments, config = parse(sys.argv[1:] if argv is None else argv)

@@ -1,11 +1,11 @@
-"""Trains a tokenizer on captions, and says what it makes of them.
+"""Trains a tokenizer on captions, and measures how long their tokens are.
 
     vlp-jax train-tokenizer --config configs/clip_folder.py --config.data.path=DIR \\
         --kind sentencepiece-unigram --vocab-size 32000 --output captions.model
     vlp-jax train-tokenizer --texts captions.txt more.jsonl --field text \\
         --kind bpe --vocab-size 16384 --output tokenizer.json
 
-With --config the captions are those of its training data after its operations on text (chosen,
+With --config the captions come from its training data after its operations on text (chosen,
 cleaned, lower-cased), in random order, as training will meet them; no image is decoded. With
 --texts they are taken as they are. The same captions in any order give the same file.
 
@@ -46,13 +46,13 @@ NOTICE_SECONDS = 5.0
 
 
 class Statistics(NamedTuple):
-    """What a tokenizer makes of texts.
+    """Lengths of texts in tokens, and shares of unknown tokens and cut texts.
 
     Attributes:
       texts: how many.
-      mean, p95: tokens of a text, with bos and eos: their mean, and what 95 % do not exceed.
+      mean, p95: tokens of a text, with bos and eos: their mean and 95th percentile.
       truncated: share of the texts that are longer than the context length.
-      unknown: share of the tokens that stand for what the vocabulary does not hold.
+      unknown: share of the tokens that stand for text outside of the vocabulary.
       bytes_per_token: of UTF-8, without bos and eos.
     """
 
@@ -65,7 +65,7 @@ class Statistics(NamedTuple):
 
 
 def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-    """The arguments, and the overrides of the config.
+    """Returns the arguments, and the overrides of the config.
 
     Raises:
       UserError: an argument that does not exist, or none or two of --config and --texts.
@@ -93,7 +93,7 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         "--context-length",
         type=int,
         metavar="N",
-        help=f"for the report (default: that of the config, else {CONTEXT_LENGTH})",
+        help=f"for the report (default: the config's, else {CONTEXT_LENGTH})",
     )
     arguments, overrides = parse_with_overrides(parser, argv, "limit")
     if (arguments.config is None) == (arguments.texts is None):
@@ -104,7 +104,7 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
 
 
 def texts_of_files(paths: Sequence[str], field: str) -> Iterator[str]:
-    """The texts in files, none of them empty.
+    """Yields the texts in files, none of them empty.
 
     Raises:
       UserError: a file does not exist, is of another format, or lacks the field.
@@ -129,7 +129,7 @@ def _rows(path: Path, field: str) -> Iterator[str]:
 
 
 def _captions(record: Mapping[str, Any], field: str, where: str) -> Iterator[str]:
-    """The text or the texts in the field of a record."""
+    """Yields the text or the texts in the field of a record."""
     if field not in record:
         raise UserError(f"--field: {unknown_key_message(field, map(str, record), where)}")
     values = record[field] if isinstance(record[field], list) else [record[field]]
@@ -140,7 +140,7 @@ def _captions(record: Mapping[str, Any], field: str, where: str) -> Iterator[str
 
 
 def collect(texts: Iterator[str], limit: int) -> list[str]:
-    """The first `limit` texts, with a notice now and then of how many there are.
+    """Returns the first `limit` texts; tells now and then how many there are.
 
     Raises:
       UserError: there is none.
@@ -162,7 +162,7 @@ def collect(texts: Iterator[str], limit: int) -> list[str]:
 
 
 def make(kind: str, texts: Sequence[str], vocab_size: int, context_length: int) -> Tokenizer:
-    """A tokenizer of one of `KINDS`, trained on the texts."""
+    """Trains a tokenizer of one of `KINDS` on the texts."""
     started = time.monotonic()
     _say(f"training {kind}, up to {vocab_size:,} tokens ...")
     if KINDS[kind] is None:
@@ -174,7 +174,7 @@ def make(kind: str, texts: Sequence[str], vocab_size: int, context_length: int) 
 
 
 def measure(tokenizer: Tokenizer, texts: Sequence[str]) -> Statistics:
-    """What `tokenizer` makes of the texts, or of `MEASURED` of them."""
+    """Measures the tokens of the texts, or of `MEASURED` of them."""
     texts = texts[:: -(-len(texts) // MEASURED)]
     rows = tokenizer.encode(texts)
     ids = np.concatenate([np.asarray(row, np.int64) for row in rows])
@@ -192,7 +192,7 @@ def measure(tokenizer: Tokenizer, texts: Sequence[str]) -> Statistics:
 
 
 def report(tokenizer: Tokenizer, output: Path, statistics: Statistics) -> str:
-    """The statistics, and the lines of a config that use the file."""
+    """Returns the statistics, and the lines of a config that use the file."""
     name = "sentencepiece" if isinstance(tokenizer, SentencePieceTokenizer) else "subword"
     section = {
         "name": name,
@@ -263,7 +263,7 @@ def _say(line: str) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command; returns its exit status."""
+    """Runs the command; returns its exit status."""
 
     def command() -> None:
         arguments, overrides = parse(sys.argv[1:] if argv is None else argv)

@@ -4,8 +4,8 @@
     vlp-jax clip-benchmark eval --model runs/clip --pretrained "" --dataset wds/mine \\
         --dataset_root DIR --task zeroshot_classification --output scores.json
 
-The images are those of the source, as they are stored: each model resizes them by itself. The
-layout is that of clip_benchmark/datasets/builder.py, `build_wds_dataset`, 1.6.
+The images are the source's, as they are stored: each model resizes them by itself. The layout is
+from clip_benchmark/datasets/builder.py, `build_wds_dataset`, 1.6.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ BATCH = 256
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """The arguments."""
+    """Returns the arguments."""
     parser = make_parser("vlp-jax write-evaluation-tars", __doc__)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--workdir", metavar="DIR", help="of a run, whose evaluator it is")
@@ -67,7 +67,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def sections(arguments: argparse.Namespace) -> tuple[ConfigDict, Mapping[str, Any]]:
-    """The evaluator's section, and its data.
+    """Returns the evaluator's section, and its data.
 
     Raises:
       UserError: there is no such evaluator, or it is of another kind.
@@ -90,7 +90,7 @@ def sections(arguments: argparse.Namespace) -> tuple[ConfigDict, Mapping[str, An
 def examples(
     data: Mapping[str, Any], field: str, preprocess: Mapping[str, Any]
 ) -> Iterator[tuple[Any, Any]]:
-    """(image as it is stored, field) of each example that can be used."""
+    """Yields (image as it is stored, field) of each example that can be used."""
     pipeline = EvalPipeline(
         {**data, "preprocess": preprocess}, None, batch_size=BATCH, extra_fields=("image", field)
     )
@@ -101,7 +101,7 @@ def examples(
 
 
 def encoded(image: Any) -> tuple[str, bytes]:
-    """(suffix, content) of an image file that CLIP_benchmark decodes to the pixels a run sees.
+    """Returns (suffix, content) of an image file that CLIP_benchmark decodes as a run does.
 
     CLIP_benchmark turns no image, and shows what transparent pixels hide. An image that needs it,
     or is of another format, becomes a PNG.
@@ -158,7 +158,7 @@ def class_names(
 
 
 def write(arguments: argparse.Namespace) -> str:
-    """Writes the folder; returns what was written.
+    """Writes the folder; returns a line with the counts.
 
     Raises:
       UserError: see `sections`; or the folder is there already.
@@ -191,13 +191,13 @@ def write(arguments: argparse.Namespace) -> str:
 
 
 def _lines(captions: Any) -> bytes:
-    """One caption a line."""
+    """Returns the captions, one a line."""
     listed = [captions] if isinstance(captions, bytes) else list(captions)
     return b"\n".join(b" ".join(caption.split()) for caption in listed if caption.strip())
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command; returns its exit status."""
+    """Runs the command; returns its exit status."""
     arguments = parse(sys.argv[1:] if argv is None else argv)
     return run_command(lambda: print(write(arguments)))
 

@@ -1,4 +1,4 @@
-"""What the forward pass keeps for the backward pass, from the shapes that JAX hands on."""
+"""Bytes that the forward pass keeps for the backward pass, from the shapes that JAX hands on."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from vlp_jax.training.state import PURPOSE_LOSS, TrainState, context_of, key_for
 
 
 def activation_bytes(setup: Setup) -> int:
-    """Kept on a device between the passes, of one microbatch; an estimate.
+    """Estimates the bytes that a device keeps between the passes, for one microbatch.
 
-    It counts every array that JAX's backward pass takes over from the forward pass and whose size
-    follows the batch, spread over the devices that share a batch. A compiler may keep less, since
-    it can compute some of them again or merge them, or more, since it pads. The axis `tensor`
-    divides only some of them, and is left out.
+    Every array counts that JAX's backward pass takes over from the forward pass and whose size
+    follows the batch, spread over the devices that share a batch. A compiler may keep less: it can
+    compute some of them again, or merge them. It may keep more: it pads. The axis `tensor` divides
+    only some of them, and is left out.
     """
     parts = setup.config.microbatches
     objective = setup.objective.at(setup.costliest)

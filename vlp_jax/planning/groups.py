@@ -1,4 +1,4 @@
-"""Which devices a collective joins, and along which axes of the mesh they lie.
+"""The devices that a collective joins, and the axes of the mesh along which they lie.
 
 XLA writes the groups in one of three forms (openxla/xla, xla/hlo/ir/replica_group.h,
 collective_device_list.h and mesh_and_axis.h): as lists, `{{0,1},{2,3}}`; as a reshaped and
@@ -26,7 +26,7 @@ _PAIRS = re.compile(r"source_target_pairs=\{((?:\{\d+,\d+\},?)*)\}")
 
 
 def parse_groups(attributes: str, devices: int) -> Groups:
-    """The groups of a collective; for a permutation the pairs of source and target.
+    """Reads the groups of a collective; for a permutation the pairs of source and target.
 
     Args:
       attributes: what follows the operands of the instruction.
@@ -62,7 +62,7 @@ def _iota(dims: str, permutation: str | None) -> np.ndarray:
 
 
 def _mesh_groups(axes: str, dims: str | None, permutation: str | None, along: str) -> Groups:
-    """Groups along some axes, or along parts of them: `'a':(2)4` is the 4 of an a of 2 x 4 x ..."""
+    """Makes groups along axes or parts of axes: `'a':(2)4` is the 4 of an a of 2 x 4 x ..."""
     sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", axes)}
     parts = {
         name: (int(before), int(size)) if before else (1, sizes[name])
@@ -82,7 +82,7 @@ def _mesh_groups(axes: str, dims: str | None, permutation: str | None, along: st
 
 
 def axes_of(groups: Sequence[Sequence[int]], mesh_shape: Mapping[str, int]) -> tuple[str, ...]:
-    """The axes of the mesh along which the devices of a group differ; () for groups of one.
+    """Returns the axes along which the devices of a group differ; () for groups of one.
 
     Args:
       groups: places in the mesh, whose last axis is the fastest.
@@ -94,6 +94,6 @@ def axes_of(groups: Sequence[Sequence[int]], mesh_shape: Mapping[str, int]) -> t
 
 
 def _rectangle(groups: Sequence[Sequence[int]]) -> np.ndarray:
-    """Groups of unequal size are filled up with their first device."""
+    """Fills up groups of unequal size with their first device."""
     width = max(len(group) for group in groups)
     return np.array([[*group, *group[:1] * (width - len(group))] for group in groups])

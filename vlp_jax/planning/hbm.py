@@ -1,4 +1,4 @@
-"""Bytes that a compiled program moves to and from a device's main memory, and the cycles it counts.
+"""Bytes that a compiled program moves to and from main memory, and its estimated cycles.
 
 Every kernel of the program reads its operands and writes its results; what stays in memory nearer
 the cores does not count, nor does an instruction that only gives another name to data. Tiles count
@@ -36,7 +36,7 @@ _CARRIED = "chain_id="  # what it writes beside a collective that several kernel
 
 
 def hbm_bytes(module: Module, runs: Runs) -> float:
-    """Read and written by a device in one call of the program."""
+    """Returns the bytes that a device reads and writes in one call of the program."""
     total = 0.0
     for name, computation in module.computations.items():
         if name in runs.times and name not in runs.fused:
@@ -46,7 +46,7 @@ def hbm_bytes(module: Module, runs: Runs) -> float:
 
 
 def estimated_cycles(module: Module, runs: Runs) -> float:
-    """The TPU compiler's own estimate for its kernels, waiting for the network not included."""
+    """Returns the TPU compiler's estimate for its kernels, without waits for the network."""
     total = 0.0
     for name, computation in module.computations.items():
         if name in runs.times and name not in runs.fused:
@@ -103,7 +103,7 @@ def _fusion(module: Module, computation: Computation, fusion: Instruction) -> in
 
 
 def _read(module: Module, computation: Computation, name: str, whole: int) -> int:
-    """Bytes that a kernel reads of the value `name`, of which there are `whole`."""
+    """Returns the bytes that a kernel reads of the value `name`, which has `whole` bytes."""
     total = 0
     if computation.root.name == name:
         return whole
@@ -128,7 +128,7 @@ def _read(module: Module, computation: Computation, name: str, whole: int) -> in
 
 
 def _written(module: Module, computation: Computation, name: str) -> list[int | None]:
-    """Bytes that a kernel writes of each of its results; None for all of them."""
+    """Returns the bytes that a kernel writes of each of its results; None for all of one."""
     instruction = computation.by_name[name]
     if instruction.opcode == "tuple":
         parts = (_written(module, computation, operand) for operand in instruction.operands)

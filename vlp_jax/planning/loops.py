@@ -1,4 +1,4 @@
-"""How often each computation of a compiled program runs in one call of it."""
+"""Counts how often each computation of a compiled program runs in one call of it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _SAME_VALUE = {"copy", "bitcast", "convert", "copy-start", "copy-done", "reshape
 
 @dataclasses.dataclass(frozen=True)
 class Runs:
-    """How often computations run.
+    """Counts of the runs of computations.
 
     Attributes:
       times: name of a computation -> how often it runs; fused ones are counted as often as the
@@ -62,7 +62,7 @@ def count_runs(module: Module) -> Runs:
 
 
 def trip_count(module: Module, around: Computation, loop: Instruction) -> float | None:
-    """Rounds of a while loop; None if they depend on more than constants.
+    """Returns the rounds of a while loop; None if they depend on more than constants.
 
     XLA says it for CPU and GPU. For TPU it follows from the loop itself, which has to count in
     steps of a constant from a constant to a constant.
@@ -94,7 +94,7 @@ class _Element:
 
 
 def _comparison(module: Module, condition: Computation) -> tuple[int, int | _Element, str] | None:
-    """(index of the counter, its bound, "LT" or "LE") of "counter < bound"."""
+    """Returns (index of the counter, its bound, "LT" or "LE") of "counter < bound"."""
     root, values = _operation(module, condition, condition.root)
     direction = root.attribute(r"direction=(\w+)")
     if root.opcode != "compare" or len(values) != 2 or None in values:
@@ -110,7 +110,7 @@ def _comparison(module: Module, condition: Computation) -> tuple[int, int | _Ele
 def _operation(
     module: Module, computation: Computation, instruction: Instruction
 ) -> tuple[Instruction, list[int | _Element | None]]:
-    """An instruction and its operands' values; of a fusion its last one, inside."""
+    """Returns an instruction with its operands' values; for a fusion the last one inside."""
     values = [_value(computation, name) for name in instruction.operands]
     if instruction.opcode != _FUSED:
         return instruction, values
@@ -123,7 +123,7 @@ def _operation(
 
 
 def _origin(computation: Computation, name: str) -> Instruction:
-    """Where a value comes from, behind copies of it."""
+    """Returns the instruction that a value comes from, behind copies of it."""
     instruction = computation.by_name[name]
     while instruction.opcode in _SAME_VALUE:
         instruction = computation.by_name[instruction.operands[0]]
@@ -142,7 +142,7 @@ def _value(computation: Computation, name: str) -> int | _Element | None:
 
 
 def _element(around: Computation, loop: Instruction, index: int) -> int | None:
-    """What element `index` of the carried tuple begins with, if that is a constant."""
+    """Returns the first value of element `index` of the carried tuple, if it is a constant."""
     start = _origin(around, loop.operands[0])
     if start.opcode != "tuple":
         return None
@@ -151,7 +151,7 @@ def _element(around: Computation, loop: Instruction, index: int) -> int | None:
 
 
 def _step(module: Module, body: Computation, index: int) -> int | None:
-    """What a round adds to element `index`."""
+    """Returns the number that a round adds to element `index`; None if it is no constant."""
     root = _origin(body, body.root.name)
     if root.opcode != "tuple":
         return None

@@ -1,4 +1,4 @@
-"""How long collectives take on the links between devices, at the links' full rate."""
+"""The time of collectives on the links between devices, at the links' full rate."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from vlp_jax.planning.traffic import Collective
 
 
 def seconds(found: Sequence[Collective], devices: Sequence[Any], chip: Chip) -> float | None:
-    """Of all collectives of a step, one after the other; None if a network is not known.
+    """Returns the time of all collectives of a step, one after the other; None if not known.
 
     Latencies are left out, and so is what shares a link at the same time.
 
@@ -27,7 +27,7 @@ def seconds(found: Sequence[Collective], devices: Sequence[Any], chip: Chip) -> 
 
 
 def bandwidth(collective: Collective, devices: Sequence[Any], chip: Chip) -> float | None:
-    """Bytes a second that a device can send in a collective; None if not known.
+    """Returns the bytes a second that a device can send in a collective; None if not known.
 
     On a torus a group uses the links along every physical axis over which it lies: two of an axis
     that it fills and that closes to a ring, else one. A permutation uses one link.

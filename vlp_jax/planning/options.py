@@ -16,7 +16,7 @@ from vlp_jax.training.setup import Setup
 
 ROWS = 8  # a TPU's vector unit has 8 rows: batches of a device in multiples of it waste none
 NO_REMAT = "none"
-# Policies whose price is what they compute again: of offloading it is the way to the host.
+# Policies whose price is FLOPs computed again. Offloading pays in transfers to the host instead.
 COMPARABLE = tuple(name for name in REMAT_POLICIES if name != "offload")
 
 Announce = Callable[[str], None]
@@ -43,7 +43,7 @@ def sections(config: ConfigDict) -> list[ConfigDict]:
 
 
 def remat_of(config: ConfigDict) -> str:
-    """The policy of the config; those of several parts are joined."""
+    """Returns the policy of the config; the policies of several parts are joined."""
     return "+".join(dict.fromkeys(s.get("remat") or NO_REMAT for s in sections(config)))
 
 
@@ -70,7 +70,7 @@ class Options:
         self._config = plan.setup.config
 
     def policies(self) -> list[Policy]:
-        """Those of `models.layers`, with the FLOPs of each, up to the first that fits."""
+        """Compiles the remat policies from the fewest FLOPs on, up to the first that fits."""
         own = remat_of(self._config)
         flops = {own: self._plan.hardware.total}
         for name in (NO_REMAT, *COMPARABLE):
@@ -79,10 +79,10 @@ class Options:
         return cheapest_policy(flops, lambda name: self._try(remat=name), {own: self._own()})
 
     def largest(self, policies: list[Policy]) -> tuple[str, Largest]:
-        """The largest batch with the cheapest policy that fits, else with the one that keeps least.
+        """Finds the largest batch with the cheapest policy that fits, else with the leanest.
 
         Returns:
-          The policy, and what was found.
+          The name of the policy, and the result of the search.
         """
         tried = [policy for policy in policies if policy.trial is not None]
         chosen = next((policy for policy in tried if policy.trial.fits), tried[-1])
@@ -114,7 +114,7 @@ class Options:
 
 
 def advice(plan: Plan) -> list[str]:
-    """What would make a step fit that does not, the cheapest first."""
+    """Returns the ways to make a step fit that does not, the cheapest first."""
     config, mesh, lines = plan.setup.config, plan.setup.mesh, []
     state, available = plan.state.device, plan.available
     spread = plan.state.total / mesh.size

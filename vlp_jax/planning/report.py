@@ -22,7 +22,7 @@ GIB, MIB = 2**30, 2**20
 
 @dataclasses.dataclass(frozen=True)
 class Findings:
-    """A plan and what was asked about it besides.
+    """A plan, with the assumptions and the search that the user asked for.
 
     Attributes:
       mfu: assumed, for a further row of costs.
@@ -35,7 +35,7 @@ class Findings:
     search: tuple[list[Policy], str, Largest] | None = None
 
     def costs(self) -> dict[str, Cost]:
-        """What the run costs, by what is assumed of its steps."""
+        """Returns the cost of the run for each assumption on the time of its steps."""
         plan, roofline = self.plan, self.plan.roofline
         peak = peak_flops(plan)
         seconds = {
@@ -63,14 +63,14 @@ class Findings:
 
 
 def peak_flops(plan: Plan) -> float | None:
-    """Of all devices together; None where it is not known."""
+    """Returns the peak of all devices together; None where it is not known."""
     if plan.target.chip is None:
         return None
     return plan.setup.mesh.size * plan.target.chip.peak_flops(plan.setup.objective.compute_dtype)
 
 
 def notes(findings: Findings) -> list[str]:
-    """What a reader should know of the figures."""
+    """Returns notes on the figures for a reader."""
     plan = findings.plan
     found = [f"FLOPs not counted: {what}" for what in plan.hardware.uncounted]
     bound = findings.costs().get("roofline, all at once")
@@ -99,7 +99,7 @@ def notes(findings: Findings) -> list[str]:
 
 
 def as_json(findings: Findings, versions: dict[str, str]) -> dict[str, Any]:
-    """All figures: bytes and FLOPs, of a device unless they say otherwise."""
+    """Returns all figures: bytes and FLOPs, of a device unless they say otherwise."""
     plan = findings.plan
     program = plan.memory if isinstance(plan.memory, Program) else None
     compiled, roofline, config = plan.compiled, plan.roofline, plan.setup.config
@@ -152,7 +152,7 @@ def as_json(findings: Findings, versions: dict[str, str]) -> dict[str, Any]:
 
 
 def reason(plan: Plan) -> str:
-    """Why a step does not fit, in one sentence with its figures."""
+    """Returns why a step does not fit, in one sentence with its figures."""
     state = plan.state.device
     if plan.memory is None:
         return f"the state takes {_gib(state)} of a device's {_gib(plan.available)}"
@@ -171,7 +171,7 @@ def _gib(value: float | None) -> str:
 
 
 def as_table(findings: Findings) -> Group:
-    """What a person reads."""
+    """Returns the tables for a person."""
     plan = findings.plan
     parts: list[Any] = [_heading(plan), _memory(plan)]
     parts.append(_work(plan))

@@ -10,7 +10,7 @@ MOST_COMPILES = 8
 
 @dataclasses.dataclass(frozen=True)
 class Trial:
-    """What a compile said.
+    """The answer of the compiler for one batch size.
 
     Attributes:
       batch_size: of the whole mesh.
@@ -96,7 +96,7 @@ def _next(
     fixed: int,
     available: int,
 ) -> int | None:
-    """The batch to try next; None if the answer is there."""
+    """Returns the batch to try next; None if the answer is there."""
     low = fitting[-1].batch_size if fitting else 0
     if ceiling is not None and ceiling - low <= quantum:
         return None
@@ -133,7 +133,7 @@ class Policy:
 def cheapest_policy(
     flops: dict[str, float], attempt: Callable[[str], Trial], known: dict[str, Trial]
 ) -> list[Policy]:
-    """The policies in the order of their FLOPs, compiled up to the first that fits.
+    """Returns the policies in the order of their FLOPs, compiled up to the first that fits.
 
     Args:
       flops: of a step, by policy.

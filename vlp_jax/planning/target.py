@@ -1,4 +1,4 @@
-"""What `--topology` names: devices that need not be here."""
+"""The devices that `--topology` names, which need not be here."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Target:
     """Devices to plan for.
 
     Attributes:
-      devices: those of a TPU can be compiled for; for others as many CPU devices stand in, which
+      devices: of a TPU, which can be compiled for; else as many CPU devices that stand in and
         take part in shardings alone.
       chip: None for a CPU, of which nothing is known.
       compiles: whether there is a compiler for the devices.
@@ -36,12 +36,12 @@ class Target:
 
     @property
     def chips(self) -> float:
-        """What is paid for."""
+        """Number of chips, which is the unit of prices."""
         return len(self.devices) / (self.chip.devices_per_chip if self.chip else 1)
 
 
 def make_target(name: str, slices: int = 1) -> Target:
-    """The target of "v5e:16x16", "gpu:h100x8" or "cpu:8".
+    """Makes the target of "v5e:16x16", "gpu:h100x8" or "cpu:8".
 
     Args:
       slices: of a TPU, joined by a slower network.

@@ -1,4 +1,4 @@
-"""What our step can be measured beside: a literal table, and which of them an objective has."""
+"""The peers that our step can be measured beside, and which of them fit an objective."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ TORCH_PEERS = {
     "timm": TorchPeer("timm", timm_peer.refusal, timm_peer.recipe),
     "transformers": TorchPeer("transformers", transformers_peer.refusal, transformers_peer.recipe),
 }
-# What has a model for an objective, or says why not; `plain` has for all.
+# Peer -> why it has no model for an objective; None if it has one, as `plain` always does.
 REFUSALS = {
     "plain": lambda objective: None,
     "flax": flax_peer.refusal,
@@ -51,7 +51,7 @@ PEERS = tuple(REFUSALS)
 
 
 def check_peers(names: list[str], objective: Objective) -> None:
-    """Looks before anything is compiled.
+    """Checks the peers before anything is compiled.
 
     Raises:
       UserError: an unknown peer, one without a model for the objective, or one that is not
@@ -78,7 +78,7 @@ def make_peer(
     batch: Mapping[str, np.ndarray],
     compile_torch: bool | None,
 ) -> Contender:
-    """The peer `name` of the step of `setup`, ready to run.
+    """Makes the peer `name` of the step of `setup`, ready to run.
 
     Args:
       batch: a global one of `setup`.
@@ -120,7 +120,7 @@ def check_devices(name: str, devices: Sequence[jax.Device]) -> None:
 
 
 def only_ours(config: ConfigDict) -> list[str]:
-    """What our step does and no peer of PyTorch does, in words."""
+    """Returns the parts of our step that no peer of PyTorch has, in words."""
     found = []
     for section in sections(config):
         if section.get("remat", "none") != "none":
@@ -140,5 +140,5 @@ def only_ours(config: ConfigDict) -> list[str]:
 
 
 def uses_torch(names: list[str]) -> bool:
-    """Whether PyTorch runs in the process."""
+    """Returns whether PyTorch runs in the process."""
     return any(name in TORCH_PEERS for name in names)

@@ -22,7 +22,7 @@ class ApartPeer:
     As a context manager it ends that process.
 
     Args:
-      command: starts `serve` with the peer; its environment is that of this process without the
+      command: starts `serve` with the peer; it gets the environment of this process without the
         variables of `OURS_ALONE`.
 
     Raises:
@@ -52,7 +52,7 @@ class ApartPeer:
         self.facts: dict[str, Any] = told["facts"]
 
     def run(self, steps: int) -> list[float]:
-        """Trains `steps` steps there; the seconds of each."""
+        """Trains `steps` steps there; returns the seconds of each."""
         try:
             print(steps, file=self._process.stdin, flush=True)
         except BrokenPipeError:
@@ -86,9 +86,9 @@ class ApartPeer:
 
 
 class Channel:
-    """The other end: numbers of steps come on stdin, what was measured goes to stdout.
+    """The peer's end: numbers of steps come on stdin, measurements go to stdout.
 
-    Whatever else is printed goes to stderr. Made before anything can print.
+    Everything else that is printed goes to stderr. Make it before anything can print.
     """
 
     def __init__(self) -> None:
@@ -96,7 +96,7 @@ class Channel:
         os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
 
     def serve(self, peer: Contender) -> None:
-        """Says that `peer` is ready, and trains as many steps as it is told until stdin ends."""
+        """Tells that `peer` is ready, and trains as many steps as stdin asks for, to its end."""
         self._tell(notes=peer.notes, facts=peer.facts)
         for line in sys.stdin:
             seconds = peer.run(int(line))

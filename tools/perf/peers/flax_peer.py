@@ -1,4 +1,4 @@
-"""A dual encoder out of Flax's and Optax's own parts: what one writes before one optimizes.
+"""A dual encoder out of Flax's and Optax's own parts, with none of our optimizations.
 
 Layers are a scan without rematerialization, attention is Flax's, the loss holds all logits, the
 optimizer is Optax's, and the step is jitted with the state donated, on one device. It shares no
@@ -41,7 +41,7 @@ NOTES = (
 
 
 def refusal(objective: Objective) -> str | None:
-    """Why there is no such model for `objective`; None if there is."""
+    """Returns why there is no such model for `objective`; None if there is."""
     if not isinstance(objective, Contrastive):
         return f"it trains image with text, not {type(objective).__name__}"
     image, text = objective.model.image, objective.model.text
@@ -86,7 +86,7 @@ class Layer(nn.Module):
 
 
 def _layers(tower: Any, x: Array, mask: Array | None) -> Array:
-    """All layers of `tower`, and the last LayerNorm."""
+    """Applies all layers of `tower`, and the last LayerNorm."""
     scan = nn.scan(
         Layer,
         variable_axes={"params": 0},
@@ -165,7 +165,7 @@ class FlaxDualEncoder(nn.Module):
     def __call__(
         self, image: UInt8[Array, "batch height width 3"], text: Int[Array, "batch tokens"]
     ) -> tuple[Float[Array, "batch embedding"], Float[Array, "batch embedding"], Array, Array]:
-        """(unit vectors of images, of texts, scale, bias)."""
+        """Returns (unit vectors of images, of texts, scale, bias)."""
         like = self.like
         image = ImageTower(like.image)(like.pixels.normalize(image))
         text = TextTower(like.text)(text)
@@ -192,7 +192,7 @@ def contrastive_loss(
     bias: Array,
     kind: str,
 ) -> Float[Array, ""]:
-    """CLIP's loss ("softmax") or SigLIP's ("sigmoid"), of Optax's."""
+    """Computes CLIP's loss ("softmax") or SigLIP's ("sigmoid"), out of Optax's."""
     logits = image @ text.T * scale + bias
     if kind == "sigmoid":
         return optax.sigmoid_binary_cross_entropy(logits, jnp.eye(len(logits))).sum(-1).mean()
@@ -203,7 +203,7 @@ def contrastive_loss(
 
 
 def make_optimizer(config: Mapping[str, Any]) -> optax.GradientTransformation:
-    """AdamW with the settings of `config.optimizer`, at a constant rate."""
+    """Makes AdamW with the settings of `config.optimizer`, at a constant rate."""
     adamw = optax.adamw(
         config["learning_rate"],
         b1=config["b1"],
@@ -225,17 +225,17 @@ class FlaxModel:
 
     @classmethod
     def of(cls, objective: Contrastive, optimizer: Mapping[str, Any]) -> FlaxModel:
-        """That of the sizes of `objective`."""
+        """Makes the model with the sizes of `objective`."""
         module = FlaxDualEncoder(objective.model)
         return cls(module, make_optimizer(optimizer), objective.pairwise_loss)
 
     def init(self, batch: Mapping[str, Array]) -> tuple[Any, Any]:
-        """(parameters, state of the optimizer)."""
+        """Returns (parameters, state of the optimizer)."""
         params = jax.jit(self.module.init)(jax.random.key(0), batch["image"], batch["text"])
         return params, self.optimizer.init(params)
 
     def loss(self, params: Any, batch: Mapping[str, Array]) -> Array:
-        """Of a batch."""
+        """Returns the loss of a batch."""
         return contrastive_loss(
             *self.module.apply(params, batch["image"], batch["text"]), self.kind
         )
@@ -243,7 +243,7 @@ class FlaxModel:
     def step(
         self, state: tuple[Any, Any], batch: Mapping[str, Array]
     ) -> tuple[tuple[Any, Any], Array]:
-        """(state, loss) after one update."""
+        """Returns (state, loss) after one update."""
         params, moments = state
         loss, grads = jax.value_and_grad(self.loss)(params, batch)
         updates, moments = self.optimizer.update(grads, moments, params)

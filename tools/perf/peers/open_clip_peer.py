@@ -18,7 +18,7 @@ TEXT_POOLINGS = ("eos", "argmax", "first", "last")
 
 
 def refusal(objective: Objective) -> str | None:
-    """Why open_clip has no model for `objective`; None if it has."""
+    """Returns why open_clip has no model for `objective`; None if it has."""
     if not isinstance(objective, Contrastive):
         return f"it trains image with text, not {type(objective).__name__}"
     model = objective.model
@@ -30,7 +30,7 @@ def refusal(objective: Objective) -> str | None:
 
 
 def recipe(objective: Contrastive) -> Recipe:
-    """The model and its loss.
+    """Returns the model and its loss.
 
     A tower with a class token is open_clip's own; one without is timm's Vision Transformer, as in
     open_clip's SigLIP.

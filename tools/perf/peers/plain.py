@@ -1,4 +1,4 @@
-"""Our own step with every optimization off: what the others are measured against."""
+"""Our own step with every optimization off."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ NOTES = (
 
 
 def plain_config(config: ConfigDict) -> ConfigDict:
-    """A copy of `config` with the values of `PLAIN`, for a mesh of one device."""
+    """Returns a copy of `config` with the values of `PLAIN`, for a mesh of one device."""
     config = one_device(config).unlock()
     _make_plain(config.objective)
     return config.lock()
 
 
 def one_device(config: ConfigDict) -> ConfigDict:
-    """A copy of `config` for a mesh of one device."""
+    """Returns a copy of `config` for a mesh of one device."""
     config = config.copy_and_resolve_references().unlock()
     for axis in config.mesh:
         config.mesh[axis] = None

@@ -13,14 +13,14 @@ POOLINGS = {"cls": "token", "mean": "avg", "map": "map"}
 
 
 def refusal(objective: Objective) -> str | None:
-    """Why timm has no model for `objective`; None if it has."""
+    """Returns why timm has no model for `objective`; None if it has."""
     if not isinstance(objective, Classification):
         return f"it classifies images, and does not do {type(objective).__name__}"
     return None
 
 
 def recipe(objective: Classification) -> Recipe:
-    """The model and its loss, the cross-entropy."""
+    """Returns the model and its loss, the cross-entropy."""
     image = objective.model.image
     arguments = timm_arguments(image) | {
         "num_classes": objective.model.classes,
@@ -50,7 +50,7 @@ def recipe(objective: Classification) -> Recipe:
 
 
 def timm_arguments(image: VisionTransformer) -> dict[str, Any]:
-    """Arguments of timm's VisionTransformer for the sizes and the form of our tower."""
+    """Returns arguments of timm's VisionTransformer for the sizes and the form of our tower."""
     import functools
 
     import torch

@@ -134,7 +134,7 @@ class TorchStep:
             self._recipe.after_step(self._model)
 
     def _event(self) -> Any:
-        """What is there when all that was started so far has ended; on CPU that is now."""
+        """Returns an event that ends with all work so far; None on CPU, where it has ended."""
         if not self._on_gpu:
             return None
         event = self._torch.cuda.Event()
@@ -150,7 +150,7 @@ class TorchStep:
 def to_tensors(
     batch: Mapping[str, np.ndarray], mean: Sequence[float], std: Sequence[float]
 ) -> dict[str, Any]:
-    """Our batch as PyTorch's models take it: normalized float32 NCHW, int64."""
+    """Converts our batch for PyTorch's models: normalized float32 NCHW, int64."""
     import torch
 
     tensors = {}

@@ -10,14 +10,14 @@ from vlp_jax.objectives.masked_autoencoding import MaskedAutoencoding
 
 
 def refusal(objective: Objective) -> str | None:
-    """Why transformers has no model for `objective`; None if it has."""
+    """Returns why transformers has no model for `objective`; None if it has."""
     if not isinstance(objective, MaskedAutoencoding):
         return f"its ViTMAEForPreTraining does masked autoencoding, not {type(objective).__name__}"
     return None
 
 
 def recipe(objective: MaskedAutoencoding) -> Recipe:
-    """The model and the loss that comes with it."""
+    """Returns the model and the loss that comes with it."""
     model = objective.model
     image, layers, painter = model.image, model.image.transformer, model.decoder.transformer
     fields = {
