@@ -2,8 +2,7 @@
 
 A kernel is an instruction that runs on a device by itself: a product, a fusion, a copy. FLOPs are
 counted of matrix products and convolutions, a multiply-add as 2. Bytes are the least that a kernel
-has to read and write in the device's main memory, each operand once: of an operand that is only
-sliced, the slice; of one that is updated in place, the update.
+has to read and write in the device's main memory (`vlp_jax.planning.hbm`).
 """
 
 from __future__ import annotations
@@ -12,13 +11,13 @@ import dataclasses
 import math
 import re
 
+from vlp_jax.planning import hbm
 from vlp_jax.planning.hlo import Computation, Instruction, Module
 from vlp_jax.planning.loops import count_runs
 
 # Instructions that are no kernels: they hold others, or cost nothing.
 CONTAINERS = {"while", "conditional", "call", "async-start", "async-update", "async-done"}
 _FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all"}
-_SLICES = {"dynamic-slice", "slice", "gather"}
 # Kernels of libraries that XLA's GPU compiler calls; openxla/xla, xla/service/gpu/cublas_cudnn.cc.
 _CUBLAS = re.compile(r'custom_call_target="__cublas\$')
 _CONTRACTED = re.compile(r'"lhs_contracting_dimensions":\[([^\]]*)\]')
@@ -54,7 +53,7 @@ def kernel_costs(module: Module) -> dict[str, KernelCost]:
                 costs[instruction.name] = KernelCost(
                     instruction.opcode,
                     _flops(module, computation, instruction),
-                    _bytes(module, computation, instruction),
+                    hbm.moved_bytes(module, computation, instruction),
                     _what(module, instruction),
                 )
     return costs
@@ -100,49 +99,6 @@ def _convolution_flops(computation: Computation, instruction: Instruction) -> fl
     kernel = computation.by_name[instruction.operands[1]].arrays[0].dims
     taps = math.prod(kernel) / kernel[labels.index("o")]
     return 2.0 * math.prod(instruction.arrays[0].dims) * taps
-
-
-def _bytes(module: Module, computation: Computation, instruction: Instruction) -> int:
-    sizes = [
-        sum(array.bytes for array in computation.by_name[name].arrays)
-        for name in instruction.operands
-    ]
-    written = sum(array.bytes for array in instruction.arrays)
-    if instruction.opcode in _SLICES:
-        return 2 * written
-    if instruction.opcode == "dynamic-update-slice":
-        return 2 * sizes[1]
-    if instruction.opcode != "fusion":
-        return sum(sizes) + written
-    inner = module.computations[instruction.called["calls"][0]]
-    read = sum(_read(inner, number, size) for number, size in enumerate(sizes))
-    return read + _written(inner, written)
-
-
-def _read(inner: Computation, number: int, size: int) -> int:
-    """Returns the bytes that a fusion reads of its operand `number`, which has `size`."""
-    parameter = inner.parameters.get(number)
-    users = inner.users.get(parameter.name, []) if parameter else []
-    total = 0
-    for user in users:
-        first = bool(user.operands) and user.operands[0] == parameter.name
-        if user.opcode in _SLICES and first:
-            total += user.arrays[0].bytes
-        elif user.opcode == "dynamic-update-slice" and first:
-            continue  # it is written to, where the update goes
-        else:
-            return size
-    return min(total, size)
-
-
-def _written(inner: Computation, size: int) -> int:
-    """Returns the bytes that a fusion writes; its result has `size`."""
-    root = inner.root
-    while root.opcode in ("bitcast", "copy", "convert") and root.operands:
-        root = inner.by_name[root.operands[0]]
-    if root.opcode == "dynamic-update-slice":
-        return inner.by_name[root.operands[1]].arrays[0].bytes
-    return size
 
 
 def _what(module: Module, instruction: Instruction) -> str:

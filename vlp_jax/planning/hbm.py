@@ -40,7 +40,7 @@ def hbm_bytes(module: Module, runs: Runs) -> float:
     total = 0.0
     for name, computation in module.computations.items():
         if name in runs.times and name not in runs.fused:
-            moved = sum(_moved(module, computation, i) for i in computation.instructions)
+            moved = sum(moved_bytes(module, computation, i) for i in computation.instructions)
             total += runs.times[name] * moved
     return total
 
@@ -55,7 +55,8 @@ def estimated_cycles(module: Module, runs: Runs) -> float:
     return total
 
 
-def _moved(module: Module, computation: Computation, instruction: Instruction) -> int:
+def moved_bytes(module: Module, computation: Computation, instruction: Instruction) -> int:
+    """Returns the bytes that one run of an instruction reads and writes in main memory."""
     opcode = instruction.opcode
     if opcode in _FREE or opcode.endswith("-done"):
         return 0
