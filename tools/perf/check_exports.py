@@ -29,8 +29,9 @@ from PIL import Image
 from tools.perf import harness
 from vlp_jax import export
 from vlp_jax.arguments import parse_with_overrides
+from vlp_jax.commands.write_evaluation_tars import class_names, examples
 from vlp_jax.data.image_ops.upright import upright_rgb
-from vlp_jax.data.pipeline import EvalPipeline
+from vlp_jax.data.sources.base import as_plain
 from vlp_jax.errors import UserError, unknown_key_message
 from vlp_jax.evaluators import class_lists, merged_data
 from vlp_jax.handover import foreign, scores
@@ -42,7 +43,6 @@ from vlp_jax.training.run import Run
 
 FORMATS = ("hf", "open_clip", "stablehlo", "saved_model")
 TOLERANCE = 0.001  # a tenth of a point
-BATCH = 64
 HEADS = ("format", "library", "evaluator", "images", "there", "the run's", "difference")
 
 
@@ -66,26 +66,21 @@ def write_task(config: ConfigDict, name: str, directory: Path) -> int:
       The number of images.
     """
     section = config.evaluators[name]
-    data = {**merged_data(config.data, section), "preprocess": {}}
+    data = as_plain(merged_data(config.data, section))
     field = section.get("label_field", "label")
-    pipeline = EvalPipeline(data, None, batch_size=BATCH, extra_fields=("image", field))
-    known = pipeline.class_names(field)
-    classes = class_lists.lines(section.get("class_names") or (), "class_names") or known
+    names, number = class_names(section, data, field)
     given = section.get("templates") or ("a photo of a {}.",)
     templates = class_lists.lines(given, "templates")
-    where = f"{field!r} in the data"
-    numbers = known and class_lists.numbers_onto(known, classes, where, "class_names")
     directory.mkdir(parents=True)
     files, labels = [], []
-    for batch in pipeline.batches():
-        for image, label in zip(batch["image"][batch["mask"]], batch[field][batch["mask"]]):
-            files.append(f"{len(files):06d}.png")
-            picture(image).save(directory / files[-1])
-            labels.append(int(class_lists.renumber(np.asarray(label), numbers)))
+    for image, label in examples(data, field, {}):
+        files.append(f"{len(files):06d}.png")
+        picture(image).save(directory / files[-1])
+        labels.append(number(label))
     task = {
         "images": files,
         "labels": labels,
-        "prompts": [[class_lists.fill(t, one) for t in templates] for one in classes],
+        "prompts": [[class_lists.fill(t, one) for t in templates] for one in names],
     }
     (directory / "task.json").write_text(json.dumps(task), encoding="utf-8")
     return len(files)

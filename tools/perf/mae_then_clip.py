@@ -32,8 +32,8 @@ from vlp_jax.arguments import parse_with_overrides
 from vlp_jax.observe.pictures import draw_comparison, draw_reconstructions
 from vlp_jax.observe.plots import Curve
 from vlp_jax.observe.throughput import StartupClock
-from vlp_jax.observe.writers import read_metrics
 from vlp_jax.report.paintings import hidden_share, paint
+from vlp_jax.report.run_record import RunRecord
 from vlp_jax.train import train
 from vlp_jax.training import checkpoint
 from vlp_jax.training import workdir as workdir_lib
@@ -89,12 +89,6 @@ def train_stage(config: ConfigDict, workdir: Path) -> None:
     train(config, workdir, StartupClock())
 
 
-def curve_of(workdir: Path) -> Curve:
-    """Returns the zero-shot accuracy of a CLIP run: (steps, values)."""
-    records = [record for record in read_metrics(workdir / workdir_lib.METRICS) if SCORE in record]
-    return [record["step"] for record in records], [record[SCORE] for record in records]
-
-
 def first_step(curve: Curve, target: float) -> int | None:
     """Returns the first step with a score of at least `target`; None if there is none."""
     return next((step for step, value in zip(*curve, strict=True) if value >= target), None)
@@ -102,27 +96,24 @@ def first_step(curve: Curve, target: float) -> int | None:
 
 def seconds_of(workdir: Path) -> float:
     """Returns the seconds of a run's steps, without start, evaluation and checkpoints."""
-    total, before = 0.0, -1
-    for record in read_metrics(workdir / workdir_lib.METRICS):
-        if STEP_SECONDS in record:
-            total += record[STEP_SECONDS] * (record["step"] - before)
-            before = record["step"]
-    return total
+    steps, seconds = RunRecord.read(workdir).curve(STEP_SECONDS)
+    # A value is the mean since the last logged step.
+    return sum(s * (b - a) for s, a, b in zip(seconds, [-1, *steps], steps, strict=False))
 
 
 def summarize(output: Path, target: float) -> dict[str, Any]:
     """Returns the scores, steps and seconds of the three runs."""
-    mae = [record for record in read_metrics(output / MAE / workdir_lib.METRICS) if ERROR in record]
+    steps, errors = RunRecord.read(output / MAE).curve(ERROR)
     summary: dict[str, Any] = {
         "target": target,
         MAE: {
-            "steps": mae[-1]["step"],
-            "reconstruction_error": mae[-1][ERROR],
+            "steps": steps[-1],
+            "reconstruction_error": errors[-1],
             "step_seconds": round(seconds_of(output / MAE), 1),
         },
     }
     for name in LABELS:
-        steps, values = curve_of(output / name)
+        steps, values = RunRecord.read(output / name).curve(SCORE)
         summary[name] = {
             "steps": steps,
             "zero_shot_top1": values,

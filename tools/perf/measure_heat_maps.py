@@ -18,6 +18,7 @@ import math
 import os
 import sys
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
@@ -162,8 +163,8 @@ def middle_hits(cases: Sequence[Case]) -> Bool[np.ndarray, " cases"]:
 
 def report(
     encoder: Encoder, images: np.ndarray, cases: Sequence[Case], text: str | None, methods: list
-) -> Iterator[dict[str, object]]:
-    """Prints and yields a row for each method; None takes the text of each case's own class."""
+) -> Iterator[dict[str, Any]]:
+    """Yields a row for each method; text None takes the text of each case's own class."""
     texts = [text or vocabulary.with_article(case.label) for case in cases]
     chance, middle = float(areas(cases).mean()), float(middle_hits(cases).mean())
     for method in methods:
@@ -178,18 +179,21 @@ def report(
             "chance": chance,
             "middle": middle,
         }
-        print(
-            f"{method:<20}{row['share']:>8.1%}{f'{low:.1%} to {high:.1%}':>20}"
-            f"{row['n']:>8,}{chance:>9.1%}{middle:>11.1%}",
-            flush=True,
-        )
         yield row
 
 
-def head(title: str) -> None:
-    """Prints the title and the heads of the columns of `report`."""
-    print(f"\n{title}")
-    print(f"{'method':<20}{'in box':>8}{'95% interval':>20}{'n':>8}{'chance':>9}{'the middle':>11}")
+def show(title: str, rows: Sequence[dict[str, Any]]) -> None:
+    """Prints the rows of `report`."""
+    heads = ("method", "in box", "95% interval", "n", "chance", "the middle")
+    cells = [
+        (
+            *(row["method"], f"{row['share']:.1%}", f"{row['low']:.1%} to {row['high']:.1%}"),
+            *(f"{row['n']:,}", f"{row['chance']:.1%}", f"{row['middle']:.1%}"),
+        )
+        for row in rows
+    ]
+    print(f"\n{title}")  # a table would wrap it to its own width
+    harness.make_console().print(harness.make_table("", heads, cells))
 
 
 def command(argv: list[str]) -> int:
@@ -209,16 +213,17 @@ def command(argv: list[str]) -> int:
     if not own:
         raise UserError(f"no scene of {arguments.split} has one {label}: raise --scenes")
     held_out = tuple(label.split()) in vocabulary.HELD_OUT
-    head(
+    title = (
         f"{arguments.text!r} in {arguments.split} scenes with one {label} (a combination "
         f"{'never seen in training' if held_out else 'of the training data'}):"
     )
     found = {"one": list(report(encoder, images, own, arguments.text, arguments.methods))}
+    show(title, found["one"])
     if arguments.scenes_of_all:
         some = [case for case in cases if case.scene < arguments.scenes_of_all]
         count = len({case.scene for case in some})
-        head(f"every class that is in a scene once, in {count:,} scenes:")
         found["all"] = list(report(encoder, images, some, None, arguments.methods))
+        show(f"every class that is in a scene once, in {count:,} scenes:", found["all"])
     harness.write_json(arguments.json, "measure_heat_maps", argv, found)
     first = found["one"][0]
     if first["share"] < arguments.at_least:
