@@ -66,6 +66,7 @@ def run(command: Callable[[list[str]], int | None], argv: Sequence[str] | None) 
 
     given = list(sys.argv[1:] if argv is None else argv)
     statuses: list[int] = []
+    # Empty if the command raised: then `run_command` has the status.
     return run_command(lambda: statuses.append(command(given) or 0)) or statuses[0]
 
 
@@ -102,6 +103,7 @@ def in_turns(
       before: is told the round, from 0, and the name whose turn it is.
     """
     results: dict[str, list[T]] = {name: [] for name in turns}
+    # The next in turn starts a round: caches and clocks favour no place.
     names = list(turns)
     for number in range(rounds):
         first = number % len(names) if rotate else 0
@@ -200,6 +202,7 @@ def provenance(name: str, argv: Sequence[str]) -> dict[str, Any]:
         "environment": {name: os.environ[name] for name in VARIABLES if name in os.environ},
     }
     jax = sys.modules.get("jax")
+    # Benchmarks of data alone may not have imported it.
     if jax is not None:
         device = jax.local_devices()[0]
         found |= {"device_kind": device.device_kind, "device_platform": device.platform}

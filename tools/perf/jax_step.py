@@ -81,6 +81,7 @@ class JaxStep:
             self.program = _compile(self.setup)
             compile_facts = {"cold": time.perf_counter() - begin}
         setup = self.setup
+        # A real state, not zeros: with products of zeros a GPU draws less power and clocks higher.
         self._state = setup.fresh_state()
         self.batch = fixed_batch(setup)
         self._on_device = put_batch(self.batch, setup.mesh)
@@ -166,7 +167,9 @@ def compile_twice(setup: Setup) -> tuple[Any, Compilation]:
         try:
             for name, value in zip(names, (folder, True, 0.0), strict=True):
                 jax.config.update(name, value)
+            # The cache is opened once, at the first compilation: a new folder needs a new start.
             compilation_cache.reset_cache()
+            # JAX's own cache in memory would answer before the persistent one is asked.
             jax.clear_caches()
             begin = time.perf_counter()
             program = _compile(setup)
@@ -206,7 +209,9 @@ def fixed_batch(setup: Setup) -> dict[str, np.ndarray]:
             batch[name] = rng.integers(0, 256, spec.shape, np.uint8)
         elif kind == TOKENS:
             vocab_size, eos_id = _vocabulary(setup)
+            # From 3 on: lower ids are padding, end and beginning of text.
             batch[name] = rng.integers(min(3, vocab_size - 1), vocab_size, spec.shape, np.int32)
+            # Towers that pool at the end of text look for it.
             batch[name][:, -1] = eos_id
         elif spec.dtype == np.int32:
             batch[name] = rng.integers(0, 2, spec.shape, np.int32)

@@ -45,6 +45,7 @@ def kernel_costs(module: Module) -> dict[str, KernelCost]:
     runs = count_runs(module)
     costs = {}
     for name in runs.times:
+        # Its fusion is the kernel.
         if name in runs.fused:
             continue
         computation = module.computations[name]
@@ -71,6 +72,7 @@ def _flops(module: Module, computation: Computation, instruction: Instruction) -
             dims = instruction.attribute(_CONTRACTED.pattern)
             return _dot_flops(computation, instruction, dims)
         return 0.0 if _NO_PRODUCTS.search(instruction.attributes) else None
+    # A fusion has the products of its computations; of a reduction, `to_apply` adds single numbers.
     inner = [
         _flops(module, module.computations[name], one)
         for role, names in instruction.called.items()
@@ -97,6 +99,7 @@ def _convolution_flops(computation: Computation, instruction: Instruction) -> fl
     if labels is None:
         return None
     kernel = computation.by_name[instruction.operands[1]].arrays[0].dims
+    # Every output value sums over the kernel without its output dimension.
     taps = math.prod(kernel) / kernel[labels.index("o")]
     return 2.0 * math.prod(instruction.arrays[0].dims) * taps
 

@@ -42,6 +42,7 @@ def measure_peak(devices: Sequence[jax.Device], compute_dtype: Any) -> Peak:
     """
     on_cpu = devices[0].platform == "cpu"
     dtype = jnp.dtype(compute_dtype if on_cpu else jnp.bfloat16)
+    # XLA gives each CPU device a pool: one device with all threads may win, or two side by side.
     groups = [devices[:1], devices] if on_cpu and len(devices) > 1 else [devices]
     sizes = _SIZES["cpu" if on_cpu else "other"]
     rate, size = max((_rate(group, n, dtype), n) for group in groups for n in sizes)
@@ -57,10 +58,12 @@ def _rate(devices: Sequence[jax.Device], n: int, dtype: Any) -> float:
     host = jax.random.normal(jax.random.key(0), (n, n), jnp.float32).astype(dtype)
     matrices = [jax.device_put(host, device) for device in devices]
     product = jax.jit(jnp.matmul)
+    # Compiles, and lets clocks rise, outside of the timed products.
     jax.block_until_ready([product(x, x) for x in matrices])
     best = float("inf")
     for _ in range(_REPEATS):
         begin = time.perf_counter()
         jax.block_until_ready([product(x, x) for _ in range(_IN_A_ROW) for x in matrices])
+        # The best and not the median: a peak is what the machine can do.
         best = min(best, time.perf_counter() - begin)
     return 2 * n**3 * _IN_A_ROW * len(devices) / best

@@ -99,6 +99,7 @@ def take_profile(step: JaxStep, directory: str) -> Profile:
     step.run(STEPS)
     seconds = time.perf_counter() - begin
     jax.profiler.stop_trace()
+    # The folder may hold traces of earlier runs; the profiler names its file by the time.
     (trace,) = set(_traces(directory)) - before
     costs = kernel_costs(parse(step.program.program.as_text()))
     mesh = step.setup.mesh
@@ -122,6 +123,7 @@ def read_trace(
     times: dict[str, float] = {}
     calls: dict[str, int] = {}
     for name, duration in _events(jax.profiler.ProfileData.from_file(str(trace)), on_cpu):
+        # A while loop's event spans the events of its body, which would count twice.
         if name.rpartition(".")[0] in CONTAINERS or name in CONTAINERS:
             continue
         times[name] = times.get(name, 0.0) + duration
@@ -143,6 +145,7 @@ def _events(data: jax.profiler.ProfileData, on_cpu: bool) -> Iterator[tuple[str,
         if not device and not (on_cpu and plane.name.startswith("/host:CPU")):
             continue
         for line in plane.lines:
+            # Other lines of a device repeat the time as modules, steps or names of scopes.
             if device and not line.name.startswith(("Stream", "XLA Ops")):
                 continue
             for event in line.events:
@@ -229,6 +232,7 @@ def _remarks(profile: Profile) -> Iterator[str]:
 def _short(cost: KernelCost | None) -> str:
     if cost is None:
         return "?"
+    # Scans nest these words around the names of modules, which say more.
     parts = [p for p in cost.what.split("/") if p not in ("while", "body", "closed_call")]
     return f"{cost.opcode} {'/'.join(parts[-3:])}"[:60]
 

@@ -120,6 +120,7 @@ class Result:
     @property
     def beats_peak(self) -> bool:
         """True if a contender is faster than the product that was measured as the peak."""
+        # No step is faster than a bare product: the peak was disturbed, and is measured again.
         return any(self.step_flops / m.times.median > self.peak.measured for m in self.measured)
 
     def figures(self, one: Measured) -> dict[str, float | None]:
@@ -136,6 +137,7 @@ class Result:
             "model_flops_per_second": rate,
             "mfu": rate / self.peak.measured if rate <= self.peak.measured else None,
         }
+        # Unknown for CPUs.
         if self.peak.data_sheet:
             figures["mfu_of_data_sheet"] = rate / self.peak.data_sheet
         return figures

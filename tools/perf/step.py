@@ -120,6 +120,7 @@ class Benchmark:
         self._ours = JaxStep("ours", config, self._devices, twice=True, check=check)
         self.console.print(f"ours: compiled in {self._ours.facts['compile_seconds']['cold']:.1f} s")
         self._ours.run(WARM_UP_STEPS)
+        # Before peers and the peak run: JAX tells the most of the whole process.
         self._ours.read_peak_memory()
         self._peak = self._measure_peak()
 
@@ -156,6 +157,7 @@ class Benchmark:
     def _make_peer(self, name: str, stack: contextlib.ExitStack) -> Contender:
         if not self._arguments.apart:
             return make_peer(name, self._ours.setup, self._ours.batch, self._arguments.compile)
+        # The child sees one device and could not tell.
         check_devices(name, self._devices)
         command = [sys.executable, "-m", "tools.perf.step", *self._argv, "--serve", name]
         return stack.enter_context(ApartPeer(name, command))
@@ -191,6 +193,7 @@ class Benchmark:
 
 def serve(argv: Sequence[str]) -> None:
     """Runs the peer that another process takes turns with, on one device: none uses more."""
+    # Before anything is printed: stdout carries the answers.
     channel = Channel()
     arguments, config = parse(argv)
     config = one_device(config)

@@ -81,6 +81,7 @@ def compile_setup(setup: Setup) -> Program | OutOfMemory:
     memory = step.program.memory_analysis()
     return Program(
         arguments=memory.argument_size_in_bytes,
+        # The new state is donated the memory of the old one, and would count twice.
         outputs=memory.output_size_in_bytes - memory.alias_size_in_bytes,
         temporaries=memory.temp_size_in_bytes,
         code=memory.generated_code_size_in_bytes,
@@ -106,4 +107,6 @@ def parse_out_of_memory(message: str) -> OutOfMemory | None:
                 preliminary=number == _PRELIMINARY,
                 message=message.strip().splitlines()[0],
             )
+    # A new libtpu may say it in other words: a plan that took this for a crash, or for a fit, would
+    # be wrong without a sound.
     raise ValueError(f"the compiler ran out of memory, in unknown words: {message[:500]}")

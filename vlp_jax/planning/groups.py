@@ -35,12 +35,14 @@ def parse_groups(attributes: str, devices: int) -> Groups:
     Raises:
       ValueError: there are no groups in a form that is known.
     """
+    # A permutation has no replica_groups at all.
     pairs = _PAIRS.search(attributes)
     if pairs:
         return [_numbers(pair) for pair in re.findall(r"\{([\d,]+)\}", pairs.group(1))]
     lists = _LISTS.search(attributes)
     if lists:
         groups = [_numbers(group) for group in re.findall(r"\{([\d,]+)\}", lists.group(1))]
+        # `{}` is short for one group of all devices.
         return groups or [list(range(devices))]
     iota = _IOTA.search(attributes)
     if iota:
@@ -66,6 +68,8 @@ def _mesh_groups(axes: str, dims: str | None, permutation: str | None, along: st
     sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", axes)}
     parts = {
         name: (int(before), int(size)) if before else (1, sizes[name])
+        # A part `(before)size` is a slice of an axis: `before` is the product of the parts to its
+        # left.
         for name, before, size in re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", along)
     }
     shape, joined = [], []
@@ -73,6 +77,7 @@ def _mesh_groups(axes: str, dims: str | None, permutation: str | None, along: st
         before, width = parts.get(name, (1, 1))
         if name in parts:
             joined.append(len(shape) + 1)
+        # Each axis becomes three: the parts left of the joined one, the joined one, and the rest.
         shape += [before, width, size // (before * width)]
     devices = math.prod(sizes.values())
     array = (_iota(dims, permutation) if dims else np.arange(devices)).reshape(shape)
@@ -88,6 +93,7 @@ def axes_of(groups: Sequence[Sequence[int]], mesh_shape: Mapping[str, int]) -> t
       groups: places in the mesh, whose last axis is the fastest.
       mesh_shape: name -> size of each axis of the mesh, in order.
     """
+    # [axes, groups, devices of a group]
     places = np.array(np.unravel_index(_rectangle(groups), tuple(mesh_shape.values())))
     differ = (places != places[:, :, :1]).any(axis=(1, 2))
     return tuple(name for name, here in zip(mesh_shape, differ, strict=True) if here)
@@ -96,4 +102,5 @@ def axes_of(groups: Sequence[Sequence[int]], mesh_shape: Mapping[str, int]) -> t
 def _rectangle(groups: Sequence[Sequence[int]]) -> np.ndarray:
     """Fills up groups of unequal size with their first device."""
     width = max(len(group) for group in groups)
+    # A repeated device changes no difference within its group.
     return np.array([[*group, *group[:1] * (width - len(group))] for group in groups])

@@ -62,6 +62,7 @@ def moved_bytes(module: Module, computation: Computation, instruction: Instructi
         return 0
     if opcode == "custom-call" and any(name in instruction.attributes for name in _FREE_CALLS):
         return 0
+    # slice-start copies a slice to or from memory near the cores: both ends are in its result.
     if opcode.removesuffix("-start") == "slice" and opcode != "slice":
         source, target = instruction.arrays[0], instruction.arrays[1]
         return target.padded_bytes * sum(array.memory == HBM for array in (source, target))
@@ -77,6 +78,7 @@ def moved_bytes(module: Module, computation: Computation, instruction: Instructi
         return written + _in_hbm(update)
     if opcode == "fusion":
         return _fusion(module, computation, instruction)
+    # An operand that is given twice is read once.
     operands = (computation.by_name[name] for name in dict.fromkeys(instruction.operands))
     return _in_hbm(instruction.arrays) + sum(_in_hbm(operand.arrays) for operand in operands)
 
@@ -86,6 +88,7 @@ def _in_hbm(arrays: tuple[Array, ...]) -> int:
 
 
 def _fusion(module: Module, computation: Computation, fusion: Instruction) -> int:
+    # Its results hold the operands too, which the network reads.
     if fusion.name.startswith(_COLLECTIVE_START):
         return _in_hbm(fusion.arrays)
     inner = module.computations[fusion.called["calls"][0]]
@@ -94,7 +97,9 @@ def _fusion(module: Module, computation: Computation, fusion: Instruction) -> in
         arrays = computation.by_name[name].arrays
         if len(arrays) == 1 and arrays[0].memory == HBM:
             total += _read(module, inner, inner.parameters[number].name, arrays[0].padded_bytes)
+    # In-place updates write the update alone: the rest of the result is the operand's memory.
     written = _written(module, inner, inner.root.name)
+    # Nested tuples are in one row in `arrays` and may not pair up: then all of the results count.
     if len(written) != len(fusion.arrays):
         return total + _in_hbm(fusion.arrays)
     for array, part in zip(fusion.arrays, written, strict=True):
@@ -109,6 +114,8 @@ def _read(module: Module, computation: Computation, name: str, whole: int) -> in
     if computation.root.name == name:
         return whole
     for user in computation.users.get(name, ()):
+        # Only the first operand of a slice or update is sliced; the others are indices or the
+        # update.
         first = user.operands[0] == name and user.operands.count(name) == 1
         if user.opcode in _SLICES and first:
             total += user.arrays[0].padded_bytes
@@ -125,6 +132,7 @@ def _read(module: Module, computation: Computation, name: str, whole: int) -> in
                     total += _read(module, inner, inner.parameters[number].name, whole)
         else:
             return whole
+    # Overlapping slices of one array come from main memory once.
     return min(total, whole)
 
 

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from functools import cached_property
 
 # Bits of an element; `xla/primitive_util.h`. A "token" and an "opaque" hold nothing.
+# Types whose name has no width in it.
 _BITS = {"pred": 8, "token": 0, "opaque": 0, "c64": 64, "c128": 128}
 _ARRAY = re.compile(r"(?P<dtype>[a-z]\w*)\[(?P<dims>[^\]]*)\](?:\{(?P<layout>[^{}]*)\})?")
 _NAME = re.compile(r"%([\w.\-]+)")
@@ -54,8 +55,10 @@ class Array:
     @property
     def padded_bytes(self) -> int:
         """Bytes with the padding of tiles: on a TPU, bf16[8,64] takes as much as bf16[8,128]."""
+        # Row-major, where the text has no layout.
         order = self.minor_to_major or tuple(reversed(range(len(self.dims))))
         dims = [self.dims[index] for index in order]
+        # A tile names the slowest of its dimensions first, and `dims` starts with the fastest.
         for index, size in enumerate(reversed(self.tile)):
             if index < len(dims):
                 dims[index] = -(-dims[index] // size) * size
@@ -149,6 +152,7 @@ def parse(text: str) -> Module:
     entry, name, lines = None, None, []
     for line in text.splitlines():
         if name is None:
+            # The head of a computation is the one line outside of any that ends in a brace.
             head = re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\{$", line)
             if head:
                 name, lines = head.group(2), []
@@ -159,6 +163,7 @@ def parse(text: str) -> Module:
             lines.append(parse_instruction(line))
     if entry is None:
         raise ValueError("the text of the program has no ENTRY computation")
+    # The first line names the program and has its settings; later ones may mention the word.
     partitions = re.search(r"num_partitions=(\d+)", text[: text.find("\n")])
     return Module(computations, entry, int(partitions.group(1)) if partitions else 1)
 
@@ -173,6 +178,7 @@ def parse_instruction(line: str) -> Instruction:
     if head is None:
         raise ValueError(f"not an instruction: {line.strip()[:80]}")
     rest = line[head.end() :]
+    # A tuple's shape has spaces and parentheses of its own.
     end = _closing(rest, 0) + 1 if rest.startswith("(") else rest.index(" ")
     shape, rest = rest[:end], rest[end:].lstrip()
     opening = rest.index("(")
@@ -200,6 +206,7 @@ def _closing(text: str, opening: int) -> int:
 
 
 def _arrays(shape: str) -> Iterator[Array]:
+    # XLA numbers the elements of long tuples in comments: `/*index=5*/`.
     for found in _ARRAY.finditer(re.sub(r"/\*.*?\*/", "", shape)):
         layout = found["layout"] or ""
         order, _, rest = layout.partition(":")

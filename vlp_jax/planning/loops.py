@@ -42,6 +42,7 @@ def count_runs(module: Module) -> Runs:
         if inside:
             fused.add(name)
         for instruction in module.computations[name].instructions:
+            # Its start has been counted: a second visit would count the computation twice.
             if instruction.opcode in _CONTINUES:
                 continue
             rounds = 1.0
@@ -55,6 +56,8 @@ def count_runs(module: Module) -> Runs:
                     continue  # what a reduction or a sort does with two elements
                 kernel = inside or instruction.opcode == _FUSED
                 for computation in called:
+                    # The condition runs once more than the body; it is scalar work, and counts
+                    # once.
                     visit(computation, factor * (rounds if role != "condition" else 1), kernel)
 
     visit(module.entry, 1.0, False)
@@ -76,12 +79,14 @@ def trip_count(module: Module, around: Computation, loop: Instruction) -> float 
     if test is None:
         return None
     index, bound, direction = test
+    # The bound itself may be carried by the loop, and set once before it.
     if isinstance(bound, _Element):
         bound = _element(around, loop, bound.index)
     start = _element(around, loop, index)
     step = _step(module, body, index)
     if start is None or step is None or bound is None or step <= 0:
         return None
+    # Rounds of counter = start, start + step, ... while it is below `last`, rounded up.
     last = bound + 1 if direction == "LE" else bound
     return float(max(0, -(-(last - start) // step)))
 
@@ -101,6 +106,7 @@ def _comparison(module: Module, condition: Computation) -> tuple[int, int | _Ele
         return None
     left, right = values
     if direction in ("GT", "GE"):
+        # "bound > counter" is "counter < bound".
         left, right, direction = right, left, {"GT": "LT", "GE": "LE"}[direction]
     if direction not in ("LT", "LE") or not isinstance(left, _Element):
         return None

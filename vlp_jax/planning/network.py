@@ -33,6 +33,7 @@ def bandwidth(collective: Collective, devices: Sequence[Any], chip: Chip) -> flo
     that it fills and that closes to a ring, else one. A permutation uses one link.
     """
     groups = [[devices[place] for place in group] for group in collective.groups]
+    # One slow link is enough: a ring goes at the rate of its slowest link.
     if any(_leaves_island(group, chip) for group in groups):
         return chip.slow_bandwidth
     if not chip.torus_axes or collective.kind == "collective-permute":
@@ -42,6 +43,8 @@ def bandwidth(collective: Collective, devices: Sequence[Any], chip: Chip) -> flo
         length = len({device.coords[axis] for device in devices})
         here = len({device.coords[axis] for device in groups[0]})
         if here > 1:
+            # Both directions of a ring carry half each; without the wrap-around link one of them is
+            # open.
             links += 2 if here == length and length % chip.wraps_at == 0 else 1
     # Two devices of one chip have no link between them, and need none.
     return chip.link_bandwidth * (links or 2 * chip.torus_axes)

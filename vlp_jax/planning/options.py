@@ -74,6 +74,7 @@ class Options:
         own = remat_of(self._config)
         flops = {own: self._plan.hardware.total}
         for name in (NO_REMAT, *COMPARABLE):
+            # FLOPs come from the jaxpr, in seconds; only memory needs a compile, in minutes.
             if name not in flops:
                 flops[name] = step_flops(self._setup(with_options(self._config, remat=name))).total
         return cheapest_policy(flops, lambda name: self._try(remat=name), {own: self._own()})
@@ -85,6 +86,7 @@ class Options:
           The name of the policy, and the result of the search.
         """
         tried = [policy for policy in policies if policy.trial is not None]
+        # If none fits, a smaller batch is sought with the policy that keeps least.
         chosen = next((policy for policy in tried if policy.trial.fits), tried[-1])
         found = largest_batch(
             lambda size: self._try(batch_size=size, remat=chosen.name),
@@ -106,6 +108,7 @@ class Options:
         setup = self._setup(with_options(self._config, batch_size=batch_size, remat=remat))
         self._announce(f"batch {setup.config.batch_size:,}, remat {remat}")
         memory = compile_setup(setup)
+        # Waiting batches are no part of the program, and grow with the batch.
         waiting = self._plan.waiting * setup.config.batch_size // self._config.batch_size
         if isinstance(memory, OutOfMemory):
             return Trial(setup.config.batch_size, False, memory.needed + waiting)
@@ -118,6 +121,7 @@ def advice(plan: Plan) -> list[str]:
     config, mesh, lines = plan.setup.config, plan.setup.mesh, []
     state, available = plan.state.device, plan.available
     spread = plan.state.total / mesh.size
+    # Below a tenth it would be advice for nothing: most of the state is spread already.
     if mesh.shape["fsdp"] < mesh.size and spread < 0.9 * state:
         lines.append(
             f"shard the state: --config.mesh.replica=1 --config.mesh.fsdp=-1 leaves about "
@@ -131,17 +135,20 @@ def advice(plan: Plan) -> list[str]:
         return lines
     own = remat_of(config)
     order = [NO_REMAT, *sorted(COMPARABLE, key=lambda name: name == "full")]
+    # Policies keep less and less in this order.
     after = order[order.index(own) + 1 :] if own in order else []
     if after:
         lines.append(f"compute more again: --config.objective.remat={' or '.join(after)}")
     shards = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
     part = config.batch_size // shards // config.microbatches
     if part > 1:
+        # The fewest parts that divide the examples of a device: parts cost time.
         times = next(n for n in range(2, part + 1) if part % n == 0)
         lines.append(
             f"compute the batch in {times} times as many parts, which changes no loss: "
             f"--config.microbatches={config.microbatches * times}"
         )
+    # Memory is nearly affine in the batch: what is above the state shrinks with it.
     share = (available - state) / (plan.needed - state) if plan.needed > state else 0
     if 0 < share < 1:
         quantum = quantum_of(plan.setup)

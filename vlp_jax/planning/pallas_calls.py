@@ -69,6 +69,7 @@ def pallas_calls(module: Module, runs: Runs, chip: Chip, dtype: str) -> PallasCa
     peak = chip.peak_flops(dtype)
     total = PallasCalls()
     for name, computation in module.computations.items():
+        # A computation that never runs has no times, and its calls cost nothing.
         times = runs.times.get(name, 0.0)
         for instruction in computation.instructions if times else ():
             text = instruction.attributes
@@ -91,6 +92,7 @@ def _cost(instruction: Instruction) -> tuple[float, float] | None:
     found = _COST.search(instruction.attributes)
     if found is None:
         return None
+    # Protobuf's JSON quotes an int64.
     fields = dict(re.findall(r'"(\w+)":"?(-?\d+)', found.group(1)))
     return float(fields.get("flops", 0)), float(fields.get("bytes_accessed", 0))
 

@@ -69,6 +69,7 @@ class Plan:
     @property
     def available(self) -> int | None:
         """Main memory of a device; None if not known."""
+        # The compiler's own figure: it may grant less than the table of chips says.
         if isinstance(self.memory, OutOfMemory):
             return self.memory.available
         return self.target.chip.hbm_bytes if self.target.chip else None
@@ -100,6 +101,7 @@ class Plan:
         if chip is None:
             return Roofline(None, None, None)
         dtype = self.setup.objective.compute_dtype
+        # `passes`: a float32 product takes several passes of the bfloat16 units.
         compute = self.hardware.passes / devices.size / chip.peak_flops(dtype)
         if self.compiled is None:
             return Roofline(compute, None, None)
@@ -123,9 +125,11 @@ def make_setup_for(config: ConfigDict, target: Target, epoch_examples: int | Non
       UserError: the config does not fit the devices or itself.
     """
     config = config.copy_and_resolve_references()
+    # "auto" would look at this machine, which is not the target.
     set_dtypes(config, target.dtype)
     if not target.compiles:
         _set_everywhere(config.objective, "attention", "xla")  # the FLOPs are the same
+    # Devices of a topology have coordinates, by which the mesh is laid out as on the real slice.
     mesh = mesh_lib.make_mesh(config.mesh, target.devices)
     return abstract_setup(config, mesh, epoch_examples)
 
@@ -183,6 +187,7 @@ def read_program(program: Program, setup: Setup, chip: Chip) -> Compiled:
     running = (
         instruction
         for name, computation in module.computations.items()
+        # A fused computation is part of a kernel that is counted itself.
         if name in runs.times and name not in runs.fused
         for instruction in computation.instructions
     )

@@ -44,6 +44,7 @@ class Findings:
             "compiler's cycles, uncalibrated": plan.cycle_seconds,
         }
         if plan.compiled is None:
+            # Without memory and network it would be the same figure again.
             del seconds["roofline, one by one"]
         if self.mfu and peak:
             seconds[f"at {self.mfu:.0%} MFU"] = plan.model_flops / (self.mfu * peak)
@@ -73,6 +74,7 @@ def notes(findings: Findings) -> list[str]:
     """Returns notes on the figures for a reader."""
     plan = findings.plan
     found = [f"FLOPs not counted: {what}" for what in plan.hardware.uncounted]
+    # An assumed MFU above the bound is a mistake in the assumption, not good news.
     bound = findings.costs().get("roofline, all at once")
     if findings.mfu and bound and bound.mfu and findings.mfu > bound.mfu:
         found.append(
@@ -192,6 +194,7 @@ def as_table(findings: Findings) -> Group:
 def _table(title: str, *columns: str) -> Table:
     table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
     for index, column in enumerate(columns):
+        # Rich would fold a number into two lines in a narrow terminal.
         table.add_column(column, justify="left" if index == 0 else "right", no_wrap=True)
     return table
 
@@ -242,6 +245,7 @@ def _work(plan: Plan) -> Table:
     table.add_row("model FLOPs", f"{plan.model_flops / devices / 1e12:,.2f} TFLOP", "")
     row("compute", f"{plan.hardware.total / devices / 1e12:,.2f} TFLOP", roofline.compute)
     if plan.compiled:
+        # Bytes on the links, in the ring form; payloads are smaller.
         sent = sum(one.step_bytes for one in plan.compiled.collectives)
         row("memory", f"{plan.compiled.hbm_traffic / 1e9:,.2f} GB", roofline.memory)
         row("network", f"{sent / 1e9:,.3f} GB", roofline.network)
@@ -291,6 +295,7 @@ def _search(search: tuple[list[Policy], str, Largest], plan: Plan) -> list[Any]:
     if largest.batch_size is None:
         text = f"no batch down to {largest.quantum:,} fits with remat {chosen}"
     else:
+        # The search may end at its limit of compiles before the next multiple was refused.
         surety = "the largest" if largest.exact else "the largest that was tried, of those that fit"
         text = f"{surety} batch with remat {chosen}, in steps of {largest.quantum:,}: "
         text += f"{largest.batch_size:,} ({largest.batch_size / plan.setup.mesh.size:g} a device)"

@@ -25,11 +25,13 @@ class Roofline:
     @property
     def step_seconds(self) -> float | None:
         """Seconds if all resources work at the same time: no step is faster."""
+        # Overlap is never perfect: real steps lie between this and `serial_seconds`, or above.
         return max(self._known().values(), default=None)
 
     @property
     def serial_seconds(self) -> float | None:
         """Seconds if each resource waits for the others, at its full rate."""
+        # No known resource gives 0, which is no time.
         return sum(self._known().values()) or None
 
     @property
@@ -74,6 +76,7 @@ def cost(
       model_flops: of a step on all devices.
       peak_flops: of all devices together.
     """
+    # Chips are paid for while they wait, too: evaluations and checkpoints come on top.
     hours = steps * step_seconds / 3600
     return Cost(
         step_seconds=step_seconds,

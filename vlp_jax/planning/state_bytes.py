@@ -29,6 +29,7 @@ def share(tree: Any) -> Share:
     total = device = 0
     for leaf in jax.tree.leaves(tree):
         total += leaf.dtype.itemsize * math.prod(leaf.shape)
+        # `shard_shape` refuses uneven shards, so every device holds as much.
         device += leaf.dtype.itemsize * math.prod(leaf.sharding.shard_shape(leaf.shape))
     return Share(total, device)
 
@@ -53,5 +54,6 @@ class StateBytes:
 
 def state_bytes(abstract: TrainState) -> StateBytes:
     """Measures an abstract state."""
+    # Whatever a restart needs besides parameters is charged to the optimizer.
     others = (abstract.step, abstract.opt_state, abstract.ema, abstract.objective)
     return StateBytes(share(abstract.params), share(others))

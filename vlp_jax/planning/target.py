@@ -55,6 +55,7 @@ def make_target(name: str, slices: int = 1) -> Target:
     if slices != 1:
         raise UserError(f"--slices is for TPUs; {name} has none")
     if kind == "cpu" and rest.isdigit():
+        # Nothing is known of a CPU's peak and memory; it computes in float32.
         return Target(name, _stand_ins(int(rest)), None, False, "float32")
     gpu = re.fullmatch(r"(\w+)x(\d+)", rest)
     if kind == "gpu" and gpu:
@@ -63,6 +64,7 @@ def make_target(name: str, slices: int = 1) -> Target:
             raise UserError(f"--topology {name}: this GPU is not known (known: {known})")
         devices = _stand_ins(int(gpu.group(2)))
         return Target(name, devices, GPUS[gpu.group(1)], False, "bfloat16")
+    # The last of each generation is the largest: the message shows the range.
     largest = {topology.partition(":")[0]: topology for topology in known_topologies()}
     raise UserError(
         f"--topology {name}: not known; it is KIND:SHAPE of a TPU, up to "

@@ -74,6 +74,7 @@ def collectives(module: Module, runs: Runs, mesh_shape: Mapping[str, int]) -> li
     for name in module.computations:
         if name not in runs.times or name in runs.fused:
             continue
+        # Numbers of chains are unique within the computation that runs the kernels.
         seen: set[str | None] = set()
         for computation, instruction in _within(module, module.computations[name]):
             kind = _kind(computation, instruction)
@@ -83,6 +84,7 @@ def collectives(module: Module, runs: Runs, mesh_shape: Mapping[str, int]) -> li
             seen.add(chain)
             groups = parse_groups(instruction.attributes, module.partitions)
             axes = axes_of(groups, mesh_shape)
+            # A group of one device sends nothing; XLA leaves such collectives in.
             if axes:
                 payload = _payload(computation, instruction)
                 times = runs.times[name]
@@ -104,6 +106,7 @@ def _within(module: Module, computation: Computation) -> Iterator[tuple[Computat
 
 def _kind(computation: Computation, instruction: Instruction) -> str:
     kind = instruction.opcode.removesuffix("-start")
+    # The name of the fusion is the only trace of it in the text.
     if kind == "all-reduce" and computation.name.startswith(_REDUCE_SCATTER_FUSION):
         return "reduce-scatter"
     return kind
@@ -143,6 +146,7 @@ def gathered_rows(
     Returns:
       Kind, shape and runs of each, in words.
     """
+    # Layouts transpose freely: shapes are compared without their order.
     others = {tuple(sorted(size for size in shape if size != 1)) for shape in other_shapes}
     told = []
     for one in found:
@@ -151,6 +155,7 @@ def gathered_rows(
             if len(dims) != 2 or width not in dims:
                 continue
             length = sum(dims) - width
+            # The rows of one device alone are its own: nothing was gathered.
             several = length % rows == 0 and length > rows
             if length == rows * devices or (several and one.kind == "all-gather"):
                 shape = ",".join(map(str, array.dims))

@@ -88,10 +88,12 @@ def make_peer(
     Raises:
       UserError: the config does not fit one device.
     """
+    # Plain takes the first of ours: the others stay idle in its turn.
     devices = list(setup.mesh.devices.flat)
     if name == "plain":
         return JaxStep(name, plain_config(setup.config), devices[:1], notes=NOTES)
     check_devices(name, devices)
+    # A peer that trains more would look slower for the wrong reason.
     if setup.config.optimizer.frozen:
         raise UserError(f"--peer {name} trains all parameters, and optimizer.frozen holds some")
     differences = only_ours(setup.config)

@@ -31,6 +31,7 @@ class ApartPeer:
 
     def __init__(self, name: str, command: Sequence[str]):
         environment = {k: v for k, v in os.environ.items() if k not in OURS_ALONE}
+        # A pipe that nobody reads fills up and stops the peer.
         self._errors = tempfile.TemporaryFile(mode="w+")
         self._process = subprocess.Popen(
             command,
@@ -93,6 +94,7 @@ class Channel:
 
     def __init__(self) -> None:
         self._out = os.fdopen(os.dup(sys.stdout.fileno()), "w")
+        # Libraries in C print to the descriptor itself, past `sys.stdout`.
         os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
 
     def serve(self, peer: Contender) -> None:

@@ -34,6 +34,7 @@ ACTIVATIONS = {
 }
 IMAGE_POOLINGS = ("cls", "mean", "map")
 TEXT_POOLINGS = ("eos", "argmax", "first", "last")
+# Printed below the table, so that nobody takes the ratio for more than it is.
 NOTES = (
     "one device; Flax's own layers as a scan without remat, Optax's own AdamW, all logits at once",
     "no check of the gradients, and no skipped steps",
@@ -51,6 +52,7 @@ def refusal(objective: Objective) -> str | None:
         return f"its activation is one of {', '.join(ACTIVATIONS)}"
     if image.pooling not in IMAGE_POOLINGS or text.pooling not in TEXT_POOLINGS:
         return f"it pools images by {IMAGE_POOLINGS} and texts by {TEXT_POOLINGS}"
+    # Each line below is a part that Flax has no module for.
     if image.position != "learned" or image.norm_after_pool or not image.class_position:
         return "its positions are learned, of all tokens, and its last norm is before the pooling"
     unknown = ("registers", "qk_norm", "layer_scale", "stochastic_depth", "padding_mask")
@@ -95,6 +97,7 @@ def _layers(tower: Any, x: Array, mask: Array | None) -> Array:
         length=tower.transformer.depth,
     )
     config, dtype = tower.transformer, tower.compute.dtype
+    # A scan compiles one layer, however deep the tower is.
     made = scan(config.heads, config.mlp_dim, config.activation, config.norm_eps, dtype)
     x, _ = made(x, mask)
     return nn.LayerNorm(config.norm_eps, dtype=dtype)(x)
@@ -146,6 +149,7 @@ class TextTower(nn.Module):
         x = x + _positions(self, x)
         x = _layers(like, x, nn.make_causal_mask(text) if like.causal else None)
         if like.pooling in ("eos", "argmax"):
+            # "argmax": OpenAI's CLIP takes the largest id, which is its end of text.
             marks = text == like.eos_id if like.pooling == "eos" else text
             return jnp.take_along_axis(x, marks.argmax(axis=1)[:, None, None], axis=1)[:, 0]
         return x[:, 0 if like.pooling == "first" else -1]
@@ -167,6 +171,7 @@ class FlaxDualEncoder(nn.Module):
     ) -> tuple[Float[Array, "batch embedding"], Float[Array, "batch embedding"], Array, Array]:
         """Returns (unit vectors of images, of texts, scale, bias)."""
         like = self.like
+        # Pixels are normalized within the step, as ours does.
         image = ImageTower(like.image)(like.pixels.normalize(image))
         text = TextTower(like.text)(text)
         if like.image_head != "none":
@@ -181,6 +186,7 @@ class FlaxDualEncoder(nn.Module):
 
 
 def _unit(x: Array) -> Array:
+    # Cosines of bfloat16 vectors would be off in the third digit.
     x = x.astype(jnp.float32)
     return x / jnp.linalg.norm(x, axis=-1, keepdims=True)
 
@@ -271,6 +277,7 @@ class FlaxStep:
         self._batch = jax.device_put(dict(batch), device)
         self._state = model.init(self._batch)
         begin = time.perf_counter()
+        # Without donation the state would be held twice, which nobody does on purpose.
         step = jax.jit(model.step, donate_argnums=0)
         self._program = step.lower(self._state, self._batch).compile()
         self.facts: dict[str, Any] = {

@@ -46,6 +46,7 @@ def recipe(objective: Contrastive) -> Recipe:
 
     def after_step(module: Any) -> None:
         if objective.max_logit_scale:
+            # open_clip's training clips the parameter after each step; ours bounds it in the loss.
             module.logit_scale.clamp_(0, math.log(objective.max_logit_scale))
 
     return Recipe(
@@ -63,6 +64,7 @@ def _build(model: DualEncoder, mask_ratio: float) -> Any:
     if image.class_token:
         vision = native_config(image) | {"patch_dropout": mask_ratio}
     else:
+        # timm's names for the poolings that need no class token.
         pool = {"mean": "avg", "map": "map"}[image.pooling]
         # open_clip names the pooling after a model with a projection is made, and timm's own
         # default needs a class token.

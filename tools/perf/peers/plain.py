@@ -35,6 +35,7 @@ def one_device(config: ConfigDict) -> ConfigDict:
     """Returns a copy of `config` for a mesh of one device."""
     config = config.copy_and_resolve_references().unlock()
     for axis in config.mesh:
+        # None: the axis takes what is left, which is one device.
         config.mesh[axis] = None
     return config.lock()
 

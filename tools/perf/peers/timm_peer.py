@@ -22,6 +22,7 @@ def refusal(objective: Objective) -> str | None:
 def recipe(objective: Classification) -> Recipe:
     """Returns the model and its loss, the cross-entropy."""
     image = objective.model.image
+    # Ours by size, timm's by code: initialization and kernels are its own.
     arguments = timm_arguments(image) | {
         "num_classes": objective.model.classes,
         "global_pool": POOLINGS[image.pooling],
@@ -55,6 +56,7 @@ def timm_arguments(image: VisionTransformer) -> dict[str, Any]:
 
     import torch
 
+    # timm's default is the exact GELU; SigLIP's is the tanh form.
     activation = functools.partial(torch.nn.GELU, approximate="tanh")
     layers = image.transformer
     return {

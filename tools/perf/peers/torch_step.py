@@ -72,8 +72,10 @@ class TorchStep:
         device = torch.device("cuda" if on_gpu else "cpu")
         torch.manual_seed(0)
         if on_gpu:
+            # TF32 for the few products that autocast leaves in float32.
             torch.set_float32_matmul_precision("high")
         self._model = recipe.build().to(device).train()
+        # The optimizer keeps the module itself, whose parameters the compiled one shares.
         self._forward = torch.compile(self._model) if compiled else self._model
         self._optimizer = torch.optim.AdamW(
             self._model.parameters(),
@@ -88,6 +90,7 @@ class TorchStep:
         if on_gpu:
             torch.cuda.synchronize()
         begin = time.perf_counter()
+        # The first step compiles; its time stands for "compile" in the table.
         self.run(1)
         self.facts: dict[str, Any] = {
             "parameters": sum(p.numel() for p in self._model.parameters()),
@@ -103,6 +106,7 @@ class TorchStep:
         if self._on_gpu:
             timer = StepTimer(lambda event: event.synchronize())
         else:
+            # On CPU PyTorch computes before it returns: there is nothing to wait for.
             timer = StepTimer(lambda nothing: None, ahead=0)
         for _ in range(steps):
             self._step()

@@ -35,6 +35,7 @@ def recipe(objective: MaskedAutoencoding) -> Recipe:
         "decoder_intermediate_size": painter.mlp_dim,
         "mask_ratio": objective.mask_ratio,
         "norm_pix_loss": objective.normalize_targets,
+        # Its eager attention would hold all weights and be no fair peer.
         "attn_implementation": "sdpa",
     }
 
