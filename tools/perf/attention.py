@@ -67,6 +67,7 @@ def seconds(shape: Shape, backend: str, batch: int, dtype: Any) -> float:
     @jax.jit
     def step(params: Any, x: jax.Array) -> Any:
         def loss(params: Any, x: jax.Array) -> jax.Array:
+            # Any scalar will do: its gradient reaches all projections.
             return layer.apply(params, x, x, mask).astype(jnp.float32).sum()
 
         return jax.grad(loss, argnums=(0, 1))(params, x)
@@ -87,6 +88,7 @@ def probe(backends: Sequence[str], batch: int) -> dict[str, dict[str, float | st
             try:
                 result: float | str = seconds(shape, backend, batch, dtype)
             except (ValueError, RuntimeError, NotImplementedError) as error:
+                # Some errors of compilers are pages long.
                 result = str(error).strip().splitlines()[0][:200]
             found.setdefault(name, {})[backend] = result
     return found

@@ -101,6 +101,7 @@ def evaluated_elsewhere(format: str, folder: Path, data: Path) -> dict[str, Any]
     """
     program = Path(foreign.__file__).parent / "zero_shot.py"
     done = subprocess.run(
+        # Isolated: it cannot import vlp_jax, so nothing of ours helps the foreign library.
         [sys.executable, "-I", "-B", program, format, folder.resolve(), data.resolve()],
         capture_output=True,
         text=True,

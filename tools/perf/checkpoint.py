@@ -116,6 +116,7 @@ def setup_of_size(size: int, batch_size: int, replicated: bool) -> Setup:
         config = bench_config(depth, batch_size, replicated)
         return make_setup(config, mesh_lib.make_mesh(config.mesh), tokenizer, spec, batch_size)
 
+    # Layers are equal, so the size is a line in the depth.
     one, two = state_bytes(setup(1)), state_bytes(setup(2))
     return setup(1 + max(0, -(-(size - one) // (two - one))))
 
@@ -180,9 +181,11 @@ class Bench:
 
     def _save_meanwhile(self, number: int) -> None:
         appearance = Appearance(self.folder / "checkpoints" / str(number))
+        # A checkpoint gets its final name when it is whole: its folder appears at once.
         appearance.start()
         self._note("blocked", self._save(self.asynchronous, number))
         meanwhile = []
+        # As in training: steps compete with the save for cores and memory.
         while appearance.is_alive():
             meanwhile.append(seconds(self._step))
             self.asynchronous.poll()

@@ -102,6 +102,7 @@ def train_theirs(
 
     patch_torchvision()
     recipe = open_clip_peer.recipe(objective)
+    # Both sides differ by seed in the same places: initialization and data.
     torch.manual_seed(config.seed)
     model = recipe.build().train()
     pipeline = make_pipeline(config, tokenizer)
@@ -166,6 +167,7 @@ def judged(
             image.append(model.encode_image(tensors["image"], normalize=True)[batch["mask"]])
             text.append(model.encode_text(tensors["text"], normalize=True)[batch["mask"]])
     vectors = [torch.cat(x).numpy().astype(np.float32) for x in (image, text)]
+    # One caption an image, as the config's data has it.
     owners = np.arange(len(vectors[1]))
     ranks = rank_both_ways(*vectors, owners)
     ks = tuple(section.get("ks", (1, 5, 10)))

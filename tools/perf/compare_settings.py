@@ -105,6 +105,7 @@ def config_of(
       UserError: a key or a value that does not exist, or no evaluator for one of the scores.
     """
     config = load_config(file, [*assignments, f"seed={seed}"])
+    # A key that the model does not know is told before the first run, not after hours.
     make_objective(config.objective, tokenizer_sizes(config.tokenizer))
     for score in scores:
         if score.partition("/")[0] not in config.evaluators:
@@ -131,6 +132,7 @@ def figures_of(record: RunRecord, scores: Sequence[str]) -> dict[str, float]:
       UserError: it has no such score.
     """
     steps, values = record.curve(LOSS)
+    # One step's loss is mostly its batch: a tenth of them tells settings apart.
     last = [v for s, v in zip(steps, values, strict=True) if s >= (1 - END) * steps[-1]]
     found = {f"loss of the last {END:.0%}": float(np.mean(last))}
     known = record.last_scores()[0]

@@ -148,6 +148,7 @@ def compile_all(
     for variant, size, setup in setups:
         with waiting(f"compile {variant.name} with {size:,} examples a chip"):
             found.append(measure(variant, size, setup, target))
+        # A compile takes minutes: the table comes at the very end.
         print(one_line(found[-1]), file=sys.stderr, flush=True)
         content = {"variants": as_json(found, found[0])}  # of the variants so far
         harness.write_json(arguments.json, "compile_variants", argv, content)

@@ -33,6 +33,7 @@ def photo(seed: int, number: int) -> bytes:
     random = np.random.default_rng([seed, number])
     width, height = int(random.integers(256, 501)), int(random.integers(256, 401))
     frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width))
+    # The mean has frequency 0, whose amplitude would be infinite.
     frequency = np.maximum(frequency, 1 / max(height, width))
     shape = (3, *frequency.shape)
     noise = random.standard_normal(shape) + 1j * random.standard_normal(shape)
@@ -74,6 +75,7 @@ class Corpus:
         """Returns the folder of a format, a name in `WRITERS`; writes it if it is not there."""
         path = self.folder / f"photos-v{VERSION}-{self.count}-seed{self.seed}" / name
         if not path.exists():
+            # Renamed when it is whole: a run that was stopped leaves nothing that looks finished.
             unfinished = path.with_name(f"{name}.unfinished")
             shutil.rmtree(unfinished, ignore_errors=True)
             try:
@@ -144,6 +146,7 @@ def _write_array_record(corpus: Corpus, path: Path) -> None:
     from array_record.python.array_record_module import ArrayRecordWriter
 
     for shard, numbers in enumerate(corpus.shards()):
+        # One record a group: a group is what a random access reads.
         writer = ArrayRecordWriter(str(path / f"photos-{shard:03d}.array_record"), "group_size:1")
         for record in _serialized(corpus, numbers):
             writer.write(record)

@@ -113,6 +113,7 @@ def chosen_sources(text: str) -> list[str]:
 def pinned(cores: int | None) -> Iterator[int]:
     """Holds this process and those it starts to so many cores; gives their number."""
     before = os.sched_getaffinity(0)
+    # Threads of TensorFlow and workers of PyTorch inherit it: both have the same cores.
     chosen = sorted(before)[:cores]
     os.sched_setaffinity(0, chosen)
     try:
@@ -151,6 +152,7 @@ def open_peers(corpus: Corpus, task: Task, turn: Turn, status: Status) -> dict:
         TORCH: torch_loaders.files_loader(corpus.files, transform("torch"), **common),
         PILLOW: torch_loaders.files_loader(corpus.files, transform("pillow"), **common),
     }
+    # WebDataset's loader gets the better of the two ways to resize.
     fastest = "pillow" if task.antialias else "torch"
     try:
         shards = sorted(str(path) for path in corpus.path("webdataset").iterdir())
@@ -227,6 +229,7 @@ def bench(
     for name, loader in ours.items():
         figures = {**entry(f"source {name}", speeds, task), "name": name}
         say(status, f"waiting for data: {name}")
+        # A step a little longer than its data: a source that delivers evenly makes nobody wait.
         step = task.batch_size / (BUSY * figures["images_per_second"])
         figures["wait_share"] = turn.wait_share(loader, step)
         sources.append(figures)

@@ -64,6 +64,7 @@ def choose(names: str | None, rounds: int, rng: random.Random) -> list[str]:
     if rounds < 1:
         raise UserError(f"--rounds must be at least 1, not {rounds}")
     drawn = [known[i % len(known)] for i in range(rounds)]
+    # Each kind as often, so that a short drill has them all.
     rng.shuffle(drawn)
     return drawn
 
@@ -73,6 +74,7 @@ def small_disk(directory: Path) -> Iterator[bool]:
     """Mounts a small file system at `directory`; gives False where that is not allowed."""
     directory.mkdir(parents=True)
     size = f"size={DISK_MIB}m"
+    # Filling the real disk would stop everybody else on the machine.
     command = ["mount", "-t", "tmpfs", "-o", size, "tmpfs", str(directory)]
     mounted = subprocess.run(command, capture_output=True).returncode == 0
     try:
@@ -92,6 +94,7 @@ class Drill:
 
     def disturb(self, number: int, fault: Fault) -> Round:
         """Waits for a random step, lets the fault happen, and waits until the run is past it."""
+        # A few steps later: between, before and after saves alike.
         target = self.run.step() + self.rng.randint(6, 20)
         self.run.wait_for_step(target)
         before, attempt = self.run.checkpoints(), self.run.attempt()
@@ -119,6 +122,7 @@ def problems(rounds: Sequence[Round]) -> list[str]:
     for done in rounds:
         if done.fault == "sigstop" and done.resumed is None:
             found.append(f"round {done.number}: a process was stopped and nobody noticed")
+        # The truncated one is the newest, and must not be taken.
         whole = done.checkpoints[:-1] if done.fault == "truncate" else done.checkpoints
         if done.resumed is not None and whole and done.resumed < whole[-1]:
             found.append(

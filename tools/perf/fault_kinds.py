@@ -96,6 +96,7 @@ def disk_full(run: Run, rng: random.Random) -> str:
     """Fills the disk of the workdir for the time of two saves."""
     filler = run.workdir.parent / "filler"
     before = run.output().count("could not be saved")
+    # Unbuffered: the error has to come from this write, not from a later close.
     with open(filler, "wb", buffering=0) as file, contextlib.suppress(OSError):
         while True:
             file.write(b"\0" * (1 << 16))

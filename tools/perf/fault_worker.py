@@ -29,6 +29,7 @@ def with_faults(step_function: Callable[..., Any], control: Path) -> Callable[..
         asked = control / "nan_at"
         if not asked.exists() or asked.read_text().strip() not in map(str, numbers):
             return state
+        # Keeps shapes and shardings, as a broken device would.
         params = jax.tree.map(lambda x: x * float("nan"), state.params)
         return state.replace(params=params)
 

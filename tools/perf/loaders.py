@@ -135,6 +135,7 @@ class DecodeLimit:
         options = tf.data.Options()
         options.deterministic = True
         options.threading.private_threadpool_size = task.cores
+        # The pool is as large as the cores: an operation that splits itself would only wait.
         options.threading.max_intra_op_parallelism = 1
         dataset = tf.data.Dataset.from_tensor_slices((np.array(self.photos, object), self._windows))
         dataset = dataset.repeat().batch(task.batch_size, drop_remainder=True)
@@ -228,6 +229,7 @@ class Turn:
         for _ in range(self.timed):
             next(stream)
         seconds, cpu = time.perf_counter() - begin, cpu_seconds() - cpu_begin
+        # To the end, so that no worker computes into the next turn.
         for _ in stream:
             pass
         settle()
@@ -297,6 +299,7 @@ def print_peak(arguments: str) -> None:
     import_tensorflow()
     from vlp_jax.data import ops, pipeline  # noqa: F401
 
+    # After the imports: TensorFlow alone takes hundreds of MiB, whatever is read.
     before = _peak_mib()
     loader = PipelineLoader(data_config(given["name"], corpus, task.preprocess), task)
     for _ in loader.open(given["batches"]):

@@ -99,6 +99,7 @@ class LoopRunner:
             max_skipped=self.setup.config.guard.max_skipped,
             keep_examples=lambda steps: epath.Path(),
         )
+        # The loop calls it by this name, once a step.
         self._report.take = self.timed("report", self._report.take)
         self._program = self.timed("dispatch", self.program)
 
@@ -168,6 +169,7 @@ def figures(times: Times) -> dict[str, Any]:
     parts = list(zip(times.fixed, times.input, strict=True))
     bounds = {"of_fixed_batch": times.fixed, "of_the_bound": [max(pair) for pair in parts]}
     if times.on_cpu:
+        # On an accelerator the input runs beside the step, and the sum bounds nothing.
         bounds["of_the_shared_bound"] = [sum(pair) for pair in parts]
     fixed, read = statistics.median(times.fixed), statistics.median(times.input)
     return {
@@ -187,6 +189,7 @@ class Turns:
 
     def __init__(self, runner: LoopRunner, state: TrainState, batches: Prefetcher, steps: int):
         self._runner, self._state, self._batches, self._steps = runner, state, batches, steps
+        # Before the first turn: later ones start with full buffers.
         self._fixed = next(batches)
         self._train(2)  # warm-up; prints the time to the first step
 
@@ -216,6 +219,7 @@ class Turns:
         begin = time.perf_counter()
         for _ in range(self._steps):
             batch = next(self._batches)
+        # The last one alone: batches reach the devices in order.
         jax.block_until_ready(batch)
         return time.perf_counter() - begin
 

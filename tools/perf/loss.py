@@ -116,6 +116,8 @@ def temporary_bytes(loss: Loss, mesh: Mesh, batch: int, dim: int) -> float:
     scalar = jax.ShapeDtypeStruct((), jnp.float32, sharding=whole)
     step = jax.jit(
         jax.value_and_grad(loss, argnums=ARGUMENTS, has_aux=True),
+        # Gradients stay where their embeddings are: gathering them would count as memory of the
+        # loss.
         out_shardings=((whole, whole), (spread, spread, whole, whole)),
     )
     with rules.use_mesh(mesh):

@@ -83,6 +83,7 @@ def train_stage(config: ConfigDict, workdir: Path) -> None:
     """
     if is_finished(config, epath.Path(workdir)):
         print(f"{workdir} is finished: it is not run again")
+        # A finished run may be of an older config: the figures are of that one.
         for change in workdir_lib.changes(epath.Path(workdir), config):
             print(f"note: {change}")
         return
@@ -176,6 +177,7 @@ def run(output: Path, mae: ConfigDict, clip: ConfigDict, target: float) -> dict[
       mae, clip: configs of the two stages; `clip.init_from.rules` say what is taken from the first.
     """
     train_stage(mae, output / MAE)
+    # The same config but for its start: nothing else tells the runs apart.
     tuned = clip.copy_and_resolve_references()
     with tuned.unlocked():
         tuned.init_from.source = str(output / MAE)

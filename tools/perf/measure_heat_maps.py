@@ -102,6 +102,7 @@ def read_scenes(
 ) -> tuple[UInt8[np.ndarray, "n height width 3"], list[Case]]:
     """Returns the first scenes of a split as the model takes them, and every case in them."""
     spec, images, cases = records.SPECS["default"], [], []
+    # Drawing is worth processes from some hundred scenes on.
     stream = records.stream_records(spec, split, None if count > 500 else 0)
     for number, record in enumerate(itertools.islice(stream, count)):
         with PIL.Image.open(io.BytesIO(record["image"])) as image:
@@ -122,6 +123,7 @@ def in_box(
     height, width = maps.shape[1:]
     y, x = np.divmod(maps.reshape(len(maps), -1).argmax(axis=1), width)
     boxes = np.array([case.box for case in cases])
+    # The middle of the pixel: its corner may lie outside of a box that holds most of it.
     y, x = (y + 0.5) / height, (x + 0.5) / width
     return (boxes[:, 0] <= y) & (y <= boxes[:, 2]) & (boxes[:, 1] <= x) & (x <= boxes[:, 3])
 
@@ -212,6 +214,7 @@ def command(argv: list[str]) -> int:
     own = [case for case in cases if case.label == label]
     if not own:
         raise UserError(f"no scene of {arguments.split} has one {label}: raise --scenes")
+    # For such a combination a map shows what generalizes, which the reader should know.
     held_out = tuple(label.split()) in vocabulary.HELD_OUT
     title = (
         f"{arguments.text!r} in {arguments.split} scenes with one {label} (a combination "

@@ -85,8 +85,10 @@ def narrow_config(file: str, depth: int | None) -> ConfigDict:
     """Returns the config with the sizes of a smoke test, and `depth` layers or its own number."""
     config = config_lib.load(file)
     small = smoke_lib.smoke(config).unlock()
+    # The config's mesh may be for a pod; here there are few devices.
     small.mesh = config_lib.base().mesh
     small.log.every = config.log.every
+    # No schedule may end, and no phase begin, within the turns.
     small.duration.steps = 1_000_000
     if depth:
         return with_depth(small, depth)
@@ -151,6 +153,7 @@ def _in_new_process(file: str, cache: str) -> tuple[float, float]:
     config = str(Path(file).resolve()) if Path(file).is_file() else file
     command = [sys.executable, "-m", "tools.perf.overhead", "--config", config]
     command += ["--compile-once", str(DEPTHS[-1])]
+    # Only a new process starts as a restarted job does: with nothing in memory.
     variables = {**os.environ, "JAX_COMPILATION_CACHE_DIR": cache, "JAX_PLATFORMS": "cpu"}
     done = subprocess.run(command, capture_output=True, text=True, env=variables, cwd=harness.ROOT)
     if done.returncode:
@@ -189,6 +192,7 @@ class HostRun:
         """Trains `steps` more steps; returns microseconds of a step by part."""
         self._spent.clear()
         loop = self._runner.loop(iter(lambda: self._batch, None), steps)
+        # CPU time of this thread alone: waiting for a device is no work.
         begin, whole = time.thread_time(), time.process_time()
         self._state = loop.run(self._state)
         own = time.thread_time() - begin
@@ -215,6 +219,7 @@ def measure_host(
     with tempfile.TemporaryDirectory() as folder:
         runs = {n: HostRun(_with_dispatch(setup, n), epath.Path(folder)) for n in together}
         for number, run in runs.items():
+            # The first calls compile and fill caches.
             run(WARM_UP * number)
         turns = {str(n): functools.partial(run, steps) for n, run in runs.items()}
         rows = harness.in_turns(turns, rounds)

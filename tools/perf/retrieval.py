@@ -32,6 +32,7 @@ def embeddings(count: int, dim: int, seed: int) -> np.ndarray:
     random = np.random.default_rng(seed)
     rows = np.empty((count, dim), np.float32)
     for start in range(0, count, 4096):
+        # In parts: the quotient is a copy, and of all rows at once the peak of memory.
         part = random.standard_normal(rows[start : start + 4096].shape, np.float32)
         rows[start : start + 4096] = part / np.linalg.norm(part, axis=1, keepdims=True)
     return rows

@@ -60,6 +60,7 @@ def section_of(subject: Subject, name: str | None, arguments: argparse.Namespace
             f"{', '.join(fitting) or 'none'}"
         )
     section = {key: value for key, value in known[name].items() if key in TAKEN}
+    # Each image is seen once for every corruption and severity, and again by attacks.
     section["data"] = {**section["data"].to_dict(), "limit": arguments.images}
     more = {"severities": tuple(arguments.severities), "radii": tuple(arguments.radii)}
     return ConfigDict({"name": "robustness", **section, **more, "steps": arguments.steps})

@@ -150,6 +150,7 @@ def webdataset_loader(
 
     if batches % workers:
         raise ValueError(f"{batches} batches cannot be divided among {workers} workers")
+    # Workers draw shards with replacement: each gets the same number of batches.
     dataset = wds.WebDataset(shards, resampled=True, shardshuffle=False)
     dataset = dataset.shuffle(1000, initial=100).map(partial(_image, transform=transform))
     dataset = dataset.batched(batch_size, collation_fn=torch.stack, partial=False)
@@ -166,6 +167,7 @@ def _loader(dataset: Any, workers: int, **arguments: Any) -> DataLoader:
         dataset,
         num_workers=workers,
         multiprocessing_context=START,
+        # A start of workers takes seconds, and belongs to no turn.
         persistent_workers=True,
         **arguments,
     )

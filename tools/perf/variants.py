@@ -176,6 +176,7 @@ def make_setups(
                 if size is not None:
                     with changed.unlocked():
                         changed.batch_size = size * shards
+                # All setups before the first compile: a typing error costs seconds, not hours.
                 setup = make_setup_for(changed, target, epoch_examples)
             except UserError as error:
                 raise UserError(f"variant {variant.name}: {error}") from error
@@ -233,6 +234,7 @@ def embedding_gathers(found: Sequence[traffic.Collective], setup: Setup) -> tupl
     shards = _shards(setup.mesh)
     rows = setup.config.batch_size // shards
     shapes = [leaf.shape for leaf in jax.tree.leaves(setup.abstract)]
+    # Of stacked layers a collective moves one at a time.
     shapes += [shape[1:] for shape in shapes]
     return tuple(
         line

@@ -27,6 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     def command() -> None:
         from vlp_jax.encoders.clip_benchmark import mend_accuracy, register
 
+        # CLIP_benchmark starts anew for each dataset, with the same programs.
         startup.use_compilation_cache()
         register()
         if mend_accuracy():

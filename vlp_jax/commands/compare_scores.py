@@ -69,6 +69,7 @@ def own_scores(
         return dict(
             zip(arrays["score_names"].tolist(), arrays["score_values"].tolist(), strict=True)
         )
+    # Names as in metrics.jsonl, which is where FILE comes from.
     prefix = f"eval/{name}/"
     own = {k.removeprefix(prefix): v for k, v in scores.items() if k.startswith(prefix)}
     if not own:
@@ -105,6 +106,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for name, arrays in load(arguments.embeddings).items():
             for row in compare(name, arrays, own_scores(name, arrays, scores)):
                 score, ours, other, by = row
+                # Both NaN is agreement; one of them is not.
                 difference = abs(ours - other) if ours == ours or other == other else 0.0
                 # What nobody computed is not equal.
                 worst = max(worst, difference if difference == difference else np.inf)

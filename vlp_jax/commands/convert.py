@@ -58,9 +58,11 @@ def convert(arguments: argparse.Namespace) -> str:
         raise UserError(f"--to is FORMAT:DIR, such as hf_clip:models/clip, not {arguments.target}")
     like = None if arguments.like is None else interop.read(arguments.like).module
     source = interop.read(arguments.source, like)
+    # A format of image towers gets the tower of a dual encoder, and a note says so.
     model, left_out = fitting_part(format, Model(source.module, source.params))
     extras = pixels(source.module) | source.extras | chosen_settings(arguments)
     notes = [*source.notes, *([left_out] if left_out else [])]
+    # Without its tokenizer a text tower reads noise, and no error tells.
     texts = isinstance(model.module, DualEncoder) and format in WITH_TOKENIZER
     if texts and extras.get("tokenizer") is None:
         notes.append(f"{arguments.source} holds no files of a tokenizer: put its own into {path}")
@@ -74,6 +76,7 @@ def convert(arguments: argparse.Namespace) -> str:
 
 def pixels(module: Module) -> dict[str, Any]:
     """Returns how a model normalizes images, for an image tower that is taken out of it."""
+    # A bare tower has no pixels: whoever uses it normalizes.
     if isinstance(module, VisionTransformer):
         return {}
     return {"image_mean": tuple(module.pixels.mean), "image_std": tuple(module.pixels.std)}

@@ -31,6 +31,7 @@ def zero_shot(a: Arrays) -> Scores:
     scores["mean_per_class_recall"] = recall, "scikit-learn"
     if "logit_scale" in a:
         logits = float(a["logit_scale"]) * cosines
+        # exp of 100 times a cosine overflows nothing in float64 once the largest is 0.
         p = np.exp(logits - logits.max(1, keepdims=True))
         p /= p.sum(1, keepdims=True)
         scores["nll"] = log_loss(labels, p, labels=np.arange(classes)), "scikit-learn"
@@ -66,6 +67,8 @@ def _calibration(p: np.ndarray, labels: np.ndarray, bins: int = 15) -> float:
     confidence, hit = p.max(1), p.argmax(1) == labels
     error = 0.0
     for m in range(bins):
+        # Bins are open to the left, as in Guo et al. 2017, so that a confidence of 1 is in the
+        # last.
         inside = (confidence > m / bins) & (confidence <= (m + 1) / bins)
         if inside.any():
             error += inside.mean() * abs(hit[inside].mean() - confidence[inside].mean())
@@ -82,6 +85,7 @@ def retrieval(a: Arrays) -> Scores:
         ("image_to_text", matrix, own),
         ("text_to_image", matrix.T, own.T),
     ):
+        # Of several captions the nearest one counts.
         best = np.where(mine, similarity, -np.inf).max(1, keepdims=True)
         above = (similarity > best + EQUAL).sum(1)
         equal = abs(similarity - best) <= EQUAL
@@ -190,6 +194,7 @@ def linear_probe(a: Arrays) -> Scores:
         for k, (v, by) in _top(full, test_labels, full.shape[1]).items()
     }
     order = np.random.default_rng(int(a["seed"])).permutation(len(train))
+    # The split is drawn again from its seed: the held-out score is checked on the same rows.
     held, kept = np.split(order, [round(len(train) * float(a["holdout"]))])
     part = fit(train[np.sort(kept)], labels[np.sort(kept)])
     scores["holdout_top1"] = part.score(train[held], labels[held]), "scikit-learn"

@@ -99,6 +99,7 @@ def draw_sheet(
         return f"no {path.name}: the operations leave no image"
     examples: list[dict[str, Any]] = []
     for batch in pipeline.batches():
+        # Evaluation pads its last batch; training has no mask.
         mask = batch.pop("mask", np.ones(size, bool))
         examples += [
             {name: values[place] for name, values in batch.items()}
@@ -128,6 +129,7 @@ def describe(example: Mapping[str, Any], tokenizers: Tokenizers, pipeline: Any) 
     if text is None or tokenizers.usual is None:
         yield "" if text is None else f"text: {np.asarray(text).tolist()}"
     else:
+        # From the tokens, not the caption: what was cut or unknown is seen to be missing.
         (decoded,) = tokenizers.usual.decode(text[None])
         yield decoded or "(no tokens)"
     for name, value in example.items():
@@ -215,12 +217,14 @@ def inspect(arguments: argparse.Namespace, config: ConfigDict) -> None:
       UserError: a mistake in the config or in the data, or a folder that cannot be written.
     """
     datasets = datasets_of(config, arguments.evaluator)
+    # A tokenizer that is trained on the captions reads them once, as training would.
     tokenizers = Tokenizers(config.tokenizer, lambda: sample_texts(tolerant(config.data)))
     output, what = arguments.output, f"{arguments.config} {arguments.evaluator or ''}".strip()
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--output {output} cannot be made: {error.strerror}") from None
+    # Before the sheet: a mistake in the data then comes with counts beside it.
     found = scan_all(datasets, tokenizers, arguments.scan)
     context = None if tokenizers.usual is None else tokenizers.usual.context_length
     figures = {name: statistics(scanned, context) for name, scanned in found.items()}

@@ -114,6 +114,7 @@ def collect(encoder: Encoder, folder: Path | None, limit: int) -> Collection:
       UserError: the folder holds fewer than 3 images, or one that cannot be read.
     """
     if folder is None:
+        # Scenes of one object: a neighbour is then right or wrong by its label.
         stream = records.stream_records(records.SPECS["default"], "test", 0)
         found = list(itertools.islice((r for r in stream if r["num_objects"] == 1), limit))
         pixels = []
@@ -161,6 +162,7 @@ def draw_texts(
     )
     written = [output / "heat_maps.png"]
     found = relevance(encoder.module, encoder.params, images, tokens)
+    # Relevance of texts comes with `relevance`; for the image it is one more method of maps.
     relevant = heat_map(encoder.module, encoder.params, images, tokens, method="relevance")
     tower = encoder.module.text
     for number, text in enumerate(texts):
@@ -186,6 +188,7 @@ def draw_attention(encoder: Encoder, pixels: np.ndarray, output: Path) -> list[P
     first, (rows, columns) = module.image.prefix_tokens, module.image.grid
     weights = maps["image"][0]
     whose = "of the class token" if module.image.pooling == "cls" else "mean over all tokens"
+    # With another pooling no token stands for the image: the mean over all that look.
     looked = weights[:, :, 0] if module.image.pooling == "cls" else weights.mean(axis=2)
     looked = looked[..., first:].reshape(*weights.shape[:2], rows, columns)
     pictures.draw_attention(
@@ -263,6 +266,7 @@ def look(arguments: argparse.Namespace) -> None:
       UserError: a model, an image or a text that does not do, or a folder that cannot be written.
     """
     encoder = vlp_jax.load(arguments.weights or arguments.workdir, step=arguments.step)
+    # Heat maps and relevance are between an image and a text.
     if not isinstance(encoder.module, DualEncoder):
         raise UserError(f"{encoder.source} is an image model: looking inside needs a text tower")
     pixels = encoder.images(arguments.image)
@@ -277,6 +281,7 @@ def look(arguments: argparse.Namespace) -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of a long text, which was told already
             written += draw_texts(encoder, pixels, arguments, similarity)
+    # Needs no text, and is drawn without one.
     written += draw_attention(encoder, pixels, arguments.output)
     if arguments.neighbours or arguments.projection:
         written += draw_among(encoder, pixels, arguments, texts)

@@ -92,6 +92,7 @@ class Waiting:
     def __call__(self, what: str) -> Iterator[None]:
         """Wraps one task that takes long."""
         begin = time.monotonic()
+        # A spinner in a log file would be thousands of lines.
         if self._console.is_terminal:
             with self._console.status(what):
                 yield
@@ -126,6 +127,7 @@ def find(arguments: argparse.Namespace, config: ConfigDict) -> Findings:
         with contextlib.ExitStack() as stack:
 
             def announce(text: str) -> None:
+                # Ends the line of the compilation before, whose end nobody tells.
                 stack.close()
                 stack.enter_context(waiting(f"compile with {text}"))
 
@@ -141,10 +143,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def command() -> None:
         arguments, config = parse(sys.argv[1:] if argv is None else argv)
+        # The devices of the plan are not here, and those that are here stay free for others.
         jax.config.update("jax_platforms", "cpu")
         findings = find(arguments, config)
         fits.append(findings.plan.fits)
         text = json.dumps(as_json(findings, versions()), indent=2) + "\n"
+        # Nothing but JSON on stdout: it goes into another program.
         if arguments.json == "-":
             sys.stdout.write(text)
             return

@@ -70,9 +70,11 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--verify", action="store_true", help="read finished shards and compare their checksums; "
         "with --output alone, report on a finished folder")  # fmt: skip
     argv = list(argv)
+    # Beam has flags of its runners that no parser here knows.
     cut = argv.index("--") if "--" in argv else len(argv)
     arguments, flags = parser.parse_known_args(argv[:cut])
     arguments.unchecked, arguments.flags = flags, (*flags, *argv[cut + 1 :])
+    # argparse cannot say: required, unless --verify stands alone.
     only_verify = arguments.verify and arguments.input is None
     needed = ("input", "input_format", "output_format")
     missing = [f"--{name.replace('_', '-')}" for name in needed if getattr(arguments, name) is None]
@@ -92,6 +94,7 @@ def verify(output: str, split: str) -> str:
     manifest = manifests.load(folder, split)
     if manifest is None:
         raise UserError(f"there is no {manifests.manifest_path(folder, split)} to verify")
+    # All shards are read before the first is named: one run tells all the damage.
     faults = manifests.faults(manifest, folder, read=True)
     if faults:
         for fault in faults.values():
@@ -163,6 +166,7 @@ def watch(title: str, total: int, count: Callable[[], tuple[int, int]]) -> Itera
     def show(last: bool) -> None:
         nonlocal shown, before
         done, examples = count()
+        # The first look counts what was there already.
         before = examples if before is None and not last else before
         passed = max(time.monotonic() - started, 1e-3)
         speed = f"{(examples - (before or 0)) / passed:,.0f} examples/s"
@@ -176,6 +180,7 @@ def watch(title: str, total: int, count: Callable[[], tuple[int, int]]) -> Itera
         while not over.wait(pause):
             begin = time.monotonic()
             show(last=False)
+            # A look lists the shards, which takes seconds in a bucket: it must not become the work.
             pause = max(POLL_SECONDS, POLL_SHARE * (time.monotonic() - begin))
 
     with bar:

@@ -84,6 +84,7 @@ def find_devices(arguments: argparse.Namespace) -> list[Any]:
 
 def make_report(name: str, setup: Setup) -> Report:
     """Reports how the state of `setup` lies on its mesh."""
+    # Boxes keep the logical names of dimensions, which the state itself has lost.
     boxed = jax.eval_shape(lambda: setup.objective.init(jax.random.key(0), setup.batch_spec))
     rows = report_lib.rows(setup.abstract.params, boxed)
     return Report(
@@ -125,6 +126,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def command() -> None:
         arguments, config = parse(sys.argv[1:] if argv is None else argv)
+        # Before anything asks JAX for a device: their number is fixed by then.
         devices = find_devices(arguments)
         mesh = mesh_lib.make_mesh(config.mesh, devices)
         setup = abstract_setup(fitting_batch(config, len(devices)), mesh, ANY_EPOCH)

@@ -175,9 +175,11 @@ def make(kind: str, texts: Sequence[str], vocab_size: int, context_length: int) 
 
 def measure(tokenizer: Tokenizer, texts: Sequence[str]) -> Statistics:
     """Measures the tokens of the texts, or of `MEASURED` of them."""
+    # Every n-th of all: files are often sorted, and the first would not do for the rest.
     texts = texts[:: -(-len(texts) // MEASURED)]
     rows = tokenizer.encode(texts)
     ids = np.concatenate([np.asarray(row, np.int64) for row in rows])
+    # `encode` gives the bare ids; bos and eos take places of the context too.
     lengths = np.array([len(row) for row in rows]) + frame_length(tokenizer)
     unknown = getattr(tokenizer, "unk_id", None)
     size = sum(len(text.encode("utf-8", "replace")) for text in texts)
@@ -227,6 +229,7 @@ def train(arguments: argparse.Namespace, overrides: Sequence[str]) -> str:
       UserError: texts that cannot be read, or of which no such tokenizer can be made.
     """
     output = Path(arguments.output).expanduser()
+    # Reading the captions takes minutes: a taken name is told before.
     _check_output(output, arguments.overwrite)
     context_length = arguments.context_length
     if arguments.config is None:
@@ -239,6 +242,7 @@ def train(arguments: argparse.Namespace, overrides: Sequence[str]) -> str:
     tokenizer = make(
         arguments.kind, captions, arguments.vocab_size, context_length or CONTEXT_LENGTH
     )
+    # As a .model file other tools read it; the BPE is a tokenizer.json already.
     if isinstance(tokenizer, SentencePieceTokenizer):
         write_whole(output, tokenizer.model_file)
     else:

@@ -108,6 +108,7 @@ def encoded(image: Any) -> tuple[str, bytes]:
     """
     if isinstance(image, bytes):
         opened = PIL.Image.open(io.BytesIO(image))
+        # Such a file goes on byte for byte: what CLIP_benchmark sees is what was published.
         plain = not opened.has_transparency_data and not opened.mode.startswith("I")
         if opened.format in SUFFIXES and plain and orientation(opened) == 1:
             return SUFFIXES[opened.format], image
@@ -130,6 +131,7 @@ def write_shards(
             shard = tarfile.open(folder / f"{number // shard_examples}.tar", "w")
         kind, picture = encoded(image)
         for name, data in ((kind, picture), (suffix, content)):
+            # webdataset joins files by the name before the first dot.
             member = tarfile.TarInfo(f"s{number:08d}.{name}")
             member.size = len(data)
             shard.addfile(member, io.BytesIO(data))
@@ -175,12 +177,14 @@ def write(arguments: argparse.Namespace) -> str:
         names, number = class_names(section, data, field)
         (output / "classnames.txt").write_text("\n".join(names) + "\n")
         given = class_lists.lines(section.get("templates", ("{}",)), "templates")
+        # CLIP_benchmark's own placeholder.
         templates = [template.replace("{}", "{c}") for template in given]
         listed = "\n".join(templates) + "\n"
         (output / "zeroshot_classification_templates.txt").write_text(listed)
         found = ((x, "cls", str(number(y)).encode()) for x, y in examples(data, field, {}))
     else:
         (output / "dataset_type.txt").write_text("retrieval\n")
+        # Operations on images stay out: each model resizes by itself.
         kept = ("choose_text", *TEXT_TO_TEXT)
         ops = [pair for pair in in_order(data.get("preprocess")) if pair[0] in kept]
         field, ops = (RAW_TEXT, ops) if arguments.captions is None else (arguments.captions, {})
