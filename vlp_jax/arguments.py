@@ -72,7 +72,7 @@ def check_arguments(arguments: argparse.Namespace, *counts: str) -> None:
     """Checks numbers that must be at least 1, and that files can be written where they are asked.
 
     Args:
-      arguments: `json` and `markdown` name files, where there are such arguments.
+      arguments: `json` names a file, where there is such an argument.
       counts: names of numbers, or of lists of numbers; None is left alone.
 
     Raises:
@@ -83,7 +83,6 @@ def check_arguments(arguments: argparse.Namespace, *counts: str) -> None:
         for value in given if isinstance(given, list | tuple) else [given]:
             if value is not None and value < 1:
                 raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
-    for name in ("json", "markdown"):
-        file = getattr(arguments, name, None)
-        if isinstance(file, str | Path) and file and not Path(file).absolute().parent.is_dir():
-            raise UserError(f"--{name} {file}: its folder does not exist")
+    file = getattr(arguments, "json", None)
+    if file and not Path(file).absolute().parent.is_dir():
+        raise UserError(f"--json {file}: its folder does not exist")

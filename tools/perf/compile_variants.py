@@ -20,11 +20,9 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import datetime
 import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
@@ -43,7 +41,7 @@ from tools.perf.variants import (
     with_depth,
 )
 from vlp_jax.arguments import load_config, parse_with_overrides
-from vlp_jax.commands.plan import Waiting, versions
+from vlp_jax.commands.plan import Waiting
 from vlp_jax.errors import UserError
 from vlp_jax.planning.target import Target, make_target
 
@@ -97,7 +95,6 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         default=[],
         help="fail if one of these variants gathers the embeddings of other devices",
     )
-    add("--markdown", metavar="FILE", help="also append the table to FILE, with its command")
     return parse_with_overrides(parser, argv, "batch_per_chip")
 
 
@@ -233,16 +230,6 @@ def as_json(found: Sequence[Measured], base: Measured) -> list[dict[str, Any]]:
     return told
 
 
-def heading(arguments: argparse.Namespace, argv: Sequence[str], target: Target) -> str:
-    """Returns the command, the date and the versions, in Markdown."""
-    told = " ".join(f'"{a}"' if " " in a else a for a in argv)
-    found = ", ".join(f"{name} {version}" for name, version in versions().items())
-    today = datetime.datetime.now(datetime.UTC).date()
-    depth = f", {arguments.depth} layers a tower" if arguments.depth else ""
-    command = f"`python -m tools.perf.compile_variants {told}`"
-    return f"\n{command}\n\n{today}, {target.name}{depth}; {found}\n\n"
-
-
 def refused_gathers(names: Sequence[str], found: Sequence[Measured]) -> list[str]:
     """Returns a line for each variant of `names` that gathers embeddings or was not compiled."""
     lines = []
@@ -270,14 +257,10 @@ def command(argv: list[str]) -> int:
     if not target.compiles:
         raise UserError(f"there is no compiler here for {target.name}: give a TPU topology")
     found = compile_all(arguments, overrides, target, argv)
-    shown = table(found, found[0])
-    print(shown)
+    print(table(found, found[0]))
     refused = refused_gathers(arguments.no_embedding_gathers, found)
     for line in refused:
         print(f"embeddings are gathered: {line}", file=sys.stderr)
-    if arguments.markdown:
-        with Path(arguments.markdown).open("a") as file:
-            file.write(heading(arguments, argv, target) + shown + "\n")
     return HAS_A_GATHER if refused else 0
 
 

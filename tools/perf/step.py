@@ -22,7 +22,6 @@ import dataclasses
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import jax
 from ml_collections import ConfigDict
@@ -186,8 +185,8 @@ class Benchmark:
         return result
 
     def _keep(self, result: Result) -> None:
-        config = {name: to_plain(self._config[name]) for name in SECTIONS}
-        content = {"config": config, **as_json(result)}
+        config = self._config.to_dict()
+        content = {"config": {name: config[name] for name in SECTIONS}, **as_json(result)}
         harness.write_json(self._arguments.json, "step", self._argv, content)
 
 
@@ -199,11 +198,6 @@ def serve(argv: Sequence[str]) -> None:
     config = one_device(config)
     setup = make_bench_setup(config, jax.devices()[:1])
     channel.serve(make_peer(arguments.serve, setup, fixed_batch(setup), arguments.compile))
-
-
-def to_plain(value: Any) -> Any:
-    """Returns a section as a dict."""
-    return value.to_dict() if isinstance(value, ConfigDict) else value
 
 
 def command(argv: list[str]) -> int:
