@@ -31,10 +31,10 @@ format: $(VENV)/.installed-test
 # open_clip takes part where the requirements of the tests are installed.
 bench: $(VENV)/.installed
 	mkdir -p .cache/bench
-	$(BIN)/python -m tools.bench_step --config configs/bench_small.py --apart --peer plain --peer flax \
+	$(BIN)/python -m tools.perf.step --config configs/bench_small.py --apart --peer plain --peer flax \
 		$$($(BIN)/python -c 'import importlib.util as u; print("--peer open_clip" if u.find_spec("open_clip") else "")') \
 		--json .cache/bench/step.json
-	$(BIN)/python -m tools.bench_loop --json .cache/bench/loop.json
+	$(BIN)/python -m tools.perf.loop --json .cache/bench/loop.json
 
 clean:
 	rm -rf $(VENV) .cache demo *.egg-info build

@@ -1,6 +1,6 @@
 """A small SigLIP for `make bench`, with steps of half a second on two CPU cores.
 
-    python -m tools.bench_step --config configs/bench_small.py --peer plain --peer open_clip
+    python -m tools.perf.step --config configs/bench_small.py --peer plain --peer open_clip
 
 Images have 64 pixels in patches of 16, texts 32 tokens, and the width is 192. This is small enough
 for a CPU, and large enough that matrix products dominate a step, and not its overhead.

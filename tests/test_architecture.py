@@ -48,18 +48,9 @@ MAY_IMPORT = {
         "models",
     },
     "planning": {"training", "objectives", "models", "parallel", "observe"},
-    "benchmarking": {
-        "planning",
-        "training",
-        "objectives",
-        "interop",
-        "models",
-        "parallel",
-        "observe",
-    },
 }
-LEAVES = {"config", "defaults", "errors", "files", "preprocess", "signals", "versions"}
-ENTRY_POINTS = {"train", "evaluate", "export", "smoke", "__init__"}
+LEAVES = {"arguments", "config", "defaults", "errors", "files", "preprocess", "signals", "versions"}
+ENTRY_POINTS = {"train", "evaluate", "export", "smoke", "commands", "__init__", "__main__"}
 MODELS_MAY_IMPORT = {"flax", "jax", "einops", "jaxtyping", "numpy"}
 MAX_FILE, MAX_FUNCTION = 400, 60
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tools import inspect_data
-from tools.inspect_data import main
+from vlp_jax.commands import inspect_data
+from vlp_jax.commands.inspect_data import main
 from vlp_jax.data import scan as data_scan
 from vlp_jax.observe.data_pictures import draw_contact_sheet
 
@@ -243,7 +243,7 @@ def test_the_sheet_says_which_characters_no_font_has(tmp_path):
     ("arguments", "words"),
     [
         (["--evaluator", "tset"], "no evaluator 'tset' (it has: none)"),
-        (["--scan", "0"], "--scan 0 must be at least 1"),
+        (["--scan", "0"], "--scan must be at least 1, not 0"),
         (["--sacn", "5"], "unknown argument '--sacn'"),
         (["--config.data.path=/nowhere"], "'/nowhere' is not a folder"),
         (["--config.data.pth=x"], "did you mean 'path'?"),

@@ -22,9 +22,9 @@ from PIL import Image
 pytest.importorskip("apache_beam")
 from prepare_cases import OUTPUTS, read_shard
 
-from tools import prepare_data
 from vlp_jax import config as configs
 from vlp_jax import train
+from vlp_jax.commands import prepare_data
 from vlp_jax.data.order import Order
 from vlp_jax.data.pipeline import TrainPipeline
 
@@ -58,7 +58,7 @@ import sys, time
 from vlp_jax.data.prepare import paths
 put = paths.put
 paths.put = lambda *a: (time.sleep(0.1), put(*a))
-from tools.prepare_data import main
+from vlp_jax.commands.prepare_data import main
 sys.exit(main())
 """
 

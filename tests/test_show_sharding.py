@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from recipe_shapes import count, load, shapes_of
 
-from tools import show_sharding
+from vlp_jax.commands import show_sharding
 from vlp_jax.parallel import sharding_report
 from vlp_jax.training.abstract_setup import abstract_setup
 
@@ -85,7 +85,7 @@ def test_a_row_per_parameter_and_the_totals_of_a_spread():
     ("arguments", "words"),
     [
         (["--config", "configs/none.py"], "configs/none.py does not exist"),
-        (["--devices", "0"], "--devices is at least 1"),
+        (["--devices", "0"], "--devices must be at least 1"),
         (["--slices", "2"], "--slices needs --topology"),
         (["--topology", "v5e:3x3"], "'v5e:3x3' does not exist; those of v5e: v5e:1x1,"),
         (["--config.mesh.preset=fsdpp"], "did you mean 'fsdp'"),

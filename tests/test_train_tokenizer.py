@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from tools import train_tokenizer
+from vlp_jax.commands import train_tokenizer
 from vlp_jax.data.tokenizers import build_tokenizer
 
 COLORS, SHAPES = (
@@ -140,7 +140,7 @@ def test_mistakes_end_in_one_line(tmp_path, capsys):
         ({"--kind": "sentencepiece-bpe", "--vocab-size": 5}, "cannot make 5 tokens"),
         ({"--output": texts}, "exists; choose another file, or give --overwrite"),
         ({"--output": texts / "x"}, "--output"),
-        ({"--limit": 0}, "--limit 0"),
+        ({"--limit": 0}, "--limit must be at least 1, not 0"),
         ({"--context-length": 2}, "context_length=2"),
         ({"--config": "configs/clip_folder.py"}, "either --config"),
         ({"--config.data.path": "x"}, "without --config"),

@@ -1,4 +1,4 @@
-"""Programs around training: the demo, benchmarks, inspectors."""
+"""Programs of a checkout: the demo, entries of the `vlp-jax` commands, and `tools.perf`."""
 
 from vlp_jax import signals
 

@@ -27,12 +27,11 @@ from vlp_jax.data.pipeline import EvalPipeline
 from vlp_jax.encoders.subject import Subject
 from vlp_jax.observe.plots import report_sheet
 from vlp_jax.observe.throughput import StartupClock
-from vlp_jax.observe.writers import read_metrics
 from vlp_jax.parallel import startup
+from vlp_jax.report.run_record import RunRecord
 from vlp_jax.train import train
 from vlp_jax.training.command import run_command
 from vlp_jax.training.restore import LoadedParameters
-from vlp_jax.training.workdir import METRICS
 
 ROOT = Path(__file__).resolve().parent.parent
 SHOWN_IMAGES = 12
@@ -46,7 +45,7 @@ CURVES = {
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """The arguments."""
+    """Returns the arguments."""
     parser = argparse.ArgumentParser(prog="python -m tools.demo", description=__doc__)
     parser.add_argument("--output", type=Path, default=Path("demo"), help="folder of the results")
     parser.add_argument("--config", default=str(ROOT / "configs" / "demo.py"), help="what to train")
@@ -56,33 +55,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def curves_of(metrics: Path) -> dict[str, tuple[list[int], list[float]]]:
-    """The lines of the report: name -> (steps, values)."""
-    records = read_metrics(metrics)
-    return {
-        name: (
-            [record["step"] for record in records if key in record],
-            [record[key] for record in records if key in record],
-        )
-        for name, key in CURVES.items()
-    }
-
-
-def last_scores(metrics: Path) -> dict[str, float]:
-    """What the evaluators said at the end of the run: "zero_shot/top1" -> value, and so on."""
-    records = read_metrics(metrics)
-    last = max(record["step"] for record in records)
-    return {
-        key.removeprefix("eval/"): value
-        for record in records
-        if record["step"] == last
-        for key, value in record.items()
-        if key.startswith("eval/")
-    }
-
-
 def test_pairs(subject: Subject, loaded: LoadedParameters) -> dict[str, Any]:
-    """Images and captions of the retrieval evaluator, and their similarity, image by caption."""
+    """Returns images and captions of the retrieval evaluator, and their similarity matrix."""
     retrieval = subject.evaluators["retrieval"]
     pipeline: EvalPipeline = subject.open_evaluation_data("retrieval", ("text_raw",))
     images, captions = [], []
@@ -96,7 +70,7 @@ def test_pairs(subject: Subject, loaded: LoadedParameters) -> dict[str, Any]:
     }
 
 
-def draw(path: Path, metrics: Path, pairs: dict[str, Any], summary: dict[str, Any]) -> None:
+def draw(path: Path, record: RunRecord, pairs: dict[str, Any], summary: dict[str, Any]) -> None:
     """Writes report.png."""
     captions, similarity = pairs["captions"], pairs["similarity"]
     best = similarity.argmax(axis=1)
@@ -111,9 +85,10 @@ def draw(path: Path, metrics: Path, pairs: dict[str, Any], summary: dict[str, An
         images=pairs["images"][:SHOWN_IMAGES],
         true_captions=captions[:SHOWN_IMAGES],
         retrieved_captions=[captions[i] for i in best[:SHOWN_IMAGES]],
+        # By text, not by number: several scenes may have the same caption.
         correct=[captions[i] == captions[n] for n, i in enumerate(best[:SHOWN_IMAGES])],
         similarity=similarity[:SHOWN_PAIRS, :SHOWN_PAIRS],
-        curves=curves_of(metrics),
+        curves={name: record.curve(key) for name, key in CURVES.items()},
         chance={
             "zero-shot top-1": 1 / summary["zero_shot_classes"],
             "image-to-text R@1": 1 / len(captions),
@@ -127,7 +102,8 @@ def run(output: Path, config_file: str, setup_seconds: float) -> dict[str, Any]:
     begin, workdir = time.time(), output / "run"
     train(config_lib.load(config_file), workdir, StartupClock.from_process_start())
     train_seconds = time.time() - begin
-    scores = last_scores(workdir / METRICS)
+    record = RunRecord.read(workdir)
+    scores = {name.removeprefix("eval/"): value for name, value in record.last_scores()[0].items()}
     summary = {
         "zero_shot_top1": scores["zero_shot/top1"],
         "zero_shot_classes": int(scores["zero_shot/classes"]),
@@ -141,13 +117,13 @@ def run(output: Path, config_file: str, setup_seconds: float) -> dict[str, Any]:
         "setup_seconds": round(setup_seconds, 1),
     }
     pairs = test_pairs(*evaluate.load_run(workdir))
-    draw(output / "report.png", workdir / METRICS, pairs, summary)
+    draw(output / "report.png", record, pairs, summary)
     (output / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     return summary
 
 
 def report(summary: dict[str, Any], output: Path) -> str:
-    """The last lines: each score with its chance."""
+    """Returns the last lines: each score with its chance."""
     classes, pairs = summary["zero_shot_classes"], summary["retrieval_pairs"]
     rows = [
         (f"zero-shot top-1, {classes} classes", summary["zero_shot_top1"], 1 / classes),
@@ -166,7 +142,7 @@ def report(summary: dict[str, Any], output: Path) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command; returns its exit status."""
+    """Runs the command; returns its exit status."""
     arguments = parse(sys.argv[1:] if argv is None else argv)
 
     def command() -> None:

@@ -12,6 +12,7 @@ import dataclasses
 import importlib.util
 import inspect
 import json
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -29,6 +30,9 @@ BOOLEANS = {"true": True, "1": True, "false": False, "0": False}
 # Annotation of an argument -> the types it accepts. Other annotations are not checked here.
 PLAIN_TYPES = {"bool": (bool,), "int": (int,), "float": (int, float), "str": (str,)}
 DURATION_UNITS = ("steps", "examples", "epochs", "percent")
+# A link to configs/ in a checkout, a copy of it in an installed package. `load` puts the folder
+# above a config's on `sys.path`; "share" keeps the package's own modules off it.
+INSTALLED = Path(__file__).parent / "share" / "configs"
 # Sections whose keys are the arguments of a component. `build` checks them.
 COMPONENT_SECTIONS = ("objective", "data", "extra_data", "tokenizer", "evaluators")
 
@@ -36,13 +40,14 @@ COMPONENT_SECTIONS = ("objective", "data", "extra_data", "tokenizer", "evaluator
 def load(spec: str) -> ConfigDict:
     """Loads the config in `"path/to/file.py"` or `"path/to/file.py:arg"`; locks and checks it.
 
+    A bare name, `"demo"` or `"mae_then_clip:clip"`, is one of the configs that come with the
+    package, wherever the command runs.
+
     Raises:
       UserError: the file or its `get_config` is missing, or it sets a key that does not exist.
     """
     path, _, argument = spec.partition(":")
-    file = Path(path)
-    if not file.is_file():
-        raise UserError(f"config file {path} does not exist")
+    file = _find_file(path)
     without_mark(file.read_bytes(), path)  # Python's own error for UTF-16 does not say what to do
     root = str(file.resolve().parent.parent)
     if root not in sys.path:  # lets a config derive from another: `from configs import clip_b16`
@@ -62,6 +67,18 @@ def load(spec: str) -> ConfigDict:
         _complete_data(config)
         normalize(config)
     return config.lock()
+
+
+def _find_file(path: str) -> Path:
+    """Returns the file that `path` names, else the installed config of that name."""
+    if Path(path).is_file():
+        return Path(path)
+    if not re.fullmatch(r"\w+", path):
+        raise UserError(f"config file {path} does not exist")
+    names = [file.stem for file in INSTALLED.glob("[!_]*.py")]
+    if path not in names:
+        raise UserError(unknown_key_message(path, names, "--config"))
+    return INSTALLED / f"{path}.py"
 
 
 def _complete_data(config: ConfigDict) -> None:

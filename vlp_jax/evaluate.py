@@ -54,7 +54,7 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
       UserError: an unknown argument, or arguments that exclude each other.
     """
     parser = argparse.ArgumentParser(
-        prog="python -m vlp_jax.evaluate",
+        prog="vlp-jax evaluate",
         description="Runs the evaluators of a config on checkpoints of a run, or on weights that "
         "another library has written.",
         epilog=EPILOG,

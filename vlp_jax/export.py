@@ -46,7 +46,7 @@ EPILOG = """formats:
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """Parses the command line."""
     parser = argparse.ArgumentParser(
-        prog="python -m vlp_jax.export",
+        prog="vlp-jax export",
         description="Writes the model of a run's checkpoint, with its config, tokenizer and image "
         "processor, as the library of another project loads it. A format that holds an image tower "
         "alone gets that of the model.",

@@ -33,7 +33,7 @@ from prepare_cases import (  # noqa: E402
     write_tars,
 )
 
-from tools import prepare_data  # noqa: E402
+from vlp_jax.commands import prepare_data  # noqa: E402
 from vlp_jax.data import files  # noqa: E402
 from vlp_jax.data.prepare import job as jobs  # noqa: E402
 from vlp_jax.data.prepare import paths  # noqa: E402
@@ -336,7 +336,7 @@ def test_a_folder_a_glob_and_links_find_the_same_files(tmp_path):
 
 def test_importing_the_tool_imports_neither_beam_nor_tensorflow():
     code = (
-        "import sys, tools.prepare_data; "
+        "import sys, vlp_jax.commands.prepare_data; "
         "print([m for m in ('apache_beam', 'tensorflow', 'fsspec', 'pyarrow') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)

@@ -24,7 +24,7 @@ from prepare_cases import (  # noqa: E402
     write_tars,
 )
 
-from tools import prepare_data  # noqa: E402
+from vlp_jax.commands import prepare_data  # noqa: E402
 from vlp_jax.data import faults  # noqa: E402
 from vlp_jax.data.prepare import job as jobs  # noqa: E402
 from vlp_jax.data.prepare import shards as shard_files  # noqa: E402

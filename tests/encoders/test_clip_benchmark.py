@@ -10,9 +10,10 @@ import PIL.Image
 import pytest
 import torch
 
-from tools import check_exports, write_evaluation_tars
-from tools import clip_benchmark as command
+from tools.perf import check_exports
 from vlp_jax import evaluate
+from vlp_jax.commands import clip_benchmark as command
+from vlp_jax.commands import write_evaluation_tars
 from vlp_jax.data.image_ops.upright import upright_rgb
 from vlp_jax.encoders.clip_benchmark import _accuracy
 

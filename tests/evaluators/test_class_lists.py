@@ -10,7 +10,8 @@ from PIL import Image
 from sklearn.neighbors import KNeighborsClassifier
 from toy_models import functions, make_resources, make_world
 
-from tools import check_exports, write_evaluation_tars
+from tools.perf import check_exports
+from vlp_jax.commands import write_evaluation_tars
 from vlp_jax.data.pipeline import TrainPipeline
 from vlp_jax.data.sources.labels import WordClasses, same_numbers
 from vlp_jax.errors import UserError

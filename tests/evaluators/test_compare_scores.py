@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from toy_models import CLASS_NAMES, CLASSES, make_resources, make_world
 
-from tools import compare_scores
+from vlp_jax.commands import compare_scores
 from vlp_jax.evaluators import make_evaluators
 from vlp_jax.evaluators.saved import save_embeddings
 
@@ -80,7 +80,7 @@ def test_mistakes(saved, tmp_path, capsys):
 
 def test_the_tool_shares_no_code_with_the_evaluators():
     code = (
-        "import sys, tools.compare_scores; "
+        "import sys, vlp_jax.commands.compare_scores; "
         "print([m for m in sys.modules if m.startswith('vlp_jax.evaluators') or m == 'jax'])"
     )
     done = subprocess.run(

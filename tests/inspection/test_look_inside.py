@@ -1,4 +1,4 @@
-"""tools.look_inside and tools.measure_heat_maps on a small run that was not trained."""
+"""`vlp-jax look-inside` and tools.perf.measure_heat_maps on a small run that was not trained."""
 
 import json
 import types
@@ -8,8 +8,9 @@ import PIL.Image
 import pytest
 import runs
 
-from tools import look_inside, measure_heat_maps
-from tools.measure_heat_maps import Case
+from tools.perf import measure_heat_maps
+from tools.perf.measure_heat_maps import Case
+from vlp_jax.commands import look_inside
 from vlp_jax.errors import UserError
 
 
@@ -131,7 +132,7 @@ def test_cases_are_objects_that_are_alone_in_their_class():
 def test_the_command_prints_chance_and_fails_below_the_bound(workdir, tmp_path, capsys):
     output = tmp_path / "figures.json"
     arguments = ["--workdir", str(workdir), "--scenes", "60", "--scenes-of-all", "4"]
-    arguments += ["--methods", "patches+contrast,windows", "--output", str(output)]
+    arguments += ["--methods", "patches+contrast,windows", "--json", str(output)]
     arguments += ["--text", "a pink circle"]
     assert measure_heat_maps.main([*arguments, "--at-least", "1.01"]) == 1
     said = capsys.readouterr()

@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))  # for `foreign`
 import pytest
 import torch
 
-from vlp_jax.benchmarking.torch_step import patch_torchvision
+from tools.perf.peers.torch_step import patch_torchvision
 
 torch.set_num_threads(1)
 

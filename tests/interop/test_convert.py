@@ -14,8 +14,8 @@ import timm
 import transformers
 from foreign import assert_close, clip, images, pixels, random_params, siglip, vit
 
-from tools import convert
 from vlp_jax import interop
+from vlp_jax.commands import convert
 from vlp_jax.data.tokenizers import train_subword
 from vlp_jax.interop.hf_tokenizer import TokenizerFiles
 from vlp_jax.models.values import Pixels

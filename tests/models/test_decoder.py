@@ -10,7 +10,7 @@ import pytest
 import torch
 from modules import perturbed
 
-from vlp_jax.benchmarking.torch_step import patch_torchvision
+from tools.perf.peers.torch_step import patch_torchvision
 from vlp_jax.models.attention_mask import AttentionMask
 from vlp_jax.models.decoder import make_decoder
 from vlp_jax.models.generation import Sampling, beam_search, generate

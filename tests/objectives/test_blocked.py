@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tools import loss_memory
+from tools.perf import loss as loss_memory
 from vlp_jax.objectives.base import Context
 from vlp_jax.objectives.blocked import blocked_loss
 from vlp_jax.objectives.contrastive import make_contrastive

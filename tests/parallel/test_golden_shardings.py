@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tools import show_sharding
+from vlp_jax.commands import show_sharding
 
 GOLDEN = Path(__file__).with_name("golden")
 CASES = {

@@ -10,8 +10,8 @@ import jax
 import pytest
 from rich.console import Console
 
-from tools import plan as command
 from vlp_jax import config as config_lib
+from vlp_jax.commands import plan as command
 from vlp_jax.errors import UserError
 from vlp_jax.planning import options, target
 from vlp_jax.planning import plan as plan_lib

@@ -254,7 +254,7 @@ def test_the_policy_of_the_page_forbids_scripts_and_network(hostile, tmp_path):
 
 @pytest.mark.slow
 def test_the_report_of_a_masked_autoencoder(tmp_path, shapes_dir):
-    from tools import mae_then_clip
+    from tools.perf import mae_then_clip
     from vlp_jax import config as config_lib
     from vlp_jax import smoke as smoke_lib
     from vlp_jax.observe.throughput import StartupClock

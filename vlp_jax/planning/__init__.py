@@ -1,1 +1,1 @@
-"""What a training step will need and take on devices that are not here: memory, traffic, time."""
+"""Memory, traffic and time of a training step on devices that are not here."""

@@ -1,4 +1,4 @@
-"""What the forward pass keeps for the backward pass, from the shapes that JAX hands on."""
+"""Bytes that the forward pass keeps for the backward pass, from the shapes that JAX hands on."""
 
 from __future__ import annotations
 
@@ -16,19 +16,22 @@ from vlp_jax.training.state import PURPOSE_LOSS, TrainState, context_of, key_for
 
 
 def activation_bytes(setup: Setup) -> int:
-    """Kept on a device between the passes, of one microbatch; an estimate.
+    """Estimates the bytes that a device keeps between the passes, for one microbatch.
 
-    It counts every array that JAX's backward pass takes over from the forward pass and whose size
-    follows the batch, spread over the devices that share a batch. A compiler may keep less, since
-    it can compute some of them again or merge them, or more, since it pads. The axis `tensor`
-    divides only some of them, and is left out.
+    Every array counts that JAX's backward pass takes over from the forward pass and whose size
+    follows the batch, spread over the devices that share a batch. A compiler may keep less: it can
+    compute some of them again, or merge them. It may keep more: it pads. The axis `tensor` divides
+    only some of them, and is left out.
     """
     parts = setup.config.microbatches
     objective = setup.objective.at(setup.costliest)
+    # A device holds its own examples alone; along `tensor` devices share examples.
     shards = math.prod(setup.mesh.shape[axis] for axis in BATCH_AXES)
     spec = _resized(setup.batch_spec, setup.config.batch_size // parts)
     with rules.use_mesh(setup.mesh):
         kept = _residuals(objective, setup.abstract, spec)
+        # Twice the batch tells which arrays follow it: weights that the backward pass keeps have
+        # the same shape in both and are no activations.
         doubled = _resized(spec, 2 * setup.config.batch_size // parts)
         larger = _residuals(objective, setup.abstract, doubled)
     follow = (a for a, b in zip(kept, larger, strict=True) if a.shape != b.shape)
@@ -46,6 +49,7 @@ def _residuals(objective: Objective, state: TrainState, spec: BatchSpec) -> list
     def backward(state: TrainState, batch: Any) -> Any:
         context = context_of(state, key_for(0, 0, PURPOSE_LOSS))
         loss = lambda params: objective.loss(params, batch, context)  # noqa: E731
+        # The function that `vjp` returns is a pytree whose leaves are the residuals.
         return jax.vjp(loss, state.params, has_aux=True)[1]
 
     return [leaf for leaf in jax.tree.leaves(jax.eval_shape(backward, state, spec))]

@@ -1,6 +1,6 @@
-"""What a device of each kind has: memory, its bandwidth, matrix units, network.
+"""The table of devices: memory, its bandwidth, clock and network of each kind.
 
-Peaks of matrix products are those of `vlp_jax.observe.accelerators`. Prices are nowhere here.
+`vlp_jax.observe.accelerators` has the peaks of matrix products. Prices are nowhere here.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ class Chip:
       wraps_at: an axis of the torus closes to a ring if its length is a multiple of this.
       devices_per_chip: JAX devices on one chip, which share its links.
       node_devices: devices that the fast network joins; None for as many as a slice has.
-      clock: of the cores, Hz; None if unknown. It is what the peak and the number of matrix units
-        give: peak / (units x 128 x 128 x 2).
+      clock: of the cores, Hz; None if unknown. It follows from the peak and the number of matrix
+        units: peak / (units x 128 x 128 x 2).
     """
 
     device_kind: str
@@ -90,7 +90,7 @@ TPUS: dict[str, Chip] = {
 }
 
 # SXM boards in HGX nodes of 8. NVLink "bandwidth" of the data sheets counts both directions. The
-# network beyond is that of the DGX systems: one port a GPU.
+# network beyond is the DGX systems': one port a GPU.
 GPUS: dict[str, Chip] = {
     # NVIDIA A100 80GB data sheet: 2039 GB/s, NVLink 600 GB/s; DGX A100: HDR, 200 Gbit/s
     "a100": Chip("NVIDIA A100", 80 * GB, 2039 * GB, 300 * GB, 200 * GBIT, node_devices=8),

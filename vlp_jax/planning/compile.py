@@ -12,21 +12,21 @@ from vlp_jax.training.step import compile_step
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 _SIZE = r"([\d.]+)([KMGT]?)i?B?"
-# How the TPU compiler puts it, before it schedules the program and after.
+# Words of the TPU compiler, before it schedules the program and after.
 _OUT_OF_MEMORY = (
     re.compile(rf"HLO temporaries \({_SIZE}\) exceeds available HBM \({_SIZE}\)"),
     re.compile(rf"[Uu]sed {_SIZE} of {_SIZE} hbm"),
 )
-_PRELIMINARY = 0  # which of them is the former
+_PRELIMINARY = 0  # index of the words before
 
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """A compiled step: what it needs of a device's main memory, in bytes, and its text.
+    """A compiled step: its bytes in a device's main memory, and its text.
 
     Attributes:
       arguments: state and batch; the new state takes the place of the old one.
-      outputs: what has no such place: metrics.
+      outputs: results without such a place: metrics.
       temporaries: activations, gradients and everything else that lives within the step.
       code: the program itself.
     """
@@ -39,13 +39,13 @@ class Program:
 
     @property
     def bytes(self) -> int:
-        """All together."""
+        """Bytes of all parts together."""
         return self.arguments + self.outputs + self.temporaries + self.code
 
 
 @dataclasses.dataclass(frozen=True)
 class OutOfMemory:
-    """The compiler refused.
+    """The refusal of the compiler, for want of memory.
 
     Attributes:
       needed, available: bytes of a device, as the compiler says.
@@ -81,6 +81,7 @@ def compile_setup(setup: Setup) -> Program | OutOfMemory:
     memory = step.program.memory_analysis()
     return Program(
         arguments=memory.argument_size_in_bytes,
+        # The new state is donated the memory of the old one, and would count twice.
         outputs=memory.output_size_in_bytes - memory.alias_size_in_bytes,
         temporaries=memory.temp_size_in_bytes,
         code=memory.generated_code_size_in_bytes,
@@ -89,7 +90,7 @@ def compile_setup(setup: Setup) -> Program | OutOfMemory:
 
 
 def parse_out_of_memory(message: str) -> OutOfMemory | None:
-    """The figures in the compiler's words; None if they are about something else.
+    """Reads the figures in the compiler's words; None if they are about something else.
 
     Raises:
       ValueError: it is about memory, in words that are not known here.
@@ -106,4 +107,6 @@ def parse_out_of_memory(message: str) -> OutOfMemory | None:
                 preliminary=number == _PRELIMINARY,
                 message=message.strip().splitlines()[0],
             )
+    # A new libtpu may say it in other words: a plan that took this for a crash, or for a fit, would
+    # be wrong without a sound.
     raise ValueError(f"the compiler ran out of memory, in unknown words: {message[:500]}")

@@ -1,4 +1,4 @@
-"""Bytes that a compiled program moves to and from a device's main memory, and the cycles it counts.
+"""Bytes that a compiled program moves to and from main memory, and its estimated cycles.
 
 Every kernel of the program reads its operands and writes its results; what stays in memory nearer
 the cores does not count, nor does an instruction that only gives another name to data. Tiles count
@@ -36,17 +36,17 @@ _CARRIED = "chain_id="  # what it writes beside a collective that several kernel
 
 
 def hbm_bytes(module: Module, runs: Runs) -> float:
-    """Read and written by a device in one call of the program."""
+    """Returns the bytes that a device reads and writes in one call of the program."""
     total = 0.0
     for name, computation in module.computations.items():
         if name in runs.times and name not in runs.fused:
-            moved = sum(_moved(module, computation, i) for i in computation.instructions)
+            moved = sum(moved_bytes(module, computation, i) for i in computation.instructions)
             total += runs.times[name] * moved
     return total
 
 
 def estimated_cycles(module: Module, runs: Runs) -> float:
-    """The TPU compiler's own estimate for its kernels, waiting for the network not included."""
+    """Returns the TPU compiler's estimate for its kernels, without waits for the network."""
     total = 0.0
     for name, computation in module.computations.items():
         if name in runs.times and name not in runs.fused:
@@ -55,12 +55,14 @@ def estimated_cycles(module: Module, runs: Runs) -> float:
     return total
 
 
-def _moved(module: Module, computation: Computation, instruction: Instruction) -> int:
+def moved_bytes(module: Module, computation: Computation, instruction: Instruction) -> int:
+    """Returns the bytes that one run of an instruction reads and writes in main memory."""
     opcode = instruction.opcode
     if opcode in _FREE or opcode.endswith("-done"):
         return 0
     if opcode == "custom-call" and any(name in instruction.attributes for name in _FREE_CALLS):
         return 0
+    # slice-start copies a slice to or from memory near the cores: both ends are in its result.
     if opcode.removesuffix("-start") == "slice" and opcode != "slice":
         source, target = instruction.arrays[0], instruction.arrays[1]
         return target.padded_bytes * sum(array.memory == HBM for array in (source, target))
@@ -76,6 +78,7 @@ def _moved(module: Module, computation: Computation, instruction: Instruction) -
         return written + _in_hbm(update)
     if opcode == "fusion":
         return _fusion(module, computation, instruction)
+    # An operand that is given twice is read once.
     operands = (computation.by_name[name] for name in dict.fromkeys(instruction.operands))
     return _in_hbm(instruction.arrays) + sum(_in_hbm(operand.arrays) for operand in operands)
 
@@ -85,6 +88,7 @@ def _in_hbm(arrays: tuple[Array, ...]) -> int:
 
 
 def _fusion(module: Module, computation: Computation, fusion: Instruction) -> int:
+    # Its results hold the operands too, which the network reads.
     if fusion.name.startswith(_COLLECTIVE_START):
         return _in_hbm(fusion.arrays)
     inner = module.computations[fusion.called["calls"][0]]
@@ -93,7 +97,9 @@ def _fusion(module: Module, computation: Computation, fusion: Instruction) -> in
         arrays = computation.by_name[name].arrays
         if len(arrays) == 1 and arrays[0].memory == HBM:
             total += _read(module, inner, inner.parameters[number].name, arrays[0].padded_bytes)
+    # In-place updates write the update alone: the rest of the result is the operand's memory.
     written = _written(module, inner, inner.root.name)
+    # Nested tuples are in one row in `arrays` and may not pair up: then all of the results count.
     if len(written) != len(fusion.arrays):
         return total + _in_hbm(fusion.arrays)
     for array, part in zip(fusion.arrays, written, strict=True):
@@ -103,11 +109,13 @@ def _fusion(module: Module, computation: Computation, fusion: Instruction) -> in
 
 
 def _read(module: Module, computation: Computation, name: str, whole: int) -> int:
-    """Bytes that a kernel reads of the value `name`, of which there are `whole`."""
+    """Returns the bytes that a kernel reads of the value `name`, which has `whole` bytes."""
     total = 0
     if computation.root.name == name:
         return whole
     for user in computation.users.get(name, ()):
+        # Only the first operand of a slice or update is sliced; the others are indices or the
+        # update.
         first = user.operands[0] == name and user.operands.count(name) == 1
         if user.opcode in _SLICES and first:
             total += user.arrays[0].padded_bytes
@@ -124,11 +132,12 @@ def _read(module: Module, computation: Computation, name: str, whole: int) -> in
                     total += _read(module, inner, inner.parameters[number].name, whole)
         else:
             return whole
+    # Overlapping slices of one array come from main memory once.
     return min(total, whole)
 
 
 def _written(module: Module, computation: Computation, name: str) -> list[int | None]:
-    """Bytes that a kernel writes of each of its results; None for all of them."""
+    """Returns the bytes that a kernel writes of each of its results; None for all of one."""
     instruction = computation.by_name[name]
     if instruction.opcode == "tuple":
         parts = (_written(module, computation, operand) for operand in instruction.operands)

@@ -1,7 +1,7 @@
-"""The text of a compiled XLA program, as `compiled.as_text()` gives it, into instructions.
+"""Parses the text of a compiled XLA program, as `compiled.as_text()` gives it.
 
 Only what a plan asks for is read: shapes with their memory and tiles, operands, called
-computations, and how often each computation runs. The format is that of XLA's HloPrinter
+computations, and how often each computation runs. XLA's HloPrinter writes the format
 (openxla/xla, xla/hlo/ir/hlo_instruction.cc), with the layouts of xla/layout.cc.
 """
 
@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from functools import cached_property
 
 # Bits of an element; `xla/primitive_util.h`. A "token" and an "opaque" hold nothing.
+# Types whose name has no width in it.
 _BITS = {"pred": 8, "token": 0, "opaque": 0, "c64": 64, "c128": 128}
 _ARRAY = re.compile(r"(?P<dtype>[a-z]\w*)\[(?P<dims>[^\]]*)\](?:\{(?P<layout>[^{}]*)\})?")
 _NAME = re.compile(r"%([\w.\-]+)")
@@ -30,7 +31,7 @@ class Array:
     Attributes:
       memory: XLA's memory space; 0 is a device's main memory (HBM), others are nearer its cores.
       minor_to_major: dimensions from the fastest on; empty if the text does not say.
-      tile: what the last dimensions of the layout are padded to; empty for no tiles.
+      tile: sizes that the last dimensions of the layout are padded to; empty for no tiles.
     """
 
     dtype: str
@@ -41,21 +42,23 @@ class Array:
 
     @property
     def bits(self) -> int:
-        """Of an element."""
+        """Bits of an element."""
         if self.dtype in _BITS:
             return _BITS[self.dtype]
         return int(re.search(r"\d+", self.dtype).group())  # f32, bf16, s4, f8e4m3fn
 
     @property
     def bytes(self) -> int:
-        """Of the elements alone."""
+        """Bytes of the elements alone."""
         return math.prod(self.dims) * self.bits // 8
 
     @property
     def padded_bytes(self) -> int:
-        """With what its tiles add: on a TPU, bf16[8,64] takes as much as bf16[8,128]."""
+        """Bytes with the padding of tiles: on a TPU, bf16[8,64] takes as much as bf16[8,128]."""
+        # Row-major, where the text has no layout.
         order = self.minor_to_major or tuple(reversed(range(len(self.dims))))
         dims = [self.dims[index] for index in order]
+        # A tile names the slowest of its dimensions first, and `dims` starts with the fastest.
         for index, size in enumerate(reversed(self.tile)):
             if index < len(dims):
                 dims[index] = -(-dims[index] // size) * size
@@ -67,9 +70,9 @@ class Instruction:
     """One line of a computation.
 
     Attributes:
-      arrays: what it gives; several for a tuple, nested ones in one row.
+      arrays: its results; several for a tuple, nested ones in one row.
       operands: names of instructions of the same computation.
-      literal: what stands in the parentheses: the value of a constant, the number of a parameter.
+      literal: the text in the parentheses: the value of a constant, the number of a parameter.
       attributes: the rest of the line.
     """
 
@@ -116,7 +119,7 @@ class Computation:
 
     @cached_property
     def root(self) -> Instruction:
-        """What the computation gives."""
+        """The instruction whose value the computation returns."""
         return next((i for i in self.instructions if i.is_root), self.instructions[-1])
 
     @cached_property
@@ -127,20 +130,20 @@ class Computation:
 
 @dataclasses.dataclass(frozen=True)
 class Module:
-    """A program: computations by name, and the one that it begins with."""
+    """A program: computations by name, and the name of the first."""
 
     computations: dict[str, Computation]
     entry: str
     partitions: int
 
     def instructions(self) -> Iterator[Instruction]:
-        """All of them, whether or not they run."""
+        """Yields all instructions, whether or not they run."""
         for computation in self.computations.values():
             yield from computation.instructions
 
 
 def parse(text: str) -> Module:
-    """The program in `text`.
+    """Parses a program.
 
     Raises:
       ValueError: it has no entry computation, or a line in a computation is none.
@@ -149,6 +152,7 @@ def parse(text: str) -> Module:
     entry, name, lines = None, None, []
     for line in text.splitlines():
         if name is None:
+            # The head of a computation is the one line outside of any that ends in a brace.
             head = re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\{$", line)
             if head:
                 name, lines = head.group(2), []
@@ -159,12 +163,13 @@ def parse(text: str) -> Module:
             lines.append(parse_instruction(line))
     if entry is None:
         raise ValueError("the text of the program has no ENTRY computation")
+    # The first line names the program and has its settings; later ones may mention the word.
     partitions = re.search(r"num_partitions=(\d+)", text[: text.find("\n")])
     return Module(computations, entry, int(partitions.group(1)) if partitions else 1)
 
 
 def parse_instruction(line: str) -> Instruction:
-    """One line of a computation.
+    """Parses one line of a computation.
 
     Raises:
       ValueError: it is none.
@@ -173,6 +178,7 @@ def parse_instruction(line: str) -> Instruction:
     if head is None:
         raise ValueError(f"not an instruction: {line.strip()[:80]}")
     rest = line[head.end() :]
+    # A tuple's shape has spaces and parentheses of its own.
     end = _closing(rest, 0) + 1 if rest.startswith("(") else rest.index(" ")
     shape, rest = rest[:end], rest[end:].lstrip()
     opening = rest.index("(")
@@ -190,7 +196,7 @@ def parse_instruction(line: str) -> Instruction:
 
 
 def _closing(text: str, opening: int) -> int:
-    """Where the parenthesis that opens at `opening` closes."""
+    """Returns the place at which the parenthesis that opens at `opening` closes."""
     depth = 0
     for found in re.compile(r"[()]").finditer(text, opening):
         depth += 1 if found.group() == "(" else -1
@@ -200,6 +206,7 @@ def _closing(text: str, opening: int) -> int:
 
 
 def _arrays(shape: str) -> Iterator[Array]:
+    # XLA numbers the elements of long tuples in comments: `/*index=5*/`.
     for found in _ARRAY.finditer(re.sub(r"/\*.*?\*/", "", shape)):
         layout = found["layout"] or ""
         order, _, rest = layout.partition(":")

@@ -1,4 +1,4 @@
-"""How often each computation of a compiled program runs in one call of it."""
+"""Counts how often each computation of a compiled program runs in one call of it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _SAME_VALUE = {"copy", "bitcast", "convert", "copy-start", "copy-done", "reshape
 
 @dataclasses.dataclass(frozen=True)
 class Runs:
-    """How often computations run.
+    """Counts of the runs of computations.
 
     Attributes:
       times: name of a computation -> how often it runs; fused ones are counted as often as the
@@ -42,6 +42,7 @@ def count_runs(module: Module) -> Runs:
         if inside:
             fused.add(name)
         for instruction in module.computations[name].instructions:
+            # Its start has been counted: a second visit would count the computation twice.
             if instruction.opcode in _CONTINUES:
                 continue
             rounds = 1.0
@@ -55,6 +56,8 @@ def count_runs(module: Module) -> Runs:
                     continue  # what a reduction or a sort does with two elements
                 kernel = inside or instruction.opcode == _FUSED
                 for computation in called:
+                    # The condition runs once more than the body; it is scalar work, and counts
+                    # once.
                     visit(computation, factor * (rounds if role != "condition" else 1), kernel)
 
     visit(module.entry, 1.0, False)
@@ -62,7 +65,7 @@ def count_runs(module: Module) -> Runs:
 
 
 def trip_count(module: Module, around: Computation, loop: Instruction) -> float | None:
-    """Rounds of a while loop; None if they depend on more than constants.
+    """Returns the rounds of a while loop; None if they depend on more than constants.
 
     XLA says it for CPU and GPU. For TPU it follows from the loop itself, which has to count in
     steps of a constant from a constant to a constant.
@@ -76,12 +79,14 @@ def trip_count(module: Module, around: Computation, loop: Instruction) -> float 
     if test is None:
         return None
     index, bound, direction = test
+    # The bound itself may be carried by the loop, and set once before it.
     if isinstance(bound, _Element):
         bound = _element(around, loop, bound.index)
     start = _element(around, loop, index)
     step = _step(module, body, index)
     if start is None or step is None or bound is None or step <= 0:
         return None
+    # Rounds of counter = start, start + step, ... while it is below `last`, rounded up.
     last = bound + 1 if direction == "LE" else bound
     return float(max(0, -(-(last - start) // step)))
 
@@ -94,13 +99,14 @@ class _Element:
 
 
 def _comparison(module: Module, condition: Computation) -> tuple[int, int | _Element, str] | None:
-    """(index of the counter, its bound, "LT" or "LE") of "counter < bound"."""
+    """Returns (index of the counter, its bound, "LT" or "LE") of "counter < bound"."""
     root, values = _operation(module, condition, condition.root)
     direction = root.attribute(r"direction=(\w+)")
     if root.opcode != "compare" or len(values) != 2 or None in values:
         return None
     left, right = values
     if direction in ("GT", "GE"):
+        # "bound > counter" is "counter < bound".
         left, right, direction = right, left, {"GT": "LT", "GE": "LE"}[direction]
     if direction not in ("LT", "LE") or not isinstance(left, _Element):
         return None
@@ -110,7 +116,7 @@ def _comparison(module: Module, condition: Computation) -> tuple[int, int | _Ele
 def _operation(
     module: Module, computation: Computation, instruction: Instruction
 ) -> tuple[Instruction, list[int | _Element | None]]:
-    """An instruction and its operands' values; of a fusion its last one, inside."""
+    """Returns an instruction with its operands' values; for a fusion the last one inside."""
     values = [_value(computation, name) for name in instruction.operands]
     if instruction.opcode != _FUSED:
         return instruction, values
@@ -123,7 +129,7 @@ def _operation(
 
 
 def _origin(computation: Computation, name: str) -> Instruction:
-    """Where a value comes from, behind copies of it."""
+    """Returns the instruction that a value comes from, behind copies of it."""
     instruction = computation.by_name[name]
     while instruction.opcode in _SAME_VALUE:
         instruction = computation.by_name[instruction.operands[0]]
@@ -142,7 +148,7 @@ def _value(computation: Computation, name: str) -> int | _Element | None:
 
 
 def _element(around: Computation, loop: Instruction, index: int) -> int | None:
-    """What element `index` of the carried tuple begins with, if that is a constant."""
+    """Returns the first value of element `index` of the carried tuple, if it is a constant."""
     start = _origin(around, loop.operands[0])
     if start.opcode != "tuple":
         return None
@@ -151,7 +157,7 @@ def _element(around: Computation, loop: Instruction, index: int) -> int | None:
 
 
 def _step(module: Module, body: Computation, index: int) -> int | None:
-    """What a round adds to element `index`."""
+    """Returns the number that a round adds to element `index`; None if it is no constant."""
     root = _origin(body, body.root.name)
     if root.opcode != "tuple":
         return None

@@ -16,7 +16,7 @@ from vlp_jax.training.setup import Setup
 
 ROWS = 8  # a TPU's vector unit has 8 rows: batches of a device in multiples of it waste none
 NO_REMAT = "none"
-# Policies whose price is what they compute again: of offloading it is the way to the host.
+# Policies whose price is FLOPs computed again. Offloading pays in transfers to the host instead.
 COMPARABLE = tuple(name for name in REMAT_POLICIES if name != "offload")
 
 Announce = Callable[[str], None]
@@ -43,7 +43,7 @@ def sections(config: ConfigDict) -> list[ConfigDict]:
 
 
 def remat_of(config: ConfigDict) -> str:
-    """The policy of the config; those of several parts are joined."""
+    """Returns the policy of the config; the policies of several parts are joined."""
     return "+".join(dict.fromkeys(s.get("remat") or NO_REMAT for s in sections(config)))
 
 
@@ -70,21 +70,23 @@ class Options:
         self._config = plan.setup.config
 
     def policies(self) -> list[Policy]:
-        """Those of `models.layers`, with the FLOPs of each, up to the first that fits."""
+        """Compiles the remat policies from the fewest FLOPs on, up to the first that fits."""
         own = remat_of(self._config)
         flops = {own: self._plan.hardware.total}
         for name in (NO_REMAT, *COMPARABLE):
+            # FLOPs come from the jaxpr, in seconds; only memory needs a compile, in minutes.
             if name not in flops:
                 flops[name] = step_flops(self._setup(with_options(self._config, remat=name))).total
         return cheapest_policy(flops, lambda name: self._try(remat=name), {own: self._own()})
 
     def largest(self, policies: list[Policy]) -> tuple[str, Largest]:
-        """The largest batch with the cheapest policy that fits, else with the one that keeps least.
+        """Finds the largest batch with the cheapest policy that fits, else with the leanest.
 
         Returns:
-          The policy, and what was found.
+          The name of the policy, and the result of the search.
         """
         tried = [policy for policy in policies if policy.trial is not None]
+        # If none fits, a smaller batch is sought with the policy that keeps least.
         chosen = next((policy for policy in tried if policy.trial.fits), tried[-1])
         found = largest_batch(
             lambda size: self._try(batch_size=size, remat=chosen.name),
@@ -106,6 +108,7 @@ class Options:
         setup = self._setup(with_options(self._config, batch_size=batch_size, remat=remat))
         self._announce(f"batch {setup.config.batch_size:,}, remat {remat}")
         memory = compile_setup(setup)
+        # Waiting batches are no part of the program, and grow with the batch.
         waiting = self._plan.waiting * setup.config.batch_size // self._config.batch_size
         if isinstance(memory, OutOfMemory):
             return Trial(setup.config.batch_size, False, memory.needed + waiting)
@@ -114,10 +117,11 @@ class Options:
 
 
 def advice(plan: Plan) -> list[str]:
-    """What would make a step fit that does not, the cheapest first."""
+    """Returns the ways to make a step fit that does not, the cheapest first."""
     config, mesh, lines = plan.setup.config, plan.setup.mesh, []
     state, available = plan.state.device, plan.available
     spread = plan.state.total / mesh.size
+    # Below a tenth it would be advice for nothing: most of the state is spread already.
     if mesh.shape["fsdp"] < mesh.size and spread < 0.9 * state:
         lines.append(
             f"shard the state: --config.mesh.replica=1 --config.mesh.fsdp=-1 leaves about "
@@ -131,17 +135,20 @@ def advice(plan: Plan) -> list[str]:
         return lines
     own = remat_of(config)
     order = [NO_REMAT, *sorted(COMPARABLE, key=lambda name: name == "full")]
+    # Policies keep less and less in this order.
     after = order[order.index(own) + 1 :] if own in order else []
     if after:
         lines.append(f"compute more again: --config.objective.remat={' or '.join(after)}")
     shards = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
     part = config.batch_size // shards // config.microbatches
     if part > 1:
+        # The fewest parts that divide the examples of a device: parts cost time.
         times = next(n for n in range(2, part + 1) if part % n == 0)
         lines.append(
             f"compute the batch in {times} times as many parts, which changes no loss: "
             f"--config.microbatches={config.microbatches * times}"
         )
+    # Memory is nearly affine in the batch: what is above the state shrinks with it.
     share = (available - state) / (plan.needed - state) if plan.needed > state else 0
     if 0 < share < 1:
         quantum = quantum_of(plan.setup)

@@ -1,4 +1,4 @@
-"""What the Pallas kernels of a compiled TPU program take at least; the compiler does not say it.
+"""The least time of the Pallas kernels of a compiled TPU program, which has no estimate of it.
 
 The TPU compiler writes `estimated_cycles` beside its own kernels, and nothing beside a Pallas call,
 which is a custom call with the target `tpu_custom_call`. Here such a call takes the time of its
@@ -24,12 +24,12 @@ _OWN_ESTIMATE = '"estimated_cycles":'
 
 @dataclasses.dataclass(frozen=True)
 class PallasCalls:
-    """All Pallas calls of a program, of a device in one call of the program.
+    """The Pallas calls of a device in one call of the program, summed.
 
     Attributes:
       runs: how often one of them runs.
-      flops: those of their cost estimates.
-      bytes: those of their cost estimates; of a call without one its operands and results.
+      flops: by their cost estimates.
+      bytes: by their cost estimates; operands and results of a call without one.
       seconds: each call at its roofline, one after the other.
       uncosted: names of the calls without a cost estimate, whose FLOPs are not in it.
     """
@@ -41,11 +41,11 @@ class PallasCalls:
     uncosted: tuple[str, ...] = ()
 
     def cycles(self, clock: float | None) -> float:
-        """The seconds in cycles of the cores; 0 if their clock is not known."""
+        """Returns the seconds in cycles of the cores; 0 if their clock is not known."""
         return self.seconds * clock if clock else 0.0
 
     def notes(self, clock: float | None) -> tuple[str, ...]:
-        """What a reader should know of them, in words."""
+        """Returns notes on the calls for a reader."""
         if not self.runs:
             return ()
         how = "are in the cycles (+) at their roofline, which is the least they can take"
@@ -61,7 +61,7 @@ class PallasCalls:
 
 
 def pallas_calls(module: Module, runs: Runs, chip: Chip, dtype: str) -> PallasCalls:
-    """The Pallas calls of `module` for which the compiler gives no cycles of its own.
+    """Sums the Pallas calls of `module` for which the compiler gives no cycles of its own.
 
     Args:
       dtype: of the products in the kernels, for the peak.
@@ -69,6 +69,7 @@ def pallas_calls(module: Module, runs: Runs, chip: Chip, dtype: str) -> PallasCa
     peak = chip.peak_flops(dtype)
     total = PallasCalls()
     for name, computation in module.computations.items():
+        # A computation that never runs has no times, and its calls cost nothing.
         times = runs.times.get(name, 0.0)
         for instruction in computation.instructions if times else ():
             text = instruction.attributes
@@ -87,16 +88,17 @@ def pallas_calls(module: Module, runs: Runs, chip: Chip, dtype: str) -> PallasCa
 
 
 def _cost(instruction: Instruction) -> tuple[float, float] | None:
-    """(FLOPs, bytes) as the author of the kernel gave them; None if they did not."""
+    """Returns (FLOPs, bytes) that the kernel's author gave; None if they gave none."""
     found = _COST.search(instruction.attributes)
     if found is None:
         return None
+    # Protobuf's JSON quotes an int64.
     fields = dict(re.findall(r'"(\w+)":"?(-?\d+)', found.group(1)))
     return float(fields.get("flops", 0)), float(fields.get("bytes_accessed", 0))
 
 
 def _operands_and_results(computation: Computation, call: Instruction) -> float:
-    """Bytes, once each, wherever they lie: in place of a cost estimate."""
+    """Returns the bytes of operands and results, once each, in place of a cost estimate."""
     operands = (computation.by_name[name].arrays for name in dict.fromkeys(call.operands))
     arrays = (*call.arrays, *(array for one in operands for array in one))
     return float(sum(array.padded_bytes for array in arrays))

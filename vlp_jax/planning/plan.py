@@ -1,4 +1,4 @@
-"""From a config and a target to a plan: what fits, what moves, what it takes."""
+"""Makes the plan of a config on a target: memory, traffic, FLOPs, the least time of a step."""
 
 from __future__ import annotations
 
@@ -25,17 +25,16 @@ from vlp_jax.training.step import abstract_batch
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-    """What the text of a compiled step says of a device in a step.
+    """Figures of a device in a step, read from the text of the compiled step.
 
     Attributes:
       hbm_traffic: bytes to and from its main memory.
-      collectives: what it sends.
+      collectives: the collectives that send from it.
       cycles: the TPU compiler's estimate of its kernels, without the network, and `pallas` at its
         roofline.
       pallas: the kernels that the compiler does not estimate.
-      repeated: instructions that the compiler computes again to save memory, beside what
-        `remat` does.
-      notes: what could not be read, in words.
+      repeated: instructions that the compiler computes again to save memory, besides `remat`.
+      notes: parts of the program that could not be read, in words.
     """
 
     hbm_traffic: float
@@ -48,11 +47,11 @@ class Compiled:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What is known of a training step. Bytes are of a device, FLOPs of all devices.
+    """All figures of a training step. Bytes are of a device, FLOPs of all devices.
 
     Attributes:
       waiting: of the batches that wait on the devices while a step runs (`waiting_bytes`).
-      activations: an estimate of what is kept between forward and backward pass.
+      activations: an estimate of the bytes kept between forward and backward pass.
       memory: of the compiled program; its refusal; None where nothing compiles.
       compiled: None where there is no compiled program.
     """
@@ -70,13 +69,14 @@ class Plan:
     @property
     def available(self) -> int | None:
         """Main memory of a device; None if not known."""
+        # The compiler's own figure: it may grant less than the table of chips says.
         if isinstance(self.memory, OutOfMemory):
             return self.memory.available
         return self.target.chip.hbm_bytes if self.target.chip else None
 
     @property
     def needed(self) -> int | None:
-        """What the step takes of it, with the batches that wait; None without a compiler."""
+        """Main memory that the step needs, with waiting batches; None without a compiler."""
         if self.memory is None:
             return None
         if isinstance(self.memory, OutOfMemory):
@@ -85,7 +85,7 @@ class Plan:
 
     @property
     def fits(self) -> bool | None:
-        """None if it cannot be known: there is no compiler, and the state alone would fit."""
+        """True if the step fits; None without a compiler, if the state alone would fit."""
         if isinstance(self.memory, OutOfMemory):
             return False
         if self.memory is not None:
@@ -101,6 +101,7 @@ class Plan:
         if chip is None:
             return Roofline(None, None, None)
         dtype = self.setup.objective.compute_dtype
+        # `passes`: a float32 product takes several passes of the bfloat16 units.
         compute = self.hardware.passes / devices.size / chip.peak_flops(dtype)
         if self.compiled is None:
             return Roofline(compute, None, None)
@@ -124,9 +125,11 @@ def make_setup_for(config: ConfigDict, target: Target, epoch_examples: int | Non
       UserError: the config does not fit the devices or itself.
     """
     config = config.copy_and_resolve_references()
+    # "auto" would look at this machine, which is not the target.
     set_dtypes(config, target.dtype)
     if not target.compiles:
         _set_everywhere(config.objective, "attention", "xla")  # the FLOPs are the same
+    # Devices of a topology have coordinates, by which the mesh is laid out as on the real slice.
     mesh = mesh_lib.make_mesh(config.mesh, target.devices)
     return abstract_setup(config, mesh, epoch_examples)
 
@@ -141,16 +144,16 @@ def _set_everywhere(section: ConfigDict, key: str, value: Any) -> None:
 
 
 def step_flops(setup: Setup) -> Flops:
-    """Of a step on all devices together, with what is computed again."""
+    """Counts the FLOPs of a step on all devices together, recomputation included."""
     with rules.use_mesh(setup.mesh):
         return count_flops(setup.step, setup.abstract, setup.batch_spec)
 
 
 def waiting_bytes(setup: Setup) -> int:
-    """Of a device, of the batches that wait on the devices while a step runs.
+    """Returns the bytes, on a device, of the batches that wait there while a step runs.
 
     Where several steps are one program, these are also the batches of the program that runs, but
-    for one, all of them stacked, and those of the next program.
+    for one, all of them stacked, and the batches of the next program.
     """
     batch = abstract_batch(setup.batch_spec, setup.mesh)
     several = setup.config.steps_per_dispatch
@@ -159,7 +162,7 @@ def waiting_bytes(setup: Setup) -> int:
 
 
 def make_plan(setup: Setup, target: Target) -> Plan:
-    """Compiles the step if the target has a compiler, and reads what came out."""
+    """Compiles the step if the target has a compiler, and reads the program."""
     memory = compile_setup(setup) if target.compiles else None
     return Plan(
         setup=setup,
@@ -175,7 +178,7 @@ def make_plan(setup: Setup, target: Target) -> Plan:
 
 
 def read_program(program: Program, setup: Setup, chip: Chip) -> Compiled:
-    """What the text of a step says that was compiled for devices of the kind `chip`."""
+    """Reads the text of a step that was compiled for devices of the kind `chip`."""
     module = hlo.parse(program.text)
     runs = loops.count_runs(module)
     notes = tuple(
@@ -184,6 +187,7 @@ def read_program(program: Program, setup: Setup, chip: Chip) -> Compiled:
     running = (
         instruction
         for name, computation in module.computations.items()
+        # A fused computation is part of a kernel that is counted itself.
         if name in runs.times and name not in runs.fused
         for instruction in computation.instructions
     )

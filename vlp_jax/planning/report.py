@@ -22,7 +22,7 @@ GIB, MIB = 2**30, 2**20
 
 @dataclasses.dataclass(frozen=True)
 class Findings:
-    """A plan and what was asked about it besides.
+    """A plan, with the assumptions and the search that the user asked for.
 
     Attributes:
       mfu: assumed, for a further row of costs.
@@ -35,7 +35,7 @@ class Findings:
     search: tuple[list[Policy], str, Largest] | None = None
 
     def costs(self) -> dict[str, Cost]:
-        """What the run costs, by what is assumed of its steps."""
+        """Returns the cost of the run for each assumption on the time of its steps."""
         plan, roofline = self.plan, self.plan.roofline
         peak = peak_flops(plan)
         seconds = {
@@ -44,6 +44,7 @@ class Findings:
             "compiler's cycles, uncalibrated": plan.cycle_seconds,
         }
         if plan.compiled is None:
+            # Without memory and network it would be the same figure again.
             del seconds["roofline, one by one"]
         if self.mfu and peak:
             seconds[f"at {self.mfu:.0%} MFU"] = plan.model_flops / (self.mfu * peak)
@@ -63,16 +64,17 @@ class Findings:
 
 
 def peak_flops(plan: Plan) -> float | None:
-    """Of all devices together; None where it is not known."""
+    """Returns the peak of all devices together; None where it is not known."""
     if plan.target.chip is None:
         return None
     return plan.setup.mesh.size * plan.target.chip.peak_flops(plan.setup.objective.compute_dtype)
 
 
 def notes(findings: Findings) -> list[str]:
-    """What a reader should know of the figures."""
+    """Returns notes on the figures for a reader."""
     plan = findings.plan
     found = [f"FLOPs not counted: {what}" for what in plan.hardware.uncounted]
+    # An assumed MFU above the bound is a mistake in the assumption, not good news.
     bound = findings.costs().get("roofline, all at once")
     if findings.mfu and bound and bound.mfu and findings.mfu > bound.mfu:
         found.append(
@@ -99,7 +101,7 @@ def notes(findings: Findings) -> list[str]:
 
 
 def as_json(findings: Findings, versions: dict[str, str]) -> dict[str, Any]:
-    """All figures: bytes and FLOPs, of a device unless they say otherwise."""
+    """Returns all figures: bytes and FLOPs, of a device unless they say otherwise."""
     plan = findings.plan
     program = plan.memory if isinstance(plan.memory, Program) else None
     compiled, roofline, config = plan.compiled, plan.roofline, plan.setup.config
@@ -152,7 +154,7 @@ def as_json(findings: Findings, versions: dict[str, str]) -> dict[str, Any]:
 
 
 def reason(plan: Plan) -> str:
-    """Why a step does not fit, in one sentence with its figures."""
+    """Returns why a step does not fit, in one sentence with its figures."""
     state = plan.state.device
     if plan.memory is None:
         return f"the state takes {_gib(state)} of a device's {_gib(plan.available)}"
@@ -171,7 +173,7 @@ def _gib(value: float | None) -> str:
 
 
 def as_table(findings: Findings) -> Group:
-    """What a person reads."""
+    """Returns the tables for a person."""
     plan = findings.plan
     parts: list[Any] = [_heading(plan), _memory(plan)]
     parts.append(_work(plan))
@@ -192,6 +194,7 @@ def as_table(findings: Findings) -> Group:
 def _table(title: str, *columns: str) -> Table:
     table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
     for index, column in enumerate(columns):
+        # Rich would fold a number into two lines in a narrow terminal.
         table.add_column(column, justify="left" if index == 0 else "right", no_wrap=True)
     return table
 
@@ -242,6 +245,7 @@ def _work(plan: Plan) -> Table:
     table.add_row("model FLOPs", f"{plan.model_flops / devices / 1e12:,.2f} TFLOP", "")
     row("compute", f"{plan.hardware.total / devices / 1e12:,.2f} TFLOP", roofline.compute)
     if plan.compiled:
+        # Bytes on the links, in the ring form; payloads are smaller.
         sent = sum(one.step_bytes for one in plan.compiled.collectives)
         row("memory", f"{plan.compiled.hbm_traffic / 1e9:,.2f} GB", roofline.memory)
         row("network", f"{sent / 1e9:,.3f} GB", roofline.network)
@@ -291,6 +295,7 @@ def _search(search: tuple[list[Policy], str, Largest], plan: Plan) -> list[Any]:
     if largest.batch_size is None:
         text = f"no batch down to {largest.quantum:,} fits with remat {chosen}"
     else:
+        # The search may end at its limit of compiles before the next multiple was refused.
         surety = "the largest" if largest.exact else "the largest that was tried, of those that fit"
         text = f"{surety} batch with remat {chosen}, in steps of {largest.quantum:,}: "
         text += f"{largest.batch_size:,} ({largest.batch_size / plan.setup.mesh.size:g} a device)"

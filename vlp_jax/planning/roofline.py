@@ -24,12 +24,14 @@ class Roofline:
 
     @property
     def step_seconds(self) -> float | None:
-        """All resources work at the same time: no step is faster."""
+        """Seconds if all resources work at the same time: no step is faster."""
+        # Overlap is never perfect: real steps lie between this and `serial_seconds`, or above.
         return max(self._known().values(), default=None)
 
     @property
     def serial_seconds(self) -> float | None:
-        """Each waits for the others, at its full rate."""
+        """Seconds if each resource waits for the others, at its full rate."""
+        # No known resource gives 0, which is no time.
         return sum(self._known().values()) or None
 
     @property
@@ -41,7 +43,7 @@ class Roofline:
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """Of a whole run, if its steps take so long.
+    """The cost of a whole run, if its steps take so long.
 
     Attributes:
       examples_per_second: of all devices.
@@ -68,12 +70,13 @@ def cost(
     peak_flops: float | None,
     price_per_chip_hour: float | None,
 ) -> Cost:
-    """What a run costs, evaluations, checkpoints and waiting for data left out.
+    """Returns the cost of a run without evaluations, checkpoints and waiting for data.
 
     Args:
       model_flops: of a step on all devices.
       peak_flops: of all devices together.
     """
+    # Chips are paid for while they wait, too: evaluations and checkpoints come on top.
     hours = steps * step_seconds / 3600
     return Cost(
         step_seconds=step_seconds,

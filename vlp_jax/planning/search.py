@@ -10,7 +10,7 @@ MOST_COMPILES = 8
 
 @dataclasses.dataclass(frozen=True)
 class Trial:
-    """What a compile said.
+    """The answer of the compiler for one batch size.
 
     Attributes:
       batch_size: of the whole mesh.
@@ -73,6 +73,7 @@ def largest_batch(
         refused = [t.batch_size for t in trials.values() if not t.fits]
         return min(refused, default=None)
 
+    # Batches that the mesh does not divide are refused before a compile.
     size = max(quantum, start - start % quantum)
     for _ in range(most_compiles):
         if size not in trials:
@@ -84,6 +85,7 @@ def largest_batch(
     best = fitting()
     largest = best[-1].batch_size if best else None
     above = ceiling()
+    # `best` and the refused size are neighbours: nothing is left between them.
     exact = above is not None and above - (largest or 0) == quantum
     return Largest(largest, quantum, exact, (*known, *made))
 
@@ -96,7 +98,7 @@ def _next(
     fixed: int,
     available: int,
 ) -> int | None:
-    """The batch to try next; None if the answer is there."""
+    """Returns the batch to try next; None if the answer is there."""
     low = fitting[-1].batch_size if fitting else 0
     if ceiling is not None and ceiling - low <= quantum:
         return None
@@ -110,6 +112,7 @@ def _next(
         x1, y1 = low, fitting[-1].needed
     slope = (y1 - y0) / (x1 - x0)
     guess = x1 + (available - y1) / slope if slope > 0 else 2 * x1
+    # A line through two close points leaps: more than four times as much is never tried at once.
     guess = int(min(guess, 4 * low if low else guess)) // quantum * quantum
     # Between what fits and what does not; nearest to the guess.
     guess = max(guess, low + quantum)
@@ -133,7 +136,7 @@ class Policy:
 def cheapest_policy(
     flops: dict[str, float], attempt: Callable[[str], Trial], known: dict[str, Trial]
 ) -> list[Policy]:
-    """The policies in the order of their FLOPs, compiled up to the first that fits.
+    """Returns the policies in the order of their FLOPs, compiled up to the first that fits.
 
     Args:
       flops: of a step, by policy.
@@ -141,6 +144,7 @@ def cheapest_policy(
       known: trials made before.
     """
     policies, found = [], False
+    # The first that fits is the cheapest: the others need no compile of minutes.
     for name in sorted(flops, key=lambda name: flops[name]):
         trial = known.get(name)
         if trial is None and not found:

@@ -1,4 +1,4 @@
-"""What `--topology` names: devices that need not be here."""
+"""The devices that `--topology` names, which need not be here."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Target:
     """Devices to plan for.
 
     Attributes:
-      devices: those of a TPU can be compiled for; for others as many CPU devices stand in, which
+      devices: of a TPU, which can be compiled for; else as many CPU devices that stand in and
         take part in shardings alone.
       chip: None for a CPU, of which nothing is known.
       compiles: whether there is a compiler for the devices.
@@ -36,12 +36,12 @@ class Target:
 
     @property
     def chips(self) -> float:
-        """What is paid for."""
+        """Number of chips, which is the unit of prices."""
         return len(self.devices) / (self.chip.devices_per_chip if self.chip else 1)
 
 
 def make_target(name: str, slices: int = 1) -> Target:
-    """The target of "v5e:16x16", "gpu:h100x8" or "cpu:8".
+    """Makes the target of "v5e:16x16", "gpu:h100x8" or "cpu:8".
 
     Args:
       slices: of a TPU, joined by a slower network.
@@ -55,6 +55,7 @@ def make_target(name: str, slices: int = 1) -> Target:
     if slices != 1:
         raise UserError(f"--slices is for TPUs; {name} has none")
     if kind == "cpu" and rest.isdigit():
+        # Nothing is known of a CPU's peak and memory; it computes in float32.
         return Target(name, _stand_ins(int(rest)), None, False, "float32")
     gpu = re.fullmatch(r"(\w+)x(\d+)", rest)
     if kind == "gpu" and gpu:
@@ -63,6 +64,7 @@ def make_target(name: str, slices: int = 1) -> Target:
             raise UserError(f"--topology {name}: this GPU is not known (known: {known})")
         devices = _stand_ins(int(gpu.group(2)))
         return Target(name, devices, GPUS[gpu.group(1)], False, "bfloat16")
+    # The last of each generation is the largest: the message shows the range.
     largest = {topology.partition(":")[0]: topology for topology in known_topologies()}
     raise UserError(
         f"--topology {name}: not known; it is KIND:SHAPE of a TPU, up to "

@@ -1,4 +1,4 @@
-"""What a compiled program sends from device to device: collectives by kind and axis of the mesh."""
+"""The traffic of a compiled program between devices: collectives by kind and axis of the mesh."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ class Collective:
       payload_bytes: of the operands on a device, in one run of it.
       times: how often it runs in a step.
       groups: places in the mesh that it joins; pairs of source and target for a permutation.
-      arrays: what a device sends or gets, whichever is larger: the results of an all-gather, the
-        operands of the others.
+      arrays: the larger of the arrays that a device sends and gets: the results of an all-gather,
+        the operands of other kinds.
     """
 
     kind: str
@@ -37,12 +37,12 @@ class Collective:
 
     @property
     def group_size(self) -> int:
-        """Devices that take part together."""
+        """Number of devices that take part together."""
         return max(len(group) for group in self.groups)
 
     @property
     def sent_bytes(self) -> float:
-        """By a device in one run, if done in a ring: the least that the kind allows.
+        """Bytes that a device sends in one run, in a ring: the least that the kind allows.
 
         With n devices and b bytes of operands: b (n - 1) for an all-gather, whose operand is a
         part; b (n - 1) / n for a reduce-scatter and an all-to-all; twice that for an all-reduce
@@ -60,12 +60,12 @@ class Collective:
 
     @property
     def step_bytes(self) -> float:
-        """Sent by a device in a step."""
+        """Bytes that a device sends in a step."""
         return self.times * self.sent_bytes
 
 
 def collectives(module: Module, runs: Runs, mesh_shape: Mapping[str, int]) -> list[Collective]:
-    """Those that join at least two devices.
+    """Lists the collectives of a program that join at least two devices.
 
     A collective that the TPU compiler lets several kernels carry along, one after the other, stands
     in each of them with one number of a chain; it counts once in the computation that runs them.
@@ -74,6 +74,7 @@ def collectives(module: Module, runs: Runs, mesh_shape: Mapping[str, int]) -> li
     for name in module.computations:
         if name not in runs.times or name in runs.fused:
             continue
+        # Numbers of chains are unique within the computation that runs the kernels.
         seen: set[str | None] = set()
         for computation, instruction in _within(module, module.computations[name]):
             kind = _kind(computation, instruction)
@@ -83,6 +84,7 @@ def collectives(module: Module, runs: Runs, mesh_shape: Mapping[str, int]) -> li
             seen.add(chain)
             groups = parse_groups(instruction.attributes, module.partitions)
             axes = axes_of(groups, mesh_shape)
+            # A group of one device sends nothing; XLA leaves such collectives in.
             if axes:
                 payload = _payload(computation, instruction)
                 times = runs.times[name]
@@ -94,7 +96,7 @@ def collectives(module: Module, runs: Runs, mesh_shape: Mapping[str, int]) -> li
 
 
 def _within(module: Module, computation: Computation) -> Iterator[tuple[Computation, Instruction]]:
-    """The collectives of a computation and of the kernels that it runs."""
+    """Yields the collectives of a computation and of the kernels that it runs."""
     for instruction in computation.instructions:
         if instruction.opcode.removesuffix("-start") in KINDS:
             yield computation, instruction
@@ -104,6 +106,7 @@ def _within(module: Module, computation: Computation) -> Iterator[tuple[Computat
 
 def _kind(computation: Computation, instruction: Instruction) -> str:
     kind = instruction.opcode.removesuffix("-start")
+    # The name of the fusion is the only trace of it in the text.
     if kind == "all-reduce" and computation.name.startswith(_REDUCE_SCATTER_FUSION):
         return "reduce-scatter"
     return kind
@@ -130,10 +133,10 @@ def gathered_rows(
     devices: int,
     other_shapes: Collection[tuple[int, ...]] = (),
 ) -> list[str]:
-    """The collectives that bring a device the rows of the others, of [rows, width] each.
+    """Lists the collectives that bring a device the rows of the others, of [rows, width] each.
 
-    That is an all-gather of an array of n x `rows` rows, n above 1, or an all-reduce of the rows of
-    all `devices`, which the TPU compiler sometimes makes of a gather. The order of dimensions, and
+    It is an all-gather of n x `rows` rows, n above 1. Or it is an all-reduce of the rows of all
+    `devices`, which the TPU compiler sometimes makes of a gather. The order of dimensions, and
     dimensions of one, do not matter.
 
     Args:
@@ -143,6 +146,7 @@ def gathered_rows(
     Returns:
       Kind, shape and runs of each, in words.
     """
+    # Layouts transpose freely: shapes are compared without their order.
     others = {tuple(sorted(size for size in shape if size != 1)) for shape in other_shapes}
     told = []
     for one in found:
@@ -151,6 +155,7 @@ def gathered_rows(
             if len(dims) != 2 or width not in dims:
                 continue
             length = sum(dims) - width
+            # The rows of one device alone are its own: nothing was gathered.
             several = length % rows == 0 and length > rows
             if length == rows * devices or (several and one.kind == "all-gather"):
                 shape = ",".join(map(str, array.dims))
@@ -161,7 +166,7 @@ def gathered_rows(
 
 
 def by_kind_and_axis(found: list[Collective]) -> dict[str, dict[str, float]]:
-    """Kind -> axes -> bytes that a device sends in a step."""
+    """Returns kind -> axes -> bytes that a device sends in a step."""
     table: dict[str, dict[str, float]] = {}
     for one in found:
         row = table.setdefault(one.kind, {})

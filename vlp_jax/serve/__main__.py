@@ -41,7 +41,7 @@ DEFAULT_TEMPLATE = "a photo of a {}."
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """Reads the command line."""
     parser = argparse.ArgumentParser(
-        prog="python -m vlp_jax.serve",
+        prog="vlp-jax serve",
         description="A local page on which a text finds images, and an image finds classes, "
         "similar images and the regions that answer a text.",
         epilog=EPILOG,

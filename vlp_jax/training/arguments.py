@@ -43,7 +43,7 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, ConfigDict]:
       UserError: an argument, a config file or a key that does not exist.
     """
     parser = argparse.ArgumentParser(
-        prog="python -m vlp_jax.train",
+        prog="vlp-jax train",
         description="Pretrains the model of a config and evaluates it along the way.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -1,0 +1,229 @@
+"""Our training step on one batch in memory: compiled, started, timed. Needs no TensorFlow."""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental.compilation_cache import compilation_cache
+from ml_collections import ConfigDict
+
+from tools.perf.harness import StepTimer
+from vlp_jax.defaults import duration
+from vlp_jax.errors import UserError
+from vlp_jax.objectives import Objective
+from vlp_jax.objectives.base import PIXELS, TOKENS
+from vlp_jax.observe.compilation import CompileWatch
+from vlp_jax.parallel.batch import put_batch
+from vlp_jax.parallel.mesh import make_mesh
+from vlp_jax.training.abstract_setup import abstract_setup, tokenizer_sizes
+from vlp_jax.training.setup import Setup
+from vlp_jax.training.step import compile_step
+
+# Examples of an epoch, for a config whose durations are in epochs, and steps of the run. They set
+# the learning rate, and nothing about the speed; a published run in small batches would have more
+# steps than an int32 holds.
+NOMINAL_EPOCH = 1_281_167
+NOMINAL_STEPS = 1_000_000_000
+
+
+@dataclasses.dataclass(frozen=True)
+class Compilation:
+    """Seconds from a Python function to a program, tracing included.
+
+    Attributes:
+      cold: with an empty persistent cache.
+      warm: with the program in the persistent cache.
+      from_cache: whether the second one came from there; False where XLA cannot keep it.
+    """
+
+    cold: float
+    warm: float
+    from_cache: bool
+
+
+class JaxStep:
+    """A `Contender`: the step of `config` on `devices`, with state and batch.
+
+    Args:
+      twice: whether it is also compiled a second time, from the persistent cache.
+      check: is given the objective before anything is compiled.
+
+    Raises:
+      UserError: the config does not fit the devices or itself.
+    """
+
+    notes: tuple[str, ...]
+
+    def __init__(
+        self,
+        name: str,
+        config: ConfigDict,
+        devices: Sequence[jax.Device],
+        *,
+        notes: Sequence[str] = (),
+        twice: bool = False,
+        check: Callable[[Objective], None] = lambda objective: None,
+    ):
+        self.name, self.notes = name, tuple(notes)
+        self.setup = make_bench_setup(config, devices)
+        check(self.setup.objective)
+        begin = time.perf_counter()
+        if twice:
+            self.program, compilation = compile_twice(self.setup)
+            compile_facts = dataclasses.asdict(compilation)
+        else:
+            self.program = _compile(self.setup)
+            compile_facts = {"cold": time.perf_counter() - begin}
+        setup = self.setup
+        # A real state, not zeros: with products of zeros a GPU draws less power and clocks higher.
+        self._state = setup.fresh_state()
+        self.batch = fixed_batch(setup)
+        self._on_device = put_batch(self.batch, setup.mesh)
+        jax.block_until_ready((self._state, self._on_device))
+        self.facts: dict[str, Any] = {
+            "parameters": sum(leaf.size for leaf in jax.tree.leaves(setup.abstract.params)),
+            "devices": setup.mesh.size,
+            "compile_seconds": compile_facts,
+            "program_bytes": program_bytes(self.program.program),
+        }
+
+    def run(self, steps: int) -> list[float]:
+        """Trains `steps` steps; the seconds of each."""
+        self._state, seconds = timed_steps(self.program, self._state, self._on_device, steps)
+        return seconds
+
+    def read_peak_memory(self) -> None:
+        """Puts the most memory that JAX has had in use on a device of this process into `facts`,
+        where the device tells. To be called before other programs of JAX run."""
+        stats = [device.memory_stats() or {} for device in self.setup.mesh.devices.flat]
+        peaks = [one["peak_bytes_in_use"] for one in stats if "peak_bytes_in_use" in one]
+        if peaks:
+            self.facts["peak_bytes_in_use"] = max(peaks)
+
+    @property
+    def step_flops(self) -> float:
+        """FLOPs of the model in one step: forward, and twice as many backward."""
+        return 3.0 * self.setup.forward_flops
+
+
+def timed_steps(
+    program: Callable[[Any, Any], tuple[Any, Any]], state: Any, batch: Any, steps: int
+) -> tuple[Any, list[float]]:
+    """Trains on one batch; returns (the state after `steps` steps, the seconds of each).
+
+    Args:
+      program: (state, batch) -> (state, what the host waits for).
+    """
+    timer = StepTimer(jax.block_until_ready)
+    for _ in range(steps):
+        state, told = program(state, batch)
+        timer.started(told)
+    seconds = timer.seconds()
+    return jax.block_until_ready(state), seconds
+
+
+def make_bench_setup(config: ConfigDict, devices: Sequence[jax.Device]) -> Setup:
+    """Makes the setup of `config` on `devices`, without its data.
+
+    Raises:
+      UserError: the config does not fit the devices or itself.
+    """
+    config = config.copy_and_resolve_references().unlock()
+    config.duration = duration(steps=NOMINAL_STEPS)
+    return abstract_setup(config, make_mesh(config.mesh, devices), NOMINAL_EPOCH)
+
+
+def program_bytes(program: Any) -> dict[str, int]:
+    """Returns the bytes that a program needs of one device; empty if the compiler does not tell."""
+    memory = program.memory_analysis()
+    if memory is None:
+        return {}
+    return {
+        "arguments": memory.argument_size_in_bytes,
+        "outputs": memory.output_size_in_bytes - memory.alias_size_in_bytes,
+        "temporaries": memory.temp_size_in_bytes,
+        "code": memory.generated_code_size_in_bytes,
+    }
+
+
+def compile_twice(setup: Setup) -> tuple[Any, Compilation]:
+    """Compiles the step with an empty persistent cache and again with a full one.
+
+    The settings of the cache are as before when it ends.
+    """
+    names = (
+        "jax_compilation_cache_dir",
+        "jax_enable_compilation_cache",
+        "jax_persistent_cache_min_compile_time_secs",
+    )
+    before = {name: getattr(jax.config, name) for name in names}
+    with tempfile.TemporaryDirectory(prefix="vlp_jax_cache_") as folder:
+        try:
+            for name, value in zip(names, (folder, True, 0.0), strict=True):
+                jax.config.update(name, value)
+            # The cache is opened once, at the first compilation: a new folder needs a new start.
+            compilation_cache.reset_cache()
+            # JAX's own cache in memory would answer before the persistent one is asked.
+            jax.clear_caches()
+            begin = time.perf_counter()
+            program = _compile(setup)
+            cold = time.perf_counter() - begin
+            jax.clear_caches()
+            with CompileWatch() as watch:
+                begin = time.perf_counter()
+                _compile(setup)
+                warm = time.perf_counter() - begin
+            hit = watch.so_far().hits > 0
+        finally:
+            for name, value in before.items():
+                jax.config.update(name, value)
+            compilation_cache.reset_cache()
+    return program, Compilation(cold, warm, hit)
+
+
+def _compile(setup: Setup) -> Any:
+    return compile_step(setup.step, setup.abstract, setup.batch_spec, setup.mesh)
+
+
+def fixed_batch(setup: Setup) -> dict[str, np.ndarray]:
+    """Makes a global batch of random pixels, token ids and labels.
+
+    Texts end with the end of text, and no other token has its id or the padding's: every tower
+    sees the full length. Labels are 0 or 1, which all objectives have.
+
+    Raises:
+      UserError: the objective reads a field of another kind.
+    """
+    rng = np.random.default_rng(0)
+    batch = {}
+    for name, spec in setup.batch_spec.items():
+        field = setup.objective.reads.get(name)
+        kind = None if field is None else field.kind
+        if kind == PIXELS:
+            batch[name] = rng.integers(0, 256, spec.shape, np.uint8)
+        elif kind == TOKENS:
+            vocab_size, eos_id = _vocabulary(setup)
+            # From 3 on: lower ids are padding, end and beginning of text.
+            batch[name] = rng.integers(min(3, vocab_size - 1), vocab_size, spec.shape, np.int32)
+            # Towers that pool at the end of text look for it.
+            batch[name][:, -1] = eos_id
+        elif spec.dtype == np.int32:
+            batch[name] = rng.integers(0, 2, spec.shape, np.int32)
+        else:
+            raise UserError(
+                f"the step benchmark has no values for the field {name!r} ({spec.dtype}) of "
+                f"{type(setup.objective).__name__}; measure a config without it"
+            )
+    return batch
+
+
+def _vocabulary(setup: Setup) -> tuple[int, int]:
+    """Returns the size of the vocabulary, and the id of the end of text."""
+    tokenizer = tokenizer_sizes(setup.config.tokenizer)
+    return tokenizer.vocab_size, tokenizer.eos_id
