@@ -36,7 +36,7 @@ from prepare_cases import (  # noqa: E402
 from tools import prepare_data  # noqa: E402
 from vlp_jax.data import files  # noqa: E402
 from vlp_jax.data.prepare import job as jobs  # noqa: E402
-from vlp_jax.data.prepare import paths  # noqa: E402
+from vlp_jax.data.prepare.inputs import Input  # noqa: E402
 from vlp_jax.data.sources import build_source  # noqa: E402
 from vlp_jax.errors import UserError  # noqa: E402
 
@@ -322,16 +322,17 @@ def test_brace_ranges():
 
 
 def test_a_folder_a_glob_and_links_find_the_same_files(tmp_path):
-    (tmp_path / "in").mkdir()
+    _, fields, _ = write_tars(tmp_path / "in")
     (tmp_path / "links").mkdir()
-    for name in ("b.tar", "a.tar", "c.txt"):
-        (tmp_path / "in" / name).write_bytes(name.encode() * 100)
-        (tmp_path / "links" / name).symlink_to(tmp_path / "in" / name)
+    (tmp_path / "in" / "00002.tar").rename(tmp_path / "in" / "c.txt")
+    for file in (tmp_path / "in").iterdir():
+        (tmp_path / "links" / file.name).symlink_to(file)
     for folder in ("in", "links"):
         root = str(tmp_path / folder)
-        expected = [(f"{root}/a.tar", 500), (f"{root}/b.tar", 500)]
-        for patterns in ([root], [f"{root}/*.tar"], [f"{root}/{{b,a}}.tar", f"{root}/a.tar"]):
-            assert paths.find_files(patterns, ".tar") == expected
+        names = [f"{root}/00000.tar", f"{root}/00001.tar"]
+        expected = tuple((name, os.path.getsize(name)) for name in names)
+        for patterns in ([root], [f"{root}/*.tar"], [f"{root}/0000{{1,0}}.tar", names[0]]):
+            assert Input.open("webdataset", patterns, fields).files == expected
 
 
 def test_importing_the_tool_imports_neither_beam_nor_tensorflow():

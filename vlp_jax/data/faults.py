@@ -28,6 +28,15 @@ REASONS = (
     *(UNREADABLE, AMBIGUOUS, TRUNCATED, FAILED),
 )
 
+
+class BadExample(Exception):
+    """An example that cannot be used: `reason` is one of `REASONS`, `detail` one line."""
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(f"{reason}: {detail}")
+        self.reason, self.detail = reason, detail
+
+
 # The field of a record that says why it cannot be used; empty where it can.
 FAULT = "__fault__"
 

@@ -181,9 +181,14 @@ class LocalCopies:
         return not self.in_place(path) and _mark_of_cut(Path(self.get(path))).exists()
 
     @staticmethod
-    def in_place(path: str) -> bool:
+    def is_compressed(path: str) -> bool:
+        """Whether `path` is gzipped, whatever its name says."""
+        return _is_compressed(path, retrying(path, lambda: stamp_of(path)))
+
+    @classmethod
+    def in_place(cls, path: str) -> bool:
         """Whether `path` is read where it lies."""
-        return is_local(path) and not _is_compressed(path, retrying(path, lambda: stamp_of(path)))
+        return is_local(path) and not cls.is_compressed(path)
 
     @staticmethod
     def _copy(path: str, target: Path) -> None:

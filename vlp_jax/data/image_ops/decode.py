@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from vlp_jax.data import faults
-from vlp_jax.data.image_ops import headers
+from vlp_jax.data.image_ops import upright
 from vlp_jax.data.image_ops.checks import check_count
 from vlp_jax.data.image_ops.fields import IMAGE, ImageField
-from vlp_jax.data.image_ops.upright import MAX_PIXELS, Refused
+from vlp_jax.data.image_ops.upright import MAX_PIXELS
 from vlp_jax.data.lazy_tensorflow import import_tensorflow
 
 if TYPE_CHECKING:
@@ -268,11 +268,11 @@ def _require_size(encoded: tf.Tensor, sides: tf.Tensor, max_pixels: int) -> tf.T
 
 
 def _jpeg_orientation(encoded: tf.Tensor) -> tf.Tensor:
-    """Reads the orientation as `headers.jpeg_orientation` does, in the graph; int32 []."""
+    """Calls `upright.jpeg_orientation` in the graph; int32 []."""
     tf = import_tensorflow()
 
     def read(head: bytes) -> np.ndarray:
-        return np.array(headers.jpeg_orientation(head), np.int32)
+        return np.array(upright.jpeg_orientation(head), np.int32)
 
     head = tf.strings.substr(encoded, 0, _HEAD)
     return tf.ensure_shape(tf.numpy_function(read, [head], tf.int32, stateful=False), [])
@@ -292,42 +292,13 @@ def _whole_decoder(max_pixels: int) -> Callable[[tf.Tensor], tf.Tensor]:
 def _decode_whole(encoded: tf.Tensor, max_pixels: int) -> tf.Tensor:
     """The upright pixels of a file that is not left to TensorFlow's JPEG decoder."""
     tf = import_tensorflow()
-    none = np.zeros([0, 0, 3], np.uint8)
 
-    def read(data: bytes) -> tuple[np.ndarray, np.ndarray, bytes]:
+    def read(data: bytes) -> tuple[np.ndarray, bytes]:
         try:
-            orientation, pixels = headers.read(data, max_pixels)
-        except Refused as error:
-            return np.int32(1), none, faults.marked(error.reason, error.detail)
-        return np.int32(orientation), none if pixels is None else pixels, b""
+            return upright.read(data, max_pixels), b""
+        except faults.BadExample as bad:
+            return np.zeros([0, 0, 3], np.uint8), faults.marked(bad.reason, bad.detail)
 
-    kinds = [tf.int32, tf.uint8, tf.string]
-    orientation, pixels, fault = tf.numpy_function(read, [encoded], kinds, stateful=False)
-    orientation, fault = tf.ensure_shape(orientation, []), tf.ensure_shape(fault, [])
-    orientation = faults.require_marked(orientation, fault == b"", fault)
-
-    def turned() -> tf.Tensor:
-        return _Turn(orientation).image(_decode_other(encoded))
-
-    # An orientation that is not there, for the fault, is asked for before the pixels.
-    decoded = tf.size(pixels) * orientation > 0
-    image = tf.cond(decoded, lambda: pixels, turned)
-    return tf.ensure_shape(image, [None, None, 3])
-
-
-def _decode_other(encoded: tf.Tensor) -> tf.Tensor:
-    """The pixels of a PNG or a still WebP, on white where it is transparent."""
-    tf = import_tensorflow()
-    image = tf.io.decode_image(encoded, channels=0, expand_animations=False)
-    image.set_shape([None, None, None])
-    channels = tf.shape(image)[2]
-    has_alpha = (channels == 2) | (channels == 4)
-    color = image[:, :, : channels - tf.cast(has_alpha, tf.int32)]
-
-    def blended() -> tf.Tensor:
-        alpha = tf.cast(image[:, :, channels - 1 :], tf.float32) / 255
-        blend = tf.cast(color, tf.float32) * alpha + 255 * (1 - alpha)
-        return tf.cast(tf.round(blend), tf.uint8)
-
-    color = tf.cond(has_alpha, blended, lambda: color)
-    return tf.broadcast_to(color, tf.concat([tf.shape(image)[:2], [3]], 0))
+    pixels, fault = tf.numpy_function(read, [encoded], [tf.uint8, tf.string], stateful=False)
+    pixels = tf.ensure_shape(pixels, [None, None, 3])
+    return faults.require_marked(pixels, tf.ensure_shape(fault, []) == b"", fault)

@@ -10,7 +10,13 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from vlp_jax.data.faults import EMPTY_TEXT, MALFORMED_TEXT, MISSING_FIELD, UNREADABLE
+from vlp_jax.data.faults import (
+    EMPTY_TEXT,
+    MALFORMED_TEXT,
+    MISSING_FIELD,
+    UNREADABLE,
+    BadExample,
+)
 from vlp_jax.errors import UserError
 
 ID, IMAGE, CAPTIONS = "id", "image", "captions"
@@ -18,14 +24,6 @@ INTEGER, FLOAT, TEXT, BINARY, LIST = "integer", "float", "text", "binary", "list
 # UTF-16 without a byte order mark: of Latin letters every second byte is 0, which is valid UTF-8.
 UTF16 = re.compile("[^\0]\0[^\0]\0|\0[^\0]\0[^\0]")
 Value = int | float | str | bytes | list[Any]
-
-
-class BadExample(Exception):
-    """An example that cannot be used: `reason` is one of `faults.REASONS`, `detail` one line."""
-
-    def __init__(self, reason: str, detail: str):
-        super().__init__(f"{reason}: {detail}")
-        self.reason, self.detail = reason, detail
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,14 +41,13 @@ class Fault:
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """An example as found in an input, its image not yet looked at.
+    """An example of an input, whose image is not yet looked at.
 
     Attributes:
       id: unique in the input, and the same whatever else is read.
       where: for messages.
-      path, offset, size: the bytes of the image. `path` is None where they cannot be read again
-        by themselves; `data` is then all of them.
-      data: the first bytes of the image, or all.
+      path, offset: where the image can be read again; `path` is None if it cannot.
+      image: its bytes.
       captions: at least one, none empty.
       fields: the further fields.
     """
@@ -59,8 +56,7 @@ class Candidate:
     where: str
     path: str | None
     offset: int
-    size: int
-    data: bytes
+    image: bytes
     captions: list[str]
     fields: dict[str, Value]
 

@@ -13,18 +13,11 @@ from vlp_jax.data.prepare import manifest as manifests
 from vlp_jax.data.prepare import paths, plan
 from vlp_jax.data.prepare import shards as shard_files
 from vlp_jax.data.prepare.examples import CAPTIONS, ID, field_types
-from vlp_jax.data.prepare.inputs import FolderInput, Input
+from vlp_jax.data.prepare.inputs import FORMATS, Input
 from vlp_jax.data.prepare.manifest import Manifest
-from vlp_jax.data.prepare.tables import ParquetInput
-from vlp_jax.data.prepare.tars import TarInput
 from vlp_jax.data.prepare.writers import WRITERS
 from vlp_jax.errors import UserError
 
-INPUTS: dict[str, Callable[[Sequence[str], Mapping[str, str]], Input]] = {
-    "folder": FolderInput.open,
-    "webdataset": TarInput.open,
-    "parquet": ParquetInput.open,
-}
 # "text" is what most of the field calls it.
 _ALIASES = {"text": CAPTIONS, "caption": CAPTIONS}
 _NAME = re.compile(r"[A-Za-z0-9_]+")
@@ -46,7 +39,7 @@ class Job:
 
     Attributes:
       input: patterns of paths; what they mean is the input format's.
-      input_format: one of `INPUTS`.
+      input_format: one of `inputs.FORMATS`.
       output: a folder, made if it is not there.
       output_format: one of `WRITERS`.
       shards, examples_per_shard: exactly one of them; shards hold at most so many examples.
@@ -75,7 +68,7 @@ class Job:
 
     def __post_init__(self) -> None:
         for name, value, known in (
-            ("--input-format", self.input_format, INPUTS),
+            ("--input-format", self.input_format, FORMATS),
             ("--output-format", self.output_format, WRITERS),
         ):
             if value not in known:
@@ -131,7 +124,7 @@ def prepare(job: Job, watch: Watch = no_watch) -> Result:
     """
     output = paths.absolute(job.output)
     work = paths.join(output, f"{job.split}.unfinished")
-    opened = INPUTS[job.input_format](job.input, job.fields)
+    opened = Input.open(job.input_format, job.input, job.fields)
     identity = _identity(job, opened)
     finished = manifests.load(output, job.split)
     if finished is not None:
@@ -199,7 +192,7 @@ def _look(job: Job, opened: Input, work: str, watch: Watch) -> plan.Summary:
     for begun in ("looked_at", "order", "staging"):
         paths.remove(paths.join(work, begun))
     buckets = plan.number_of_buckets(opened.estimated_examples())
-    units = opened.units(work)
+    units = opened.units()
 
     def count() -> tuple[int, int]:
         names = paths.names_in(paths.join(work, "looked_at"))

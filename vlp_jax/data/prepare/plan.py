@@ -174,7 +174,7 @@ def look(unit: Unit, job: Pass) -> Iterator[tuple[int | None, Any]]:
     count = seen = 0
     ended = False
     with _Staging(job.work, unit) as staging, ThreadPoolExecutor(os.cpu_count()) as pool:
-        scanned = iter(job.input.scan(unit, job.check_images))
+        scanned = job.input.scan(unit)
         while chunk := list(itertools.islice(scanned, _AT_ONCE)):
             faults = (pool.map if job.check_images else map)(
                 lambda item: _fault(item, job.check_images), chunk
@@ -187,9 +187,11 @@ def look(unit: Unit, job: Pass) -> Iterator[tuple[int | None, Any]]:
                     continue
                 path, offset = staging.keep(item)
                 order = place(job.seed, item.id)
-                reference = Reference(item.id, path, offset, item.size, item.captions, item.fields)
+                reference = Reference(
+                    item.id, path, offset, len(item.image), item.captions, item.fields
+                )
                 summary.add_kinds(item)
-                summary.bytes += item.size
+                summary.bytes += len(item.image)
                 count += 1
                 yield int(order[:8], 16) * job.buckets >> 32, f"{order} {reference.dumps()}"
     if ended:
@@ -203,12 +205,7 @@ def look(unit: Unit, job: Pass) -> Iterator[tuple[int | None, Any]]:
 def _fault(item: Candidate | Fault, decode: bool) -> Fault | None:
     if isinstance(item, Fault):
         return item
-
-    def read_all() -> bytes:
-        return paths.read_ranges([(item.path, item.offset, item.size)])[0]
-
-    whole = len(item.data) == item.size
-    found = image_fault(item.data, None if whole else read_all, decode)
+    found = image_fault(item.image, decode)
     return None if found is None else Fault(found[0], item.where, found[1])
 
 
@@ -233,9 +230,9 @@ class _Staging:
             return item.path, item.offset
         if self._stream is None:
             self._stream = local_temporary(self._path)
-        self._stream.write(item.data)
-        self._offset += item.size
-        return self._path, self._offset - item.size
+        self._stream.write(item.image)
+        self._offset += len(item.image)
+        return self._path, self._offset - len(item.image)
 
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
         if self._stream is None:

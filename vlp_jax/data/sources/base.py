@@ -139,8 +139,57 @@ class Source(Protocol):
         del indices
 
 
+@dataclass(frozen=True, eq=False)
+class WrappedSource(Source):
+    """Another source, to which every call is handed on; subclasses change some of them."""
+
+    source: Source
+
+    @property
+    def needs_tensorflow(self) -> bool:
+        return self.source.needs_tensorflow
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def fields(self) -> Mapping[str, FieldSpec]:
+        return self.source.fields()
+
+    def look_for(self, name: str) -> str:
+        return self.source.look_for(name)
+
+    def record_fields(self) -> Mapping[str, FieldSpec]:
+        return self.source.record_fields()
+
+    def fetch(
+        self, indices: np.ndarray, names: Sequence[str] | None = None
+    ) -> dict[str, np.ndarray]:
+        return self.source.fetch(indices, names)
+
+    def parse(self, record: dict[str, tf.Tensor], names: Sequence[str]) -> dict[str, tf.Tensor]:
+        return self.source.parse(record, names)
+
+    def column(self, name: str) -> np.ndarray:
+        return self.source.column(name)
+
+    def class_names(self, field: str) -> tuple[str, ...] | None:
+        return self.source.class_names(field)
+
+    def describe(self, index: int) -> str:
+        return self.source.describe(index)
+
+    def fingerprint(self) -> str:
+        return self.source.fingerprint()
+
+    def blocks(self) -> Blocks | None:
+        return self.source.blocks()
+
+    def will_read(self, indices: np.ndarray) -> None:
+        self.source.will_read(indices)
+
+
 def as_plain(value: Any) -> Any:
-    """A config value with its ml_collections mappings turned into dicts, all levels deep."""
+    """Turns a config value's ml_collections mappings into dicts, all levels deep."""
     if hasattr(value, "items"):
         return {key: as_plain(item) for key, item in value.items()}
     return value

@@ -9,11 +9,15 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from vlp_jax.data import faults
 from vlp_jax.data.lazy_tensorflow import import_tensorflow
-from vlp_jax.data.sources.base import STRING, Blocks, FieldSpec, Source
+from vlp_jax.data.sources.base import Blocks, FieldSpec
 from vlp_jax.data.sources.manifest import find_pieces
-from vlp_jax.data.sources.records import ArrayRecordFiles, RecordFiles, TFRecordFiles
+from vlp_jax.data.sources.records import (
+    ArrayRecordFiles,
+    RecordFiles,
+    RecordSource,
+    TFRecordFiles,
+)
 from vlp_jax.errors import UserError, unknown_key_message
 
 if TYPE_CHECKING:
@@ -27,7 +31,7 @@ _COLUMN_CHUNK = 1024
 
 
 @dataclass(frozen=True)
-class TFRecordSource(Source):
+class TFRecordSource(RecordSource):
     """tf.train.Example records in TFRecord files, gzipped or not.
 
     The fields are the examples' features under their own names; `features` of img2dataset's files
@@ -62,7 +66,7 @@ class TFRecordSource(Source):
         return find_pieces(self.path, self.suffix, self.kind)
 
     @cached_property
-    def _files(self) -> RecordFiles:
+    def files(self) -> RecordFiles:
         return self.reader(self._found[0], cache_dir=self.cache_dir, cache_gib=self.cache_gib)
 
     @cached_property
@@ -82,7 +86,7 @@ class TFRecordSource(Source):
     def look_for(self, name: str) -> str:
         if name in self._features or self.fields_are_declared:
             return ""
-        shards = self._files.shards
+        shards = self.shards
         count = len(self) if shards.in_place else shards.pieces[0].count
         indices = np.arange(0, count, -(-count // _FURTHER))
         found = self._features_of(indices)
@@ -107,7 +111,7 @@ class TFRecordSource(Source):
     def _features_of(self, indices: np.ndarray) -> dict[str, FieldSpec]:
         """The features of some examples; one that ever has several values is a list."""
         tf = import_tensorflow()
-        records, bad = self._files.read(indices)
+        records, bad = self.files.read(indices)
         found: dict[str, FieldSpec] = {}
         for record in records[bad == b""]:
             try:
@@ -122,21 +126,8 @@ class TFRecordSource(Source):
                     found[name] = spec
         return found
 
-    def __len__(self) -> int:
-        return len(self._files.shards)
-
     def fields(self) -> dict[str, FieldSpec]:
         return self._features
-
-    def record_fields(self) -> dict[str, FieldSpec]:
-        return {"record": STRING, faults.FAULT: STRING}
-
-    def fetch(
-        self, indices: np.ndarray, names: Sequence[str] | None = None
-    ) -> dict[str, np.ndarray]:
-        del names
-        records, found = self._files.read(np.asarray(indices, np.int64))
-        return {"record": records, faults.FAULT: found}
 
     def parse(self, record: dict[str, tf.Tensor], names: Sequence[str]) -> dict[str, tf.Tensor]:
         tf = import_tensorflow()
@@ -154,7 +145,7 @@ class TFRecordSource(Source):
         values = np.ma.masked_all(len(self), self._features[name].dtype)
         for first in range(0, len(self), _COLUMN_CHUNK):
             indices = np.arange(first, min(first + _COLUMN_CHUNK, len(self)))
-            records, bad = self._files.read(indices)
+            records, bad = self.files.read(indices)
             for index, record in zip(indices[bad == b""], records[bad == b""], strict=True):
                 feature = tf.train.Example.FromString(record).features.feature[name]
                 found = getattr(feature, feature.WhichOneof("kind") or "int64_list").value
@@ -166,17 +157,8 @@ class TFRecordSource(Source):
         manifest = self._found[1]
         return None if manifest is None else manifest.class_names.get(field)
 
-    def describe(self, index: int) -> str:
-        return self._files.shards.describe(index)
-
-    def fingerprint(self) -> str:
-        return self._files.shards.fingerprint()
-
     def blocks(self) -> Blocks | None:
-        return Blocks(self._files.shards.block_sizes(BLOCK), WINDOW)
-
-    def will_read(self, indices: np.ndarray) -> None:
-        self._files.shards.will_read(indices)
+        return Blocks(self.shards.block_sizes(BLOCK), WINDOW)
 
 
 @dataclass(frozen=True)
@@ -189,7 +171,7 @@ class ArrayRecordSource(TFRecordSource):
 
     def blocks(self) -> Blocks | None:
         """None: any record is found at once. Files that are copied first are blocks."""
-        return None if self._files.shards.in_place else super().blocks()
+        return None if self.shards.in_place else super().blocks()
 
 
 def _feature(name: str, kind: str) -> FieldSpec:

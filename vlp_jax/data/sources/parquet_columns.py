@@ -5,14 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from vlp_jax.data.sources.base import STRING, STRINGS, FieldSpec
+from vlp_jax.data.sources.row_source import FLOAT, INT
 
 if TYPE_CHECKING:
     import pyarrow as pa
-
-_INT = FieldSpec((), np.dtype(np.int64))
 
 
 def columns_of(schema: pa.Schema) -> dict[str, pa.DataType]:
@@ -134,6 +131,14 @@ def _is_list(kind: pa.DataType) -> bool:
     return any(test(kind) for test in (*tests, types.is_list_view, types.is_large_list_view))
 
 
+def is_text(kind: pa.DataType) -> bool:
+    """Whether a column holds text, or lists of it."""
+    from pyarrow import types
+
+    kind = kind.value_type if types.is_dictionary(kind) or _is_list(kind) else kind
+    return _is_text(kind)
+
+
 def spec_of(kind: pa.DataType) -> FieldSpec | None:
     """The field that a column of a type is; None for a type that is not read."""
     from pyarrow import types
@@ -143,9 +148,9 @@ def spec_of(kind: pa.DataType) -> FieldSpec | None:
     if _is_text(kind) or _is_bytes(kind) or _has_bytes(kind):
         return STRING
     if types.is_integer(kind) or types.is_boolean(kind):
-        return _INT
+        return INT
     if types.is_floating(kind):
-        return FieldSpec((), np.dtype(np.float32))
+        return FLOAT
     if _is_list(kind) and (_is_text(kind.value_type) or _is_bytes(kind.value_type)):
         return STRINGS
     return None

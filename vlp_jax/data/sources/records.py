@@ -14,11 +14,13 @@ import numpy as np
 
 from vlp_jax.data import faults
 from vlp_jax.data.files import retrying
+from vlp_jax.data.sources.base import STRING, FieldSpec
 from vlp_jax.data.sources.shards import (
     DAMAGED,
     TRUNCATED,
     Index,
     Piece,
+    ShardedSource,
     Shards,
     group_by_piece,
 )
@@ -33,15 +35,33 @@ _READERS = 256  # ArrayRecord files kept open
 
 
 class RecordFiles(Protocol):
-    """Attributes:
-    shards: which file holds which record.
-    """
+    """Files of records; `shards` says which file holds which record."""
 
     shards: Shards
 
     def read(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The records at `indices`, and their faults: byte strings [n], empty where all is well."""
         ...
+
+
+class RecordSource(ShardedSource):
+    """A source whose records are the serialized examples of `files`, one string each."""
+
+    files: RecordFiles
+
+    @property
+    def shards(self) -> Shards:
+        return self.files.shards
+
+    def record_fields(self) -> dict[str, FieldSpec]:
+        return {"record": STRING, faults.FAULT: STRING}
+
+    def fetch(
+        self, indices: np.ndarray, names: Sequence[str] | None = None
+    ) -> dict[str, np.ndarray]:
+        del names
+        records, found = self.files.read(np.asarray(indices, np.int64))
+        return {"record": records, faults.FAULT: found}
 
 
 class TFRecordFiles:

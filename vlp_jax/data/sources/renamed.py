@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from vlp_jax.data.sources.base import Blocks, FieldSpec, Source, as_plain
+from vlp_jax.data.sources.base import FieldSpec, Source, WrappedSource, as_plain
 from vlp_jax.errors import UserError, unknown_key_message
 
 # What writers of image-text data call these, the commonest first.
@@ -69,10 +69,9 @@ def rename(source: Source, names: Mapping[str, str] | None) -> Source:
 
 
 @dataclass(frozen=True, eq=False)
-class Renamed(Source):
-    """The fields of another source under other names; `names` is ours -> theirs."""
+class Renamed(WrappedSource):
+    """The fields of another source under other names; `names` maps ours to theirs."""
 
-    source: Source
     names: Mapping[str, str]
 
     @property
@@ -80,15 +79,9 @@ class Renamed(Source):
         # Records that are examples have the source's names, so that they are to be parsed.
         return self.source.needs_tensorflow or any(k != v for k, v in self.names.items())
 
-    def __len__(self) -> int:
-        return len(self.source)
-
     def fields(self) -> dict[str, FieldSpec]:
         known = self.source.fields()
         return {ours: known[theirs] for ours, theirs in self.names.items()}
-
-    def record_fields(self) -> Mapping[str, FieldSpec]:
-        return self.source.record_fields()
 
     def look_for(self, name: str) -> str:
         return self.source.look_for(self.names.get(name, name))
@@ -111,15 +104,3 @@ class Renamed(Source):
 
     def class_names(self, field: str) -> tuple[str, ...] | None:
         return self.source.class_names(self.names.get(field, field))
-
-    def describe(self, index: int) -> str:
-        return self.source.describe(index)
-
-    def fingerprint(self) -> str:
-        return self.source.fingerprint()
-
-    def blocks(self) -> Blocks | None:
-        return self.source.blocks()
-
-    def will_read(self, indices: np.ndarray) -> None:
-        self.source.will_read(indices)

@@ -32,6 +32,7 @@ import numpy as np
 from vlp_jax.data import faults, files
 from vlp_jax.data.local_copies import LocalCopies, default_cache_dir, writing
 from vlp_jax.data.signatures import GZIP, kind_of, remedy
+from vlp_jax.data.sources.base import Source
 from vlp_jax.errors import UserError
 
 Index = Mapping[str, np.ndarray]
@@ -231,6 +232,10 @@ class Shards:
             return faults.marked(faults.TRUNCATED, detail)
         return faults.marked(*_DETAILS[fault])
 
+    def is_whole(self, piece: int) -> bool:
+        """Whether the file of a piece can be read to its end, and has the mark of it."""
+        return _state(self.index(piece)) == _WHOLE
+
     def near(self, most: int) -> list[int]:
         """Some pieces, over all of them, that can be read without a copy; else the first."""
         pieces = [n for n, piece in enumerate(self.pieces) if self.copies.in_place(piece.path)]
@@ -310,6 +315,24 @@ def _state(index: Index) -> str:
     if "archive_is_cut" in index or len(fault) and fault[-1] in (TRUNCATED, DAMAGED):
         return _CUT
     return _WHOLE if index.get("end_mark", _MARKED).all() else _UNMARKED
+
+
+class ShardedSource(Source):
+    """A source whose examples are the records of `shards`."""
+
+    shards: Shards
+
+    def __len__(self) -> int:
+        return len(self.shards)
+
+    def describe(self, index: int) -> str:
+        return self.shards.describe(index)
+
+    def fingerprint(self) -> str:
+        return self.shards.fingerprint()
+
+    def will_read(self, indices: np.ndarray) -> None:
+        self.shards.will_read(indices)
 
 
 class _Downloads:

@@ -10,10 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from vlp_jax.data import faults
 from vlp_jax.data.lazy_tensorflow import import_tensorflow
-from vlp_jax.data.sources.base import STRING, Blocks, FieldSpec, Source
-from vlp_jax.data.sources.records import ArrayRecordFiles, RecordFiles, TFRecordFiles
+from vlp_jax.data.sources.base import Blocks, FieldSpec
+from vlp_jax.data.sources.records import (
+    ArrayRecordFiles,
+    RecordFiles,
+    RecordSource,
+    TFRecordFiles,
+)
 from vlp_jax.data.sources.shards import Piece
 from vlp_jax.data.sources.tfds_lookup import (
     ARRAY_RECORD,
@@ -30,7 +34,7 @@ BLOCK, WINDOW = 256, 4  # records of one file that are read together, such block
 
 
 @dataclass(frozen=True)
-class TfdsSource(Source):
+class TfdsSource(RecordSource):
     """A split of a dataset that tensorflow_datasets has prepared as ArrayRecord or TFRecord files.
 
     The fields are the dataset's features; nested ones are named by path ("objects/bbox"). Images
@@ -52,7 +56,7 @@ class TfdsSource(Source):
     data_dir: str | None = None
 
     def __post_init__(self) -> None:
-        _ = self._files
+        _ = self.files
 
     @cached_property
     def _builder(self) -> Any:
@@ -60,14 +64,11 @@ class TfdsSource(Source):
         return find_builder(self.dataset, self.data_dir)
 
     @cached_property
-    def _files(self) -> RecordFiles:
+    def files(self) -> RecordFiles:
         info = split_info(self._builder, self.dataset, self.split)
         pieces = [Piece(str(f.filename), f.skip, f.take) for f in info.file_instructions]
         random_access = file_format(self._builder) == ARRAY_RECORD
         return (ArrayRecordFiles if random_access else TFRecordFiles)(pieces)
-
-    def __len__(self) -> int:
-        return len(self._files.shards)
 
     def fields(self) -> dict[str, FieldSpec]:
         return self._fields
@@ -87,16 +88,6 @@ class TfdsSource(Source):
         record = tf.TensorSpec([], tf.string)
         tf.function(trace, autograph=False).get_concrete_function(record)
         return fields
-
-    def record_fields(self) -> dict[str, FieldSpec]:
-        return {"record": STRING, faults.FAULT: STRING}
-
-    def fetch(
-        self, indices: np.ndarray, names: Sequence[str] | None = None
-    ) -> dict[str, np.ndarray]:
-        del names
-        records, found = self._files.read(np.asarray(indices, np.int64))
-        return {"record": records, faults.FAULT: found}
 
     def parse(self, record: dict[str, tf.Tensor], names: Sequence[str]) -> dict[str, tf.Tensor]:
         top_level = list(dict.fromkeys(name.split("/")[0] for name in names))
@@ -119,7 +110,7 @@ class TfdsSource(Source):
         def read(start: tf.Tensor) -> tf.Tensor:
             def chunk(first: np.int64) -> np.ndarray:
                 last = min(first + _COLUMN_CHUNK, len(self))
-                return self._files.read(np.arange(first, last))[0]
+                return self.files.read(np.arange(first, last))[0]
 
             records = tf.numpy_function(chunk, [start], tf.string, stateful=False)
             records.set_shape([None])
@@ -149,22 +140,16 @@ class TfdsSource(Source):
         return tuple(feature.names) if isinstance(feature, tfds.features.ClassLabel) else None
 
     def describe(self, index: int) -> str:
-        piece, record = self._files.shards.locate(np.array([index]))
-        file = Path(self._files.shards.pieces[piece[0]].path).name
+        piece, record = self.shards.locate(np.array([index]))
+        file = Path(self.shards.pieces[piece[0]].path).name
         return f"{self._builder.info.full_name} {self.split}, record {record[0]} of {file}"
-
-    def fingerprint(self) -> str:
-        return self._files.shards.fingerprint()
 
     def blocks(self) -> Blocks | None:
         """None for ArrayRecord files, any record of which is found at once."""
-        shards = self._files.shards
-        if shards.in_place and isinstance(self._files, ArrayRecordFiles):
+        shards = self.shards
+        if shards.in_place and isinstance(self.files, ArrayRecordFiles):
             return None
         return Blocks(shards.block_sizes(BLOCK), WINDOW if shards.in_place else 1)
-
-    def will_read(self, indices: np.ndarray) -> None:
-        self._files.shards.will_read(indices)
 
 
 def _skip_images(feature: Any) -> Any:
