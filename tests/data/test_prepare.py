@@ -1,5 +1,6 @@
 """tools.prepare_data: read back by each format's own reader, stopped, run again."""
 
+import gzip
 import hashlib
 import json
 import os
@@ -311,6 +312,18 @@ def test_urls_and_examples_per_shard(tmp_path):
         assert fs.cat_file(f"/data/out/{name}") == data
     assert len(fs.ls("/data/out")) == 5 and len(ids) == COUNT
     assert jobs.prepare(job).was_finished
+
+
+def test_gzipped_tars_are_read_as_plain_ones(tmp_path):
+    pattern, fields, _ = write_tars(tmp_path / "in")
+    plain = jobs.prepare(make_job(pattern, "webdataset", tmp_path / "plain", fields=fields))
+    for file in (tmp_path / "in").iterdir():
+        file.with_name(f"{file.name}.gz").write_bytes(gzip.compress(file.read_bytes()))
+        file.unlink()
+    packed = str(tmp_path / "in")
+    packed = jobs.prepare(make_job(packed, "webdataset", tmp_path / "gz", fields=fields))
+    assert packed.manifest["shards"] == plain.manifest["shards"]
+    assert contents(tmp_path / "gz") == contents(tmp_path / "plain")
 
 
 def test_brace_ranges():

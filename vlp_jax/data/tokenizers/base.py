@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
+from vlp_jax.data.tokenizers import files
 from vlp_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -19,36 +20,64 @@ PAD_ID, EOS_ID, BOS_ID = 0, 1, 2
 SPECIAL_TOKENS = ("<pad>", "<eos>", "<bos>")
 
 
-class Tokenizer(Protocol):
-    """What the pipeline and the models ask of a tokenizer.
+class Tokenizer:
+    """Turns text into rows of token ids, by a model of the library `tokenizers`.
+
+    A row is bos (if there is one), the ids of the text, eos and padding. Subclasses make the model
+    and say which ids are special. `SentencePieceTokenizer` asks another library for the ids.
 
     Attributes:
+      kind: the key of `files.KINDS`, as a config and the file of a run name it.
       vocab_size: the number of rows that an embedding needs: every id is below it.
       context_length: the length of a row of ids.
       pad_id, bos_id, eos_id: the special tokens; without a bos (None), rows begin with the text.
     """
 
+    kind: ClassVar[str]
     vocab_size: int
-    context_length: int
     pad_id: int
     bos_id: int | None
     eos_id: int
 
+    def __init__(self, model: tokenizers.Tokenizer, context_length: int) -> None:
+        """Checks `context_length`; `model` gives the ids of a text without framing it."""
+        self.context_length = check_context_length(context_length)
+        self._model = model
+
     def __call__(self, texts: Sequence[str | bytes]) -> np.ndarray:
-        """Token ids of n texts, int32 [n, context_length]."""
-        ...
+        """Token ids of n texts, int32 [n, context_length]. A long text loses its end, never eos."""
+        return frame(self.encode(texts), self)
 
     def encode(self, texts: Sequence[str | bytes]) -> list[list[int]]:
         """The ids of n texts, whole: without bos, eos and padding, and not cut."""
-        ...
+        batch = [self.clean(as_text(text)) for text in texts]
+        encodings = self._model.encode_batch_fast(batch, add_special_tokens=False)
+        return [encoding.ids for encoding in encodings]
 
     def decode(self, ids: np.ndarray) -> list[str]:
         """The texts of rows of ids, int [n, length], without special tokens, up to eos."""
-        ...
+        rows = [row[row != self.bos_id].tolist() for row in up_to_eos(ids, self.eos_id)]
+        return self._model.decode_batch(rows, skip_special_tokens=True)
+
+    def clean(self, text: str) -> str:
+        """Changes a text before it is tokenized."""
+        return text
+
+    def note(self) -> dict[str, Any]:
+        """What the file of a run keeps, beside the kind, to build the tokenizer again."""
+        return {}
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes what is needed to build it again to a file, whole or not at all."""
-        ...
+        """Writes what is needed to build the tokenizer again to a file, whole or not at all."""
+        files.write_note(path, self.kind, **self.note())
+
+    def library_model(self) -> tokenizers.Tokenizer:
+        """A fresh model of the library for raw text, with the special tokens marked as such.
+
+        Raises:
+          UserError: the library cannot express it.
+        """
+        raise NotImplementedError
 
     def to_json(self, lowercase: bool, canonicalize: bool = False) -> str:
         """A tokenizer.json of the Hugging Face `tokenizers` library with which it frames as here.
@@ -62,7 +91,7 @@ class Tokenizer(Protocol):
         Raises:
           UserError: that library cannot express it.
         """
-        ...
+        return framing_json(self.library_model(), self, lowercase, canonicalize)
 
 
 # The text operations of a run that a tokenizer.json can do, in the order of `to_json`'s arguments.

@@ -6,8 +6,6 @@ import os
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from vlp_jax.data.tokenizers import base, files
 from vlp_jax.errors import UserError
 from vlp_jax.files import write_whole
@@ -23,7 +21,7 @@ _BOS_TOKENS = ("<bos>", "<s>", "[CLS]", "[BOS]", "<|startoftext|>", "<|begin_of_
 _EOS_TOKENS = ("<eos>", "</s>", "[SEP]", "[EOS]", "<|endoftext|>", "<|end_of_text|>")
 
 
-class SubwordTokenizer:
+class SubwordTokenizer(base.Tokenizer):
     """A tokenizer.json of the Hugging Face `tokenizers` library, framed by bos and eos.
 
     The file's own post-processing, truncation and padding are not used. Text that spells a special
@@ -34,9 +32,11 @@ class SubwordTokenizer:
       UserError: if the file lacks a special token for eos.
     """
 
+    kind = "subword"
+
     def __init__(self, model: tokenizers.Tokenizer, context_length: int, where: str) -> None:
-        self.context_length = base.check_context_length(context_length)
-        self._model = model
+        """`where` names the model's file in messages."""
+        super().__init__(model, context_length)
         self.bos_id = _special_id(model, _BOS_TOKENS)
         eos_id, pad_id = _special_id(model, _EOS_TOKENS), _special_id(model, _PAD_TOKENS)
         if eos_id is None:
@@ -64,25 +64,13 @@ class SubwordTokenizer:
             raise UserError(f"{path} is not a tokenizer.json that can be read: {reason}") from None
         return cls(model, context_length, str(path))
 
-    def __call__(self, texts: Sequence[str | bytes]) -> np.ndarray:
-        return base.frame(self.encode(texts), self)
-
-    def encode(self, texts: Sequence[str | bytes]) -> list[list[int]]:
-        batch = [base.as_text(text) for text in texts]
-        encodings = self._model.encode_batch_fast(batch, add_special_tokens=False)
-        return [encoding.ids for encoding in encodings]
-
-    def decode(self, ids: np.ndarray) -> list[str]:
-        return self._model.decode_batch(
-            [row.tolist() for row in base.up_to_eos(ids, self.eos_id)], skip_special_tokens=True
-        )
-
     def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes a tokenizer.json."""
         write_whole(path, self._file)
 
-    def to_json(self, lowercase: bool, canonicalize: bool = False) -> str:
-        model = base.import_tokenizers().Tokenizer.from_str(self._file)
-        return base.framing_json(model, self, lowercase, canonicalize)
+    def library_model(self) -> tokenizers.Tokenizer:
+        """The file's own model."""
+        return base.import_tokenizers().Tokenizer.from_str(self._file)
 
 
 def train_subword(
