@@ -7,7 +7,7 @@ from ml_collections.config_dict import placeholder
 
 # What every data config has, so that it can be overridden. The largest share of examples that
 # cannot be used; the order, and how many places of the files are read side by side (see
-# `vlp_jax.data.stream.make_order`).
+# `vlp_jax.data.source_reader.make_order`).
 DATA_DEFAULTS = {"max_bad_fraction": 0.1, "order": "auto", "lanes": 16, "window": None}
 
 

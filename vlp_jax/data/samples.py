@@ -43,13 +43,13 @@ def _of_one(config: Mapping[str, Any], limit: int, seed: int) -> Iterator[str]:
         texts = _column(source)[order.indices(positions)]
         yield from (text.decode("utf-8", "replace") for text in texts)
         return
-    from vlp_jax.data import example_graph
+    from vlp_jax.data import preprocess_graph
     from vlp_jax.data.ops import build_ops
 
     ops = build_ops(config.get("preprocess"))
-    graph = example_graph.ExampleGraph(source, ops, texts_only=True)
+    graph = preprocess_graph.PreprocessGraph(source, ops, texts_only=True)
     positions = positions[: -(-limit // len(graph.outputs))]
-    size = example_graph.CHUNK
+    size = preprocess_graph.CHUNK
 
     def plan(number: int) -> tuple[np.ndarray, np.ndarray]:
         chosen = positions[number * size : (number + 1) * size]

@@ -15,8 +15,8 @@ _MAX_DENOMINATOR = 2**31 - 1
 
 
 @dataclass(frozen=True)
-class Layout:
-    """Which part of the global stream a process reads: block p of every batch is process p's.
+class BatchShare:
+    """The part of each global batch that a process reads: block p belongs to process p.
 
     Attributes:
       batch_size: examples in a global batch.
@@ -76,7 +76,7 @@ class Mixture:
         shares = []
         for number, weight in enumerate(exact):
             share = (weight / sum(exact[number:])).limit_denominator(_MAX_DENOMINATOR)
-            # What is less than can be told apart is taken for the least, never for all or nothing.
+            # A share below the precision is rounded to the least share, never to none or all.
             share = max(share, Fraction(1, _MAX_DENOMINATOR))
             if number + 1 < len(exact):
                 share = min(share, Fraction(_MAX_DENOMINATOR - 1, _MAX_DENOMINATOR))
@@ -105,28 +105,31 @@ def _line(rows: np.ndarray, p: int, q: int, begin: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Schedule:
-    """What a process reads for each batch.
+    """Says which positions a process reads for each batch.
 
     Place g of a global batch of B examples belongs to lane g // (B / lanes). Lane l consists of the
     positions n with n % lanes = l, so that a process reads few lanes of every source.
 
     Attributes:
-      layout: batch and processes.
+      share: batch and processes.
       mixture: of the sources; its lanes divide the batch.
     """
 
-    layout: Layout
+    share: BatchShare
     mixture: Mixture
 
     def __post_init__(self) -> None:
-        if self.layout.batch_size % self.mixture.lanes:
-            raise ValueError(f"{self.mixture.lanes} lanes do not divide {self.layout.batch_size}")
+        if self.share.batch_size % self.mixture.lanes:
+            raise ValueError(f"{self.mixture.lanes} lanes do not divide {self.share.batch_size}")
 
     def of_batch(self, batch: int, count: int) -> list[tuple[np.ndarray, np.ndarray]]:
-        """For each of `count` sources: places in this process's part, and positions, int64 [k]."""
+        """For each of `count` sources: places in this process's part, and positions, int64 [k].
+
+        With one source of one lane, place g of batch b is position b * batch_size + g.
+        """
         lanes = self.mixture.lanes
-        depth = self.layout.batch_size // lanes
-        lane, inside = np.divmod(self.layout.places, depth)
+        depth = self.share.batch_size // lanes
+        lane, inside = np.divmod(self.share.places, depth)
         source, row = self.mixture.assign(batch * depth + inside, lane)
         found = []
         for number in range(count):
