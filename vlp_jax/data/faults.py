@@ -7,12 +7,8 @@ pipeline drops the example, counts it by its source and its reason, and puts ano
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING
 
-from vlp_jax.data.lazy_tensorflow import import_tensorflow
-
-if TYPE_CHECKING:
-    import tensorflow as tf
+from vlp_jax.data.lazy_tensorflow import tf
 
 UNDECODABLE = "undecodable image"
 TOO_LARGE = "image too large"
@@ -69,13 +65,12 @@ def require(
       reason: one of `REASONS`.
       detail: what is wrong, one line; a Python string or a scalar string tensor.
     """
-    message = import_tensorflow().strings.join([f"{_MARK} ({reason}): ", detail])
+    message = tf.strings.join([f"{_MARK} ({reason}): ", detail])
     return require_marked(value, condition, message)
 
 
 def require_marked(value: tf.Tensor, condition: tf.Tensor, message: tf.Tensor) -> tf.Tensor:
     """As `require`; `message` is a string that `marked` made."""
-    tf = import_tensorflow()
     zero = tf.strings.to_number(tf.where(condition, "0", message), tf.int32)
     if value.dtype == tf.string:
         return tf.strings.substr(value, zero, tf.int32.max)

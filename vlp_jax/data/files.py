@@ -18,7 +18,7 @@ from typing import Any, BinaryIO, TypeVar
 
 import braceexpand
 
-from vlp_jax.data.lazy_tensorflow import import_tensorflow
+from vlp_jax.data.lazy_tensorflow import tf
 from vlp_jax.data.signatures import HEAD_BYTES, kind_of, remedy
 from vlp_jax.errors import UserError
 
@@ -197,7 +197,7 @@ class _Gfile:
 
     @property
     def gfile(self) -> Any:
-        return import_tensorflow().io.gfile
+        return tf.io.gfile
 
     def exists(self, path: str) -> bool:
         return self.gfile.exists(path) and not self.gfile.isdir(path)
@@ -235,7 +235,7 @@ def _remote(scheme: str) -> _Fsspec | _Gfile:
             return _Fsspec(scheme, fsspec.filesystem(scheme))
         except ImportError as error:
             reason = str(error)
-    if scheme in import_tensorflow().io.gfile.get_registered_schemes():
+    if scheme in tf.io.gfile.get_registered_schemes():
         return _Gfile()
     raise UserError(f"{scheme}:// cannot be opened: {reason}, nor does TensorFlow open it")
 

@@ -9,17 +9,13 @@ this one, and one line in `OPS`.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from vlp_jax.data import image_ops, question_ops, row_ops, text_ops, tokenizing
+from vlp_jax.data.lazy_tensorflow import Example, Op, tf
 from vlp_jax.data.sources.base import as_plain
 from vlp_jax.errors import UserError, check_arguments, unknown_key_message
 from vlp_jax.preprocess import labelled, name_and_number
-
-if TYPE_CHECKING:
-    import tensorflow as tf
-
-    from vlp_jax.data.lazy_tensorflow import Example, Op
 
 
 def keep(fields: Sequence[str]) -> Op:

@@ -11,15 +11,12 @@ import numpy as np
 
 from vlp_jax.data import faults, traced_fields
 from vlp_jax.data.fault_log import Fault
-from vlp_jax.data.lazy_tensorflow import import_tensorflow
+from vlp_jax.data.lazy_tensorflow import Op, tf
 from vlp_jax.data.ops import apply_ops
 from vlp_jax.data.sources.base import STRING, FieldSpec, Source
 from vlp_jax.data.tokenizing import Framing, unmarked
 
 if TYPE_CHECKING:
-    import tensorflow as tf
-
-    from vlp_jax.data.lazy_tensorflow import Op
     from vlp_jax.data.tokenizers import Tokenizer
 
 # Examples that are read in one call of Python, and go through their operations in one thread.
@@ -100,7 +97,7 @@ class PreprocessGraph:
         self.texts = [
             name
             for name, value in fields.items()
-            if value.op in read and value.dtype == import_tensorflow().string and name != "image"
+            if value.op in read and value.dtype == tf.string and name != "image"
         ]
 
     def _results(self) -> dict[str, FieldSpec]:
@@ -116,7 +113,6 @@ class PreprocessGraph:
 
     def example(self, record: dict[str, tf.Tensor], seeds: tf.Tensor) -> dict[str, tf.Tensor]:
         """Preprocesses one example. The graph fails at an example that cannot be used."""
-        tf = import_tensorflow()
         unread = {
             name: _unread(spec)
             for name, spec in self._source.fields().items()
@@ -145,7 +141,6 @@ class PreprocessGraph:
 
         A single thread goes through them, so several chunks should be under way at a time.
         """
-        tf = import_tensorflow()
         as_written = tf.autograph.experimental.do_not_convert
         count = tf.shape(seeds)[0]
 
@@ -174,7 +169,6 @@ class PreprocessGraph:
 
     def _tokenized(self, outputs: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
         """Replaces the texts of several examples by token ids."""
-        tf = import_tensorflow()
         known = {name: value for name, value in outputs.items() if name not in self._framings}
         if self._raw_text is not None and "text" in self._framings:
             known[self._raw_text] = outputs["text"]
@@ -188,7 +182,6 @@ class PreprocessGraph:
 
     def unpack(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Reads the packed fields of a batch, each into an object array [b] of arrays."""
-        tf = import_tensorflow()
         unpacked = dict(batch)
         for name, dtype in self.packed.items():
             rows = np.empty(len(batch[name]), object)
@@ -217,7 +210,7 @@ class PreprocessGraph:
         failures: list[Exception] = []
         try:
             yield from _run(self._dataset(indices_and_seeds, total, failures.append))
-        except import_tensorflow().errors.OpError:
+        except tf.errors.OpError:
             # TensorFlow keeps only the text of an exception in Python.
             if failures:
                 raise failures[0] from None
@@ -230,7 +223,6 @@ class PreprocessGraph:
         failed: Callable[[Exception], None],
     ) -> tf.data.Dataset:
         """The dataset behind `chunks`; `failed` is called with the exception if reading fails."""
-        tf = import_tensorflow()
 
         def fetch(number: np.int64) -> list[np.ndarray]:
             try:
@@ -263,7 +255,6 @@ class PreprocessGraph:
         self, indices: np.ndarray, seeds: np.ndarray
     ) -> tuple[dict[str, np.ndarray], np.ndarray]:
         """Reads and preprocesses a few examples now; see `chunk`."""
-        tf = import_tensorflow()
         records = {name: tf.constant(column) for name, column in self._fetch(indices).items()}
         outputs, numbers = self._chunk_function(records, tf.constant(seeds))
         return {name: value.numpy() for name, value in outputs.items()}, numbers.numpy()
@@ -275,7 +266,6 @@ class PreprocessGraph:
           index: of the example.
           seeds: int32 [number of operations, 2].
         """
-        tf = import_tensorflow()
         columns = self._fetch(np.array([index]))
         where = self._source.describe(index)
         fault = columns.pop(faults.FAULT, [b""])[0]
@@ -297,16 +287,15 @@ class PreprocessGraph:
     @cached_property
     def _chunk_function(self) -> Any:
         # Shapes are not part of the signature, so that it is traced once for all sizes.
-        return import_tensorflow().function(self.chunk, autograph=False, reduce_retracing=True)
+        return tf.function(self.chunk, autograph=False, reduce_retracing=True)
 
     @cached_property
     def _example_function(self) -> Any:
-        return import_tensorflow().function(self.example, autograph=False, reduce_retracing=True)
+        return tf.function(self.example, autograph=False, reduce_retracing=True)
 
 
 def _run(dataset: tf.data.Dataset) -> Iterator[tuple[dict[str, np.ndarray], np.ndarray]]:
     """Yields the elements of a dataset, prepared ahead of their use by threads of its own."""
-    tf = import_tensorflow()
     options = tf.data.Options()
     options.deterministic = True
     options.threading.private_threadpool_size = _processors()
@@ -324,7 +313,6 @@ def _processors() -> int:
 
 def _checked_text(name: str, text: tf.Tensor) -> tf.Tensor:
     """Removes byte order marks from strings of any shape; fails for strings that are not UTF-8."""
-    tf = import_tensorflow()
     text = tf.strings.regex_replace(text, r"\A\x{feff}", "")
     replaced = tf.strings.unicode_transcode(text, "UTF-8", "UTF-8", errors="replace")
     sound = (replaced == text) & ~tf.strings.regex_full_match(text, _UTF16)
@@ -334,7 +322,6 @@ def _checked_text(name: str, text: tf.Tensor) -> tf.Tensor:
 
 def _unread(spec: FieldSpec) -> tf.Tensor:
     """A placeholder for a field that no output depends on, so that operations may pass it along."""
-    tf = import_tensorflow()
     nothing = tf.fill(
         [dim or 0 for dim in spec.shape], b"" if spec.is_string else spec.dtype.type(0)
     )

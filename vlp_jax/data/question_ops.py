@@ -2,16 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from vlp_jax.data.faults import MISSING_FIELD, require
-from vlp_jax.data.lazy_tensorflow import import_tensorflow
+from vlp_jax.data.lazy_tensorflow import Example, Op, tf
 from vlp_jax.errors import UserError
-
-if TYPE_CHECKING:
-    import tensorflow as tf
-
-    from vlp_jax.data.lazy_tensorflow import Example, Op
 
 
 def choose_question(
@@ -37,7 +30,6 @@ def choose_question(
         raise UserError(f"choose_question: index must be None or a number from 0, got {index!r}")
 
     def apply(example: Example, seed: tf.Tensor) -> Example:
-        tf = import_tensorflow()
         texts = example[question]
         if texts.dtype != tf.string or texts.shape.rank != 1:
             raise UserError(f"choose_question: field {question!r} is no list of strings")
@@ -59,7 +51,6 @@ def choose_question(
 
 def _number(example: Example, name: str, chosen: tf.Tensor) -> tf.Tensor:
     """Entry `chosen` of a list of whole numbers, int32."""
-    tf = import_tensorflow()
     numbers = example[name]
     if not numbers.dtype.is_integer or numbers.shape.rank != 1:
         raise UserError(f"choose_question: field {name!r} is no list of whole numbers")

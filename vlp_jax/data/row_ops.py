@@ -3,15 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
-from vlp_jax.data.lazy_tensorflow import import_tensorflow
+from vlp_jax.data.lazy_tensorflow import Example, Op, tf
 from vlp_jax.errors import UserError
-
-if TYPE_CHECKING:
-    import tensorflow as tf
-
-    from vlp_jax.data.lazy_tensorflow import Example, Op
 
 
 def pad_rows(fields: Sequence[str], count: int, fill: float = 0) -> Op:
@@ -33,7 +27,6 @@ def pad_rows(fields: Sequence[str], count: int, fill: float = 0) -> Op:
         raise UserError(f"pad_rows: fill must be a number, got {fill!r}")
 
     def padded(example: Example, name: str) -> tf.Tensor:
-        tf = import_tensorflow()
         rows = example[name]
         number = rows.dtype.is_floating or rows.dtype.is_integer
         if not number or not rows.shape.rank or None in tuple(rows.shape)[1:]:

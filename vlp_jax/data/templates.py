@@ -5,13 +5,9 @@ from __future__ import annotations
 import string
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-from vlp_jax.data.lazy_tensorflow import import_tensorflow
+from vlp_jax.data.lazy_tensorflow import tf
 from vlp_jax.errors import UserError
-
-if TYPE_CHECKING:
-    import tensorflow as tf
 
 
 @dataclass(frozen=True)
@@ -51,7 +47,6 @@ class Templates:
 
     def fill(self, index: tf.Tensor | int, values: Sequence[tf.Tensor]) -> tf.Tensor:
         """Template `index` with `values`, scalar strings in the order of `fields`."""
-        tf = import_tensorflow()
         texts = tf.gather(tf.constant(self.texts), index)
         chosen = tf.gather(
             tf.stack([*values, tf.constant("")]), tf.gather(tf.constant(self.slots), index)

@@ -11,14 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from vlp_jax.data.lazy_tensorflow import import_tensorflow
+from vlp_jax.data.lazy_tensorflow import Example, Op, tf
 from vlp_jax.data.tokenizers import base
 from vlp_jax.errors import UserError
 
 if TYPE_CHECKING:
-    import tensorflow as tf
-
-    from vlp_jax.data.lazy_tensorflow import Example, Op
     from vlp_jax.data.tokenizers import Tokenizer
 
 
@@ -96,12 +93,12 @@ class Marked:
     @property
     def dtype(self) -> tf.DType:
         """The type of the ids, so that operations on strings refuse the field."""
-        return import_tensorflow().int32
+        return tf.int32
 
     @property
     def shape(self) -> tf.TensorShape:
         """The shape of a row whose length is not known."""
-        return import_tensorflow().TensorShape([self.framing.length])
+        return tf.TensorShape([self.framing.length])
 
 
 def tokenize(
@@ -136,7 +133,7 @@ def tokenize(
         text = example[field]
         if isinstance(text, Marked):
             raise UserError(f"tokenize: {field!r} is tokenized already; set into in the first one")
-        if text.dtype != import_tensorflow().string or text.shape.rank != 0:
+        if text.dtype != tf.string or text.shape.rank != 0:
             raise UserError(f"tokenize: {field!r} is no string; choose_text makes one of a list")
         return {**example, into or field: Marked(text, framing)}
 

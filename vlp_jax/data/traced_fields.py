@@ -4,19 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Collection, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from vlp_jax.data.lazy_tensorflow import import_tensorflow
+from vlp_jax.data.lazy_tensorflow import Op, tf
 from vlp_jax.data.ops import apply_ops
 from vlp_jax.data.sources.base import STRING, FieldSpec, Source
 from vlp_jax.errors import UserError, unknown_key_message
-
-if TYPE_CHECKING:
-    import tensorflow as tf
-
-    from vlp_jax.data.lazy_tensorflow import Op
 
 _log = logging.getLogger("vlp_jax.data")
 
@@ -56,7 +51,6 @@ def trace(
     source: Source, ops: Sequence[tuple[str, Op]]
 ) -> tuple[dict[str, tf.Tensor], dict[str, tf.Tensor]]:
     """The fields of a source, as placeholders, and what the operations make of them."""
-    tf = import_tensorflow()
     traced: list[dict[str, tf.Tensor]] = []
 
     def process(fields: dict[str, tf.Tensor], seeds: tf.Tensor) -> None:

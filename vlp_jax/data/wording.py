@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from vlp_jax.data.lazy_tensorflow import import_tensorflow
+from vlp_jax.data.lazy_tensorflow import tf
 from vlp_jax.data.ops import apply_ops, build_ops, in_order
 from vlp_jax.data.pipeline import split_mixture
 from vlp_jax.data.sources.base import as_plain
@@ -69,7 +69,6 @@ class Wording:
     @cached_property
     def _graph(self) -> Any:
         """The operations on many texts as a TensorFlow function that is traced once."""
-        tf = import_tensorflow()
         ops = build_ops(self.operations)
         seeds = np.zeros((len(ops), 2), np.int32)
 

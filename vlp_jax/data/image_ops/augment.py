@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 from vlp_jax.data.image_ops import pixels
 from vlp_jax.data.image_ops.checks import (
@@ -13,13 +12,8 @@ from vlp_jax.data.image_ops.checks import (
     check_range,
 )
 from vlp_jax.data.image_ops.fields import IMAGE, ImageField
-from vlp_jax.data.lazy_tensorflow import import_tensorflow
+from vlp_jax.data.lazy_tensorflow import Example, Op, tf
 from vlp_jax.errors import UserError
-
-if TYPE_CHECKING:
-    import tensorflow as tf
-
-    from vlp_jax.data.lazy_tensorflow import Example, Op
 
 
 def random_op(
@@ -36,7 +30,6 @@ def random_op(
     check_number(images.op, probability, "probability", 0, 1)
 
     def apply(example: Example, seed: tf.Tensor) -> Example:
-        tf = import_tensorflow()
         if moves:
             images.refuse_boxes(example)
         image = images.decoded(example)
@@ -81,7 +74,6 @@ def color_jitter(
         raise UserError("color_jitter: all strengths are 0; leave the operation out")
 
     def change(image: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
-        tf = import_tensorflow()
         draw, shuffle = tf.unstack(tf.random.split(seed, 2))
         uniform = tf.unstack(tf.random.stateless_uniform([4], draw))
         order = tf.argsort(tf.random.stateless_uniform([len(used)], shuffle))
@@ -108,7 +100,7 @@ def grayscale(probability: float = 0.1, field: str = IMAGE, into: str | None = N
 
     def change(image: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
         del seed
-        return import_tensorflow().tile(pixels.luma(image), [1, 1, 3])
+        return tf.tile(pixels.luma(image), [1, 1, 3])
 
     return random_op(ImageField("grayscale", field, into), probability, change)
 
@@ -134,7 +126,6 @@ def gaussian_blur(
     radius = math.ceil(3 * max_sigma)
 
     def change(image: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
-        tf = import_tensorflow()
         sigma = tf.random.stateless_uniform([], seed, min_sigma, max_sigma + 1e-6)
         return pixels.blur(image, sigma, radius)
 
@@ -191,7 +182,6 @@ def random_erasing(
     logs = math.log(min_ratio), math.log(max_ratio)
 
     def change(image: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
-        tf = import_tensorflow()
         draw, noise = tf.unstack(tf.random.split(seed, 2))
         sides = tf.shape(image)[:2]
         u = tf.random.stateless_uniform([10, 4], draw)

@@ -9,22 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from vlp_jax.data.image_ops.checks import check_range
-from vlp_jax.data.image_ops.decode import cut, part_decoder, ratio_keeping
+from vlp_jax.data.image_ops.decode import Part, cut, part_decoder, ratio_keeping
 from vlp_jax.data.image_ops.fields import IMAGE, BoxRule, ImageField
 from vlp_jax.data.image_ops.resize import Resampler, shortest_to_size
-from vlp_jax.data.lazy_tensorflow import import_tensorflow
+from vlp_jax.data.lazy_tensorflow import Example, Op, tf
 
-if TYPE_CHECKING:
-    import tensorflow as tf
-
-    from vlp_jax.data.image_ops.decode import Part
-    from vlp_jax.data.lazy_tensorflow import Example, Op
-
-    # (spare rows and columns, int64 [2]; seed) -> how many come off in front, float64 [2]
-    Offset = Callable[[tf.Tensor, tf.Tensor], tf.Tensor]
+# (spare rows and columns, int64 [2]; seed) -> how many come off in front, float64 [2]
+Offset = Callable[["tf.Tensor", "tf.Tensor"], "tf.Tensor"]
 
 
 @dataclass(frozen=True)
@@ -48,7 +42,6 @@ class Crop:
 
     def __call__(self, example: Example, seed: tf.Tensor) -> Example:
         """The example with the result for the image, and its boxes."""
-        tf = import_tensorflow()
         image = self.images.decoded(example)
         _, begin, extent, how = self.place(tf.shape(image)[:2], seed, None)
         result = self.finish(cut(image, begin, extent), how, False)
@@ -105,7 +98,6 @@ def random_resized_crop(
     check_range(op, min_ratio, max_ratio, "ratio")
 
     def place(sides: tf.Tensor, seed: tf.Tensor, min_side: int | None) -> Part:
-        tf = import_tensorflow()
         areas, ratios = (min_scale, max_scale), (min_ratio, max_ratio)
         begin, extent = _random_rectangle(sides, seed, areas, ratios)
         window = [tf.cast(begin / sides, tf.float32), tf.cast(extent / sides, tf.float32)]
@@ -131,7 +123,6 @@ def _random_rectangle(
     sides: tf.Tensor, seed: tf.Tensor, areas: tuple[float, float], ratios: tuple[float, float]
 ) -> tuple[tf.Tensor, tf.Tensor]:
     """Begin and extent, int32 [2] each; arguments are ranges, as `random_resized_crop` has them."""
-    tf = import_tensorflow()
     begin, extent, _ = tf.image.stateless_sample_distorted_bounding_box(
         tf.concat([sides, [3]], 0),
         tf.zeros([0, 0, 4], tf.float32),
@@ -183,7 +174,6 @@ def resize_shortest_and_center_crop(
     op = "resize_shortest_and_center_crop"
 
     def offset(spare: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
-        tf = import_tensorflow()
         del seed
         # Rounds half to even, as Python does in torchvision.
         return tf.round(spare / 2)
@@ -210,7 +200,6 @@ def resize_shortest_and_random_crop(
     op = "resize_shortest_and_random_crop"
 
     def offset(spare: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
-        tf = import_tensorflow()
         drawn = tf.cast(tf.random.stateless_uniform([2], seed), tf.float64)
         return tf.floor(drawn * tf.cast(spare + 1, tf.float64))
 
@@ -221,7 +210,6 @@ def resize_shortest_and_random_crop(
 
 def _square(images: ImageField, boxes: BoxRule, resampler: Resampler, offset: Offset) -> Crop:
     def place(sides: tf.Tensor, seed: tf.Tensor, min_side: int | None) -> Part:
-        tf = import_tensorflow()
         upright = tf.cast(sides, tf.float32)
         ratio = ratio_keeping(tf.reduce_min(sides), min_side)
         if min_side is not None:

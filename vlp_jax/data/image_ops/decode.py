@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
 
@@ -14,17 +14,12 @@ from vlp_jax.data.image_ops import upright
 from vlp_jax.data.image_ops.checks import check_count
 from vlp_jax.data.image_ops.fields import IMAGE, ImageField
 from vlp_jax.data.image_ops.upright import MAX_PIXELS
-from vlp_jax.data.lazy_tensorflow import import_tensorflow
+from vlp_jax.data.lazy_tensorflow import Example, Op, tf
 
-if TYPE_CHECKING:
-    import tensorflow as tf
-
-    from vlp_jax.data.lazy_tensorflow import Example, Op
-
-    # ratio, begin, extent, how: see `part_decoder`
-    Part = tuple[tf.Tensor, tf.Tensor, tf.Tensor, tf.Tensor]
-    Place = Callable[[tf.Tensor, int | None], Part]
-    _Decoded = tf.Tensor | tuple[tf.Tensor, tf.Tensor]
+# ratio, begin, extent, how: see `part_decoder`
+Part = tuple["tf.Tensor", "tf.Tensor", "tf.Tensor", "tf.Tensor"]
+Place = Callable[["tf.Tensor", int | None], Part]
+_Decoded = Any  # a tensor, or a pair of tensors: the image, and `how`
 
 # Start of image, then an APP0 segment of 16 bytes (JFIF 1.02); and the marker of the quantization
 # tables, before which an Exif segment should stand (Exif 2.32, 4.5.4).
@@ -60,7 +55,6 @@ def decode_image(
 
     def apply(example: Example, seed: tf.Tensor) -> Example:
         del seed
-        tf = import_tensorflow()
         encoded = images.encoded(example)
 
         def jpeg(orientation: tf.Tensor | None) -> tf.Tensor:
@@ -92,7 +86,6 @@ def part_decoder(
     images = ImageField("decode_image", field, into)
 
     def decode(example: Example, place: Place) -> tuple[tf.Tensor, tf.Tensor]:
-        tf = import_tensorflow()
         encoded = images.encoded(example)
 
         def part_of(image: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
@@ -110,13 +103,11 @@ def part_decoder(
 
 def cut(image: tf.Tensor, begin: tf.Tensor, extent: tf.Tensor) -> tf.Tensor:
     """The rectangle of an image [h, w, 3] at `begin`, of size `extent`, int32 [2] each."""
-    tf = import_tensorflow()
     return tf.slice(image, tf.concat([begin, [0]], 0), tf.concat([extent, [3]], 0))
 
 
 def ratio_keeping(shortest: tf.Tensor, min_side: int | None) -> tf.Tensor:
     """The largest of 1, 2, 4 and 8 by which a side can be divided and keep `min_side` pixels."""
-    tf = import_tensorflow()
     if min_side is None:
         return tf.constant(1)
     halvings = sum(tf.cast(shortest // ratio >= min_side, tf.int32) for ratio in (2, 4, 8))
@@ -139,7 +130,6 @@ def _by_format(
       jpeg: gets the orientation of a JPEG, None if it has none.
       whole: gets the upright pixels, uint8 [h, w, 3], of any other file.
     """
-    tf = import_tensorflow()
     substr = tf.strings.substr
     head = tf.strings.join([substr(encoded, 0, _TABLES), b"\0" * 22])  # substr fails beyond the end
     plain = (substr(head, 0, 6) == _JFIF_HEADER) & (substr(head, 20, 2) == _QUANTIZATION)
@@ -174,13 +164,11 @@ class _Turn:
 
     def _flags(self) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
         """Whether rows and columns are exchanged, and, after that, whether each is reversed."""
-        tf = import_tensorflow()
         upside_down = tf.reduce_any(self.orientation == [3, 4, 7, 8])
         mirrored = tf.reduce_any(self.orientation == [2, 3, 6, 7])
         return self.orientation >= 5, upside_down, mirrored
 
     def image(self, stored: tf.Tensor) -> tf.Tensor:
-        tf = import_tensorflow()
         if self.orientation is None:
             return stored
 
@@ -194,14 +182,13 @@ class _Turn:
     def sides(self, stored: tf.Tensor) -> tf.Tensor:
         if self.orientation is None:
             return stored
-        return import_tensorflow().where(self.orientation >= 5, stored[::-1], stored)
+        return tf.where(self.orientation >= 5, stored[::-1], stored)
 
     def stored_window(self, sides: tf.Tensor, begin: tf.Tensor, extent: tf.Tensor) -> tf.Tensor:
         """(y, x, height, width) in the stored image of a rectangle of the upright one.
 
         `sides` are those of the upright image.
         """
-        tf = import_tensorflow()
         whole = tf.concat([begin, extent], 0)
         if self.orientation is None:
             return whole
@@ -219,7 +206,6 @@ class _Turn:
 def _whole_jpeg(
     encoded: tf.Tensor, orientation: tf.Tensor | None, min_side: int | None, max_pixels: int
 ) -> tf.Tensor:
-    tf = import_tensorflow()
     sides = tf.io.extract_jpeg_shape(encoded)[:2]
     encoded = _require_size(encoded, sides, max_pixels)
 
@@ -237,7 +223,6 @@ def _part_of_jpeg(
     min_side: int | None,
     max_pixels: int,
 ) -> tuple[tf.Tensor, tf.Tensor]:
-    tf = import_tensorflow()
     stored = tf.io.extract_jpeg_shape(encoded)[:2]
     turn = _Turn(orientation)
     sides = turn.sides(stored)
@@ -254,7 +239,6 @@ def _part_of_jpeg(
 def _at_ratio(
     decode: Callable[[int], tf.Tensor], ratio: tf.Tensor, min_side: int | None
 ) -> tf.Tensor:
-    tf = import_tensorflow()
     if min_side is None:
         return decode(1)
     number = tf.reduce_sum(tf.cast(ratio > [1, 2, 4], tf.int32))
@@ -262,14 +246,12 @@ def _at_ratio(
 
 
 def _require_size(encoded: tf.Tensor, sides: tf.Tensor, max_pixels: int) -> tf.Tensor:
-    tf = import_tensorflow()
     fits = tf.reduce_prod(tf.cast(sides, tf.int64)) <= max_pixels
     return faults.require(encoded, fits, faults.TOO_LARGE, f"more than {max_pixels} pixels")
 
 
 def _jpeg_orientation(encoded: tf.Tensor) -> tf.Tensor:
     """Calls `upright.jpeg_orientation` in the graph; int32 []."""
-    tf = import_tensorflow()
 
     def read(head: bytes) -> np.ndarray:
         return np.array(upright.jpeg_orientation(head), np.int32)
@@ -281,7 +263,6 @@ def _jpeg_orientation(encoded: tf.Tensor) -> tf.Tensor:
 @cache
 def _whole_decoder(max_pixels: int) -> Callable[[tf.Tensor], tf.Tensor]:
     """`_decode_whole` as a function of TensorFlow, traced once for all pipelines of the process."""
-    tf = import_tensorflow()
     return tf.function(
         lambda encoded: _decode_whole(encoded, max_pixels),
         input_signature=[tf.TensorSpec([], tf.string)],
@@ -291,7 +272,6 @@ def _whole_decoder(max_pixels: int) -> Callable[[tf.Tensor], tf.Tensor]:
 
 def _decode_whole(encoded: tf.Tensor, max_pixels: int) -> tf.Tensor:
     """The upright pixels of a file that is not left to TensorFlow's JPEG decoder."""
-    tf = import_tensorflow()
 
     def read(data: bytes) -> tuple[np.ndarray, bytes]:
         try:

@@ -9,16 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from vlp_jax.data.image_ops.checks import check_number
-from vlp_jax.data.lazy_tensorflow import import_tensorflow
+from vlp_jax.data.lazy_tensorflow import Example, tf
 from vlp_jax.errors import UserError
-
-if TYPE_CHECKING:
-    import tensorflow as tf
-
-    from vlp_jax.data.lazy_tensorflow import Example
 
 IMAGE = "image"
 MIN_BOX_SHARE = 0.25
@@ -58,7 +53,7 @@ class ImageField:
 
     def encoded(self, example: Example) -> tf.Tensor:
         """The file, a string; a UserError if the image is decoded already."""
-        if example[self.field].dtype != import_tensorflow().string:
+        if example[self.field].dtype != tf.string:
             raise UserError(
                 f"{self.op}: {self.field!r} is decoded already; leave the operation out"
             )
@@ -66,7 +61,6 @@ class ImageField:
 
     def decoded(self, example: Example) -> tf.Tensor:
         """The pixels, uint8 [h, w, 3]; a UserError if the field is anything else."""
-        tf = import_tensorflow()
         image = example[self.field]
         if image.dtype == tf.string:
             raise UserError(
@@ -85,7 +79,7 @@ class ImageField:
             return False
         boxes = example[self.boxes]
         right = boxes.shape.rank == 2 and boxes.shape[1] in (4, None)
-        if boxes.dtype != import_tensorflow().float32 or not right:
+        if boxes.dtype != tf.float32 or not right:
             raise UserError(
                 f"{self.op}: {self.boxes!r} must be float32 [n, 4], the boxes of {self.field!r}, "
                 f"got {boxes.dtype.name} {tuple(boxes.shape)}"
@@ -155,7 +149,6 @@ class BoxRule:
         Args:
           window: begin and extent of the part, fractions of the image's sides, float32 [2, 2].
         """
-        tf = import_tensorflow()
         if not images.has_boxes(example):
             if self.fields is not None or self.min_share is not None:
                 raise UserError(
@@ -196,7 +189,6 @@ def boxes_within(
       boxes: float32 [n, 4], fractions of the image.
       window: begin and extent of the part, fractions of the image, float32 [2, 2].
     """
-    tf = import_tensorflow()
     moved = (tf.ensure_shape(boxes, [None, 4]) - tf.tile(window[0], [2])) / tf.tile(window[1], [2])
     clipped = tf.clip_by_value(moved, 0.0, 1.0)
     left, whole = _areas(clipped), _areas(moved)
@@ -205,6 +197,5 @@ def boxes_within(
 
 
 def _areas(boxes: tf.Tensor) -> Any:
-    tf = import_tensorflow()
     sides = tf.maximum(boxes[:, 2:] - boxes[:, :2], 0)
     return sides[:, 0] * sides[:, 1]

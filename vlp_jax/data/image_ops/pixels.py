@@ -6,30 +6,22 @@ up to a rounding; factors are float32 [], 1 leaves an image as it is.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-from vlp_jax.data.lazy_tensorflow import import_tensorflow
-
-if TYPE_CHECKING:
-    import tensorflow as tf
+from vlp_jax.data.lazy_tensorflow import tf
 
 
 def round_to_uint8(image: tf.Tensor) -> tf.Tensor:
     """Rounds and clips numbers to 0 to 255."""
-    tf = import_tensorflow()
     return tf.cast(tf.clip_by_value(image + 0.5, 0, 255), tf.uint8)
 
 
 def luma(image: tf.Tensor) -> tf.Tensor:
     """Grey, uint8 [h, w, 1], with the weights of ITU-R BT.601."""
-    tf = import_tensorflow()
     weights = tf.constant([[0.299], [0.587], [0.114]])
     return round_to_uint8(tf.tensordot(tf.cast(image, tf.float32), weights, 1))
 
 
 def blend(base: tf.Tensor, image: tf.Tensor, factor: tf.Tensor) -> tf.Tensor:
     """base + factor * (image - base); a factor above 1 goes beyond the image."""
-    tf = import_tensorflow()
     base, image = tf.cast(base, tf.float32), tf.cast(image, tf.float32)
     return round_to_uint8(base + factor * (image - base))
 
@@ -41,7 +33,6 @@ def brightness(image: tf.Tensor, factor: tf.Tensor) -> tf.Tensor:
 
 def contrast(image: tf.Tensor, factor: tf.Tensor) -> tf.Tensor:
     """Blends with the mean grey."""
-    tf = import_tensorflow()
     return blend(tf.round(tf.reduce_mean(tf.cast(luma(image), tf.float32))), image, factor)
 
 
@@ -52,7 +43,6 @@ def saturation(image: tf.Tensor, factor: tf.Tensor) -> tf.Tensor:
 
 def hue(image: tf.Tensor, turn: tf.Tensor) -> tf.Tensor:
     """Adds to the hue of HSV; `turn` 1 is all the way round."""
-    tf = import_tensorflow()
     hsv = tf.image.rgb_to_hsv(tf.cast(image, tf.float32) / 255)
     turned = tf.concat([tf.math.floormod(hsv[..., :1] + turn, 1.0), hsv[..., 1:]], -1)
     return round_to_uint8(tf.image.hsv_to_rgb(turned) * 255)
@@ -60,7 +50,6 @@ def hue(image: tf.Tensor, turn: tf.Tensor) -> tf.Tensor:
 
 def sharpness(image: tf.Tensor, factor: tf.Tensor) -> tf.Tensor:
     """Blends with a smoothed image (3 x 3, the middle weighs 5); the border stays as it is."""
-    tf = import_tensorflow()
     kernel = tf.constant([[1, 1, 1], [1, 5, 1], [1, 1, 1]], tf.float32) / 13
     kernel = tf.tile(kernel[:, :, None, None], [1, 1, 3, 1])
     whole = tf.cast(image, tf.float32)[None]
@@ -73,20 +62,17 @@ def sharpness(image: tf.Tensor, factor: tf.Tensor) -> tf.Tensor:
 
 def solarize(image: tf.Tensor, threshold: tf.Tensor | float) -> tf.Tensor:
     """Inverts what is at least the threshold."""
-    tf = import_tensorflow()
     return tf.where(tf.cast(image, tf.float32) >= threshold, 255 - image, image)
 
 
 def posterize(image: tf.Tensor, bits: tf.Tensor) -> tf.Tensor:
     """Keeps the upper `bits`, int32 [], of each number."""
-    tf = import_tensorflow()
     mask = tf.cast(256 - tf.bitwise.left_shift(1, 8 - bits), tf.uint8)
     return tf.bitwise.bitwise_and(image, mask)
 
 
 def autocontrast(image: tf.Tensor) -> tf.Tensor:
     """Stretches each colour to 0 to 255; one that is constant stays."""
-    tf = import_tensorflow()
     numbers = tf.cast(image, tf.float32)
     low = tf.reduce_min(numbers, [0, 1])
     high = tf.reduce_max(numbers, [0, 1])
@@ -96,7 +82,6 @@ def autocontrast(image: tf.Tensor) -> tf.Tensor:
 
 def equalize(image: tf.Tensor) -> tf.Tensor:
     """Spreads the histogram of each colour evenly."""
-    tf = import_tensorflow()
 
     def one(channel: tf.Tensor) -> tf.Tensor:
         places = tf.cast(channel, tf.int32)
@@ -116,7 +101,6 @@ def blur(image: tf.Tensor, sigma: tf.Tensor, radius: int) -> tf.Tensor:
     Beyond the edge the image is mirrored (the edge not repeated), in a smaller image its edge
     pixels are repeated.
     """
-    tf = import_tensorflow()
     places = tf.range(-radius, radius + 1)
     weights = tf.exp(-0.5 * (tf.cast(places, tf.float32) / sigma) ** 2)
     weights = tf.tile((weights / tf.reduce_sum(weights))[:, None, None, None], [1, 1, 3, 1])
@@ -147,7 +131,6 @@ def affine(
       interpolation: "nearest" or "bilinear".
       fill: the colour of what comes from outside.
     """
-    tf = import_tensorflow()
     height, width = tf.unstack(tf.shape(image)[:2])
     middle = tf.cast(tf.stack([width, height]) - 1, tf.float32) / 2
     offset = middle + shift - tf.linalg.matvec(matrix, middle)

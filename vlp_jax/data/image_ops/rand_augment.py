@@ -4,19 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 from vlp_jax.data.image_ops import pixels
 from vlp_jax.data.image_ops.augment import random_op
 from vlp_jax.data.image_ops.checks import check_count, check_fill, check_number
 from vlp_jax.data.image_ops.fields import IMAGE, ImageField
 from vlp_jax.data.image_ops.geometry import rotation
-from vlp_jax.data.lazy_tensorflow import import_tensorflow
-
-if TYPE_CHECKING:
-    import tensorflow as tf
-
-    from vlp_jax.data.lazy_tensorflow import Op
+from vlp_jax.data.lazy_tensorflow import Op, tf
 
 _MAX = 30  # of magnitudes
 
@@ -55,7 +49,6 @@ def rand_augment(
     color = check_fill(op, fill)
 
     def change(image: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
-        tf = import_tensorflow()
         functions = operations(color)
         for layer in tf.unstack(tf.random.split(seed, num_layers)):
             which, size, side = tf.unstack(tf.random.split(layer, 3))
@@ -77,7 +70,6 @@ def operations(
     fill: tuple[int, int, int],
 ) -> dict[str, Callable[[tf.Tensor, tf.Tensor, tf.Tensor], tf.Tensor]]:
     """Name -> function of (image, strength from 0 to 1, sign -1 or 1)."""
-    tf = import_tensorflow()
     zero = tf.constant(0.0)
 
     def move(image: tf.Tensor, matrix: tf.Tensor, x: tf.Tensor, y: tf.Tensor) -> tf.Tensor:

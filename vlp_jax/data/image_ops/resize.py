@@ -10,14 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from vlp_jax.data.image_ops.checks import check_count
-from vlp_jax.data.lazy_tensorflow import import_tensorflow
+from vlp_jax.data.lazy_tensorflow import tf
 from vlp_jax.errors import UserError
-
-if TYPE_CHECKING:
-    import tensorflow as tf
 
 # Kernels of tf.raw_ops.ScaleAndTranslate with their radius in pixels; "keyscubic" is Keys (1981)
 # with a = -0.5, as in Pillow.
@@ -53,7 +49,6 @@ class Resampler:
 
     def fit(self, image: tf.Tensor) -> tf.Tensor:
         """Resizes all of an image, uint8 [h, w, 3], whatever its aspect ratio."""
-        tf = import_tensorflow()
         size = self.size
         sides = tf.shape(image)[:2]
         same = tf.reduce_all(sides == size)
@@ -75,7 +70,6 @@ class Resampler:
 
     def reach(self, scale: tf.Tensor) -> tf.Tensor:
         """How many pixels beside its centre, in the image, a pixel of the result depends on."""
-        tf = import_tensorflow()
         widened = tf.maximum(1 / scale, 1.0) if self.antialias else tf.ones_like(scale)
         return _RADII[self.method] * widened
 
@@ -87,7 +81,6 @@ class Resampler:
           scale: pixels of the result in a pixel of the image; float32 [2], for y and x.
           translation: float32 [2], in pixels of the result; whole numbers where the scale is 1.
         """
-        tf = import_tensorflow()
 
         def shift() -> tf.Tensor:
             begin = tf.concat([-tf.cast(tf.round(translation), tf.int32), [0]], 0)
@@ -98,8 +91,6 @@ class Resampler:
         return self._static(warped)
 
     def _two_passes(self, image: tf.Tensor, scale: tf.Tensor, translation: tf.Tensor) -> tf.Tensor:
-        tf = import_tensorflow()
-
         size = self.size
         # Between the passes lie `size` rows: of a flat image, many more pixels than it has. So the
         # passes are exchanged by transposing the image and the result.
@@ -121,7 +112,6 @@ class Resampler:
 
     def _resample(self, rows: tf.Tensor, scale: tf.Tensor, translation: tf.Tensor) -> tf.Tensor:
         """[1, 1, rows, n] to float32 [1, 1, size, n]."""
-        tf = import_tensorflow()
         return tf.raw_ops.ScaleAndTranslate(
             images=rows,
             size=[1, self.size],
@@ -132,13 +122,11 @@ class Resampler:
         )
 
     def _bilinear(self, image: tf.Tensor) -> tf.Tensor:
-        tf = import_tensorflow()
         size = [self.size, self.size]
         resized = tf.raw_ops.ResizeBilinear(images=image[None], size=size, half_pixel_centers=True)
         return self._to_uint8(resized[0])
 
     def _to_uint8(self, image: tf.Tensor) -> tf.Tensor:
-        tf = import_tensorflow()
         # Conversion to an integer truncates, which after the addition of a half is rounding. A
         # bilinear result is a mean with positive weights: it cannot leave the range.
         image = image + 0.5
@@ -147,7 +135,7 @@ class Resampler:
         return tf.cast(image, tf.uint8)
 
     def _static(self, image: tf.Tensor) -> tf.Tensor:
-        return import_tensorflow().ensure_shape(image, [self.size, self.size, 3])
+        return tf.ensure_shape(image, [self.size, self.size, 3])
 
 
 def shortest_to_size(
@@ -165,7 +153,6 @@ def shortest_to_size(
       begin and extent, int32 [2] each, of the part of the image that the square depends on; and
       scale and translation, as `Resampler.warp` takes them, that make the square of that part.
     """
-    tf = import_tensorflow()
     size = resampler.size
     # A long and thin image has more rows or columns, resized, than int32 and float32 count.
     long = tf.cast(sides, tf.int64)

@@ -8,7 +8,7 @@ import tarfile
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
-from vlp_jax.data.lazy_tensorflow import import_tensorflow
+from vlp_jax.data.lazy_tensorflow import tf
 from vlp_jax.data.prepare.examples import CAPTIONS, ID, IMAGE, Reference, Value
 from vlp_jax.data.prepare.images import image_type
 
@@ -43,7 +43,7 @@ class TFRecordWriter:
     """TFRecord, uncompressed (tensorflow.org/tutorials/load_data/tfrecord)."""
 
     def __init__(self, path: str, types: FieldTypes):
-        self._writer = import_tensorflow().io.TFRecordWriter(path)
+        self._writer = tf.io.TFRecordWriter(path)
         self._types = types
 
     def write(self, reference: Reference, image: bytes) -> None:
@@ -98,7 +98,6 @@ def tar_key(id: str) -> str:
 
 def serialize(reference: Reference, image: bytes, types: FieldTypes) -> bytes:
     """A tf.train.Example with the features `id`, `image`, `captions` and the further fields."""
-    tf = import_tensorflow()
     values: dict[str, Value] = {
         ID: reference.id,
         IMAGE: image,

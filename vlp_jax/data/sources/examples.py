@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
-from vlp_jax.data.lazy_tensorflow import import_tensorflow
+from vlp_jax.data.lazy_tensorflow import tf
 from vlp_jax.data.sources.base import Blocks, FieldSpec
 from vlp_jax.data.sources.manifest import find_pieces
 from vlp_jax.data.sources.records import (
@@ -19,9 +19,6 @@ from vlp_jax.data.sources.records import (
     TFRecordFiles,
 )
 from vlp_jax.errors import UserError, unknown_key_message
-
-if TYPE_CHECKING:
-    import tensorflow as tf
 
 DTYPES = {"bytes": np.dtype(object), "int64": np.dtype(np.int64), "float32": np.dtype(np.float32)}
 BLOCK, WINDOW = 256, 4  # records of one file that are read together, and such blocks at a time
@@ -110,7 +107,6 @@ class TFRecordSource(RecordSource):
 
     def _features_of(self, indices: np.ndarray) -> dict[str, FieldSpec]:
         """The features of some examples; one that ever has several values is a list."""
-        tf = import_tensorflow()
         records, bad = self.files.read(indices)
         found: dict[str, FieldSpec] = {}
         for record in records[bad == b""]:
@@ -130,7 +126,6 @@ class TFRecordSource(RecordSource):
         return self._features
 
     def parse(self, record: dict[str, tf.Tensor], names: Sequence[str]) -> dict[str, tf.Tensor]:
-        tf = import_tensorflow()
         specs = {}
         for name in names:
             spec = self._features[name]
@@ -141,7 +136,6 @@ class TFRecordSource(RecordSource):
         return dict(tf.io.parse_single_example(record["record"], specs)) if specs else {}
 
     def column(self, name: str) -> np.ndarray:
-        tf = import_tensorflow()
         values = np.ma.masked_all(len(self), self._features[name].dtype)
         for first in range(0, len(self), _COLUMN_CHUNK):
             indices = np.arange(first, min(first + _COLUMN_CHUNK, len(self)))

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -25,9 +24,6 @@ from vlp_jax.data.sources.labels import number_labels, open_names
 from vlp_jax.data.sources.records import empty_strings
 from vlp_jax.data.sources.row_source import Rows, RowSource, spec_of_all
 from vlp_jax.errors import UserError
-
-if TYPE_CHECKING:
-    pass
 
 # Of one file: it is a bad example. Anything else is the disk's, and ends the run.
 _GONE = (FileNotFoundError, PermissionError, IsADirectoryError)

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
 from vlp_jax.data import faults
+from vlp_jax.data.lazy_tensorflow import tf
 from vlp_jax.data.sources.base import STRING, STRINGS, FieldSpec, Source
-
-if TYPE_CHECKING:
-    import tensorflow as tf
 
 Rows = dict[str, list[Any]]
 

@@ -6,11 +6,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from vlp_jax.data.lazy_tensorflow import import_tensorflow
+from vlp_jax.data.lazy_tensorflow import import_tensorflow, tf
 from vlp_jax.data.sources.base import Blocks, FieldSpec
 from vlp_jax.data.sources.records import (
     ArrayRecordFiles,
@@ -25,9 +25,6 @@ from vlp_jax.data.sources.tfds_lookup import (
     find_builder,
     split_info,
 )
-
-if TYPE_CHECKING:
-    import tensorflow as tf
 
 _COLUMN_CHUNK = 1024
 BLOCK, WINDOW = 256, 4  # records of one file that are read together, such blocks at a time
@@ -75,7 +72,6 @@ class TfdsSource(RecordSource):
 
     @cached_property
     def _fields(self) -> dict[str, FieldSpec]:
-        tf = import_tensorflow()
         fields: dict[str, FieldSpec] = {}
 
         def trace(record: tf.Tensor) -> None:
@@ -105,8 +101,6 @@ class TfdsSource(RecordSource):
         return dict(_flat(features.deserialize_example(record, decoders=decoders)))
 
     def column(self, name: str) -> np.ndarray:
-        tf = import_tensorflow()
-
         def read(start: tf.Tensor) -> tf.Tensor:
             def chunk(first: np.int64) -> np.ndarray:
                 last = min(first + _COLUMN_CHUNK, len(self))

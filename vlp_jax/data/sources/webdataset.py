@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -21,9 +21,6 @@ from vlp_jax.data.sources.row_source import FLOAT, INT, Rows, RowSource, spec_of
 from vlp_jax.data.sources.shards import Piece, ShardedSource, Shards, group_by_piece
 from vlp_jax.data.sources.tar_index import extensions, index_tar, sample_files, sample_key
 from vlp_jax.errors import UserError, unknown_key_message
-
-if TYPE_CHECKING:
-    pass
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif", "bmp")
 SUFFIXES = (".tar", ".tar.gz", ".tgz")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 from vlp_jax.data.tokenizers import base, files
 
@@ -28,7 +29,7 @@ class ByteTokenizer(base.Tokenizer):
         files.read(path, cls.kind)
         return cls(context_length)
 
-    def library_model(self) -> base.tokenizers.Tokenizer:
+    def library_model(self) -> Any:
         """A byte-level BPE without merges."""
         library = base.import_tokenizers()
         names = [*base.SPECIAL_TOKENS, *base.byte_symbols()]
