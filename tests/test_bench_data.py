@@ -15,7 +15,7 @@ from PIL import Image
 from tools import bench_corpus, bench_data, bench_loaders
 from tools.bench_corpus import Corpus, data_config
 from tools.bench_loaders import DecodeLimit, PipelineLoader, Speed, Task, Turn
-from vlp_jax.data.image_ops import random_resized_crop
+from vlp_jax.data.image_ops.crop import random_resized_crop
 from vlp_jax.data.lazy_tensorflow import import_tensorflow
 from vlp_jax.data.ops import build_ops
 from vlp_jax.data.pipeline import EvalPipeline

@@ -1,4 +1,4 @@
-"""Operations on a finished batch, in NumPy: what mixes examples with each other.
+"""Operations that mix examples of a finished batch with each other, in NumPy.
 
 An operation is called with a batch, arrays [b, ...], and a seed for each example,
 int32 [b, 2], and returns the new batch; `output_spec` says its shapes and types without running it.
@@ -41,7 +41,7 @@ class MixUp:
             raise UserError(f"mixup: num_classes must be a whole number above 1, got {classes!r}")
 
     def output_spec(self, spec: Spec) -> Spec:
-        """The shapes, without the batch, and types of the result, from those of the input.
+        """The shapes (without the batch) and types of the result for an input `spec`.
 
         Raises:
           UserError: without a uint8 image of three dimensions or a single whole number as label.
@@ -59,7 +59,7 @@ class MixUp:
 
         Args:
           batch: `image`, uint8 [b, h, w, 3], the labels, whole numbers [b], and other fields.
-          seeds: int32 [b, 2]; those of the first of a pair decide.
+          seeds: int32 [b, 2]; of a pair the first example's seed is used.
 
         Returns:
           The batch with new images and labels, float32 [b, num_classes], that sum to 1.
@@ -143,7 +143,7 @@ def _exchange_rectangle(
 def mixup(
     alpha: float, num_classes: int, label_field: str = "label", cutmix_alpha: float = 0.0
 ) -> MixUp:
-    """Mixes each image and its label with those of its neighbour in the batch.
+    """Mixes each image and label with its neighbour's in the batch.
 
     A pair draws one share from Beta(alpha, alpha), and each of the two keeps that much of itself
     (rounded to 1/128).

@@ -41,7 +41,7 @@ _TRACEBACK = ("Graph execution error", "Detected at node", "File ", "node ")
 _MESSAGE = re.compile(rf"{_MARK} \(([a-z ]+)\): ([^\n]*)")
 
 
-# What TensorFlow says where the graph did not ask first.
+# Messages of TensorFlow's own errors, for faults that no `require` came before.
 _KINDS = (
     (re.compile(r"is required but could not be found|Number of \w+ values"), MISSING_FIELD),
     (re.compile(r"Could not parse example input|Data types don't match"), UNREADABLE),
@@ -53,11 +53,11 @@ _KINDS = (
 def require(
     value: tf.Tensor, condition: tf.Tensor, reason: str, detail: str | tf.Tensor
 ) -> tf.Tensor:
-    """`value`, which cannot be had unless `condition` holds.
+    """Returns `value`; makes the graph fail where it is needed and `condition` does not hold.
 
-    The check is pruned with the value: where no output of the graph depends on it, it is not made.
-    So it is neither an Assert, which TensorFlow never prunes, nor a control dependency on an
-    operation without effects, which TensorFlow's optimizer drops.
+    The check is pruned with the value: if no output of the graph depends on the value, nothing is
+    checked. An Assert would never be pruned, and TensorFlow's optimizer would drop a control
+    dependency on an operation without effects.
 
     Args:
       value: strings or numbers of any shape.
@@ -70,7 +70,9 @@ def require(
 
 
 def require_marked(value: tf.Tensor, condition: tf.Tensor, message: tf.Tensor) -> tf.Tensor:
-    """As `require`; `message` is a string that `marked` made."""
+    """`require` with the whole message, a string scalar that `marked` made."""
+    # A number that is 0, or whose parsing fails with the message. Adding it to the value makes the
+    # value depend on the check.
     zero = tf.strings.to_number(tf.where(condition, "0", message), tf.int32)
     if value.dtype == tf.string:
         return tf.strings.substr(value, zero, tf.int32.max)
@@ -78,12 +80,12 @@ def require_marked(value: tf.Tensor, condition: tf.Tensor, message: tf.Tensor) -
 
 
 def marked(reason: str, detail: str) -> bytes:
-    """What a source puts into a record's `FAULT` that it could not read; see `require`."""
+    """The message with which a source says in a record's `FAULT` why it could not be read."""
     return f"{_MARK} ({reason}): {detail}".encode("utf-8", "replace")
 
 
 def explain(message: str) -> tuple[str, str]:
-    """The reason and a one-line detail of a TensorFlow error's message."""
+    """The reason, one of `REASONS`, and a one-line detail of a TensorFlow error's message."""
     found = _MESSAGE.search(message)
     if found:
         return found[1], found[2].strip()

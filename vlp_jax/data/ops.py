@@ -11,7 +11,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from vlp_jax.data import image_ops, question_ops, row_ops, text_ops, tokenizing
+from vlp_jax.data import question_ops, row_ops, text_ops, tokenizing
+from vlp_jax.data.image_ops import augment, crop, decode, geometry, rand_augment
 from vlp_jax.data.lazy_tensorflow import Example, Op, tf
 from vlp_jax.data.sources.base import as_plain
 from vlp_jax.errors import UserError, check_arguments, unknown_key_message
@@ -23,7 +24,6 @@ def keep(fields: Sequence[str]) -> Op:
     names = (fields,) if isinstance(fields, str) else tuple(fields)
 
     def apply(example: Example, seed: tf.Tensor) -> Example:
-        del seed
         return {name: example[name] for name in names}
 
     return apply
@@ -31,30 +31,18 @@ def keep(fields: Sequence[str]) -> Op:
 
 # In the order in which a mapping in a config runs them; a sequence runs in its own.
 OPS: dict[str, Callable[..., Op]] = {
-    "choose_text": text_ops.choose_text,
-    "choose_question": question_ops.choose_question,
-    "clean_text": text_ops.clean_text,
-    "prompt_template": text_ops.prompt_template,
-    "canonicalize_text": text_ops.canonicalize_text,
-    "lowercase": text_ops.lowercase,
-    "truncate_text": text_ops.truncate_text,
-    "decode_image": image_ops.decode_image,
-    "random_resized_crop": image_ops.random_resized_crop,
-    "resize": image_ops.resize,
-    "resize_shortest_and_random_crop": image_ops.resize_shortest_and_random_crop,
-    "resize_shortest_and_center_crop": image_ops.resize_shortest_and_center_crop,
-    "flip_left_right": image_ops.flip_left_right,
-    "random_rotation": image_ops.random_rotation,
-    "random_translation": image_ops.random_translation,
-    "rand_augment": image_ops.rand_augment,
-    "color_jitter": image_ops.color_jitter,
-    "grayscale": image_ops.grayscale,
-    "solarize": image_ops.solarize,
-    "gaussian_blur": image_ops.gaussian_blur,
-    "random_erasing": image_ops.random_erasing,
-    "pad_rows": row_ops.pad_rows,
-    "tokenize": tokenizing.tokenize,
-    "keep": keep,
+    op.__name__: op
+    for op in (
+        *(text_ops.choose_text, question_ops.choose_question),
+        *(text_ops.clean_text, text_ops.prompt_template, text_ops.canonicalize_text),
+        *(text_ops.lowercase, text_ops.truncate_text),
+        *(decode.decode_image, crop.random_resized_crop, crop.resize),
+        *(crop.resize_shortest_and_random_crop, crop.resize_shortest_and_center_crop),
+        *(geometry.flip_left_right, geometry.random_rotation, geometry.random_translation),
+        *(rand_augment.rand_augment, augment.color_jitter, augment.grayscale),
+        *(augment.solarize, augment.gaussian_blur, augment.random_erasing),
+        *(row_ops.pad_rows, tokenizing.tokenize, keep),
+    )
 }
 
 
@@ -71,7 +59,7 @@ def build_ops(preprocess: Mapping[str, Any] | Sequence[Any] | None) -> list[tupl
     """
     labels, pairs = _in_order(preprocess)
     ops = [(n, _build(k, n, v)) for k, (n, v) in zip(labels, pairs, strict=True)]
-    return image_ops.fuse(pairs, ops)
+    return crop.fuse(pairs, ops)
 
 
 def in_order(

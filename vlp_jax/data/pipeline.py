@@ -1,4 +1,4 @@
-"""From a data config to batches: endless and shuffled for training, once through for evaluation.
+"""Batches of a data config: endless and shuffled for training, once through for evaluation.
 
 Which example stands at which place of which batch, the random numbers of its operations and so the
 batches are pure functions of (seed, number of the batch). The whole state of the input is therefore
@@ -66,7 +66,7 @@ class _Pipeline:
 
     @property
     def source_names(self) -> tuple[str, ...]:
-        """The names under which bad examples are counted: "data", or those of a mixture's parts."""
+        """The names under which bad examples are counted: "data", or the parts of a mixture."""
         return tuple(self._readers)
 
     def class_names(self, field: str) -> tuple[str, ...] | None:
@@ -253,8 +253,8 @@ class TrainPipeline(_Pipeline):
 class EvalPipeline(_Pipeline):
     """Reads each example once, in the order of the source, over all processes together.
 
-    Batches are those of `TrainPipeline`, with `mask` (bool [b]): False marks the examples that
-    fill up the last batch, and those that cannot be used. All processes yield the same number of
+    Batches are like `TrainPipeline`'s, with `mask` (bool [b]): False marks the examples that fill
+    up the last batch, and those that cannot be used. All processes yield the same number of
     batches. `len()` is the number of examples, padding not counted.
 
     Attributes:

@@ -40,7 +40,6 @@ def pad_rows(fields: Sequence[str], count: int, fill: float = 0) -> Op:
         return tf.ensure_shape(rows, [count, *rows.shape[1:]])
 
     def apply(example: Example, seed: tf.Tensor) -> Example:
-        del seed
         return {**example, **{name: padded(example, name) for name in fields}}
 
     return apply

@@ -19,7 +19,7 @@ def sample_texts(config: Mapping[str, Any], limit: int = 20_000, seed: int = 0) 
 
     These are `text` and the fields that `tokenize` marks. The operations of the config are run as
     far as these depend on them: captions are chosen and lower-cased, no image is decoded. Examples
-    come in random order, at most five times each, those of a mixture in its proportions. Bad
+    come in random order, at most five times each; the parts of a mixture in its proportions. Bad
     examples are left out.
 
     Args:

@@ -1,4 +1,4 @@
-"""What is in the data of a config: lengths of texts, sizes of images, bad records, duplicates."""
+"""Statistics of the data of a config: text lengths, image sizes, bad records, duplicates."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _QUANTILES = {"min": 0, "p5": 5, "median": 50, "p95": 95, "max": 100}
 
 @dataclass
 class Scan:
-    """What was found in the examples that were looked at, of one source.
+    """Counts over the examples of a source that were looked at.
 
     Attributes:
       examples: how many the source has.

@@ -1,4 +1,4 @@
-"""Which examples of which source stand where in which batch, as a pure function."""
+"""The schedule of batches: which example of which source stands where, as a pure function."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ _KINDS: tuple[tuple[bytes, str, str], ...] = (
 
 
 def kind_of(head: bytes) -> str:
-    """What a file is that begins with `head` (`HEAD_BYTES` or all of it); "" if not known."""
+    """The kind of a file that begins with `head` (`HEAD_BYTES` or all of it); "" if not known."""
     if not head:
         return "empty (0 bytes)"
     for signature, kind, _ in _KINDS:

@@ -20,8 +20,8 @@ from vlp_jax.data.templates import Templates
 from vlp_jax.data.tokenizing import Marked
 from vlp_jax.errors import UserError
 
-# Regular expressions of RE2, in which \s and \w are ASCII alone. White space is what Python's
-# str.split splits at.
+# Regular expressions of RE2, in which \s and \w are ASCII alone. White space is everything that
+# Python's str.split splits at.
 _SPACES = r"[\t-\r\x1c-\x20\x{85}\p{Z}]+"
 _CONTROL = r"[\x00-\x08\x0e-\x1b\x7f-\x{84}\x{86}-\x{9f}\x{feff}]"
 _URL = r"(?i)\b(https?://|www\.)[!-~]+"
@@ -102,7 +102,6 @@ def clean_text(
             raise UserError(f"clean_text: {name} must be True or False, got {value!r}")
 
     def apply(example: Example, seed: tf.Tensor) -> Example:
-        del seed
         text = _scalar(example, "clean_text")
         if fix_unicode or unescape_html:
             plain = tf.strings.regex_full_match(text, _PLAIN if fix_unicode else r"[^&]*")
@@ -126,7 +125,6 @@ def canonicalize_text() -> Op:
     """
 
     def apply(example: Example, seed: tf.Tensor) -> Example:
-        del seed
         text = tf.strings.regex_replace(_scalar(example, "canonicalize_text"), "_", " ")
         text = tf.strings.regex_replace(text, _PUNCTUATION, "")
         return {**example, "text": _collapsed(_lower(text))}
@@ -138,7 +136,6 @@ def lowercase() -> Op:
     """Turns `text` into lower case (Unicode's mapping, with a final sigma); NUL characters go."""
 
     def apply(example: Example, seed: tf.Tensor) -> Example:
-        del seed
         return {**example, "text": _lower(_scalar(example, "lowercase"))}
 
     return apply
@@ -247,17 +244,18 @@ def _scalar(example: Example, op: str) -> tf.Tensor:
 
 
 def _shown(texts: tf.Tensor) -> tf.Tensor:
-    """Which of the texts hold more than white space, bool [k]."""
+    """Whether each text holds more than white space, bool [k]."""
     return tf.strings.length(tf.strings.regex_replace(texts, _SPACES, "")) > 0
 
 
 def _visible(texts: tf.Tensor) -> tf.Tensor:
-    """As `_shown`; all, if none does."""
+    """`_shown`, or True for all texts if none is shown."""
     shown = _shown(texts)
     return shown | ~tf.reduce_any(shown)
 
 
 def _uniform(texts: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
+    """The place of one of the visible texts, each with the same chance."""
     candidates = tf.reshape(tf.where(_visible(texts)), [-1])
     # The seed is a uniform random number already.
     return candidates[tf.math.floormod(seed[0], tf.size(candidates))]
@@ -278,7 +276,7 @@ def _of_places(texts: tf.Tensor, weights: np.ndarray) -> tf.Tensor:
 
 
 def _of_lists(lists: Sequence[tf.Tensor], weights: np.ndarray) -> tf.Tensor:
-    """The weight of each text: that of its list, shared among those that are visible."""
+    """The weight of each text: its list's weight, shared among the visible texts of the list."""
     parts = []
     for texts, weight in zip(lists, weights, strict=True):
         shown = _shown(texts)
@@ -326,7 +324,7 @@ def _lower(text: tf.Tensor) -> tf.Tensor:
 
 
 def _collapsed(text: tf.Tensor) -> tf.Tensor:
-    """As Python's " ".join(text.split())."""
+    """Replaces white space as Python's `" ".join(text.split())` does."""
     return tf.strings.strip(tf.strings.regex_replace(text, _SPACES, " "))
 
 
@@ -345,7 +343,7 @@ def _repair(fix_unicode: bool, unescape_html: bool) -> Callable[[bytes], bytes]:
 
 
 def _in_python(text: tf.Tensor, function: Callable[[bytes], bytes]) -> Callable[[], tf.Tensor]:
-    """A branch of tf.cond in which Python computes on the text."""
+    """A branch of tf.cond in which a Python function computes on the text."""
 
     def branch() -> tf.Tensor:
         result = tf.numpy_function(function, [text], tf.string, stateful=False)

@@ -129,7 +129,6 @@ def tokenize(
     framing = Framing(length, bos, eos, padding)
 
     def apply(example: Example, seed: tf.Tensor) -> Example:
-        del seed
         text = example[field]
         if isinstance(text, Marked):
             raise UserError(f"tokenize: {field!r} is tokenized already; set into in the first one")

@@ -99,7 +99,6 @@ def grayscale(probability: float = 0.1, field: str = IMAGE, into: str | None = N
     """
 
     def change(image: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
-        del seed
         return tf.tile(pixels.luma(image), [1, 1, 3])
 
     return random_op(ImageField("grayscale", field, into), probability, change)
@@ -114,7 +113,7 @@ def gaussian_blur(
 ) -> Op:
     """Blurs with a probability; the standard deviation, in pixels, is drawn evenly.
 
-    The kernel ends at three times `max_sigma`. The defaults are those of Chen et al. 2020 (SimCLR,
+    The kernel ends at three times `max_sigma`. The defaults are from Chen et al. 2020 (SimCLR,
     appendix A).
 
     Args:

@@ -26,7 +26,7 @@ class Crop:
     """The operation that makes uint8 [size, size, 3] of a part of a decoded image.
 
     Attributes:
-      images: the field of the image and that of the result.
+      images: the fields of the image and of the result.
       boxes: says which boxes stay.
       place: (upright height and width, seed, min_side) -> the part, as `decode.part_decoder` says.
         `how` is float32 [4, 2], for y and x: scale and translation, as `Resampler.warp` takes
@@ -48,7 +48,7 @@ class Crop:
         return self.boxes.write(self.images, example, result, how[2:])
 
     def decoding_op(self, **arguments: Any) -> Op:
-        """The operation on an image that is encoded; arguments are those of `decode_image`."""
+        """The operation on an encoded image; takes the arguments of `decode_image`."""
         decode = part_decoder(**arguments)
         scaled = arguments.get("min_side") is not None
         file = ImageField("decode_image", arguments.get("field", IMAGE), arguments.get("into"))
@@ -77,7 +77,7 @@ def random_resized_crop(
 ) -> Crop:
     """Cuts out a random rectangle and resizes it to [size, size, 3] (Szegedy et al. 2014, sec. 6).
 
-    The rectangle is that of `tf.image.stateless_sample_distorted_bounding_box`; if none fits
+    The rectangle is drawn by `tf.image.stateless_sample_distorted_bounding_box`; if none fits
     within 100 attempts, it is the whole image.
 
     Args:
@@ -151,7 +151,6 @@ def resize(
     images = ImageField("resize", field, into)
 
     def apply(example: Example, seed: tf.Tensor) -> Example:
-        del seed
         return images.write(example, resampler.fit(images.decoded(example)))
 
     return apply
@@ -168,13 +167,12 @@ def resize_shortest_and_center_crop(
 ) -> Crop:
     """Resizes the shorter side to `size`, and cuts the middle [size, size, 3] out.
 
-    Sizes and offsets are rounded as in torchvision's Resize and CenterCrop. Arguments are those of
-    `random_resized_crop`.
+    Sizes and offsets are rounded as in torchvision's Resize and CenterCrop. See
+    `random_resized_crop` for the arguments.
     """
     op = "resize_shortest_and_center_crop"
 
     def offset(spare: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
-        del seed
         # Rounds half to even, as Python does in torchvision.
         return tf.round(spare / 2)
 
@@ -195,7 +193,7 @@ def resize_shortest_and_random_crop(
     """Resizes the shorter side to `size`, and cuts a square [size, size, 3] out anywhere.
 
     "A random square crop from resized images" is CLIP's only augmentation (Radford et al. 2021,
-    2.3). Arguments are those of `random_resized_crop`.
+    2.3). See `random_resized_crop` for the arguments.
     """
     op = "resize_shortest_and_random_crop"
 
@@ -280,5 +278,4 @@ def _fields(name: str, arguments: Mapping[str, Any]) -> tuple[str, str]:
 
 
 def _leave(example: Example, seed: tf.Tensor) -> Example:
-    del seed
     return example

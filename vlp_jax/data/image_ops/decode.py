@@ -54,7 +54,6 @@ def decode_image(
     images = ImageField("decode_image", field, into)
 
     def apply(example: Example, seed: tf.Tensor) -> Example:
-        del seed
         encoded = images.encoded(example)
 
         def jpeg(orientation: tf.Tensor | None) -> tf.Tensor:
@@ -187,7 +186,7 @@ class _Turn:
     def stored_window(self, sides: tf.Tensor, begin: tf.Tensor, extent: tf.Tensor) -> tf.Tensor:
         """(y, x, height, width) in the stored image of a rectangle of the upright one.
 
-        `sides` are those of the upright image.
+        `sides` are height and width of the upright image.
         """
         whole = tf.concat([begin, extent], 0)
         if self.orientation is None:

@@ -1,7 +1,7 @@
 """Functions on one image with fixed parameters, uint8 [h, w, 3] to the same, within a graph.
 
-They are those of Pillow's ImageEnhance and ImageOps, which Cubuk et al. 2020 and torchvision use,
-up to a rounding; factors are float32 [], 1 leaves an image as it is.
+They compute what Pillow's ImageEnhance and ImageOps do, which Cubuk et al. 2020 and torchvision
+use, up to a rounding; factors are float32 [], 1 leaves an image as it is.
 """
 
 from __future__ import annotations

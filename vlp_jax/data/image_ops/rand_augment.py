@@ -25,8 +25,8 @@ def rand_augment(
 ) -> Op:
     """Applies `num_layers` operations, each drawn evenly from 14.
 
-    The 14 and their strengths are those of torchvision's RandAugment with 31 bins, which are the
-    paper's: identity, shear x and y (to 0.3), translate x and y (to 150/331 of the width and of the
+    The 14 and their strengths equal torchvision's RandAugment with 31 bins, and the paper:
+    identity, shear x and y (to 0.3), translate x and y (to 150/331 of the width and of the
     height), rotate (to 30 degrees), brightness, color, contrast, sharpness (factor 1 -+ 0.9),
     posterize (8 to 4 bits), solarize (threshold 255 to 0), autocontrast and equalize. Those with a
     direction take either half of the time. Images are sampled at the nearest pixel.

@@ -1,4 +1,4 @@
-"""A preparation from input to manifest: what was done before is found and kept."""
+"""A preparation from input to manifest; work that an earlier run finished is kept."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from vlp_jax.data.prepare.manifest import Manifest
 from vlp_jax.data.prepare.writers import WRITERS
 from vlp_jax.errors import UserError
 
-# "text" is what most of the field calls it.
+# Most data sets call the captions "text".
 _ALIASES = {"text": CAPTIONS, "caption": CAPTIONS}
 _NAME = re.compile(r"[A-Za-z0-9_]+")
 
-# watch(title, total, count) is entered while something runs; count() says how much of it is done,
-# and how many examples that is.
+# watch(title, total, count) is a context manager around a long operation. count() returns how many
+# of `total` parts are done, and how many examples they hold.
 Watch = Callable[[str, int, Callable[[], tuple[int, int]]], contextlib.AbstractContextManager]
 
 
@@ -35,7 +35,7 @@ def no_watch(title: str, total: int, count: Callable[[], tuple[int, int]]) -> An
 
 @dataclass(frozen=True)
 class Job:
-    """What to prepare.
+    """The settings of a preparation.
 
     Attributes:
       input: patterns of paths; what they mean is the input format's.
@@ -84,7 +84,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Result:
-    """What a preparation did: the manifest, and whether all of it was there before."""
+    """The outcome of a preparation: the manifest, and whether all of it was there before."""
 
     manifest: Manifest
     was_finished: bool
@@ -116,7 +116,7 @@ def parse_fields(pairs: Sequence[str]) -> dict[str, str]:
 
 
 def prepare(job: Job, watch: Watch = no_watch) -> Result:
-    """Does what of a job is not done yet.
+    """Runs a job, or the rest of it if an earlier run was stopped.
 
     Raises:
       UserError: for an input that cannot be read, too many examples that must be skipped, ids that
@@ -172,7 +172,7 @@ def _identity(job: Job, opened: Input) -> dict[str, Any]:
 def _begin(
     output: str, split: str, work: str, identity: dict[str, Any], finished: Manifest | None
 ) -> None:
-    """Looks whether the folder is free or holds this job, notes the job, removes leftovers."""
+    """Checks that the folder is free or holds this job, notes the job, and removes leftovers."""
     path = paths.join(work, "job.json")
     if "job.json" in paths.names_in(work):
         manifests.check_same(json.loads(paths.read_bytes(path)), identity, output)

@@ -1,7 +1,7 @@
 """The first pass: looks at every example, and writes their global order without their images.
 
-The order is that of a hash of (seed, id): `examples.place`. It is cut into buckets by its first
-digits; a worker sorts each and writes it as lines of JSON. The buckets one after another are the
+Examples are ordered by a hash of (seed, id): `examples.place`. The order is cut into buckets by its
+first digits; a worker sorts each and writes it as lines of JSON. The buckets in turn are the
 global order, so that any shard is a run of lines, and exactly as long as the others.
 """
 
@@ -29,7 +29,7 @@ _PLAN = "plan.json"
 
 @dataclass
 class Summary:
-    """What a part of the first pass found; parts are merged by `merge`.
+    """The counts of a part of the first pass; `merge` adds parts up.
 
     Attributes:
       buckets: bucket -> examples.
@@ -91,7 +91,7 @@ def merge(summaries: Iterable[dict[str, Any]]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Pass:
-    """What the workers of the first pass are told.
+    """The settings that the workers of the first pass get.
 
     Attributes:
       input: what is read.
@@ -109,7 +109,7 @@ class Pass:
 
 
 def number_of_buckets(estimated_examples: int) -> int:
-    """So many that a worker can hold one."""
+    """The number of buckets, so large that a worker can hold the lines of one."""
     return min(max(estimated_examples // _BUCKET_EXAMPLES, 1), _MAX_BUCKETS)
 
 
@@ -210,7 +210,7 @@ def _fault(item: Candidate | Fault, decode: bool) -> Fault | None:
 
 
 class _Staging:
-    """Images that cannot be read again by themselves, one after another in a file of the unit.
+    """Writes images that cannot be read again singly, one after another, to a file of the unit.
 
     A row of Parquet costs the decoding of its row group, so that shards of a shuffled order would
     each decode nearly the whole input; this way it is decoded once.

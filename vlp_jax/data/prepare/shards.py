@@ -20,7 +20,7 @@ _RECORDS = "shards"
 
 @dataclass(frozen=True)
 class Shards:
-    """What the workers of the second pass are told.
+    """The settings that the workers of the second pass get.
 
     Attributes:
       output: the folder of the shards.
@@ -109,7 +109,7 @@ def write_shard(index: int, shards: Shards) -> None:
 
 
 def _fingerprint(lines: Sequence[str], shards: Shards) -> str:
-    """SHA-256 of all that a shard is made of, its images by their place and size."""
+    """SHA-256 of everything that a shard depends on; images count by their place and size."""
     digest = hashlib.sha256(json.dumps([shards.format, shards.types], sort_keys=True).encode())
     for line in lines:
         digest.update(f"{line}\n".encode())
@@ -139,7 +139,7 @@ def _record_path(work: str, name: str) -> str:
 
 
 def load_record(work: str, name: str) -> dict[str, Any] | None:
-    """What a worker noted of a shard: file, examples, bytes, sha256, fingerprint; or None."""
+    """The record of a shard: file, examples, bytes, sha256, fingerprint; None if there is none."""
     try:
         return json.loads(paths.read_bytes(_record_path(work, name)))
     except FileNotFoundError:
@@ -153,7 +153,13 @@ def records(work: str) -> list[str]:
 
 
 def fault_of(record: dict[str, Any], folder: str, read: bool) -> str | None:
-    """What is wrong with a finished shard, or None; with `read`, its checksum is compared."""
+    """Describes what is wrong with a finished shard; None if nothing is.
+
+    Args:
+      record: of the shard, from `load_record` or a manifest.
+      folder: of the shard.
+      read: whether to read the shard and compare its checksum, or only its size.
+    """
     path = paths.join(folder, record["file"])
     size = paths.size_of(path)
     if size is None:

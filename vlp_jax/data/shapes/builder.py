@@ -122,7 +122,7 @@ class Shapes(tfds.core.GeneratorBasedBuilder):
             builder=self,
             description=self.__doc__,
             features=tfds.features.FeaturesDict(features),
-            # Records are independent draws: their order is that of their index.
+            # Records are independent draws, and record i has to be scene i.
             disable_shuffling=True,
         )
 

@@ -88,7 +88,7 @@ def bounds(points: np.ndarray) -> tuple[float, float, float, float]:
 
 
 def overlap(a: tuple[float, ...], b: tuple[float, ...]) -> float:
-    """Shared area of two (left, top, right, bottom) boxes over that of the smaller, in [0, 1].
+    """Shared area of two (left, top, right, bottom) boxes over the area of the smaller, in [0, 1].
 
     It is never below their intersection over union, so a bound on it bounds that too.
     """

@@ -150,7 +150,7 @@ def _chunk(spec: Spec, split: str, number: int) -> list[Record]:
 
 
 def default_num_workers() -> int:
-    """As many rendering processes as there are CPUs for this one, at most 8."""
+    """The number of rendering processes: one for each CPU of this process, at most 8."""
     if hasattr(os, "sched_getaffinity"):
         return min(8, len(os.sched_getaffinity(0)))
     return min(8, os.cpu_count() or 1)

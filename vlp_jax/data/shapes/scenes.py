@@ -1,4 +1,4 @@
-"""What is in a picture: sampling of scenes as a pure function of (seed, split, index)."""
+"""Scenes of objects, sampled as a pure function of (seed, split, index)."""
 
 from __future__ import annotations
 

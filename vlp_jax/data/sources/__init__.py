@@ -1,4 +1,4 @@
-"""Where examples come from. A new format is one file here and one line in `SOURCES`."""
+"""Sources of examples. A new format is one file here and one line in `SOURCES`."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ COMMON_KEYS = (
 
 
 def build_source(config: Mapping[str, Any]) -> Source:
-    """The source that a data config describes, narrowed by its `where` and `limit`.
+    """Builds the source that a data config describes, narrowed by its `where` and `limit`.
 
     Args:
       config: `source`, a name in `SOURCES`; the fields of that source's dataclass; and optionally
@@ -78,7 +78,7 @@ def build_source(config: Mapping[str, Any]) -> Source:
 
 
 def select(source: Source, where: Mapping[str, Any] | None, limit: int | None) -> Source:
-    """The examples of `source` whose fields equal those of `where`, and of them the first `limit`.
+    """Selects the examples of `source` whose fields have the values in `where`, the first `limit`.
 
     Raises:
       UserError: for a field that does not exist or is not a scalar, an unknown class name, a limit

@@ -61,7 +61,6 @@ class ArraysSource(Source):
     def fetch(
         self, indices: np.ndarray, names: Sequence[str] | None = None
     ) -> dict[str, np.ndarray]:
-        del names
         return {name: column[indices] for name, column in self._columns.items()}
 
     def parse(self, record: dict[str, tf.Tensor], names: Sequence[str]) -> dict[str, tf.Tensor]:

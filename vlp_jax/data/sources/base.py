@@ -1,4 +1,4 @@
-"""What the pipeline asks of a source of examples."""
+"""The interface of a source of examples."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class Blocks:
 
 
 class Source(Protocol):
-    """Examples that are numbered. An example is a flat dict of named fields.
+    """Numbered examples. An example is a flat dict of named fields.
 
     Reading has two halves, so that Python handles many examples at a time and TensorFlow one:
     `fetch` reads records of many examples in NumPy, and `parse` turns the record of one example
@@ -76,15 +76,14 @@ class Source(Protocol):
         ...
 
     def look_for(self, name: str) -> str:
-        """Told that a config names the field `name`, which `fields` may lack.
+        """Looks for a field that a config names and `fields` may lack.
 
         A source that knows its fields from its first records looks into more of them, and adds the
         field to `fields` if it is there.
 
         Returns:
-          why there is no such field, where the source knows more than that.
+          Why there is no such field, "" if the source knows no reason.
         """
-        del name
         return ""
 
     def record_fields(self) -> Mapping[str, FieldSpec]:
@@ -118,7 +117,6 @@ class Source(Protocol):
 
     def class_names(self, field: str) -> tuple[str, ...] | None:
         """The names of the classes that the integer `field` counts, or None if not known."""
-        del field
         return None
 
     def describe(self, index: int) -> str:
@@ -126,16 +124,15 @@ class Source(Protocol):
         ...
 
     def fingerprint(self) -> str:
-        """What changes when an example gets another number, so that an order cannot go on."""
+        """A string that changes if examples get other numbers, so that an order cannot go on."""
         ...
 
     def blocks(self) -> Blocks | None:
-        """How the examples lie in blocks that are best read one by one; None: in any order."""
+        """The blocks that are best read one by one; None if any order is as good."""
         return None
 
     def will_read(self, indices: np.ndarray) -> None:
-        """Told which examples will be read in a while; returns at once."""
-        del indices
+        """Prepares for examples that will be read in a while; returns at once."""
 
 
 @dataclass(frozen=True, eq=False)

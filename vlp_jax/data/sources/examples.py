@@ -95,7 +95,7 @@ class TFRecordSource(RecordSource):
         return f"{unknown}, or name all by data.features"
 
     def _seen_features(self) -> dict[str, FieldSpec]:
-        """The features of the first examples; `look_for` adds those of others."""
+        """The features of the first examples; `look_for` adds features of other examples."""
         count = min(_LOOKED_AT, len(self))
         found = self._features_of(np.arange(count))
         if not found:
@@ -177,7 +177,7 @@ def _feature(name: str, kind: str) -> FieldSpec:
 
 
 def _spec_of(feature: Any) -> FieldSpec | None:
-    """What a tf.train.Feature holds; None if it is empty."""
+    """The type of a tf.train.Feature; None if it is empty."""
     kind = feature.WhichOneof("kind")
     if kind is None:
         return None

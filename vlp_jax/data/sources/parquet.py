@@ -84,7 +84,7 @@ class ParquetSource(ShardedSource, RowSource):
 
     @cached_property
     def _schema(self) -> pa.Schema:
-        """The first file's; a column that is null in all of it has the type it has elsewhere."""
+        """The first file's schema; a column that is null there has its type in other files."""
         import pyarrow as pa
 
         pieces = range(len(self.shards.pieces))
@@ -107,7 +107,7 @@ class ParquetSource(ShardedSource, RowSource):
 
     @cached_property
     def _fields(self) -> dict[str, FieldSpec]:
-        """The columns of the first file; `look_for` adds those of others, and parts of structs."""
+        """The columns of the first file; `look_for` adds other files' and parts of structs."""
         kinds = columns_of(self._schema)
         found = {name: spec_of(kinds[name]) for name in self._schema.names if name in kinds}
         fields = {name: spec for name, spec in found.items() if spec is not None}
@@ -197,7 +197,7 @@ class ParquetSource(ShardedSource, RowSource):
                 values[number] = column[place].as_py()
 
     def class_names(self, field: str) -> tuple[str, ...] | None:
-        """Those that `datasets` notes in the schema for a ClassLabel."""
+        """The names that `datasets` notes in the schema for a ClassLabel."""
         import json
 
         note = (self._schema.metadata or {}).get(b"huggingface")
@@ -228,7 +228,10 @@ class ParquetSource(ShardedSource, RowSource):
 
 
 class _RowGroups:
-    """The row groups that were read last, up to a number of bytes; each is read by one thread."""
+    """A cache of the row groups that were read last, up to a number of bytes.
+
+    Threads that ask for a row group while another reads it wait for the result.
+    """
 
     def __init__(self, capacity: int) -> None:
         self._capacity = capacity

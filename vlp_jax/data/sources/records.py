@@ -59,7 +59,6 @@ class RecordSource(ShardedSource):
     def fetch(
         self, indices: np.ndarray, names: Sequence[str] | None = None
     ) -> dict[str, np.ndarray]:
-        del names
         records, found = self.files.read(np.asarray(indices, np.int64))
         return {"record": records, faults.FAULT: found}
 

@@ -1,4 +1,4 @@
-"""Which field of a source becomes which field of an example."""
+"""Names of fields: a config's `fields`, and the usual names of image-text data."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 from vlp_jax.data.sources.base import FieldSpec, Source, WrappedSource, as_plain
 from vlp_jax.errors import UserError, unknown_key_message
 
-# What writers of image-text data call these, the commonest first.
+# Names that writers of image-text data use for our fields, the most common first.
 USUAL = {
     "image": ("image", "jpg", "jpeg", "png", "webp", "image_bytes", "image/encoded", "img"),
     "text": ("text", "caption", "txt", "TEXT", "image/caption"),
@@ -22,7 +22,7 @@ USUAL = {
 
 
 def usual_names(source: Source, others: bool) -> dict[str, str]:
-    """Name in an example -> name in the source, of the usual fields that there are.
+    """Maps our names to the source's, for the usual fields that the source has.
 
     Args:
       others: whether to take the other fields too, under their own names. Where fields were seen in

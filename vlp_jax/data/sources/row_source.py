@@ -51,7 +51,6 @@ class RowSource(Source):
 
     def place(self, index: int, name: str) -> tuple[str, int] | None:
         """The file and offset of a field's bytes; None if they cannot be read again singly."""
-        del index, name
         return None
 
     def record_fields(self) -> dict[str, FieldSpec]:

@@ -60,7 +60,7 @@ def choose_column(
 
 
 def _advice(columns: Sequence[str]) -> str:
-    """What to say of names of columns that look like no names."""
+    """Advice for a message about columns whose names look like no names; may be ""."""
     if len(columns) == 1 and not columns[0].isalnum():
         return f"; columns are separated by {', '.join(DELIMITERS.values())}"
     if any(_IMAGE_FILE.search(column) for column in columns):

@@ -1,8 +1,8 @@
 """Where the samples of a WebDataset tar shard lie.
 
 A sample is a run of files whose names agree up to the first dot of the last part; what follows is
-the file's extension (webdataset/webdataset, tariterators.py, `base_plus_ext`). The archive's format
-is that of POSIX.1-1988 (ustar) with GNU's and pax's long names.
+the file's extension (webdataset/webdataset, tariterators.py, `base_plus_ext`). Archives are
+POSIX.1-1988 (ustar) with the long names of GNU and pax.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def index_tar(path: str) -> Index:
     Returns:
       fault (uint8 [samples]); key, their keys one after another as bytes, and key_end (int64
       [samples]), where each ends; file_end (int64 [samples]), where the files of each end;
-      extension and extension_end, as those of the keys, offset and size (int64), all [files];
+      extension and extension_end, stored like the keys, offset and size (int64), all [files];
       end_mark (bool [1]), whether the archive's end is there. A sample that the archive's end
       cuts, or that stands where a header is damaged, is the last. Samples of one key side by side,
       and those whose files lie apart, have a fault.
@@ -189,7 +189,7 @@ def members(path: str) -> Iterator[Member]:
 
 @dataclass(frozen=True)
 class _Notes:
-    """What the headers before a file's own say of it, where they say it."""
+    """Long name, size and sparseness of a file, as headers before its own say; None if not."""
 
     name: str | None = None
     size: int | None = None

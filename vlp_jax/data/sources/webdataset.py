@@ -70,7 +70,7 @@ class WebDatasetSource(ShardedSource, RowSource):
 
     @cached_property
     def _declared(self) -> dict[str, FieldSpec]:
-        """What a manifest says of the JSON files."""
+        """The fields of the JSON files that a manifest declares."""
         features = self._found[1].features if self._found[1] is not None else {}
         return {
             f"json.{name}": _DECLARED[kind] for name, kind in features.items() if kind in _DECLARED
@@ -78,7 +78,7 @@ class WebDatasetSource(ShardedSource, RowSource):
 
     @cached_property
     def _fields(self) -> dict[str, FieldSpec]:
-        """What the first samples hold; `look_for` adds to it."""
+        """The fields of the first samples; `look_for` adds fields of other samples."""
         samples = self._first_samples()
         if not samples:
             why = faults.explain(self.shards.fault(0, self.shards.pieces[0].skip).decode())[1]

@@ -89,7 +89,6 @@ def build_tokenizer(
 
 
 def _make_bytes(texts: Texts, bound: int | None, context_length: int) -> ByteTokenizer:
-    del texts, bound
     return ByteTokenizer(context_length)
 
 
@@ -100,7 +99,6 @@ def _make_subword(texts: Texts, bound: int | None, context_length: int) -> Subwo
 
 
 def _make_clip(texts: Texts, bound: int | None, context_length: int) -> ClipTokenizer:
-    del texts, bound
     return ClipTokenizer.published(context_length)
 
 

@@ -1,4 +1,4 @@
-"""What every tokenizer has, and what they share: framing, truncation, and a file for others."""
+"""The base of all tokenizers: framing, truncation, and the tokenizer.json for other libraries."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class Tokenizer:
         return text
 
     def note(self) -> dict[str, Any]:
-        """What the file of a run keeps, beside the kind, to build the tokenizer again."""
+        """The content of the file of a run, beside the kind, to build the tokenizer again."""
         return {}
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -113,7 +113,7 @@ def check_context_length(context_length: Any) -> int:
 
 
 def as_text(text: str | bytes) -> str:
-    """A text that is in every encoding: what cannot be read of it is replaced."""
+    """Decodes a text; bytes that are no UTF-8, and lone surrogates, are replaced."""
     if isinstance(text, bytes):
         return text.decode("utf-8", "replace")
     # A lone surrogate, which JSON can spell, is in no encoding.
@@ -153,7 +153,7 @@ def padded(
 
 
 def up_to_eos(ids: np.ndarray, eos_id: int) -> list[np.ndarray]:
-    """What stands before the first eos of each row of ids, int [n, length]."""
+    """The ids before the first eos of each row, int [n, length]."""
     rows = []
     for row in np.asarray(ids):
         ends = np.flatnonzero(row == eos_id)

@@ -33,8 +33,8 @@ _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|\p{L}+|\p{N}|[^\s\p{L}\p{N}\x{345}]+"
 class ClipTokenizer(base.Tokenizer):
     """CLIP's byte pairs: 49,408 ids with the published merges; see `Tokenizer`.
 
-    The ids are those of open_clip's `SimpleTokenizer` with its default cleaning, "lower", but for
-    text that spells a special token ("<end_of_text>"), which is text here. Rows are padded with 0,
+    The ids equal open_clip's `SimpleTokenizer` with its default cleaning, "lower", but for text
+    that spells a special token ("<end_of_text>"), which is text here. Rows are padded with 0,
     which no text has at the end of a word.
 
     Raises:
@@ -199,7 +199,7 @@ def _joined(merges: Sequence[str], known: set[str], where: str) -> list[str]:
 
 
 def _cleaning_steps(normalizers: Any) -> list[Any]:
-    """As much of `clean` as the library's normalizers can express."""
+    """The part of `clean` that the library's normalizers can express."""
     from ftfy import chardata
     from tokenizers import Regex
 

@@ -22,7 +22,7 @@ MODEL_TYPES = ("unigram", "bpe")
 class SentencePieceTokenizer(base.Tokenizer):
     """A SentencePiece model, framed by its own bos and eos; see `Tokenizer`.
 
-    The special ids are those of the model. Without a bos (-1 there), as in T5's and SigLIP's, rows
+    The special ids are the model's own. Without a bos (-1 there), as in T5's and SigLIP's, rows
     begin with the text; without a pad, as in Llama's, eos pads. Text that spells a special token
     ("</s>") is encoded as text.
 

@@ -1,4 +1,4 @@
-"""What a SentencePiece .model file says that its library does not tell.
+"""The fields of a SentencePiece .model file that its library does not give access to.
 
 Source: google/sentencepiece, src/sentencepiece_model.proto. The generated module that comes with
 the library refuses to load beside most versions of protobuf, so the few fields are read here.
