@@ -81,6 +81,7 @@ class MixUp:
             )
         mixed = np.empty_like(images)
         weights = np.empty(len(images), np.float32)
+        # Pair by pair, because a float copy of the whole batch would not fit into the cache.
         for first in range(0, len(images), 2):
             pair = slice(first, first + 2)
             weights[pair] = self._mix_pair(images[pair], seeds[first], mixed[pair])
@@ -88,6 +89,7 @@ class MixUp:
 
     def _mix_pair(self, pair: np.ndarray, seed: np.ndarray, mixed: np.ndarray) -> float:
         """Writes both mixtures of two images; returns the share that each keeps of itself."""
+        # By way of uint32, because a negative int32 would fill the upper half with ones.
         key = np.asarray(seed, np.int32).astype(np.uint32).astype(np.uint64)
         random = np.random.Generator(np.random.Philox(key=key))
         both = self.alpha > 0 and self.cutmix_alpha > 0
@@ -115,7 +117,7 @@ def _blend(pair: np.ndarray, share: float, mixed: np.ndarray) -> float:
     first, second = pair[0].astype(np.int16), pair[1].astype(np.int16)
     step = first - second
     step *= np.int16(parts)
-    step += np.int16(64)
+    step += np.int16(64)  # half of 128, so that the shift below rounds
     step >>= 7
     np.add(second, step, out=mixed[0], casting="unsafe")
     np.subtract(first, step, out=mixed[1], casting="unsafe")
@@ -137,6 +139,7 @@ def _exchange_rectangle(
     bottom, right = np.clip(np.rint(center + half).astype(int), 0, (height, width))
     mixed[:] = pair
     mixed[:, top:bottom, left:right] = pair[::-1, top:bottom, left:right]
+    # The part of the rectangle inside of the image, not `share`: labels follow the pixels.
     return 1 - (bottom - top) * (right - left) / (height * width)
 
 

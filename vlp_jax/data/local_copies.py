@@ -26,7 +26,7 @@ from vlp_jax.errors import UserError
 _OPEN_FILES = 512
 _UNFINISHED = ".unfinished"
 _CUT = ".cut"
-# Of the process: several sources may read one file.
+# Shared by all caches of the process, because several sources may read one file.
 _LOCK = threading.Lock()
 _COPYING: dict[str, threading.Lock] = {}
 _log = logging.getLogger("vlp_jax.data")
@@ -64,6 +64,7 @@ class OpenFiles:
         """
         descriptor = self._take(path)
         try:
+            # pread takes the place along: threads share a descriptor without moving each other.
             return os.pread(descriptor.number, length, offset)
         except OSError:
             self.drop(path)  # what went stale is opened anew by the next attempt
@@ -86,6 +87,7 @@ class OpenFiles:
             self._descriptors.move_to_end(path)
             descriptor = self._descriptors[path]
             descriptor.users += 1
+            # A file that is closed here may still be read by a thread; its last user closes it.
             while len(self._descriptors) > self._most:
                 self._close(next(iter(self._descriptors)))
             return descriptor
@@ -98,7 +100,7 @@ class OpenFiles:
 
 @cache
 def open_files() -> OpenFiles:
-    """The open files of this process: a quarter of what it may open, at most 512."""
+    """The process-wide cache of open files: a quarter of the limit for files, at most 512."""
     import resource
 
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
@@ -107,7 +109,7 @@ def open_files() -> OpenFiles:
 
 @contextlib.contextmanager
 def writing(folder: Path) -> Iterator[None]:
-    """Says of a failure to write that it is the cache that cannot be written.
+    """Names the cache folder in the message of a failure to write.
 
     Raises:
       UserError: instead of an OSError.
@@ -145,6 +147,7 @@ class LocalCopies:
         """
         if self.in_place(path):
             return path
+        # A file that changed gets another name, so that an old copy is never taken for it.
         stamp = retrying(path, lambda: stamp_of(path))
         name = hashlib.sha256(f"{path}:{stamp}".encode()).hexdigest()[:20] + "-" + Path(path).name
         target = self._folder / name
@@ -152,6 +155,7 @@ class LocalCopies:
             lock = _COPYING.setdefault(str(target), threading.Lock())
         with lock:
             try:
+                # The time of its last use, by which `_make_room` chooses, also of other processes.
                 os.utime(target)
             except (FileNotFoundError, NotADirectoryError):
                 retrying(path, lambda: self._copy(path, target))
@@ -210,6 +214,7 @@ class LocalCopies:
                 # reader of the copy could not see it.
                 _mark_of_cut(target).touch()
                 _log.warning("%s is truncated or damaged", path)
+        # The name appears only when the copy is whole; processes that copy at once do no harm.
         unfinished.replace(target)
 
     def _make_room(self, keep: Path) -> None:
@@ -252,7 +257,10 @@ def _is_gzip(head: bytes) -> bool:
 
 
 class _Rejoined:
-    """A stream of which some bytes were read, from its beginning; not every stream can seek."""
+    """Gives the bytes of a stream that were read already, and then the rest.
+
+    Not every remote stream can seek back to its beginning.
+    """
 
     def __init__(self, head: bytes, rest: Any) -> None:
         self._head, self._rest = head, rest

@@ -48,6 +48,7 @@ def _of_one(config: Mapping[str, Any], limit: int, seed: int) -> Iterator[str]:
 
     ops = build_ops(config.get("preprocess"))
     graph = preprocess_graph.PreprocessGraph(source, ops, texts_only=True)
+    # An example with several texts gives several samples.
     positions = positions[: -(-limit // len(graph.outputs))]
     size = preprocess_graph.CHUNK
 

@@ -11,6 +11,7 @@ import numpy as np
 
 from vlp_jax.errors import UserError
 
+# Products of a row's remainder and a numerator stay below 2^62, within int64.
 _MAX_DENOMINATOR = 2**31 - 1
 
 
@@ -72,6 +73,7 @@ class Mixture:
     @classmethod
     def of_weights(cls, weights: Sequence[float], lanes: int) -> Mixture:
         """Weights above 0, in any unit. Shares are exact for weights with few digits."""
+        # By way of the decimal digits: 0.1 as a float is not one tenth.
         exact = [Fraction(str(weight)) for weight in weights]
         shares = []
         for number, weight in enumerate(exact):
@@ -88,10 +90,12 @@ class Mixture:
         source = np.zeros(len(rows), np.int64)
         own, left = rows.astype(np.int64), np.arange(len(rows))
         for number, (p, q) in enumerate(self.shares):
+            # Lanes begin at evenly spread points of the period q.
             begin = lanes[left] * q // self.lanes
             before = _line(own[left], p, q, begin)
             taken = _line(own[left] + 1, p, q, begin) > before
             source[left[taken]] = number
+            # The source has taken `before` of the earlier rows; the sources behind it the rest.
             own[left] = np.where(taken, before, own[left] - before)
             left = left[~taken]
         return source, own
@@ -99,6 +103,7 @@ class Mixture:
 
 def _line(rows: np.ndarray, p: int, q: int, begin: np.ndarray) -> np.ndarray:
     """floor((rows * p + begin) / q) without overflow."""
+    # rows * p may exceed int64 in a long run; rest * p cannot.
     whole, rest = np.divmod(rows, q)
     return whole * p + (rest * p + begin) // q
 

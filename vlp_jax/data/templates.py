@@ -37,6 +37,7 @@ class Templates:
         parts = [_parts(template, default) for template in templates]
         fields = tuple(sorted({name for row in parts for _, name in row if name is not None}))
         length = max(map(len, parts))
+        # A graph looks templates up in rectangular tables, so all need the same number of parts.
         padded = [row + [("", None)] * (length - len(row)) for row in parts]
         places = {name: i for i, name in enumerate(fields)} | {None: len(fields)}
         return cls(

@@ -97,6 +97,7 @@ def clean_text(
         is not ASCII and visible.
       collapse_whitespace: every run of white space (Unicode's) becomes one space, none at the ends.
     """
+    # At this point `locals` holds the arguments and nothing else.
     for name, value in list(locals().items()):
         if not isinstance(value, bool):
             raise UserError(f"clean_text: {name} must be True or False, got {value!r}")
@@ -104,6 +105,7 @@ def clean_text(
     def apply(example: Example, seed: tf.Tensor) -> Example:
         text = _scalar(example, "clean_text")
         if fix_unicode or unescape_html:
+            # A call of Python costs more than all other steps, and most texts need no repair.
             plain = tf.strings.regex_full_match(text, _PLAIN if fix_unicode else r"[^&]*")
             repaired = _in_python(text, _repair(fix_unicode, unescape_html))
             text = tf.cond(plain, lambda: text, repaired)

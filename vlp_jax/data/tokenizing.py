@@ -62,6 +62,7 @@ class Framing:
 
     def rows(self, tokenizer: Tokenizer, texts: Sequence[str | bytes]) -> np.ndarray:
         """Token ids of n texts, int32 [n, row_length]; a text that is too long loses its end."""
+        # Tokenizers of other projects frame texts by themselves and can do nothing else.
         if self == Framing():
             return tokenizer(texts)
         front = [tokenizer.bos_id] if self._has_bos(tokenizer) else []
@@ -92,7 +93,7 @@ class Marked:
 
     @property
     def dtype(self) -> tf.DType:
-        """The type of the ids, so that operations on strings refuse the field."""
+        """The dtype of the ids, so that operations on strings refuse the field."""
         return tf.int32
 
     @property

@@ -56,6 +56,7 @@ def trace(
     def process(fields: dict[str, tf.Tensor], seeds: tf.Tensor) -> None:
         traced.extend([fields, apply_ops(ops, fields, seeds, source.look_for)])
 
+    # Placeholders get names that no field can have: names of fields may hold slashes and dots.
     tf.function(process, autograph=False).get_concrete_function(
         {
             name: tf.TensorSpec(spec.shape, tf.as_dtype(spec.dtype), name=f"field{number}")

@@ -70,6 +70,7 @@ class Wording:
     def _graph(self) -> Any:
         """The operations on many texts as a TensorFlow function that is traced once."""
         ops = build_ops(self.operations)
+        # One seed for all texts: a random operation treats them alike.
         seeds = np.zeros((len(ops), 2), np.int32)
 
         def of_one(text: Any) -> Any:
@@ -91,6 +92,7 @@ def caption_wording(preprocess: Mapping[str, Any] | Sequence[Any] | None) -> Wor
     """
     pairs = in_order(preprocess)
     ends = [n for n, (name, given) in enumerate(pairs) if name == "tokenize" and _is_text(given)]
+    # Operations after `tokenize` cannot change the text that it has taken.
     pairs = pairs[: ends[0]] if ends else pairs
     begins = [n for n, (name, _) in enumerate(pairs) if name in NEW_TEXT]
     return Wording(tuple(p for p in pairs[max(begins, default=0) :] if p[0] in TEXT_TO_TEXT))

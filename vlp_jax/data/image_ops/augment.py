@@ -76,6 +76,7 @@ def color_jitter(
     def change(image: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
         draw, shuffle = tf.unstack(tf.random.split(seed, 2))
         uniform = tf.unstack(tf.random.stateless_uniform([4], draw))
+        # Sorting random numbers gives each order the same chance.
         order = tf.argsort(tf.random.stateless_uniform([len(used)], shuffle))
 
         def step(number: int, image: tf.Tensor) -> tf.Tensor:
@@ -125,6 +126,7 @@ def gaussian_blur(
     radius = math.ceil(3 * max_sigma)
 
     def change(image: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
+        # TensorFlow wants the bounds of the range to differ.
         sigma = tf.random.stateless_uniform([], seed, min_sigma, max_sigma + 1e-6)
         return pixels.blur(image, sigma, radius)
 
@@ -192,6 +194,7 @@ def random_erasing(
         extents = tf.maximum(tf.cast(tf.round(extents), tf.int32), 1)
         fits = tf.reduce_all(extents <= sides, 1)
         chosen = tf.argmax(fits)
+        # argmax gives the first that fits, and 0 if none does: then nothing is covered.
         extent = tf.where(fits[chosen], extents[chosen], 0)
         free = tf.cast(sides - extent + 1, tf.float32)
         begin = tf.cast(tf.floor(u[chosen, 2:] * free), tf.int32)

@@ -108,6 +108,7 @@ def random_resized_crop(
         # In the scaled image the rectangle need not begin or end at a whole pixel.
         start = tf.cast(begin / ratio, tf.float32)
         end = -(-(begin + extent) // ratio)
+        # Whole pixels that cover the rectangle; `translation` says how far it lies inside of them.
         begin //= ratio
         translation = scale * (tf.cast(begin, tf.float32) - start)
         return ratio, begin, end - begin, tf.stack([scale, translation, *window])
@@ -247,6 +248,7 @@ def fuse(
       pairs: (name, arguments) of each operation.
       ops: (name, operation), built of them.
     """
+    # The list keeps its length, because the seed of an operation depends on its place.
     fused = list(ops)
     for number, (name, settings) in enumerate(pairs):
         second = _crop_of(pairs, number) if name == "decode_image" else None

@@ -189,6 +189,7 @@ def boxes_within(
       boxes: float32 [n, 4], fractions of the image.
       window: begin and extent of the part, fractions of the image, float32 [2, 2].
     """
+    # In fractions of the part, where its corners are 0 and 1.
     moved = (tf.ensure_shape(boxes, [None, 4]) - tf.tile(window[0], [2])) / tf.tile(window[1], [2])
     clipped = tf.clip_by_value(moved, 0.0, 1.0)
     left, whole = _areas(clipped), _areas(moved)

@@ -45,6 +45,7 @@ def flip_left_right(
                     "choose_text before it, or set unless_text to None"
                 )
             flip &= ~tf.strings.regex_full_match(example["text"], pattern)
+        # The pattern guards captions such as "left of", which a mirrored image would make false.
         flipped = tf.cond(flip, lambda: tf.reverse(image, [1]), lambda: image)
 
         def move(boxes: tf.Tensor) -> tf.Tensor:

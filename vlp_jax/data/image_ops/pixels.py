@@ -87,6 +87,7 @@ def equalize(image: tf.Tensor) -> tf.Tensor:
         places = tf.cast(channel, tf.int32)
         counts = tf.math.bincount(tf.reshape(places, [-1]), minlength=256, maxlength=256)
         last = tf.gather(counts, tf.reduce_max(places))
+        # As in Pillow: pixels of the brightest shade do not count for the size of a step.
         step = (tf.reduce_sum(counts) - last) // 255
         table = (tf.cumsum(counts, exclusive=True) + step // 2) // tf.maximum(step, 1)
         table = tf.where(step > 0, tf.minimum(table, 255), tf.range(256))
@@ -108,7 +109,7 @@ def blur(image: tf.Tensor, sigma: tf.Tensor, radius: int) -> tf.Tensor:
     for axis in (0, 1):
         side = tf.shape(image)[axis]
         index = tf.range(-radius, side + radius)
-        index = tf.abs(index)
+        index = tf.abs(index)  # mirrors what lies before the first pixel
         index = tf.clip_by_value(side - 1 - tf.abs(side - 1 - index), 0, side - 1)
         padded = tf.gather(blurred, index, axis=axis)
         kernel = weights if axis == 0 else tf.transpose(weights, [1, 0, 2, 3])
@@ -133,10 +134,12 @@ def affine(
     """
     height, width = tf.unstack(tf.shape(image)[:2])
     middle = tf.cast(tf.stack([width, height]) - 1, tf.float32) / 2
+    # The operation turns about the corner; the offset moves the fixed point to the middle.
     offset = middle + shift - tf.linalg.matvec(matrix, middle)
     rows = tf.concat([matrix, offset[:, None]], 1)
     color = tf.constant(fill, tf.float32)
     moved = tf.raw_ops.ImageProjectiveTransformV3(
+        # Outside is filled with 0, so the fill colour is subtracted before and added again.
         images=(tf.cast(image, tf.float32) - color)[None],
         transforms=tf.concat([tf.reshape(rows, [1, 6]), tf.zeros([1, 2])], 1),
         output_shape=tf.stack([height, width]),

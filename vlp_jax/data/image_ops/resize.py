@@ -103,6 +103,7 @@ class Resampler:
         image = turned(image)
         scale = tf.where(flat, scale[::-1], scale)
         translation = tf.where(flat, translation[::-1], translation)
+        # All numbers of a row become the "channels" of one pixel, in one call along the height.
         rows = tf.reshape(image, [1, 1, tf.shape(image)[0], -1])
         rows = self._resample(rows, scale[0], translation[0])
         columns = tf.transpose(tf.reshape(rows, [size, -1]))

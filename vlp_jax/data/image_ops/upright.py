@@ -78,6 +78,7 @@ def read(data: bytes, max_pixels: int) -> np.ndarray:
     if found not in DECODABLE:
         raise BadExample(UNDECODABLE, unknown_format(data))
     try:
+        # Pillow asks for the memory of a WebP when it opens the file, of others when it loads them.
         if found == "WebP":
             require_size(*_webp_size(data), max_pixels)
         with _open(data, found) as image:
@@ -140,6 +141,7 @@ def upright_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
     """
     # Loading an image takes its tiles away, and with them the depth of the stored samples.
     rawmode = next((tile[3] for tile in getattr(image, "tile", [])), "")
+    # A caller may have moved to another frame.
     if getattr(image, "is_animated", False):
         image.seek(0)
     image.load()

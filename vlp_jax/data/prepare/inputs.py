@@ -112,6 +112,7 @@ class Input:
                 return _open_folder(patterns, fields, token)
             inner = [paths.absolute(pattern) for pattern in patterns]
             found = files.expand(inner, _SUFFIXES[format])
+            # Sizes tell a later run whether the files have changed.
             with ThreadPoolExecutor(_REQUESTS) as pool:
                 sizes = list(pool.map(paths.size_of, found))
             missing = [path for path, size in zip(found, sizes, strict=True) if size is None]
@@ -183,6 +184,7 @@ class Input:
                 where, last = source.describe(index), found[number]
                 if last:
                     reason, detail = faults.explain(last.decode())
+                    # The index of a cut file ends in the example within which it was cut.
                     ends = cut and index == end - 1
                     yield Fault(faults.TRUNCATED if ends else reason, where, detail, ends)
                     continue
@@ -206,6 +208,7 @@ class Input:
     def _id(self, unit: Unit, key: str) -> str:
         if self.format == FOLDER:
             return key
+        # Below the folder of all files, so that a data set keeps its ids when it is moved.
         root = paths.common_folder([path for path, _ in self.files])
         stem = unit.path[len(root) :].lstrip("/")
         for suffix in _SUFFIXES[self.format]:

@@ -139,7 +139,7 @@ def prepare(job: Job, watch: Watch = no_watch) -> Result:
         _check(summary, job)
         shards = _shards(summary, job, opened, output, work)
     except UserError:
-        # What can be mended in the input must be looked at again.
+        # The user will mend the input, so the next run has to look at it again.
         if not shard_files.records(work):
             paths.remove(work)
         raise
@@ -189,6 +189,7 @@ def _begin(
 
 
 def _look(job: Job, opened: Input, work: str, watch: Watch) -> plan.Summary:
+    # An earlier pass that was stopped may have been cut into other units.
     for begun in ("looked_at", "order", "staging"):
         paths.remove(paths.join(work, begun))
     buckets = plan.number_of_buckets(opened.estimated_examples())
@@ -232,6 +233,7 @@ def _shards(
 ) -> shard_files.Shards:
     types = field_types(summary.kinds, opened.extra_fields(), job.output_format == "webdataset")
     number = job.shards or -(-summary.examples // (job.examples_per_shard or 1))
+    # An empty shard would have no features, which readers need.
     if number > summary.examples:
         raise UserError(f"--shards {number} is more than the {summary.examples} examples")
     return shard_files.Shards(

@@ -64,6 +64,7 @@ def _difference(old: Any, new: Any, name: str) -> tuple[str, str, str] | None:
     if old == new:
         return None
     if isinstance(old, dict) and isinstance(new, dict):
+        # Settings before files: a changed setting says more than thousands of changed paths.
         for key in sorted({*old, *new}, key=lambda key: (key == "files", key)):
             part = f"{name}.{key}" if name else key
             found = _difference(old.get(key), new.get(key), part)

@@ -55,7 +55,7 @@ def join(folder: str, *parts: str) -> str:
 def size_of(path: str) -> int | None:
     """The size of a file in bytes, or None if there is no such file."""
     fs, inner = filesystem(path)
-    fs.invalidate_cache()
+    fs.invalidate_cache()  # fsspec keeps listings, and other workers write to the folder
     try:
         return fs.info(inner)["size"]
     except FileNotFoundError:
@@ -111,6 +111,7 @@ def write_bytes(path: str, data: bytes) -> None:
         fs.pipe_file(inner, data)
         return
     os.makedirs(os.path.dirname(inner), exist_ok=True)
+    # Renaming replaces the file at once; the flush keeps a power failure from leaving it empty.
     temporary = temporary_name(inner)
     with open(temporary, "wb") as stream:
         stream.write(data)

@@ -83,6 +83,7 @@ def merge(summaries: Iterable[dict[str, Any]]) -> dict[str, Any]:
             total.kinds[name] = sorted(set(kinds).union(total.kinds.get(name, ())))
         total.whole = [a + b for a, b in zip(total.whole, part.whole, strict=True)]
         total.cut = sorted([*total.cut, *part.cut])
+        # The smaller of two is named, so that the message does not depend on the runner.
         both = sorted([d for d in (total.duplicates, part.duplicates) if d], key=lambda d: d[1:])
         total.duplicates = [sum(d[0] for d in both), *both[0][1:]] if both else []
         total.bytes += part.bytes
@@ -131,6 +132,7 @@ def make(job: Pass, units: Sequence[Unit], flags: Sequence[str]) -> Summary:
         found = (
             pipeline
             | "Units" >> beam.Create(list(units))
+            # Without it Beam would fuse the steps, and one worker would read all units.
             | "Spread" >> beam.Reshuffle()
             | "Look" >> beam.FlatMap(look, job)
         )
@@ -176,6 +178,7 @@ def look(unit: Unit, job: Pass) -> Iterator[tuple[int | None, Any]]:
     with _Staging(job.work, unit) as staging, ThreadPoolExecutor(os.cpu_count()) as pool:
         scanned = job.input.scan(unit)
         while chunk := list(itertools.islice(scanned, _AT_ONCE)):
+            # Headers take microseconds, which threads would only add to.
             faults = (pool.map if job.check_images else map)(
                 lambda item: _fault(item, job.check_images), chunk
             )
@@ -193,11 +196,13 @@ def look(unit: Unit, job: Pass) -> Iterator[tuple[int | None, Any]]:
                 summary.add_kinds(item)
                 summary.bytes += len(item.image)
                 count += 1
+                # The first 32 bits of the hash choose the bucket, so that buckets are in its order.
                 yield int(order[:8], 16) * job.buckets >> 32, f"{order} {reference.dumps()}"
     if ended:
         summary.cut = [seen]
     else:
         summary.whole = [1, seen]
+    # An empty file whose name carries the count: progress is known by listing a folder.
     paths.write_bytes(paths.join(job.work, "looked_at", f"{unit.number:06d}-{count}"), b"")
     yield None, vars(summary)
 
@@ -257,6 +262,7 @@ def write_bucket(bucket: tuple[int, Iterable[str]], work: str) -> dict[str, Any]
     number, lines = bucket[0], sorted(bucket[1])
     summary = Summary(buckets={str(number): len(lines)})
     for one, other in itertools.pairwise(lines):
+        # Equal ids have equal hashes and so end up side by side, in one bucket.
         if one[:32] == other[:32]:
             pair = [Reference.loads(line[33:]) for line in (one, other)]
             pair.sort(key=lambda reference: (reference.path, reference.offset))

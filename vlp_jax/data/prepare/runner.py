@@ -45,6 +45,7 @@ def check_flags(flags: Sequence[str]) -> None:
     import_beam()
     from apache_beam.options.pipeline_options import PipelineOptions
 
+    # Beam has no list of all flags; its classes of options add them to a parser.
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for options in PipelineOptions.__subclasses__():
         options._add_argparse_args(parser)

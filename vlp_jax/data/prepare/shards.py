@@ -100,6 +100,7 @@ def write_shard(index: int, shards: Shards) -> None:
             "sha256": sha256(stream.name),
             "fingerprint": fingerprint,
         }
+        # The record before the shard: see above.
         paths.write_bytes(_record_path(shards.work, name), json.dumps(record).encode())
         paths.put(stream.name, path)
     except BaseException:
@@ -121,6 +122,7 @@ def _batches(references: Sequence[Reference]) -> Iterator[list[Reference]]:
     size = 0
     for reference in references:
         full = len(batch) == _BATCH_EXAMPLES or size + reference.size > _BATCH_BYTES
+        # A request for many ranges goes to one filesystem.
         if batch and (full or _filesystem_of(reference) != _filesystem_of(batch[0])):
             yield batch
             batch, size = [], 0

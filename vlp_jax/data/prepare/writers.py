@@ -118,5 +118,6 @@ def serialize(reference: Reference, image: bytes, types: FieldTypes) -> bytes:
 def _as_listed(value: Value, kind: Mapping[str, Any]) -> Value:
     items = value if isinstance(value, list) else [value]
     if kind["dtype"] == "float32":
+        # JSON would write 3 for a float of some examples, and readers take the type from there.
         items = [float(item) for item in items]
     return items if kind["list"] else items[0]

@@ -209,6 +209,7 @@ def _is_prepared(builder: Shapes) -> bool:
 
 
 def _download_and_prepare(builder: Shapes) -> None:
+    # Progress bars would fill the log of a job.
     if not sys.stderr.isatty():
         tfds.disable_progress_bar()
     config = tfds.download.DownloadConfig(try_download_gcs=False)

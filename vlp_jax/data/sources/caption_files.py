@@ -141,7 +141,7 @@ class _Listed:
         self, where: str, path: str, captions: Any, label: str | None, columns: Mapping[str, Any]
     ) -> None:
         if not path:
-            path = where  # such a row is an example that cannot be used
+            path = where  # the row counts as an example that cannot be used
             self._nameless.add(path)
         known = self._captions.setdefault(path, [])
         for value in captions if isinstance(captions, list) and captions else [captions]:
@@ -206,6 +206,7 @@ def normal_path(path: str) -> str:
 
 def _locate(root: Path, paths: Iterable[str]) -> dict[str, str]:
     """Path as written -> file to open, by one walk of the folder instead of a look at each."""
+    # On a network disk a look at each of a million paths takes hours, a walk minutes.
     present = dict(walk(str(root), ""))
     found: dict[str, str] = {}
     for path in paths:

@@ -145,6 +145,7 @@ class FolderSource(RowSource):
     def _examples(self) -> list[Entry]:
         if self.split == "all":
             return self._entries
+        # By a hash, so that an image stays in its split when others are added.
         held_out = self.split == "validation"
         return [e for e in self._entries if (_fraction(e.path) < self.holdout) == held_out]
 
@@ -195,6 +196,7 @@ class FolderSource(RowSource):
                 try:
                     rows["image"][number] = retrying(entry.file, Path(entry.file).read_bytes)
                 except UserError as error:
+                    # A file that is not there is a bad example; a disk that fails ends the run.
                     if not isinstance(error.__cause__, _GONE):
                         raise
                     found[number] = faults.marked(faults.UNREADABLE, str(error))

@@ -219,6 +219,7 @@ class ParquetSource(ShardedSource, RowSource):
             else self.shards.index(number)["group_size"]
             for number, piece in enumerate(self.shards.pieces)
         ]
+        # For the warning about memory; the first files stand for all.
         largest = max(
             int(self.shards.index(number)["group_bytes"].max(initial=0))
             for number in range(min(_LOOKED_AT, len(self.shards.pieces)))
@@ -249,6 +250,7 @@ class _RowGroups:
             with self._lock:
                 if key in self._tables:
                     return self._tables[key]
+            # Outside of `_lock`, so that other row groups can be had meanwhile.
             table = read()
             with self._lock:
                 self._tables[key] = table

@@ -113,6 +113,7 @@ class ArrayRecordFiles:
                     self.shards.pieces[piece].path, lambda r=reader, w=wanted: _read(r, w)
                 )
             except _ARRAY_RECORD_DAMAGE:
+                # The library does not say which record is damaged: each is read alone.
                 for place in places:
                     self._read_one(piece, int(rows[place]), place, records, found)
         return records, found
@@ -134,6 +135,7 @@ class ArrayRecordFiles:
                 self._readers.move_to_end(file)
             else:
                 self._readers[file] = _open_array_record(file)
+            # Each open file costs a descriptor and a buffer.
             if len(self._readers) > _READERS:
                 self._readers.popitem(last=False)  # closed when its last reader lets it go
             return self._readers[file]
@@ -181,6 +183,7 @@ def index_tfrecord(path: str) -> Index:
     offsets, lengths, faulty = [], [], []
     descriptor = os.open(path, os.O_RDONLY)
     try:
+        # Only headers are read, so the pass takes as many small reads as there are records.
         place = 0
         while place < size:
             header = os.pread(descriptor, _HEADER.size, place)

@@ -37,7 +37,7 @@ from vlp_jax.errors import UserError
 
 Index = Mapping[str, np.ndarray]
 
-# Values of an index's column "fault".
+# Values of an index's column "fault", which is kept in files: numbers must not change.
 OK, TRUNCATED, DAMAGED, TWICE, APART, SPARSE = range(6)
 # What they mean for a record: a reason, and a detail.
 _DETAILS = {
@@ -127,6 +127,7 @@ class Shards:
             """A piece with its count, and how far its file can be read."""
             if piece.count is not None:
                 return piece, _WHOLE
+            # Indexing a local file is cheap; a remote file would have to be copied first.
             known = None if files.is_local(piece.path) else _img2dataset_count(piece.path)
             state = _WHOLE
             if known is None:
@@ -155,6 +156,7 @@ class Shards:
             path, why = counted[0][0].path, self._lost[counted[0][0].path]
             raise UserError(f"data.path: none of {len(counted)} files can be read: {path} is {why}")
         states = {state for _, state in counted}
+        # Without the mark of its end a tar is cut, unless no tar of the dataset has one.
         sound = (_WHOLE,) if _WHOLE in states else (_UNMARKED,)
         whole = [piece.count for piece, state in counted if state in sound and piece.count]
         usual = round(sum(whole) / len(whole)) if whole else 0
@@ -263,6 +265,8 @@ class Shards:
 
     def _load_index(self, path: str) -> Index:
         """The index of a file: the kept one, or a new one, which is then kept."""
+        # The name ends in ".COUNT.STATE.npz", so that opening a dataset of thousands of files takes
+        # one listing of the folder and reads no index.
         name = self._index_name(path)
         for kept in self._index_folder.glob(f"{name}.*.npz"):
             try:
@@ -278,6 +282,7 @@ class Shards:
         if state == _CUT and (not count or count == 1 and index["fault"][0] != OK):
             self._note_lost(path)
             return index
+        # Written under another name first: another process may read the index at any moment.
         with writing(self._index_folder):
             self._index_folder.mkdir(parents=True, exist_ok=True)
             unfinished = self._index_folder / f"{name}.{uuid.uuid4().hex}"
@@ -310,8 +315,9 @@ class Shards:
 
 
 def _state(index: Index) -> str:
-    """How far a file can be read; a fault that ends it is its last record's."""
+    """How far a file can be read: `_WHOLE`, `_UNMARKED` or `_CUT`."""
     fault = index["fault"]
+    # Only a fault of the last record ends a file; others concern their records alone.
     if "archive_is_cut" in index or len(fault) and fault[-1] in (TRUNCATED, DAMAGED):
         return _CUT
     return _WHOLE if index.get("end_mark", _MARKED).all() else _UNMARKED

@@ -64,6 +64,8 @@ class _Sample:
 
     def rows(self) -> list[_Sample]:
         """Itself, and before it a bad sample for every further one that must have had its key."""
+        # Two samples of one key side by side look like one with every extension twice. Each must
+        # be counted as bad.
         most = max(self.counts.values(), default=1)
         return [*(_Sample(self.key, TWICE) for _ in range(most - 1)), self]
 
@@ -164,6 +166,7 @@ def members(path: str) -> Iterator[Member]:
                 return
             kind, begin = header[156:157], place + _BLOCK
             of_notes = kind in (_PAX, _PAX_GLOBAL, _GNU_NAME, _GNU_LINK) or notes.size is None
+            # A file of 8 GiB or more states its size in a header of its own (pax).
             size = _number(header[124:136]) if of_notes else notes.size
             cut = begin + size > total
             if kind in (_PAX, _GNU_NAME) and not cut:
@@ -278,6 +281,7 @@ def _is_header(header: bytes) -> bool:
         _number(header[124:136])
     except ValueError:
         return False
+    # The checksum counts its own field as eight spaces.
     return noted == sum(header) - sum(header[148:156]) + 8 * ord(" ")
 
 

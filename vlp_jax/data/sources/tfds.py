@@ -74,6 +74,7 @@ class TfdsSource(RecordSource):
     def _fields(self) -> dict[str, FieldSpec]:
         fields: dict[str, FieldSpec] = {}
 
+        # Tracing is the one way to learn shapes and dtypes as `deserialize_example` gives them.
         def trace(record: tf.Tensor) -> None:
             example = self._deserialize(record, list(self._builder.info.features))
             for name, value in example.items():
@@ -86,6 +87,7 @@ class TfdsSource(RecordSource):
         return fields
 
     def parse(self, record: dict[str, tf.Tensor], names: Sequence[str]) -> dict[str, tf.Tensor]:
+        # tensorflow_datasets reads whole features; parts of them are named by path here.
         top_level = list(dict.fromkeys(name.split("/")[0] for name in names))
         example = self._deserialize(record["record"], top_level)
         return {name: example[name] for name in names}

@@ -10,7 +10,7 @@ from vlp_jax.errors import UserError
 
 EMBEDDED = "shapes"
 ARRAY_RECORD = "array_record"
-FORMATS = (ARRAY_RECORD, "tfrecord")  # those that are read here, the best first
+FORMATS = (ARRAY_RECORD, "tfrecord")  # the formats that are read here, the best first
 
 
 def find_builder(dataset: str, data_dir: str | None) -> Any:
@@ -52,6 +52,7 @@ def find_builder(dataset: str, data_dir: str | None) -> Any:
             f"prepare it as ArrayRecord in another folder and set data.data_dir to it: "
             f"{_command(dataset, '<new folder>')}"
         )
+    # The builder reads the format it was prepared in first, which may be the slower one.
     if formats[0] != readable[0]:
         builder = tfds.core.read_only_builder.builder_from_files(
             dataset, data_dir=root, file_format=readable[0]

@@ -90,6 +90,7 @@ class WebDatasetSource(ShardedSource, RowSource):
         seen = Counter(extension for sample in files for extension in sample)
         # Dots in a key make an extension of its own for every sample.
         usual = {e for e, n in seen.items() if "." not in e or n > 1 or len(samples) == 1}
+        # An image format or text that few samples have is no accident of a key.
         usual |= extensions(self.shards.index(samples[0][0])) & _USUAL
         fields = {"image": STRING} if usual & set(IMAGE_EXTENSIONS) else {}
         fields |= {"text": STRING} if "txt" in usual else {}
@@ -195,6 +196,7 @@ class WebDatasetSource(ShardedSource, RowSource):
                 if not key:
                     column[number] = _whole_number(raw) if name in NUMBER_EXTENSIONS else raw
                 else:
+                    # Parsed once, however many of its values are fields.
                     document = _parsed_json(raw) if document is None else document
                     column[number] = _at(document, key)
         except faults.BadExample as bad:

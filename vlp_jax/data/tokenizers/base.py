@@ -131,6 +131,7 @@ def frame(rows: Sequence[Sequence[int] | np.ndarray], tokenizer: Tokenizer) -> n
     Of a row that is too long the end is cut, never eos.
     """
     ids = np.full((len(rows), tokenizer.context_length), tokenizer.pad_id, np.int32)
+    # eos is always kept: towers pool the features at its place.
     room = tokenizer.context_length - frame_length(tokenizer)
     begin = 0
     if tokenizer.bos_id is not None:
@@ -185,6 +186,7 @@ def framing_json(
     before, after = names[:-1], names[-1:]
     model.post_processor = library.processors.TemplateProcessing(
         single=[*before, "$A", *after],
+        # A pair is what the library asks for; nothing here tokenizes pairs.
         pair=[*before, "$A", *after, "$B:1", *(f"{name}:1" for name in after)],
         special_tokens=list(zip(names, ids, strict=True)),
     )
@@ -205,6 +207,7 @@ def _without_lost_symbols(tokenizer_json: str) -> str:
     """
     content = json.loads(tokenizer_json)
     canonical = import_tokenizers().normalizers.Sequence(canonicalize_steps()).normalize_str
+    # Special tokens stay, because padding and eos are found by them.
     content["added_tokens"] = [
         token
         for token in content["added_tokens"]

@@ -56,7 +56,7 @@ class ClipTokenizer(base.Tokenizer):
           cleaning: one of `CLEANINGS`.
         """
         self._merges = list(merges)
-        symbols = sorted(base.byte_symbols())  # those that print before the others
+        symbols = sorted(base.byte_symbols())  # printing characters come first, as in CLIP's file
         tokens = [*symbols, *(symbol + _END for symbol in symbols)]
         tokens += _joined(self._merges, set(tokens), where)
         self.bos_id, self.eos_id = len(tokens), len(tokens) + 1
@@ -127,6 +127,7 @@ class ClipTokenizer(base.Tokenizer):
     def _make_model(self) -> tokenizers.Tokenizer:
         """The library's model, for text that is clean."""
         library = base.import_tokenizers()
+        # The suffix makes the library merge "</w>" with the last symbol of a word, as CLIP does.
         merges = [tuple(merge.split()) for merge in self._merges]
         model = library.Tokenizer(
             library.models.BPE(vocab=self._vocab, merges=merges, end_of_word_suffix=_END)
@@ -160,6 +161,7 @@ def repaired(text: str) -> str:
 
 def canonical(text: str) -> str:
     """Cleans a text as open_clip does for SigLIP (`_clean_canonicalize`): no punctuation either."""
+    # The underscore first, because it is punctuation too.
     text = repaired(text).replace("_", " ").translate(_NO_PUNCTUATION)
     return " ".join(text.lower().split())
 

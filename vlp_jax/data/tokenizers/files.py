@@ -72,6 +72,7 @@ def kind_of(content: bytes) -> str | None:
     # A ModelProto begins with its first piece (field 1), which begins with its string (field 1).
     if content[:1] == b"\n" and content[2:3] == b"\n":
         return "sentencepiece"
+    # Merges are two words a line, behind a header.
     lines = content[:4096].decode("utf-8", "replace").splitlines()[:4]
     pairs = [len(line.split()) == 2 for line in lines[1:]]
     return "clip" if pairs and all(pairs) else None

@@ -32,7 +32,8 @@ class FramedTokenizer:
         zeroed: int | None = None,
         clean: Callable[[str], str] = str,
     ) -> None:
-        """
+        """Reads the tokenizer.
+
         Args:
           tokenizer_json: the content of the file.
           context_length: of a row of ids.
@@ -66,6 +67,7 @@ class FramedTokenizer:
         model.no_padding()
         model.enable_truncation(context_length, direction="left" if cuts_left else "right")
         self._cut = model
+        # Truncation is a state of a model; `lengths` needs a model without it.
         self._whole = library.Tokenizer.from_str(model.to_str())
         self._whole.encode_special_tokens = model.encode_special_tokens
         self._whole.no_truncation()

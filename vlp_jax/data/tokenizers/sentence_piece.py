@@ -105,6 +105,7 @@ def train_sentencepiece(
 
     if model_type not in MODEL_TYPES:
         raise UserError(f"a SentencePiece model is one of {MODEL_TYPES}, not {model_type!r}")
+    # Sorted, because the model depends on the order of texts; a line break would end a text.
     lines = sorted(" ".join(base.as_text(text).split()) for text in texts)
     if not any(lines):
         raise UserError("there is no text to train a tokenizer on")

@@ -119,6 +119,8 @@ def _unigram(file: ModelFile, library: Any) -> Any:
 def _bpe(file: ModelFile, library: Any) -> Any:
     scores = {piece.text: piece.score for piece in file.pieces if piece.type == NORMAL}
     unknown = next(piece.text for piece in file.pieces if piece.type == UNKNOWN)
+    # SentencePiece merges any two neighbours that make a piece, the best score first. The library
+    # wants the pairs listed in that order.
     merges = []
     for text in sorted(scores, key=lambda text: -scores[text]):
         pairs = ((text[:place], text[place:]) for place in range(1, len(text)))

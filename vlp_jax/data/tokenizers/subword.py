@@ -45,6 +45,7 @@ class SubwordTokenizer(base.Tokenizer):
         self.vocab_size = 1 + max(model.get_vocab(with_added_tokens=True).values())
         model.encode_special_tokens = True
         model.no_padding()
+        # The file keeps its truncation for other users; here texts are cut by `frame`.
         self._file = model.to_str(pretty=False)
         model.no_truncation()
 
@@ -92,6 +93,7 @@ def train_subword(
             f"256 bytes and {len(base.SPECIAL_TOKENS)} special tokens"
         )
     library = base.import_tokenizers()
+    # Training breaks ties by the order of texts, which differs between machines.
     sorted_texts = sorted(base.as_text(text) for text in texts)
     if not any(sorted_texts):
         raise UserError("there is no text to train a tokenizer on")
