@@ -203,7 +203,7 @@ def prepare(arguments: argparse.Namespace) -> str:
       UserError: as `jobs.prepare` says, and for a flag that is neither ours nor Beam's.
     """
     runner.check_flags(arguments.unchecked)
-    job = jobs.Job(
+    job = jobs.PrepareJob(
         input=tuple(arguments.input),
         input_format=arguments.input_format,
         output=arguments.output,

@@ -193,9 +193,7 @@ class PreprocessGraph:
         return unpacked
 
     def chunks(
-        self,
-        indices_and_seeds: Callable[[int], tuple[np.ndarray, np.ndarray]],
-        total: int | None,
+        self, indices_and_seeds: Callable[[int], tuple[np.ndarray, np.ndarray]], total: int | None
     ) -> Iterator[tuple[dict[str, np.ndarray], np.ndarray]]:
         """Yields the results of `chunk` for consecutive chunks, prepared ahead of their use.
 

@@ -20,13 +20,7 @@ from vlp_jax.data.sources.base import as_plain
 from vlp_jax.errors import UserError
 
 # The operations of `OPS` that make another `text` of a `text`.
-TEXT_TO_TEXT = (
-    "clean_text",
-    "prompt_template",
-    "canonicalize_text",
-    "lowercase",
-    "truncate_text",
-)
+TEXT_TO_TEXT = ("clean_text", "prompt_template", "canonicalize_text", "lowercase", "truncate_text")
 # The operations that take another `text` from the data.
 NEW_TEXT = ("choose_text", "choose_question")
 
@@ -123,9 +117,7 @@ def worded_parts(data: Mapping[str, Any]) -> list[tuple[str, float, Wording]]:
     ]
 
 
-def common_wording(
-    parts: Sequence[tuple[str, float, Wording]],
-) -> tuple[Wording, tuple[str, ...]]:
+def common_wording(parts: Sequence[tuple[str, float, Wording]]) -> tuple[Wording, tuple[str, ...]]:
     """The wording of the part with the largest weight, and a note if others differ from it."""
     if not parts:
         return Wording(), ()

@@ -6,11 +6,7 @@ import math
 from collections.abc import Callable
 
 from vlp_jax.data.image_ops import pixels
-from vlp_jax.data.image_ops.checks import (
-    check_fill,
-    check_number,
-    check_range,
-)
+from vlp_jax.data.image_ops.checks import check_fill, check_number, check_range
 from vlp_jax.data.image_ops.fields import IMAGE, ImageField
 from vlp_jax.data.lazy_tensorflow import Example, Op, tf
 from vlp_jax.errors import UserError
@@ -134,10 +130,7 @@ def gaussian_blur(
 
 
 def solarize(
-    probability: float = 0.2,
-    threshold: int = 128,
-    field: str = IMAGE,
-    into: str | None = None,
+    probability: float = 0.2, threshold: int = 128, field: str = IMAGE, into: str | None = None
 ) -> Op:
     """Inverts, with a probability, the numbers that are at least the threshold.
 

@@ -12,9 +12,7 @@ from vlp_jax.errors import UserError
 
 
 def flip_left_right(
-    unless_text: str | None = r"\b(left|right)\b",
-    field: str = IMAGE,
-    into: str | None = None,
+    unless_text: str | None = r"\b(left|right)\b", field: str = IMAGE, into: str | None = None
 ) -> Op:
     """Mirrors half of the images, but none whose `text` the pattern occurs in.
 

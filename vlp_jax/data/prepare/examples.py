@@ -10,13 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from vlp_jax.data.faults import (
-    EMPTY_TEXT,
-    MALFORMED_TEXT,
-    MISSING_FIELD,
-    UNREADABLE,
-    BadExample,
-)
+from vlp_jax.data.faults import EMPTY_TEXT, MALFORMED_TEXT, MISSING_FIELD, UNREADABLE, BadExample
 from vlp_jax.errors import UserError
 
 ID, IMAGE, CAPTIONS = "id", "image", "captions"
@@ -27,7 +21,7 @@ Value = int | float | str | bytes | list[Any]
 
 
 @dataclass(frozen=True, slots=True)
-class Fault:
+class SkippedExample:
     """An example that cannot be used.
 
     Attributes:

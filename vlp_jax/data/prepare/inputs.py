@@ -22,7 +22,7 @@ from vlp_jax.data.prepare.examples import (
     IMAGE,
     BadExample,
     Candidate,
-    Fault,
+    SkippedExample,
     clean_captions,
     clean_value,
     decode_text,
@@ -153,7 +153,7 @@ class Input:
         path = self.files[0][0]
         return [Unit(n, path, b, min(b + _FOLDER_ROWS, size)) for n, b in enumerate(begins)]
 
-    def scan(self, unit: Unit) -> Iterator[Candidate | Fault]:
+    def scan(self, unit: Unit) -> Iterator[Candidate | SkippedExample]:
         """The examples of a unit in their order, and what cannot be used."""
         if self.format == FOLDER:
             yield from self._scan(_folder(self), unit, cut=False)
@@ -164,11 +164,13 @@ class Input:
                 source = _source(self.format, unit.path, cache)
                 cut = not source.shards.is_whole(0)
             except UserError as error:  # nothing of the file can be read
-                yield Fault(faults.TRUNCATED, unit.path, str(error), ends_file=True)
+                yield SkippedExample(faults.TRUNCATED, unit.path, str(error), ends_file=True)
                 return
             yield from self._scan(source, unit, cut)
 
-    def _scan(self, source: RowSource, unit: Unit, cut: bool) -> Iterator[Candidate | Fault]:
+    def _scan(
+        self, source: RowSource, unit: Unit, cut: bool
+    ) -> Iterator[Candidate | SkippedExample]:
         """The examples of a unit; a file that is cut ends in a fault, of its last example or none.
 
         `cut` says whether the end of the file is missing.
@@ -186,17 +188,17 @@ class Input:
                     reason, detail = faults.explain(last.decode())
                     # The index of a cut file ends in the example within which it was cut.
                     ends = cut and index == end - 1
-                    yield Fault(faults.TRUNCATED if ends else reason, where, detail, ends)
+                    yield SkippedExample(faults.TRUNCATED if ends else reason, where, detail, ends)
                     continue
                 row = {name: rows[name][number] for name in wanted}
                 key = str(index) if id_field is None else row[id_field].decode("utf-8", "replace")
                 try:
                     yield self._candidate(source, index, self._id(unit, key), row, names)
                 except BadExample as bad:
-                    yield Fault(bad.reason, where, bad.detail)
+                    yield SkippedExample(bad.reason, where, bad.detail)
         if cut and not last:
             detail = f"the file ends after {end} examples without the mark of its end"
-            yield Fault(faults.TRUNCATED, unit.path, detail, ends_file=True)
+            yield SkippedExample(faults.TRUNCATED, unit.path, detail, ends_file=True)
 
     def _name(self, out: str, name: str) -> str:
         """The name of a field in the source."""

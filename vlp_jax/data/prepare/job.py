@@ -34,7 +34,7 @@ def no_watch(title: str, total: int, count: Callable[[], tuple[int, int]]) -> An
 
 
 @dataclass(frozen=True)
-class Job:
+class PrepareJob:
     """The settings of a preparation.
 
     Attributes:
@@ -115,7 +115,7 @@ def parse_fields(pairs: Sequence[str]) -> dict[str, str]:
     return fields
 
 
-def prepare(job: Job, watch: Watch = no_watch) -> Result:
+def prepare(job: PrepareJob, watch: Watch = no_watch) -> Result:
     """Runs a job, or the rest of it if an earlier run was stopped.
 
     Raises:
@@ -155,18 +155,13 @@ def prepare(job: Job, watch: Watch = no_watch) -> Result:
     return Result(manifest, False, named)
 
 
-def _identity(job: Job, opened: Input) -> dict[str, Any]:
+def _identity(job: PrepareJob, opened: Input) -> dict[str, Any]:
     sharding = (
         {"shards": job.shards} if job.shards else {"examples_per_shard": job.examples_per_shard}
     )
     source = {"format": job.input_format, **opened.source(), **sharding}
     source["check_images"] = job.check_images
-    return {
-        "format": job.output_format,
-        "split": job.split,
-        "seed": job.seed,
-        "source": source,
-    }
+    return {"format": job.output_format, "split": job.split, "seed": job.seed, "source": source}
 
 
 def _begin(
@@ -188,7 +183,7 @@ def _begin(
         paths.remove(leftover)
 
 
-def _look(job: Job, opened: Input, work: str, watch: Watch) -> plan.Summary:
+def _look(job: PrepareJob, opened: Input, work: str, watch: Watch) -> plan.Summary:
     # An earlier pass that was stopped may have been cut into other units.
     for begun in ("looked_at", "order", "staging"):
         paths.remove(paths.join(work, begun))
@@ -205,7 +200,7 @@ def _look(job: Job, opened: Input, work: str, watch: Watch) -> plan.Summary:
         return plan.make(first, units, job.flags)
 
 
-def _check(summary: plan.Summary, job: Job) -> None:
+def _check(summary: plan.Summary, job: PrepareJob) -> None:
     """Raises a UserError for an outcome of the first pass that cannot be prepared."""
     if summary.duplicates:
         count, id, one, other = summary.duplicates
@@ -229,7 +224,7 @@ def _check(summary: plan.Summary, job: Job) -> None:
 
 
 def _shards(
-    summary: plan.Summary, job: Job, opened: Input, output: str, work: str
+    summary: plan.Summary, job: PrepareJob, opened: Input, output: str, work: str
 ) -> shard_files.Shards:
     types = field_types(summary.kinds, opened.extra_fields(), job.output_format == "webdataset")
     number = job.shards or -(-summary.examples // (job.examples_per_shard or 1))

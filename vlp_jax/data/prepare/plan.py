@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from vlp_jax.data.prepare import paths, runner
-from vlp_jax.data.prepare.examples import Candidate, Fault, Reference, kinds_of, place
+from vlp_jax.data.prepare.examples import Candidate, SkippedExample, Reference, kinds_of, place
 from vlp_jax.data.prepare.images import image_fault
 from vlp_jax.data.prepare.inputs import Input, Unit
 
@@ -62,7 +62,7 @@ class Summary:
         usual = round(self.whole[1] / self.whole[0]) if self.whole[0] else 0
         return sum(max(0, usual - read - 1) for read in self.cut)
 
-    def add_fault(self, fault: Fault) -> None:
+    def add_fault(self, fault: SkippedExample) -> None:
         count, lines = self.faults.get(fault.reason, [0, []])
         self.faults[fault.reason] = [count + 1, [*lines, fault.line()][:NAMED]]
 
@@ -207,11 +207,11 @@ def look(unit: Unit, job: Pass) -> Iterator[tuple[int | None, Any]]:
     yield None, vars(summary)
 
 
-def _fault(item: Candidate | Fault, decode: bool) -> Fault | None:
-    if isinstance(item, Fault):
+def _fault(item: Candidate | SkippedExample, decode: bool) -> SkippedExample | None:
+    if isinstance(item, SkippedExample):
         return item
     found = image_fault(item.image, decode)
-    return None if found is None else Fault(found[0], item.where, found[1])
+    return None if found is None else SkippedExample(found[0], item.where, found[1])
 
 
 class _Staging:

@@ -71,11 +71,7 @@ def run(build: Callable[[Any], None], flags: Sequence[str]) -> None:
         on any runner; anything else is raised as it is.
     """
     beam = import_beam()
-    from apache_beam.options.pipeline_options import (
-        DirectOptions,
-        PipelineOptions,
-        StandardOptions,
-    )
+    from apache_beam.options.pipeline_options import DirectOptions, PipelineOptions, StandardOptions
     from apache_beam.runners.portability.fn_api_runner import FnApiRunner
 
     options = PipelineOptions(list(flags))

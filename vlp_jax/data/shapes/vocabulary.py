@@ -4,16 +4,7 @@ from __future__ import annotations
 
 import re
 
-COLORS: tuple[str, ...] = (
-    "red",
-    "orange",
-    "yellow",
-    "green",
-    "cyan",
-    "blue",
-    "purple",
-    "pink",
-)
+COLORS: tuple[str, ...] = ("red", "orange", "yellow", "green", "cyan", "blue", "purple", "pink")
 SHAPES: tuple[str, ...] = ("circle", "square", "triangle", "star", "cross", "heart")
 SIZES: tuple[str, ...] = ("small", "large")
 TEXTURES: tuple[str, ...] = ("solid", "striped", "dotted", "outlined")

@@ -12,12 +12,7 @@ import numpy as np
 from vlp_jax.data.lazy_tensorflow import tf
 from vlp_jax.data.sources.base import Blocks, FieldSpec
 from vlp_jax.data.sources.manifest import find_pieces
-from vlp_jax.data.sources.records import (
-    ArrayRecordFiles,
-    RecordFiles,
-    RecordSource,
-    TFRecordFiles,
-)
+from vlp_jax.data.sources.records import ArrayRecordFiles, RecordFiles, RecordSource, TFRecordFiles
 from vlp_jax.errors import UserError, unknown_key_message
 
 DTYPES = {"bytes": np.dtype(object), "int64": np.dtype(np.int64), "float32": np.dtype(np.float32)}

@@ -14,12 +14,7 @@ from vlp_jax.data import faults
 from vlp_jax.data.fault_log import FEWEST, MAX_BAD_FRACTION, check_fraction
 from vlp_jax.data.files import retrying
 from vlp_jax.data.sources.base import STRING, STRINGS, FieldSpec
-from vlp_jax.data.sources.caption_files import (
-    CaptionFile,
-    Entry,
-    find_caption_file,
-    read_entries,
-)
+from vlp_jax.data.sources.caption_files import CaptionFile, Entry, find_caption_file, read_entries
 from vlp_jax.data.sources.labels import number_labels, open_names
 from vlp_jax.data.sources.records import empty_strings
 from vlp_jax.data.sources.row_source import Rows, RowSource, spec_of_all

@@ -25,13 +25,7 @@ from vlp_jax.data.sources.parquet_columns import (
 )
 from vlp_jax.data.sources.records import empty_strings
 from vlp_jax.data.sources.row_source import Rows, RowSource
-from vlp_jax.data.sources.shards import (
-    TRUNCATED,
-    Index,
-    ShardedSource,
-    Shards,
-    group_by_piece,
-)
+from vlp_jax.data.sources.shards import TRUNCATED, Index, ShardedSource, Shards, group_by_piece
 from vlp_jax.errors import UserError
 
 if TYPE_CHECKING:

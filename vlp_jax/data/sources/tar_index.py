@@ -14,15 +14,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from vlp_jax.data.sources.shards import (
-    APART,
-    DAMAGED,
-    OK,
-    SPARSE,
-    TRUNCATED,
-    TWICE,
-    Index,
-)
+from vlp_jax.data.sources.shards import APART, DAMAGED, OK, SPARSE, TRUNCATED, TWICE, Index
 
 _BLOCK = 512
 _RECORD = 20 * _BLOCK  # tar fills an archive up with zeros to a multiple of it
@@ -122,10 +114,7 @@ def sample_files(index: Index, row: int) -> dict[str, tuple[int, int]]:
     return {
         _part(index["extension"], index["extension_end"], file).decode(
             "utf-8", "surrogateescape"
-        ): (
-            int(index["offset"][file]),
-            int(index["size"][file]),
-        )
+        ): (int(index["offset"][file]), int(index["size"][file]))
         for file in range(int(index["file_end"][row - 1]) if row else 0, end)
     }
 

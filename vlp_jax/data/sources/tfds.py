@@ -12,19 +12,9 @@ import numpy as np
 
 from vlp_jax.data.lazy_tensorflow import import_tensorflow, tf
 from vlp_jax.data.sources.base import Blocks, FieldSpec
-from vlp_jax.data.sources.records import (
-    ArrayRecordFiles,
-    RecordFiles,
-    RecordSource,
-    TFRecordFiles,
-)
+from vlp_jax.data.sources.records import ArrayRecordFiles, RecordFiles, RecordSource, TFRecordFiles
 from vlp_jax.data.sources.shards import Piece
-from vlp_jax.data.sources.tfds_lookup import (
-    ARRAY_RECORD,
-    file_format,
-    find_builder,
-    split_info,
-)
+from vlp_jax.data.sources.tfds_lookup import ARRAY_RECORD, file_format, find_builder, split_info
 
 _COLUMN_CHUNK = 1024
 BLOCK, WINDOW = 256, 4  # records of one file that are read together, such blocks at a time
