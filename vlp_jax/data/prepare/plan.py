@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from vlp_jax.data.prepare import paths, runner
-from vlp_jax.data.prepare.examples import Candidate, SkippedExample, Reference, kinds_of, place
+from vlp_jax.data.prepare.examples import Candidate, Reference, SkippedExample, kinds_of, place
 from vlp_jax.data.prepare.images import image_fault
 from vlp_jax.data.prepare.inputs import Input, Unit
 
