@@ -109,7 +109,7 @@ class MixUp:
 
 
 def _blend(pair: np.ndarray, share: float, mixed: np.ndarray) -> float:
-    """share * own + (1 - share) * other, rounded, for both of a pair; returns the share.
+    """Blends both of a pair: share * own + (1 - share) * other, rounded. Returns the share.
 
     The share is rounded to 1/128, so that 16-bit whole numbers hold every product.
     """
@@ -169,7 +169,7 @@ BATCH_OPS: dict[str, Callable[..., MixUp]] = {"mixup": mixup}
 
 
 def build_batch_ops(config: Mapping[str, Any] | None, local_size: int) -> list[MixUp]:
-    """The operations that a config's `batch_ops` names, a mapping of names to arguments.
+    """Builds the operations that a config's `batch_ops` names.
 
     Args:
       local_size: examples of a batch that a process has.

@@ -1,4 +1,4 @@
-"""Batches from the readers of one or several sources."""
+"""Assembles batches from the readers of one or several sources."""
 
 from __future__ import annotations
 

@@ -92,7 +92,7 @@ class FaultLog:
         )
 
     def totals(self, before: int | None = None) -> dict[str, Any]:
-        """{"read": examples, "bad": {source: {reason: examples}}} of the batches below `before`.
+        """Counts of the batches below `before`: {"read": n, "bad": {source: {reason: n}}}.
 
         `before` must not become less from call to call.
         """

@@ -73,6 +73,7 @@ def expand_braces(pattern: str) -> list[str]:
 
 
 def _expand_one(pattern: str, suffix: str | tuple[str, ...]) -> list[str]:
+    # Each name of a brace range must exist; a glob may match anything.
     names = expand_braces(pattern)
     found: list[str] = []
     missing: list[str] = []

@@ -40,7 +40,7 @@ def import_tensorflow() -> ModuleType:
 
 @contextlib.contextmanager
 def _keras_left_for_later() -> Iterator[None]:
-    """Within it, importing TensorFlow does not import Keras, which takes a third of the time.
+    """Keeps TensorFlow from importing Keras, which would take a third of the time.
 
     TensorFlow does so only to register optimizers for SavedModel, and goes on where Keras is not
     installed. `tf.keras` is imported when somebody uses it.

@@ -1,4 +1,4 @@
-"""Reading from local files at any place, and local copies of files that cannot be read so.
+"""Reads of local files at any offset, and local copies of remote and compressed files.
 
 Files on a bucket, or compressed, are copied whole into a cache folder when they are first needed.
 """
@@ -33,7 +33,7 @@ _log = logging.getLogger("vlp_jax.data")
 
 
 class _Descriptor:
-    """An open file, how many threads read from it, and whether the last of them is to close it."""
+    """An open file, the number of threads that read it, and whether the last one closes it."""
 
     def __init__(self, path: str) -> None:
         self.number = os.open(path, os.O_RDONLY)
@@ -57,7 +57,7 @@ class OpenFiles:
         self._descriptors: OrderedDict[str, _Descriptor] = OrderedDict()
 
     def read(self, path: str, offset: int, length: int) -> bytes:
-        """`length` bytes from `offset` on; fewer where the file ends.
+        """Reads `length` bytes from `offset` on; fewer at the end of the file.
 
         Raises:
           OSError: it cannot be read.
@@ -75,7 +75,7 @@ class OpenFiles:
                 descriptor.close_if_unused()
 
     def drop(self, path: str) -> None:
-        """Lets go of a file, for example because it was removed."""
+        """Closes a file, for example because it was removed."""
         with self._lock:
             if path in self._descriptors:
                 self._close(path)
@@ -140,7 +140,7 @@ class LocalCopies:
         self._folder, self._capacity = folder, capacity
 
     def get(self, path: str) -> str:
-        """A local, uncompressed file that holds what `path` does.
+        """Returns a local, uncompressed file with the content of `path`; copies it if needed.
 
         Raises:
           UserError: it cannot be read, or not be written here.
@@ -163,7 +163,7 @@ class LocalCopies:
         return str(target)
 
     def read(self, path: str, offset: int, length: int) -> bytes:
-        """`length` bytes of what `path` holds, from `offset` on; fewer where it ends.
+        """Reads `length` uncompressed bytes of `path` from `offset` on; fewer at its end.
 
         Raises:
           UserError: it cannot be read.

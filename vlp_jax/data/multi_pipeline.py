@@ -1,4 +1,4 @@
-"""Several datasets side by side: a batch of each in every step."""
+"""Training on several datasets side by side: each step has a batch of each."""
 
 from __future__ import annotations
 
@@ -66,6 +66,7 @@ class MultiPipeline:
         Raises:
           UserError: while iterating, for an example that cannot be read or decoded; names it.
         """
+        # Batches of step n of all datasets go together, so one number is the state of them all.
         streams = [pipeline.batches(start_step) for pipeline in self._extra.values()]
         for first, *others in zip(self._first.batches(start_step), *streams, strict=True):
             joined = dict(first)

@@ -73,7 +73,7 @@ def choose_question(
     answer: str = "questions/answer_label",
     kind: str | None = "questions/kind",
 ) -> Op:
-    """Sets `text` to one of an example's questions, `answer` and `kind` to what goes with it.
+    """Sets `text` to one of an example's questions, and `answer` and `kind` to match.
 
     Without `index` the choice is made anew in every epoch, each with the same chance.
 
@@ -135,7 +135,7 @@ OPS: dict[str, Callable[..., Op]] = {
 
 
 def build_ops(preprocess: Mapping[str, Any] | Sequence[Any] | None) -> list[tuple[str, Op]]:
-    """The operations that a config's `preprocess` names, in the order in which they run.
+    """Builds the operations that a config's `preprocess` names, in the order in which they run.
 
     Args:
       preprocess: a sequence of (name in `OPS`, keyword arguments) pairs, which run as written; or a

@@ -319,6 +319,7 @@ class EvalPipeline(_Pipeline):
         self.faults = FaultLog(self._max_bad_fraction, of_split=True)
         read = self._read(0, self.num_batches, end=len(self))
         for number, (batch, sound) in enumerate(read):
+            # Places behind the end of the data repeat its last example.
             inside = share.places + number * share.batch_size < len(self)
             yield {**batch, "mask": sound & inside}
         self.faults.check_all(self._gather)

@@ -67,6 +67,7 @@ class PreprocessGraph:
         fields, traced = traced_fields.trace(source, ops)
         example, framings = unmarked(traced)
         specs = {name: traced_fields.spec_of(value) for name, value in example.items()}
+        # Fields that nothing depends on are never read: a tokenizer is trained without the images.
         if texts_only:
             names = traced_fields.texts_to_tokenize(source, specs, framings)
         else:
@@ -124,6 +125,7 @@ class PreprocessGraph:
         for name in self._tokenized_fields:
             full = tf.strings.length(tf.strings.strip(example[name])) > 0
             which = "text" if name == "text" else repr(name)
+            # Also catches captions that operations such as `strip_urls` have emptied.
             example[name] = faults.require(
                 example[name], full, faults.EMPTY_TEXT, f"its {which} is empty"
             )

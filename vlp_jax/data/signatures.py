@@ -30,6 +30,7 @@ def kind_of(head: bytes) -> str:
     for signature, kind, _ in _KINDS:
         if head.startswith(signature):
             return kind
+    # The magic of a tar stands inside of its first header, behind names and numbers.
     if head[257:262] == b"ustar":
         return "a tar"
     text = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()

@@ -158,6 +158,7 @@ class SourceReader:
 
         def plan(number: int) -> tuple[np.ndarray, np.ndarray]:
             ahead = number + _PREFETCH_CHUNKS
+            # Remote files take long to copy; the source begins while other chunks are prepared.
             if total is None or ahead < total:
                 self.source.will_read(self.order.indices(positions(ahead)))
             return self.indices_and_seeds(positions(number))
@@ -193,6 +194,7 @@ class SourceReader:
     ) -> Chunk:
         """Builds a chunk of n examples from the k that could be used."""
         size = len(positions)
+        # The usual case: nothing is copied.
         if len(alive) == size:
             return Chunk(self._graph.unpack(arrays), np.ones(size, bool))
         full = {

@@ -47,7 +47,7 @@ class Templates:
         )
 
     def fill(self, index: tf.Tensor | int, values: Sequence[tf.Tensor]) -> tf.Tensor:
-        """Template `index` with `values`, scalar strings in the order of `fields`."""
+        """Fills template `index` with `values`, scalar strings in the order of `fields`."""
         texts = tf.gather(tf.constant(self.texts), index)
         chosen = tf.gather(
             tf.stack([*values, tf.constant("")]), tf.gather(tf.constant(self.slots), index)
@@ -56,7 +56,7 @@ class Templates:
 
 
 def _parts(template: str, default: str) -> list[tuple[str, str | None]]:
-    """(text, name of the field behind it, None for none) of a template."""
+    """Splits a template into pairs of a text and the field behind it, None for none."""
     where = f"prompt_template: template {template!r}"
     if not isinstance(template, str):
         raise UserError(f"{where} is no text")

@@ -184,7 +184,7 @@ def prompt_template(
 def truncate_text(
     max_words: int | None = None, max_chars: int | None = None, where: str = "end"
 ) -> Op:
-    """Cuts `text` to so many words and then to so many characters; a shorter one stays as it is.
+    """Cuts `text` to `max_words` words and then to `max_chars` characters.
 
     Args:
       max_words: words are what white space (Unicode's) separates; in what is cut, one space does.
@@ -218,7 +218,7 @@ def truncate_text(
 
 
 def _weights(name: str, values: Any) -> np.ndarray:
-    """Weights as shares of 1, float32 [n]."""
+    """Converts weights to shares of 1, float32 [n]."""
     try:
         weights = np.asarray(list(values), np.float64)
     except (TypeError, ValueError):
@@ -315,7 +315,7 @@ def _as_string(example: Example, name: str, names: Sequence[str] | None) -> tf.T
 
 
 def _begin(share: tf.Tensor, most: tf.Tensor) -> tf.Tensor:
-    """Where a window begins, 0 to `most`, for a random number in [0, 1)."""
+    """The begin of a window, 0 to `most`, for a random number in [0, 1)."""
     most = tf.maximum(most, 0)
     return tf.minimum(tf.cast(share * tf.cast(most + 1, tf.float32), tf.int32), most)
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Framing:
-    """How a text becomes a row of ids. The default is what the tokenizer does by itself.
+    """The form of a row of ids. The default is the tokenizer's own.
 
     Attributes:
       length: ids in a row; None for the tokenizer's context length.
@@ -81,7 +81,7 @@ class Framing:
 
 @dataclass(frozen=True)
 class Marked:
-    """A field of an example that becomes tokens with its chunk.
+    """A string field that is tokenized together with its chunk.
 
     Attributes:
       text: the string, [].
@@ -155,6 +155,6 @@ def _check(field: Any, into: Any, length: Any, bos: Any, eos: Any, padding: Any)
 
 
 def unmarked(example: Mapping[str, Any]) -> tuple[dict[str, tf.Tensor], dict[str, Framing]]:
-    """The example with strings for the marked fields, and how each of these is framed."""
+    """Splits an example into fields, marked ones as strings, and the framing of each marked one."""
     strings = {k: v.text if isinstance(v, Marked) else v for k, v in example.items()}
     return strings, {k: v.framing for k, v in example.items() if isinstance(v, Marked)}

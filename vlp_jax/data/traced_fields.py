@@ -1,4 +1,4 @@
-"""The fields of an example after its operations, as the graph that is traced from them has them."""
+"""The fields of an example after its operations, found by tracing the graph."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _log = logging.getLogger("vlp_jax.data")
 def choose_outputs(
     specs: Mapping[str, FieldSpec], extra_fields: Sequence[str], tokenized: Collection[str] = ()
 ) -> list[str]:
-    """The fields that batches hold: numbers of a fixed shape, `text`, and the extra ones.
+    """Chooses the fields of batches: numbers of a fixed shape, `text`, and the extra fields.
 
     Args:
       tokenized: the fields that `tokenize` marks.
@@ -50,7 +50,7 @@ def choose_outputs(
 def trace(
     source: Source, ops: Sequence[tuple[str, Op]]
 ) -> tuple[dict[str, tf.Tensor], dict[str, tf.Tensor]]:
-    """The fields of a source, as placeholders, and what the operations make of them."""
+    """Traces the operations; returns the source's fields as placeholders, and the results."""
     traced: list[dict[str, tf.Tensor]] = []
 
     def process(fields: dict[str, tf.Tensor], seeds: tf.Tensor) -> None:
@@ -86,7 +86,7 @@ def texts_to_tokenize(
 
 
 def check_no_text(source: Source, specs: Mapping[str, FieldSpec]) -> None:
-    """Says why there is no text to tokenize, if that can be a mistake; a task may need none.
+    """Warns, or refuses, if there is no text to tokenize for a reason that can be a mistake.
 
     Raises:
       UserError: there are several.

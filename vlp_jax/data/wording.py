@@ -1,4 +1,4 @@
-"""How a run words its texts, for texts that come from outside of its data: prompts and queries.
+"""The wording of a run's texts, applied to texts from outside of its data: prompts, queries.
 
 A model that has seen texts in lower case alone makes something else of capitals. So whatever embeds
 a text puts it through the operations on wording that the training data goes through.
@@ -78,7 +78,7 @@ class Wording:
 
 
 def caption_wording(preprocess: Mapping[str, Any] | Sequence[Any] | None) -> Wording:
-    """All operations of a config's `preprocess` that make a text of a text, for captions in lists.
+    """The operations of `preprocess` that turn a text into a text, for lists of captions.
 
     Operations on other fields are left out, and so is `choose_text`: every caption is given. Of a
     `preprocess` that makes several texts one after the other, `text` is the last, unless
@@ -98,7 +98,7 @@ def _is_text(arguments: Mapping[str, Any]) -> bool:
 
 
 def wording_of(data: Mapping[str, Any]) -> tuple[Wording, tuple[str, ...]]:
-    """How the texts of a training split are worded, and notes on what that does not say.
+    """The wording of the texts of a training split, and notes on what it leaves open.
 
     Templates are left out, since a prompt is whole, and so is a window that is placed at random.
 

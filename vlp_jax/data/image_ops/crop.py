@@ -1,4 +1,4 @@
-"""Operations that resize, and those that cut a part out first, alone or fused with decoding.
+"""Resizing and cropping of images, alone or fused with decoding.
 
 A crop says which part of an image it needs, and what becomes of it. Alone, it takes that part of a
 decoded image; after the `decode_image` of its field only that part is decoded (`fuse`), and the
@@ -23,7 +23,7 @@ Offset = Callable[["tf.Tensor", "tf.Tensor"], "tf.Tensor"]
 
 @dataclass(frozen=True)
 class Crop:
-    """The operation that makes uint8 [size, size, 3] of a part of a decoded image.
+    """An operation that turns a part of a decoded image into uint8 [size, size, 3].
 
     Attributes:
       images: the fields of the image and of the result.
@@ -41,7 +41,7 @@ class Crop:
     finish: Callable[[tf.Tensor, tf.Tensor, bool], tf.Tensor]
 
     def __call__(self, example: Example, seed: tf.Tensor) -> Example:
-        """The example with the result for the image, and its boxes."""
+        """Replaces the image and its boxes by the result."""
         image = self.images.decoded(example)
         _, begin, extent, how = self.place(tf.shape(image)[:2], seed, None)
         result = self.finish(cut(image, begin, extent), how, False)
@@ -260,7 +260,7 @@ def fuse(
 
 
 def _crop_of(pairs: Sequence[tuple[str, Mapping[str, Any]]], number: int) -> int | None:
-    """The place of the crop that decoding number `number` is fused with; None for no such."""
+    """The place of the crop that decoding number `number` is fused with; None if there is none."""
     decoded, file = _fields(*pairs[number])[::-1]
     for second in range(number + 1, len(pairs)):
         read, written = _fields(*pairs[second])

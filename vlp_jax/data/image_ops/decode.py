@@ -101,7 +101,7 @@ def part_decoder(
 
 
 def cut(image: tf.Tensor, begin: tf.Tensor, extent: tf.Tensor) -> tf.Tensor:
-    """The rectangle of an image [h, w, 3] at `begin`, of size `extent`, int32 [2] each."""
+    """Cuts out a rectangle of an image [h, w, 3]; `begin` and `extent` are int32 [2] each."""
     return tf.slice(image, tf.concat([begin, [0]], 0), tf.concat([extent, [3]], 0))
 
 
@@ -119,7 +119,7 @@ def _by_format(
     jpeg: Callable[[tf.Tensor | None], _Decoded],
     whole: Callable[[tf.Tensor], _Decoded],
 ) -> _Decoded:
-    """Applies one of two functions to a file.
+    """Applies `jpeg` or `whole` to a file, by its format.
 
     To decide, and to look for an orientation, costs as much as to decode a small file. Most files
     that have none say so at once, and are decoded without another question: after a JFIF header
@@ -158,7 +158,7 @@ def _check(min_side: int | None, max_pixels: int) -> None:
 
 @dataclass(frozen=True)
 class _Turn:
-    """How a stored image becomes upright, by its Exif orientation, int32 []; None if it is."""
+    """Turns a stored image upright by its Exif orientation, int32 []; None for no turn."""
 
     orientation: tf.Tensor | None
 
@@ -185,7 +185,7 @@ class _Turn:
         return tf.where(self.orientation >= 5, stored[::-1], stored)
 
     def stored_window(self, sides: tf.Tensor, begin: tf.Tensor, extent: tf.Tensor) -> tf.Tensor:
-        """(y, x, height, width) in the stored image of a rectangle of the upright one.
+        """Finds (y, x, height, width), in the stored image, of a rectangle of the upright image.
 
         `sides` are height and width of the upright image.
         """

@@ -1,4 +1,4 @@
-"""The fields of an operation on images: the one it reads, the one it writes, and their boxes.
+"""Fields of an operation on images: the image, the result, and the boxes of both.
 
 The boxes of `image` are the field `boxes`; the boxes of another image `view` are `view_boxes`. They
 are float32 [n, 4] with ymin, xmin, ymax, xmax of each, as fractions of the height and the width of
@@ -52,7 +52,11 @@ class ImageField:
         return _beside(self.field, "boxes")
 
     def encoded(self, example: Example) -> tf.Tensor:
-        """The file, a string; a UserError if the image is decoded already."""
+        """Returns the file, a string.
+
+        Raises:
+          UserError: the image is decoded already.
+        """
         if example[self.field].dtype != tf.string:
             raise UserError(
                 f"{self.op}: {self.field!r} is decoded already; leave the operation out"
@@ -60,7 +64,11 @@ class ImageField:
         return example[self.field]
 
     def decoded(self, example: Example) -> tf.Tensor:
-        """The pixels, uint8 [h, w, 3]; a UserError if the field is anything else."""
+        """Returns the pixels, uint8 [h, w, 3].
+
+        Raises:
+          UserError: the field holds anything else.
+        """
         image = example[self.field]
         if image.dtype == tf.string:
             raise UserError(
@@ -74,7 +82,11 @@ class ImageField:
         return image
 
     def has_boxes(self, example: Example) -> bool:
-        """Whether the image has boxes; a UserError if the field holds something else."""
+        """Whether the image has boxes.
+
+        Raises:
+          UserError: the field of the boxes holds something else.
+        """
         if self.boxes not in example:
             return False
         boxes = example[self.boxes]
@@ -95,13 +107,13 @@ class ImageField:
             )
 
     def write(self, example: Example, image: tf.Tensor) -> Example:
-        """The example with the result, whose boxes lie where they lay."""
+        """Adds the result to the example; boxes keep their places."""
         return self.write_moved(example, image, lambda boxes: boxes)
 
     def write_moved(
         self, example: Example, image: tf.Tensor, move: Callable[[tf.Tensor], tf.Tensor]
     ) -> Example:
-        """The example with the result, whose boxes [n, 4] are moved and stay n."""
+        """Adds the result to the example; `move` changes the boxes, [n, 4] to [n, 4]."""
         result = {**example, self.target: image}
         if self.boxes in example and self.has_boxes(example):
             result[_beside(self.target, "boxes")] = move(example[self.boxes])
@@ -118,7 +130,7 @@ class ImageField:
 
 @dataclass(frozen=True)
 class BoxRule:
-    """How the boxes of a part that is cut out are chosen.
+    """The rule by which boxes stay when a part of an image is cut out.
 
     Attributes:
       op: the name of the operation, for messages.
@@ -144,7 +156,7 @@ class BoxRule:
     def write(
         self, images: ImageField, example: Example, image: tf.Tensor, window: tf.Tensor
     ) -> Example:
-        """The example with a part of an image, and the boxes that are in it.
+        """Adds a part of an image, and the boxes in it, to the example.
 
         Args:
           window: begin and extent of the part, fractions of the image's sides, float32 [2, 2].

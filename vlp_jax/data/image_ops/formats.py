@@ -1,4 +1,4 @@
-"""The format of an image file by its first bytes, and what is said of one that is not decoded."""
+"""Formats of image files by their first bytes."""
 
 from __future__ import annotations
 
@@ -34,13 +34,14 @@ def format_of(data: bytes) -> str | None:
         return "WebP"
     if data[4:8] == b"ftyp":
         return _HEIF_BRANDS.get(data[8:12], "HEIC")
+    # Pages and SVG may begin with a byte order mark and white space.
     text = data[:64].lstrip(b"\xef\xbb\xbf \r\n\t").lower()
     known = _MAGIC.items()
     return next((n for magic, n in known if data.startswith(magic) or text.startswith(magic)), None)
 
 
 def unknown_format(data: bytes) -> str:
-    """Says what a file is that has none of the `DECODABLE` formats, for an error's detail."""
+    """Describes a file of none of the `DECODABLE` formats, for an error's detail."""
     known = f"{', '.join(DECODABLE[:-1])} and {DECODABLE[-1]} are decoded"
     if not data:
         return f"the file is empty; {known}"

@@ -15,13 +15,13 @@ def round_to_uint8(image: tf.Tensor) -> tf.Tensor:
 
 
 def luma(image: tf.Tensor) -> tf.Tensor:
-    """Grey, uint8 [h, w, 1], with the weights of ITU-R BT.601."""
+    """Computes grey, uint8 [h, w, 1], with the weights of ITU-R BT.601."""
     weights = tf.constant([[0.299], [0.587], [0.114]])
     return round_to_uint8(tf.tensordot(tf.cast(image, tf.float32), weights, 1))
 
 
 def blend(base: tf.Tensor, image: tf.Tensor, factor: tf.Tensor) -> tf.Tensor:
-    """base + factor * (image - base); a factor above 1 goes beyond the image."""
+    """Computes base + factor * (image - base); a factor above 1 goes beyond the image."""
     base, image = tf.cast(base, tf.float32), tf.cast(image, tf.float32)
     return round_to_uint8(base + factor * (image - base))
 
@@ -97,7 +97,7 @@ def equalize(image: tf.Tensor) -> tf.Tensor:
 
 
 def blur(image: tf.Tensor, sigma: tf.Tensor, radius: int) -> tf.Tensor:
-    """Gaussian blur of the given standard deviation, in pixels, cut off at `radius`.
+    """Blurs with a Gaussian of standard deviation `sigma`, in pixels, cut off at `radius`.
 
     Beyond the edge the image is mirrored (the edge not repeated), in a smaller image its edge
     pixels are repeated.

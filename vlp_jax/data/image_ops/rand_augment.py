@@ -54,6 +54,7 @@ def rand_augment(
             which, size, side = tf.unstack(tf.random.split(layer, 3))
             strength = magnitude + magnitude_std * tf.random.stateless_normal([], size)
             strength = tf.clip_by_value(strength, 0.0, _MAX) / _MAX
+            # Drawn for all operations alike, so that the seeds do not depend on the choice.
             sign = tf.where(tf.random.stateless_uniform([], side) < 0.5, -1.0, 1.0)
             number = tf.random.stateless_uniform([], which, 0, len(functions), tf.int32)
             branches = [

@@ -1,4 +1,4 @@
-"""Resampling: a part of an image to a square of uint8, at the result of Pillow's resize.
+"""Resampling of a part of an image to a square of uint8, with the result of Pillow's resize.
 
 `tf.raw_ops.ScaleAndTranslate` computes it, but its pass along columns handles the three numbers of
 one pixel at a time, and its pass along rows hands every few rows to a pool of threads. So each pass
@@ -24,7 +24,7 @@ _MAX_BETWEEN = 2**22  # pixels between the two passes, 48 MiB
 
 @dataclass(frozen=True)
 class Resampler:
-    """How an image becomes uint8 [size, size, 3].
+    """Resizes images to uint8 [size, size, 3].
 
     Attributes:
       op: the operation that resizes, for messages.
@@ -112,7 +112,7 @@ class Resampler:
         return turned(tf.reshape(tf.transpose(tf.reshape(columns, [-1, size])), [size, size, 3]))
 
     def _resample(self, rows: tf.Tensor, scale: tf.Tensor, translation: tf.Tensor) -> tf.Tensor:
-        """[1, 1, rows, n] to float32 [1, 1, size, n]."""
+        """Resamples the third axis: [1, 1, rows, n] to float32 [1, 1, size, n]."""
         return tf.raw_ops.ScaleAndTranslate(
             images=rows,
             size=[1, self.size],
@@ -142,7 +142,7 @@ class Resampler:
 def shortest_to_size(
     sides: tf.Tensor, resampler: Resampler, offset: Callable[[tf.Tensor], tf.Tensor]
 ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor, tf.Tensor]:
-    """Where a square lies in an image whose shorter side is resized to the square's.
+    """Places a square in an image whose shorter side is resized to the side of the square.
 
     Args:
       sides: height and width of the image, int32 [2].

@@ -1,4 +1,4 @@
-"""An image of any kind as upright RGB, by Pillow: the pixels that training is held to.
+"""Upright RGB of any image by Pillow, whose pixels training reproduces.
 
 `vlp_jax.load` and the page call `upright_rgb` on every image. Training leaves JPEGs to TensorFlow,
 which is faster, and asks `jpeg_orientation` about them; `read` decodes all other files. TensorFlow
@@ -62,7 +62,7 @@ def jpeg_orientation(head: bytes) -> int:
 
 
 def read(data: bytes, max_pixels: int) -> np.ndarray:
-    """Decodes a file.
+    """Decodes a file by Pillow.
 
     Args:
       data: all of the file.
@@ -134,7 +134,7 @@ def _webp_size(data: bytes) -> tuple[int, int]:
 
 
 def upright_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
-    """A Pillow image in RGB, turned as its orientation says.
+    """Converts a Pillow image to RGB and turns it as its orientation says.
 
     Transparency is composited on white, 16 bits keep their upper 8, an animation its first frame.
     Profiles of colour (ICC, gAMA, cICP) are not applied. The result carries no metadata.

@@ -139,7 +139,7 @@ def clean_value(name: str, value: Any) -> Value:
         return items
     if value is None:
         raise BadExample(MISSING_FIELD, f"{name!r} is null")
-    if isinstance(value, bool):
+    if isinstance(value, bool):  # before int, of which bool is a subclass
         return int(value)
     if isinstance(value, int) and not -(2**63) <= value < 2**63:
         raise BadExample(UNREADABLE, f"{name!r} is {value}, which is no int64")

@@ -30,6 +30,7 @@ def image_fault(image: bytes, decode: bool) -> tuple[str, str] | None:
         return UNDECODABLE, unknown_format(image)
     try:
         with Image.open(io.BytesIO(image), formats=[kind.upper()]) as opened:
+            # Opening reads the header alone; of WebP it decodes the first frame.
             if decode:
                 opened.load()
     except Image.DecompressionBombError as error:

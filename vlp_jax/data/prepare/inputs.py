@@ -78,7 +78,7 @@ class Unit:
 
 @dataclass(frozen=True)
 class Input:
-    """Files of one format, and which of their fields are taken. It is pickled to the workers.
+    """Files of one format, and the fields that are read. It is pickled to the workers.
 
     An id is the path in a folder, TAR/KEY, or FILE#ROW, below the folder of all files.
 
@@ -154,7 +154,7 @@ class Input:
         return [Unit(n, path, b, min(b + _FOLDER_ROWS, size)) for n, b in enumerate(begins)]
 
     def scan(self, unit: Unit) -> Iterator[Candidate | SkippedExample]:
-        """The examples of a unit in their order, and what cannot be used."""
+        """Yields the examples of a unit in their order, or why they cannot be used."""
         if self.format == FOLDER:
             yield from self._scan(_folder(self), unit, cut=False)
             return
@@ -171,9 +171,12 @@ class Input:
     def _scan(
         self, source: RowSource, unit: Unit, cut: bool
     ) -> Iterator[Candidate | SkippedExample]:
-        """The examples of a unit; a file that is cut ends in a fault, of its last example or none.
+        """Yields the examples of a unit; see `scan`.
 
-        `cut` says whether the end of the file is missing.
+        Args:
+          source: of the unit.
+          unit: the rows to read.
+          cut: whether the end of the file is missing. Then its last fault says that it ends there.
         """
         names = {out: self._name(out, name) for out, name in self.fields}
         id_field = {FOLDER: "path", WEBDATASET: "id"}.get(self.format)
@@ -289,7 +292,7 @@ def _source(format: str, path: str, cache: str) -> WebDatasetSource | ParquetSou
 
 
 def _choose_fields(format: str, found: Sequence[str], fields: Mapping[str, str]) -> dict[str, str]:
-    """Output field -> field of the source, by the first file that can be read.
+    """Maps output fields to fields of the source, by the first file that can be read.
 
     Raises:
       UserError: no file can be read, or there is no such field.

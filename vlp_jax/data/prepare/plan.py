@@ -72,7 +72,7 @@ class Summary:
 
 
 def merge(summaries: Iterable[dict[str, Any]]) -> dict[str, Any]:
-    """One summary of several, as dicts; the order in which they come does not matter."""
+    """Adds up summaries, as dicts; their order does not matter."""
     total = Summary()
     for part in (Summary(**summary) for summary in summaries):
         total.buckets.update(part.buckets)
@@ -171,7 +171,7 @@ def _write_plan(summary: dict[str, Any], work: str) -> None:
 
 
 def look(unit: Unit, job: Pass) -> Iterator[tuple[int | None, Any]]:
-    """The good examples of a unit as (bucket, line), and last (None, summary as a dict)."""
+    """Yields the good examples of a unit as (bucket, line), and last (None, summary as a dict)."""
     summary = Summary()
     count = seen = 0
     ended = False
@@ -230,7 +230,7 @@ class _Staging:
         return self
 
     def keep(self, item: Candidate) -> tuple[str, int]:
-        """Where the image can be read: (path, offset)."""
+        """Writes the image if it cannot be read again; returns its path and offset."""
         if item.path is not None:
             return item.path, item.offset
         if self._stream is None:

@@ -1,4 +1,4 @@
-"""Apache Beam: imported when needed, given its flags, kept quiet, its errors made readable."""
+"""Apache Beam: lazy import, flags, quiet logging and readable errors."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def import_beam() -> ModuleType:
 
 
 def check_flags(flags: Sequence[str]) -> None:
-    """Looks whether all flags are Beam's, which would ignore a misspelt one.
+    """Checks that all flags are Beam's, because Beam ignores a misspelt one.
 
     Raises:
       UserError: naming the first that is not, and what comes near it.

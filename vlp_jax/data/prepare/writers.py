@@ -37,14 +37,14 @@ class RecordWriter:
 
 
 def array_record_writer(path: str, types: FieldTypes) -> RecordWriter:
-    """Opens ArrayRecord (github.com/google/array_record); records are random access singly."""
+    """Opens an ArrayRecord file (github.com/google/array_record); records are read singly."""
     from array_record.python.array_record_module import ArrayRecordWriter
 
     return RecordWriter(ArrayRecordWriter(path, "group_size:1"), types)
 
 
 def tfrecord_writer(path: str, types: FieldTypes) -> RecordWriter:
-    """Opens TFRecord, uncompressed (tensorflow.org/tutorials/load_data/tfrecord)."""
+    """Opens an uncompressed TFRecord file (tensorflow.org/tutorials/load_data/tfrecord)."""
     return RecordWriter(tf.io.TFRecordWriter(path), types)
 
 

@@ -54,6 +54,7 @@ _OUTLINES: dict[str, np.ndarray] = {
 
 
 def _dents(points: np.ndarray) -> tuple[int, ...]:
+    # The sign of the turn at a dent differs from the sign of the outline's whole turn.
     before, after = points - np.roll(points, 1, axis=0), np.roll(points, -1, axis=0) - points
     turn = before[:, 0] * after[:, 1] - before[:, 1] * after[:, 0]
     return tuple(int(i) for i in np.flatnonzero(turn * np.sign(turn.sum()) < -1e-9))

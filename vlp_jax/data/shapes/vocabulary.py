@@ -63,6 +63,7 @@ ANSWERS: tuple[str, ...] = (
 MAX_CAPTION_TOKENS = 28
 CAPTIONS_PER_SCENE = 6
 
+# Words and punctuation marks, as CLIP's tokenizer would split plain captions.
 _TOKEN = re.compile(r"\w+|[^\w\s]")
 
 

@@ -88,6 +88,7 @@ def select(source: Source, where: Mapping[str, Any] | None, limit: int | None) -
     if limit is not None and (not whole or limit < 1):
         raise UserError(f"data.limit={limit!r} must be a whole number of at least 1")
     if where:
+        # Whole columns: which examples match must be known before their order is.
         kept = np.ones(len(source), bool)
         for name, value in where.items():
             wanted = _wanted(source, name, value)

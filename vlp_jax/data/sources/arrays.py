@@ -88,7 +88,7 @@ def _as_column(name: str, values: Any) -> np.ndarray:
         column[:] = [v.encode("utf-8", "replace") if isinstance(v, str) else v for v in values]
         return column
     try:
-        array = np.asarray(values)
+        array = np.asarray(values)  # lists of different lengths are a ValueError
     except ValueError:
         raise UserError(wrong) from None
     if array.ndim == 0 or array.dtype.kind not in "biuf":

@@ -1,4 +1,4 @@
-"""Images with their captions and labels, as a CSV, TSV or JSONL file lists them."""
+"""Caption files: CSV, TSV or JSONL lists of images with captions and labels."""
 
 from __future__ import annotations
 
@@ -188,7 +188,7 @@ class _Listed:
 
 
 def _caption(value: Any) -> tuple[str, str]:
-    """(caption, "") or ("", reason)."""
+    """Cleans a caption: (text, "") or ("", one of `faults.REASONS`)."""
     if isinstance(value, int | float) and not isinstance(value, bool) and value == value:
         value = str(value)
     if value is not None and value == value and not isinstance(value, str):
@@ -205,7 +205,7 @@ def normal_path(path: str) -> str:
 
 
 def _locate(root: Path, paths: Iterable[str]) -> dict[str, str]:
-    """Path as written -> file to open, by one walk of the folder instead of a look at each."""
+    """Finds the file to open for each path as written."""
     # On a network disk a look at each of a million paths takes hours, a walk minutes.
     present = dict(walk(str(root), ""))
     found: dict[str, str] = {}
@@ -219,7 +219,7 @@ def _locate(root: Path, paths: Iterable[str]) -> dict[str, str]:
 
 
 def walk(folder: str, prefix: str) -> Iterator[tuple[str, str]]:
-    """(normal path below the first folder, path to open) of all files below `folder`."""
+    """Yields (normal path below the first folder, path to open) of all files below `folder`."""
     with os.scandir(folder) as entries:
         for entry in entries:
             if entry.is_dir(follow_symlinks=False):

@@ -104,6 +104,7 @@ class TFRecordSource(RecordSource):
         """The features of some examples; one that ever has several values is a list."""
         records, bad = self.files.read(indices)
         found: dict[str, FieldSpec] = {}
+        # A list that happens to hold a single value in one example is a list in others.
         for record in records[bad == b""]:
             try:
                 example = tf.train.Example.FromString(record)
@@ -159,7 +160,7 @@ class ArrayRecordSource(TFRecordSource):
     reader: ClassVar[type] = ArrayRecordFiles
 
     def blocks(self) -> Blocks | None:
-        """None: any record is found at once. Files that are copied first are blocks."""
+        """Files that are copied first are blocks; None if all are local, for random access."""
         return None if self.shards.in_place else super().blocks()
 
 

@@ -161,7 +161,7 @@ class FolderSource(RowSource):
 
     @cached_property
     def _column_fields(self) -> dict[str, FieldSpec]:
-        values = {name: (e.columns[name] for e in self._entries) for name in self.columns}
+        values = {name: [e.columns[name] for e in self._entries] for name in self.columns}
         return {name: spec_of_all(column) or STRING for name, column in values.items()}
 
     def is_text(self, name: str) -> bool:

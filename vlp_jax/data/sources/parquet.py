@@ -258,7 +258,7 @@ class _RowGroups:
 
 
 def index_parquet(path: str) -> Index:
-    """How a Parquet file's rows lie in row groups.
+    """Finds the row groups of a Parquet file.
 
     Returns:
       group_size, group_end and group_bytes (int64 [groups]) and fault (uint8 [rows]); a file whose

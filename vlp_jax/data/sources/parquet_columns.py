@@ -26,7 +26,7 @@ def columns_of(schema: pa.Schema) -> dict[str, pa.DataType]:
 
 
 def _path_of(name: str, schema: pa.Schema) -> tuple[int, list[str]]:
-    """Where the field `name` is: the column's number, -1 for none, and a path within its struct."""
+    """Finds the field `name`: its column's number, -1 for none, and the path within its struct."""
     parts = name.split(".")
     for count in range(len(parts), 0, -1):
         column = schema.get_field_index(".".join(parts[:count]))  # -1 for a name that occurs twice
@@ -47,7 +47,7 @@ def column_read(name: str, schema: pa.Schema) -> str:
 
 
 def leaves(table: pa.Table, names: Sequence[str]) -> dict[str, pa.ChunkedArray]:
-    """The fields `names` of a table that has them, out of their structs; text as bytes.
+    """Takes the fields `names` of a table, as far as it has them, out of their structs.
 
     Text is not decoded here: that it is not UTF-8 is a fault of an example, not of a row group.
     """
@@ -105,7 +105,7 @@ def _is_struct(kind: pa.DataType) -> bool:
 
 
 def _has_bytes(kind: pa.DataType) -> bool:
-    """Whether it is an image as `datasets` writes it: a struct with the file's bytes."""
+    """Whether the type is an image as `datasets` writes it: a struct with the file's bytes."""
     return _is_struct(kind) and kind.get_field_index("bytes") >= 0
 
 
@@ -140,7 +140,7 @@ def is_text(kind: pa.DataType) -> bool:
 
 
 def spec_of(kind: pa.DataType) -> FieldSpec | None:
-    """The field that a column of a type is; None for a type that is not read."""
+    """The field type for a column type; None for a type that is not read."""
     from pyarrow import types
 
     if types.is_dictionary(kind):

@@ -121,7 +121,7 @@ class ArrayRecordFiles:
     def _read_one(
         self, piece: int, row: int, place: int, records: np.ndarray, found: np.ndarray
     ) -> None:
-        """One record, where some of its file cannot be read."""
+        """Reads one record of a file of which some cannot be read."""
         try:
             records[place] = _read(self._reader(self.shards.local(piece)), [row])[0]
         except _ARRAY_RECORD_DAMAGE as error:
@@ -159,7 +159,7 @@ def _open_array_record(file: str) -> Any:
 
 
 def index_array_record(path: str) -> Index:
-    """The number of records of an ArrayRecord file; one that is damaged, if it cannot be opened."""
+    """Counts the records of an ArrayRecord file; one damaged record if it cannot be opened."""
     with open(path, "rb") as file:
         size = file.seek(0, os.SEEK_END)  # what fails here is the disk, not the format
         file.seek(max(0, size - _POSTSCRIPT_BYTES))
@@ -173,7 +173,7 @@ def index_array_record(path: str) -> Index:
 
 
 def index_tfrecord(path: str) -> Index:
-    """The places of a TFRecord file's records.
+    """Finds the places of a TFRecord file's records.
 
     Returns:
       offset and length (of the data, int64) and fault (uint8), all [records]. What is left of a

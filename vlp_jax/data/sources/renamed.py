@@ -41,6 +41,7 @@ def usual_names(source: Source, others: bool) -> dict[str, str]:
         listed = ", ".join(sorted(known))
         why = next(filter(None, map(source.look_for, ("image", "text"))), "set data.fields")
         raise UserError(f"none of the data's fields has a usual name ({listed}): {why}")
+    # A field that became one of ours is not taken again under its own name.
     left = set(known) - set(chosen) - set(chosen.values()) if others else ()
     return {**chosen, **{name: name for name in known if name in left}}
 

@@ -17,7 +17,7 @@ INT, FLOAT = FieldSpec((), np.dtype(np.int64)), FieldSpec((), np.dtype(np.float3
 
 
 class RowSource(Source):
-    """A source whose records hold the fields themselves; lists of text are padded, with lengths.
+    """A source whose records hold the fields themselves, lists of text padded to one length.
 
     A subclass says how values are read (`rows`). Preparation of data takes them as they are,
     training as the types in `fields` (`fetch`).
@@ -66,6 +66,7 @@ class RowSource(Source):
         rows, found = self.rows(indices, list(fields) if names is None else list(names))
         for name, values in rows.items():
             for number, value in enumerate(values):
+                # A faulty example is dropped later; until then its values must fit the arrays.
                 values[number] = fitting(value, fields[name])
                 if values[number] is None and not found[number]:
                     detail = f"it has no {name!r} that can be read"
@@ -94,6 +95,7 @@ def _pack(fields: Mapping[str, FieldSpec], rows: Rows, found: np.ndarray) -> dic
         values = rows.get(name, [None] * len(found))
         if spec.shape:
             lists = [value or [] for value in values]
+            # A record array needs one length; the count field says where padding begins.
             table = np.full((len(lists), max(map(len, lists), default=0)), b"", object)
             for row, texts in zip(table, lists, strict=True):
                 row[: len(texts)] = texts
@@ -134,9 +136,10 @@ def fitting(value: Any, spec: FieldSpec) -> Any:
 
 
 def spec_of_all(values: Iterable[Any]) -> FieldSpec | None:
-    """The type of a field that has these: the first that is not null; a number may be no whole one.
+    """The type of a field with these values: the type of the first that is not null.
 
-    Values of another type are faults of their examples.
+    Whole numbers and floats together are floats. Values of any other type will be faults of their
+    examples.
     """
     found: FieldSpec | None = None
     for spec in filter(None, map(_spec_of, values)):

@@ -1,4 +1,4 @@
-"""Datasets that lie in many files: which file holds an example, and where in it.
+"""Datasets in many files: the file, and the place in it, of each example.
 
 An index of a file says where its records are. It is made by a walk through the file when the
 dataset is opened, and kept in the cache folder under the file's name, size and time, so that it is
@@ -147,7 +147,7 @@ class Shards:
             return self._with_losses(list(bar))
 
     def _with_losses(self, counted: Sequence[tuple[Piece, str]]) -> list[Piece]:
-        """The pieces that hold anything; those that are cut with what they are taken to have held.
+        """Drops empty pieces, and gives cut pieces the count that they are taken to have had.
 
         Raises:
           UserError: nothing of any file can be read.
@@ -210,7 +210,7 @@ class Shards:
         return np.concatenate(sizes)
 
     def fingerprint(self) -> str:
-        """Returns a hash that other files, or other numbers of records in them, change."""
+        """A hash that changes with the names of the files and the numbers of their records."""
         rows = [(Path(p.path).name, p.skip, p.count) for p in self.pieces]
         return hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]
 
@@ -239,12 +239,12 @@ class Shards:
         return _state(self.index(piece)) == _WHOLE
 
     def near(self, most: int) -> list[int]:
-        """Some pieces, over all of them, that can be read without a copy; else the first."""
+        """Up to `most` pieces, evenly spread, that can be read without a copy; else the first."""
         pieces = [n for n, piece in enumerate(self.pieces) if self.copies.in_place(piece.path)]
         return pieces[:: -(-len(pieces) // most) or 1] or [0]
 
     def local(self, piece: int) -> str:
-        """The local file that holds what a piece does."""
+        """A local, uncompressed file with the content of a piece's file."""
         return self.copies.get(self.pieces[piece].path)
 
     def describe(self, index: int) -> str:
@@ -264,7 +264,7 @@ class Shards:
         return self.copies.read(self.pieces[piece].path, offset, length)
 
     def _load_index(self, path: str) -> Index:
-        """The index of a file: the kept one, or a new one, which is then kept."""
+        """Loads the index of a file from the cache, or makes and caches it."""
         # The name ends in ".COUNT.STATE.npz", so that opening a dataset of thousands of files takes
         # one listing of the folder and reads no index.
         name = self._index_name(path)
@@ -292,7 +292,7 @@ class Shards:
         return index
 
     def _note_lost(self, path: str) -> None:
-        """Notes a file of which nothing can be read, and what it is instead.
+        """Records that nothing of a file can be read, and its actual kind.
 
         Raises:
           UserError: it is compressed so that it cannot be read.

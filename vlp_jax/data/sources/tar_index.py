@@ -1,4 +1,4 @@
-"""Where the samples of a WebDataset tar shard lie.
+"""Indexes of WebDataset tar shards: the place of each file of each sample.
 
 A sample is a run of files whose names agree up to the first dot of the last part; what follows is
 the file's extension (webdataset/webdataset, tariterators.py, `base_plus_ext`). Archives are
@@ -55,7 +55,7 @@ class _Sample:
         self.fault = member.fault or self.fault
 
     def rows(self) -> list[_Sample]:
-        """Itself, and before it a bad sample for every further one that must have had its key."""
+        """The sample, and before it a bad one for each further sample of the same key."""
         # Two samples of one key side by side look like one with every extension twice. Each must
         # be counted as bad.
         most = max(self.counts.values(), default=1)
@@ -63,7 +63,7 @@ class _Sample:
 
 
 def index_tar(path: str) -> Index:
-    """The samples of a local, uncompressed tar file.
+    """Indexes the samples of a local, uncompressed tar file.
 
     Returns:
       fault (uint8 [samples]); key, their keys one after another as bytes, and key_end (int64
@@ -214,7 +214,7 @@ def _notes(content: bytes, kind: bytes, before: _Notes) -> _Notes:
 
 
 def _behind_map(descriptor: int, header: bytes, begin: int) -> int:
-    """Where the content of a sparse file begins: behind the blocks that go on with its map."""
+    """The offset of a sparse file's content, behind the blocks that continue its map."""
     more = header[482]
     while more and (block := os.pread(descriptor, _BLOCK, begin)):
         begin, more = begin + _BLOCK, block[504] if len(block) == _BLOCK else 0
@@ -239,10 +239,11 @@ def _has_content(descriptor: int, place: int) -> bool:
 
 
 def _mark_apart(samples: list[_Sample]) -> None:
-    """Gives a fault to runs of one key that lie apart and are parts of one sample.
+    """Marks runs of one key that lie apart and are parts of one sample as faulty.
 
     Two runs that share an extension are two samples.
     """
+    # A tar that was packed in the order of a folder's listing splits samples in this way.
     runs: dict[str, list[_Sample]] = {}
     for sample in samples:
         runs.setdefault(sample.key, []).append(sample)
@@ -254,7 +255,7 @@ def _mark_apart(samples: list[_Sample]) -> None:
 
 
 def _joined(texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
-    """Texts one after another, uint8 [bytes], and where each ends, int64 [texts]."""
+    """Joins texts: their bytes, uint8 [bytes], and the end of each, int64 [texts]."""
     parts = [text.encode("utf-8", "surrogateescape") for text in texts]
     ends = np.cumsum([len(part) for part in parts], dtype=np.int64)
     return np.frombuffer(b"".join(parts), np.uint8), ends
@@ -275,7 +276,7 @@ def _is_header(header: bytes) -> bool:
 
 
 def _number(field: bytes) -> int:
-    """An octal number, or, with the highest bit set, a binary one (GNU)."""
+    """Reads an octal number, or, if the highest bit is set, a binary number (GNU)."""
     if field[0] & 0x80:
         return int.from_bytes(field, "big") & ((1 << (8 * len(field) - 1)) - 1)
     return int(field.strip(b"\0 ") or b"0", 8)

@@ -131,7 +131,7 @@ class TfdsSource(RecordSource):
         return f"{self._builder.info.full_name} {self.split}, record {record[0]} of {file}"
 
     def blocks(self) -> Blocks | None:
-        """None for ArrayRecord files, any record of which is found at once."""
+        """The blocks of TFRecord files; None for ArrayRecord, which finds any record at once."""
         shards = self.shards
         if shards.in_place and isinstance(self.files, ArrayRecordFiles):
             return None

@@ -1,4 +1,4 @@
-"""Finding a prepared dataset of tensorflow_datasets on disk, without any network access."""
+"""Looks for datasets of tensorflow_datasets on disk, without any network access."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def find_builder(dataset: str, data_dir: str | None) -> Any:
 
 
 def file_format(builder: Any) -> str:
-    """ "array_record" or "tfrecord"."""
+    """The format of a builder's files, one of `FORMATS`."""
     return _value(builder.info.file_format)
 
 

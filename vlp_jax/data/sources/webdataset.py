@@ -121,7 +121,8 @@ class WebDatasetSource(ShardedSource, RowSource):
         return self._documents(rows[:: -(-len(rows) // _FURTHER) or 1])
 
     def _first_samples(self) -> list[tuple[int, int]]:
-        """(piece, row) of some sound samples, of the first shard that has any."""
+        """Some sound samples as (piece, row), from the first shard that has any."""
+        # The first shards may be damaged or empty.
         for piece, shard in enumerate(self.shards.pieces):
             sound = np.flatnonzero(self.shards.index(piece)["fault"][shard.skip :] == 0)
             found = [(piece, shard.skip + int(row)) for row in sound[:_LOOKED_AT]]
@@ -237,7 +238,7 @@ class WebDatasetSource(ShardedSource, RowSource):
 
 
 def _parsed_json(raw: bytes) -> Mapping[str, Any]:
-    """A document in UTF-8, UTF-16 or UTF-32 (RFC 4627, section 3), with or without its mark.
+    """Parses JSON in UTF-8, UTF-16 or UTF-32 (RFC 4627, section 3), with or without a mark.
 
     Raises:
       faults.BadExample: it is none, or no object.
@@ -263,7 +264,7 @@ def _at(document: Mapping[str, Any], key: str) -> Any:
 
 
 def _dots(name: str, present: Iterable[str]) -> str:
-    """Why there is no extension `name`, if dots in keys made others of it; else ""."""
+    """Explains that dots in keys made other extensions of `name`; "" if they did not."""
     ends = tuple(f".{extension}" for extension in _extensions_of(name))
     longer = min((e for e in present if e.endswith(ends)), default=None)
     if longer is None:

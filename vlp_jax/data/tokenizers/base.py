@@ -99,7 +99,7 @@ NORMALIZED = ("lowercase", "canonicalize_text")
 
 
 def check_context_length(context_length: Any) -> int:
-    """`context_length`, if it is one.
+    """Returns `context_length` if it is a valid one.
 
     Raises:
       UserError: it is no number, or a row of it would not hold bos, a token and eos.
@@ -121,14 +121,14 @@ def as_text(text: str | bytes) -> str:
 
 
 def frame_length(tokenizer: Tokenizer) -> int:
-    """How many special tokens frame a text."""
+    """The number of special tokens that frame a text."""
     return 1 if tokenizer.bos_id is None else 2
 
 
 def frame(rows: Sequence[Sequence[int] | np.ndarray], tokenizer: Tokenizer) -> np.ndarray:
-    """bos (if there is one), ids, eos and padding, int32 [n, context_length].
+    """Frames rows of ids: bos (if there is one), ids, eos and padding, int32 [n, context_length].
 
-    Of a row that is too long the end is cut, never eos.
+    A row that is too long loses its end, never eos.
     """
     ids = np.full((len(rows), tokenizer.context_length), tokenizer.pad_id, np.int32)
     # eos is always kept: towers pool the features at its place.
@@ -146,7 +146,7 @@ def frame(rows: Sequence[Sequence[int] | np.ndarray], tokenizer: Tokenizer) -> n
 def padded(
     rows: Sequence[Sequence[int]], length: int, pad_id: int, left: bool = False
 ) -> np.ndarray:
-    """Rows of at most `length` ids, filled up at one side, int32 [n, length]."""
+    """Pads rows of at most `length` ids at one side, int32 [n, length]."""
     ids = np.full((len(rows), length), pad_id, np.int32)
     for target, row in zip(ids, rows, strict=True):
         target[length - len(row) if left else 0 :][: len(row)] = row
@@ -163,7 +163,7 @@ def up_to_eos(ids: np.ndarray, eos_id: int) -> list[np.ndarray]:
 
 
 def import_tokenizers() -> Any:
-    """The Hugging Face library `tokenizers`, without threads of its own."""
+    """Imports the Hugging Face library `tokenizers`, without threads of its own."""
     # Texts are tokenized in the input pipeline's own threads; a second pool would compete with
     # the training step for the same cores, and warns when a process forks.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -175,7 +175,7 @@ def import_tokenizers() -> Any:
 def framing_json(
     model: tokenizers.Tokenizer, tokenizer: Tokenizer, lowercase: bool, canonicalize: bool
 ) -> str:
-    """The file of a library's model that puts bos and eos around a text as `tokenizer` does.
+    """The tokenizer.json of a model, with bos and eos around a text as `tokenizer` puts them.
 
     Args:
       lowercase, canonicalize: see `Tokenizer.to_json`.

@@ -81,7 +81,7 @@ class ClipTokenizer(base.Tokenizer):
 
     @classmethod
     def published(cls, context_length: int, cleaning: str = "lower") -> ClipTokenizer:
-        """CLIP's own, from the file in an installed open_clip, which is not imported.
+        """Builds CLIP's own tokenizer from the file in an installed open_clip, without its import.
 
         Raises:
           UserError: open_clip is not installed.
@@ -111,7 +111,7 @@ class ClipTokenizer(base.Tokenizer):
         return super().to_json(False, canonicalize)
 
     def library_model(self) -> tokenizers.Tokenizer:
-        """The model for text that is not clean.
+        """The model for raw text.
 
         Of the cleaning, `tokenizers` can express quotation marks, ligatures and wide characters as
         ftfy makes them, NFC, the five entities of XML, white space and lower case. It cannot
@@ -125,7 +125,7 @@ class ClipTokenizer(base.Tokenizer):
         return model
 
     def _make_model(self) -> tokenizers.Tokenizer:
-        """The library's model, for text that is clean."""
+        """The library's model for clean text."""
         library = base.import_tokenizers()
         # The suffix makes the library merge "</w>" with the last symbol of a word, as CLIP does.
         merges = [tuple(merge.split()) for merge in self._merges]
@@ -171,7 +171,7 @@ CLEANINGS = {"lower": clean, "whitespace": repaired, "canonicalize": canonical}
 
 
 def _merges_of(content: bytes, where: str) -> list[str]:
-    """The merges of a text file, without its header and without what CLIP does not read."""
+    """The merges of a text file, without its header and the lines that CLIP does not read."""
     lines = content.decode("utf-8", "replace").split("\n")
     if lines[0].startswith(("#version", '"')):
         lines = lines[1:]
@@ -186,7 +186,7 @@ def _merges_of(content: bytes, where: str) -> list[str]:
 
 
 def _joined(merges: Sequence[str], known: set[str], where: str) -> list[str]:
-    """The tokens that merges make, each of two tokens before it."""
+    """The tokens that merges make; each joins two earlier tokens."""
     tokens = []
     for number, merge in enumerate(merges, 1):
         pair = merge.split(" ")

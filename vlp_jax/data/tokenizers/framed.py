@@ -1,4 +1,4 @@
-"""A tokenizer.json that came with a model of others and frames texts by itself."""
+"""Tokenizers of other projects' models, whose tokenizer.json frames texts by itself."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ class FramedTokenizer:
         return ids if self._zeroed is None else np.where(ids == self._zeroed, 0, ids)
 
     def lengths(self, texts: Sequence[str]) -> list[int]:
-        """How many ids n texts have, framed and not cut."""
+        """The number of ids of each text, framed and not cut."""
         return [len(e.ids) for e in self._whole.encode_batch_fast(self._cleaned(texts))]
 
     def _cleaned(self, texts: Sequence[str | bytes]) -> list[str]:

@@ -33,7 +33,7 @@ class SentencePieceTokenizer(base.Tokenizer):
     kind = "sentencepiece"
 
     def __init__(self, model: bytes, context_length: int, where: str) -> None:
-        """`model` is the content of a .model file, `where` names it in messages."""
+        """Reads `model`, the content of a .model file; `where` names it in messages."""
         import sentencepiece
 
         self._file = model
@@ -131,5 +131,5 @@ def train_sentencepiece(
 
 
 def _reason(error: RuntimeError) -> str:
-    """Its message without the place in the C++."""
+    """The message of an error without the place in the C++ code."""
     return str(error).splitlines()[0].rpartition("] ")[2].strip()

@@ -98,7 +98,7 @@ class SiglipTokenizer:
         return [self._encode(self._clean(base.as_text(text))) for text in texts]
 
     def lengths(self, texts: Sequence[str]) -> list[int]:
-        """How many ids n texts have with eos, not cut."""
+        """The number of ids of each text with eos, not cut."""
         return [len(ids) + (not self._ends(ids)) for ids in self.encode(texts)]
 
     def decode(self, ids: np.ndarray) -> list[str]:

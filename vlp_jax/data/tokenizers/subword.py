@@ -35,7 +35,7 @@ class SubwordTokenizer(base.Tokenizer):
     kind = "subword"
 
     def __init__(self, model: tokenizers.Tokenizer, context_length: int, where: str) -> None:
-        """`where` names the model's file in messages."""
+        """Looks for the special tokens; `where` names the model's file in messages."""
         super().__init__(model, context_length)
         self.bos_id = _special_id(model, _BOS_TOKENS)
         eos_id, pad_id = _special_id(model, _EOS_TOKENS), _special_id(model, _PAD_TOKENS)
@@ -70,7 +70,7 @@ class SubwordTokenizer(base.Tokenizer):
         write_whole(path, self._file)
 
     def library_model(self) -> tokenizers.Tokenizer:
-        """The file's own model."""
+        """The model of the file."""
         return base.import_tokenizers().Tokenizer.from_str(self._file)
 
 
