@@ -7,7 +7,7 @@ from ml_collections.config_dict import placeholder
 
 # Keys that every data section has, so that the command line can override them:
 # max_bad_fraction: the largest share of examples that cannot be used before the run ends.
-# order, lanes, window: the order of examples, see `vlp_jax.data.stream.make_order`.
+# order, lanes, window: the order of examples, see `vlp_jax.data.source_reader.make_order`.
 DATA_DEFAULTS = {"max_bad_fraction": 0.1, "order": "auto", "lanes": 16, "window": None}
 
 

@@ -91,7 +91,7 @@ def make_job(input, input_format, output, output_format="array_record", **more):
     if "examples_per_shard" not in more:
         more.setdefault("shards", 4)
     inputs = (input,) if isinstance(input, str) else tuple(input)
-    return jobs.Job(inputs, input_format, str(output), output_format, **more)
+    return jobs.PrepareJob(inputs, input_format, str(output), output_format, **more)
 
 
 def parsed(serialized):

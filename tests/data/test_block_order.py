@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from vlp_jax.data.order import BlockOrder
-from vlp_jax.data.schedule import Layout, Mixture, Schedule
+from vlp_jax.data.schedule import BatchShare, Mixture, Schedule
 
 SIZES = np.random.default_rng(0).integers(1, 60, 50)
 
@@ -57,7 +57,7 @@ def test_seeking_to_a_billion_takes_seconds():
     """The synthetic index: 10^9 examples in 10,000 shards, of 256 to a block."""
     begin = time.process_time()
     order = BlockOrder(np.full(10**9 // 250, 250), 7, lanes=16, window=1000)
-    schedule = Schedule(Layout(4096), Mixture(((1, 1),), 16))
+    schedule = Schedule(BatchShare(4096), Mixture(((1, 1),), 16))
     ((_, positions),) = schedule.of_batch((10**9 - 4096) // 4096, 1)
     indices = order.indices(positions)
     seconds = time.process_time() - begin
@@ -73,12 +73,12 @@ def test_seeking_to_a_billion_takes_seconds():
 def test_batches_are_one_plan_for_any_number_of_processes(lanes, weights):
     mixture = Mixture.of_weights(weights, lanes)
     for batch in (0, 1, 12_345):
-        whole = Schedule(Layout(48), mixture).of_batch(batch, len(weights))
+        whole = Schedule(BatchShare(48), mixture).of_batch(batch, len(weights))
         assert sorted(np.concatenate([places for places, _ in whole])) == list(range(48))
         for processes in (1, 2, 4, 8):
             found = [[] for _ in weights]
             for index in range(processes):
-                part = Schedule(Layout(48, index, processes), mixture)
+                part = Schedule(BatchShare(48, index, processes), mixture)
                 for source, (places, positions) in enumerate(part.of_batch(batch, len(weights))):
                     places = places + index * (48 // processes)
                     found[source] += zip(places.tolist(), positions.tolist(), strict=True)

@@ -187,7 +187,7 @@ FOREIGN = {
 
 @pytest.mark.parametrize("name", FOREIGN)
 def test_other_formats_are_called_by_their_name(decode, name):
-    for reason, detail in (refused(decode, FOREIGN[name]), image_fault(FOREIGN[name], None, True)):
+    for reason, detail in (refused(decode, FOREIGN[name]), image_fault(FOREIGN[name], True)):
         assert reason == faults.UNDECODABLE
         assert f"a file of the format {name}; JPEG, PNG, WebP, GIF and BMP are decoded" in detail
 

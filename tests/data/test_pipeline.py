@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vlp_jax.data.pipeline import EvalPipeline, Layout, TrainPipeline
+from vlp_jax.data.pipeline import BatchShare, EvalPipeline, TrainPipeline
 from vlp_jax.data.samples import sample_texts
 from vlp_jax.data.tokenizers import ByteTokenizer
 from vlp_jax.errors import UserError
@@ -151,7 +151,7 @@ def test_the_global_batches_do_not_depend_on_the_processes(photos, processes):
 
 def test_batch_size_and_chunks_do_not_change_the_stream(photos, monkeypatch):
     small = take(train(photos, batch_size=4), 30)
-    monkeypatch.setattr("vlp_jax.data.example_graph.CHUNK", 7)
+    monkeypatch.setattr("vlp_jax.data.preprocess_graph.CHUNK", 7)
     large = take(train(photos, batch_size=40), 3)
     for name in large[0]:
         np.testing.assert_array_equal(
@@ -312,7 +312,7 @@ def refuses(make, message):
 def test_processes_must_divide_the_batch(photos):
     refuses(lambda: train(photos, batch_size=6, process_count=4), "batch_size=6 .* 4 processes")
     refuses(lambda: train(photos, batch_size=0), "batch_size=0")
-    layout = Layout(8, process_index=3, process_count=4)
+    layout = BatchShare(8, process_index=3, process_count=4)
     assert layout.places.tolist() == [6, 7]
 
 

@@ -1,5 +1,6 @@
 """tools.prepare_data: read back by each format's own reader, stopped, run again."""
 
+import gzip
 import hashlib
 import json
 import os
@@ -36,7 +37,7 @@ from prepare_cases import (  # noqa: E402
 from vlp_jax.commands import prepare_data  # noqa: E402
 from vlp_jax.data import files  # noqa: E402
 from vlp_jax.data.prepare import job as jobs  # noqa: E402
-from vlp_jax.data.prepare import paths  # noqa: E402
+from vlp_jax.data.prepare.inputs import Input  # noqa: E402
 from vlp_jax.data.sources import build_source  # noqa: E402
 from vlp_jax.errors import UserError  # noqa: E402
 
@@ -313,6 +314,18 @@ def test_urls_and_examples_per_shard(tmp_path):
     assert jobs.prepare(job).was_finished
 
 
+def test_gzipped_tars_are_read_as_plain_ones(tmp_path):
+    pattern, fields, _ = write_tars(tmp_path / "in")
+    plain = jobs.prepare(make_job(pattern, "webdataset", tmp_path / "plain", fields=fields))
+    for file in (tmp_path / "in").iterdir():
+        file.with_name(f"{file.name}.gz").write_bytes(gzip.compress(file.read_bytes()))
+        file.unlink()
+    packed = str(tmp_path / "in")
+    packed = jobs.prepare(make_job(packed, "webdataset", tmp_path / "gz", fields=fields))
+    assert packed.manifest["shards"] == plain.manifest["shards"]
+    assert contents(tmp_path / "gz") == contents(tmp_path / "plain")
+
+
 def test_brace_ranges():
     assert files.expand_braces("a{08..10}.{tar,zip}") == [
         f"a{n}.{e}" for n in ("08", "09", "10") for e in ("tar", "zip")
@@ -322,16 +335,17 @@ def test_brace_ranges():
 
 
 def test_a_folder_a_glob_and_links_find_the_same_files(tmp_path):
-    (tmp_path / "in").mkdir()
+    _, fields, _ = write_tars(tmp_path / "in")
     (tmp_path / "links").mkdir()
-    for name in ("b.tar", "a.tar", "c.txt"):
-        (tmp_path / "in" / name).write_bytes(name.encode() * 100)
-        (tmp_path / "links" / name).symlink_to(tmp_path / "in" / name)
+    (tmp_path / "in" / "00002.tar").rename(tmp_path / "in" / "c.txt")
+    for file in (tmp_path / "in").iterdir():
+        (tmp_path / "links" / file.name).symlink_to(file)
     for folder in ("in", "links"):
         root = str(tmp_path / folder)
-        expected = [(f"{root}/a.tar", 500), (f"{root}/b.tar", 500)]
-        for patterns in ([root], [f"{root}/*.tar"], [f"{root}/{{b,a}}.tar", f"{root}/a.tar"]):
-            assert paths.find_files(patterns, ".tar") == expected
+        names = [f"{root}/00000.tar", f"{root}/00001.tar"]
+        expected = tuple((name, os.path.getsize(name)) for name in names)
+        for patterns in ([root], [f"{root}/*.tar"], [f"{root}/0000{{1,0}}.tar", names[0]]):
+            assert Input.open("webdataset", patterns, fields).files == expected
 
 
 def test_importing_the_tool_imports_neither_beam_nor_tensorflow():

@@ -141,7 +141,10 @@ def test_damaged_tars_and_members_are_skipped_by_reason(tmp_path):
     for cut in ("border", "cut", "garbage"):
         expected += [f"{cut}/{i:02d}" for i in range(5)]
     assert ids == sorted(expected)
-    assert any("cut.tar, 05" in line for line in result.examples_named[faults.TRUNCATED])
+    assert any(
+        "sample 05 of" in line and "cut.tar" in line
+        for line in result.examples_named[faults.TRUNCATED]
+    )
 
 
 def test_damaged_parquet_is_skipped_by_reason(tmp_path):
@@ -185,7 +188,7 @@ def test_a_tar_packed_by_endings_is_told_with_the_way_to_pack_it(tmp_path):
             for key in "abc":
                 add(tar, f"{key}.{end}", content)
     job = make_job(str(tmp_path / "0.tar"), "webdataset", tmp_path / "out", shards=1)
-    with pytest.raises(UserError, match="3 ambiguous example .*side by side.*tar --sort=name"):
+    with pytest.raises(UserError, match="side by side.*tar --sort=name"):
         jobs.prepare(job)
 
 
@@ -193,7 +196,7 @@ def test_two_columns_of_one_name_are_named(tmp_path):
     arrays = [pa.array([b"x"]), pa.array(["a"]), pa.array(["b"])]
     table = pa.Table.from_arrays(arrays, names=["image", "text", "text"])
     pq.write_table(table, tmp_path / "x.parquet")
-    with pytest.raises(UserError, match="2 columns are named 'text'"):
+    with pytest.raises(UserError, match="2 columns of .* are named 'text'"):
         jobs.prepare(make_job(str(tmp_path / "x.parquet"), "parquet", tmp_path / "out", shards=1))
 
 
@@ -238,12 +241,12 @@ def test_mistakes_are_one_line_that_says_what_there_is(tmp_path, capsys):
     (tmp_path / "zipped.tar").write_bytes(b"\x1f\x8b rest")
     texts = ["--fields", "text=texts"]
     for arguments, said in (
-        (["--input", f"{tmp_path}/none/*.tar"], "matches no .tar file"),
+        (["--input", f"{tmp_path}/none/*.tar"], "matches no file"),
         (["--input", f"{tmp_path}/tars/0000{{0..4}}.tar"], "2 of 5 files are not there"),
         (["--input", tars, "--fields", "image=tiff"], "cls, gif, jpg, json, png, webp"),
         (["--input", tars, "--fields", "image"], "is not NAME=INPUT"),
         (["--input", tars, "--fields", "text=txt", "captions=txt"], "names captions twice"),
-        (["--input", str(tmp_path / "zipped.tar")], f"run gunzip {tmp_path}/zipped.tar first"),
+        (["--input", str(tmp_path / "zipped.tar")], "is compressed by gzip, but cut short"),
         (["--input", tars, "--fields", "text=json.texts", "--shards", "99"], "more than the 23"),
         (["--input", tars, "--split", "a-b"], "letters, digits and underscores"),
         (["--input", tars, "--direct_num_wrokers=3"], "did you mean --direct_num_workers?"),
@@ -251,8 +254,11 @@ def test_mistakes_are_one_line_that_says_what_there_is(tmp_path, capsys):
         (["--input", "nosuch://x/y.tar"], "nosuch"),
         (["--input-format", "folder", "--input", f"{tmp_path}/none"], "no such folder"),
         (["--input-format", "folder", "--input", folder, "--fields", "label=klass"], "'class'"),
-        (["--input-format", "parquet", "--input", parquet], "there are image, texts, label"),
-        (["--input-format", "parquet", "--input", parquet, *texts, "x=y"], "no such column"),
+        (
+            ["--input-format", "parquet", "--input", parquet],
+            "there are image, texts, label): name one by --fields text=",
+        ),
+        (["--input-format", "parquet", "--input", parquet, *texts, "x=y"], "--fields x=y: "),
     ):
         base = ["--output", str(tmp_path / "out"), "--output-format", "tfrecord"]
         base += ["--input-format", "webdataset", "--shards", "2"]

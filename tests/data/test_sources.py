@@ -132,6 +132,27 @@ def test_folder_several_captions_and_labels(tmp_path):
     assert list(read_all(nine)) == ["b.jpg", "c.jpg"]
 
 
+def test_further_columns_of_a_folder_are_fields(tmp_path):
+    rows = [
+        {"image": "a.jpg", "caption": "1", "kind": "x", "width": 3, "tags": ["p", "q"]},
+        {"image": "b.jpg", "caption": "2", "kind": "y", "width": None, "tags": ["r"]},
+        {"image": "b.jpg", "caption": "3", "kind": "y", "width": None, "tags": ["r"]},
+    ]
+    for row in rows:
+        put(tmp_path / row["image"])
+    (tmp_path / "c.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    source = build_source(folder_config(tmp_path, columns=["kind", "width", "tags"]))
+    example = parse(source, 0)
+    assert (example["kind"], example["width"]) == (b"x", 3)
+    assert example["tags"].tolist() == [b"p", b"q"]
+    assert source.fetch(np.array([1]), ["kind"])[faults.FAULT].tolist() == [b""]
+    assert b"no 'width'" in source.fetch(np.array([1]), ["width"])[faults.FAULT][0]
+    refuses(folder_config(tmp_path, columns=["kinds"]), "data.columns: .*did you mean 'kind'")
+    rows[2]["kind"] = "z"
+    (tmp_path / "c.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    refuses(folder_config(tmp_path, columns=["kind"]), "b.jpg has .*'z'.* but had .*'y'")
+
+
 def many(path, count):
     for number in range(count):
         put(path / f"{number}.jpg")

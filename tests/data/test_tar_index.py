@@ -279,7 +279,7 @@ def test_a_tar_packed_by_endings_is_refused_with_the_way_to_pack_it(tmp_path):
     files = [(f"{n}.{end}", b"x") for end in ("jpg", "txt") for n in range(3)]
     path = write(tmp_path / "x.tar", files)
     with pytest.raises(UserError, match="sample 0 of .*x.tar: .*side by side.*tar --sort=name"):
-        WebDatasetSource(str(path), cache_dir=str(tmp_path / "cache"))
+        WebDatasetSource(str(path), cache_dir=str(tmp_path / "cache")).fields()
     # Sorted, as that command packs it, it is read.
     path = write(tmp_path / "y.tar", sorted(files))
     assert len(WebDatasetSource(str(path), cache_dir=str(tmp_path / "cache"))) == 3

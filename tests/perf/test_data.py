@@ -18,7 +18,7 @@ from tools.perf import harness
 from tools.perf import loaders as bench_loaders
 from tools.perf.corpus import Corpus, data_config
 from tools.perf.loaders import DecodeLimit, PipelineLoader, Speed, Task, Turn
-from vlp_jax.data.image_ops import random_resized_crop
+from vlp_jax.data.image_ops.crop import random_resized_crop
 from vlp_jax.data.lazy_tensorflow import import_tensorflow
 from vlp_jax.data.ops import build_ops
 from vlp_jax.data.pipeline import EvalPipeline

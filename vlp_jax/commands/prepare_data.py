@@ -30,6 +30,7 @@ from vlp_jax.data.prepare import job as jobs
 from vlp_jax.data.prepare import manifest as manifests
 from vlp_jax.data.prepare import paths, runner
 from vlp_jax.data.prepare.examples import IMAGE
+from vlp_jax.data.prepare.inputs import FORMATS
 from vlp_jax.data.prepare.writers import WRITERS
 from vlp_jax.errors import UserError
 from vlp_jax.training.command import run_command
@@ -53,7 +54,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     add = parser.add_argument
     add("--input", nargs="+", metavar="PATTERN", help="a folder, files, globs, brace ranges or "
         "fsspec URLs such as gs://bucket/{0000..0041}.tar")  # fmt: skip
-    add("--input-format", choices=list(jobs.INPUTS), help="what is read")
+    add("--input-format", choices=FORMATS, help="what is read")
     add("--output", metavar="DIR", required=True, help="a folder or URL for shards and manifest")
     add("--output-format", choices=list(WRITERS), help="what is written")
     sharding = parser.add_mutually_exclusive_group()
@@ -202,7 +203,7 @@ def prepare(arguments: argparse.Namespace) -> str:
       UserError: as `jobs.prepare` says, and for a flag that is neither ours nor Beam's.
     """
     runner.check_flags(arguments.unchecked)
-    job = jobs.Job(
+    job = jobs.PrepareJob(
         input=tuple(arguments.input),
         input_format=arguments.input_format,
         output=arguments.output,

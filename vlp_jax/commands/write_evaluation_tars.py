@@ -31,9 +31,9 @@ from vlp_jax.arguments import make_parser
 from vlp_jax.data.image_ops.upright import orientation, upright_rgb
 from vlp_jax.data.ops import in_order
 from vlp_jax.data.pipeline import EvalPipeline
+from vlp_jax.data.source_reader import RAW_TEXT
 from vlp_jax.data.sources import build_source
 from vlp_jax.data.sources.base import as_plain
-from vlp_jax.data.stream import RAW_TEXT
 from vlp_jax.data.wording import TEXT_TO_TEXT
 from vlp_jax.errors import UserError, unknown_key_message
 from vlp_jax.evaluators import class_lists, merged_data

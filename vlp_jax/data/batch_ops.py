@@ -1,4 +1,4 @@
-"""Operations on a finished batch, in NumPy: what mixes examples with each other.
+"""Operations that mix examples of a finished batch with each other, in NumPy.
 
 An operation is called with a batch, arrays [b, ...], and a seed for each example,
 int32 [b, 2], and returns the new batch; `output_spec` says its shapes and types without running it.
@@ -41,7 +41,7 @@ class MixUp:
             raise UserError(f"mixup: num_classes must be a whole number above 1, got {classes!r}")
 
     def output_spec(self, spec: Spec) -> Spec:
-        """The shapes, without the batch, and types of the result, from those of the input.
+        """The shapes (without the batch) and types of the result for an input `spec`.
 
         Raises:
           UserError: without a uint8 image of three dimensions or a single whole number as label.
@@ -59,7 +59,7 @@ class MixUp:
 
         Args:
           batch: `image`, uint8 [b, h, w, 3], the labels, whole numbers [b], and other fields.
-          seeds: int32 [b, 2]; those of the first of a pair decide.
+          seeds: int32 [b, 2]; of a pair the first example's seed is used.
 
         Returns:
           The batch with new images and labels, float32 [b, num_classes], that sum to 1.
@@ -81,6 +81,7 @@ class MixUp:
             )
         mixed = np.empty_like(images)
         weights = np.empty(len(images), np.float32)
+        # Pair by pair, because a float copy of the whole batch would not fit into the cache.
         for first in range(0, len(images), 2):
             pair = slice(first, first + 2)
             weights[pair] = self._mix_pair(images[pair], seeds[first], mixed[pair])
@@ -88,6 +89,7 @@ class MixUp:
 
     def _mix_pair(self, pair: np.ndarray, seed: np.ndarray, mixed: np.ndarray) -> float:
         """Writes both mixtures of two images; returns the share that each keeps of itself."""
+        # By way of uint32, because a negative int32 would fill the upper half with ones.
         key = np.asarray(seed, np.int32).astype(np.uint32).astype(np.uint64)
         random = np.random.Generator(np.random.Philox(key=key))
         both = self.alpha > 0 and self.cutmix_alpha > 0
@@ -107,7 +109,7 @@ class MixUp:
 
 
 def _blend(pair: np.ndarray, share: float, mixed: np.ndarray) -> float:
-    """share * own + (1 - share) * other, rounded, for both of a pair; returns the share.
+    """Blends both of a pair: share * own + (1 - share) * other, rounded. Returns the share.
 
     The share is rounded to 1/128, so that 16-bit whole numbers hold every product.
     """
@@ -115,7 +117,7 @@ def _blend(pair: np.ndarray, share: float, mixed: np.ndarray) -> float:
     first, second = pair[0].astype(np.int16), pair[1].astype(np.int16)
     step = first - second
     step *= np.int16(parts)
-    step += np.int16(64)
+    step += np.int16(64)  # half of 128, so that the shift below rounds
     step >>= 7
     np.add(second, step, out=mixed[0], casting="unsafe")
     np.subtract(first, step, out=mixed[1], casting="unsafe")
@@ -137,13 +139,14 @@ def _exchange_rectangle(
     bottom, right = np.clip(np.rint(center + half).astype(int), 0, (height, width))
     mixed[:] = pair
     mixed[:, top:bottom, left:right] = pair[::-1, top:bottom, left:right]
+    # The part of the rectangle inside of the image, not `share`: labels follow the pixels.
     return 1 - (bottom - top) * (right - left) / (height * width)
 
 
 def mixup(
     alpha: float, num_classes: int, label_field: str = "label", cutmix_alpha: float = 0.0
 ) -> MixUp:
-    """Mixes each image and its label with those of its neighbour in the batch.
+    """Mixes each image and label with its neighbour's in the batch.
 
     A pair draws one share from Beta(alpha, alpha), and each of the two keeps that much of itself
     (rounded to 1/128).
@@ -166,7 +169,7 @@ BATCH_OPS: dict[str, Callable[..., MixUp]] = {"mixup": mixup}
 
 
 def build_batch_ops(config: Mapping[str, Any] | None, local_size: int) -> list[MixUp]:
-    """The operations that a config's `batch_ops` names, a mapping of names to arguments.
+    """Builds the operations that a config's `batch_ops` names.
 
     Args:
       local_size: examples of a batch that a process has.

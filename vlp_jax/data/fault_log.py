@@ -54,14 +54,15 @@ class FaultLog:
         self._lock = threading.Lock()
         self._settled: Counter[tuple[str, str]] = Counter()
         self._settled_read = 0
+        # (batch, examples read, faults) of batches that no step has taken yet.
         self._ahead: list[tuple[int, int, Counter[tuple[str, str]]]] = []
-        # For the share: with what was counted before a checkpoint.
+        # Counts that the share is taken of; `begin_with` adds the counts of earlier runs.
         self._all: Counter[tuple[str, str]] = Counter()
         self._read = 0
         self._last = ""  # where the newest bad example lies
 
     def add(self, batch: int, read: int, source: str, faults: Sequence[Fault]) -> None:
-        """Notes that `read` examples of `source` were read for a batch, and which were bad.
+        """Counts the examples of `source` that were read for a batch, and the bad ones among them.
 
         Raises:
           UserError: too many were.
@@ -91,9 +92,9 @@ class FaultLog:
         )
 
     def totals(self, before: int | None = None) -> dict[str, Any]:
-        """{"read": examples, "bad": {source: {reason: examples}}} of the batches below `before`.
+        """Counts of the batches below `before`: {"read": n, "bad": {source: {reason: n}}}.
 
-        What was asked for once is settled: `before` must not become less.
+        `before` must not become less from call to call.
         """
         with self._lock:
             ahead, self._ahead = self._ahead, []
@@ -110,7 +111,7 @@ class FaultLog:
             return {"read": self._settled_read, "bad": bad}
 
     def begin_with(self, read: int, bad: Mapping[tuple[str, str], int]) -> None:
-        """Takes into the share, not into the totals, what was counted before a checkpoint.
+        """Adds the counts from before a checkpoint to the share, and not to the totals.
 
         Args:
           read: examples.
@@ -121,10 +122,9 @@ class FaultLog:
             self._read += read
 
     def check_all(self, gather: Callable[[Sequence[int]], Sequence[Sequence[int]]]) -> None:
-        """Looks at the share of bad examples once all of a split is read.
+        """Checks the share of bad examples once all of a split is read.
 
-        The share is taken of at least 100, so that one broken image among few is left out and not
-        fatal. All processes come to the same.
+        The share is taken of at least 100, so that one broken image among few is no error.
 
         Args:
           gather: the numbers that every process gives, on every process.
@@ -132,6 +132,7 @@ class FaultLog:
         Raises:
           NoScores: too many examples are bad, or all of them.
         """
+        # All processes sum the same numbers, so that all of them raise or none does.
         counts = gather((sum(self._all.values()), self._read))
         bad, read = (sum(column) for column in zip(*counts, strict=True))
         if bad > self._max_fraction * max(read, _FEWEST_OF_A_SPLIT) or (bad and bad == read):

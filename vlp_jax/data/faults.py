@@ -1,4 +1,4 @@
-"""Why an example cannot be used, and how the TensorFlow graph of an example says so.
+"""Reasons why an example cannot be used, and checks inside of a TensorFlow graph.
 
 A record that is damaged fails inside the graph of its example with one of the reasons below. The
 pipeline drops the example, counts it by its source and its reason, and puts another in its place.
@@ -7,12 +7,8 @@ pipeline drops the example, counts it by its source and its reason, and puts ano
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING
 
-from vlp_jax.data.lazy_tensorflow import import_tensorflow
-
-if TYPE_CHECKING:
-    import tensorflow as tf
+from vlp_jax.data.lazy_tensorflow import tf
 
 UNDECODABLE = "undecodable image"
 TOO_LARGE = "image too large"
@@ -28,6 +24,15 @@ REASONS = (
     *(UNREADABLE, AMBIGUOUS, TRUNCATED, FAILED),
 )
 
+
+class BadExample(Exception):
+    """An example that cannot be used: `reason` is one of `REASONS`, `detail` one line."""
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(f"{reason}: {detail}")
+        self.reason, self.detail = reason, detail
+
+
 # The field of a record that says why it cannot be used; empty where it can.
 FAULT = "__fault__"
 
@@ -36,7 +41,7 @@ _TRACEBACK = ("Graph execution error", "Detected at node", "File ", "node ")
 _MESSAGE = re.compile(rf"{_MARK} \(([a-z ]+)\): ([^\n]*)")
 
 
-# What TensorFlow says where the graph did not ask first.
+# Messages of TensorFlow's own errors, for faults that no `require` came before.
 _KINDS = (
     (re.compile(r"is required but could not be found|Number of \w+ values"), MISSING_FIELD),
     (re.compile(r"Could not parse example input|Data types don't match"), UNREADABLE),
@@ -48,11 +53,11 @@ _KINDS = (
 def require(
     value: tf.Tensor, condition: tf.Tensor, reason: str, detail: str | tf.Tensor
 ) -> tf.Tensor:
-    """`value`, which cannot be had unless `condition` holds.
+    """Returns `value`; makes the graph fail where it is needed and `condition` does not hold.
 
-    The check is pruned with the value: where no output of the graph depends on it, it is not made.
-    So it is neither an Assert, which TensorFlow never prunes, nor a control dependency on an
-    operation without effects, which TensorFlow's optimizer drops.
+    The check is pruned with the value: if no output of the graph depends on the value, nothing is
+    checked. An Assert would never be pruned, and TensorFlow's optimizer would drop a control
+    dependency on an operation without effects.
 
     Args:
       value: strings or numbers of any shape.
@@ -60,13 +65,14 @@ def require(
       reason: one of `REASONS`.
       detail: what is wrong, one line; a Python string or a scalar string tensor.
     """
-    message = import_tensorflow().strings.join([f"{_MARK} ({reason}): ", detail])
+    message = tf.strings.join([f"{_MARK} ({reason}): ", detail])
     return require_marked(value, condition, message)
 
 
 def require_marked(value: tf.Tensor, condition: tf.Tensor, message: tf.Tensor) -> tf.Tensor:
-    """As `require`; `message` is a string that `marked` made."""
-    tf = import_tensorflow()
+    """`require` with the whole message, a string scalar that `marked` made."""
+    # A number that is 0, or whose parsing fails with the message. Adding it to the value makes the
+    # value depend on the check.
     zero = tf.strings.to_number(tf.where(condition, "0", message), tf.int32)
     if value.dtype == tf.string:
         return tf.strings.substr(value, zero, tf.int32.max)
@@ -74,12 +80,12 @@ def require_marked(value: tf.Tensor, condition: tf.Tensor, message: tf.Tensor) -
 
 
 def marked(reason: str, detail: str) -> bytes:
-    """What a source puts into a record's `FAULT` that it could not read; see `require`."""
+    """The message with which a source says in a record's `FAULT` why it could not be read."""
     return f"{_MARK} ({reason}): {detail}".encode("utf-8", "replace")
 
 
 def explain(message: str) -> tuple[str, str]:
-    """The reason and a one-line detail of a TensorFlow error's message."""
+    """The reason, one of `REASONS`, and a one-line detail of a TensorFlow error's message."""
     found = _MESSAGE.search(message)
     if found:
         return found[1], found[2].strip()

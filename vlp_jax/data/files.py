@@ -18,7 +18,7 @@ from typing import Any, BinaryIO, TypeVar
 
 import braceexpand
 
-from vlp_jax.data.lazy_tensorflow import import_tensorflow
+from vlp_jax.data.lazy_tensorflow import tf
 from vlp_jax.data.signatures import HEAD_BYTES, kind_of, remedy
 from vlp_jax.errors import UserError
 
@@ -26,9 +26,9 @@ Result = TypeVar("Result")
 
 ATTEMPTS = 6
 FIRST_DELAY, LONGEST_DELAY = 0.5, 30.0  # seconds between attempts
-# Faults that time does not heal.
+# Faults that a second attempt meets again.
 _LASTING = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, UserError)
-# Those of TensorFlow, which may not be imported.
+# The same faults as TensorFlow calls them. Its classes cannot be named without importing it.
 _LASTING_NAMES = ("NotFoundError", "PermissionDeniedError", "UnauthenticatedError")
 _TRUSTED = 1000  # files of a brace range that are looked for before they are read
 _log = logging.getLogger("vlp_jax.data")
@@ -40,7 +40,7 @@ def is_local(path: str) -> bool:
 
 
 def expand(patterns: str | Sequence[str], suffix: str | tuple[str, ...]) -> list[str]:
-    """The files that patterns name, sorted, each once.
+    """Finds the files that patterns name, sorted, each once.
 
     Args:
       patterns: one or several paths, on disk or scheme://, with "*", "?", "[]" and brace ranges
@@ -61,7 +61,7 @@ def expand(patterns: str | Sequence[str], suffix: str | tuple[str, ...]) -> list
 
 
 def expand_braces(pattern: str) -> list[str]:
-    """What {a,b} and {000..041} stand for, in order; zeros in front are kept.
+    """Expands {a,b} and {000..041}, in order; leading zeros are kept.
 
     Raises:
       UserError: for a brace that is not closed.
@@ -73,13 +73,16 @@ def expand_braces(pattern: str) -> list[str]:
 
 
 def _expand_one(pattern: str, suffix: str | tuple[str, ...]) -> list[str]:
+    # Each name of a brace range must exist; a glob may match anything.
     names = expand_braces(pattern)
     found: list[str] = []
     missing: list[str] = []
     for name in names:
         files = filesystem(name)
         if len(names) > _TRUSTED:
-            matches = [name]  # to ask for each would take long; a missing one is told when read
+            matches = [
+                name
+            ]  # asking for each takes long; a missing file is an error when it is read
         elif files.exists(name):
             matches = [name]
         elif len(names) == 1 and files.is_folder(name):
@@ -99,7 +102,7 @@ def _expand_one(pattern: str, suffix: str | tuple[str, ...]) -> list[str]:
 
 
 def _in_folder(folder: str, suffix: str | tuple[str, ...]) -> list[str]:
-    """The files in a folder that end in `suffix`.
+    """Lists the files of a folder that end in `suffix`.
 
     Raises:
       UserError: there is none; it says what else is there.
@@ -197,7 +200,7 @@ class _Gfile:
 
     @property
     def gfile(self) -> Any:
-        return import_tensorflow().io.gfile
+        return tf.io.gfile
 
     def exists(self, path: str) -> bool:
         return self.gfile.exists(path) and not self.gfile.isdir(path)
@@ -217,7 +220,7 @@ class _Gfile:
 
 
 def filesystem(path: str) -> _Local | _Fsspec | _Gfile:
-    """What opens `path`.
+    """The filesystem that opens `path`.
 
     Raises:
       UserError: for a scheme that neither fsspec nor TensorFlow opens.
@@ -235,19 +238,19 @@ def _remote(scheme: str) -> _Fsspec | _Gfile:
             return _Fsspec(scheme, fsspec.filesystem(scheme))
         except ImportError as error:
             reason = str(error)
-    if scheme in import_tensorflow().io.gfile.get_registered_schemes():
+    if scheme in tf.io.gfile.get_registered_schemes():
         return _Gfile()
     raise UserError(f"{scheme}:// cannot be opened: {reason}, nor does TensorFlow open it")
 
 
 @cache
 def stamp_of(path: str) -> str:
-    """What changes when the file does: its size and time, as they were when first asked for."""
+    """The size and time of a file, when this process first asked for them."""
     return filesystem(path).stamp(path)
 
 
 def retrying(what: str, function: Callable[[], Result]) -> Result:
-    """`function()`, tried again with growing delays when reading fails.
+    """Calls `function()`, again after growing delays if reading fails.
 
     Args:
       what: names it in messages, for example the path.
@@ -270,6 +273,7 @@ def retrying(what: str, function: Callable[[], Result]) -> Result:
             if attempt == ATTEMPTS:
                 message = f"{what} cannot be read, tried {ATTEMPTS} times: {_line(error)}"
                 raise UserError(message) from error
+            # The random factor keeps many processes from asking a server at the same moments.
             delay = min(LONGEST_DELAY, FIRST_DELAY * 2 ** (attempt - 1)) * random.uniform(0.5, 1)
             _log.warning("%s: %s; trying again in %.1f s", what, _line(error), delay)
             time.sleep(delay)
@@ -277,11 +281,12 @@ def retrying(what: str, function: Callable[[], Result]) -> Result:
 
 
 def _may_pass(error: Exception) -> bool:
-    """Whether to try again: every client of a bucket has exceptions of its own."""
+    """Whether a second attempt may succeed."""
     if isinstance(error, OSError):
         return True
     if isinstance(error, ValueError | TypeError | LookupError | ArithmeticError):
         return False
+    # Each client of a bucket has exceptions of its own, which cannot be listed here.
     return type(error).__module__.partition(".")[0] not in ("builtins", "vlp_jax", "numpy")
 
 

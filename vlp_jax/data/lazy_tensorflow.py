@@ -1,4 +1,7 @@
-"""TensorFlow, imported when it is first needed and kept off the accelerators."""
+"""TensorFlow, imported when it is first needed and kept off the accelerators.
+
+`from vlp_jax.data.lazy_tensorflow import tf` imports nothing: the first `tf.something` does.
+"""
 
 from __future__ import annotations
 
@@ -8,14 +11,10 @@ import sys
 from collections.abc import Callable, Iterator
 from functools import cache
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    import tensorflow as tf
-
-    Example = dict[str, tf.Tensor]
-    Op = Callable[[Example, tf.Tensor], Example]  # of preprocessing: see `vlp_jax.data.ops`
-
+Example = dict[str, "tf.Tensor"]
+Op = Callable[[Example, "tf.Tensor"], Example]  # of preprocessing: see `vlp_jax.data.ops`
 
 _OF_KERAS = "keras.src.optimizers"
 
@@ -41,7 +40,7 @@ def import_tensorflow() -> ModuleType:
 
 @contextlib.contextmanager
 def _keras_left_for_later() -> Iterator[None]:
-    """Within it, importing TensorFlow does not import Keras, which takes a third of the time.
+    """Keeps TensorFlow from importing Keras, which would take a third of the time.
 
     TensorFlow does so only to register optimizers for SavedModel, and goes on where Keras is not
     installed. `tf.keras` is imported when somebody uses it.
@@ -54,3 +53,14 @@ def _keras_left_for_later() -> Iterator[None]:
         yield
     finally:
         del sys.modules[_OF_KERAS]
+
+
+class _LazyTensorFlow:
+    def __getattr__(self, name: str) -> Any:
+        return getattr(import_tensorflow(), name)
+
+
+if TYPE_CHECKING:
+    import tensorflow as tf
+else:
+    tf = _LazyTensorFlow()

@@ -1,4 +1,4 @@
-"""Reading from local files at any place, and local copies of files that cannot be read so.
+"""Reads of local files at any offset, and local copies of remote and compressed files.
 
 Files on a bucket, or compressed, are copied whole into a cache folder when they are first needed.
 """
@@ -26,14 +26,14 @@ from vlp_jax.errors import UserError
 _OPEN_FILES = 512
 _UNFINISHED = ".unfinished"
 _CUT = ".cut"
-# Of the process: several sources may read one file.
+# Shared by all caches of the process, because several sources may read one file.
 _LOCK = threading.Lock()
 _COPYING: dict[str, threading.Lock] = {}
 _log = logging.getLogger("vlp_jax.data")
 
 
 class _Descriptor:
-    """An open file, how many threads read from it, and whether the last of them is to close it."""
+    """An open file, the number of threads that read it, and whether the last one closes it."""
 
     def __init__(self, path: str) -> None:
         self.number = os.open(path, os.O_RDONLY)
@@ -57,13 +57,14 @@ class OpenFiles:
         self._descriptors: OrderedDict[str, _Descriptor] = OrderedDict()
 
     def read(self, path: str, offset: int, length: int) -> bytes:
-        """`length` bytes from `offset` on; fewer where the file ends.
+        """Reads `length` bytes from `offset` on; fewer at the end of the file.
 
         Raises:
           OSError: it cannot be read.
         """
         descriptor = self._take(path)
         try:
+            # pread takes the place along: threads share a descriptor without moving each other.
             return os.pread(descriptor.number, length, offset)
         except OSError:
             self.drop(path)  # what went stale is opened anew by the next attempt
@@ -74,7 +75,7 @@ class OpenFiles:
                 descriptor.close_if_unused()
 
     def drop(self, path: str) -> None:
-        """Lets go of a file, for example because it was removed."""
+        """Closes a file, for example because it was removed."""
         with self._lock:
             if path in self._descriptors:
                 self._close(path)
@@ -86,6 +87,7 @@ class OpenFiles:
             self._descriptors.move_to_end(path)
             descriptor = self._descriptors[path]
             descriptor.users += 1
+            # A file that is closed here may still be read by a thread; its last user closes it.
             while len(self._descriptors) > self._most:
                 self._close(next(iter(self._descriptors)))
             return descriptor
@@ -98,7 +100,7 @@ class OpenFiles:
 
 @cache
 def open_files() -> OpenFiles:
-    """The open files of this process: a quarter of what it may open, at most 512."""
+    """The process-wide cache of open files: a quarter of the limit for files, at most 512."""
     import resource
 
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
@@ -107,7 +109,7 @@ def open_files() -> OpenFiles:
 
 @contextlib.contextmanager
 def writing(folder: Path) -> Iterator[None]:
-    """Says of a failure to write that it is the cache that cannot be written.
+    """Names the cache folder in the message of a failure to write.
 
     Raises:
       UserError: instead of an OSError.
@@ -138,13 +140,14 @@ class LocalCopies:
         self._folder, self._capacity = folder, capacity
 
     def get(self, path: str) -> str:
-        """A local, uncompressed file that holds what `path` does.
+        """Returns a local, uncompressed file with the content of `path`; copies it if needed.
 
         Raises:
           UserError: it cannot be read, or not be written here.
         """
         if self.in_place(path):
             return path
+        # A file that changed gets another name, so that an old copy is never taken for it.
         stamp = retrying(path, lambda: stamp_of(path))
         name = hashlib.sha256(f"{path}:{stamp}".encode()).hexdigest()[:20] + "-" + Path(path).name
         target = self._folder / name
@@ -152,6 +155,7 @@ class LocalCopies:
             lock = _COPYING.setdefault(str(target), threading.Lock())
         with lock:
             try:
+                # The time of its last use, by which `_make_room` chooses, also of other processes.
                 os.utime(target)
             except (FileNotFoundError, NotADirectoryError):
                 retrying(path, lambda: self._copy(path, target))
@@ -159,7 +163,7 @@ class LocalCopies:
         return str(target)
 
     def read(self, path: str, offset: int, length: int) -> bytes:
-        """`length` bytes of what `path` holds, from `offset` on; fewer where it ends.
+        """Reads `length` uncompressed bytes of `path` from `offset` on; fewer at its end.
 
         Raises:
           UserError: it cannot be read.
@@ -181,9 +185,14 @@ class LocalCopies:
         return not self.in_place(path) and _mark_of_cut(Path(self.get(path))).exists()
 
     @staticmethod
-    def in_place(path: str) -> bool:
+    def is_compressed(path: str) -> bool:
+        """Whether `path` is gzipped, whatever its name says."""
+        return _is_compressed(path, retrying(path, lambda: stamp_of(path)))
+
+    @classmethod
+    def in_place(cls, path: str) -> bool:
         """Whether `path` is read where it lies."""
-        return is_local(path) and not _is_compressed(path, retrying(path, lambda: stamp_of(path)))
+        return is_local(path) and not cls.is_compressed(path)
 
     @staticmethod
     def _copy(path: str, target: Path) -> None:
@@ -205,6 +214,7 @@ class LocalCopies:
                 # reader of the copy could not see it.
                 _mark_of_cut(target).touch()
                 _log.warning("%s is truncated or damaged", path)
+        # The name appears only when the copy is whole; processes that copy at once do no harm.
         unfinished.replace(target)
 
     def _make_room(self, keep: Path) -> None:
@@ -247,7 +257,10 @@ def _is_gzip(head: bytes) -> bool:
 
 
 class _Rejoined:
-    """A stream of which some bytes were read, from its beginning; not every stream can seek."""
+    """Gives the bytes of a stream that were read already, and then the rest.
+
+    Not every remote stream can seek back to its beginning.
+    """
 
     def __init__(self, head: bytes, rest: Any) -> None:
         self._head, self._rest = head, rest

@@ -9,17 +9,15 @@ this one, and one line in `OPS`.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from vlp_jax.data import image_ops, question_ops, row_ops, text_ops, tokenizing
+from vlp_jax.data import text_ops, tokenizing
+from vlp_jax.data.faults import MISSING_FIELD, require
+from vlp_jax.data.image_ops import augment, crop, decode, geometry, rand_augment
+from vlp_jax.data.lazy_tensorflow import Example, Op, tf
 from vlp_jax.data.sources.base import as_plain
 from vlp_jax.errors import UserError, check_arguments, unknown_key_message
 from vlp_jax.preprocess import labelled, name_and_number
-
-if TYPE_CHECKING:
-    import tensorflow as tf
-
-    from vlp_jax.data.lazy_tensorflow import Example, Op
 
 
 def keep(fields: Sequence[str]) -> Op:
@@ -27,43 +25,117 @@ def keep(fields: Sequence[str]) -> Op:
     names = (fields,) if isinstance(fields, str) else tuple(fields)
 
     def apply(example: Example, seed: tf.Tensor) -> Example:
-        del seed
         return {name: example[name] for name in names}
 
     return apply
 
 
+def pad_rows(fields: Sequence[str], count: int, fill: float = 0) -> Op:
+    """Brings lists of numbers to one length, so that batches can hold them.
+
+    Args:
+      fields: number fields [n, ...], such as ["boxes", "labels"].
+      count: rows of the result, [count, ...]. Rows beyond them are cut off.
+      fill: the number in the rows that are added.
+
+    Raises:
+      UserError: a count that is none, or a field that is no list of numbers.
+    """
+    if isinstance(fields, str) or not fields or not all(isinstance(f, str) for f in fields):
+        raise UserError(f"pad_rows: fields is a list of names of fields, got {fields!r}")
+    if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+        raise UserError(f"pad_rows: count must be a whole number of rows above 0, got {count!r}")
+    if isinstance(fill, bool) or not isinstance(fill, int | float):
+        raise UserError(f"pad_rows: fill must be a number, got {fill!r}")
+
+    def padded(example: Example, name: str) -> tf.Tensor:
+        rows = example[name]
+        number = rows.dtype.is_floating or rows.dtype.is_integer
+        if not number or not rows.shape.rank or None in tuple(rows.shape)[1:]:
+            raise UserError(
+                f"pad_rows: {name!r} is no list of numbers: it is {rows.dtype.name} "
+                f"{tuple(rows.shape)}"
+            )
+        rows = rows[:count]
+        added = [[0, count - tf.shape(rows)[0]], *[[0, 0]] * (rows.shape.rank - 1)]
+        rows = tf.pad(rows, added, constant_values=tf.cast(fill, rows.dtype))
+        return tf.ensure_shape(rows, [count, *rows.shape[1:]])
+
+    def apply(example: Example, seed: tf.Tensor) -> Example:
+        return {**example, **{name: padded(example, name) for name in fields}}
+
+    return apply
+
+
+def choose_question(
+    index: int | None = None,
+    question: str = "questions/question",
+    answer: str = "questions/answer_label",
+    kind: str | None = "questions/kind",
+) -> Op:
+    """Sets `text` to one of an example's questions, and `answer` and `kind` to match.
+
+    Without `index` the choice is made anew in every epoch, each with the same chance.
+
+    Args:
+      index: which of them. An example that has fewer cannot be used.
+      question: field with the questions, strings [k].
+      answer: field with the number of each answer in the list of all answers, [k].
+      kind: field with the number of the kind of each question, [k]; None if there are no kinds.
+
+    Raises:
+      UserError: an index that is none.
+    """
+    if index is not None and (isinstance(index, bool) or not isinstance(index, int) or index < 0):
+        raise UserError(f"choose_question: index must be None or a number from 0, got {index!r}")
+
+    def apply(example: Example, seed: tf.Tensor) -> Example:
+        texts = example[question]
+        if texts.dtype != tf.string or texts.shape.rank != 1:
+            raise UserError(f"choose_question: field {question!r} is no list of strings")
+        count = tf.size(texts)
+        wanted = 0 if index is None else index
+        # The seed is a uniform random number already.
+        chosen = tf.math.floormod(seed[0], tf.maximum(count, 1)) if index is None else index
+        chosen = require(
+            tf.convert_to_tensor(chosen), count > wanted, MISSING_FIELD,
+            f"there is no question {wanted}",
+        )  # fmt: skip
+        found = {"text": texts[chosen], "answer": _number(example, answer, chosen)}
+        if kind is not None:
+            found["kind"] = _number(example, kind, chosen)
+        return {**example, **found}
+
+    return apply
+
+
+def _number(example: Example, name: str, chosen: tf.Tensor) -> tf.Tensor:
+    """Entry `chosen` of a list of whole numbers, int32."""
+    numbers = example[name]
+    if not numbers.dtype.is_integer or numbers.shape.rank != 1:
+        raise UserError(f"choose_question: field {name!r} is no list of whole numbers")
+    return tf.cast(numbers[chosen], tf.int32)
+
+
 # In the order in which a mapping in a config runs them; a sequence runs in its own.
 OPS: dict[str, Callable[..., Op]] = {
-    "choose_text": text_ops.choose_text,
-    "choose_question": question_ops.choose_question,
-    "clean_text": text_ops.clean_text,
-    "prompt_template": text_ops.prompt_template,
-    "canonicalize_text": text_ops.canonicalize_text,
-    "lowercase": text_ops.lowercase,
-    "truncate_text": text_ops.truncate_text,
-    "decode_image": image_ops.decode_image,
-    "random_resized_crop": image_ops.random_resized_crop,
-    "resize": image_ops.resize,
-    "resize_shortest_and_random_crop": image_ops.resize_shortest_and_random_crop,
-    "resize_shortest_and_center_crop": image_ops.resize_shortest_and_center_crop,
-    "flip_left_right": image_ops.flip_left_right,
-    "random_rotation": image_ops.random_rotation,
-    "random_translation": image_ops.random_translation,
-    "rand_augment": image_ops.rand_augment,
-    "color_jitter": image_ops.color_jitter,
-    "grayscale": image_ops.grayscale,
-    "solarize": image_ops.solarize,
-    "gaussian_blur": image_ops.gaussian_blur,
-    "random_erasing": image_ops.random_erasing,
-    "pad_rows": row_ops.pad_rows,
-    "tokenize": tokenizing.tokenize,
-    "keep": keep,
+    op.__name__: op
+    for op in (
+        *(text_ops.choose_text, choose_question),
+        *(text_ops.clean_text, text_ops.prompt_template, text_ops.canonicalize_text),
+        *(text_ops.lowercase, text_ops.truncate_text),
+        *(decode.decode_image, crop.random_resized_crop, crop.resize),
+        *(crop.resize_shortest_and_random_crop, crop.resize_shortest_and_center_crop),
+        *(geometry.flip_left_right, geometry.random_rotation, geometry.random_translation),
+        *(rand_augment.rand_augment, augment.color_jitter, augment.grayscale),
+        *(augment.solarize, augment.gaussian_blur, augment.random_erasing),
+        *(pad_rows, tokenizing.tokenize, keep),
+    )
 }
 
 
 def build_ops(preprocess: Mapping[str, Any] | Sequence[Any] | None) -> list[tuple[str, Op]]:
-    """The operations that a config's `preprocess` names, in the order in which they run.
+    """Builds the operations that a config's `preprocess` names, in the order in which they run.
 
     Args:
       preprocess: a sequence of (name in `OPS`, keyword arguments) pairs, which run as written; or a
@@ -75,7 +147,7 @@ def build_ops(preprocess: Mapping[str, Any] | Sequence[Any] | None) -> list[tupl
     """
     labels, pairs = _in_order(preprocess)
     ops = [(n, _build(k, n, v)) for k, (n, v) in zip(labels, pairs, strict=True)]
-    return image_ops.fuse(pairs, ops)
+    return crop.fuse(pairs, ops)
 
 
 def in_order(

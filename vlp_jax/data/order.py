@@ -1,4 +1,4 @@
-"""Which example is read at which position of the training stream, as a pure function.
+"""The order of examples in the training stream, as a pure function of seed and position.
 
 The stream of a run is endless: position n belongs to epoch n // size, and within an epoch the
 positions run through a permutation of the examples that is computed, not stored. A run can
@@ -37,7 +37,7 @@ OPERATIONS, BATCH_OPERATIONS = _EXAMPLE, np.uint64(0x5EED0004)
 
 
 def _mix(x: np.ndarray) -> np.ndarray:
-    """The finalizer of SplitMix64 (Steele, Lea and Flood 2014) on uint64 arrays of any shape."""
+    """Mixes uint64 arrays of any shape (finalizer of SplitMix64, Steele, Lea and Flood 2014)."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
@@ -82,7 +82,7 @@ def example_seeds(
 
 
 def _permute(values: np.ndarray, size: int, keys: np.ndarray) -> np.ndarray:
-    """Where a permutation of [0, size) puts each of `values`; the permutation is its key's.
+    """Permutes each of `values` within [0, size) by the permutation of its key.
 
     Args:
       values: int64 [n], in [0, size).
@@ -93,6 +93,8 @@ def _permute(values: np.ndarray, size: int, keys: np.ndarray) -> np.ndarray:
         return values
     rounds = _fold(keys[None, :], np.arange(_ROUNDS, dtype=np.uint64)[:, None])
     result = _network(values.astype(np.uint64), rounds, size)
+    # The network permutes a power of two. A value that leaves [0, size) walks on along its cycle
+    # until it comes back, which keeps the map a permutation of [0, size).
     outside = np.flatnonzero(result >= size)
     while outside.size:
         result[outside] = _network(result[outside], rounds[:, outside], size)
@@ -126,24 +128,30 @@ def _epochs_and_places(positions: np.ndarray, size: int) -> tuple[np.ndarray, np
 
 
 class ExampleOrder(Protocol):
-    """Attributes:
-    size: number of examples.
-    lanes: position n belongs to lane n % lanes (up to a shift that is constant in an epoch), and
-      the examples of a lane lie near each other in the files.
+    """An endless order of examples.
+
+    Attributes:
+      size: number of examples.
+      lanes: position n belongs to lane n % lanes (up to a shift that is constant in an epoch), and
+        the examples of a lane lie near each other in the files.
     """
 
     size: int
     lanes: int
 
     def fingerprint(self) -> str:
-        """What changes when any position holds another example."""
+        """A string that changes if any position holds another example."""
         ...
 
     def indices(self, positions: np.ndarray) -> np.ndarray:
-        """The examples at `positions`, int64 [n], each at least 0; int64 [n], each in [0, size).
+        """The examples at `positions`.
 
-        Every aligned run of `size` positions holds each example once. Positions need not be sorted
-        or of one epoch.
+        Args:
+          positions: int64 [n], each at least 0; in any order, of any epochs.
+
+        Returns:
+          int64 [n], each in [0, size). Every aligned run of `size` positions holds each example
+          once.
 
         Raises:
           ValueError: for a negative position.
@@ -195,7 +203,7 @@ class BlockOrder:
     batch draws from all lanes, each lane from few blocks at a time, and whoever reads some lanes
     needs the blocks of no other.
 
-    Memory is that of the blocks' sizes. An epoch's blocks are permuted when it is first asked for.
+    It needs as much memory as `block_sizes`. An epoch's blocks are permuted at its first use.
 
     Attributes:
       block_sizes: examples of each block, int64 [blocks], each at least 1, in the order in which
@@ -248,9 +256,11 @@ class BlockOrder:
         sizes = np.minimum(self.window, length + (lanes < longer) - windows * self.window)
         key = _fold(_root_key(self.seed, _SHUFFLE), np.uint64(epoch))
         keys = _fold(_fold(key, lanes.astype(np.uint64)), windows.astype(np.uint64))
+        # Only the last window of a lane is shorter, so this loop runs at most three times.
         for size in np.unique(sizes):
             of_size = np.flatnonzero(sizes == size)
             inside[of_size] = _permute(inside[of_size], int(size), keys[of_size])
+        # The place in the row of all examples, and then the block that it falls into.
         row = first + windows * self.window + inside
         blocks, starts = self._epoch(epoch)
         block = np.searchsorted(starts, row, side="right") - 1

@@ -1,4 +1,4 @@
-"""From a data config to batches: endless and shuffled for training, once through for evaluation.
+"""Batches of a data config: endless and shuffled for training, once through for evaluation.
 
 Which example stands at which place of which batch, the random numbers of its operations and so the
 batches are pure functions of (seed, number of the batch). The whole state of the input is therefore
@@ -20,17 +20,17 @@ from typing import Any
 import numpy as np
 
 from vlp_jax.data.batch_ops import build_batch_ops
-from vlp_jax.data.batches import Batch, BatchReader
+from vlp_jax.data.batch_reader import Batch, BatchReader
 from vlp_jax.data.fault_log import MAX_BAD_FRACTION, FaultLog
 from vlp_jax.data.order import BATCH_OPERATIONS, example_seeds
-from vlp_jax.data.schedule import Layout, Mixture, Schedule, check_weights
+from vlp_jax.data.schedule import BatchShare, Mixture, Schedule, check_weights
+from vlp_jax.data.source_reader import SourceReader
 from vlp_jax.data.sources.base import FieldSpec, as_plain
 from vlp_jax.data.sources.labels import listed, same_numbers
-from vlp_jax.data.stream import Stream
 from vlp_jax.data.tokenizers import Tokenizer
 from vlp_jax.errors import UserError, unknown_key_message
 
-__all__ = ["Batch", "BatchSpec", "EvalPipeline", "Layout", "TrainPipeline"]
+__all__ = ["Batch", "BatchSpec", "EvalPipeline", "BatchShare", "TrainPipeline"]
 
 BatchSpec = dict[str, tuple[tuple[int, ...], np.dtype]]
 
@@ -40,12 +40,16 @@ _ONE = "data"  # the name of the source of a config that is no mixture
 
 
 class _Pipeline:
-    """What training and evaluation share: streams, and batches from them."""
+    """Readers of sources, and batches from them, for training and evaluation."""
 
     def __init__(
-        self, streams: Mapping[str, Stream], schedule: Schedule, faults: FaultLog, replace: bool
+        self,
+        readers: Mapping[str, SourceReader],
+        schedule: Schedule,
+        faults: FaultLog,
+        replace: bool,
     ) -> None:
-        self._streams = dict(streams)
+        self._readers = dict(readers)
         self._schedule = schedule
         self._replace = replace
         self.faults = faults
@@ -53,7 +57,7 @@ class _Pipeline:
 
     def __len__(self) -> int:
         """The number of examples of all sources together."""
-        return sum(len(stream.source) for stream in self._streams.values())
+        return sum(len(reader.source) for reader in self._readers.values())
 
     @property
     def lanes(self) -> int:
@@ -62,23 +66,24 @@ class _Pipeline:
 
     @property
     def source_names(self) -> tuple[str, ...]:
-        """The names under which bad examples are counted: "data", or those of a mixture's parts."""
-        return tuple(self._streams)
+        """The names under which bad examples are counted: "data", or the parts of a mixture."""
+        return tuple(self._readers)
 
     def class_names(self, field: str) -> tuple[str, ...] | None:
         """The names of the classes that the integer `field` counts, or None if not known."""
-        known = [stream.source.class_names(field) for stream in self._streams.values()]
+        known = [reader.source.class_names(field) for reader in self._readers.values()]
         return known[0] if all(names == known[0] for names in known) else None
 
     def check_classes(self, field: str, classes: int) -> None:
-        """Raises UserError if `field` does not count one list of at most `classes` classes.
+        """Checks that `field` counts at most `classes` classes, alike in all parts of a mixture.
 
-        So the parts of a mixture must not number them each in its own way.
+        Raises:
+          UserError: it does not.
         """
-        first, *others = self._streams.items()
+        first, *others = self._readers.items()
         known = first[1].source.class_names(field)
-        for name, stream in others:
-            names = stream.source.class_names(field)
+        for name, reader in others:
+            names = reader.source.class_names(field)
             if not same_numbers(known, names):
                 raise UserError(
                     f"the parts of a mixture number the classes of {field!r} differently: "
@@ -92,10 +97,10 @@ class _Pipeline:
             )
 
     def fingerprint(self) -> str:
-        """What changes when the order cannot go on, because examples have other numbers."""
+        """A hash that changes if examples get other numbers, so that the order cannot go on."""
         parts = [
-            f"{name}:{stream.source.fingerprint()}:{stream.order.fingerprint()}"
-            for name, stream in self._streams.items()
+            f"{name}:{reader.source.fingerprint()}:{reader.order.fingerprint()}"
+            for name, reader in self._readers.items()
         ]
         whole = "\n".join([*parts, str(self._schedule.mixture)])
         return hashlib.sha256(whole.encode()).hexdigest()[:32]
@@ -103,12 +108,12 @@ class _Pipeline:
     @cached_property
     def _arrays(self) -> dict[str, FieldSpec]:
         """The fields of a batch that are numbers, without the leading dimension."""
-        first, *others = self._streams.items()
-        for name, stream in others:
-            if stream.arrays != first[1].arrays:
+        first, *others = self._readers.items()
+        for name, reader in others:
+            if reader.arrays != first[1].arrays:
                 raise UserError(
                     f"the parts of a mixture must give the same fields: {first[0]} gives "
-                    f"{_listed(first[1].arrays)}, {name} gives {_listed(stream.arrays)}; change "
+                    f"{_listed(first[1].arrays)}, {name} gives {_listed(reader.arrays)}; change "
                     "their preprocess"
                 )
         return first[1].arrays
@@ -117,15 +122,15 @@ class _Pipeline:
         return {name: (spec.shape, spec.dtype) for name, spec in self._arrays.items()}
 
     def _batch_spec(self, example: BatchSpec) -> BatchSpec:
-        size = self._schedule.layout.batch_size
+        size = self._schedule.share.batch_size
         return {name: ((size, *shape), dtype) for name, (shape, dtype) in example.items()}
 
     def _read(
         self, first: int, batches: int | None, end: int | None = None
     ) -> Iterator[tuple[Batch, np.ndarray]]:
-        """This process's part of batches from number `first` on, and which rows of it are sound."""
+        """Yields this process's part of batches from `first` on, and which rows are sound."""
         reader = BatchReader(
-            self._streams,
+            self._readers,
             self._schedule,
             self.faults,
             replace=self._replace,
@@ -162,7 +167,7 @@ class TrainPipeline(_Pipeline):
         """Builds the sources and checks everything that can be checked without reading examples.
 
         Args:
-          config: see `vlp_jax.data.sources.build_source`, `stream.make_order` and, for
+          config: see `vlp_jax.data.sources.build_source`, `source_reader.make_order` and, for
             `max_bad_fraction`, `FaultLog`; `preprocess` as `ops.build_ops` takes it, `batch_ops`
             as `batch_ops.build_batch_ops`. Or a mixture:
             `source` is "mixture", and `parts` maps names to data configs that have a `weight` each;
@@ -177,15 +182,15 @@ class TrainPipeline(_Pipeline):
           UserError: for a mistake in the config, or if the processes do not divide the batch.
         """
         config = as_plain(config)
-        layout = Layout(batch_size, process_index, process_count)
+        share = BatchShare(batch_size, process_index, process_count)
         parts, weights = split_mixture(config)
-        streams = {}
+        readers = {}
         for name, part in parts.items():
-            # The parts of a mixture do not march in step.
+            # With one seed, parts of equal size would stay in step.
             mixed = config.get("source") == MIXTURE
             own = (seed + zlib.crc32(name.encode())) % 2**31 if mixed else seed
             with _Within(f"data.parts.{name}: " if mixed else ""):
-                streams[name] = Stream(
+                readers[name] = SourceReader(
                     part,
                     tokenizer,
                     seed=own,
@@ -193,13 +198,13 @@ class TrainPipeline(_Pipeline):
                     batch_size=batch_size,
                     extra_fields=extra_fields,
                 )
-        # A lane of the stream is one lane of every source.
-        lanes = math.lcm(*(stream.order.lanes for stream in streams.values()))
+        # A lane of the batch takes from the lane of the same number of each source.
+        lanes = math.lcm(*(reader.order.lanes for reader in readers.values()))
         mixture = Mixture.of_weights(weights, lanes)
         faults = FaultLog(config.get("max_bad_fraction", MAX_BAD_FRACTION))
-        super().__init__(streams, Schedule(layout, mixture), faults, replace=True)
+        super().__init__(readers, Schedule(share, mixture), faults, replace=True)
         self._seed = seed
-        self._batch_ops = build_batch_ops(config.get("batch_ops"), layout.local_size)
+        self._batch_ops = build_batch_ops(config.get("batch_ops"), share.local_size)
         self._spec = self._example_spec()
         for op in self._batch_ops:
             self._spec = op.output_spec(self._spec)
@@ -209,7 +214,7 @@ class TrainPipeline(_Pipeline):
         return self._batch_spec(self._spec)
 
     def batches(self, start_step: int = 0) -> Iterator[Batch]:
-        """This process's part of the global batches from number `start_step` on.
+        """Yields this process's part of the global batches from number `start_step` on.
 
         Seeking costs nothing: the batches are bit for bit those that an iterator from 0 comes to.
 
@@ -217,26 +222,26 @@ class TrainPipeline(_Pipeline):
           UserError: while iterating, for files that cannot be read.
           NoScores: at the end, for too many bad examples.
         """
-        layout, count = self._schedule.layout, len(self._batch_ops)
+        share, count = self._schedule.share, len(self._batch_ops)
         for number, (batch, _) in enumerate(self._read(start_step, None), start_step):
-            places = layout.places + number * layout.batch_size
+            places = share.places + number * share.batch_size
             seeds = example_seeds(self._seed, places, count, BATCH_OPERATIONS) if count else ()
             for which, op in enumerate(self._batch_ops):
                 batch = op(batch, seeds[:, which])
             yield batch
 
     def examples_of(self, batch: int) -> list[str]:
-        """Where each example of a global batch lies, by its place; reads no examples.
+        """Where the example of each place of a global batch lies; reads no examples.
 
-        A place whose example cannot be used holds another, which is not told here.
+        If that example cannot be used, the batch holds another, which is not named here.
         """
-        whole = Schedule(Layout(self._schedule.layout.batch_size), self._schedule.mixture)
-        found = [""] * whole.layout.batch_size
-        parts = whole.of_batch(batch, len(self._streams))
-        for stream, (places, positions) in zip(self._streams.values(), parts, strict=True):
-            indices = stream.order.indices(positions)
+        whole = Schedule(BatchShare(self._schedule.share.batch_size), self._schedule.mixture)
+        found = [""] * whole.share.batch_size
+        parts = whole.of_batch(batch, len(self._readers))
+        for reader, (places, positions) in zip(self._readers.values(), parts, strict=True):
+            indices = reader.order.indices(positions)
             for place, index in zip(places.tolist(), indices.tolist(), strict=True):
-                found[place] = stream.source.describe(index)
+                found[place] = reader.source.describe(index)
         return found
 
     def bad_records(self, before: int | None = None) -> dict[tuple[str, str], int]:
@@ -246,10 +251,10 @@ class TrainPipeline(_Pipeline):
 
 
 class EvalPipeline(_Pipeline):
-    """Every example once, in the order of the source, over all processes together.
+    """Reads each example once, in the order of the source, over all processes together.
 
-    Batches are those of `TrainPipeline`, with `mask` (bool [b]): False marks the examples that
-    fill up the last batch, and those that cannot be used. All processes yield the same number of
+    Batches are like `TrainPipeline`'s, with `mask` (bool [b]): False marks the examples that fill
+    up the last batch, and those that cannot be used. All processes yield the same number of
     batches. `len()` is the number of examples, padding not counted.
 
     Attributes:
@@ -267,7 +272,7 @@ class EvalPipeline(_Pipeline):
         extra_fields: Sequence[str] = (),
         gather: Callable[[Sequence[int]], Sequence[Sequence[int]]] = lambda own: [own],
     ) -> None:
-        """As `TrainPipeline`; a mixture cannot be evaluated, and `batch_ops` are left out.
+        """Builds the source as `TrainPipeline` does, without its `batch_ops`.
 
         Args:
           gather: the numbers that every process gives, on every process; see `FaultLog.check_all`.
@@ -279,8 +284,8 @@ class EvalPipeline(_Pipeline):
             raise UserError(
                 "a mixture cannot be evaluated: give the evaluator the data of one of its parts"
             )
-        layout = Layout(batch_size, process_index, process_count)
-        stream = Stream(
+        share = BatchShare(batch_size, process_index, process_count)
+        reader = SourceReader(
             config,
             tokenizer,
             seed=0,
@@ -290,44 +295,45 @@ class EvalPipeline(_Pipeline):
         )
         self._max_bad_fraction = config.get("max_bad_fraction", MAX_BAD_FRACTION)
         self._gather = gather
-        schedule = Schedule(layout, Mixture(((1, 1),), 1))
+        schedule = Schedule(share, Mixture(((1, 1),), 1))
         faults = FaultLog(self._max_bad_fraction, of_split=True)
-        super().__init__({_ONE: stream}, schedule, faults, replace=False)
+        super().__init__({_ONE: reader}, schedule, faults, replace=False)
 
     @property
     def num_batches(self) -> int:
         """How many batches `batches()` yields, on every process."""
-        return -(-len(self) // self._schedule.layout.batch_size)
+        return -(-len(self) // self._schedule.share.batch_size)
 
     def batch_spec(self) -> BatchSpec:
         """Shape and dtype of every numeric array of a global batch; reads no examples."""
-        mask = ((self._schedule.layout.batch_size,), np.dtype(bool))
+        mask = ((self._schedule.share.batch_size,), np.dtype(bool))
         return {**self._batch_spec(self._example_spec()), "mask": mask}
 
     def batches(self) -> Iterator[Batch]:
-        """This process's part of all batches; may be called again.
+        """Yields this process's part of all batches; may be called again.
 
         Raises:
           UserError: while iterating, for files that cannot be read, or too many bad examples.
         """
-        layout = self._schedule.layout
+        share = self._schedule.share
         self.faults = FaultLog(self._max_bad_fraction, of_split=True)
         read = self._read(0, self.num_batches, end=len(self))
         for number, (batch, sound) in enumerate(read):
-            inside = layout.places + number * layout.batch_size < len(self)
+            # Places behind the end of the data repeat its last example.
+            inside = share.places + number * share.batch_size < len(self)
             yield {**batch, "mask": sound & inside}
         self.faults.check_all(self._gather)
 
 
 def split_mixture(config: Mapping[str, Any]) -> tuple[dict[str, dict[str, Any]], list[float]]:
-    """The data configs of which a config consists, by name, and their weights.
+    """Splits a config into the data configs of its parts, by name, and their weights.
 
     Raises:
       UserError: for a key that a mixture does not have, or weights that cannot be used.
     """
     if config.get("source") != MIXTURE:
         return {_ONE: dict(config)}, [1.0]
-    # What the other sources take for granted is set in every config (`config.DATA_DEFAULTS`).
+    # Every config has these keys (`config.DATA_DEFAULTS`), so they are no mistake here.
     for key in config:
         if key not in (*_MIXTURE_KEYS, "order", "lanes", "window"):
             raise UserError(unknown_key_message(key, _MIXTURE_KEYS, "data (a mixture)"))
@@ -349,7 +355,7 @@ def split_mixture(config: Mapping[str, Any]) -> tuple[dict[str, dict[str, Any]],
 
 
 class _Within:
-    """Says of a mistake in which part of a mixture it is."""
+    """Names the part of a mixture in the message of a mistake."""
 
     def __init__(self, prefix: str) -> None:
         self._prefix = prefix

@@ -19,7 +19,7 @@ def sample_texts(config: Mapping[str, Any], limit: int = 20_000, seed: int = 0) 
 
     These are `text` and the fields that `tokenize` marks. The operations of the config are run as
     far as these depend on them: captions are chosen and lower-cased, no image is decoded. Examples
-    come in random order, at most five times each, those of a mixture in its proportions. Bad
+    come in random order, at most five times each; the parts of a mixture in its proportions. Bad
     examples are left out.
 
     Args:
@@ -43,13 +43,14 @@ def _of_one(config: Mapping[str, Any], limit: int, seed: int) -> Iterator[str]:
         texts = _column(source)[order.indices(positions)]
         yield from (text.decode("utf-8", "replace") for text in texts)
         return
-    from vlp_jax.data import example_graph
+    from vlp_jax.data import preprocess_graph
     from vlp_jax.data.ops import build_ops
 
     ops = build_ops(config.get("preprocess"))
-    graph = example_graph.ExampleGraph(source, ops, texts_only=True)
+    graph = preprocess_graph.PreprocessGraph(source, ops, texts_only=True)
+    # An example with several texts gives several samples.
     positions = positions[: -(-limit // len(graph.outputs))]
-    size = example_graph.CHUNK
+    size = preprocess_graph.CHUNK
 
     def plan(number: int) -> tuple[np.ndarray, np.ndarray]:
         chosen = positions[number * size : (number + 1) * size]

@@ -1,4 +1,4 @@
-"""What is in the data of a config: lengths of texts, sizes of images, bad records, duplicates."""
+"""Statistics of the data of a config: text lengths, image sizes, bad records, duplicates."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _QUANTILES = {"min": 0, "p5": 5, "median": 50, "p95": 95, "max": 100}
 
 @dataclass
 class Scan:
-    """What was found in the examples that were looked at, of one source.
+    """Counts over the examples of a source that were looked at.
 
     Attributes:
       examples: how many the source has.
@@ -78,7 +78,7 @@ class Tokenizers:
         if not config:
             return
         with TemporaryDirectory() as folder:
-            # Trained once, read twice.
+            # Training takes long: the second tokenizer reads the file that the first has written.
             file = epath.Path(folder) / "tokenizer.json" if kept is None else epath.Path(kept)
             self.usual = build_tokenizer(config, texts, file)
             longest = max(LONGEST, 2 * self.usual.context_length)
@@ -123,6 +123,7 @@ def scan(
     source = build_source(data)
     found = Scan(len(source), min(count, len(source)))
     begin(found.read)
+    # There is no raw text if the operations make none. Whether they do is known only by trying.
     try:
         texts = _Reader(data, found, seed, extra=RAW_TEXT)
     except UserError:
@@ -133,6 +134,7 @@ def scan(
         advance(len(batch[MASK]))
     found.bad.update(texts.bad())
     if "image" in source.fields():
+        # A second pass over the files: the first has decoded the images.
         as_stored = {**data, "preprocess": {"keep": {"fields": ["image"]}}}
         for batch in _Reader(as_stored, found, seed, extra="image").batches():
             for image in batch["image"][batch[MASK]]:

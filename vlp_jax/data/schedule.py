@@ -1,4 +1,4 @@
-"""Which examples of which source stand where in which batch, as a pure function."""
+"""The schedule of batches: which example of which source stands where, as a pure function."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ import numpy as np
 
 from vlp_jax.errors import UserError
 
+# Products of a row's remainder and a numerator stay below 2^62, within int64.
 _MAX_DENOMINATOR = 2**31 - 1
 
 
 @dataclass(frozen=True)
-class Layout:
-    """Which part of the global stream a process reads: block p of every batch is process p's.
+class BatchShare:
+    """The part of each global batch that a process reads: block p belongs to process p.
 
     Attributes:
       batch_size: examples in a global batch.
@@ -72,11 +73,12 @@ class Mixture:
     @classmethod
     def of_weights(cls, weights: Sequence[float], lanes: int) -> Mixture:
         """Weights above 0, in any unit. Shares are exact for weights with few digits."""
+        # By way of the decimal digits: 0.1 as a float is not one tenth.
         exact = [Fraction(str(weight)) for weight in weights]
         shares = []
         for number, weight in enumerate(exact):
             share = (weight / sum(exact[number:])).limit_denominator(_MAX_DENOMINATOR)
-            # What is less than can be told apart is taken for the least, never for all or nothing.
+            # A share below the precision is rounded to the least share, never to none or all.
             share = max(share, Fraction(1, _MAX_DENOMINATOR))
             if number + 1 < len(exact):
                 share = min(share, Fraction(_MAX_DENOMINATOR - 1, _MAX_DENOMINATOR))
@@ -88,10 +90,12 @@ class Mixture:
         source = np.zeros(len(rows), np.int64)
         own, left = rows.astype(np.int64), np.arange(len(rows))
         for number, (p, q) in enumerate(self.shares):
+            # Lanes begin at evenly spread points of the period q.
             begin = lanes[left] * q // self.lanes
             before = _line(own[left], p, q, begin)
             taken = _line(own[left] + 1, p, q, begin) > before
             source[left[taken]] = number
+            # The source has taken `before` of the earlier rows; the sources behind it the rest.
             own[left] = np.where(taken, before, own[left] - before)
             left = left[~taken]
         return source, own
@@ -99,34 +103,38 @@ class Mixture:
 
 def _line(rows: np.ndarray, p: int, q: int, begin: np.ndarray) -> np.ndarray:
     """floor((rows * p + begin) / q) without overflow."""
+    # rows * p may exceed int64 in a long run; rest * p cannot.
     whole, rest = np.divmod(rows, q)
     return whole * p + (rest * p + begin) // q
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """What a process reads for each batch.
+    """Says which positions a process reads for each batch.
 
     Place g of a global batch of B examples belongs to lane g // (B / lanes). Lane l consists of the
     positions n with n % lanes = l, so that a process reads few lanes of every source.
 
     Attributes:
-      layout: batch and processes.
+      share: batch and processes.
       mixture: of the sources; its lanes divide the batch.
     """
 
-    layout: Layout
+    share: BatchShare
     mixture: Mixture
 
     def __post_init__(self) -> None:
-        if self.layout.batch_size % self.mixture.lanes:
-            raise ValueError(f"{self.mixture.lanes} lanes do not divide {self.layout.batch_size}")
+        if self.share.batch_size % self.mixture.lanes:
+            raise ValueError(f"{self.mixture.lanes} lanes do not divide {self.share.batch_size}")
 
     def of_batch(self, batch: int, count: int) -> list[tuple[np.ndarray, np.ndarray]]:
-        """For each of `count` sources: places in this process's part, and positions, int64 [k]."""
+        """For each of `count` sources: places in this process's part, and positions, int64 [k].
+
+        With one source of one lane, place g of batch b is position b * batch_size + g.
+        """
         lanes = self.mixture.lanes
-        depth = self.layout.batch_size // lanes
-        lane, inside = np.divmod(self.layout.places, depth)
+        depth = self.share.batch_size // lanes
+        lane, inside = np.divmod(self.share.places, depth)
         source, row = self.mixture.assign(batch * depth + inside, lane)
         found = []
         for number in range(count):

@@ -24,12 +24,13 @@ _KINDS: tuple[tuple[bytes, str, str], ...] = (
 
 
 def kind_of(head: bytes) -> str:
-    """What a file is that begins with `head` (`HEAD_BYTES` or all of it); "" if not known."""
+    """The kind of a file that begins with `head` (`HEAD_BYTES` or all of it); "" if not known."""
     if not head:
         return "empty (0 bytes)"
     for signature, kind, _ in _KINDS:
         if head.startswith(signature):
             return kind
+    # The magic of a tar stands inside of its first header, behind names and numbers.
     if head[257:262] == b"ustar":
         return "a tar"
     text = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()

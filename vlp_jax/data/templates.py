@@ -5,13 +5,9 @@ from __future__ import annotations
 import string
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-from vlp_jax.data.lazy_tensorflow import import_tensorflow
+from vlp_jax.data.lazy_tensorflow import tf
 from vlp_jax.errors import UserError
-
-if TYPE_CHECKING:
-    import tensorflow as tf
 
 
 @dataclass(frozen=True)
@@ -41,6 +37,7 @@ class Templates:
         parts = [_parts(template, default) for template in templates]
         fields = tuple(sorted({name for row in parts for _, name in row if name is not None}))
         length = max(map(len, parts))
+        # A graph looks templates up in rectangular tables, so all need the same number of parts.
         padded = [row + [("", None)] * (length - len(row)) for row in parts]
         places = {name: i for i, name in enumerate(fields)} | {None: len(fields)}
         return cls(
@@ -50,8 +47,7 @@ class Templates:
         )
 
     def fill(self, index: tf.Tensor | int, values: Sequence[tf.Tensor]) -> tf.Tensor:
-        """Template `index` with `values`, scalar strings in the order of `fields`."""
-        tf = import_tensorflow()
+        """Fills template `index` with `values`, scalar strings in the order of `fields`."""
         texts = tf.gather(tf.constant(self.texts), index)
         chosen = tf.gather(
             tf.stack([*values, tf.constant("")]), tf.gather(tf.constant(self.slots), index)
@@ -60,7 +56,7 @@ class Templates:
 
 
 def _parts(template: str, default: str) -> list[tuple[str, str | None]]:
-    """(text, name of the field behind it, None for none) of a template."""
+    """Splits a template into pairs of a text and the field behind it, None for none."""
     where = f"prompt_template: template {template!r}"
     if not isinstance(template, str):
         raise UserError(f"{where} is no text")

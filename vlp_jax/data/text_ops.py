@@ -9,24 +9,19 @@ from __future__ import annotations
 
 import html
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from vlp_jax.data.faults import EMPTY_TEXT, MISSING_FIELD, require
-from vlp_jax.data.lazy_tensorflow import import_tensorflow
+from vlp_jax.data.lazy_tensorflow import Example, Op, tf
 from vlp_jax.data.sources.base import as_plain
 from vlp_jax.data.templates import Templates
 from vlp_jax.data.tokenizing import Marked
 from vlp_jax.errors import UserError
 
-if TYPE_CHECKING:
-    import tensorflow as tf
-
-    from vlp_jax.data.lazy_tensorflow import Example, Op
-
-# Regular expressions of RE2, in which \s and \w are ASCII alone. White space is what Python's
-# str.split splits at.
+# Regular expressions of RE2, in which \s and \w are ASCII alone. White space is everything that
+# Python's str.split splits at.
 _SPACES = r"[\t-\r\x1c-\x20\x{85}\p{Z}]+"
 _CONTROL = r"[\x00-\x08\x0e-\x1b\x7f-\x{84}\x{86}-\x{9f}\x{feff}]"
 _URL = r"(?i)\b(https?://|www\.)[!-~]+"
@@ -67,7 +62,6 @@ def choose_text(
     places = None if weights is None else _weights("weights", weights)
 
     def apply(example: Example, seed: tf.Tensor) -> Example:
-        tf = import_tensorflow()
         lists = [_strings(example, name) for name in names]
         if len(lists) == 1 and example[names[0]].shape.rank == 0:
             return {**example, "text": example[names[0]]}
@@ -103,15 +97,15 @@ def clean_text(
         is not ASCII and visible.
       collapse_whitespace: every run of white space (Unicode's) becomes one space, none at the ends.
     """
+    # At this point `locals` holds the arguments and nothing else.
     for name, value in list(locals().items()):
         if not isinstance(value, bool):
             raise UserError(f"clean_text: {name} must be True or False, got {value!r}")
 
     def apply(example: Example, seed: tf.Tensor) -> Example:
-        del seed
-        tf = import_tensorflow()
         text = _scalar(example, "clean_text")
         if fix_unicode or unescape_html:
+            # A call of Python costs more than all other steps, and most texts need no repair.
             plain = tf.strings.regex_full_match(text, _PLAIN if fix_unicode else r"[^&]*")
             repaired = _in_python(text, _repair(fix_unicode, unescape_html))
             text = tf.cond(plain, lambda: text, repaired)
@@ -133,8 +127,6 @@ def canonicalize_text() -> Op:
     """
 
     def apply(example: Example, seed: tf.Tensor) -> Example:
-        del seed
-        tf = import_tensorflow()
         text = tf.strings.regex_replace(_scalar(example, "canonicalize_text"), "_", " ")
         text = tf.strings.regex_replace(text, _PUNCTUATION, "")
         return {**example, "text": _collapsed(_lower(text))}
@@ -146,7 +138,6 @@ def lowercase() -> Op:
     """Turns `text` into lower case (Unicode's mapping, with a final sigma); NUL characters go."""
 
     def apply(example: Example, seed: tf.Tensor) -> Example:
-        del seed
         return {**example, "text": _lower(_scalar(example, "lowercase"))}
 
     return apply
@@ -183,7 +174,6 @@ def prompt_template(
         raise UserError(f"prompt_template: names is set, but no template has {{}} for {field!r}")
 
     def apply(example: Example, seed: tf.Tensor) -> Example:
-        tf = import_tensorflow()
         values = [_as_string(example, n, names if n == field else None) for n in filled.fields]
         chosen = tf.math.floormod(seed[0], count) if index is None else index
         return {**example, "text": filled.fill(chosen, values)}
@@ -194,7 +184,7 @@ def prompt_template(
 def truncate_text(
     max_words: int | None = None, max_chars: int | None = None, where: str = "end"
 ) -> Op:
-    """Cuts `text` to so many words and then to so many characters; a shorter one stays as it is.
+    """Cuts `text` to `max_words` words and then to `max_chars` characters.
 
     Args:
       max_words: words are what white space (Unicode's) separates; in what is cut, one space does.
@@ -210,7 +200,6 @@ def truncate_text(
         raise UserError(f"truncate_text: where must be 'end' or 'random', got {where!r}")
 
     def apply(example: Example, seed: tf.Tensor) -> Example:
-        tf = import_tensorflow()
         text = _scalar(example, "truncate_text")
         share = tf.zeros([2]) if where == "end" else tf.random.stateless_uniform([2], seed)
         if max_words is not None:
@@ -229,7 +218,7 @@ def truncate_text(
 
 
 def _weights(name: str, values: Any) -> np.ndarray:
-    """Weights as shares of 1, float32 [n]."""
+    """Converts weights to shares of 1, float32 [n]."""
     try:
         weights = np.asarray(list(values), np.float64)
     except (TypeError, ValueError):
@@ -241,7 +230,6 @@ def _weights(name: str, values: Any) -> np.ndarray:
 
 def _strings(example: Example, name: str) -> tf.Tensor:
     """A string field as a list, [k]."""
-    tf = import_tensorflow()
     texts = example[name]
     if texts.dtype != tf.string or texts.shape.rank not in (0, 1):
         raise UserError(f"choose_text: field {name!r} holds no strings")
@@ -249,7 +237,6 @@ def _strings(example: Example, name: str) -> tf.Tensor:
 
 
 def _scalar(example: Example, op: str) -> tf.Tensor:
-    tf = import_tensorflow()
     text = example["text"]
     if isinstance(text, Marked):
         raise UserError(f"{op}: 'text' is tokenized already; put {op} before tokenize")
@@ -259,20 +246,18 @@ def _scalar(example: Example, op: str) -> tf.Tensor:
 
 
 def _shown(texts: tf.Tensor) -> tf.Tensor:
-    """Which of the texts hold more than white space, bool [k]."""
-    tf = import_tensorflow()
+    """Whether each text holds more than white space, bool [k]."""
     return tf.strings.length(tf.strings.regex_replace(texts, _SPACES, "")) > 0
 
 
 def _visible(texts: tf.Tensor) -> tf.Tensor:
-    """As `_shown`; all, if none does."""
-    tf = import_tensorflow()
+    """`_shown`, or True for all texts if none is shown."""
     shown = _shown(texts)
     return shown | ~tf.reduce_any(shown)
 
 
 def _uniform(texts: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
-    tf = import_tensorflow()
+    """The place of one of the visible texts, each with the same chance."""
     candidates = tf.reshape(tf.where(_visible(texts)), [-1])
     # The seed is a uniform random number already.
     return candidates[tf.math.floormod(seed[0], tf.size(candidates))]
@@ -280,7 +265,6 @@ def _uniform(texts: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
 
 def _first_from(texts: tf.Tensor, index: int) -> tf.Tensor:
     """The first visible text from `index` on, and from the beginning after the end."""
-    tf = import_tensorflow()
     texts = require(texts, tf.size(texts) > index, EMPTY_TEXT, f"there is no caption {index}")
     order = tf.math.floormod(tf.range(tf.size(texts)) + index, tf.size(texts))
     return order[tf.argmax(tf.gather(_visible(texts), order))]
@@ -288,15 +272,13 @@ def _first_from(texts: tf.Tensor, index: int) -> tf.Tensor:
 
 def _of_places(texts: tf.Tensor, weights: np.ndarray) -> tf.Tensor:
     """The weight of each text by its place, float32 [k]."""
-    tf = import_tensorflow()
     size = tf.size(texts)
     behind = tf.zeros([tf.maximum(size - len(weights), 0)])
     return tf.concat([tf.constant(weights)[:size], behind], 0)
 
 
 def _of_lists(lists: Sequence[tf.Tensor], weights: np.ndarray) -> tf.Tensor:
-    """The weight of each text: that of its list, shared among those that are visible."""
-    tf = import_tensorflow()
+    """The weight of each text: its list's weight, shared among the visible texts of the list."""
     parts = []
     for texts, weight in zip(lists, weights, strict=True):
         shown = _shown(texts)
@@ -307,7 +289,6 @@ def _of_lists(lists: Sequence[tf.Tensor], weights: np.ndarray) -> tf.Tensor:
 
 def _weighted(texts: tf.Tensor, weights: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
     """The place of one of the visible texts, by their weights, or evenly if these are all 0."""
-    tf = import_tensorflow()
     visible = tf.cast(_visible(texts), tf.float32)
     weights = weights * visible
     weights = tf.where(tf.reduce_sum(weights) > 0, weights, visible)
@@ -320,7 +301,6 @@ def _weighted(texts: tf.Tensor, weights: tf.Tensor, seed: tf.Tensor) -> tf.Tenso
 
 def _as_string(example: Example, name: str, names: Sequence[str] | None) -> tf.Tensor:
     """A field as a scalar string; a number by its name, if there are names."""
-    tf = import_tensorflow()
     value = example[name]
     if value.shape.rank != 0:
         raise UserError(f"prompt_template: field {name!r} is neither a string nor a number")
@@ -335,21 +315,18 @@ def _as_string(example: Example, name: str, names: Sequence[str] | None) -> tf.T
 
 
 def _begin(share: tf.Tensor, most: tf.Tensor) -> tf.Tensor:
-    """Where a window begins, 0 to `most`, for a random number in [0, 1)."""
-    tf = import_tensorflow()
+    """The begin of a window, 0 to `most`, for a random number in [0, 1)."""
     most = tf.maximum(most, 0)
     return tf.minimum(tf.cast(share * tf.cast(most + 1, tf.float32), tf.int32), most)
 
 
 def _lower(text: tf.Tensor) -> tf.Tensor:
-    tf = import_tensorflow()
     # TensorFlow takes a NUL for the end of the text.
     return tf.strings.lower(tf.strings.regex_replace(text, r"\x00", ""), encoding="utf-8")
 
 
 def _collapsed(text: tf.Tensor) -> tf.Tensor:
-    """As Python's " ".join(text.split())."""
-    tf = import_tensorflow()
+    """Replaces white space as Python's `" ".join(text.split())` does."""
     return tf.strings.strip(tf.strings.regex_replace(text, _SPACES, " "))
 
 
@@ -368,8 +345,7 @@ def _repair(fix_unicode: bool, unescape_html: bool) -> Callable[[bytes], bytes]:
 
 
 def _in_python(text: tf.Tensor, function: Callable[[bytes], bytes]) -> Callable[[], tf.Tensor]:
-    """A branch of tf.cond in which Python computes on the text."""
-    tf = import_tensorflow()
+    """A branch of tf.cond in which a Python function computes on the text."""
 
     def branch() -> tf.Tensor:
         result = tf.numpy_function(function, [text], tf.string, stateful=False)

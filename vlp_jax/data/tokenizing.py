@@ -11,20 +11,17 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from vlp_jax.data.lazy_tensorflow import import_tensorflow
+from vlp_jax.data.lazy_tensorflow import Example, Op, tf
 from vlp_jax.data.tokenizers import base
 from vlp_jax.errors import UserError
 
 if TYPE_CHECKING:
-    import tensorflow as tf
-
-    from vlp_jax.data.lazy_tensorflow import Example, Op
     from vlp_jax.data.tokenizers import Tokenizer
 
 
 @dataclass(frozen=True)
 class Framing:
-    """How a text becomes a row of ids. The default is what the tokenizer does by itself.
+    """The form of a row of ids. The default is the tokenizer's own.
 
     Attributes:
       length: ids in a row; None for the tokenizer's context length.
@@ -65,6 +62,7 @@ class Framing:
 
     def rows(self, tokenizer: Tokenizer, texts: Sequence[str | bytes]) -> np.ndarray:
         """Token ids of n texts, int32 [n, row_length]; a text that is too long loses its end."""
+        # Tokenizers of other projects frame texts by themselves and can do nothing else.
         if self == Framing():
             return tokenizer(texts)
         front = [tokenizer.bos_id] if self._has_bos(tokenizer) else []
@@ -83,7 +81,7 @@ class Framing:
 
 @dataclass(frozen=True)
 class Marked:
-    """A field of an example that becomes tokens with its chunk.
+    """A string field that is tokenized together with its chunk.
 
     Attributes:
       text: the string, [].
@@ -95,13 +93,13 @@ class Marked:
 
     @property
     def dtype(self) -> tf.DType:
-        """The type of the ids, so that operations on strings refuse the field."""
-        return import_tensorflow().int32
+        """The dtype of the ids, so that operations on strings refuse the field."""
+        return tf.int32
 
     @property
     def shape(self) -> tf.TensorShape:
         """The shape of a row whose length is not known."""
-        return import_tensorflow().TensorShape([self.framing.length])
+        return tf.TensorShape([self.framing.length])
 
 
 def tokenize(
@@ -132,11 +130,10 @@ def tokenize(
     framing = Framing(length, bos, eos, padding)
 
     def apply(example: Example, seed: tf.Tensor) -> Example:
-        del seed
         text = example[field]
         if isinstance(text, Marked):
             raise UserError(f"tokenize: {field!r} is tokenized already; set into in the first one")
-        if text.dtype != import_tensorflow().string or text.shape.rank != 0:
+        if text.dtype != tf.string or text.shape.rank != 0:
             raise UserError(f"tokenize: {field!r} is no string; choose_text makes one of a list")
         return {**example, into or field: Marked(text, framing)}
 
@@ -158,6 +155,6 @@ def _check(field: Any, into: Any, length: Any, bos: Any, eos: Any, padding: Any)
 
 
 def unmarked(example: Mapping[str, Any]) -> tuple[dict[str, tf.Tensor], dict[str, Framing]]:
-    """The example with strings for the marked fields, and how each of these is framed."""
+    """Splits an example into fields, marked ones as strings, and the framing of each marked one."""
     strings = {k: v.text if isinstance(v, Marked) else v for k, v in example.items()}
     return strings, {k: v.framing for k, v in example.items() if isinstance(v, Marked)}

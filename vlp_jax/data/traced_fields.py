@@ -1,22 +1,17 @@
-"""The fields of an example after its operations, as the graph that is traced from them has them."""
+"""The fields of an example after its operations, found by tracing the graph."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Collection, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from vlp_jax.data.lazy_tensorflow import import_tensorflow
+from vlp_jax.data.lazy_tensorflow import Op, tf
 from vlp_jax.data.ops import apply_ops
 from vlp_jax.data.sources.base import STRING, FieldSpec, Source
 from vlp_jax.errors import UserError, unknown_key_message
-
-if TYPE_CHECKING:
-    import tensorflow as tf
-
-    from vlp_jax.data.lazy_tensorflow import Op
 
 _log = logging.getLogger("vlp_jax.data")
 
@@ -24,7 +19,7 @@ _log = logging.getLogger("vlp_jax.data")
 def choose_outputs(
     specs: Mapping[str, FieldSpec], extra_fields: Sequence[str], tokenized: Collection[str] = ()
 ) -> list[str]:
-    """The fields that batches hold: numbers of a fixed shape, `text`, and the extra ones.
+    """Chooses the fields of batches: numbers of a fixed shape, `text`, and the extra fields.
 
     Args:
       tokenized: the fields that `tokenize` marks.
@@ -55,13 +50,13 @@ def choose_outputs(
 def trace(
     source: Source, ops: Sequence[tuple[str, Op]]
 ) -> tuple[dict[str, tf.Tensor], dict[str, tf.Tensor]]:
-    """The fields of a source, as placeholders, and what the operations make of them."""
-    tf = import_tensorflow()
+    """Traces the operations; returns the source's fields as placeholders, and the results."""
     traced: list[dict[str, tf.Tensor]] = []
 
     def process(fields: dict[str, tf.Tensor], seeds: tf.Tensor) -> None:
         traced.extend([fields, apply_ops(ops, fields, seeds, source.look_for)])
 
+    # Placeholders get names that no field can have: names of fields may hold slashes and dots.
     tf.function(process, autograph=False).get_concrete_function(
         {
             name: tf.TensorSpec(spec.shape, tf.as_dtype(spec.dtype), name=f"field{number}")
@@ -91,7 +86,7 @@ def texts_to_tokenize(
 
 
 def check_no_text(source: Source, specs: Mapping[str, FieldSpec]) -> None:
-    """Says why there is no text to tokenize, if that can be a mistake; a task may need none.
+    """Warns, or refuses, if there is no text to tokenize for a reason that can be a mistake.
 
     Raises:
       UserError: there are several.

@@ -1,4 +1,4 @@
-"""How a run words its texts, for texts that come from outside of its data: prompts and queries.
+"""The wording of a run's texts, applied to texts from outside of its data: prompts, queries.
 
 A model that has seen texts in lower case alone makes something else of capitals. So whatever embeds
 a text puts it through the operations on wording that the training data goes through.
@@ -13,20 +13,14 @@ from typing import Any
 
 import numpy as np
 
-from vlp_jax.data.lazy_tensorflow import import_tensorflow
+from vlp_jax.data.lazy_tensorflow import tf
 from vlp_jax.data.ops import apply_ops, build_ops, in_order
 from vlp_jax.data.pipeline import split_mixture
 from vlp_jax.data.sources.base import as_plain
 from vlp_jax.errors import UserError
 
 # The operations of `OPS` that make another `text` of a `text`.
-TEXT_TO_TEXT = (
-    "clean_text",
-    "prompt_template",
-    "canonicalize_text",
-    "lowercase",
-    "truncate_text",
-)
+TEXT_TO_TEXT = ("clean_text", "prompt_template", "canonicalize_text", "lowercase", "truncate_text")
 # The operations that take another `text` from the data.
 NEW_TEXT = ("choose_text", "choose_question")
 
@@ -69,8 +63,8 @@ class Wording:
     @cached_property
     def _graph(self) -> Any:
         """The operations on many texts as a TensorFlow function that is traced once."""
-        tf = import_tensorflow()
         ops = build_ops(self.operations)
+        # One seed for all texts: a random operation treats them alike.
         seeds = np.zeros((len(ops), 2), np.int32)
 
         def of_one(text: Any) -> Any:
@@ -84,7 +78,7 @@ class Wording:
 
 
 def caption_wording(preprocess: Mapping[str, Any] | Sequence[Any] | None) -> Wording:
-    """All operations of a config's `preprocess` that make a text of a text, for captions in lists.
+    """The operations of `preprocess` that turn a text into a text, for lists of captions.
 
     Operations on other fields are left out, and so is `choose_text`: every caption is given. Of a
     `preprocess` that makes several texts one after the other, `text` is the last, unless
@@ -92,6 +86,7 @@ def caption_wording(preprocess: Mapping[str, Any] | Sequence[Any] | None) -> Wor
     """
     pairs = in_order(preprocess)
     ends = [n for n, (name, given) in enumerate(pairs) if name == "tokenize" and _is_text(given)]
+    # Operations after `tokenize` cannot change the text that it has taken.
     pairs = pairs[: ends[0]] if ends else pairs
     begins = [n for n, (name, _) in enumerate(pairs) if name in NEW_TEXT]
     return Wording(tuple(p for p in pairs[max(begins, default=0) :] if p[0] in TEXT_TO_TEXT))
@@ -103,7 +98,7 @@ def _is_text(arguments: Mapping[str, Any]) -> bool:
 
 
 def wording_of(data: Mapping[str, Any]) -> tuple[Wording, tuple[str, ...]]:
-    """How the texts of a training split are worded, and notes on what that does not say.
+    """The wording of the texts of a training split, and notes on what it leaves open.
 
     Templates are left out, since a prompt is whole, and so is a window that is placed at random.
 
@@ -122,9 +117,7 @@ def worded_parts(data: Mapping[str, Any]) -> list[tuple[str, float, Wording]]:
     ]
 
 
-def common_wording(
-    parts: Sequence[tuple[str, float, Wording]],
-) -> tuple[Wording, tuple[str, ...]]:
+def common_wording(parts: Sequence[tuple[str, float, Wording]]) -> tuple[Wording, tuple[str, ...]]:
     """The wording of the part with the largest weight, and a note if others differ from it."""
     if not parts:
         return Wording(), ()

@@ -14,7 +14,7 @@ from jax.experimental import multihost_utils
 from jaxtyping import Float, Int
 
 from vlp_jax.data.pipeline import EvalPipeline
-from vlp_jax.data.stream import RAW_TEXT
+from vlp_jax.data.source_reader import RAW_TEXT
 from vlp_jax.data.wording import Wording, caption_wording, captions_of
 from vlp_jax.errors import NoScores, UserError
 from vlp_jax.evaluators import classification

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from vlp_jax.data.pipeline import EvalPipeline
-from vlp_jax.data.stream import RAW_TEXT
+from vlp_jax.data.source_reader import RAW_TEXT
 from vlp_jax.data.wording import captions_of
 from vlp_jax.encoders.subject import Subject
 from vlp_jax.evaluators import merged_data

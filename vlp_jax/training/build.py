@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from etils import epath
 from ml_collections import ConfigDict
 
-from vlp_jax.data.joined import JoinedPipeline
+from vlp_jax.data.multi_pipeline import MultiPipeline
 from vlp_jax.data.tokenizers import Tokenizer
 from vlp_jax.evaluators import differing_wordings, make_evaluators
 from vlp_jax.evaluators.base import Resources, compile_functions
@@ -44,7 +44,7 @@ class RunComponents:
     start: Start
     tokenizer: Tokenizer | None
     resources: Resources
-    pipeline: JoinedPipeline
+    pipeline: MultiPipeline
     input_state: InputState
     evaluations: Sequence[Evaluation]
     save_when: StepsOrMinutes
@@ -72,7 +72,7 @@ class RunComponents:
         )
 
 
-def _check_classes(objective: Objective, pipeline: JoinedPipeline) -> None:
+def _check_classes(objective: Objective, pipeline: MultiPipeline) -> None:
     """Raises UserError if the data of a classifier has another list of classes than the model."""
     for part in objective.parts().values():
         for name, field in part.objective.reads.items():

@@ -11,7 +11,7 @@ import numpy as np
 from etils import epath
 
 from vlp_jax.data.faults import REASONS
-from vlp_jax.data.joined import JoinedPipeline
+from vlp_jax.data.multi_pipeline import MultiPipeline
 from vlp_jax.errors import UserError
 from vlp_jax.files import write_whole
 from vlp_jax.parallel import agreement
@@ -28,7 +28,7 @@ class InputState:
       accept_other_data: whether to resume although the training data has changed.
     """
 
-    def __init__(self, pipeline: JoinedPipeline, batch_size: int, accept_other_data: bool):
+    def __init__(self, pipeline: MultiPipeline, batch_size: int, accept_other_data: bool):
         self._pipeline = pipeline
         self._batch_size = batch_size
         self._accept_other_data = accept_other_data

@@ -13,7 +13,7 @@ import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from vlp_jax.data.joined import JoinedPipeline
+from vlp_jax.data.multi_pipeline import MultiPipeline
 from vlp_jax.errors import UserError
 from vlp_jax.models.attention import ONLY_ON
 from vlp_jax.objectives import Objective, make_objective
@@ -270,9 +270,9 @@ def make_units(config: ConfigDict, epoch_examples: int | None) -> Units:
     return dataclasses.replace(units, total_steps=total)
 
 
-def make_pipeline(config: ConfigDict, tokenizer: Any) -> JoinedPipeline:
+def make_pipeline(config: ConfigDict, tokenizer: Any) -> MultiPipeline:
     """Opens the training input of this process."""
-    return JoinedPipeline(
+    return MultiPipeline(
         config.data,
         config.extra_data,
         tokenizer,

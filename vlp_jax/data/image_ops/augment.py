@@ -4,22 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 from vlp_jax.data.image_ops import pixels
-from vlp_jax.data.image_ops.checks import (
-    check_fill,
-    check_number,
-    check_range,
-)
+from vlp_jax.data.image_ops.checks import check_fill, check_number, check_range
 from vlp_jax.data.image_ops.fields import IMAGE, ImageField
-from vlp_jax.data.lazy_tensorflow import import_tensorflow
+from vlp_jax.data.lazy_tensorflow import Example, Op, tf
 from vlp_jax.errors import UserError
-
-if TYPE_CHECKING:
-    import tensorflow as tf
-
-    from vlp_jax.data.lazy_tensorflow import Example, Op
 
 
 def random_op(
@@ -36,7 +26,6 @@ def random_op(
     check_number(images.op, probability, "probability", 0, 1)
 
     def apply(example: Example, seed: tf.Tensor) -> Example:
-        tf = import_tensorflow()
         if moves:
             images.refuse_boxes(example)
         image = images.decoded(example)
@@ -81,9 +70,9 @@ def color_jitter(
         raise UserError("color_jitter: all strengths are 0; leave the operation out")
 
     def change(image: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
-        tf = import_tensorflow()
         draw, shuffle = tf.unstack(tf.random.split(seed, 2))
         uniform = tf.unstack(tf.random.stateless_uniform([4], draw))
+        # Sorting random numbers gives each order the same chance.
         order = tf.argsort(tf.random.stateless_uniform([len(used)], shuffle))
 
         def step(number: int, image: tf.Tensor) -> tf.Tensor:
@@ -107,8 +96,7 @@ def grayscale(probability: float = 0.1, field: str = IMAGE, into: str | None = N
     """
 
     def change(image: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
-        del seed
-        return import_tensorflow().tile(pixels.luma(image), [1, 1, 3])
+        return tf.tile(pixels.luma(image), [1, 1, 3])
 
     return random_op(ImageField("grayscale", field, into), probability, change)
 
@@ -122,7 +110,7 @@ def gaussian_blur(
 ) -> Op:
     """Blurs with a probability; the standard deviation, in pixels, is drawn evenly.
 
-    The kernel ends at three times `max_sigma`. The defaults are those of Chen et al. 2020 (SimCLR,
+    The kernel ends at three times `max_sigma`. The defaults are from Chen et al. 2020 (SimCLR,
     appendix A).
 
     Args:
@@ -134,7 +122,7 @@ def gaussian_blur(
     radius = math.ceil(3 * max_sigma)
 
     def change(image: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
-        tf = import_tensorflow()
+        # TensorFlow wants the bounds of the range to differ.
         sigma = tf.random.stateless_uniform([], seed, min_sigma, max_sigma + 1e-6)
         return pixels.blur(image, sigma, radius)
 
@@ -142,10 +130,7 @@ def gaussian_blur(
 
 
 def solarize(
-    probability: float = 0.2,
-    threshold: int = 128,
-    field: str = IMAGE,
-    into: str | None = None,
+    probability: float = 0.2, threshold: int = 128, field: str = IMAGE, into: str | None = None
 ) -> Op:
     """Inverts, with a probability, the numbers that are at least the threshold.
 
@@ -191,7 +176,6 @@ def random_erasing(
     logs = math.log(min_ratio), math.log(max_ratio)
 
     def change(image: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
-        tf = import_tensorflow()
         draw, noise = tf.unstack(tf.random.split(seed, 2))
         sides = tf.shape(image)[:2]
         u = tf.random.stateless_uniform([10, 4], draw)
@@ -203,6 +187,7 @@ def random_erasing(
         extents = tf.maximum(tf.cast(tf.round(extents), tf.int32), 1)
         fits = tf.reduce_all(extents <= sides, 1)
         chosen = tf.argmax(fits)
+        # argmax gives the first that fits, and 0 if none does: then nothing is covered.
         extent = tf.where(fits[chosen], extents[chosen], 0)
         free = tf.cast(sides - extent + 1, tf.float32)
         begin = tf.cast(tf.floor(u[chosen, 2:] * free), tf.int32)

@@ -1,4 +1,4 @@
-"""Operations that resize, and those that cut a part out first, alone or fused with decoding.
+"""Resizing and cropping of images, alone or fused with decoding.
 
 A crop says which part of an image it needs, and what becomes of it. Alone, it takes that part of a
 decoded image; after the `decode_image` of its field only that part is decoded (`fuse`), and the
@@ -9,30 +9,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from vlp_jax.data.image_ops.checks import check_range
-from vlp_jax.data.image_ops.decode import cut, part_decoder, ratio_keeping
+from vlp_jax.data.image_ops.decode import Part, cut, part_decoder, ratio_keeping
 from vlp_jax.data.image_ops.fields import IMAGE, BoxRule, ImageField
 from vlp_jax.data.image_ops.resize import Resampler, shortest_to_size
-from vlp_jax.data.lazy_tensorflow import import_tensorflow
+from vlp_jax.data.lazy_tensorflow import Example, Op, tf
 
-if TYPE_CHECKING:
-    import tensorflow as tf
-
-    from vlp_jax.data.image_ops.decode import Part
-    from vlp_jax.data.lazy_tensorflow import Example, Op
-
-    # (spare rows and columns, int64 [2]; seed) -> how many come off in front, float64 [2]
-    Offset = Callable[[tf.Tensor, tf.Tensor], tf.Tensor]
+# (spare rows and columns, int64 [2]; seed) -> how many come off in front, float64 [2]
+Offset = Callable[["tf.Tensor", "tf.Tensor"], "tf.Tensor"]
 
 
 @dataclass(frozen=True)
 class Crop:
-    """The operation that makes uint8 [size, size, 3] of a part of a decoded image.
+    """An operation that turns a part of a decoded image into uint8 [size, size, 3].
 
     Attributes:
-      images: the field of the image and that of the result.
+      images: the fields of the image and of the result.
       boxes: says which boxes stay.
       place: (upright height and width, seed, min_side) -> the part, as `decode.part_decoder` says.
         `how` is float32 [4, 2], for y and x: scale and translation, as `Resampler.warp` takes
@@ -47,15 +41,14 @@ class Crop:
     finish: Callable[[tf.Tensor, tf.Tensor, bool], tf.Tensor]
 
     def __call__(self, example: Example, seed: tf.Tensor) -> Example:
-        """The example with the result for the image, and its boxes."""
-        tf = import_tensorflow()
+        """Replaces the image and its boxes by the result."""
         image = self.images.decoded(example)
         _, begin, extent, how = self.place(tf.shape(image)[:2], seed, None)
         result = self.finish(cut(image, begin, extent), how, False)
         return self.boxes.write(self.images, example, result, how[2:])
 
     def decoding_op(self, **arguments: Any) -> Op:
-        """The operation on an image that is encoded; arguments are those of `decode_image`."""
+        """The operation on an encoded image; takes the arguments of `decode_image`."""
         decode = part_decoder(**arguments)
         scaled = arguments.get("min_side") is not None
         file = ImageField("decode_image", arguments.get("field", IMAGE), arguments.get("into"))
@@ -84,7 +77,7 @@ def random_resized_crop(
 ) -> Crop:
     """Cuts out a random rectangle and resizes it to [size, size, 3] (Szegedy et al. 2014, sec. 6).
 
-    The rectangle is that of `tf.image.stateless_sample_distorted_bounding_box`; if none fits
+    The rectangle is drawn by `tf.image.stateless_sample_distorted_bounding_box`; if none fits
     within 100 attempts, it is the whole image.
 
     Args:
@@ -105,7 +98,6 @@ def random_resized_crop(
     check_range(op, min_ratio, max_ratio, "ratio")
 
     def place(sides: tf.Tensor, seed: tf.Tensor, min_side: int | None) -> Part:
-        tf = import_tensorflow()
         areas, ratios = (min_scale, max_scale), (min_ratio, max_ratio)
         begin, extent = _random_rectangle(sides, seed, areas, ratios)
         window = [tf.cast(begin / sides, tf.float32), tf.cast(extent / sides, tf.float32)]
@@ -116,6 +108,7 @@ def random_resized_crop(
         # In the scaled image the rectangle need not begin or end at a whole pixel.
         start = tf.cast(begin / ratio, tf.float32)
         end = -(-(begin + extent) // ratio)
+        # Whole pixels that cover the rectangle; `translation` says how far it lies inside of them.
         begin //= ratio
         translation = scale * (tf.cast(begin, tf.float32) - start)
         return ratio, begin, end - begin, tf.stack([scale, translation, *window])
@@ -131,7 +124,6 @@ def _random_rectangle(
     sides: tf.Tensor, seed: tf.Tensor, areas: tuple[float, float], ratios: tuple[float, float]
 ) -> tuple[tf.Tensor, tf.Tensor]:
     """Begin and extent, int32 [2] each; arguments are ranges, as `random_resized_crop` has them."""
-    tf = import_tensorflow()
     begin, extent, _ = tf.image.stateless_sample_distorted_bounding_box(
         tf.concat([sides, [3]], 0),
         tf.zeros([0, 0, 4], tf.float32),
@@ -160,7 +152,6 @@ def resize(
     images = ImageField("resize", field, into)
 
     def apply(example: Example, seed: tf.Tensor) -> Example:
-        del seed
         return images.write(example, resampler.fit(images.decoded(example)))
 
     return apply
@@ -177,14 +168,12 @@ def resize_shortest_and_center_crop(
 ) -> Crop:
     """Resizes the shorter side to `size`, and cuts the middle [size, size, 3] out.
 
-    Sizes and offsets are rounded as in torchvision's Resize and CenterCrop. Arguments are those of
-    `random_resized_crop`.
+    Sizes and offsets are rounded as in torchvision's Resize and CenterCrop. See
+    `random_resized_crop` for the arguments.
     """
     op = "resize_shortest_and_center_crop"
 
     def offset(spare: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
-        tf = import_tensorflow()
-        del seed
         # Rounds half to even, as Python does in torchvision.
         return tf.round(spare / 2)
 
@@ -205,12 +194,11 @@ def resize_shortest_and_random_crop(
     """Resizes the shorter side to `size`, and cuts a square [size, size, 3] out anywhere.
 
     "A random square crop from resized images" is CLIP's only augmentation (Radford et al. 2021,
-    2.3). Arguments are those of `random_resized_crop`.
+    2.3). See `random_resized_crop` for the arguments.
     """
     op = "resize_shortest_and_random_crop"
 
     def offset(spare: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
-        tf = import_tensorflow()
         drawn = tf.cast(tf.random.stateless_uniform([2], seed), tf.float64)
         return tf.floor(drawn * tf.cast(spare + 1, tf.float64))
 
@@ -221,7 +209,6 @@ def resize_shortest_and_random_crop(
 
 def _square(images: ImageField, boxes: BoxRule, resampler: Resampler, offset: Offset) -> Crop:
     def place(sides: tf.Tensor, seed: tf.Tensor, min_side: int | None) -> Part:
-        tf = import_tensorflow()
         upright = tf.cast(sides, tf.float32)
         ratio = ratio_keeping(tf.reduce_min(sides), min_side)
         if min_side is not None:
@@ -261,6 +248,7 @@ def fuse(
       pairs: (name, arguments) of each operation.
       ops: (name, operation), built of them.
     """
+    # The list keeps its length, because the seed of an operation depends on its place.
     fused = list(ops)
     for number, (name, settings) in enumerate(pairs):
         second = _crop_of(pairs, number) if name == "decode_image" else None
@@ -272,7 +260,7 @@ def fuse(
 
 
 def _crop_of(pairs: Sequence[tuple[str, Mapping[str, Any]]], number: int) -> int | None:
-    """The place of the crop that decoding number `number` is fused with; None for no such."""
+    """The place of the crop that decoding number `number` is fused with; None if there is none."""
     decoded, file = _fields(*pairs[number])[::-1]
     for second in range(number + 1, len(pairs)):
         read, written = _fields(*pairs[second])
@@ -292,5 +280,4 @@ def _fields(name: str, arguments: Mapping[str, Any]) -> tuple[str, str]:
 
 
 def _leave(example: Example, seed: tf.Tensor) -> Example:
-    del seed
     return example

@@ -5,26 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
 
 from vlp_jax.data import faults
-from vlp_jax.data.image_ops import headers
+from vlp_jax.data.image_ops import upright
 from vlp_jax.data.image_ops.checks import check_count
 from vlp_jax.data.image_ops.fields import IMAGE, ImageField
-from vlp_jax.data.image_ops.upright import MAX_PIXELS, Refused
-from vlp_jax.data.lazy_tensorflow import import_tensorflow
+from vlp_jax.data.image_ops.upright import MAX_PIXELS
+from vlp_jax.data.lazy_tensorflow import Example, Op, tf
 
-if TYPE_CHECKING:
-    import tensorflow as tf
-
-    from vlp_jax.data.lazy_tensorflow import Example, Op
-
-    # ratio, begin, extent, how: see `part_decoder`
-    Part = tuple[tf.Tensor, tf.Tensor, tf.Tensor, tf.Tensor]
-    Place = Callable[[tf.Tensor, int | None], Part]
-    _Decoded = tf.Tensor | tuple[tf.Tensor, tf.Tensor]
+# ratio, begin, extent, how: see `part_decoder`
+Part = tuple["tf.Tensor", "tf.Tensor", "tf.Tensor", "tf.Tensor"]
+Place = Callable[["tf.Tensor", int | None], Part]
+_Decoded = Any  # a tensor, or a pair of tensors: the image, and `how`
 
 # Start of image, then an APP0 segment of 16 bytes (JFIF 1.02); and the marker of the quantization
 # tables, before which an Exif segment should stand (Exif 2.32, 4.5.4).
@@ -59,8 +54,6 @@ def decode_image(
     images = ImageField("decode_image", field, into)
 
     def apply(example: Example, seed: tf.Tensor) -> Example:
-        del seed
-        tf = import_tensorflow()
         encoded = images.encoded(example)
 
         def jpeg(orientation: tf.Tensor | None) -> tf.Tensor:
@@ -92,7 +85,6 @@ def part_decoder(
     images = ImageField("decode_image", field, into)
 
     def decode(example: Example, place: Place) -> tuple[tf.Tensor, tf.Tensor]:
-        tf = import_tensorflow()
         encoded = images.encoded(example)
 
         def part_of(image: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
@@ -109,14 +101,12 @@ def part_decoder(
 
 
 def cut(image: tf.Tensor, begin: tf.Tensor, extent: tf.Tensor) -> tf.Tensor:
-    """The rectangle of an image [h, w, 3] at `begin`, of size `extent`, int32 [2] each."""
-    tf = import_tensorflow()
+    """Cuts out a rectangle of an image [h, w, 3]; `begin` and `extent` are int32 [2] each."""
     return tf.slice(image, tf.concat([begin, [0]], 0), tf.concat([extent, [3]], 0))
 
 
 def ratio_keeping(shortest: tf.Tensor, min_side: int | None) -> tf.Tensor:
     """The largest of 1, 2, 4 and 8 by which a side can be divided and keep `min_side` pixels."""
-    tf = import_tensorflow()
     if min_side is None:
         return tf.constant(1)
     halvings = sum(tf.cast(shortest // ratio >= min_side, tf.int32) for ratio in (2, 4, 8))
@@ -129,7 +119,7 @@ def _by_format(
     jpeg: Callable[[tf.Tensor | None], _Decoded],
     whole: Callable[[tf.Tensor], _Decoded],
 ) -> _Decoded:
-    """Applies one of two functions to a file.
+    """Applies `jpeg` or `whole` to a file, by its format.
 
     To decide, and to look for an orientation, costs as much as to decode a small file. Most files
     that have none say so at once, and are decoded without another question: after a JFIF header
@@ -139,7 +129,6 @@ def _by_format(
       jpeg: gets the orientation of a JPEG, None if it has none.
       whole: gets the upright pixels, uint8 [h, w, 3], of any other file.
     """
-    tf = import_tensorflow()
     substr = tf.strings.substr
     head = tf.strings.join([substr(encoded, 0, _TABLES), b"\0" * 22])  # substr fails beyond the end
     plain = (substr(head, 0, 6) == _JFIF_HEADER) & (substr(head, 20, 2) == _QUANTIZATION)
@@ -156,6 +145,7 @@ def _by_format(
             lambda: whole(_whole_decoder(max_pixels)(encoded)),
         )
 
+    # The bytes 0 to 5 and 20 to 21 are compared first, because searching costs more.
     plain = tf.cond(plain, really_plain, lambda: plain)
     return tf.cond(plain, lambda: jpeg(None), unusual)
 
@@ -168,19 +158,17 @@ def _check(min_side: int | None, max_pixels: int) -> None:
 
 @dataclass(frozen=True)
 class _Turn:
-    """How a stored image becomes upright, by its Exif orientation, int32 []; None if it is."""
+    """Turns a stored image upright by its Exif orientation, int32 []; None for no turn."""
 
     orientation: tf.Tensor | None
 
     def _flags(self) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
         """Whether rows and columns are exchanged, and, after that, whether each is reversed."""
-        tf = import_tensorflow()
         upside_down = tf.reduce_any(self.orientation == [3, 4, 7, 8])
         mirrored = tf.reduce_any(self.orientation == [2, 3, 6, 7])
         return self.orientation >= 5, upside_down, mirrored
 
     def image(self, stored: tf.Tensor) -> tf.Tensor:
-        tf = import_tensorflow()
         if self.orientation is None:
             return stored
 
@@ -194,14 +182,13 @@ class _Turn:
     def sides(self, stored: tf.Tensor) -> tf.Tensor:
         if self.orientation is None:
             return stored
-        return import_tensorflow().where(self.orientation >= 5, stored[::-1], stored)
+        return tf.where(self.orientation >= 5, stored[::-1], stored)
 
     def stored_window(self, sides: tf.Tensor, begin: tf.Tensor, extent: tf.Tensor) -> tf.Tensor:
-        """(y, x, height, width) in the stored image of a rectangle of the upright one.
+        """Finds (y, x, height, width), in the stored image, of a rectangle of the upright image.
 
-        `sides` are those of the upright image.
+        `sides` are height and width of the upright image.
         """
-        tf = import_tensorflow()
         whole = tf.concat([begin, extent], 0)
         if self.orientation is None:
             return whole
@@ -219,8 +206,8 @@ class _Turn:
 def _whole_jpeg(
     encoded: tf.Tensor, orientation: tf.Tensor | None, min_side: int | None, max_pixels: int
 ) -> tf.Tensor:
-    tf = import_tensorflow()
     sides = tf.io.extract_jpeg_shape(encoded)[:2]
+    # Before decoding: a header may promise more pixels than there is memory.
     encoded = _require_size(encoded, sides, max_pixels)
 
     def decode(ratio: int) -> tf.Tensor:
@@ -237,7 +224,6 @@ def _part_of_jpeg(
     min_side: int | None,
     max_pixels: int,
 ) -> tuple[tf.Tensor, tf.Tensor]:
-    tf = import_tensorflow()
     stored = tf.io.extract_jpeg_shape(encoded)[:2]
     turn = _Turn(orientation)
     sides = turn.sides(stored)
@@ -254,25 +240,23 @@ def _part_of_jpeg(
 def _at_ratio(
     decode: Callable[[int], tf.Tensor], ratio: tf.Tensor, min_side: int | None
 ) -> tf.Tensor:
-    tf = import_tensorflow()
     if min_side is None:
         return decode(1)
+    # `ratio` of the decoder is an attribute of the operation, so each ratio is a branch.
     number = tf.reduce_sum(tf.cast(ratio > [1, 2, 4], tf.int32))
     return tf.switch_case(number, [lambda r=r: decode(r) for r in (1, 2, 4, 8)])
 
 
 def _require_size(encoded: tf.Tensor, sides: tf.Tensor, max_pixels: int) -> tf.Tensor:
-    tf = import_tensorflow()
     fits = tf.reduce_prod(tf.cast(sides, tf.int64)) <= max_pixels
     return faults.require(encoded, fits, faults.TOO_LARGE, f"more than {max_pixels} pixels")
 
 
 def _jpeg_orientation(encoded: tf.Tensor) -> tf.Tensor:
-    """Reads the orientation as `headers.jpeg_orientation` does, in the graph; int32 []."""
-    tf = import_tensorflow()
+    """Calls `upright.jpeg_orientation` in the graph; int32 []."""
 
     def read(head: bytes) -> np.ndarray:
-        return np.array(headers.jpeg_orientation(head), np.int32)
+        return np.array(upright.jpeg_orientation(head), np.int32)
 
     head = tf.strings.substr(encoded, 0, _HEAD)
     return tf.ensure_shape(tf.numpy_function(read, [head], tf.int32, stateful=False), [])
@@ -281,7 +265,6 @@ def _jpeg_orientation(encoded: tf.Tensor) -> tf.Tensor:
 @cache
 def _whole_decoder(max_pixels: int) -> Callable[[tf.Tensor], tf.Tensor]:
     """`_decode_whole` as a function of TensorFlow, traced once for all pipelines of the process."""
-    tf = import_tensorflow()
     return tf.function(
         lambda encoded: _decode_whole(encoded, max_pixels),
         input_signature=[tf.TensorSpec([], tf.string)],
@@ -291,43 +274,13 @@ def _whole_decoder(max_pixels: int) -> Callable[[tf.Tensor], tf.Tensor]:
 
 def _decode_whole(encoded: tf.Tensor, max_pixels: int) -> tf.Tensor:
     """The upright pixels of a file that is not left to TensorFlow's JPEG decoder."""
-    tf = import_tensorflow()
-    none = np.zeros([0, 0, 3], np.uint8)
 
-    def read(data: bytes) -> tuple[np.ndarray, np.ndarray, bytes]:
+    def read(data: bytes) -> tuple[np.ndarray, bytes]:
         try:
-            orientation, pixels = headers.read(data, max_pixels)
-        except Refused as error:
-            return np.int32(1), none, faults.marked(error.reason, error.detail)
-        return np.int32(orientation), none if pixels is None else pixels, b""
+            return upright.read(data, max_pixels), b""
+        except faults.BadExample as bad:
+            return np.zeros([0, 0, 3], np.uint8), faults.marked(bad.reason, bad.detail)
 
-    kinds = [tf.int32, tf.uint8, tf.string]
-    orientation, pixels, fault = tf.numpy_function(read, [encoded], kinds, stateful=False)
-    orientation, fault = tf.ensure_shape(orientation, []), tf.ensure_shape(fault, [])
-    orientation = faults.require_marked(orientation, fault == b"", fault)
-
-    def turned() -> tf.Tensor:
-        return _Turn(orientation).image(_decode_other(encoded))
-
-    # An orientation that is not there, for the fault, is asked for before the pixels.
-    decoded = tf.size(pixels) * orientation > 0
-    image = tf.cond(decoded, lambda: pixels, turned)
-    return tf.ensure_shape(image, [None, None, 3])
-
-
-def _decode_other(encoded: tf.Tensor) -> tf.Tensor:
-    """The pixels of a PNG or a still WebP, on white where it is transparent."""
-    tf = import_tensorflow()
-    image = tf.io.decode_image(encoded, channels=0, expand_animations=False)
-    image.set_shape([None, None, None])
-    channels = tf.shape(image)[2]
-    has_alpha = (channels == 2) | (channels == 4)
-    color = image[:, :, : channels - tf.cast(has_alpha, tf.int32)]
-
-    def blended() -> tf.Tensor:
-        alpha = tf.cast(image[:, :, channels - 1 :], tf.float32) / 255
-        blend = tf.cast(color, tf.float32) * alpha + 255 * (1 - alpha)
-        return tf.cast(tf.round(blend), tf.uint8)
-
-    color = tf.cond(has_alpha, blended, lambda: color)
-    return tf.broadcast_to(color, tf.concat([tf.shape(image)[:2], [3]], 0))
+    pixels, fault = tf.numpy_function(read, [encoded], [tf.uint8, tf.string], stateful=False)
+    pixels = tf.ensure_shape(pixels, [None, None, 3])
+    return faults.require_marked(pixels, tf.ensure_shape(fault, []) == b"", fault)

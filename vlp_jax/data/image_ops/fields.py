@@ -1,4 +1,4 @@
-"""The fields of an operation on images: the one it reads, the one it writes, and their boxes.
+"""Fields of an operation on images: the image, the result, and the boxes of both.
 
 The boxes of `image` are the field `boxes`; the boxes of another image `view` are `view_boxes`. They
 are float32 [n, 4] with ymin, xmin, ymax, xmax of each, as fractions of the height and the width of
@@ -9,16 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from vlp_jax.data.image_ops.checks import check_number
-from vlp_jax.data.lazy_tensorflow import import_tensorflow
+from vlp_jax.data.lazy_tensorflow import Example, tf
 from vlp_jax.errors import UserError
-
-if TYPE_CHECKING:
-    import tensorflow as tf
-
-    from vlp_jax.data.lazy_tensorflow import Example
 
 IMAGE = "image"
 MIN_BOX_SHARE = 0.25
@@ -57,16 +52,23 @@ class ImageField:
         return _beside(self.field, "boxes")
 
     def encoded(self, example: Example) -> tf.Tensor:
-        """The file, a string; a UserError if the image is decoded already."""
-        if example[self.field].dtype != import_tensorflow().string:
+        """Returns the file, a string.
+
+        Raises:
+          UserError: the image is decoded already.
+        """
+        if example[self.field].dtype != tf.string:
             raise UserError(
                 f"{self.op}: {self.field!r} is decoded already; leave the operation out"
             )
         return example[self.field]
 
     def decoded(self, example: Example) -> tf.Tensor:
-        """The pixels, uint8 [h, w, 3]; a UserError if the field is anything else."""
-        tf = import_tensorflow()
+        """Returns the pixels, uint8 [h, w, 3].
+
+        Raises:
+          UserError: the field holds anything else.
+        """
         image = example[self.field]
         if image.dtype == tf.string:
             raise UserError(
@@ -80,12 +82,16 @@ class ImageField:
         return image
 
     def has_boxes(self, example: Example) -> bool:
-        """Whether the image has boxes; a UserError if the field holds something else."""
+        """Whether the image has boxes.
+
+        Raises:
+          UserError: the field of the boxes holds something else.
+        """
         if self.boxes not in example:
             return False
         boxes = example[self.boxes]
         right = boxes.shape.rank == 2 and boxes.shape[1] in (4, None)
-        if boxes.dtype != import_tensorflow().float32 or not right:
+        if boxes.dtype != tf.float32 or not right:
             raise UserError(
                 f"{self.op}: {self.boxes!r} must be float32 [n, 4], the boxes of {self.field!r}, "
                 f"got {boxes.dtype.name} {tuple(boxes.shape)}"
@@ -101,13 +107,13 @@ class ImageField:
             )
 
     def write(self, example: Example, image: tf.Tensor) -> Example:
-        """The example with the result, whose boxes lie where they lay."""
+        """Adds the result to the example; boxes keep their places."""
         return self.write_moved(example, image, lambda boxes: boxes)
 
     def write_moved(
         self, example: Example, image: tf.Tensor, move: Callable[[tf.Tensor], tf.Tensor]
     ) -> Example:
-        """The example with the result, whose boxes [n, 4] are moved and stay n."""
+        """Adds the result to the example; `move` changes the boxes, [n, 4] to [n, 4]."""
         result = {**example, self.target: image}
         if self.boxes in example and self.has_boxes(example):
             result[_beside(self.target, "boxes")] = move(example[self.boxes])
@@ -124,7 +130,7 @@ class ImageField:
 
 @dataclass(frozen=True)
 class BoxRule:
-    """How the boxes of a part that is cut out are chosen.
+    """The rule by which boxes stay when a part of an image is cut out.
 
     Attributes:
       op: the name of the operation, for messages.
@@ -150,12 +156,11 @@ class BoxRule:
     def write(
         self, images: ImageField, example: Example, image: tf.Tensor, window: tf.Tensor
     ) -> Example:
-        """The example with a part of an image, and the boxes that are in it.
+        """Adds a part of an image, and the boxes in it, to the example.
 
         Args:
           window: begin and extent of the part, fractions of the image's sides, float32 [2, 2].
         """
-        tf = import_tensorflow()
         if not images.has_boxes(example):
             if self.fields is not None or self.min_share is not None:
                 raise UserError(
@@ -196,7 +201,7 @@ def boxes_within(
       boxes: float32 [n, 4], fractions of the image.
       window: begin and extent of the part, fractions of the image, float32 [2, 2].
     """
-    tf = import_tensorflow()
+    # In fractions of the part, where its corners are 0 and 1.
     moved = (tf.ensure_shape(boxes, [None, 4]) - tf.tile(window[0], [2])) / tf.tile(window[1], [2])
     clipped = tf.clip_by_value(moved, 0.0, 1.0)
     left, whole = _areas(clipped), _areas(moved)
@@ -205,6 +210,5 @@ def boxes_within(
 
 
 def _areas(boxes: tf.Tensor) -> Any:
-    tf = import_tensorflow()
     sides = tf.maximum(boxes[:, 2:] - boxes[:, :2], 0)
     return sides[:, 0] * sides[:, 1]

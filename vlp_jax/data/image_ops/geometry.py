@@ -3,24 +3,16 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
 from vlp_jax.data.image_ops import pixels
 from vlp_jax.data.image_ops.checks import check_fill, check_number
 from vlp_jax.data.image_ops.fields import IMAGE, ImageField
-from vlp_jax.data.lazy_tensorflow import import_tensorflow
+from vlp_jax.data.lazy_tensorflow import Example, Op, tf
 from vlp_jax.errors import UserError
-
-if TYPE_CHECKING:
-    import tensorflow as tf
-
-    from vlp_jax.data.lazy_tensorflow import Example, Op
 
 
 def flip_left_right(
-    unless_text: str | None = r"\b(left|right)\b",
-    field: str = IMAGE,
-    into: str | None = None,
+    unless_text: str | None = r"\b(left|right)\b", field: str = IMAGE, into: str | None = None
 ) -> Op:
     """Mirrors half of the images, but none whose `text` the pattern occurs in.
 
@@ -33,7 +25,6 @@ def flip_left_right(
     images = ImageField("flip_left_right", field, into)
     pattern = None
     if unless_text is not None:
-        tf = import_tensorflow()
         # \C is any byte: a dot would stop at text that is not valid UTF-8.
         pattern = rf"(?is)\C*(?:{unless_text})\C*"
         try:
@@ -43,7 +34,6 @@ def flip_left_right(
             raise UserError(f"flip_left_right: unless_text={reason}") from None
 
     def apply(example: Example, seed: tf.Tensor) -> Example:
-        tf = import_tensorflow()
         image = images.decoded(example)
         flip = tf.random.stateless_uniform([], seed) < 0.5
         if pattern is not None:
@@ -53,6 +43,7 @@ def flip_left_right(
                     "choose_text before it, or set unless_text to None"
                 )
             flip &= ~tf.strings.regex_full_match(example["text"], pattern)
+        # The pattern guards captions such as "left of", which a mirrored image would make false.
         flipped = tf.cond(flip, lambda: tf.reverse(image, [1]), lambda: image)
 
         def move(boxes: tf.Tensor) -> tf.Tensor:
@@ -93,7 +84,6 @@ def random_rotation(
     color = check_fill(op, fill)
 
     def apply(example: Example, seed: tf.Tensor) -> Example:
-        tf = import_tensorflow()
         images.refuse_boxes(example)
         image = images.decoded(example)
         angle = tf.random.stateless_uniform([], seed, -1.0, 1.0) * (degrees * math.pi / 180)
@@ -105,7 +95,6 @@ def random_rotation(
 
 def rotation(angle: tf.Tensor) -> tf.Tensor:
     """The matrix of `pixels.affine` that turns an image counterclockwise, by radians."""
-    tf = import_tensorflow()
     cosine, sine = tf.cos(angle), tf.sin(angle)
     return tf.stack([tf.stack([cosine, -sine]), tf.stack([sine, cosine])])
 
@@ -132,7 +121,6 @@ def random_translation(
     color = check_fill(op, fill)
 
     def apply(example: Example, seed: tf.Tensor) -> Example:
-        tf = import_tensorflow()
         images.refuse_boxes(example)
         image = images.decoded(example)
         sides = tf.cast(tf.shape(image)[1::-1], tf.float32)

@@ -1,35 +1,27 @@
 """Functions on one image with fixed parameters, uint8 [h, w, 3] to the same, within a graph.
 
-They are those of Pillow's ImageEnhance and ImageOps, which Cubuk et al. 2020 and torchvision use,
-up to a rounding; factors are float32 [], 1 leaves an image as it is.
+They compute what Pillow's ImageEnhance and ImageOps do, which Cubuk et al. 2020 and torchvision
+use, up to a rounding; factors are float32 [], 1 leaves an image as it is.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-from vlp_jax.data.lazy_tensorflow import import_tensorflow
-
-if TYPE_CHECKING:
-    import tensorflow as tf
+from vlp_jax.data.lazy_tensorflow import tf
 
 
 def round_to_uint8(image: tf.Tensor) -> tf.Tensor:
     """Rounds and clips numbers to 0 to 255."""
-    tf = import_tensorflow()
     return tf.cast(tf.clip_by_value(image + 0.5, 0, 255), tf.uint8)
 
 
 def luma(image: tf.Tensor) -> tf.Tensor:
-    """Grey, uint8 [h, w, 1], with the weights of ITU-R BT.601."""
-    tf = import_tensorflow()
+    """Computes grey, uint8 [h, w, 1], with the weights of ITU-R BT.601."""
     weights = tf.constant([[0.299], [0.587], [0.114]])
     return round_to_uint8(tf.tensordot(tf.cast(image, tf.float32), weights, 1))
 
 
 def blend(base: tf.Tensor, image: tf.Tensor, factor: tf.Tensor) -> tf.Tensor:
-    """base + factor * (image - base); a factor above 1 goes beyond the image."""
-    tf = import_tensorflow()
+    """Computes base + factor * (image - base); a factor above 1 goes beyond the image."""
     base, image = tf.cast(base, tf.float32), tf.cast(image, tf.float32)
     return round_to_uint8(base + factor * (image - base))
 
@@ -41,7 +33,6 @@ def brightness(image: tf.Tensor, factor: tf.Tensor) -> tf.Tensor:
 
 def contrast(image: tf.Tensor, factor: tf.Tensor) -> tf.Tensor:
     """Blends with the mean grey."""
-    tf = import_tensorflow()
     return blend(tf.round(tf.reduce_mean(tf.cast(luma(image), tf.float32))), image, factor)
 
 
@@ -52,7 +43,6 @@ def saturation(image: tf.Tensor, factor: tf.Tensor) -> tf.Tensor:
 
 def hue(image: tf.Tensor, turn: tf.Tensor) -> tf.Tensor:
     """Adds to the hue of HSV; `turn` 1 is all the way round."""
-    tf = import_tensorflow()
     hsv = tf.image.rgb_to_hsv(tf.cast(image, tf.float32) / 255)
     turned = tf.concat([tf.math.floormod(hsv[..., :1] + turn, 1.0), hsv[..., 1:]], -1)
     return round_to_uint8(tf.image.hsv_to_rgb(turned) * 255)
@@ -60,7 +50,6 @@ def hue(image: tf.Tensor, turn: tf.Tensor) -> tf.Tensor:
 
 def sharpness(image: tf.Tensor, factor: tf.Tensor) -> tf.Tensor:
     """Blends with a smoothed image (3 x 3, the middle weighs 5); the border stays as it is."""
-    tf = import_tensorflow()
     kernel = tf.constant([[1, 1, 1], [1, 5, 1], [1, 1, 1]], tf.float32) / 13
     kernel = tf.tile(kernel[:, :, None, None], [1, 1, 3, 1])
     whole = tf.cast(image, tf.float32)[None]
@@ -73,20 +62,17 @@ def sharpness(image: tf.Tensor, factor: tf.Tensor) -> tf.Tensor:
 
 def solarize(image: tf.Tensor, threshold: tf.Tensor | float) -> tf.Tensor:
     """Inverts what is at least the threshold."""
-    tf = import_tensorflow()
     return tf.where(tf.cast(image, tf.float32) >= threshold, 255 - image, image)
 
 
 def posterize(image: tf.Tensor, bits: tf.Tensor) -> tf.Tensor:
     """Keeps the upper `bits`, int32 [], of each number."""
-    tf = import_tensorflow()
     mask = tf.cast(256 - tf.bitwise.left_shift(1, 8 - bits), tf.uint8)
     return tf.bitwise.bitwise_and(image, mask)
 
 
 def autocontrast(image: tf.Tensor) -> tf.Tensor:
     """Stretches each colour to 0 to 255; one that is constant stays."""
-    tf = import_tensorflow()
     numbers = tf.cast(image, tf.float32)
     low = tf.reduce_min(numbers, [0, 1])
     high = tf.reduce_max(numbers, [0, 1])
@@ -96,12 +82,12 @@ def autocontrast(image: tf.Tensor) -> tf.Tensor:
 
 def equalize(image: tf.Tensor) -> tf.Tensor:
     """Spreads the histogram of each colour evenly."""
-    tf = import_tensorflow()
 
     def one(channel: tf.Tensor) -> tf.Tensor:
         places = tf.cast(channel, tf.int32)
         counts = tf.math.bincount(tf.reshape(places, [-1]), minlength=256, maxlength=256)
         last = tf.gather(counts, tf.reduce_max(places))
+        # As in Pillow: pixels of the brightest shade do not count for the size of a step.
         step = (tf.reduce_sum(counts) - last) // 255
         table = (tf.cumsum(counts, exclusive=True) + step // 2) // tf.maximum(step, 1)
         table = tf.where(step > 0, tf.minimum(table, 255), tf.range(256))
@@ -111,12 +97,11 @@ def equalize(image: tf.Tensor) -> tf.Tensor:
 
 
 def blur(image: tf.Tensor, sigma: tf.Tensor, radius: int) -> tf.Tensor:
-    """Gaussian blur of the given standard deviation, in pixels, cut off at `radius`.
+    """Blurs with a Gaussian of standard deviation `sigma`, in pixels, cut off at `radius`.
 
     Beyond the edge the image is mirrored (the edge not repeated), in a smaller image its edge
     pixels are repeated.
     """
-    tf = import_tensorflow()
     places = tf.range(-radius, radius + 1)
     weights = tf.exp(-0.5 * (tf.cast(places, tf.float32) / sigma) ** 2)
     weights = tf.tile((weights / tf.reduce_sum(weights))[:, None, None, None], [1, 1, 3, 1])
@@ -124,7 +109,7 @@ def blur(image: tf.Tensor, sigma: tf.Tensor, radius: int) -> tf.Tensor:
     for axis in (0, 1):
         side = tf.shape(image)[axis]
         index = tf.range(-radius, side + radius)
-        index = tf.abs(index)
+        index = tf.abs(index)  # mirrors what lies before the first pixel
         index = tf.clip_by_value(side - 1 - tf.abs(side - 1 - index), 0, side - 1)
         padded = tf.gather(blurred, index, axis=axis)
         kernel = weights if axis == 0 else tf.transpose(weights, [1, 0, 2, 3])
@@ -147,13 +132,14 @@ def affine(
       interpolation: "nearest" or "bilinear".
       fill: the colour of what comes from outside.
     """
-    tf = import_tensorflow()
     height, width = tf.unstack(tf.shape(image)[:2])
     middle = tf.cast(tf.stack([width, height]) - 1, tf.float32) / 2
+    # The operation turns about the corner; the offset moves the fixed point to the middle.
     offset = middle + shift - tf.linalg.matvec(matrix, middle)
     rows = tf.concat([matrix, offset[:, None]], 1)
     color = tf.constant(fill, tf.float32)
     moved = tf.raw_ops.ImageProjectiveTransformV3(
+        # Outside is filled with 0, so the fill colour is subtracted before and added again.
         images=(tf.cast(image, tf.float32) - color)[None],
         transforms=tf.concat([tf.reshape(rows, [1, 6]), tf.zeros([1, 2])], 1),
         output_shape=tf.stack([height, width]),

@@ -4,19 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 from vlp_jax.data.image_ops import pixels
 from vlp_jax.data.image_ops.augment import random_op
 from vlp_jax.data.image_ops.checks import check_count, check_fill, check_number
 from vlp_jax.data.image_ops.fields import IMAGE, ImageField
 from vlp_jax.data.image_ops.geometry import rotation
-from vlp_jax.data.lazy_tensorflow import import_tensorflow
-
-if TYPE_CHECKING:
-    import tensorflow as tf
-
-    from vlp_jax.data.lazy_tensorflow import Op
+from vlp_jax.data.lazy_tensorflow import Op, tf
 
 _MAX = 30  # of magnitudes
 
@@ -31,8 +25,8 @@ def rand_augment(
 ) -> Op:
     """Applies `num_layers` operations, each drawn evenly from 14.
 
-    The 14 and their strengths are those of torchvision's RandAugment with 31 bins, which are the
-    paper's: identity, shear x and y (to 0.3), translate x and y (to 150/331 of the width and of the
+    The 14 and their strengths equal torchvision's RandAugment with 31 bins, and the paper:
+    identity, shear x and y (to 0.3), translate x and y (to 150/331 of the width and of the
     height), rotate (to 30 degrees), brightness, color, contrast, sharpness (factor 1 -+ 0.9),
     posterize (8 to 4 bits), solarize (threshold 255 to 0), autocontrast and equalize. Those with a
     direction take either half of the time. Images are sampled at the nearest pixel.
@@ -55,12 +49,12 @@ def rand_augment(
     color = check_fill(op, fill)
 
     def change(image: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
-        tf = import_tensorflow()
         functions = operations(color)
         for layer in tf.unstack(tf.random.split(seed, num_layers)):
             which, size, side = tf.unstack(tf.random.split(layer, 3))
             strength = magnitude + magnitude_std * tf.random.stateless_normal([], size)
             strength = tf.clip_by_value(strength, 0.0, _MAX) / _MAX
+            # Drawn for all operations alike, so that the seeds do not depend on the choice.
             sign = tf.where(tf.random.stateless_uniform([], side) < 0.5, -1.0, 1.0)
             number = tf.random.stateless_uniform([], which, 0, len(functions), tf.int32)
             branches = [
@@ -77,7 +71,6 @@ def operations(
     fill: tuple[int, int, int],
 ) -> dict[str, Callable[[tf.Tensor, tf.Tensor, tf.Tensor], tf.Tensor]]:
     """Name -> function of (image, strength from 0 to 1, sign -1 or 1)."""
-    tf = import_tensorflow()
     zero = tf.constant(0.0)
 
     def move(image: tf.Tensor, matrix: tf.Tensor, x: tf.Tensor, y: tf.Tensor) -> tf.Tensor:

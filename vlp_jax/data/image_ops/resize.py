@@ -1,4 +1,4 @@
-"""Resampling: a part of an image to a square of uint8, at the result of Pillow's resize.
+"""Resampling of a part of an image to a square of uint8, with the result of Pillow's resize.
 
 `tf.raw_ops.ScaleAndTranslate` computes it, but its pass along columns handles the three numbers of
 one pixel at a time, and its pass along rows hands every few rows to a pool of threads. So each pass
@@ -10,14 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from vlp_jax.data.image_ops.checks import check_count
-from vlp_jax.data.lazy_tensorflow import import_tensorflow
+from vlp_jax.data.lazy_tensorflow import tf
 from vlp_jax.errors import UserError
-
-if TYPE_CHECKING:
-    import tensorflow as tf
 
 # Kernels of tf.raw_ops.ScaleAndTranslate with their radius in pixels; "keyscubic" is Keys (1981)
 # with a = -0.5, as in Pillow.
@@ -28,7 +24,7 @@ _MAX_BETWEEN = 2**22  # pixels between the two passes, 48 MiB
 
 @dataclass(frozen=True)
 class Resampler:
-    """How an image becomes uint8 [size, size, 3].
+    """Resizes images to uint8 [size, size, 3].
 
     Attributes:
       op: the operation that resizes, for messages.
@@ -53,7 +49,6 @@ class Resampler:
 
     def fit(self, image: tf.Tensor) -> tf.Tensor:
         """Resizes all of an image, uint8 [h, w, 3], whatever its aspect ratio."""
-        tf = import_tensorflow()
         size = self.size
         sides = tf.shape(image)[:2]
         same = tf.reduce_all(sides == size)
@@ -75,7 +70,6 @@ class Resampler:
 
     def reach(self, scale: tf.Tensor) -> tf.Tensor:
         """How many pixels beside its centre, in the image, a pixel of the result depends on."""
-        tf = import_tensorflow()
         widened = tf.maximum(1 / scale, 1.0) if self.antialias else tf.ones_like(scale)
         return _RADII[self.method] * widened
 
@@ -87,7 +81,6 @@ class Resampler:
           scale: pixels of the result in a pixel of the image; float32 [2], for y and x.
           translation: float32 [2], in pixels of the result; whole numbers where the scale is 1.
         """
-        tf = import_tensorflow()
 
         def shift() -> tf.Tensor:
             begin = tf.concat([-tf.cast(tf.round(translation), tf.int32), [0]], 0)
@@ -98,8 +91,6 @@ class Resampler:
         return self._static(warped)
 
     def _two_passes(self, image: tf.Tensor, scale: tf.Tensor, translation: tf.Tensor) -> tf.Tensor:
-        tf = import_tensorflow()
-
         size = self.size
         # Between the passes lie `size` rows: of a flat image, many more pixels than it has. So the
         # passes are exchanged by transposing the image and the result.
@@ -112,6 +103,7 @@ class Resampler:
         image = turned(image)
         scale = tf.where(flat, scale[::-1], scale)
         translation = tf.where(flat, translation[::-1], translation)
+        # All numbers of a row become the "channels" of one pixel, in one call along the height.
         rows = tf.reshape(image, [1, 1, tf.shape(image)[0], -1])
         rows = self._resample(rows, scale[0], translation[0])
         columns = tf.transpose(tf.reshape(rows, [size, -1]))
@@ -120,8 +112,7 @@ class Resampler:
         return turned(tf.reshape(tf.transpose(tf.reshape(columns, [-1, size])), [size, size, 3]))
 
     def _resample(self, rows: tf.Tensor, scale: tf.Tensor, translation: tf.Tensor) -> tf.Tensor:
-        """[1, 1, rows, n] to float32 [1, 1, size, n]."""
-        tf = import_tensorflow()
+        """Resamples the third axis: [1, 1, rows, n] to float32 [1, 1, size, n]."""
         return tf.raw_ops.ScaleAndTranslate(
             images=rows,
             size=[1, self.size],
@@ -132,13 +123,11 @@ class Resampler:
         )
 
     def _bilinear(self, image: tf.Tensor) -> tf.Tensor:
-        tf = import_tensorflow()
         size = [self.size, self.size]
         resized = tf.raw_ops.ResizeBilinear(images=image[None], size=size, half_pixel_centers=True)
         return self._to_uint8(resized[0])
 
     def _to_uint8(self, image: tf.Tensor) -> tf.Tensor:
-        tf = import_tensorflow()
         # Conversion to an integer truncates, which after the addition of a half is rounding. A
         # bilinear result is a mean with positive weights: it cannot leave the range.
         image = image + 0.5
@@ -147,13 +136,13 @@ class Resampler:
         return tf.cast(image, tf.uint8)
 
     def _static(self, image: tf.Tensor) -> tf.Tensor:
-        return import_tensorflow().ensure_shape(image, [self.size, self.size, 3])
+        return tf.ensure_shape(image, [self.size, self.size, 3])
 
 
 def shortest_to_size(
     sides: tf.Tensor, resampler: Resampler, offset: Callable[[tf.Tensor], tf.Tensor]
 ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor, tf.Tensor]:
-    """Where a square lies in an image whose shorter side is resized to the square's.
+    """Places a square in an image whose shorter side is resized to the side of the square.
 
     Args:
       sides: height and width of the image, int32 [2].
@@ -165,7 +154,6 @@ def shortest_to_size(
       begin and extent, int32 [2] each, of the part of the image that the square depends on; and
       scale and translation, as `Resampler.warp` takes them, that make the square of that part.
     """
-    tf = import_tensorflow()
     size = resampler.size
     # A long and thin image has more rows or columns, resized, than int32 and float32 count.
     long = tf.cast(sides, tf.int64)

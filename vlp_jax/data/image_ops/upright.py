@@ -1,18 +1,24 @@
-"""An image of any kind as upright RGB, by Pillow: the pixels that training is held to.
+"""Upright RGB of any image by Pillow, whose pixels training reproduces.
 
-`vlp_jax.load` and the page call `upright_rgb` on every image. Training calls it on the files that
-TensorFlow does not decode, or decodes to other colours (`headers.py`), and asks `orientation` about
-the metadata of the rest.
+`vlp_jax.load` and the page call `upright_rgb` on every image. Training leaves JPEGs to TensorFlow,
+which is faster, and asks `jpeg_orientation` about them; `read` decodes all other files. TensorFlow
+2.21 would read them otherwise: it takes the palette of a BMP for shades of grey and any bit masks
+for B, G, R, ignores the transparent colour of grey and RGB PNGs, makes transparent pixels of a GIF
+black, inverts CMYK JPEGs without Adobe's segment, and writes past the end of its buffer when it
+decodes an animated WebP.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import io
+import struct
 
 import numpy as np
 import PIL.Image
+from PIL.JpegImagePlugin import JpegImageFile
 
-from vlp_jax.data.faults import TOO_LARGE, UNDECODABLE
+from vlp_jax.data.faults import TOO_LARGE, UNDECODABLE, BadExample
+from vlp_jax.data.image_ops.formats import DECODABLE, format_of, unknown_format
 
 MAX_PIXELS = 178_956_970  # twice Image.MAX_IMAGE_PIXELS: where Pillow raises DecompressionBombError
 ORIENTATION = 0x0112  # the tag of Exif and TIFF
@@ -42,23 +48,100 @@ def orientation(image: PIL.Image.Image) -> int:
     return int(value) if value in range(1, 9) else 1
 
 
-def orientation_of(info: dict[str, Any]) -> int:
-    """The orientation of an image whose `info` in Pillow would be this ("exif", "xmp": bytes)."""
-    if not info:
-        return 1
-    image = PIL.Image.new("1", (1, 1))
-    image.info = info
-    return orientation(image)
+def jpeg_orientation(head: bytes) -> int:
+    """The orientation, 1 to 8, of a JPEG that TensorFlow decodes; 0 if Pillow has to decode it.
+
+    Pillow decodes CMYK, and files whose first scan begins after `head`.
+    """
+    try:
+        # Not Image.open, which looks for a second picture behind the first.
+        image = JpegImageFile(io.BytesIO(head))
+    except Exception:  # Pillow raises errors of a dozen kinds on damaged files
+        return 0
+    return 0 if image.mode == "CMYK" else orientation(image)
+
+
+def read(data: bytes, max_pixels: int) -> np.ndarray:
+    """Decodes a file by Pillow.
+
+    Args:
+      data: all of the file.
+      max_pixels: of a larger image nothing is decoded.
+
+    Returns:
+      Upright pixels, uint8 [height, width, 3].
+
+    Raises:
+      BadExample: the file is no image, damaged, or too large.
+    """
+    found = format_of(data)
+    if found not in DECODABLE:
+        raise BadExample(UNDECODABLE, unknown_format(data))
+    try:
+        # Pillow asks for the memory of a WebP when it opens the file, of others when it loads them.
+        if found == "WebP":
+            require_size(*_webp_size(data), max_pixels)
+        with _open(data, found) as image:
+            require_size(*image.size, max_pixels)
+            return np.asarray(upright_rgb(image))
+    except BadExample:
+        raise
+    except PIL.Image.DecompressionBombError as error:
+        raise BadExample(TOO_LARGE, str(error)) from None
+    except PIL.UnidentifiedImageError:
+        raise BadExample(UNDECODABLE, f"{found}: no header that Pillow can read") from None
+    except Exception as error:  # Pillow raises errors of a dozen kinds on damaged files
+        raise BadExample(UNDECODABLE, f"{found}: {error}") from None
+
+
+def _open(data: bytes, found: str) -> PIL.Image.Image:
+    try:
+        return PIL.Image.open(io.BytesIO(data), formats=[found.upper()])
+    except ValueError:
+        # A text of a PNG that inflates beyond Pillow's bound: the pixels are sound without it.
+        if found != "PNG":
+            raise
+        return PIL.Image.open(io.BytesIO(_without_metadata(data)), formats=["PNG"])
+
+
+def _without_metadata(png: bytes) -> bytes:
+    """A PNG without compressed texts and Exif (W3C PNG, third edition, 5.3 and 11.3)."""
+    kept, place = [png[:8]], 8
+    while place + 8 <= len(png):
+        length, kind = struct.unpack_from(">I4s", png, place)
+        end = place + 12 + length
+        if kind not in (b"zTXt", b"iTXt", b"eXIf"):
+            kept.append(png[place:end])
+        place = end
+    return b"".join(kept)
+
+
+def _webp_size(data: bytes) -> tuple[int, int]:
+    """Width and height of a WebP, whose memory Pillow asks for when it opens the file.
+
+    Source: RFC 9649 (VP8X, 2.7; VP8L, 3.4), RFC 6386 (VP8 frame header, 9.1).
+    """
+    kind, body = data[12:16], data[20:30]
+    if len(body) < 10:
+        raise BadExample(UNDECODABLE, "WebP: the header is cut short")
+    if kind == b"VP8X":
+        return tuple(1 + int.from_bytes(body[n : n + 3], "little") for n in (4, 7))
+    if kind == b"VP8L":
+        (bits,) = struct.unpack_from("<I", body, 1)
+        return 1 + (bits & 0x3FFF), 1 + (bits >> 14 & 0x3FFF)
+    width, height = struct.unpack_from("<HH", body, 6)
+    return width & 0x3FFF, height & 0x3FFF
 
 
 def upright_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
-    """A Pillow image in RGB, turned as its orientation says.
+    """Converts a Pillow image to RGB and turns it as its orientation says.
 
     Transparency is composited on white, 16 bits keep their upper 8, an animation its first frame.
     Profiles of colour (ICC, gAMA, cICP) are not applied. The result carries no metadata.
     """
     # Loading an image takes its tiles away, and with them the depth of the stored samples.
     rawmode = next((tile[3] for tile in getattr(image, "tile", [])), "")
+    # A caller may have moved to another frame.
     if getattr(image, "is_animated", False):
         image.seek(0)
     image.load()
@@ -96,17 +179,9 @@ def _deep_grey(image: PIL.Image.Image) -> PIL.Image.Image:
     return PIL.Image.fromarray(grey).convert("RGB")
 
 
-class Refused(Exception):
-    """An image that is not decoded: one of `faults.REASONS`, and a detail in one line."""
-
-    def __init__(self, reason: str, detail: str) -> None:
-        super().__init__(detail)
-        self.reason, self.detail = reason, detail
-
-
 def require_size(width: int, height: int, max_pixels: int) -> None:
-    """Raises Refused unless an image has at least one pixel and at most `max_pixels`."""
+    """Raises BadExample unless an image has at least one pixel and at most `max_pixels`."""
     if min(width, height) < 1:
-        raise Refused(UNDECODABLE, f"{width} x {height} pixels")
+        raise BadExample(UNDECODABLE, f"{width} x {height} pixels")
     if width * height > max_pixels:
-        raise Refused(TOO_LARGE, f"more than {max_pixels} pixels")
+        raise BadExample(TOO_LARGE, f"more than {max_pixels} pixels")

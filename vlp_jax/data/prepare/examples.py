@@ -1,4 +1,4 @@
-"""An example on its way from an input to a shard, and the types of its fields."""
+"""Examples between input and shard, and the types of their fields."""
 
 from __future__ import annotations
 
@@ -10,27 +10,26 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from vlp_jax.data.faults import EMPTY_TEXT, MALFORMED_TEXT, MISSING_FIELD, UNREADABLE
+from vlp_jax.data.faults import EMPTY_TEXT, MALFORMED_TEXT, MISSING_FIELD, UNREADABLE, BadExample
 from vlp_jax.errors import UserError
 
 ID, IMAGE, CAPTIONS = "id", "image", "captions"
 INTEGER, FLOAT, TEXT, BINARY, LIST = "integer", "float", "text", "binary", "list"
-# UTF-16 without a byte order mark: of Latin letters every second byte is 0, which is valid UTF-8.
+# UTF-16 without a byte order mark is valid UTF-8 for Latin letters: each second byte is 0.
 UTF16 = re.compile("[^\0]\0[^\0]\0|\0[^\0]\0[^\0]")
 Value = int | float | str | bytes | list[Any]
 
 
-class BadExample(Exception):
-    """An example that cannot be used: `reason` is one of `faults.REASONS`, `detail` one line."""
-
-    def __init__(self, reason: str, detail: str):
-        super().__init__(f"{reason}: {detail}")
-        self.reason, self.detail = reason, detail
-
-
 @dataclass(frozen=True, slots=True)
-class Fault:
-    """An example that cannot be used: why, and where; `ends_file` if what follows is lost too."""
+class SkippedExample:
+    """An example that cannot be used.
+
+    Attributes:
+      reason: one of `faults.REASONS`.
+      where: the file and the place in it.
+      detail: one line.
+      ends_file: whether the rest of the file is lost too.
+    """
 
     reason: str
     where: str
@@ -43,14 +42,13 @@ class Fault:
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """An example as found in an input, its image not yet looked at.
+    """An example of an input, whose image is not yet looked at.
 
     Attributes:
       id: unique in the input, and the same whatever else is read.
       where: for messages.
-      path, offset, size: the bytes of the image. `path` is None where they cannot be read again
-        by themselves; `data` is then all of them.
-      data: the first bytes of the image, or all.
+      path, offset: where the image can be read again; `path` is None if it cannot.
+      image: its bytes.
       captions: at least one, none empty.
       fields: the further fields.
     """
@@ -59,8 +57,7 @@ class Candidate:
     where: str
     path: str | None
     offset: int
-    size: int
-    data: bytes
+    image: bytes
     captions: list[str]
     fields: dict[str, Value]
 
@@ -97,16 +94,16 @@ def _decode_bytes(value: dict[str, Any]) -> Any:
 
 
 def place(seed: int, id: str) -> str:
-    """Where an example is in the global order: 32 hexadecimal digits, compared as text.
+    """The key by which examples are sorted globally: 32 hexadecimal digits, compared as text.
 
-    They are the first 16 bytes of SHA-256 of "seed:id", so an example keeps its place whatever the
-    order of the input and whoever computes it.
+    They are the first 16 bytes of SHA-256 of "seed:id", so an example keeps its place whatever
+    the order of the input and whoever computes it.
     """
     return hashlib.sha256(f"{seed}:{id}".encode()).hexdigest()[:32]
 
 
 def clean_captions(value: Any) -> list[str]:
-    """The captions of a string, a number, UTF-8 bytes or a list of them, without empty ones.
+    """Lists the captions in a string, number, UTF-8 bytes or list; drops empty captions.
 
     Raises:
       BadExample: if nothing is left, or bytes are not UTF-8.
@@ -130,7 +127,7 @@ def clean_captions(value: Any) -> list[str]:
 
 
 def clean_value(name: str, value: Any) -> Value:
-    """A value that a shard can hold: integer, float, string, bytes, or a list of one of them.
+    """Converts a value to what a shard can hold: int, float, str, bytes, or a list of one type.
 
     Raises:
       BadExample: for null, a nested value, or an integer that takes more than 64 bits.
@@ -142,7 +139,7 @@ def clean_value(name: str, value: Any) -> Value:
         return items
     if value is None:
         raise BadExample(MISSING_FIELD, f"{name!r} is null")
-    if isinstance(value, bool):
+    if isinstance(value, bool):  # before int, of which bool is a subclass
         return int(value)
     if isinstance(value, int) and not -(2**63) <= value < 2**63:
         raise BadExample(UNREADABLE, f"{name!r} is {value}, which is no int64")
@@ -154,10 +151,10 @@ def clean_value(name: str, value: Any) -> Value:
 
 
 def decode_text(data: bytes, name: str) -> str:
-    """UTF-8 text, with or without a BOM.
+    """Decodes UTF-8 text, with or without a byte order mark; `name` is for the message.
 
     Raises:
-      BadExample: if it is none.
+      BadExample: the bytes are no UTF-8.
     """
     try:
         text = data.decode("utf-8-sig")
@@ -169,7 +166,7 @@ def decode_text(data: bytes, name: str) -> str:
 
 
 def kinds_of(value: Value) -> set[str]:
-    """What a value says about the type of its field."""
+    """The types that occur in a value: `LIST` and the type of its items, or its own type."""
     if isinstance(value, list):
         return {LIST}.union(*(kinds_of(item) for item in value))
     kinds = {int: INTEGER, float: FLOAT, str: TEXT, bytes: BINARY}

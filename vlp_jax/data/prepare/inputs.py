@@ -1,212 +1,348 @@
-"""What the preparation reads: the interface of an input, and folders with caption files."""
+"""Inputs of the preparation: captioned images, read as training reads them (`data.sources`)."""
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import hashlib
-import json
 import os
+import uuid
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Protocol
+from tempfile import TemporaryDirectory
+from typing import Any
 
-from vlp_jax.data.faults import MISSING_FIELD, UNREADABLE
+import numpy as np
+
+from vlp_jax.data import faults, files
 from vlp_jax.data.prepare import paths
 from vlp_jax.data.prepare.examples import (
     CAPTIONS,
     IMAGE,
     BadExample,
     Candidate,
-    Fault,
+    SkippedExample,
     clean_captions,
     clean_value,
+    decode_text,
 )
-from vlp_jax.data.prepare.images import HEAD_BYTES
-from vlp_jax.data.sources.caption_files import CAPTION_FIELDS, IMAGE_FIELDS, normal_path, walk
-from vlp_jax.data.sources.labels import label_text, number_labels
-from vlp_jax.data.sources.tables import SUFFIXES, choose_column, rows
-from vlp_jax.errors import UserError
+from vlp_jax.data.sources.caption_files import CAPTION_FIELDS
+from vlp_jax.data.sources.folder import FolderSource
+from vlp_jax.data.sources.parquet import ParquetSource
+from vlp_jax.data.sources.row_source import RowSource
+from vlp_jax.data.sources.webdataset import IMAGE_EXTENSIONS, SUFFIXES, WebDatasetSource
+from vlp_jax.errors import UserError, unknown_key_message
 
+FOLDER, WEBDATASET, PARQUET = "folder", "webdataset", "parquet"
+FORMATS = (FOLDER, WEBDATASET, PARQUET)
 LABEL = "label"
-_CHUNK = 1000  # images of a folder that one worker looks at in one go
+_SUFFIXES = {WEBDATASET: SUFFIXES, PARQUET: (".parquet",)}
+# Fields that are read if the command line names no other; of several the first that there is.
+_ALL_IMAGES = ",".join(IMAGE_EXTENSIONS)
+_USUAL = {
+    WEBDATASET: {IMAGE: (_ALL_IMAGES,), CAPTIONS: ("txt",)},
+    PARQUET: {IMAGE: ("image", "jpg"), CAPTIONS: CAPTION_FIELDS},
+}
+_ROWS = 32  # examples that are read at a time
+_FOLDER_ROWS = 1000  # examples of a folder in a unit
+_USUAL_BYTES = 65_536  # of an example, for the estimate
+_REQUESTS = 16  # sizes of remote files that are asked for at a time
+# Keys of a data config, as messages of sources name them, and the options that stand for them here.
+_OPTIONS = {
+    "data.image_field": "--fields image",
+    "data.caption_field": "--fields text",
+    "data.label_field": "--fields label",
+    "data.fields.": "--fields ",
+    "data.columns": "--fields",
+    "data.captions": "--input",
+    "data.path": "--input",
+}
 
 
 @dataclass(frozen=True)
 class Unit:
-    """A part of the input that one worker reads in one go: a file."""
+    """The part of the input that a worker reads in one go: a file, or rows of a caption file.
+
+    Attributes:
+      number: of the unit, from 0 on.
+      path: of the file.
+      begin, end: the rows; the other formats are read to their ends (None).
+    """
 
     number: int
     path: str
-
-
-class Input(Protocol):
-    """One input format. It is pickled to the workers, which call `scan`."""
-
-    def units(self, work: str) -> list[Unit]:
-        """The parts of the input; what workers cannot find themselves is written below `work`."""
-        ...
-
-    def source(self) -> dict[str, Any]:
-        """What is read, resolved, for the manifest: JSON, the same while the input is the same."""
-        ...
-
-    def estimated_examples(self) -> int:
-        """Roughly how many examples there are."""
-        ...
-
-    def extra_fields(self) -> list[str]:
-        """The output fields besides id, image and captions."""
-        ...
-
-    def scan(self, unit: Unit, whole: bool) -> Iterator[Candidate | Fault]:
-        """The examples of a unit, in its order; with `whole`, `Candidate.data` is all bytes."""
-        ...
+    begin: int = 0
+    end: int | None = None
 
 
 @dataclass(frozen=True)
-class FolderInput:
-    """Image files, and a CSV, TSV or JSONL file of paths and captions, read as `FolderSource` does.
+class Input:
+    """Files of one format, and the fields that are read. It is pickled to the workers.
 
-    The id is the path relative to the folder of the caption file. Rows of one image are one example
-    with several captions. `label` becomes the number of its class, in the order of `FolderSource`.
+    An id is the path in a folder, TAR/KEY, or FILE#ROW, below the folder of all files.
 
     Attributes:
-      file: the caption file, on a mounted disk.
-      columns: output field -> column.
+      format: one of `FORMATS`.
+      files: (path, size in bytes) of each file, sorted; of a folder its caption file.
+      fields: output field -> column, or extensions or "json.KEY" in a tar.
+      token: makes inputs of different runs differ, whose files may have changed in between.
     """
 
-    file: str
-    columns: Mapping[str, str]
+    format: str
+    files: tuple[tuple[str, int], ...]
+    fields: tuple[tuple[str, str], ...]
+    token: str
 
-    @staticmethod
-    def open(patterns: Sequence[str], fields: Mapping[str, str]) -> FolderInput:
-        """The input that one folder, or one caption file, is.
+    @classmethod
+    def open(cls, format: str, patterns: Sequence[str], fields: Mapping[str, str]) -> Input:
+        """Looks for the files and fields.
+
+        Args:
+          format: one of `FORMATS`.
+          patterns: of paths; see `files.expand`.
+          fields: output field -> what it is read from; image and captions have defaults.
 
         Raises:
-          UserError: if there is no such folder or file, or no such column.
+          UserError: a pattern matches nothing, or there is no such field.
         """
-        if len(patterns) != 1 or not paths.is_local(patterns[0]):
-            raise UserError(
-                "--input-format folder reads one folder on a mounted disk, or one caption file in "
-                f"it, not {' '.join(patterns)}"
-            )
-        file = _caption_file(Path(paths.absolute(patterns[0])))
-        _, row = next(iter(rows(file)), (None, None))
-        if row is None:
-            raise UserError(f"caption file {file} has no rows")
-        columns = {
-            IMAGE: choose_column(row, fields.get(IMAGE), IMAGE_FIELDS, "--fields image", file),
-            CAPTIONS: choose_column(
-                row, fields.get(CAPTIONS), CAPTION_FIELDS, "--fields text", file
-            ),
-        }
-        for name in [name for name in fields if name not in columns]:
-            columns[name] = choose_column(row, fields[name], (), f"--fields {name}", file)
-        return FolderInput(str(file), columns)
+        token = uuid.uuid4().hex
+        with _options_in_messages():
+            if format == FOLDER:
+                return _open_folder(patterns, fields, token)
+            inner = [paths.absolute(pattern) for pattern in patterns]
+            found = files.expand(inner, _SUFFIXES[format])
+            # Sizes tell a later run whether the files have changed.
+            with ThreadPoolExecutor(_REQUESTS) as pool:
+                sizes = list(pool.map(paths.size_of, found))
+            missing = [path for path, size in zip(found, sizes, strict=True) if size is None]
+            if missing:
+                raise UserError(f"--input: {len(missing)} files are not there: {missing[0]}")
+            chosen = _choose_fields(format, found, fields)
+            listed = tuple(zip(found, sizes, strict=True))
+            return cls(format, listed, tuple(chosen.items()), token)
 
     def extra_fields(self) -> list[str]:
-        return [name for name in self.columns if name not in (IMAGE, CAPTIONS)]
+        """The output fields besides id, image and captions."""
+        return [name for name, _ in self.fields if name not in (IMAGE, CAPTIONS)]
 
     def estimated_examples(self) -> int:
-        with open(self.file, "rb") as stream:
-            return sum(1 for _ in stream)
+        """Roughly how many examples there are."""
+        if self.format == FOLDER:
+            return len(_folder(self))
+        return sum(size for _, size in self.files) // _USUAL_BYTES
 
     def source(self) -> dict[str, Any]:
-        with open(self.file, "rb") as stream:
-            digest = hashlib.file_digest(stream, "sha256").hexdigest()
-        source = {"files": [{"path": self.file, "sha256": digest}], "fields": dict(self.columns)}
-        names = self._classes()[1] if LABEL in self.columns else None
-        if names is not None:
-            source["class_names"] = {LABEL: list(names)}
-        return source
+        """The part of the manifest that says what is read; the same while the input is the same."""
+        listed: list[dict[str, Any]] = [{"path": path, "bytes": size} for path, size in self.files]
+        found: dict[str, Any] = {"files": listed, "fields": dict(self.fields)}
+        if self.format == FOLDER:
+            with open(self.files[0][0], "rb") as stream:
+                digest = hashlib.file_digest(stream, "sha256").hexdigest()
+            found["files"] = [{"path": self.files[0][0], "sha256": digest}]
+            names = _folder(self).class_names(LABEL)
+            found |= {} if names is None else {"class_names": {LABEL: list(names)}}
+        return found
 
-    def _classes(self) -> tuple[dict[str, int], tuple[str, ...] | None]:
-        """The number of each label, and the names of the classes if the labels are words."""
-        places: dict[str, str] = {}
-        for where, row in rows(Path(self.file)):
-            label = label_text(row.get(self.columns[LABEL]))
-            if label is not None:
-                places.setdefault(label, where)
-        return number_labels(places, None, "a column of names alone")
+    def units(self) -> list[Unit]:
+        """The parts of the input."""
+        if self.format != FOLDER:
+            return [Unit(number, path) for number, (path, _) in enumerate(self.files)]
+        size = len(_folder(self))
+        begins = range(0, size, _FOLDER_ROWS)
+        path = self.files[0][0]
+        return [Unit(n, path, b, min(b + _FOLDER_ROWS, size)) for n, b in enumerate(begins)]
 
-    def units(self, work: str) -> list[Unit]:
-        root = os.path.dirname(self.file)
-        present = dict(walk(root, ""))
-        lines: list[str] = []
-        images: dict[str, dict[str, Any]] = {}
-        numbers = self._classes()[0] if LABEL in self.columns else {}
-        for where, row in rows(Path(self.file)):
-            path = str(row.get(self.columns[IMAGE]) or "").strip()
-            if not path:
-                lines.append(json.dumps({"where": where}))
-                continue
-            path = normal_path(os.path.relpath(path, root) if os.path.isabs(path) else path)
-            captions = row.get(self.columns[CAPTIONS])
-            captions = captions if isinstance(captions, list) else [captions or ""]
-            fields = {name: row.get(self.columns[name]) for name in self.extra_fields()}
-            if LABEL in fields:
-                fields[LABEL] = numbers.get(label_text(fields[LABEL]) or "")
-            image = images.setdefault(path, {"where": where, "captions": [], "fields": fields})
-            if image["fields"] != fields:
-                raise UserError(f"{where}: {path} has {fields} but had {image['fields']}")
-            image["captions"] += captions
-        for path, image in images.items():
-            image |= {"id": path, "file": present.get(path, os.path.join(root, path))}
-            lines.append(json.dumps(image))
-        units = []
-        for number, start in enumerate(range(0, len(lines), _CHUNK)):
-            units.append(Unit(number, paths.join(work, "units", f"{number:05d}.jsonl")))
-            content = "\n".join(lines[start : start + _CHUNK])
-            paths.write_bytes(units[-1].path, content.encode())
-        return units
-
-    def scan(self, unit: Unit, whole: bool) -> Iterator[Candidate | Fault]:
-        for line in paths.read_bytes(unit.path).decode().split("\n"):
-            listed = json.loads(line)
+    def scan(self, unit: Unit) -> Iterator[Candidate | SkippedExample]:
+        """Yields the examples of a unit in their order, or why they cannot be used."""
+        if self.format == FOLDER:
+            yield from self._scan(_folder(self), unit, cut=False)
+            return
+        # Indexes, and copies of remote and compressed files, are of no use after the unit.
+        with TemporaryDirectory(prefix="prepare_data_") as cache:
             try:
-                yield _listed_image(listed, whole)
-            except BadExample as bad:
-                yield Fault(bad.reason, listed["where"], bad.detail)
+                source = _source(self.format, unit.path, cache)
+                cut = not source.shards.is_whole(0)
+            except UserError as error:  # nothing of the file can be read
+                yield SkippedExample(faults.TRUNCATED, unit.path, str(error), ends_file=True)
+                return
+            yield from self._scan(source, unit, cut)
+
+    def _scan(
+        self, source: RowSource, unit: Unit, cut: bool
+    ) -> Iterator[Candidate | SkippedExample]:
+        """Yields the examples of a unit; see `scan`.
+
+        Args:
+          source: of the unit.
+          unit: the rows to read.
+          cut: whether the end of the file is missing. Then its last fault says that it ends there.
+        """
+        names = {out: self._name(out, name) for out, name in self.fields}
+        id_field = {FOLDER: "path", WEBDATASET: "id"}.get(self.format)
+        wanted = list(dict.fromkeys([*names.values(), *filter(None, [id_field])]))
+        end, last = len(source) if unit.end is None else unit.end, b""
+        for begin in range(unit.begin, end, _ROWS):
+            indices = np.arange(begin, min(begin + _ROWS, end))
+            rows, found = source.rows(indices, wanted)
+            for number, index in enumerate(indices.tolist()):
+                where, last = source.describe(index), found[number]
+                if last:
+                    reason, detail = faults.explain(last.decode())
+                    # The index of a cut file ends in the example within which it was cut.
+                    ends = cut and index == end - 1
+                    yield SkippedExample(faults.TRUNCATED if ends else reason, where, detail, ends)
+                    continue
+                row = {name: rows[name][number] for name in wanted}
+                key = str(index) if id_field is None else row[id_field].decode("utf-8", "replace")
+                try:
+                    yield self._candidate(source, index, self._id(unit, key), row, names)
+                except BadExample as bad:
+                    yield SkippedExample(bad.reason, where, bad.detail)
+        if cut and not last:
+            detail = f"the file ends after {end} examples without the mark of its end"
+            yield SkippedExample(faults.TRUNCATED, unit.path, detail, ends_file=True)
+
+    def _name(self, out: str, name: str) -> str:
+        """The name of a field in the source."""
+        if self.format == FOLDER:
+            return out if out in (IMAGE, CAPTIONS, LABEL) else name
+        # The source refuses a sample with images of several endings if nobody chose among them.
+        return IMAGE if self.format == WEBDATASET and name == _ALL_IMAGES else name
+
+    def _id(self, unit: Unit, key: str) -> str:
+        if self.format == FOLDER:
+            return key
+        # Below the folder of all files, so that a data set keeps its ids when it is moved.
+        root = paths.common_folder([path for path, _ in self.files])
+        stem = unit.path[len(root) :].lstrip("/")
+        for suffix in _SUFFIXES[self.format]:
+            stem = stem.removesuffix(suffix)
+        return f"{stem}{'/' if self.format == WEBDATASET else '#'}{key}"
+
+    def _candidate(
+        self,
+        source: RowSource,
+        index: int,
+        id: str,
+        row: Mapping[str, Any],
+        names: Mapping[str, str],
+    ) -> Candidate:
+        image = row[names[IMAGE]]
+        if image is None:
+            raise BadExample(faults.MISSING_FIELD, f"no bytes in {names[IMAGE]!r}")
+        if not isinstance(image, bytes):
+            raise BadExample(faults.UNREADABLE, f"{names[IMAGE]!r} holds no bytes")
+        captions = clean_captions(row[names[CAPTIONS]])
+        fields = {}
+        for out in self.extra_fields():
+            value = row[names[out]]
+            if source.is_text(names[out]):
+                several = isinstance(value, list)
+                texts = [_text(item, out) for item in (value if several else [value])]
+                value = texts if several else texts[0]
+            fields[out] = clean_value(out, value)
+        path, offset = source.place(index, names[IMAGE]) or (None, 0)
+        return Candidate(id, source.describe(index), path, offset, image, captions, fields)
 
 
-def _listed_image(listed: Mapping[str, Any], whole: bool) -> Candidate:
-    if "id" not in listed:
-        raise BadExample(MISSING_FIELD, "no path of an image")
-    captions = clean_captions(listed["captions"])
-    fields = {name: clean_value(name, value) for name, value in listed["fields"].items()}
-    file = listed["file"]
-    try:
-        with open(file, "rb") as stream:
-            size = os.fstat(stream.fileno()).st_size
-            data = stream.read(size if whole else HEAD_BYTES)
-    except FileNotFoundError:
-        raise BadExample(MISSING_FIELD, f"there is no file {file}") from None
-    except OSError as error:
-        raise BadExample(UNREADABLE, f"{file}: {error.strerror}") from None
-    return Candidate(listed["id"], file, file, 0, size, data, captions, fields)
+def _text(value: Any, name: str) -> Any:
+    return decode_text(value, name) if isinstance(value, bytes) else value
 
 
-def _caption_file(path: Path) -> Path:
-    if path.is_file():
-        if path.suffix.lower() not in SUFFIXES:
-            raise UserError(f"caption file {path} must end in {', '.join(SUFFIXES)}")
-        return path
-    if not path.is_dir():
+def _open_folder(patterns: Sequence[str], fields: Mapping[str, str], token: str) -> Input:
+    if len(patterns) != 1 or not paths.is_local(patterns[0]):
+        raise UserError(
+            "--input-format folder reads one folder on a mounted disk, or one caption file in it, "
+            f"not {' '.join(patterns)}"
+        )
+    path = paths.absolute(patterns[0])
+    folder, name = (path, None) if os.path.isdir(path) else os.path.split(path)
+    if name is not None and not os.path.isfile(path):
         raise UserError(f"--input {path}: there is no such folder or file")
-    found = sorted(p for p in path.iterdir() if p.suffix.lower() in SUFFIXES and p.is_file())
-    if not found:
-        raise UserError(f"{path} has no caption file: put a {', '.join(SUFFIXES)} file into it")
-    if len(found) > 1:
-        names = ", ".join(p.name for p in found)
-        raise UserError(f"{path} has several caption files ({names}): give one of them as --input")
-    return found[0]
+    source = _folder_source(folder, name, fields)
+    columns = {IMAGE: source.listed.image_column, CAPTIONS: source.listed.caption_column, **fields}
+    file = str(source.file)
+    return Input(FOLDER, ((file, os.path.getsize(file)),), tuple(columns.items()), token)
 
 
-def listed_files(files: Sequence[tuple[str, int]]) -> list[dict[str, Any]]:
-    """(path, size) pairs for the manifest."""
-    return [{"path": path, "bytes": size} for path, size in files]
+def _folder_source(folder: str, name: str | None, fields: Mapping[str, str]) -> FolderSource:
+    return FolderSource(
+        path=folder,
+        captions=name,
+        image_field=fields.get(IMAGE),
+        caption_field=fields.get(CAPTIONS),
+        label_field=fields.get(LABEL),
+        columns=tuple(c for out, c in fields.items() if out not in (IMAGE, CAPTIONS, LABEL)),
+        split="all",
+        max_bad_fraction=1.0,
+    )
 
 
-def relative_stem(path: str, root: str, suffix: str) -> str:
-    """What ids of a file's examples begin with: its path below `root` without its ending."""
-    return path[len(root) :].lstrip("/").removesuffix(suffix)
+@functools.lru_cache(maxsize=2)  # a worker reads many units of one caption file
+def _folder(input: Input) -> FolderSource:
+    return _folder_source(*os.path.split(input.files[0][0]), dict(input.fields))
+
+
+def _source(format: str, path: str, cache: str) -> WebDatasetSource | ParquetSource:
+    """The source of a single file."""
+    if format == WEBDATASET:
+        return WebDatasetSource(path, cache_dir=cache)
+    return ParquetSource(path, cache_mib=1, cache_dir=cache)  # read in order: one row group is kept
+
+
+def _choose_fields(format: str, found: Sequence[str], fields: Mapping[str, str]) -> dict[str, str]:
+    """Maps output fields to fields of the source, by the first file that can be read.
+
+    Raises:
+      UserError: no file can be read, or there is no such field.
+    """
+    failure: UserError | None = None
+    for path in found:
+        with TemporaryDirectory(prefix="prepare_data_") as cache:
+            try:
+                source = _source(format, path, cache)
+                source.fields()
+            except UserError as error:
+                failure = failure or error
+                continue
+            usual = _USUAL[format]
+            chosen = {
+                out: _usual(source, out, names) for out, names in usual.items() if out not in fields
+            }
+            for out, name in fields.items():
+                if not source.can_read(name):
+                    raise _unknown(source, out, name)
+            return {**chosen, **fields}
+    assert failure is not None
+    raise failure
+
+
+def _usual(source: RowSource, out: str, names: Sequence[str]) -> str:
+    for name in names:
+        if source.can_read(name):
+            return name
+    why = next(filter(None, map(source.look_for, names)), "")
+    known = ", ".join(source.fields())
+    option = "text" if out == CAPTIONS else out
+    raise UserError(
+        f"no field named {', '.join(names)} (there are {known}): name one by --fields {option}="
+        + (f"; {why}" if why else "")
+    )
+
+
+def _unknown(source: RowSource, out: str, name: str) -> UserError:
+    why = source.look_for(name) or unknown_key_message(name, source.fields(), "the input's fields")
+    return UserError(f"--fields {out}={name}: {why}")
+
+
+@contextlib.contextmanager
+def _options_in_messages() -> Iterator[None]:
+    """Names options instead of keys of a config in the messages of sources."""
+    try:
+        yield
+    except UserError as error:
+        message = str(error)
+        for key, option in _OPTIONS.items():
+            message = message.replace(f"{key}=", f"{option} ").replace(key, option)
+        raise UserError(message) from None

@@ -1,4 +1,4 @@
-"""A preparation from input to manifest: what was done before is found and kept."""
+"""A preparation from input to manifest; work that an earlier run finished is kept."""
 
 from __future__ import annotations
 
@@ -13,24 +13,17 @@ from vlp_jax.data.prepare import manifest as manifests
 from vlp_jax.data.prepare import paths, plan
 from vlp_jax.data.prepare import shards as shard_files
 from vlp_jax.data.prepare.examples import CAPTIONS, ID, field_types
-from vlp_jax.data.prepare.inputs import FolderInput, Input
+from vlp_jax.data.prepare.inputs import FORMATS, Input
 from vlp_jax.data.prepare.manifest import Manifest
-from vlp_jax.data.prepare.tables import ParquetInput
-from vlp_jax.data.prepare.tars import TarInput
 from vlp_jax.data.prepare.writers import WRITERS
 from vlp_jax.errors import UserError
 
-INPUTS: dict[str, Callable[[Sequence[str], Mapping[str, str]], Input]] = {
-    "folder": FolderInput.open,
-    "webdataset": TarInput.open,
-    "parquet": ParquetInput.open,
-}
-# "text" is what most of the field calls it.
+# Most data sets call the captions "text".
 _ALIASES = {"text": CAPTIONS, "caption": CAPTIONS}
 _NAME = re.compile(r"[A-Za-z0-9_]+")
 
-# watch(title, total, count) is entered while something runs; count() says how much of it is done,
-# and how many examples that is.
+# watch(title, total, count) is a context manager around a long operation. count() returns how many
+# of `total` parts are done, and how many examples they hold.
 Watch = Callable[[str, int, Callable[[], tuple[int, int]]], contextlib.AbstractContextManager]
 
 
@@ -41,12 +34,12 @@ def no_watch(title: str, total: int, count: Callable[[], tuple[int, int]]) -> An
 
 
 @dataclass(frozen=True)
-class Job:
-    """What to prepare.
+class PrepareJob:
+    """The settings of a preparation.
 
     Attributes:
       input: patterns of paths; what they mean is the input format's.
-      input_format: one of `INPUTS`.
+      input_format: one of `inputs.FORMATS`.
       output: a folder, made if it is not there.
       output_format: one of `WRITERS`.
       shards, examples_per_shard: exactly one of them; shards hold at most so many examples.
@@ -75,7 +68,7 @@ class Job:
 
     def __post_init__(self) -> None:
         for name, value, known in (
-            ("--input-format", self.input_format, INPUTS),
+            ("--input-format", self.input_format, FORMATS),
             ("--output-format", self.output_format, WRITERS),
         ):
             if value not in known:
@@ -91,7 +84,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Result:
-    """What a preparation did: the manifest, and whether all of it was there before."""
+    """The outcome of a preparation: the manifest, and whether all of it was there before."""
 
     manifest: Manifest
     was_finished: bool
@@ -122,8 +115,8 @@ def parse_fields(pairs: Sequence[str]) -> dict[str, str]:
     return fields
 
 
-def prepare(job: Job, watch: Watch = no_watch) -> Result:
-    """Does what of a job is not done yet.
+def prepare(job: PrepareJob, watch: Watch = no_watch) -> Result:
+    """Runs a job, or the rest of it if an earlier run was stopped.
 
     Raises:
       UserError: for an input that cannot be read, too many examples that must be skipped, ids that
@@ -131,7 +124,7 @@ def prepare(job: Job, watch: Watch = no_watch) -> Result:
     """
     output = paths.absolute(job.output)
     work = paths.join(output, f"{job.split}.unfinished")
-    opened = INPUTS[job.input_format](job.input, job.fields)
+    opened = Input.open(job.input_format, job.input, job.fields)
     identity = _identity(job, opened)
     finished = manifests.load(output, job.split)
     if finished is not None:
@@ -146,7 +139,7 @@ def prepare(job: Job, watch: Watch = no_watch) -> Result:
         _check(summary, job)
         shards = _shards(summary, job, opened, output, work)
     except UserError:
-        # What can be mended in the input must be looked at again.
+        # The user will mend the input, so the next run has to look at it again.
         if not shard_files.records(work):
             paths.remove(work)
         raise
@@ -162,24 +155,19 @@ def prepare(job: Job, watch: Watch = no_watch) -> Result:
     return Result(manifest, False, named)
 
 
-def _identity(job: Job, opened: Input) -> dict[str, Any]:
+def _identity(job: PrepareJob, opened: Input) -> dict[str, Any]:
     sharding = (
         {"shards": job.shards} if job.shards else {"examples_per_shard": job.examples_per_shard}
     )
     source = {"format": job.input_format, **opened.source(), **sharding}
     source["check_images"] = job.check_images
-    return {
-        "format": job.output_format,
-        "split": job.split,
-        "seed": job.seed,
-        "source": source,
-    }
+    return {"format": job.output_format, "split": job.split, "seed": job.seed, "source": source}
 
 
 def _begin(
     output: str, split: str, work: str, identity: dict[str, Any], finished: Manifest | None
 ) -> None:
-    """Looks whether the folder is free or holds this job, notes the job, removes leftovers."""
+    """Checks that the folder is free or holds this job, notes the job, and removes leftovers."""
     path = paths.join(work, "job.json")
     if "job.json" in paths.names_in(work):
         manifests.check_same(json.loads(paths.read_bytes(path)), identity, output)
@@ -195,11 +183,12 @@ def _begin(
         paths.remove(leftover)
 
 
-def _look(job: Job, opened: Input, work: str, watch: Watch) -> plan.Summary:
+def _look(job: PrepareJob, opened: Input, work: str, watch: Watch) -> plan.Summary:
+    # An earlier pass that was stopped may have been cut into other units.
     for begun in ("looked_at", "order", "staging"):
         paths.remove(paths.join(work, begun))
     buckets = plan.number_of_buckets(opened.estimated_examples())
-    units = opened.units(work)
+    units = opened.units()
 
     def count() -> tuple[int, int]:
         names = paths.names_in(paths.join(work, "looked_at"))
@@ -211,7 +200,7 @@ def _look(job: Job, opened: Input, work: str, watch: Watch) -> plan.Summary:
         return plan.make(first, units, job.flags)
 
 
-def _check(summary: plan.Summary, job: Job) -> None:
+def _check(summary: plan.Summary, job: PrepareJob) -> None:
     """Raises a UserError for an outcome of the first pass that cannot be prepared."""
     if summary.duplicates:
         count, id, one, other = summary.duplicates
@@ -235,10 +224,11 @@ def _check(summary: plan.Summary, job: Job) -> None:
 
 
 def _shards(
-    summary: plan.Summary, job: Job, opened: Input, output: str, work: str
+    summary: plan.Summary, job: PrepareJob, opened: Input, output: str, work: str
 ) -> shard_files.Shards:
     types = field_types(summary.kinds, opened.extra_fields(), job.output_format == "webdataset")
     number = job.shards or -(-summary.examples // (job.examples_per_shard or 1))
+    # An empty shard would have no features, which readers need.
     if number > summary.examples:
         raise UserError(f"--shards {number} is more than the {summary.examples} examples")
     return shard_files.Shards(

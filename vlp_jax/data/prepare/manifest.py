@@ -1,4 +1,4 @@
-"""The manifest of a split: what its shards hold, from what they were made, and their checksums."""
+"""The manifest of a split: its shards, their source, fields and checksums."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Manifest = dict[str, Any]
 
 
 def manifest_path(output: str, split: str) -> str:
-    """Where the manifest of a split is."""
+    """The path of the manifest of a split."""
     return paths.join(output, f"{split}.manifest.json")
 
 
@@ -46,7 +46,7 @@ def identity(manifest: Manifest) -> dict[str, Any]:
 
 
 def check_same(old: dict[str, Any], new: dict[str, Any], folder: str) -> None:
-    """Looks whether a folder was begun with the same input and settings.
+    """Checks that a folder was begun with the same input and settings.
 
     Raises:
       UserError: naming what differs first, with both values.
@@ -64,6 +64,7 @@ def _difference(old: Any, new: Any, name: str) -> tuple[str, str, str] | None:
     if old == new:
         return None
     if isinstance(old, dict) and isinstance(new, dict):
+        # Settings before files: a changed setting says more than thousands of changed paths.
         for key in sorted({*old, *new}, key=lambda key: (key == "files", key)):
             part = f"{name}.{key}" if name else key
             found = _difference(old.get(key), new.get(key), part)
@@ -79,7 +80,7 @@ def _difference(old: Any, new: Any, name: str) -> tuple[str, str, str] | None:
 
 
 def faults(manifest: Manifest, output: str, read: bool) -> dict[str, str]:
-    """File name -> what is wrong with it, of the shards that a manifest lists.
+    """Maps file name to fault for the damaged shards of a manifest.
 
     Args:
       read: whether to read every shard and compare checksums; else sizes are compared.

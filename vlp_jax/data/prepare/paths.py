@@ -13,7 +13,6 @@ import uuid
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from vlp_jax.data.files import expand_braces
 from vlp_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -48,61 +47,6 @@ def absolute(path: str) -> str:
     return filesystem(path)[1] if is_local(path) else path.rstrip("/")
 
 
-def find_files(patterns: Sequence[str], suffix: str) -> list[tuple[str, int]]:
-    """The files that patterns match, each once, sorted by path.
-
-    Args:
-      patterns: files, folders (their files that end in `suffix`), globs (* ? [] **), brace ranges.
-      suffix: such as ".tar".
-
-    Returns:
-      (path, size in bytes) pairs.
-
-    Raises:
-      UserError: if a pattern matches nothing, or a file that is named in full is not there.
-    """
-    found: dict[str, int] = {}
-    for pattern in patterns:
-        expanded = expand_braces(pattern)
-        here: dict[str, int] = {}
-        missing = []
-        for path in expanded:
-            sizes = _matches(path, suffix)
-            here.update(sizes)
-            if not sizes and not _is_glob(path):
-                missing.append(path)
-        if missing and missing != [pattern]:
-            raise UserError(
-                f"--input {pattern}: {len(missing)} of {len(expanded)} files are not there; "
-                f"the first is {missing[0]}"
-            )
-        if not here:
-            raise UserError(f"--input {pattern} matches no {suffix} file")
-        found.update(here)
-    return sorted(found.items())
-
-
-def _is_glob(path: str) -> bool:
-    return any(character in path for character in "*?[")
-
-
-def _matches(path: str, suffix: str) -> dict[str, int]:
-    fs, inner = filesystem(path)
-    if _is_glob(path):
-        infos = fs.glob(inner, detail=True).values()
-    elif not fs.exists(inner):
-        return {}
-    elif fs.isdir(inner):
-        infos = [i for i in fs.ls(inner, detail=True) if i["name"].endswith(suffix)]
-    else:
-        infos = [fs.info(inner)]
-    if is_local(path):  # links count as what they lead to, as in the cache of Hugging Face
-        names = [info["name"] for info in infos]
-        return {name: os.path.getsize(name) for name in names if os.path.isfile(name)}
-    files = [info for info in infos if info["type"] == "file"]
-    return {fs.unstrip_protocol(info["name"]): info["size"] for info in files}
-
-
 def join(folder: str, *parts: str) -> str:
     """A path below a folder."""
     return "/".join([folder.rstrip("/"), *parts])
@@ -111,7 +55,7 @@ def join(folder: str, *parts: str) -> str:
 def size_of(path: str) -> int | None:
     """The size of a file in bytes, or None if there is no such file."""
     fs, inner = filesystem(path)
-    fs.invalidate_cache()
+    fs.invalidate_cache()  # fsspec keeps listings, and other workers write to the folder
     try:
         return fs.info(inner)["size"]
     except FileNotFoundError:
@@ -167,6 +111,7 @@ def write_bytes(path: str, data: bytes) -> None:
         fs.pipe_file(inner, data)
         return
     os.makedirs(os.path.dirname(inner), exist_ok=True)
+    # Renaming replaces the file at once; the flush keeps a power failure from leaving it empty.
     temporary = temporary_name(inner)
     with open(temporary, "wb") as stream:
         stream.write(data)

@@ -1,7 +1,7 @@
 """The first pass: looks at every example, and writes their global order without their images.
 
-The order is that of a hash of (seed, id): `examples.place`. It is cut into buckets by its first
-digits; a worker sorts each and writes it as lines of JSON. The buckets one after another are the
+Examples are ordered by a hash of (seed, id): `examples.place`. The order is cut into buckets by its
+first digits; a worker sorts each and writes it as lines of JSON. The buckets in turn are the
 global order, so that any shard is a run of lines, and exactly as long as the others.
 """
 
@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from vlp_jax.data.prepare import paths, runner
-from vlp_jax.data.prepare.examples import Candidate, Fault, Reference, kinds_of, place
+from vlp_jax.data.prepare.examples import Candidate, Reference, SkippedExample, kinds_of, place
 from vlp_jax.data.prepare.images import image_fault
 from vlp_jax.data.prepare.inputs import Input, Unit
 
@@ -29,7 +29,7 @@ _PLAN = "plan.json"
 
 @dataclass
 class Summary:
-    """What a part of the first pass found; parts are merged by `merge`.
+    """The counts of a part of the first pass; `merge` adds parts up.
 
     Attributes:
       buckets: bucket -> examples.
@@ -62,7 +62,7 @@ class Summary:
         usual = round(self.whole[1] / self.whole[0]) if self.whole[0] else 0
         return sum(max(0, usual - read - 1) for read in self.cut)
 
-    def add_fault(self, fault: Fault) -> None:
+    def add_fault(self, fault: SkippedExample) -> None:
         count, lines = self.faults.get(fault.reason, [0, []])
         self.faults[fault.reason] = [count + 1, [*lines, fault.line()][:NAMED]]
 
@@ -72,7 +72,7 @@ class Summary:
 
 
 def merge(summaries: Iterable[dict[str, Any]]) -> dict[str, Any]:
-    """One summary of several, as dicts; the order in which they come does not matter."""
+    """Adds up summaries, as dicts; their order does not matter."""
     total = Summary()
     for part in (Summary(**summary) for summary in summaries):
         total.buckets.update(part.buckets)
@@ -83,6 +83,7 @@ def merge(summaries: Iterable[dict[str, Any]]) -> dict[str, Any]:
             total.kinds[name] = sorted(set(kinds).union(total.kinds.get(name, ())))
         total.whole = [a + b for a, b in zip(total.whole, part.whole, strict=True)]
         total.cut = sorted([*total.cut, *part.cut])
+        # The smaller of two is named, so that the message does not depend on the runner.
         both = sorted([d for d in (total.duplicates, part.duplicates) if d], key=lambda d: d[1:])
         total.duplicates = [sum(d[0] for d in both), *both[0][1:]] if both else []
         total.bytes += part.bytes
@@ -91,7 +92,7 @@ def merge(summaries: Iterable[dict[str, Any]]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Pass:
-    """What the workers of the first pass are told.
+    """The settings that the workers of the first pass get.
 
     Attributes:
       input: what is read.
@@ -109,7 +110,7 @@ class Pass:
 
 
 def number_of_buckets(estimated_examples: int) -> int:
-    """So many that a worker can hold one."""
+    """The number of buckets, so large that a worker can hold the lines of one."""
     return min(max(estimated_examples // _BUCKET_EXAMPLES, 1), _MAX_BUCKETS)
 
 
@@ -131,6 +132,7 @@ def make(job: Pass, units: Sequence[Unit], flags: Sequence[str]) -> Summary:
         found = (
             pipeline
             | "Units" >> beam.Create(list(units))
+            # Without it Beam would fuse the steps, and one worker would read all units.
             | "Spread" >> beam.Reshuffle()
             | "Look" >> beam.FlatMap(look, job)
         )
@@ -169,13 +171,14 @@ def _write_plan(summary: dict[str, Any], work: str) -> None:
 
 
 def look(unit: Unit, job: Pass) -> Iterator[tuple[int | None, Any]]:
-    """The good examples of a unit as (bucket, line), and last (None, summary as a dict)."""
+    """Yields the good examples of a unit as (bucket, line), and last (None, summary as a dict)."""
     summary = Summary()
     count = seen = 0
     ended = False
     with _Staging(job.work, unit) as staging, ThreadPoolExecutor(os.cpu_count()) as pool:
-        scanned = iter(job.input.scan(unit, job.check_images))
+        scanned = job.input.scan(unit)
         while chunk := list(itertools.islice(scanned, _AT_ONCE)):
+            # Headers take microseconds, which threads would only add to.
             faults = (pool.map if job.check_images else map)(
                 lambda item: _fault(item, job.check_images), chunk
             )
@@ -187,33 +190,32 @@ def look(unit: Unit, job: Pass) -> Iterator[tuple[int | None, Any]]:
                     continue
                 path, offset = staging.keep(item)
                 order = place(job.seed, item.id)
-                reference = Reference(item.id, path, offset, item.size, item.captions, item.fields)
+                reference = Reference(
+                    item.id, path, offset, len(item.image), item.captions, item.fields
+                )
                 summary.add_kinds(item)
-                summary.bytes += item.size
+                summary.bytes += len(item.image)
                 count += 1
+                # The first 32 bits of the hash choose the bucket, so that buckets are in its order.
                 yield int(order[:8], 16) * job.buckets >> 32, f"{order} {reference.dumps()}"
     if ended:
         summary.cut = [seen]
     else:
         summary.whole = [1, seen]
+    # An empty file whose name carries the count: progress is known by listing a folder.
     paths.write_bytes(paths.join(job.work, "looked_at", f"{unit.number:06d}-{count}"), b"")
     yield None, vars(summary)
 
 
-def _fault(item: Candidate | Fault, decode: bool) -> Fault | None:
-    if isinstance(item, Fault):
+def _fault(item: Candidate | SkippedExample, decode: bool) -> SkippedExample | None:
+    if isinstance(item, SkippedExample):
         return item
-
-    def read_all() -> bytes:
-        return paths.read_ranges([(item.path, item.offset, item.size)])[0]
-
-    whole = len(item.data) == item.size
-    found = image_fault(item.data, None if whole else read_all, decode)
-    return None if found is None else Fault(found[0], item.where, found[1])
+    found = image_fault(item.image, decode)
+    return None if found is None else SkippedExample(found[0], item.where, found[1])
 
 
 class _Staging:
-    """Images that cannot be read again by themselves, one after another in a file of the unit.
+    """Writes images that cannot be read again singly, one after another, to a file of the unit.
 
     A row of Parquet costs the decoding of its row group, so that shards of a shuffled order would
     each decode nearly the whole input; this way it is decoded once.
@@ -228,14 +230,14 @@ class _Staging:
         return self
 
     def keep(self, item: Candidate) -> tuple[str, int]:
-        """Where the image can be read: (path, offset)."""
+        """Writes the image if it cannot be read again; returns its path and offset."""
         if item.path is not None:
             return item.path, item.offset
         if self._stream is None:
             self._stream = local_temporary(self._path)
-        self._stream.write(item.data)
-        self._offset += item.size
-        return self._path, self._offset - item.size
+        self._stream.write(item.image)
+        self._offset += len(item.image)
+        return self._path, self._offset - len(item.image)
 
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
         if self._stream is None:
@@ -260,6 +262,7 @@ def write_bucket(bucket: tuple[int, Iterable[str]], work: str) -> dict[str, Any]
     number, lines = bucket[0], sorted(bucket[1])
     summary = Summary(buckets={str(number): len(lines)})
     for one, other in itertools.pairwise(lines):
+        # Equal ids have equal hashes and so end up side by side, in one bucket.
         if one[:32] == other[:32]:
             pair = [Reference.loads(line[33:]) for line in (one, other)]
             pair.sort(key=lambda reference: (reference.path, reference.offset))

@@ -1,4 +1,4 @@
-"""Apache Beam: imported when needed, given its flags, kept quiet, its errors made readable."""
+"""Apache Beam: lazy import, flags, quiet logging and readable errors."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def import_beam() -> ModuleType:
 
 
 def check_flags(flags: Sequence[str]) -> None:
-    """Looks whether all flags are Beam's, which would ignore a misspelt one.
+    """Checks that all flags are Beam's, because Beam ignores a misspelt one.
 
     Raises:
       UserError: naming the first that is not, and what comes near it.
@@ -45,6 +45,7 @@ def check_flags(flags: Sequence[str]) -> None:
     import_beam()
     from apache_beam.options.pipeline_options import PipelineOptions
 
+    # Beam has no list of all flags; its classes of options add them to a parser.
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for options in PipelineOptions.__subclasses__():
         options._add_argparse_args(parser)
@@ -70,11 +71,7 @@ def run(build: Callable[[Any], None], flags: Sequence[str]) -> None:
         on any runner; anything else is raised as it is.
     """
     beam = import_beam()
-    from apache_beam.options.pipeline_options import (
-        DirectOptions,
-        PipelineOptions,
-        StandardOptions,
-    )
+    from apache_beam.options.pipeline_options import DirectOptions, PipelineOptions, StandardOptions
     from apache_beam.runners.portability.fn_api_runner import FnApiRunner
 
     options = PipelineOptions(list(flags))

@@ -1,4 +1,4 @@
-"""The second pass: each shard is written by itself, from its run of the order."""
+"""The second pass: writes each shard from its run of the order."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _RECORDS = "shards"
 
 @dataclass(frozen=True)
 class Shards:
-    """What the workers of the second pass are told.
+    """The settings that the workers of the second pass get.
 
     Attributes:
       output: the folder of the shards.
@@ -100,6 +100,7 @@ def write_shard(index: int, shards: Shards) -> None:
             "sha256": sha256(stream.name),
             "fingerprint": fingerprint,
         }
+        # The record before the shard: see above.
         paths.write_bytes(_record_path(shards.work, name), json.dumps(record).encode())
         paths.put(stream.name, path)
     except BaseException:
@@ -109,7 +110,7 @@ def write_shard(index: int, shards: Shards) -> None:
 
 
 def _fingerprint(lines: Sequence[str], shards: Shards) -> str:
-    """SHA-256 of all that a shard is made of, its images by their place and size."""
+    """SHA-256 of everything that a shard depends on; images count by their place and size."""
     digest = hashlib.sha256(json.dumps([shards.format, shards.types], sort_keys=True).encode())
     for line in lines:
         digest.update(f"{line}\n".encode())
@@ -121,6 +122,7 @@ def _batches(references: Sequence[Reference]) -> Iterator[list[Reference]]:
     size = 0
     for reference in references:
         full = len(batch) == _BATCH_EXAMPLES or size + reference.size > _BATCH_BYTES
+        # A request for many ranges goes to one filesystem.
         if batch and (full or _filesystem_of(reference) != _filesystem_of(batch[0])):
             yield batch
             batch, size = [], 0
@@ -139,7 +141,7 @@ def _record_path(work: str, name: str) -> str:
 
 
 def load_record(work: str, name: str) -> dict[str, Any] | None:
-    """What a worker noted of a shard: file, examples, bytes, sha256, fingerprint; or None."""
+    """The record of a shard: file, examples, bytes, sha256, fingerprint; None if there is none."""
     try:
         return json.loads(paths.read_bytes(_record_path(work, name)))
     except FileNotFoundError:
@@ -153,7 +155,13 @@ def records(work: str) -> list[str]:
 
 
 def fault_of(record: dict[str, Any], folder: str, read: bool) -> str | None:
-    """What is wrong with a finished shard, or None; with `read`, its checksum is compared."""
+    """Describes what is wrong with a finished shard; None if nothing is.
+
+    Args:
+      record: of the shard, from `load_record` or a manifest.
+      folder: of the shard.
+      read: whether to read the shard and compare its checksum, or only its size.
+    """
     path = paths.join(folder, record["file"])
     size = paths.size_of(path)
     if size is None:

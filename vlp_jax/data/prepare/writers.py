@@ -8,7 +8,7 @@ import tarfile
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
-from vlp_jax.data.lazy_tensorflow import import_tensorflow
+from vlp_jax.data.lazy_tensorflow import tf
 from vlp_jax.data.prepare.examples import CAPTIONS, ID, IMAGE, Reference, Value
 from vlp_jax.data.prepare.images import image_type
 
@@ -23,14 +23,11 @@ class Writer(Protocol):
     def close(self) -> None: ...
 
 
-class ArrayRecordWriter:
-    """ArrayRecord (github.com/google/array_record), each record by itself for random access."""
+class RecordWriter:
+    """Serialized examples, by a writer of the format's own library."""
 
-    def __init__(self, path: str, types: FieldTypes):
-        from array_record.python.array_record_module import ArrayRecordWriter
-
-        self._writer = ArrayRecordWriter(path, "group_size:1")
-        self._types = types
+    def __init__(self, writer: Any, types: FieldTypes):
+        self._writer, self._types = writer, types
 
     def write(self, reference: Reference, image: bytes) -> None:
         self._writer.write(serialize(reference, image, self._types))
@@ -39,18 +36,16 @@ class ArrayRecordWriter:
         self._writer.close()
 
 
-class TFRecordWriter:
-    """TFRecord, uncompressed (tensorflow.org/tutorials/load_data/tfrecord)."""
+def array_record_writer(path: str, types: FieldTypes) -> RecordWriter:
+    """Opens an ArrayRecord file (github.com/google/array_record); records are read singly."""
+    from array_record.python.array_record_module import ArrayRecordWriter
 
-    def __init__(self, path: str, types: FieldTypes):
-        self._writer = import_tensorflow().io.TFRecordWriter(path)
-        self._types = types
+    return RecordWriter(ArrayRecordWriter(path, "group_size:1"), types)
 
-    def write(self, reference: Reference, image: bytes) -> None:
-        self._writer.write(serialize(reference, image, self._types))
 
-    def close(self) -> None:
-        self._writer.close()
+def tfrecord_writer(path: str, types: FieldTypes) -> RecordWriter:
+    """Opens an uncompressed TFRecord file (tensorflow.org/tutorials/load_data/tfrecord)."""
+    return RecordWriter(tf.io.TFRecordWriter(path), types)
 
 
 class WebDatasetWriter:
@@ -84,8 +79,8 @@ class WebDatasetWriter:
 
 # The formats, each with the ending of its files.
 WRITERS: dict[str, tuple[str, Callable[[str, FieldTypes], Writer]]] = {
-    "array_record": ("array_record", ArrayRecordWriter),
-    "tfrecord": ("tfrecord", TFRecordWriter),
+    "array_record": ("array_record", array_record_writer),
+    "tfrecord": ("tfrecord", tfrecord_writer),
     "webdataset": ("tar", WebDatasetWriter),
 }
 
@@ -98,7 +93,6 @@ def tar_key(id: str) -> str:
 
 def serialize(reference: Reference, image: bytes, types: FieldTypes) -> bytes:
     """A tf.train.Example with the features `id`, `image`, `captions` and the further fields."""
-    tf = import_tensorflow()
     values: dict[str, Value] = {
         ID: reference.id,
         IMAGE: image,
@@ -117,12 +111,13 @@ def serialize(reference: Reference, image: bytes, types: FieldTypes) -> bytes:
             feature.bytes_list.value.extend(
                 item if isinstance(item, bytes) else item.encode() for item in items
             )
-    # Features are a map, whose order only this fixes.
+    # Features are a map. Only `deterministic` fixes the order in which it is written.
     return example.SerializeToString(deterministic=True)
 
 
 def _as_listed(value: Value, kind: Mapping[str, Any]) -> Value:
     items = value if isinstance(value, list) else [value]
     if kind["dtype"] == "float32":
+        # JSON would write 3 for a float of some examples, and readers take the type from there.
         items = [float(item) for item in items]
     return items if kind["list"] else items[0]

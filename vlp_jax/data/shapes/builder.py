@@ -122,7 +122,7 @@ class Shapes(tfds.core.GeneratorBasedBuilder):
             builder=self,
             description=self.__doc__,
             features=tfds.features.FeaturesDict(features),
-            # Records are independent draws: their order is that of their index.
+            # Records are independent draws, and record i has to be scene i.
             disable_shuffling=True,
         )
 
@@ -209,6 +209,7 @@ def _is_prepared(builder: Shapes) -> bool:
 
 
 def _download_and_prepare(builder: Shapes) -> None:
+    # Progress bars would fill the log of a job.
     if not sys.stderr.isatty():
         tfds.disable_progress_bar()
     config = tfds.download.DownloadConfig(try_download_gcs=False)

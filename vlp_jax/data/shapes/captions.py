@@ -148,6 +148,7 @@ def detailed(scene: Scene, rng: np.random.Generator) -> str:
         phrase = noun_phrase(obj, FULL, rng)
         again = any(p.split(" ", 1)[1] == phrase for p in phrases)
         phrases.append(f"another {phrase}" if again else vocabulary.with_article(phrase))
+    # Four tokens are kept for "on a white background".
     room = vocabulary.MAX_CAPTION_TOKENS - vocabulary.num_tokens(join(phrases)) - 4
     for i, obj in enumerate(objects):
         place = position_phrase(obj.position, rng)

@@ -80,6 +80,7 @@ def _moving(rng: np.random.Generator, combination: tuple[str, str], motion: str)
             for (dx, dy), radius, angle in zip(path, radii, angles, strict=True)
         ]
     )
+    # The corners over the whole path say how far the start may lie from each edge.
     low, high = 1.0 - corners[:, :2].min(axis=0), geometry.IMAGE_SIZE - 1.0 - corners[:, 2:].max(0)
     origin = rng.uniform(low, high)
     still = SceneObject(

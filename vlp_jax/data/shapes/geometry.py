@@ -54,6 +54,7 @@ _OUTLINES: dict[str, np.ndarray] = {
 
 
 def _dents(points: np.ndarray) -> tuple[int, ...]:
+    # The sign of the turn at a dent differs from the sign of the outline's whole turn.
     before, after = points - np.roll(points, 1, axis=0), np.roll(points, -1, axis=0) - points
     turn = before[:, 0] * after[:, 1] - before[:, 1] * after[:, 0]
     return tuple(int(i) for i in np.flatnonzero(turn * np.sign(turn.sum()) < -1e-9))
@@ -88,7 +89,7 @@ def bounds(points: np.ndarray) -> tuple[float, float, float, float]:
 
 
 def overlap(a: tuple[float, ...], b: tuple[float, ...]) -> float:
-    """Shared area of two (left, top, right, bottom) boxes over that of the smaller, in [0, 1].
+    """Shared area of two (left, top, right, bottom) boxes over the area of the smaller, in [0, 1].
 
     It is never below their intersection over union, so a bound on it bounds that too.
     """

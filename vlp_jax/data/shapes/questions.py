@@ -197,6 +197,7 @@ def _same(scene: Scene, rng: np.random.Generator) -> Question | None:
         return None
     holds = rng.random() < 0.5
     pairs = [(a, b) for a in scene.objects for b in scene.objects if a is not b]
+    # `number` is neither 1 nor all, so there are pairs of both sorts.
     fitting = [p for p in pairs if (getattr(p[0], attribute) == getattr(p[1], attribute)) == holds]
     a, b = pick(rng, fitting)
     first, second = _the(scene, a, rng, attribute), _the(scene, b, rng, attribute)

@@ -150,7 +150,7 @@ def _chunk(spec: Spec, split: str, number: int) -> list[Record]:
 
 
 def default_num_workers() -> int:
-    """As many rendering processes as there are CPUs for this one, at most 8."""
+    """The number of rendering processes: one for each CPU of this process, at most 8."""
     if hasattr(os, "sched_getaffinity"):
         return min(8, len(os.sched_getaffinity(0)))
     return min(8, os.cpu_count() or 1)
@@ -180,6 +180,7 @@ def stream_records(spec: Spec, split: str, num_workers: int | None = None) -> It
             stack.enter_context(_Worker(spec.name, split, i, num_workers))
             for i in range(num_workers)
         ]
+        # Worker i renders chunks i, i + n, ...: taking turns gives them in order.
         for number in range(num_chunks):
             yield from workers[number % num_workers].next_chunk()
 
@@ -194,8 +195,10 @@ class _Worker:
             [*command, str(num_workers)],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
+            # One thread each: the workers share the processors among them.
             env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
         )
+        # Bounded, so that a fast worker waits for the writer instead of filling the memory.
         self._chunks: queue.Queue[list[Record] | None] = queue.Queue(maxsize=8)
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._read, daemon=True)

@@ -60,6 +60,7 @@ def coverage(obj: scenes.SceneObject) -> tuple[tuple[int, int], np.ndarray, np.n
     # Pillow puts a sample at the integer coordinate; ours lie half a sample further in.
     points = (obj.outline - (column, row)) * SUPERSAMPLING - 0.5
     polygon = [tuple(p) for p in points.tolist()]
+    # 8 x 8 samples a pixel, then a mean: exact coverage, the same on every machine.
     body = Image.new("L", extent, 0)
     ImageDraw.Draw(body).polygon(polygon, fill=255)
     marks = Image.new("L", extent, 0)

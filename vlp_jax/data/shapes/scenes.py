@@ -1,4 +1,4 @@
-"""What is in a picture: sampling of scenes as a pure function of (seed, split, index)."""
+"""Scenes of objects, sampled as a pure function of (seed, split, index)."""
 
 from __future__ import annotations
 
@@ -201,6 +201,7 @@ def _arranged(rng: np.random.Generator, combinations: list[tuple[str, str]]) -> 
     """Objects in distinct cells that hardly overlap; sizes are drawn again with the places."""
     num_objects = len(combinations)
     large_fraction = (0.6, 0.5, 0.4, 0.3)[num_objects - 1]
+    # Drawing everything again keeps all arrangements equally likely; moving one object would not.
     while True:
         cells = rng.permutation(len(vocabulary.POSITIONS))[:num_objects]
         objects: list[SceneObject] = []
@@ -224,6 +225,7 @@ def sample_scene(seed: int, split: str, index: int) -> Scene:
     num_objects = 1 + int(np.searchsorted(_NUM_OBJECTS_CUMULATIVE, rng.random(), side="right"))
     combinations = sample_combinations(rng, num_objects, split)
     objects = _arranged(rng, combinations)
+    # The largest object gives the picture its label.
     objects.sort(key=lambda o: -o.radius)
     return Scene(objects=tuple(objects), background=sample_background(rng))
 

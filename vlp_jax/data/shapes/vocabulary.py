@@ -4,16 +4,7 @@ from __future__ import annotations
 
 import re
 
-COLORS: tuple[str, ...] = (
-    "red",
-    "orange",
-    "yellow",
-    "green",
-    "cyan",
-    "blue",
-    "purple",
-    "pink",
-)
+COLORS: tuple[str, ...] = ("red", "orange", "yellow", "green", "cyan", "blue", "purple", "pink")
 SHAPES: tuple[str, ...] = ("circle", "square", "triangle", "star", "cross", "heart")
 SIZES: tuple[str, ...] = ("small", "large")
 TEXTURES: tuple[str, ...] = ("solid", "striped", "dotted", "outlined")
@@ -72,6 +63,7 @@ ANSWERS: tuple[str, ...] = (
 MAX_CAPTION_TOKENS = 28
 CAPTIONS_PER_SCENE = 6
 
+# Words and punctuation marks, as CLIP's tokenizer would split plain captions.
 _TOKEN = re.compile(r"\w+|[^\w\s]")
 
 

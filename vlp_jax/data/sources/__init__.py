@@ -1,4 +1,4 @@
-"""Where examples come from. A new format is one file here and one line in `SOURCES`."""
+"""Sources of examples. A new format is one file here and one line in `SOURCES`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from vlp_jax.data.sources.base import Blocks, FieldSpec, Source, as_plain
+from vlp_jax.data.sources.base import Blocks, FieldSpec, Source, WrappedSource, as_plain
 from vlp_jax.data.sources.renamed import rename, usual_names
 from vlp_jax.errors import UserError, unknown_key_message
 
@@ -38,7 +38,7 @@ COMMON_KEYS = (
 
 
 def build_source(config: Mapping[str, Any]) -> Source:
-    """The source that a data config describes, narrowed by its `where` and `limit`.
+    """Builds the source that a data config describes, narrowed by its `where` and `limit`.
 
     Args:
       config: `source`, a name in `SOURCES`; the fields of that source's dataclass; and optionally
@@ -70,6 +70,7 @@ def build_source(config: Mapping[str, Any]) -> Source:
         if key not in keys and field.default is dataclasses.MISSING:
             raise UserError(f"data.{key} is not set, and source {name!r} needs it")
     source = cls(**keys)
+    source.fields()  # sources of files look at their first records here
     names = config.get("fields")
     if names is None and name in FOREIGN_NAMES:
         names = usual_names(source, others=getattr(source, "fields_are_declared", False))
@@ -77,7 +78,7 @@ def build_source(config: Mapping[str, Any]) -> Source:
 
 
 def select(source: Source, where: Mapping[str, Any] | None, limit: int | None) -> Source:
-    """The examples of `source` whose fields equal those of `where`, and of them the first `limit`.
+    """Selects the examples of `source` whose fields have the values in `where`, the first `limit`.
 
     Raises:
       UserError: for a field that does not exist or is not a scalar, an unknown class name, a limit
@@ -87,6 +88,7 @@ def select(source: Source, where: Mapping[str, Any] | None, limit: int | None) -
     if limit is not None and (not whole or limit < 1):
         raise UserError(f"data.limit={limit!r} must be a whole number of at least 1")
     if where:
+        # Whole columns: which examples match must be known before their order is.
         kept = np.ones(len(source), bool)
         for name, value in where.items():
             wanted = _wanted(source, name, value)
@@ -124,30 +126,10 @@ def _wanted(source: Source, name: str, value: Any) -> Any:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Subset(Source):
+class Subset(WrappedSource):
     """The examples of another source at `indices`, int64 [n], in rising order."""
 
-    source: Source
     indices: np.ndarray
-
-    @property
-    def needs_tensorflow(self) -> bool:
-        return self.source.needs_tensorflow
-
-    def fields(self) -> Mapping[str, FieldSpec]:
-        return self.source.fields()
-
-    def look_for(self, name: str) -> str:
-        return self.source.look_for(name)
-
-    def record_fields(self) -> Mapping[str, FieldSpec]:
-        return self.source.record_fields()
-
-    def parse(self, record: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
-        return self.source.parse(record, names)
-
-    def class_names(self, field: str) -> tuple[str, ...] | None:
-        return self.source.class_names(field)
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -168,7 +150,7 @@ class Subset(Source):
         return f"{self.source.fingerprint()}[{chosen}]"
 
     def blocks(self) -> Blocks | None:
-        """Those of the other source, as far as examples of them are left."""
+        """The other source's blocks, without the examples that are not in the subset."""
         whole = self.source.blocks()
         if whole is None:
             return None

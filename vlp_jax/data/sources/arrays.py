@@ -5,15 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
+from vlp_jax.data.lazy_tensorflow import tf
 from vlp_jax.data.sources.base import STRING, FieldSpec, Source
 from vlp_jax.errors import UserError
-
-if TYPE_CHECKING:
-    import tensorflow as tf
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,7 +61,6 @@ class ArraysSource(Source):
     def fetch(
         self, indices: np.ndarray, names: Sequence[str] | None = None
     ) -> dict[str, np.ndarray]:
-        del names
         return {name: column[indices] for name, column in self._columns.items()}
 
     def parse(self, record: dict[str, tf.Tensor], names: Sequence[str]) -> dict[str, tf.Tensor]:
@@ -91,7 +88,7 @@ def _as_column(name: str, values: Any) -> np.ndarray:
         column[:] = [v.encode("utf-8", "replace") if isinstance(v, str) else v for v in values]
         return column
     try:
-        array = np.asarray(values)
+        array = np.asarray(values)  # lists of different lengths are a ValueError
     except ValueError:
         raise UserError(wrong) from None
     if array.ndim == 0 or array.dtype.kind not in "biuf":

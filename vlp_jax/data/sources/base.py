@@ -1,15 +1,14 @@
-"""What the pipeline asks of a source of examples."""
+"""The interface of a source of examples."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
-if TYPE_CHECKING:
-    import tensorflow as tf
+from vlp_jax.data.lazy_tensorflow import tf
 
 
 @dataclass(frozen=True)
@@ -56,7 +55,7 @@ class Blocks:
 
 
 class Source(Protocol):
-    """Examples that are numbered. An example is a flat dict of named fields.
+    """Numbered examples. An example is a flat dict of named fields.
 
     Reading has two halves, so that Python handles many examples at a time and TensorFlow one:
     `fetch` reads records of many examples in NumPy, and `parse` turns the record of one example
@@ -77,15 +76,14 @@ class Source(Protocol):
         ...
 
     def look_for(self, name: str) -> str:
-        """Told that a config names the field `name`, which `fields` may lack.
+        """Looks for a field that a config names and `fields` may lack.
 
         A source that knows its fields from its first records looks into more of them, and adds the
         field to `fields` if it is there.
 
         Returns:
-          why there is no such field, where the source knows more than that.
+          Why there is no such field, "" if the source knows no reason.
         """
-        del name
         return ""
 
     def record_fields(self) -> Mapping[str, FieldSpec]:
@@ -119,7 +117,6 @@ class Source(Protocol):
 
     def class_names(self, field: str) -> tuple[str, ...] | None:
         """The names of the classes that the integer `field` counts, or None if not known."""
-        del field
         return None
 
     def describe(self, index: int) -> str:
@@ -127,20 +124,68 @@ class Source(Protocol):
         ...
 
     def fingerprint(self) -> str:
-        """What changes when an example gets another number, so that an order cannot go on."""
+        """A string that changes if examples get other numbers, so that an order cannot go on."""
         ...
 
     def blocks(self) -> Blocks | None:
-        """How the examples lie in blocks that are best read one by one; None: in any order."""
+        """The blocks that are best read one by one; None if any order is as good."""
         return None
 
     def will_read(self, indices: np.ndarray) -> None:
-        """Told which examples will be read in a while; returns at once."""
-        del indices
+        """Prepares for examples that will be read in a while; returns at once."""
+
+
+@dataclass(frozen=True, eq=False)
+class WrappedSource(Source):
+    """Another source, to which every call is handed on; subclasses change some of them."""
+
+    source: Source
+
+    @property
+    def needs_tensorflow(self) -> bool:
+        return self.source.needs_tensorflow
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def fields(self) -> Mapping[str, FieldSpec]:
+        return self.source.fields()
+
+    def look_for(self, name: str) -> str:
+        return self.source.look_for(name)
+
+    def record_fields(self) -> Mapping[str, FieldSpec]:
+        return self.source.record_fields()
+
+    def fetch(
+        self, indices: np.ndarray, names: Sequence[str] | None = None
+    ) -> dict[str, np.ndarray]:
+        return self.source.fetch(indices, names)
+
+    def parse(self, record: dict[str, tf.Tensor], names: Sequence[str]) -> dict[str, tf.Tensor]:
+        return self.source.parse(record, names)
+
+    def column(self, name: str) -> np.ndarray:
+        return self.source.column(name)
+
+    def class_names(self, field: str) -> tuple[str, ...] | None:
+        return self.source.class_names(field)
+
+    def describe(self, index: int) -> str:
+        return self.source.describe(index)
+
+    def fingerprint(self) -> str:
+        return self.source.fingerprint()
+
+    def blocks(self) -> Blocks | None:
+        return self.source.blocks()
+
+    def will_read(self, indices: np.ndarray) -> None:
+        self.source.will_read(indices)
 
 
 def as_plain(value: Any) -> Any:
-    """A config value with its ml_collections mappings turned into dicts, all levels deep."""
+    """Turns a config value's ml_collections mappings into dicts, all levels deep."""
     if hasattr(value, "items"):
         return {key: as_plain(item) for key, item in value.items()}
     return value

@@ -1,11 +1,11 @@
-"""Images with their captions and labels, as a CSV, TSV or JSONL file lists them."""
+"""Caption files: CSV, TSV or JSONL lists of images with captions and labels."""
 
 from __future__ import annotations
 
 import logging
 import os
 import unicodedata
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from vlp_jax.errors import UserError
 # The last of each is Flickr30k's.
 IMAGE_FIELDS = ("path", "file", "filename", "filepath", "file_name", "image", "image_name")
 CAPTION_FIELDS = ("caption", "captions", "text", "title", "comment")
-_SOUND: Mapping[str, bytes] = {}  # one for all entries without a fault
+_NOTHING: Mapping[str, Any] = {}  # shared by all entries, to save memory
 _log = logging.getLogger("vlp_jax.data")
 
 
@@ -31,6 +31,7 @@ class Entry:
       file: as opened.
       captions: none of them empty.
       label: as `labels.label_text` gives it; None if there is none.
+      columns: further column -> value.
       faults: field -> why it cannot be had, as `faults.marked` says it.
     """
 
@@ -38,7 +39,24 @@ class Entry:
     file: str
     captions: tuple[str, ...]
     label: str | None
+    columns: Mapping[str, Any]
     faults: Mapping[str, bytes]
+
+
+@dataclass(frozen=True)
+class CaptionFile:
+    """The content of a caption file.
+
+    Attributes:
+      entries: the images in the order of the file, rows of one image merged.
+      labels: each label that occurs, with the place of its first for messages.
+      image_column, caption_column: the columns that were read.
+    """
+
+    entries: list[Entry]
+    labels: Mapping[str, str]
+    image_column: str
+    caption_column: str
 
 
 def find_caption_file(root: Path, name: str | None) -> Path:
@@ -69,15 +87,20 @@ def read_entries(
     image_field: str | None,
     caption_field: str | None,
     label_field: str | None,
-) -> tuple[list[Entry], dict[str, str]]:
-    """The images that a caption file lists, in its order, rows of one image merged.
+    further: Sequence[str] = (),
+) -> CaptionFile:
+    """Reads a caption file and looks which of its images are there.
 
-    Returns:
-      The images; and each label that occurs, with the place of its first for messages.
+    Args:
+      root: the folder that paths are relative to.
+      file: the caption file.
+      image_field, caption_field: columns; None takes the first of the usual ones.
+      label_field: a column; None for no labels.
+      further: columns to keep.
 
     Raises:
-      UserError: as `tables.rows`, and for columns that are not there, labels of an image that
-        disagree, or a file without rows.
+      UserError: as `tables.rows`, and for columns that are not there, labels or further columns of
+        an image that disagree, or a file without rows.
     """
     found = _Listed()
     columns: tuple[str, str] | None = None
@@ -89,14 +112,18 @@ def read_entries(
             )
             if label_field is not None:
                 choose_column(row, label_field, (), "data.label_field", file)
+            for name in further:
+                choose_column(row, name, (), "data.columns", file)
         path = _caption(row.get(columns[0]))[0]
         if path:
             path = normal_path(os.path.relpath(path, root) if os.path.isabs(path) else path)
         label = None if label_field is None else label_text(row.get(label_field))
-        found.add(where, path, row.get(columns[1]), label)
+        found.add(
+            where, path, row.get(columns[1]), label, {name: row.get(name) for name in further}
+        )
     if columns is None:
         raise UserError(f"caption file {file} has no rows")
-    return found.entries(root, file, label_field), found.places
+    return CaptionFile(found.entries(root, file, label_field), found.places, *columns)
 
 
 class _Listed:
@@ -106,12 +133,15 @@ class _Listed:
         self.places: dict[str, str] = {}  # label -> where it occurs first
         self._captions: dict[str, list[str]] = {}
         self._labels: dict[str, str] = {}
+        self._columns: dict[str, Mapping[str, Any]] = {}
         self._wrong: dict[str, tuple[str, str]] = {}  # image -> what its first bad caption is
         self._nameless: set[str] = set()
 
-    def add(self, where: str, path: str, captions: Any, label: str | None) -> None:
+    def add(
+        self, where: str, path: str, captions: Any, label: str | None, columns: Mapping[str, Any]
+    ) -> None:
         if not path:
-            path = where  # such a row is an example that cannot be used
+            path = where  # the row counts as an example that cannot be used
             self._nameless.add(path)
         known = self._captions.setdefault(path, [])
         for value in captions if isinstance(captions, list) and captions else [captions]:
@@ -120,6 +150,8 @@ class _Listed:
                 known.append(text)
             else:
                 self._wrong.setdefault(path, (reason, where))
+        if columns and self._columns.setdefault(path, columns) != columns:
+            raise UserError(f"{where}: {path} has {columns} but had {self._columns[path]}")
         if label is None:
             return
         self.places.setdefault(label, where)
@@ -143,7 +175,8 @@ class _Listed:
             if label_field is not None and label is None:
                 faults["label"] = marked(MISSING_FIELD, f"{file} gives it no {label_field!r}")
             opened = path if path in self._nameless else files.get(path, os.path.join(root, path))
-            entries.append(Entry(path, opened, tuple(captions), label, faults or _SOUND))
+            columns = self._columns.get(path, _NOTHING)
+            entries.append(Entry(path, opened, tuple(captions), label, columns, faults or _NOTHING))
         left_out = [place for path, (_, place) in self._wrong.items() if self._captions[path]]
         if left_out:
             _log.warning(
@@ -155,7 +188,7 @@ class _Listed:
 
 
 def _caption(value: Any) -> tuple[str, str]:
-    """(caption, "") or ("", reason)."""
+    """Cleans a caption: (text, "") or ("", one of `faults.REASONS`)."""
     if isinstance(value, int | float) and not isinstance(value, bool) and value == value:
         value = str(value)
     if value is not None and value == value and not isinstance(value, str):
@@ -172,7 +205,8 @@ def normal_path(path: str) -> str:
 
 
 def _locate(root: Path, paths: Iterable[str]) -> dict[str, str]:
-    """Path as written -> file to open, by one walk of the folder instead of a look at each."""
+    """Finds the file to open for each path as written."""
+    # On a network disk a look at each of a million paths takes hours, a walk minutes.
     present = dict(walk(str(root), ""))
     found: dict[str, str] = {}
     for path in paths:
@@ -185,7 +219,7 @@ def _locate(root: Path, paths: Iterable[str]) -> dict[str, str]:
 
 
 def walk(folder: str, prefix: str) -> Iterator[tuple[str, str]]:
-    """(normal path below the first folder, path to open) of all files below `folder`."""
+    """Yields (normal path below the first folder, path to open) of all files below `folder`."""
     with os.scandir(folder) as entries:
         for entry in entries:
             if entry.is_dir(follow_symlinks=False):

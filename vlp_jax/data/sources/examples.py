@@ -5,19 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
-from vlp_jax.data import faults
-from vlp_jax.data.lazy_tensorflow import import_tensorflow
-from vlp_jax.data.sources.base import STRING, Blocks, FieldSpec, Source
+from vlp_jax.data.lazy_tensorflow import tf
+from vlp_jax.data.sources.base import Blocks, FieldSpec
 from vlp_jax.data.sources.manifest import find_pieces
-from vlp_jax.data.sources.records import ArrayRecordFiles, RecordFiles, TFRecordFiles
+from vlp_jax.data.sources.records import ArrayRecordFiles, RecordFiles, RecordSource, TFRecordFiles
 from vlp_jax.errors import UserError, unknown_key_message
-
-if TYPE_CHECKING:
-    import tensorflow as tf
 
 DTYPES = {"bytes": np.dtype(object), "int64": np.dtype(np.int64), "float32": np.dtype(np.float32)}
 BLOCK, WINDOW = 256, 4  # records of one file that are read together, and such blocks at a time
@@ -27,7 +23,7 @@ _COLUMN_CHUNK = 1024
 
 
 @dataclass(frozen=True)
-class TFRecordSource(Source):
+class TFRecordSource(RecordSource):
     """tf.train.Example records in TFRecord files, gzipped or not.
 
     The fields are the examples' features under their own names; `features` of img2dataset's files
@@ -62,7 +58,7 @@ class TFRecordSource(Source):
         return find_pieces(self.path, self.suffix, self.kind)
 
     @cached_property
-    def _files(self) -> RecordFiles:
+    def files(self) -> RecordFiles:
         return self.reader(self._found[0], cache_dir=self.cache_dir, cache_gib=self.cache_gib)
 
     @cached_property
@@ -82,7 +78,7 @@ class TFRecordSource(Source):
     def look_for(self, name: str) -> str:
         if name in self._features or self.fields_are_declared:
             return ""
-        shards = self._files.shards
+        shards = self.shards
         count = len(self) if shards.in_place else shards.pieces[0].count
         indices = np.arange(0, count, -(-count // _FURTHER))
         found = self._features_of(indices)
@@ -94,7 +90,7 @@ class TFRecordSource(Source):
         return f"{unknown}, or name all by data.features"
 
     def _seen_features(self) -> dict[str, FieldSpec]:
-        """The features of the first examples; `look_for` adds those of others."""
+        """The features of the first examples; `look_for` adds features of other examples."""
         count = min(_LOOKED_AT, len(self))
         found = self._features_of(np.arange(count))
         if not found:
@@ -106,9 +102,9 @@ class TFRecordSource(Source):
 
     def _features_of(self, indices: np.ndarray) -> dict[str, FieldSpec]:
         """The features of some examples; one that ever has several values is a list."""
-        tf = import_tensorflow()
-        records, bad = self._files.read(indices)
+        records, bad = self.files.read(indices)
         found: dict[str, FieldSpec] = {}
+        # A list that happens to hold a single value in one example is a list in others.
         for record in records[bad == b""]:
             try:
                 example = tf.train.Example.FromString(record)
@@ -122,24 +118,10 @@ class TFRecordSource(Source):
                     found[name] = spec
         return found
 
-    def __len__(self) -> int:
-        return len(self._files.shards)
-
     def fields(self) -> dict[str, FieldSpec]:
         return self._features
 
-    def record_fields(self) -> dict[str, FieldSpec]:
-        return {"record": STRING, faults.FAULT: STRING}
-
-    def fetch(
-        self, indices: np.ndarray, names: Sequence[str] | None = None
-    ) -> dict[str, np.ndarray]:
-        del names
-        records, found = self._files.read(np.asarray(indices, np.int64))
-        return {"record": records, faults.FAULT: found}
-
     def parse(self, record: dict[str, tf.Tensor], names: Sequence[str]) -> dict[str, tf.Tensor]:
-        tf = import_tensorflow()
         specs = {}
         for name in names:
             spec = self._features[name]
@@ -150,11 +132,10 @@ class TFRecordSource(Source):
         return dict(tf.io.parse_single_example(record["record"], specs)) if specs else {}
 
     def column(self, name: str) -> np.ndarray:
-        tf = import_tensorflow()
         values = np.ma.masked_all(len(self), self._features[name].dtype)
         for first in range(0, len(self), _COLUMN_CHUNK):
             indices = np.arange(first, min(first + _COLUMN_CHUNK, len(self)))
-            records, bad = self._files.read(indices)
+            records, bad = self.files.read(indices)
             for index, record in zip(indices[bad == b""], records[bad == b""], strict=True):
                 feature = tf.train.Example.FromString(record).features.feature[name]
                 found = getattr(feature, feature.WhichOneof("kind") or "int64_list").value
@@ -166,17 +147,8 @@ class TFRecordSource(Source):
         manifest = self._found[1]
         return None if manifest is None else manifest.class_names.get(field)
 
-    def describe(self, index: int) -> str:
-        return self._files.shards.describe(index)
-
-    def fingerprint(self) -> str:
-        return self._files.shards.fingerprint()
-
     def blocks(self) -> Blocks | None:
-        return Blocks(self._files.shards.block_sizes(BLOCK), WINDOW)
-
-    def will_read(self, indices: np.ndarray) -> None:
-        self._files.shards.will_read(indices)
+        return Blocks(self.shards.block_sizes(BLOCK), WINDOW)
 
 
 @dataclass(frozen=True)
@@ -188,8 +160,8 @@ class ArrayRecordSource(TFRecordSource):
     reader: ClassVar[type] = ArrayRecordFiles
 
     def blocks(self) -> Blocks | None:
-        """None: any record is found at once. Files that are copied first are blocks."""
-        return None if self._files.shards.in_place else super().blocks()
+        """Files that are copied first are blocks; None if all are local, for random access."""
+        return None if self.shards.in_place else super().blocks()
 
 
 def _feature(name: str, kind: str) -> FieldSpec:
@@ -201,7 +173,7 @@ def _feature(name: str, kind: str) -> FieldSpec:
 
 
 def _spec_of(feature: Any) -> FieldSpec | None:
-    """What a tf.train.Feature holds; None if it is empty."""
+    """The type of a tf.train.Feature; None if it is empty."""
     kind = feature.WhichOneof("kind")
     if kind is None:
         return None

@@ -7,22 +7,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from vlp_jax.data import faults
 from vlp_jax.data.fault_log import FEWEST, MAX_BAD_FRACTION, check_fraction
 from vlp_jax.data.files import retrying
-from vlp_jax.data.sources import columns
-from vlp_jax.data.sources.base import STRING, STRINGS, FieldSpec, Source
-from vlp_jax.data.sources.caption_files import Entry, find_caption_file, read_entries
+from vlp_jax.data.sources.base import STRING, STRINGS, FieldSpec
+from vlp_jax.data.sources.caption_files import CaptionFile, Entry, find_caption_file, read_entries
 from vlp_jax.data.sources.labels import number_labels, open_names
 from vlp_jax.data.sources.records import empty_strings
+from vlp_jax.data.sources.row_source import Rows, RowSource, spec_of_all
 from vlp_jax.errors import UserError
-
-if TYPE_CHECKING:
-    import tensorflow as tf
 
 # Of one file: it is a bad example. Anything else is the disk's, and ends the run.
 _GONE = (FileNotFoundError, PermissionError, IsADirectoryError)
@@ -31,11 +27,12 @@ _WRONG_FOLDER = 0.5  # the share of images that are not there from which on noth
 
 
 @dataclass(frozen=True)
-class FolderSource(Source):
+class FolderSource(RowSource):
     """Image files below a folder, and a file in it that lists their paths and captions.
 
     The fields are `image` (encoded bytes), `captions` (byte strings [k], k at least 1), `path`
-    (relative to the folder, with forward slashes) and, with `label_field`, `label` (int64). An
+    (relative to the folder, with forward slashes), with `label_field`, `label` (int64), and the
+    further `columns` under their own names, of the type of the first value that is not empty. An
     image that several rows name is one example with several captions. An image that is not there,
     or that has no caption or no label, is an example that cannot be used (`faults`) wherever that
     field is asked for.
@@ -50,6 +47,7 @@ class FolderSource(Source):
         `caption_files.CAPTION_FIELDS`. In JSONL it may be a list.
       label_field: a column of classes, or None. Whole numbers mean what they say. Words are
         numbered by `label_names`, and without it in the alphabetical order of all of the file.
+      columns: further columns to read.
       label_names: the names of all classes by number, or the path of a file with one a line.
       split: "train", "validation" or "all".
       holdout: the fraction of images in `validation`, chosen by a hash of their path, so that
@@ -67,6 +65,7 @@ class FolderSource(Source):
     image_field: str | None = None
     caption_field: str | None = None
     label_field: str | None = None
+    columns: Sequence[str] = ()
     label_names: Sequence[str] | str | None = None
     split: str = "train"
     holdout: float = 0.1
@@ -83,11 +82,11 @@ class FolderSource(Source):
             raise UserError("data.label_names is set, and data.label_field is not: name the column")
         check_fraction(self.max_bad_fraction)
         self._check_entries()
-        if self.label_field is not None and not self._listed[1]:
-            raise UserError(f"{self._file}: the column {self.label_field!r} holds no label")
+        if self.label_field is not None and not self.listed.labels:
+            raise UserError(f"{self.file}: the column {self.label_field!r} holds no label")
         if all(_is_bad(entry) for entry in self._examples):
             raise UserError(
-                f"split {self.split!r} of {self._file} is empty: it lists {len(self._entries)} "
+                f"split {self.split!r} of {self.file} is empty: it lists {len(self._entries)} "
                 f"images, of which {len(self._examples)} are in the split and none of them can be "
                 f"used, and data.holdout is {self.holdout}"
             )
@@ -105,12 +104,12 @@ class FolderSource(Source):
         counts = []
         if missing:
             counts.append(
-                f"{len(missing)} of {total} images that {self._file} lists are not in "
+                f"{len(missing)} of {total} images that {self.file} lists are not in "
                 f"{self._root}; the first is {missing[0]!r}"
             )
         if silent:
             counts.append(
-                f"{len(silent)} of {total} images in {self._file} have no caption; the first is "
+                f"{len(silent)} of {total} images in {self.file} have no caption; the first is "
                 f"{silent[0]!r}"
             )
         raise UserError(
@@ -123,23 +122,25 @@ class FolderSource(Source):
         return Path(self.path).expanduser()
 
     @cached_property
-    def _file(self) -> Path:
+    def file(self) -> Path:
+        """The caption file."""
         return find_caption_file(self._root, self.captions)
 
     @cached_property
-    def _listed(self) -> tuple[list[Entry], dict[str, str]]:
-        return read_entries(
-            self._root, self._file, self.image_field, self.caption_field, self.label_field
-        )
+    def listed(self) -> CaptionFile:
+        """The caption file of the folder."""
+        fields = (self.image_field, self.caption_field, self.label_field)
+        return read_entries(self._root, self.file, *fields, self.columns)
 
     @property
     def _entries(self) -> list[Entry]:
-        return self._listed[0]
+        return self.listed.entries
 
     @cached_property
     def _examples(self) -> list[Entry]:
         if self.split == "all":
             return self._entries
+        # By a hash, so that an image stays in its split when others are added.
         held_out = self.split == "validation"
         return [e for e in self._entries if (_fraction(e.path) < self.holdout) == held_out]
 
@@ -147,7 +148,7 @@ class FolderSource(Source):
     def _classes(self) -> tuple[dict[str, int], tuple[str, ...] | None]:
         """The number of each label, and the names of the classes if they are known."""
         names = open_names(self.label_names, "data.label_names")
-        return number_labels(self._listed[1], names, "data.label_names")
+        return number_labels(self.listed.labels, names, "data.label_names")
 
     def __len__(self) -> int:
         return len(self._examples)
@@ -156,27 +157,33 @@ class FolderSource(Source):
         fields = {"image": STRING, "captions": STRINGS, "path": STRING}
         if self.label_field is not None:
             fields["label"] = FieldSpec((), np.dtype(np.int64))
-        return fields
+        return fields | self._column_fields
 
-    def record_fields(self) -> dict[str, FieldSpec]:
-        return columns.record_fields(self.fields())
+    @cached_property
+    def _column_fields(self) -> dict[str, FieldSpec]:
+        values = {name: [e.columns[name] for e in self._entries] for name in self.columns}
+        return {name: spec_of_all(column) or STRING for name, column in values.items()}
 
-    def fetch(
-        self, indices: np.ndarray, names: Sequence[str] | None = None
-    ) -> dict[str, np.ndarray]:
+    def is_text(self, name: str) -> bool:
+        return name != "image"
+
+    def place(self, index: int, name: str) -> tuple[str, int] | None:
+        return self._examples[index].file, 0
+
+    def rows(self, indices: np.ndarray, names: Sequence[str]) -> tuple[Rows, np.ndarray]:
         entries = [self._examples[index] for index in indices]
         found = empty_strings(len(entries))
-        rows: dict[str, list[Any]] = {
+        rows: Rows = {name: [entry.columns[name] for entry in entries] for name in self.columns}
+        rows |= {
             "captions": [[text.encode() for text in entry.captions] for entry in entries],
             "path": [entry.path.encode() for entry in entries],
         }
         if self.label_field is not None:
             rows["label"] = [self._classes[0].get(entry.label or "") for entry in entries]
-        wanted = self.fields() if names is None else names
         for number, entry in enumerate(entries):
-            reasons = [reason for field, reason in entry.faults.items() if field in wanted]
+            reasons = [reason for field, reason in entry.faults.items() if field in names]
             found[number] = reasons[0] if reasons else b""
-        if "image" in wanted:
+        if "image" in names:
             rows["image"] = [None] * len(entries)
             for number, entry in enumerate(entries):
                 if found[number]:
@@ -184,16 +191,11 @@ class FolderSource(Source):
                 try:
                     rows["image"][number] = retrying(entry.file, Path(entry.file).read_bytes)
                 except UserError as error:
+                    # A file that is not there is a bad example; a disk that fails ends the run.
                     if not isinstance(error.__cause__, _GONE):
                         raise
                     found[number] = faults.marked(faults.UNREADABLE, str(error))
-        return columns.pack(self.fields(), rows, found)
-
-    def parse(self, record: dict[str, tf.Tensor], names: Sequence[str]) -> dict[str, tf.Tensor]:
-        return columns.parse(self.fields(), record, names)
-
-    def column(self, name: str) -> np.ndarray:
-        return columns.column(self, name, [len(self)])
+        return {name: rows[name] for name in names}, found
 
     def class_names(self, field: str) -> tuple[str, ...] | None:
         return self._classes[1] if field == "label" and self.label_field is not None else None

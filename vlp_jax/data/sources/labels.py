@@ -26,7 +26,7 @@ class WordClasses(tuple[str, ...]):
 
 
 def label_text(value: Any) -> str | None:
-    """A label as a table holds it, as text; None if there is none."""
+    """Converts a label in a table to text; None if there is none."""
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     if not isinstance(value, str | int | float):
@@ -38,7 +38,7 @@ def label_text(value: Any) -> str | None:
 
 
 def open_names(names: Sequence[str] | str | None, key: str) -> tuple[str, ...] | None:
-    """The names of a list of classes, which may be the path of a file with one a line.
+    """Reads a list of classes, or the file that it names, with a class a line.
 
     Raises:
       UserError: the file cannot be read, or a name is empty or occurs twice.
@@ -56,7 +56,7 @@ def open_names(names: Sequence[str] | str | None, key: str) -> tuple[str, ...] |
 def number_labels(
     labels: Mapping[str, str], names: Sequence[str] | None, key: str
 ) -> tuple[dict[str, int], tuple[str, ...] | None]:
-    """The number of each label, and the names of the classes by number, None if not known.
+    """Numbers labels; returns the number of each, and the names of the classes if known.
 
     Whole numbers mean what they say. Words are numbered by their place in `names`, and without
     that in alphabetical order.
@@ -87,6 +87,7 @@ def number_labels(
     if words:
         classes = WordClasses(sorted(words))
         return {label: number for number, label in enumerate(classes)}, classes
+    # "01" and "1" are one class; a number with a fraction is none.
     below = MAX_CLASSES if names is None else len(names)
     for label in numbers:
         if not _is_whole(label) or len(label) > 20 or not 0 <= int(label) < below:

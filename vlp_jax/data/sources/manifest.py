@@ -16,11 +16,13 @@ SUFFIX = ".json"
 
 @dataclass(frozen=True)
 class Manifest:
-    """Attributes:
-    format: "array_record", "tfrecord" or "webdataset".
-    pieces: the files with their counts.
-    features: name -> "bytes", "int64" or "float32", with "[]" behind it for a list.
-    class_names: field -> names of its classes, where the labels that were prepared are words.
+    """The files of prepared data.
+
+    Attributes:
+      format: "array_record", "tfrecord" or "webdataset".
+      pieces: the files with their counts.
+      features: name -> "bytes", "int64" or "float32", with "[]" behind it for a list.
+      class_names: field -> names of its classes, if its labels are words.
     """
 
     format: str
@@ -32,7 +34,7 @@ class Manifest:
 def find_pieces(
     path: str | Sequence[str], suffix: str | tuple[str, ...], kind: str
 ) -> tuple[list[Piece], Manifest | None]:
-    """The files that a config's `path` names, with their counts where a manifest says them.
+    """Finds the files that a config's `path` names, with their counts if a manifest says them.
 
     Args:
       path: as `files.expand` takes it, or a manifest.

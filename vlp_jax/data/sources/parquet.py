@@ -13,23 +13,23 @@ import numpy as np
 
 from vlp_jax.data import faults
 from vlp_jax.data.files import retrying
-from vlp_jax.data.sources import columns
-from vlp_jax.data.sources.base import Blocks, FieldSpec, Source
+from vlp_jax.data.sources.base import Blocks, FieldSpec
 from vlp_jax.data.sources.manifest import find_pieces
 from vlp_jax.data.sources.parquet_columns import (
     column_read,
     columns_of,
+    is_text,
     leaves,
     spec_of,
     why_not,
 )
 from vlp_jax.data.sources.records import empty_strings
-from vlp_jax.data.sources.shards import TRUNCATED, Index, Shards, group_by_piece
+from vlp_jax.data.sources.row_source import Rows, RowSource
+from vlp_jax.data.sources.shards import TRUNCATED, Index, ShardedSource, Shards, group_by_piece
 from vlp_jax.errors import UserError
 
 if TYPE_CHECKING:
     import pyarrow as pa
-    import tensorflow as tf
 
 MIB = 2**20
 _LOOKED_AT = 20  # files whose row groups are taken for typical
@@ -37,7 +37,7 @@ WINDOW = 1  # row groups that are open at a time in a lane
 
 
 @dataclass(frozen=True)
-class ParquetSource(Source):
+class ParquetSource(ShardedSource, RowSource):
     """Rows of Parquet files.
 
     The fields are the columns under their own names: text, whole numbers, floats, bytes, lists of
@@ -66,10 +66,9 @@ class ParquetSource(Source):
     def __post_init__(self) -> None:
         if self.cache_mib < 1:
             raise UserError(f"data.cache_mib={self.cache_mib} must be at least 1")
-        _ = self._fields
 
     @cached_property
-    def _shards(self) -> Shards:
+    def shards(self) -> Shards:
         pieces, _ = find_pieces(self.path, ".parquet", "parquet")
         return Shards(pieces, "parquet", index_parquet, self.cache_dir, self.cache_gib)
 
@@ -79,14 +78,14 @@ class ParquetSource(Source):
 
     @cached_property
     def _schema(self) -> pa.Schema:
-        """The first file's; a column that is null in all of it has the type it has elsewhere."""
+        """The first file's schema; a column that is null there has its type in other files."""
         import pyarrow as pa
 
-        pieces = range(len(self._shards.pieces))
+        pieces = range(len(self.shards.pieces))
         schema = next(schema for schema, _ in self._schemas(pieces))
         for number, field in enumerate(schema):
             if pa.types.is_null(field.type):
-                others = self._schemas(self._shards.near(_LOOKED_AT))
+                others = self._schemas(self.shards.near(_LOOKED_AT))
                 found = (columns_of(other).get(field.name, field.type) for other, _ in others)
                 kind = next((kind for kind in found if kind != field.type), field.type)
                 schema = schema.set(number, field.with_type(kind))
@@ -97,12 +96,12 @@ class ParquetSource(Source):
         import pyarrow.parquet as pq
 
         for piece in pieces:
-            if not self._shards.index(piece)["fault"].any():
-                yield pq.read_schema(self._shards.local(piece)), self._shards.pieces[piece].path
+            if not self.shards.index(piece)["fault"].any():
+                yield pq.read_schema(self.shards.local(piece)), self.shards.pieces[piece].path
 
     @cached_property
     def _fields(self) -> dict[str, FieldSpec]:
-        """The columns of the first file; `look_for` adds those of others, and parts of structs."""
+        """The columns of the first file; `look_for` adds other files' and parts of structs."""
         kinds = columns_of(self._schema)
         found = {name: spec_of(kinds[name]) for name in self._schema.names if name in kinds}
         fields = {name: spec for name, spec in found.items() if spec is not None}
@@ -114,7 +113,7 @@ class ParquetSource(Source):
         if name in self._fields:
             return ""
         why = ""
-        for schema, path in self._schemas(self._shards.near(_LOOKED_AT)):
+        for schema, path in self._schemas(self.shards.near(_LOOKED_AT)):
             kind = columns_of(schema).get(name)
             spec = None if kind is None else spec_of(kind)
             if spec is not None:
@@ -123,34 +122,30 @@ class ParquetSource(Source):
             why = why or why_not(name, kind, schema, path)
         return why
 
-    def __len__(self) -> int:
-        return len(self._shards)
-
     def fields(self) -> dict[str, FieldSpec]:
         return self._fields
 
-    def record_fields(self) -> dict[str, FieldSpec]:
-        return columns.record_fields(self._fields)
-
-    def fetch(
-        self, indices: np.ndarray, names: Sequence[str] | None = None
-    ) -> dict[str, np.ndarray]:
-        indices = np.asarray(indices, np.int64)
-        wanted = list(self._fields) if names is None else list(names)
-        rows: dict[str, list[Any]] = {name: [None] * len(indices) for name in wanted}
+    def rows(self, indices: np.ndarray, names: Sequence[str]) -> tuple[Rows, np.ndarray]:
+        rows: Rows = {name: [None] * len(indices) for name in names}
         found = empty_strings(len(indices))
-        pieces, places = self._shards.locate(indices)
+        pieces, places = self.shards.locate(indices)
         for piece, chosen in group_by_piece(pieces):
-            index = self._shards.index(piece)
+            index = self.shards.index(piece)
             if index["fault"].any():
-                found[chosen] = self._shards.fault(piece, 0)
+                found[chosen] = self.shards.fault(piece, 0)
                 continue
             groups = np.searchsorted(index["group_end"], places[chosen], side="right")
             for group, inside in group_by_piece(groups):
                 numbers = chosen[inside]
                 first = index["group_end"][group] - index["group_size"][group]
                 self._read_group(piece, group, places[numbers] - first, numbers, rows, found)
-        return columns.pack(self._fields, rows, found)
+        return rows, found
+
+    def can_read(self, name: str) -> bool:
+        return name in columns_of(self._schema)
+
+    def is_text(self, name: str) -> bool:
+        return is_text(columns_of(self._schema)[name])
 
     def _read_group(
         self,
@@ -158,20 +153,20 @@ class ParquetSource(Source):
         group: int,
         places: np.ndarray,
         numbers: np.ndarray,
-        rows: dict[str, list[Any]],
+        rows: Rows,
         found: np.ndarray,
     ) -> None:
         """Puts the rows at `places` of a row group at `numbers` of `rows`, or says why not."""
         import pyarrow as pa
 
-        path = self._shards.pieces[piece].path
+        path = self.shards.pieces[piece].path
         wanted = tuple(sorted(rows))
 
         def read() -> pa.Table:
             import pyarrow.parquet as pq
 
             try:
-                with pq.ParquetFile(self._shards.local(piece)) as file:
+                with pq.ParquetFile(self.shards.local(piece)) as file:
                     needed = [column_read(name, file.schema_arrow) for name in wanted]
                     table = file.read_row_group(group, columns=needed)
                 return pa.table(leaves(table, wanted))
@@ -191,20 +186,12 @@ class ParquetSource(Source):
                 detail = f"the file has no column {name!r}, or two of that name"
                 found[numbers] = faults.marked(faults.MISSING_FIELD, detail)
                 continue
-            column, spec = table.column(name), self._fields[name]
+            column = table.column(name)
             for number, place in zip(numbers.tolist(), places.tolist(), strict=True):
-                values[number] = columns.fitting(column[place].as_py(), spec)
-                if values[number] is None:
-                    found[number] = faults.marked(faults.MISSING_FIELD, f"it has no {name!r}")
-
-    def parse(self, record: dict[str, tf.Tensor], names: Sequence[str]) -> dict[str, tf.Tensor]:
-        return columns.parse(self._fields, record, names)
-
-    def column(self, name: str) -> np.ndarray:
-        return columns.column(self, name, np.cumsum(self._blocks.sizes).tolist())
+                values[number] = column[place].as_py()
 
     def class_names(self, field: str) -> tuple[str, ...] | None:
-        """Those that `datasets` notes in the schema for a ClassLabel."""
+        """The names that `datasets` notes in the schema for a ClassLabel."""
         import json
 
         note = (self._schema.metadata or {}).get(b"huggingface")
@@ -213,10 +200,7 @@ class ParquetSource(Source):
         return tuple(names) if names else None
 
     def describe(self, index: int) -> str:
-        return self._shards.describe(index).replace("record", "row", 1)
-
-    def fingerprint(self) -> str:
-        return self._shards.fingerprint()
+        return self.shards.describe(index).replace("record", "row", 1)
 
     def blocks(self) -> Blocks | None:
         return self._blocks
@@ -225,23 +209,24 @@ class ParquetSource(Source):
     def _blocks(self) -> Blocks:
         sizes = [
             np.array([piece.count], np.int64)
-            if self._shards.index(number)["fault"].any() or not self._shards.in_place
-            else self._shards.index(number)["group_size"]
-            for number, piece in enumerate(self._shards.pieces)
+            if self.shards.index(number)["fault"].any() or not self.shards.in_place
+            else self.shards.index(number)["group_size"]
+            for number, piece in enumerate(self.shards.pieces)
         ]
+        # For the warning about memory; the first files stand for all.
         largest = max(
-            int(self._shards.index(number)["group_bytes"].max(initial=0))
-            for number in range(min(_LOOKED_AT, len(self._shards.pieces)))
+            int(self.shards.index(number)["group_bytes"].max(initial=0))
+            for number in range(min(_LOOKED_AT, len(self.shards.pieces)))
         )
         joined = np.concatenate(sizes)
         return Blocks(joined[joined > 0], WINDOW, largest, self.cache_mib * MIB)
 
-    def will_read(self, indices: np.ndarray) -> None:
-        self._shards.will_read(indices)
-
 
 class _RowGroups:
-    """The row groups that were read last, up to a number of bytes; each is read by one thread."""
+    """A cache of the row groups that were read last, up to a number of bytes.
+
+    Threads that ask for a row group while another reads it wait for the result.
+    """
 
     def __init__(self, capacity: int) -> None:
         self._capacity = capacity
@@ -259,6 +244,7 @@ class _RowGroups:
             with self._lock:
                 if key in self._tables:
                     return self._tables[key]
+            # Outside of `_lock`, so that other row groups can be had meanwhile.
             table = read()
             with self._lock:
                 self._tables[key] = table
@@ -272,7 +258,7 @@ class _RowGroups:
 
 
 def index_parquet(path: str) -> Index:
-    """How a Parquet file's rows lie in row groups.
+    """Finds the row groups of a Parquet file.
 
     Returns:
       group_size, group_end and group_bytes (int64 [groups]) and fault (uint8 [rows]); a file whose

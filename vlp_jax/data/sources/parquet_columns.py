@@ -5,14 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from vlp_jax.data.sources.base import STRING, STRINGS, FieldSpec
+from vlp_jax.data.sources.row_source import FLOAT, INT
 
 if TYPE_CHECKING:
     import pyarrow as pa
-
-_INT = FieldSpec((), np.dtype(np.int64))
 
 
 def columns_of(schema: pa.Schema) -> dict[str, pa.DataType]:
@@ -29,7 +26,7 @@ def columns_of(schema: pa.Schema) -> dict[str, pa.DataType]:
 
 
 def _path_of(name: str, schema: pa.Schema) -> tuple[int, list[str]]:
-    """Where the field `name` is: the column's number, -1 for none, and a path within its struct."""
+    """Finds the field `name`: its column's number, -1 for none, and the path within its struct."""
     parts = name.split(".")
     for count in range(len(parts), 0, -1):
         column = schema.get_field_index(".".join(parts[:count]))  # -1 for a name that occurs twice
@@ -50,7 +47,7 @@ def column_read(name: str, schema: pa.Schema) -> str:
 
 
 def leaves(table: pa.Table, names: Sequence[str]) -> dict[str, pa.ChunkedArray]:
-    """The fields `names` of a table that has them, out of their structs; text as bytes.
+    """Takes the fields `names` of a table, as far as it has them, out of their structs.
 
     Text is not decoded here: that it is not UTF-8 is a fault of an example, not of a row group.
     """
@@ -108,7 +105,7 @@ def _is_struct(kind: pa.DataType) -> bool:
 
 
 def _has_bytes(kind: pa.DataType) -> bool:
-    """Whether it is an image as `datasets` writes it: a struct with the file's bytes."""
+    """Whether the type is an image as `datasets` writes it: a struct with the file's bytes."""
     return _is_struct(kind) and kind.get_field_index("bytes") >= 0
 
 
@@ -134,8 +131,16 @@ def _is_list(kind: pa.DataType) -> bool:
     return any(test(kind) for test in (*tests, types.is_list_view, types.is_large_list_view))
 
 
+def is_text(kind: pa.DataType) -> bool:
+    """Whether a column holds text, or lists of it."""
+    from pyarrow import types
+
+    kind = kind.value_type if types.is_dictionary(kind) or _is_list(kind) else kind
+    return _is_text(kind)
+
+
 def spec_of(kind: pa.DataType) -> FieldSpec | None:
-    """The field that a column of a type is; None for a type that is not read."""
+    """The field type for a column type; None for a type that is not read."""
     from pyarrow import types
 
     if types.is_dictionary(kind):
@@ -143,9 +148,9 @@ def spec_of(kind: pa.DataType) -> FieldSpec | None:
     if _is_text(kind) or _is_bytes(kind) or _has_bytes(kind):
         return STRING
     if types.is_integer(kind) or types.is_boolean(kind):
-        return _INT
+        return INT
     if types.is_floating(kind):
-        return FieldSpec((), np.dtype(np.float32))
+        return FLOAT
     if _is_list(kind) and (_is_text(kind.value_type) or _is_bytes(kind.value_type)):
         return STRINGS
     return None

@@ -14,11 +14,13 @@ import numpy as np
 
 from vlp_jax.data import faults
 from vlp_jax.data.files import retrying
+from vlp_jax.data.sources.base import STRING, FieldSpec
 from vlp_jax.data.sources.shards import (
     DAMAGED,
     TRUNCATED,
     Index,
     Piece,
+    ShardedSource,
     Shards,
     group_by_piece,
 )
@@ -33,15 +35,32 @@ _READERS = 256  # ArrayRecord files kept open
 
 
 class RecordFiles(Protocol):
-    """Attributes:
-    shards: which file holds which record.
-    """
+    """Files of records; `shards` says which file holds which record."""
 
     shards: Shards
 
     def read(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The records at `indices`, and their faults: byte strings [n], empty where all is well."""
         ...
+
+
+class RecordSource(ShardedSource):
+    """A source whose records are the serialized examples of `files`, one string each."""
+
+    files: RecordFiles
+
+    @property
+    def shards(self) -> Shards:
+        return self.files.shards
+
+    def record_fields(self) -> dict[str, FieldSpec]:
+        return {"record": STRING, faults.FAULT: STRING}
+
+    def fetch(
+        self, indices: np.ndarray, names: Sequence[str] | None = None
+    ) -> dict[str, np.ndarray]:
+        records, found = self.files.read(np.asarray(indices, np.int64))
+        return {"record": records, faults.FAULT: found}
 
 
 class TFRecordFiles:
@@ -94,6 +113,7 @@ class ArrayRecordFiles:
                     self.shards.pieces[piece].path, lambda r=reader, w=wanted: _read(r, w)
                 )
             except _ARRAY_RECORD_DAMAGE:
+                # The library does not say which record is damaged: each is read alone.
                 for place in places:
                     self._read_one(piece, int(rows[place]), place, records, found)
         return records, found
@@ -101,7 +121,7 @@ class ArrayRecordFiles:
     def _read_one(
         self, piece: int, row: int, place: int, records: np.ndarray, found: np.ndarray
     ) -> None:
-        """One record, where some of its file cannot be read."""
+        """Reads one record of a file of which some cannot be read."""
         try:
             records[place] = _read(self._reader(self.shards.local(piece)), [row])[0]
         except _ARRAY_RECORD_DAMAGE as error:
@@ -115,6 +135,7 @@ class ArrayRecordFiles:
                 self._readers.move_to_end(file)
             else:
                 self._readers[file] = _open_array_record(file)
+            # Each open file costs a descriptor and a buffer.
             if len(self._readers) > _READERS:
                 self._readers.popitem(last=False)  # closed when its last reader lets it go
             return self._readers[file]
@@ -138,7 +159,7 @@ def _open_array_record(file: str) -> Any:
 
 
 def index_array_record(path: str) -> Index:
-    """The number of records of an ArrayRecord file; one that is damaged, if it cannot be opened."""
+    """Counts the records of an ArrayRecord file; one damaged record if it cannot be opened."""
     with open(path, "rb") as file:
         size = file.seek(0, os.SEEK_END)  # what fails here is the disk, not the format
         file.seek(max(0, size - _POSTSCRIPT_BYTES))
@@ -152,7 +173,7 @@ def index_array_record(path: str) -> Index:
 
 
 def index_tfrecord(path: str) -> Index:
-    """The places of a TFRecord file's records.
+    """Finds the places of a TFRecord file's records.
 
     Returns:
       offset and length (of the data, int64) and fault (uint8), all [records]. What is left of a
@@ -162,6 +183,7 @@ def index_tfrecord(path: str) -> Index:
     offsets, lengths, faulty = [], [], []
     descriptor = os.open(path, os.O_RDONLY)
     try:
+        # Only headers are read, so the pass takes as many small reads as there are records.
         place = 0
         while place < size:
             header = os.pread(descriptor, _HEADER.size, place)

@@ -1,4 +1,4 @@
-"""Which field of a source becomes which field of an example."""
+"""Names of fields: a config's `fields`, and the usual names of image-text data."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from vlp_jax.data.sources.base import Blocks, FieldSpec, Source, as_plain
+from vlp_jax.data.sources.base import FieldSpec, Source, WrappedSource, as_plain
 from vlp_jax.errors import UserError, unknown_key_message
 
-# What writers of image-text data call these, the commonest first.
+# Names that writers of image-text data use for our fields, the most common first.
 USUAL = {
     "image": ("image", "jpg", "jpeg", "png", "webp", "image_bytes", "image/encoded", "img"),
     "text": ("text", "caption", "txt", "TEXT", "image/caption"),
@@ -22,7 +22,7 @@ USUAL = {
 
 
 def usual_names(source: Source, others: bool) -> dict[str, str]:
-    """Name in an example -> name in the source, of the usual fields that there are.
+    """Maps our names to the source's, for the usual fields that the source has.
 
     Args:
       others: whether to take the other fields too, under their own names. Where fields were seen in
@@ -41,6 +41,7 @@ def usual_names(source: Source, others: bool) -> dict[str, str]:
         listed = ", ".join(sorted(known))
         why = next(filter(None, map(source.look_for, ("image", "text"))), "set data.fields")
         raise UserError(f"none of the data's fields has a usual name ({listed}): {why}")
+    # A field that became one of ours is not taken again under its own name.
     left = set(known) - set(chosen) - set(chosen.values()) if others else ()
     return {**chosen, **{name: name for name in known if name in left}}
 
@@ -69,10 +70,9 @@ def rename(source: Source, names: Mapping[str, str] | None) -> Source:
 
 
 @dataclass(frozen=True, eq=False)
-class Renamed(Source):
-    """The fields of another source under other names; `names` is ours -> theirs."""
+class Renamed(WrappedSource):
+    """The fields of another source under other names; `names` maps ours to theirs."""
 
-    source: Source
     names: Mapping[str, str]
 
     @property
@@ -80,15 +80,9 @@ class Renamed(Source):
         # Records that are examples have the source's names, so that they are to be parsed.
         return self.source.needs_tensorflow or any(k != v for k, v in self.names.items())
 
-    def __len__(self) -> int:
-        return len(self.source)
-
     def fields(self) -> dict[str, FieldSpec]:
         known = self.source.fields()
         return {ours: known[theirs] for ours, theirs in self.names.items()}
-
-    def record_fields(self) -> Mapping[str, FieldSpec]:
-        return self.source.record_fields()
 
     def look_for(self, name: str) -> str:
         return self.source.look_for(self.names.get(name, name))
@@ -111,15 +105,3 @@ class Renamed(Source):
 
     def class_names(self, field: str) -> tuple[str, ...] | None:
         return self.source.class_names(self.names.get(field, field))
-
-    def describe(self, index: int) -> str:
-        return self.source.describe(index)
-
-    def fingerprint(self) -> str:
-        return self.source.fingerprint()
-
-    def blocks(self) -> Blocks | None:
-        return self.source.blocks()
-
-    def will_read(self, indices: np.ndarray) -> None:
-        self.source.will_read(indices)

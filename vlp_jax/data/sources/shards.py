@@ -1,4 +1,4 @@
-"""Datasets that lie in many files: which file holds an example, and where in it.
+"""Datasets in many files: the file, and the place in it, of each example.
 
 An index of a file says where its records are. It is made by a walk through the file when the
 dataset is opened, and kept in the cache folder under the file's name, size and time, so that it is
@@ -32,11 +32,12 @@ import numpy as np
 from vlp_jax.data import faults, files
 from vlp_jax.data.local_copies import LocalCopies, default_cache_dir, writing
 from vlp_jax.data.signatures import GZIP, kind_of, remedy
+from vlp_jax.data.sources.base import Source
 from vlp_jax.errors import UserError
 
 Index = Mapping[str, np.ndarray]
 
-# Values of an index's column "fault".
+# Values of an index's column "fault", which is kept in files: numbers must not change.
 OK, TRUNCATED, DAMAGED, TWICE, APART, SPARSE = range(6)
 # What they mean for a record: a reason, and a detail.
 _DETAILS = {
@@ -126,6 +127,7 @@ class Shards:
             """A piece with its count, and how far its file can be read."""
             if piece.count is not None:
                 return piece, _WHOLE
+            # Indexing a local file is cheap; a remote file would have to be copied first.
             known = None if files.is_local(piece.path) else _img2dataset_count(piece.path)
             state = _WHOLE
             if known is None:
@@ -145,7 +147,7 @@ class Shards:
             return self._with_losses(list(bar))
 
     def _with_losses(self, counted: Sequence[tuple[Piece, str]]) -> list[Piece]:
-        """The pieces that hold anything; those that are cut with what they are taken to have held.
+        """Drops empty pieces, and gives cut pieces the count that they are taken to have had.
 
         Raises:
           UserError: nothing of any file can be read.
@@ -154,6 +156,7 @@ class Shards:
             path, why = counted[0][0].path, self._lost[counted[0][0].path]
             raise UserError(f"data.path: none of {len(counted)} files can be read: {path} is {why}")
         states = {state for _, state in counted}
+        # Without the mark of its end a tar is cut, unless no tar of the dataset has one.
         sound = (_WHOLE,) if _WHOLE in states else (_UNMARKED,)
         whole = [piece.count for piece, state in counted if state in sound and piece.count]
         usual = round(sum(whole) / len(whole)) if whole else 0
@@ -207,7 +210,7 @@ class Shards:
         return np.concatenate(sizes)
 
     def fingerprint(self) -> str:
-        """Returns a hash that other files, or other numbers of records in them, change."""
+        """A hash that changes with the names of the files and the numbers of their records."""
         rows = [(Path(p.path).name, p.skip, p.count) for p in self.pieces]
         return hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]
 
@@ -231,13 +234,17 @@ class Shards:
             return faults.marked(faults.TRUNCATED, detail)
         return faults.marked(*_DETAILS[fault])
 
+    def is_whole(self, piece: int) -> bool:
+        """Whether the file of a piece can be read to its end, and has the mark of it."""
+        return _state(self.index(piece)) == _WHOLE
+
     def near(self, most: int) -> list[int]:
-        """Some pieces, over all of them, that can be read without a copy; else the first."""
+        """Up to `most` pieces, evenly spread, that can be read without a copy; else the first."""
         pieces = [n for n, piece in enumerate(self.pieces) if self.copies.in_place(piece.path)]
         return pieces[:: -(-len(pieces) // most) or 1] or [0]
 
     def local(self, piece: int) -> str:
-        """The local file that holds what a piece does."""
+        """A local, uncompressed file with the content of a piece's file."""
         return self.copies.get(self.pieces[piece].path)
 
     def describe(self, index: int) -> str:
@@ -257,7 +264,9 @@ class Shards:
         return self.copies.read(self.pieces[piece].path, offset, length)
 
     def _load_index(self, path: str) -> Index:
-        """The index of a file: the kept one, or a new one, which is then kept."""
+        """Loads the index of a file from the cache, or makes and caches it."""
+        # The name ends in ".COUNT.STATE.npz", so that opening a dataset of thousands of files takes
+        # one listing of the folder and reads no index.
         name = self._index_name(path)
         for kept in self._index_folder.glob(f"{name}.*.npz"):
             try:
@@ -273,6 +282,7 @@ class Shards:
         if state == _CUT and (not count or count == 1 and index["fault"][0] != OK):
             self._note_lost(path)
             return index
+        # Written under another name first: another process may read the index at any moment.
         with writing(self._index_folder):
             self._index_folder.mkdir(parents=True, exist_ok=True)
             unfinished = self._index_folder / f"{name}.{uuid.uuid4().hex}"
@@ -282,7 +292,7 @@ class Shards:
         return index
 
     def _note_lost(self, path: str) -> None:
-        """Notes a file of which nothing can be read, and what it is instead.
+        """Records that nothing of a file can be read, and its actual kind.
 
         Raises:
           UserError: it is compressed so that it cannot be read.
@@ -305,11 +315,30 @@ class Shards:
 
 
 def _state(index: Index) -> str:
-    """How far a file can be read; a fault that ends it is its last record's."""
+    """How far a file can be read: `_WHOLE`, `_UNMARKED` or `_CUT`."""
     fault = index["fault"]
+    # Only a fault of the last record ends a file; others concern their records alone.
     if "archive_is_cut" in index or len(fault) and fault[-1] in (TRUNCATED, DAMAGED):
         return _CUT
     return _WHOLE if index.get("end_mark", _MARKED).all() else _UNMARKED
+
+
+class ShardedSource(Source):
+    """A source whose examples are the records of `shards`."""
+
+    shards: Shards
+
+    def __len__(self) -> int:
+        return len(self.shards)
+
+    def describe(self, index: int) -> str:
+        return self.shards.describe(index)
+
+    def fingerprint(self) -> str:
+        return self.shards.fingerprint()
+
+    def will_read(self, indices: np.ndarray) -> None:
+        self.shards.will_read(indices)
 
 
 class _Downloads:

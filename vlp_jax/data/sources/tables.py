@@ -1,4 +1,4 @@
-"""Rows of users' CSV, TSV and JSONL files: what cannot be read for certain is an error."""
+"""Rows of users' CSV, TSV and JSONL files; anything ambiguous is an error."""
 
 from __future__ import annotations
 
@@ -45,7 +45,11 @@ def rows(file: Path) -> Iterator[Row]:
 def choose_column(
     row: Mapping[str, Any], name: str | None, usual: tuple[str, ...], key: str, file: Path
 ) -> str:
-    """The column to read: `name` if given, else the first of the `usual` ones that exists."""
+    """Chooses the column to read: `name` if given, else the first existing of the `usual` ones.
+
+    Raises:
+      UserError: there is none; `key` names the setting that chooses one.
+    """
     columns = [column for column in row if column]
     if name is not None:
         if name not in columns:
@@ -60,7 +64,7 @@ def choose_column(
 
 
 def _advice(columns: Sequence[str]) -> str:
-    """What to say of names of columns that look like no names."""
+    """Advice for a message about columns whose names look like no names; may be ""."""
     if len(columns) == 1 and not columns[0].isalnum():
         return f"; columns are separated by {', '.join(DELIMITERS.values())}"
     if any(_IMAGE_FILE.search(column) for column in columns):
@@ -86,6 +90,7 @@ def _cell_rows(file: Path) -> Iterator[Row]:
     if delimiter == usual:
         delimiter = _delimiter(header_line, usual, file)
     quoted = (usual, delimiter) != ("\t", "\t")
+    # The library's own limit of 128 KiB would end a file with one long text.
     csv.field_size_limit(sys.maxsize)
     reader = csv.reader(
         chain([header_line], lines),

@@ -1,8 +1,8 @@
-"""Where the samples of a WebDataset tar shard lie.
+"""Indexes of WebDataset tar shards: the place of each file of each sample.
 
 A sample is a run of files whose names agree up to the first dot of the last part; what follows is
-the file's extension (webdataset/webdataset, tariterators.py, `base_plus_ext`). The archive's format
-is that of POSIX.1-1988 (ustar) with GNU's and pax's long names.
+the file's extension (webdataset/webdataset, tariterators.py, `base_plus_ext`). Archives are
+POSIX.1-1988 (ustar) with the long names of GNU and pax.
 """
 
 from __future__ import annotations
@@ -14,15 +14,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from vlp_jax.data.sources.shards import (
-    APART,
-    DAMAGED,
-    OK,
-    SPARSE,
-    TRUNCATED,
-    TWICE,
-    Index,
-)
+from vlp_jax.data.sources.shards import APART, DAMAGED, OK, SPARSE, TRUNCATED, TWICE, Index
 
 _BLOCK = 512
 _RECORD = 20 * _BLOCK  # tar fills an archive up with zeros to a multiple of it
@@ -63,18 +55,20 @@ class _Sample:
         self.fault = member.fault or self.fault
 
     def rows(self) -> list[_Sample]:
-        """Itself, and before it a bad sample for every further one that must have had its key."""
+        """The sample, and before it a bad one for each further sample of the same key."""
+        # Two samples of one key side by side look like one with every extension twice. Each must
+        # be counted as bad.
         most = max(self.counts.values(), default=1)
         return [*(_Sample(self.key, TWICE) for _ in range(most - 1)), self]
 
 
 def index_tar(path: str) -> Index:
-    """The samples of a local, uncompressed tar file.
+    """Indexes the samples of a local, uncompressed tar file.
 
     Returns:
       fault (uint8 [samples]); key, their keys one after another as bytes, and key_end (int64
       [samples]), where each ends; file_end (int64 [samples]), where the files of each end;
-      extension and extension_end, as those of the keys, offset and size (int64), all [files];
+      extension and extension_end, stored like the keys, offset and size (int64), all [files];
       end_mark (bool [1]), whether the archive's end is there. A sample that the archive's end
       cuts, or that stands where a header is damaged, is the last. Samples of one key side by side,
       and those whose files lie apart, have a fault.
@@ -120,10 +114,7 @@ def sample_files(index: Index, row: int) -> dict[str, tuple[int, int]]:
     return {
         _part(index["extension"], index["extension_end"], file).decode(
             "utf-8", "surrogateescape"
-        ): (
-            int(index["offset"][file]),
-            int(index["size"][file]),
-        )
+        ): (int(index["offset"][file]), int(index["size"][file]))
         for file in range(int(index["file_end"][row - 1]) if row else 0, end)
     }
 
@@ -164,6 +155,7 @@ def members(path: str) -> Iterator[Member]:
                 return
             kind, begin = header[156:157], place + _BLOCK
             of_notes = kind in (_PAX, _PAX_GLOBAL, _GNU_NAME, _GNU_LINK) or notes.size is None
+            # A file of 8 GiB or more states its size in a header of its own (pax).
             size = _number(header[124:136]) if of_notes else notes.size
             cut = begin + size > total
             if kind in (_PAX, _GNU_NAME) and not cut:
@@ -189,7 +181,7 @@ def members(path: str) -> Iterator[Member]:
 
 @dataclass(frozen=True)
 class _Notes:
-    """What the headers before a file's own say of it, where they say it."""
+    """Long name, size and sparseness of a file, as headers before its own say; None if not."""
 
     name: str | None = None
     size: int | None = None
@@ -222,7 +214,7 @@ def _notes(content: bytes, kind: bytes, before: _Notes) -> _Notes:
 
 
 def _behind_map(descriptor: int, header: bytes, begin: int) -> int:
-    """Where the content of a sparse file begins: behind the blocks that go on with its map."""
+    """The offset of a sparse file's content, behind the blocks that continue its map."""
     more = header[482]
     while more and (block := os.pread(descriptor, _BLOCK, begin)):
         begin, more = begin + _BLOCK, block[504] if len(block) == _BLOCK else 0
@@ -247,10 +239,11 @@ def _has_content(descriptor: int, place: int) -> bool:
 
 
 def _mark_apart(samples: list[_Sample]) -> None:
-    """Gives a fault to runs of one key that lie apart and are parts of one sample.
+    """Marks runs of one key that lie apart and are parts of one sample as faulty.
 
     Two runs that share an extension are two samples.
     """
+    # A tar that was packed in the order of a folder's listing splits samples in this way.
     runs: dict[str, list[_Sample]] = {}
     for sample in samples:
         runs.setdefault(sample.key, []).append(sample)
@@ -262,7 +255,7 @@ def _mark_apart(samples: list[_Sample]) -> None:
 
 
 def _joined(texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
-    """Texts one after another, uint8 [bytes], and where each ends, int64 [texts]."""
+    """Joins texts: their bytes, uint8 [bytes], and the end of each, int64 [texts]."""
     parts = [text.encode("utf-8", "surrogateescape") for text in texts]
     ends = np.cumsum([len(part) for part in parts], dtype=np.int64)
     return np.frombuffer(b"".join(parts), np.uint8), ends
@@ -278,11 +271,12 @@ def _is_header(header: bytes) -> bool:
         _number(header[124:136])
     except ValueError:
         return False
+    # The checksum counts its own field as eight spaces.
     return noted == sum(header) - sum(header[148:156]) + 8 * ord(" ")
 
 
 def _number(field: bytes) -> int:
-    """An octal number, or, with the highest bit set, a binary one (GNU)."""
+    """Reads an octal number, or, if the highest bit is set, a binary number (GNU)."""
     if field[0] & 0x80:
         return int.from_bytes(field, "big") & ((1 << (8 * len(field) - 1)) - 1)
     return int(field.strip(b"\0 ") or b"0", 8)

@@ -6,31 +6,22 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from vlp_jax.data import faults
-from vlp_jax.data.lazy_tensorflow import import_tensorflow
-from vlp_jax.data.sources.base import STRING, Blocks, FieldSpec, Source
-from vlp_jax.data.sources.records import ArrayRecordFiles, RecordFiles, TFRecordFiles
+from vlp_jax.data.lazy_tensorflow import import_tensorflow, tf
+from vlp_jax.data.sources.base import Blocks, FieldSpec
+from vlp_jax.data.sources.records import ArrayRecordFiles, RecordFiles, RecordSource, TFRecordFiles
 from vlp_jax.data.sources.shards import Piece
-from vlp_jax.data.sources.tfds_lookup import (
-    ARRAY_RECORD,
-    file_format,
-    find_builder,
-    split_info,
-)
-
-if TYPE_CHECKING:
-    import tensorflow as tf
+from vlp_jax.data.sources.tfds_lookup import ARRAY_RECORD, file_format, find_builder, split_info
 
 _COLUMN_CHUNK = 1024
 BLOCK, WINDOW = 256, 4  # records of one file that are read together, such blocks at a time
 
 
 @dataclass(frozen=True)
-class TfdsSource(Source):
+class TfdsSource(RecordSource):
     """A split of a dataset that tensorflow_datasets has prepared as ArrayRecord or TFRecord files.
 
     The fields are the dataset's features; nested ones are named by path ("objects/bbox"). Images
@@ -52,7 +43,7 @@ class TfdsSource(Source):
     data_dir: str | None = None
 
     def __post_init__(self) -> None:
-        _ = self._files
+        _ = self.files
 
     @cached_property
     def _builder(self) -> Any:
@@ -60,23 +51,20 @@ class TfdsSource(Source):
         return find_builder(self.dataset, self.data_dir)
 
     @cached_property
-    def _files(self) -> RecordFiles:
+    def files(self) -> RecordFiles:
         info = split_info(self._builder, self.dataset, self.split)
         pieces = [Piece(str(f.filename), f.skip, f.take) for f in info.file_instructions]
         random_access = file_format(self._builder) == ARRAY_RECORD
         return (ArrayRecordFiles if random_access else TFRecordFiles)(pieces)
-
-    def __len__(self) -> int:
-        return len(self._files.shards)
 
     def fields(self) -> dict[str, FieldSpec]:
         return self._fields
 
     @cached_property
     def _fields(self) -> dict[str, FieldSpec]:
-        tf = import_tensorflow()
         fields: dict[str, FieldSpec] = {}
 
+        # Tracing is the one way to learn shapes and dtypes as `deserialize_example` gives them.
         def trace(record: tf.Tensor) -> None:
             example = self._deserialize(record, list(self._builder.info.features))
             for name, value in example.items():
@@ -88,17 +76,8 @@ class TfdsSource(Source):
         tf.function(trace, autograph=False).get_concrete_function(record)
         return fields
 
-    def record_fields(self) -> dict[str, FieldSpec]:
-        return {"record": STRING, faults.FAULT: STRING}
-
-    def fetch(
-        self, indices: np.ndarray, names: Sequence[str] | None = None
-    ) -> dict[str, np.ndarray]:
-        del names
-        records, found = self._files.read(np.asarray(indices, np.int64))
-        return {"record": records, faults.FAULT: found}
-
     def parse(self, record: dict[str, tf.Tensor], names: Sequence[str]) -> dict[str, tf.Tensor]:
+        # tensorflow_datasets reads whole features; parts of them are named by path here.
         top_level = list(dict.fromkeys(name.split("/")[0] for name in names))
         example = self._deserialize(record["record"], top_level)
         return {name: example[name] for name in names}
@@ -114,12 +93,10 @@ class TfdsSource(Source):
         return dict(_flat(features.deserialize_example(record, decoders=decoders)))
 
     def column(self, name: str) -> np.ndarray:
-        tf = import_tensorflow()
-
         def read(start: tf.Tensor) -> tf.Tensor:
             def chunk(first: np.int64) -> np.ndarray:
                 last = min(first + _COLUMN_CHUNK, len(self))
-                return self._files.read(np.arange(first, last))[0]
+                return self.files.read(np.arange(first, last))[0]
 
             records = tf.numpy_function(chunk, [start], tf.string, stateful=False)
             records.set_shape([None])
@@ -149,22 +126,16 @@ class TfdsSource(Source):
         return tuple(feature.names) if isinstance(feature, tfds.features.ClassLabel) else None
 
     def describe(self, index: int) -> str:
-        piece, record = self._files.shards.locate(np.array([index]))
-        file = Path(self._files.shards.pieces[piece[0]].path).name
+        piece, record = self.shards.locate(np.array([index]))
+        file = Path(self.shards.pieces[piece[0]].path).name
         return f"{self._builder.info.full_name} {self.split}, record {record[0]} of {file}"
 
-    def fingerprint(self) -> str:
-        return self._files.shards.fingerprint()
-
     def blocks(self) -> Blocks | None:
-        """None for ArrayRecord files, any record of which is found at once."""
-        shards = self._files.shards
-        if shards.in_place and isinstance(self._files, ArrayRecordFiles):
+        """The blocks of TFRecord files; None for ArrayRecord, which finds any record at once."""
+        shards = self.shards
+        if shards.in_place and isinstance(self.files, ArrayRecordFiles):
             return None
         return Blocks(shards.block_sizes(BLOCK), WINDOW if shards.in_place else 1)
-
-    def will_read(self, indices: np.ndarray) -> None:
-        self._files.shards.will_read(indices)
 
 
 def _skip_images(feature: Any) -> Any:

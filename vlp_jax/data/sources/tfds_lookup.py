@@ -1,4 +1,4 @@
-"""Finding a prepared dataset of tensorflow_datasets on disk, without any network access."""
+"""Looks for datasets of tensorflow_datasets on disk, without any network access."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from vlp_jax.errors import UserError
 
 EMBEDDED = "shapes"
 ARRAY_RECORD = "array_record"
-FORMATS = (ARRAY_RECORD, "tfrecord")  # those that are read here, the best first
+FORMATS = (ARRAY_RECORD, "tfrecord")  # the formats that are read here, the best first
 
 
 def find_builder(dataset: str, data_dir: str | None) -> Any:
@@ -52,6 +52,7 @@ def find_builder(dataset: str, data_dir: str | None) -> Any:
             f"prepare it as ArrayRecord in another folder and set data.data_dir to it: "
             f"{_command(dataset, '<new folder>')}"
         )
+    # The builder reads the format it was prepared in first, which may be the slower one.
     if formats[0] != readable[0]:
         builder = tfds.core.read_only_builder.builder_from_files(
             dataset, data_dir=root, file_format=readable[0]
@@ -60,7 +61,7 @@ def find_builder(dataset: str, data_dir: str | None) -> Any:
 
 
 def file_format(builder: Any) -> str:
-    """ "array_record" or "tfrecord"."""
+    """The format of a builder's files, one of `FORMATS`."""
     return _value(builder.info.file_format)
 
 

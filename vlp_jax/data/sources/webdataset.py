@@ -8,21 +8,19 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from vlp_jax.data import faults
-from vlp_jax.data.sources import columns, manifest
-from vlp_jax.data.sources.base import STRING, STRINGS, Blocks, FieldSpec, Source
+from vlp_jax.data.sources import manifest
+from vlp_jax.data.sources.base import STRING, STRINGS, Blocks, FieldSpec
 from vlp_jax.data.sources.manifest import Manifest, find_pieces
 from vlp_jax.data.sources.records import empty_strings
-from vlp_jax.data.sources.shards import Piece, Shards, group_by_piece
+from vlp_jax.data.sources.row_source import FLOAT, INT, Rows, RowSource, spec_of_all
+from vlp_jax.data.sources.shards import Piece, ShardedSource, Shards, group_by_piece
 from vlp_jax.data.sources.tar_index import extensions, index_tar, sample_files, sample_key
 from vlp_jax.errors import UserError, unknown_key_message
-
-if TYPE_CHECKING:
-    import tensorflow as tf
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif", "bmp")
 SUFFIXES = (".tar", ".tar.gz", ".tgz")
@@ -32,21 +30,21 @@ _LOOKED_AT = 20  # samples that are looked at to see which fields there are
 # Where a config names a field that these lack: how many shards, and samples of all, are looked at.
 _SHARDS_LOOKED_AT, _FURTHER = 64, 2048
 _FILES_OF = {"image": IMAGE_EXTENSIONS, "text": ("txt",)}  # field -> extensions it may come from
-_COLUMN_CHUNK = 1024
-_INT = FieldSpec((), np.dtype(np.int64))
-_FLOAT = FieldSpec((), np.dtype(np.float32))
-_DECLARED = {"bytes": STRING, "bytes[]": STRINGS, "int64": _INT, "float32": _FLOAT}  # of a manifest
+# webdataset's own reading of endings: github.com/webdataset/webdataset, autodecode.py.
+NUMBER_EXTENSIONS = ("cls", "cls2", "class", "count", "index", "inx")
+TEXT_EXTENSIONS = ("txt", "text", "transcript", "json")
+_DECLARED = {"bytes": STRING, "bytes[]": STRINGS, "int64": INT, "float32": FLOAT}  # of a manifest
 
 
 @dataclass(frozen=True)
-class WebDatasetSource(Source):
+class WebDatasetSource(ShardedSource, RowSource):
     """Samples of tar shards, compressed or not.
 
     The fields are `image` (the file with any extension of an image), `text` (KEY.txt), `id` (KEY),
-    each extension by itself ("jpg", "json"; "cls" is a whole number), and what KEY.json holds
-    ("json.caption", "json.size.width"): text, numbers and lists of text. A config may name fields
-    that few samples have. A sample with images of several extensions is a bad example where `image`
-    is asked for, and good where one of them is.
+    each extension by itself ("jpg", "json"; `NUMBER_EXTENSIONS` are whole numbers), the first of
+    several ("jpg,png"), and what KEY.json holds ("json.caption", "json.size.width"): text, numbers
+    and lists of text. A config may name fields that few samples have. A sample with images of
+    several extensions is a bad example where `image` is asked for, and good where "jpg" is.
 
     Attributes:
       path: files, patterns with "*" and brace ranges, a folder, on disk or scheme://; or the
@@ -62,11 +60,8 @@ class WebDatasetSource(Source):
     cache_dir: str | None = None
     cache_gib: float = 64.0
 
-    def __post_init__(self) -> None:
-        _ = self._fields
-
     @cached_property
-    def _shards(self) -> Shards:
+    def shards(self) -> Shards:
         return Shards(self._found[0], "tar", index_tar, self.cache_dir, self.cache_gib)
 
     @cached_property
@@ -75,7 +70,7 @@ class WebDatasetSource(Source):
 
     @cached_property
     def _declared(self) -> dict[str, FieldSpec]:
-        """What a manifest says of the JSON files."""
+        """The fields of the JSON files that a manifest declares."""
         features = self._found[1].features if self._found[1] is not None else {}
         return {
             f"json.{name}": _DECLARED[kind] for name, kind in features.items() if kind in _DECLARED
@@ -83,26 +78,27 @@ class WebDatasetSource(Source):
 
     @cached_property
     def _fields(self) -> dict[str, FieldSpec]:
-        """What the first samples hold; `look_for` adds to it."""
+        """The fields of the first samples; `look_for` adds fields of other samples."""
         samples = self._first_samples()
         if not samples:
-            why = faults.explain(self._shards.fault(0, self._shards.pieces[0].skip).decode())[1]
+            why = faults.explain(self.shards.fault(0, self.shards.pieces[0].skip).decode())[1]
             raise UserError(
                 f"data.path={self.path!r}: no sample can be used; the first is "
                 f"{self.describe(0)}: {why}"
             )
-        files = [sample_files(self._shards.index(piece), row) for piece, row in samples]
+        files = [sample_files(self.shards.index(piece), row) for piece, row in samples]
         seen = Counter(extension for sample in files for extension in sample)
         # Dots in a key make an extension of its own for every sample.
         usual = {e for e, n in seen.items() if "." not in e or n > 1 or len(samples) == 1}
-        usual |= extensions(self._shards.index(samples[0][0])) & _USUAL
+        # An image format or text that few samples have is no accident of a key.
+        usual |= extensions(self.shards.index(samples[0][0])) & _USUAL
         fields = {"image": STRING} if usual & set(IMAGE_EXTENSIONS) else {}
         fields |= {"text": STRING} if "txt" in usual else {}
         fields["id"] = STRING
-        fields |= {name: _INT if name == "cls" else STRING for name in sorted(usual)}
+        fields |= {name: INT if name in NUMBER_EXTENSIONS else STRING for name in sorted(usual)}
         documents = self._documents(samples)
         for key in dict.fromkeys(key for document in documents for key in document):
-            spec = _spec_of_all(document.get(key) for document in documents)
+            spec = spec_of_all(document.get(key) for document in documents)
             fields |= {} if spec is None else {f"json.{key}": spec}
         return fields | self._declared
 
@@ -110,8 +106,8 @@ class WebDatasetSource(Source):
         """The JSON files of samples that have one that can be read."""
         found = []
         for piece, row in samples:
-            files = sample_files(self._shards.index(piece), row)
-            with contextlib.suppress(BadValue, KeyError):
+            files = sample_files(self.shards.index(piece), row)
+            with contextlib.suppress(faults.BadExample, KeyError):
                 found.append(_parsed_json(self._read(piece, files["json"])))
         return found
 
@@ -119,15 +115,16 @@ class WebDatasetSource(Source):
     def _further_documents(self) -> list[Mapping[str, Any]]:
         rows = [
             (piece, int(row))
-            for piece in self._shards.near(_SHARDS_LOOKED_AT)
-            for row in np.flatnonzero(self._shards.index(piece)["fault"] == 0)
+            for piece in self.shards.near(_SHARDS_LOOKED_AT)
+            for row in np.flatnonzero(self.shards.index(piece)["fault"] == 0)
         ]
         return self._documents(rows[:: -(-len(rows) // _FURTHER) or 1])
 
     def _first_samples(self) -> list[tuple[int, int]]:
-        """(piece, row) of some sound samples, of the first shard that has any."""
-        for piece, shard in enumerate(self._shards.pieces):
-            sound = np.flatnonzero(self._shards.index(piece)["fault"][shard.skip :] == 0)
+        """Some sound samples as (piece, row), from the first shard that has any."""
+        # The first shards may be damaged or empty.
+        for piece, shard in enumerate(self.shards.pieces):
+            sound = np.flatnonzero(self.shards.index(piece)["fault"][shard.skip :] == 0)
             found = [(piece, shard.skip + int(row)) for row in sound[:_LOOKED_AT]]
             if found:
                 return found
@@ -135,18 +132,18 @@ class WebDatasetSource(Source):
 
     def look_for(self, name: str) -> str:
         key = name.removeprefix("json.")
-        known = name in self._fields and (key == name or self._fields[name] != _INT)
+        known = name in self._fields and (key == name or self._fields[name] != INT)
         if known or name in self._declared:
             return ""
         if key == name:
-            pieces = self._shards.near(_SHARDS_LOOKED_AT)
-            present = set().union(*(extensions(self._shards.index(piece)) for piece in pieces))
-            if present & set(_FILES_OF.get(name, (name,))):
-                self._fields[name] = _INT if name == "cls" else STRING
+            pieces = self.shards.near(_SHARDS_LOOKED_AT)
+            present = set().union(*(extensions(self.shards.index(piece)) for piece in pieces))
+            if present & set(_extensions_of(name)):
+                self._fields[name] = INT if name in NUMBER_EXTENSIONS else STRING
                 return ""
             return _dots(name, present)
         documents = self._further_documents
-        spec = _spec_of_all(_at(document, key) for document in documents)
+        spec = spec_of_all(_at(document, key) for document in documents)
         if spec is not None:
             self._fields[name] = spec
             return ""
@@ -154,34 +151,40 @@ class WebDatasetSource(Source):
         looked_at = f"the {len(documents):,} samples that were looked at"
         return unknown_key_message(name, {*self._fields, *seen}, looked_at)
 
-    def __len__(self) -> int:
-        return len(self._shards)
-
     def fields(self) -> dict[str, FieldSpec]:
         return self._fields
 
-    def record_fields(self) -> dict[str, FieldSpec]:
-        return columns.record_fields(self._fields)
-
-    def fetch(
-        self, indices: np.ndarray, names: Sequence[str] | None = None
-    ) -> dict[str, np.ndarray]:
-        indices = np.asarray(indices, np.int64)
-        wanted = list(self._fields) if names is None else list(names)
-        rows: dict[str, list[Any]] = {name: [None] * len(indices) for name in wanted}
+    def rows(self, indices: np.ndarray, names: Sequence[str]) -> tuple[Rows, np.ndarray]:
+        rows: Rows = {name: [None] * len(indices) for name in names}
         found = empty_strings(len(indices))
-        pieces, places = self._shards.locate(indices)
+        pieces, places = self.shards.locate(indices)
         for piece, chosen in group_by_piece(pieces):
             for number in chosen.tolist():
                 found[number] = self._sample(piece, int(places[number]), number, rows)
-        return columns.pack(self._fields, rows, found)
+        return rows, found
 
-    def _sample(self, piece: int, row: int, number: int, rows: dict[str, list[Any]]) -> bytes:
+    def can_read(self, name: str) -> bool:
+        if name.startswith("json."):
+            return self.can_read("json")
+        return any(not self.look_for(e) and e in self._fields for e in name.split(","))
+
+    def is_text(self, name: str) -> bool:
+        return name.split(",")[0] in TEXT_EXTENSIONS
+
+    def place(self, index: int, name: str) -> tuple[str, int] | None:
+        (piece,), (row,) = self.shards.locate(np.array([index]))
+        path = self.shards.pieces[piece].path
+        if self.shards.copies.is_compressed(path):
+            return None
+        files = sample_files(self.shards.index(piece), int(row))
+        return path, next(files[e][0] for e in _extensions_of(name) if e in files)
+
+    def _sample(self, piece: int, row: int, number: int, rows: Rows) -> bytes:
         """Puts the fields of a sample into `rows`; returns its fault."""
-        fault = self._shards.fault(piece, row)
+        fault = self.shards.fault(piece, row)
         if fault:
             return fault
-        index = self._shards.index(piece)
+        index = self.shards.index(piece)
         files = sample_files(index, row)
         document: Any = None
         try:
@@ -192,13 +195,12 @@ class WebDatasetSource(Source):
                 extension, _, key = name.partition("json.")
                 raw = self._content(piece, files, "json" if key else extension)
                 if not key:
-                    column[number] = raw if name != "cls" else _whole_number(raw)
+                    column[number] = _whole_number(raw) if name in NUMBER_EXTENSIONS else raw
                 else:
+                    # Parsed once, however many of its values are fields.
                     document = _parsed_json(raw) if document is None else document
-                    column[number] = columns.fitting(_at(document, key), self._fields[name])
-                if column[number] is None:
-                    raise BadValue(faults.MISSING_FIELD, f"it has no {name!r} that can be read")
-        except BadValue as bad:
+                    column[number] = _at(document, key)
+        except faults.BadExample as bad:
             return faults.marked(bad.reason, bad.detail)
         return b""
 
@@ -206,71 +208,49 @@ class WebDatasetSource(Source):
         """The bytes of a sample's file `name`, an extension, `image` or `text`.
 
         Raises:
-          BadValue: it has none, or several images.
+          faults.BadExample: it has none, or several images.
         """
-        candidates = _FILES_OF.get(name, (name,))
-        present = [extension for extension in candidates if extension in files]
+        present = [extension for extension in _extensions_of(name) if extension in files]
         if not present:
-            raise BadValue(faults.MISSING_FIELD, f"it has no {name!r}")
-        if len(present) > 1:
+            raise faults.BadExample(faults.MISSING_FIELD, f"it has no {name!r}")
+        if len(present) > 1 and name == "image":
             listed = ", ".join(present)
-            raise BadValue(
+            raise faults.BadExample(
                 faults.AMBIGUOUS, f"it has several images ({listed}): name one by data.fields.image"
             )
         return self._read(piece, files[present[0]])
 
     def _read(self, piece: int, place: tuple[int, int]) -> bytes:
-        return self._shards.read(piece, *place)
-
-    def parse(self, record: dict[str, tf.Tensor], names: Sequence[str]) -> dict[str, tf.Tensor]:
-        return columns.parse(self._fields, record, names)
-
-    def column(self, name: str) -> np.ndarray:
-        ends = [*range(_COLUMN_CHUNK, len(self), _COLUMN_CHUNK), len(self)]
-        return columns.column(self, name, ends)
+        return self.shards.read(piece, *place)
 
     def class_names(self, field: str) -> tuple[str, ...] | None:
         return manifest.class_names(self.path, field.removeprefix("json."))
 
     def describe(self, index: int) -> str:
-        piece, row = (int(x[0]) for x in self._shards.locate(np.array([index])))
-        index = self._shards.index(piece)
+        piece, row = (int(x[0]) for x in self.shards.locate(np.array([index])))
+        index = self.shards.index(piece)
         known = row < len(index["fault"])
         key = sample_key(index, row).decode("utf-8", "replace") if known else f"number {row}"
-        return f"sample {key} of {self._shards.pieces[piece].path}"
-
-    def fingerprint(self) -> str:
-        return self._shards.fingerprint()
+        return f"sample {key} of {self.shards.pieces[piece].path}"
 
     def blocks(self) -> Blocks | None:
-        return Blocks(self._shards.block_sizes(BLOCK), WINDOW if self._shards.in_place else 1)
-
-    def will_read(self, indices: np.ndarray) -> None:
-        self._shards.will_read(indices)
-
-
-class BadValue(Exception):
-    """A field that a sample lacks or that cannot be read: `reason` is one of `faults.REASONS`."""
-
-    def __init__(self, reason: str, detail: str) -> None:
-        super().__init__(detail)
-        self.reason, self.detail = reason, detail
+        return Blocks(self.shards.block_sizes(BLOCK), WINDOW if self.shards.in_place else 1)
 
 
 def _parsed_json(raw: bytes) -> Mapping[str, Any]:
-    """A document in UTF-8, UTF-16 or UTF-32 (RFC 4627, section 3), with or without its mark.
+    """Parses JSON in UTF-8, UTF-16 or UTF-32 (RFC 4627, section 3), with or without a mark.
 
     Raises:
-      BadValue: it is none, or no object.
+      faults.BadExample: it is none, or no object.
     """
     try:
         document = json.loads(raw)
     except UnicodeDecodeError:
-        raise BadValue(faults.MALFORMED_TEXT, "its json is not UTF-8") from None
+        raise faults.BadExample(faults.MALFORMED_TEXT, "its json is not UTF-8") from None
     except ValueError as error:
-        raise BadValue(faults.UNREADABLE, f"its json is malformed: {error}") from None
+        raise faults.BadExample(faults.UNREADABLE, f"its json is malformed: {error}") from None
     if not isinstance(document, dict):
-        raise BadValue(faults.UNREADABLE, "its json is no object")
+        raise faults.BadExample(faults.UNREADABLE, "its json is no object")
     return document
 
 
@@ -283,21 +263,9 @@ def _at(document: Mapping[str, Any], key: str) -> Any:
     return _at(inner, rest) if dot and isinstance(inner, dict) else None
 
 
-def _spec_of_all(values: Iterable[Any]) -> FieldSpec | None:
-    """The type of a field that has these: the first that is not null; a number may be no whole one.
-
-    Values of another type are faults of their examples.
-    """
-    found: FieldSpec | None = None
-    for spec in filter(None, map(_spec_of, values)):
-        if found in (None, _INT):
-            found = spec
-    return found
-
-
 def _dots(name: str, present: Iterable[str]) -> str:
-    """Why there is no extension `name`, if dots in keys made others of it; else ""."""
-    ends = tuple(f".{extension}" for extension in _FILES_OF.get(name, (name,)))
+    """Explains that dots in keys made other extensions of `name`; "" if they did not."""
+    ends = tuple(f".{extension}" for extension in _extensions_of(name))
     longer = min((e for e in present if e.endswith(ends)), default=None)
     if longer is None:
         return ""
@@ -307,20 +275,13 @@ def _dots(name: str, present: Iterable[str]) -> str:
     )
 
 
-def _spec_of(value: Any) -> FieldSpec | None:
-    if isinstance(value, bool | int):
-        return _INT
-    if isinstance(value, float):
-        return _FLOAT
-    if isinstance(value, str):
-        return STRING
-    if isinstance(value, list) and value and all(isinstance(item, str) for item in value):
-        return STRINGS
-    return None
+def _extensions_of(name: str) -> Sequence[str]:
+    """The extensions that a field may come from; a name may list several between commas."""
+    return _FILES_OF.get(name) or name.split(",")
 
 
 def _whole_number(raw: bytes) -> int | None:
     try:
-        return columns.fitting(int(raw), _INT)
+        return int(raw)
     except ValueError:
         return None

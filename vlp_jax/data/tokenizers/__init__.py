@@ -1,4 +1,4 @@
-"""Text to token ids: bytes, subwords, CLIP's byte pairs, or SentencePiece.
+"""Tokenizers: bytes, subwords, CLIP's byte pairs, or SentencePiece.
 
 A row of ids is bos, the text's ids, eos, and padding. A text that is too long loses its end, never
 its eos. The tokenizers that are made here number pad 0 and eos 1: Hugging Face's CLIPModel takes an
@@ -39,7 +39,7 @@ KEYS = ("name", "context_length", "vocab_size", "file", "pad")
 def build_tokenizer(
     config: Mapping[str, Any], texts: Texts, path: str | os.PathLike[str] | None
 ) -> Tokenizer:
-    """The tokenizer that a config describes.
+    """Builds the tokenizer that a config describes.
 
     Args:
       config: `name`, one of `TOKENIZERS`; `context_length`; `vocab_size`, an upper bound (None: no
@@ -81,6 +81,7 @@ def build_tokenizer(
             f"tokenizer.vocab_size={bound} is less than the {tokenizer.vocab_size} tokens{where}; "
             f"raise it or choose another tokenizer"
         )
+    # A file of the user's stays where it is; what was trained or downloaded is kept with the run.
     if file is None and path is not None and not kept:
         tokenizer.save(path)
     if pad == "eos":
@@ -89,7 +90,6 @@ def build_tokenizer(
 
 
 def _make_bytes(texts: Texts, bound: int | None, context_length: int) -> ByteTokenizer:
-    del texts, bound
     return ByteTokenizer(context_length)
 
 
@@ -100,7 +100,6 @@ def _make_subword(texts: Texts, bound: int | None, context_length: int) -> Subwo
 
 
 def _make_clip(texts: Texts, bound: int | None, context_length: int) -> ClipTokenizer:
-    del texts, bound
     return ClipTokenizer.published(context_length)
 
 

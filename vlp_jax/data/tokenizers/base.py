@@ -1,14 +1,15 @@
-"""What every tokenizer has, and what they share: framing, truncation, and a file for others."""
+"""The base of all tokenizers: framing, truncation, and the tokenizer.json for other libraries."""
 
 from __future__ import annotations
 
 import json
 import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
+from vlp_jax.data.tokenizers import files
 from vlp_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -19,36 +20,64 @@ PAD_ID, EOS_ID, BOS_ID = 0, 1, 2
 SPECIAL_TOKENS = ("<pad>", "<eos>", "<bos>")
 
 
-class Tokenizer(Protocol):
-    """What the pipeline and the models ask of a tokenizer.
+class Tokenizer:
+    """Turns text into rows of token ids, by a model of the library `tokenizers`.
+
+    A row is bos (if there is one), the ids of the text, eos and padding. Subclasses make the model
+    and say which ids are special. `SentencePieceTokenizer` asks another library for the ids.
 
     Attributes:
+      kind: the key of `files.KINDS`, as a config and the file of a run name it.
       vocab_size: the number of rows that an embedding needs: every id is below it.
       context_length: the length of a row of ids.
       pad_id, bos_id, eos_id: the special tokens; without a bos (None), rows begin with the text.
     """
 
+    kind: ClassVar[str]
     vocab_size: int
-    context_length: int
     pad_id: int
     bos_id: int | None
     eos_id: int
 
+    def __init__(self, model: tokenizers.Tokenizer, context_length: int) -> None:
+        """Checks `context_length`; `model` gives the ids of a text without framing it."""
+        self.context_length = check_context_length(context_length)
+        self._model = model
+
     def __call__(self, texts: Sequence[str | bytes]) -> np.ndarray:
-        """Token ids of n texts, int32 [n, context_length]."""
-        ...
+        """Token ids of n texts, int32 [n, context_length]. A long text loses its end, never eos."""
+        return frame(self.encode(texts), self)
 
     def encode(self, texts: Sequence[str | bytes]) -> list[list[int]]:
         """The ids of n texts, whole: without bos, eos and padding, and not cut."""
-        ...
+        batch = [self.clean(as_text(text)) for text in texts]
+        encodings = self._model.encode_batch_fast(batch, add_special_tokens=False)
+        return [encoding.ids for encoding in encodings]
 
     def decode(self, ids: np.ndarray) -> list[str]:
         """The texts of rows of ids, int [n, length], without special tokens, up to eos."""
-        ...
+        rows = [row[row != self.bos_id].tolist() for row in up_to_eos(ids, self.eos_id)]
+        return self._model.decode_batch(rows, skip_special_tokens=True)
+
+    def clean(self, text: str) -> str:
+        """Changes a text before it is tokenized."""
+        return text
+
+    def note(self) -> dict[str, Any]:
+        """The content of the file of a run, beside the kind, to build the tokenizer again."""
+        return {}
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes what is needed to build it again to a file, whole or not at all."""
-        ...
+        """Writes what is needed to build the tokenizer again to a file, whole or not at all."""
+        files.write_note(path, self.kind, **self.note())
+
+    def library_model(self) -> tokenizers.Tokenizer:
+        """A fresh model of the library for raw text, with the special tokens marked as such.
+
+        Raises:
+          UserError: the library cannot express it.
+        """
+        raise NotImplementedError
 
     def to_json(self, lowercase: bool, canonicalize: bool = False) -> str:
         """A tokenizer.json of the Hugging Face `tokenizers` library with which it frames as here.
@@ -62,7 +91,7 @@ class Tokenizer(Protocol):
         Raises:
           UserError: that library cannot express it.
         """
-        ...
+        return framing_json(self.library_model(), self, lowercase, canonicalize)
 
 
 # The text operations of a run that a tokenizer.json can do, in the order of `to_json`'s arguments.
@@ -70,7 +99,7 @@ NORMALIZED = ("lowercase", "canonicalize_text")
 
 
 def check_context_length(context_length: Any) -> int:
-    """`context_length`, if it is one.
+    """Returns `context_length` if it is a valid one.
 
     Raises:
       UserError: it is no number, or a row of it would not hold bos, a token and eos.
@@ -84,7 +113,7 @@ def check_context_length(context_length: Any) -> int:
 
 
 def as_text(text: str | bytes) -> str:
-    """A text that is in every encoding: what cannot be read of it is replaced."""
+    """Decodes a text; bytes that are no UTF-8, and lone surrogates, are replaced."""
     if isinstance(text, bytes):
         return text.decode("utf-8", "replace")
     # A lone surrogate, which JSON can spell, is in no encoding.
@@ -92,16 +121,17 @@ def as_text(text: str | bytes) -> str:
 
 
 def frame_length(tokenizer: Tokenizer) -> int:
-    """How many special tokens frame a text."""
+    """The number of special tokens that frame a text."""
     return 1 if tokenizer.bos_id is None else 2
 
 
 def frame(rows: Sequence[Sequence[int] | np.ndarray], tokenizer: Tokenizer) -> np.ndarray:
-    """bos (if there is one), ids, eos and padding, int32 [n, context_length].
+    """Frames rows of ids: bos (if there is one), ids, eos and padding, int32 [n, context_length].
 
-    Of a row that is too long the end is cut, never eos.
+    A row that is too long loses its end, never eos.
     """
     ids = np.full((len(rows), tokenizer.context_length), tokenizer.pad_id, np.int32)
+    # eos is always kept: towers pool the features at its place.
     room = tokenizer.context_length - frame_length(tokenizer)
     begin = 0
     if tokenizer.bos_id is not None:
@@ -116,7 +146,7 @@ def frame(rows: Sequence[Sequence[int] | np.ndarray], tokenizer: Tokenizer) -> n
 def padded(
     rows: Sequence[Sequence[int]], length: int, pad_id: int, left: bool = False
 ) -> np.ndarray:
-    """Rows of at most `length` ids, filled up at one side, int32 [n, length]."""
+    """Pads rows of at most `length` ids at one side, int32 [n, length]."""
     ids = np.full((len(rows), length), pad_id, np.int32)
     for target, row in zip(ids, rows, strict=True):
         target[length - len(row) if left else 0 :][: len(row)] = row
@@ -124,7 +154,7 @@ def padded(
 
 
 def up_to_eos(ids: np.ndarray, eos_id: int) -> list[np.ndarray]:
-    """What stands before the first eos of each row of ids, int [n, length]."""
+    """The ids before the first eos of each row, int [n, length]."""
     rows = []
     for row in np.asarray(ids):
         ends = np.flatnonzero(row == eos_id)
@@ -133,7 +163,7 @@ def up_to_eos(ids: np.ndarray, eos_id: int) -> list[np.ndarray]:
 
 
 def import_tokenizers() -> Any:
-    """The Hugging Face library `tokenizers`, without threads of its own."""
+    """Imports the Hugging Face library `tokenizers`, without threads of its own."""
     # Texts are tokenized in the input pipeline's own threads; a second pool would compete with
     # the training step for the same cores, and warns when a process forks.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -145,7 +175,7 @@ def import_tokenizers() -> Any:
 def framing_json(
     model: tokenizers.Tokenizer, tokenizer: Tokenizer, lowercase: bool, canonicalize: bool
 ) -> str:
-    """The file of a library's model that puts bos and eos around a text as `tokenizer` does.
+    """The tokenizer.json of a model, with bos and eos around a text as `tokenizer` puts them.
 
     Args:
       lowercase, canonicalize: see `Tokenizer.to_json`.
@@ -156,6 +186,7 @@ def framing_json(
     before, after = names[:-1], names[-1:]
     model.post_processor = library.processors.TemplateProcessing(
         single=[*before, "$A", *after],
+        # A pair is what the library asks for; nothing here tokenizes pairs.
         pair=[*before, "$A", *after, "$B:1", *(f"{name}:1" for name in after)],
         special_tokens=list(zip(names, ids, strict=True)),
     )
@@ -176,6 +207,7 @@ def _without_lost_symbols(tokenizer_json: str) -> str:
     """
     content = json.loads(tokenizer_json)
     canonical = import_tokenizers().normalizers.Sequence(canonicalize_steps()).normalize_str
+    # Special tokens stay, because padding and eos are found by them.
     content["added_tokens"] = [
         token
         for token in content["added_tokens"]

@@ -30,39 +30,40 @@ _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|\p{L}+|\p{N}|[^\s\p{L}\p{N}\x{345}]+"
 
 
-class ClipTokenizer:
+class ClipTokenizer(base.Tokenizer):
     """CLIP's byte pairs: 49,408 ids with the published merges; see `Tokenizer`.
 
-    The ids are those of open_clip's `SimpleTokenizer` with its default cleaning, "lower", but for
-    text that spells a special token ("<end_of_text>"), which is text here. Rows are padded with 0,
+    The ids equal open_clip's `SimpleTokenizer` with its default cleaning, "lower", but for text
+    that spells a special token ("<end_of_text>"), which is text here. Rows are padded with 0,
     which no text has at the end of a word.
 
     Raises:
       UserError: the merges are not of this kind.
     """
 
+    kind = "clip"
     pad_id = 0
 
     def __init__(
         self, merges: Sequence[str], context_length: int, where: str, cleaning: str = "lower"
     ) -> None:
-        """
+        """Makes the vocabulary of the merges.
+
         Args:
           merges: pairs of symbols, such as "t h", the most frequent first.
           context_length: of a row of ids.
           where: the file of the merges, for an error.
           cleaning: one of `CLEANINGS`.
         """
-        self.context_length = base.check_context_length(context_length)
         self._merges = list(merges)
-        symbols = sorted(base.byte_symbols())  # those that print before the others
+        symbols = sorted(base.byte_symbols())  # printing characters come first, as in CLIP's file
         tokens = [*symbols, *(symbol + _END for symbol in symbols)]
         tokens += _joined(self._merges, set(tokens), where)
         self.bos_id, self.eos_id = len(tokens), len(tokens) + 1
         self.vocab_size = len(tokens) + 2
         self._vocab = {token: i for i, token in enumerate([*tokens, _BOS, _EOS])}
-        self._bytes = _as_bytes(tokens)
-        self._model, self._clean = self._make_model(), CLEANINGS[cleaning]
+        self._clean = CLEANINGS[cleaning]
+        super().__init__(self._make_model(), context_length)
 
     @classmethod
     def load(
@@ -80,7 +81,7 @@ class ClipTokenizer:
 
     @classmethod
     def published(cls, context_length: int, cleaning: str = "lower") -> ClipTokenizer:
-        """CLIP's own, from the file in an installed open_clip, which is not imported.
+        """Builds CLIP's own tokenizer from the file in an installed open_clip, without its import.
 
         Raises:
           UserError: open_clip is not installed.
@@ -95,25 +96,22 @@ class ClipTokenizer:
             )
         return cls.load(file, context_length, cleaning)
 
-    def __call__(self, texts: Sequence[str | bytes]) -> np.ndarray:
-        return base.frame(self.encode(texts), self)
-
-    def encode(self, texts: Sequence[str | bytes]) -> list[list[int]]:
-        batch = [self._clean(base.as_text(text)) for text in texts]
-        encodings = self._model.encode_batch_fast(batch, add_special_tokens=False)
-        return [encoding.ids for encoding in encodings]
+    def clean(self, text: str) -> str:
+        return self._clean(text)
 
     def decode(self, ids: np.ndarray) -> list[str]:
         """The texts as cleaning left them, with a space between what CLIP takes for words."""
-        rows = base.up_to_eos(ids, self.eos_id)
-        texts = [b"".join(self._bytes[i] for i in row if i < self.bos_id) for row in rows]
-        return [text.strip(b" ").decode("utf-8", "replace") for text in texts]
+        return [text.strip(" ") for text in super().decode(ids)]
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        files.write_note(path, "clip", merges=self._merges)
+    def note(self) -> dict[str, Any]:
+        return {"merges": self._merges}
 
     def to_json(self, lowercase: bool, canonicalize: bool = False) -> str:
-        """See `Tokenizer`; always lower-cases.
+        """See `Tokenizer`; the result always lower-cases."""
+        return super().to_json(False, canonicalize)
+
+    def library_model(self) -> tokenizers.Tokenizer:
+        """The model for raw text.
 
         Of the cleaning, `tokenizers` can express quotation marks, ligatures and wide characters as
         ftfy makes them, NFC, the five entities of XML, white space and lower case. It cannot
@@ -124,13 +122,12 @@ class ClipTokenizer:
         # The token that pads must be a special one for others; 0 is "!" within a word.
         model.add_special_tokens([model.id_to_token(self.pad_id), _BOS, _EOS])
         model.normalizer = library.normalizers.Sequence(_cleaning_steps(library.normalizers))
-        decoders = library.decoders
-        model.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Replace(_END, " ")])
-        return base.framing_json(model, self, False, canonicalize)
+        return model
 
     def _make_model(self) -> tokenizers.Tokenizer:
-        """The library's model, for text that is clean."""
+        """The library's model for clean text."""
         library = base.import_tokenizers()
+        # The suffix makes the library merge "</w>" with the last symbol of a word, as CLIP does.
         merges = [tuple(merge.split()) for merge in self._merges]
         model = library.Tokenizer(
             library.models.BPE(vocab=self._vocab, merges=merges, end_of_word_suffix=_END)
@@ -138,6 +135,8 @@ class ClipTokenizer:
         words = library.pre_tokenizers.Split(library.Regex(_WORDS), "removed", invert=True)
         symbols = library.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
         model.pre_tokenizer = library.pre_tokenizers.Sequence([words, symbols])
+        decoders = library.decoders
+        model.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Replace(_END, " ")])
         return model
 
 
@@ -162,6 +161,7 @@ def repaired(text: str) -> str:
 
 def canonical(text: str) -> str:
     """Cleans a text as open_clip does for SigLIP (`_clean_canonicalize`): no punctuation either."""
+    # The underscore first, because it is punctuation too.
     text = repaired(text).replace("_", " ").translate(_NO_PUNCTUATION)
     return " ".join(text.lower().split())
 
@@ -171,7 +171,7 @@ CLEANINGS = {"lower": clean, "whitespace": repaired, "canonicalize": canonical}
 
 
 def _merges_of(content: bytes, where: str) -> list[str]:
-    """The merges of a text file, without its header and without what CLIP does not read."""
+    """The merges of a text file, without its header and the lines that CLIP does not read."""
     lines = content.decode("utf-8", "replace").split("\n")
     if lines[0].startswith(("#version", '"')):
         lines = lines[1:]
@@ -186,7 +186,7 @@ def _merges_of(content: bytes, where: str) -> list[str]:
 
 
 def _joined(merges: Sequence[str], known: set[str], where: str) -> list[str]:
-    """The tokens that merges make, each of two tokens before it."""
+    """The tokens that merges make; each joins two earlier tokens."""
     tokens = []
     for number, merge in enumerate(merges, 1):
         pair = merge.split(" ")
@@ -200,18 +200,8 @@ def _joined(merges: Sequence[str], known: set[str], where: str) -> list[str]:
     return tokens
 
 
-def _as_bytes(tokens: Sequence[str]) -> list[bytes]:
-    """The UTF-8 that each token stands for, with a space behind the end of a word."""
-    values = {symbol: byte for byte, symbol in enumerate(base.byte_symbols())}
-    ends = {True: b" ", False: b""}
-    return [
-        bytes(values[symbol] for symbol in token.removesuffix(_END)) + ends[token.endswith(_END)]
-        for token in tokens
-    ]
-
-
 def _cleaning_steps(normalizers: Any) -> list[Any]:
-    """As much of `clean` as the library's normalizers can express."""
+    """The part of `clean` that the library's normalizers can express."""
     from ftfy import chardata
     from tokenizers import Regex
 

@@ -1,4 +1,4 @@
-"""Files of tokenizers: what they are by what is in them, and the note in the file of a run.
+"""Files of tokenizers: their kind by their content, and the note in the file of a run.
 
 A run keeps its tokenizer in one file, whatever its kind: a tokenizer.json of the Hugging Face
 library for "subword", and for the others a JSON mapping whose "type" is the name of the kind.
@@ -32,7 +32,7 @@ def write_note(path: str | os.PathLike[str], kind: str, **content: Any) -> None:
 
 
 def read_note(content: bytes, kind: str) -> dict[str, Any] | None:
-    """What `write_note` wrote, None if this is no such file of `kind`."""
+    """Reads what `write_note` wrote; None if the content is no such file of `kind`."""
     mapping = _as_mapping(content)
     return mapping if mapping is not None and mapping.get("type") == kind else None
 
@@ -72,6 +72,7 @@ def kind_of(content: bytes) -> str | None:
     # A ModelProto begins with its first piece (field 1), which begins with its string (field 1).
     if content[:1] == b"\n" and content[2:3] == b"\n":
         return "sentencepiece"
+    # Merges are two words a line, behind a header.
     lines = content[:4096].decode("utf-8", "replace").splitlines()[:4]
     pairs = [len(line.split()) == 2 for line in lines[1:]]
     return "clip" if pairs and all(pairs) else None

@@ -1,4 +1,4 @@
-"""A tokenizer.json that came with a model of others and frames texts by itself."""
+"""Tokenizers of other projects' models, whose tokenizer.json frames texts by itself."""
 
 from __future__ import annotations
 
@@ -32,7 +32,8 @@ class FramedTokenizer:
         zeroed: int | None = None,
         clean: Callable[[str], str] = str,
     ) -> None:
-        """
+        """Reads the tokenizer.
+
         Args:
           tokenizer_json: the content of the file.
           context_length: of a row of ids.
@@ -66,6 +67,7 @@ class FramedTokenizer:
         model.no_padding()
         model.enable_truncation(context_length, direction="left" if cuts_left else "right")
         self._cut = model
+        # Truncation is a state of a model; `lengths` needs a model without it.
         self._whole = library.Tokenizer.from_str(model.to_str())
         self._whole.encode_special_tokens = model.encode_special_tokens
         self._whole.no_truncation()
@@ -81,7 +83,7 @@ class FramedTokenizer:
         return ids if self._zeroed is None else np.where(ids == self._zeroed, 0, ids)
 
     def lengths(self, texts: Sequence[str]) -> list[int]:
-        """How many ids n texts have, framed and not cut."""
+        """The number of ids of each text, framed and not cut."""
         return [len(e.ids) for e in self._whole.encode_batch_fast(self._cleaned(texts))]
 
     def _cleaned(self, texts: Sequence[str | bytes]) -> list[str]:

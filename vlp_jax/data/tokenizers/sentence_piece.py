@@ -6,19 +6,23 @@ import base64
 import io
 import os
 from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from vlp_jax.data.tokenizers import base, files
 from vlp_jax.errors import UserError
 
+if TYPE_CHECKING:
+    import tokenizers
+
 MODEL_TYPES = ("unigram", "bpe")
 
 
-class SentencePieceTokenizer:
+class SentencePieceTokenizer(base.Tokenizer):
     """A SentencePiece model, framed by its own bos and eos; see `Tokenizer`.
 
-    The special ids are those of the model. Without a bos (-1 there), as in T5's and SigLIP's, rows
+    The special ids are the model's own. Without a bos (-1 there), as in T5's and SigLIP's, rows
     begin with the text; without a pad, as in Llama's, eos pads. Text that spells a special token
     ("</s>") is encoded as text.
 
@@ -26,16 +30,18 @@ class SentencePieceTokenizer:
       UserError: it is no SentencePiece model, or one without eos.
     """
 
+    kind = "sentencepiece"
+
     def __init__(self, model: bytes, context_length: int, where: str) -> None:
-        """`model` is the content of a .model file."""
+        """Reads `model`, the content of a .model file; `where` names it in messages."""
         import sentencepiece
 
-        self.context_length = base.check_context_length(context_length)
         self._file = model
         try:
-            self._model = sentencepiece.SentencePieceProcessor(model_proto=model)
+            processor = sentencepiece.SentencePieceProcessor(model_proto=model)
         except (RuntimeError, OSError):  # whose message is a line of its C++
             raise UserError(f"{where} is not a SentencePiece model that can be read") from None
+        super().__init__(processor, context_length)
         if self._model.eos_id() < 0:
             raise UserError(
                 f"{where} has no eos: train it with --eos_id=1 (tools/train_tokenizer.py does)"
@@ -64,9 +70,6 @@ class SentencePieceTokenizer:
         """The content of the .model file."""
         return self._file
 
-    def __call__(self, texts: Sequence[str | bytes]) -> np.ndarray:
-        return base.frame(self.encode(texts), self)
-
     def encode(self, texts: Sequence[str | bytes]) -> list[list[int]]:
         # One thread: see `base.import_tokenizers`.
         return self._model.encode([base.as_text(text) for text in texts], num_threads=1)
@@ -74,14 +77,14 @@ class SentencePieceTokenizer:
     def decode(self, ids: np.ndarray) -> list[str]:
         return [self._model.decode(row.tolist()) for row in base.up_to_eos(ids, self.eos_id)]
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        files.write_note(path, "sentencepiece", model=base64.b64encode(self._file).decode())
+    def note(self) -> dict[str, Any]:
+        return {"model": base64.b64encode(self._file).decode()}
 
-    def to_json(self, lowercase: bool, canonicalize: bool = False) -> str:
-        """See `Tokenizer`, and `sentencepiece_json.convert` for what it cannot express."""
+    def library_model(self) -> tokenizers.Tokenizer:
+        """The model converted; see `sentencepiece_json.convert` for models that it refuses."""
         from vlp_jax.data.tokenizers.sentencepiece_json import convert
 
-        return base.framing_json(convert(self._file), self, lowercase, canonicalize)
+        return convert(self._file)
 
 
 def train_sentencepiece(
@@ -102,6 +105,7 @@ def train_sentencepiece(
 
     if model_type not in MODEL_TYPES:
         raise UserError(f"a SentencePiece model is one of {MODEL_TYPES}, not {model_type!r}")
+    # Sorted, because the model depends on the order of texts; a line break would end a text.
     lines = sorted(" ".join(base.as_text(text).split()) for text in texts)
     if not any(lines):
         raise UserError("there is no text to train a tokenizer on")
@@ -127,5 +131,5 @@ def train_sentencepiece(
 
 
 def _reason(error: RuntimeError) -> str:
-    """Its message without the place in the C++."""
+    """The message of an error without the place in the C++ code."""
     return str(error).splitlines()[0].rpartition("] ")[2].strip()

@@ -1,4 +1,4 @@
-"""What a SentencePiece .model file says that its library does not tell.
+"""The fields of a SentencePiece .model file that its library does not give access to.
 
 Source: google/sentencepiece, src/sentencepiece_model.proto. The generated module that comes with
 the library refuses to load beside most versions of protobuf, so the few fields are read here.
@@ -79,12 +79,12 @@ def _piece(content: bytes) -> Piece:
 
 
 def _merged(fields: list[tuple[int, bytes | int]], number: int) -> dict[int, bytes | int]:
-    """The fields of a message; of one that is there several times, the last."""
+    """The fields of message `number`; later messages override earlier ones."""
     return {key: value for n, part in fields if n == number for key, value in _fields(part)}
 
 
 def _fields(content: bytes) -> Iterator[tuple[int, bytes | int]]:
-    """(number, value) of every field of a protocol buffer, in its wire format."""
+    """Yields (number, value) of every field of a protocol buffer in wire format."""
     place = 0
     while place < len(content):
         tag, place = _varint(content, place)
@@ -92,6 +92,7 @@ def _fields(content: bytes) -> Iterator[tuple[int, bytes | int]]:
         if kind == 0:
             value, place = _varint(content, place)
         else:
+            # Wire types: 0 varint, 1 eight bytes, 2 length-delimited, 5 four bytes.
             size = {1: 8, 5: 4}.get(kind)
             if kind == 2:
                 size, place = _varint(content, place)
@@ -102,7 +103,7 @@ def _fields(content: bytes) -> Iterator[tuple[int, bytes | int]]:
 
 
 def _varint(content: bytes, place: int) -> tuple[int, int]:
-    """A number of variable length, and the place behind it."""
+    """Reads a number of variable length; returns it and the place behind it."""
     value = shift = 0
     while place < len(content):
         byte = content[place]

@@ -1,4 +1,4 @@
-"""A SentencePiece model as a model of the Hugging Face `tokenizers` library.
+"""Conversion of a SentencePiece model to the Hugging Face `tokenizers` library.
 
 Source: google/sentencepiece, src/normalizer.cc, unigram_model.cc and bpe_model.cc; for what the
 other side computes, huggingface/tokenizers, normalizers/precompiled.rs and models/.
@@ -47,7 +47,7 @@ PROBES = (
 
 
 def convert(content: bytes) -> tokenizers.Tokenizer:
-    """A model of the library that gives a text the ids that the .model file `content` gives it.
+    """Converts a .model file to a model of the library that gives texts the same ids.
 
     Unigram and BPE models with the rules of normalization that come with SentencePiece (identity,
     nfkc, nmt_nfkc, and both with case folding), byte fallback, and user-defined symbols if no
@@ -119,6 +119,8 @@ def _unigram(file: ModelFile, library: Any) -> Any:
 def _bpe(file: ModelFile, library: Any) -> Any:
     scores = {piece.text: piece.score for piece in file.pieces if piece.type == NORMAL}
     unknown = next(piece.text for piece in file.pieces if piece.type == UNKNOWN)
+    # SentencePiece merges any two neighbours that make a piece, the best score first. The library
+    # wants the pairs listed in that order.
     merges = []
     for text in sorted(scores, key=lambda text: -scores[text]):
         pairs = ((text[:place], text[place:]) for place in range(1, len(text)))
@@ -133,7 +135,7 @@ def _bpe(file: ModelFile, library: Any) -> Any:
 
 
 def _keep_apart(special: list[str], file: ModelFile, library: Any) -> Any:
-    """A split within text that spells a special token, which a unigram model would take for it.
+    """Splits text that spells a special token, which a unigram model would take for the token.
 
     The split is where no piece lies across, so that nothing else changes; if there is no such
     place, text that spells the token becomes the token.

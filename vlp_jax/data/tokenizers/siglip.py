@@ -44,7 +44,8 @@ class SiglipTokenizer:
         cuts_left: bool = False,
         clean: Callable[[str], str] = str,
     ) -> None:
-        """
+        """Builds the tokenizer.
+
         Args:
           model: the content of spiece.model.
           context_length: of a row of ids.
@@ -59,6 +60,7 @@ class SiglipTokenizer:
         """
         import sentencepiece
 
+        # A protocol buffer that is appended overrides fields, so no field has to be found.
         model += b"" if dummy_prefix else _NO_DUMMY_PREFIX
         try:
             self._model = sentencepiece.SentencePieceProcessor(model_proto=model)
@@ -71,6 +73,7 @@ class SiglipTokenizer:
         self.context_length, self.vocab_size = context_length, self._model.get_piece_size()
         self.pad_id, self.eos_id, self._unknown = ids["pad"], ids["eos"], special["unk"]
         self._special = frozenset(special.values())
+        # The longest first: the regular expression takes the first alternative that fits.
         names = sorted(added, key=len, reverse=True) if texts_may_hold_special_tokens else []
         spaces = {True: r"\s*", False: ""}
         found = [
@@ -95,7 +98,7 @@ class SiglipTokenizer:
         return [self._encode(self._clean(base.as_text(text))) for text in texts]
 
     def lengths(self, texts: Sequence[str]) -> list[int]:
-        """How many ids n texts have with eos, not cut."""
+        """The number of ids of each text with eos, not cut."""
         return [len(ids) + (not self._ends(ids)) for ids in self.encode(texts)]
 
     def decode(self, ids: np.ndarray) -> list[str]:

@@ -6,8 +6,6 @@ import os
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from vlp_jax.data.tokenizers import base, files
 from vlp_jax.errors import UserError
 from vlp_jax.files import write_whole
@@ -23,7 +21,7 @@ _BOS_TOKENS = ("<bos>", "<s>", "[CLS]", "[BOS]", "<|startoftext|>", "<|begin_of_
 _EOS_TOKENS = ("<eos>", "</s>", "[SEP]", "[EOS]", "<|endoftext|>", "<|end_of_text|>")
 
 
-class SubwordTokenizer:
+class SubwordTokenizer(base.Tokenizer):
     """A tokenizer.json of the Hugging Face `tokenizers` library, framed by bos and eos.
 
     The file's own post-processing, truncation and padding are not used. Text that spells a special
@@ -34,9 +32,11 @@ class SubwordTokenizer:
       UserError: if the file lacks a special token for eos.
     """
 
+    kind = "subword"
+
     def __init__(self, model: tokenizers.Tokenizer, context_length: int, where: str) -> None:
-        self.context_length = base.check_context_length(context_length)
-        self._model = model
+        """Looks for the special tokens; `where` names the model's file in messages."""
+        super().__init__(model, context_length)
         self.bos_id = _special_id(model, _BOS_TOKENS)
         eos_id, pad_id = _special_id(model, _EOS_TOKENS), _special_id(model, _PAD_TOKENS)
         if eos_id is None:
@@ -45,6 +45,7 @@ class SubwordTokenizer:
         self.vocab_size = 1 + max(model.get_vocab(with_added_tokens=True).values())
         model.encode_special_tokens = True
         model.no_padding()
+        # The file keeps its truncation for other users; here texts are cut by `frame`.
         self._file = model.to_str(pretty=False)
         model.no_truncation()
 
@@ -64,25 +65,13 @@ class SubwordTokenizer:
             raise UserError(f"{path} is not a tokenizer.json that can be read: {reason}") from None
         return cls(model, context_length, str(path))
 
-    def __call__(self, texts: Sequence[str | bytes]) -> np.ndarray:
-        return base.frame(self.encode(texts), self)
-
-    def encode(self, texts: Sequence[str | bytes]) -> list[list[int]]:
-        batch = [base.as_text(text) for text in texts]
-        encodings = self._model.encode_batch_fast(batch, add_special_tokens=False)
-        return [encoding.ids for encoding in encodings]
-
-    def decode(self, ids: np.ndarray) -> list[str]:
-        return self._model.decode_batch(
-            [row.tolist() for row in base.up_to_eos(ids, self.eos_id)], skip_special_tokens=True
-        )
-
     def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes a tokenizer.json."""
         write_whole(path, self._file)
 
-    def to_json(self, lowercase: bool, canonicalize: bool = False) -> str:
-        model = base.import_tokenizers().Tokenizer.from_str(self._file)
-        return base.framing_json(model, self, lowercase, canonicalize)
+    def library_model(self) -> tokenizers.Tokenizer:
+        """The model of the file."""
+        return base.import_tokenizers().Tokenizer.from_str(self._file)
 
 
 def train_subword(
@@ -104,6 +93,7 @@ def train_subword(
             f"256 bytes and {len(base.SPECIAL_TOKENS)} special tokens"
         )
     library = base.import_tokenizers()
+    # Training breaks ties by the order of texts, which differs between machines.
     sorted_texts = sorted(base.as_text(text) for text in texts)
     if not any(sorted_texts):
         raise UserError("there is no text to train a tokenizer on")

@@ -1,4 +1,4 @@
-"""The examples of one source in their order, through their operations; bad ones left out."""
+"""Reads the examples of one source in order, preprocessed; bad examples are left out."""
 
 from __future__ import annotations
 
@@ -24,31 +24,31 @@ RAW_TEXT = "text_raw"  # the name of the extra field that holds `text` before it
 ORDERS = ("auto", "examples", "blocks")
 LANES = 16
 _log = logging.getLogger("vlp_jax.data")
-_SUBSTITUTES = 40  # examples that are tried for a bad one's place
-_NEAR = 8  # of them are of the batches that follow
+_SUBSTITUTES = 40  # examples that are tried in the place of a bad one
+_NEAR = 8  # the first of them come from the batches that follow
 _PREFETCH_CHUNKS = 64  # how far ahead a source is told what will be read
 
-# For the number of a chunk, positions in the stream, int64 [n].
+# Number of a chunk -> positions in the order of the source, int64 [n].
 Positions = Callable[[int], np.ndarray]
-# Told the number of a chunk, and the place in it and the fault of every bad example.
-Report = Callable[[int, Sequence[tuple[int, Fault]]], None]
+# Called with the number of a chunk, and the place and fault of each bad example in it.
+OnFaults = Callable[[int, Sequence[tuple[int, Fault]]], None]
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """What was made of the examples at some positions.
+    """Preprocessed examples at n positions.
 
     Attributes:
-      arrays: name -> [n, ...]; zeros and empty strings where an example is bad and not replaced.
-      sound: bool [n]; False for these.
+      arrays: field -> [n, ...]; zeros and empty strings where an example is bad and not replaced.
+      sound: bool [n]; False at these places.
     """
 
     arrays: dict[str, np.ndarray]
     sound: np.ndarray
 
 
-class Stream:
-    """One data config's examples.
+class SourceReader:
+    """Reads and preprocesses the examples of a data config.
 
     Args:
       config: see `vlp_jax.data.sources.build_source`; `preprocess` as `ops.build_ops` takes it;
@@ -77,8 +77,8 @@ class Stream:
             _check_names(self._preprocess, self.source)
         self._tokenizer = tokenizer
         self._seed = seed
-        # A bad example's place is taken by the one that follows a batch later: near in the files,
-        # and no second one of its batch.
+        # The example that follows a batch later takes the place of a bad one: it lies near in the
+        # files, and is not in the same batch already.
         self._stride = batch_size
         self._raw_text = RAW_TEXT in extra_fields
         self._extra_fields = [name for name in extra_fields if name != RAW_TEXT]
@@ -98,9 +98,9 @@ class Stream:
         """The TensorFlow graph of an example; None if reading needs no TensorFlow."""
         if not self._ops and not self.source.needs_tensorflow:
             return None
-        from vlp_jax.data.example_graph import ExampleGraph
+        from vlp_jax.data.preprocess_graph import PreprocessGraph
 
-        return ExampleGraph(
+        return PreprocessGraph(
             self.source,
             self._ops,
             self._extra_fields,
@@ -131,40 +131,41 @@ class Stream:
         return arrays
 
     def indices_and_seeds(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Which examples stand at positions, and the seeds of their operations."""
+        """The examples at positions, int64 [n], and their operations' seeds, int32 [n, ops, 2]."""
         seeds = example_seeds(self._seed, positions, len(self._ops))
         return self.order.indices(positions), seeds
 
     def chunks(
-        self, positions: Positions, total: int | None, replace: bool, report: Report
+        self, positions: Positions, total: int | None, replace: bool, on_faults: OnFaults
     ) -> Iterator[Chunk]:
-        """Consecutive chunks, prepared ahead of their use.
+        """Yields consecutive chunks, prepared ahead of their use.
 
         Args:
           positions: a pure function; called from several threads.
           total: how many chunks; None for no end.
-          replace: whether a bad example's place is taken by another.
-          report: called for every chunk, before it is given.
+          replace: whether another example takes the place of a bad one.
+          on_faults: called for each chunk before it is yielded.
 
         Raises:
-          UserError: while iterating, for files that cannot be read, or if nothing else is found for
-            a bad example's place.
+          UserError: while iterating, for files that cannot be read, or if no example can be found
+            for the place of a bad one.
         """
         if self._graph is None:
             for number in count() if total is None else range(total):
-                report(number, ())
+                on_faults(number, ())
                 yield self._from_arrays(positions(number))
             return
 
         def plan(number: int) -> tuple[np.ndarray, np.ndarray]:
             ahead = number + _PREFETCH_CHUNKS
+            # Remote files take long to copy; the source begins while other chunks are prepared.
             if total is None or ahead < total:
                 self.source.will_read(self.order.indices(positions(ahead)))
             return self.indices_and_seeds(positions(number))
 
         for number, (arrays, alive) in enumerate(self._graph.chunks(plan, total)):
             faults = self._faults(positions(number), alive)
-            report(number, faults)
+            on_faults(number, faults)
             yield self._whole(positions(number), arrays, alive, replace)
 
     def _from_arrays(self, positions: np.ndarray) -> Chunk:
@@ -179,19 +180,21 @@ class Stream:
         return Chunk(arrays, np.ones(len(positions), bool))
 
     def _faults(self, positions: np.ndarray, alive: np.ndarray) -> list[tuple[int, Fault]]:
-        """Why the examples that are not `alive` cannot be used."""
+        """The place and fault of each example that is not `alive`."""
         missing = np.setdiff1d(np.arange(len(positions)), alive)
         if not missing.size:
             return []
         indices, seeds = self.indices_and_seeds(positions[missing])
-        found = [self._graph.diagnose(int(i), s) for i, s in zip(indices, seeds, strict=True)]
-        return list(zip(missing.tolist(), found, strict=True))
+        # An error in the graph of a chunk loses its text, so each bad example runs once more alone.
+        faults = [self._graph.diagnose(int(i), s) for i, s in zip(indices, seeds, strict=True)]
+        return list(zip(missing.tolist(), faults, strict=True))
 
     def _whole(
         self, positions: np.ndarray, arrays: dict[str, np.ndarray], alive: np.ndarray, replace: bool
     ) -> Chunk:
-        """A chunk from the examples of it that could be used."""
+        """Builds a chunk of n examples from the k that could be used."""
         size = len(positions)
+        # The usual case: nothing is copied.
         if len(alive) == size:
             return Chunk(self._graph.unpack(arrays), np.ones(size, bool))
         full = {
@@ -211,11 +214,17 @@ class Stream:
     def _substitute(
         self, positions: np.ndarray, missing: np.ndarray, full: dict[str, np.ndarray]
     ) -> None:
-        """Fills the places `missing` of `full`, with operations seeded as if nothing were wrong."""
+        """Fills the places `missing` of `full` with other examples.
+
+        Their operations get the seeds of the places, so that a resumed run makes the same choice.
+
+        Raises:
+          UserError: none of `_SUBSTITUTES` examples can be used.
+        """
         left = missing
         for attempt in range(1, _SUBSTITUTES + 1):
             _, seeds = self.indices_and_seeds(positions[left])
-            # Near at first; then ever farther, since what is damaged may be a whole file.
+            # The steps grow, because a whole file may be damaged.
             steps = min(attempt, _NEAR) * 2 ** max(0, attempt - _NEAR)
             others = self.order.indices(positions[left] + steps * self._stride)
             arrays, alive = self._graph.run_once(others, seeds)
@@ -233,7 +242,11 @@ class Stream:
 
 
 def _check_names(preprocess: Mapping[str, Any] | Sequence[Any], source: Source) -> None:
-    """Raises UserError if `prompt_template` names classes otherwise than the words of a folder."""
+    """Checks that `prompt_template` lists the classes as the words of a folder are numbered.
+
+    Raises:
+      UserError: it does not.
+    """
     from vlp_jax.data.ops import in_order
 
     for arguments in [values for name, values in in_order(preprocess) if name == "prompt_template"]:
@@ -249,16 +262,16 @@ def _check_names(preprocess: Mapping[str, Any] | Sequence[Any], source: Source) 
 def make_order(
     config: Mapping[str, Any], source: Source, seed: int, shuffle: bool, batch_size: int
 ) -> ExampleOrder:
-    """The order in which a source is read.
+    """Chooses the order in which a source is read.
 
     Args:
       config: `order`, "examples" (any example may follow any other), "blocks" (see `BlockOrder`) or
-        "auto" (what suits the files); `lanes`, how many places of the files are read side by side
-        by all processes together (16; if the batch is not a multiple of it, what divides both); and
-        `window`, how many blocks of each are mixed.
+        "auto" (whatever suits the files); `lanes`, how many places of the files are read side by
+        side by all processes together (default 16, reduced to a divisor of the batch size); and
+        `window`, how many blocks of each lane are mixed.
 
     Raises:
-      UserError: for values that cannot be used, or blocks of files that have none.
+      UserError: for values that cannot be used, or for "blocks" with a source that has none.
     """
     name, lanes, window = (
         config.get("order", "auto"),
@@ -281,6 +294,7 @@ def make_order(
     lanes = math.gcd(lanes or LANES, batch_size)
     while lanes > len(blocks.sizes):
         lanes = next(n for n in range(lanes - 1, 0, -1) if batch_size % n == 0)
+    # Each lane holds its open blocks, and the next one that it is about to open.
     needed = lanes * (1 + (window or blocks.window)) * blocks.memory
     if needed > blocks.room:
         _log.warning(

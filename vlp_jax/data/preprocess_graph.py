@@ -1,4 +1,4 @@
-"""The TensorFlow side of the pipeline: from the records of a source to batches of examples."""
+"""The TensorFlow graph that turns records of a source into preprocessed examples."""
 
 from __future__ import annotations
 
@@ -11,36 +11,33 @@ import numpy as np
 
 from vlp_jax.data import faults, traced_fields
 from vlp_jax.data.fault_log import Fault
-from vlp_jax.data.lazy_tensorflow import import_tensorflow
+from vlp_jax.data.lazy_tensorflow import Op, tf
 from vlp_jax.data.ops import apply_ops
 from vlp_jax.data.sources.base import STRING, FieldSpec, Source
 from vlp_jax.data.tokenizing import Framing, unmarked
 
 if TYPE_CHECKING:
-    import tensorflow as tf
-
-    from vlp_jax.data.lazy_tensorflow import Op
     from vlp_jax.data.tokenizers import Tokenizer
 
 # Examples that are read in one call of Python, and go through their operations in one thread.
 CHUNK = 256
 READING_AHEAD = 4  # chunks whose records are read at a time
-# UTF-16 without a byte order mark: of Latin letters every second byte is 0, which is valid UTF-8.
+# UTF-16 without a byte order mark is valid UTF-8 for Latin letters: each second byte is 0.
 _UTF16 = r"(?s)(?:[^\x00]\x00[^\x00]\x00|\x00[^\x00]\x00[^\x00]).*"
 
 
-class ExampleGraph:
+class PreprocessGraph:
     """Turns the records of examples into the fields that a batch holds, as a TensorFlow graph.
 
     Attributes:
-      outputs: the fields of the result. All fields that are numbers of a fixed shape are kept,
-        those that `tokenize` marks, and `text`; of the others only those that `extra_fields` names.
-        A field of `extra_fields` that is a list is one byte string, a serialized tensor, for
-        `unpack` to read back.
-      inputs: the fields of the source that the outputs depend on; no others are read or decoded.
-      packed: the fields that are serialized so.
-      texts: the string fields of the source that `captions` or what is tokenized depend on.
-      results: what `chunk` gives of each example: the outputs with the texts tokenized.
+      outputs: the fields after the operations. Numbers of a fixed shape, `text` and the fields that
+        `tokenize` marks are kept, and further ones that `extra_fields` names.
+      packed: extra fields that are lists. A batch of tensors cannot hold lists of several lengths,
+        so each is one byte string, a serialized tensor, which `unpack` reads back.
+      inputs: the fields of the source that the outputs depend on. No other field is read or
+        decoded.
+      texts: string fields of the source that captions or tokenized fields depend on.
+      results: the fields that `chunk` gives: the outputs, with token ids for texts.
     """
 
     def __init__(
@@ -55,9 +52,11 @@ class ExampleGraph:
         """Traces the operations once.
 
         Args:
-          texts_only: the outputs are the texts that a tokenizer gets, as strings.
-          tokenizer: for the texts, which are dropped without one.
-          raw_text: under which name `text` itself is kept, if at all.
+          source, ops: the source, and operations as `build_ops` makes them.
+          extra_fields: further fields to keep.
+          texts_only: keep the texts that a tokenizer would get, as strings, and nothing else.
+          tokenizer: of the texts; without one they are dropped.
+          raw_text: the name under which `text` is kept as a string too; None drops it.
 
         Raises:
           UserError: for an output that the operations do not leave, or not as batches need it; or
@@ -68,6 +67,7 @@ class ExampleGraph:
         fields, traced = traced_fields.trace(source, ops)
         example, framings = unmarked(traced)
         specs = {name: traced_fields.spec_of(value) for name, value in example.items()}
+        # Fields that nothing depends on are never read: a tokenizer is trained without the images.
         if texts_only:
             names = traced_fields.texts_to_tokenize(source, specs, framings)
         else:
@@ -90,7 +90,7 @@ class ExampleGraph:
     def _set_inputs(
         self, fields: Mapping[str, tf.Tensor], example: Mapping[str, tf.Tensor], names: list[str]
     ) -> None:
-        """Finds the fields of the source that outputs, and texts among them, depend on."""
+        """Finds the fields of the source that the outputs, and the texts, depend on."""
         reached = traced_fields.ancestors([example[name] for name in names])
         self.inputs = [name for name, value in fields.items() if value.op in reached]
         texts = ("text", "captions", *self._tokenized_fields)
@@ -98,7 +98,7 @@ class ExampleGraph:
         self.texts = [
             name
             for name, value in fields.items()
-            if value.op in read and value.dtype == import_tensorflow().string and name != "image"
+            if value.op in read and value.dtype == tf.string and name != "image"
         ]
 
     def _results(self) -> dict[str, FieldSpec]:
@@ -113,8 +113,7 @@ class ExampleGraph:
         return results
 
     def example(self, record: dict[str, tf.Tensor], seeds: tf.Tensor) -> dict[str, tf.Tensor]:
-        """One example, without its leading dimension. Fails where it cannot be used."""
-        tf = import_tensorflow()
+        """Preprocesses one example. The graph fails at an example that cannot be used."""
         unread = {
             name: _unread(spec)
             for name, spec in self._source.fields().items()
@@ -126,6 +125,7 @@ class ExampleGraph:
         for name in self._tokenized_fields:
             full = tf.strings.length(tf.strings.strip(example[name])) > 0
             which = "text" if name == "text" else repr(name)
+            # Also catches captions that operations such as `strip_urls` have emptied.
             example[name] = faults.require(
                 example[name], full, faults.EMPTY_TEXT, f"its {which} is empty"
             )
@@ -139,11 +139,10 @@ class ExampleGraph:
     def chunk(
         self, records: dict[str, tf.Tensor], seeds: tf.Tensor
     ) -> tuple[dict[str, tf.Tensor], tf.Tensor]:
-        """Those of n examples that can be used, [k, ...], and which they are, int32 [k].
+        """Preprocesses n examples; returns the k that can be used, and their places, int32 [k].
 
-        One thread goes through them, so many chunks are to be under way at a time.
+        A single thread goes through them, so several chunks should be under way at a time.
         """
-        tf = import_tensorflow()
         as_written = tf.autograph.experimental.do_not_convert
         count = tf.shape(seeds)[0]
 
@@ -156,6 +155,8 @@ class ExampleGraph:
                 number = faults.require_marked(number, tf.equal(fault, ""), fault)
             return self.example(record, seeds), number
 
+        # A dataset inside of the graph of a chunk: `ignore_errors` drops the examples that fail,
+        # and the rest are batched without going back to Python.
         rows = tf.data.Dataset.from_tensor_slices((records, seeds, tf.range(count)))
         done = rows.map(as_written(numbered)).ignore_errors()
         done = done.batch(tf.cast(tf.maximum(count, 1), tf.int64))
@@ -163,13 +164,13 @@ class ExampleGraph:
             name: tf.zeros([0, *spec.shape], tf.as_dtype(spec.dtype))
             for name, spec in self.outputs.items()
         }
+        # Where all examples fail the dataset is empty, and `get_single_element` needs an element.
         none = tf.data.Dataset.from_tensors((nothing, tf.zeros([0], tf.int32)))
         outputs, numbers = done.concatenate(none).take(1).get_single_element()
         return self._tokenized(outputs), numbers
 
     def _tokenized(self, outputs: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
-        """The results from the outputs of several examples."""
-        tf = import_tensorflow()
+        """Replaces the texts of several examples by token ids."""
         known = {name: value for name, value in outputs.items() if name not in self._framings}
         if self._raw_text is not None and "text" in self._framings:
             known[self._raw_text] = outputs["text"]
@@ -182,38 +183,35 @@ class ExampleGraph:
         return known
 
     def unpack(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Reads the packed fields of a batch back, each into an object array [b] of arrays."""
-        tf = import_tensorflow()
+        """Reads the packed fields of a batch, each into an object array [b] of arrays."""
         unpacked = dict(batch)
         for name, dtype in self.packed.items():
             rows = np.empty(len(batch[name]), object)
             for number, row in enumerate(batch[name]):
-                # An example that could not be used has left nothing to parse.
+                # A bad example that was not replaced is an empty string.
                 empty = np.zeros(0, dtype)
                 rows[number] = tf.io.parse_tensor(row, tf.as_dtype(dtype)).numpy() if row else empty
             unpacked[name] = rows
         return unpacked
 
     def chunks(
-        self,
-        indices_and_seeds: Callable[[int], tuple[np.ndarray, np.ndarray]],
-        total: int | None,
+        self, indices_and_seeds: Callable[[int], tuple[np.ndarray, np.ndarray]], total: int | None
     ) -> Iterator[tuple[dict[str, np.ndarray], np.ndarray]]:
-        """What `chunk` makes of consecutive chunks, in order, prepared ahead of their use.
+        """Yields the results of `chunk` for consecutive chunks, prepared ahead of their use.
 
         Args:
-          indices_and_seeds: for the number of a chunk, the examples to read, int64 [n], and their
-            seeds, int32 [n, number of operations, 2].
-          total: how many; None for no end.
+          indices_and_seeds: number of a chunk -> the examples to read, int64 [n], and their seeds,
+            int32 [n, number of operations, 2].
+          total: how many chunks; None for no end.
 
         Raises:
-          Exception: whatever reading raised.
+          Exception: the exception that reading raised.
         """
         failures: list[Exception] = []
         try:
             yield from _run(self._dataset(indices_and_seeds, total, failures.append))
-        except import_tensorflow().errors.OpError:
-            # TensorFlow keeps of an exception in Python no more than its text.
+        except tf.errors.OpError:
+            # TensorFlow keeps only the text of an exception in Python.
             if failures:
                 raise failures[0] from None
             raise
@@ -224,8 +222,7 @@ class ExampleGraph:
         chunks: int | None,
         failed: Callable[[Exception], None],
     ) -> tf.data.Dataset:
-        """`chunks`, to be run; `failed` is told of what reading raised."""
-        tf = import_tensorflow()
+        """The dataset behind `chunks`; `failed` is called with the exception if reading fails."""
 
         def fetch(number: np.int64) -> list[np.ndarray]:
             try:
@@ -244,7 +241,7 @@ class ExampleGraph:
             seeds.set_shape([None, len(self._ops), 2])
             return dict(zip(specs, columns, strict=True)), seeds
 
-        # AutoGraph rewrites Python's `if` and `for`, of which none here is meant for the graph.
+        # AutoGraph would rewrite Python's `if` and `for` for the graph; they are to run at tracing.
         as_written = tf.autograph.experimental.do_not_convert
         numbers = tf.data.Dataset.range(np.iinfo(np.int64).max if chunks is None else chunks)
         records = numbers.map(
@@ -257,19 +254,18 @@ class ExampleGraph:
     def run_once(
         self, indices: np.ndarray, seeds: np.ndarray
     ) -> tuple[dict[str, np.ndarray], np.ndarray]:
-        """What `chunk` makes of a few examples, at once."""
-        tf = import_tensorflow()
+        """Reads and preprocesses a few examples now; see `chunk`."""
         records = {name: tf.constant(column) for name, column in self._fetch(indices).items()}
         outputs, numbers = self._chunk_function(records, tf.constant(seeds))
         return {name: value.numpy() for name, value in outputs.items()}, numbers.numpy()
 
     def diagnose(self, index: int, seeds: np.ndarray) -> Fault:
-        """Why an example that `chunk` left out cannot be used.
+        """Finds out why `chunk` left an example out, by running it alone.
 
         Args:
+          index: of the example.
           seeds: int32 [number of operations, 2].
         """
-        tf = import_tensorflow()
         columns = self._fetch(np.array([index]))
         where = self._source.describe(index)
         fault = columns.pop(faults.FAULT, [b""])[0]
@@ -291,16 +287,15 @@ class ExampleGraph:
     @cached_property
     def _chunk_function(self) -> Any:
         # Shapes are not part of the signature, so that it is traced once for all sizes.
-        return import_tensorflow().function(self.chunk, autograph=False, reduce_retracing=True)
+        return tf.function(self.chunk, autograph=False, reduce_retracing=True)
 
     @cached_property
     def _example_function(self) -> Any:
-        return import_tensorflow().function(self.example, autograph=False, reduce_retracing=True)
+        return tf.function(self.example, autograph=False, reduce_retracing=True)
 
 
 def _run(dataset: tf.data.Dataset) -> Iterator[tuple[dict[str, np.ndarray], np.ndarray]]:
-    """The elements of a dataset, prepared ahead of their use by threads of its own."""
-    tf = import_tensorflow()
+    """Yields the elements of a dataset, prepared ahead of their use by threads of its own."""
     options = tf.data.Options()
     options.deterministic = True
     options.threading.private_threadpool_size = _processors()
@@ -310,15 +305,14 @@ def _run(dataset: tf.data.Dataset) -> Iterator[tuple[dict[str, np.ndarray], np.n
 
 
 def _processors() -> int:
-    """How many this process may use; of all there are, where the system does not say."""
+    """The number of processors that this process may use, or of all if the system does not say."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 def _checked_text(name: str, text: tf.Tensor) -> tf.Tensor:
-    """UTF-8 strings of any shape, without a byte order mark at their heads; fails for others."""
-    tf = import_tensorflow()
+    """Removes byte order marks from strings of any shape; fails for strings that are not UTF-8."""
     text = tf.strings.regex_replace(text, r"\A\x{feff}", "")
     replaced = tf.strings.unicode_transcode(text, "UTF-8", "UTF-8", errors="replace")
     sound = (replaced == text) & ~tf.strings.regex_full_match(text, _UTF16)
@@ -327,8 +321,7 @@ def _checked_text(name: str, text: tf.Tensor) -> tf.Tensor:
 
 
 def _unread(spec: FieldSpec) -> tf.Tensor:
-    """A stand-in for a field that no output depends on, so that operations may pass it along."""
-    tf = import_tensorflow()
+    """A placeholder for a field that no output depends on, so that operations may pass it along."""
     nothing = tf.fill(
         [dim or 0 for dim in spec.shape], b"" if spec.is_string else spec.dtype.type(0)
     )

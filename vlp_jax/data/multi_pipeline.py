@@ -1,4 +1,4 @@
-"""Several datasets side by side: a batch of each in every step."""
+"""Training on several datasets side by side: each step has a batch of each."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from vlp_jax.data.tokenizers import Tokenizer
 from vlp_jax.errors import UserError
 
 
-class JoinedPipeline:
+class MultiPipeline:
     """A `TrainPipeline`, and further ones whose fields are named "NAME/field".
 
-    Each has an order of its own, so that no two datasets march in step. The state of the input is
-    still the number of the next batch.
+    Each dataset has an order of its own, so that no two of them stay in step. The state of the
+    input is still the number of the next batch.
     """
 
     def __init__(
@@ -25,20 +25,20 @@ class JoinedPipeline:
         tokenizer: Tokenizer | None,
         *,
         seed: int,
-        **layout: int,
+        **share: int,
     ) -> None:
         """Builds all sources; arguments as for `TrainPipeline`.
 
         Args:
           extra: name -> data config.
-          seed: of the first; that of another is also a function of its name.
+          seed: of the first dataset. The seeds of further datasets depend on their names too.
 
         Raises:
           UserError: for a mistake in a config, or if the processes do not divide the batch.
         """
-        self._first = TrainPipeline(config, tokenizer, seed=seed, **layout)
+        self._first = TrainPipeline(config, tokenizer, seed=seed, **share)
         self._extra = {
-            name: _open(name, data, tokenizer, seed, layout) for name, data in extra.items()
+            name: _open(name, data, tokenizer, seed, share) for name, data in extra.items()
         }
 
     def __len__(self) -> int:
@@ -50,7 +50,7 @@ class JoinedPipeline:
         return {"": self._first, **self._extra}
 
     def fingerprint(self) -> str:
-        """What changes when an order cannot go on, because examples have other numbers."""
+        """A hash that changes if examples get other numbers, so that the order cannot go on."""
         return ";".join(pipeline.fingerprint() for pipeline in self.pipelines().values())
 
     def batch_spec(self) -> BatchSpec:
@@ -61,11 +61,12 @@ class JoinedPipeline:
         return spec
 
     def batches(self, start_step: int = 0) -> Iterator[Batch]:
-        """This process's part of the global batches from number `start_step` on.
+        """Yields this process's part of the global batches from number `start_step` on.
 
         Raises:
           UserError: while iterating, for an example that cannot be read or decoded; names it.
         """
+        # Batches of step n of all datasets go together, so one number is the state of them all.
         streams = [pipeline.batches(start_step) for pipeline in self._extra.values()]
         for first, *others in zip(self._first.batches(start_step), *streams, strict=True):
             joined = dict(first)
@@ -79,11 +80,11 @@ def _open(
     config: Mapping[str, Any],
     tokenizer: Tokenizer | None,
     seed: int,
-    layout: Mapping[str, int],
+    share: Mapping[str, int],
 ) -> TrainPipeline:
-    """The further dataset `name`; a mistake in its config is said to be there."""
+    """Opens the further dataset `name`, which the message of a mistake in its config names."""
     own_seed = (seed + zlib.crc32(name.encode())) % 2**31
     try:
-        return TrainPipeline(config, tokenizer, seed=own_seed, **layout)
+        return TrainPipeline(config, tokenizer, seed=own_seed, **share)
     except UserError as error:
         raise UserError(f"config.extra_data.{name}: {error}") from error

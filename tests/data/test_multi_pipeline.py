@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from vlp_jax.data.joined import JoinedPipeline
+from vlp_jax.data.multi_pipeline import MultiPipeline
 from vlp_jax.data.pipeline import TrainPipeline
 from vlp_jax.data.tokenizers import ByteTokenizer
 from vlp_jax.errors import UserError
@@ -21,7 +21,7 @@ def arrays(count=N, size=4, **more):
 
 def joined(extra, seed=0, **layout):
     tokenizer = ByteTokenizer(12)
-    return JoinedPipeline(arrays(), extra, tokenizer, seed=seed, batch_size=BATCH, **layout)
+    return MultiPipeline(arrays(), extra, tokenizer, seed=seed, batch_size=BATCH, **layout)
 
 
 def take(pipeline, count, start=0):
