@@ -58,7 +58,8 @@ MAY_IMPORT = {
         "observe",
     },
 }
-LEAVES = {"config", "defaults", "errors", "files", "preprocess", "signals", "versions"}
+LEAVES = {"config", "defaults", "errors", "files", "image_size", "overrides"}
+LEAVES |= {"preprocess", "signals", "versions"}
 ENTRY_POINTS = {"train", "evaluate", "export", "smoke", "__init__"}
 MODELS_MAY_IMPORT = {"flax", "jax", "einops", "jaxtyping", "numpy"}
 MAX_FILE, MAX_FUNCTION = 400, 60

@@ -5,6 +5,9 @@ from __future__ import annotations
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
+DURATION_UNITS = ("steps", "examples", "epochs", "percent")
+# Sections whose keys are the arguments of what they name; each is checked where it is built.
+COMPONENT_SECTIONS = ("objective", "data", "extra_data", "tokenizer", "evaluators")
 # What every data config has, so that it can be overridden. The largest share of examples that
 # cannot be used; the order, and how many places of the files are read side by side (see
 # `vlp_jax.data.stream.make_order`).
@@ -19,8 +22,7 @@ def duration(
 ) -> ConfigDict:
     """A length of training in exactly one unit; `percent` is of the whole run.
 
-    All four keys exist, so that a command line can move from one unit to another:
-    `--config.duration.epochs=None --config.duration.steps=500`.
+    All four keys exist, so that a command line can move from one unit to another.
     """
     config = ConfigDict()
     config.steps = placeholder(int)
@@ -40,6 +42,7 @@ def base() -> ConfigDict:
     # the whole batch, with all its negatives.
     config.microbatches = 1
     config.duration = duration(steps=1000)
+    config.image_size = placeholder(object)
     # Steps that the devices are handed in one program, for steps that take less time than the host
     # needs to start one. Whatever the host does before a step (logging, saving, evaluating) comes
     # between programs, and what is left goes one by one: so it should divide `log.every`.

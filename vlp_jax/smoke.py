@@ -6,6 +6,7 @@ from ml_collections import ConfigDict
 
 from vlp_jax.config import duration
 from vlp_jax.evaluators import EVALUATORS
+from vlp_jax.models.variants import split_variant
 from vlp_jax.preprocess import smoke_preprocess
 
 # The sizes of models, wherever they stand in the objective.
@@ -31,7 +32,7 @@ def smoke(config: ConfigDict) -> ConfigDict:
     config.checkpoint.every = duration(steps=2)
     config.writers.tensorboard = False
     config.writers.wandb.enabled = False
-    image_size = _shrink_models(config.objective)
+    image_size = config.image_size = _shrink_models(config.objective)
     if config.tokenizer:
         config.tokenizer.context_length = 16
     if config.tokenizer.get("name", "bytes") != "bytes":  # the others' files may not be here
@@ -64,9 +65,9 @@ def _shrink_models(section: ConfigDict) -> int | None:
             section[key] = SMOKE_SIZES[key]
     if "variant" in section:
         section.update({k: v for k, v in SMOKE_SIZES.items() if k != "embed_dim"})
-        if "image_size" in section:
-            image_size = SMOKE_PATCHES * int(section.variant.split("/")[1])
-            section.image_size = image_size
+    if "image_size" in section:
+        _, patch_size = split_variant(section.get("variant"), section.get("patch_size"))
+        image_size = section.image_size = SMOKE_PATCHES * patch_size
     return image_size
 
 

@@ -155,17 +155,18 @@ def empty_cache(
 
 @keywords_of(Decoder, TransformerConfig, optional=True)
 def make_decoder(
-    variant: str,
+    variant: str | None = None,
+    *,
     vocab_size: int,
     context_length: int,
-    *,
     compute: ComputeConfig = PLAIN,
     **fields: Any,
 ) -> Decoder:
     """A `Decoder` of a named size.
 
     Args:
-      variant: a name in `variants.VARIANTS`.
+      variant: a name in `variants.VARIANTS`; None where `width`, `depth`, `mlp_dim` and `heads`
+        are given.
       fields: of `Decoder`, and of `TransformerConfig` where not the variant's.
 
     Raises:

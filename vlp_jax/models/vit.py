@@ -274,9 +274,10 @@ class VisionTransformer(nn.Module):
 
 @keywords_of(VisionTransformer, TransformerConfig, optional=True)
 def make_vit(
-    variant: str,
-    image_size: int | Sequence[int],
+    variant: str | None = None,
+    image_size: int | Sequence[int] | None = None,
     *,
+    patch_size: int | None = None,
     class_token: bool | None = None,
     compute: ComputeConfig = PLAIN,
     **fields: Any,
@@ -284,8 +285,10 @@ def make_vit(
     """A `VisionTransformer` of a named size: `make_vit("B/16", 224, pooling="map")`.
 
     Args:
-      variant: a name in `variants.VARIANTS`, a slash and the side of a patch.
-      image_size: a side, or height and width.
+      variant: a name in `variants.VARIANTS`, a slash and the side of a patch; None where
+        `patch_size`, `width`, `depth`, `mlp_dim` and `heads` are given.
+      image_size: a side, or height and width; `config.image_size` where a config leaves it out.
+      patch_size: the side of a patch, instead of the variant's.
       class_token: by default there is one for the pooling "cls" alone.
       fields: of `VisionTransformer`, and of `TransformerConfig` where not the variant's.
 
@@ -293,7 +296,9 @@ def make_vit(
       ValueError: unknown names, sizes that do not fit each other, or patches that do not tile the
         image.
     """
-    name, patch_size = variants.split_variant(variant)
+    name, patch_size = variants.split_variant(variant, patch_size)
+    if image_size is None:
+        raise ValueError("image_size is not set: set config.image_size")
     own, layer_fields = split_fields(fields)
     if class_token is None:
         class_token = own.get("pooling", "cls") == "cls"

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from vlp_jax import config as config_lib
+from vlp_jax.errors import did_you_mean
 from vlp_jax.models.coca import CoCa
 from vlp_jax.models.dual_encoder import DualEncoder, make_dual_encoder
 from vlp_jax.models.masking import kept_patches, random_mask
@@ -177,7 +178,7 @@ bound_above.defvjp(_bound_above_forward, _bound_above_backward)
 
 def _check_known(what: str, name: str, known: Iterable[str]) -> None:
     if name not in known:
-        raise ValueError(f"unknown {what} {name!r} (known: {', '.join(known)})")
+        raise ValueError(f"unknown {what} {name!r}{did_you_mean(name, known)}")
 
 
 def check_loss(
