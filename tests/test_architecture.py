@@ -60,7 +60,7 @@ MAY_IMPORT = {
 }
 LEAVES = {"config", "defaults", "errors", "files", "image_size", "overrides"}
 LEAVES |= {"preprocess", "signals", "versions"}
-ENTRY_POINTS = {"train", "evaluate", "export", "smoke", "__init__"}
+ENTRY_POINTS = {"config_help", "train", "evaluate", "export", "smoke", "__init__"}
 MODELS_MAY_IMPORT = {"flax", "jax", "einops", "jaxtyping", "numpy"}
 MAX_FILE, MAX_FUNCTION = 400, 60
 

@@ -12,7 +12,7 @@ import importlib.util
 import inspect
 import json
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from vlp_jax.defaults import duration as duration  # a config asks this module f
 from vlp_jax.errors import UserError, unknown_key_message
 from vlp_jax.files import without_mark
 from vlp_jax.overrides import flatten as flatten  # for whoever reads a config
-from vlp_jax.preprocess import is_sequence, labelled, normalize
+from vlp_jax.preprocess import normalize
 
 # What an argument that is annotated so takes. Arguments of other types are not checked here.
 PLAIN_TYPES = {"bool": (bool,), "int": (int,), "float": (int, float), "str": (str,)}
@@ -120,16 +120,6 @@ def override(config: ConfigDict, assignments: list[str]) -> None:
     """
     overrides.apply(config, assignments)
     complete(config)
-
-
-def settable(config: ConfigDict) -> Iterator[tuple[str, Any]]:
-    """Yields `flatten`'s keys, with the arguments of each operation of a list by its label."""
-    for key, value in flatten(config):
-        if not key.endswith("preprocess") or not is_sequence(value):
-            yield key, value
-            continue
-        for label, arguments in labelled(value).items():
-            yield from ((f"{key}.{label}.{name}", item) for name, item in arguments.items())
 
 
 def to_json(config: ConfigDict) -> str:

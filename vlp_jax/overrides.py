@@ -152,8 +152,8 @@ def _find(config: ConfigDict, path: str) -> tuple[ConfigDict, str, str]:
 
 
 def _is_component(path: str) -> bool:
-    """Whether `path` is a component's section, or stands in one."""
-    if path.startswith("init_from.sources."):
+    """Whether `path` is a component's section, or stands in one, or holds some."""
+    if f"{path}.".startswith("init_from.sources."):
         return True
     root, *keys = path.split(".")
     return root in COMPONENT_SECTIONS and (root not in NAMED_SECTIONS or len(keys) != 1)

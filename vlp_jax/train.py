@@ -10,7 +10,6 @@ import contextlib
 import functools
 import os
 import sys
-import textwrap
 from collections.abc import Callable, Iterator, Sequence
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
@@ -20,6 +19,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from vlp_jax import config as config_lib
+from vlp_jax import config_help
 from vlp_jax.errors import UserError
 from vlp_jax.observe.profiler import parse_steps
 from vlp_jax.observe.progress import NullProgress, Progress
@@ -47,7 +47,6 @@ from vlp_jax.training.setup import Setup, check_dispatch
 from vlp_jax.training.state import TrainState
 
 Path = str | os.PathLike[str]
-LONGEST_VALUE = 200  # characters of a value that --help prints
 EPILOG = """\
 examples:
   python -m vlp_jax.train --config configs/demo.py --workdir runs/demo
@@ -112,9 +111,8 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, ConfigDict]:
     take_profile_flag(config, arguments.profile)
     config_lib.check(config)
     if arguments.help:
-        print(f"\nkeys of {arguments.config}:")
-        for key, value in config_lib.settable(config):
-            print(f"  --config.{key}={textwrap.shorten(str(value), LONGEST_VALUE)}")
+        print(f"\nkeys of {arguments.config}, with the values that they have:")
+        print(*config_help.keys(config), sep="\n")
         raise SystemExit(0)
     if not arguments.workdir:
         raise UserError("--workdir is missing; see --help")

@@ -23,7 +23,11 @@ if TYPE_CHECKING:
 
 
 def keep(fields: Sequence[str]) -> Op:
-    """Drops all fields but these."""
+    """Drops all fields but some.
+
+    Args:
+      fields: the names of the fields that stay.
+    """
     names = (fields,) if isinstance(fields, str) else tuple(fields)
 
     def apply(example: Example, seed: tf.Tensor) -> Example:
