@@ -80,13 +80,14 @@ def shard_parameters(config):
 
 
 def image_text(augmentation, resize):
-    """A config with data and evaluators of image-text pretraining, and no model.
+    """A config with data and evaluators of image-text pretraining at 224 pixels, and no model.
 
     Args:
       augmentation: operations on a training image after it is decoded.
       resize: operations on an image that is evaluated.
     """
     config = long_run(base())
+    config.image_size = 224
     text = {"choose_text": {"field": "caption"}, "lowercase": {}}
     kept = {"keep": {"fields": ("image", "text")}}
     config.data = ConfigDict(
@@ -125,11 +126,12 @@ def image_text(augmentation, resize):
 
 
 def imagenet(augmentation, resize):
-    """A config with data and evaluators of pretraining on the images of ImageNet, and no model.
+    """A config with data and evaluators of pretraining on ImageNet at 224 pixels, and no model.
 
-    Arguments are those of `image_text`.
+    Takes the arguments of `image_text`.
     """
     config = long_run(base())
+    config.image_size = 224
     kept = {"keep": {"fields": ("image",)}}
     config.data = ConfigDict(
         {
@@ -166,17 +168,6 @@ def subwords(vocab_size, context_length):
             "context_length": context_length,
         }
     )
-
-
-def set_image_size(config, size, context_length):
-    """Another resolution, in the model and in all preprocessing, and another length of texts."""
-    config.objective.image.image_size = size
-    config.tokenizer.context_length = context_length
-    evaluators = config.evaluators.values()
-    for data in (config.data, *(evaluator.data for evaluator in evaluators)):
-        for op in data.preprocess.values():
-            if "size" in op:
-                op.size = size
 
 
 def big_vision_adafactor(config, b2):

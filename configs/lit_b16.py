@@ -46,7 +46,6 @@ def get_config(arg=None):
             "text_head": "linear_bias",
             "image": {
                 "variant": "B/16",
-                "image_size": 224,
                 "pooling": "cls",
                 "class_position": False,  # reading adds it to the class token, as big_vision does
                 **tower,

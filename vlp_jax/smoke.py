@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ml_collections import ConfigDict
 
-from vlp_jax.config import duration
+from vlp_jax.config import complete, duration
 from vlp_jax.evaluators import EVALUATORS
 from vlp_jax.models.variants import split_variant
 from vlp_jax.preprocess import smoke_preprocess
@@ -21,7 +21,9 @@ def smoke(config: ConfigDict) -> ConfigDict:
     Layout, objective, optimizer, preprocessing and evaluators stay; sizes, durations and the source
     of the data do not.
     """
-    config = config.copy_and_resolve_references().unlock()
+    config = config.copy_and_resolve_references()
+    complete(config)
+    config.unlock()
     config.duration = duration(steps=2)
     for part in (config.optimizer.warmup, config.optimizer.cooldown):
         part.update(duration(steps=1) if part.percent is None else {})
