@@ -12,6 +12,7 @@ from absl import logging
 
 from vlp_jax import signals
 from vlp_jax.errors import ExitStatus, Preempted, UserError
+from vlp_jax.parallel import startup
 
 # What JAX says when another process of the job cannot be reached any more.
 PEER_LOST_WORDS = ("gloo", "nccl", "heartbeat", "coordination", "unavailable", "peer", "barrier")
@@ -26,6 +27,7 @@ def run_command(command: Callable[[], None]) -> int:
     which otherwise would wait for it: the status is that of the process, and nothing is returned.
     """
     logging.set_verbosity(logging.WARNING)
+    startup.leave_out_missing_tpu()
     with signals.heard():
         status = _run(command)
         signals.leaving(status)

@@ -160,13 +160,21 @@ class Reader:
         wanted = {path: shape for path, shape in wanted.items() if path not in memory}
         saved = {path: shape for path, shape in saved.items() if path not in memory}
         origins = layer_layout.find_origins(saved, wanted)
-        report = mismatch_report(layer_layout.converted_shapes(saved, origins), wanted)
+        there = layer_layout.converted_shapes(saved, origins)
+        report = mismatch_report(there, wanted)
         if report and layer_layout.is_other(origins) and "opt_state/" in report:
             raise UserError(
                 f"the checkpoint {directory.parent} stacks the layers in another way than the "
                 f"model, and the optimizer's state cannot be converted: {report}; set scan_layers "
                 "and config.optimizer as the checkpoint has them, or give another workdir and "
                 "config.init_from.source, which takes the parameters alone"
+            )
+        differing = {path for path in {*there, *wanted} if there.get(path) != wanted.get(path)}
+        if report and all(path.startswith(("opt_state/", "ema/")) for path in differing):
+            raise UserError(
+                f"the checkpoint {directory.parent} was written with another config.optimizer "
+                f"({len(differing)} arrays of its state differ): set it as it was, or give another "
+                "workdir and config.init_from.source, which takes the parameters alone"
             )
         if report:
             raise UserError(
