@@ -133,6 +133,8 @@ def init_from() -> ConfigDict:
 
     Keys:
       source: None, the workdir of a run, hf:DIR, open_clip:FILE, big_vision:FILE.npz or timm:FILE.
+      model: True takes model, tokenizer and preprocessing from the source, where the config does
+        not say its own; see configs/finetune.py.
       step: the checkpoint of a workdir; None for the newest.
       rules: pairs of a regular expression of a whole path (layers stacked) and "load", "fresh" or
         "skip"; the first that fits decides.
@@ -141,6 +143,7 @@ def init_from() -> ConfigDict:
     return ConfigDict(
         {
             "source": placeholder(str),
+            "model": False,
             "step": placeholder(int),
             "rules": ((".*", "load"),),
             "sources": ConfigDict(),

@@ -24,6 +24,8 @@ def smoke(config: ConfigDict) -> ConfigDict:
     config = config.copy_and_resolve_references()
     complete(config)
     config.unlock()
+    if config.init_from.model:
+        _stand_in(config)
     config.duration = duration(steps=2)
     for part in (config.optimizer.warmup, config.optimizer.cooldown):
         part.update(duration(steps=1) if part.percent is None else {})
@@ -53,6 +55,19 @@ def smoke(config: ConfigDict) -> ConfigDict:
             evaluator.train_data = _smoke_data(evaluator.train_data, "train", image_size)
             evaluator.train_data.limit = 4 * SMOKE_BATCH_SIZE + 1
     return config.lock()
+
+
+def _stand_in(config: ConfigDict) -> None:
+    """Gives a config that takes its model from weights a small model of its own."""
+    config.init_from.model = False
+    sizes = {"name": "contrastive", "embed_dim": SMOKE_SIZES["embed_dim"]}
+    config.objective = ConfigDict(
+        {**sizes, "image": {"variant": "mu/8", "image_size": 16}, "text": {"variant": "mu"}}
+    )
+    config.tokenizer = ConfigDict({"name": "bytes", "context_length": 16})
+    for data in (config.data, *(evaluator.data for evaluator in config.evaluators.values())):
+        data.preprocess.resize = {}
+    complete(config)
 
 
 def _shrink_models(section: ConfigDict) -> int | None:

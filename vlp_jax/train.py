@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import functools
 import os
 import sys
@@ -20,6 +21,7 @@ from ml_collections import ConfigDict
 
 from vlp_jax import config as config_lib
 from vlp_jax import config_help
+from vlp_jax.encoders import source_model
 from vlp_jax.errors import UserError
 from vlp_jax.observe.profiler import parse_steps
 from vlp_jax.observe.progress import NullProgress, Progress
@@ -155,11 +157,13 @@ def train(
       UserError: a mistake in config, data or workdir, or a kind of it that `Loop.run` raises.
     """
     workdir, clock = epath.Path(workdir), clock or StartupClock()
+    config, notes = source_model.completed(config, workdir)
     check_before_start(config, workdir)
     with contextlib.ExitStack() as stack:
         preempted = stack.enter_context(PreemptionWatch())
         watchdog = stack.enter_context(make_watchdog(config, workdir))
         parts = build(config, workdir, clock)
+        parts = dataclasses.replace(parts, notes=(*notes, *parts.notes))
         setup = parts.setup
         last_step = setup.units.total_steps
         progress = stack.enter_context(make_progress(last_step, workdir.name))

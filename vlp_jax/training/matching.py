@@ -53,6 +53,12 @@ def check_rules(rules: Rules, where: str = RULES) -> None:
     param_groups.check_patterns([pattern for pattern, _ in rules], where)
 
 
+def adapting_rules(model: Mapping[str, Shape], source: Mapping[str, Shape]) -> Rules:
+    """Rules by which a parameter that the model or the source alone has is no problem."""
+    fresh = [(re.escape(path), "fresh") for path in sorted(model.keys() - source.keys())]
+    return (*fresh, *((re.escape(path), "skip") for path in sorted(source.keys() - model.keys())))
+
+
 def match(
     model: Mapping[str, Shape],
     source: Source,
