@@ -1,4 +1,4 @@
-"""What the published recipes share: data, evaluators, tokenizer, optimizers.
+"""The parts that the published recipes share: data, evaluators, tokenizer, optimizers.
 
 The files beside this one say what is a model's own. Where a constant is from is said where it
 stands. What holds for all of them:
@@ -7,7 +7,7 @@ stands. What holds for all of them:
   (`laion400m/images`); ImageNet is its `imagenet2012`. Another one is taken by
   `--config.data.source`, `--config.data.dataset` and the other keys of `config.data`.
 - Without `--config.tokenizer.file` a byte-level BPE is trained on the captions, with as many tokens
-  as the published vocabulary. Its ids are not those of the published weights.
+  as the published vocabulary. Its ids differ from the ids of the published weights.
 - Without ImageNet: `--config.evaluators.zero_shot=None`.
 - Zero-shot ImageNet is scored with 7 prompts a class and not the 80 of Radford et al. 2021.
 """
@@ -40,7 +40,7 @@ TEMPLATES = (
     "art of the {}.",
     "a photo of the small {}.",
 )
-# Texts come in lower case, as those of the training data do.
+# Texts come in lower case, as in the training data.
 CLASS_NAMES = tuple(
     line.lower()
     for line in Path(__file__).with_name("imagenet_class_names.txt").read_text().splitlines()
@@ -62,7 +62,7 @@ def known_argument(arg, known=()):
 
 
 def long_run(config):
-    """What suits a run of days: few lines, many checkpoints, some scores."""
+    """Gives a config what suits a run of days: few lines, many checkpoints, some scores."""
     config.log.every = duration(steps=100)
     config.checkpoint.every = duration(steps=5_000)
     config.checkpoint.keep_last = 3

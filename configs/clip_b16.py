@@ -6,8 +6,8 @@ for OpenAI's weights, and 67.1 for its own that were trained on LAION-400M.)
     python -m vlp_jax.train --config configs/clip_b16.py --workdir DIR \
         --config.tokenizer.file=TOKENIZER_JSON
 
-Learning rates and widths are those of table 20, the rest of the optimizer that of table 18, the
-form of the model that of openai/CLIP, clip/model.py. The published tokenizer is the tokenizer.json
+Learning rates and widths come from table 20, the rest of the optimizer from table 18, the form of
+the model from openai/CLIP, clip/model.py. The published tokenizer is the tokenizer.json
 of openai/clip-vit-base-patch16 (49,408 ids); without a file see `configs/_recipes.py`.
 
 What differs: LAION-400M for the private WIT of 400 million pairs, of which 32 epochs are 12.8

@@ -48,7 +48,7 @@ def zero_shot(unseen):
 
 
 def probes(every, train_limit=10_000):
-    """What frozen features say of the one object of a scene, learned from so many scenes."""
+    """Evaluators of frozen features: the one object of a scene, learned from so many scenes."""
     data = {
         "data": test_data({"num_objects": 1, "unseen": False}),
         "train_data": {"split": "train", "limit": train_limit},

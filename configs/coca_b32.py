@@ -7,7 +7,7 @@ Aims at: open_clip, docs/openclip_results.csv, coca_ViT-B-32 trained on LAION-2B
     python -m vlp_jax.train --config configs/coca_b32.py --workdir DIR \
         --config.tokenizer.file=TOKENIZER_JSON
 
-Sizes are those of open_clip, model_configs/coca_ViT-B-32.json; examples and batch are the 13
+Sizes come from open_clip, model_configs/coca_ViT-B-32.json; examples and batch are the 13
 billion and 90 thousand in the name of its weights; the losses' weights are its defaults. The
 published tokenizer is the tokenizer.json of openai/clip-vit-base-patch16 (49,408 ids).
 

@@ -1,4 +1,4 @@
-"""Goes on from weights: model, tokenizer and preprocessing are those of the source.
+"""Goes on from weights, with the model, tokenizer and preprocessing of the source.
 
     python -m vlp_jax.train --config configs/finetune.py --workdir DIR \
         --config.init_from.source=hf:FOLDER --config.data.path=PICTURES

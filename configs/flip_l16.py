@@ -10,7 +10,7 @@ of 50%, LAION-400M, 12.8 billion samples, zero-shot ImageNet 74.3, after both st
 
 The second stage sees all patches for a hundredth of the time (section 3, "unmasking"); after a
 first one that trained its own tokenizer, the file is runs/flip_l16/tokenizer.json. The published
-tokenizer is the tokenizer.json of google-bert/bert-base-uncased. All numbers are those of
+tokenizer is the tokenizer.json of google-bert/bert-base-uncased. All numbers come from
 facebookresearch/flip, configs/default.py and configs/cfg_flip_large.py, and of "Unmasked tuning" in
 its README.
 

@@ -13,9 +13,9 @@ looked for in the working directory, and a run without it does not start. Like L
 on the image side, a linear one for texts, 16 tokens, 60,000 steps.
 
 What differs: LAION-400M for CC12M and YFCC100M; the text tower begins at random, in the form of
-SigLIP's, and its 32,000 tokens are those of a tokenizer.json or trained on the captions, where the
+SigLIP's, and its 32,000 tokens come from a tokenizer.json or are trained on the captions, where the
 published one began as BERT-base with its word pieces. Images are resized and not augmented. The
-batch of 16,384 is the paper's; optimizer and warm-up are those of the authors' later configs
+batch of 16,384 is the paper's; optimizer and warm-up come from the authors' later configs
 (google-research/big_vision, configs/proj/cappa/pretrain.py).
 """
 

@@ -6,13 +6,13 @@ ImageNet 76.2.
     python -m vlp_jax.train --config configs/siglip_b16.py --workdir DIR \
         --config.tokenizer.file=TOKENIZER_JSON
 
-The form of the model, initial scale and bias, 64 tokens of a vocabulary of 32,000 and pixels are
-those of google-research/big_vision, configs/proj/image_text/SigLIP_demo.ipynb; batch and b2 = 0.95
-those of the paper. The published tokenizer is the tokenizer.json of google/siglip-base-patch16-224.
+The form of the model, initial scale and bias, 64 tokens of a vocabulary of 32,000 and pixels come
+from google-research/big_vision, configs/proj/image_text/SigLIP_demo.ipynb; batch and b2 = 0.95 from
+the paper. The published tokenizer is the tokenizer.json of google/siglip-base-patch16-224.
 
 What differs: LAION-400M for the private WebLI. The paper does not name the schedule of the released
-models: here it is that of SigLIP 2 (Tschannen et al. 2025, arXiv:2502.14786: cosine, 20,000 steps
-of warm-up, 40 billion examples). Weight decay and learning rate are those of the authors' other
+models: here SigLIP 2's is taken (Tschannen et al. 2025, arXiv:2502.14786: cosine, 20,000 steps
+of warm-up, 40 billion examples). Weight decay and learning rate come from the authors' other
 configs (`_recipes.big_vision_adafactor`). Texts are put in lower case, punctuation stays. Padding
 is the token that the tokenizer's file has for it; published models pad with the end of text, as
 --config.tokenizer.pad=eos does. --config.tokenizer.name=sentencepiece takes a .model file.

@@ -12,14 +12,14 @@ embeddings of 256,000 tokens. From where:
 
 - Sizes: huggingface/transformers, convert_siglip_to_hf.py: "giant-opt" for images (width 1536, 40
   layers, 6144, 16 heads), "so400m" for texts, whose head maps to 1536; no head for images. The sum,
-  1,871,393,906, is that of the tensors in google/siglip2-giant-opt-patch16-256.
+  1,871,393,906, counts the tensors in google/siglip2-giant-opt-patch16-256.
 - 64 tokens, patches of 16, the tokenizer of Gemma (padded with its own pad, texts in lower case):
   the same file. Without --config.tokenizer.file a byte-level BPE of as many tokens is trained.
 - Batch of 32,768, cosine with 20,000 steps of warm-up, 40 billion examples: the paper, 2.1.
 
 What differs: SigLIP 2 adds a captioning decoder (LocCa), self-distillation and masked prediction
 (SILC, TIPS) and a curated, multilingual WebLI; here it is the sigmoid loss alone. Not sure: the
-optimizer, whose settings are those of `configs/siglip_b16.py`; what differs from the published one
+optimizer, whose settings come from `configs/siglip_b16.py`; what differs from the published one
 is said there. The argument is none; 384 pixels, the other published size, went on from 256.
 
 The state is even over `fsdp` of 16 and 64. 1152 is no multiple of 256: on so many devices set

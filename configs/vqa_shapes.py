@@ -3,7 +3,7 @@
     python -m vlp_jax.train --config configs/vqa_shapes.py --workdir DIR \
         --config.init_from.source=demo/run --config.tokenizer.file=demo/run/tokenizer.json
 
-The towers are those of the demo, a Transformer over the tokens of both is new. A scene has six
+The towers come from the demo, a Transformer over the tokens of both is new. A scene has six
 questions of ten kinds, of which a step sees one; evaluation asks all of them.
 Without `init_from.source` everything starts from nothing, and without `tokenizer.file` the
 tokenizer is trained on the questions.

@@ -99,7 +99,7 @@ def _takes(target: Any, name: str) -> bool:
 
 
 def _named(kind: Callable[..., Any], name: str) -> Any:
-    """What a name stands for in the module of a function or class."""
+    """The object that a name stands for in the module of a function or class."""
     return getattr(sys.modules[kind.__module__], name, None)
 
 

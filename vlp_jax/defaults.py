@@ -187,7 +187,7 @@ def checkpoint() -> ConfigDict:
       keep_last: how many of the newest are kept.
       keep_every: each checkpoint whose step is a multiple of it is kept too; 0: none.
       asynchronous: True writes them while training goes on.
-      accept_other_data: True goes on although the training data is not that of the checkpoint.
+      accept_other_data: True goes on although the checkpoint was trained on other data.
     """
     return ConfigDict(
         {

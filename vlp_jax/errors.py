@@ -12,7 +12,7 @@ from typing import Any
 class ExitStatus(enum.IntEnum):
     """How a command ended. The launchers start again what ended otherwise than in the first two.
 
-    The numbers are those of sysexits.h where it has one that fits.
+    The numbers come from sysexits.h where it has one that fits.
     """
 
     COMPLETE = 0

@@ -75,7 +75,7 @@ def replace(config: ConfigDict, size: Any) -> None:
 
 
 def _models(section: ConfigDict) -> Iterator[ConfigDict]:
-    """The sections of image towers in the section of an objective, those of its parts too."""
+    """Yields the sections of image towers in the section of an objective and of its parts."""
     for key, value in section.items():
         if isinstance(value, ConfigDict):
             yield from (value,) if key == "image" else _models(value)

@@ -24,13 +24,14 @@ def smoke(config: ConfigDict) -> ConfigDict:
     config = config.copy_and_resolve_references()
     complete(config)
     config.unlock()
-    if config.init_from.model:
+    if config.init_from.model and "name" not in config.objective:
         _stand_in(config)
     config.duration = duration(steps=2)
     for part in (config.optimizer.warmup, config.optimizer.cooldown):
         part.update(duration(steps=1) if part.percent is None else {})
     config.batch_size = SMOKE_BATCH_SIZE
     config.init_from.source = config.init_from.step = None
+    config.init_from.model = False
     config.init_from.sources = ConfigDict()
     config.log.every = duration(steps=1)
     config.checkpoint.every = duration(steps=2)
@@ -59,7 +60,6 @@ def smoke(config: ConfigDict) -> ConfigDict:
 
 def _stand_in(config: ConfigDict) -> None:
     """Gives a config that takes its model from weights a small model of its own."""
-    config.init_from.model = False
     sizes = {"name": "contrastive", "embed_dim": SMOKE_SIZES["embed_dim"]}
     config.objective = ConfigDict(
         {**sizes, "image": {"variant": "mu/8", "image_size": 16}, "text": {"variant": "mu"}}

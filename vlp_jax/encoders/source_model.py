@@ -148,7 +148,7 @@ def _add_operations(data: ConfigDict, operations: Mapping[str, Mapping[str, Any]
 
 
 def _of_run(workdir: str | epath.Path, begun: bool = False) -> SourceModel:
-    """The model of a run; of one that has begun, its tokenizer is that of its config."""
+    """The model of a run. One that has begun keeps the tokenizer of its config."""
     run = Run.open(workdir)
     config, notes = run.config, []
     tokenizer = config.tokenizer.to_dict()
