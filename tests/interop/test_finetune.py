@@ -5,6 +5,7 @@ import shutil
 
 import numpy as np
 import pytest
+import runs
 import torch
 import transformers
 from etils import epath
@@ -14,9 +15,12 @@ from PIL import Image
 import vlp_jax
 from vlp_jax import config as config_lib
 from vlp_jax import export, interop, train
-from vlp_jax.data.tokenizers import ClipTokenizer
+from vlp_jax.data.tokenizers import ClipTokenizer, build_tokenizer
 from vlp_jax.encoders.source_model import completed
 from vlp_jax.errors import UserError
+from vlp_jax.models.values import tower_fields
+from vlp_jax.objectives import make_objective
+from vlp_jax.training import workdir as workdir_lib
 
 CONTEXT = 16
 COLORS = ("red", "green", "blue", "yellow")
@@ -170,3 +174,47 @@ def test_without_a_source(tmp_path):
     config = config_lib.load("configs/finetune.py")
     with pytest.raises(UserError, match="config.init_from.source, which is not set: give a work"):
         completed(config, epath.Path(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("kind", "format", "prefix"),
+    [
+        ("CLIP", None, ""),
+        ("CLIP", "hf", "hf:"),
+        ("CLIP", "open_clip", "open_clip:"),
+        ("SIGLIP", "hf_siglip", "hf:"),
+        ("SIGLIP", "big_vision", "big_vision:"),
+        ("MAE", None, ""),
+        ("MAE", "hf_vit_mae", "hf:"),
+    ],
+)
+def test_the_model_of_a_run_comes_back_by_every_way(kind, format, prefix, tmp_path):
+    """Written as a run and given to others, taken from there, it is the same model."""
+    tokenizer = {} if kind == "MAE" else runs.SUBWORD
+    squash = {"decode_image": {}, "resize": {"size": 24, "method": "bilinear"}}
+    run = runs.run_config(getattr(runs, kind), tokenizer, squash)
+    objective, _ = runs.write_run(run, tmp_path / "run")
+    folder = tmp_path / "run"
+    if format is not None:
+        folder = tmp_path / "out"
+        words = ["--workdir", tmp_path / "run", "--format", format, "--output", folder]
+        assert export.main([str(word) for word in words] + ["--no-verify"]) == 0
+    source = f"{prefix}{folder}"
+    given = []
+    if format == "big_vision":  # a file without config or tokenizer
+        given = ["tokenizer.name=subword", "tokenizer.context_length=12", "tokenizer.file=X"]
+        source = f"{prefix}{folder}/model.npz"
+    config, _ = completed(finetune(source, *given), epath.Path(tmp_path / "new"))
+    kept = workdir_lib.open_kept_tokenizer(tmp_path / "run", run)
+    model = make_objective(config.objective, kept).model
+    for name, tower in objective.model.towers().items():
+        ours, theirs = tower_fields(model.towers()[name]), tower_fields(tower)
+        assert ours == {**theirs, "pad_id": ours.get("pad_id")} or ours == theirs, name
+    assert model.pixels == objective.model.pixels and type(model) is type(objective.model)
+    assert config.image_size == 24
+    if format != "big_vision":
+        assert config.data.preprocess.resize.to_dict() == {"method": "bilinear", "size": 24}
+    if tokenizer and not given:
+        ours = build_tokenizer(config.tokenizer, lambda: (), None)
+        texts = ["A red circle on the left", "Blue box"]
+        np.testing.assert_array_equal(ours(texts), kept(texts))

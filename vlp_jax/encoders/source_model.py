@@ -42,8 +42,14 @@ from vlp_jax.training.workdir import CONFIG, TOKENIZER
 
 # Texts whose ids tell tokenizers apart: capitals, signs, white space, and more than any context.
 PROBES = ("a photo of a Cat.", "Two  dogs; a caf\u00e9 & 3 birds!", "one more word " * 200)
-# Operations that a tokenizer of others may do itself and ours leave to `preprocess`.
-WORDINGS = ((), ("lowercase",), ("canonicalize_text",), ("canonicalize_text", "lowercase"))
+# Operations that a tokenizer of others may do itself and ours leave to `preprocess`. The cleaning
+# is open_clip's before a tokenizer of transformers.
+WORDINGS: tuple[dict[str, dict[str, Any]], ...] = tuple(
+    cleaned | canonical | lower
+    for cleaned in ({}, {"clean_text": {"strip_control": False}})
+    for canonical in ({}, {"canonicalize_text": {}})
+    for lower in ({}, {"lowercase": {}})
+)
 # The fields of a text tower that its tokenizer gives.
 OF_TOKENIZER = ("vocab_size", "context_length", "bos_id", "eos_id", "pad_id")
 # Our names of the kernels that Pillow and transformers call otherwise.
@@ -86,11 +92,12 @@ def completed(config: ConfigDict, workdir: epath.Path) -> tuple[ConfigDict, tupl
     if (workdir / CONFIG).exists():
         found = _of_run(workdir, begun=True)
     else:
-        found = _of_files(source) if is_foreign(source) else _of_run(source)
+        has_own = bool(config.tokenizer.get("name"))
+        found = _of_files(source, has_own) if is_foreign(source) else _of_run(source)
     config = config.copy_and_resolve_references()
     with config.unlocked():
         config.objective = _objective(found, config)
-        if "name" not in config.tokenizer:
+        if not config.tokenizer.get("name"):
             config.tokenizer = ConfigDict(_merged(found.tokenizer, config.tokenizer))
         for data in _datasets(config):
             _add_operations(data, found.operations)
@@ -164,12 +171,12 @@ def _of_run(workdir: str | epath.Path, begun: bool = False) -> SourceModel:
     return SourceModel(config.objective.to_dict(), tokenizer, texts | resized, tuple(notes))
 
 
-def _of_files(source: str) -> SourceModel:
-    """The model in files of others."""
+def _of_files(source: str, has_tokenizer: bool) -> SourceModel:
+    """The model in files of others; their tokenizer is not looked at if the config has one."""
     imported = interop.read(source)
     module, extras, notes = imported.module, imported.extras, []
     tokenizer, texts = {}, {}
-    if "text" in module.towers():
+    if "text" in module.towers() and not has_tokenizer:
         made = tokenizer_of_files(
             extras.get("tokenizer"), module.text, extras.get("pad_id"), source, notes
         )
@@ -217,9 +224,9 @@ def _tokenizer(
             if ours.vocab_size != text.vocab_size or _ends_elsewhere(text, ours):
                 continue
             for operations in WORDINGS:
-                worded = Wording(tuple((name, {}) for name in operations))(PROBES)
+                worded = Wording(tuple(operations.items()))(PROBES)
                 if np.array_equal(ours(worded), wanted):
-                    return section, {name: {} for name in operations}
+                    return section, operations
     raise UserError(
         f"{source}: none of the tokenizers here gives the ids of its {text.vocab_size:,} tokens: "
         "set config.tokenizer (name, file, context_length)"
