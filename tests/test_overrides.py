@@ -195,6 +195,12 @@ def test_a_loss_by_the_name_of_its_model():
         make_objective(objective, Words())
 
 
+def test_a_patch_size_one_section_too_high():
+    objective = demo("objective.patch_size=8").objective
+    with pytest.raises(UserError, match="did you mean 'image.patch_size'"):
+        make_objective(objective, Words())
+
+
 def test_a_patch_size_and_sizes_instead_of_a_variant():
     model = make_objective(demo("objective.image.patch_size=32").objective, Words()).model
     assert model.image.patch_size == 32 and model.image.width == 128

@@ -88,6 +88,7 @@ OTHER_NAMES = {
     "resolution": "image_size",
     "max_length": "context_length",
 }
+IMAGE_KEYS = ("patch_size", "image_size")  # keys of an objective's section `image`
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
@@ -96,6 +97,8 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     if OTHER_NAMES.get(name) in known:
         nearest = [OTHER_NAMES[name]]
+    if name in IMAGE_KEYS and "image" in known:
+        nearest = [f"image.{name}"]
     hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
     return f"{hint} (known: {', '.join(known)})"
 

@@ -57,6 +57,9 @@ examples:
   python -m vlp_jax.train --config configs/demo.py --workdir runs/new --config.init_from.source=DIR
       starts from the weights of the run in DIR, or of hf:DIR, open_clip:FILE, big_vision:FILE.npz
       or timm:FILE; config.init_from.rules say which
+  python -m vlp_jax.train --config configs/finetune.py --workdir runs/new \\
+      --config.init_from.source=hf:DIR --config.data.path=DIR
+      goes on with the model, tokenizer and preprocessing of published weights
 
 Run the same command again to resume. Exit status (the last line of stderr says more):
    0  the run is complete
@@ -92,7 +95,8 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, ConfigDict]:
     parser.add_argument(
         "--config.KEY",
         metavar="VALUE",
-        help="replaces a key, or gives a part an argument: --config.a.b=VALUE",
+        help="replaces a key, or gives a part an argument: --config.a.b=VALUE, a Python literal "
+        "(docs/configs.md)",
     )
     parser.add_argument(
         "--profile", metavar="FIRST:LAST", type=parse_steps, help="traces these steps"

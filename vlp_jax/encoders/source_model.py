@@ -20,10 +20,8 @@ from ml_collections import ConfigDict
 
 from vlp_jax import config as config_lib
 from vlp_jax import image_size, interop
-from vlp_jax.data.ops import in_order
-from vlp_jax.data.sources.base import as_plain
 from vlp_jax.data.tokenizers import build_tokenizer
-from vlp_jax.data.wording import TEXT_TO_TEXT, Wording
+from vlp_jax.data.wording import Wording
 from vlp_jax.encoders.foreign_texts import tokenizer_of_files
 from vlp_jax.encoders.loading import is_foreign
 from vlp_jax.errors import UserError
@@ -36,7 +34,6 @@ from vlp_jax.models.text import TextTransformer, make_text
 from vlp_jax.models.values import tower_fields
 from vlp_jax.models.vit import make_vit
 from vlp_jax.objectives import OBJECTIVES
-from vlp_jax.preprocess import is_sequence
 from vlp_jax.training.run import Run, resizing
 from vlp_jax.training.workdir import CONFIG, TOKENIZER
 
@@ -161,14 +158,9 @@ def _of_run(workdir: str | epath.Path, begun: bool = False) -> SourceModel:
     tokenizer = config.tokenizer.to_dict()
     if tokenizer and not begun and tokenizer.get("name") != "bytes":
         tokenizer["file"] = str(run.workdir / TOKENIZER)
-    worded = () if is_sequence(config.data.get("preprocess")) else config.data.get("preprocess")
-    texts = {
-        name: arguments
-        for name, arguments in in_order(as_plain(worded or {}))
-        if name in TEXT_TO_TEXT
-    }
-    resized = _resized(resizing(config, notes), notes)
-    return SourceModel(config.objective.to_dict(), tokenizer, texts | resized, tuple(notes))
+    wording, more = run.wording if tokenizer else (Wording(), ())
+    operations = dict(wording.operations) | _resized(resizing(config, notes), notes)
+    return SourceModel(config.objective.to_dict(), tokenizer, operations, (*more, *notes))
 
 
 def _of_files(source: str, has_tokenizer: bool) -> SourceModel:
