@@ -135,6 +135,14 @@ def test_a_file_stands_where_a_list_of_texts_stood():
     assert config.evaluators.zero_shot.templates == ("a {}", "{}")
 
 
+def test_none_and_lists_in_the_place_of_texts():
+    config = config_lib.load("configs/clip_folder.py")
+    config_lib.override(config, ["data.path=['a', 'b']", "data.split=None"])
+    assert config.data.path == ("a", "b") and config.data.split is None
+    config_lib.override(config, ["data.path=x"])
+    assert config.data.path == "x"
+
+
 def test_texts_in_brackets_stay_texts():
     config = demo("data.preprocess.prompt_template={'template': 'a {}'}")
     for text in ("{}", "({})", "[{} of it]", "(a {})"):

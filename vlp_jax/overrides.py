@@ -35,13 +35,13 @@ def apply(config: ConfigDict, assignments: list[str]) -> None:
         path, equals, text = assignment.partition("=")
         if not equals:
             raise UserError(f"--config.{path} needs a value: --config.{path}=VALUE")
-        parent, _, unit = path.rpartition(".")
-        if unit in DURATION_UNITS and text != "None" and units.setdefault(parent, unit) != unit:
-            raise UserError(
-                f"--config.{parent} gets {units[parent]} and {unit}: give it one unit, such as "
-                f"--config.{parent}={text}{unit}"
-            )
         with as_sections(config, path):
+            section, unit, where = _find(config, path)
+            if _is_duration(section) and text != "None" and units.setdefault(where, unit) != unit:
+                raise UserError(
+                    f"--{where} gets {units[where]} and {unit}: give it one unit, such as "
+                    f"--{where}={text}{unit}"
+                )
             _assign(config, path, text)
 
 
@@ -72,9 +72,8 @@ def _assign(config: ConfigDict, path: str, text: str) -> None:
     value = _value(config, path, text, section, key)
     with config.unlocked():
         # ConfigDict refuses a value of another type. A number becomes a float where one stood.
-        if isinstance(value, ConfigDict | tuple | str) and not isinstance(
-            section.get(key), type(value) | None
-        ):
+        changes = key in section and isinstance(value, ConfigDict | tuple | str)
+        if changes and not isinstance(value, section.get_type(key)):
             del section[key]
         section[key] = value
 
@@ -90,7 +89,7 @@ def _value(config: ConfigDict, path: str, text: str, section: ConfigDict, key: s
         return _parse(path, text, section, key)
     given = _literal(path, text, strict=not isinstance(current, str))
     if isinstance(current, str) and not _replaces_text(given):
-        return text
+        return None if text == "None" else text
     if isinstance(given, Mapping) and is_free:
         return _as_section(path, given)
     if isinstance(given, Mapping) and given and key in section:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import dataclasses
 import functools
 import os
 import sys
@@ -161,13 +160,12 @@ def train(
       UserError: a mistake in config, data or workdir, or a kind of it that `Loop.run` raises.
     """
     workdir, clock = epath.Path(workdir), clock or StartupClock()
-    config, notes = source_model.completed(config, workdir)
+    config = with_model(config, workdir)
     check_before_start(config, workdir)
     with contextlib.ExitStack() as stack:
         preempted = stack.enter_context(PreemptionWatch())
         watchdog = stack.enter_context(make_watchdog(config, workdir))
         parts = build(config, workdir, clock)
-        parts = dataclasses.replace(parts, notes=(*notes, *parts.notes))
         setup = parts.setup
         last_step = setup.units.total_steps
         progress = stack.enter_context(make_progress(last_step, workdir.name))
@@ -209,6 +207,14 @@ def train(
         )
         with measures.training():
             return loop.run(state)
+
+
+def with_model(config: ConfigDict, workdir: epath.Path) -> ConfigDict:
+    """`config` with the model of its source if it asks for it; tells what is not taken over."""
+    config, notes = source_model.completed(config, workdir)
+    for note in notes if jax.process_index() == 0 else ():
+        print(f"note: {note}", flush=True)
+    return config
 
 
 def open_writers(
