@@ -88,6 +88,7 @@ def image_text(augmentation, resize):
       resize: operations on a decoded evaluation image.
     """
     config = long_run(base())
+    config.image_size = 224
     text = {"choose_text": {"field": "caption"}, "lowercase": {}}
     kept = {"keep": {"fields": ("image", "text")}}
     config.data = ConfigDict(
@@ -131,6 +132,7 @@ def imagenet(augmentation, resize):
     For the arguments see `image_text`.
     """
     config = long_run(base())
+    config.image_size = 224
     kept = {"keep": {"fields": ("image",)}}
     config.data = ConfigDict(
         {
@@ -167,17 +169,6 @@ def subwords(vocab_size, context_length):
             "context_length": context_length,
         }
     )
-
-
-def set_image_size(config, size, context_length):
-    """Sets the image size in the model and in all preprocessing, and the length of texts."""
-    config.objective.image.image_size = size
-    config.tokenizer.context_length = context_length
-    evaluators = config.evaluators.values()
-    for data in (config.data, *(evaluator.data for evaluator in evaluators)):
-        for op in data.preprocess.values():
-            if "size" in op:
-                op.size = size
 
 
 def big_vision_adafactor(config, b2):

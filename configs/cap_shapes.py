@@ -22,7 +22,6 @@ def get_config(arg=None):
             "parallel_share": 0.5,
             "image": {
                 "variant": "Ti/16",
-                "image_size": 64,
                 **demo.TOWER,
                 "depth": 2,
             },

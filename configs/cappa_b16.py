@@ -32,7 +32,7 @@ def get_config(arg=None):
         {
             "name": "captioning",
             "parallel_share": 0.75,
-            "image": {"variant": "B/16", "image_size": 224, **layers},
+            "image": {"variant": "B/16", **layers},
             "decoder": {"variant": "B", "depth": 6, **layers},
             **_recipes.HALF_PIXELS,
             "remat": "dots",

@@ -22,7 +22,7 @@ from vlp_jax.data.shapes import vocabulary
 CLASSES = len(vocabulary.CLASS_NAMES)
 PREPROCESS = {
     "decode_image": {},
-    "resize": {"size": 64},
+    "resize": {},
     "keep": {"fields": ("image", "label")},
 }
 

@@ -24,8 +24,8 @@ from vlp_jax.config import duration
 def get_config(arg=None):
     _recipes.known_argument(arg)
     config = _recipes.image_text(
-        augmentation={"resize_shortest_and_random_crop": {"size": 224}},
-        resize={"resize_shortest_and_center_crop": {"size": 224}},
+        augmentation={"resize_shortest_and_random_crop": {}},
+        resize={"resize_shortest_and_center_crop": {}},
     )
     config.batch_size = 32_768
     config.duration = duration(examples=32 * 400_000_000)
@@ -40,7 +40,6 @@ def get_config(arg=None):
             "embed_dim": 512,
             "image": {
                 "variant": "B/16",
-                "image_size": 224,
                 "pooling": "cls",
                 "patch_bias": False,
                 "pre_norm": True,

@@ -20,8 +20,9 @@ def get_config(arg=None):
     size = int(arg or 64)
     config = clip_shapes.get_config()
     config.batch_size = 128
+    config.image_size = size
     config.duration = duration(epochs=30.0)
-    config.objective.image.update(variant="Ti/16", image_size=size, depth=4, **TOWER)
+    config.objective.image.update(variant="Ti/16", depth=4, **TOWER)
     config.objective.image.update(**clip_shapes.MEAN_POOLING)
     config.objective.text.update(depth=2, norm_eps=1e-6, **TOWER)
     config.objective.embed_dim = 128
@@ -42,7 +43,7 @@ def get_config(arg=None):
                 "decode_image": {"min_side": 2 * size},
                 # Nearly whole and never mirrored: smaller crops train worse, even where each
                 # picture is seen 15 times (docs/real_pictures.md).
-                "random_resized_crop": {"size": size, "min_scale": 0.8},
+                "random_resized_crop": {"min_scale": 0.8},
                 "keep": {"fields": ("image", "text")},
             },
         }
@@ -57,7 +58,7 @@ def get_config(arg=None):
                     "preprocess": {
                         "choose_text": {"index": 0},
                         "decode_image": {"min_side": 2 * size},
-                        "resize_shortest_and_center_crop": {"size": size},
+                        "resize_shortest_and_center_crop": {},
                     },
                 },
                 "every": duration(percent=20.0),

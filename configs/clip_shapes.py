@@ -31,7 +31,7 @@ def test_data(where=None, limit=None):
         "preprocess": {
             "choose_text": {"index": 0},
             "decode_image": {},
-            "resize": {"size": 64},
+            "resize": {},
         },
     }
 
@@ -86,6 +86,7 @@ def get_config(arg=None):
     del arg
     config = base()
     config.batch_size = 512
+    config.image_size = 64
     config.duration = duration(epochs=40.0)
     config.objective = ConfigDict(
         {
@@ -95,7 +96,6 @@ def get_config(arg=None):
             "embed_dim": 192,
             "image": {
                 "variant": "Ti/8",
-                "image_size": 64,
                 "pooling": "cls",
                 "class_token": True,
                 "patch_bias": False,
@@ -117,7 +117,7 @@ def get_config(arg=None):
             "preprocess": {
                 "choose_text": {},
                 "decode_image": {},
-                "random_resized_crop": {"size": 64, "min_scale": 0.9},
+                "random_resized_crop": {"min_scale": 0.9},
                 "flip_left_right": {},
                 "keep": {"fields": ("image", "text")},
             },

@@ -25,8 +25,8 @@ from vlp_jax.config import duration
 def get_config(arg=None):
     _recipes.known_argument(arg)
     config = _recipes.image_text(
-        augmentation={"resize_shortest_and_random_crop": {"size": 224}},
-        resize={"resize_shortest_and_center_crop": {"size": 224}},
+        augmentation={"resize_shortest_and_random_crop": {}},
+        resize={"resize_shortest_and_center_crop": {}},
     )
     config.batch_size = 90_112
     config.duration = duration(examples=13_000_000_000)
@@ -44,7 +44,6 @@ def get_config(arg=None):
             "pooler_heads": 8,
             "image": {
                 "variant": "B/32",
-                "image_size": 224,
                 "patch_bias": False,
                 "pre_norm": True,
                 **tower,

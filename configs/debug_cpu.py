@@ -15,14 +15,13 @@ TOWER = {"width": 64, "depth": 2, "mlp_dim": 256, "heads": 2}
 def get_config(arg=None):
     config = debug_gpu.get_config(arg)
     config.batch_size = 64
+    config.image_size = 64
     config.duration = duration(steps=40)
     config.objective.dtype = "float32"
     config.objective.embed_dim = 64
-    config.objective.image.update(variant="Ti/16", image_size=64, **TOWER)
+    config.objective.image.update(variant="Ti/16", **TOWER)
     config.objective.text.update(variant="Ti", **TOWER)
     config.data.dataset = "shapes/tiny"
-    config.data.preprocess.resize.size = 64
     for evaluator in config.evaluators.values():
-        evaluator.data.preprocess.resize.size = 64
         evaluator.every = duration(percent=50.0)
     return config

@@ -26,11 +26,9 @@ def get_config(arg=None):
     config.data.preprocess = {
         "choose_text": {},
         "decode_image": {},
-        "resize": {"size": 224},
+        "resize": {},
         "keep": {"fields": ("image", "text")},
     }
-    for evaluator in config.evaluators.values():
-        evaluator.data.preprocess.resize.size = 224
     config.optimizer.warmup = duration(percent=10.0)
     config.log.every = duration(steps=10)
     config.checkpoint.every = duration(percent=50.0)

@@ -22,7 +22,7 @@ def get_config(arg=None):
     config.data.preprocess = {
         "choose_text": {},
         "decode_image": {},
-        "resize": {"size": 64},
+        "resize": {},
         "keep": {"fields": ("image", "text")},
     }
     config.checkpoint.every = duration(percent=25.0)

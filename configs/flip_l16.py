@@ -32,7 +32,7 @@ def virtual_epochs(count):
 
 def get_config(arg=None):
     stage = _recipes.known_argument(arg, ("mask", "tune"))
-    bicubic = {"size": 224, "method": "bicubic", "antialias": False}
+    bicubic = {"method": "bicubic", "antialias": False}
     config = _recipes.image_text(
         augmentation={
             "random_resized_crop": {**bicubic, "min_scale": 0.5},
@@ -55,7 +55,6 @@ def get_config(arg=None):
             "embed_dim": 768,
             "image": {
                 "variant": "L/16",
-                "image_size": 224,
                 "pooling": "mean",
                 "class_token": True,
                 "position": "sincos",

@@ -46,7 +46,6 @@ def get_config(arg=None):
             "text_head": "linear_bias",
             "image": {
                 "variant": "B/16",
-                "image_size": 224,
                 "pooling": "cls",
                 "class_position": False,  # on reading, it is added to the class token
                 **tower,

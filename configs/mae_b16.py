@@ -28,10 +28,10 @@ def get_config(arg=None):
     _recipes.known_argument(arg)
     config = _recipes.imagenet(
         augmentation={
-            "random_resized_crop": {"size": 224, "min_scale": 0.2, "method": "bicubic"},
+            "random_resized_crop": {"min_scale": 0.2, "method": "bicubic"},
             "flip_left_right": {"unless_text": None},
         },
-        resize={"resize_shortest_and_center_crop": {"size": 224}},
+        resize={"resize_shortest_and_center_crop": {}},
     )
     config.batch_size = 4096
     config.duration = duration(epochs=1600.0)
@@ -40,7 +40,6 @@ def get_config(arg=None):
             "name": "masked_autoencoding",
             "image": {
                 "variant": "B/16",
-                "image_size": 224,
                 "class_token": True,
                 "position": "sincos",
                 "activation": "gelu",

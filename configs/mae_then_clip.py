@@ -57,7 +57,7 @@ def mae(config):
     config.tokenizer = ConfigDict()
     config.data.preprocess = {
         "decode_image": {},
-        "resize": {"size": 64},
+        "resize": {},
         "keep": {"fields": ("image",)},
     }
     config.evaluators = ConfigDict(

@@ -28,7 +28,7 @@ from configs import _recipes
 from vlp_jax.config import duration
 
 # big_vision's `resize`: to a square, bilinear, not antialiased (pp/ops_image.py, `get_resize`).
-RESIZE = {"resize": {"size": 224, "method": "bilinear", "antialias": False}}
+RESIZE = {"resize": {"method": "bilinear", "antialias": False}}
 
 
 def get_config(arg=None):
@@ -48,7 +48,7 @@ def get_config(arg=None):
             "embed_dim": 768,
             "image_head": "none",
             "text_head": "linear_bias",
-            "image": {"variant": "B/16", "image_size": 224, "pooling": "map", **tower},
+            "image": {"variant": "B/16", "pooling": "map", **tower},
             "text": {"variant": "B", "causal": False, "pooling": "last", **tower},
             **_recipes.HALF_PIXELS,
             "remat": "dots",

@@ -37,5 +37,6 @@ def get_config(arg=None):
     config.objective.embed_dim = 1536
     config.objective.remat = "full"
     config.tokenizer.vocab_size = 256_000
-    _recipes.set_image_size(config, 256, context_length=64)
+    config.image_size = 256
+    config.tokenizer.context_length = 64
     return config

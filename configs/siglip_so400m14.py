@@ -28,5 +28,6 @@ def get_config(arg=None):
     config.objective.text.variant = "So400m"
     config.objective.embed_dim = 1152
     config.objective.remat = "full"
-    _recipes.set_image_size(config, int(size), CONTEXT_LENGTHS[size])
+    config.image_size = int(size)
+    config.tokenizer.context_length = CONTEXT_LENGTHS[size]
     return config

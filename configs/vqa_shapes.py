@@ -22,7 +22,7 @@ def preprocess(index=None, fields=("image", "text", "answer")):
     return {
         "choose_question": {"index": index},
         "decode_image": {},
-        "resize": {"size": 64},
+        "resize": {},
         "keep": {"fields": fields},
     }
 

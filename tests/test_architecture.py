@@ -49,8 +49,10 @@ MAY_IMPORT = {
     },
     "planning": {"training", "objectives", "models", "parallel", "observe"},
 }
-LEAVES = {"arguments", "config", "defaults", "errors", "files", "preprocess", "signals", "versions"}
-ENTRY_POINTS = {"train", "evaluate", "export", "smoke", "commands", "__init__", "__main__"}
+LEAVES = {"arguments", "config", "defaults", "errors", "files", "image_size", "overrides"}
+LEAVES |= {"preprocess", "signals", "versions"}
+ENTRY_POINTS = {"config_help", "train", "evaluate", "export", "smoke", "commands"}
+ENTRY_POINTS |= {"__init__", "__main__"}
 MODELS_MAY_IMPORT = {"flax", "jax", "einops", "jaxtyping", "numpy"}
 MAX_FILE, MAX_FUNCTION = 400, 60
 

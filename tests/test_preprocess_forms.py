@@ -7,6 +7,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from vlp_jax import config as config_lib
+from vlp_jax import config_help
 from vlp_jax import smoke as smoke_lib
 from vlp_jax.data.ops import OPS, build_ops, in_order
 from vlp_jax.data.pipeline import TrainPipeline
@@ -90,11 +91,11 @@ def test_mistakes_in_overrides_of_a_list_change_nothing(config, assignment, mess
 
 
 def test_every_argument_of_a_list_has_a_key(config):
-    found = dict(config_lib.settable(config))
+    found = {key.path: key.value for key in config_help.keys(config)}
     assert found["data.preprocess.random_resized_crop#2.size"] == 32
     assert found["data.preprocess.random_resized_crop.field"] == "view"
     config_lib.override(config, [f"{key}={value}" for key, value in found.items() if ".pre" in key])
-    assert dict(config_lib.settable(config)) == found
+    assert {key.path: key.value for key in config_help.keys(config)} == found
 
 
 def test_json_round_trip_of_a_list(config):

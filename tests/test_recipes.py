@@ -27,6 +27,7 @@ NO_RECIPES = {
     "vqa_shapes",
     "retrieval_shapes",
     "cap_shapes",
+    "finetune",
 }
 DEBUG = {"debug_cpu", "debug_gpu"}
 RECIPES = sorted({p.stem for p in CONFIGS.glob("[!_]*.py")} - NO_RECIPES - DEBUG)

@@ -50,14 +50,14 @@ BAD = {
     "dataset": ("--config.data.dataset=shaeps/tiny", "shapes"),
     "split": ("--config.data.split=tranin", "train"),
     "source": ("--config.data.source=tdfs", "did you mean 'tfds'"),
-    "loss": ("--config.objective.loss=softmx", "known: softmax, sigmoid"),
+    "loss": ("--config.objective.loss=softmx", "known: sigmoid, softmax"),
     "patch": ("--config.objective.image.image_size=15", "do not tile"),
     "heads": ("--config.objective.image.heads=5", "do not divide"),
     "size of images": ("--config.data.preprocess.resize.size=8", "pixels"),
     "vocabulary": ("--config.tokenizer.vocab_size=10", "vocab_size=10"),
     "optimizer": ("--config.optimizer.name=mouon", "did you mean 'muon'"),
-    "duration": ("--config.duration.epochs=1.0", "exactly one of"),
-    "checkpoint duration": ("--config.checkpoint.every.epochs=1.0", "config.checkpoint.every"),
+    "duration": ("--config.duration=1", "a number with its unit, such as 40steps"),
+    "checkpoint duration": ("--config.checkpoint.every.hours=1", "config.checkpoint.every"),
     "evaluator": ("--config.evaluators.retrieval.name=retreival", "did you mean 'retrieval'"),
     "frozen": ("--config.optimizer.frozen=['imge/.*']", "the whole path of no parameter"),
     "source of weights": ("--config.init_from.source=foo:BAR", "big_vision:FILE.npz"),
@@ -209,3 +209,4 @@ def test_help_lists_the_keys_of_a_config(capsys):
     assert stop.value.code == 0
     text = capsys.readouterr().out
     assert "--config.optimizer.learning_rate=" in text and "Exit status" in text
+    assert "--config.objective.mask_ratio=0.0\n      share of the patches" in text

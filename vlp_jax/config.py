@@ -7,34 +7,31 @@ needs to and returns an `ml_collections.ConfigDict`. Sections that name a compon
 
 from __future__ import annotations
 
-import ast
 import dataclasses
 import importlib.util
 import inspect
 import json
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
 
-from vlp_jax.defaults import DATA_DEFAULTS, base
+from vlp_jax import image_size, overrides
+from vlp_jax.defaults import COMPONENT_SECTIONS, DATA_DEFAULTS, DURATION_UNITS, base
 from vlp_jax.defaults import duration as duration  # a config asks this module for it
 from vlp_jax.errors import UserError, unknown_key_message
 from vlp_jax.files import without_mark
-from vlp_jax.preprocess import as_sections, is_sequence, labelled, normalize
+from vlp_jax.overrides import flatten as flatten  # for whoever reads a config
+from vlp_jax.preprocess import normalize
 
-BOOLEANS = {"true": True, "1": True, "false": False, "0": False}
 # Annotation of an argument -> the types it accepts. Other annotations are not checked here.
 PLAIN_TYPES = {"bool": (bool,), "int": (int,), "float": (int, float), "str": (str,)}
-DURATION_UNITS = ("steps", "examples", "epochs", "percent")
 # A link to configs/ in a checkout, a copy of it in an installed package. `load` puts the folder
 # above a config's on `sys.path`; "share" keeps the package's own modules off it.
 INSTALLED = Path(__file__).parent / "share" / "configs"
-# Sections whose keys are the arguments of a component. `build` checks them.
-COMPONENT_SECTIONS = ("objective", "data", "extra_data", "tokenizer", "evaluators")
 
 
 def load(spec: str) -> ConfigDict:
@@ -63,9 +60,7 @@ def load(spec: str) -> ConfigDict:
         # ConfigDict's error names the key that its locked parent does not have.
         raise UserError(f"{path}: {_first_line(error)}") from error
     check(config)
-    with config.unlocked():
-        _complete_data(config)
-        normalize(config)
+    complete(config)
     return config.lock()
 
 
@@ -81,11 +76,22 @@ def _find_file(path: str) -> Path:
     return INSTALLED / f"{path}.py"
 
 
-def _complete_data(config: ConfigDict) -> None:
-    for data in (config.data, *config.extra_data.values()):
-        for key, value in DATA_DEFAULTS.items():
-            if data and key not in data:
-                data[key] = value
+def complete(config: ConfigDict) -> None:
+    """Adds what follows from the rest of a config, in place.
+
+    Data gets the keys that all data has; evaluators without `every` run at the end; models and
+    operations on images without a size take `config.image_size`.
+    """
+    with config.unlocked():
+        for data in (config.data, *config.extra_data.values()):
+            for key, value in DATA_DEFAULTS.items():
+                if data and key not in data:
+                    data[key] = value
+        for evaluator in config.evaluators.values():
+            if isinstance(evaluator, ConfigDict) and "every" not in evaluator:
+                evaluator.every = duration(percent=100.0)
+        normalize(config)
+        image_size.fill(config)
 
 
 def check(config: ConfigDict) -> None:
@@ -112,133 +118,26 @@ def _check_keys(
 
 
 def override(config: ConfigDict, assignments: list[str]) -> None:
-    """Applies `["a.b=v", ...]` in place.
+    """Applies `["a.b=v", ...]` in place, in the literal form of `vlp_jax.overrides`.
 
-    - A value is a Python literal; text needs no quotes.
-    - `evaluators.NAME=None` removes an evaluator, `data.preprocess.NAME=None` an operation.
-    - In a `preprocess` that is a list, NAME is an operation's name, and "NAME#2" is the second
-      operation with that name. A new operation is appended.
-    - A component accepts arguments that its section does not set (`objective.attention=pallas`). So
-      a new key of a component is set here, and checked where the component is built.
+    - A unit of a duration replaces the unit that it had: `duration.steps=40`, `duration=5%`.
+    - A mapping gives a section. In the section of a component it takes the place of what stood
+      there, or is new; elsewhere it sets the keys that it has: `mesh={"fsdp": 4, "tensor": 2}`.
+    - A key that is new in the section of a component is an argument that the section does not set
+      (`objective.attention=pallas`), which is checked where the component is built.
+    - A further evaluator, dataset or source of weights has a name of the user's own:
+      `evaluators.mine={"name": "retrieval"}`.
+    - None leaves out an evaluator, a dataset, a source, or an operation on the data
+      (`data.preprocess.NAME=None`). In a `preprocess` that is a list NAME is the name of an
+      operation, and "NAME#2" the second of that name; one that is new follows at the end.
+    - `image_size` changes every size that was the same.
 
     Raises:
       UserError: a key that does not exist (the error names the nearest one that does), or a value
         of another type.
     """
-    for assignment in assignments:
-        path, equals, text = assignment.partition("=")
-        if not equals:
-            raise UserError(f"--config.{path} needs a value: --config.{path}=VALUE")
-        with as_sections(config, path):
-            _assign(config, path, text)
-
-
-def _assign(config: ConfigDict, path: str, text: str) -> None:
-    """Sets the key at the dotted `path` to the value that `text` spells."""
-    section, key, where = _find(config, path)
-    if key not in section and _is_component(path) and not _is_duration(section):
-        with config.unlocked():
-            section[key] = _literal(text)
-        return
-    _require(section, key, where)
-    current = section[key]
-    removable = where == "config.evaluators" or where.endswith(".preprocess")
-    if removable and text == "None":
-        with config.unlocked():
-            del section[key]
-        return
-    if isinstance(current, ConfigDict):
-        keys = ", ".join(f"--config.{path}.{name}" for name in current)
-        keys = f"set one of its keys: {keys}" if keys else "it has no keys yet"
-        leave = f"; --config.{path}=None leaves it out" if removable else ""
-        raise UserError(f"--config.{path} is a section; {keys}{leave}")
-    expected = section.get_type(key)
-    try:
-        section[key] = _parse(text, current, expected)
-    except (TypeError, ValueError) as error:
-        raise UserError(
-            f"--config.{path}={text}: not a value of type {expected.__name__}"
-        ) from error
-
-
-def _find(config: ConfigDict, path: str) -> tuple[ConfigDict, str, str]:
-    """Finds the section that holds the last key of `path`; returns (section, key, its name)."""
-    *parents, key = path.split(".")
-    section, where = config, "config"
-    for parent in parents:
-        _require(section, parent, where)
-        section, where = section[parent], f"{where}.{parent}"
-        if not isinstance(section, ConfigDict):
-            break
-    if not isinstance(section, ConfigDict):
-        raise UserError(f"{where} is a value, not a section: --config.{path} cannot be set")
-    return section, key, where
-
-
-def _is_component(path: str) -> bool:
-    """Whether the last key of `path` is in the section of a component, or below it."""
-    if path.startswith("init_from.sources."):
-        return path.count(".") == 3
-    root, *keys = path.split(".")
-    named = ("extra_data", "evaluators")  # these hold components by names that the user chooses
-    return root in COMPONENT_SECTIONS and len(keys) > (1 if root in named else 0)
-
-
-def _is_duration(section: ConfigDict) -> bool:
-    return all(unit in section for unit in DURATION_UNITS)
-
-
-def _literal(text: str) -> Any:
-    """Parses `text` as a Python literal; text that is none stays as it is."""
-    if text.lower() in ("true", "false"):
-        return BOOLEANS[text.lower()]
-    try:
-        return ast.literal_eval(text)
-    except (SyntaxError, ValueError):
-        return text
-
-
-def _require(section: ConfigDict, key: str, where: str) -> None:
-    if key not in section:
-        raise UserError(unknown_key_message(key, section, where))
-
-
-def _parse(text: str, current: Any, expected: type) -> Any:
-    """Parses `text` as a value of the type `expected`, which may replace `current`."""
-    if text == "None":
-        return None
-    if expected is str:
-        return text
-    if expected is bool:
-        if text.lower() not in BOOLEANS:
-            raise ValueError(text)
-        return BOOLEANS[text.lower()]
-    try:
-        value = ast.literal_eval(text)
-    except (SyntaxError, ValueError):
-        if current is None and expected is type(None):
-            return text
-        raise ValueError(text) from None
-    return tuple(value) if expected is tuple and isinstance(value, list) else value
-
-
-def flatten(config: ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yields ("a.b", value) for every leaf."""
-    for key, value in config.items():
-        if isinstance(value, ConfigDict):
-            yield from flatten(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value
-
-
-def settable(config: ConfigDict) -> Iterator[tuple[str, Any]]:
-    """Yields the keys that `override` accepts, with values: `flatten`, and operations of a list."""
-    for key, value in flatten(config):
-        if not key.endswith("preprocess") or not is_sequence(value):
-            yield key, value
-            continue
-        for label, arguments in labelled(value).items():
-            yield from ((f"{key}.{label}.{name}", item) for name, item in arguments.items())
+    overrides.apply(config, assignments)
+    complete(config)
 
 
 def to_json(config: ConfigDict) -> str:
@@ -254,7 +153,7 @@ def from_json(text: str) -> ConfigDict:
     config = ConfigDict(_tuples(json.loads(text)))
     _add_missing(config, base())
     check(config)
-    _complete_data(config)
+    complete(config)
     return config.lock()
 
 

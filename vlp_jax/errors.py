@@ -12,7 +12,7 @@ from typing import Any
 class ExitStatus(enum.IntEnum):
     """How a command ended. The launchers restart a run, except after the first two.
 
-    The numbers are from sysexits.h where it has one that fits.
+    The numbers come from sysexits.h where it has one that fits.
     """
 
     COMPLETE = 0
@@ -73,12 +73,39 @@ def error_of_status(status: int) -> type[UserError]:
     return kinds.get(status, UserError)
 
 
-def unknown_key_message(key: str, known: Iterable[str], where: str) -> str:
-    """Makes the line of an error about an unknown key in `where`; it suggests the nearest key."""
+# Names that people type first -> the name here.
+OTHER_NAMES = {
+    "lr": "learning_rate",
+    "wd": "weight_decay",
+    "warmup_steps": "warmup",
+    "siglip": "sigmoid",
+    "clip": "softmax",
+    "infonce": "softmax",
+    "num_layers": "depth",
+    "layers": "depth",
+    "hidden_size": "width",
+    "num_heads": "heads",
+    "resolution": "image_size",
+    "max_length": "context_length",
+}
+IMAGE_KEYS = ("patch_size", "image_size")  # keys of an objective's section `image`
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """The end of an error about a name that is not known: the nearest known one, and all."""
     known = sorted(known)
-    nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    if OTHER_NAMES.get(name) in known:
+        nearest = [OTHER_NAMES[name]]
+    if name in IMAGE_KEYS and "image" in known:
+        nearest = [f"image.{name}"]
     hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
-    return f"unknown key {key!r} in {where}{hint} (known: {', '.join(known)})"
+    return f"{hint} (known: {', '.join(known)})"
+
+
+def unknown_key_message(key: str, known: Iterable[str], where: str) -> str:
+    """One line that says `key` is not known in `where`, and which known key is nearest."""
+    return f"unknown key {key!r} in {where}{did_you_mean(key, known)}"
 
 
 def check_arguments(constructor: Callable[..., Any], arguments: Iterable[str], where: str) -> None:

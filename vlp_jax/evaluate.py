@@ -39,6 +39,7 @@ EPILOG = """examples:
   python -m vlp_jax.evaluate --workdir runs/clip                     the newest checkpoint
   python -m vlp_jax.evaluate --workdir runs/clip --all               every checkpoint that is kept
   python -m vlp_jax.evaluate --workdir runs/clip --follow            each as it appears
+  python -m vlp_jax.evaluate --workdir runs/clip --config mine.py    also the evaluators of mine.py
   python -m vlp_jax.evaluate --weights hf:DIR --config configs/X.py  weights of others
   python -m vlp_jax.evaluate --workdir runs/clip --report clip.html  also a page to look at
   python -m vlp_jax.evaluate --workdir runs/a --compare runs/b --report both.html
@@ -119,7 +120,8 @@ def _add_subject(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--config",
         metavar="FILE[:ARG]",
-        help="whose evaluators judge --weights; default: those of --workdir",
+        help="evaluators of your own: for a run beside its own, for --weights instead of "
+        "those of --workdir",
     )
     parser.add_argument(
         "--config.KEY", metavar="VALUE", help="replaces a key: --config.evaluators.NAME.KEY=VALUE"
@@ -132,9 +134,8 @@ def _check(arguments: argparse.Namespace) -> None:
     if arguments.workdir is None and arguments.weights is None:
         raise UserError("say what is evaluated: --workdir DIR, or --weights FORMAT:PATH")
     if arguments.weights is None:
-        for name in ("config", "tokenizer"):
-            if getattr(arguments, name) is not None:
-                raise UserError(f"--{name} belongs to --weights; a run has its own")
+        if arguments.tokenizer is not None:
+            raise UserError("--tokenizer belongs to --weights; a run has its own")
         return
     if (arguments.workdir is None) == (arguments.config is None):
         raise UserError(
@@ -156,7 +157,11 @@ def open_subject(
     """
     if arguments.weights is None:
         return Subject.of_run(
-            arguments.workdir, overrides=overrides, names=names, batch_size=arguments.batch_size
+            arguments.workdir,
+            further=None if arguments.config is None else config_lib.load(arguments.config),
+            overrides=overrides,
+            names=names,
+            batch_size=arguments.batch_size,
         )
     if arguments.config is None:
         config = Run.open(arguments.workdir).config

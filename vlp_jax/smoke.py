@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from ml_collections import ConfigDict
 
-from vlp_jax.config import duration
+from vlp_jax.config import complete, duration
 from vlp_jax.evaluators import EVALUATORS
+from vlp_jax.models.variants import split_variant
 from vlp_jax.preprocess import smoke_preprocess
 
 # Sizes of models, set wherever these keys appear in the objective.
@@ -20,18 +21,23 @@ def smoke(config: ConfigDict) -> ConfigDict:
     Mesh, objective, optimizer, preprocessing and evaluators stay. Sizes, durations and the source
     of the data change.
     """
-    config = config.copy_and_resolve_references().unlock()
+    config = config.copy_and_resolve_references()
+    complete(config)
+    config.unlock()
+    if config.init_from.model and "name" not in config.objective:
+        _stand_in(config)
     config.duration = duration(steps=2)
     for part in (config.optimizer.warmup, config.optimizer.cooldown):
         part.update(duration(steps=1) if part.percent is None else {})
     config.batch_size = SMOKE_BATCH_SIZE
     config.init_from.source = config.init_from.step = None
+    config.init_from.model = False
     config.init_from.sources = ConfigDict()
     config.log.every = duration(steps=1)
     config.checkpoint.every = duration(steps=2)
     config.writers.tensorboard = False
     config.writers.wandb.enabled = False
-    image_size = _shrink_models(config.objective)
+    image_size = config.image_size = _shrink_models(config.objective)
     if config.tokenizer:
         config.tokenizer.context_length = 16
     if config.tokenizer.get("name", "bytes") != "bytes":  # its file may not exist on this machine
@@ -52,6 +58,18 @@ def smoke(config: ConfigDict) -> ConfigDict:
     return config.lock()
 
 
+def _stand_in(config: ConfigDict) -> None:
+    """Gives a config that takes its model from weights a small model of its own."""
+    sizes = {"name": "contrastive", "embed_dim": SMOKE_SIZES["embed_dim"]}
+    config.objective = ConfigDict(
+        {**sizes, "image": {"variant": "mu/8", "image_size": 16}, "text": {"variant": "mu"}}
+    )
+    config.tokenizer = ConfigDict({"name": "bytes", "context_length": 16})
+    for data in (config.data, *(evaluator.data for evaluator in config.evaluators.values())):
+        data.preprocess.resize = {}
+    complete(config)
+
+
 def _shrink_models(section: ConfigDict) -> int | None:
     """Sets `SMOKE_SIZES` in every model of `section`; returns the image size, if there is one."""
     image_size = None
@@ -64,9 +82,9 @@ def _shrink_models(section: ConfigDict) -> int | None:
             section[key] = SMOKE_SIZES[key]
     if "variant" in section:
         section.update({k: v for k, v in SMOKE_SIZES.items() if k != "embed_dim"})
-        if "image_size" in section:
-            image_size = SMOKE_PATCHES * int(section.variant.split("/")[1])
-            section.image_size = image_size
+    if "image_size" in section:
+        _, patch_size = split_variant(section.get("variant"), section.get("patch_size"))
+        image_size = section.image_size = SMOKE_PATCHES * patch_size
     return image_size
 
 

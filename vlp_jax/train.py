@@ -18,6 +18,8 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from vlp_jax import config as config_lib
+from vlp_jax import config_help
+from vlp_jax.encoders import source_model
 from vlp_jax.errors import UserError
 from vlp_jax.observe.progress import NullProgress, Progress
 from vlp_jax.observe.throughput import StartupClock, StepClock
@@ -60,6 +62,7 @@ def train(
       UserError: a mistake in config, data or workdir; `Loop.run` raises further kinds.
     """
     workdir, clock = epath.Path(workdir), clock or StartupClock()
+    config = with_model(config, workdir)
     check_before_start(config, workdir)
     with contextlib.ExitStack() as stack:
         # First what must outlive the rest: a signal, or a hang, may come at any time.
@@ -107,6 +110,14 @@ def train(
         )
         with measures.training():
             return loop.run(state)
+
+
+def with_model(config: ConfigDict, workdir: epath.Path) -> ConfigDict:
+    """`config` with the model of its source if it asks for it; tells what is not taken over."""
+    config, notes = source_model.completed(config, workdir)
+    for note in notes if jax.process_index() == 0 else ():
+        print(f"note: {note}", flush=True)
+    return config
 
 
 def make_report(
@@ -218,7 +229,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     clock = StartupClock.from_process_start("python and imports")
 
     def command() -> None:
-        arguments, config = parse(sys.argv[1:] if argv is None else argv)
+        arguments, config = parse(sys.argv[1:] if argv is None else argv, config_help.keys)
         with clock.phase("find the devices"):
             job = startup.initialize(
                 arguments.coordinator,

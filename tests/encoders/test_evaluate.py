@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 
 import vlp_jax
+from vlp_jax import config as config_lib
 from vlp_jax import evaluate, export
 from vlp_jax.data.pipeline import TrainPipeline
+from vlp_jax.encoders.subject import add_evaluators
 from vlp_jax.observe.goodput import GOODPUT_FILE
 from vlp_jax.observe.jsonl import read_metrics
 
@@ -57,6 +59,36 @@ def test_other_devices_and_batches_change_nothing(workdir, capsys):
     assert command(*elsewhere) == 0
     out = capsys.readouterr().out
     assert f"fit the {jax.device_count()} devices of this job" in out and TOP5 in out
+
+
+def test_further_evaluators_of_a_config_of_ones_own(workdir, tmp_path, capsys):
+    """Its data is its own: another split, without the limit of the run's."""
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "from ml_collections import ConfigDict\n"
+        "from vlp_jax.config import base\n"
+        "def get_config(arg=None):\n"
+        "    config = base()\n"
+        "    mine = {'name': 'retrieval', 'ks': (1,), 'data': {'split': 'test', 'limit': 9}}\n"
+        "    config.evaluators = ConfigDict({'mine': mine, 'zero_shot': mine})\n"
+        "    return config\n"
+    )
+    added = "--config.evaluators.third={'name': 'geometry', 'data': {'split': 'test', 'limit': 5}}"
+    arguments = ("--workdir", workdir, "--config", file, added)
+    assert command(*arguments, "--evaluators", "mine,zero_shot,third") == 0
+    told = dict(line.split() for line in capsys.readouterr().out.splitlines() if "eval/" in line)
+    assert told["eval/mine/images"] == "9" == told["eval/zero_shot/images"]
+    assert "eval/mine/image_to_text_r1" in told and "eval/third/pairs" in told
+
+
+def test_the_data_of_further_evaluators_is_that_of_their_config():
+    run, mine = config_lib.load("configs/demo.py"), config_lib.load("configs/clip_shapes.py")
+    config_lib.override(run, ["data.limit=7", "data.where={'num_objects': 1}"])
+    config_lib.override(mine, ["data.dataset=shapes/tiny", "evaluators.geometry=None"])
+    add_evaluators(run, mine)
+    data = run.evaluators.retrieval.data
+    assert data.dataset == "shapes/tiny" and data.limit == 1000 and data.where is None
+    assert "geometry" in run.evaluators and "knn" in run.evaluators and run.is_locked
 
 
 def test_all_checkpoints_once(copy, capsys):
@@ -159,7 +191,7 @@ def test_weights_of_others_are_judged_as_the_run_is(workdir, tmp_path, capsys):
         (("--weights", "hf:none", "--workdir", "W"), "none does not exist"),
         (("--weights", "hf:x", "--workdir", "W", "--all"), "they have no steps"),
         (("--weights", "hf:x", "--workdir", "W", "--params", "ema"), "leave --params out"),
-        (("--workdir", "W", "--config", "configs/demo.py"), "--config belongs to --weights"),
+        (("--workdir", "W", "--tokenizer", "t.json"), "--tokenizer belongs to --weights"),
         (("--workdir", "W", "--step", "7"), "no checkpoint of step 7 (it has: 1, 2)"),
         (("--workdir", "W", "--evaluators", "zeroshot"), "did you mean 'zero_shot'"),
         (("--workdir", "W", "--batch-size", "3"), "--batch-size 3 is not divisible by"),

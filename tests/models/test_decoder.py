@@ -34,7 +34,9 @@ KINDS = {
 
 
 def tiny(vocab=VOCAB, length=12, **fields):
-    return make_decoder("mu", vocab, length, depth=2, embedding_stddev=0.5, **fields)
+    return make_decoder(
+        "mu", vocab_size=vocab, context_length=length, depth=2, embedding_stddev=0.5, **fields
+    )
 
 
 def ids(batch=3, length=7, vocab=VOCAB):
@@ -71,7 +73,15 @@ def test_logits_are_those_of_mbart():
         input_ids=torch.from_numpy(tokens), encoder_hidden_states=torch.from_numpy(encoded)
     ).last_hidden_state.detach()
     decoder = make_decoder(
-        "mu", 99, 32, depth=2, width=32, heads=4, mlp_dim=64, activation="gelu", norm_eps=1e-5
+        "mu",
+        vocab_size=99,
+        context_length=32,
+        depth=2,
+        width=32,
+        heads=4,
+        mlp_dim=64,
+        activation="gelu",
+        norm_eps=1e-5,
     )
     attentions = {"attention": "self_attn", "cross_attention": "encoder_attn"}
     rows = []

@@ -220,8 +220,14 @@ def test_a_section_may_have_every_field_and_no_other():
     "make, message",
     [
         (lambda: make_vit("mu/8", 16, norm="batch"), "unknown norm 'batch'.*layer, rms"),
-        (lambda: make_text("mu", 9, 9, kv_heads=3), "3 kv_heads do not divide the 2 heads"),
-        (lambda: make_text("mu", 9, 9, kv_heads=0), "0 kv_heads do not divide"),
+        (
+            lambda: make_text("mu", vocab_size=9, context_length=9, kv_heads=3),
+            "3 kv_heads do not divide the 2 heads",
+        ),
+        (
+            lambda: make_text("mu", vocab_size=9, context_length=9, kv_heads=0),
+            "0 kv_heads do not divide",
+        ),
         (lambda: make_vit("mu/8", 16, heads=0), "0 heads do not divide"),
         (lambda: make_vit("mu/8", 16, head_dim=0), "head_dim must be at least 1, not 0"),
         (lambda: make_vit("mu/8", 16, head_dim=5, rope=10.0), "heads of an even width, not 5"),

@@ -266,7 +266,14 @@ def test_flops_are_those_of_open_clip(expected_gflops, vit, text):
     context, width = text
     model = DualEncoder(
         image=make_vit(variant, size, **fields),
-        text=make_text("B", 32_000, context, width=width, mlp_dim=4 * width, heads=width // 64),
+        text=make_text(
+            "B",
+            vocab_size=32_000,
+            context_length=context,
+            width=width,
+            mlp_dim=4 * width,
+            heads=width // 64,
+        ),
         embed_dim=512,
         logit_scale_init=0.0,
     )
@@ -292,7 +299,7 @@ def test_flops_equal_the_compilers_count_of_the_matrix_products():
         (lambda: make_vit("B/16", 224, heads=7), "do not divide"),
         (lambda: make_vit("B/16", 224, pooling="max"), "known: cls, mean, map, none"),
         (
-            lambda: make_text("B", 10, 10, pooling="cls"),
+            lambda: make_text("B", vocab_size=10, context_length=10, pooling="cls"),
             "known: eos, argmax, first, last, mean, map",
         ),
         (

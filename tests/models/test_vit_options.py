@@ -252,7 +252,9 @@ def test_padding_mask_hides_padding_from_every_token_and_every_pooling():
     ids[0, 6:] = 0
     ids = jnp.asarray(ids, jnp.int32)
     for pooling in ("mean", "map"):
-        model = make_text("mu", 50, 9, causal=False, pooling=pooling, padding_mask=True)
+        model = make_text(
+            "mu", vocab_size=50, context_length=9, causal=False, pooling=pooling, padding_mask=True
+        )
         params = perturbed(model, ids)
         moved = jax.tree.map(lambda x: x, params)
         table = moved["params"]["token_embedding"]["embedding"]
@@ -271,7 +273,7 @@ def test_padding_mask_hides_padding_from_every_token_and_every_pooling():
 
 def test_argmax_pooling_takes_the_highest_id():
     ids = jnp.asarray([[5, 49, 7, 0, 0, 0, 0, 0, 0]], jnp.int32)
-    model = make_text("mu", 50, 9, pooling="argmax", eos_id=49)
+    model = make_text("mu", vocab_size=50, context_length=9, pooling="argmax", eos_id=49)
     params = perturbed(model, ids)
     same = apply(model.clone(pooling="eos"), params, ids)
     np.testing.assert_allclose(apply(model, params, ids), same, atol=1e-6)

@@ -173,6 +173,19 @@ def test_a_process_alone_has_no_table_and_gpus_a_line_about_memory(monkeypatch):
     )
 
 
+def test_a_command_does_not_begin_with_the_warnings_of_libtpu():
+    pytest.importorskip("libtpu")
+    code = (
+        "import jax; from vlp_jax.training.command import run_command; "
+        "run_command(lambda: print(jax.devices()[0].platform))"
+    )
+    environment = {k: v for k, v in os.environ.items() if "TPU" not in k and k != "JAX_PLATFORMS"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True
+    )
+    assert done.stdout.split()[-1] in ("cpu", "gpu") and done.stderr == ""
+
+
 def test_what_libtpu_says_where_there_is_no_tpu_is_no_cluster(monkeypatch):
     monkeypatch.setenv("TPU_WORKER_HOSTNAMES", "WARNING: could not determine TPU worker hostnames")
     assert startup.find_cluster().kind == startup.ALONE

@@ -21,7 +21,11 @@ from vlp_jax.preprocess import labelled, name_and_number
 
 
 def keep(fields: Sequence[str]) -> Op:
-    """Drops all fields but these."""
+    """Drops all fields but some.
+
+    Args:
+      fields: the names of the fields that stay.
+    """
     names = (fields,) if isinstance(fields, str) else tuple(fields)
 
     def apply(example: Example, seed: tf.Tensor) -> Example:

@@ -59,17 +59,20 @@ def load(
     source = os.fspath(source)
     if dtype not in DTYPES:
         raise UserError(f"dtype={dtype!r} must be {' or '.join(DTYPES)}")
-    prefix, colon, rest = source.partition(":")
-    # The URL of a bucket has a colon too, and so may the name of a folder.
-    foreign = colon and not rest.startswith("//") and not epath.Path(source).exists()
-    if not foreign:
+    if not is_foreign(source):
         if tokenizer is not None:
             raise UserError(f"{source} is a run, which has its own tokenizer")
         return _of_run(source, Run.open(source), step, params, dtype)
     if step is not None or params != "auto":
         raise UserError(f"{source} is no run: it has no steps, and one kind of parameters")
-    interop.format_named(prefix)
+    interop.format_named(source.partition(":")[0])
     return _of_files(source, dtype, tokenizer)
+
+
+def is_foreign(source: str) -> bool:
+    """Whether a source is FORMAT:PATH, and not the workdir of a run, which may be gs://..."""
+    _, colon, rest = source.partition(":")
+    return bool(colon) and not rest.startswith("//") and not epath.Path(source).exists()
 
 
 def _of_run(source: str, run: Run, step: int | None, params: str, dtype: str) -> Encoder:

@@ -67,6 +67,7 @@ class Subject:
         cls,
         workdir: str | epath.Path,
         *,
+        further: ConfigDict | None = None,
         overrides: Sequence[str] = (),
         names: Sequence[str] | None = None,
         batch_size: int | None = None,
@@ -74,6 +75,7 @@ class Subject:
         """Opens the run in `workdir` with its evaluators.
 
         Args:
+          further: a config whose evaluators judge the run too, see `add_evaluators`.
           overrides: assignments such as "evaluators.NAME.KEY=VALUE", see `vlp_jax.config.override`.
           names: names of evaluators; None for all. Only their data is opened.
           batch_size: examples of an evaluation batch; None: see `_mesh_and_batch_size`.
@@ -84,6 +86,8 @@ class Subject:
         run = Run.open(workdir)
         config, objective = run.config, run.objective
         train_data = as_plain(config.data)  # before the overrides: as it was in training
+        if further is not None:
+            add_evaluators(config, further)
         config_lib.override(config, list(overrides))
         mesh, batch_size, notes = _mesh_and_batch_size(config, batch_size)
         wording, more = run.wording
@@ -207,6 +211,28 @@ class Subject:
         """
         data = merged_data(self.config.data, self.config.evaluators[name])
         return self.resources.pipeline({**data, "preprocess": {}}, fields)
+
+
+# Keys of data that narrow it; None is none of them.
+NARROWING = ("where", "limit", "fields", "batch_ops", "preprocess")
+
+
+def add_evaluators(config: ConfigDict, further: ConfigDict) -> None:
+    """Adds the evaluators of another config to a run's, in place.
+
+    One with a name that the run has takes the place of the run's. They look at the data of their
+    own config, or at the run's if that has none.
+    """
+    with config.unlocked():
+        for name, section in further.evaluators.items():
+            section = section.copy_and_resolve_references().unlock()
+            if further.data:
+                data = merged_data(further.data, section)
+                # What differs from the run's data is said in full: else its limits would hold here.
+                other = {key: None for key in NARROWING if key in config.data and key not in data}
+                section.data = ConfigDict({**other, **data})
+            config.evaluators[name] = section
+    config_lib.complete(config)
 
 
 def choose_evaluators(config: ConfigDict, names: Sequence[str] | None) -> ConfigDict:

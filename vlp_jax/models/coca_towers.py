@@ -241,10 +241,10 @@ class CoCaDecoder(nn.Module):
 
 @keywords_of(CoCaText, TransformerConfig, optional=True)
 def make_coca_text(
-    variant: str,
+    variant: str | None = None,
+    *,
     vocab_size: int,
     context_length: int,
-    *,
     compute: ComputeConfig = PLAIN,
     **fields: Any,
 ) -> CoCaText:
@@ -256,18 +256,19 @@ def make_coca_text(
 
 @keywords_of(TransformerConfig, optional=True)
 def make_coca_decoder(
-    variant: str,
+    variant: str | None = None,
+    *,
     vocab_size: int,
     context_length: int,
-    *,
     compute: ComputeConfig = PLAIN,
     **fields: Any,
 ) -> CoCaDecoder:
     """Makes a `CoCaDecoder` of a named size.
 
     Args:
-      variant: a name in `variants.VARIANTS`.
-      fields: fields of `TransformerConfig` that override the variant.
+      variant: a name in `variants.VARIANTS`; None where `width`, `depth`, `mlp_dim` and `heads`
+        are given.
+      fields: of `TransformerConfig` where not the variant's.
 
     Raises:
       ValueError: an unknown variant, or sizes that do not fit each other.

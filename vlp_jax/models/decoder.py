@@ -156,18 +156,19 @@ def empty_cache(
 
 @keywords_of(Decoder, TransformerConfig, optional=True)
 def make_decoder(
-    variant: str,
+    variant: str | None = None,
+    *,
     vocab_size: int,
     context_length: int,
-    *,
     compute: ComputeConfig = PLAIN,
     **fields: Any,
 ) -> Decoder:
     """Makes a `Decoder` of a named size.
 
     Args:
-      variant: a name in `variants.VARIANTS`.
-      fields: fields of `Decoder`, and fields of `TransformerConfig` that override the variant.
+      variant: a name in `variants.VARIANTS`; None where `width`, `depth`, `mlp_dim` and `heads`
+        are given.
+      fields: of `Decoder`, and of `TransformerConfig` where not the variant's.
 
     Raises:
       ValueError: an unknown variant, or sizes that do not fit each other.

@@ -141,19 +141,19 @@ class TextTransformer(nn.Module):
 
 @keywords_of(TextTransformer, TransformerConfig, optional=True)
 def make_text(
-    variant: str,
+    variant: str | None = None,
+    *,
     vocab_size: int,
     context_length: int,
-    *,
     compute: ComputeConfig = PLAIN,
     **fields: Any,
 ) -> TextTransformer:
-    """Makes a `TextTransformer` of a named size: `make_text("B", 32_000, 64, pooling="last")`.
+    """A `TextTransformer` of a named size: `make_text("B", pooling="last", ...)`.
 
     Args:
-      variant: a name in `variants.VARIANTS`.
-      fields: fields of `TextTransformer`, and fields of `TransformerConfig` that override the
-        variant.
+      variant: a name in `variants.VARIANTS`; None where `width`, `depth`, `mlp_dim` and `heads`
+        are given.
+      fields: of `TextTransformer`, and of `TransformerConfig` where not the variant's.
 
     Raises:
       ValueError: an unknown variant or pooling, or sizes that do not fit each other.

@@ -207,6 +207,7 @@ def keywords_of(
                     kind=kinds.KEYWORD_ONLY, default=None if missing else parameter.default
                 )
         function.__signature__ = signature.replace(parameters=list(named.values()))
+        function.keyword_sources = sources
         return function
 
     return decorate

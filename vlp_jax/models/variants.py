@@ -31,27 +31,42 @@ VARIANTS: dict[str, TransformerConfig] = {  # width, depth, mlp_dim, heads
 }
 
 
-def size_of(variant: str, **overrides: Any) -> TransformerConfig:
-    """Returns the sizes of `variant`, with each override that is not None.
+SIZES = ("width", "depth", "mlp_dim", "heads")  # what a variant says
+
+
+def size_of(variant: str | None, **overrides: Any) -> TransformerConfig:
+    """The layers of `variant`, with each override that is not None put in its place.
+
+    Without a variant the overrides give all of `SIZES`.
 
     Raises:
-      ValueError: the variant is unknown, or the sizes do not fit each other.
+      ValueError: the variant is unknown, a size is missing, or the sizes do not fit each other.
     """
-    check_choice("variant", variant, tuple(VARIANTS))
     given = {key: value for key, value in overrides.items() if value is not None}
+    if variant is None:
+        missing = [size for size in SIZES if size not in given]
+        if missing:
+            raise ValueError(f"set variant, such as 'B', or else also {', '.join(missing)}")
+        return TransformerConfig(**given)
+    check_choice("variant", variant, tuple(VARIANTS))
     return dataclasses.replace(VARIANTS[variant], **given)
 
 
-def split_variant(variant: str) -> tuple[str, int]:
-    """Splits "B/16" into ("B", 16).
+def split_variant(variant: str | None, patch_size: int | None = None) -> tuple[str | None, int]:
+    """("B", 16) of "B/16"; a `patch_size` takes the place of the variant's.
 
     Raises:
-      ValueError: there is no patch size after a slash.
+      ValueError: neither says the size of a patch.
     """
-    name, slash, patch = variant.partition("/")
-    if not slash or not patch.isdigit() or int(patch) < 1:
-        raise ValueError(f"an image variant is SIZE/PATCH, such as 'B/16', not {variant!r}")
-    return name, int(patch)
+    name, slash, patch = (variant or "").partition("/")
+    if patch_size is None and patch.isdigit():
+        patch_size = int(patch)
+    if (slash and not patch.isdigit()) or not patch_size or patch_size < 1:
+        raise ValueError(
+            "an image variant is SIZE/PATCH, such as 'B/16', unless patch_size is set; got "
+            f"variant={variant!r}, patch_size={patch_size!r}"
+        )
+    return name or None, patch_size
 
 
 def check_choice(what: str, name: str, known: Sequence[str]) -> None:

@@ -277,9 +277,10 @@ class VisionTransformer(nn.Module):
 
 @keywords_of(VisionTransformer, TransformerConfig, optional=True)
 def make_vit(
-    variant: str,
-    image_size: int | Sequence[int],
+    variant: str | None = None,
+    image_size: int | Sequence[int] | None = None,
     *,
+    patch_size: int | None = None,
     class_token: bool | None = None,
     compute: ComputeConfig = PLAIN,
     **fields: Any,
@@ -287,17 +288,20 @@ def make_vit(
     """Makes a `VisionTransformer` of a named size: `make_vit("B/16", 224, pooling="map")`.
 
     Args:
-      variant: a name in `variants.VARIANTS`, a slash and the side of a patch in pixels.
-      image_size: the side of a square image, or height and width.
-      class_token: None adds a class token for the pooling "cls" alone.
-      fields: fields of `VisionTransformer`, and fields of `TransformerConfig` that override the
-        variant.
+      variant: a name in `variants.VARIANTS`, a slash and the side of a patch; None where
+        `patch_size`, `width`, `depth`, `mlp_dim` and `heads` are given.
+      image_size: a side, or height and width; `config.image_size` where a config leaves it out.
+      patch_size: the side of a patch, instead of the variant's.
+      class_token: by default there is one for the pooling "cls" alone.
+      fields: of `VisionTransformer`, and of `TransformerConfig` where not the variant's.
 
     Raises:
       ValueError: unknown names, sizes that do not fit each other, or patches that do not tile the
         image.
     """
-    name, patch_size = variants.split_variant(variant)
+    name, patch_size = variants.split_variant(variant, patch_size)
+    if image_size is None:
+        raise ValueError("image_size is not set: set config.image_size")
     own, layer_fields = split_fields(fields)
     if class_token is None:
         class_token = own.get("pooling", "cls") == "cls"

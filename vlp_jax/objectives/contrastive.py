@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from vlp_jax import config as config_lib
+from vlp_jax.errors import did_you_mean
 from vlp_jax.models.coca import CoCa
 from vlp_jax.models.dual_encoder import DualEncoder, make_dual_encoder
 from vlp_jax.models.masking import kept_patches, random_mask
@@ -190,7 +191,8 @@ def check_loss(
     Raises:
       ValueError: an unknown name or a number out of range.
     """
-    check_choice("loss", loss, tuple(PAIRWISE_LOSSES))
+    if loss not in PAIRWISE_LOSSES:  # people type "siglip"
+        raise ValueError(f"unknown loss {loss!r}{did_you_mean(loss, PAIRWISE_LOSSES)}")
     check_choice("loss_form", form, LOSS_FORMS)
     if block_size < 1:
         raise ValueError(f"loss_block_size must be at least 1, not {block_size}")

@@ -188,8 +188,7 @@ def find_cluster(
     if "tpu" in (_platforms() or "tpu"):
         if any(_names_hosts(name) for name in _TPU_HOSTS):
             return Cluster("Cloud TPU", {})
-        chips = any(Path(device).exists() for device in ("/dev/accel0", "/dev/vfio/0"))
-        if chips and importlib.util.find_spec("libtpu"):
+        if _has_tpu_chips() and importlib.util.find_spec("libtpu"):
             return Cluster("Cloud TPU VM", {})
     if any(name in os.environ for name in ("OMPI_MCA_orte_hnp_uri", "PMIX_SERVER_URI")):
         return Cluster("Open MPI", {})
@@ -199,6 +198,20 @@ def find_cluster(
         probe.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{probe.getsockname()[1]}"
     return _explicit(ALONE, address, 1, 0, coordinator_bind_address=address)
+
+
+def _has_tpu_chips() -> bool:
+    return any(Path(device).exists() for device in ("/dev/accel0", "/dev/vfio/0"))
+
+
+def leave_out_missing_tpu() -> None:
+    """Keeps JAX from starting libtpu on a machine without a TPU, which would warn on stderr.
+
+    Compiling for a TPU that is not there goes on working: it loads libtpu by itself.
+    """
+    if not _has_tpu_chips() and "tpu" not in _platforms():
+        # There is no public way to leave out one platform and not to name the others.
+        xla_bridge._backend_factories.pop("tpu", None)
 
 
 def _platforms() -> str:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from ml_collections import ConfigDict
 
@@ -14,7 +13,6 @@ from vlp_jax.observe.profiler import parse_steps
 from vlp_jax.parallel import startup
 from vlp_jax.training.measures import take_profile_flag
 
-_LONGEST_VALUE = 200  # characters of a value that --help prints
 _EPILOG = """\
 examples:
   python -m vlp_jax.train --config configs/demo.py --workdir runs/demo
@@ -23,6 +21,9 @@ examples:
   python -m vlp_jax.train --config configs/demo.py --workdir runs/new --config.init_from.source=DIR
       starts from the weights of the run in DIR, or of hf:DIR, open_clip:FILE, big_vision:FILE.npz
       or timm:FILE; config.init_from.rules say which
+  python -m vlp_jax.train --config configs/finetune.py --workdir runs/new \\
+      --config.init_from.source=hf:DIR --config.data.path=DIR
+      goes on with the model, tokenizer and preprocessing of published weights
 
 Run the same command again to resume. Exit status (the last line of stderr says more):
    0  the run is complete
@@ -36,8 +37,13 @@ The scripts in launch/ start a run again accordingly.
 """
 
 
-def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, ConfigDict]:
+def parse(
+    argv: Sequence[str], list_keys: Callable[[ConfigDict], Iterable[str]]
+) -> tuple[argparse.Namespace, ConfigDict]:
     """Reads the command line of `vlp_jax.train`: its arguments, and the config with its overrides.
+
+    Args:
+      list_keys: the lines about the keys of a config that `--help` prints.
 
     Raises:
       UserError: an argument, a config file or a key that does not exist.
@@ -58,7 +64,8 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, ConfigDict]:
     parser.add_argument(
         "--config.KEY",
         metavar="VALUE",
-        help="replaces a key, or gives a part an argument: --config.a.b=VALUE",
+        help="replaces a key, or gives a part an argument: --config.a.b=VALUE, a Python literal "
+        "(docs/configs.md)",
     )
     parser.add_argument(
         "--profile", metavar="FIRST:LAST", type=parse_steps, help="traces these steps"
@@ -79,9 +86,8 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, ConfigDict]:
     take_profile_flag(config, arguments.profile)
     config_lib.check(config)
     if arguments.help:
-        print(f"\nkeys of {arguments.config}:")
-        for key, value in config_lib.settable(config):
-            print(f"  --config.{key}={textwrap.shorten(str(value), _LONGEST_VALUE)}")
+        print(f"\nkeys of {arguments.config}, with the values that they have:")
+        print(*list_keys(config), sep="\n")
         raise SystemExit(0)
     if not arguments.workdir:
         raise UserError("--workdir is missing; see --help")

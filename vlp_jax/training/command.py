@@ -12,6 +12,7 @@ from absl import logging
 
 from vlp_jax import signals
 from vlp_jax.errors import ExitStatus, Preempted, UserError
+from vlp_jax.parallel import startup
 
 # Words in JAX's errors when another process of the job cannot be reached any more.
 PEER_LOST_WORDS = ("gloo", "nccl", "heartbeat", "coordination", "unavailable", "peer", "barrier")
@@ -26,6 +27,7 @@ def run_command(command: Callable[[], None]) -> int:
     return. Otherwise the failed process and the others would wait for each other.
     """
     logging.set_verbosity(logging.WARNING)
+    startup.leave_out_missing_tpu()
     with signals.heard():
         status = _run(command)
         signals.leaving(status)

@@ -18,7 +18,15 @@ from vlp_jax.data.tokenizers import Tokenizer
 from vlp_jax.errors import UserError
 from vlp_jax.files import write_whole
 from vlp_jax.training import checkpoint, param_groups
-from vlp_jax.training.matching import WHERE, Fate, Rules, check_rules, is_taken, match
+from vlp_jax.training.matching import (
+    WHERE,
+    Fate,
+    Rules,
+    adapting_rules,
+    check_rules,
+    is_taken,
+    match,
+)
 from vlp_jax.training.restore import Shape
 from vlp_jax.training.setup import Setup
 from vlp_jax.training.state import TrainState
@@ -156,7 +164,10 @@ def make_start(setup: Setup, workdir: epath.Path, tokenizer: Tokenizer) -> Start
             raise UserError(f"{where}.into: the model has no parameters under {wanted.into!r}")
         source = open_source(wanted.source, wanted.step, setup.objective.model, where)
         source = relocated(source, wanted.take, wanted.into)
-        takings[where] = Taking(source, match(asked, source, wanted.rules, grid, where))
+        rules = wanted.rules
+        if section.model:  # then a difference is an override, and on purpose
+            rules = (*adapting_rules(asked, source.shapes), *rules)
+        takings[where] = Taking(source, match(asked, source, rules, grid, where))
         _check_tokenizer(takings[where], tokenizer, where)
     if not takings:
         return FromSeed()

@@ -16,7 +16,7 @@ from vlp_jax.training.weights import POSITIONS, Grid, Source, square_grid
 WHERE = "config.init_from"
 RULES = f"{WHERE}.rules"
 ACTIONS = ("load", "fresh", "skip")
-MAX_LISTED = 8  # parameters that an error names
+MAX_LISTED = 4  # parameters that an error names
 Rules = Sequence[tuple[str, str]]
 
 
@@ -51,6 +51,12 @@ def check_rules(rules: Rules, where: str = RULES) -> None:
         if rule[1] not in ACTIONS:
             raise UserError(unknown_key_message(str(rule[1]), ACTIONS, f"{where}, {rule!r}"))
     param_groups.check_patterns([pattern for pattern, _ in rules], where)
+
+
+def adapting_rules(model: Mapping[str, Shape], source: Mapping[str, Shape]) -> Rules:
+    """Rules by which a parameter that the model or the source alone has is no problem."""
+    fresh = [(re.escape(path), "fresh") for path in sorted(model.keys() - source.keys())]
+    return (*fresh, *((re.escape(path), "skip") for path in sorted(source.keys() - model.keys())))
 
 
 def match(
@@ -154,9 +160,9 @@ def _complaint(
     problems: Sequence[Problem], source: Source, paths: Sequence[str], where: str
 ) -> str:
     """One line: the parameters that do not fit, and for each kind what mends it."""
-    rows = [str(problem) for problem in problems[:MAX_LISTED]]
+    rows = ", ".join(str(problem) for problem in problems[:MAX_LISTED])
     if len(problems) > MAX_LISTED:
-        rows.append(f"and {len(problems) - MAX_LISTED} more")
+        rows = f"{len(problems)} of {len(paths)} parameters, such as {problems[0]}"
     first = {problem.kind: problem for problem in reversed(problems)}
     advice = [
         text.format(
@@ -165,9 +171,8 @@ def _complaint(
         for kind, text in ADVICE.items()
         if kind in first
     ]
-    return (
-        f"{where}: {source.title}: the weights do not fit the model: {', '.join(rows)}; "
-        + "; ".join(advice)
+    return f"{where}: {source.title}: the weights do not fit the model: {rows}; " + "; ".join(
+        advice
     )
 
 

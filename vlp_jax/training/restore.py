@@ -171,6 +171,13 @@ class Reader:
         wanted = {path: shape for path, shape in wanted.items() if path not in memory}
         saved = {path: shape for path, shape in saved.items() if path not in memory}
         report = mismatch_report(saved, wanted)
+        differing = {path for path in {*saved, *wanted} if saved.get(path) != wanted.get(path)}
+        if report and all(path.startswith(("opt_state/", "ema/")) for path in differing):
+            raise UserError(
+                f"the checkpoint {directory.parent} was written with another config.optimizer "
+                f"({len(differing)} arrays of its state differ): set it as it was, or give another "
+                "workdir and config.init_from.source, which takes the parameters alone"
+            )
         if report:
             raise UserError(
                 f"the checkpoint {directory.parent} belongs to another model: {report}; "

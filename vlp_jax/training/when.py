@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 
-from vlp_jax.config import DURATION_UNITS
+from vlp_jax.defaults import DURATION_UNITS
 from vlp_jax.errors import UserError
 
 

@@ -61,10 +61,15 @@ def rename(source: Source, names: Mapping[str, str] | None) -> Source:
     if not isinstance(names, Mapping) or not names:
         raise UserError(f"data.fields={names!r} must say which field of an example is which")
     for ours, theirs in names.items():
-        why = source.look_for(str(theirs))
+        if not isinstance(theirs, str):
+            raise UserError(
+                f"data.fields.{ours}={theirs!r} must name one field of the data, such as "
+                f"data.fields.{ours}={next(iter(source.fields()))}"
+            )
+        why = source.look_for(theirs)
         if theirs not in source.fields():
             where = f"the data's fields (data.fields.{ours})"
-            unknown = unknown_key_message(str(theirs), source.fields(), where)
+            unknown = unknown_key_message(theirs, source.fields(), where)
             raise UserError(f"data.fields.{ours}={theirs!r}: {why}" if why else unknown)
     return Renamed(source, dict(names))
 
