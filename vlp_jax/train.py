@@ -62,8 +62,7 @@ def train(
       UserError: a mistake in config, data or workdir; `Loop.run` raises further kinds.
     """
     workdir, clock = epath.Path(workdir), clock or StartupClock()
-    config = with_model(config, workdir)
-    check_before_start(config, workdir)
+    config = prepare_config(config, workdir)
     with contextlib.ExitStack() as stack:
         # First what must outlive the rest: a signal, or a hang, may come at any time.
         preempted = stack.enter_context(PreemptionWatch())
@@ -112,14 +111,6 @@ def train(
             return loop.run(state)
 
 
-def with_model(config: ConfigDict, workdir: epath.Path) -> ConfigDict:
-    """`config` with the model of its source if it asks for it; tells what is not taken over."""
-    config, notes = source_model.completed(config, workdir)
-    for note in notes if jax.process_index() == 0 else ():
-        print(f"note: {note}", flush=True)
-    return config
-
-
 def make_report(
     parts: RunComponents,
     workdir: epath.Path,
@@ -162,14 +153,22 @@ def find_first_step(parts: RunComponents, checkpointer: Checkpointer) -> int:
     return step
 
 
-def check_before_start(config: ConfigDict, workdir: epath.Path) -> None:
-    """Raises UserError for mistakes that can be seen without building anything."""
+def prepare_config(config: ConfigDict, workdir: epath.Path) -> ConfigDict:
+    """Takes the model from the source of the weights if the config asks for it; checks the config.
+
+    Raises:
+      UserError: a mistake that can be seen without building anything.
+    """
+    config, notes = source_model.completed(config, workdir)
+    for note in notes if jax.process_index() == 0 else ():
+        print(f"note: {note}", flush=True)
     config_lib.check(config)
     check_path(checkpoint.absolute(workdir))
     workdir_lib.check_writable(workdir)
     check_writers(config.writers)
     profile_steps(config)
     check_dispatch(config)
+    return config
 
 
 def begin(

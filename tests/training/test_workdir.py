@@ -174,7 +174,7 @@ def test_a_path_where_checkpoints_could_not_be_read_is_refused(tmp_path, name):
     """Orbax writes checkpoints without their arrays there, and does not say so."""
     config = config_lib.base()
     for begin in (
-        lambda: train.check_before_start(config, tmp_path / name / "run"),
+        lambda: train.prepare_config(config, tmp_path / name / "run"),
         lambda: Checkpointer(tmp_path / name),
     ):
         with pytest.raises(UserError, match="in its path, where no checkpoint can be read"):

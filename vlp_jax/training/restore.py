@@ -172,7 +172,8 @@ class Reader:
         saved = {path: shape for path, shape in saved.items() if path not in memory}
         report = mismatch_report(saved, wanted)
         differing = {path for path in {*saved, *wanted} if saved.get(path) != wanted.get(path)}
-        if report and all(path.startswith(("opt_state/", "ema/")) for path in differing):
+        whole = not isinstance(abstract, dict)  # else it is the average that is a model's
+        if whole and report and all(x.startswith(("opt_state/", "ema/")) for x in differing):
             raise UserError(
                 f"the checkpoint {directory.parent} was written with another config.optimizer "
                 f"({len(differing)} arrays of its state differ): set it as it was, or give another "
