@@ -139,7 +139,7 @@ def _check(arguments: argparse.Namespace) -> None:
         return
     if (arguments.workdir is None) == (arguments.config is None):
         raise UserError(
-            "--weights needs evaluators: those of --config FILE, or those of --workdir DIR"
+            "--weights needs evaluators: give --config FILE or --workdir DIR, which have some"
         )
     if arguments.step is not None or arguments.all or arguments.follow:
         raise UserError("--weights are one set of parameters: they have no steps")

@@ -49,7 +49,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         prog="vlp-jax export",
         description="Writes the model of a run's checkpoint, with its config, tokenizer and image "
         "processor, as the library of another project loads it. A format that holds an image tower "
-        "alone gets that of the model.",
+        "alone gets the image tower of the model.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,

@@ -108,7 +108,7 @@ def attention_weights(
 
 
 class _Taps:
-    """The interceptor: sees every method that is called while the model is traced."""
+    """Intercepts every method that the model calls while it is traced."""
 
     def __init__(self, edits: Mapping[str, Edit]):
         self.seen: Seen = {}
@@ -172,7 +172,7 @@ class _Taps:
         return x
 
     def _mix(self, module: MultiHeadAttention, path: str, mixed: Array) -> Array:
-        """What goes to the output projection: values mixed by weights that are seen."""
+        """Returns the values mixed by the observed weights, the input of the output projection."""
         norm = "_norm" if module.config.qk_norm else ""
         query, key = (self._parts[f"{path}/{name}{norm}"] for name in ("query", "key"))
         value = self._parts[f"{path}/value"]

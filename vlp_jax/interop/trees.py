@@ -30,7 +30,7 @@ Module = DualEncoder | CoCa | MaskedAutoencoder | VisionTransformer
 
 
 def from_tree(module: Module, tree: Any) -> Params:
-    """The flat dict of a nested tree of parameters, boxed or not.
+    """Flattens a nested tree of parameters, boxed or not.
 
     Args:
       module: the model whose parameters they are.
@@ -41,12 +41,12 @@ def from_tree(module: Module, tree: Any) -> Params:
 
 
 def _prefix(module: Module) -> str:
-    """What the paths of a tower by itself begin with here, and not in its own tree."""
+    """Returns "image/" for a tower by itself, whose own tree has no such prefix; "" otherwise."""
     return next((f"{name}/" for name, tower in module.towers().items() if tower is module), "")
 
 
 def to_tree(module: Module, params: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    """The inverse of `from_tree`: the nested tree that `module.apply` takes under "params"."""
+    """Inverts `from_tree`: makes the nested tree that `module.apply` takes under "params"."""
     prefix = _prefix(module)
     flat = {path.removeprefix(prefix): x for path, x in params.items()}
     return flax.traverse_util.unflatten_dict(flat, sep="/")
@@ -59,7 +59,7 @@ def image_of(module: Module) -> VisionTransformer:
 
 @functools.lru_cache(maxsize=64)
 def expected_shapes(module: Module) -> dict[str, Shape]:
-    """The paths and shapes of all parameters of a model; computes nothing."""
+    """Returns path -> shape of all parameters of a model; computes nothing."""
     module = plain(module)
     tree = jax.eval_shape(lambda: module.init(jax.random.key(0), *module.example())["params"])
     flat = flax.traverse_util.flatten_dict(nn.unbox(tree), sep="/")

@@ -294,7 +294,7 @@ def add_positions(
     table: Float[Array, "positions width"],
     first: Int[Array, ""] | int = 0,
 ) -> Float[Array, "batch tokens width"]:
-    """Adds the rows of a table from `first` on; a traced `first` is that of a cache."""
+    """Adds the rows of a table from `first` on; `first` is traced where a cache counts it."""
     table = table.astype(x.dtype)
     if isinstance(first, int):
         return x + table[first : first + x.shape[1]]

@@ -152,7 +152,7 @@ _NO_FIELDS = ("parent", "name", "transformer", "compute")
 
 
 def split_fields(fields: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Splits fields into those of a tower and those of its `TransformerConfig`."""
+    """Splits fields into a tower's own and the fields of its `TransformerConfig`."""
     layers = {name: value for name, value in fields.items() if name in _TRANSFORMER}
     return {name: value for name, value in fields.items() if name not in layers}, layers
 

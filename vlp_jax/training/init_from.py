@@ -44,10 +44,10 @@ REPORT = "init_from.txt"
 
 
 class Start(Protocol):
-    """Where the state before step 0 comes from."""
+    """A way to make the state before step 0."""
 
     def state(self, setup: Setup) -> TrainState:
-        """That state, laid out as the setup says."""
+        """Returns the state before step 0, with the shardings of the setup."""
 
     def announce(self, workdir: epath.Path, tell: Callable[[str], None]) -> None:
         """Tells what was loaded, and writes it to the workdir."""
@@ -55,14 +55,14 @@ class Start(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class FromSeed:
-    """A state that comes from the seed alone."""
+    """Makes the whole state from the seed."""
 
     def state(self, setup: Setup) -> TrainState:
         """A fresh state."""
         return setup.fresh_state()
 
     def announce(self, workdir: epath.Path, tell: Callable[[str], None]) -> None:
-        """There is nothing to tell."""
+        """Tells nothing: no weights were loaded."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +80,7 @@ class Taking:
 
 @dataclasses.dataclass(frozen=True)
 class FromWeights:
-    """A fresh state in which some parameters, and their average, are those of sources.
+    """A fresh state in which some parameters, and their average, come from sources.
 
     Attributes:
       takings: one for each source; no parameter comes from two.
@@ -92,7 +92,7 @@ class FromWeights:
 
     @property
     def fates(self) -> list[Fate]:
-        """What becomes of every parameter."""
+        """The fate of every parameter."""
         return [*(fate for taking in self.takings for fate in taking.fates), *self.fresh]
 
     def state(self, setup: Setup) -> TrainState:
@@ -197,7 +197,7 @@ class Wanted:
 
 
 def _wanted(section: ConfigDict) -> dict[str, Wanted]:
-    """What the config calls a source -> the source."""
+    """Returns the name of each source in the config -> its section."""
     wanted: dict[str, Wanted] = {}
     if section.source is not None:
         wanted[WHERE] = Wanted(section.source, section.step, section.rules)

@@ -1,4 +1,4 @@
-"""Which parameter comes from a source and which from the seed, decided by rules on shapes alone."""
+"""Rules that decide on shapes alone which parameters come from a source, which from the seed."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ Rules = Sequence[tuple[str, str]]
 
 @dataclasses.dataclass(frozen=True)
 class Fate:
-    """What becomes of one parameter.
+    """The origin of one parameter in the new state.
 
     Attributes:
       kind: "loaded", "resampled" (positions, for another grid of patches), "fresh", or "skipped":
         a parameter of the source that the model has not.
-      shape: in the model; that of the source if it is skipped.
+      shape: shape in the model, or in the source for a skipped parameter.
       grids: old and new grid, of one that is resampled.
     """
 
@@ -66,7 +66,7 @@ def match(
     grid: Grid | None = None,
     where: str = WHERE,
 ) -> tuple[Fate, ...]:
-    """What becomes of every parameter of the model and of the source.
+    """Decides the origin of every parameter of the model, and the use of each of the source.
 
     The first rule whose regular expression is the whole path decides: "load" takes the parameter
     from the source, "fresh" and "skip" leave it as the seed makes it, and leave out one that the

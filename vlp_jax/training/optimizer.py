@@ -214,7 +214,7 @@ def muon(config: Mapping[str, Any], units: Units) -> optax.GradientTransformatio
 def adafactor(config: Mapping[str, Any], units: Units) -> optax.GradientTransformation:
     """Adafactor as changed by Zhai et al. 2022, "Scaling Vision Transformers", 3.3.
 
-    The constants are those of google-research/big_vision, optax.py, `scale_by_adafactor`:
+    The constants come from google-research/big_vision, optax.py, `scale_by_adafactor`:
 
     - The second moment of a parameter is factored over its two largest dimensions if both have at
       least 32 numbers. It decays by min(b2, 1 - t ** -0.8) at step t = 1, 2, ...; big_vision's

@@ -1,4 +1,4 @@
-"""Which parameters are updated, and how far: frozen sub-trees and layer-wise learning-rate decay.
+"""Frozen sub-trees and layer-wise learning-rate decay: the parameters to update, and how far.
 
 A parameter is named by its path in the model, "image/encoder/layers/mlp/up/kernel". The layers of
 a tower are stacked along the first axis of `encoder/layers/...`.
@@ -60,7 +60,7 @@ def is_frozen(path: str, frozen: Sequence[str]) -> bool:
 
 
 def split(params: Any, frozen: Sequence[str]) -> tuple[Any, Any]:
-    """The parameters that are trained and those that are frozen, each a tree of its own."""
+    """Splits the parameters into two trees: trained and frozen."""
     if not frozen:
         return params, {}
     parts: tuple[dict, dict] = {}, {}
@@ -70,12 +70,12 @@ def split(params: Any, frozen: Sequence[str]) -> tuple[Any, Any]:
 
 
 def merge(trained: Any, frozen: Any) -> Any:
-    """The one tree that `split` took apart."""
+    """Inverts `split`: joins both trees."""
     return unflatten({**flatten(trained), **flatten(frozen)}) if frozen else trained
 
 
 def hold(paths: frozenset[str], new: Any, old: Any) -> Any:
-    """`new` with what belongs to some parameters as it is in `old`.
+    """Returns `new`, in which the leaves of some parameters are taken from `old`.
 
     Args:
       paths: of these parameters.
@@ -95,7 +95,7 @@ def hold(paths: frozenset[str], new: Any, old: Any) -> Any:
 
 
 def check_patterns(patterns: Sequence[str], where: str) -> None:
-    """Raises UserError for one that is no regular expression."""
+    """Raises UserError for a pattern that is no regular expression."""
     for pattern in patterns:
         try:
             re.compile(pattern)
@@ -108,7 +108,7 @@ def without_frozen(
 ) -> optax.GradientTransformation:
     """`optimizer` for the parameters that are not frozen, which have no state and no update.
 
-    Of the gradients it takes and the updates it gives, only those of the others are there.
+    It takes gradients and gives updates of the other parameters alone.
     """
     if not frozen:
         return optimizer
@@ -128,10 +128,10 @@ def without_frozen(
 def layer_factors(params: Any, decays: Mapping[str, float]) -> dict[str, float | np.ndarray]:
     """path -> factor on the learning rate, for the parameters of the towers in `decays`.
 
-    Of L blocks, block i is layer i + 1; what is before them is layer 0, what is after them in the
-    tower layer L + 1. The factor is decay ** (L + 1 - layer) (Bao et al. 2022, "BEiT", and the
-    fine-tuning of He et al. 2022, "MAE", util/lr_decay.py). That of stacked layers is an array
-    `[L, 1, ...]`, which the update is multiplied by.
+    Block i of L is layer i + 1. Parameters before the blocks are in layer 0, parameters after them
+    in layer L + 1. The factor is decay ** (L + 1 - layer) (Bao et al. 2022, "BEiT", and the
+    fine-tuning of He et al. 2022, "MAE", util/lr_decay.py). Stacked layers have an array of
+    factors, `[L, 1, ...]`.
 
     Args:
       decays: tower, the first part of a path -> decay in (0, 1]; a tower of decay 1 has no factors.

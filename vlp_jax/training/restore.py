@@ -1,4 +1,4 @@
-"""What a checkpoint holds, read into arrays on any mesh of any number of processes.
+"""Reads checkpoints into arrays, on any mesh and any number of processes.
 
 Only paths and shapes decide: neither the mesh nor the processes that wrote a checkpoint matter.
 Each process reads what its devices hold.
@@ -60,7 +60,7 @@ def _metadata(directory: epath.Path) -> dict[str, Any]:
 
 
 def unreadable(directory: epath.Path) -> str | None:
-    """Returns what cannot be read of a checkpoint that has no checksums; None if all can.
+    """Returns the reason why a checkpoint without checksums cannot be read; None if it can.
 
     It holds one array at a time, and what it holds is not looked at: without checksums nobody knows
     whether it is what was written. In an object store nothing is read.
@@ -100,7 +100,7 @@ def _told_if_damaged(directory: epath.Path) -> Iterator[None]:
 
 
 def mismatch_report(saved: Mapping[str, Shape], wanted: Mapping[str, Shape]) -> str:
-    """What differs between two trees of shapes, one line; empty if nothing does.
+    """Describes in one line how two trees of shapes differ; "" if they are equal.
 
     Optimizer state and averages follow the parameters, so these are named only where the
     parameters agree.
@@ -138,8 +138,8 @@ class Reader:
     Attributes:
       directory: of the state in the checkpoint, "checkpoints/STEP/state".
       tree: Orbax's metadata of what is read.
-      abstract: what is wanted, a tree of shapes, dtypes and shardings; that of a part is {"ema":
-        ...}, as in the state.
+      abstract: shapes, dtypes and shardings of the arrays to make; for a part of the state
+        {"ema": ...}.
       fresh: paths in `abstract` that begin anew, as zeros: the memory of the rule about spikes of
         the loss, where the checkpoint was made without that rule.
     """
@@ -284,7 +284,7 @@ class SavedParameters:
 
     @classmethod
     def of(cls, workdir: epath.Path, step: int, choice: str = "auto") -> Self:
-        """Those of the checkpoint at `step`, which exists.
+        """Looks up the parameters of the checkpoint at `step`, which must exist.
 
         Args:
           choice: one of `CHOICES`.
@@ -327,7 +327,7 @@ class SavedParameters:
         return found
 
     def load(self, abstract: Any) -> LoadedParameters:
-        """Them on the mesh, each device reading its own part of each.
+        """Loads the parameters onto the mesh; each device reads its own shard.
 
         Args:
           abstract: parameters of the model: shapes, dtypes and shardings.
