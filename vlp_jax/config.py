@@ -151,6 +151,7 @@ def from_json(text: str) -> ConfigDict:
     Keys of `base()` that did not exist yet when it was written get their defaults.
     """
     config = ConfigDict(_tuples(json.loads(text)))
+    # Before `check`, which asks for the component sections of today.
     _add_missing(config, base())
     check(config)
     complete(config)
@@ -194,6 +195,7 @@ def build(constructor: Callable[..., Any], section: Mapping[str, Any], where: st
         known = set(parameters)
         types = {n: p.annotation for n, p in parameters.items()}
         required = {n for n, p in parameters.items() if p.default is inspect.Parameter.empty}
+    # A config cannot set what the caller passes.
     known, required = known - set(more), required - set(more)
     for key in arguments:
         if key not in known:

@@ -107,6 +107,8 @@ def _section_of(kind: Callable[..., Any], name: str) -> Callable[..., Any] | Non
     """The function `make_...` whose arguments a section is, as the docstring of `kind` says."""
     text, place = entries(kind.__doc__ or "").get(name, ("", 0))
     makers = re.findall(r"`(make_\w+)`", text)
+    # In "image, text: arguments of `make_vit` and `make_text`", the second name has the second
+    # maker.
     return _named(kind, makers[min(place, len(makers) - 1)]) if makers else None
 
 

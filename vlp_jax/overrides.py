@@ -167,6 +167,7 @@ def _set_unit(section: ConfigDict, unit: str, value: Any, where: str) -> None:
     """Gives a duration this unit instead of the one that it had."""
     with section.unlocked():
         if value is not None:
+            # All units become None first, because a duration has exactly one.
             section.update(dict.fromkeys(section))
         try:
             section[unit] = value
@@ -221,6 +222,7 @@ def _literal(path: str, text: str, strict: bool = True) -> Any:
     Raises:
       UserError: it stands in brackets and is no literal, and `strict` is set.
     """
+    # Also in lower case, which Python's literals do not have.
     if text.lower() in ("true", "false"):
         return BOOLEANS[text.lower()]
     try:
@@ -276,6 +278,7 @@ def _parse(path: str, text: str, section: ConfigDict, key: str) -> Any:
     given = BOOLEANS.get(text.lower()) if expected is bool else _literal(path, text)
     untyped = expected in (type(None), object)
     fits = isinstance(given, expected) or (expected is float and isinstance(given, int))
+    # A bool is an int in Python, but "true" is no number.
     if given is None or not (untyped or fits) or (isinstance(given, bool) and expected is int):
         raise UserError(f"--config.{path}={text}: not a value of type {expected.__name__}")
     return given

@@ -141,6 +141,7 @@ def _part_of_resized(
 ) -> PIL.Image.Image:
     """Computes `image.resize(sides, method).crop(box)`, without the whole resized image."""
     kept = [max(box[0], 0), max(box[1], 0), min(box[2], sides[0]), min(box[3], sides[1])]
+    # Doubled for left, top, right and bottom.
     scales = [have / resized for have, resized in zip(image.size, sides)] * 2
     window = [at * scale for at, scale in zip(kept, scales)]
     # Pillow converts the corners of a window to float32, which can be off by a pixel in a long
@@ -158,6 +159,7 @@ def _part_of_resized(
 def each_image(images: Image | Iterable[Image]) -> Iterator[tuple[str, Image]]:
     """Yields (name, image) for one image, or for each of several images."""
     single = str | os.PathLike | bytes | PIL.Image.Image
+    # An array of four dimensions is iterated over like a list of images.
     if isinstance(images, single) or (isinstance(images, np.ndarray) and images.ndim < 4):
         images = [images]
     for number, image in enumerate(images):

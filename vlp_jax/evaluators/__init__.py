@@ -95,6 +95,7 @@ def make_evaluators(
         data = merged_data(train_data, section)
         arguments = {k: v for k, v in section.items() if k not in COMMON_KEYS}
         if "train_data" in section:
+            # It differs from the data that is tested on, and not from the run's training data.
             arguments["train_data"] = merged_data(data, {"data": section["train_data"]})
         evaluators[key] = config_lib.build(
             constructor, arguments, where, data=data, resources=resources

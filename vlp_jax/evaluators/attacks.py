@@ -62,6 +62,7 @@ def attacked_images(
         return jnp.clip(x + step_size * jnp.sign(jax.grad(loss)(x)), low, high)
 
     noise = jax.vmap(lambda key, x: jax.random.uniform(key, x.shape, minval=-1.0))(keys, image)
+    # A factor and not a branch: FGSM and PGD are one compiled program.
     start = jnp.clip(image + jnp.float32(random_start) * radius * noise, low, high)
     return jax.lax.fori_loop(0, steps, step, start)
 

@@ -174,6 +174,7 @@ class Resources:
             mask = rest.pop("mask")  # False for padding and for examples that cannot be used
             outputs.append({name: value[mask] for name, value in results.items()})
             fields.append({name: value[mask] for name, value in rest.items()})
+            # The mask is the global batch's by now, and all batches before had its length.
             fields[-1][INDEX] = np.flatnonzero(mask) + number * len(mask)
         return _concatenated(outputs), _concatenated(fields)
 

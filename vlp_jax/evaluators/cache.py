@@ -27,6 +27,7 @@ class EmbeddingCache:
     def open(self, params: Any) -> Iterator[None]:
         """Turns the cache on for `params` (this very object) within the context; may be nested."""
         before = self._params, self._arrays
+        # By identity: to compare parameters would cost more than the cache saves.
         if self._arrays is None or self._params is not params:
             self._params, self._arrays = params, {}
         try:

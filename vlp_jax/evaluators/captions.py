@@ -56,6 +56,7 @@ def _embed(split: Split, params: Any, field: str) -> ImagesAndTexts:
     if not len(vectors):
         raise UserError(f"captions: no example has a caption in {field!r}")
     used, owners = np.unique(owners, return_inverse=True)
+    # INDEX rises from batch to batch, and has every image that has captions.
     rows = np.searchsorted(fields[INDEX], used)
     return outputs["image"][rows], vectors, owners, fields[INDEX][rows]
 
@@ -86,6 +87,7 @@ def _embed_local(
     rounds = max(agreement.gather(-(-len(texts) // size)))
     if not rounds:
         return np.zeros((0, 0), np.float32), np.zeros(0, np.int32)
+    # Without texts: no rows, yet the tokenizer's length and dtype, for the padding below.
     tokens = resources.tokenizer(texts) if texts else resources.tokenizer([b" "])[:0]
 
     def batches() -> Iterator[dict[str, np.ndarray]]:

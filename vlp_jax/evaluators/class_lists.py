@@ -40,6 +40,7 @@ def check_templates(templates: Sequence[str]) -> tuple[str, ...]:
 
 def fill(template: str, name: str) -> str:
     """Puts the name of a class into `template`; other braces in it stay as they are."""
+    # A function, because re.sub would read a backslash in a name as a reference to a group.
     return PLACE.sub(lambda _: name, template)
 
 
@@ -122,6 +123,7 @@ def renumber(
     if numbers is None:
         return labels
     known = (labels >= 0) & (labels < len(numbers))
+    # The inner `where` keeps labels out of range from indexing the table.
     return np.where(known, numbers[np.where(known, labels, 0)], labels).astype(labels.dtype)
 
 

@@ -104,4 +104,5 @@ class Knn(Evaluator):
 
 
 def _unit(x: np.ndarray) -> np.ndarray:
+    # The bound keeps a vector of zeros as it is, where 0 / 0 would give NaN.
     return x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)

@@ -54,6 +54,7 @@ def loss_functions(objective: Objective) -> dict[str, Function]:
 
 def _loss_of_batch(objective: Objective, params: Any, batch: dict[str, Array]) -> Any:
     fields = {name: value for name, value in batch.items() if name != NUMBER}
+    # The number of the first example stands for the batch.
     key = jax.random.fold_in(jax.random.key(SEED), batch[NUMBER][0])
     return _metrics(objective, params, fields, key)
 

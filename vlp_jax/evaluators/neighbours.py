@@ -47,6 +47,7 @@ def _nearest(queries: np.ndarray, bank: np.ndarray, k: int) -> tuple[np.ndarray,
             values, at = _hits(block[rows], hits[rows])
             merged = np.concatenate([best[rows], values], axis=1)
             numbers = np.concatenate([number[rows], at + start], axis=1)
+            # Stable, and the best so far come first: of equal ones the lower number stays.
             order = np.argsort(-merged, axis=1, kind="stable")[:, :k]
             best[rows] = np.take_along_axis(merged, order, axis=1)
             number[rows] = np.take_along_axis(numbers, order, axis=1)

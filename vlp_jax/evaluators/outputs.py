@@ -50,6 +50,7 @@ def outputs_of(
         rest = change(put_batch(chosen(batch, (*inputs, *keep)), resources.mesh))
         taken = {name: rest.pop(name) for name in inputs}
         argument = {**taken, **(more or {})} if more or len(inputs) > 1 else taken[inputs[0]]
+        # `rest` passes through the function, whose results every process can fetch whole.
         output, rest = jax.device_get(resources.functions[function](params, argument, rest))
         mask = rest.pop("mask")
         outputs.append(output[mask])
@@ -65,6 +66,7 @@ def numbered(
     for step, batch in enumerate(batches):
         local = len(batch["mask"])
         whole = local * jax.process_count()
+        # A global batch holds the examples of process 0, then of process 1, and so on.
         first = step * whole + jax.process_index() * local
         yield {**batch, name: np.arange(first, first + local, dtype=np.int32)}
 

@@ -242,6 +242,7 @@ def fit_sgd(
 
         return jax.lax.scan(step, (params, optimizer.init(params)), batches)[0][0]
 
+    # A TPU would otherwise round features and kernel to bfloat16.
     with jax.default_matmul_precision("float32"):
         fitted = jax.device_get(jax.jit(jax.vmap(fit))(rates))
     return [

@@ -107,6 +107,7 @@ class _Merged:
 
 def _hashes(rows: Float[np.ndarray, "n dim"]) -> np.ndarray:
     """Computes a 64-bit hash of the bits of each row."""
+    # Odd weights, because a product with an odd number can be undone modulo 2^64: no bit is lost.
     weights = np.random.default_rng(0).integers(0, 2**64, rows.shape[1], np.uint64) | np.uint64(1)
     hashes = np.empty(len(rows), np.uint64)
     for start in range(0, len(rows), _CHUNK):
@@ -157,6 +158,7 @@ class _Pairs:
 
 
 def _pairs(image: _Merged, text: _Merged, owners: Int[np.ndarray, " texts"]) -> _Pairs:
+    # One number for each pair, int64 because the product of two counts may exceed 32 bits.
     keys = image.place[owners].astype(np.int64) * len(text.rows) + text.place
     different, inverse = np.unique(keys, return_inverse=True)
     row, column = np.divmod(different, len(text.rows))
@@ -259,6 +261,7 @@ def rank_both_ways(
     np.maximum.at(best, owners, own)
     best_count = np.bincount(owners[own == best[owners]], minlength=len(image))
     by_image, by_text = _Count(best, images, texts), _Count(own, texts, images)
+    # One buffer for all blocks, of which the smaller ones at the edges take a part.
     memory = np.empty(block_rows * min(block_columns, len(texts.rows)), np.float32)
     for columns in _blocks(len(texts.rows), block_columns):
         for rows in _blocks(len(images.rows), block_rows):

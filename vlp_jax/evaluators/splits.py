@@ -70,6 +70,7 @@ class Split:
         names = (*self._numbers, INDEX)
         fields = {name: cache.get(params, (self.key, name)) for name in names}
         if needed or any(value is None for value in fields.values()):
+            # If only fields are missing, a pass over the data must still compute something.
             needed = needed or dict(functions)
             batches = self.pipeline.batches()
             batches = with_text_hashes(batches) if "text" in needed else batches

@@ -151,6 +151,8 @@ class ZeroShot(Evaluator):
                 f"the data has no names of the classes in {label_field!r}: set class_names"
             )
         self.class_names = check_class_names(class_names)
+        # `_labels` bounds the labels of the data, which are classes here unless the data names its
+        # own.
         self._numbers, self._labels = None, len(self.class_names)
         # Labels of the data count in the dataset's names, which may be in another order.
         if named is not None:

@@ -85,8 +85,10 @@ def artifact_functions(
     ) -> Function:
         needed = {key: x for key, x in stored.items() if key.split("/")[0] in parts}
 
+        # Weights are restored within the program, so a file in int8 stays small in memory as well.
         def call(weights: Mapping[str, Any], *arrays: Any) -> jax.Array:
             tree = to_tree(module, precision.restored(weights))
+            # One dtype of the results, in whatever dtype the products are computed.
             return body({"params": tree}, *arrays).astype(jnp.float32)
 
         return Function(name, inputs, output, needed, call)

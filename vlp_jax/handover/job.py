@@ -155,6 +155,7 @@ class ExportJob:
         known = scores.noted(self.workdir, self.saved.step)
         if known is None or self.weights == "float32":
             return known
+        # The run has scored its own parameters, before any rounding.
         return dataclasses.replace(known, source=f"{known.source}, with weights in float32")
 
     def _describe(self, folder: Path, name: str, facts: dict[str, Any]) -> None:

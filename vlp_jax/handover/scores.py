@@ -139,6 +139,7 @@ def cosines(model: Model, extras: Extras) -> dict[str, float]:
             continue
         inputs = [_random(rng, x.shape, x.dtype, model) for x in one.inputs]
         a, b = (
+            # float64, because these cosines are close to 1, where float32 has few digits left.
             np.asarray(jax.jit(f.call)(f.weights, *inputs), np.float64).reshape(RANDOM_INPUTS, -1)
             for f in (one, other)
         )

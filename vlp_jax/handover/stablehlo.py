@@ -61,6 +61,7 @@ def lower(function: Function) -> jax.export.Exported:
     weights = {
         key: jax.ShapeDtypeStruct(np.shape(x), x.dtype) for key, x in function.weights.items()
     }
+    # One scope, so that "batch" is the same number in all inputs.
     scope = jax.export.SymbolicScope()
     inputs = [
         jax.ShapeDtypeStruct(

@@ -82,6 +82,7 @@ def verify(
     else:
         ours = _computed(rounded, extras, inputs)
     difference = _difference(ours, theirs, f"{library} {answer['version']}")
+    # Not `>`: a NaN compares as False, and must fail.
     if not difference <= TOLERANCE[dtype]:
         raise UserError(
             f"{library} {answer['version']} loads what was written as {format} and computes "
@@ -155,8 +156,10 @@ def run_foreign(
             cwd=scratch,
         )
         if done.returncode:
+            # The last line of a traceback names the error.
             reason = (done.stderr.strip().splitlines() or [f"status {done.returncode}"])[-1]
             raise UserError(f"{library} does not load what was written as {what}: {reason}")
+        # Libraries may print lines of their own before it.
         answer = json.loads(done.stdout.strip().splitlines()[-1])
         if "skipped" in answer:
             return answer, None

@@ -252,6 +252,7 @@ def integer(config: Mapping[str, Any], name: str, where: object) -> int:
       UserError: the value is missing or is something else.
     """
     value = config.get(name)
+    # Not isinstance: a bool is an int in Python, and a `true` in JSON is no size.
     if type(value) is not int or value < 1:
         raise UserError(f"{where}: {name} is {value!r}, not a positive whole number")
     return value
@@ -360,10 +361,12 @@ def described(module: nn.Module) -> dict[str, Any]:
 def _same(name: str, source: Mapping[str, Any], here: Mapping[str, Any]) -> bool:
     """Whether a field with different values makes no difference to the function."""
     both = (source, here)
+    # A norm treats each token by itself, so it may come before or after the choice of one.
     if name == "norm_after_pool":
         return all(vit["pooling"] == "cls" for vit in both)
     if name == "layer_scale":  # its value is the initial one; only its presence matters
         return all(tower["layer_scale"] is not None for tower in both)
+    # The field only says whether a learned table has a row for the class token.
     if name == "class_position":
         return not any(vit["class_token"] and vit["position"] == "learned" for vit in both)
     if name == "eos_id":  # only the pooling reads it

@@ -159,6 +159,7 @@ def read(path: Path, like: Module | None = None) -> Imported:
         image=image,
         text=text,
         embed_dim=embed_dim,
+        # SigLIP's initial values (Zhai et al. 2023, alg. 1). The file has the trained ones.
         logit_scale_init=float(np.log(10)),
         logit_bias_init=-10.0 if "b" in tensors else None,
         image_head="linear_bias" if "img/head/kernel" in tensors else "none",
@@ -221,6 +222,7 @@ def _todays_names(tensors: Tensors, notes: list[str]) -> Tensors:
         for pattern, name in RENAMED:
             key = re.sub(pattern, name, key)
         if "/encoderblock/" in key:
+            # `scan` stacks the layers along the first axis.
             for i, layer in enumerate(x):
                 renamed[key.replace("/encoderblock/", f"/encoderblock_{i}/")] = layer
         else:
@@ -250,6 +252,7 @@ def _image(
         patch_size=patch,
         pooling="map" if pooled else "cls" if class_token else "mean",
         class_token=class_token,
+        # `_grid` has added the class token's position, if any, to the token itself.
         class_position=not class_token,
         **_sizes(tensors, f"{prefix}Transformer", width, where),
     ), tensors
@@ -261,6 +264,7 @@ def _grid(
     """Returns the grid of patches, and tensors with the class token's position added to it."""
     key = f"{prefix}pos_embedding"
     rows = base.shape_of(tensors, key, 3, where)[1]
+    # 197 rows are 14 x 14 patches and a class token; 196 rows are patches alone.
     with_class = rows > 1 and _is_grid(rows - 1, like) and not _is_grid(rows, like)
     grid = base.grid_of(rows - with_class, like, where)
     if not with_class:
@@ -296,6 +300,7 @@ def _text(tensors: Tensors, like: Module | None, where: Path) -> TextTransformer
 
 def _sizes(tensors: Tensors, encoder: str, width: int, where: Path) -> dict[str, int]:
     block = f"{encoder}/encoderblock_"
+    # Its kernel is [width, heads, head_dim], as in Flax.
     query = f"{block}0/MultiHeadDotProductAttention_0/query/kernel"
     return {
         "width": width,

@@ -47,6 +47,7 @@ def find_weights(path: Path, names: Sequence[str]) -> Path:
     for name in names:
         if (path / name).is_file():
             return path / name
+    # An index of shards ends in .json, and so do configs, which hold no weights.
     suffixes = {Path(name).suffix for name in names} - {".json"}
     candidates = sorted(file for file in path.iterdir() if file.suffix in suffixes)
     if len(candidates) == 1:
@@ -102,8 +103,10 @@ def save_safetensors(tensors: Tensors, path: Path, narrow: bool = False) -> Path
 def save_npz(tensors: Tensors, path: Path) -> Path:
     """Writes arrays atomically to an .npz; returns `path`."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    # Named by process, so that two writers of one file do not mix their bytes.
     unfinished = path.with_name(f"{path.name}.{os.getpid()}.unfinished")
     with unfinished.open("wb") as file:
+        # An open file, because np.savez adds .npz to a name that does not end in it.
         np.savez(file, **tensors)
     os.replace(unfinished, path)
     return path
@@ -171,12 +174,14 @@ def _load_npz(path: Path) -> Tensors:
         raise UserError(
             f"{path} is truncated or corrupt ({error}); fetch or write it again"
         ) from None
+    # torch.save writes a zip archive too, with a pickle among its members.
     if any(name.endswith(".pkl") for name in members):
         raise _pickle_error(path)
     try:
         with np.load(path, allow_pickle=False) as arrays:
             return {key: _as_float32(arrays[key]) for key in arrays.files}
     except ValueError as error:
+        # NumPy raises ValueError for damage and for object arrays; only the text tells them apart.
         if "allow_pickle" not in str(error):
             raise UserError(f"{path} is corrupt ({error}); fetch or write it again") from None
         raise UserError(

@@ -54,9 +54,11 @@ TABLE: Table = [
     *norm("text/encoder/norm", "text_model.final_layer_norm"),
     *linear("text_projection", "text_projection"),
 ]
+# Position ids are the numbers 0, 1, 2, ..., which old versions saved as a buffer.
 IGNORED = (r"(text|vision)_model\.embeddings\.position_ids",)
 
 # Defaults of CLIPConfig, CLIPVisionConfig and CLIPTextConfig: a config.json may omit them.
+# 2.6592 is ln(1 / 0.07).
 DEFAULTS = {"projection_dim": 512, "logit_scale_init_value": 2.6592}
 VISION_DEFAULTS = {
     "hidden_size": 768,
@@ -231,6 +233,7 @@ def _text(config: dict[str, Any], where: Path) -> TextTransformer:
         context_length=base.integer(config, "max_position_embeddings", where),
         causal=True,
         pooling="argmax" if highest else "eos",
+        # In CLIP's vocabulary the last id is the end of text.
         eos_id=vocab_size - 1 if highest else eos_id,
         pad_id=hf_common.token_id(config, "pad_token_id"),
         **hf_common.encoder_fields(config, where),

@@ -85,6 +85,7 @@ def read(
         default = Pixels(tuple(settings["image_mean"]), tuple(settings["image_std"]))
         pixels = getattr(like, "pixels", default)
         normal = {"image_mean": pixels.mean, "image_std": pixels.std}
+        # The class's default sizes are another model's: this model's own size takes their place.
         settings |= {"size": {"shortest_edge": min(size)}, "crop_size": list(size)}
         if not settings["do_center_crop"]:
             settings["size"] = list(size)
@@ -206,6 +207,7 @@ def _normalization(settings: Mapping[str, Any], file: Path) -> dict[str, tuple[f
     if isinstance(factor, bool) or not isinstance(factor, int | float) or not factor > 0:
         raise UserError(f"{file}: rescale_factor is {factor!r}, not a number above 0")
     # (255 f x' - mean) / std = (x' - mean / 255 f) / (std / 255 f), for x' in [0, 1].
+    # Exactly 1 for the usual factor, which files round: then mean and std stay as they are written.
     unit = 1.0 if math.isclose(factor, 1 / 255, rel_tol=1e-6) else 255 * factor
     given = {"image_mean": settings["image_mean"], "image_std": settings["image_std"]}
     if not settings["do_normalize"]:
@@ -249,6 +251,7 @@ def _geometry(
         notes.append(f"its image processor does not resize images, and here they are: {takes}")
         return {"resize": "crop" if cut else "squash", "scale": None}
     wanted = settings["size"]
+    # transformers reads one number as a square, unless the class says otherwise (`get_size_dict`).
     if type(wanted) is int and not settings["default_to_square"]:
         wanted = {"shortest_edge": wanted}
     both = _pair(wanted)

@@ -65,6 +65,7 @@ TABLE: Table = [
     *norm("text/encoder/norm", "text_model.final_layer_norm"),
     *linear("text_projection", "text_model.head"),
 ]
+# Position ids are the numbers 0, 1, 2, ..., which old versions saved as a buffer.
 IGNORED = (r"(text|vision)_model\.embeddings\.position_ids",)
 
 # Defaults of SiglipVisionConfig and SiglipTextConfig: a config.json may omit them.

@@ -127,6 +127,7 @@ def write(module: MaskedAutoencoder, params: Params, directory: Path, extras: Ex
         "architectures": [MODEL],
         "model_type": "vit_mae",
         "torch_dtype": extras.weights,
+        # Both give hidden_act and layer_norm_eps without a prefix; `check` has found them equal.
         **hf_common.encoder_config(decoder, "decoder_"),
         **hf_common.encoder_config(image),
         "image_size": image.image_size[0],
@@ -180,6 +181,7 @@ def _with_fixed_positions(
     towers = {}
     for name in ("image", "decoder"):
         tower, path = getattr(module, name), f"{name}/position_embedding"
+        # Without the test of the width, `sincos_2d` would raise: 4 must divide it.
         if tower.transformer.width % 4 == 0 and np.allclose(
             params[path], _sines(tower), 0, SAME_TABLE
         ):

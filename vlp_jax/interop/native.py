@@ -130,6 +130,7 @@ def _fields(module: Any) -> dict[str, Any]:
 
 def _constructor(kind: type) -> Callable[..., Any]:
     """Returns a function that makes a `kind` from the names of `described`, in its signature."""
+    # A tower's layers are a value of its own, whose fields `described` lists among the tower's.
     if "transformer" in kind.__dataclass_fields__:
 
         @keywords_of(kind, TransformerConfig)
@@ -163,6 +164,7 @@ def _module(fields: Any, where: Path) -> Any:
             raise UserError(unknown_key_message(name, known, f"{where}, {fields['class']}"))
         if isinstance(value, dict):
             value = _module(value, where)
+        # JSON turns tuples into lists, but the fields of modules are compared and hashed as tuples.
         values[name] = tuple(value) if isinstance(value, list) else value
     missing = [
         name

@@ -204,6 +204,7 @@ def check(module: Module, extras: Extras) -> list[str]:
         problems += base.requirements(tower, "image", image, NATIVE_HAS)
         problems += base.requirements(tower, "", module, {"image_head": ("linear",)})
         seen, read = (part.transformer.activation for part in (image, text))
+        # One key of the config switches both towers.
         if "quick_gelu" in (seen, read) and seen != read:
             problems.append(
                 f"{MODEL} has quick_gelu in both towers or in none, not {seen!r} (image) and "
@@ -241,6 +242,7 @@ def write(module: Module, params: Params, directory: Path, extras: Extras) -> li
         trunk = not image.class_token
         model["vision_cfg"] = trunk_config(module) if trunk else native_config(image)
         model["text_cfg"] = text_config(module, extras, name)
+        # It selects open_clip's CustomTextCLIP, the class whose keys begin with "text.".
         model |= {"custom_text": True} if trunk else {}
         mapping = table(trunk, module.text_head == "linear_bias")
     if module.text.transformer.activation == "quick_gelu":
@@ -274,6 +276,7 @@ def _plain_keys(tensors: Tensors) -> Tensors:
             key = key.removeprefix("text.")  # CustomTextCLIP adds it to native towers as well
         if key.startswith(f"{TRUNK}head."):  # with timm_proj "", timm's classifier projects
             key = key.replace(f"{TRUNK}head.", "visual.head.proj.")
+        # A model with `nonscalar_logit_scale` stores both as arrays of one number.
         plain[key] = x.reshape(()) if key in ("logit_scale", "logit_bias") and x.size == 1 else x
     return plain
 
@@ -294,6 +297,7 @@ def _image(
 
 
 def _embed_dim(tensors: Tensors, image: VisionTransformer, where: Path) -> int:
+    # A bare matrix is [inputs, outputs]; the weight of a torch Linear is [outputs, inputs].
     if "visual.proj" in tensors:
         return base.shape_of(tensors, "visual.proj", 2, where)[1]
     if "visual.head.proj.weight" in tensors:

@@ -96,6 +96,7 @@ def table(same_width: bool) -> Table:
     names = ("query", "key", "value")
     weight, bias = fused(ours, names, f"{theirs}.in_proj_weight", f"{theirs}.in_proj_bias")
     apart = [
+        # torch names them by their first letter: q_proj_weight, k_proj_weight, v_proj_weight.
         Entry(f"{ours}/{name}/kernel", f"{theirs}.{name[0]}_proj_weight", HEADS_IN)
         for name in names
     ]
@@ -216,6 +217,7 @@ def _text(
         CoCaText,
         where,
         vocab_size=vocab_size,
+        # The last row of the table is the class token's.
         context_length=rows - 1,
         width=width,
         **layer_sizes(tensors, "text.transformer.resblocks.", where),

@@ -103,6 +103,7 @@ def image_fields(
             "norm_after_pool": bool(config.get("final_ln_after_pool", False)),
             **activation_and_eps(model, config, where),
         }
+        # Both orders compute the same; `like` says which paths the parameters should have.
         if told["pooling"] == "cls":
             told["norm_after_pool"] = base.norm_after_pool_of(like)
         size = base.pair(config.get("image_size", 224), "image_size", where)
@@ -162,6 +163,8 @@ def text_fields(
             "heads": base.integer({"heads": TEXT_HEADS, **config}, "heads", where),
             "pooling": pooling,
             "causal": not config.get("no_causal_mask", False),
+            # 2 is open_clip's default. The other poolings do not read the id: CLIP's last one is a
+            # guess.
             "eos_id": config.get("eos_id", 2 if pooling == "eos" else vocab_size - 1),
             "pad_id": config.get("pad_id", 0),
             **activation_and_eps(model, config, where),

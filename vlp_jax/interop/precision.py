@@ -64,6 +64,8 @@ def stored(params: Mapping[str, Any], weights: str) -> dict[str, np.ndarray]:
         if axes is not None:
             arrays[path], arrays[path + SCALE] = quantize(x, axes)
         else:
+            # A single number takes no space, and an exponential follows the logit scale: it stays
+            # exact.
             arrays[path] = x.astype(jnp.bfloat16) if weights == "bfloat16" and x.ndim else x
     return arrays
 
@@ -96,5 +98,6 @@ def narrowed(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     narrow = {}
     for key, x in tensors.items():
         half = x.astype(jnp.bfloat16) if x.ndim and x.dtype == np.float32 else x
+        # A NaN is not equal to itself, so a tensor with a NaN is not narrowed.
         narrow[key] = half if np.array_equal(half.astype(x.dtype), x) else x
     return narrow

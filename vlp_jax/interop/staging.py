@@ -41,6 +41,8 @@ def staged(directory: Path, overwrite: bool) -> Iterator[Path]:
       UserError: see `check_free`, or the folder cannot be made.
     """
     check_free(directory, overwrite)
+    # A folder cannot be renamed onto a link. "Beside" must also mean beside the link's target,
+    # because a rename works only within a file system.
     directory = Path(os.path.realpath(directory))
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)
@@ -51,6 +53,7 @@ def staged(directory: Path, overwrite: bool) -> Iterator[Path]:
             f"{directory} cannot be made: {error.strerror or error}; choose another folder"
         ) from error
     try:
+        # It has its final name already, because open_clip's config contains the name of the folder.
         folder = beside / directory.name
         folder.mkdir()
         yield folder
@@ -63,9 +66,11 @@ def staged(directory: Path, overwrite: bool) -> Iterator[Path]:
 def _publish(folder: Path, directory: Path) -> None:
     """Moves a complete folder to its place, into an existing folder if there is one."""
     if not directory.exists() or not any(directory.iterdir()):
+        # A rename replaces an empty folder in one step, so nobody sees half an export.
         os.rename(folder, directory)
         return
     paths = [path.relative_to(folder) for path in folder.rglob("*") if path.is_file()]
+    # The record is the first: once it is gone, the rest no longer counts as a complete export.
     for name in _files_of_export(directory):
         (directory / name).unlink(missing_ok=True)
     # The record comes last, see RECORD.

@@ -102,6 +102,7 @@ class Entry:
 
     def read(self, tensors: Mapping[str, np.ndarray], shape: Shape) -> dict[str, np.ndarray]:
         """Converts their tensors to our parameters, each of `shape`."""
+        # Their tensors are apart, one for each layer; ours is one array with the layers in front.
         if self.layered:
             keys = [self.theirs.replace("{i}", str(i)) for i in range(shape[0])]
             layers = [self._read_one(tensors[key], shape[1:]) for key in keys]
@@ -201,6 +202,7 @@ def from_theirs(
     entries = _entries(table, expected)
     needed: dict[str, Shape] = {}
     for entry in entries:
+        # All parameters of an entry have one shape, or they could not share a tensor.
         needed.update(entry.their_shapes(expected[entry.paths[0]]))
     given = {key: x for key, x in tensors.items() if not matches_any(key, ignored)}
     report = mismatch_report(needed, {key: x.shape for key, x in given.items()})
@@ -245,6 +247,8 @@ def _entries(table: Table, paths: Iterable[str]) -> Table:
       ValueError: a path has no entry.
     """
     paths = set(paths)
+    # Two entries may read one tensor, for parameters of which a model has one (a norm before or
+    # after the pooling).
     entries = [entry for entry in table if paths.issuperset(entry.paths)]
     covered = {path for entry in entries for path in entry.paths}
     if paths - covered:

@@ -173,6 +173,7 @@ def model_args(vit: VisionTransformer, params: Params) -> tuple[dict[str, Any], 
     if rows_of_class and vit.registers:
         params["image/class_token"] = params["image/class_token"] + params[path][:1]
         params[path] = params[path][1:]
+    # timm's projection of patches has a bias unless there is a pre_norm; zeros do nothing.
     if not vit.patch_bias and not vit.pre_norm:
         params["image/patch_embedding/projection/bias"] = np.zeros(vit.width, np.float32)
     layers = vit.transformer
@@ -245,11 +246,15 @@ def tower(
         class_token=class_token,
         registers=registers,
         position="learned" if rows else "none",
+        # A table of patches alone has no row for the class token. Without a class token or a table
+        # the field means nothing, and stays at its default.
         class_position=rows > grid[0] * grid[1] if class_token and rows else True,
         patch_bias="patch_embed.proj.bias" in tensors,
         pre_norm="norm_pre.weight" in tensors,
         norm_after_pool="fc_norm.weight" in tensors,
         qk_norm="blocks.0.attn.q_norm.weight" in tensors,
+        # Only whether it is None matters: it is the initial value, and the file has the trained
+        # ones.
         layer_scale=1e-5 if "blocks.0.ls1.gamma" in tensors else None,
         **told,
     )
@@ -275,6 +280,8 @@ def _known(config: Mapping[str, Any], where: Path, notes: list[str]) -> dict[str
     if args.get("norm_layer") is not None:
         if str(args["norm_layer"]).lower() != "layernorm":
             raise UserError(f"{where}: norm_layer {args['norm_layer']!r} cannot be expressed here")
+        # A norm given by name replaces the architecture's own, and timm's LayerNorm has this
+        # epsilon.
         known["norm_eps"] = 1e-6
     if "num_heads" in args:
         known["heads"] = args["num_heads"]
@@ -342,6 +349,7 @@ def _positions(
         grid = _grid(rows, prefix, like, where)
     rows = table.shape[1] - grid[0] * grid[1]
     if registers and rows == prefix:
+        # Adding the positions to the registers once is the same as adding them in every call.
         tokens = tensors["reg_token"] + table[:, class_token:prefix]
         table = np.concatenate([table[:, :class_token], table[:, prefix:]], axis=1)
         tensors = {**tensors, "reg_token": tokens, "pos_embed": table}
@@ -353,5 +361,6 @@ def _grid(rows: int, prefix: int, like: Module | None, where: object) -> tuple[i
     counts = sorted({rows, rows - prefix}, reverse=True)
     if like is not None and image_of(like).patches in counts:
         return image_of(like).grid
+    # If both are squares, all rows are taken for patches.
     squares = [count for count in counts if count > 0 and round(count**0.5) ** 2 == count]
     return base.grid_of(squares[0] if squares else rows - prefix, like, where)

@@ -67,6 +67,7 @@ def read(
         raise UserError(f"{where}: crop_pct is {pct!r}, not a number above 0")
     scale: Any = _scaled(size, pct)
     squash = cfg["crop_mode"] == "squash"
+    # For sides that differ, None would mean the shorter side alone (`hf_images.write`).
     if scale == size and (squash or size[0] == size[1]):
         scale = None
     elif not squash and scale[0] == scale[1]:

@@ -95,8 +95,10 @@ def write_into(
     if isinstance(module, VisionTransformer):  # some formats do not store the pooling
         read_back = read_back.clone(pooling=module.pooling)
     weights = extras.get("weights", "float32")
+    # Rounding to `weights` was asked for, so it must not count as a difference.
     as_written = Model(module, interop.rounded(model.params, weights))
     difference = deviation(as_written, Model(read_back, again.params))
+    # Not `>`: a NaN compares as False, and must fail.
     if not difference <= TOLERANCE:
         raise UserError(
             f"what was written as {format} was read back and computes something else: features "
@@ -127,6 +129,7 @@ def _features(model: Model) -> list[np.ndarray]:
         inputs, function = (image, mask), _painted
     else:
         text = rng.integers(0, module.text.vocab_size, (1, module.text.context_length), np.int32)
+        # Pooling at the end of text needs one. In the last place it lets every token count.
         text[:, -1] = module.text.eos_id
         inputs = (image, text)
         function = _said if isinstance(module, CoCa) else _pair

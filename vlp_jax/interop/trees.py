@@ -61,6 +61,7 @@ def image_of(module: Module) -> VisionTransformer:
 def expected_shapes(module: Module) -> dict[str, Shape]:
     """Returns path -> shape of all parameters of a model; computes nothing."""
     module = plain(module)
+    # Without the backends of `compute`, which may refuse these shapes. They change no parameter.
     tree = jax.eval_shape(lambda: module.init(jax.random.key(0), *module.example())["params"])
     flat = flax.traverse_util.flatten_dict(nn.unbox(tree), sep="/")
     return {_prefix(module) + path: tuple(x.shape) for path, x in flat.items()}

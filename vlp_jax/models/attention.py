@@ -64,6 +64,7 @@ def _xla_bf16(query: Heads, key: Heads, value: Heads, mask: AttentionMask) -> He
     scores = jnp.einsum("bqhd,bkhd->bhqk", query * query.shape[-1] ** -0.5, key)
     seen = mask.visible(query.shape[1], key.shape[1])
     if seen is not None:
+        # Finite, because a row of -inf would give NaN.
         scores = jnp.where(seen, scores, jnp.finfo(scores.dtype).min)
     return jnp.einsum("bhqk,bkhd->bqhd", jax.nn.softmax(scores), value)
 
@@ -82,6 +83,8 @@ def _padded(
     def pad(x: Heads) -> Heads:
         return jnp.pad(x, ((0, 0), (0, -x.shape[1] % multiple), (0, 0), (0, 0)))
 
+    # Lengths hide the keys that are filled in; the queries that are filled in are cut off at the
+    # end.
     if mask.lengths is None and keys % multiple:
         mask = mask.replace(lengths=jnp.full((batch,), keys, jnp.int32))
     return attention(pad(query), pad(key), pad(value), mask)[:, :tokens]
@@ -125,7 +128,9 @@ def attend_flat(
     if mesh.empty:
         return run(*arrays)
     spec = _spec(("batch", "act_tokens", "act_heads"), (*query.shape[:2], heads), mesh)
+    # Lengths are [batch], and follow only the examples.
     specs = (spec, spec, spec, PartitionSpec(spec[0]))[: len(arrays)]
+    # check_vma asks over which axes results vary, which a kernel's results do not say.
     return jax.shard_map(run, in_specs=specs, out_specs=spec, check_vma=False)(*arrays)
 
 

@@ -52,6 +52,7 @@ class AttentionMask:
         for name in ("prefix", "offset"):
             if getattr(self, name) is not None and not self.causal:
                 raise ValueError(f"a mask with {name} needs causal=True: without it all see all")
+        # False becomes None, so that all rules are tested alike; the order is the order of KINDS.
         rules = (self.causal or None, self.offset, self.prefix, self.lengths, self.segments)
         given = (*rules, self.explicit)
         return tuple(kind for kind, value in zip(KINDS, given, strict=True) if value is not None)
@@ -78,6 +79,7 @@ class AttentionMask:
         """
         row, column = jnp.arange(queries)[:, None], jnp.arange(keys)
         if self.offset is not None:
+            # Queries begin at `offset`, keys at 0: the cache holds the keys before them.
             row = row + self.offset
         rules = []
         if CAUSAL in self.kinds():

@@ -53,6 +53,7 @@ class AttentionalPooler(nn.Module):
         """Returns the result of each query."""
         config, dtype = self.transformer, self.compute.dtype
         inner = dataclasses.replace(config, norm_eps=INNER_EPS)
+        # open_clip draws the queries by torch.randn.
         init = named(nn.initializers.normal(1.0), None, "embed")
         query = self.param("query", init, (self.queries, config.width))
         query = norm(inner, dtype, "norm_query")(query)
@@ -138,6 +139,7 @@ class CoCaText(nn.Module):
     def setup(self) -> None:
         config, width = self.transformer, self.width
         self.token_embedding = TokenEmbedding(self.vocab_size, width, self.compute.dtype)
+        # 0.01 as in open_clip, `TextTransformer.init_parameters`; so are the positions below.
         init = named(nn.initializers.normal(0.01), None, "embed")
         self.class_token = self.param("class_token", init, (1, width))
         rows = self.context_length + 1

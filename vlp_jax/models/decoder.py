@@ -65,6 +65,7 @@ class Decoder(nn.Module):
                 ("embed", "vocab"),
                 ("vocab",),
                 self.compute.unquantized(),
+                # All tokens are equally likely at first.
                 nn.initializers.zeros_init(),
                 features=self.vocab_size,
             )
@@ -103,6 +104,7 @@ class Decoder(nn.Module):
         """Returns the scores of the next token, float32."""
         if not self.tied:
             return self.scores(features).astype(jnp.float32)
+        # Extra tokens are inputs alone, so their rows score nothing.
         table = self.token_embedding[: self.vocab_size].astype(self.compute.dtype)
         return (features @ table.T).astype(jnp.float32)
 

@@ -81,6 +81,8 @@ class Product(nn.Module):
         width = math.prod(bias_shape)
 
         def initialize(key: Array, shape: tuple[int, ...], dtype: Dtype) -> Array:
+            # Drawn as a matrix, because an initializer would take extra dimensions for a receptive
+            # field.
             return self.kernel_init(key, (x.shape[-1], width), dtype).reshape(shape)
 
         names = named(initialize, *self.kernel_names)

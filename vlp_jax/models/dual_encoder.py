@@ -79,6 +79,7 @@ class DualEncoder(nn.Module):
             ("embed", "projection"),
             ("projection",),
             self.image.compute.unquantized(),
+            # As in OpenAI's CLIP, `initialize_parameters` and `VisionTransformer.proj`.
             nn.initializers.normal(tower.width**-0.5),
             use_bias=kind == "linear_bias",
             features=self.embed_dim,

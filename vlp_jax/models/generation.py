@@ -68,6 +68,8 @@ class Sampling:
             # A token stays if the better ones do not reach top_p yet; so the best always stays.
             before = jnp.cumsum(share, axis=-1) - share
             allowed = jnp.where(before < self.top_p, ordered, jnp.inf)
+            # The worst allowed score is the threshold, so tokens with equal scores stay or go
+            # together.
             scores = jnp.where(scores < allowed.min(axis=-1, keepdims=True), LEAST, scores)
         return scores
 
@@ -113,6 +115,7 @@ def generate(
         index, tokens, done, total, scores, cache = carry
         token = sampling(scores, jax.random.fold_in(rng, index))
         log = jnp.take_along_axis(jax.nn.log_softmax(scores), token[:, None], axis=1)[:, 0]
+        # `done` is from before this token, so the end of text itself still counts.
         total += jnp.where(done, 0, log)
         token = jnp.where(done, pad_id, token)  # a finished row stays in the batch
         tokens = jax.lax.dynamic_update_index_in_dim(tokens, token, index, axis=1)
@@ -207,8 +210,10 @@ class _Beams(NamedTuple):
     ) -> tuple[_Beams, Int[Array, "batch width"]]:
         """Returns the best texts that are one token longer, and the beam that each comes from."""
         batch, width, vocab = log.shape
+        # Padding after the end is not counted.
         sums, counts = self.total[..., None] + log, self.count + ~self.done
         values = _penalized(sums, counts[..., None], length_penalty)
+        # Beams and tokens in one row: several of the best may continue the same beam.
         _, best = jax.lax.top_k(values.reshape(batch, -1), width)
         parent, token = best // vocab, (best % vocab).astype(jnp.int32)
 
@@ -218,6 +223,7 @@ class _Beams(NamedTuple):
 
         tokens = jax.lax.dynamic_update_index_in_dim(of_parents(self.tokens), token, index, axis=2)
         done = of_parents(self.done) | (token == eos_id)
+        # The penalty ranks, but only the sums themselves add up over steps.
         total = jnp.take_along_axis(sums.reshape(batch, -1), best, axis=1)
         return _Beams(tokens, done, total, of_parents(counts)), parent
 

@@ -120,6 +120,7 @@ class MultiHeadAttention(nn.Module):
         q = self._projected(query, config.heads, "query")
         q = self._prepared(q, "query_norm", filled)
         k, v = self._keys_and_values(key_value, kept, filled)
+        # Named after norm and rotation, so that a policy that keeps them repeats neither.
         q, k, v = _keep(q, "query"), _keep(k, "key"), _keep(v, "value")
         if q.ndim == 3:
             x = attend_flat(q, k, v, head_dim=config.head_width, mask=mask)

@@ -66,6 +66,7 @@ class Mlp(nn.Module):
         activation = choose(ACTIVATIONS, config.activation, "activation")
         up = self._inner("up", x)
         x = activation(self._inner("gate", x)) * up if config.gated else activation(up)
+        # The constraint names three dimensions; other ranks have no names for theirs.
         if x.ndim == 3:
             x = nn.with_logical_constraint(x, ("batch", "act_tokens", "act_mlp"))
         return self._dense(width, "down", ("mlp", "embed"), ("norm",))(x)
@@ -81,6 +82,7 @@ class Mlp(nn.Module):
             kernel_names,
             bias_names,
             self.compute,
+            # As in google-research/vision_transformer and big_vision, `MlpBlock`.
             bias_init=nn.initializers.normal(1e-6),
             use_bias=self.config.bias,
             features=features,
@@ -186,6 +188,8 @@ class Block(nn.Module):
             y = LayerScale(self.config.layer_scale, self.compute.dtype, name=name)(y)
         if drop_rate is None:
             return y
+        # One draw for an example: the branch is left out for all its tokens. The division keeps the
+        # mean.
         kept = jax.random.bernoulli(self.make_rng("drop_path"), 1 - drop_rate, (len(y), 1, 1))
         return jnp.where(kept, y / (1 - drop_rate).astype(y.dtype), 0)
 
@@ -221,7 +225,9 @@ class Encoder(nn.Module):
             # A loop keeps XLA from merging the two forward passes; written out, nothing else does.
             block = nn.remat(block, policy=policy, prevent_cse=not compute.scan_layers)
         drops = train and config.stochastic_depth > 0
+        # Traced rates, and not numbers: a scan runs one program for all layers.
         rates = jnp.linspace(0, config.stochastic_depth, config.depth) if drops else None
+        # `each` is sliced, a part for a layer. `told` is the same for all layers.
         each = None if cache is None else (cache.own, cache.context)
         told = (mask, context, None if cache is None else cache.filled)
         scan = nn.scan(
@@ -230,6 +236,8 @@ class Encoder(nn.Module):
             split_rngs={"params": True, "drop_path": True},
             in_axes=((0, 0), nn.broadcast),
             length=config.depth,
+            # A scan that is unrolled to its full length is no loop any more, with the same stacked
+            # parameters.
             unroll=1 if compute.scan_layers else config.depth,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )

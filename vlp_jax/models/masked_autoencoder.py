@@ -60,6 +60,7 @@ class MaskedDecoder(nn.Module):
         """
         width = self.transformer.width
         x = self._dense(width, "embedding")(x)
+        # 0.02 as in facebookresearch/mae, models_mae.py.
         init = named(nn.initializers.normal(0.02), None, "embed")
         mask_token = self.param("mask_token", init, (1, width)).astype(x.dtype)
         prefix, visible = x[:, : int(self.class_token)], x[:, int(self.class_token) :]
@@ -167,6 +168,7 @@ class MaskedAutoencoder(nn.Module):
         restore: Int[Array, "batch patches"],
     ) -> Float[Array, "batch patches outputs"]:
         """Predicts all patches from the encoder's tokens; the decoder gets no registers."""
+        # The encoder's order is class token, registers, patches.
         first, second = int(self.image.class_token), self.image.prefix_tokens
         latent = jnp.concatenate([latent[:, :first], latent[:, second:]], axis=1)
         return self.decoder(latent, restore).astype(jnp.float32)

@@ -22,6 +22,7 @@ def sincos_2d(grid: Grid, width: int) -> Float[np.ndarray, "tokens width"]:
     """
     if width % 4:
         raise ValueError(f"sin-cos positions need a width that 4 divides, not {width}")
+    # float64 until the table is whole, as in facebookresearch/mae: float32 would round the angles.
     frequency = 10_000.0 ** -(np.arange(width // 4, dtype=np.float64) / (width // 4))
     rows, columns = np.meshgrid(np.arange(grid[0]), np.arange(grid[1]), indexing="ij")
     angles = [place.reshape(-1, 1) * frequency for place in (columns, rows)]

@@ -99,6 +99,7 @@ class TextTransformer(nn.Module):
             self.vocab_size, self.width, self.compute.dtype, name="token_embedding"
         )
         x = embedding(tokens)
+        # 0.01 as in OpenAI's CLIP, `initialize_parameters`.
         positions = layers.position_embedding(self, self.context_length, self.width, 0.01)
         x = x + positions.astype(x.dtype)
         x = nn.with_logical_constraint(x, ("batch", "act_tokens", "act_embed"))
@@ -111,6 +112,7 @@ class TextTransformer(nn.Module):
 
     def lengths(self, tokens: Int[Array, "batch tokens"]) -> Int[Array, " batch"]:
         """Counts the tokens up to the last one that is no padding; at least 1, for attention."""
+        # Not a count of the tokens that differ: an id that also pads may occur within a text.
         last = jnp.max(jnp.where(tokens != self.pad_id, jnp.arange(tokens.shape[1]), 0), axis=1)
         return (last + 1).astype(jnp.int32)
 
@@ -131,6 +133,7 @@ class TextTransformer(nn.Module):
             return x[:, -1]
         if self.pooling == "mean":
             weight = (tokens != self.pad_id).astype(jnp.float32)[..., None]
+            # The weights are float32, and so is the sum; a text of padding alone has the mean 0.
             mean = (x * weight).sum(axis=1) / jnp.maximum(weight.sum(axis=1), 1)
             return mean.astype(x.dtype)
         if self.pooling == "map":

@@ -203,6 +203,7 @@ def keywords_of(
                 if name in (*named, *_NO_FIELDS, *without):
                     continue
                 missing = optional and parameter.default is kinds.empty
+                # Keyword-only: several sources have no common order of arguments.
                 named[name] = parameter.replace(
                     kind=kinds.KEYWORD_ONLY, default=None if missing else parameter.default
                 )

@@ -240,6 +240,7 @@ class VisionTransformer(nn.Module):
         if self.position != "none":
             if self.position == "learned":
                 table = layers.position_embedding(
+                    # As in big_vision, `get_posemb`.
                     self, first + self.patches, self.width, stddev=self.width**-0.5
                 )
             else:
@@ -247,6 +248,7 @@ class VisionTransformer(nn.Module):
             # The table's first row, if any, belongs to the class token.
             positions = table[None, int(first) :].astype(x.dtype)
             if keep is not None:
+                # [batch, kept, width]: each image keeps other patches.
                 positions = jnp.take(positions[0], keep, axis=0)
             x = x + positions
         prefix = []

@@ -344,6 +344,7 @@ def _sigmoid_sums(
         def step(times_image: Any, rows: Any) -> tuple[Any, Any]:
             image, row, (ranking, losses, slopes) = rows
             block = _Block(pair_logits(image, text, scale, bias), row[:, None], column)
+            # -log sigmoid(x) = softplus(-x): a pair wants a high logit, all others a low one.
             against = jnp.where(block.is_pair, -block.logits, block.logits)
             losses = losses + jax.nn.softplus(against).sum(axis=1)
             if with_gradients:

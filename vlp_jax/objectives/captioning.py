@@ -81,6 +81,7 @@ class Captioning(Objective):
 
     def draw(self, batch: Batch, context: Context) -> Examples:
         """Returns images, texts, and for each text whether it is predicted in parallel."""
+        # `forward` takes the second half of the key, for stochastic depth.
         key, count = jax.random.split(context.rng)[0], len(batch["text"])
         share = self.parallel_share if context.train else 0.0
         parallel = jax.random.bernoulli(key, share, (count,))
@@ -90,6 +91,7 @@ class Captioning(Objective):
         """Computes the cross-entropy of each text, and how many tokens have the highest score."""
         tokens, parallel = batch["text"], batch["parallel"]
         inputs = self.decoder_inputs(tokens)
+        # A model that never predicts in parallel may have no mask token (a `CoCa`).
         if self.parallel_share:
             inputs = jnp.where(parallel[:, None], self.mask_id, inputs)
         train = {"label_smoothing": self.label_smoothing, "z_loss": self.z_loss}
@@ -112,6 +114,7 @@ class Captioning(Objective):
         in_loss = self.target_mask(tokens).astype(jnp.float32)
         count = in_loss.sum(axis=1)
         loss, hits = ((x * in_loss).sum(axis=1) for x in (losses.loss, losses.hit))
+        # An empty text has no targets; its mean is 0 and counts 0 times.
         mean = loss / jnp.maximum(count, 1)
         of_examples = self.mean == "example"
         one = jnp.minimum(count, 1)  # 0 for an example with an empty text
@@ -226,6 +229,7 @@ class Captioning(Objective):
             raise ValueError("texts are drawn by a temperature or followed by beams, not both")
         count, length = len(image), min(room, length or room)
         seen = self.model.apply({"params": params}, image, method="look")
+        # The beams of an image are adjacent, as `beam_search` wants them.
         seen = jnp.repeat(seen, beams, axis=0)
         begin = jnp.asarray([first, *prompt], jnp.int32)
         begin = jnp.broadcast_to(begin, (count, len(begin)))

@@ -56,6 +56,8 @@ def class_losses(
     scores = scores.astype(jnp.float32)
     classes = scores.shape[-1]
     if jnp.issubdtype(targets.dtype, jnp.integer):
+        # one_hot gives zeros for a class out of range, which would look like a loss: `known` marks
+        # it.
         shares = jax.nn.one_hot(targets, classes)
         known = (targets >= 0) & (targets < classes)
     else:

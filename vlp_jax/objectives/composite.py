@@ -76,6 +76,8 @@ class Composite(Objective):
         """
         params: Params = {}
         for index, part in enumerate(self.members):
+            # The first part gets the key itself, so its parameters are what it has alone, outside
+            # of a sum.
             key = jax.random.fold_in(rng, index) if index else rng
             merge_trees(params, part.objective.init(key, part.fields(batch_spec)), part.name)
         return params
@@ -125,6 +127,7 @@ class Composite(Objective):
         """Returns the functions of all parts. Of two with the same name the first part's counts."""
         functions: dict[str, Function] = {}
         for part in self.members:
+            # Earlier parts come last in the merge, so they win.
             functions = {**part.objective.functions(), **functions}
         return functions
 

@@ -75,6 +75,8 @@ class Contrastive(Objective):
         """Returns images and texts, and in training with `mask_ratio` the patches to keep."""
         fields = {name: batch[name] for name in self.reads}
         if context.train and self.mask_ratio:
+            # `forward` takes the second half of the key, so masks and stochastic depth are
+            # independent.
             key, patches = jax.random.split(context.rng)[0], self.model.image.patches
             kept = kept_patches(patches, self.mask_ratio)
             fields["keep"] = random_mask(key, len(batch["image"]), patches, kept).keep
@@ -101,6 +103,7 @@ class Contrastive(Objective):
         count = jnp.float32(examples["image"].shape[0])
         one = jnp.float32(1)
         metrics = {
+            # A metric is a sum with its count, and the loss is a mean over pairs.
             "loss": (loss * count, count),
             "batch_accuracy": (hits, count),
             "logit_scale": (scale, one),
@@ -261,5 +264,6 @@ def make_contrastive(
         logit_bias_init=bias,
         pixels=Pixels(tuple(image_mean), tuple(image_std)),
     )
+    # Here, so that the error comes before anything is traced.
     kept_patches(model.image.patches, mask_ratio)  # raises if the ratio leaves no patch
     return Contrastive(model, loss, max_logit_scale, mask_ratio, loss_form, loss_block_size)

@@ -73,6 +73,7 @@ def _equation(equation: core.JaxprEqn) -> Flops:
         return max(inner, key=lambda flops: flops.total)
     if name == "while":
         body = jaxpr_flops(params["body_jaxpr"].jaxpr)
+        # A loop without products has nothing to count, however often it runs.
         if not body.total:
             return body
         return body + Flops(uncounted=("a while loop whose rounds depend on data, counted once",))
@@ -123,5 +124,6 @@ def _product(flops: float, equation: core.JaxprEqn) -> Flops:
     precision = equation.params.get("precision")
     pair = precision if isinstance(precision, tuple) else (precision, precision)
     single = all(jnp.dtype(v.aval.dtype) == jnp.float32 for v in equation.invars[:2])
+    # Only float32 is split into passes; narrower products are one pass at any precision.
     known = [_PASSES.get(one, 1) for one in pair] if single else [1]
     return Flops(flops, flops * max(known))

@@ -56,6 +56,7 @@ def hidden_errors(
         mean, std = patch_statistics(targets)
         targets = (targets - mean) / std
     error = jnp.square(prediction - targets).mean(axis=-1)
+    # No 0 / 0: the config hides at least one patch (`make_masked_autoencoding`).
     return (error * hidden).sum(axis=-1) / hidden.sum(axis=-1)
 
 
@@ -90,6 +91,7 @@ class MaskedAutoencoding(Objective):
 
     def draw(self, batch: Batch, context: Context) -> Examples:
         """Returns images and their random masks."""
+        # `forward` takes the second half of the key, for stochastic depth.
         key, image = jax.random.split(context.rng)[0], batch["image"]
         return {"image": image, "mask": self.mask(key, len(image))}
 
@@ -163,6 +165,7 @@ class MaskedAutoencoding(Objective):
 
         true, painted = pixels(targets), pixels(prediction)
         views = (
+            # 0.5 is grey: pixels are no longer normalized here.
             jnp.where(hidden, 0.5, true),
             jnp.where(hidden, jnp.clip(painted, 0, 1), true),
             true,

@@ -49,6 +49,7 @@ def token_losses(
       chunk_bytes: largest size of the scores in memory at once.
     """
     batch, tokens = labels.shape
+    # 4 bytes for each float32 score of a place: [batch, vocab].
     places = max(1, min(tokens, chunk_bytes // (4 * batch * vocab_size)))
     one = functools.partial(_losses, score, label_smoothing=label_smoothing, z_loss=z_loss)
     if places == tokens:
@@ -59,6 +60,7 @@ def token_losses(
         x = jnp.pad(x, ((0, 0), (0, padding), *((0, 0),) * (x.ndim - 2)))
         return jnp.moveaxis(x.reshape(batch, -1, places, *x.shape[2:]), 1, 0)
 
+    # Within a scan the compiler cannot merge the two passes, so nothing has to prevent it.
     again = jax.checkpoint(one, prevent_cse=False)
     _, losses = jax.lax.scan(
         lambda _, chunk: (None, again(*chunk)), None, (split(features), split(labels))

@@ -214,6 +214,7 @@ def _arrays(shape: str) -> Iterator[Array]:
         space = re.search(r"S\((\d+)\)", rest)
         yield Array(
             dtype=found["dtype"],
+            # `<=8` is a dimension of dynamic size, with its bound.
             dims=tuple(int(dim.strip("<=")) for dim in found["dims"].split(",") if dim),
             memory=int(space.group(1)) if space else 0,
             minor_to_major=tuple(int(i) for i in order.split(",") if i),

@@ -170,6 +170,7 @@ def make_plan(setup: Setup, target: Target) -> Plan:
         state=state_bytes(setup.abstract),
         waiting=waiting_bytes(setup),
         activations=activation_bytes(setup),
+        # The backward pass has two products for each product of the forward pass.
         model_flops=3 * setup.forward_flops,
         hardware=step_flops(setup),
         memory=memory,

@@ -88,6 +88,7 @@ class Average:
         new, flat = param_groups.flatten(trained), param_groups.flatten(ema)
         moved = {path: new[path] for path in flat.keys() & new.keys()}
         before = {path: flat[path] for path in moved}
+        # optax takes the share of the new value, and not of the old one.
         after = optax.incremental_update(moved, before, 1 - self.decay_at(step))
         return param_groups.unflatten({**flat, **after})
 

@@ -108,6 +108,8 @@ class Checkpointer:
                     multiprocessing_options=several,
                     cleanup_tmp_directories=not self._read_only,
                     read_only=self._read_only,
+                    # Process 0 makes the folder (`_make_directory`), so that its errors are told in
+                    # our words.
                     create=False,
                 ),
             )
@@ -117,6 +119,7 @@ class Checkpointer:
     def _make_directory(self) -> None:
         try:
             self._directory.mkdir(parents=True, exist_ok=True)
+            # A folder that exists may still be read-only.
             probe = self._directory / f".write_test_{uuid.uuid4().hex}"
             probe.write_text("")
             probe.unlink()
@@ -147,6 +150,7 @@ class Checkpointer:
         Raises:
           CannotSave: too many saves in a row have failed.
         """
+        # First: `_writing` holds one step, and a save that failed must be reported under its own.
         self.wait()
         if step in self._manager.all_steps():
             return
@@ -163,10 +167,13 @@ class Checkpointer:
                 args=ocp.args.Composite(
                     state=ocp.args.PyTreeSave(state), input=ocp.args.JsonSave(dict(input_state))
                 ),
+                # The loop decides which steps are saved, and not a policy of Orbax.
                 force=True,
             )
         except SAVE_ERRORS as caught:
             error = caught
+        # All processes take the same branch: one alone in `_settle` would wait for the others for
+        # ever.
         failed = any(agreement.gather(error is not None))
         if failed or not self._asynchronous:
             self._settle(error)

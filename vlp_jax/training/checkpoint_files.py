@@ -93,6 +93,7 @@ def damage(directory: epath.Path, *, contents: bool = True) -> str | None:
         if found[name] != size:
             return f"{name} has {found[name]:,} bytes and not {size:,}"
         try:
+            # An object store has no checksums here (see `write_checksums`).
             if contents and crc is not None and _crc32c(directory / name) != crc:
                 return f"{name} has other contents than were written"
         except OSError as error:
@@ -146,6 +147,7 @@ def damaged_error(directory: epath.Path, what: str, where: str = "") -> UserErro
     """
     workdir = directory.parent.parent
     others = [step for step in saved_steps(workdir) if step != int(directory.name)]
+    # Sizes alone: an error message is not worth reading every checkpoint.
     sound = [s for s in others if damage(directory.parent / str(s), contents=False) is None]
     instead = f"take step {sound[-1]} instead" if sound else "there is no other sound one"
     name = f"the checkpoint of step {directory.name} in {workdir}"

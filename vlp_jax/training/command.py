@@ -72,4 +72,5 @@ def _leave(status: int) -> int:
 
 
 def _processes() -> int:
+    # jax.process_count() alone would start JAX's backend, and so take the devices.
     return jax.process_count() if jax.distributed.is_initialized() else 1

@@ -62,12 +62,15 @@ class Guard:
             return finite, loss_stats
         count, mean, variance = loss_stats["count"], loss_stats["mean"], loss_stats["variance"]
         warmed_up = count >= self.spike_window
+        # A NaN compares as False: such a loss is no spike, and `finite` refuses it.
         spike = warmed_up & (loss > mean + self.spike_deviations * jnp.sqrt(variance))
         apply = finite & ~spike
         # 1 / n until the window is full gives the plain mean of the first losses, without bias.
         rate = 1 / jnp.minimum(count + 1, self.spike_window).astype(jnp.float32)
         difference = loss.astype(jnp.float32) - mean
         after = {
+            # Beyond the window the count says no more, and without a bound int32 would overflow one
+            # day.
             "count": jnp.minimum(count + 1, self.spike_window),
             "mean": mean + rate * difference,
             "variance": (1 - rate) * (variance + rate * difference**2),

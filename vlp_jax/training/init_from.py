@@ -99,6 +99,7 @@ class FromWeights:
         """The state at step 0. The sources are read now; two states are never alive."""
         chosen: dict[str, np.ndarray] = {}
         for taking in self.takings:
+            # Chosen parameters are kept and the rest is freed before the next source is read.
             arrays = taking.source.take()
             chosen |= {path: _values(fate, arrays) for path, fate in taking.taken.items()}
             del arrays
@@ -193,6 +194,7 @@ class Wanted:
 
     def __post_init__(self) -> None:
         if self.take is None:
+            # The dataclass is frozen, and this default depends on another field.
             object.__setattr__(self, "take", self.into)
 
 
@@ -250,6 +252,7 @@ def _check_tokenizer(taking: Taking, tokenizer: Tokenizer, where: str) -> None:
     if not loaded or source.tokenizer is None:
         return
     with tempfile.TemporaryDirectory() as folder:
+        # Compared as saved files, from whatever class or path the tokenizers were built.
         tokenizer.save(f"{folder}/ours")
         same = epath.Path(f"{folder}/ours").read_text() == source.tokenizer.read_text()
     if not same:
@@ -287,4 +290,5 @@ def _replace(flat: dict[str, Any], abstract: Mapping[str, Any], chosen: Arrays) 
 
 def _put(array: np.ndarray, like: jax.ShapeDtypeStruct) -> jax.Array:
     array = array.astype(like.dtype)
+    # Each device copies its own part; the whole array stays on the host.
     return jax.make_array_from_callback(like.shape, like.sharding, lambda index: array[index])

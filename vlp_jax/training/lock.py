@@ -56,6 +56,7 @@ def _take(workdir: epath.Path) -> int:
         ) from None
     except OSError as error:  # some network file systems have no locks
         _log.warning("workdir %s cannot be locked (%s): see to it yourself", workdir, error)
+    # Only now: until the lock is held, the file names the run that holds it.
     os.ftruncate(file, 0)
     note = {"host": socket.gethostname(), "pid": os.getpid(), "since": time.time()}
     os.write(file, json.dumps(note).encode())

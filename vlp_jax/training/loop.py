@@ -85,6 +85,7 @@ class Loop:
         """
         step = self.first_step
         while True:
+            # Before the evaluation, which may take longer than the notice that a machine gets.
             if self.preempted(step):
                 raise self.stop(step, state)
             try:

@@ -141,12 +141,14 @@ def _decide(
         return _decide_positions(shape, other, source.grids.get(path), grid)
     if shape == other:
         return Fate(path, shape, "loaded")
+    # Such a table differs in the number of tokens alone; the advice names that key of the config.
     text = path.startswith("text/") and path.endswith("/position_embedding")
     return Problem(path, shape, other, "text" if text and shape[1:] == other[1:] else "shape")
 
 
 def _decide_positions(shape: Shape, other: Shape, old: Grid | None, new: Grid) -> Fate | Problem:
     """The fate of the image positions. An old grid that is not known is the same, or a square."""
+    # Rows for tokens that are no patches, such as a class token.
     prefix = shape[0] - math.prod(new)
     old = old or (new if shape == other else square_grid(other[0] - prefix))
     if old is None or other[0] - math.prod(old) != prefix:
@@ -163,6 +165,7 @@ def _complaint(
     rows = ", ".join(str(problem) for problem in problems[:MAX_LISTED])
     if len(problems) > MAX_LISTED:
         rows = f"{len(problems)} of {len(paths)} parameters, such as {problems[0]}"
+    # Reversed, so that the first problem of each kind is the one that remains.
     first = {problem.kind: problem for problem in reversed(problems)}
     advice = [
         text.format(
@@ -182,6 +185,7 @@ def _pattern(kind: str, problems: Sequence[Problem], paths: Sequence[str]) -> st
     folder = os.path.commonprefix(bad).rpartition("/")[0]
     if len(bad) > 1 and {path for path in paths if path.startswith(f"{folder}/")} == {*bad}:
         return f"{folder}/.*"
+    # An alternative of a few paths: a pattern for a whole folder would catch parameters that fit.
     return "|".join(bad[:MAX_LISTED])
 
 

@@ -112,6 +112,7 @@ class Measures:
         with self._stack:
             if self._heartbeat is None:
                 return
+            # Before the heartbeat ends: its last call writes the outcome to the file.
             self._ledger.end("complete" if error is None else _one_line(error))
             self._heartbeat.__exit__()
             if self._trained:
@@ -231,6 +232,8 @@ class Measures:
         if self._clock is None:
             return  # a phase of the start-up has it
         self._clock.compiled(seconds)
+        # Until the first logged step programs may compile, and evaluations compile their own in a
+        # pause.
         if self._told_step and not self._clock.pausing:
             self._compiled_between_steps += 1
             self.note("programs compiled between steps", self._compiled_between_steps)

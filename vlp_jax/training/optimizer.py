@@ -64,6 +64,7 @@ def make_schedule(config: Mapping[str, Any], units: Units) -> optax.Schedule:
         decay = {
             "cosine": 0.5 * (1 + jnp.cos(jnp.pi * progress)),
             "linear": 1 - progress,
+            # The maximum keeps this factor at 1 through the warm-up, whose shape is `rise`.
             "rsqrt": jnp.sqrt(max(warmup, 1) / jnp.maximum(step, max(warmup, 1))),
             "constant": jnp.ones_like(progress),
         }[name]
@@ -183,6 +184,7 @@ def matrix_axes(path: str) -> optax.contrib.MuonDimensionNumbers | None:
     layer, _, leaf = path.rpartition("/")
     if leaf != "kernel":
         return None
+    # With slashes, so that only whole names match: "readout" is not "out".
     axes = (a for name, a in MATRIX_AXES.items() if f"/{layer}".endswith(f"/{name}"))
     return optax.contrib.MuonDimensionNumbers(*next(axes, DENSE_AXES))
 
@@ -234,6 +236,7 @@ def adafactor(config: Mapping[str, Any], units: Units) -> optax.GradientTransfor
     """
 
     def decay(step: jax.Array, exponent: float) -> jax.Array:
+        # optax counts steps from 0, and the formula from 1.
         return jnp.minimum(config["b2"], 1.0 - (step + 1.0) ** -exponent)
 
     second_moment = optax.scale_by_factored_rms(
@@ -297,6 +300,7 @@ def make_optimizer(config: Mapping[str, Any], units: Units) -> optax.GradientTra
             raise UserError(f"config.optimizer.layer_decay.{tower} must be in (0, 1], not {decay}")
     param_groups.check_patterns(config["frozen"], "config.optimizer.frozen")
     clip = [optax.clip_by_global_norm(config["clip_norm"])] if config["clip_norm"] else []
+    # Clipping comes first, so that the moments are made of clipped gradients.
     optimizer = optax.chain(*clip, OPTIMIZERS[config["name"]](config, units))
     optimizer = param_groups.without_frozen(optimizer, config["frozen"])
     return param_groups.with_layer_decay(optimizer, config["layer_decay"])

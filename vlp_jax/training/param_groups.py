@@ -165,8 +165,10 @@ def _depth(paths: Mapping[str, Any]) -> int:
 
 def _layer(path: str, depth: int, dims: int, tower: str) -> int | np.ndarray:
     if path.startswith(BLOCKS):
+        # [depth, 1, ...]: it multiplies a stacked parameter layer by layer.
         return 1 + np.arange(depth).reshape(depth, *(1,) * (dims - 1))
     for names, layer in ((BEFORE_BLOCKS, 0), (AFTER_BLOCKS, depth + 1)):
+        # With slashes, so that "norm" does not match "norm_tokens".
         if any(f"{path}/".startswith(f"{name}/") for name in names):
             return layer
     raise UserError(
@@ -192,6 +194,7 @@ def with_layer_decay(
 
         def scaled(path: str, update: jax.Array) -> jax.Array:
             factor = factors.get(path, 1.0)
+            # An array in another dtype would promote the update; a Python number does not.
             return update * (np.asarray(factor, update.dtype) if np.ndim(factor) else factor)
 
         return map_with_path(scaled, updates), state
@@ -210,6 +213,7 @@ def layer_by_layer(optimizer: optax.GradientTransformation) -> optax.GradientTra
 
     def grouped(params: Any) -> optax.GradientTransformation:
         def label(path: str, leaf: Any) -> str:
+            # Stacks of different depths are different groups: `vmap` needs one length.
             return f"stack_of_{leaf.shape[0]}" if "/layers/" in path else "single"
 
         labels = map_with_path(label, params)

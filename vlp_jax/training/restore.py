@@ -71,6 +71,7 @@ def unreadable(directory: epath.Path) -> str | None:
         json.loads((directory / "input" / "metadata").read_text())
         if not shapes_of(_metadata(directory / "state").get("params")):
             return "its metadata names no parameters"
+        # Orbax stores every array as a zarr array within one OCDBT key-value store.
         kvstore = {"driver": "file", "path": f"{directory / 'state'}/"}
         store = tensorstore.KvStore.open({"driver": "ocdbt", "base": kvstore}).result()
         for key in store.list().result():
@@ -93,6 +94,7 @@ def _told_if_damaged(directory: epath.Path) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, KeyError) as error:
+        # Only after a failure, because it reads every file.
         what = checkpoint_files.damage(directory) or unreadable(directory)
         if what is None:
             raise
@@ -166,6 +168,8 @@ class Reader:
                 tree = {field: tree[field] for field in abstract}
         saved, wanted = shapes_of(tree), shapes_of(abstract)
         _check_stacked(directory, saved)
+        # The spike rule may have been turned on or off since: on one side alone, its arrays are no
+        # mismatch.
         memory = {path for path in saved.keys() ^ wanted.keys() if path.startswith(MEMORY)}
         fresh = memory & wanted.keys()
         wanted = {path: shape for path, shape in wanted.items() if path not in memory}
@@ -207,6 +211,8 @@ class Reader:
             made[path] = jax.make_array_from_callback(
                 zeros.shape, leaves[path].sharding, lambda index, zeros=zeros: zeros[index]
             )
+        # Orbax gives back dicts and lists in an order of its own, so leaves are placed by their
+        # paths.
         return jax.tree.unflatten(jax.tree.structure(self.abstract), [made[p] for p in leaves])
 
 
@@ -302,6 +308,7 @@ class SavedParameters:
                 "config.optimizer.ema_decay=0; ask for its parameters"
             )
         part = "ema" if choice != "params" and has_average else "params"
+        # An average of some parameters covers these alone; the rest comes from `params`.
         shapes = {**shapes_of(tree["params"]), **shapes_of(tree[part])}
         _check_stacked(directory, shapes)
         return cls(directory, step, part, shapes)

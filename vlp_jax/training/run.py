@@ -96,6 +96,8 @@ def text_wording(config: ConfigDict, objective: Objective) -> tuple[Wording, tup
         if "embed_text" in part.objective.functions()
     ]
     parts = []
+    # dict.fromkeys drops repetitions and keeps the order. Without a part that embeds texts, the
+    # main dataset counts.
     for name in dict.fromkeys(fed or [None]):
         section = config.data if name is None else config.extra_data[name]
         parts += [

@@ -66,6 +66,7 @@ class Setup:
     @property
     def costliest(self) -> int:
         """The first step of the phase whose steps have the most FLOPs."""
+        # A run of one phase need not count FLOPs, which takes a trace of the model.
         return max(self.phases, key=self.flops_by_phase.get) if len(self.phases) > 1 else 0
 
     @property
@@ -91,6 +92,7 @@ class Setup:
 
     def _resting(self, objective: Objective) -> frozenset[str]:
         """The paths of the parameters that the objective of a phase does not read."""
+        # Objectives are frozen dataclasses: equal ones read the same parameters.
         if objective == self.objective:
             return frozenset()
         key = key_for(0, 0, PURPOSE_INIT)
@@ -245,6 +247,7 @@ def check_batch_size(config: ConfigDict, mesh: Mesh) -> None:
         raise UserError(
             f"config.microbatches {parts} does not divide config.batch_size {config.batch_size}"
         )
+    # Each microbatch is spread over the same devices as the whole batch.
     what = f"a microbatch (config.batch_size / config.microbatches {parts}) of"
     mesh_lib.check_batch_size(config.batch_size // parts, mesh, what)
 

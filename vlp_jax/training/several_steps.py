@@ -87,6 +87,7 @@ def compile_steps(
     state_shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
 
     def stack(*fields: jax.Array) -> jax.Array:
+        # The new first dimension counts steps: it is not split, since every device runs every step.
         spec = PartitionSpec(None, *mesh_lib.batch_sharding(mesh).spec)
         return jax.lax.with_sharding_constraint(jnp.stack(fields), NamedSharding(mesh, spec))
 

@@ -75,6 +75,8 @@ def _init(
     average: Average,
     guard: Guard,
 ) -> TrainState:
+    # The boxes hold the names of axes, which `abstract_state` has used. The state holds bare
+    # arrays.
     params = nn.unbox(objective.init(key_for(seed, 0, PURPOSE_INIT), batch_spec))
     return TrainState(
         step=jnp.int32(0),
@@ -101,6 +103,7 @@ def abstract_state(
     """
     with rules.use_mesh(mesh):  # a module may refuse the mesh, as attention kernels do
         boxed = jax.eval_shape(lambda: objective.init(key_for(0, 0, PURPOSE_INIT), batch_spec))
+        # The seed is of no account: only shapes come out.
         shapes = jax.eval_shape(lambda: _init(objective, optimizer, batch_spec, 0, average, guard))
         objective_state = jax.eval_shape(lambda: objective.init_state(batch_spec))
     shardings = rules.param_shardings(boxed, mesh)

@@ -68,6 +68,7 @@ def open_source(
     prefix, colon, rest = source.partition(":")
     if (
         not colon
+        # gs://... is the path of a workdir, and not a format.
         or rest.startswith("//")
         or (prefix not in FORMATS and epath.Path(source).exists())
     ):
@@ -89,6 +90,7 @@ def from_weights(title: str, weights: Any) -> Source:
 
     def take() -> Arrays:
         taken = {path: np.asarray(array, np.float32) for path, array in arrays.items()}
+        # The source keeps nothing: memory is free once the caller drops its arrays.
         arrays.clear()
         return taken
 

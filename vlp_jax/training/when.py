@@ -108,6 +108,7 @@ class EveryMinutes:
         """Whether the period is over just before batch `step`."""
         if not self._seconds or not self._look(step):
             return False
+        # Every process calls `_agree`, also where its own clock says no: it is a message to all.
         return self._agree(self._time() - self._since >= self._seconds)
 
     def reset(self) -> None:
@@ -124,6 +125,7 @@ class StepsOrMinutes:
 
     def __call__(self, step: int) -> bool:
         """Whether either is due just before batch `step`."""
+        # `or` skips the clock where the steps say yes, on all processes alike.
         due = self.steps(step) or self.minutes(step)
         if due:
             self.minutes.reset()

@@ -74,6 +74,7 @@ def prepare(workdir: epath.Path, config: ConfigDict, tokenizer: Tokenizer | None
     """Writes the resolved config, and the tokenizer if there is one, to `workdir` on process 0."""
     if jax.process_index() == 0:
         write_whole(workdir / CONFIG, config_lib.to_json(config))
+        # A run that resumes keeps its file: ids must not change under the embeddings.
         if tokenizer is not None and not (workdir / TOKENIZER).exists():
             tokenizer.save(workdir / TOKENIZER)
 

@@ -73,6 +73,8 @@ def of(name: str, severity: int, height: int, width: int, *, small: bool) -> tup
 
 def disk(radius: float, blur: float) -> Float[np.ndarray, "side side"]:
     """Makes a disk with a blurred edge that sums to 1, padded with zeros to one size for all."""
+    # As in the authors' `disk`: kernels of at least 17, and a blur of 3 taps, or of 5 for large
+    # disks.
     reach = 8 if radius <= 8 else int(radius)
     place = np.arange(-reach, reach + 1)
     flat = (place**2 + place[:, None] ** 2 <= radius**2).astype(np.float64)

@@ -52,6 +52,7 @@ def jpeg_compression(
     del key
     height, width, _ = image.shape
     around = [(0, -height % (2 * BLOCK)), (0, -width % (2 * BLOCK)), (0, 0)]
+    # An encoder gets bytes. The sides become multiples of 16: blocks of 8 at half resolution.
     pixels = jnp.pad(jnp.round(image * 255), around, mode="edge")
     ycc = jnp.round(pixels @ TO_YCC.T)
     luma = _blocks_rounded(ycc[..., 0] - 128, tables[0])

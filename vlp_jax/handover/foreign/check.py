@@ -67,6 +67,7 @@ def with_transformers(folder: Path, inputs: Arrays) -> Arrays:
 
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     name = config["architectures"][0]
+    # transformers adds a pooler by default, for which the export has no weights.
     options = {"add_pooling_layer": False} if name == "ViTModel" else {}
     kind = getattr(transformers, name)
     model, loading = kind.from_pretrained(
@@ -191,6 +192,7 @@ def as_array(x: Any) -> Any:
 
 def main(library: str, folder: str, inputs: str, outputs: str) -> int:
     """Runs the program; see the module's docstring."""
+    # Before the libraries are imported, which read these then.
     os.environ.update(QUIET)
     sys.meta_path.insert(0, NoVlpJax())
     compute, modules = LIBRARIES[library]

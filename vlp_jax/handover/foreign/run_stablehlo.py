@@ -34,6 +34,7 @@ class Model:
 
     def __call__(self, function, *inputs):
         said = self.signature["functions"][function]
+        # jax.export takes a bytearray, not bytes.
         program = export.deserialize(bytearray((self.folder / said["program"]).read_bytes()))
         weights = {name: self.weights[name] for name in said["weights"]}
         return np.asarray(jax.jit(program.call)(weights, *inputs))
@@ -50,6 +51,7 @@ class Model:
                 if size[0] * size[1] > MAX_PIXELS:
                     raise ValueError(f"an image of {image.size} pixels is too long: crop it first")
                 image = image.resize(size, method) if size != image.size else image
+                # Python rounds halves to even, as torchvision's center crop does.
                 left, top = round((image.width - width) / 2), round((image.height - height) / 2)
                 image = image.crop((left, top, left + width, top + height))
             image = image.resize((width, height), method)  # nothing if it has that size

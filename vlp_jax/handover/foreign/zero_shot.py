@@ -54,6 +54,7 @@ def by_transformers(folder: Path) -> tuple[Callable, Callable]:
 
     from PIL import Image
 
+    # The model takes images and texts in one call, so each call gets a stand-in of the other kind.
     empty = [Image.new("RGB", (64, 64))]
     return (
         lambda pictures: embed(pictures, [""]).image_embeds.numpy(),
