@@ -96,6 +96,7 @@ def image_text(augmentation, resize):
             "source": "tfds",
             "dataset": "laion400m/images",
             "split": f"train[{HELD_OUT}:]",
+            # No value yet, but a type, against which an override is checked.
             "data_dir": placeholder(str),
             "preprocess": {**text, "decode_image": {}, **augmentation, **kept},
         }

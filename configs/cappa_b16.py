@@ -52,6 +52,7 @@ def get_config(arg=None):
             "captions": {
                 "name": "captions",
                 "references": "text_raw",
+                # A part, because captions are generated token by token.
                 "data": {**pairs.data.to_dict(), "limit": 2_000},
                 "every": pairs.every,
             },

@@ -65,6 +65,7 @@ def get_config(arg=None):
             "remat": "dots",
         }
     )
+    # Empty: a classifier has no text, and the demo's tokenizer would be trained for nothing.
     config.tokenizer = ConfigDict()
     config.data.update(images("train"))
     config.data.preprocess = PREPROCESS

@@ -34,6 +34,7 @@ def get_config(arg=None):
         {
             "name": "contrastive",
             "loss": "softmax",
+            # The plain form gives each device the logits of its images against all 32,768 texts.
             "loss_form": "blocked",
             "logit_scale_init": 1 / 0.07,
             "max_logit_scale": 100.0,

@@ -54,6 +54,7 @@ def get_config(arg=None):
             "remat": "dots",
         }
     )
+    # CLIP's 77 places, less one for the text's class token.
     config.tokenizer = _recipes.subwords(vocab_size=49_408, context_length=76)
     config.optimizer.learning_rate = 5e-4
     config.optimizer.warmup = duration(steps=10_000)
@@ -65,6 +66,7 @@ def get_config(arg=None):
         {
             "name": "captions",
             "references": "text_raw",
+            # A part, because captions are generated token by token.
             "data": {**pairs.data.to_dict(), "limit": 2_000},
             "every": pairs.every,
         }

@@ -28,6 +28,7 @@ def get_config(arg=None):
     config.batch_size = 128
     config.duration = duration(epochs=5.0)
     config.init_from.model = True
+    # Empty sections are filled from the source, and an override can set their keys.
     config.objective = ConfigDict({"image": {}, "text": {}})
     config.optimizer.learning_rate = 5e-6
     config.optimizer.warmup = duration(percent=10.0)
@@ -40,6 +41,7 @@ def get_config(arg=None):
         }
     )
     config.data.path = placeholder(str)
+    # Always the first caption, so that scores do not depend on a draw.
     held_out = {"split": "validation", "preprocess": {**text, "choose_text": {"index": 0}}}
     retrieval = {"name": "retrieval", "data": held_out, "every": duration(percent=20.0)}
     config.evaluators = ConfigDict({"retrieval": retrieval})

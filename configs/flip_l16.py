@@ -66,6 +66,7 @@ def get_config(arg=None):
         }
     )
     config.tokenizer = _recipes.subwords(vocab_size=30_522, context_length=32)
+    # FLIP's configs give the rate of 256 examples, and scale it with the batch.
     config.optimizer.learning_rate = 4e-6 * config.batch_size / 256
     config.optimizer.warmup = virtual_epochs(40)
     config.optimizer.b1, config.optimizer.b2 = 0.9, 0.95
@@ -80,6 +81,7 @@ def get_config(arg=None):
 def tuned(config):
     """Changes the config to the second stage, which trains on all patches."""
     config.objective.mask_ratio = 0.0
+    # Twice as many patches as in the first stage take twice the memory.
     config.objective.remat = "full"
     config.duration = virtual_epochs(100)
     config.optimizer.learning_rate = 4e-8 * config.batch_size / 256

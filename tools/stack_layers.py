@@ -132,6 +132,8 @@ def find_origins(paths: Sequence[str], folder: object) -> dict[str, str | list[s
             for count in paths:
                 end = count.removeprefix(f"{single[1]}single/")
                 if end != count and end.endswith("/count"):
+                    # A group of single layers has one count of steps; a stack has a count for each
+                    # layer.
                     found[f"{group}/{end}"] = [count] * depth
         found[path] = [rows[index] for index in range(depth)]
     return found

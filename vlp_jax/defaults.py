@@ -93,6 +93,7 @@ def base() -> ConfigDict:
     config.batch_size = 256
     config.microbatches = 1
     config.duration = duration(steps=1000)
+    # Any type: one side, or height and width.
     config.image_size = placeholder(object)
     config.steps_per_dispatch = 1
     config.mesh = mesh()

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+# Before anything imports TensorFlow, which reads it then.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 import jax
@@ -245,6 +246,7 @@ def checkpoints(subject: Subject, follow: bool, stop: threading.Event) -> Iterat
     while not stop.is_set():
         # Before the list is made: a run that is complete by now has saved its last checkpoint.
         last = not follow or agreement.from_first(_is_complete(subject.workdir))
+        # Process 0's list: processes of a job may see a new checkpoint at different moments.
         new = [s for s in agreement.from_first(subject.saved_steps()) if s not in seen]
         for step in new:
             seen.add(step)
@@ -281,6 +283,7 @@ def evaluate_many(
         subject.load()  # raises the error that there are none
     writer = None
     if jax.process_index() == 0:
+        # Nothing is removed on opening: steps come in any order, and more than once.
         writer = JsonlWriter(subject.workdir / EVALUATIONS, start_step=sys.maxsize)
     last: dict[str, float] = {}
     for step in checkpoints(subject, arguments.follow, stop):
@@ -346,6 +349,7 @@ def run(arguments: argparse.Namespace, overrides: Sequence[str], argv: Sequence[
     _say_all(f"note: {note}" for note in subject.notes)
     report = report_command.PageRequest.prepare(arguments, subject, argv)
     if arguments.all or arguments.follow:
+        # Without --follow Ctrl-C ends the command at once, and this event is never set.
         never = contextlib.nullcontext(threading.Event())
         with signals.noted() if arguments.follow else never as stop:
             scores = evaluate_many(subject, arguments, stop)

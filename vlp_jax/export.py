@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+# Before anything imports TensorFlow, which reads it then.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 from etils import epath
@@ -143,8 +144,10 @@ def choose(
     chosen = parts.values() if part is None else [parts[part]]
     candidates = [one.objective for one in chosen]
     kinds = kinds_of(format)
+    # If no part fits, the first one stays: the format then explains why it cannot be written.
     leaf = next((leaf for leaf in candidates if isinstance(leaf.model, kinds)), candidates[0])
     parameters = dict(parameters)
+    # The parameters of a sum include the other parts'.
     if leaf is not objective:
         parameters = {k: parameters[k] for k in expected_shapes(leaf.model) if k in parameters}
     model = Model(leaf.model, bounded(leaf, parameters))
@@ -200,6 +203,7 @@ def chosen_settings(arguments: argparse.Namespace) -> dict[str, Any]:
     """Returns the settings for resizing and weights that the command line sets."""
     settings = {name: getattr(arguments, name) for name in ("resize", "interpolation", "weights")}
     chosen: dict[str, Any] = {k: value for k, value in settings.items() if value is not None}
+    # A resize of the user's own also replaces the size between scaling and cropping.
     return chosen | {"scale": None} if "resize" in chosen else chosen
 
 
@@ -255,6 +259,7 @@ def check_arguments_fit(arguments: argparse.Namespace, workdir: epath.Path, outp
     if "://" in arguments.output:
         raise UserError(f"--output {arguments.output}: write to a local folder, then copy it")
     check_free(output, arguments.overwrite)
+    # Through links, which may lead back into the run's folder.
     inside = os.path.realpath(output)
     if Path(inside).is_relative_to(os.path.realpath(workdir)):
         raise UserError(

@@ -44,6 +44,7 @@ def write_whole(path: epath.PathLike, content: str | bytes) -> None:
         path.write_bytes(content)  # an object appears only when it is complete
         return
     path.parent.mkdir(parents=True, exist_ok=True)
+    # In the same folder, because a rename works only within a file system.
     unfinished = path.parent / f".{path.name}.{uuid.uuid4().hex[:8]}.tmp"
     try:
         unfinished.write_bytes(content)
@@ -99,6 +100,7 @@ def text_lines(path: epath.PathLike) -> Iterator[str]:
     """
     try:
         with epath.Path(path).open("rb") as raw:
+            # The longest mark has 4 bytes.
             without_mark(raw.read(4), str(path))
             raw.seek(0)
             for number, line in enumerate(io.TextIOWrapper(raw, "utf-8-sig", newline=""), 1):
@@ -145,6 +147,7 @@ def without_mark(content: bytes, where: str) -> bytes:
 def _decode(content: bytes, where: str, first_line: int) -> str:
     """Decodes UTF-8; an error names the line, counted from `first_line`."""
     try:
+        # This codec drops a byte order mark, if there is one.
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = first_line + content.count(b"\n", 0, error.start)

@@ -139,6 +139,7 @@ def as_sections(config: ConfigDict, path: str) -> Iterator[None]:
         order = [label for label in operations if label in changed]
         order += [label for label in changed if label not in operations]
         before = as_pairs({label: changed[label] for label in order})
+    # Also after an error, when `before` is still the old sequence.
     finally:
         with config.unlocked():
             del section[key]

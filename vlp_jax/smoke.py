@@ -28,6 +28,7 @@ def smoke(config: ConfigDict) -> ConfigDict:
         _stand_in(config)
     config.duration = duration(steps=2)
     for part in (config.optimizer.warmup, config.optimizer.cooldown):
+        # A percentage shrinks with the duration by itself.
         part.update(duration(steps=1) if part.percent is None else {})
     config.batch_size = SMOKE_BATCH_SIZE
     config.init_from.source = config.init_from.step = None
@@ -51,6 +52,8 @@ def smoke(config: ConfigDict) -> ConfigDict:
         evaluator.update({key: value for key, value in small.items() if key in evaluator})
         if "data" in evaluator:
             evaluator.data = _smoke_data(evaluator.data, "test", image_size)
+            # One example more than whole batches, so that the padding of the last one is at work
+            # too.
             evaluator.data.limit = 2 * SMOKE_BATCH_SIZE + 1
         if "train_data" in evaluator:
             evaluator.train_data = _smoke_data(evaluator.train_data, "train", image_size)

@@ -116,6 +116,7 @@ def evaluated_elsewhere(format: str, folder: Path, data: Path) -> dict[str, Any]
 def scores_of_run(workdir: Any, config: ConfigDict, step: int) -> dict[str, float]:
     """Returns "EVALUATOR/SCORE" -> value of a checkpoint, as noted by the run or else computed."""
     noted = scores.noted(workdir, step)
+    # `noted` gives the nearest step, which may be another.
     if noted is not None and noted.step == step:
         return noted.values
     saved = SavedParameters.of(workdir, step)

@@ -122,6 +122,7 @@ def chosen_variants(arguments: argparse.Namespace) -> list[Variant]:
     for name in (*([arguments.base] if arguments.base else []), *arguments.no_embedding_gathers):
         if name not in names:
             raise UserError(f"there is no variant {name!r} (there are: {', '.join(names)})")
+    # A stable sort: the base moves to the front, and the rest keeps its order.
     return sorted(found, key=lambda one: one.name != (arguments.base or names[0]))
 
 
@@ -252,6 +253,7 @@ def command(argv: list[str]) -> int:
         return 0
     if not arguments.topology:
         raise UserError("--topology is missing; see --help")
+    # A topology needs no devices, so JAX must not look for any but the CPU.
     jax.config.update("jax_platforms", "cpu")
     target = make_target(arguments.topology)
     if not target.compiles:

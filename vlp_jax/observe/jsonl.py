@@ -26,6 +26,7 @@ Texts = Mapping[str, str]
 # JSON has no literal for these three, and Python's own `NaN` breaks every strict reader (jq,
 # browsers, pandas). They are written as strings, which `read_metrics` turns back.
 _NONFINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
+# A full disk, and a full quota.
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _log = logging.getLogger("vlp_jax.observe")
 _RESERVED = ("step", "time", "texts")

@@ -81,6 +81,7 @@ class MultiWriter:
     def close(self) -> None:
         """Closes all of them, also when one fails; the failure is raised afterwards."""
         with contextlib.ExitStack() as stack:
+            # The stack calls the last one first, so reversed means in order.
             for writer in reversed(self.writers):
                 stack.callback(writer.close)
 
@@ -293,6 +294,7 @@ def build_writers(
             writers.append(
                 opened(WandbWriter(workdir, project, name, resolved_config, start_step, mode))
             )
+        # All are open: from here on the caller closes them.
         stack.pop_all()
     return MultiWriter(writers)
 

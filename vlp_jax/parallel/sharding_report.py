@@ -79,6 +79,7 @@ def rows(params: Any, boxed: Any) -> list[Row]:
     leaves = jax.tree_util.tree_leaves_with_path(params)
     for (path, leaf), box in zip(leaves, with_names, strict=True):
         assert nn.unbox(box).shape == leaf.shape, (path, box, leaf)
+        # A PartitionSpec may leave out the last dimensions.
         spec = (*leaf.sharding.spec, *(None,) * (leaf.ndim - len(leaf.sharding.spec)))
         result.append(
             Row(

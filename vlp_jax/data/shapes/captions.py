@@ -17,6 +17,7 @@ from vlp_jax.data.shapes.scenes import Scene, SceneObject, pick
 ADJECTIVES = ("size", "texture", "color")
 FULL = frozenset({"size", "texture", "color", "shape"})
 
+# A word that occurs twice is drawn twice as often; so are the frames below.
 SYNONYMS: dict[str, tuple[str, ...]] = {
     "small": ("small", "small", "little", "tiny"),
     "large": ("large", "large", "big"),
@@ -127,6 +128,7 @@ def some_attributes(rng: np.random.Generator, position: bool = True) -> frozense
 
 def sentence(phrase: str, rng: np.random.Generator) -> str:
     """`phrase` in one of the frames ("there is ...", "a picture of ...")."""
+    # COUNTS has the word of each number at its place, so these are "two" and more.
     plural = phrase.split(" ", 1)[0] in vocabulary.COUNTS[2:]
     return pick(rng, _FRAMES).format(phrase, be="are" if plural else "is")
 
@@ -146,6 +148,7 @@ def detailed(scene: Scene, rng: np.random.Generator) -> str:
     phrases: list[str] = []
     for obj in objects:
         phrase = noun_phrase(obj, FULL, rng)
+        # The first word of an earlier phrase is its article, or "another".
         again = any(p.split(" ", 1)[1] == phrase for p in phrases)
         phrases.append(f"another {phrase}" if again else vocabulary.with_article(phrase))
     # Four tokens are kept for "on a white background".
@@ -252,6 +255,7 @@ def background_first(scene: Scene, rng: np.random.Generator) -> str:
 
 
 _Kind = Callable[[Scene, np.random.Generator], "str | None"]
+# Each kind with the sum of the chances up to it.
 _ONE_OBJECT: tuple[tuple[_Kind, float], ...] = (
     (mention, 0.87),
     (counting, 0.93),
@@ -273,6 +277,7 @@ def varied(scene: Scene, rng: np.random.Generator) -> str:
     while True:
         chance = rng.random()
         text = next(kind for kind, upto in kinds if chance < upto)(scene, rng)
+        # Below the limit, which leaves room for a full stop.
         if text and vocabulary.num_tokens(text) < vocabulary.MAX_CAPTION_TOKENS:
             return f"{text}." if rng.random() < 0.15 else text
 

@@ -104,6 +104,7 @@ def _moving(rng: np.random.Generator, combination: tuple[str, str], motion: str)
             y=float(origin[1] + dy),
             radius=float(radius),
             rotation=float(angle),
+            # The texture turns with the object.
             texture_angle=still.texture_angle + float(angle - angles[0]),
         )
         for (dx, dy), radius, angle in zip(path, radii, angles, strict=True)

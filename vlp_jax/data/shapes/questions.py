@@ -109,6 +109,7 @@ def _absent(
     scene: Scene, values: dict[str, str], rng: np.random.Generator, allowed: Combinations
 ) -> dict[str, str] | None:
     """`values` with one of them changed so that no object has them all; None if it fails."""
+    # Sorted, because the names come from a set, whose order differs between processes.
     attribute = pick(rng, sorted(values))
     changed = values | {attribute: pick(rng, _VALUES[attribute])}
     return changed if _count(scene, changed) == 0 and _possible(changed, allowed) else None
