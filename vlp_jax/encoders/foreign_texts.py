@@ -211,6 +211,7 @@ def _siglip(
     tokens = [*config["added_tokens_decoder"].values()]
     tokens += _json(files, TOKENIZER, where).get("added_tokens", [])
     added = {x["content"]: (bool(x.get("lstrip")), bool(x.get("rstrip"))) for x in tokens}
+    # transformers' class lets its special tokens take the white space on both sides.
     added = dict.fromkeys(special.values(), (True, True)) | added
     try:
         return SiglipTokenizer(
@@ -233,6 +234,7 @@ def _add_tokens(content: dict[str, Any], config: Mapping[str, Any]) -> None:
     there = {token["content"] for token in content["added_tokens"]}
     ids = vocabulary_of(content)
     wanted: dict[str, dict[str, Any]] = {}
+    # By number: the keys are texts in JSON, where "10" would come before "9".
     decoder = sorted((int(i), token) for i, token in config["added_tokens_decoder"].items())
     for _, token in decoder:
         wanted.setdefault(token["content"], {"special": False, **token})

@@ -50,6 +50,7 @@ def _clip(content: Content, config: Mapping[str, Any], ids: Mapping[str, int]) -
 
 def _gemma(content: Content, config: Mapping[str, Any], ids: Mapping[str, int]) -> None:
     content["model"] |= {"fuse_unk": True, "byte_fallback": True, "unk_token": config["unk_token"]}
+    # U+2581 is SentencePiece's mark of a space.
     content["normalizer"] = _replace({"String": " "}, "\u2581")
     content["pre_tokenizer"] = {
         "type": "Split",
@@ -85,6 +86,7 @@ def _t5(content: Content, config: Mapping[str, Any], ids: Mapping[str, int]) -> 
     content["pre_tokenizer"] = _sequence(
         "pretokenizers", {"type": "WhitespaceSplit"}, {**spaces, "split": True}
     )
+    # T5's vocabulary begins with <pad>, </s>, <unk>.
     content["model"] |= {"unk_id": 2, "byte_fallback": False}
     content["post_processor"] = _frame(ids, None, "</s>")
 
@@ -154,9 +156,12 @@ def of_vocabulary(files: Mapping[str, bytes]) -> Content | None:
         merges = [line.split(" ") for line in lines if line and not line.startswith("#version")]
         model = {"type": "BPE", "vocab": json.loads(files["vocab.json"]), "merges": merges}
     elif "vocab.txt" in files:
+        # Only the last line break goes: the number of a line is an id, also where the line is
+        # empty.
         lines = files["vocab.txt"].decode("utf-8", "replace").removesuffix("\n").split("\n")
         vocab = {line: number for number, line in enumerate(lines)}
         model = {"type": "WordPiece", "vocab": vocab, "unk_token": "[UNK]"}
+        # As in BERT's WordPiece: 100 is its longest word.
         model |= {"continuing_subword_prefix": "##", "max_input_chars_per_word": 100}
     else:
         return None

@@ -67,6 +67,7 @@ class Reconstruction(Evaluator):
         )
         views = None
         if VIEWS in self._resources.functions:
+            # One batch: three pictures of each image would be too much for a whole split.
             first = next(self._pipeline.batches())
             pictures, _ = self._resources.embed(params, iter([first]), {"image": VIEWS})
             views = pictures["image"][:SHOWN]

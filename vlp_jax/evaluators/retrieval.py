@@ -104,6 +104,7 @@ class Retrieval(Evaluator):
         self._ks = tuple(ks)
         self._captions = captions
         self._split = Split(resources, data, () if captions is None else (captions,))
+        # Only fields of numbers have a spec: strings do not go to the devices.
         if captions in self._split.pipeline.batch_spec():
             raise UserError(
                 f"captions: the field {captions!r} holds numbers; leave captions out to take the "

@@ -34,6 +34,7 @@ LIBRARY = {
     "stablehlo": "jax",
     "safetensors": "vlp_jax",
 }
+# Tokens to which transformers' zero-shot pipeline pads the texts of every SigLIP.
 SIGLIP_PIPELINE_LENGTH = 64
 # Format -> how its library treats pixels that are not plain RGB, where it differs from training.
 # Measured with transformers 5.24, open_clip 3.3 and timm 1.0.31 (table in docs/interop.md).

@@ -80,6 +80,7 @@ def read(spec: str, like: Module | None = None) -> Imported:
     name, colon, path = spec.partition(":")
     if not colon or not path:
         raise UserError(f"weights are named FORMAT:PATH, such as hf_clip:models/clip, not {spec!r}")
+    # A shell leaves a ~ after the colon as it is.
     return format_named(name).read(Path(path).expanduser(), like)
 
 
@@ -87,6 +88,7 @@ def read_weights(spec: str, like: Module) -> Weights:
     """Reads parameters for the model `like`, which may have other sizes; see `read`."""
     imported = read(spec, like)
     grids = {}
+    # The decoder of a masked autoencoder has the image tower's grid.
     for path in ("image/position_embedding", "decoder/position_embedding"):
         if path in imported.params:
             grids[path] = image_of(imported.module).grid

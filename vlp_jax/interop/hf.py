@@ -49,6 +49,7 @@ def write(module: Module, params: Params, directory: Path, extras: Extras) -> li
     """Writes a module as the first class that can express it: CLIPModel before SiglipModel."""
     *formats, last = _formats_of(module)
     able = (format_ for format_ in formats if not format_.check(module, extras))
+    # `check` has found a class that is able: if none of the first, then the last.
     return next(able, last).write(module, params, directory, extras)
 
 

@@ -61,6 +61,8 @@ class TokenizerFiles:
             "tokenizer_class": "PreTrainedTokenizerFast",
             "eos_token": names[eos_id],
             "pad_token": names[pad_id],
+            # Where nothing is unknown, as with bytes, it is never used; CLIP names its end of text
+            # too.
             "unk_token": _unknown(content["model"]) or names[eos_id],
             "model_max_length": context_length,
             "padding_side": "right",

@@ -34,6 +34,7 @@ def inputs_of(path: str) -> tuple[int, ...] | None:
         return (-1,)
     if not path.endswith("/kernel"):
         return None
+    # Module and layer: ["attention", "query"] of ".../attention/query/kernel".
     layer = path.split("/")[-3:-1]
     if layer[0] == "attention":
         return (-3, -2) if layer[1] == "out" else (-3,)

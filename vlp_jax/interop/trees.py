@@ -57,6 +57,7 @@ def image_of(module: Module) -> VisionTransformer:
     return module.towers()["image"]
 
 
+# A module is frozen and hashable, and a large one takes long to trace.
 @functools.lru_cache(maxsize=64)
 def expected_shapes(module: Module) -> dict[str, Shape]:
     """Returns path -> shape of all parameters of a model; computes nothing."""

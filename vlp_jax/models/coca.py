@@ -181,6 +181,7 @@ class CoCa(nn.Module):
             empty_cache(tower.transformer, tower.compute, batch, length)
             for tower in (self.text, self.decoder)
         ]
+        # One count serves both towers; `own` is a pair of caches. The text tower has no context.
         return caches[0].replace(own=tuple(cache.own for cache in caches))
 
     def step(

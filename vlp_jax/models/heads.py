@@ -161,6 +161,7 @@ class MultiHeadAttention(nn.Module):
             use_bias=self.config.bias,
             heads=heads,
             head_dim=self.config.head_width,
+            # Only this backend takes heads side by side.
             flat=self.compute.attention == "pallas",
             name=name,
         )(x)

@@ -225,7 +225,7 @@ class Encoder(nn.Module):
             # A loop keeps XLA from merging the two forward passes; written out, nothing else does.
             block = nn.remat(block, policy=policy, prevent_cse=not compute.scan_layers)
         drops = train and config.stochastic_depth > 0
-        # Traced rates, and not numbers: a scan runs one program for all layers.
+        # An array, and not numbers: a scan runs one program for all layers.
         rates = jnp.linspace(0, config.stochastic_depth, config.depth) if drops else None
         # `each` is sliced, a part for a layer. `told` is the same for all layers.
         each = None if cache is None else (cache.own, cache.context)

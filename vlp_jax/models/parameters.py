@@ -54,6 +54,7 @@ class LayerNorm(nn.Module):
     def __call__(self, x: Float[Array, "*batch width"]) -> Float[Array, "*batch width"]:
         width = (x.shape[-1],)
         scale = self.param("scale", named(nn.initializers.ones_init(), "norm"), width, jnp.float32)
+        # At least float32: bfloat16 has 8 bits, too few for a mean of squares.
         x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
         mean = checkpoint_name(x.mean(axis=-1, keepdims=True), "norm_mean")
         centered = x - mean

@@ -148,6 +148,7 @@ PLAIN_LAYERS = {
 }
 
 _TRANSFORMER = tuple(field.name for field in dataclasses.fields(TransformerConfig))
+# Flax's own fields of a module, and the two values that a tower passes on whole.
 _NO_FIELDS = ("parent", "name", "transformer", "compute")
 
 

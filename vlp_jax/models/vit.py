@@ -239,8 +239,8 @@ class VisionTransformer(nn.Module):
         first = self.class_token and self.class_position and self.position == "learned"
         if self.position != "none":
             if self.position == "learned":
+                # The deviation is big_vision's, `get_posemb`.
                 table = layers.position_embedding(
-                    # As in big_vision, `get_posemb`.
                     self, first + self.patches, self.width, stddev=self.width**-0.5
                 )
             else:

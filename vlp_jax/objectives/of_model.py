@@ -60,6 +60,7 @@ def objective_of(
       mask_ratio, normalize_targets: fields of `MaskedAutoencoding`, for a masked autoencoder.
     """
     made: dict[type, Any] = {
+        # max_logit_scale 0 is no bound: a foreign scale is taken as it is.
         CoCa: lambda: coca_parts(model, contrast=Weight(), caption=Weight(), max_logit_scale=0.0),
         DualEncoder: lambda: Contrastive(
             model, "softmax" if model.logit_bias_init is None else "sigmoid", max_logit_scale=0.0

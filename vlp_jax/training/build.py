@@ -57,6 +57,7 @@ class RunComponents:
         The rule follows from the config alone, because all processes must dispatch the same number.
         """
         config, total = self.setup.config, self.setup.units.total_steps
+        # Without a trace both ends below are step 0, which begins a dispatch in any case.
         first, last = profile_steps(config) or (0, -1)
         return StepsAhead(
             several=config.steps_per_dispatch,

@@ -64,8 +64,6 @@ def make_step(
             return compute_loss(param_groups.merge(trained, fixed), batch, context)
 
         (value, output), grads = jax.value_and_grad(loss, has_aux=True)(trained)
-        # All parameters are passed: the optimizer leaves out the frozen ones itself
-        # (`without_frozen`).
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         # Weight decay and momentum would move resting parameters, although their gradient is 0.
         hold = functools.partial(param_groups.hold, resting)
@@ -75,7 +73,6 @@ def make_step(
         params = param_groups.merge(updated, fixed)
         ema = hold(average(state.ema, updated, state.step), state.ema)
         grad_norm = optax.tree.norm(grads)
-        # A phase that begins at step 0 has new statistics already.
         stats = choose(state.step == begins, guard.init(), state.guard) if begins else state.guard
         apply, stats = guard(stats, value, grad_norm)
         # Select, not branch: skipped steps are rare, and a select fuses with the update.
