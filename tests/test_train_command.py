@@ -209,4 +209,4 @@ def test_help_lists_the_keys_of_a_config(capsys):
     assert stop.value.code == 0
     text = capsys.readouterr().out
     assert "--config.optimizer.learning_rate=" in text and "Exit status" in text
-    assert "--config.objective.mask_ratio=0.0\n      share of the patches" in text
+    assert "--config.objective.mask_ratio=0.0\n      share of each image's patches" in text
