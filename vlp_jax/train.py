@@ -155,12 +155,16 @@ def find_first_step(parts: RunComponents, checkpointer: Checkpointer) -> int:
 
 
 def prepare_config(config: ConfigDict, workdir: epath.Path) -> ConfigDict:
-    """Takes the model from the source of the weights if the config asks for it; checks the config.
+    """Completes a copy of the config, also with the model of its source of weights; checks it.
 
     Raises:
       UserError: a mistake that can be seen without building anything.
     """
-    config, notes = source_model.completed(config, workdir)
+    config = (
+        config.copy_and_resolve_references()
+    )  # a config straight from `get_config` is incomplete
+    config_lib.complete(config)
+    config, notes = source_model.completed(config.lock(), workdir)
     for note in notes if jax.process_index() == 0 else ():
         print(f"note: {note}", flush=True)
     config_lib.check(config)

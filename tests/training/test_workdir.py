@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from etils import epath
 
+from configs import demo
 from vlp_jax import config as config_lib
 from vlp_jax import train
 from vlp_jax.errors import UserError
@@ -167,6 +168,14 @@ def test_a_folder_without_its_checksums_is_read_wherever_it_lies(saved, tmp_path
     (folder / "checkpoints" / "3" / "checksums.json").unlink()
     with Checkpointer(folder) as checkpointer:
         assert checkpointer.steps() == [3]
+
+
+def test_a_config_straight_from_its_function_is_completed(tmp_path):
+    config = demo.get_config()
+    prepared = train.prepare_config(config, tmp_path / "run")
+    assert prepared.objective.image.image_size == config.image_size
+    assert "image_size" not in config.objective.image and "lanes" in prepared.data
+    assert config_lib.to_json(prepared) == config_lib.to_json(config_lib.load("configs/demo.py"))
 
 
 @pytest.mark.parametrize("name", ["run[1]", "[run", "a\\b"])
