@@ -247,7 +247,7 @@ def test_a_run_with_frozen_parameters_resumes(tmp_path):
         assert checkpointer.check_fits(setup.abstract) == 1
         restored = checkpointer.restore(setup.abstract, 1)
         thawed = one_device(helpers.tiny_config())
-        with pytest.raises(UserError, match="opt_state/.*image.* is absent in the checkpoint"):
+        with pytest.raises(UserError, match="was written with another config.optimizer"):
             checkpointer.check_fits(thawed.abstract)
     ours, expected = (step(s, put_batch(second, setup.mesh)) for s in (restored, state))
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(ours), jax.device_get(expected))
