@@ -118,6 +118,7 @@ def find_origins(paths: Sequence[str], folder: object) -> dict[str, str | list[s
             layers.setdefault(f"{match[1]}layers/{match[3]}", {})[int(match[2])] = path
     if not layers:
         raise UserError(f"the layers of {folder} are stacked already; it can be used as it is")
+    groups: set[tuple[str, int]] = set()
     for path, rows in layers.items():
         depth = len(rows)
         if sorted(rows) != list(range(depth)):
@@ -127,15 +128,16 @@ def find_origins(paths: Sequence[str], folder: object) -> dict[str, str | list[s
             )
         single = SINGLE.fullmatch(path)
         if single:
-            group = f"{single[1]}stack_of_{depth}"
-            path = f"{group}{single[2]}"
-            for count in paths:
-                end = count.removeprefix(f"{single[1]}single/")
-                if end != count and end.endswith("/count"):
-                    # A group of single layers has one count of steps; a stack has a count for each
-                    # layer.
-                    found[f"{group}/{end}"] = [count] * depth
+            groups.add((single[1], depth))
+            path = f"{single[1]}stack_of_{depth}{single[2]}"
         found[path] = [rows[index] for index in range(depth)]
+    for above, depth in groups:
+        for path in paths:
+            end = path.removeprefix(f"{above}single/")
+            if end != path and end.endswith("/count"):
+                # A group of single layers has one count of steps; a stack has a count for each
+                # layer.
+                found[f"{above}stack_of_{depth}/{end}"] = [path] * depth
     return found
 
 
