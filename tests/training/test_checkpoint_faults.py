@@ -52,8 +52,11 @@ def saved(tmp_path, three_checkpoints):
 
 
 def largest_file(directory):
-    """Of the files that hold arrays."""
-    files = (f for f in directory.rglob("*") if f.is_file() and f.name != "_METADATA")
+    """The largest of the files that hold arrays: OCDBT keeps them in folders named `d`.
+
+    Descriptions beside them may be larger, and a checkpoint can be read without some of these.
+    """
+    files = (f for f in directory.rglob("d/*") if f.is_file())
     return max(files, key=lambda f: f.stat().st_size)
 
 
