@@ -16,7 +16,7 @@ from vlp_jax.training.abstract_setup import abstract_setup
 
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = Path(__file__).with_name("golden")
-# Without a source of weights, finetune.py has no model; tests/interop/test_finetune.py gives it one.
+# finetune.py has no model until it has a source of weights: tests/interop/test_finetune.py.
 NAMES = sorted(path.stem for path in (ROOT / "configs").glob("[!_]*.py") if path.stem != "finetune")
 CASES = {
     **{name: [name, "--config.mesh.preset=fsdp"] for name in NAMES if name != "mae_then_clip"},
