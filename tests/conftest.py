@@ -20,8 +20,11 @@ os.environ.setdefault(
     ),
 )
 
+import annotations
 import jax
 import pytest
+
+annotations.check_from_now_on()
 
 ROOT = Path(__file__).resolve().parent.parent
 

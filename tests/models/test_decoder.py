@@ -118,7 +118,10 @@ def test_logits_are_those_of_mbart():
     x = x * w["layernorm_embedding.weight"] + w["layernorm_embedding.bias"]
     stack = Encoder(decoder.transformer)
     found = stack.apply(
-        {"params": encoder}, x, AttentionMask(causal=True), context=Attended(encoded)
+        {"params": encoder},
+        jnp.asarray(x),
+        AttentionMask(causal=True),
+        context=Attended(jnp.asarray(encoded)),
     )
     np.testing.assert_allclose(found, expected, atol=2e-5)
 
@@ -268,6 +271,14 @@ def test_one_beam_is_greedy():
     np.testing.assert_allclose(beam.scores, greedy.scores, atol=1e-5)
 
 
+def no_cache():
+    return tiny().apply(with_params(tiny()), 3, 8, method="start")
+
+
+def no_step(tokens, cache):
+    raise AssertionError("a refused search takes no step")
+
+
 @pytest.mark.parametrize(
     "make, message",
     [
@@ -276,7 +287,7 @@ def test_one_beam_is_greedy():
         (lambda: Sampling(top_k=-1), "top_k must be >= 0"),
         (lambda: Sampling(top_p=0.0), r"top_p must be in \(0, 1\]"),
         (
-            lambda: beam_search(None, None, ids(), 3, width=0, eos_id=EOS, pad_id=PAD),
+            lambda: beam_search(no_step, no_cache(), ids(), 3, width=0, eos_id=EOS, pad_id=PAD),
             "width of a beam search must be at least 1, not 0",
         ),
     ],

@@ -11,7 +11,7 @@ from vlp_jax.models.heads import FromHeads, ToHeads
 from vlp_jax.models.parameters import norm
 from vlp_jax.models.values import PLAIN, TransformerConfig
 
-X = np.random.default_rng(0).normal(size=(3, 5, 16)).astype(np.float32)
+X = jnp.asarray(np.random.default_rng(0).normal(size=(3, 5, 16)), jnp.float32)
 HEADS = X.reshape(3, 5, 2, 8)
 XAVIER = {"kernel_init": nn.initializers.xavier_uniform()}
 NAMES = (("a", "b"), ("c",), PLAIN)

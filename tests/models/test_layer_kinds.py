@@ -12,6 +12,7 @@ import transformers
 from jax.experimental.pallas import tpu as pltpu
 from modules import apply, changed, init, perturbed
 
+from tools.perf.peers.torch_step import patch_torchvision
 from vlp_jax import config as config_lib
 from vlp_jax.errors import UserError
 from vlp_jax.models import layers
@@ -30,12 +31,13 @@ from vlp_jax.models.values import (
 )
 from vlp_jax.models.vit import VisionTransformer, make_vit
 
+patch_torchvision()
 LLAMA = TransformerConfig(
     width=32, depth=2, mlp_dim=48, heads=4, kv_heads=2, norm="rms", norm_eps=1e-5,
     activation="silu", gated=True, bias=False, rope=10_000.0,
 )  # fmt: skip
 QWEN3 = dataclasses.replace(LLAMA, head_dim=16, kv_heads=1, qk_norm=True, rope=1e6)
-X = np.random.default_rng(0).normal(size=(2, 7, 32)).astype(np.float32)
+X = jnp.asarray(np.random.default_rng(0).normal(size=(2, 7, 32)), jnp.float32)
 
 
 def theirs(name, config):
@@ -95,7 +97,7 @@ def test_layers_are_those_of_transformers(name, config):
     shapes = jax.tree.map(np.shape, init(encoder, X))
     assert jax.tree.map(np.shape, params) == shapes
     weight = np.random.default_rng(1).normal(size=X.shape).astype(np.float32)
-    x = torch.from_numpy(X).requires_grad_()
+    x = torch.from_numpy(np.array(X)).requires_grad_()
     expected = model(inputs_embeds=x).last_hidden_state
     (expected * torch.from_numpy(weight)).sum().backward()
 

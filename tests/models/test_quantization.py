@@ -22,12 +22,13 @@ DIMS = (((1,), (0,)), ((), ()))
 
 def rounded(x, dtype):
     """`x` to 8 bits and back, as the definition says."""
+    x = np.asarray(x)
     factor = np.abs(x).max() / float(ml_dtypes.finfo(dtype).max)
     return (x / factor).astype(dtype).astype(np.float64) * factor
 
 
 def normal(seed, *shape):
-    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
 
 
 def test_a_product_is_that_of_rounded_factors():

@@ -331,9 +331,9 @@ def test_contrastive_refuses_what_it_does_not_know(wrong, words):
     "change, words",
     [
         ({"name": "hinge"}, "known: softmax, sigmoid"),
-        ({"text": np.zeros((BATCH, DIM + 1))}, "of pairs"),
+        ({"text": jnp.zeros((BATCH, DIM + 1))}, "of pairs"),
         ({"block_size": 0}, "at least 1"),
-        ({"image": np.zeros((12, DIM)), "text": np.zeros((12, DIM))}, "not divisible by the 8"),
+        ({"image": jnp.zeros((12, DIM)), "text": jnp.zeros((12, DIM))}, "not divisible by the 8"),
         ({"mesh": jax.sharding.AbstractMesh((8,), ("data",))}, "no axis replica, fsdp"),
     ],
 )

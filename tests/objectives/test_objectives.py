@@ -39,7 +39,9 @@ KEY = jax.random.key(1)
 def batch():
     rng = np.random.default_rng(0)
     return {
-        name: rng.integers(0, 60 if spec.dtype == jnp.int32 else 256, spec.shape).astype(spec.dtype)
+        name: jnp.asarray(
+            rng.integers(0, 60 if spec.dtype == jnp.int32 else 256, spec.shape), spec.dtype
+        )
         for name, spec in SPEC.items()
     }
 

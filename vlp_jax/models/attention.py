@@ -30,10 +30,11 @@ from vlp_jax.models.attention_mask import CAUSAL, KINDS, LENGTHS, SEE_ALL, Atten
 from vlp_jax.models.variants import check_choice
 
 Heads = Float[Array, "batch tokens heads head_dim"]
+KeyHeads = Float[Array, "batch keys kv_heads head_dim"]
 Attention = Callable[[Heads, Heads, Heads, AttentionMask], Heads]
 
 
-def _xla(query: Heads, key: Heads, value: Heads, mask: AttentionMask) -> Heads:
+def _xla(query: Heads, key: KeyHeads, value: KeyHeads, mask: AttentionMask) -> Heads:
     # JAX applies lengths and causality without an array [queries, keys]; other rules need one.
     plain = {CAUSAL, LENGTHS}.issuperset(mask.kinds())
     told = {"is_causal": mask.causal, "key_value_seq_lengths": mask.lengths}
@@ -42,7 +43,7 @@ def _xla(query: Heads, key: Heads, value: Heads, mask: AttentionMask) -> Heads:
     return jax.nn.dot_product_attention(query, key, value, implementation="xla", **told)
 
 
-def _cudnn(query: Heads, key: Heads, value: Heads, mask: AttentionMask) -> Heads:
+def _cudnn(query: Heads, key: KeyHeads, value: KeyHeads, mask: AttentionMask) -> Heads:
     # JAX turns an array of a mask into a bias, for which cuDNN is slower; lengths and causality it
     # takes as such.
     try:
@@ -58,7 +59,7 @@ def _cudnn(query: Heads, key: Heads, value: Heads, mask: AttentionMask) -> Heads
         raise ValueError(f"attention 'cudnn' refuses: {error}; take attention 'xla'") from error
 
 
-def _xla_bf16(query: Heads, key: Heads, value: Heads, mask: AttentionMask) -> Heads:
+def _xla_bf16(query: Heads, key: KeyHeads, value: KeyHeads, mask: AttentionMask) -> Heads:
     shared = query.shape[2] // key.shape[2]  # query heads per key head (GQA)
     key, value = (jnp.repeat(x, shared, axis=2) if shared > 1 else x for x in (key, value))
     scores = jnp.einsum("bqhd,bkhd->bhqk", query * query.shape[-1] ** -0.5, key)
@@ -73,14 +74,14 @@ def _padded(
     attention: Attention,
     multiple: int,
     query: Heads,
-    key: Heads,
-    value: Heads,
+    key: KeyHeads,
+    value: KeyHeads,
     mask: AttentionMask,
 ) -> Heads:
     """`attention` of sequences that are filled up to a multiple; nothing sees what fills them."""
     batch, tokens, keys = query.shape[0], query.shape[1], key.shape[1]
 
-    def pad(x: Heads) -> Heads:
+    def pad(x: Array) -> Array:
         return jnp.pad(x, ((0, 0), (0, -x.shape[1] % multiple), (0, 0), (0, 0)))
 
     # Lengths hide the keys that are filled in; the queries that are filled in are cut off at the
@@ -90,7 +91,7 @@ def _padded(
     return attention(pad(query), pad(key), pad(value), mask)[:, :tokens]
 
 
-def _pallas(query: Heads, key: Heads, value: Heads, mask: AttentionMask) -> Heads:
+def _pallas(query: Heads, key: KeyHeads, value: KeyHeads, mask: AttentionMask) -> Heads:
     flat = (einops.rearrange(x, "b t h d -> b t (h d)") for x in (query, key, value))
     out = attend_flat(*flat, head_dim=query.shape[3], mask=mask)
     return einops.rearrange(out, "b t (h d) -> b t h d", h=query.shape[2])
@@ -98,8 +99,8 @@ def _pallas(query: Heads, key: Heads, value: Heads, mask: AttentionMask) -> Head
 
 def attend_flat(
     query: Float[Array, "batch tokens width"],
-    key: Float[Array, "batch keys width"],
-    value: Float[Array, "batch keys width"],
+    key: Float[Array, "batch keys key_width"],
+    value: Float[Array, "batch keys key_width"],
     *,
     head_dim: int,
     mask: AttentionMask = SEE_ALL,
@@ -170,8 +171,8 @@ ONLY_ON = {"pallas": ("tpu",), "cudnn": ("gpu", "cuda")}
 
 def attend(
     query: Heads,
-    key: Float[Array, "batch keys kv_heads head_dim"],
-    value: Float[Array, "batch keys kv_heads head_dim"],
+    key: KeyHeads,
+    value: KeyHeads,
     *,
     implementation: str,
     mask: AttentionMask = SEE_ALL,

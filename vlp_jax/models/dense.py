@@ -8,6 +8,7 @@ from collections.abc import Callable
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from vlp_jax.models.parameters import Dtype, named
@@ -30,7 +31,7 @@ def _forward(x: Array, bias: Array) -> tuple[Array, Array]:
     return x + bias, jnp.zeros((), bias.dtype)  # a residual that carries the dtype alone
 
 
-def _backward(like: Array, gradient: Array) -> tuple[Array, Array]:
+def _backward(like: ArrayLike, gradient: Array) -> tuple[Array, Array]:
     if gradient.dtype != jnp.bfloat16:
         return gradient, gradient.sum(axis=(0, 1)).astype(like.dtype)
     # Without the barrier the compiler knows that these are ones, and turns the product into a sum.

@@ -56,7 +56,7 @@ class ToHeads(Product):
     @nn.compact
     def __call__(
         self, x: Float[Array, "batch tokens width"]
-    ) -> Float[Array, "batch tokens heads head_dim"] | Float[Array, "batch tokens width"]:
+    ) -> Float[Array, "batch tokens heads head_dim"] | Float[Array, "batch tokens flat"]:
         heads = (self.heads, self.head_dim)
         x = self.product(x, (x.shape[-1], *heads), heads, flat=self.flat)
         names = ("batch", "act_tokens", "act_heads")
@@ -94,7 +94,7 @@ class MultiHeadAttention(nn.Module):
     def __call__(
         self,
         query: Float[Array, "batch query_tokens width"],
-        key_value: Float[Array, "batch tokens width"],
+        key_value: Float[Array, "batch tokens key_width"],
         mask: AttentionMask = SEE_ALL,
         kept: KeysAndValues | None = None,
         filled: Int[Array, ""] | None = None,

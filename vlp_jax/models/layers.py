@@ -249,7 +249,7 @@ class Encoder(nn.Module):
 
 
 def _layer(
-    layer: Block, x: Array, own: tuple[Any, Any], told: tuple[Any, Any, Any]
+    layer: nn.Module, x: Array, own: tuple[Any, Any], told: tuple[Any, Any, Any]
 ) -> tuple[Array, tuple[KeysAndValues, KeysAndValues | None] | None]:
     """A layer as the body of a loop: (what goes on, what is collected)."""
     (rate, kept), (mask, context, filled) = own, told

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, Int, Num, PRNGKeyArray
 
 
 class PatchMask(NamedTuple):
@@ -54,7 +54,7 @@ def random_mask(rng: PRNGKeyArray, batch: int, patches: int, kept: int) -> Patch
 
 
 def take_tokens(
-    x: Float[Array, "batch tokens *rest"], indices: Int[Array, "batch kept"]
-) -> Float[Array, "batch kept *rest"]:
+    x: Num[Array, "batch tokens *rest"], indices: Int[Array, "batch kept"]
+) -> Num[Array, "batch kept *rest"]:
     """Selects the tokens at `indices` from each sequence."""
     return jnp.take_along_axis(x, indices.reshape(*indices.shape, *(1,) * (x.ndim - 2)), axis=1)

@@ -17,7 +17,10 @@ from jaxtyping import Array, Float, UInt8
 
 # Images as stored, or float32 with values in [0, 255]: a computed image, such as an adversarial
 # one, must not be rounded.
-Images = UInt8[Array, "*batch height width 3"] | Float[Array, "*batch height width 3"]
+Images = (
+    UInt8[Array, "*batch image_height image_width 3"]
+    | Float[Array, "*batch image_height image_width 3"]
+)
 Tower = TypeVar("Tower", bound=nn.Module)
 NORMS = ("layer", "rms")
 

@@ -27,8 +27,8 @@ POSITIONS = ("learned", "sincos", "none")
 
 
 def patchify(
-    image: Float[Array, "batch height width channels"], patch_size: int
-) -> Float[Array, "batch patches patch_height patch_width channels"]:
+    image: Num[Array, "batch height width channels"], patch_size: int
+) -> Num[Array, "batch patches patch_height patch_width channels"]:
     """Cuts images into patches, row by row.
 
     Raises:
@@ -43,8 +43,8 @@ def patchify(
 
 
 def unpatchify(
-    patches: Float[Array, "batch patches patch_height patch_width channels"], grid: Grid
-) -> Float[Array, "batch height width channels"]:
+    patches: Num[Array, "batch patches patch_height patch_width channels"], grid: Grid
+) -> Num[Array, "batch height width channels"]:
     """Joins patches to images: undoes `patchify`."""
     return einops.rearrange(patches, "b (h w) p q c -> b (h p) (w q) c", h=grid[0], w=grid[1])
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, Protocol, Self
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import flax.linen as nn
 import jax
@@ -187,6 +187,7 @@ class Part:
         return fields
 
 
+@runtime_checkable
 class Objective(Protocol):
     """A model with its loss: a frozen dataclass of Flax modules and numbers, with this base class.
 
@@ -283,7 +284,7 @@ class Objective(Protocol):
         """Returns the steps at which parts of a sum begin or end; see `at`."""
         return ()
 
-    def at(self, step: int) -> Self:
+    def at(self, step: int) -> Objective:
         """Returns the objective without the parts of weight 0 from `step` to the next switch."""
         del step
         return self

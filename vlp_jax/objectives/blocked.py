@@ -38,7 +38,7 @@ Gradients = tuple[Array, Array, Array, Array]  # with respect to image, text, sc
 def blocked_loss(
     name: str,
     image: Float[Array, "batch dim"],
-    text: Float[Array, "batch dim"],
+    text: Float[Array, "texts text_dim"],
     scale: Float[Array, ""],
     bias: Float[Array, ""],
     *,

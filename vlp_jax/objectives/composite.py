@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, Self
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -140,7 +140,7 @@ class Composite(Objective):
         ends = (step for part in self.members for step in (part.weight.begin, part.weight.end))
         return tuple(sorted({step for step in ends if step}))
 
-    def at(self, step: int) -> Self:
+    def at(self, step: int) -> Objective:
         """Returns the sum of the parts whose weight is not 0 at `step`.
 
         Raises:

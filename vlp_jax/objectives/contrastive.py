@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from vlp_jax import config as config_lib
@@ -170,11 +171,11 @@ def bound_above(x: Float[Array, ""], bound: float) -> Float[Array, ""]:
     return jnp.minimum(x, bound)
 
 
-def _bound_above_forward(x: Array, bound: float) -> tuple[Array, Array]:
+def _bound_above_forward(x: ArrayLike, bound: float) -> tuple[Array, ArrayLike]:
     return jnp.minimum(x, bound), x
 
 
-def _bound_above_backward(bound: float, x: Array, gradient: Array) -> tuple[Array]:
+def _bound_above_backward(bound: float, x: ArrayLike, gradient: Array) -> tuple[Array]:
     # Gradient descent subtracts, so a positive gradient lowers x. The true gradient is 0 above the
     # bound, where x could never come back.
     return (jnp.where(x > bound, jnp.maximum(gradient, 0), gradient),)
