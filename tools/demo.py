@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 # XLA runs one program on one thread of the host more than on several cores: two devices that share
 # the batch keep two cores busy, and the sharding of a real run is at work in its smallest form.
 os.environ.setdefault("JAX_NUM_CPU_DEVICES", "2")

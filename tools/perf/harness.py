@@ -41,19 +41,23 @@ PLAIN_WIDTH = 140  # of a table where there is no terminal: wide enough to wrap 
 def make_parser(
     name: str, description: str | None, *, config: bool | None = None, rounds: int | None = None
 ) -> argparse.ArgumentParser:
-    """Returns a parser for `python -m tools.perf.NAME`, with --json.
+    """Returns a parser with --json.
 
     Args:
+      name: of the measurement in `tools.perf`, or a module in full.
       config: adds --config and --config.KEY=VALUE; True requires --config.
       rounds: the default of --rounds; None leaves it out.
     """
-    command = f"python -m tools.perf.{name}"
-    parser = arguments_lib.make_parser(command, description, config=config)
+    parser = arguments_lib.make_parser(_command(name), description, config=config)
     if rounds is not None:
         told = "turns of each (default: %(default)s)"
         parser.add_argument("--rounds", type=int, default=rounds, metavar="N", help=told)
     parser.add_argument("--json", metavar="FILE", help="also write the figures to FILE")
     return parser
+
+
+def _command(name: str) -> str:
+    return f"python -m {name if '.' in name else f'tools.perf.{name}'}"
 
 
 def run(command: Callable[[list[str]], int | None], argv: Sequence[str] | None) -> int:
@@ -184,11 +188,11 @@ def provenance(name: str, argv: Sequence[str]) -> dict[str, Any]:
     Devices are told where JAX has been imported: asking for them would start it.
 
     Args:
-      name: of the measurement, as in `python -m tools.perf.NAME`.
+      name: of the measurement, see `make_parser`.
       argv: its arguments.
     """
     found = {
-        "command": shlex.join(["python", "-m", f"tools.perf.{name}", *argv]),
+        "command": f"{_command(name)} {shlex.join(argv)}".strip(),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "commit": commit(),
         "versions": versions(PACKAGES),
