@@ -7,6 +7,7 @@ import math
 import multiprocessing
 import random
 import time
+import types
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from tools.perf import corpus as bench_corpus
 from tools.perf import data as bench_data
 from tools.perf import harness
 from tools.perf import loaders as bench_loaders
-from tools.perf.corpus import Corpus, data_config
+from tools.perf.corpus import NAMES, Corpus, data_config
 from tools.perf.loaders import DecodeLimit, PipelineLoader, Speed, Task, Turn
 from vlp_jax.data.image_ops.crop import random_resized_crop
 from vlp_jax.data.lazy_tensorflow import import_tensorflow
@@ -46,11 +47,11 @@ def test_the_photos_are_a_function_of_the_seed(corpus, tmp_path):
 
 
 def test_the_photos_are_as_hard_to_decode_as_photographs():
-    photos = [bench_corpus.photo(0, number) for number in range(40)]
+    photos = [bench_corpus.photo(0, number) for number in range(25)]
     assert 70_000 < np.mean([len(photo) for photo in photos]) < 90_000
     images = [pixels(photo) for photo in photos]
     heights, widths = zip(*(image.shape[:2] for image in images), strict=True)
-    assert min(heights) >= 256 and max(heights) <= 400 and len(set(heights)) > 20
+    assert min(heights) >= 256 and max(heights) <= 400 and len(set(heights)) > 15
     assert min(widths) >= 256 and max(widths) <= 500
     for image in images[:5]:  # amplitude falls as 1/frequency
         grey = image[:256, :256].mean(-1) - image.mean()
@@ -67,7 +68,7 @@ def test_files_that_are_there_are_not_written_again(corpus):
     assert before == {file.name: file.stat().st_mtime_ns for file in again.iterdir()}
 
 
-@pytest.mark.parametrize("name", bench_corpus.CONFIGS)
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "mixture"])
 def test_every_format_holds_the_same_bytes(corpus, name):
     config = data_config(name, corpus, {"keep": {"fields": ["image"]}})
     pipeline = EvalPipeline(config, None, batch_size=4, extra_fields=["image"])
@@ -76,7 +77,12 @@ def test_every_format_holds_the_same_bytes(corpus, name):
     assert digests == sorted(hashlib.sha256(photo).hexdigest() for photo in corpus.photos)
 
 
-@pytest.mark.parametrize("name", bench_corpus.NAMES)
+SOURCES = [
+    name if name == "mixture" else pytest.param(name, marks=pytest.mark.slow) for name in NAMES
+]
+
+
+@pytest.mark.parametrize("name", SOURCES)
 def test_every_source_gives_images(corpus, name):
     task = Task(size=32, batch_size=4)
     loader = PipelineLoader(data_config(name, corpus, task.preprocess), task)
@@ -184,6 +190,7 @@ class Clock:
 def clock(monkeypatch):
     clock = Clock()
     monkeypatch.setattr(bench_loaders, "time", clock)
+    monkeypatch.setattr(bench_loaders, "gc", types.SimpleNamespace(collect=lambda: None))  # slow
     return clock
 
 
@@ -192,7 +199,6 @@ def test_a_turn_times_the_batches_in_its_middle(clock):
     turn = Turn(warm_up=2, timed=4, rest=3)
     speed = turn.speed(loader, batch_size=8)
     assert speed == pytest.approx((16, 32)) and loader.read == 9
-    assert turn.wait_share(loader, step_seconds=1.5) == pytest.approx(0.25)
 
 
 def test_ratios_are_medians_of_the_rounds_and_rounds_begin_with_another(clock):
@@ -204,8 +210,7 @@ def test_ratios_are_medians_of_the_rounds_and_rounds_begin_with_another(clock):
             return super().open(batches)
 
     loaders = {str(s): Named(clock, s) for s in (1, 2, 4)}
-    status = bench_data.Console(quiet=True).status("")
-    speeds = bench_data.measure(loaders, Turn(2, 4, 0), 4, 3, status)
+    speeds = bench_data.measure(loaders, Turn(2, 4, 0), 4, 3)
     assert order == [1, 2, 4, 2, 4, 1, 4, 1, 2]
     assert speeds == {name: [(4 / float(name), 8 / float(name))] * 3 for name in loaders}
     # The machine was slower in the third round; the ratio of the medians would be 3.
@@ -249,7 +254,6 @@ def test_the_json_file_holds_what_was_measured(result):
     own = source["images_per_second"]
     assert source["name"] == "folder" and source["antialias"] is True
     assert source["images_per_second_per_core"] == own  # of one core
-    assert 0 <= source["wait_share"] < 1 and 1 < source["peak_mib"] < 2000
     for other, key in {
         bench_data.LIMIT: "ratio_to_decode",
         bench_data.PILLOW: "ratio_to_pil",

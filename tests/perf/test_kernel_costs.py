@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from tools.perf.kernel_costs import kernel_costs
+from tools.perf.profile import kernel_costs
 from vlp_jax.objectives.flops import count_flops
 from vlp_jax.planning import hlo
 from vlp_jax.planning.loops import count_runs

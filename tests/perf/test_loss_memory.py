@@ -85,6 +85,7 @@ def test_the_command_fails_where_there_is_a_fault(monkeypatch, capsys):
         (["--devices", "8"], "at least two rising numbers"),
         (["--devices", "8", "4"], "at least two rising numbers"),
         (["--dim", "0"], "--dim must be at least 1"),
+        (["--block-size", "0"], "--block-size must be at least 1"),
         (["--topology", "no:such"], "topology 'no:such' does not exist"),
     ],
 )

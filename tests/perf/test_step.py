@@ -14,8 +14,7 @@ from rich.console import Console
 
 from tools.perf import harness
 from tools.perf import step as step_command
-from tools.perf.jax_step import NOMINAL_EPOCH, JaxStep, compile_twice, fixed_batch
-from tools.perf.peak import Peak
+from tools.perf.jax_step import NOMINAL_EPOCH, JaxStep, Peak, compile_twice, fixed_batch
 from tools.perf.peers.apart import ApartPeer
 from tools.perf.result import Measured, Result, as_json, as_table, measure
 from vlp_jax import config as config_lib

@@ -24,26 +24,21 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.status import Status
 
 from tools.perf import harness
 from tools.perf.corpus import NAMES, Corpus, data_config
-from tools.perf.loaders import DecodeLimit, Loader, PipelineLoader, Speed, Task, Turn, peak_memory
+from tools.perf.loaders import DecodeLimit, Loader, PipelineLoader, Speed, Task, Turn
 from vlp_jax.arguments import parse_with_overrides
 from vlp_jax.errors import UserError, unknown_key_message
 
 LIMIT, PILLOW, TORCH, WEBDATASET = "tf.data limit", "torch+pillow", "torch", "webdataset"
 WARM_UP_IMAGES = 384  # images that may wait in buffers: of two workers of PyTorch, 4 batches of 64
-BUSY = 0.8  # of our throughput: the share that training uses where its waiting is measured
 LEGEND = (
     "/core: images a second and core, median of {rounds} rounds. /cpu-s: images for a second that "
     "a core worked, which other jobs on the machine disturb far less. /limit and /PIL: medians of "
-    "the ratios of the rounds by the clock, (cpu) by the work. PIL: Pillow decodes in the "
-    "workers of PyTorch, and with antialiasing resizes too; without it PyTorch resizes, which is "
-    "faster than Pillow can (/Pillow: Pillow does both). waits: the share of its time that "
-    "training waits for data while its "
-    f"steps take {1 / BUSY:.2f} times as long as the data of a step. MiB: peak memory of a process "
-    "that reads the source, above its imports."
+    "the ratios of the rounds by the clock, (cpu) by the work. PIL: Pillow decodes in the workers "
+    "of PyTorch, and with antialiasing resizes too; without it PyTorch resizes, which is faster "
+    "than Pillow can (/Pillow: Pillow does both)."
 )
 COLUMNS = {
     "/core": ("images_per_second_per_core", ",.0f"),
@@ -52,8 +47,6 @@ COLUMNS = {
     "(cpu)": ("cpu_ratio_to_decode", ".2f"),
     "/PIL": ("ratio_to_pil", ".2f"),
     "/Pillow": ("ratio_to_pillow", ".2f"),
-    "waits": ("wait_share", ".1%"),
-    "MiB": ("peak_mib", ",.0f"),
 }
 
 
@@ -85,13 +78,6 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     if arguments.cores is not None and not 1 <= arguments.cores <= most:
         raise UserError(f"--cores {arguments.cores} is not from 1 to {most}, which this may use")
     return arguments
-
-
-def say(status: Status, text: str) -> None:
-    """Tells the task at hand: in place on a terminal, else by a line."""
-    status.update(text)
-    if not status.console.is_terminal:
-        status.console.print(text, highlight=False)
 
 
 def chosen_sources(text: str) -> list[str]:
@@ -132,45 +118,40 @@ def make_turn(arguments: argparse.Namespace, cores: int) -> Turn:
     return Turn(warm_up=warm_up, timed=batches(arguments.turn), rest=2 * cores)
 
 
-def open_peers(corpus: Corpus, task: Task, turn: Turn, status: Status) -> dict:
+def open_peers(corpus: Corpus, task: Task, turn: Turn) -> dict[str, Loader]:
     """Opens the loaders of others; says which are not installed."""
     try:
         from tools.perf import torch_loaders
     except ImportError:
-        status.console.print("PyTorch is not installed: no comparison with it")
+        print("PyTorch is not installed: no comparison with it", file=sys.stderr)
         return {}
     common = {"batch_size": task.batch_size, "workers": task.cores, "batches": turn.total}
-
-    def transform(resize: str) -> torch_loaders.Transform:
-        return torch_loaders.Transform(
-            task.size, task.min_scale, task.method, task.antialias, resize
-        )
-
-    loaders = {
-        TORCH: torch_loaders.files_loader(corpus.files, transform("torch"), **common),
-        PILLOW: torch_loaders.files_loader(corpus.files, transform("pillow"), **common),
+    form = (task.size, task.min_scale, task.method, task.antialias)
+    by_torch, by_pillow = (torch_loaders.Transform(*form, way) for way in ("torch", "pillow"))
+    files = [str(file) for file in corpus.files]
+    loaders: dict[str, Loader] = {
+        TORCH: torch_loaders.files_loader(files, by_torch, **common),
+        PILLOW: torch_loaders.files_loader(files, by_pillow, **common),
     }
-    # WebDataset's loader gets the better of the two ways to resize.
-    fastest = "pillow" if task.antialias else "torch"
+    fastest = by_pillow if task.antialias else by_torch
     try:
         shards = sorted(str(path) for path in corpus.path("webdataset").iterdir())
-        loaders[WEBDATASET] = torch_loaders.webdataset_loader(shards, transform(fastest), **common)
+        loaders[WEBDATASET] = torch_loaders.webdataset_loader(shards, fastest, **common)
     except ImportError:
-        status.console.print("webdataset is not installed: no comparison with it")
+        print("webdataset is not installed: no comparison with it", file=sys.stderr)
     return loaders
 
 
 def measure(
-    loaders: Mapping[str, Loader],
-    turn: Turn,
-    batch_size: int,
-    rounds: int,
-    status: Status,
+    loaders: Mapping[str, Loader], turn: Turn, batch_size: int, rounds: int
 ) -> dict[str, list[Speed]]:
     """Returns the speed of each loader in each round; another one begins each round."""
     turns = {n: functools.partial(turn.speed, one, batch_size) for n, one in loaders.items()}
-    told = lambda number, name: say(status, f"round {number + 1} of {rounds}: {name}")  # noqa: E731
-    return harness.in_turns(turns, rounds, before=told)
+
+    def tell(number: int, name: str) -> None:
+        print(f"round {number + 1} of {rounds}: {name}", file=sys.stderr, flush=True)
+
+    return harness.in_turns(turns, rounds, before=tell)
 
 
 def entry(name: str, speeds: Mapping[str, list[Speed]], task: Task) -> dict[str, Any]:
@@ -206,31 +187,20 @@ def entry(name: str, speeds: Mapping[str, list[Speed]], task: Task) -> dict[str,
 
 
 def bench(
-    corpus: Corpus, names: Sequence[str], task: Task, arguments: argparse.Namespace, status: Status
+    corpus: Corpus, names: Sequence[str], task: Task, arguments: argparse.Namespace
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Returns the figures of our sources and of the loaders of others, for one way to resize."""
     turn = make_turn(arguments, task.cores)
-    ours: dict[str, Loader] = {
-        name: PipelineLoader(data_config(name, corpus, task.preprocess), task) for name in names
-    }
     others: dict[str, Loader] = {LIMIT: DecodeLimit(corpus.photos, task)}
     if arguments.peers == "on":
-        others |= open_peers(corpus, task, turn, status)
+        others |= open_peers(corpus, task, turn)
     # Ours may have the name of another's: the source webdataset and the library.
-    loaders = {f"source {name}": loader for name, loader in ours.items()} | others
-    try:
-        speeds = measure(loaders, turn, task.batch_size, arguments.rounds, status)
-    finally:
-        for loader in others.values():
-            loader.close()
-    sources = []
-    for name, loader in ours.items():
-        figures = {**entry(f"source {name}", speeds, task), "name": name}
-        say(status, f"waiting for data: {name}")
-        # A step a little longer than its data: a source that delivers evenly makes nobody wait.
-        step = task.batch_size / (BUSY * figures["images_per_second"])
-        figures["wait_share"] = turn.wait_share(loader, step)
-        sources.append(figures)
+    ours = {
+        f"source {name}": PipelineLoader(data_config(name, corpus, task.preprocess), task)
+        for name in names
+    }
+    speeds = measure(ours | others, turn, task.batch_size, arguments.rounds)
+    sources = [entry(f"source {name}", speeds, task) | {"name": name} for name in names]
     return sources, [entry(name, speeds, task) for name in others]
 
 
@@ -253,61 +223,34 @@ def show(result: Mapping[str, Any], console: Console) -> None:
     console.print(LEGEND.format(rounds=result["settings"]["rounds"]), highlight=False)
 
 
-def run(arguments: argparse.Namespace, folder: Path, cores: int, status: Status) -> dict[str, Any]:
+def run(arguments: argparse.Namespace, folder: Path, cores: int) -> dict[str, Any]:
     """Returns all that is measured, as it stands in the JSON file."""
     names = chosen_sources(arguments.sources)
     corpus = Corpus(folder, arguments.images, arguments.seed)
-    say(status, f"{arguments.images} photos in {folder}")
+    print(f"{arguments.images} photos in {folder}", file=sys.stderr)
     ways = {"on": [True], "off": [False], "both": [False, True]}[arguments.antialias]
-    result: dict[str, Any] = {
-        "settings": {
-            "images": arguments.images,
-            "mean_image_bytes": statistics.mean(map(len, corpus.photos)),
-            "images_per_turn": arguments.turn,
-            "rounds": arguments.rounds,
-            "batch_size": arguments.batch_size,
-            "size": arguments.size,
-            "crop_area": [arguments.min_scale, 1.0],
-            "method": arguments.method,
-            "antialias": ways,
-            "seed": arguments.seed,
-            "cores_used": cores,
-        },
-        "sources": [],
-        "others": [],
-    }
+    kept = ("images", "turn", "rounds", "batch_size", "size", "min_scale", "method", "seed")
+    settings = {name: getattr(arguments, name) for name in kept}
+    settings |= {"mean_image_bytes": statistics.mean(map(len, corpus.photos))}
+    settings |= {"antialias": ways, "cores_used": cores}
+    result: dict[str, Any] = {"settings": settings, "sources": [], "others": []}
+    form = (arguments.size, arguments.batch_size, arguments.min_scale, arguments.method)
     for antialias in ways:
-        task = Task(
-            arguments.size,
-            arguments.batch_size,
-            arguments.min_scale,
-            arguments.method,
-            antialias,
-            cores,
-            arguments.seed,
-        )
-        sources, others = bench(corpus, names, task, arguments, status)
+        task = Task(*form, antialias, cores, arguments.seed)
+        sources, others = bench(corpus, names, task, arguments)
         result["sources"] += sources
         result["others"] += others
-    for name in names:  # the same, however images are resized
-        say(status, f"memory: {name}")
-        peak = peak_memory(name, corpus, task, make_turn(arguments, cores).total)
-        for figures in result["sources"]:
-            figures |= {"peak_mib": peak} if figures["name"] == name else {}
     return result
 
 
 def command(argv: list[str]) -> None:
     """Measures, prints and writes."""
     arguments = parse(argv)
-    progress = Console(stderr=True)
-    with contextlib.ExitStack() as stack:
-        cores = stack.enter_context(pinned(arguments.cores))
-        temporary = stack.enter_context(tempfile.TemporaryDirectory(prefix="vlp_jax_bench_"))
-        folder = arguments.corpus or Path(temporary)
-        status = progress.status("writing the photos", refresh_per_second=2)
-        stack.enter_context(status)
-        result = run(arguments, folder, cores, status)
+    with (
+        pinned(arguments.cores) as cores,
+        tempfile.TemporaryDirectory(prefix="vlp_jax_bench_") as temporary,
+    ):
+        result = run(arguments, arguments.corpus or Path(temporary), cores)
     show(result, Console())
     harness.write_json(arguments.json, "data", argv, result)
 

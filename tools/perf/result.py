@@ -11,7 +11,7 @@ from typing import Any, Protocol
 from rich.console import Group
 
 from tools.perf.harness import GIB, Ratio, in_turns, make_table, ratio
-from tools.perf.peak import Peak
+from tools.perf.jax_step import Peak
 
 WARM_UP_STEPS = 3
 HEADS = ("", "step ms", "examples/s", "TFLOP/s", "MFU", "memory GiB", "compile s")

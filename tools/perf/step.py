@@ -6,9 +6,9 @@ python -m tools.perf.step --config mae_b16 --batch 512 --profile DIR
 
 Forward, loss, backward, optimizer and guard, as in a run; no data and no TensorFlow. Peers have the
 same batch and sizes and take turns with ours in one process: plain (our step with every
-optimization off), flax (a dual encoder of Flax's own parts), open_clip, timm (classification),
-transformers (masked autoencoding). With --apart each peer has a process of its own, started without
-the variables that make ours faster (GLIBC_TUNABLES, PJRT_NPROC): as its users start it.
+optimization off), open_clip, timm (classification), transformers (masked autoencoding). With
+--apart each peer has a process of its own, started without the variables that make ours faster
+(GLIBC_TUNABLES, PJRT_NPROC): as its users start it.
 docs/bench_step.md says what the numbers mean.
 
 Exit status: 0; 1 a peer could not be measured; 2 a mistake in the arguments or the config.
@@ -28,11 +28,16 @@ from ml_collections import ConfigDict
 
 from tools.perf import harness
 from tools.perf import profile as profiles
-from tools.perf.jax_step import JaxStep, fixed_batch, make_bench_setup
-from tools.perf.peak import Peak, measure_peak
-from tools.perf.peers import PEERS, check_devices, check_peers, make_peer, uses_torch
+from tools.perf.jax_step import JaxStep, Peak, fixed_batch, make_bench_setup, measure_peak
+from tools.perf.peers import (
+    PEERS,
+    check_devices,
+    check_peers,
+    make_peer,
+    one_device,
+    uses_torch,
+)
 from tools.perf.peers.apart import ApartPeer, Channel
-from tools.perf.peers.plain import one_device
 from tools.perf.result import (
     WARM_UP_STEPS,
     Contender,

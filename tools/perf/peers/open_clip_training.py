@@ -14,7 +14,7 @@ import numpy as np
 from ml_collections import ConfigDict
 from rich.progress import track
 
-from tools.perf.peers import open_clip_peer
+from tools.perf.peers.torch_models import TORCH_PEERS
 from tools.perf.peers.torch_step import patch_torchvision, to_tensors
 from vlp_jax.data.pipeline import EvalPipeline
 from vlp_jax.data.samples import sample_texts
@@ -28,7 +28,7 @@ from vlp_jax.training.optimizer import make_schedule
 from vlp_jax.training.setup import make_pipeline, make_units
 from vlp_jax.training.when import EverySteps
 
-EVALUATOR = "retrieval"
+EVALUATOR, OPEN_CLIP = "retrieval", TORCH_PEERS["open_clip"]
 
 
 def checked(config: ConfigDict) -> tuple[Any, Objective]:
@@ -47,7 +47,7 @@ def checked(config: ConfigDict) -> tuple[Any, Objective]:
         )
     tokenizer = build_tokenizer(config.tokenizer, lambda: sample_texts(config.data), None)
     objective = make_objective(config.objective, tokenizer)
-    refusal = open_clip_peer.refusal(objective)
+    refusal = OPEN_CLIP.refusal(objective)
     if refusal:
         raise UserError(f"open_clip has no such model: {refusal}")
     return tokenizer, objective
@@ -63,7 +63,7 @@ def train_and_judge(config: ConfigDict) -> dict[str, Any]:
     import torch
 
     patch_torchvision()
-    recipe = open_clip_peer.recipe(objective)
+    recipe = OPEN_CLIP.recipe(objective)
     # Both sides differ by seed in the same places: initialization and data.
     torch.manual_seed(config.seed)
     model = recipe.build().train()
