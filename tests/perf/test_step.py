@@ -173,8 +173,8 @@ def test_the_command_needs_no_tensorflow_and_writes_what_it_found(tmp_path):
     assert found["versions"]["jax"] == jax.__version__ and found["command"].endswith(str(folder))
     assert found["config"]["objective"]["remat"] == "dots" and found["peak"]["measured"] > 0
     kernels = ours["profile"]["kernels"]
-    assert any("dot_general" in k["what"] and k["flops_per_second"] for k in kernels if k["what"])
-    known = sum(k["share"] for k in kernels if k["opcode"])
+    assert any("dot_general" in k["what"] for k in kernels)
+    known = sum(k["share"] for k in kernels if k["what"] != "?")
     assert known > 0.9 and not any(k["name"].startswith("while") for k in kernels)
     assert "dearest kernels" in done.stdout and "attributed to operations" in done.stdout
 
