@@ -6,8 +6,10 @@ import sys
 from pathlib import Path
 
 import fake_devices
+import jax
 import numpy as np
 import pytest
+import runs
 from recipe_shapes import count, load, shapes_of
 
 from vlp_jax.commands import show_sharding
@@ -99,3 +101,12 @@ def test_mistakes(arguments, words, capsys):
         arguments = ["--config", "configs/debug_gpu.py", *arguments]
     assert show_sharding.main([*arguments]) == 2
     assert words in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_config_that_takes_its_model_from_weights_has_it(tmp_path, monkeypatch, capsys):
+    preprocess = {"decode_image": {}, "resize": {"size": 24}}
+    runs.write_run(runs.run_config(runs.CLIP, runs.SUBWORD, preprocess), tmp_path)
+    monkeypatch.setattr(show_sharding, "find_devices", lambda arguments: jax.devices()[:2])
+    source = f"--config.init_from.source={tmp_path}"
+    assert show_sharding.main(["--config", "finetune", source]) == 0
+    assert "text/encoder/layers/attention" in capsys.readouterr().out

@@ -14,7 +14,7 @@ from vlp_jax import smoke as smoke_lib
 from vlp_jax.errors import UserError
 from vlp_jax.parallel.mesh import make_mesh
 from vlp_jax.planning import hlo, target, traffic
-from vlp_jax.planning.chips import TPUS
+from vlp_jax.planning.target import TPUS
 from vlp_jax.training.abstract_setup import abstract_setup
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -13,13 +13,13 @@ from rich.console import Console
 from vlp_jax import config as config_lib
 from vlp_jax.commands import plan as command
 from vlp_jax.errors import UserError
-from vlp_jax.planning import options, target
 from vlp_jax.planning import plan as plan_lib
-from vlp_jax.planning.activations import activation_bytes
+from vlp_jax.planning import search as options
+from vlp_jax.planning import target
 from vlp_jax.planning.compile import OutOfMemory, Program, parse_out_of_memory
-from vlp_jax.planning.pallas_calls import PallasCalls
+from vlp_jax.planning.kernels import PallasCalls
+from vlp_jax.planning.memory import activation_bytes, state_bytes
 from vlp_jax.planning.report import Findings, as_json, as_table, notes, reason
-from vlp_jax.planning.state_bytes import state_bytes
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 CONFIG = str(ROOT / "configs" / "debug_cpu.py")

@@ -16,7 +16,7 @@ from vlp_jax.evaluators.derived import evaluator_functions
 from vlp_jax.models.parameters import Named
 from vlp_jax.objectives.base import LossOutput, Objective
 from vlp_jax.parallel.batch import put_batch
-from vlp_jax.planning.state_bytes import state_bytes
+from vlp_jax.planning.memory import state_bytes
 from vlp_jax.training.checkpoint import Checkpointer
 from vlp_jax.training.state import context_of, key_for
 

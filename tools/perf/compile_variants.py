@@ -41,8 +41,7 @@ from vlp_jax.parallel import mesh as mesh_lib
 from vlp_jax.parallel.mesh import BATCH_AXES
 from vlp_jax.planning import traffic
 from vlp_jax.planning.compile import OutOfMemory, compile_setup
-from vlp_jax.planning.options import sections
-from vlp_jax.planning.pallas_calls import PallasCalls
+from vlp_jax.planning.kernels import PallasCalls
 from vlp_jax.planning.plan import (
     Compiled,
     make_setup_for,
@@ -50,6 +49,7 @@ from vlp_jax.planning.plan import (
     step_flops,
     waiting_bytes,
 )
+from vlp_jax.planning.search import sections
 from vlp_jax.planning.target import Target, make_target
 from vlp_jax.training.setup import Setup
 

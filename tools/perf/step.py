@@ -51,6 +51,7 @@ from tools.perf.result import (
 )
 from vlp_jax import config as config_lib
 from vlp_jax.arguments import load_config, parse_with_overrides
+from vlp_jax.commands.plan import with_source_model
 from vlp_jax.errors import UserError
 from vlp_jax.objectives import Objective
 from vlp_jax.parallel import startup
@@ -113,9 +114,10 @@ class Benchmark:
     """
 
     def __init__(self, arguments: argparse.Namespace, config: ConfigDict, argv: Sequence[str]):
-        self._arguments, self._config, self._argv = arguments, config, argv
+        self._arguments, self._argv = arguments, argv
         self.console = harness.make_console()
         self._devices = start_jax(arguments)
+        self._config = config = with_source_model(config)
         self._failed: dict[str, str] = {}
 
         def check(objective: Objective) -> None:
@@ -200,7 +202,7 @@ def serve(argv: Sequence[str]) -> None:
     # Before anything is printed: stdout carries the answers.
     channel = Channel()
     arguments, config = parse(argv)
-    config = one_device(config)
+    config = one_device(with_source_model(config))
     setup = make_bench_setup(config, jax.devices()[:1])
     channel.serve(make_peer(arguments.serve, setup, fixed_batch(setup), arguments.compile))
 

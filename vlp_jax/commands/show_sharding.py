@@ -25,6 +25,7 @@ import jax
 from ml_collections import ConfigDict
 
 from vlp_jax.arguments import load_config, make_parser, parse_with_overrides
+from vlp_jax.commands.plan import with_source_model
 from vlp_jax.errors import UserError
 from vlp_jax.parallel import mesh as mesh_lib
 from vlp_jax.parallel import sharding_report as report_lib
@@ -128,6 +129,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments, config = parse(sys.argv[1:] if argv is None else argv)
         # Before anything asks JAX for a device: their number is fixed by then.
         devices = find_devices(arguments)
+        config = with_source_model(config)
         mesh = mesh_lib.make_mesh(config.mesh, devices)
         setup = abstract_setup(fitting_batch(config, len(devices)), mesh, ANY_EPOCH)
         report = make_report(arguments.config, setup)

@@ -17,7 +17,7 @@ from tools.perf.peers.torch_step import TorchStep
 from tools.perf.result import Contender
 from vlp_jax.errors import UserError, unknown_key_message
 from vlp_jax.objectives import OBJECTIVES, Objective
-from vlp_jax.planning.options import sections
+from vlp_jax.planning.search import sections
 from vlp_jax.training.setup import Setup
 
 # Keys of `config.objective`, and of its parts, that say how a step is computed and not what (but
