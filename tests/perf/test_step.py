@@ -16,7 +16,7 @@ from tools.perf import harness
 from tools.perf import step as step_command
 from tools.perf.jax_step import NOMINAL_EPOCH, JaxStep, Peak, compile_twice, fixed_batch
 from tools.perf.peers.apart import ApartPeer
-from tools.perf.result import Measured, Result, as_json, as_table, measure
+from tools.perf.result import Result, as_json, as_table, measure
 from vlp_jax import config as config_lib
 from vlp_jax import smoke as smoke_lib
 from vlp_jax.errors import UserError
@@ -48,13 +48,13 @@ def test_turns_alternate_and_the_ratio_is_of_the_rounds():
     ours = Scripted("ours", [1.0, 2.0, 4.0], order)
     peer = Scripted("peer", [3.0, 4.0, 16.0], order)
     seen = []
-    each_round = lambda times: seen.append([len(one.rounds) for one in times])  # noqa: E731
-    times = measure([ours, peer], rounds=3, steps=4, each_round=each_round)
+    each_round = lambda found: seen.append([len(one.rounds) for one in found])  # noqa: E731
+    measured = measure([ours, peer], rounds=3, steps=4, each_round=each_round)
     assert seen == [[1, 1], [2, 2], [3, 3]]
     assert order == ["ours", "peer"] * 3
-    found = Measured.all_of([ours, peer], times)[1].ratio
+    found = measured[1].ratio
     assert found.rounds == (3.0, 2.0, 4.0) and found.median == 3.0
-    assert times[0].median == 3.0  # of 1, 1, 1, 2, 2, 2, 4, 4, 4 and three of 100
+    assert measured[0].median == 3.0  # of 1, 1, 1, 2, 2, 2, 4, 4, 4 and three of 100
 
 
 def test_the_next_step_is_started_before_this_one_is_waited_for():
@@ -72,8 +72,7 @@ def test_the_next_step_is_started_before_this_one_is_waited_for():
 def test_figures_of_a_result():
     order = []
     contenders = [Scripted("ours", [0.5], order), Scripted("peer", [1.0], order)]
-    ours, theirs = measure(contenders, rounds=1, steps=3)
-    measured = Measured.all_of(contenders, [ours, theirs])
+    measured = measure(contenders, rounds=1, steps=3)
     peak = Peak(8e12, 16e12, "bfloat16", 8192)
     result = Result(measured, 32, 2, 2e12, peak, {"other": "out of memory"})
     content = json.loads(json.dumps(as_json(result)))
@@ -128,7 +127,7 @@ def test_a_program_is_compiled_anew_and_from_the_cache():
     with CompileWatch() as watch:
         _, found = compile_twice(setup)
     compiled = watch.so_far()
-    assert found.from_cache and found.cold > 0 and found.warm > 0
+    assert found["from_cache"] and found["cold"] > 0 and found["warm"] > 0
     # Each program twice: not found the first time, found the second.
     assert compiled.programs == compiled.requests == 2 * compiled.hits > 0
     assert jax.config.jax_compilation_cache_dir == before

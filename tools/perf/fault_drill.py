@@ -271,10 +271,7 @@ def command(argv: list[str]) -> int:
     return int(bool(wrong))
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command; returns its exit status."""
-    return harness.run(command, argv)
-
+main = harness.main_of(command)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,6 +1,6 @@
 """The harness of all measurements: arguments, rounds in turns, ratios, provenance, JSON, tables.
 
-A measurement is a module with `command(argv)`; its `main` hands that to `run`. JAX is imported by
+A measurement is a module with `command(argv)`; `main_of` makes its `main`. JAX is imported by
 need: worker processes of PyTorch import a measurement's module and have no use for JAX.
 """
 
@@ -27,7 +27,7 @@ from vlp_jax import arguments as arguments_lib
 from vlp_jax.versions import commit, versions
 
 T = TypeVar("T")
-GIB, MIB = 2**30, 2**20
+GIB = 2**30
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = (
     *("jax", "jaxlib", "libtpu", "flax", "optax", "orbax-checkpoint", "tensorstore", "numpy"),
@@ -60,18 +60,22 @@ def _command(name: str) -> str:
     return f"python -m {name if '.' in name else f'tools.perf.{name}'}"
 
 
-def run(command: Callable[[list[str]], int | None], argv: Sequence[str] | None) -> int:
-    """Runs a measurement as a command; returns its exit status, 0 where `command` gives None.
+def main_of(command: Callable[[list[str]], int | None]) -> Callable[..., int]:
+    """Returns `main(argv=None)` of a measurement: its exit status is 0 where `command` gives None.
 
     Args:
-      argv: None for the arguments of this process.
+      command: is given the arguments, by default of this process.
     """
-    from vlp_jax.training.command import run_command
 
-    given = list(sys.argv[1:] if argv is None else argv)
-    statuses: list[int] = []
-    # Empty if the command raised: then `run_command` has the status.
-    return run_command(lambda: statuses.append(command(given) or 0)) or statuses[0]
+    def main(argv: Sequence[str] | None = None) -> int:
+        from vlp_jax.training.command import run_command
+
+        given = list(sys.argv[1:] if argv is None else argv)
+        statuses: list[int] = []
+        # Empty if the command raised: then `run_command` has the status.
+        return run_command(lambda: statuses.append(command(given) or 0)) or statuses[0]
+
+    return main
 
 
 def start_run() -> None:
@@ -80,15 +84,6 @@ def start_run() -> None:
 
     startup.initialize()
     startup.use_compilation_cache()
-
-
-def compile_on_cpu() -> None:
-    """Lets JAX find the CPU alone and compile everything anew, for figures of the compiler."""
-    import jax
-
-    jax.config.update("jax_platforms", "cpu")
-    # A program from the cache may come without its figures.
-    jax.config.update("jax_enable_compilation_cache", False)
 
 
 def in_turns(
@@ -186,18 +181,17 @@ def provenance(name: str, argv: Sequence[str]) -> dict[str, Any]:
     """Returns all that is needed to measure the same again: command, date, versions, machine.
 
     Devices are told where JAX has been imported: asking for them would start it.
-
-    Args:
-      name: of the measurement, see `make_parser`.
-      argv: its arguments.
     """
+    info = Path("/proc/cpuinfo")  # platform.processor() is empty on most Linux
+    lines = info.read_text().splitlines() if info.exists() else []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     found = {
         "command": f"{_command(name)} {shlex.join(argv)}".strip(),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "commit": commit(),
         "versions": versions(PACKAGES),
         "machine": {
-            "cpu": _cpu_model(),
+            "cpu": models[0] if models else platform.processor(),
             "system": platform.platform(),
             # Of a container or under taskset fewer than os.cpu_count().
             "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None,
@@ -214,17 +208,15 @@ def provenance(name: str, argv: Sequence[str]) -> dict[str, Any]:
     return found
 
 
-def _cpu_model() -> str:
-    info = Path("/proc/cpuinfo")  # platform.processor() is empty on most Linux
-    lines = info.read_text().splitlines() if info.exists() else []
-    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return models[0] if models else platform.processor()
-
-
 def write_json(
     file: str | Path | None, name: str, argv: Sequence[str], content: Mapping[str, Any]
 ) -> None:
-    """Writes `content` with its provenance to `file`; None writes nothing."""
+    """Writes `content` with its provenance to `file`; None writes nothing.
+
+    Args:
+      name: of the measurement, see `make_parser`.
+      argv: its arguments.
+    """
     if file:
         text = json.dumps({**provenance(name, argv), **content}, indent=2)
         Path(file).write_text(text + "\n")

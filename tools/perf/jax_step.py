@@ -39,20 +39,6 @@ _SIZES = {"cpu": (2048,), "other": (8192, 16384)}
 _REPEATS, _IN_A_ROW = 5, 4
 
 
-@dataclasses.dataclass(frozen=True)
-class Compilation:
-    """Seconds from a Python function to a program, tracing included.
-
-    Attributes:
-      cold, warm: with an empty persistent cache, and with the program in it.
-      from_cache: whether the second one came from there; False where XLA cannot keep it.
-    """
-
-    cold: float
-    warm: float
-    from_cache: bool
-
-
 class JaxStep:
     """A `Contender`: the step of `config` on `devices`, with state and batch.
 
@@ -79,14 +65,8 @@ class JaxStep:
         self.name, self.notes = name, tuple(notes)
         self.setup = make_bench_setup(config, devices)
         check(self.setup.objective)
-        begin = time.perf_counter()
-        if twice:
-            self.program, compilation = compile_twice(self.setup)
-            compile_facts = dataclasses.asdict(compilation)
-        else:
-            self.program = _compile(self.setup)
-            compile_facts = {"cold": time.perf_counter() - begin}
         setup = self.setup
+        self.program, compile_facts = (compile_twice if twice else _compile)(setup)
         # A real state, not zeros: with products of zeros a GPU draws less power and clocks higher.
         self._state = setup.fresh_state()
         self.batch = fixed_batch(setup)
@@ -96,12 +76,17 @@ class JaxStep:
             "parameters": sum(leaf.size for leaf in jax.tree.leaves(setup.abstract.params)),
             "devices": setup.mesh.size,
             "compile_seconds": compile_facts,
-            "program_bytes": program_bytes(self.program.program),
+            "program_bytes": _program_bytes(self.program.program),
         }
 
     def run(self, steps: int) -> list[float]:
         """Trains `steps` steps; the seconds of each."""
-        self._state, seconds = timed_steps(self.program, self._state, self._on_device, steps)
+        timer = StepTimer(jax.block_until_ready)
+        for _ in range(steps):
+            self._state, told = self.program(self._state, self._on_device)
+            timer.started(told)
+        seconds = timer.seconds()
+        jax.block_until_ready(self._state)
         return seconds
 
     def read_peak_memory(self) -> None:
@@ -118,22 +103,6 @@ class JaxStep:
         return 3.0 * self.setup.forward_flops
 
 
-def timed_steps(
-    program: Callable[[Any, Any], tuple[Any, Any]], state: Any, batch: Any, steps: int
-) -> tuple[Any, list[float]]:
-    """Trains on one batch; returns (the state after `steps` steps, the seconds of each).
-
-    Args:
-      program: (state, batch) -> (state, what the host waits for).
-    """
-    timer = StepTimer(jax.block_until_ready)
-    for _ in range(steps):
-        state, told = program(state, batch)
-        timer.started(told)
-    seconds = timer.seconds()
-    return jax.block_until_ready(state), seconds
-
-
 def make_bench_setup(config: ConfigDict, devices: Sequence[jax.Device]) -> Setup:
     """Makes the setup of `config` on `devices`, without its data.
 
@@ -145,7 +114,7 @@ def make_bench_setup(config: ConfigDict, devices: Sequence[jax.Device]) -> Setup
     return abstract_setup(config, make_mesh(config.mesh, devices), NOMINAL_EPOCH)
 
 
-def program_bytes(program: Any) -> dict[str, int]:
+def _program_bytes(program: Any) -> dict[str, int]:
     """Returns the bytes that a program needs of one device; empty if the compiler does not tell."""
     memory = program.memory_analysis()
     if memory is None:
@@ -158,10 +127,14 @@ def program_bytes(program: Any) -> dict[str, int]:
     }
 
 
-def compile_twice(setup: Setup) -> tuple[Any, Compilation]:
+def compile_twice(setup: Setup) -> tuple[Any, dict[str, Any]]:
     """Compiles the step with an empty persistent cache and again with a full one.
 
     The settings of the cache are as before when it ends.
+
+    Returns:
+      The program, and seconds with tracing: `cold`, `warm`, and `from_cache`, whether the second
+      program came from the cache; XLA cannot keep every program.
     """
     names = (
         "jax_compilation_cache_dir",
@@ -177,24 +150,22 @@ def compile_twice(setup: Setup) -> tuple[Any, Compilation]:
             compilation_cache.reset_cache()
             # JAX's own cache in memory would answer before the persistent one is asked.
             jax.clear_caches()
-            begin = time.perf_counter()
-            program = _compile(setup)
-            cold = time.perf_counter() - begin
+            program, facts = _compile(setup)
             jax.clear_caches()
             with CompileWatch() as watch:
-                begin = time.perf_counter()
-                _compile(setup)
-                warm = time.perf_counter() - begin
-            hit = watch.so_far().hits > 0
+                facts["warm"] = _compile(setup)[1]["cold"]
+            facts["from_cache"] = watch.so_far().hits > 0
         finally:
             for name, value in before.items():
                 jax.config.update(name, value)
             compilation_cache.reset_cache()
-    return program, Compilation(cold, warm, hit)
+    return program, facts
 
 
-def _compile(setup: Setup) -> Any:
-    return compile_step(setup.step, setup.abstract, setup.batch_spec, setup.mesh)
+def _compile(setup: Setup) -> tuple[Any, dict[str, Any]]:
+    begin = time.perf_counter()
+    program = compile_step(setup.step, setup.abstract, setup.batch_spec, setup.mesh)
+    return program, {"cold": time.perf_counter() - begin}
 
 
 def fixed_batch(setup: Setup) -> dict[str, np.ndarray]:
@@ -214,11 +185,12 @@ def fixed_batch(setup: Setup) -> dict[str, np.ndarray]:
         if kind == PIXELS:
             batch[name] = rng.integers(0, 256, spec.shape, np.uint8)
         elif kind == TOKENS:
-            vocab_size, eos_id = _vocabulary(setup)
+            tokenizer = tokenizer_sizes(setup.config.tokenizer)
+            vocab_size = tokenizer.vocab_size
             # From 3 on: lower ids are padding, end and beginning of text.
             batch[name] = rng.integers(min(3, vocab_size - 1), vocab_size, spec.shape, np.int32)
             # Towers that pool at the end of text look for it.
-            batch[name][:, -1] = eos_id
+            batch[name][:, -1] = tokenizer.eos_id
         elif spec.dtype == np.int32:
             batch[name] = rng.integers(0, 2, spec.shape, np.int32)
         else:
@@ -227,12 +199,6 @@ def fixed_batch(setup: Setup) -> dict[str, np.ndarray]:
                 f"{type(setup.objective).__name__}; measure a config without it"
             )
     return batch
-
-
-def _vocabulary(setup: Setup) -> tuple[int, int]:
-    """Returns the size of the vocabulary, and the id of the end of text."""
-    tokenizer = tokenizer_sizes(setup.config.tokenizer)
-    return tokenizer.vocab_size, tokenizer.eos_id
 
 
 @dataclasses.dataclass(frozen=True)

@@ -43,7 +43,6 @@ from tools.perf.result import (
     Contender,
     Measured,
     Result,
-    Times,
     as_json,
     as_table,
     last_round,
@@ -141,12 +140,12 @@ class Benchmark:
             if self._arguments.peer:
                 self._measure(contenders, rounds=1)
             contenders += self._peers(stack)
-            times = self._measure(contenders, self._arguments.rounds)
+            measured = self._measure(contenders, self._arguments.rounds)
             if self._arguments.profile:
                 profile = profiles.take_profile(self._ours, self._arguments.profile)
                 self._ours.facts["profile"] = profiles.as_json(profile)
                 self.console.print(profiles.as_table(profile), markup=False)
-            return self._result(contenders, times, complete=True)
+            return self._result(measured, complete=True)
 
     def _peers(self, stack: contextlib.ExitStack) -> Iterator[Contender]:
         for name in dict.fromkeys(self._arguments.peer):
@@ -168,16 +167,15 @@ class Benchmark:
         command = [sys.executable, "-m", "tools.perf.step", *self._argv, "--serve", name]
         return stack.enter_context(ApartPeer(name, command))
 
-    def _measure(self, contenders: list[Contender], rounds: int) -> list[Times]:
-        def each_round(times: list[Times]) -> None:
-            result = self._result(contenders, times, complete=False)
-            self.console.print(last_round(result))
+    def _measure(self, contenders: list[Contender], rounds: int) -> list[Measured]:
+        def each_round(measured: list[Measured]) -> None:
+            self.console.print(last_round(self._result(measured, complete=False)))
 
         return measure(contenders, rounds, self._arguments.steps, each_round)
 
-    def _result(self, contenders: list[Contender], times: list[Times], complete: bool) -> Result:
+    def _result(self, measured: list[Measured], complete: bool) -> Result:
         result = Result(
-            Measured.all_of(contenders, times),
+            measured,
             self._config.batch_size,
             len(self._devices),
             self._ours.step_flops,
@@ -218,10 +216,7 @@ def command(argv: list[str]) -> int:
     return A_PEER_FAILED if result.failed else 0
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command; returns its exit status."""
-    return harness.run(command, argv)
-
+main = harness.main_of(command)
 
 if __name__ == "__main__":
     sys.exit(main())
