@@ -93,13 +93,11 @@ def test_every_source_gives_images(corpus, name):
 
 # ------------------------------------------------------------------------------- the limit
 
-WAYS = [("bilinear", True), ("bilinear", False), ("bicubic", True), ("bicubic", False)]
 
-
-@pytest.mark.parametrize(("method", "antialias"), WAYS)
-def test_the_limit_gives_the_images_of_our_operations(corpus, method, antialias):
+@pytest.mark.parametrize("antialias", [True, False])
+def test_the_limit_gives_the_images_of_our_operations(corpus, antialias):
     tf = import_tensorflow()
-    task = Task(size=64, batch_size=COUNT, method=method, antialias=antialias)
+    task = Task(size=64, batch_size=COUNT, antialias=antialias)
     (_, decode), (_, crop) = build_ops({k: task.preprocess[k] for k in ("decode_image", CROP)})
     ours = []
     for number, photo in enumerate(corpus.photos):
@@ -113,6 +111,7 @@ def test_the_limit_gives_the_images_of_our_operations(corpus, method, antialias)
 CROP = random_resized_crop.__name__
 
 
+@pytest.mark.slow
 def test_all_crops_are_as_large_as_ours(corpus):
     torch_loaders = pytest.importorskip("tools.perf.torch_loaders")
     task = Task(min_scale=0.3)
@@ -143,7 +142,7 @@ def test_pytorch_cuts_and_resizes_as_we_do(resize):
     Image.fromarray(np.broadcast_to(slope[None, :, None], (300, 400, 3)).copy()).save(
         stream, "jpeg", quality=98
     )
-    transform = torch_loaders.Transform(64, 0.3, "bilinear", True, resize)
+    transform = torch_loaders.Transform(64, 0.3, True, resize)
     left, right = [], []
     for _ in range(60):
         image = transform(stream.getvalue()).numpy()
@@ -241,7 +240,7 @@ def result(corpus, tmp_path_factory):
     file = tmp_path_factory.mktemp("result") / "figures.json"
     arguments = (
         f"--sources folder --corpus {corpus.folder} --images {COUNT} --turn 8 --rounds 1 "
-        f"--batch-size 4 --size 32 --cores 1 --antialias on --json {file}"
+        f"--batch-size 4 --size 32 --antialias on --json {file}"
     )
     assert bench_data.main(arguments.split()) == 0
     return json.loads(file.read_text())
@@ -253,7 +252,7 @@ def test_the_json_file_holds_what_was_measured(result):
     others = {other["name"]: other for other in result["others"]}
     own = source["images_per_second"]
     assert source["name"] == "folder" and source["antialias"] is True
-    assert source["images_per_second_per_core"] == own  # of one core
+    assert source["images_per_second_per_core"] == own / result["settings"]["cores_used"]
     for other, key in {
         bench_data.LIMIT: "ratio_to_decode",
         bench_data.PILLOW: "ratio_to_pil",
@@ -263,7 +262,7 @@ def test_the_json_file_holds_what_was_measured(result):
         assert source[key] == pytest.approx(own / others[other]["images_per_second"])
         assert source[key] > 0 and math.isfinite(source[key])
         assert source[f"cpu_{key}"] > 0 and math.isfinite(source[f"cpu_{key}"])
-    assert result["settings"]["cores_used"] == 1 and "torch" in result["versions"]
+    assert "torch" in result["versions"]
     assert result["settings"]["mean_image_bytes"] > 50_000 and result["date"].startswith("20")
 
 
@@ -302,7 +301,6 @@ def test_the_tables_say_what_is_antialiased(result):
         ("--rounds 0", "--rounds must be at least 1, not 0"),
         ("--batch-size 0", "--batch-size must be at least 1, not 0"),
         ("--min-scale 1.5", "--min-scale 1.5 is not in (0, 1]"),
-        ("--cores 4096", "--cores 4096 is not from 1 to"),
     ],
 )
 def test_mistakes_end_in_one_line(arguments, words, capsys):

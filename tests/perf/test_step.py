@@ -120,6 +120,7 @@ def test_every_kind_of_objective_gets_a_batch(name):
     }
 
 
+@pytest.mark.slow
 def test_a_program_is_compiled_anew_and_from_the_cache():
     config = smoke_lib.smoke(config_lib.load("configs/mae_b16.py"))
     before = jax.config.jax_compilation_cache_dir
@@ -158,16 +159,14 @@ TINY = [
 
 def test_the_command_needs_no_tensorflow_and_writes_what_it_found(tmp_path):
     file, folder = tmp_path / "step.json", tmp_path / "trace"
-    done = command(*TINY, "--peer", "plain", "--json", str(file), "--profile", str(folder))
+    done = command(*TINY, "--json", str(file), "--profile", str(folder))
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "False False"
     found = json.loads(file.read_text())
-    assert found["contenders"].keys() == {"ours", "plain"} and found["complete"]
+    assert found["contenders"].keys() == {"ours"} and found["complete"]
     ours = found["contenders"]["ours"]
     assert (found["devices"], ours["devices"], found["examples_per_device"]) == (2, 2, 4)
-    assert found["contenders"]["plain"]["devices"] == 1
     assert [len(turn) for turn in ours["all_step_seconds"]] == [2, 2]
-    assert len(found["ours_over"]["plain"]["rounds"]) == 2
     assert ours["compile_seconds"]["from_cache"] and ours["program_bytes"]["temporaries"] > 0
     assert found["versions"]["jax"] == jax.__version__ and found["command"].endswith(str(folder))
     assert found["config"]["objective"]["remat"] == "dots" and found["peak"]["measured"] > 0
@@ -187,6 +186,7 @@ def test_peers_apart_have_processes_of_their_own_as_they_come(tmp_path):
     found = json.loads(file.read_text())
     plain = found["contenders"]["plain"]
     assert plain["devices"] == 1 and [len(turn) for turn in plain["all_step_seconds"]] == [2, 2]
+    assert len(found["ours_over"]["plain"]["rounds"]) == 2
     assert plain["notes"][0] == (
         "in a process of its own, without GLIBC_TUNABLES, PJRT_NPROC, which ours has"
     )

@@ -6,20 +6,20 @@ All decode the same JPEG files, cut out a random rectangle and resize it to uint
 each source; tf.data alone on bytes in memory and known rectangles ("tf.data limit"); PyTorch's
 DataLoader on the files, with Pillow and with its own resizing; WebDataset's loader on tar shards.
 They run in turns, in rounds; a ratio is the median over the rounds. Whether a resize antialiases is
-said with every figure: it costs more than decoding does.
+said with every figure: it costs more than decoding does. All use the cores that this process may
+use, which `taskset` can make fewer.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import functools
 import math
 import os
 import statistics
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,18 +65,13 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--batch-size", default=64, help="default: %(default)s", **number)
     add("--size", default=224, help="side of the images that come out", **number)
     add("--min-scale", type=float, default=0.5, help="least area of a crop (default: 0.5)")
-    add("--method", choices=("bilinear", "bicubic"), default="bilinear")
     add("--antialias", choices=("on", "off", "both"), default="both")
-    add("--cores", help="use so many (default: all that this process may)", **number)
     add("--seed", default=0, help="of the photos and of the crops", **number)
     add("--peers", choices=("on", "off"), default="on", help="PyTorch and WebDataset")
     counts = ("images", "turn", "rounds", "batch_size", "size")
     arguments, _ = parse_with_overrides(parser, argv, *counts)
     if not 0 < arguments.min_scale <= 1:
         raise UserError(f"--min-scale {arguments.min_scale} is not in (0, 1]")
-    most = len(os.sched_getaffinity(0))
-    if arguments.cores is not None and not 1 <= arguments.cores <= most:
-        raise UserError(f"--cores {arguments.cores} is not from 1 to {most}, which this may use")
     return arguments
 
 
@@ -91,19 +86,6 @@ def chosen_sources(text: str) -> list[str]:
         if name not in NAMES:
             raise UserError(f"--sources: {unknown_key_message(name, NAMES, 'the sources')}")
     return names
-
-
-@contextlib.contextmanager
-def pinned(cores: int | None) -> Iterator[int]:
-    """Holds this process and those it starts to so many cores; gives their number."""
-    before = os.sched_getaffinity(0)
-    # Threads of TensorFlow and workers of PyTorch inherit it: both have the same cores.
-    chosen = sorted(before)[:cores]
-    os.sched_setaffinity(0, chosen)
-    try:
-        yield len(chosen)
-    finally:
-        os.sched_setaffinity(0, before)
 
 
 def make_turn(arguments: argparse.Namespace, cores: int) -> Turn:
@@ -126,7 +108,7 @@ def open_peers(corpus: Corpus, task: Task, turn: Turn) -> dict[str, Loader]:
         print("PyTorch is not installed: no comparison with it", file=sys.stderr)
         return {}
     common = {"batch_size": task.batch_size, "workers": task.cores, "batches": turn.total}
-    form = (task.size, task.min_scale, task.method, task.antialias)
+    form = (task.size, task.min_scale, task.antialias)
     by_torch, by_pillow = (torch_loaders.Transform(*form, way) for way in ("torch", "pillow"))
     files = [str(file) for file in corpus.files]
     loaders: dict[str, Loader] = {
@@ -162,7 +144,6 @@ def entry(name: str, speeds: Mapping[str, list[Speed]], task: Task) -> dict[str,
     figures: dict[str, Any] = {
         "name": name,
         "antialias": task.antialias,
-        "method": task.method,
         "images_per_second": statistics.median(own),
         "images_per_second_per_core": statistics.median(own) / task.cores,
         "images_per_cpu_second": statistics.median(by_cpu[name]),
@@ -211,7 +192,7 @@ def show(result: Mapping[str, Any], console: Console) -> None:
         return "-" if value is None else format(value, form)
 
     for antialias in result["settings"]["antialias"]:
-        way = f"{result['settings']['method']}, {'' if antialias else 'not '}antialiased"
+        way = f"bilinear, {'' if antialias else 'not '}antialiased"
         rows = [
             (one["name"], *(cell(one.get(key), form) for key, form in COLUMNS.values()))
             for kind in ("sources", "others")
@@ -229,12 +210,12 @@ def run(arguments: argparse.Namespace, folder: Path, cores: int) -> dict[str, An
     corpus = Corpus(folder, arguments.images, arguments.seed)
     print(f"{arguments.images} photos in {folder}", file=sys.stderr)
     ways = {"on": [True], "off": [False], "both": [False, True]}[arguments.antialias]
-    kept = ("images", "turn", "rounds", "batch_size", "size", "min_scale", "method", "seed")
+    kept = ("images", "turn", "rounds", "batch_size", "size", "min_scale", "seed")
     settings = {name: getattr(arguments, name) for name in kept}
     settings |= {"mean_image_bytes": statistics.mean(map(len, corpus.photos))}
     settings |= {"antialias": ways, "cores_used": cores}
     result: dict[str, Any] = {"settings": settings, "sources": [], "others": []}
-    form = (arguments.size, arguments.batch_size, arguments.min_scale, arguments.method)
+    form = (arguments.size, arguments.batch_size, arguments.min_scale)
     for antialias in ways:
         task = Task(*form, antialias, cores, arguments.seed)
         sources, others = bench(corpus, names, task, arguments)
@@ -246,10 +227,9 @@ def run(arguments: argparse.Namespace, folder: Path, cores: int) -> dict[str, An
 def command(argv: list[str]) -> None:
     """Measures, prints and writes."""
     arguments = parse(argv)
-    with (
-        pinned(arguments.cores) as cores,
-        tempfile.TemporaryDirectory(prefix="vlp_jax_bench_") as temporary,
-    ):
+    # Threads of TensorFlow and workers of PyTorch inherit what `taskset` leaves of them.
+    cores = len(os.sched_getaffinity(0))
+    with tempfile.TemporaryDirectory(prefix="vlp_jax_bench_") as temporary:
         result = run(arguments, arguments.corpus or Path(temporary), cores)
     show(result, Console())
     harness.write_json(arguments.json, "data", argv, result)

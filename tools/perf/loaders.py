@@ -34,7 +34,6 @@ class Task:
       size: side of the image that comes out.
       min_scale: the least area of the random crop, as a fraction of the photo's; the most is 1,
         and its width over its height is 3/4 to 4/3.
-      method: "bilinear" or "bicubic".
       antialias: whether the kernel widens as the image shrinks.
       cores: threads or processes that work at the same time.
     """
@@ -42,7 +41,6 @@ class Task:
     size: int = 224
     batch_size: int = 64
     min_scale: float = 0.5
-    method: str = "bilinear"
     antialias: bool = True
     cores: int = 1
     seed: int = 0
@@ -53,7 +51,7 @@ class Task:
         crop = {"size": self.size, "min_scale": self.min_scale}
         return {
             "decode_image": {},
-            "random_resized_crop": {**crop, "method": self.method, "antialias": self.antialias},
+            "random_resized_crop": {**crop, "method": "bilinear", "antialias": self.antialias},
             "keep": {"fields": ["image"]},
         }
 
@@ -168,12 +166,8 @@ def decode_crop_resize(encoded: Any, window: Any, task: Task) -> Any:
     size = [task.size, task.size]
     image = tf.io.decode_and_crop_jpeg(encoded, window, channels=3, dct_method="INTEGER_ACCURATE")
     if task.antialias:
-        return Resampler("tools.perf.data", task.size, task.method, True).fit(image)
-    if task.method == "bilinear":
-        resized = tf.raw_ops.ResizeBilinear(images=image[None], size=size, half_pixel_centers=True)
-    else:
-        resized = tf.raw_ops.ResizeBicubic(images=image[None], size=size, half_pixel_centers=True)
-        resized = tf.clip_by_value(resized, 0, 255)  # of bilinear, none is beyond
+        return Resampler("tools.perf.data", task.size, "bilinear", True).fit(image)
+    resized = tf.raw_ops.ResizeBilinear(images=image[None], size=size, half_pixel_centers=True)
     return tf.ensure_shape(tf.cast(resized[0] + 0.5, tf.uint8), [*size, 3])
 
 

@@ -37,7 +37,6 @@ class Transform:
 
     size: int
     min_scale: float
-    method: str
     antialias: bool
     resize: str
 
@@ -45,7 +44,7 @@ class Transform:
         image = Image.open(io.BytesIO(encoded)).convert("RGB")
         box = random_box(*image.size, self.min_scale)
         if self.resize == "pillow":
-            kernel = Image.Resampling[self.method.upper()]
+            kernel = Image.Resampling.BILINEAR
             if self.antialias:
                 image = image.resize((self.size, self.size), kernel, box=box)
             else:
@@ -54,7 +53,7 @@ class Transform:
             return torch.from_numpy(np.array(image))
         pixels = torch.from_numpy(np.array(image.crop(box))).permute(2, 0, 1)[None]
         size = (self.size, self.size)
-        resized = F.interpolate(pixels, size, mode=self.method, antialias=self.antialias)
+        resized = F.interpolate(pixels, size, mode="bilinear", antialias=self.antialias)
         return resized[0].permute(1, 2, 0).contiguous()
 
 

@@ -14,7 +14,7 @@ import jax
 
 from vlp_jax.errors import UserError
 from vlp_jax.observe.accelerators import table_flops
-from vlp_jax.parallel.topologies import known_topologies, tpu_devices
+from vlp_jax.parallel.topologies import largest_topologies, tpu_devices
 
 GIB, GB, GBIT = 2**30, 10**9, 10**9 / 8
 
@@ -65,25 +65,13 @@ TPUS: dict[str, Chip] = {
     # https://docs.cloud.google.com/tpu/docs/v5e: 819 GB/s, 400 GB/s, DCN 6.4 Tbit/s for 256 chips,
     # one core of 4 units. A ring needs the full 16 chips.
     "v5e": Chip(
-        "TPU v5 lite",
-        int(15.75 * GIB),
-        819 * GB,
-        50 * GB,
-        25 * GBIT,
-        torus_axes=2,
-        wraps_at=16,
+        *("TPU v5 lite", int(15.75 * GIB), 819 * GB, 50 * GB, 25 * GBIT, 2, 16),
         clock=197e12 / (4 * 2**15),
     ),
     # https://docs.cloud.google.com/tpu/docs/v5p: 2765 GB/s, 1200 GB/s on 6 links, DCN 50 Gbit/s a
     # chip, 2 cores of 4 units.
     "v5p": Chip(
-        "TPU v5p",
-        int(95.74 * GIB),
-        2765 * GB,
-        100 * GB,
-        50 * GBIT,
-        torus_axes=3,
-        wraps_at=4,
+        *("TPU v5p", int(95.74 * GIB), 2765 * GB, 100 * GB, 50 * GBIT, 3, 4),
         clock=459e12 / (8 * 2**15),
     ),
     # https://docs.cloud.google.com/tpu/docs/v6e: 1600 GB/s, 3200 Gbit/s on 4 ports in one
@@ -161,11 +149,9 @@ def make_target(name: str, slices: int = 1) -> Target:
             raise UserError(f"--topology {name}: this GPU is not known (known: {known})")
         devices = _stand_ins(int(gpu.group(2)))
         return Target(name, devices, GPUS[gpu.group(1)], False, "bfloat16")
-    # The last of each generation is the largest: the message shows the range.
-    largest = {topology.partition(":")[0]: topology for topology in known_topologies()}
     raise UserError(
-        f"--topology {name}: not known; it is KIND:SHAPE of a TPU, up to "
-        f"{', '.join(largest.values())}, or cpu:N, or gpu:KINDxN with KIND one of {', '.join(GPUS)}"
+        f"--topology {name}: not known; it is KIND:SHAPE of a TPU, up to {largest_topologies()}, "
+        f"or cpu:N, or gpu:KINDxN with KIND one of {', '.join(GPUS)}"
     )
 
 
