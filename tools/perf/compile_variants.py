@@ -24,6 +24,7 @@ import math
 import re
 import sys
 import time
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -39,16 +40,9 @@ from vlp_jax.commands.plan import Waiting
 from vlp_jax.errors import UserError
 from vlp_jax.parallel import mesh as mesh_lib
 from vlp_jax.parallel.mesh import BATCH_AXES
-from vlp_jax.planning import traffic
-from vlp_jax.planning.compile import OutOfMemory, compile_setup
-from vlp_jax.planning.kernels import PallasCalls
-from vlp_jax.planning.plan import (
-    Compiled,
-    make_setup_for,
-    read_program,
-    step_flops,
-    waiting_bytes,
-)
+from vlp_jax.planning import report, traffic
+from vlp_jax.planning.plan import Plan, make_plan, make_setup_for
+from vlp_jax.planning.report import Findings
 from vlp_jax.planning.search import sections
 from vlp_jax.planning.target import Target, make_target
 from vlp_jax.training.setup import Setup
@@ -60,8 +54,6 @@ HEADS = (
     *("of base", "GB moved", "MB moved an example", "of base", "TFLOP", *COLLECTIVES),
     "compiled in s",
 )
-# The figures of a step that the compiler refused: nothing was read.
-NOTHING = Compiled(0.0, [], 0.0, PallasCalls(), 0, ())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,39 +95,31 @@ SETS: dict[str, tuple[str, ...]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-    """The compiler's figures of one variant. Bytes, cycles and FLOPs are of a device in a step.
-
-    Attributes:
-      per_chip: examples of a device.
-      needed: main memory, with the batches that wait; the compiler's demand if it refused.
-      cycles: its estimate of the kernels, with Pallas calls at their roofline; None if it refused.
-      pallas_cycles: the part of the cycles that Pallas calls have; pallas_runs: their number.
-      traffic: bytes to and from main memory; None if it refused.
-      flops: of products and convolutions, with all that is computed again.
-      sent: kind of collective -> (runs, bytes sent).
-      gathers: collectives that bring a device the embeddings of the others, in words.
-      notes: parts of the program that could not be read, in words.
-    """
+    """The plan of one variant with `per_chip` examples a device, and the time to compile it."""
 
     variant: Variant
     per_chip: int
-    needed: int
-    available: int
-    preliminary: bool
-    cycles: float | None
-    pallas_cycles: float
-    pallas_runs: float
-    traffic: float | None
-    flops: float
-    sent: dict[str, tuple[float, float]]
-    gathers: tuple[str, ...]
-    notes: tuple[str, ...]
+    plan: Plan
     compile_seconds: float
 
     @property
-    def fits(self) -> bool:
-        """True if the step needs no more main memory than the compiler grants."""
-        return self.cycles is not None and self.needed <= self.available
+    def gathers(self) -> list[str]:
+        """The collectives of a step that bring a device the embeddings of other devices, in words.
+
+        They are known by their shape: examples of several devices by the width of the embedding
+        (`objective.embed_dim`). Where a parameter, or a layer of a stack, has just this shape too,
+        the words say so: a batch of another size tells them apart.
+        """
+        setup = self.plan.setup
+        shapes = [leaf.shape for leaf in jax.tree.leaves(setup.abstract)]
+        # Of stacked layers a collective moves one at a time.
+        shapes += [shape[1:] for shape in shapes]
+        found, shards = self.plan.compiled.collectives, _shards(setup.mesh)
+        return [
+            line
+            for width in sorted({s.get("embed_dim") for s in sections(setup.config)} - {None})
+            for line in traffic.gathered_rows(found, self.per_chip, width, shards, shapes)
+        ]
 
 
 def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -210,50 +194,8 @@ def _shards(mesh: Mesh) -> int:
 def measure(variant: Variant, per_chip: int, setup: Setup, target: Target) -> Measured:
     """Compiles the step of `setup` and reads the program."""
     begin = time.perf_counter()
-    program = compile_setup(setup)
-    seconds = time.perf_counter() - begin
-    refused = isinstance(program, OutOfMemory)
-    compiled = NOTHING if refused else read_program(program, setup, target.chip)
-    sent: dict[str, tuple[float, float]] = {}
-    for one in compiled.collectives:
-        runs, size = sent.get(one.kind, (0.0, 0.0))
-        sent[one.kind] = (runs + one.times, size + one.step_bytes)
-    return Measured(
-        variant=variant,
-        per_chip=per_chip,
-        needed=(program.needed if refused else program.bytes) + waiting_bytes(setup),
-        available=program.available if refused else target.chip.hbm_bytes,
-        preliminary=refused and program.preliminary,
-        cycles=None if refused else compiled.cycles,
-        pallas_cycles=compiled.pallas.cycles(target.chip.clock),
-        pallas_runs=compiled.pallas.runs,
-        traffic=None if refused else compiled.hbm_traffic,
-        flops=step_flops(setup).total / setup.mesh.size,
-        sent=sent,
-        gathers=embedding_gathers(compiled.collectives, setup),
-        notes=compiled.notes,
-        compile_seconds=seconds,
-    )
-
-
-def embedding_gathers(found: Sequence[traffic.Collective], setup: Setup) -> tuple[str, ...]:
-    """Returns the collectives of a step that bring a device the embeddings of other devices.
-
-    They are known by their shape: examples of several devices by the width of the embedding
-    (`objective.embed_dim`). Where a parameter, or a layer of a stack, has just this shape too, the
-    words say so: a batch of another size tells them apart.
-    """
-    widths = {s.get("embed_dim") for s in sections(setup.config)} - {None}
-    shards = _shards(setup.mesh)
-    rows = setup.config.batch_size // shards
-    shapes = [leaf.shape for leaf in jax.tree.leaves(setup.abstract)]
-    # Of stacked layers a collective moves one at a time.
-    shapes += [shape[1:] for shape in shapes]
-    return tuple(
-        line
-        for width in sorted(widths)
-        for line in traffic.gathered_rows(list(found), rows, width, shards, shapes)
-    )
+    plan = make_plan(setup, target)
+    return Measured(variant, per_chip, plan, time.perf_counter() - begin)
 
 
 def chosen_variants(arguments: argparse.Namespace) -> list[Variant]:
@@ -301,11 +243,12 @@ def compile_all(
 
 def ratios(this: Measured, base: Measured) -> tuple[float | None, float | None]:
     """Returns cycles and bytes of an example, over the base's; None where not known."""
-    if this.cycles is None or base.cycles is None:
+    one, other = this.plan.compiled, base.plan.compiled
+    if one is None or other is None:
         return None, None
     per_example = base.per_chip / this.per_chip
-    cycles = this.cycles / base.cycles * per_example if base.cycles else None
-    return cycles, this.traffic / base.traffic * per_example
+    cycles = one.cycles / other.cycles * per_example if other.cycles else None
+    return cycles, one.hbm_traffic / other.hbm_traffic * per_example
 
 
 def row(one: Measured, base: Measured) -> list[str]:
@@ -314,22 +257,25 @@ def row(one: Measured, base: Measured) -> list[str]:
     def cell(value: float | None, form: str) -> str:
         return "" if value is None else format(value, form)
 
-    size, known = one.per_chip, one.cycles is not None
+    plan, compiled, size = one.plan, one.plan.compiled, one.per_chip
     of_cycles, of_moved = ratios(one, base)
-    mark = "+" if one.pallas_runs else ""
-    first = ", first estimate" if one.preliminary else ""
-    cycles = (one.cycles / 1e6, one.cycles / 1e3 / size) if known else (None, None)
-    moved = (one.traffic / 1e9, one.traffic / 1e6 / size) if known else (None, None)
-    sent = ((runs, size / 1e6) for runs, size in (one.sent.get(k, (0, 0)) for k in COLLECTIVES))
+    mark = "+" if compiled and compiled.pallas.runs else ""
+    first = ", first estimate" if plan.preliminary else ""
+    cycles, moved = (compiled.cycles, compiled.hbm_traffic) if compiled else (None, None)
+    both = [(x / 1e6, x / 1e3 / size) if compiled else (None, None) for x in (cycles, moved)]
+    sent, runs = Counter(), Counter()
+    for collective in compiled.collectives if compiled else ():
+        sent[collective.kind] += collective.step_bytes
+        runs[collective.kind] += collective.times
     return [
-        *(one.variant.name, f"{size:,}", f"{one.needed / GIB:.2f}"),
-        "yes" if one.fits else f"no{first}",
-        *(f"{cell(value, ',.1f')}{mark}" for value in cycles),
+        *(one.variant.name, f"{size:,}", f"{plan.needed / GIB:.2f}"),
+        "yes" if plan.fits else f"no{first}",
+        *(f"{cell(value, ',.1f')}{mark}" for value in both[0]),
         f"{cell(of_cycles, '.3f')}{mark}",
-        *(cell(value, ",.1f") for value in moved),
+        *(cell(value and value / 1e3, ",.1f") for value in both[1]),
         cell(of_moved, ".3f"),
-        f"{one.flops / 1e12:,.2f}",
-        *(f"{runs:g}, {size:,.1f} MB" if runs else "" for runs, size in sent),
+        f"{plan.hardware.total / plan.setup.mesh.size / 1e12:,.2f}",
+        *(f"{runs[k]:g}, {sent[k] / 1e6:,.1f} MB" if runs[k] else "" for k in COLLECTIVES),
         f"{one.compile_seconds:.0f}",
     ]
 
@@ -337,7 +283,7 @@ def row(one: Measured, base: Measured) -> list[str]:
 def one_line(one: Measured) -> str:
     """Returns a line on a variant, for a person who waits for the table."""
     cells = row(one, one)
-    cycles = f", {cells[4]} M cycles, {cells[7]} GB moved" if one.cycles is not None else ""
+    cycles = f", {cells[4]} M cycles, {cells[7]} GB moved" if one.plan.compiled else ""
     return f"  {cells[0]}, {cells[1]} a chip: {cells[2]} GiB, fits: {cells[3]}{cycles}"
 
 
@@ -346,27 +292,33 @@ def table(found: Sequence[Measured], base: Measured) -> str:
     lines = [harness.markdown(HEADS, [row(one, base) for one in found]), ""]
     for one in found:
         where = f"{one.variant.name} at {one.per_chip:,} a chip"
-        if one.cycles is not None:
+        if one.plan.compiled:
             told = "; ".join(one.gathers) or "no all-gather of embeddings"
-            lines.append(f"- {where}: {told}")
-        lines += [f"- {where}: {note}" for note in one.notes]
+            lines += [f"- {where}: {line}" for line in (told, *one.plan.compiled.notes)]
     return "\n".join(lines)
 
 
 def as_json(one: Measured, base: Measured) -> dict[str, Any]:
     """Returns all figures of a variant, with its ratios."""
     cycles, moved = ratios(one, base)
-    more = {"fits": one.fits, "cycles_of_base": cycles, "traffic_of_base": moved}
-    return dataclasses.asdict(one) | more
+    return {
+        "variant": dataclasses.asdict(one.variant),
+        "per_chip": one.per_chip,
+        "compile_seconds": one.compile_seconds,
+        "cycles_of_base": cycles,
+        "traffic_of_base": moved,
+        "gathers": one.gathers if one.plan.compiled else None,
+        **report.as_json(Findings(one.plan), {}),
+    }
 
 
 def refused_gathers(names: Sequence[str], found: Sequence[Measured]) -> list[str]:
     """Returns a line for each variant of `names` that gathers embeddings or was not compiled."""
     lines = []
     for one in found:
-        if one.variant.name in names and (one.gathers or one.cycles is None):
-            told = ", ".join(one.gathers) or "it was not compiled"
-            lines.append(f"{one.variant.name} at {one.per_chip:,} a chip: {told}")
+        told = one.gathers if one.plan.compiled else ["it was not compiled"]
+        if one.variant.name in names and told:
+            lines.append(f"{one.variant.name} at {one.per_chip:,} a chip: {', '.join(told)}")
     return lines
 
 

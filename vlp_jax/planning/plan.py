@@ -108,6 +108,11 @@ class Plan:
         return self.target.chip.hbm_bytes if self.target.chip else None
 
     @property
+    def preliminary(self) -> bool:
+        """True if the compiler refused by its first, high estimate of `needed`."""
+        return isinstance(self.memory, OutOfMemory) and self.memory.preliminary
+
+    @property
     def needed(self) -> int | None:
         """Main memory that the step needs, with waiting batches; None without a compiler."""
         if self.memory is None:

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from vlp_jax.parallel import mesh as mesh_lib
 from vlp_jax.planning import traffic
-from vlp_jax.planning.compile import OutOfMemory, Program
+from vlp_jax.planning.compile import Program
 from vlp_jax.planning.plan import Plan
 from vlp_jax.planning.search import Largest, Policy, advice, remat_of
 
@@ -179,7 +179,7 @@ def reason(plan: Plan) -> str:
         return f"the state takes {_gib(state)} of a device's {_gib(plan.available)}"
     rest = plan.needed - state
     first = ""
-    if isinstance(plan.memory, OutOfMemory) and plan.memory.preliminary:
+    if plan.preliminary:
         first = ", in the compiler's first estimate, before it saves what it can"
     return (
         f"the step takes {_gib(plan.needed)} of a device's {_gib(plan.available)}{first}: "
