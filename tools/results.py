@@ -39,7 +39,7 @@ from tools.experiments import END_LOSS, EXPERIMENTS, Experiment, Figure, Record,
 from tools.perf import harness
 from vlp_jax import smoke as smoke_lib
 from vlp_jax.arguments import load_config, parse_with_overrides
-from vlp_jax.errors import UserError, unknown_key_message
+from vlp_jax.errors import UserError
 from vlp_jax.files import write_whole
 from vlp_jax.objectives import make_objective
 from vlp_jax.observe.pictures import draw_differences
@@ -59,7 +59,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--only", nargs="+", default=[], metavar="NAME", help="experiments (default: all)")
     add("--list", action="store_true", help="print the experiments, and end")
     add("--seeds", type=int, default=3, metavar="N", help=f"seeds 0 to N - 1; {told}")
-    add("--output", type=Path, default="runs/results", metavar="DIR", help=f"of runs; {told}")
+    where = "of runs (default: runs/results, or runs/settings_CONFIG with --config)"
+    add("--output", type=Path, metavar="DIR", help=where)
     add("--results", type=Path, default="docs/results", metavar="DIR", help=f"of figures; {told}")
     add("--set", nargs="+", default=[], metavar="KEY=VALUE", help="keys of the config, in all runs")
     add("--smoke", action="store_true", help="two steps on tiny shapes, to try: no score counts")
@@ -72,7 +73,11 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         "compared; default: %(default)s",
     )
     add("--score", nargs="+", default=scores, metavar="NAME", help=told)
-    return parse_with_overrides(parser, argv, "seeds")[0]
+    arguments, _ = parse_with_overrides(parser, argv, "seeds")
+    if arguments.output is None:
+        stem = Path((arguments.config or "").partition(":")[0]).stem
+        arguments.output = Path(f"runs/settings_{stem}" if arguments.config else "runs/results")
+    return arguments
 
 
 def settings_experiment(arguments: argparse.Namespace) -> Experiment:
@@ -109,9 +114,7 @@ def chosen(arguments: argparse.Namespace) -> dict[str, Experiment]:
         if arguments.only or not arguments.config:
             raise UserError("give --only NAME, or --config FILE with --variant NAME KEY=VALUE")
         return {SETTINGS: settings_experiment(arguments)}
-    for name in arguments.only:
-        if name not in EXPERIMENTS:
-            raise UserError(unknown_key_message(name, EXPERIMENTS, "--only"))
+    harness.check_names(arguments.only, EXPERIMENTS, "--only")
     return {name: EXPERIMENTS[name] for name in arguments.only or EXPERIMENTS}
 
 
@@ -139,42 +142,23 @@ def check_scores(experiment: Experiment, configs: Mapping[str, ConfigDict]) -> N
             )
 
 
-class Runs:
-    """Runs stages, each once for a seed, and tells how far they are.
+def run_stages(
+    stages: Mapping[str, Stage], configs: Mapping[tuple[str, int], ConfigDict], output: Path
+) -> Records:
+    """Runs what is not finished, and tells how far it is; returns the records of all by stage.
 
     Args:
-      runs: (stage, seed) in order.
-      configs: by stage and seed.
+      configs: by stage and seed, in the order in which they run.
     """
-
-    def __init__(
-        self,
-        stages: Mapping[str, Stage],
-        configs: Mapping[tuple[str, int], ConfigDict],
-        output: Path,
-    ):
-        self._stages, self._configs, self._output = stages, configs, output
-        self._seconds: list[float] = []
-
-    def folder(self, name: str, seed: int) -> Path:
-        """Returns the folder of a run."""
-        return self._output / name / f"seed_{seed}"
-
-    def all(self) -> Records:
-        """Runs all that is not finished; returns the records of each stage by seed."""
-        records: Records = {name: [] for name in self._stages}
-        for number, (name, seed) in enumerate(self._configs, 1):
-            told = f"run {number} of {len(self._configs)}: {name}, seed {seed}"
-            if self._seconds:
-                left = statistics.mean(self._seconds) * (len(self._configs) - number + 1)
-                told += f"; about {left / 60:.0f} min left"
-            print(told, flush=True)
-            records[name].append(self._record(name, seed))
-        return records
-
-    def _record(self, name: str, seed: int) -> Record:
-        stage, folder = self._stages[name], self.folder(name, seed)
-        config = self._configs[name, seed]
+    records: Records = {name: [] for name in stages}
+    seconds: list[float] = []
+    for number, ((name, seed), config) in enumerate(configs.items(), 1):
+        told = f"run {number} of {len(configs)}: {name}, seed {seed}"
+        if seconds:
+            left = statistics.mean(seconds) * (len(configs) - number + 1)
+            told += f"; about {left / 60:.0f} min left"
+        print(told, flush=True)
+        stage, folder = stages[name], output / name / f"seed_{seed}"
         found = read_record(folder)
         if found:
             print(f"{folder} is finished: it is not run again")
@@ -182,13 +166,15 @@ class Runs:
             for change in workdir_lib.changes(epath.Path(folder), config):
                 if not change.startswith(("config.init_from.source", "config.tokenizer.file")):
                     print(f"note: {change}")
-            return found
-        begin = time.perf_counter()
-        found = stage.run(config, folder, self.folder(stage.start, seed) if stage.start else None)
-        folder.mkdir(parents=True, exist_ok=True)
-        write_whole(folder / "result.json", json.dumps(found))
-        self._seconds.append(time.perf_counter() - begin)
-        return found
+        else:
+            begin = time.perf_counter()
+            source = output / stage.start / f"seed_{seed}" if stage.start else None
+            found = stage.run(config, folder, source)
+            folder.mkdir(parents=True, exist_ok=True)
+            write_whole(folder / "result.json", json.dumps(found))
+            seconds.append(time.perf_counter() - begin)
+        records[name].append(found)
+    return records
 
 
 def score_of(records: Records, stage: str, name: str) -> list[float]:
@@ -288,7 +274,7 @@ def run(arguments: argparse.Namespace, argv: Sequence[str]) -> list[str]:
     compared = found.get(SETTINGS)
     if compared:
         check_scores(compared, {name: configs[name, 0] for name in stages})
-    records = Runs(stages, configs, arguments.output).all()
+    records = run_stages(stages, configs, arguments.output)
     wrong = []
     for name, experiment in found.items():
         figures = {key: figure_of(one, records) for key, one in experiment.figures.items()}

@@ -29,7 +29,7 @@ from vlp_jax.arguments import parse_with_overrides
 from vlp_jax.commands.write_evaluation_tars import class_names, examples
 from vlp_jax.data.image_ops.upright import upright_rgb
 from vlp_jax.data.sources.base import as_plain
-from vlp_jax.errors import UserError, unknown_key_message
+from vlp_jax.errors import UserError
 from vlp_jax.evaluators import class_lists, merged_data
 from vlp_jax.handover import foreign
 from vlp_jax.interop.staging import check_free
@@ -128,9 +128,7 @@ def check(arguments: argparse.Namespace) -> Iterator[tuple[tuple[str, ...], bool
         free.
     """
     formats = arguments.formats.split(",")
-    for format in formats:
-        if format not in FORMATS:
-            raise UserError(unknown_key_message(format, FORMATS, "--formats"))
+    harness.check_names(formats, FORMATS, "--formats")
     workdir, output = arguments.workdir, Path(arguments.output).expanduser()
     check_free(output, overwrite=False)
     run = Run.open(workdir)

@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import math
 import re
 import sys
 import time
@@ -29,7 +28,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from tools.perf import harness
@@ -39,7 +37,7 @@ from vlp_jax.arguments import load_config, parse_with_overrides
 from vlp_jax.commands.plan import Waiting
 from vlp_jax.errors import UserError
 from vlp_jax.parallel import mesh as mesh_lib
-from vlp_jax.parallel.mesh import BATCH_AXES
+from vlp_jax.parallel.mesh import batch_shards
 from vlp_jax.planning import report, traffic
 from vlp_jax.planning.plan import Plan, make_plan, make_setup_for
 from vlp_jax.planning.report import Findings
@@ -114,7 +112,7 @@ class Measured:
         shapes = [leaf.shape for leaf in jax.tree.leaves(setup.abstract)]
         # Of stacked layers a collective moves one at a time.
         shapes += [shape[1:] for shape in shapes]
-        found, shards = self.plan.compiled.collectives, _shards(setup.mesh)
+        found, shards = self.plan.compiled.collectives, batch_shards(setup.mesh)
         return [
             line
             for width in sorted({s.get("embed_dim") for s in sections(setup.config)} - {None})
@@ -174,7 +172,7 @@ def make_setups(
             try:
                 changed = config.copy_and_resolve_references()
                 config_lib.override(changed, list(variant.overrides))
-                shards = _shards(mesh_lib.make_mesh(changed.mesh, target.devices))
+                shards = batch_shards(mesh_lib.make_mesh(changed.mesh, target.devices))
                 if size is not None:
                     with changed.unlocked():
                         changed.batch_size = size * shards
@@ -184,11 +182,6 @@ def make_setups(
                 raise UserError(f"variant {variant.name}: {error}") from error
             found.append((variant, changed.batch_size // shards, setup))
     return found
-
-
-def _shards(mesh: Mesh) -> int:
-    """Number of devices that share a batch."""
-    return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
 def measure(variant: Variant, per_chip: int, setup: Setup, target: Target) -> Measured:

@@ -29,7 +29,7 @@ from tools.perf import harness
 from tools.perf.corpus import NAMES, Corpus, data_config
 from tools.perf.loaders import DecodeLimit, Loader, PipelineLoader, Speed, Task, Turn
 from vlp_jax.arguments import parse_with_overrides
-from vlp_jax.errors import UserError, unknown_key_message
+from vlp_jax.errors import UserError
 
 LIMIT, PILLOW, TORCH, WEBDATASET = "tf.data limit", "torch+pillow", "torch", "webdataset"
 WARM_UP_IMAGES = 384  # images that may wait in buffers: of two workers of PyTorch, 4 batches of 64
@@ -54,7 +54,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     """Returns the arguments.
 
     Raises:
-      UserError: a number out of its range.
+      UserError: a number out of its range, or an unknown source.
     """
     parser = harness.make_parser("data", __doc__, rounds=5)
     add, number = parser.add_argument, {"type": int, "metavar": "N"}
@@ -72,20 +72,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     arguments, _ = parse_with_overrides(parser, argv, *counts)
     if not 0 < arguments.min_scale <= 1:
         raise UserError(f"--min-scale {arguments.min_scale} is not in (0, 1]")
+    arguments.sources = NAMES if arguments.sources == "all" else arguments.sources.split(",")
+    harness.check_names(arguments.sources, NAMES, "--sources")
     return arguments
-
-
-def chosen_sources(text: str) -> list[str]:
-    """Returns the names of a list with commas.
-
-    Raises:
-      UserError: a name that is not known.
-    """
-    names = list(NAMES) if text == "all" else [name.strip() for name in text.split(",")]
-    for name in names:
-        if name not in NAMES:
-            raise UserError(f"--sources: {unknown_key_message(name, NAMES, 'the sources')}")
-    return names
 
 
 def make_turn(arguments: argparse.Namespace, cores: int) -> Turn:
@@ -206,7 +195,6 @@ def show(result: Mapping[str, Any], console: Console) -> None:
 
 def run(arguments: argparse.Namespace, folder: Path, cores: int) -> dict[str, Any]:
     """Returns all that is measured, as it stands in the JSON file."""
-    names = chosen_sources(arguments.sources)
     corpus = Corpus(folder, arguments.images, arguments.seed)
     print(f"{arguments.images} photos in {folder}", file=sys.stderr)
     ways = {"on": [True], "off": [False], "both": [False, True]}[arguments.antialias]
@@ -218,7 +206,7 @@ def run(arguments: argparse.Namespace, folder: Path, cores: int) -> dict[str, An
     form = (arguments.size, arguments.batch_size, arguments.min_scale)
     for antialias in ways:
         task = Task(*form, antialias, cores, arguments.seed)
-        sources, others = bench(corpus, names, task, arguments)
+        sources, others = bench(corpus, arguments.sources, task, arguments)
         result["sources"] += sources
         result["others"] += others
     return result

@@ -30,7 +30,7 @@ import numpy as np
 from tools.perf import harness
 from tools.perf.fault_run import WATCHDOG, Run
 from vlp_jax.arguments import parse_with_overrides
-from vlp_jax.errors import UserError, unknown_key_message
+from vlp_jax.errors import UserError
 
 STEPS_A_ROUND = 30
 DISK_MIB = 48
@@ -129,9 +129,7 @@ def choose(names: str | None, rounds: int, rng: random.Random) -> list[str]:
       UserError: a kind that is not known.
     """
     known = names.split(",") if names else list(FAULTS)
-    for name in known:
-        if name not in FAULTS:
-            raise UserError(unknown_key_message(name, FAULTS, "--faults"))
+    harness.check_names(known, FAULTS, "--faults")
     drawn = [known[i % len(known)] for i in range(rounds)]
     # Each kind as often, so that a short drill has them all.
     rng.shuffle(drawn)

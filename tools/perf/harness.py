@@ -16,7 +16,7 @@ import shlex
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,6 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from vlp_jax import arguments as arguments_lib
+from vlp_jax.errors import UserError, unknown_key_message
 from vlp_jax.versions import commit, versions
 
 T = TypeVar("T")
@@ -76,6 +77,14 @@ def main_of(command: Callable[[list[str]], int | None]) -> Callable[..., int]:
         return run_command(lambda: statuses.append(command(given) or 0)) or statuses[0]
 
     return main
+
+
+def check_names(names: Iterable[str], known: Iterable[str], option: str) -> None:
+    """Raises UserError for the first of `names` that is not known, with the nearest that is."""
+    known = list(known)
+    for name in names:
+        if name not in known:
+            raise UserError(unknown_key_message(name, known, option))
 
 
 def start_run() -> None:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from vlp_jax.errors import UserError, unknown_key_message
 from vlp_jax.parallel.placement import islands, place
@@ -143,9 +143,14 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
+def batch_shards(mesh: Mesh | AbstractMesh) -> int:
+    """Returns the number of devices that share a batch."""
+    return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+
+
 def check_batch_size(batch_size: int, mesh: Mesh, what: str = "config.batch_size") -> None:
     """Raises UserError if the mesh does not divide the global batch."""
-    parts = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+    parts = batch_shards(mesh)
     if batch_size < 1 or batch_size % parts:
         axes = " x ".join(f"{axis} {mesh.shape[axis]}" for axis in BATCH_AXES)
         below = max(parts, batch_size - batch_size % parts)

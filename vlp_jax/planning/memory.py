@@ -11,7 +11,7 @@ import jax
 from vlp_jax.objectives import Objective
 from vlp_jax.objectives.base import BatchSpec
 from vlp_jax.parallel import rules
-from vlp_jax.parallel.mesh import BATCH_AXES
+from vlp_jax.parallel.mesh import batch_shards
 from vlp_jax.training.setup import Setup
 from vlp_jax.training.state import PURPOSE_LOSS, TrainState, context_of, key_for
 
@@ -75,7 +75,7 @@ def activation_bytes(setup: Setup) -> int:
     parts = setup.config.microbatches
     objective = setup.objective.at(setup.costliest)
     # A device holds its own examples alone; along `tensor` devices share examples.
-    shards = math.prod(setup.mesh.shape[axis] for axis in BATCH_AXES)
+    shards = batch_shards(setup.mesh)
     spec = _resized(setup.batch_spec, setup.config.batch_size // parts)
     with rules.use_mesh(setup.mesh):
         kept = _residuals(objective, setup.abstract, spec)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from ml_collections import ConfigDict
 
 from vlp_jax.models.remat import REMAT_POLICIES
-from vlp_jax.parallel.mesh import BATCH_AXES
+from vlp_jax.parallel.mesh import batch_shards
 from vlp_jax.planning.compile import OutOfMemory, compile_setup
 from vlp_jax.planning.plan import Plan, make_setup_for, step_flops
 from vlp_jax.training.setup import Setup
@@ -148,8 +148,6 @@ def cheapest_policy(
     """Returns the policies in the order of their FLOPs, compiled up to the first that fits.
 
     Args:
-      flops: of a step, by policy.
-      attempt: compiles the step with a policy.
       known: trials made before.
     """
     policies, found = [], False
@@ -198,7 +196,7 @@ def remat_of(config: ConfigDict) -> str:
 
 def quantum_of(setup: Setup) -> int:
     """The step between batch sizes: whole rows of each device, or one example if it has fewer."""
-    share = math.prod(setup.mesh.shape[axis] for axis in BATCH_AXES) * setup.config.microbatches
+    share = batch_shards(setup.mesh) * setup.config.microbatches
     rows = ROWS if setup.config.batch_size >= ROWS * share else 1
     return share * rows
 
@@ -284,8 +282,7 @@ def advice(plan: Plan) -> list[str]:
     after = order[order.index(own) + 1 :] if own in order else []
     if after:
         lines.append(f"compute more again: --config.objective.remat={' or '.join(after)}")
-    shards = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
-    part = config.batch_size // shards // config.microbatches
+    part = config.batch_size // batch_shards(mesh) // config.microbatches
     if part > 1:
         # The fewest parts that divide the examples of a device: parts cost time.
         times = next(n for n in range(2, part + 1) if part % n == 0)
