@@ -54,7 +54,7 @@ def test_sharded_state_is_within_5_percent_of_an_even_part(config):
     config = config_lib.load(file)
     config_lib.override(config, [o for o in overrides])
     setup = plan_lib.make_setup_for(config, target.make_target("cpu:8"), None)
-    state = state_bytes(setup.abstract)
+    state = state_bytes(setup.abstract, setup.mesh)
     assert state.device == pytest.approx(state.total / 8, rel=0.05)
     held = sum(
         leaf.dtype.itemsize * math.prod(leaf.shape) for leaf in jax.tree.leaves(setup.abstract)

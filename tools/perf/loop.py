@@ -11,13 +11,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import dataclasses
 import os
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 os.environ.setdefault("JAX_NUM_CPU_DEVICES", "2")  # as the demo
@@ -71,44 +70,37 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     return parse_with_overrides(parser, argv, "rounds", "steps")
 
 
-@dataclasses.dataclass(frozen=True)
-class Times:
-    """Seconds of the turns of each, and the examples and steps of a turn.
-
-    Attributes:
-      host: CPU seconds of the main thread in each turn of the loop: waiting is not counted.
-    """
-
-    loop: list[float]
-    fixed: list[float]
-    input: list[float]
-    host: list[float]
-    examples: int
-    steps: int
-    on_cpu: bool
-
-
-def figures(times: Times) -> dict[str, Any]:
+def figures(
+    times: Mapping[str, Sequence[float]], steps: int, examples: int, on_cpu: bool
+) -> dict[str, Any]:
     """Returns rates, the ratios of the rounds, and which part bounds the loop.
 
     `of_the_bound` is against the slower part; `of_the_shared_bound`, on CPU, against the sum of the
     times of both parts, as if the cores did the one and then the other.
+
+    Args:
+      times: of the turns, by the names in `PARTS`; "host" are CPU seconds of the main thread in the
+        turns of the loop: waiting is not counted.
+      steps: of a turn.
+      examples: of a turn.
     """
-    parts = list(zip(times.fixed, times.input, strict=True))
-    bounds = {"of_fixed_batch": times.fixed, "of_the_bound": [max(pair) for pair in parts]}
-    if times.on_cpu:
+    parts = list(zip(times["fixed"], times["input"], strict=True))
+    bounds = {"of_fixed_batch": times["fixed"], "of_the_bound": [max(pair) for pair in parts]}
+    if on_cpu:
         # On an accelerator the input runs beside the step, and the sum bounds nothing.
         bounds["of_the_shared_bound"] = [sum(pair) for pair in parts]
-    fixed, read = statistics.median(times.fixed), statistics.median(times.input)
+    loop, fixed, read, host = (
+        statistics.median(times[name]) for name in ("loop", "fixed", "input", "host")
+    )
     return {
-        "loop_examples_per_second": times.examples / statistics.median(times.loop),
-        "fixed_batch_examples_per_second": times.examples / fixed,
-        "input_examples_per_second": times.examples / read,
+        "loop_examples_per_second": examples / loop,
+        "fixed_batch_examples_per_second": examples / fixed,
+        "input_examples_per_second": examples / read,
         "bound_by": "the input" if read > fixed else "the step",
         "input_share": read / (read + fixed),
-        "host_microseconds_per_step": 1e6 * statistics.median(times.host) / times.steps,
+        "host_microseconds_per_step": 1e6 * host / steps,
         "ratios": {
-            name: harness.ratio(bound, times.loop).as_json() for name, bound in bounds.items()
+            name: harness.ratio(bound, times["loop"]).as_json() for name, bound in bounds.items()
         },
     }
 
@@ -187,8 +179,8 @@ class Turns:
         return time.perf_counter() - begin
 
 
-def measure(config: ConfigDict, rounds: int, steps: int) -> Times:
-    """Times `rounds` turns of each, of `steps` steps."""
+def measure(config: ConfigDict, rounds: int, steps: int) -> dict[str, Any]:
+    """Times `rounds` turns of each, of `steps` steps; returns the figures."""
     clock = StartupClock.from_process_start("python and imports")
     with tempfile.TemporaryDirectory() as folder:
         workdir = epath.Path(folder)
@@ -219,8 +211,8 @@ def measure(config: ConfigDict, rounds: int, steps: int) -> Times:
                 before=lambda number, name: print(f"round {number + 1}: {PARTS[name]}", flush=True),
             )
         on_cpu = setup.mesh.devices.flat[0].platform == "cpu"
-        examples = steps * setup.config.batch_size
-        return Times(**found, host=turns.host, examples=examples, steps=steps, on_cpu=on_cpu)
+        times = {**found, "host": turns.host}
+        return figures(times, steps, steps * setup.config.batch_size, on_cpu)
 
 
 def report(found: dict[str, Any], rounds: int) -> list[str]:
@@ -248,7 +240,7 @@ def command(argv: list[str]) -> None:
     arguments, overrides = parse(argv)
     harness.start_run()
     config = load_config(arguments.config, overrides)
-    found = figures(measure(config, arguments.rounds, arguments.steps))
+    found = measure(config, arguments.rounds, arguments.steps)
     print("\n".join(report(found, arguments.rounds)))
     harness.write_json(arguments.json, "loop", argv, found)
 

@@ -39,7 +39,7 @@ from vlp_jax.planning.report import Findings, as_json, as_table
 from vlp_jax.planning.search import Options
 from vlp_jax.planning.target import make_target
 from vlp_jax.training.command import run_command
-from vlp_jax.versions import versions as package_versions
+from vlp_jax.versions import versions
 
 DOES_NOT_FIT = 1
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "libtpu")
@@ -110,12 +110,6 @@ class Waiting:
         self._console.print(f"{what}: {time.monotonic() - begin:.0f} s")
 
 
-def versions() -> dict[str, str]:
-    """Returns the versions of the packages that decide a plan, where they are installed."""
-    found = package_versions(PACKAGES)
-    return {name: found[name] for name in PACKAGES if name in found}
-
-
 def find(arguments: argparse.Namespace, config: ConfigDict) -> Findings:
     """Makes the plan, and the search if it is wanted.
 
@@ -155,7 +149,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         jax.config.update("jax_platforms", "cpu")
         findings = find(arguments, config)
         fits.append(findings.plan.fits)
-        text = json.dumps(as_json(findings, versions()), indent=2) + "\n"
+        text = json.dumps(as_json(findings, versions(PACKAGES)), indent=2) + "\n"
         # Nothing but JSON on stdout: it goes into another program.
         if arguments.json == "-":
             sys.stdout.write(text)

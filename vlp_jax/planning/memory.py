@@ -7,49 +7,28 @@ import math
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
 from vlp_jax.objectives import Objective
 from vlp_jax.objectives.base import BatchSpec
 from vlp_jax.parallel import rules
 from vlp_jax.parallel.mesh import batch_shards
+from vlp_jax.parallel.rules import Spread, spread
 from vlp_jax.training.setup import Setup
 from vlp_jax.training.state import PURPOSE_LOSS, TrainState, context_of, key_for
-
-
-@dataclasses.dataclass(frozen=True)
-class Share:
-    """Bytes of a tree of arrays: all of it once, and the largest part that a device holds."""
-
-    total: int
-    device: int
-
-    @property
-    def shards(self) -> float:
-        """Number of devices that the tree is spread over; 1 if each holds all of it."""
-        return self.total / self.device if self.device else 1.0
-
-
-def share(tree: Any) -> Share:
-    """Measures the `jax.ShapeDtypeStruct`s of `tree`, which have shardings."""
-    total = device = 0
-    for leaf in jax.tree.leaves(tree):
-        total += leaf.dtype.itemsize * math.prod(leaf.shape)
-        # `shard_shape` refuses uneven shards, so every device holds as much.
-        device += leaf.dtype.itemsize * math.prod(leaf.sharding.shard_shape(leaf.shape))
-    return Share(total, device)
 
 
 @dataclasses.dataclass(frozen=True)
 class StateBytes:
     """The parts of a training state; averages and the objective's own are with `optimizer`."""
 
-    params: Share
-    optimizer: Share
+    params: Spread
+    optimizer: Spread
 
     @property
     def device(self) -> int:
         """Bytes on a device, all parts together."""
-        return self.params.device + self.optimizer.device
+        return self.params.per_device + self.optimizer.per_device
 
     @property
     def total(self) -> int:
@@ -57,11 +36,11 @@ class StateBytes:
         return self.params.total + self.optimizer.total
 
 
-def state_bytes(abstract: TrainState) -> StateBytes:
+def state_bytes(abstract: TrainState, mesh: Mesh) -> StateBytes:
     """Measures an abstract state."""
     # Whatever a restart needs besides parameters is charged to the optimizer.
     others = (abstract.step, abstract.opt_state, abstract.ema, abstract.objective)
-    return StateBytes(share(abstract.params), share(others))
+    return StateBytes(spread(abstract.params, mesh), spread(others, mesh))
 
 
 def activation_bytes(setup: Setup) -> int:

@@ -13,7 +13,7 @@ from vlp_jax.parallel import rules
 from vlp_jax.planning import hlo, kernels, loops, traffic
 from vlp_jax.planning.compile import OutOfMemory, Program, compile_setup
 from vlp_jax.planning.kernels import PallasCalls, pallas_calls
-from vlp_jax.planning.memory import StateBytes, activation_bytes, share, state_bytes
+from vlp_jax.planning.memory import StateBytes, activation_bytes, state_bytes
 from vlp_jax.planning.target import Chip, Target
 from vlp_jax.training.abstract_setup import abstract_setup, set_dtypes
 from vlp_jax.training.setup import Setup
@@ -196,7 +196,7 @@ def waiting_bytes(setup: Setup) -> int:
     batch = abstract_batch(setup.batch_spec, setup.mesh)
     several = setup.config.steps_per_dispatch
     of_programs = 3 * several - 1 if several > 1 else 0
-    return (setup.config.prefetch + of_programs) * share(batch).device
+    return (setup.config.prefetch + of_programs) * rules.spread(batch, setup.mesh).per_device
 
 
 def make_plan(setup: Setup, target: Target) -> Plan:
@@ -205,7 +205,7 @@ def make_plan(setup: Setup, target: Target) -> Plan:
     return Plan(
         setup=setup,
         target=target,
-        state=state_bytes(setup.abstract),
+        state=state_bytes(setup.abstract, setup.mesh),
         waiting=waiting_bytes(setup),
         activations=activation_bytes(setup),
         # The backward pass has two products for each product of the forward pass.

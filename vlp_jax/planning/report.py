@@ -137,9 +137,9 @@ def as_json(findings: Findings, versions: dict[str, str]) -> dict[str, Any]:
         "fits": plan.fits,
         "hbm_bytes": plan.needed,
         "hbm_available_bytes": plan.available,
-        "params_bytes": plan.state.params.device,
+        "params_bytes": plan.state.params.per_device,
         "params_bytes_all_devices": plan.state.params.total,
-        "optimizer_bytes": plan.state.optimizer.device,
+        "optimizer_bytes": plan.state.optimizer.per_device,
         "optimizer_bytes_all_devices": plan.state.optimizer.total,
         "waiting_batch_bytes": plan.waiting,
         "activation_bytes_estimate": plan.activations,
@@ -236,7 +236,7 @@ def _memory(plan: Plan) -> Table:
         table.add_row(name, *cells, f"{over:.1f}" if over else "")
 
     for name, one in (("parameters", plan.state.params), ("optimizer", plan.state.optimizer)):
-        row(name, one.device, one.total, one.shards)
+        row(name, one.per_device, one.total, one.total / one.per_device if one.per_device else 1.0)
     if isinstance(plan.memory, Program):
         row("activations and temporaries", plan.memory.temporaries)
         row("  of which kept for the backward pass, estimate", plan.activations)
