@@ -4,6 +4,7 @@ import json
 import types
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 import torch
@@ -14,7 +15,13 @@ from tools.experiments import EXPERIMENTS, Experiment, Figure, Stage
 from tools.perf.peers import open_clip_training
 from tools.pointing_game import Case
 from vlp_jax import config as config_lib
+from vlp_jax import smoke as smoke_lib
 from vlp_jax.errors import UserError
+from vlp_jax.parallel.mesh import make_mesh
+from vlp_jax.training.abstract_setup import abstract_setup
+from vlp_jax.training.init_from import match
+from vlp_jax.training.param_groups import flatten
+from vlp_jax.training.weights import Source
 
 CONFIG = str(Path(__file__).resolve().parents[1] / "configs" / "debug_cpu.py")
 
@@ -100,6 +107,22 @@ def test_every_experiment_names_stages_that_are_there_and_evaluators_of_their_co
         configs = {key: config_lib.load(stage.config) for key, stage in trained.items()}
         figures = {k: f for k, f in experiment.figures.items() if f.stage in trained}
         results.check_scores(Experiment(trained, figures), configs)
+
+
+def test_clip_takes_the_encoder_of_the_autoencoder_alone():
+    """By the rules of the config, on the shapes of both models; nothing is trained."""
+    shapes, configs = {}, {}
+    for stage in ("mae", "clip"):
+        config = configs[stage] = smoke_lib.smoke(config_lib.load(f"mae_then_clip:{stage}"))
+        setup = abstract_setup(config, make_mesh({}, jax.devices()[:1]))
+        params = flatten(setup.abstract.params)
+        shapes[stage] = {path: leaf.shape for path, leaf in params.items()}
+    source = Source("the first stage", shapes["mae"], grids={}, notes=(), take=dict)
+    kinds = {"image": set(), "decoder": set(), "text": set()}
+    for fate in match(shapes["clip"], source, configs["clip"].init_from.rules):
+        kinds.setdefault(fate.path.partition("/")[0], set()).add(fate.kind)
+    assert kinds.pop("image") == {"loaded"} and kinds.pop("decoder") == {"skipped"}
+    assert set().union(*kinds.values()) == {"fresh"}
 
 
 def test_the_end_of_a_loss_is_its_last_tenth_and_a_curve_is_smoothed_with_what_is_there():
