@@ -31,7 +31,7 @@ format: $(VENV)/.installed-test
 # open_clip takes part where the requirements of the tests are installed.
 bench: $(VENV)/.installed
 	mkdir -p .cache/bench
-	$(BIN)/python -m tools.perf.step --config configs/bench_small.py --apart --peer plain --peer flax \
+	$(BIN)/python -m tools.perf.step --config configs/bench_small.py --apart --peer plain \
 		$$($(BIN)/python -c 'import importlib.util as u; print("--peer open_clip" if u.find_spec("open_clip") else "")') \
 		--json .cache/bench/step.json
 	$(BIN)/python -m tools.perf.loop --json .cache/bench/loop.json

@@ -5,8 +5,8 @@
         --config.init_from.source=runs/mae
 
 The second stage is the demo with towers that average their tokens, in 400 steps, evaluated more
-often. Without `init_from` it starts from random weights. `python -m tools.perf.mae_then_clip` runs
-both stages and the comparison from random weights, and draws the results.
+often. Without `init_from` it starts from random weights. `python -m tools.results --only
+mae_then_clip` runs both stages and the comparison from random weights.
 """
 
 from ml_collections import ConfigDict

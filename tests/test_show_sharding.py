@@ -6,12 +6,14 @@ import sys
 from pathlib import Path
 
 import fake_devices
+import jax
 import numpy as np
 import pytest
+import runs
 from recipe_shapes import count, load, shapes_of
 
 from vlp_jax.commands import show_sharding
-from vlp_jax.parallel import sharding_report
+from vlp_jax.parallel import rules
 from vlp_jax.training.abstract_setup import abstract_setup
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -74,11 +76,11 @@ def test_what_lies_whole_is_named_only_where_the_mesh_shards():
 
 def test_a_row_per_parameter_and_the_totals_of_a_spread():
     setup = abstract_setup(load("clip_shapes"), fake_devices.mesh(2, 4, 1), 1000)
-    spread = sharding_report.spread({"a": setup.abstract.params["logit_scale"]}, setup.mesh)
+    spread = rules.spread({"a": setup.abstract.params["logit_scale"]}, setup.mesh)
     assert (spread.total, spread.per_device, spread.ratio) == (4, 4, 4.0)
     kernel = setup.abstract.params["image_projection"]["kernel"]
-    assert sharding_report.spread(kernel, setup.mesh).ratio == 1.0  # replicas are no waste
-    assert sharding_report.spread({}, setup.mesh).ratio == 1.0
+    assert rules.spread(kernel, setup.mesh).ratio == 1.0  # replicas are no waste
+    assert rules.spread({}, setup.mesh).ratio == 1.0
 
 
 @pytest.mark.parametrize(
@@ -99,3 +101,12 @@ def test_mistakes(arguments, words, capsys):
         arguments = ["--config", "configs/debug_gpu.py", *arguments]
     assert show_sharding.main([*arguments]) == 2
     assert words in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_config_that_takes_its_model_from_weights_has_it(tmp_path, monkeypatch, capsys):
+    preprocess = {"decode_image": {}, "resize": {"size": 24}}
+    runs.write_run(runs.run_config(runs.CLIP, runs.SUBWORD, preprocess), tmp_path)
+    monkeypatch.setattr(show_sharding, "find_devices", lambda arguments: jax.devices()[:2])
+    source = f"--config.init_from.source={tmp_path}"
+    assert show_sharding.main(["--config", "finetune", source]) == 0
+    assert "text/encoder/layers/attention" in capsys.readouterr().out

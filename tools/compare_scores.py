@@ -1,8 +1,6 @@
 """Runs `vlp-jax compare-scores` from a checkout: python -m tools.compare_scores."""
 
-import sys
-
 from vlp_jax.commands.compare_scores import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

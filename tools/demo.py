@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 # XLA runs one program on one thread of the host more than on several cores: two devices that share
 # the batch keep two cores busy, and the sharding of a real run is at work in its smallest form.
 os.environ.setdefault("JAX_NUM_CPU_DEVICES", "2")
@@ -41,6 +40,18 @@ CURVES = {
     "zero-shot top-1": "eval/zero_shot/top1",
     "zero-shot top-1, unseen": "eval/zero_shot_unseen/top1",
     "image-to-text R@1": "eval/retrieval/image_to_text_r1",
+}
+
+# name in summary.json -> (score, type)
+SUMMARY: dict[str, tuple[str, type]] = {
+    "zero_shot_top1": ("zero_shot/top1", float),
+    "zero_shot_classes": ("zero_shot/classes", int),
+    "zero_shot_top1_unseen": ("zero_shot_unseen/top1", float),
+    "image_to_text_r1": ("retrieval/image_to_text_r1", float),
+    "text_to_image_r1": ("retrieval/text_to_image_r1", float),
+    "zero_shot_examples": ("zero_shot/examples", int),
+    "zero_shot_unseen_examples": ("zero_shot_unseen/examples", int),
+    "retrieval_pairs": ("retrieval/pairs", int),
 }
 
 
@@ -103,19 +114,10 @@ def run(output: Path, config_file: str, setup_seconds: float) -> dict[str, Any]:
     train(config_lib.load(config_file), workdir, StartupClock.from_process_start())
     train_seconds = time.time() - begin
     record = RunRecord.read(workdir)
-    scores = {name.removeprefix("eval/"): value for name, value in record.last_scores()[0].items()}
-    summary = {
-        "zero_shot_top1": scores["zero_shot/top1"],
-        "zero_shot_classes": int(scores["zero_shot/classes"]),
-        "zero_shot_top1_unseen": scores["zero_shot_unseen/top1"],
-        "image_to_text_r1": scores["retrieval/image_to_text_r1"],
-        "text_to_image_r1": scores["retrieval/text_to_image_r1"],
-        "zero_shot_examples": int(scores["zero_shot/examples"]),
-        "zero_shot_unseen_examples": int(scores["zero_shot_unseen/examples"]),
-        "retrieval_pairs": int(scores["retrieval/pairs"]),
-        "train_seconds": round(train_seconds, 1),
-        "setup_seconds": round(setup_seconds, 1),
-    }
+    scores, _ = record.last_scores()
+    summary = {name: kind(scores[f"eval/{score}"]) for name, (score, kind) in SUMMARY.items()}
+    summary["train_seconds"] = round(train_seconds, 1)
+    summary["setup_seconds"] = round(setup_seconds, 1)
     pairs = test_pairs(*evaluate.load_run(workdir))
     draw(output / "report.png", record, pairs, summary)
     (output / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
@@ -130,15 +132,13 @@ def report(summary: dict[str, Any], output: Path) -> str:
         ("zero-shot top-1, unseen combinations", summary["zero_shot_top1_unseen"], 1 / classes),
         (f"image-to-text R@1, {pairs:,} test pairs", summary["image_to_text_r1"], 1 / pairs),
     ]
-    lines = [f"{name:<40} {value:.3f}   (chance {chance:.3f})" for name, value, chance in rows]
-    return "\n".join(
-        [
-            f"trained and evaluated in {summary['train_seconds']:.0f} s "
-            f"(installation {summary['setup_seconds']:.0f} s)",
-            f"see {output}/report.png and {output}/summary.json",
-            *lines,
-        ]
-    )
+    lines = [
+        f"trained and evaluated in {summary['train_seconds']:.0f} s "
+        f"(installation {summary['setup_seconds']:.0f} s)",
+        f"see {output}/report.png and {output}/summary.json",
+    ]
+    lines += [f"{name:<40} {value:.3f}   (chance {chance:.3f})" for name, value, chance in rows]
+    return "\n".join(lines)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,8 +1,6 @@
 """Runs `vlp-jax inspect-data` from a checkout: python -m tools.inspect_data."""
 
-import sys
-
 from vlp_jax.commands.inspect_data import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

@@ -1,8 +1,6 @@
 """Runs `vlp-jax prepare-data` from a checkout: python -m tools.prepare_data."""
 
-import sys
-
 from vlp_jax.commands.prepare_data import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

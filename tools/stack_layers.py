@@ -22,6 +22,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
+from vlp_jax.arguments import make_parser
 from vlp_jax.errors import UserError
 from vlp_jax.training import checkpoint
 from vlp_jax.training.checkpoint import Checkpointer
@@ -35,16 +36,10 @@ SINGLE = re.compile(r"(.*/inner_states/)single(/inner_state/.*)")
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """Parses the command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m tools.stack_layers",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = make_parser("python -m tools.stack_layers", __doc__)
     parser.add_argument("workdir", metavar="WORKDIR", help="a run with such checkpoints")
-    parser.add_argument(
-        "--output", metavar="DIR", required=True, help="the new workdir; it must not exist"
-    )
+    told = "the new workdir; it must not exist"
+    parser.add_argument("--output", metavar="DIR", required=True, help=told)
     return parser.parse_args(argv)
 
 

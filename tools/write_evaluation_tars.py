@@ -1,8 +1,6 @@
 """Runs `vlp-jax write-evaluation-tars` from a checkout: python -m tools.write_evaluation_tars."""
 
-import sys
-
 from vlp_jax.commands.write_evaluation_tars import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

@@ -116,7 +116,7 @@ def base() -> ConfigDict:
 
 
 def mesh() -> ConfigDict:
-    """How devices form a mesh; see `vlp_jax.parallel.mesh_sizes`.
+    """How devices form a mesh; see `vlp_jax.parallel.mesh`.
 
     Keys:
       preset: "dp", "fsdp", "fsdp_tp" or "hybrid"; None is as "dp", but takes any sizes.

@@ -28,7 +28,7 @@ from vlp_jax.observe.writers import Writer, build_writers, check_writers
 from vlp_jax.parallel import agreement, startup
 from vlp_jax.parallel import mesh as mesh_lib
 from vlp_jax.parallel.batch import Prefetcher
-from vlp_jax.parallel.sharding_report import spread
+from vlp_jax.parallel.rules import spread
 from vlp_jax.training import checkpoint, param_groups
 from vlp_jax.training import workdir as workdir_lib
 from vlp_jax.training.arguments import parse

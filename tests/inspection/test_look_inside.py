@@ -1,17 +1,12 @@
-"""`vlp-jax look-inside` and tools.perf.measure_heat_maps on a small run that was not trained."""
-
-import json
-import types
+"""`vlp-jax look-inside` on a small run that was not trained."""
 
 import numpy as np
 import PIL.Image
 import pytest
 import runs
 
-from tools.perf import measure_heat_maps
-from tools.perf.measure_heat_maps import Case
+from tools import pointing_game
 from vlp_jax.commands import look_inside
-from vlp_jax.errors import UserError
 
 
 @pytest.fixture(scope="module")
@@ -101,46 +96,7 @@ def test_mistakes_end_in_one_line(workdir, folder, tmp_path, capsys, more, words
     assert words in error and error.count("\n") == 0 and error.startswith("error: ")
 
 
-def test_the_pointing_game_is_won_by_a_map_of_the_boxes():
-    boxes = [(0.0, 0.5, 0.25, 1.0), (0.5, 0.0, 1.0, 0.25), (0.4, 0.4, 0.6, 0.6)]
-    cases = [Case(n, "red circle", box) for n, box in enumerate(boxes)]
-    maps = np.zeros((3, 8, 8))
-    maps[0, 1, 4] = maps[1, 7, 1] = maps[2, 0, 0] = 1
-    assert measure_heat_maps.in_box(maps, cases).tolist() == [True, True, False]
-    np.testing.assert_allclose(measure_heat_maps.areas(cases), [0.125, 0.125, 0.04])
-    assert measure_heat_maps.middle_hits(cases).tolist() == [False, False, True]
-    low, high = measure_heat_maps.interval(
-        8, 10
-    )  # statsmodels' proportion_confint(8, 10, "wilson")
-    np.testing.assert_allclose([low, high], [0.490162, 0.943318], atol=1e-5)
-
-
-def test_cases_are_objects_that_are_alone_in_their_class():
-    encoder = types.SimpleNamespace(images=lambda image, name: np.asarray(image))
-    images, cases = measure_heat_maps.read_scenes("test", 40, encoder)
-    assert images.shape == (40, 64, 64, 3) and len({case.scene for case in cases}) > 30
-    seen = [(case.scene, case.label) for case in cases]
-    assert len(set(seen)) == len(seen) > 60
-    for case in cases[:20]:  # the box holds what stands out from the corner's color
-        y0, x0, y1, x1 = (round(64 * v) for v in case.box)
-        assert images[case.scene, y0:y1, x0:x1].std() > 5
-    with pytest.raises(UserError, match="names 0 classes of shapes; it must name one"):
-        measure_heat_maps.class_of("a red dog")
-    assert measure_heat_maps.class_of("a picture of a red circle") == "red circle"
-
-
-def test_the_command_prints_chance_and_fails_below_the_bound(workdir, tmp_path, capsys):
-    output = tmp_path / "figures.json"
-    arguments = ["--workdir", str(workdir), "--scenes", "60", "--scenes-of-all", "4"]
-    arguments += ["--methods", "patches+contrast,windows", "--json", str(output)]
-    arguments += ["--text", "a pink circle"]
-    assert measure_heat_maps.main([*arguments, "--at-least", "1.01"]) == 1
-    said = capsys.readouterr()
-    assert "never seen in training" in said.out and "less than 101.0%" in said.err
-    found = json.loads(output.read_text())
-    assert [row["method"] for row in found["one"]] == ["patches+contrast", "windows"]
-    row = found["all"][0]
-    assert 0.03 < row["chance"] < 0.25 and row["low"] <= row["share"] <= row["high"]
-    assert f"{row['share']:.1%}" in said.out and f"{row['chance']:.1%}" in said.out
-    assert measure_heat_maps.main([*arguments, "--methods", "saliency"]) == 2
-    assert "unknown key 'saliency' in --methods" in capsys.readouterr().err
+def test_a_run_plays_the_pointing_game(workdir):
+    found = pointing_game.play(workdir, 4, ("patches+contrast", "windows"))
+    assert 0.03 < found["chance"] < 0.25 and found["cases"] >= 4
+    assert all(0 <= found[name] <= 1 for name in ("patches+contrast", "windows", "middle"))

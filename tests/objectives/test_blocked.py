@@ -1,5 +1,6 @@
 """The blocked losses against the plain ones, a float64 oracle, and what they promise of memory."""
 
+import functools
 import re
 
 import helpers
@@ -8,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tools.perf import loss as loss_memory
 from vlp_jax.objectives.base import Context
 from vlp_jax.objectives.blocked import blocked_loss
 from vlp_jax.objectives.contrastive import make_contrastive
@@ -50,7 +50,14 @@ def as_arrays(pairs, dtype=jnp.float32):
 
 
 def plain(name):
-    return lambda *arguments: loss_memory.plain_loss(name, *arguments)
+    """The results of `blocked_loss`, by way of all logits at once."""
+
+    def loss(*arguments):
+        logits = pair_logits(*arguments)
+        hits = jnp.argmax(logits, axis=1) == jnp.arange(logits.shape[0])
+        return PAIRWISE_LOSSES[name](logits), hits.sum().astype(jnp.float32)
+
+    return loss
 
 
 def blocked(name, mesh, size=1024):
@@ -342,3 +349,46 @@ def test_blocked_loss_refuses_what_does_not_fit(change, words):
     arguments = {"name": "softmax", "image": image, "text": text, "scale": scale, "bias": bias}
     with pytest.raises(ValueError, match=words):
         blocked_loss(**{**arguments, "mesh": make_mesh("8"), **change})
+
+
+def temporary_bytes(loss, mesh, batch, dim):
+    """Of a device, for the loss with its gradients, which stay where their embeddings are."""
+    spread, whole = mesh_lib.batch_sharding(mesh), mesh_lib.replicated(mesh)
+    embedding = jax.ShapeDtypeStruct((batch, dim), jnp.float32, sharding=spread)
+    scalar = jax.ShapeDtypeStruct((), jnp.float32, sharding=whole)
+    step = jax.jit(
+        jax.value_and_grad(loss, argnums=(0, 1, 2, 3), has_aux=True),
+        out_shardings=((whole, whole), (spread, spread, whole, whole)),
+    )
+    with rules.use_mesh(mesh):
+        program = step.lower(embedding, embedding, scalar, scalar).compile()
+    return program.memory_analysis().temp_size_in_bytes
+
+
+def replicas(count):
+    return mesh_lib.make_mesh({"replica": count}, jax.devices()[:count])
+
+
+@pytest.mark.parametrize("name", ["softmax", "sigmoid"])
+def test_the_blocked_form_keeps_its_memory_as_devices_are_added_and_the_plain_form_does_not(name):
+    def growth(form):
+        few, many = (temporary_bytes(form(replicas(n)), replicas(n), 64 * n, 32) for n in (2, 8))
+        return many / few
+
+    def blocked(mesh):
+        return functools.partial(blocked_loss, name, mesh=mesh, block_size=16)
+
+    # The plain form holds its rows of the logits: as many as there are devices.
+    assert growth(lambda mesh: plain(name)) > 2.5 and growth(blocked) < 1.1
+
+
+@pytest.mark.parametrize("name", ["softmax", "sigmoid"])
+def test_in_blocks_memory_follows_the_part_of_the_batch_and_not_its_square(name):
+    mesh = replicas(2)
+
+    def temporary(part, block_size):
+        loss = functools.partial(blocked_loss, name, mesh=mesh, block_size=block_size)
+        return temporary_bytes(loss, mesh, 2 * part, 8)
+
+    assert temporary(1024, 64) < 2.2 * temporary(512, 64)
+    assert temporary(1024, 1024) > 3 * temporary(512, 512)

@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 from jax.sharding import Mesh
 
-from vlp_jax.parallel.mesh_sizes import AXES
+from vlp_jax.parallel.mesh import AXES
 
 
 @dataclasses.dataclass(frozen=True)

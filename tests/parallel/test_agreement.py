@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 PROGRAM = """
 import sys, threading, time
 import jax
-from vlp_jax.errors import CannotSave, UserError
+from vlp_jax.errors import CannotSave
 from vlp_jax.parallel import agreement, startup
 
 port, me = sys.argv[1], int(sys.argv[2])
@@ -26,17 +26,6 @@ assert agreement.from_first(me + 5) == 5
 calls = []
 assert agreement.on_first(lambda: calls.append(me) or "told") == "told"
 assert calls == ([0] if me == 0 else [])
-assert agreement.everywhere(lambda: me * 2) == [0, 2]
-
-def fails_on_the_second():
-    if me == 1:
-        raise UserError("no disk")
-try:
-    agreement.everywhere(fails_on_the_second)
-except UserError as error:
-    assert str(error) == "process 1: no disk", error
-else:
-    raise AssertionError("process 0 was told nothing")
 def cannot_save():
     raise CannotSave("no disk")
 try:
@@ -111,7 +100,7 @@ def test_two_processes(tmp_path):
 
 def test_one_process_needs_nobody():
     assert agreement.gather(3) == [3] and agreement.from_first("a") == "a"
-    assert agreement.on_first(lambda: 7) == 7 and agreement.everywhere(lambda: 8) == [8]
+    assert agreement.on_first(lambda: 7) == 7
     agreement.Barrier()(key="x", timeout_ms=1)
 
     def fails():

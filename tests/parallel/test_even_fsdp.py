@@ -7,7 +7,7 @@ import pytest
 from jax.sharding import PartitionSpec
 from recipe_shapes import load
 
-from vlp_jax.parallel import rules, sharding_report
+from vlp_jax.parallel import rules
 from vlp_jax.training.abstract_setup import abstract_setup
 
 
@@ -81,7 +81,7 @@ EVEN_SLOW = [
 def test_the_state_of_large_recipes_is_spread_evenly(name, fsdp, tensor):
     mesh = fake_devices.mesh(1, fsdp, tensor)
     setup = abstract_setup(load(name), mesh, epoch_examples=1_281_167)
-    assert sharding_report.spread(setup.abstract, mesh).ratio < 1.05
+    assert rules.spread(setup.abstract, mesh).ratio < 1.05
     parts = fsdp * tensor
     leaves = jax.tree.leaves(setup.abstract)
     total = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)

@@ -8,7 +8,7 @@ import pytest
 from vlp_jax import config as config_lib
 from vlp_jax.errors import UserError
 from vlp_jax.parallel import mesh as mesh_lib
-from vlp_jax.parallel.mesh_sizes import resolve_sizes
+from vlp_jax.parallel.mesh import resolve_sizes
 
 
 @pytest.mark.parametrize(

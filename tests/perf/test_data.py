@@ -7,6 +7,7 @@ import math
 import multiprocessing
 import random
 import time
+import types
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from tools.perf import corpus as bench_corpus
 from tools.perf import data as bench_data
 from tools.perf import harness
 from tools.perf import loaders as bench_loaders
-from tools.perf.corpus import Corpus, data_config
+from tools.perf.corpus import NAMES, Corpus, data_config
 from tools.perf.loaders import DecodeLimit, PipelineLoader, Speed, Task, Turn
 from vlp_jax.data.image_ops.crop import random_resized_crop
 from vlp_jax.data.lazy_tensorflow import import_tensorflow
@@ -46,11 +47,11 @@ def test_the_photos_are_a_function_of_the_seed(corpus, tmp_path):
 
 
 def test_the_photos_are_as_hard_to_decode_as_photographs():
-    photos = [bench_corpus.photo(0, number) for number in range(40)]
+    photos = [bench_corpus.photo(0, number) for number in range(25)]
     assert 70_000 < np.mean([len(photo) for photo in photos]) < 90_000
     images = [pixels(photo) for photo in photos]
     heights, widths = zip(*(image.shape[:2] for image in images), strict=True)
-    assert min(heights) >= 256 and max(heights) <= 400 and len(set(heights)) > 20
+    assert min(heights) >= 256 and max(heights) <= 400 and len(set(heights)) > 15
     assert min(widths) >= 256 and max(widths) <= 500
     for image in images[:5]:  # amplitude falls as 1/frequency
         grey = image[:256, :256].mean(-1) - image.mean()
@@ -67,7 +68,7 @@ def test_files_that_are_there_are_not_written_again(corpus):
     assert before == {file.name: file.stat().st_mtime_ns for file in again.iterdir()}
 
 
-@pytest.mark.parametrize("name", bench_corpus.CONFIGS)
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "mixture"])
 def test_every_format_holds_the_same_bytes(corpus, name):
     config = data_config(name, corpus, {"keep": {"fields": ["image"]}})
     pipeline = EvalPipeline(config, None, batch_size=4, extra_fields=["image"])
@@ -76,7 +77,12 @@ def test_every_format_holds_the_same_bytes(corpus, name):
     assert digests == sorted(hashlib.sha256(photo).hexdigest() for photo in corpus.photos)
 
 
-@pytest.mark.parametrize("name", bench_corpus.NAMES)
+SOURCES = [
+    name if name == "mixture" else pytest.param(name, marks=pytest.mark.slow) for name in NAMES
+]
+
+
+@pytest.mark.parametrize("name", SOURCES)
 def test_every_source_gives_images(corpus, name):
     task = Task(size=32, batch_size=4)
     loader = PipelineLoader(data_config(name, corpus, task.preprocess), task)
@@ -87,13 +93,11 @@ def test_every_source_gives_images(corpus, name):
 
 # ------------------------------------------------------------------------------- the limit
 
-WAYS = [("bilinear", True), ("bilinear", False), ("bicubic", True), ("bicubic", False)]
 
-
-@pytest.mark.parametrize(("method", "antialias"), WAYS)
-def test_the_limit_gives_the_images_of_our_operations(corpus, method, antialias):
+@pytest.mark.parametrize("antialias", [True, False])
+def test_the_limit_gives_the_images_of_our_operations(corpus, antialias):
     tf = import_tensorflow()
-    task = Task(size=64, batch_size=COUNT, method=method, antialias=antialias)
+    task = Task(size=64, batch_size=COUNT, antialias=antialias)
     (_, decode), (_, crop) = build_ops({k: task.preprocess[k] for k in ("decode_image", CROP)})
     ours = []
     for number, photo in enumerate(corpus.photos):
@@ -107,6 +111,7 @@ def test_the_limit_gives_the_images_of_our_operations(corpus, method, antialias)
 CROP = random_resized_crop.__name__
 
 
+@pytest.mark.slow
 def test_all_crops_are_as_large_as_ours(corpus):
     torch_loaders = pytest.importorskip("tools.perf.torch_loaders")
     task = Task(min_scale=0.3)
@@ -137,7 +142,7 @@ def test_pytorch_cuts_and_resizes_as_we_do(resize):
     Image.fromarray(np.broadcast_to(slope[None, :, None], (300, 400, 3)).copy()).save(
         stream, "jpeg", quality=98
     )
-    transform = torch_loaders.Transform(64, 0.3, "bilinear", True, resize)
+    transform = torch_loaders.Transform(64, 0.3, True, resize)
     left, right = [], []
     for _ in range(60):
         image = transform(stream.getvalue()).numpy()
@@ -184,6 +189,7 @@ class Clock:
 def clock(monkeypatch):
     clock = Clock()
     monkeypatch.setattr(bench_loaders, "time", clock)
+    monkeypatch.setattr(bench_loaders, "gc", types.SimpleNamespace(collect=lambda: None))  # slow
     return clock
 
 
@@ -192,7 +198,6 @@ def test_a_turn_times_the_batches_in_its_middle(clock):
     turn = Turn(warm_up=2, timed=4, rest=3)
     speed = turn.speed(loader, batch_size=8)
     assert speed == pytest.approx((16, 32)) and loader.read == 9
-    assert turn.wait_share(loader, step_seconds=1.5) == pytest.approx(0.25)
 
 
 def test_ratios_are_medians_of_the_rounds_and_rounds_begin_with_another(clock):
@@ -204,8 +209,7 @@ def test_ratios_are_medians_of_the_rounds_and_rounds_begin_with_another(clock):
             return super().open(batches)
 
     loaders = {str(s): Named(clock, s) for s in (1, 2, 4)}
-    status = bench_data.Console(quiet=True).status("")
-    speeds = bench_data.measure(loaders, Turn(2, 4, 0), 4, 3, status)
+    speeds = bench_data.measure(loaders, Turn(2, 4, 0), 4, 3)
     assert order == [1, 2, 4, 2, 4, 1, 4, 1, 2]
     assert speeds == {name: [(4 / float(name), 8 / float(name))] * 3 for name in loaders}
     # The machine was slower in the third round; the ratio of the medians would be 3.
@@ -236,7 +240,7 @@ def result(corpus, tmp_path_factory):
     file = tmp_path_factory.mktemp("result") / "figures.json"
     arguments = (
         f"--sources folder --corpus {corpus.folder} --images {COUNT} --turn 8 --rounds 1 "
-        f"--batch-size 4 --size 32 --cores 1 --antialias on --json {file}"
+        f"--batch-size 4 --size 32 --antialias on --json {file}"
     )
     assert bench_data.main(arguments.split()) == 0
     return json.loads(file.read_text())
@@ -248,8 +252,7 @@ def test_the_json_file_holds_what_was_measured(result):
     others = {other["name"]: other for other in result["others"]}
     own = source["images_per_second"]
     assert source["name"] == "folder" and source["antialias"] is True
-    assert source["images_per_second_per_core"] == own  # of one core
-    assert 0 <= source["wait_share"] < 1 and 1 < source["peak_mib"] < 2000
+    assert source["images_per_second_per_core"] == own / result["settings"]["cores_used"]
     for other, key in {
         bench_data.LIMIT: "ratio_to_decode",
         bench_data.PILLOW: "ratio_to_pil",
@@ -259,7 +262,7 @@ def test_the_json_file_holds_what_was_measured(result):
         assert source[key] == pytest.approx(own / others[other]["images_per_second"])
         assert source[key] > 0 and math.isfinite(source[key])
         assert source[f"cpu_{key}"] > 0 and math.isfinite(source[f"cpu_{key}"])
-    assert result["settings"]["cores_used"] == 1 and "torch" in result["versions"]
+    assert "torch" in result["versions"]
     assert result["settings"]["mean_image_bytes"] > 50_000 and result["date"].startswith("20")
 
 
@@ -298,7 +301,6 @@ def test_the_tables_say_what_is_antialiased(result):
         ("--rounds 0", "--rounds must be at least 1, not 0"),
         ("--batch-size 0", "--batch-size must be at least 1, not 0"),
         ("--min-scale 1.5", "--min-scale 1.5 is not in (0, 1]"),
-        ("--cores 4096", "--cores 4096 is not from 1 to"),
     ],
 )
 def test_mistakes_end_in_one_line(arguments, words, capsys):

@@ -11,8 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tools.perf import peers as peers_lib
 from tools.perf.jax_step import NOMINAL_EPOCH, fixed_batch
-from tools.perf.peers import check_peers, open_clip_peer, timm_peer, transformers_peer
-from tools.perf.peers.plain import PLAIN, plain_config
+from tools.perf.peers import PLAIN, TORCH_PEERS, check_peers, plain_config
 from tools.perf.peers.torch_step import TorchStep, patch_torchvision, to_tensors
 from vlp_jax import config as config_lib
 from vlp_jax import smoke as smoke_lib
@@ -21,12 +20,12 @@ from vlp_jax.parallel.mesh import make_mesh
 from vlp_jax.training.abstract_setup import abstract_setup
 
 CASES = {
-    "clip_b16": (open_clip_peer, []),
-    "siglip_b16": (open_clip_peer, []),
-    "bench_small": (open_clip_peer, []),
-    "siglip_shapes": (open_clip_peer, ["objective.image.pooling=mean"]),
-    "mae_b16": (transformers_peer, []),
-    "classify_shapes": (timm_peer, []),
+    "clip_b16": ("open_clip", []),
+    "siglip_b16": ("open_clip", []),
+    "bench_small": ("open_clip", []),
+    "siglip_shapes": ("open_clip", ["objective.image.pooling=mean"]),
+    "mae_b16": ("transformers", []),
+    "classify_shapes": ("timm", []),
 }
 
 
@@ -51,7 +50,8 @@ def torch_step(setup, peer):
 
 @pytest.mark.parametrize("name", CASES)
 def test_a_peer_multiplies_as_much_as_our_model(name):
-    peer, overrides = CASES[name]
+    package, overrides = CASES[name]
+    peer = TORCH_PEERS[package]
     setup = small_setup(name, overrides)
     patch_torchvision()
     recipe = peer.recipe(setup.objective)
@@ -79,7 +79,7 @@ def test_a_peer_multiplies_as_much_as_our_model(name):
 def test_a_step_of_pytorch_trains_and_is_timed():
     torch.set_num_threads(1)
     setup = small_setup("bench_small")
-    step = torch_step(setup, open_clip_peer)
+    step = torch_step(setup, TORCH_PEERS["open_clip"])
     before = [p.detach().clone() for p in step._model.parameters()]
     seconds = step.run(2)
     assert len(seconds) == 2 and all(second > 0 for second in seconds)
@@ -89,7 +89,7 @@ def test_a_step_of_pytorch_trains_and_is_timed():
 
 def test_the_scale_of_the_logits_stays_below_its_bound():
     setup = small_setup("clip_b16")
-    recipe = open_clip_peer.recipe(setup.objective)
+    recipe = TORCH_PEERS["open_clip"].recipe(setup.objective)
     model = recipe.build()
     with torch.no_grad():
         model.logit_scale.fill_(10.0)
@@ -101,8 +101,8 @@ def test_the_scale_of_the_logits_stays_below_its_bound():
     ("peers", "name", "words"),
     [
         (["open_clip"], "mae_b16", "take one of: plain, transformers"),
-        (["transformers"], "siglip_b16", "take one of: plain, flax, open_clip"),
-        (["plain", "timm"], "clip_b16", "take one of: plain, flax, open_clip"),
+        (["transformers"], "siglip_b16", "take one of: plain, open_clip"),
+        (["plain", "timm"], "clip_b16", "take one of: plain, open_clip"),
         (["open_clap"], "clip_b16", "open_clip"),
     ],
 )
@@ -122,19 +122,17 @@ def test_what_a_peer_does_not_do_is_noted():
     assert "its moments are float32, ours has bfloat16" in peers_lib.only_ours(config)
 
 
-@pytest.mark.parametrize("name", ["open_clip", "flax"])
-def test_a_peer_trains_everything(name):
+def test_a_peer_trains_everything():
     setup = small_setup("demo", ["optimizer.frozen=('image/.*',)"])
-    with pytest.raises(UserError, match=f"--peer {name} trains all parameters"):
-        peers_lib.make_peer(name, setup, {}, None)
+    with pytest.raises(UserError, match="--peer open_clip trains all parameters"):
+        peers_lib.make_peer("open_clip", setup, {}, None)
 
 
 def test_a_peer_on_one_accelerator_is_not_compared_with_several():
     devices = [types.SimpleNamespace(platform="gpu")] * 2
-    for name in ("open_clip", "flax"):
-        with pytest.raises(UserError, match=f"--peer {name} runs on one device, and ours on 2"):
-            peers_lib.check_devices(name, devices)
-        peers_lib.check_devices(name, devices[:1])
+    with pytest.raises(UserError, match="--peer open_clip runs on one device, and ours on 2"):
+        peers_lib.check_devices("open_clip", devices)
+    peers_lib.check_devices("open_clip", devices[:1])
     peers_lib.check_devices("plain", devices)
 
 

@@ -14,10 +14,9 @@ from rich.console import Console
 
 from tools.perf import harness
 from tools.perf import step as step_command
-from tools.perf.jax_step import NOMINAL_EPOCH, JaxStep, compile_twice, fixed_batch
-from tools.perf.peak import Peak
+from tools.perf.jax_step import NOMINAL_EPOCH, JaxStep, Peak, compile_twice, fixed_batch
 from tools.perf.peers.apart import ApartPeer
-from tools.perf.result import Measured, Result, as_json, as_table, measure
+from tools.perf.result import Result, as_json, as_table, measure
 from vlp_jax import config as config_lib
 from vlp_jax import smoke as smoke_lib
 from vlp_jax.errors import UserError
@@ -49,13 +48,13 @@ def test_turns_alternate_and_the_ratio_is_of_the_rounds():
     ours = Scripted("ours", [1.0, 2.0, 4.0], order)
     peer = Scripted("peer", [3.0, 4.0, 16.0], order)
     seen = []
-    each_round = lambda times: seen.append([len(one.rounds) for one in times])  # noqa: E731
-    times = measure([ours, peer], rounds=3, steps=4, each_round=each_round)
+    each_round = lambda found: seen.append([len(one.rounds) for one in found])  # noqa: E731
+    measured = measure([ours, peer], rounds=3, steps=4, each_round=each_round)
     assert seen == [[1, 1], [2, 2], [3, 3]]
     assert order == ["ours", "peer"] * 3
-    found = Measured.all_of([ours, peer], times)[1].ratio
+    found = measured[1].ratio
     assert found.rounds == (3.0, 2.0, 4.0) and found.median == 3.0
-    assert times[0].median == 3.0  # of 1, 1, 1, 2, 2, 2, 4, 4, 4 and three of 100
+    assert measured[0].median == 3.0  # of 1, 1, 1, 2, 2, 2, 4, 4, 4 and three of 100
 
 
 def test_the_next_step_is_started_before_this_one_is_waited_for():
@@ -73,8 +72,7 @@ def test_the_next_step_is_started_before_this_one_is_waited_for():
 def test_figures_of_a_result():
     order = []
     contenders = [Scripted("ours", [0.5], order), Scripted("peer", [1.0], order)]
-    ours, theirs = measure(contenders, rounds=1, steps=3)
-    measured = Measured.all_of(contenders, [ours, theirs])
+    measured = measure(contenders, rounds=1, steps=3)
     peak = Peak(8e12, 16e12, "bfloat16", 8192)
     result = Result(measured, 32, 2, 2e12, peak, {"other": "out of memory"})
     content = json.loads(json.dumps(as_json(result)))
@@ -122,6 +120,7 @@ def test_every_kind_of_objective_gets_a_batch(name):
     }
 
 
+@pytest.mark.slow
 def test_a_program_is_compiled_anew_and_from_the_cache():
     config = smoke_lib.smoke(config_lib.load("configs/mae_b16.py"))
     before = jax.config.jax_compilation_cache_dir
@@ -129,7 +128,7 @@ def test_a_program_is_compiled_anew_and_from_the_cache():
     with CompileWatch() as watch:
         _, found = compile_twice(setup)
     compiled = watch.so_far()
-    assert found.from_cache and found.cold > 0 and found.warm > 0
+    assert found["from_cache"] and found["cold"] > 0 and found["warm"] > 0
     # Each program twice: not found the first time, found the second.
     assert compiled.programs == compiled.requests == 2 * compiled.hits > 0
     assert jax.config.jax_compilation_cache_dir == before
@@ -160,22 +159,20 @@ TINY = [
 
 def test_the_command_needs_no_tensorflow_and_writes_what_it_found(tmp_path):
     file, folder = tmp_path / "step.json", tmp_path / "trace"
-    done = command(*TINY, "--peer", "plain", "--json", str(file), "--profile", str(folder))
+    done = command(*TINY, "--json", str(file), "--profile", str(folder))
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "False False"
     found = json.loads(file.read_text())
-    assert found["contenders"].keys() == {"ours", "plain"} and found["complete"]
+    assert found["contenders"].keys() == {"ours"} and found["complete"]
     ours = found["contenders"]["ours"]
     assert (found["devices"], ours["devices"], found["examples_per_device"]) == (2, 2, 4)
-    assert found["contenders"]["plain"]["devices"] == 1
     assert [len(turn) for turn in ours["all_step_seconds"]] == [2, 2]
-    assert len(found["ours_over"]["plain"]["rounds"]) == 2
     assert ours["compile_seconds"]["from_cache"] and ours["program_bytes"]["temporaries"] > 0
     assert found["versions"]["jax"] == jax.__version__ and found["command"].endswith(str(folder))
     assert found["config"]["objective"]["remat"] == "dots" and found["peak"]["measured"] > 0
     kernels = ours["profile"]["kernels"]
-    assert any("dot_general" in k["what"] and k["flops_per_second"] for k in kernels if k["what"])
-    known = sum(k["share"] for k in kernels if k["opcode"])
+    assert any("dot_general" in k["what"] for k in kernels)
+    known = sum(k["share"] for k in kernels if k["what"] != "?")
     assert known > 0.9 and not any(k["name"].startswith("while") for k in kernels)
     assert "dearest kernels" in done.stdout and "attributed to operations" in done.stdout
 
@@ -189,6 +186,7 @@ def test_peers_apart_have_processes_of_their_own_as_they_come(tmp_path):
     found = json.loads(file.read_text())
     plain = found["contenders"]["plain"]
     assert plain["devices"] == 1 and [len(turn) for turn in plain["all_step_seconds"]] == [2, 2]
+    assert len(found["ours_over"]["plain"]["rounds"]) == 2
     assert plain["notes"][0] == (
         "in a process of its own, without GLIBC_TUNABLES, PJRT_NPROC, which ours has"
     )

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from vlp_jax.planning import hbm, hlo, loops
+from vlp_jax.planning import hlo, kernels, loops
 
 # A gradient step of three layers with sharded weights: see test_tpu.py, which compiles it anew.
 TPU_TEXT = (Path(__file__).parent / "fsdp_v5e_2x4.hlo").read_text()
@@ -106,7 +106,7 @@ def test_a_tpu_program_says_nothing_of_its_loops_and_they_are_counted_all_the_sa
 def test_memory_traffic_is_operands_and_results_of_kernels():
     text = compiled_text(lambda x, y: (x @ y, x), (64, 128), (128, 32))
     module = hlo.parse(text)
-    moved = hbm.hbm_bytes(module, loops.count_runs(module))
+    moved = kernels.hbm_bytes(module, loops.count_runs(module))
     product = (64 * 128 + 128 * 32 + 64 * 32) * 4
     handed_on = 2 * 64 * 128 * 4  # x is copied into the result
     assert product <= moved <= product + handed_on
@@ -118,7 +118,7 @@ def test_of_an_array_that_a_loop_cuts_slices_from_only_these_are_read():
 
     def moved(layers):
         module = hlo.parse(compiled_text(steps, (64, 64), (layers, 64, 64)))
-        return hbm.hbm_bytes(module, loops.count_runs(module))
+        return kernels.hbm_bytes(module, loops.count_runs(module))
 
     layer = 64 * 64 * 4
     # Each round reads a layer and x and writes x, with a copy at most; never all layers.
@@ -128,15 +128,15 @@ def test_of_an_array_that_a_loop_cuts_slices_from_only_these_are_read():
 def test_what_stays_near_the_cores_of_a_tpu_is_no_traffic():
     module = hlo.parse(TPU_TEXT)
     runs = loops.count_runs(module)
-    moved = hbm.hbm_bytes(module, runs)
+    moved = kernels.hbm_bytes(module, runs)
     everywhere = hlo.parse(re.sub(r"S\(1\)", "", TPU_TEXT))
     weights = 3 * 256 * 1024 * 4  # of a device; read twice or more, and written
     assert 3 * weights <= moved < 8 * weights
-    assert hbm.hbm_bytes(everywhere, loops.count_runs(everywhere)) > 3 * moved
+    assert kernels.hbm_bytes(everywhere, loops.count_runs(everywhere)) > 3 * moved
 
 
 def test_cycles_count_each_round():
     module = hlo.parse(TPU_TEXT)
     once = sum(int(c) for c in re.findall(r'"estimated_cycles":"(\d+)"', TPU_TEXT))
-    counted = hbm.estimated_cycles(module, loops.count_runs(module))
+    counted = kernels.estimated_cycles(module, loops.count_runs(module))
     assert 1.5 * once < counted <= 3 * once  # most of them stand in loops of three rounds

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from vlp_jax.planning import hbm, hlo, loops
-from vlp_jax.planning.chips import TPUS
-from vlp_jax.planning.pallas_calls import pallas_calls
+from vlp_jax.planning import hlo, kernels, loops
+from vlp_jax.planning.kernels import pallas_calls
+from vlp_jax.planning.target import TPUS
 
 # A Pallas product of [512, 256] and [256, 256] in bfloat16, in a scan of five rounds, for v5e; its
 # cost was given as below. test_tpu.py compiles it anew.
@@ -49,7 +49,7 @@ def test_what_the_compiler_prices_itself_is_not_added_and_other_calls_are_none()
     assert found_in(own).runs == 0
     module = hlo.parse(own)
     priced, plain = (
-        hbm.estimated_cycles(hlo.parse(t), loops.count_runs(module)) for t in (own, TEXT)
+        kernels.estimated_cycles(hlo.parse(t), loops.count_runs(module)) for t in (own, TEXT)
     )
     assert priced - plain == 7 * ROUNDS
     assert found_in(TEXT.replace("tpu_custom_call", "Sharding")).notes(V5E.clock) == ()

@@ -13,13 +13,13 @@ from rich.console import Console
 from vlp_jax import config as config_lib
 from vlp_jax.commands import plan as command
 from vlp_jax.errors import UserError
-from vlp_jax.planning import options, target
 from vlp_jax.planning import plan as plan_lib
-from vlp_jax.planning.activations import activation_bytes
+from vlp_jax.planning import search as options
+from vlp_jax.planning import target
 from vlp_jax.planning.compile import OutOfMemory, Program, parse_out_of_memory
-from vlp_jax.planning.pallas_calls import PallasCalls
+from vlp_jax.planning.kernels import PallasCalls
+from vlp_jax.planning.memory import activation_bytes, state_bytes
 from vlp_jax.planning.report import Findings, as_json, as_table, notes, reason
-from vlp_jax.planning.state_bytes import state_bytes
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 CONFIG = str(ROOT / "configs" / "debug_cpu.py")
@@ -54,7 +54,7 @@ def test_sharded_state_is_within_5_percent_of_an_even_part(config):
     config = config_lib.load(file)
     config_lib.override(config, [o for o in overrides])
     setup = plan_lib.make_setup_for(config, target.make_target("cpu:8"), None)
-    state = state_bytes(setup.abstract)
+    state = state_bytes(setup.abstract, setup.mesh)
     assert state.device == pytest.approx(state.total / 8, rel=0.05)
     held = sum(
         leaf.dtype.itemsize * math.prod(leaf.shape) for leaf in jax.tree.leaves(setup.abstract)
@@ -101,7 +101,7 @@ def test_activations_follow_the_examples_of_a_device_and_the_policy():
 def test_refusals_of_the_compiler_are_understood(message, needed, available, preliminary):
     refused = parse_out_of_memory(message)
     assert refused.needed == pytest.approx(needed) and refused.preliminary == preliminary
-    assert refused.available == pytest.approx(available) and "\n" not in refused.message
+    assert refused.available == pytest.approx(available)
 
 
 def test_other_words_are_no_refusal_for_memory():
@@ -118,7 +118,7 @@ def on_tpu(plan, memory):
 
 
 def test_what_does_not_fit_says_why_and_what_to_do(plan):
-    plan = on_tpu(plan, OutOfMemory(20 * GIB, int(15.75 * GIB), False, "x"))
+    plan = on_tpu(plan, OutOfMemory(20 * GIB, int(15.75 * GIB), False))
     assert plan.fits is False and plan.needed >= 20 * GIB
     said = reason(plan)
     assert "20.00 GiB" in said and "15.75 GiB" in said and "of state" in said
@@ -133,7 +133,7 @@ def test_what_does_not_fit_says_why_and_what_to_do(plan):
 
 
 def test_a_state_that_is_too_large_for_all_devices_needs_more_of_them(plan):
-    plan = on_tpu(plan, OutOfMemory(20 * GIB, 1000, False, "x"))
+    plan = on_tpu(plan, OutOfMemory(20 * GIB, 1000, False))
     chips = math.ceil(plan.state.total / 1000)
     shard, more = options.advice(plan)
     assert "mesh.fsdp=-1" in shard and more.endswith(f"needs at least {chips}")

@@ -6,9 +6,10 @@ import jax.numpy as jnp
 import pytest
 
 from vlp_jax.parallel.topologies import known_topologies
-from vlp_jax.planning import network
-from vlp_jax.planning.chips import GB, GPUS, TPUS
-from vlp_jax.planning.roofline import Roofline, cost
+from vlp_jax.planning import traffic
+from vlp_jax.planning.plan import Roofline
+from vlp_jax.planning.report import Findings
+from vlp_jax.planning.target import GB, GPUS, TPUS
 from vlp_jax.planning.traffic import Collective
 
 
@@ -34,27 +35,27 @@ def test_a_full_axis_of_a_torus_has_two_links_and_a_part_of_it_one():
     column = [list(range(row, 256, 16)) for row in range(16)]
     half = [group[:8] for group in column]
     whole = [list(range(256))]
-    assert network.bandwidth(collective("all-reduce", column), devices, chip) == 100 * GB
-    assert network.bandwidth(collective("all-reduce", half), devices, chip) == 50 * GB
-    assert network.bandwidth(collective("all-gather", whole), devices, chip) == 200 * GB
-    assert network.bandwidth(collective("collective-permute", [[0, 1]]), devices, chip) == 50 * GB
+    assert traffic.bandwidth(collective("all-reduce", column), devices, chip) == 100 * GB
+    assert traffic.bandwidth(collective("all-reduce", half), devices, chip) == 50 * GB
+    assert traffic.bandwidth(collective("all-gather", whole), devices, chip) == 200 * GB
+    assert traffic.bandwidth(collective("collective-permute", [[0, 1]]), devices, chip) == 50 * GB
     # An axis of 8 does not close to a ring on v5e, one of 4 does on v5p.
-    assert network.bandwidth(collective("all-gather", [[0, 1]]), grid(8, 8), chip) == 50 * GB
+    assert traffic.bandwidth(collective("all-gather", [[0, 1]]), grid(8, 8), chip) == 50 * GB
     cube = [list(range(4))]
-    assert network.bandwidth(collective("all-gather", cube), grid(4, 4, 4), TPUS["v5p"]) == 200 * GB
+    assert traffic.bandwidth(collective("all-gather", cube), grid(4, 4, 4), TPUS["v5p"]) == 200 * GB
 
 
 def test_across_slices_and_nodes_the_slow_network_counts():
     chip, devices = TPUS["v5e"], grid(4, 4, slices=2)
     across = collective("all-reduce", [[0, 16]], payload=10**9)
-    assert network.bandwidth(across, devices, chip) == chip.slow_bandwidth == 25 / 8 * GB
-    seconds = network.seconds([across], devices, chip)
+    assert traffic.bandwidth(across, devices, chip) == chip.slow_bandwidth == 25 / 8 * GB
+    seconds = traffic.network_seconds([across], devices, chip)
     assert seconds == pytest.approx(2 * 1e9 * 0.5 / (25 / 8 * GB))
-    assert network.seconds([across], devices, TPUS["v4"]) is None
+    assert traffic.network_seconds([across], devices, TPUS["v4"]) is None
     gpus = [SimpleNamespace(id=i) for i in range(16)]
     inside, beyond = collective("all-reduce", [[0, 7]]), collective("all-reduce", [[0, 8]])
-    assert network.bandwidth(inside, gpus, GPUS["h100"]) == 450 * GB
-    assert network.bandwidth(beyond, gpus, GPUS["h100"]) == 50 * GB
+    assert traffic.bandwidth(inside, gpus, GPUS["h100"]) == 450 * GB
+    assert traffic.bandwidth(beyond, gpus, GPUS["h100"]) == 50 * GB
 
 
 def test_the_slowest_resource_bounds_a_step():
@@ -68,15 +69,11 @@ def test_the_slowest_resource_bounds_a_step():
 
 
 def test_costs_are_those_of_the_whole_schedule():
-    one = cost(
-        0.5,
-        steps=172_800,
-        batch_size=1024,
-        chips=256,
-        model_flops=2e15,
-        peak_flops=16e15,
-        price_per_chip_hour=2.0,
+    setup = SimpleNamespace(
+        units=SimpleNamespace(total_steps=172_800), config=SimpleNamespace(batch_size=1024)
     )
+    plan = SimpleNamespace(setup=setup, target=SimpleNamespace(chips=256), model_flops=2e15)
+    one = Findings(plan, price_per_chip_hour=2.0)._cost(0.5, 16e15)
     assert (one.days, one.examples_per_second, one.mfu) == (1.0, 2048, 0.25)
     assert (one.chip_hours, one.price) == (24 * 256, 2 * 24 * 256)
 

@@ -16,9 +16,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from vlp_jax.parallel import mesh as mesh_lib
 from vlp_jax.parallel import rules
 from vlp_jax.parallel.topologies import tpu_devices
-from vlp_jax.planning import hbm, hlo, loops, traffic
-from vlp_jax.planning.chips import TPUS
-from vlp_jax.planning.pallas_calls import pallas_calls
+from vlp_jax.planning import hlo, kernels, loops, traffic
+from vlp_jax.planning.kernels import pallas_calls
+from vlp_jax.planning.target import TPUS
 
 pytestmark = [
     pytest.mark.slow,
@@ -62,7 +62,7 @@ def test_a_program_of_this_compiler_reads_as_the_one_that_is_kept(monkeypatch):
     scattered = found["reduce-scatter"]["fsdp"] + found.get("all-reduce", {}).get("fsdp", 0) / 2
     assert scattered == weights * 3 / 4
     assert found["all-reduce"]["replica"] == weights / 4
-    assert hbm.hbm_bytes(module, runs) > 0 and hbm.estimated_cycles(module, runs) > 0
+    assert kernels.hbm_bytes(module, runs) > 0 and kernels.estimated_cycles(module, runs) > 0
 
 
 def pallas_product(x, w):
@@ -97,7 +97,7 @@ def test_a_pallas_kernel_in_a_scan_is_added_once_a_round():
     found = pallas_calls(module, runs, TPUS["v5e"], "bfloat16")
     assert (found.runs, found.flops, found.bytes, found.uncosted) == (5, 5e9, 5 * 12_345_678, ())
     assert found.seconds == pytest.approx(5 * 12_345_678 / 819e9)
-    assert hbm.estimated_cycles(module, runs) > 0  # of the compiler's own kernels
+    assert kernels.estimated_cycles(module, runs) > 0  # of the compiler's own kernels
 
 
 def plan(*arguments):

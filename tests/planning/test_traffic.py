@@ -10,7 +10,7 @@ from jax import lax
 from jax.sharding import AxisType, PartitionSpec
 
 from vlp_jax.planning import hlo, loops, traffic
-from vlp_jax.planning.groups import axes_of, parse_groups
+from vlp_jax.planning.traffic import axes_of, parse_groups
 
 SHAPE = {"replica": 2, "fsdp": 2, "tensor": 2}
 ROUNDS, ROWS, COLUMNS = 3, 8, 16  # of a device

@@ -254,13 +254,12 @@ def test_the_policy_of_the_page_forbids_scripts_and_network(hostile, tmp_path):
 
 @pytest.mark.slow
 def test_the_report_of_a_masked_autoencoder(tmp_path, shapes_dir):
-    from tools.perf import mae_then_clip
     from vlp_jax import config as config_lib
     from vlp_jax import smoke as smoke_lib
     from vlp_jax.observe.throughput import StartupClock
     from vlp_jax.train import train
 
-    config = smoke_lib.smoke(config_lib.load(f"{mae_then_clip.CONFIG}:mae"))
+    config = smoke_lib.smoke(config_lib.load("mae_then_clip:mae"))
     train(config, tmp_path / "run", StartupClock())
     assert command("--workdir", tmp_path / "run", "--report", tmp_path / "r.html") == 0
     html = (tmp_path / "r.html").read_text()

@@ -5,7 +5,8 @@ import jax
 import numpy as np
 import pytest
 
-from vlp_jax.parallel import rules, sharding_report
+from vlp_jax.commands import show_sharding
+from vlp_jax.parallel import rules
 from vlp_jax.parallel.batch import put_batch
 from vlp_jax.train import describe_run
 
@@ -95,15 +96,15 @@ def test_a_dimension_that_the_mesh_does_not_divide_stays_whole():
 def test_sharding_table_names_every_parameter_and_adds_up():
     setup = helpers.setup_on(helpers.tiny_config(), {"replica": 2, "fsdp": 4})
     boxed = jax.eval_shape(lambda: setup.objective.init(jax.random.key(0), setup.batch_spec))
-    rows = sharding_report.rows(setup.abstract.params, boxed)
+    rows = show_sharding.rows_of(setup.abstract.params, boxed)
     assert len(rows) == len(jax.tree.leaves(setup.abstract.params))
     (row,) = [row for row in rows if row.path == "text/token_embedding/embedding"]
     assert (row.shape, row.names) == ((64, 32), ("vocab", "embed"))
     assert (row.spec, row.bytes_per_device) == (((), ("fsdp",)), 64 * 32 * 4 // 4)
-    (line,) = [x for x in sharding_report.table(rows).splitlines() if x.startswith(row.path)]
+    (line,) = [x for x in show_sharding.table(rows).splitlines() if x.startswith(row.path)]
     assert line.split()[1:] == ["vocab=64", "embed=32/fsdp", "2,048"]
     whole = sum(4 * leaf.size for leaf in jax.tree.leaves(setup.abstract.params))
-    assert sharding_report.spread(setup.abstract.params, setup.mesh).total == whole
+    assert rules.spread(setup.abstract.params, setup.mesh).total == whole
 
 
 def test_the_log_says_what_a_device_holds():

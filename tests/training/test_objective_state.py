@@ -16,7 +16,7 @@ from vlp_jax.evaluators.derived import evaluator_functions
 from vlp_jax.models.parameters import Named
 from vlp_jax.objectives.base import LossOutput, Objective
 from vlp_jax.parallel.batch import put_batch
-from vlp_jax.planning.state_bytes import state_bytes
+from vlp_jax.planning.memory import state_bytes
 from vlp_jax.training.checkpoint import Checkpointer
 from vlp_jax.training.state import context_of, key_for
 
@@ -198,7 +198,9 @@ def test_it_is_spread_over_the_devices_by_its_names():
     state = helpers.fresh(setup)
     assert state.objective["centre"].sharding == centre.sharding
     assert state.objective["examples"].sharding.is_fully_replicated
-    assert state_bytes(setup.abstract).total == sum(x.nbytes for x in jax.tree.leaves(state))
+    assert state_bytes(setup.abstract, setup.mesh).total == sum(
+        x.nbytes for x in jax.tree.leaves(state)
+    )
 
 
 def test_parts_of_a_composite_have_their_own():

@@ -13,32 +13,27 @@ from __future__ import annotations
 import argparse
 import io
 import json
-import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
-
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 import numpy as np
 from ml_collections import ConfigDict
 from PIL import Image
 
 from tools.perf import harness
-from vlp_jax import export
+from vlp_jax import evaluate, export
 from vlp_jax.arguments import parse_with_overrides
 from vlp_jax.commands.write_evaluation_tars import class_names, examples
 from vlp_jax.data.image_ops.upright import upright_rgb
 from vlp_jax.data.sources.base import as_plain
-from vlp_jax.errors import UserError, unknown_key_message
+from vlp_jax.errors import UserError
 from vlp_jax.evaluators import class_lists, merged_data
-from vlp_jax.handover import foreign, scores
+from vlp_jax.handover import foreign
 from vlp_jax.interop.staging import check_free
 from vlp_jax.parallel import startup
-from vlp_jax.training import checkpoint
-from vlp_jax.training.restore import SavedParameters
 from vlp_jax.training.run import Run
 
 FORMATS = ("hf", "open_clip", "stablehlo", "saved_model")
@@ -113,97 +108,71 @@ def evaluated_elsewhere(format: str, folder: Path, data: Path) -> dict[str, Any]
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
-def scores_of_run(workdir: Any, config: ConfigDict, step: int) -> dict[str, float]:
-    """Returns "EVALUATOR/SCORE" -> value of a checkpoint, as noted by the run or else computed."""
-    noted = scores.noted(workdir, step)
-    # `noted` gives the nearest step, which may be another.
-    if noted is not None and noted.step == step:
-        return noted.values
-    saved = SavedParameters.of(workdir, step)
-    return scores.evaluate_rounded(workdir, config, saved, "float32")[0].values
-
-
-def export_one(arguments: argparse.Namespace, format: str, folder: Path, step: int) -> str:
-    """Exports the run; returns why that is refused, empty if it is not.
-
-    The format's library need not compute a random batch first: it is to evaluate.
-    """
-    words = ["--workdir", arguments.workdir, "--format", format, "--output", str(folder)]
-    words.append("--no-verify")
+def export_one(workdir: str, format: str, folder: Path, step: int) -> str:
+    """Exports the run; returns why that is refused, empty if it is not."""
+    words = ["--workdir", workdir, "--format", format, "--output", str(folder)]
+    # Its library need not compute a random batch first: it is to evaluate.
+    words += ["--no-verify", "--step", str(step)]
     try:
-        print(export.export(export.parse([*words, "--step", str(step)])), flush=True)
+        print(export.export(export.parse(words)), flush=True)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
         return str(error)
     return ""
 
 
-def check(arguments: argparse.Namespace) -> tuple[list[Sequence[str]], bool]:
-    """Exports and evaluates; returns the rows of the table, and whether all agree.
+def check(arguments: argparse.Namespace) -> Iterator[tuple[tuple[str, ...], bool]]:
+    """Exports and evaluates; yields rows of the table, each with whether the scores agree.
 
     Raises:
       UserError: no run, no zero-shot evaluator in it, an unknown format, or a folder that is not
         free.
     """
     formats = arguments.formats.split(",")
-    for format in formats:
-        if format not in FORMATS:
-            raise UserError(unknown_key_message(format, FORMATS, "--formats"))
-    workdir, output = checkpoint.absolute(arguments.workdir), Path(arguments.output).expanduser()
+    harness.check_names(formats, FORMATS, "--formats")
+    workdir, output = arguments.workdir, Path(arguments.output).expanduser()
     check_free(output, overwrite=False)
     run = Run.open(workdir)
-    config, step = run.config, run.saved(arguments.step).step
-    tasks = [key for key, e in config.evaluators.items() if e.name == "zero_shot"]
+    step = run.saved(arguments.step).step
+    tasks = [key for key, one in run.config.evaluators.items() if one.name == "zero_shot"]
     if not tasks:
         raise UserError(f"{workdir}: the run's config has no zero_shot evaluator")
-    expected = scores_of_run(workdir, config, step)
-    rows: list[Sequence[str]] = []
-    failed = False
+    expected = evaluate.evaluate(workdir, step, tasks)
     for name in tasks:
-        count = write_task(config, name, output / "data" / name)
+        count = write_task(run.config, name, output / "data" / name)
         print(f"{name}: {count:,} images", flush=True)
     for format in formats:
-        refusal = export_one(arguments, format, output / format, step)
+        refusal = export_one(workdir, format, output / format, step)
         if refusal:
-            rows.append((format, "refused", "-", "-", "-", "-", "-"))
-            failed = True
+            print(f"error: {format}: {refusal}", file=sys.stderr)
+            yield (format, "refused", *"-----"), False
             continue
         for name in tasks:
             said = evaluated_elsewhere(format, output / format, output / "data" / name)
-            row, agrees = _row(format, name, said, expected[f"{name}/top1"])
-            print(f"{format}, {name}: {row[4]} there, {row[5]} in the run", flush=True)
-            rows.append(row)
-            failed |= not agrees
-    return rows, not failed
-
-
-def _row(
-    format: str, name: str, said: dict[str, Any], expected: float
-) -> tuple[tuple[str, ...], bool]:
-    """Returns a row of the table, and whether the scores agree."""
-    if "skipped" in said:
-        return (format, said["skipped"], name, "-", "-", f"{expected:.4f}", "-"), True
-    difference = said["top1"] - expected
-    library = f"{said['library']} {said['version']}"
-    numbers = (f"{said['top1']:.4f}", f"{expected:.4f}", f"{difference:+.4f}")
-    return (format, library, name, str(said["examples"]), *numbers), abs(difference) <= TOLERANCE
+            ours = expected[f"eval/{name}/top1"]
+            if "skipped" in said:
+                yield (format, said["skipped"], name, "-", "-", f"{ours:.4f}", "-"), True
+                continue
+            off = said["top1"] - ours
+            print(f"{format}, {name}: {said['top1']:.4f} there, {ours:.4f} in the run", flush=True)
+            numbers = (f"{said['top1']:.4f}", f"{ours:.4f}", f"{off:+.4f}")
+            library = f"{said['library']} {said['version']}"
+            row = (format, library, name, str(said["examples"]), *numbers)
+            yield row, abs(off) <= TOLERANCE
 
 
 def command(argv: list[str]) -> int:
     """Exports, evaluates and prints the table; returns 1 if a score differs."""
     arguments = parse(argv)
     startup.use_compilation_cache()
-    rows, agree = check(arguments)
+    found = list(check(arguments))
+    rows = [row for row, _ in found]
     print(harness.markdown(HEADS, rows, left=3))
     content = {"rows": [dict(zip(HEADS, row, strict=True)) for row in rows]}
     harness.write_json(arguments.json, "check_exports", argv, content)
-    return int(not agree)
+    return int(not all(agrees for _, agrees in found))
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command; returns its exit status."""
-    return harness.run(command, argv)
-
+main = harness.main_of(command)
 
 if __name__ == "__main__":
     sys.exit(main())

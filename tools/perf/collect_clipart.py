@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import dataclasses
 import hashlib
 import io
 import re
@@ -24,6 +23,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import PIL.Image
 from rich.progress import track
@@ -43,23 +43,14 @@ _RDF = "{http://www.w3.org/1999/02/22-rdf-syntax-ns#}"
 THREADS = 4
 
 
-@dataclasses.dataclass(frozen=True)
-class Drawing:
-    """A picture file with its title, words and category.
-
-    Attributes:
-      file: to be opened.
-      path: below the output folder, without a suffix.
-      title: of the picture or of its collection; a whole sentence for Tux Paint.
-      words: the name of the file and the keywords.
-      category: the first folder.
-    """
+class Drawing(NamedTuple):
+    """A picture file with its title, words and category."""
 
     file: Path
-    path: str
-    title: str
-    words: tuple[str, ...]
-    category: str
+    path: str  # below the output folder, without a suffix
+    title: str  # of the picture or of its collection; a whole sentence for Tux Paint
+    words: tuple[str, ...]  # the name of the file and the keywords
+    category: str  # the first folder
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -198,10 +189,7 @@ def collect(arguments: argparse.Namespace) -> str:
     return f"{len(rows):,} of {len(captions):,} pictures differ; see {output / 'captions.csv'}"
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command; returns its exit status."""
-    return harness.run(lambda given: print(collect(parse(given))), argv)
-
+main = harness.main_of(lambda argv: print(collect(parse(argv))))
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -11,11 +11,11 @@ import csv
 import io
 import shutil
 import tarfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -59,17 +59,15 @@ class Corpus:
     count: int
     seed: int = 0
 
+    @property
+    def files(self) -> list[Path]:
+        """The photos as files of their own."""
+        return [self.path("folder") / f"{number:06d}.jpg" for number in range(self.count)]
+
     @cached_property
     def photos(self) -> list[bytes]:
         """The encoded photos, from the files in the format "folder"."""
-        files = self.path("folder")
-        return [(files / _file_name(number)).read_bytes() for number in range(self.count)]
-
-    @property
-    def files(self) -> list[str]:
-        """The photos as files of their own."""
-        files = self.path("folder")
-        return [str(files / _file_name(number)) for number in range(self.count)]
+        return [file.read_bytes() for file in self.files]
 
     def path(self, name: str) -> Path:
         """Returns the folder of a format, a name in `WRITERS`; writes it if it is not there."""
@@ -86,10 +84,22 @@ class Corpus:
                 raise UserError(f"the photos cannot be written to {path}: {error}") from None
         return path
 
-    def shards(self) -> list[range]:
-        """Returns the numbers of the photos in each shard; no shard is empty."""
-        bounds = np.linspace(0, self.count, min(SHARDS, self.count) + 1).astype(int)
-        return [range(begin, end) for begin, end in zip(bounds, bounds[1:], strict=False)]
+    def shards(self) -> Iterator[tuple[str, list[Photo]]]:
+        """Yields (name without suffix, photos) of each shard; no shard is empty."""
+        photos = [
+            Photo(f"{number:06d}", encoded, caption(number))
+            for number, encoded in enumerate(self.photos)
+        ]
+        for shard, part in enumerate(np.array_split(range(self.count), min(SHARDS, self.count))):
+            yield f"photos-{shard:03d}", [photos[number] for number in part]
+
+
+class Photo(NamedTuple):
+    """One example of a file."""
+
+    key: str
+    encoded: bytes
+    caption: str
 
 
 def caption(number: int) -> str:
@@ -97,59 +107,53 @@ def caption(number: int) -> str:
     return f"synthetic photo number {number}"
 
 
-def _file_name(number: int) -> str:
-    return f"{number:06d}.jpg"
-
-
 def _write_folder(corpus: Corpus, path: Path) -> None:
     with (path / "captions.csv").open("w", newline="") as stream:
         rows = csv.writer(stream)
         rows.writerow(("path", "caption"))
         for number in range(corpus.count):
-            (path / _file_name(number)).write_bytes(photo(corpus.seed, number))
-            rows.writerow((_file_name(number), caption(number)))
+            file = path / f"{number:06d}.jpg"
+            file.write_bytes(photo(corpus.seed, number))
+            rows.writerow((file.name, caption(number)))
 
 
 def _write_webdataset(corpus: Corpus, path: Path) -> None:
-    for shard, numbers in enumerate(corpus.shards()):
-        with tarfile.open(path / f"photos-{shard:03d}.tar", "w") as tar:
-            for number in numbers:
-                members = {"jpg": corpus.photos[number], "txt": caption(number).encode()}
-                for extension, content in members.items():
-                    member = tarfile.TarInfo(f"{number:06d}.{extension}")
+    for name, photos in corpus.shards():
+        with tarfile.open(path / f"{name}.tar", "w") as tar:
+            for one in photos:
+                for suffix, content in (("jpg", one.encoded), ("txt", one.caption.encode())):
+                    member = tarfile.TarInfo(f"{one.key}.{suffix}")
                     member.size = len(content)
                     tar.addfile(member, io.BytesIO(content))
 
 
-def _serialized(corpus: Corpus, numbers: Iterable[int]) -> Iterable[bytes]:
+def _serialized(one: Photo) -> bytes:
     import tensorflow as tf
 
-    for number in numbers:
-        values = {"image": corpus.photos[number], "caption": caption(number).encode()}
-        feature = {
-            name: tf.train.Feature(bytes_list=tf.train.BytesList(value=[value]))
-            for name, value in values.items()
-        }
-        yield tf.train.Example(features=tf.train.Features(feature=feature)).SerializeToString()
+    feature = {
+        name: tf.train.Feature(bytes_list=tf.train.BytesList(value=[value]))
+        for name, value in (("image", one.encoded), ("caption", one.caption.encode()))
+    }
+    return tf.train.Example(features=tf.train.Features(feature=feature)).SerializeToString()
 
 
 def _write_tfrecord(corpus: Corpus, path: Path) -> None:
     import tensorflow as tf
 
-    for shard, numbers in enumerate(corpus.shards()):
-        with tf.io.TFRecordWriter(str(path / f"photos-{shard:03d}.tfrecord")) as writer:
-            for record in _serialized(corpus, numbers):
-                writer.write(record)
+    for name, photos in corpus.shards():
+        with tf.io.TFRecordWriter(str(path / f"{name}.tfrecord")) as writer:
+            for one in photos:
+                writer.write(_serialized(one))
 
 
 def _write_array_record(corpus: Corpus, path: Path) -> None:
     from array_record.python.array_record_module import ArrayRecordWriter
 
-    for shard, numbers in enumerate(corpus.shards()):
+    for name, photos in corpus.shards():
         # One record a group: a group is what a random access reads.
-        writer = ArrayRecordWriter(str(path / f"photos-{shard:03d}.array_record"), "group_size:1")
-        for record in _serialized(corpus, numbers):
-            writer.write(record)
+        writer = ArrayRecordWriter(str(path / f"{name}.array_record"), "group_size:1")
+        for one in photos:
+            writer.write(_serialized(one))
         writer.close()
 
 
@@ -158,12 +162,11 @@ def _write_parquet(corpus: Corpus, path: Path) -> None:
     import pyarrow.parquet
 
     image = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
-    for shard, numbers in enumerate(corpus.shards()):
-        images = [{"bytes": corpus.photos[n], "path": _file_name(n)} for n in numbers]
-        texts = [caption(number) for number in numbers]
+    for name, photos in corpus.shards():
+        images = [{"bytes": one.encoded, "path": f"{one.key}.jpg"} for one in photos]
+        texts = [one.caption for one in photos]
         table = pa.table({"image": pa.array(images, image), "caption": texts})
-        file = path / f"photos-{shard:03d}.parquet"
-        pyarrow.parquet.write_table(table, file, row_group_size=100)
+        pyarrow.parquet.write_table(table, path / f"{name}.parquet", row_group_size=100)
 
 
 def _write_tfds(corpus: Corpus, path: Path) -> None:
@@ -171,18 +174,17 @@ def _write_tfds(corpus: Corpus, path: Path) -> None:
 
     tfds.disable_progress_bar()
     features = {"image": tfds.features.Image(encoding_format="jpeg"), "text": tfds.features.Text()}
+    examples = [
+        (number, {"image": image, "text": caption(number)})
+        for number, image in enumerate(corpus.photos)
+    ]
     with contextlib.redirect_stdout(io.StringIO()):  # it says at length what it does
         tfds.dataset_builders.store_as_tfds_dataset(
             name="bench_photos",
             version="1.0.0",
             data_dir=path,
             features=tfds.features.FeaturesDict(features),
-            split_datasets={
-                "train": [
-                    (number, {"image": image, "text": caption(number)})
-                    for number, image in enumerate(corpus.photos)
-                ]
-            },
+            split_datasets={"train": examples},
             file_format="array_record",
         )
 
@@ -196,50 +198,33 @@ WRITERS: dict[str, Callable[[Corpus, Path], None]] = {
     "parquet": _write_parquet,
     "tfds": _write_tfds,
 }
-
-
-def _folder(corpus: Corpus) -> dict[str, Any]:
-    return {"source": "folder", "path": str(corpus.path("folder")), "split": "all"}
-
-
-def _arrays(corpus: Corpus) -> dict[str, Any]:
-    return {"source": "arrays", "arrays": {"image": corpus.photos}}
-
-
-def _tfds(corpus: Corpus) -> dict[str, Any]:
-    path = str(corpus.path("tfds"))
-    return {"source": "tfds", "dataset": "bench_photos", "split": "train", "data_dir": path}
-
-
-def _files(source: str, pattern: str, image: str, text: str) -> Callable[[Corpus], dict[str, Any]]:
-    def config(corpus: Corpus) -> dict[str, Any]:
-        path = str(corpus.path(source) / pattern)
-        return {"source": source, "path": path, "fields": {"image": image, "text": text}}
-
-    return config
-
-
-# source -> its data config, but for `preprocess`
-CONFIGS: dict[str, Callable[[Corpus], dict[str, Any]]] = {
-    "arrays": _arrays,
-    "folder": _folder,
-    "tfds": _tfds,
-    "webdataset": _files("webdataset", "*.tar", "jpg", "txt"),
-    "tfrecord": _files("tfrecord", "*.tfrecord", "image", "caption"),
-    "array_record": _files("array_record", "*.array_record", "image", "caption"),
-    "parquet": _files("parquet", "*.parquet", "image", "caption"),
+# Formats of shards: the pattern of their files, the fields of image and text.
+SHARDED = {
+    "webdataset": ("*.tar", "jpg", "txt"),
+    "tfrecord": ("*.tfrecord", "image", "caption"),
+    "array_record": ("*.array_record", "image", "caption"),
+    "parquet": ("*.parquet", "image", "caption"),
 }
 # The parts of the mixture that is measured, and their weights.
 MIXED = {"folder": 2.0, "webdataset": 1.0}
-NAMES = (*CONFIGS, "mixture")
+NAMES = ("arrays", "folder", "tfds", *SHARDED, "mixture")
 
 
 def data_config(name: str, corpus: Corpus, preprocess: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the data config of a source in `NAMES` that reads the corpus; writes its files."""
-    if name != "mixture":
-        return {**CONFIGS[name](corpus), "preprocess": dict(preprocess)}
-    parts = {
-        part: {"weight": weight, **data_config(part, corpus, preprocess)}
-        for part, weight in MIXED.items()
-    }
-    return {"source": "mixture", "parts": parts}
+    if name == "mixture":
+        parts = {
+            part: {"weight": weight, **data_config(part, corpus, preprocess)}
+            for part, weight in MIXED.items()
+        }
+        return {"source": name, "parts": parts}
+    config: dict[str, Any] = {"source": name, "preprocess": dict(preprocess)}
+    if name == "arrays":
+        return config | {"arrays": {"image": corpus.photos}}
+    path = corpus.path(name)
+    if name == "folder":
+        return config | {"path": str(path), "split": "all"}
+    if name == "tfds":
+        return config | {"dataset": "bench_photos", "split": "train", "data_dir": str(path)}
+    pattern, image, text = SHARDED[name]
+    return config | {"path": str(path / pattern), "fields": {"image": image, "text": text}}

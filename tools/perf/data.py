@@ -6,46 +6,39 @@ All decode the same JPEG files, cut out a random rectangle and resize it to uint
 each source; tf.data alone on bytes in memory and known rectangles ("tf.data limit"); PyTorch's
 DataLoader on the files, with Pillow and with its own resizing; WebDataset's loader on tar shards.
 They run in turns, in rounds; a ratio is the median over the rounds. Whether a resize antialiases is
-said with every figure: it costs more than decoding does.
+said with every figure: it costs more than decoding does. All use the cores that this process may
+use, which `taskset` can make fewer.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import functools
 import math
 import os
 import statistics
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-
 from rich.console import Console
-from rich.status import Status
 
 from tools.perf import harness
 from tools.perf.corpus import NAMES, Corpus, data_config
-from tools.perf.loaders import DecodeLimit, Loader, PipelineLoader, Speed, Task, Turn, peak_memory
+from tools.perf.loaders import DecodeLimit, Loader, PipelineLoader, Speed, Task, Turn
 from vlp_jax.arguments import parse_with_overrides
-from vlp_jax.errors import UserError, unknown_key_message
+from vlp_jax.errors import UserError
 
 LIMIT, PILLOW, TORCH, WEBDATASET = "tf.data limit", "torch+pillow", "torch", "webdataset"
 WARM_UP_IMAGES = 384  # images that may wait in buffers: of two workers of PyTorch, 4 batches of 64
-BUSY = 0.8  # of our throughput: the share that training uses where its waiting is measured
 LEGEND = (
     "/core: images a second and core, median of {rounds} rounds. /cpu-s: images for a second that "
     "a core worked, which other jobs on the machine disturb far less. /limit and /PIL: medians of "
-    "the ratios of the rounds by the clock, (cpu) by the work. PIL: Pillow decodes in the "
-    "workers of PyTorch, and with antialiasing resizes too; without it PyTorch resizes, which is "
-    "faster than Pillow can (/Pillow: Pillow does both). waits: the share of its time that "
-    "training waits for data while its "
-    f"steps take {1 / BUSY:.2f} times as long as the data of a step. MiB: peak memory of a process "
-    "that reads the source, above its imports."
+    "the ratios of the rounds by the clock, (cpu) by the work. PIL: Pillow decodes in the workers "
+    "of PyTorch, and with antialiasing resizes too; without it PyTorch resizes, which is faster "
+    "than Pillow can (/Pillow: Pillow does both)."
 )
 COLUMNS = {
     "/core": ("images_per_second_per_core", ",.0f"),
@@ -54,8 +47,6 @@ COLUMNS = {
     "(cpu)": ("cpu_ratio_to_decode", ".2f"),
     "/PIL": ("ratio_to_pil", ".2f"),
     "/Pillow": ("ratio_to_pillow", ".2f"),
-    "waits": ("wait_share", ".1%"),
-    "MiB": ("peak_mib", ",.0f"),
 }
 
 
@@ -63,7 +54,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     """Returns the arguments.
 
     Raises:
-      UserError: a number out of its range.
+      UserError: a number out of its range, or an unknown source.
     """
     parser = harness.make_parser("data", __doc__, rounds=5)
     add, number = parser.add_argument, {"type": int, "metavar": "N"}
@@ -74,52 +65,16 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--batch-size", default=64, help="default: %(default)s", **number)
     add("--size", default=224, help="side of the images that come out", **number)
     add("--min-scale", type=float, default=0.5, help="least area of a crop (default: 0.5)")
-    add("--method", choices=("bilinear", "bicubic"), default="bilinear")
     add("--antialias", choices=("on", "off", "both"), default="both")
-    add("--cores", help="use so many (default: all that this process may)", **number)
     add("--seed", default=0, help="of the photos and of the crops", **number)
     add("--peers", choices=("on", "off"), default="on", help="PyTorch and WebDataset")
     counts = ("images", "turn", "rounds", "batch_size", "size")
     arguments, _ = parse_with_overrides(parser, argv, *counts)
     if not 0 < arguments.min_scale <= 1:
         raise UserError(f"--min-scale {arguments.min_scale} is not in (0, 1]")
-    most = len(os.sched_getaffinity(0))
-    if arguments.cores is not None and not 1 <= arguments.cores <= most:
-        raise UserError(f"--cores {arguments.cores} is not from 1 to {most}, which this may use")
+    arguments.sources = NAMES if arguments.sources == "all" else arguments.sources.split(",")
+    harness.check_names(arguments.sources, NAMES, "--sources")
     return arguments
-
-
-def say(status: Status, text: str) -> None:
-    """Tells the task at hand: in place on a terminal, else by a line."""
-    status.update(text)
-    if not status.console.is_terminal:
-        status.console.print(text, highlight=False)
-
-
-def chosen_sources(text: str) -> list[str]:
-    """Returns the names of a list with commas.
-
-    Raises:
-      UserError: a name that is not known.
-    """
-    names = list(NAMES) if text == "all" else [name.strip() for name in text.split(",")]
-    for name in names:
-        if name not in NAMES:
-            raise UserError(f"--sources: {unknown_key_message(name, NAMES, 'the sources')}")
-    return names
-
-
-@contextlib.contextmanager
-def pinned(cores: int | None) -> Iterator[int]:
-    """Holds this process and those it starts to so many cores; gives their number."""
-    before = os.sched_getaffinity(0)
-    # Threads of TensorFlow and workers of PyTorch inherit it: both have the same cores.
-    chosen = sorted(before)[:cores]
-    os.sched_setaffinity(0, chosen)
-    try:
-        yield len(chosen)
-    finally:
-        os.sched_setaffinity(0, before)
 
 
 def make_turn(arguments: argparse.Namespace, cores: int) -> Turn:
@@ -134,45 +89,40 @@ def make_turn(arguments: argparse.Namespace, cores: int) -> Turn:
     return Turn(warm_up=warm_up, timed=batches(arguments.turn), rest=2 * cores)
 
 
-def open_peers(corpus: Corpus, task: Task, turn: Turn, status: Status) -> dict:
+def open_peers(corpus: Corpus, task: Task, turn: Turn) -> dict[str, Loader]:
     """Opens the loaders of others; says which are not installed."""
     try:
         from tools.perf import torch_loaders
     except ImportError:
-        status.console.print("PyTorch is not installed: no comparison with it")
+        print("PyTorch is not installed: no comparison with it", file=sys.stderr)
         return {}
     common = {"batch_size": task.batch_size, "workers": task.cores, "batches": turn.total}
-
-    def transform(resize: str) -> torch_loaders.Transform:
-        return torch_loaders.Transform(
-            task.size, task.min_scale, task.method, task.antialias, resize
-        )
-
-    loaders = {
-        TORCH: torch_loaders.files_loader(corpus.files, transform("torch"), **common),
-        PILLOW: torch_loaders.files_loader(corpus.files, transform("pillow"), **common),
+    form = (task.size, task.min_scale, task.antialias)
+    by_torch, by_pillow = (torch_loaders.Transform(*form, way) for way in ("torch", "pillow"))
+    files = [str(file) for file in corpus.files]
+    loaders: dict[str, Loader] = {
+        TORCH: torch_loaders.files_loader(files, by_torch, **common),
+        PILLOW: torch_loaders.files_loader(files, by_pillow, **common),
     }
-    # WebDataset's loader gets the better of the two ways to resize.
-    fastest = "pillow" if task.antialias else "torch"
+    fastest = by_pillow if task.antialias else by_torch
     try:
         shards = sorted(str(path) for path in corpus.path("webdataset").iterdir())
-        loaders[WEBDATASET] = torch_loaders.webdataset_loader(shards, transform(fastest), **common)
+        loaders[WEBDATASET] = torch_loaders.webdataset_loader(shards, fastest, **common)
     except ImportError:
-        status.console.print("webdataset is not installed: no comparison with it")
+        print("webdataset is not installed: no comparison with it", file=sys.stderr)
     return loaders
 
 
 def measure(
-    loaders: Mapping[str, Loader],
-    turn: Turn,
-    batch_size: int,
-    rounds: int,
-    status: Status,
+    loaders: Mapping[str, Loader], turn: Turn, batch_size: int, rounds: int
 ) -> dict[str, list[Speed]]:
     """Returns the speed of each loader in each round; another one begins each round."""
     turns = {n: functools.partial(turn.speed, one, batch_size) for n, one in loaders.items()}
-    told = lambda number, name: say(status, f"round {number + 1} of {rounds}: {name}")  # noqa: E731
-    return harness.in_turns(turns, rounds, before=told)
+
+    def tell(number: int, name: str) -> None:
+        print(f"round {number + 1} of {rounds}: {name}", file=sys.stderr, flush=True)
+
+    return harness.in_turns(turns, rounds, before=tell)
 
 
 def entry(name: str, speeds: Mapping[str, list[Speed]], task: Task) -> dict[str, Any]:
@@ -183,7 +133,6 @@ def entry(name: str, speeds: Mapping[str, list[Speed]], task: Task) -> dict[str,
     figures: dict[str, Any] = {
         "name": name,
         "antialias": task.antialias,
-        "method": task.method,
         "images_per_second": statistics.median(own),
         "images_per_second_per_core": statistics.median(own) / task.cores,
         "images_per_cpu_second": statistics.median(by_cpu[name]),
@@ -208,31 +157,20 @@ def entry(name: str, speeds: Mapping[str, list[Speed]], task: Task) -> dict[str,
 
 
 def bench(
-    corpus: Corpus, names: Sequence[str], task: Task, arguments: argparse.Namespace, status: Status
+    corpus: Corpus, names: Sequence[str], task: Task, arguments: argparse.Namespace
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Returns the figures of our sources and of the loaders of others, for one way to resize."""
     turn = make_turn(arguments, task.cores)
-    ours: dict[str, Loader] = {
-        name: PipelineLoader(data_config(name, corpus, task.preprocess), task) for name in names
-    }
     others: dict[str, Loader] = {LIMIT: DecodeLimit(corpus.photos, task)}
     if arguments.peers == "on":
-        others |= open_peers(corpus, task, turn, status)
+        others |= open_peers(corpus, task, turn)
     # Ours may have the name of another's: the source webdataset and the library.
-    loaders = {f"source {name}": loader for name, loader in ours.items()} | others
-    try:
-        speeds = measure(loaders, turn, task.batch_size, arguments.rounds, status)
-    finally:
-        for loader in others.values():
-            loader.close()
-    sources = []
-    for name, loader in ours.items():
-        figures = {**entry(f"source {name}", speeds, task), "name": name}
-        say(status, f"waiting for data: {name}")
-        # A step a little longer than its data: a source that delivers evenly makes nobody wait.
-        step = task.batch_size / (BUSY * figures["images_per_second"])
-        figures["wait_share"] = turn.wait_share(loader, step)
-        sources.append(figures)
+    ours = {
+        f"source {name}": PipelineLoader(data_config(name, corpus, task.preprocess), task)
+        for name in names
+    }
+    speeds = measure(ours | others, turn, task.batch_size, arguments.rounds)
+    sources = [entry(f"source {name}", speeds, task) | {"name": name} for name in names]
     return sources, [entry(name, speeds, task) for name in others]
 
 
@@ -243,7 +181,7 @@ def show(result: Mapping[str, Any], console: Console) -> None:
         return "-" if value is None else format(value, form)
 
     for antialias in result["settings"]["antialias"]:
-        way = f"{result['settings']['method']}, {'' if antialias else 'not '}antialiased"
+        way = f"bilinear, {'' if antialias else 'not '}antialiased"
         rows = [
             (one["name"], *(cell(one.get(key), form) for key, form in COLUMNS.values()))
             for kind in ("sources", "others")
@@ -255,69 +193,37 @@ def show(result: Mapping[str, Any], console: Console) -> None:
     console.print(LEGEND.format(rounds=result["settings"]["rounds"]), highlight=False)
 
 
-def run(arguments: argparse.Namespace, folder: Path, cores: int, status: Status) -> dict[str, Any]:
+def run(arguments: argparse.Namespace, folder: Path, cores: int) -> dict[str, Any]:
     """Returns all that is measured, as it stands in the JSON file."""
-    names = chosen_sources(arguments.sources)
     corpus = Corpus(folder, arguments.images, arguments.seed)
-    say(status, f"{arguments.images} photos in {folder}")
+    print(f"{arguments.images} photos in {folder}", file=sys.stderr)
     ways = {"on": [True], "off": [False], "both": [False, True]}[arguments.antialias]
-    result: dict[str, Any] = {
-        "settings": {
-            "images": arguments.images,
-            "mean_image_bytes": statistics.mean(map(len, corpus.photos)),
-            "images_per_turn": arguments.turn,
-            "rounds": arguments.rounds,
-            "batch_size": arguments.batch_size,
-            "size": arguments.size,
-            "crop_area": [arguments.min_scale, 1.0],
-            "method": arguments.method,
-            "antialias": ways,
-            "seed": arguments.seed,
-            "cores_used": cores,
-        },
-        "sources": [],
-        "others": [],
-    }
+    kept = ("images", "turn", "rounds", "batch_size", "size", "min_scale", "seed")
+    settings = {name: getattr(arguments, name) for name in kept}
+    settings |= {"mean_image_bytes": statistics.mean(map(len, corpus.photos))}
+    settings |= {"antialias": ways, "cores_used": cores}
+    result: dict[str, Any] = {"settings": settings, "sources": [], "others": []}
+    form = (arguments.size, arguments.batch_size, arguments.min_scale)
     for antialias in ways:
-        task = Task(
-            arguments.size,
-            arguments.batch_size,
-            arguments.min_scale,
-            arguments.method,
-            antialias,
-            cores,
-            arguments.seed,
-        )
-        sources, others = bench(corpus, names, task, arguments, status)
+        task = Task(*form, antialias, cores, arguments.seed)
+        sources, others = bench(corpus, arguments.sources, task, arguments)
         result["sources"] += sources
         result["others"] += others
-    for name in names:  # the same, however images are resized
-        say(status, f"memory: {name}")
-        peak = peak_memory(name, corpus, task, make_turn(arguments, cores).total)
-        for figures in result["sources"]:
-            figures |= {"peak_mib": peak} if figures["name"] == name else {}
     return result
 
 
 def command(argv: list[str]) -> None:
     """Measures, prints and writes."""
     arguments = parse(argv)
-    progress = Console(stderr=True)
-    with contextlib.ExitStack() as stack:
-        cores = stack.enter_context(pinned(arguments.cores))
-        temporary = stack.enter_context(tempfile.TemporaryDirectory(prefix="vlp_jax_bench_"))
-        folder = arguments.corpus or Path(temporary)
-        status = progress.status("writing the photos", refresh_per_second=2)
-        stack.enter_context(status)
-        result = run(arguments, folder, cores, status)
+    # Threads of TensorFlow and workers of PyTorch inherit what `taskset` leaves of them.
+    cores = len(os.sched_getaffinity(0))
+    with tempfile.TemporaryDirectory(prefix="vlp_jax_bench_") as temporary:
+        result = run(arguments, arguments.corpus or Path(temporary), cores)
     show(result, Console())
     harness.write_json(arguments.json, "data", argv, result)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command; returns its exit status."""
-    return harness.run(command, argv)
-
+main = harness.main_of(command)
 
 if __name__ == "__main__":
     sys.exit(main())

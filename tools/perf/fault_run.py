@@ -1,4 +1,7 @@
-"""A small run through launch/local.sh, as tools.perf.fault_drill watches it from outside."""
+"""A small run through launch/local.sh, as tools.perf.fault_drill watches it from outside.
+
+As a command it is one process of that run: `vlp_jax.train`, slower, and with NaNs where it is told.
+"""
 
 from __future__ import annotations
 
@@ -10,29 +13,36 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
+from etils import epath
 
 from tools.perf.harness import ROOT
+from tools.stack_layers import read
+from vlp_jax import train
 from vlp_jax.errors import UserError
-from vlp_jax.observe.writers import read_metrics
+from vlp_jax.observe.jsonl import read_metrics
+from vlp_jax.training.setup import Setup
+from vlp_jax.training.state import TrainState
 
-DISK_MIB = 48
-CHECKPOINT_EVERY = 8
+STEP_SECONDS = 0.04  # added to each step, so that faults find a run and not its end
 # Long enough for a start of all processes on few cores, short enough for a drill.
 WATCHDOG = {"first_step_minutes": 8.0, "step_minutes": 0.3, "pause_minutes": 0.75}
 PATIENCE_SECONDS = 900
+WORKER = "tools.perf.fault_run"
+CONTROL = "VLP_FAULT_DRILL"  # names the folder that may hold a file `nan_at`
 CONFIG = """
 from vlp_jax.config import duration, load
 from vlp_jax.smoke import smoke
 
 def get_config(arg=None):
-    config = smoke(load({file!r})).unlock()
+    config = smoke(load("clip_shapes")).unlock()
     config.duration = duration(steps={steps})
-    config.checkpoint.every = duration(steps={every})
+    config.checkpoint.every = duration(steps=8)
     config.checkpoint.max_failed = 50
     config.optimizer.ema_decay = 0.9
     config.writers.tensorboard = True
@@ -43,25 +53,16 @@ def get_config(arg=None):
 
 
 class Run:
-    """A run of several processes, its launcher, and its traces on disk.
+    """A small run of several processes through launch/local.sh, watched from outside.
 
     Args:
       home: where its config, logs and control files go.
-      workdir: of the run.
-      processes: of the job.
-      steps: its length.
     """
 
     def __init__(self, home: Path, workdir: Path, processes: int, steps: int):
         self.home, self.workdir, self.processes, self.steps = home, workdir, processes, steps
         home.mkdir(parents=True)
-        text = CONFIG.format(
-            file=str(ROOT / "configs" / "clip_shapes.py"),
-            steps=steps,
-            every=CHECKPOINT_EVERY,
-            watchdog=WATCHDOG,
-        )
-        (home / "drill.py").write_text(text)
+        (home / "drill.py").write_text(CONFIG.format(steps=steps, watchdog=WATCHDOG))
         self._launcher: subprocess.Popen | None = None
 
     @contextlib.contextmanager
@@ -74,8 +75,8 @@ class Run:
         command += ["--config", str(self.home / "drill.py"), "--workdir", str(self.workdir)]
         environment = {
             **os.environ,
-            "VLP_TRAIN_COMMAND": f"{sys.executable} -m tools.perf.fault_worker",
-            "VLP_FAULT_DRILL": str(self.home),
+            "VLP_TRAIN_COMMAND": f"{sys.executable} -m {WORKER}",
+            CONTROL: str(self.home),
             "JAX_PLATFORMS": "cpu",
             "PYTHONUNBUFFERED": "1",
         }
@@ -93,30 +94,22 @@ class Run:
                 self._launcher.wait()
 
     def wait_for_end(self) -> None:
-        """Returns when the run is complete.
-
-        Raises:
-          UserError: the launcher gave up.
-        """
+        """Returns when the run is complete; raises UserError if the launcher gave up."""
         status = self._launcher.wait(timeout=PATIENCE_SECONDS * 2)
         if status:
             raise UserError(f"the run ended with status {status}; see {self.home}/launcher.log")
 
     def wait_for_step(self, step: int) -> None:
-        """Returns when that step is logged.
-
-        Raises:
-          UserError: the run ends before, or does not come there in a long time.
-        """
+        """Returns when that step is logged; raises UserError if the run ends or hangs before."""
         until = time.monotonic() + PATIENCE_SECONDS
         while self.step() < step:
-            if self._launcher.poll() is not None:
+            status = self._launcher.poll()
+            if status is not None or time.monotonic() > until:
+                why = "no progress" if status is None else f"status {status}"
                 raise UserError(
-                    f"the run ended at step {self.step()} with status {self._launcher.returncode} "
-                    f"before step {step}; see {self.home}/launcher.log"
+                    f"step {step} is not reached: {why} at step {self.step()}; see "
+                    f"{self.home}/launcher.log"
                 )
-            if time.monotonic() > until:
-                raise UserError(f"step {step} is not reached; see {self.home}/launcher.log")
             time.sleep(0.05)
 
     def step(self) -> int:
@@ -124,16 +117,12 @@ class Run:
         file = self.workdir / "metrics.jsonl"
         if not file.exists():
             return -1
-        lines = [line for line in file.read_bytes().splitlines() if b'"train/loss"' in line]
-        try:
-            return int(json.loads(lines[-1])["step"]) if lines else -1
-        except ValueError:  # the line is being written
-            return int(json.loads(lines[-2])["step"]) if len(lines) > 1 else -1
+        steps = [r["step"] for r in read_metrics(epath.Path(file)) if "train/loss" in r]
+        return steps[-1] if steps else -1
 
     def checkpoints(self) -> list[int]:
         """Returns the steps of all whole checkpoints."""
-        folder = self.workdir / "checkpoints"
-        names = [entry.name for entry in folder.iterdir()] if folder.exists() else []
+        names = [entry.name for entry in (self.workdir / "checkpoints").glob("*")]
         return sorted(int(name) for name in names if name.isdigit())
 
     def attempt(self) -> int:
@@ -141,10 +130,16 @@ class Run:
         names = [file.name for file in (self.home / "logs").glob("attempt-*.process-0.log")]
         return max((int(name.split("-")[1].split(".")[0]) for name in names), default=0)
 
-    def output(self, attempt: int | None = None) -> str:
-        """Returns the output of process 0 in an attempt; the newest by default."""
-        number = self.attempt() if attempt is None else attempt
-        file = self.home / "logs" / f"attempt-{number}.process-0.log"
+    def wait_for_restart(self, attempt: int, seconds: float = 300) -> bool:
+        """Returns whether the launcher has begun the attempt after this one within the time."""
+        until = time.monotonic() + seconds
+        while self.attempt() == attempt and time.monotonic() < until:
+            time.sleep(0.05)
+        return self.attempt() > attempt
+
+    def output(self) -> str:
+        """Returns the output of process 0 in the newest attempt."""
+        file = self.home / "logs" / f"attempt-{self.attempt()}.process-0.log"
         return file.read_text(errors="replace") if file.exists() else ""
 
     def resumed_at(self) -> int | None:
@@ -166,7 +161,7 @@ class Run:
                 words = (entry / "cmdline").read_bytes().split(b"\0")
             except OSError:  # gone, or nobody's
                 continue
-            ours = b"tools.perf.fault_worker" in words and str(self.workdir).encode() in words
+            ours = WORKER.encode() in words and str(self.workdir).encode() in words
             if ours and Path(words[0].decode()).name.startswith("python"):
                 found[int(words[words.index(b"--process-id") + 1])] = int(entry.name)
         return [found[number] for number in sorted(found)]
@@ -175,36 +170,37 @@ class Run:
         """Returns (step, name) -> every number that follows from state and data alone."""
         return {
             (record["step"], name): value
-            for record in read_metrics(self.workdir / "metrics.jsonl")
+            for record in read_metrics(epath.Path(self.workdir / "metrics.jsonl"))
             for name, value in record.items()
             if name.startswith("train/")
         }
 
     def parameters(self) -> dict[str, np.ndarray]:
-        """Reads all arrays of the last checkpoint by Orbax, with none of our code."""
-        import jax
-        import orbax.checkpoint as ocp
-
-        folder = self.workdir / "checkpoints" / str(self.steps) / "state"
-        with contextlib.closing(ocp.PyTreeCheckpointHandler()) as handler:
-            tree = handler.metadata(folder).tree
-
-            def each(function: Callable[[Any], Any]) -> Any:
-                return jax.tree.map(function, tree, is_leaf=lambda x: hasattr(x, "shape"))
-
-            state = handler.restore(
-                folder,
-                args=ocp.args.PyTreeRestore(
-                    item=each(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)),
-                    restore_args=each(lambda x: ocp.RestoreArgs(restore_type=np.ndarray)),
-                ),
-            )
-        return {
-            jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(leaf)
-            for path, leaf in jax.tree_util.tree_leaves_with_path(state)
-        }
+        """Reads all arrays of the last checkpoint by Orbax alone."""
+        return read(epath.Path(self.workdir / "checkpoints" / str(self.steps) / "state"))
 
 
-def steps_of(losses: Mapping[tuple[int, str], float]) -> int:
-    """Counts the steps that have a loss."""
-    return len({step for step, name in losses if name == "train/loss"})
+def with_faults(step_function: Callable[..., Any], control: Path) -> Callable[..., Any]:
+    """Wraps the step: it is slower, and parameters become NaN before the step `nan_at` names."""
+
+    def step(state: TrainState, *batches: Any) -> Any:
+        time.sleep(STEP_SECONDS * len(batches))
+        first, asked = int(state.step), control / "nan_at"
+        numbers = map(str, range(first, first + len(batches)))
+        if asked.exists() and asked.read_text().strip() in numbers:
+            # Keeps shapes and shardings, as a broken device would.
+            state = state.replace(params=jax.tree.map(lambda x: x * float("nan"), state.params))
+        return step_function(state, *batches)
+
+    return step
+
+
+def main() -> int:
+    """Runs one process of the job; returns its exit status."""
+    control, compile_steps = Path(os.environ[CONTROL]), Setup.compile
+    Setup.compile = lambda *given: with_faults(compile_steps(*given), control)
+    return train.main()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -96,13 +96,6 @@ gpu_tests() {
   fi
 }
 
-attention() {
-  local arguments=(--backend xla)
-  [[ -n $cpu ]] || arguments+=(--backend cudnn)
-  [[ -z $cpu ]] || arguments+=(--batch 1)
-  step attention 60 "$python" -m tools.perf.attention "${arguments[@]}" --json "$OUT/attention.json"
-}
-
 # The peers' optimizer is AdamW, so ours is.
 measurements() {
   local trace sized small adamw=--config.optimizer.name=adamw
@@ -112,6 +105,9 @@ measurements() {
   mapfile -t sized < <(size 256)
   bench siglip_b16 170 --config configs/siglip_b16.py "${sized[@]}" "${small[@]}" $adamw \
     --peer plain --peer open_clip --profile "$trace"
+  # cuDNN's attention beside XLA's above; a CPU has none.
+  [[ -n $cpu ]] || bench siglip_b16_cudnn 60 --config configs/siglip_b16.py "${sized[@]}" $adamw \
+    --config.objective.attention=cudnn
   mapfile -t small < <(tiny image.variant=mu/16 "${decoder[@]}")
   mapfile -t sized < <(size 384)
   bench mae_b16 110 --config configs/mae_b16.py "${sized[@]}" "${small[@]}" --peer transformers
@@ -152,7 +148,6 @@ if [[ -n $wheels ]]; then
   install_wheels || failed+=("wheels (none in $wheels)")
 fi
 gpu_tests
-attention
 measurements
 [[ -z $dry_run ]] || exit 0
 summary 2>&1 | tee "$OUT/summary.txt"

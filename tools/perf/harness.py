@@ -1,6 +1,6 @@
 """The harness of all measurements: arguments, rounds in turns, ratios, provenance, JSON, tables.
 
-A measurement is a module with `command(argv)`; its `main` hands that to `run`. JAX is imported by
+A measurement is a module with `command(argv)`; `main_of` makes its `main`. JAX is imported by
 need: worker processes of PyTorch import a measurement's module and have no use for JAX.
 """
 
@@ -16,7 +16,7 @@ import shlex
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,10 +24,11 @@ from rich.console import Console
 from rich.table import Table
 
 from vlp_jax import arguments as arguments_lib
+from vlp_jax.errors import UserError, unknown_key_message
 from vlp_jax.versions import commit, versions
 
 T = TypeVar("T")
-GIB, MIB = 2**30, 2**20
+GIB = 2**30
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = (
     *("jax", "jaxlib", "libtpu", "flax", "optax", "orbax-checkpoint", "tensorstore", "numpy"),
@@ -41,14 +42,14 @@ PLAIN_WIDTH = 140  # of a table where there is no terminal: wide enough to wrap 
 def make_parser(
     name: str, description: str | None, *, config: bool | None = None, rounds: int | None = None
 ) -> argparse.ArgumentParser:
-    """Returns a parser for `python -m tools.perf.NAME`, with --json.
+    """Returns a parser with --json.
 
     Args:
+      name: of the measurement in `tools.perf`, or a module in full.
       config: adds --config and --config.KEY=VALUE; True requires --config.
       rounds: the default of --rounds; None leaves it out.
     """
-    command = f"python -m tools.perf.{name}"
-    parser = arguments_lib.make_parser(command, description, config=config)
+    parser = arguments_lib.make_parser(_command(name), description, config=config)
     if rounds is not None:
         told = "turns of each (default: %(default)s)"
         parser.add_argument("--rounds", type=int, default=rounds, metavar="N", help=told)
@@ -56,18 +57,34 @@ def make_parser(
     return parser
 
 
-def run(command: Callable[[list[str]], int | None], argv: Sequence[str] | None) -> int:
-    """Runs a measurement as a command; returns its exit status, 0 where `command` gives None.
+def _command(name: str) -> str:
+    return f"python -m {name if '.' in name else f'tools.perf.{name}'}"
+
+
+def main_of(command: Callable[[list[str]], int | None]) -> Callable[..., int]:
+    """Returns `main(argv=None)` of a measurement: its exit status is 0 where `command` gives None.
 
     Args:
-      argv: None for the arguments of this process.
+      command: is given the arguments, by default of this process.
     """
-    from vlp_jax.training.command import run_command
 
-    given = list(sys.argv[1:] if argv is None else argv)
-    statuses: list[int] = []
-    # Empty if the command raised: then `run_command` has the status.
-    return run_command(lambda: statuses.append(command(given) or 0)) or statuses[0]
+    def main(argv: Sequence[str] | None = None) -> int:
+        from vlp_jax.training.command import run_command
+
+        given = list(sys.argv[1:] if argv is None else argv)
+        statuses: list[int] = []
+        # Empty if the command raised: then `run_command` has the status.
+        return run_command(lambda: statuses.append(command(given) or 0)) or statuses[0]
+
+    return main
+
+
+def check_names(names: Iterable[str], known: Iterable[str], option: str) -> None:
+    """Raises UserError for the first of `names` that is not known, with the nearest that is."""
+    known = list(known)
+    for name in names:
+        if name not in known:
+            raise UserError(unknown_key_message(name, known, option))
 
 
 def start_run() -> None:
@@ -76,15 +93,6 @@ def start_run() -> None:
 
     startup.initialize()
     startup.use_compilation_cache()
-
-
-def compile_on_cpu() -> None:
-    """Lets JAX find the CPU alone and compile everything anew, for figures of the compiler."""
-    import jax
-
-    jax.config.update("jax_platforms", "cpu")
-    # A program from the cache may come without its figures.
-    jax.config.update("jax_enable_compilation_cache", False)
 
 
 def in_turns(
@@ -182,18 +190,17 @@ def provenance(name: str, argv: Sequence[str]) -> dict[str, Any]:
     """Returns all that is needed to measure the same again: command, date, versions, machine.
 
     Devices are told where JAX has been imported: asking for them would start it.
-
-    Args:
-      name: of the measurement, as in `python -m tools.perf.NAME`.
-      argv: its arguments.
     """
+    info = Path("/proc/cpuinfo")  # platform.processor() is empty on most Linux
+    lines = info.read_text().splitlines() if info.exists() else []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     found = {
-        "command": shlex.join(["python", "-m", f"tools.perf.{name}", *argv]),
+        "command": f"{_command(name)} {shlex.join(argv)}".strip(),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "commit": commit(),
         "versions": versions(PACKAGES),
         "machine": {
-            "cpu": _cpu_model(),
+            "cpu": models[0] if models else platform.processor(),
             "system": platform.platform(),
             # Of a container or under taskset fewer than os.cpu_count().
             "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None,
@@ -210,17 +217,15 @@ def provenance(name: str, argv: Sequence[str]) -> dict[str, Any]:
     return found
 
 
-def _cpu_model() -> str:
-    info = Path("/proc/cpuinfo")  # platform.processor() is empty on most Linux
-    lines = info.read_text().splitlines() if info.exists() else []
-    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return models[0] if models else platform.processor()
-
-
 def write_json(
     file: str | Path | None, name: str, argv: Sequence[str], content: Mapping[str, Any]
 ) -> None:
-    """Writes `content` with its provenance to `file`; None writes nothing."""
+    """Writes `content` with its provenance to `file`; None writes nothing.
+
+    Args:
+      name: of the measurement, see `make_parser`.
+      argv: its arguments.
+    """
     if file:
         text = json.dumps({**provenance(name, argv), **content}, indent=2)
         Path(file).write_text(text + "\n")

@@ -1,4 +1,4 @@
-"""Our training step on one batch in memory: compiled, started, timed. Needs no TensorFlow."""
+"""Our training step on one batch in memory, and the peak of the devices. Needs no TensorFlow."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental.compilation_cache import compilation_cache
 from ml_collections import ConfigDict
@@ -18,6 +19,7 @@ from vlp_jax.defaults import duration
 from vlp_jax.errors import UserError
 from vlp_jax.objectives import Objective
 from vlp_jax.objectives.base import PIXELS, TOKENS
+from vlp_jax.observe.accelerators import table_flops
 from vlp_jax.observe.compilation import CompileWatch
 from vlp_jax.parallel.batch import put_batch
 from vlp_jax.parallel.mesh import make_mesh
@@ -32,19 +34,9 @@ NOMINAL_EPOCH = 1_281_167
 NOMINAL_STEPS = 1_000_000_000
 
 
-@dataclasses.dataclass(frozen=True)
-class Compilation:
-    """Seconds from a Python function to a program, tracing included.
-
-    Attributes:
-      cold: with an empty persistent cache.
-      warm: with the program in the persistent cache.
-      from_cache: whether the second one came from there; False where XLA cannot keep it.
-    """
-
-    cold: float
-    warm: float
-    from_cache: bool
+# A product takes under 0.2 s, and more than the time that it takes to start it by far.
+_SIZES = {"cpu": (2048,), "other": (8192, 16384)}
+_REPEATS, _IN_A_ROW = 5, 4
 
 
 class JaxStep:
@@ -73,14 +65,8 @@ class JaxStep:
         self.name, self.notes = name, tuple(notes)
         self.setup = make_bench_setup(config, devices)
         check(self.setup.objective)
-        begin = time.perf_counter()
-        if twice:
-            self.program, compilation = compile_twice(self.setup)
-            compile_facts = dataclasses.asdict(compilation)
-        else:
-            self.program = _compile(self.setup)
-            compile_facts = {"cold": time.perf_counter() - begin}
         setup = self.setup
+        self.program, compile_facts = (compile_twice if twice else _compile)(setup)
         # A real state, not zeros: with products of zeros a GPU draws less power and clocks higher.
         self._state = setup.fresh_state()
         self.batch = fixed_batch(setup)
@@ -90,12 +76,17 @@ class JaxStep:
             "parameters": sum(leaf.size for leaf in jax.tree.leaves(setup.abstract.params)),
             "devices": setup.mesh.size,
             "compile_seconds": compile_facts,
-            "program_bytes": program_bytes(self.program.program),
+            "program_bytes": _program_bytes(self.program.program),
         }
 
     def run(self, steps: int) -> list[float]:
         """Trains `steps` steps; the seconds of each."""
-        self._state, seconds = timed_steps(self.program, self._state, self._on_device, steps)
+        timer = StepTimer(jax.block_until_ready)
+        for _ in range(steps):
+            self._state, told = self.program(self._state, self._on_device)
+            timer.started(told)
+        seconds = timer.seconds()
+        jax.block_until_ready(self._state)
         return seconds
 
     def read_peak_memory(self) -> None:
@@ -112,22 +103,6 @@ class JaxStep:
         return 3.0 * self.setup.forward_flops
 
 
-def timed_steps(
-    program: Callable[[Any, Any], tuple[Any, Any]], state: Any, batch: Any, steps: int
-) -> tuple[Any, list[float]]:
-    """Trains on one batch; returns (the state after `steps` steps, the seconds of each).
-
-    Args:
-      program: (state, batch) -> (state, what the host waits for).
-    """
-    timer = StepTimer(jax.block_until_ready)
-    for _ in range(steps):
-        state, told = program(state, batch)
-        timer.started(told)
-    seconds = timer.seconds()
-    return jax.block_until_ready(state), seconds
-
-
 def make_bench_setup(config: ConfigDict, devices: Sequence[jax.Device]) -> Setup:
     """Makes the setup of `config` on `devices`, without its data.
 
@@ -139,7 +114,7 @@ def make_bench_setup(config: ConfigDict, devices: Sequence[jax.Device]) -> Setup
     return abstract_setup(config, make_mesh(config.mesh, devices), NOMINAL_EPOCH)
 
 
-def program_bytes(program: Any) -> dict[str, int]:
+def _program_bytes(program: Any) -> dict[str, int]:
     """Returns the bytes that a program needs of one device; empty if the compiler does not tell."""
     memory = program.memory_analysis()
     if memory is None:
@@ -152,10 +127,14 @@ def program_bytes(program: Any) -> dict[str, int]:
     }
 
 
-def compile_twice(setup: Setup) -> tuple[Any, Compilation]:
+def compile_twice(setup: Setup) -> tuple[Any, dict[str, Any]]:
     """Compiles the step with an empty persistent cache and again with a full one.
 
     The settings of the cache are as before when it ends.
+
+    Returns:
+      The program, and seconds with tracing: `cold`, `warm`, and `from_cache`, whether the second
+      program came from the cache; XLA cannot keep every program.
     """
     names = (
         "jax_compilation_cache_dir",
@@ -171,24 +150,22 @@ def compile_twice(setup: Setup) -> tuple[Any, Compilation]:
             compilation_cache.reset_cache()
             # JAX's own cache in memory would answer before the persistent one is asked.
             jax.clear_caches()
-            begin = time.perf_counter()
-            program = _compile(setup)
-            cold = time.perf_counter() - begin
+            program, facts = _compile(setup)
             jax.clear_caches()
             with CompileWatch() as watch:
-                begin = time.perf_counter()
-                _compile(setup)
-                warm = time.perf_counter() - begin
-            hit = watch.so_far().hits > 0
+                facts["warm"] = _compile(setup)[1]["cold"]
+            facts["from_cache"] = watch.so_far().hits > 0
         finally:
             for name, value in before.items():
                 jax.config.update(name, value)
             compilation_cache.reset_cache()
-    return program, Compilation(cold, warm, hit)
+    return program, facts
 
 
-def _compile(setup: Setup) -> Any:
-    return compile_step(setup.step, setup.abstract, setup.batch_spec, setup.mesh)
+def _compile(setup: Setup) -> tuple[Any, dict[str, Any]]:
+    begin = time.perf_counter()
+    program = compile_step(setup.step, setup.abstract, setup.batch_spec, setup.mesh)
+    return program, {"cold": time.perf_counter() - begin}
 
 
 def fixed_batch(setup: Setup) -> dict[str, np.ndarray]:
@@ -208,11 +185,12 @@ def fixed_batch(setup: Setup) -> dict[str, np.ndarray]:
         if kind == PIXELS:
             batch[name] = rng.integers(0, 256, spec.shape, np.uint8)
         elif kind == TOKENS:
-            vocab_size, eos_id = _vocabulary(setup)
+            tokenizer = tokenizer_sizes(setup.config.tokenizer)
+            vocab_size = tokenizer.vocab_size
             # From 3 on: lower ids are padding, end and beginning of text.
             batch[name] = rng.integers(min(3, vocab_size - 1), vocab_size, spec.shape, np.int32)
             # Towers that pool at the end of text look for it.
-            batch[name][:, -1] = eos_id
+            batch[name][:, -1] = tokenizer.eos_id
         elif spec.dtype == np.int32:
             batch[name] = rng.integers(0, 2, spec.shape, np.int32)
         else:
@@ -223,7 +201,53 @@ def fixed_batch(setup: Setup) -> dict[str, np.ndarray]:
     return batch
 
 
-def _vocabulary(setup: Setup) -> tuple[int, int]:
-    """Returns the size of the vocabulary, and the id of the end of text."""
-    tokenizer = tokenizer_sizes(setup.config.tokenizer)
-    return tokenizer.vocab_size, tokenizer.eos_id
+@dataclasses.dataclass(frozen=True)
+class Peak:
+    """FLOP/s of all devices together, a multiply-add counting 2.
+
+    Attributes:
+      measured: the best rate of a large matrix product in this process.
+      data_sheet: of the table of accelerators; None if it has no such device.
+      dtype: of the product.
+      size: rows and columns of the best one.
+    """
+
+    measured: float
+    data_sheet: float | None
+    dtype: str
+    size: int
+
+
+def measure_peak(devices: Sequence[jax.Device], compute_dtype: Any) -> Peak:
+    """Measures `devices`: in bfloat16 on accelerators, in the dtype of the computation on CPU.
+
+    CPU devices of one process share its cores: there one of them, which has all threads, and all
+    of them at once are tried.
+    """
+    on_cpu = devices[0].platform == "cpu"
+    dtype = jnp.dtype(compute_dtype if on_cpu else jnp.bfloat16)
+    # XLA gives each CPU device a pool: one device with all threads may win, or two side by side.
+    groups = [devices[:1], devices] if on_cpu and len(devices) > 1 else [devices]
+    sizes = _SIZES["cpu" if on_cpu else "other"]
+    rate, size = max((_rate(group, n, dtype), n) for group in groups for n in sizes)
+    try:
+        sheet = table_flops(devices[0].device_kind, dtype) * len(devices)
+    except KeyError:
+        sheet = None
+    return Peak(rate, sheet, dtype.name, size)
+
+
+def _rate(devices: Sequence[jax.Device], n: int, dtype: Any) -> float:
+    """Returns FLOP/s of n x n products, one on each of `devices` at a time."""
+    host = jax.random.normal(jax.random.key(0), (n, n), jnp.float32).astype(dtype)
+    matrices = [jax.device_put(host, device) for device in devices]
+    product = jax.jit(jnp.matmul)
+    # Compiles, and lets clocks rise, outside of the timed products.
+    jax.block_until_ready([product(x, x) for x in matrices])
+    best = float("inf")
+    for _ in range(_REPEATS):
+        begin = time.perf_counter()
+        jax.block_until_ready([product(x, x) for _ in range(_IN_A_ROW) for x in matrices])
+        # The best and not the median: a peak is what the machine can do.
+        best = min(best, time.perf_counter() - begin)
+    return 2 * n**3 * _IN_A_ROW * len(devices) / best

@@ -9,21 +9,16 @@ from __future__ import annotations
 import contextlib
 import gc
 import itertools
-import json
 import multiprocessing
 import os
-import subprocess
-import sys
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from tools.perf.corpus import Corpus, data_config
-from tools.perf.harness import ROOT
 from vlp_jax.data.image_ops.resize import Resampler
 from vlp_jax.data.lazy_tensorflow import import_tensorflow
 
@@ -39,7 +34,6 @@ class Task:
       size: side of the image that comes out.
       min_scale: the least area of the random crop, as a fraction of the photo's; the most is 1,
         and its width over its height is 3/4 to 4/3.
-      method: "bilinear" or "bicubic".
       antialias: whether the kernel widens as the image shrinks.
       cores: threads or processes that work at the same time.
     """
@@ -47,7 +41,6 @@ class Task:
     size: int = 224
     batch_size: int = 64
     min_scale: float = 0.5
-    method: str = "bilinear"
     antialias: bool = True
     cores: int = 1
     seed: int = 0
@@ -58,7 +51,7 @@ class Task:
         crop = {"size": self.size, "min_scale": self.min_scale}
         return {
             "decode_image": {},
-            "random_resized_crop": {**crop, "method": self.method, "antialias": self.antialias},
+            "random_resized_crop": {**crop, "method": "bilinear", "antialias": self.antialias},
             "keep": {"fields": ["image"]},
         }
 
@@ -68,10 +61,6 @@ class Loader(Protocol):
 
     def open(self, batches: int) -> Iterator[np.ndarray]:
         """A new stream of exactly so many batches."""
-        ...
-
-    def close(self) -> None:
-        """Ends what is kept between turns."""
         ...
 
 
@@ -99,9 +88,6 @@ class PipelineLoader:
             yield from (batch["image"] for batch in itertools.islice(stream, batches))
         finally:
             stream.close()
-
-    def close(self) -> None:
-        """Nothing is kept."""
 
 
 @dataclass
@@ -142,9 +128,6 @@ class DecodeLimit:
         dataset = dataset.map(process_batch, num_parallel_calls=task.cores, deterministic=True)
         return dataset.take(batches).prefetch(2).with_options(options).as_numpy_iterator()
 
-    def close(self) -> None:
-        """Nothing is kept."""
-
 
 def windows(photos: list[bytes], task: Task) -> np.ndarray:
     """Draws a crop of each photo, int32 [photos, 4] (top, left, height, width).
@@ -183,12 +166,8 @@ def decode_crop_resize(encoded: Any, window: Any, task: Task) -> Any:
     size = [task.size, task.size]
     image = tf.io.decode_and_crop_jpeg(encoded, window, channels=3, dct_method="INTEGER_ACCURATE")
     if task.antialias:
-        return Resampler("tools.perf.data", task.size, task.method, True).fit(image)
-    if task.method == "bilinear":
-        resized = tf.raw_ops.ResizeBilinear(images=image[None], size=size, half_pixel_centers=True)
-    else:
-        resized = tf.raw_ops.ResizeBicubic(images=image[None], size=size, half_pixel_centers=True)
-        resized = tf.clip_by_value(resized, 0, 255)  # of bilinear, none is beyond
+        return Resampler("tools.perf.data", task.size, "bilinear", True).fit(image)
+    resized = tf.raw_ops.ResizeBilinear(images=image[None], size=size, half_pixel_centers=True)
     return tf.ensure_shape(tf.cast(resized[0] + 0.5, tf.uint8), [*size, 3])
 
 
@@ -232,29 +211,11 @@ class Turn:
         # To the end, so that no worker computes into the next turn.
         for _ in stream:
             pass
-        settle()
+        del stream
+        gc.collect()
+        time.sleep(SETTLE_SECONDS)
         images = self.timed * batch_size
         return Speed(images / seconds, images / max(cpu, CPU_TICK))
-
-    def wait_share(self, loader: Loader, step_seconds: float) -> float:
-        """Returns the share of its time that training waits for data, if each step takes so long.
-
-        A step sleeps: an accelerator computes it.
-        """
-        stream = loader.open(self.total)
-        for _ in range(self.warm_up):
-            next(stream)
-        waited, begin = 0.0, time.perf_counter()
-        for _ in range(self.timed):
-            time.sleep(step_seconds)
-            asked = time.perf_counter()
-            next(stream)
-            waited += time.perf_counter() - asked
-        share = waited / (time.perf_counter() - begin)
-        for _ in stream:
-            pass
-        settle()
-        return share
 
 
 def cpu_seconds() -> float:
@@ -266,49 +227,3 @@ def cpu_seconds() -> float:
             fields = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()
             ticks += int(fields[11]) + int(fields[12])
     return time.process_time() + ticks * CPU_TICK
-
-
-def settle() -> None:
-    """Lets go of iterators that were left, and waits for their threads."""
-    gc.collect()
-    time.sleep(SETTLE_SECONDS)
-
-
-def peak_memory(name: str, corpus: Corpus, task: Task, batches: int) -> float:
-    """Returns MiB that a fresh process needs at its peak to read so many batches, above imports."""
-    arguments = json.dumps(
-        {
-            "name": name,
-            "corpus": {**asdict(corpus), "folder": str(corpus.folder)},
-            "task": asdict(task),
-            "batches": batches,
-        }
-    )
-    code = "import sys; from tools.perf.loaders import print_peak; print_peak(sys.argv[1])"
-    done = subprocess.run(
-        [sys.executable, "-c", code, arguments], cwd=ROOT, stdout=subprocess.PIPE, check=True
-    )
-    return float(done.stdout)
-
-
-def print_peak(arguments: str) -> None:
-    """Prints the figure of `peak_memory`, in the process that it starts."""
-    given = json.loads(arguments)
-    folder = Path(given["corpus"].pop("folder"))
-    corpus, task = Corpus(folder, **given["corpus"]), Task(**given["task"])
-    import_tensorflow()
-    from vlp_jax.data import ops, pipeline  # noqa: F401
-
-    # After the imports: TensorFlow alone takes hundreds of MiB, whatever is read.
-    before = _peak_mib()
-    loader = PipelineLoader(data_config(given["name"], corpus, task.preprocess), task)
-    for _ in loader.open(given["batches"]):
-        pass
-    print(_peak_mib() - before)
-
-
-def _peak_mib() -> float:
-    # Not getrusage: what it says includes the memory of the process that started this one.
-    status = Path("/proc/self/status").read_text()
-    (line,) = (line for line in status.splitlines() if line.startswith("VmHWM:"))
-    return int(line.split()[1]) / 1024  # from KiB

@@ -1,4 +1,4 @@
-"""Traces a few steps and lists the dearest kernels."""
+"""Traces a few steps and lists the dearest kernels, as the compiled program names them."""
 
 from __future__ import annotations
 
@@ -6,63 +6,39 @@ import dataclasses
 import os
 import re
 import time
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 from rich.console import Group
-from rich.table import Table
 
+from tools.perf import harness
 from tools.perf.jax_step import JaxStep
-from tools.perf.kernel_costs import CONTAINERS, KernelCost, kernel_costs
 from vlp_jax.errors import UserError
-from vlp_jax.planning.hlo import parse
+from vlp_jax.planning.hlo import Module, parse
 
 STEPS = 3
 SHOWN = 10
+HEADS = ("kernel", "what", "ms", "share", "calls")
+# Instructions that are no kernels: they hold others.
+CONTAINERS = {"while", "conditional", "call", "async-start", "async-update", "async-done"}
 _ELSEWHERE = "(no operation of the step)"
 
 
 @dataclasses.dataclass(frozen=True)
-class Kernel:
-    """All runs of one operation of the program in a trace.
-
-    Attributes:
-      name: the instruction of the compiled program.
-      seconds: of all runs on all devices. On CPU, of threads.
-      cost: None if the program's text has no such kernel.
-    """
-
-    name: str
-    seconds: float
-    calls: int
-    cost: KernelCost | None
-
-    @property
-    def flops_per_second(self) -> float | None:
-        """FLOP/s of the kernel; None if its FLOPs are not known."""
-        if self.cost is None or self.cost.flops is None:
-            return None
-        return self.cost.flops * self.calls / self.seconds
-
-    @property
-    def bytes_per_second(self) -> float | None:
-        """Bytes a second of the kernel; None if the program's text does not have it."""
-        return None if self.cost is None else self.cost.bytes * self.calls / self.seconds
-
-
-@dataclasses.dataclass(frozen=True)
 class Profile:
-    """Kernels, the dearest first.
+    """Kernels of the traced steps, the dearest first.
 
     Attributes:
+      kernels: (instruction of the program, its JAX name, seconds of all runs, number of runs). The
+        seconds are of all devices; on CPU, of threads.
       step_seconds: wall time of the traced steps.
-      elsewhere: seconds of device events that no operation of the program was found for, and
-        seconds of operations by name that its text does not have.
+      elsewhere: seconds of device events that no operation of the program was found for.
     """
 
-    kernels: tuple[Kernel, ...]
+    kernels: tuple[tuple[str, str, float, int], ...]
     step_seconds: float
     devices: int
     on_cpu: bool
@@ -71,12 +47,7 @@ class Profile:
     @property
     def seconds(self) -> float:
         """Seconds of all kernels."""
-        return sum(kernel.seconds for kernel in self.kernels) + self.elsewhere
-
-    @property
-    def unknown_flops(self) -> float:
-        """Seconds of kernels whose FLOPs are not known."""
-        return sum(k.seconds for k in self.kernels if k.cost and k.cost.flops is None)
+        return sum(kernel[2] for kernel in self.kernels) + self.elsewhere
 
 
 def take_profile(step: JaxStep, directory: str) -> Profile:
@@ -101,36 +72,44 @@ def take_profile(step: JaxStep, directory: str) -> Profile:
     jax.profiler.stop_trace()
     # The folder may hold traces of earlier runs; the profiler names its file by the time.
     (trace,) = set(_traces(directory)) - before
-    costs = kernel_costs(parse(step.program.program.as_text()))
     mesh = step.setup.mesh
     on_cpu = mesh.devices.flat[0].platform == "cpu"
-    return read_trace(trace, costs, seconds, mesh.size, on_cpu)
+    names = _names(parse(step.program.program.as_text()))
+    return _read_trace(trace, names, seconds, mesh.size, on_cpu)
 
 
 def _traces(directory: str) -> list[Path]:
     return sorted(Path(directory).rglob("*.xplane.pb"))
 
 
-def read_trace(
-    trace: Path, costs: Mapping[str, KernelCost], seconds: float, devices: int, on_cpu: bool
-) -> Profile:
-    """Reads the kernels in a trace.
+def _names(module: Module) -> dict[str, str]:
+    """Returns instruction -> its opcode and the end of the name that JAX gave what it computes."""
+    names = {}
+    for computation in module.computations.values():
+        for instruction in computation.instructions:
+            pattern, source = r'op_name="([^"]*)"', instruction
+            if source.attribute(pattern) is None and "calls" in instruction.called:
+                source = module.computations[instruction.called["calls"][0]].root
+            # Scans nest these words around the names of modules, which say more.
+            parts = (source.attribute(pattern) or "").split("/")
+            parts = [part for part in parts if part not in ("while", "body", "closed_call")]
+            names[instruction.name] = f"{instruction.opcode} {'/'.join(parts[-3:])}"[:60]
+    return names
 
-    Args:
-      costs: by the name of an operation.
-      seconds: that the traced steps took.
-    """
-    times: dict[str, float] = {}
-    calls: dict[str, int] = {}
+
+def _read_trace(
+    trace: Path, names: Mapping[str, str], seconds: float, devices: int, on_cpu: bool
+) -> Profile:
+    times: dict[str, float] = defaultdict(float)
+    calls: Counter[str] = Counter()
     for name, duration in _events(jax.profiler.ProfileData.from_file(str(trace)), on_cpu):
         # A while loop's event spans the events of its body, which would count twice.
-        if name.rpartition(".")[0] in CONTAINERS or name in CONTAINERS:
-            continue
-        times[name] = times.get(name, 0.0) + duration
-        calls[name] = calls.get(name, 0) + 1
+        if name.rpartition(".")[0] not in CONTAINERS and name not in CONTAINERS:
+            times[name] += duration
+            calls[name] += 1
     elsewhere = times.pop(_ELSEWHERE, 0.0)
-    kernels = [Kernel(n, s, calls[n], costs.get(n)) for n, s in times.items() if s > 0]
-    kernels.sort(key=lambda kernel: -kernel.seconds)
+    kernels = [(name, names.get(name, "?"), s, calls[name]) for name, s in times.items() if s > 0]
+    kernels.sort(key=lambda kernel: -kernel[2])
     return Profile(tuple(kernels), seconds, devices, on_cpu, elsewhere)
 
 
@@ -158,84 +137,47 @@ def _operation(event: Any, line: str) -> str | None:
     if line == "XLA Ops":
         found = re.match(r"%?([\w.\-]+)", event.name)
         return found.group(1) if found else None
-    for key, value in event.stats:
-        if key == "hlo_op":
-            return str(value)
-    return None
+    return next((str(value) for key, value in event.stats if key == "hlo_op"), None)
 
 
 def as_json(profile: Profile) -> dict[str, Any]:
     """Returns all kernels, for `json.dumps`."""
+    kernels = [
+        {
+            "name": name,
+            "what": what,
+            "seconds": seconds / STEPS,
+            "share": seconds / profile.seconds,
+            "calls": calls / STEPS,
+        }
+        for name, what, seconds, calls in profile.kernels
+    ]
     return {
         "step_seconds": profile.step_seconds / STEPS,
         "kernel_seconds": profile.seconds / STEPS,
         "elsewhere_seconds": profile.elsewhere / STEPS,
-        "unknown_flops_seconds": profile.unknown_flops / STEPS,
-        "kernels": [
-            {
-                "name": kernel.name,
-                "seconds": kernel.seconds / STEPS,
-                "share": kernel.seconds / profile.seconds,
-                "calls": kernel.calls / STEPS,
-                "flops_per_second": kernel.flops_per_second,
-                "bytes_per_second": kernel.bytes_per_second,
-                "opcode": kernel.cost.opcode if kernel.cost else None,
-                "what": kernel.cost.what if kernel.cost else None,
-            }
-            for kernel in profile.kernels
-        ],
+        "kernels": kernels,
     }
 
 
 def as_table(profile: Profile) -> Group:
     """Returns a table of the dearest kernels, and remarks on the time without a kernel."""
-    table = Table(title=f"the {SHOWN} dearest kernels, of one step", title_justify="left")
-    for name in ("kernel", "what", "ms", "share", "calls", "GFLOP/s", "GB/s"):
-        table.add_column(name, justify="left" if name in ("kernel", "what") else "right")
-    for kernel in profile.kernels[:SHOWN]:
-        table.add_row(
-            kernel.name,
-            _short(kernel.cost),
-            f"{1e3 * kernel.seconds / STEPS:.2f}",
-            f"{kernel.seconds / profile.seconds:.1%}",
-            f"{kernel.calls / STEPS:g}",
-            _rate(kernel.flops_per_second),
-            _rate(kernel.bytes_per_second),
-        )
-    return Group(table, *_remarks(profile))
-
-
-def _remarks(profile: Profile) -> Iterator[str]:
     whole = profile.seconds
     if not whole:
-        yield "the trace has no event of an operation of the step: nothing can be attributed"
-        return
-    missing = sum(k.seconds for k in profile.kernels if k.cost is None)
-    yield (
-        f"attributed to operations of the program: {1 - (profile.elsewhere + missing) / whole:.1%} "
-        f"of {1e3 * whole / STEPS:.1f} ms of kernels a step; of the rest, "
-        f"{profile.elsewhere / whole:.1%} names no operation (copies, libraries) and "
-        f"{missing / whole:.1%} one that the program's text does not have"
-    )
-    if profile.unknown_flops:
-        yield f"FLOPs are not known of {profile.unknown_flops / whole:.1%} (those with a ?)"
+        return Group("the trace has no event of an operation of the step")
+    rows = [
+        (name, what, f"{1e3 * s / STEPS:.2f}", f"{s / whole:.1%}", f"{calls / STEPS:g}")
+        for name, what, s, calls in profile.kernels[:SHOWN]
+    ]
     wall = profile.step_seconds * profile.devices
+    lines = [f"attributed to operations of the step: {1 - profile.elsewhere / whole:.1%}"]
     if profile.on_cpu:
-        yield (
+        lines.append(
             "on CPU the time is of threads, which run side by side and may wait for each "
             f"other: {whole / wall:.1f} of them at a time"
         )
     else:
-        yield f"the devices are busy for {whole / wall:.1%} of {1e3 * wall / STEPS:.1f} ms a step"
-
-
-def _short(cost: KernelCost | None) -> str:
-    if cost is None:
-        return "?"
-    # Scans nest these words around the names of modules, which say more.
-    parts = [p for p in cost.what.split("/") if p not in ("while", "body", "closed_call")]
-    return f"{cost.opcode} {'/'.join(parts[-3:])}"[:60]
-
-
-def _rate(value: float | None) -> str:
-    return "?" if value is None else f"{value / 1e9:,.1f}"
+        busy = f"the devices are busy for {whole / wall:.1%} of {1e3 * wall / STEPS:.1f} ms a step"
+        lines.append(busy)
+    title = f"the {SHOWN} dearest kernels, of one step"
+    return Group(harness.make_table(title, HEADS, rows), *lines)

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 from rich.console import Group
 
 from tools.perf.harness import GIB, Ratio, in_turns, make_table, ratio
-from tools.perf.peak import Peak
+from tools.perf.jax_step import Peak
 
 WARM_UP_STEPS = 3
 HEADS = ("", "step ms", "examples/s", "TFLOP/s", "MFU", "memory GiB", "compile s")
@@ -35,11 +35,20 @@ class Contender(Protocol):
         """Trains `steps` steps; returns the seconds of each. The device idles before and after."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Times:
-    """Seconds of the steps of one contender: a tuple for each round."""
+Turns = tuple[tuple[float, ...], ...]  # seconds of the steps of each round
 
-    rounds: tuple[tuple[float, ...], ...]
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """One contender and the seconds of its steps.
+
+    Attributes:
+      ratio: how many times as fast ours is, by the medians of each round; None for ours.
+    """
+
+    contender: Contender
+    rounds: Turns
+    ratio: Ratio | None
 
     @property
     def median(self) -> float:
@@ -49,50 +58,37 @@ class Times:
     @property
     def round_medians(self) -> tuple[float, ...]:
         """The median of the steps of each round."""
-        return tuple(statistics.median(turn) for turn in self.rounds)
+        return tuple(map(statistics.median, self.rounds))
+
+    @classmethod
+    def all_of(cls, contenders: Sequence[Contender], rounds: Sequence[Turns]) -> list[Measured]:
+        """Returns the contenders with their times; ours is the first."""
+        found = [cls(one, own, None) for one, own in zip(contenders, rounds, strict=True)]
+        ours = found[0].round_medians
+        ratios = [ratio(one.round_medians, ours) for one in found[1:]]
+        peers = (dataclasses.replace(m, ratio=r) for m, r in zip(found[1:], ratios, strict=True))
+        return [found[0], *peers]
 
 
 def measure(
     contenders: Sequence[Contender],
     rounds: int,
     steps: int,
-    each_round: Callable[[list[Times]], None] = lambda times: None,
-) -> list[Times]:
-    """Times the contenders in turns of `steps` steps; returns the times of each.
+    each_round: Callable[[list[Measured]], None] = lambda measured: None,
+) -> list[Measured]:
+    """Times the contenders in turns of `steps` steps; the first is ours.
 
     Args:
       each_round: is given the times so far after each round.
     """
-    times: list[tuple[tuple[float, ...], ...]] = [()] * len(contenders)
+    times: list[Turns] = [()] * len(contenders)
     turns = {str(n): functools.partial(one.run, steps) for n, one in enumerate(contenders)}
     for _ in range(rounds):
         # Always ours first: a peer's turn may leave memory or caches that the next one meets.
         found = in_turns(turns, 1, rotate=False)
         times = [(*own, tuple(found[str(n)][0])) for n, own in enumerate(times)]
-        each_round([Times(own) for own in times])
-    return [Times(own) for own in times]
-
-
-@dataclasses.dataclass(frozen=True)
-class Measured:
-    """One contender and its times.
-
-    Attributes:
-      ratio: how many times as fast ours is, by the medians of each round; None for ours.
-    """
-
-    contender: Contender
-    times: Times
-    ratio: Ratio | None
-
-    @classmethod
-    def all_of(cls, contenders: Sequence[Contender], times: Sequence[Times]) -> list[Measured]:
-        """Returns the contenders with their times; ours is the first."""
-        ours = times[0].round_medians
-        return [
-            cls(one, own, ratio(own.round_medians, ours) if number else None)
-            for number, (one, own) in enumerate(zip(contenders, times, strict=True))
-        ]
+        each_round(Measured.all_of(contenders, times))
+    return Measured.all_of(contenders, times)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,7 +117,7 @@ class Result:
     def beats_peak(self) -> bool:
         """True if a contender is faster than the product that was measured as the peak."""
         # No step is faster than a bare product: the peak was disturbed, and is measured again.
-        return any(self.step_flops / m.times.median > self.peak.measured for m in self.measured)
+        return any(self.step_flops / m.median > self.peak.measured for m in self.measured)
 
     def figures(self, one: Measured) -> dict[str, float | None]:
         """Returns the rates of one contender, from the median of its steps.
@@ -129,7 +125,7 @@ class Result:
         `mfu` is None where it would be above 1: the machine did other work when the peak or the
         steps were measured.
         """
-        seconds = one.times.median
+        seconds = one.median
         rate = self.step_flops / seconds
         figures = {
             "step_seconds": seconds,
@@ -145,8 +141,8 @@ class Result:
 
 def last_round(result: Result) -> str:
     """Returns a line about the newest round of each contender, for the log."""
-    told = (f"{m.contender.name} {1e3 * m.times.round_medians[-1]:.1f} ms" for m in result.measured)
-    return f"round {len(result.measured[0].times.rounds)}: {', '.join(told)}"
+    told = (f"{m.contender.name} {1e3 * m.round_medians[-1]:.1f} ms" for m in result.measured)
+    return f"round {len(result.measured[0].rounds)}: {', '.join(told)}"
 
 
 def as_json(result: Result) -> dict[str, Any]:
@@ -154,8 +150,8 @@ def as_json(result: Result) -> dict[str, Any]:
     contenders = {
         one.contender.name: {
             **result.figures(one),
-            "round_step_seconds": one.times.round_medians,
-            "all_step_seconds": one.times.rounds,
+            "round_step_seconds": one.round_medians,
+            "all_step_seconds": one.rounds,
             **one.contender.facts,
             "notes": one.contender.notes,
         }

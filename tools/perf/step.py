@@ -6,9 +6,9 @@ python -m tools.perf.step --config mae_b16 --batch 512 --profile DIR
 
 Forward, loss, backward, optimizer and guard, as in a run; no data and no TensorFlow. Peers have the
 same batch and sizes and take turns with ours in one process: plain (our step with every
-optimization off), flax (a dual encoder of Flax's own parts), open_clip, timm (classification),
-transformers (masked autoencoding). With --apart each peer has a process of its own, started without
-the variables that make ours faster (GLIBC_TUNABLES, PJRT_NPROC): as its users start it.
+optimization off), open_clip, timm (classification), transformers (masked autoencoding). With
+--apart each peer has a process of its own, started without the variables that make ours faster
+(GLIBC_TUNABLES, PJRT_NPROC): as its users start it.
 docs/bench_step.md says what the numbers mean.
 
 Exit status: 0; 1 a peer could not be measured; 2 a mistake in the arguments or the config.
@@ -28,17 +28,21 @@ from ml_collections import ConfigDict
 
 from tools.perf import harness
 from tools.perf import profile as profiles
-from tools.perf.jax_step import JaxStep, fixed_batch, make_bench_setup
-from tools.perf.peak import Peak, measure_peak
-from tools.perf.peers import PEERS, check_devices, check_peers, make_peer, uses_torch
+from tools.perf.jax_step import JaxStep, Peak, fixed_batch, make_bench_setup, measure_peak
+from tools.perf.peers import (
+    PEERS,
+    check_devices,
+    check_peers,
+    make_peer,
+    one_device,
+    uses_torch,
+)
 from tools.perf.peers.apart import ApartPeer, Channel
-from tools.perf.peers.plain import one_device
 from tools.perf.result import (
     WARM_UP_STEPS,
     Contender,
     Measured,
     Result,
-    Times,
     as_json,
     as_table,
     last_round,
@@ -46,6 +50,7 @@ from tools.perf.result import (
 )
 from vlp_jax import config as config_lib
 from vlp_jax.arguments import load_config, parse_with_overrides
+from vlp_jax.commands.plan import with_source_model
 from vlp_jax.errors import UserError
 from vlp_jax.objectives import Objective
 from vlp_jax.parallel import startup
@@ -108,9 +113,10 @@ class Benchmark:
     """
 
     def __init__(self, arguments: argparse.Namespace, config: ConfigDict, argv: Sequence[str]):
-        self._arguments, self._config, self._argv = arguments, config, argv
+        self._arguments, self._argv = arguments, argv
         self.console = harness.make_console()
         self._devices = start_jax(arguments)
+        self._config = config = with_source_model(config)
         self._failed: dict[str, str] = {}
 
         def check(objective: Objective) -> None:
@@ -134,12 +140,12 @@ class Benchmark:
             if self._arguments.peer:
                 self._measure(contenders, rounds=1)
             contenders += self._peers(stack)
-            times = self._measure(contenders, self._arguments.rounds)
+            measured = self._measure(contenders, self._arguments.rounds)
             if self._arguments.profile:
                 profile = profiles.take_profile(self._ours, self._arguments.profile)
                 self._ours.facts["profile"] = profiles.as_json(profile)
                 self.console.print(profiles.as_table(profile), markup=False)
-            return self._result(contenders, times, complete=True)
+            return self._result(measured, complete=True)
 
     def _peers(self, stack: contextlib.ExitStack) -> Iterator[Contender]:
         for name in dict.fromkeys(self._arguments.peer):
@@ -161,16 +167,15 @@ class Benchmark:
         command = [sys.executable, "-m", "tools.perf.step", *self._argv, "--serve", name]
         return stack.enter_context(ApartPeer(name, command))
 
-    def _measure(self, contenders: list[Contender], rounds: int) -> list[Times]:
-        def each_round(times: list[Times]) -> None:
-            result = self._result(contenders, times, complete=False)
-            self.console.print(last_round(result))
+    def _measure(self, contenders: list[Contender], rounds: int) -> list[Measured]:
+        def each_round(measured: list[Measured]) -> None:
+            self.console.print(last_round(self._result(measured, complete=False)))
 
         return measure(contenders, rounds, self._arguments.steps, each_round)
 
-    def _result(self, contenders: list[Contender], times: list[Times], complete: bool) -> Result:
+    def _result(self, measured: list[Measured], complete: bool) -> Result:
         result = Result(
-            Measured.all_of(contenders, times),
+            measured,
             self._config.batch_size,
             len(self._devices),
             self._ours.step_flops,
@@ -195,7 +200,7 @@ def serve(argv: Sequence[str]) -> None:
     # Before anything is printed: stdout carries the answers.
     channel = Channel()
     arguments, config = parse(argv)
-    config = one_device(config)
+    config = one_device(with_source_model(config))
     setup = make_bench_setup(config, jax.devices()[:1])
     channel.serve(make_peer(arguments.serve, setup, fixed_batch(setup), arguments.compile))
 
@@ -211,10 +216,7 @@ def command(argv: list[str]) -> int:
     return A_PEER_FAILED if result.failed else 0
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command; returns its exit status."""
-    return harness.run(command, argv)
-
+main = harness.main_of(command)
 
 if __name__ == "__main__":
     sys.exit(main())

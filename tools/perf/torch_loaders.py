@@ -37,7 +37,6 @@ class Transform:
 
     size: int
     min_scale: float
-    method: str
     antialias: bool
     resize: str
 
@@ -45,7 +44,7 @@ class Transform:
         image = Image.open(io.BytesIO(encoded)).convert("RGB")
         box = random_box(*image.size, self.min_scale)
         if self.resize == "pillow":
-            kernel = Image.Resampling[self.method.upper()]
+            kernel = Image.Resampling.BILINEAR
             if self.antialias:
                 image = image.resize((self.size, self.size), kernel, box=box)
             else:
@@ -54,7 +53,7 @@ class Transform:
             return torch.from_numpy(np.array(image))
         pixels = torch.from_numpy(np.array(image.crop(box))).permute(2, 0, 1)[None]
         size = (self.size, self.size)
-        resized = F.interpolate(pixels, size, mode=self.method, antialias=self.antialias)
+        resized = F.interpolate(pixels, size, mode="bilinear", antialias=self.antialias)
         return resized[0].permute(1, 2, 0).contiguous()
 
 
@@ -112,11 +111,18 @@ class RandomBatches:
 
 
 class TorchLoader:
-    """A DataLoader whose workers stay between turns; idle, because a turn reads to the end."""
+    """A DataLoader whose workers stay between turns; idle, because a turn reads to the end.
 
-    def __init__(self, loader: DataLoader, batches: int) -> None:
-        self._loader: DataLoader | None = loader
+    Args:
+      batches: of a turn.
+      more: arguments of DataLoader.
+    """
+
+    def __init__(self, dataset: Any, workers: int, batches: int, **more: Any) -> None:
         self._batches = batches
+        # A start of workers takes seconds, and belongs to no turn.
+        more |= {"persistent_workers": True, "multiprocessing_context": START}
+        self._loader = DataLoader(dataset, num_workers=workers, **more)
 
     def open(self, batches: int) -> Iterator[np.ndarray]:
         """Reads all batches of a turn."""
@@ -124,18 +130,13 @@ class TorchLoader:
             raise ValueError(f"made for turns of {self._batches} batches, not {batches}")
         return (batch.numpy() for batch in self._loader)
 
-    def close(self) -> None:
-        """Ends the workers."""
-        self._loader = None
-
 
 def files_loader(
     files: list[str], transform: Transform, *, batch_size: int, workers: int, batches: int
 ) -> TorchLoader:
     """Opens PyTorch's DataLoader on image files, in random order, with turns of `batches`."""
     sampler = RandomBatches(len(files), batch_size, batches)
-    dataset = Files(files, transform)
-    return TorchLoader(_loader(dataset, workers, batch_sampler=sampler), batches)
+    return TorchLoader(Files(files, transform), workers, batches, batch_sampler=sampler)
 
 
 def webdataset_loader(
@@ -155,19 +156,8 @@ def webdataset_loader(
     dataset = dataset.shuffle(1000, initial=100).map(partial(_image, transform=transform))
     dataset = dataset.batched(batch_size, collation_fn=torch.stack, partial=False)
     dataset = dataset.with_epoch(batches // workers)  # of each worker
-    return TorchLoader(_loader(dataset, workers, batch_size=None), batches)
+    return TorchLoader(dataset, workers, batches, batch_size=None)
 
 
 def _image(sample: dict[str, Any], transform: Transform) -> torch.Tensor:
     return transform(sample["jpg"])
-
-
-def _loader(dataset: Any, workers: int, **arguments: Any) -> DataLoader:
-    return DataLoader(
-        dataset,
-        num_workers=workers,
-        multiprocessing_context=START,
-        # A start of workers takes seconds, and belongs to no turn.
-        persistent_workers=True,
-        **arguments,
-    )

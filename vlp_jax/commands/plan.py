@@ -34,12 +34,12 @@ from rich.console import Console
 
 from vlp_jax.arguments import load_config, make_parser, parse_with_overrides
 from vlp_jax.errors import UserError
-from vlp_jax.planning.options import Options
 from vlp_jax.planning.plan import make_plan, make_setup_for
 from vlp_jax.planning.report import Findings, as_json, as_table
+from vlp_jax.planning.search import Options
 from vlp_jax.planning.target import make_target
 from vlp_jax.training.command import run_command
-from vlp_jax.versions import versions as package_versions
+from vlp_jax.versions import versions
 
 DOES_NOT_FIT = 1
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "libtpu")
@@ -53,24 +53,13 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, ConfigDict]:
     """
     parser = make_parser("vlp-jax plan", __doc__, config=True)
     add = parser.add_argument
-    add(
-        "--topology",
-        metavar="NAME",
-        required=True,
-        help="v4, v5e, v5p, v6e or tpu7x and a shape (v5e:16x16), gpu:KINDxN or cpu:N",
-    )
+    told = "v4, v5e, v5p, v6e or tpu7x and a shape (v5e:16x16), gpu:KINDxN or cpu:N"
+    add("--topology", metavar="NAME", required=True, help=told)
     add("--slices", type=int, default=1, metavar="N", help="TPU slices of this topology")
-    add(
-        "--epoch-examples",
-        type=int,
-        metavar="N",
-        help="examples of the training set, for durations in epochs (ImageNet: 1281167)",
-    )
-    add(
-        "--search",
-        action="store_true",
-        help="find the cheapest rematerialization and the largest batch that fit, by compiling",
-    )
+    told = "examples of the training set, for durations in epochs (ImageNet: 1281167)"
+    add("--epoch-examples", type=int, metavar="N", help=told)
+    told = "find the cheapest rematerialization and the largest batch that fit, by compiling"
+    add("--search", action="store_true", help=told)
     add("--mfu", type=float, metavar="R", help="also cost the run at this share of the peak")
     add("--price-per-chip-hour", type=float, metavar="X", help="also give the price of the run")
     add("--json", metavar="FILE", help="write all figures to FILE; - for stdout, in its place")
@@ -80,6 +69,25 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, ConfigDict]:
     if arguments.price_per_chip_hour is not None and arguments.price_per_chip_hour < 0:
         raise UserError("--price-per-chip-hour is not negative")
     return arguments, load_config(arguments.config, overrides)
+
+
+def with_source_model(config: ConfigDict) -> ConfigDict:
+    """Returns the config with the model of its source, if `config.init_from.model` asks for it.
+
+    It starts JAX's devices.
+
+    Raises:
+      UserError: see `source_model.completed`.
+    """
+    if not config.init_from.model:
+        return config
+    # Knows every foreign format: seconds that most configs need not wait for.
+    from vlp_jax.encoders.source_model import completed
+
+    config, notes = completed(config)
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr)
+    return config
 
 
 class Waiting:
@@ -102,12 +110,6 @@ class Waiting:
         self._console.print(f"{what}: {time.monotonic() - begin:.0f} s")
 
 
-def versions() -> dict[str, str]:
-    """Returns the versions of the packages that decide a plan, where they are installed."""
-    found = package_versions(PACKAGES)
-    return {name: found[name] for name in PACKAGES if name in found}
-
-
 def find(arguments: argparse.Namespace, config: ConfigDict) -> Findings:
     """Makes the plan, and the search if it is wanted.
 
@@ -118,7 +120,7 @@ def find(arguments: argparse.Namespace, config: ConfigDict) -> Findings:
     target = make_target(arguments.topology, arguments.slices)
     if arguments.search and not target.compiles:
         raise UserError(f"--search compiles, and there is no compiler here for {target.name}")
-    setup = make_setup_for(config, target, arguments.epoch_examples)
+    setup = make_setup_for(with_source_model(config), target, arguments.epoch_examples)
     what = "compile the step" if target.compiles else "count"
     with waiting(f"{what} for {target.name}"):
         plan = make_plan(setup, target)
@@ -147,7 +149,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         jax.config.update("jax_platforms", "cpu")
         findings = find(arguments, config)
         fits.append(findings.plan.fits)
-        text = json.dumps(as_json(findings, versions()), indent=2) + "\n"
+        text = json.dumps(as_json(findings, versions(PACKAGES)), indent=2) + "\n"
         # Nothing but JSON on stdout: it goes into another program.
         if arguments.json == "-":
             sys.stdout.write(text)

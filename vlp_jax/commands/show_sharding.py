@@ -21,19 +21,44 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import flax.linen as nn
 import jax
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from vlp_jax.arguments import load_config, make_parser, parse_with_overrides
+from vlp_jax.commands.plan import with_source_model
 from vlp_jax.errors import UserError
 from vlp_jax.parallel import mesh as mesh_lib
-from vlp_jax.parallel import sharding_report as report_lib
+from vlp_jax.parallel import rules
 from vlp_jax.parallel.topologies import tpu_devices
 from vlp_jax.training.abstract_setup import abstract_setup
 from vlp_jax.training.command import run_command
 from vlp_jax.training.setup import Setup
 
 ANY_EPOCH = 1_000_000  # examples of an epoch: how long a run is changes nothing here
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A parameter and its sharding.
+
+    Attributes:
+      names: the logical name of each dimension; None for an unnamed dimension.
+      spec: the mesh axes of each dimension; () for a dimension that is not sharded.
+      bytes_per_device: bytes of a shard.
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    names: tuple[str | None, ...]
+    spec: tuple[tuple[str, ...], ...]
+    bytes_per_device: int
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether every device holds the whole parameter."""
+        return not any(self.spec)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,9 +73,9 @@ class Report:
 
     config: str
     mesh: dict[str, int]
-    rows: list[report_lib.Row]
-    params: report_lib.Spread
-    state: report_lib.Spread
+    rows: list[Row]
+    params: rules.Spread
+    state: rules.Spread
     whole: list[str]
     warnings: list[str]
 
@@ -86,16 +111,92 @@ def make_report(name: str, setup: Setup) -> Report:
     """Reports how the state of `setup` lies on its mesh."""
     # Boxes keep the logical names of dimensions, which the state itself has lost.
     boxed = jax.eval_shape(lambda: setup.objective.init(jax.random.key(0), setup.batch_spec))
-    rows = report_lib.rows(setup.abstract.params, boxed)
+    rows = rows_of(setup.abstract.params, boxed)
     return Report(
         config=name,
         mesh=dict(setup.mesh.shape),
         rows=rows,
-        params=report_lib.spread(setup.abstract.params, setup.mesh),
-        state=report_lib.spread(setup.abstract, setup.mesh),
-        whole=[row.path for row in report_lib.whole(rows, setup.mesh)],
-        warnings=report_lib.warnings(rows, setup.mesh),
+        params=rules.spread(setup.abstract.params, setup.mesh),
+        state=rules.spread(setup.abstract, setup.mesh),
+        whole=[row.path for row in whole(rows, setup.mesh)],
+        warnings=warnings(rows, setup.mesh),
     )
+
+
+def rows_of(params: Any, boxed: Any) -> list[Row]:
+    """Makes a row for each parameter, in the order of the tree.
+
+    Args:
+      params: abstract parameters with shardings.
+      boxed: the same tree with logical names, as `Objective.init` returns it.
+    """
+    result = []
+    with_names = jax.tree.leaves(boxed, is_leaf=rules.is_boxed)
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    for (path, leaf), box in zip(leaves, with_names, strict=True):
+        assert nn.unbox(box).shape == leaf.shape, (path, box, leaf)
+        # A PartitionSpec may leave out the last dimensions.
+        spec = (*leaf.sharding.spec, *(None,) * (leaf.ndim - len(leaf.sharding.spec)))
+        result.append(
+            Row(
+                path=jax.tree_util.keystr(path, simple=True, separator="/"),
+                shape=tuple(leaf.shape),
+                names=rules.names_of(box),
+                spec=tuple(
+                    axes if isinstance(axes, tuple) else () if axes is None else (axes,)
+                    for axes in spec
+                ),
+                bytes_per_device=rules.shard_bytes(leaf),
+            )
+        )
+    return result
+
+
+def table(found: Sequence[Row]) -> str:
+    """Formats a line for each row: path, each dimension as `name=size/axes`, bytes on a device."""
+    cells = [(row.path, _dimensions(row), f"{row.bytes_per_device:,}") for row in found]
+    widths = [max(len(line[column]) for line in cells) for column in range(3)]
+    return "\n".join(
+        f"{path.ljust(widths[0])}  {dims.ljust(widths[1])}  {size.rjust(widths[2])}"
+        for path, dims, size in cells
+    )
+
+
+def _dimensions(row: Row) -> str:
+    parts = [
+        f"{name or '.'}={size}" + (f"/{'+'.join(axes)}" if axes else "")
+        for name, size, axes in zip(row.names, row.shape, row.spec, strict=True)
+    ]
+    return " ".join(parts) or "scalar"
+
+
+def warnings(found: Sequence[Row], mesh: Mesh) -> list[str]:
+    """Returns a line for each kind of parameter that the mesh shards less than one would expect."""
+    lines = []
+    tensor = mesh.shape["tensor"]
+    tensor_names = {name for name, axes in rules.AXIS_RULES if axes == "tensor"}
+    stuck: dict[tuple[str, int], int] = {}  # dimensions that `tensor` does not divide -> count
+    for row in found:
+        for name, size, axes in zip(row.names, row.shape, row.spec, strict=True):
+            if tensor > 1 and "tensor" not in axes and name in tensor_names:
+                stuck[name, size] = stuck.get((name, size), 0) + 1
+    for (name, size), count in sorted(stuck.items()):
+        lines.append(
+            f"tensor {tensor} does not divide {size} {name}: {count} parameters lie whole along "
+            "them, and every device of the tensor axis does the same work there"
+        )
+    left = whole(found, mesh)
+    if left:
+        size = sum(row.bytes_per_device for row in left)
+        lines.append(f"parameters that lie whole on every device: {len(left)}, of {size:,} bytes")
+    return lines
+
+
+def whole(found: Sequence[Row], mesh: Mesh) -> list[Row]:
+    """Selects the parameters that every device holds whole, although the mesh shards."""
+    if all(mesh.shape[axis] == 1 for axis in rules.SHARDING_AXES):
+        return []
+    return [row for row in found if row.is_whole]
 
 
 def fitting_batch(config: ConfigDict, devices: int) -> ConfigDict:
@@ -109,7 +210,7 @@ def fitting_batch(config: ConfigDict, devices: int) -> ConfigDict:
 def text(report: Report) -> str:
     """Returns the report as it is printed."""
     axes = " x ".join(f"{axis} {size}" for axis, size in report.mesh.items())
-    lines = [report_lib.table(report.rows), "", f"{report.config} on {axes}"]
+    lines = [table(report.rows), "", f"{report.config} on {axes}"]
     for what, spread in (("parameters", report.params), ("whole state", report.state)):
         lines.append(
             f"{what}: {spread.total:,} bytes, {spread.per_device:,} on a device, "
@@ -128,6 +229,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments, config = parse(sys.argv[1:] if argv is None else argv)
         # Before anything asks JAX for a device: their number is fixed by then.
         devices = find_devices(arguments)
+        config = with_source_model(config)
         mesh = mesh_lib.make_mesh(config.mesh, devices)
         setup = abstract_setup(fitting_batch(config, len(devices)), mesh, ANY_EPOCH)
         report = make_report(arguments.config, setup)

@@ -70,7 +70,9 @@ class SourceModel:
     notes: tuple[str, ...] = ()
 
 
-def completed(config: ConfigDict, workdir: epath.Path) -> tuple[ConfigDict, tuple[str, ...]]:
+def completed(
+    config: ConfigDict, workdir: epath.Path | None = None
+) -> tuple[ConfigDict, tuple[str, ...]]:
     """`config` with the model of its source if `config.init_from.model` is set, and notes.
 
     A run that has begun in `workdir` has the model in its own config: its source may be gone.
@@ -86,7 +88,7 @@ def completed(config: ConfigDict, workdir: epath.Path) -> tuple[ConfigDict, tupl
             "config.init_from.model takes the model of config.init_from.source, which is not set: "
             "give a workdir, hf:DIR, open_clip:FILE, big_vision:FILE.npz or timm:FILE"
         )
-    if (workdir / CONFIG).exists():
+    if workdir is not None and (workdir / CONFIG).exists():
         found = _of_run(workdir, begun=True)
     else:
         has_own = bool(config.tokenizer.get("name"))

@@ -27,6 +27,7 @@ T = TypeVar("T")
 # How long a process waits for the slowest one, which may take minutes (it reads a checkpoint or
 # lists shards). JAX's heartbeat notices a process that died much sooner.
 TIMEOUT_SECONDS = 1800.0
+TIMEOUT_MS = round(1000 * TIMEOUT_SECONDS)
 
 BARRIER_LOOK_MS = 500  # how often a barrier asks whether somebody failed
 
@@ -34,12 +35,11 @@ _rounds, _chapters = itertools.count(), itertools.count()
 _rounds_to_first = itertools.count()
 
 
-def gather(value: Any, timeout: float = TIMEOUT_SECONDS) -> list[Any]:
+def gather(value: Any) -> list[Any]:
     """Returns the `value` of every process, ordered by process index, on every process.
 
     Args:
       value: anything that JSON can express, at most a few KB: all values go through process 0.
-      timeout: seconds to wait for the slowest process.
 
     Raises:
       RuntimeError: a process did not come in time.
@@ -50,7 +50,7 @@ def gather(value: Any, timeout: float = TIMEOUT_SECONDS) -> list[Any]:
     index = jax.process_index()
     client.key_value_set(_key(number, index), json.dumps(value))
     values = [
-        json.loads(client.blocking_key_value_get(_key(number, process), int(timeout * 1000)))
+        json.loads(client.blocking_key_value_get(_key(number, process), TIMEOUT_MS))
         for process in range(jax.process_count())
     ]
     # Every process has set its value of this round, so every process has read the last round.
@@ -59,7 +59,7 @@ def gather(value: Any, timeout: float = TIMEOUT_SECONDS) -> list[Any]:
     return values
 
 
-def to_first(value: Any, timeout: float = TIMEOUT_SECONDS) -> list[Any] | None:
+def to_first(value: Any) -> list[Any] | None:
     """Returns the `value` of every process on process 0, ordered by process index; None elsewhere.
 
     Only process 0 waits and reads, so it costs less than `gather` in a job of many processes.
@@ -75,19 +75,19 @@ def to_first(value: Any, timeout: float = TIMEOUT_SECONDS) -> list[Any] | None:
         client.key_value_set(f"{folder}/{index}", json.dumps(value))
         return None
     others = [
-        json.loads(client.blocking_key_value_get(f"{folder}/{process}", int(timeout * 1000)))
+        json.loads(client.blocking_key_value_get(f"{folder}/{process}", TIMEOUT_MS))
         for process in range(1, jax.process_count())
     ]
     client.key_value_delete(folder)
     return [value, *others]
 
 
-def from_first(value: Any, timeout: float = TIMEOUT_SECONDS) -> Any:
+def from_first(value: Any) -> Any:
     """Returns process 0's `value` on every process; the values of other processes are ignored."""
-    return gather(value if jax.process_index() == 0 else None, timeout)[0]
+    return gather(value if jax.process_index() == 0 else None)[0]
 
 
-def on_first(function: Callable[[], T], timeout: float = TIMEOUT_SECONDS) -> T:
+def on_first(function: Callable[[], T]) -> T:
     """Calls `function` on process 0 alone, and returns its result on every process.
 
     JSON must be able to express the result.
@@ -95,19 +95,19 @@ def on_first(function: Callable[[], T], timeout: float = TIMEOUT_SECONDS) -> T:
     Raises:
       UserError: `function` raised a UserError. Every process raises it, with the same status.
     """
-    return _shared(function if jax.process_index() == 0 else lambda: None, timeout)[0]
-
-
-def everywhere(function: Callable[[], T], timeout: float = TIMEOUT_SECONDS) -> list[T]:
-    """Calls `function` on every process, and returns all results on every process.
-
-    JSON must be able to express the results.
-
-    Raises:
-      UserError: `function` raised a UserError on some process. Every process raises the error of
-        the first such process, with the same status.
-    """
-    return _shared(function, timeout)
+    outcome: dict[str, Any] = {}
+    if jax.process_index() == 0:
+        try:
+            outcome = {"value": function()}
+        except UserError as error:
+            if jax.process_count() == 1:
+                raise
+            # It is sent as a value. If it were raised here, the others would wait in `gather`.
+            outcome = {"error": str(error), "status": error.status}
+    outcome = from_first(outcome)
+    if "error" in outcome:
+        raise error_of_status(outcome["status"])(f"process 0: {outcome['error']}")
+    return outcome["value"]
 
 
 class Barrier:
@@ -215,22 +215,6 @@ def _succeeds(look_up: Callable[[], Any]) -> bool:
             return False
         raise
     return True
-
-
-def _shared(function: Callable[[], T], timeout: float) -> list[T]:
-    try:
-        outcome = {"value": function()}
-    except UserError as error:
-        if jax.process_count() == 1:
-            raise
-        # The error is sent as a value. If it were raised here, the others would wait in `gather`.
-        outcome = {"error": str(error), "status": error.status}
-    outcomes = gather(outcome, timeout)
-    for process, outcome in enumerate(outcomes):
-        if "error" in outcome:
-            kind = error_of_status(outcome["status"])
-            raise kind(f"process {process}: {outcome['error']}")
-    return [outcome["value"] for outcome in outcomes]
 
 
 def _key(number: int, process: int) -> str:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -19,7 +18,7 @@ import jax
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 from jaxtyping import Array, Int
 
-from vlp_jax.parallel.mesh import BATCH_AXES
+from vlp_jax.parallel.mesh import BATCH_AXES, batch_shards
 
 # Shardings of arrays: split over the batch axes, or replicated on every device.
 SPREAD, WHOLE = PartitionSpec(BATCH_AXES), PartitionSpec()
@@ -41,7 +40,7 @@ class Ring:
     @property
     def devices(self) -> int:
         """The number of devices that share a batch."""
-        return math.prod(self.mesh.shape[axis] for axis in BATCH_AXES)
+        return batch_shards(self.mesh)
 
     def run(
         self, function: Callable[..., Any], in_specs: Any, out_specs: Any

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -27,6 +28,8 @@ AXIS_RULES: tuple[tuple[str, str | tuple[str, ...]], ...] = (
 # EVERYWHERE is the mesh axis that shards every parameter. NEVER is the dimension that it must not
 # shard: a scan over sharded layers would gather all of them before the first layer runs.
 EVERYWHERE, NEVER = "fsdp", "layers"
+# The mesh axes that shard a state. `replica` holds copies.
+SHARDING_AXES = ("fsdp", "tensor")
 
 
 @contextlib.contextmanager
@@ -97,3 +100,33 @@ def _axes(axes: str | tuple[str, ...], dim: int, mesh: Mesh) -> tuple[str, ...]:
     axes = (axes,) if isinstance(axes, str) else axes
     axes = tuple(axis for axis in axes if mesh.shape[axis] > 1)
     return axes if dim % math.prod(mesh.shape[axis] for axis in axes) == 0 else ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Spread:
+    """Bytes of some arrays, in total and on one device.
+
+    Attributes:
+      total: bytes without copies.
+      per_device: bytes of the shards on one device.
+      ratio: `per_device` relative to an even share, `total` / (fsdp * tensor). 1.0 is ideal.
+    """
+
+    total: int
+    per_device: int
+    ratio: float
+
+
+def shard_bytes(leaf: Any) -> int:
+    """Returns the bytes of a shard of an array, or of an abstract array with a sharding."""
+    # `shard_shape` refuses uneven shards, so every device holds as much.
+    return leaf.dtype.itemsize * math.prod(leaf.sharding.shard_shape(leaf.shape))
+
+
+def spread(tree: Any, mesh: Mesh) -> Spread:
+    """Measures a tree of arrays, or of abstract arrays with shardings."""
+    leaves = jax.tree.leaves(tree)
+    total = sum(leaf.dtype.itemsize * math.prod(leaf.shape) for leaf in leaves)
+    local = sum(map(shard_bytes, leaves))
+    parts = math.prod(mesh.shape[axis] for axis in SHARDING_AXES)
+    return Spread(total, local, local * parts / total if total else 1.0)

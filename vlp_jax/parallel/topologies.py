@@ -53,7 +53,12 @@ def tpu_devices(name: str, slices: int = 1) -> list[Any]:
     Raises:
       UserError: there is no such topology, or libtpu is missing or refuses it.
     """
-    _check_known(name)
+    kind, _, shape = name.partition(":")
+    known = known_topologies()
+    if name not in known:
+        of_kind = ", ".join(one for one in known if one.startswith(f"{kind}:"))
+        told = f"those of {kind}: {of_kind}" if of_kind else f"some are {largest_topologies()}"
+        raise UserError(f"topology {name!r} does not exist; {told}")
     if slices < 1:
         raise UserError(f"a TPU has at least one slice, not {slices}")
     # Keep libtpu from asking for a TPU VM's metadata server, and from taking the lock that guards
@@ -64,7 +69,6 @@ def tpu_devices(name: str, slices: int = 1) -> list[Any]:
     # the topology.
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
-    kind, _, shape = name.partition(":")
     options: dict[str, Any] = dict(_OPTIONS.get(kind, {}))
     if shape in _HOSTS:
         options["chips_per_host_bounds"] = _HOSTS[shape]
@@ -80,17 +84,7 @@ def tpu_devices(name: str, slices: int = 1) -> list[Any]:
     return list(topology.devices)
 
 
-def _check_known(name: str) -> None:
-    known = known_topologies()
-    if name in known:
-        return
-    kinds = dict.fromkeys(topology.partition(":")[0] for topology in known)
-    kind = name.partition(":")[0]
-    listed = [topology for topology in known if topology.startswith(f"{kind}:")]
-    if not listed:
-        examples = ", ".join(next(t for t in known[::-1] if t.startswith(f"{k}:")) for k in kinds)
-        raise UserError(
-            f"topology {name!r} does not exist: it is KIND:SHAPE, KIND one of {', '.join(kinds)}; "
-            f"the largest are {examples}"
-        )
-    raise UserError(f"topology {name!r} does not exist; those of {kind}: {', '.join(listed)}")
+def largest_topologies() -> str:
+    """Lists the largest slice of each kind, for an error."""
+    # The last of each kind is the largest.
+    return ", ".join({name.partition(":")[0]: name for name in known_topologies()}.values())

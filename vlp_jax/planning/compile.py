@@ -51,13 +51,11 @@ class OutOfMemory:
       needed, available: bytes of a device, as the compiler says.
       preliminary: the compiler gave up before it arranged the program, and `needed` is its first,
         high estimate.
-      message: its words.
     """
 
     needed: int
     available: int
     preliminary: bool
-    message: str
 
 
 def compile_setup(setup: Setup) -> Program | OutOfMemory:
@@ -105,7 +103,6 @@ def parse_out_of_memory(message: str) -> OutOfMemory | None:
                 needed=int(float(needed) * _UNITS[unit]),
                 available=int(float(available) * _UNITS[other]),
                 preliminary=number == _PRELIMINARY,
-                message=message.strip().splitlines()[0],
             )
     # A new libtpu may say it in other words: a plan that took this for a crash, or for a fit, would
     # be wrong without a sound.

@@ -136,11 +136,6 @@ class Module:
     entry: str
     partitions: int
 
-    def instructions(self) -> Iterator[Instruction]:
-        """Yields all instructions, whether or not they run."""
-        for computation in self.computations.values():
-            yield from computation.instructions
-
 
 def parse(text: str) -> Module:
     """Parses a program.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Iterator
 
 from vlp_jax.planning.hlo import Computation, Instruction, Module
 
@@ -29,6 +30,12 @@ class Runs:
     times: dict[str, float]
     fused: frozenset[str]
     unknown: tuple[str, ...]
+
+    def running(self, module: Module) -> Iterator[tuple[Computation, float]]:
+        """Yields the computations that run outside of kernels, and how often each runs."""
+        for name, computation in module.computations.items():
+            if name in self.times and name not in self.fused:
+                yield computation, self.times[name]
 
 
 def count_runs(module: Module) -> Runs:

@@ -10,14 +10,11 @@ from ml_collections import ConfigDict
 from vlp_jax.objectives.flops import Flops, count_flops
 from vlp_jax.parallel import mesh as mesh_lib
 from vlp_jax.parallel import rules
-from vlp_jax.planning import hbm, hlo, loops, network, traffic
-from vlp_jax.planning.activations import activation_bytes
-from vlp_jax.planning.chips import Chip
+from vlp_jax.planning import hlo, kernels, loops, traffic
 from vlp_jax.planning.compile import OutOfMemory, Program, compile_setup
-from vlp_jax.planning.pallas_calls import PallasCalls, pallas_calls
-from vlp_jax.planning.roofline import Roofline
-from vlp_jax.planning.state_bytes import StateBytes, share, state_bytes
-from vlp_jax.planning.target import Target
+from vlp_jax.planning.kernels import PallasCalls, pallas_calls
+from vlp_jax.planning.memory import StateBytes, activation_bytes, state_bytes
+from vlp_jax.planning.target import Chip, Target
 from vlp_jax.training.abstract_setup import abstract_setup, set_dtypes
 from vlp_jax.training.setup import Setup
 from vlp_jax.training.step import abstract_batch
@@ -43,6 +40,42 @@ class Compiled:
     pallas: PallasCalls
     repeated: int
     notes: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Roofline:
+    """Seconds that each resource of a device is busy in a step, at its full rate; None if unknown.
+
+    Attributes:
+      compute: the matrix units.
+      memory: the main memory.
+      network: the links to other devices.
+    """
+
+    compute: float | None
+    memory: float | None
+    network: float | None
+
+    def _known(self) -> dict[str, float]:
+        return {k: v for k, v in dataclasses.asdict(self).items() if v is not None}
+
+    @property
+    def step_seconds(self) -> float | None:
+        """Seconds if all resources work at the same time: no step is faster."""
+        # Overlap is never perfect: real steps lie between this and `serial_seconds`, or above.
+        return max(self._known().values(), default=None)
+
+    @property
+    def serial_seconds(self) -> float | None:
+        """Seconds if each resource waits for the others, at its full rate."""
+        # No known resource gives 0, which is no time.
+        return sum(self._known().values()) or None
+
+    @property
+    def bound_by(self) -> str | None:
+        """The resource that takes longest."""
+        known = self._known()
+        return max(known, key=known.__getitem__, default=None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,6 +106,11 @@ class Plan:
         if isinstance(self.memory, OutOfMemory):
             return self.memory.available
         return self.target.chip.hbm_bytes if self.target.chip else None
+
+    @property
+    def preliminary(self) -> bool:
+        """True if the compiler refused by its first, high estimate of `needed`."""
+        return isinstance(self.memory, OutOfMemory) and self.memory.preliminary
 
     @property
     def needed(self) -> int | None:
@@ -108,7 +146,7 @@ class Plan:
         return Roofline(
             compute,
             self.compiled.hbm_traffic / chip.hbm_bandwidth,
-            network.seconds(self.compiled.collectives, list(devices.flat), chip),
+            traffic.network_seconds(self.compiled.collectives, list(devices.flat), chip),
         )
 
     @property
@@ -158,7 +196,7 @@ def waiting_bytes(setup: Setup) -> int:
     batch = abstract_batch(setup.batch_spec, setup.mesh)
     several = setup.config.steps_per_dispatch
     of_programs = 3 * several - 1 if several > 1 else 0
-    return (setup.config.prefetch + of_programs) * share(batch).device
+    return (setup.config.prefetch + of_programs) * rules.spread(batch, setup.mesh).per_device
 
 
 def make_plan(setup: Setup, target: Target) -> Plan:
@@ -167,7 +205,7 @@ def make_plan(setup: Setup, target: Target) -> Plan:
     return Plan(
         setup=setup,
         target=target,
-        state=state_bytes(setup.abstract),
+        state=state_bytes(setup.abstract, setup.mesh),
         waiting=waiting_bytes(setup),
         activations=activation_bytes(setup),
         # The backward pass has two products for each product of the forward pass.
@@ -185,19 +223,13 @@ def read_program(program: Program, setup: Setup, chip: Chip) -> Compiled:
     notes = tuple(
         f"the rounds of the loop {name} are not known: counted once" for name in runs.unknown
     )
-    running = (
-        instruction
-        for name, computation in module.computations.items()
-        # A fused computation is part of a kernel that is counted itself.
-        if name in runs.times and name not in runs.fused
-        for instruction in computation.instructions
-    )
+    repeated = (".remat" in i.name for one, _ in runs.running(module) for i in one.instructions)
     pallas = pallas_calls(module, runs, chip, setup.objective.compute_dtype)
     return Compiled(
-        hbm_traffic=hbm.hbm_bytes(module, runs),
+        hbm_traffic=kernels.hbm_bytes(module, runs),
         collectives=traffic.collectives(module, runs, dict(setup.mesh.shape)),
-        cycles=hbm.estimated_cycles(module, runs) + pallas.cycles(chip.clock),
+        cycles=kernels.estimated_cycles(module, runs) + pallas.cycles(chip.clock),
         pallas=pallas,
-        repeated=sum(".remat" in instruction.name for instruction in running),
+        repeated=sum(repeated),
         notes=(*notes, *pallas.notes(chip.clock)),
     )

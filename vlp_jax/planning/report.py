@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from typing import Any
 
 from rich.console import Group
@@ -11,13 +12,30 @@ from rich.text import Text
 
 from vlp_jax.parallel import mesh as mesh_lib
 from vlp_jax.planning import traffic
-from vlp_jax.planning.compile import OutOfMemory, Program
-from vlp_jax.planning.options import advice, remat_of
+from vlp_jax.planning.compile import Program
 from vlp_jax.planning.plan import Plan
-from vlp_jax.planning.roofline import Cost, cost
-from vlp_jax.planning.search import Largest, Policy
+from vlp_jax.planning.search import Largest, Policy, advice, remat_of
 
 GIB, MIB = 2**30, 2**20
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """The cost of a whole run without evaluations and checkpoints, if its steps take so long.
+
+    Attributes:
+      examples_per_second: of all devices.
+      mfu: model FLOPs utilisation: share of the peak of all devices that the model's own FLOPs take
+        (Chowdhery et al. 2022, "PaLM", appendix B); None without a peak.
+      price: in the currency of the price; None without one.
+    """
+
+    step_seconds: float
+    examples_per_second: float
+    mfu: float | None
+    days: float
+    chip_hours: float
+    price: float | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,19 +66,20 @@ class Findings:
             del seconds["roofline, one by one"]
         if self.mfu and peak:
             seconds[f"at {self.mfu:.0%} MFU"] = plan.model_flops / (self.mfu * peak)
-        return {
-            name: cost(
-                value,
-                steps=plan.setup.units.total_steps,
-                batch_size=plan.setup.config.batch_size,
-                chips=plan.target.chips,
-                model_flops=plan.model_flops,
-                peak_flops=peak,
-                price_per_chip_hour=self.price_per_chip_hour,
-            )
-            for name, value in seconds.items()
-            if value
-        }
+        return {name: self._cost(value, peak) for name, value in seconds.items() if value}
+
+    def _cost(self, step_seconds: float, peak: float | None) -> Cost:
+        plan, price = self.plan, self.price_per_chip_hour
+        # Chips are paid for while they wait, too: evaluations and checkpoints come on top.
+        hours = plan.setup.units.total_steps * step_seconds / 3600
+        return Cost(
+            step_seconds=step_seconds,
+            examples_per_second=plan.setup.config.batch_size / step_seconds,
+            mfu=plan.model_flops / step_seconds / peak if peak else None,
+            days=hours / 24,
+            chip_hours=hours * plan.target.chips,
+            price=None if price is None else hours * plan.target.chips * price,
+        )
 
 
 def peak_flops(plan: Plan) -> float | None:
@@ -118,9 +137,9 @@ def as_json(findings: Findings, versions: dict[str, str]) -> dict[str, Any]:
         "fits": plan.fits,
         "hbm_bytes": plan.needed,
         "hbm_available_bytes": plan.available,
-        "params_bytes": plan.state.params.device,
+        "params_bytes": plan.state.params.per_device,
         "params_bytes_all_devices": plan.state.params.total,
-        "optimizer_bytes": plan.state.optimizer.device,
+        "optimizer_bytes": plan.state.optimizer.per_device,
         "optimizer_bytes_all_devices": plan.state.optimizer.total,
         "waiting_batch_bytes": plan.waiting,
         "activation_bytes_estimate": plan.activations,
@@ -160,7 +179,7 @@ def reason(plan: Plan) -> str:
         return f"the state takes {_gib(state)} of a device's {_gib(plan.available)}"
     rest = plan.needed - state
     first = ""
-    if isinstance(plan.memory, OutOfMemory) and plan.memory.preliminary:
+    if plan.preliminary:
         first = ", in the compiler's first estimate, before it saves what it can"
     return (
         f"the step takes {_gib(plan.needed)} of a device's {_gib(plan.available)}{first}: "
@@ -175,8 +194,7 @@ def _gib(value: float | None) -> str:
 def as_table(findings: Findings) -> Group:
     """Returns the tables for a person."""
     plan = findings.plan
-    parts: list[Any] = [_heading(plan), _memory(plan)]
-    parts.append(_work(plan))
+    parts: list[Any] = [_heading(plan), _memory(plan), _work(plan)]
     if plan.compiled and plan.compiled.collectives:
         parts.append(_collectives(plan))
     costs = findings.costs()
@@ -218,7 +236,7 @@ def _memory(plan: Plan) -> Table:
         table.add_row(name, *cells, f"{over:.1f}" if over else "")
 
     for name, one in (("parameters", plan.state.params), ("optimizer", plan.state.optimizer)):
-        row(name, one.device, one.total, one.shards)
+        row(name, one.per_device, one.total, one.total / one.per_device if one.per_device else 1.0)
     if isinstance(plan.memory, Program):
         row("activations and temporaries", plan.memory.temporaries)
         row("  of which kept for the backward pass, estimate", plan.activations)
@@ -242,7 +260,7 @@ def _work(plan: Plan) -> Table:
         text = "" if seconds is None else f"{seconds:.4f}{' <- bound' if bound else ''}"
         table.add_row(name, amount, text)
 
-    table.add_row("model FLOPs", f"{plan.model_flops / devices / 1e12:,.2f} TFLOP", "")
+    row("model FLOPs", f"{plan.model_flops / devices / 1e12:,.2f} TFLOP", None)
     row("compute", f"{plan.hardware.total / devices / 1e12:,.2f} TFLOP", roofline.compute)
     if plan.compiled:
         # Bytes on the links, in the ring form; payloads are smaller.
@@ -251,23 +269,19 @@ def _work(plan: Plan) -> Table:
         row("network", f"{sent / 1e9:,.3f} GB", roofline.network)
         mark = "+" if plan.compiled.pallas.runs else ""
         cycles = f"{plan.compiled.cycles / 1e6:,.1f}{mark} M cycles"
-        table.add_row("compiler's cycles", cycles, _seconds(plan.cycle_seconds))
+        row("compiler's cycles", cycles, plan.cycle_seconds)
     return table
-
-
-def _seconds(value: float | None) -> str:
-    return "" if value is None else f"{value:.4f}"
 
 
 def _collectives(plan: Plan) -> Table:
     table = _table("\nsent by a device in a step", "collective", "axis", "MB", "runs")
-    rows: dict[tuple[str, str], list[float]] = {}
+    sent: Counter[tuple[str, str]] = Counter()
+    runs: Counter[tuple[str, str]] = Counter()
     for one in plan.compiled.collectives:
-        row = rows.setdefault((one.kind, "+".join(one.axes)), [0.0, 0.0])
-        row[0] += one.step_bytes
-        row[1] += one.times
-    for (kind, axes), (sent, times) in sorted(rows.items(), key=lambda item: -item[1][0]):
-        table.add_row(kind, axes, f"{sent / 1e6:,.2f}", f"{times:,.0f}")
+        sent[one.kind, "+".join(one.axes)] += one.step_bytes
+        runs[one.kind, "+".join(one.axes)] += one.times
+    for key, size in sent.most_common():
+        table.add_row(*key, f"{size / 1e6:,.2f}", f"{runs[key]:,.0f}")
     return table
 
 
@@ -299,9 +313,8 @@ def _search(search: tuple[list[Policy], str, Largest], plan: Plan) -> list[Any]:
         surety = "the largest" if largest.exact else "the largest that was tried, of those that fit"
         text = f"{surety} batch with remat {chosen}, in steps of {largest.quantum:,}: "
         text += f"{largest.batch_size:,} ({largest.batch_size / plan.setup.mesh.size:g} a device)"
-    return [table, Text(text, style="bold"), *(_trial(trial) for trial in largest.trials)]
-
-
-def _trial(trial: Any) -> Text:
-    verdict = "fits" if trial.fits else "does not fit"
-    return Text(f"  {trial.batch_size:,}: {trial.needed / GIB:.2f} GiB, {verdict}")
+    trials = (
+        f"  {one.batch_size:,}: {_gib(one.needed)}, {'fits' if one.fits else 'does not fit'}"
+        for one in largest.trials
+    )
+    return [table, Text(text, style="bold"), *map(Text, trials)]

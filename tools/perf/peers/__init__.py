@@ -4,48 +4,42 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
-from collections.abc import Callable, Mapping, Sequence
+import inspect
+from collections.abc import Mapping, Sequence
 
 import jax
 import numpy as np
 from ml_collections import ConfigDict
 
 from tools.perf.jax_step import JaxStep
-from tools.perf.peers import flax_peer, open_clip_peer, timm_peer, transformers_peer
-from tools.perf.peers.plain import NOTES, plain_config
-from tools.perf.peers.torch_step import Recipe, TorchStep
+from tools.perf.peers.torch_models import TORCH_PEERS
+from tools.perf.peers.torch_step import TorchStep
 from tools.perf.result import Contender
 from vlp_jax.errors import UserError, unknown_key_message
-from vlp_jax.objectives import Objective
-from vlp_jax.planning.options import sections
+from vlp_jax.objectives import OBJECTIVES, Objective
+from vlp_jax.planning.search import sections
 from vlp_jax.training.setup import Setup
 
-
-@dataclasses.dataclass(frozen=True)
-class TorchPeer:
-    """Another project's model for the sizes of our objective.
-
-    Attributes:
-      package: what has to be installed.
-      fits: None, or why it has no model of this kind.
-      recipe: the model with its loss.
-    """
-
-    package: str
-    fits: Callable[[Objective], str | None]
-    recipe: Callable[[Objective], Recipe]
-
-
-TORCH_PEERS = {
-    "open_clip": TorchPeer("open_clip", open_clip_peer.refusal, open_clip_peer.recipe),
-    "timm": TorchPeer("timm", timm_peer.refusal, timm_peer.recipe),
-    "transformers": TorchPeer("transformers", transformers_peer.refusal, transformers_peer.recipe),
+# Keys of `config.objective`, and of its parts, that say how a step is computed and not what (but
+# for rounding): each at the value that does nothing. A new one is a line here. Parts of the batch
+# (`config.microbatches`) stay: without them it may not fit.
+PLAIN = {
+    "attention": "xla",
+    "remat": "none",
+    "loss_form": "plain",
+    "scan_layers": True,
+    "quantization": "none",
 }
+PLAIN_NOTES = (
+    "one device; " + ", ".join(f"{key}={value}" for key, value in PLAIN.items()),
+    "with one device XLA still has the threads of all cores",
+)
+
+
 # Peer -> why it has no model for an objective; None if it has one, as `plain` always does.
 REFUSALS = {
     "plain": lambda objective: None,
-    "flax": flax_peer.refusal,
-    **{name: peer.fits for name, peer in TORCH_PEERS.items()},
+    **{name: peer.refusal for name, peer in TORCH_PEERS.items()},
 }
 PEERS = tuple(REFUSALS)
 
@@ -91,14 +85,12 @@ def make_peer(
     # Plain takes the first of ours: the others stay idle in its turn.
     devices = list(setup.mesh.devices.flat)
     if name == "plain":
-        return JaxStep(name, plain_config(setup.config), devices[:1], notes=NOTES)
+        return JaxStep(name, plain_config(setup.config), devices[:1], notes=PLAIN_NOTES)
     check_devices(name, devices)
     # A peer that trains more would look slower for the wrong reason.
     if setup.config.optimizer.frozen:
         raise UserError(f"--peer {name} trains all parameters, and optimizer.frozen holds some")
     differences = only_ours(setup.config)
-    if name == "flax":
-        return flax_peer.FlaxStep(name, setup, batch, differences)
     recipe = TORCH_PEERS[name].recipe(setup.objective)
     recipe = dataclasses.replace(recipe, notes=(*recipe.notes, *differences))
     return TorchStep(
@@ -144,3 +136,26 @@ def only_ours(config: ConfigDict) -> list[str]:
 def uses_torch(names: list[str]) -> bool:
     """Returns whether PyTorch runs in the process."""
     return any(name in TORCH_PEERS for name in names)
+
+
+def plain_config(config: ConfigDict) -> ConfigDict:
+    """Returns a copy of `config` with the values of `PLAIN`, for a mesh of one device."""
+    config = one_device(config).unlock()
+    _make_plain(config.objective)
+    return config.lock()
+
+
+def one_device(config: ConfigDict) -> ConfigDict:
+    """Returns a copy of `config` for a mesh of one device."""
+    config = config.copy_and_resolve_references().unlock()
+    for axis in config.mesh:
+        # None: the axis takes what is left, which is one device.
+        config.mesh[axis] = None
+    return config.lock()
+
+
+def _make_plain(section: ConfigDict) -> None:
+    for part in (section.get("parts") or {}).values():
+        _make_plain(part)
+    known = inspect.signature(OBJECTIVES[section.name]).parameters
+    section.update({key: value for key, value in PLAIN.items() if key in known})

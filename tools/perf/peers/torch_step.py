@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -89,17 +88,20 @@ class TorchStep:
         self._batch = {key: value.to(device) for key, value in to_tensors(batch, mean, std).items()}
         if on_gpu:
             torch.cuda.synchronize()
-        begin = time.perf_counter()
-        # The first step compiles; its time stands for "compile" in the table.
-        self.run(1)
         self.facts: dict[str, Any] = {
             "parameters": sum(p.numel() for p in self._model.parameters()),
             "devices": 1,
             "compiled": compiled,
             "threads": torch.get_num_threads(),
-            "first_step_seconds": time.perf_counter() - begin,
         }
-        self.notes = (*self._notes(compiled), *recipe.notes)
+        begin = time.perf_counter()
+        # The first step compiles; its time stands for "compile" in the table.
+        self.run(1)
+        self.facts["first_step_seconds"] = time.perf_counter() - begin
+        mode = "torch.compile" if compiled else "eager"
+        dtype = "bfloat16 autocast" if on_gpu else "float32"
+        form = f"{mode}, {dtype}, fused AdamW, images normalized before the step"
+        self.notes = (form, *recipe.notes)
 
     def run(self, steps: int) -> list[float]:
         """Trains `steps` steps; the seconds of each."""
@@ -114,20 +116,12 @@ class TorchStep:
         seconds = timer.seconds()
         if self._on_gpu:
             self._torch.cuda.synchronize()
-            self.facts_of_memory()
-        return seconds
-
-    def facts_of_memory(self) -> None:
-        """Puts the most memory that PyTorch has had in use into `facts`."""
-        if hasattr(self, "facts"):
             self.facts["peak_bytes_in_use"] = self._torch.cuda.max_memory_allocated()
+        return seconds
 
     def _step(self) -> None:
         torch = self._torch
-        bfloat16 = (
-            torch.autocast("cuda", torch.bfloat16) if self._on_gpu else contextlib.nullcontext()
-        )
-        with bfloat16:
+        with torch.autocast("cuda", torch.bfloat16, enabled=self._on_gpu):
             loss = self._recipe.loss(self._forward, self._batch)
         loss.backward()
         if self._clip_norm:
@@ -144,11 +138,6 @@ class TorchStep:
         event = self._torch.cuda.Event()
         event.record()
         return event
-
-    def _notes(self, compiled: bool) -> list[str]:
-        mode = "torch.compile" if compiled else "eager"
-        dtype = "bfloat16 autocast" if self._on_gpu else "float32"
-        return [f"{mode}, {dtype}, fused AdamW, images normalized before the step"]
 
 
 def to_tensors(

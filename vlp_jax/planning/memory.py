@@ -1,18 +1,46 @@
-"""Bytes that the forward pass keeps for the backward pass, from the shapes that JAX hands on."""
+"""Bytes of a training state and of activations on a device, from shapes and shardings."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
 from vlp_jax.objectives import Objective
 from vlp_jax.objectives.base import BatchSpec
 from vlp_jax.parallel import rules
-from vlp_jax.parallel.mesh import BATCH_AXES
+from vlp_jax.parallel.mesh import batch_shards
+from vlp_jax.parallel.rules import Spread, spread
 from vlp_jax.training.setup import Setup
 from vlp_jax.training.state import PURPOSE_LOSS, TrainState, context_of, key_for
+
+
+@dataclasses.dataclass(frozen=True)
+class StateBytes:
+    """The parts of a training state; averages and the objective's own are with `optimizer`."""
+
+    params: Spread
+    optimizer: Spread
+
+    @property
+    def device(self) -> int:
+        """Bytes on a device, all parts together."""
+        return self.params.per_device + self.optimizer.per_device
+
+    @property
+    def total(self) -> int:
+        """Bytes of the whole state once."""
+        return self.params.total + self.optimizer.total
+
+
+def state_bytes(abstract: TrainState, mesh: Mesh) -> StateBytes:
+    """Measures an abstract state."""
+    # Whatever a restart needs besides parameters is charged to the optimizer.
+    others = (abstract.step, abstract.opt_state, abstract.ema, abstract.objective)
+    return StateBytes(spread(abstract.params, mesh), spread(others, mesh))
 
 
 def activation_bytes(setup: Setup) -> int:
@@ -26,7 +54,7 @@ def activation_bytes(setup: Setup) -> int:
     parts = setup.config.microbatches
     objective = setup.objective.at(setup.costliest)
     # A device holds its own examples alone; along `tensor` devices share examples.
-    shards = math.prod(setup.mesh.shape[axis] for axis in BATCH_AXES)
+    shards = batch_shards(setup.mesh)
     spec = _resized(setup.batch_spec, setup.config.batch_size // parts)
     with rules.use_mesh(setup.mesh):
         kept = _residuals(objective, setup.abstract, spec)
@@ -52,4 +80,4 @@ def _residuals(objective: Objective, state: TrainState, spec: BatchSpec) -> list
         # The function that `vjp` returns is a pytree whose leaves are the residuals.
         return jax.vjp(loss, state.params, has_aux=True)[1]
 
-    return [leaf for leaf in jax.tree.leaves(jax.eval_shape(backward, state, spec))]
+    return jax.tree.leaves(jax.eval_shape(backward, state, spec))

@@ -1,34 +1,28 @@
-"""The picture of a masked autoencoder's paintings, on a tiny run."""
+"""The paintings of a masked autoencoder, on a tiny run."""
 
-import re
 import types
 
 import numpy as np
 import pytest
-from PIL import Image
+import runs
 
-from tools.perf import mae_then_clip
 from vlp_jax import config as config_lib
 from vlp_jax import evaluate
 from vlp_jax import smoke as smoke_lib
 from vlp_jax.errors import UserError
-from vlp_jax.observe.throughput import StartupClock
 from vlp_jax.report.paintings import paint
-from vlp_jax.train import train
 
 
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory, shapes_dir):
-    """A finished run of a masked autoencoder."""
+    """A masked autoencoder that was not trained."""
     workdir = tmp_path_factory.mktemp("mae")
-    config = config_lib.load(f"{mae_then_clip.CONFIG}:mae")
-    train(smoke_lib.smoke(config), workdir, StartupClock())
+    config = smoke_lib.smoke(config_lib.load("mae_then_clip:mae")).unlock()
+    config.objective.image.update({"variant": "mu/8", "image_size": 24})
+    for data in (config.data, config.evaluators.reconstruction.data):
+        data.preprocess.resize.size = 24
+    runs.write_run(config.lock(), workdir)
     return workdir
-
-
-def picture(path):
-    with Image.open(path) as image:
-        return np.asarray(image.convert("RGB"))
 
 
 def test_the_three_views_are_of_the_images_of_the_evaluator(workdir):
@@ -54,28 +48,10 @@ def test_the_three_views_are_of_the_images_of_the_evaluator(workdir):
     np.testing.assert_allclose(painted[visible], shown[visible], atol=1e-5)
 
 
-def test_as_many_images_are_drawn_as_are_wanted(workdir, tmp_path):
-    heights = []
-    for count in (4, 8):
-        output = tmp_path / f"{count}.png"
-        mae_then_clip.draw_painted(workdir, output, count=count)
-        heights.append(len(picture(output)))
-    assert heights[1] > 1.4 * heights[0]  # two rows instead of one, and the titles
-
-
-@pytest.mark.parametrize(
-    ("folder", "more", "words"),
-    [
-        (".", {"evaluator": "painting"}, "no evaluator 'painting' (it has: reconstruction)"),
-        (".", {"step": 1}, "has no checkpoint of step 1 (it has: 2)"),
-        ("nothing", {}, "holds no run"),
-    ],
-)
-def test_mistakes(workdir, tmp_path, folder, more, words):
-    output = tmp_path / "x.png"
-    with pytest.raises(UserError, match=re.escape(words)):
-        mae_then_clip.draw_painted(workdir / folder, output, **more)
-    assert not output.exists()
+def test_an_evaluator_that_is_not_there_is_named(workdir):
+    subject, loaded = evaluate.load_run(workdir)
+    with pytest.raises(UserError, match=r"no evaluator 'painting' \(it has: reconstruction\)"):
+        paint(subject, loaded, "painting", 4)
 
 
 def test_an_objective_that_does_not_paint_is_refused():
