@@ -130,24 +130,24 @@ def _in_folder(folder: str, suffix: str | tuple[str, ...]) -> list[str]:
         pattern = f"{folder.rstrip('/')}/**/*{os.path.splitext(deeper)[1]}"
         raise UserError(f"{message}, but there are some in its folders: set data.path={pattern!r}")
     if others:
-        kind, name = kind_of(head_of(others[0])), others[0].rpartition("/")[2]
+        kind, name = kind_of(read(others[0], HEAD_BYTES)), others[0].rpartition("/")[2]
         help_ = f" ({remedy(kind, name)})" if remedy(kind, name) else ""
         message += f"; {name} is {kind}{help_}" if kind else f"; it holds {name}"
     raise UserError(message)
 
 
-def head_of(path: str) -> bytes:
-    """The first bytes of a file.
+def read(path: str, size: int = -1) -> bytes:
+    """Reads a file, or its first `size` bytes.
 
     Raises:
       UserError: it cannot be read.
     """
 
-    def read() -> bytes:
+    def once() -> bytes:
         with filesystem(path).open(path) as stream:
-            return stream.read(HEAD_BYTES)
+            return stream.read(size)
 
-    return retrying(path, read)
+    return retrying(path, once)
 
 
 class _Local:

@@ -19,7 +19,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from vlp_jax.data.files import filesystem, head_of, is_local, retrying, stamp_of
+from vlp_jax.data.files import filesystem, is_local, read, retrying, stamp_of
 from vlp_jax.data.signatures import HEAD_BYTES
 from vlp_jax.errors import UserError
 
@@ -243,7 +243,7 @@ def _mark_of_cut(copy: Path) -> Path:
 @cache
 def _is_compressed(path: str, stamp: str) -> bool:
     del stamp  # a file that was written anew is looked at anew
-    return _is_gzip(head_of(path))
+    return _is_gzip(read(path, HEAD_BYTES))
 
 
 def _is_gzip(head: bytes) -> bool:

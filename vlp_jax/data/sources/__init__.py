@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from importlib import import_module
 from typing import Any
 
 import numpy as np
 
-from vlp_jax.data.sources.base import Blocks, FieldSpec, Source, WrappedSource, as_plain
+from vlp_jax.data.sources.base import Blocks, FieldSpec, Names, Source, WrappedSource, as_plain
 from vlp_jax.data.sources.renamed import rename, usual_names
 from vlp_jax.errors import UserError, unknown_key_message
 
@@ -41,14 +41,11 @@ def build_source(config: Mapping[str, Any]) -> Source:
     """Builds the source that a data config describes, narrowed by its `where` and `limit`.
 
     Args:
-      config: `source`, a name in `SOURCES`; the fields of that source's dataclass; and optionally
-        `where`, a mapping of scalar fields to the value that they must have (a class may be given
-        by its name), and `limit`, how many examples to keep, the first ones after `where`; and
-        `fields`, a mapping of the names that fields shall have to those that they have in the
-        data, of which no others are kept. Without it, sources of files with names of their own
-        give the usual ones ours (`renamed.USUAL`); others are kept if a manifest or `features`
-        declares them. The other `COMMON_KEYS` are
-        the pipeline's.
+      config: `source`, a name in `SOURCES`; the fields of its dataclass; and `COMMON_KEYS`. `where`
+        maps scalar fields to the value that they must have (a class may be given by its name),
+        `limit` keeps the first examples after that, `fields` maps the names that fields shall have
+        to names in the data. Without `fields`, files with names of their own give the usual ones
+        (`renamed.USUAL`) and others if a manifest or `features` declares them.
 
     Raises:
       UserError: for an unknown name, key or field, and for what the source itself refuses.
@@ -134,9 +131,7 @@ class Subset(WrappedSource):
     def __len__(self) -> int:
         return len(self.indices)
 
-    def fetch(
-        self, indices: np.ndarray, names: Sequence[str] | None = None
-    ) -> dict[str, np.ndarray]:
+    def fetch(self, indices: np.ndarray, names: Names = None) -> dict[str, np.ndarray]:
         return self.source.fetch(self.indices[indices], names)
 
     def column(self, name: str) -> np.ndarray:

@@ -35,6 +35,7 @@ class FieldSpec:
 
 STRING = FieldSpec((), np.dtype(object))
 STRINGS = FieldSpec((None,), np.dtype(object))
+Names = Sequence[str] | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,9 +91,7 @@ class Source(Protocol):
         """The fields of a record, as `fetch` returns them, without the leading dimension."""
         ...
 
-    def fetch(
-        self, indices: np.ndarray, names: Sequence[str] | None = None
-    ) -> dict[str, np.ndarray]:
+    def fetch(self, indices: np.ndarray, names: Names = None) -> dict[str, np.ndarray]:
         """The records of the examples at `indices`, int64 [n]; every array is [n, ...].
 
         Args:
@@ -136,52 +135,18 @@ class Source(Protocol):
 
 
 @dataclass(frozen=True, eq=False)
-class WrappedSource(Source):
-    """Another source, to which every call is handed on; subclasses change some of them."""
+class WrappedSource:
+    """Another source, which is asked whatever a subclass does not answer."""
 
     source: Source
 
-    @property
-    def needs_tensorflow(self) -> bool:
-        return self.source.needs_tensorflow
+    def __getattr__(self, name: str) -> Any:
+        if name == "source":  # while a copy is made of it
+            raise AttributeError(name)
+        return getattr(self.source, name)
 
     def __len__(self) -> int:
         return len(self.source)
-
-    def fields(self) -> Mapping[str, FieldSpec]:
-        return self.source.fields()
-
-    def look_for(self, name: str) -> str:
-        return self.source.look_for(name)
-
-    def record_fields(self) -> Mapping[str, FieldSpec]:
-        return self.source.record_fields()
-
-    def fetch(
-        self, indices: np.ndarray, names: Sequence[str] | None = None
-    ) -> dict[str, np.ndarray]:
-        return self.source.fetch(indices, names)
-
-    def parse(self, record: dict[str, tf.Tensor], names: Sequence[str]) -> dict[str, tf.Tensor]:
-        return self.source.parse(record, names)
-
-    def column(self, name: str) -> np.ndarray:
-        return self.source.column(name)
-
-    def class_names(self, field: str) -> tuple[str, ...] | None:
-        return self.source.class_names(field)
-
-    def describe(self, index: int) -> str:
-        return self.source.describe(index)
-
-    def fingerprint(self) -> str:
-        return self.source.fingerprint()
-
-    def blocks(self) -> Blocks | None:
-        return self.source.blocks()
-
-    def will_read(self, indices: np.ndarray) -> None:
-        self.source.will_read(indices)
 
 
 def as_plain(value: Any) -> Any:

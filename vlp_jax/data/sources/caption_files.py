@@ -89,11 +89,9 @@ def read_entries(
     label_field: str | None,
     further: Sequence[str] = (),
 ) -> CaptionFile:
-    """Reads a caption file and looks which of its images are there.
+    """Reads a caption file in the folder `root`, and looks which of its images are there.
 
     Args:
-      root: the folder that paths are relative to.
-      file: the caption file.
       image_field, caption_field: columns; None takes the first of the usual ones.
       label_field: a column; None for no labels.
       further: columns to keep.
@@ -118,9 +116,8 @@ def read_entries(
         if path:
             path = normal_path(os.path.relpath(path, root) if os.path.isabs(path) else path)
         label = None if label_field is None else label_text(row.get(label_field))
-        found.add(
-            where, path, row.get(columns[1]), label, {name: row.get(name) for name in further}
-        )
+        columns_of = {name: row.get(name) for name in further}
+        found.add(where, path, row.get(columns[1]), label, columns_of)
     if columns is None:
         raise UserError(f"caption file {file} has no rows")
     return CaptionFile(found.entries(root, file, label_field), found.places, *columns)

@@ -38,7 +38,7 @@ def label_text(value: Any) -> str | None:
 
 
 def open_names(names: Sequence[str] | str | None, key: str) -> tuple[str, ...] | None:
-    """Reads a list of classes, or the file that it names, with a class a line.
+    """Reads a list of classes, or the file with a class a line that it names.
 
     Raises:
       UserError: the file cannot be read, or a name is empty or occurs twice.

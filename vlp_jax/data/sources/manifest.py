@@ -16,11 +16,9 @@ SUFFIX = ".json"
 
 @dataclass(frozen=True)
 class Manifest:
-    """The files of prepared data.
+    """The files of prepared data, in the format "array_record", "tfrecord" or "webdataset".
 
     Attributes:
-      format: "array_record", "tfrecord" or "webdataset".
-      pieces: the files with their counts.
       features: name -> "bytes", "int64" or "float32", with "[]" behind it for a list.
       class_names: field -> names of its classes, if its labels are words.
     """
@@ -37,9 +35,7 @@ def find_pieces(
     """Finds the files that a config's `path` names, with their counts if a manifest says them.
 
     Args:
-      path: as `files.expand` takes it, or a manifest.
-      suffix: of the files in a folder, or several.
-      kind: the format that a manifest must name.
+      path: as `files.expand` takes it with `suffix`, or a manifest of files of the format `kind`.
 
     Raises:
       UserError: for files that are not there, or a manifest that cannot be used.
@@ -55,13 +51,6 @@ def find_pieces(
     return [Piece(file) for file in files.expand(path, suffix)], None
 
 
-def class_names(path: str | Sequence[str], field: str) -> WordClasses | None:
-    """The names of the classes of `field`, if `path` is a manifest that has them."""
-    if not isinstance(path, str) or not path.endswith(SUFFIX):
-        return None
-    return read_manifest(path).class_names.get(field)
-
-
 def read_manifest(path: str) -> Manifest:
     """Reads a manifest.
 
@@ -69,12 +58,8 @@ def read_manifest(path: str) -> Manifest:
       UserError: it is not there, or none.
     """
 
-    def read() -> str:
-        with files.filesystem(path).open(path) as stream:
-            return stream.read()
-
     try:
-        content = json.loads(files.retrying(path, read))
+        content = json.loads(files.read(path))
         folder = path.rpartition("/")[0]
         pieces = [
             Piece(f"{folder}/{shard['file']}" if folder else shard["file"], 0, shard["examples"])

@@ -14,7 +14,7 @@ import numpy as np
 
 from vlp_jax.data import faults
 from vlp_jax.data.files import retrying
-from vlp_jax.data.sources.base import STRING, FieldSpec
+from vlp_jax.data.sources.base import STRING, FieldSpec, Names
 from vlp_jax.data.sources.shards import (
     DAMAGED,
     TRUNCATED,
@@ -56,9 +56,7 @@ class RecordSource(ShardedSource):
     def record_fields(self) -> dict[str, FieldSpec]:
         return {"record": STRING, faults.FAULT: STRING}
 
-    def fetch(
-        self, indices: np.ndarray, names: Sequence[str] | None = None
-    ) -> dict[str, np.ndarray]:
+    def fetch(self, indices: np.ndarray, names: Names = None) -> dict[str, np.ndarray]:
         records, found = self.files.read(np.asarray(indices, np.int64))
         return {"record": records, faults.FAULT: found}
 
@@ -71,7 +69,6 @@ class TFRecordFiles:
         self.shards = Shards(pieces, "tfrecord", index_tfrecord, **cache)
 
     def read(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """See `RecordFiles`."""
         records, found = empty_strings(len(indices)), empty_strings(len(indices))
         pieces, rows = self.shards.locate(indices)
         for piece, places in group_by_piece(pieces):
@@ -102,7 +99,6 @@ class ArrayRecordFiles:
         self._lock = threading.Lock()
 
     def read(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """See `RecordFiles`."""
         records, found = empty_strings(len(indices)), empty_strings(len(indices))
         pieces, rows = self.shards.locate(indices)
         for piece, places in group_by_piece(pieces):

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from vlp_jax.data.sources.base import FieldSpec, Source, WrappedSource, as_plain
+from vlp_jax.data.sources.base import FieldSpec, Names, Source, WrappedSource, as_plain
 from vlp_jax.errors import UserError, unknown_key_message
 
 # Names that writers of image-text data use for our fields, the most common first.
@@ -92,13 +92,11 @@ class Renamed(WrappedSource):
     def look_for(self, name: str) -> str:
         return self.source.look_for(self.names.get(name, name))
 
-    def _theirs(self, names: Sequence[str] | None) -> list[str]:
+    def _theirs(self, names: Names) -> list[str]:
         wanted = self.names if names is None else names
         return list(dict.fromkeys(self.names[name] for name in wanted))
 
-    def fetch(
-        self, indices: np.ndarray, names: Sequence[str] | None = None
-    ) -> dict[str, np.ndarray]:
+    def fetch(self, indices: np.ndarray, names: Names = None) -> dict[str, np.ndarray]:
         return self.source.fetch(indices, self._theirs(names))
 
     def parse(self, record: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:

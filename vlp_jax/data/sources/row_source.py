@@ -9,7 +9,7 @@ import numpy as np
 
 from vlp_jax.data import faults
 from vlp_jax.data.lazy_tensorflow import tf
-from vlp_jax.data.sources.base import STRING, STRINGS, FieldSpec, Source
+from vlp_jax.data.sources.base import STRING, STRINGS, FieldSpec, Names, Source
 
 Rows = dict[str, list[Any]]
 
@@ -21,12 +21,9 @@ class RowSource(Source):
 
     A subclass says how values are read (`rows`). Preparation of data takes them as they are,
     training as the types in `fields` (`fetch`).
-
-    Attributes:
-      column_chunk: how many examples `column` reads at a time.
     """
 
-    column_chunk: ClassVar[int] = 1024
+    column_chunk: ClassVar[int] = 1024  # examples that `column` reads at a time
 
     def rows(self, indices: np.ndarray, names: Sequence[str]) -> tuple[Rows, np.ndarray]:
         """Reads the values of some fields.
@@ -58,9 +55,7 @@ class RowSource(Source):
         counts = {_count_of(name): INT for name, spec in fields.items() if spec.shape}
         return {**fields, **counts, faults.FAULT: STRING}
 
-    def fetch(
-        self, indices: np.ndarray, names: Sequence[str] | None = None
-    ) -> dict[str, np.ndarray]:
+    def fetch(self, indices: np.ndarray, names: Names = None) -> dict[str, np.ndarray]:
         fields = self.fields()
         indices = np.asarray(indices, np.int64)
         rows, found = self.rows(indices, list(fields) if names is None else list(names))

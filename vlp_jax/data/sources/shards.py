@@ -16,10 +16,8 @@ import hashlib
 import json
 import logging
 import os
-import queue
 import threading
 import uuid
-import weakref
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -31,7 +29,7 @@ import numpy as np
 
 from vlp_jax.data import faults, files
 from vlp_jax.data.local_copies import LocalCopies, default_cache_dir, writing
-from vlp_jax.data.signatures import GZIP, kind_of, remedy
+from vlp_jax.data.signatures import GZIP, HEAD_BYTES, kind_of, remedy
 from vlp_jax.data.sources.base import Source
 from vlp_jax.errors import UserError
 
@@ -60,7 +58,7 @@ _INDEX_VERSION = "2"
 _WHOLE, _UNMARKED, _CUT = "whole", "unmarked", "cut"
 _LOADED_INDEXES = 256
 _THREADS = 16
-_DOWNLOADS = 4  # at a time, ahead of their use
+_DOWNLOADS = threading.BoundedSemaphore(4)  # files that are copied ahead of their use at a time
 _PARSER = threading.Lock()
 _log = logging.getLogger("vlp_jax.data")
 GIB = 2**30
@@ -108,7 +106,7 @@ class Shards:
         folder = Path(cache_dir).expanduser() if cache_dir else default_cache_dir()
         self.copies = LocalCopies(folder / "copies", int(cache_gib * GIB))
         self._kind, self._make_index, self._index_folder = kind, make_index, folder / "index"
-        self._downloads = _Downloads(self.copies)
+        self._begun: set[str] = set()  # paths that are copied ahead of their use
         self._load = lru_cache(_LOADED_INDEXES)(self._load_index)
         self._lost: dict[str, str] = {}  # path -> why nothing of the file can be read
         self.pieces = self._counted(pieces)
@@ -257,7 +255,16 @@ class Shards:
         if self.in_place:
             return
         for piece in np.unique(self.locate(indices)[0]).tolist():
-            self._downloads.begin(self.pieces[piece].path)
+            path = self.pieces[piece].path
+            if path not in self._begun:
+                self._begun.add(path)
+                threading.Thread(target=self._copy, args=[path], daemon=True).start()
+
+    def _copy(self, path: str) -> None:
+        # A failure is not lost: whoever reads the file tries again, and raises.
+        with _DOWNLOADS, contextlib.suppress(UserError):
+            self.copies.get(path)
+        self._begun.discard(path)
 
     def read(self, piece: int, offset: int, length: int) -> bytes:
         """`length` bytes of the file of a piece, uncompressed; fewer where it ends."""
@@ -298,7 +305,7 @@ class Shards:
           UserError: it is compressed so that it cannot be read.
         """
         # The file itself, not what came of it when it was uncompressed.
-        kind = kind_of(files.head_of(path)) or f"no {self._kind} file, or a damaged one"
+        kind = kind_of(files.read(path, HEAD_BYTES)) or f"no {self._kind} file, or a damaged one"
         command = remedy(kind, path)
         if command and kind != GZIP:
             raise UserError(f"{path} is {kind}, which is not read: make a file of it by {command}")
@@ -341,42 +348,6 @@ class ShardedSource(Source):
         self.shards.will_read(indices)
 
 
-class _Downloads:
-    """Copies files in the background, by threads that end with the process."""
-
-    def __init__(self, copies: LocalCopies) -> None:
-        self._copies = copies
-        self._lock = threading.Lock()
-        self._waiting: queue.SimpleQueue[str | None] = queue.SimpleQueue()
-        self._begun: set[str] = set()
-        self._threads = 0
-
-    def begin(self, path: str) -> None:
-        with self._lock:
-            if path in self._begun:
-                return
-            self._begun.add(path)
-            if self._threads < _DOWNLOADS:
-                self._threads += 1
-                threading.Thread(target=self._work, name="copy shards", daemon=True).start()
-                if self._threads == 1:
-                    weakref.finalize(self, _end, self._waiting)
-        self._waiting.put(path)
-
-    def _work(self) -> None:
-        while (path := self._waiting.get()) is not None:
-            # A failure is not lost: whoever reads the file tries again, and raises.
-            with contextlib.suppress(UserError):
-                self._copies.get(path)
-            with self._lock:
-                self._begun.discard(path)
-
-
-def _end(waiting: queue.SimpleQueue[str | None]) -> None:
-    for _ in range(_DOWNLOADS):
-        waiting.put(None)
-
-
 def group_by_piece(pieces: np.ndarray) -> list[tuple[int, np.ndarray]]:
     """(piece, places of it in `pieces`) for each piece that occurs."""
     return [(int(piece), np.flatnonzero(pieces == piece)) for piece in np.unique(pieces)]
@@ -388,8 +359,4 @@ def _img2dataset_count(path: str) -> int | None:
     if not files.filesystem(stats).exists(stats):
         return None
 
-    def read() -> int:
-        with files.filesystem(stats).open(stats) as stream:
-            return int(json.load(stream)["successes"])
-
-    return files.retrying(stats, read)
+    return int(json.loads(files.read(stats))["successes"])

@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 
 from vlp_jax.data import faults
-from vlp_jax.data.sources import manifest
 from vlp_jax.data.sources.base import STRING, STRINGS, Blocks, FieldSpec
 from vlp_jax.data.sources.manifest import Manifest, find_pieces
 from vlp_jax.data.sources.records import empty_strings
@@ -72,9 +71,8 @@ class WebDatasetSource(ShardedSource, RowSource):
     def _declared(self) -> dict[str, FieldSpec]:
         """The fields of the JSON files that a manifest declares."""
         features = self._found[1].features if self._found[1] is not None else {}
-        return {
-            f"json.{name}": _DECLARED[kind] for name, kind in features.items() if kind in _DECLARED
-        }
+        known = {name: kind for name, kind in features.items() if kind in _DECLARED}
+        return {f"json.{name}": _DECLARED[kind] for name, kind in known.items()}
 
     @cached_property
     def _fields(self) -> dict[str, FieldSpec]:
@@ -108,7 +106,7 @@ class WebDatasetSource(ShardedSource, RowSource):
         for piece, row in samples:
             files = sample_files(self.shards.index(piece), row)
             with contextlib.suppress(faults.BadExample, KeyError):
-                found.append(_parsed_json(self._read(piece, files["json"])))
+                found.append(_parsed_json(self.shards.read(piece, *files["json"])))
         return found
 
     @cached_property
@@ -218,13 +216,11 @@ class WebDatasetSource(ShardedSource, RowSource):
             raise faults.BadExample(
                 faults.AMBIGUOUS, f"it has several images ({listed}): name one by data.fields.image"
             )
-        return self._read(piece, files[present[0]])
-
-    def _read(self, piece: int, place: tuple[int, int]) -> bytes:
-        return self.shards.read(piece, *place)
+        return self.shards.read(piece, *files[present[0]])
 
     def class_names(self, field: str) -> tuple[str, ...] | None:
-        return manifest.class_names(self.path, field.removeprefix("json."))
+        manifest = self._found[1]
+        return None if manifest is None else manifest.class_names.get(field.removeprefix("json."))
 
     def describe(self, index: int) -> str:
         piece, row = (int(x[0]) for x in self.shards.locate(np.array([index])))
