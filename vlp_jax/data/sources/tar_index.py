@@ -1,25 +1,26 @@
 """Indexes of WebDataset tar shards: the place of each file of each sample.
 
 A sample is a run of files whose names agree up to the first dot of the last part; what follows is
-the file's extension (webdataset/webdataset, tariterators.py, `base_plus_ext`).
+the file's extension (webdataset/webdataset, tariterators.py, `base_plus_ext`). Archives are
+POSIX.1-1988 (ustar) with the long names of GNU and pax.
 """
 
 from __future__ import annotations
 
 import os
-import tarfile
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from typing import BinaryIO
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from vlp_jax.data.sources.shards import APART, DAMAGED, OK, SPARSE, TRUNCATED, TWICE, Index
 
-_BLOCK, _KIND = 512, 156  # bytes of a header, and where it says what follows
+_BLOCK = 512
 _RECORD = 20 * _BLOCK  # tar fills an archive up with zeros to a multiple of it
 _PIECE = 1 << 20
+_REGULAR = (b"0", b"\0", b"7")
+_PAX, _PAX_GLOBAL, _GNU_NAME, _GNU_LINK, _GNU_SPARSE = b"x", b"g", b"L", b"K", b"S"
 
 
 @dataclass(frozen=True)
@@ -134,51 +135,90 @@ def split_name(name: str) -> tuple[str, str]:
 
 def members(path: str) -> Iterator[Member]:
     """The regular files of a tar file in their order; a fault that ends the archive comes last."""
-    with open(path, "rb") as stream:
-        total = os.path.getsize(path)
+    total = os.path.getsize(path)
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
         if not total:
             yield Member("", 0, 0, TRUNCATED)  # even an empty archive has an end
-        tar = _Headers(fileobj=stream, encoding="utf-8", errors="surrogateescape")
-        while (place := tar.offset) < total:
-            stream.seek(place)
-            try:
-                info = tarfile.TarInfo.fromtarfile(tar)
-            except tarfile.HeaderError:
-                fault = _fault_at(stream, place, total)
-                if fault:
-                    yield Member("", place, 0, fault)
+        place, notes = 0, _Notes()
+        while place < total:
+            header = os.pread(descriptor, _BLOCK, place)
+            if not header.strip(b"\0"):
+                # The archive's end is a block of zeros. What follows its fill is another archive,
+                # or what a hole in the file leaves.
+                if total - place > _RECORD and _has_content(descriptor, place):
+                    yield Member("", place, 0, DAMAGED)
                 return
-            begin, sparse = info.offset_data, info.sparse is not None
-            # The library goes on without the long name that a damaged header of pax had.
-            stream.seek(place + _KIND)
-            if stream.read(1) == tarfile.XHDTYPE and not info.pax_headers:
-                yield Member("", place, 0, DAMAGED)
+            if len(header) < _BLOCK or not _is_header(header):
+                # A header that ends early or whose checksum is wrong.
+                yield Member("", place, 0, TRUNCATED if len(header) < _BLOCK else DAMAGED)
                 return
-            cut = (tar.offset if sparse else begin + info.size) > total
-            if info.isreg():
-                fault = TRUNCATED if cut else SPARSE if sparse else OK
-                yield Member(info.name, begin, 0 if fault else info.size, fault)
+            kind, begin = header[156:157], place + _BLOCK
+            of_notes = kind in (_PAX, _PAX_GLOBAL, _GNU_NAME, _GNU_LINK) or notes.size is None
+            # A file of 8 GiB or more states its size in a header of its own (pax).
+            size = _number(header[124:136]) if of_notes else notes.size
+            cut = begin + size > total
+            if kind in (_PAX, _GNU_NAME) and not cut:
+                try:
+                    notes = _notes(os.pread(descriptor, size, begin), kind, notes)
+                except ValueError:
+                    yield Member("", place, 0, DAMAGED)
+                    return
+            elif kind not in (_PAX_GLOBAL, _GNU_LINK):
+                sparse = notes.sparse or kind == _GNU_SPARSE
+                if kind in (*_REGULAR, _GNU_SPARSE):
+                    fault = TRUNCATED if cut else SPARSE if sparse else OK
+                    yield Member(notes.name or _name(header), begin, 0 if fault else size, fault)
+                if kind == _GNU_SPARSE:
+                    begin = _behind_map(descriptor, header, begin)
+                notes = _Notes()
             if cut:
                 return
+            place = begin + -(-size // _BLOCK) * _BLOCK
+    finally:
+        os.close(descriptor)
 
 
-class _Headers(tarfile.TarFile):
-    """An archive whose headers are read one by one, so that the damage of each is known."""
+@dataclass(frozen=True)
+class _Notes:
+    """Long name, size and sparseness of a file, as headers before its own say; None if not."""
 
-    def next(self) -> None:
-        """Reads nothing when the archive is opened."""
+    name: str | None = None
+    size: int | None = None
+    sparse: bool = False
 
 
-def _fault_at(stream: BinaryIO, place: int, total: int) -> int:
-    """Why there is no header at `place`; `OK` at the archive's end."""
-    stream.seek(place)
-    header = stream.read(_BLOCK)
-    if header.strip(b"\0"):
-        return TRUNCATED if len(header) < _BLOCK else DAMAGED
-    # The archive's end is a block of zeros. What follows its fill is another archive, or what a
-    # hole in the file leaves.
-    rest = iter(lambda: stream.read(_PIECE), b"")
-    return DAMAGED if total - place > _RECORD and any(p.strip(b"\0") for p in rest) else OK
+def _notes(content: bytes, kind: bytes, before: _Notes) -> _Notes:
+    """Adds what a header of a long name, or of pax, says.
+
+    Raises:
+      ValueError: it is damaged.
+    """
+    if kind == _GNU_NAME:
+        name = content.partition(b"\0")[0].decode("utf-8", "surrogateescape")
+        return replace(before, name=name)
+    said: dict[bytes, bytes] = {}
+    while content:  # records of "LENGTH KEY=VALUE\n"
+        length = int(content.partition(b" ")[0])
+        if not 0 < length <= len(content):
+            raise ValueError(f"a record of {length} bytes")
+        key, _, value = content[:length].partition(b" ")[2].partition(b"=")
+        said[key] = value[:-1]
+        content = content[length:]
+    name = said.get(b"GNU.sparse.name", said.get(b"path"))
+    return _Notes(
+        before.name if name is None else name.decode("utf-8", "surrogateescape"),
+        int(said[b"size"]) if b"size" in said else before.size,
+        any(key.startswith(b"GNU.sparse.") for key in said),
+    )
+
+
+def _behind_map(descriptor: int, header: bytes, begin: int) -> int:
+    """The offset of a sparse file's content, behind the blocks that continue its map."""
+    more = header[482]
+    while more and (block := os.pread(descriptor, _BLOCK, begin)):
+        begin, more = begin + _BLOCK, block[504] if len(block) == _BLOCK else 0
+    return begin
 
 
 def _has_end_mark(path: str) -> bool:
@@ -187,6 +227,15 @@ def _has_end_mark(path: str) -> bool:
         size = stream.seek(0, os.SEEK_END)
         stream.seek(max(0, size - _BLOCK))
         return not stream.read().strip(b"\0")
+
+
+def _has_content(descriptor: int, place: int) -> bool:
+    """Whether a file holds anything but zeros from `place` on."""
+    while piece := os.pread(descriptor, _PIECE, place):
+        if piece.strip(b"\0"):
+            return True
+        place += len(piece)
+    return False
 
 
 def _mark_apart(samples: list[_Sample]) -> None:
@@ -214,3 +263,28 @@ def _joined(texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
 
 def _part(joined: np.ndarray, ends: np.ndarray, number: int) -> bytes:
     return joined[int(ends[number - 1]) if number else 0 : int(ends[number])].tobytes()
+
+
+def _is_header(header: bytes) -> bool:
+    try:
+        noted = int(header[148:156].strip(b"\0 ") or b"0", 8)
+        _number(header[124:136])
+    except ValueError:
+        return False
+    # The checksum counts its own field as eight spaces.
+    return noted == sum(header) - sum(header[148:156]) + 8 * ord(" ")
+
+
+def _number(field: bytes) -> int:
+    """Reads an octal number, or, if the highest bit is set, a binary number (GNU)."""
+    if field[0] & 0x80:
+        return int.from_bytes(field, "big") & ((1 << (8 * len(field) - 1)) - 1)
+    return int(field.strip(b"\0 ") or b"0", 8)
+
+
+def _name(header: bytes) -> str:
+    name = header[:100].partition(b"\0")[0]
+    if header[257:263] == b"ustar\0":  # GNU's own magic has no prefix in this place
+        prefix = header[345:500].partition(b"\0")[0]
+        name = prefix + b"/" + name if prefix else name
+    return name.decode("utf-8", "surrogateescape")
