@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vlp_jax.data.shapes import clips, geometry, records, render, scenes, vocabulary
+from vlp_jax.data.shapes import clips, records, render, scenes, vocabulary
 
 BLACK = scenes.Background("black", "flat", (0.0, 0.0, 0.0), 0.0, 0.0)
 
@@ -101,13 +101,13 @@ def test_objects_lie_in_their_cell_inside_the_picture_and_hardly_overlap():
             assert vocabulary.POSITIONS[3 * row + column] == obj.position
             assert min(obj.box) >= 0.99 and max(obj.box) <= 63.01
             others = scene.objects[:i]
-            assert all(geometry.overlap(obj.box, o.box) <= scenes.MAX_OVERLAP for o in others)
+            assert all(scenes.overlap(obj.box, o.box) <= scenes.MAX_OVERLAP for o in others)
 
 
 def test_overlap_of_known_boxes():
-    assert geometry.overlap((0, 0, 2, 2), (1, 0, 3, 2)) == 0.5
-    assert geometry.overlap((0, 0, 2, 2), (2, 0, 3, 2)) == 0.0
-    assert geometry.overlap((0, 0, 4, 4), (1, 1, 2, 2)) == 1.0
+    assert scenes.overlap((0, 0, 2, 2), (1, 0, 3, 2)) == 0.5
+    assert scenes.overlap((0, 0, 2, 2), (2, 0, 3, 2)) == 0.0
+    assert scenes.overlap((0, 0, 4, 4), (1, 1, 2, 2)) == 1.0
 
 
 def test_boxes_are_tight_around_the_object_drawn_alone():
@@ -153,7 +153,7 @@ def test_textures_differ_in_what_they_cover():
     for scene in scenes_of("train", 400):
         for obj in scene.objects:
             _, body, marks = render.coverage(obj)
-            filled = geometry.outline(obj.shape, 0, 0, obj.radius, 0)
+            filled = scenes.outline(obj.shape, 0, 0, obj.radius, 0)
             x, y = filled.T
             area = 0.5 * abs(np.dot(x, np.roll(y, 1)) - np.dot(y, np.roll(x, 1)))
             by_texture[obj.texture].append((body.sum() / area, marks.sum() / area))

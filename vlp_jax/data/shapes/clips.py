@@ -8,7 +8,7 @@ import math
 import numpy as np
 from jaxtyping import UInt8
 
-from vlp_jax.data.shapes import captions, geometry, render, scenes, vocabulary
+from vlp_jax.data.shapes import captions, render, scenes, vocabulary
 from vlp_jax.data.shapes.scenes import Background, SceneObject, pick
 
 NUM_FRAMES = 8
@@ -76,12 +76,12 @@ def _moving(rng: np.random.Generator, combination: tuple[str, str], motion: str)
     path = progress[:, None] * distance * step
     corners = np.array(
         [
-            geometry.bounds(geometry.outline(shape, dx, dy, radius, angle))
+            scenes.bounds(scenes.outline(shape, dx, dy, radius, angle))
             for (dx, dy), radius, angle in zip(path, radii, angles, strict=True)
         ]
     )
     # The corners over the whole path say how far the start may lie from each edge.
-    low, high = 1.0 - corners[:, :2].min(axis=0), geometry.IMAGE_SIZE - 1.0 - corners[:, 2:].max(0)
+    low, high = 1.0 - corners[:, :2].min(axis=0), scenes.IMAGE_SIZE - 1.0 - corners[:, 2:].max(0)
     origin = rng.uniform(low, high)
     still = SceneObject(
         color=color,
@@ -114,7 +114,7 @@ def _moving(rng: np.random.Generator, combination: tuple[str, str], motion: str)
 
 def _collide(a: MovingObject, b: MovingObject) -> bool:
     pairs = zip(a.frames, b.frames, strict=True)
-    return any(geometry.overlap(p.box, q.box) > MAX_OVERLAP for p, q in pairs)
+    return any(scenes.overlap(p.box, q.box) > MAX_OVERLAP for p, q in pairs)
 
 
 def sample_clip(seed: int, split: str, index: int) -> Clip:

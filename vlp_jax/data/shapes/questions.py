@@ -26,15 +26,8 @@ _VALUES = {
 _DESCRIPTIONS = tuple(
     frozenset(names.split())
     for names in (
-        "shape",
-        "color",
-        "color shape",
-        "texture shape",
-        "texture color",
-        "size shape",
-        "size color",
-        "size color shape",
-        "texture color shape",
+        *("shape", "color", "color shape", "texture shape", "texture color"),
+        *("size shape", "size color", "size color shape", "texture color shape"),
     )
 )
 
@@ -154,7 +147,7 @@ def _relation(scene: Scene, rng: np.random.Generator, allowed: Combinations) -> 
     if len(scene.objects) < 2:
         return None
     a, b = _two(scene, rng)
-    known = [r for r in (scenes.horizontal(a, b), scenes.vertical(a, b)) if r]
+    known = scenes.relations(a, b)
     first, second = _the(scene, a, rng), _the(scene, b, rng)
     if not known or first is None or second is None:
         return None
@@ -215,13 +208,9 @@ def _comparison(scene: Scene, rng: np.random.Generator, allowed: Combinations) -
 
 
 _ASK: dict[str, Callable[..., Question | None]] = {
-    kind: _attribute(kind) for kind in ("color", "shape", "size", "texture", "position")
-} | {
-    "background": _background,
-    "count": _how_many,
-    "existence": _existence,
-    "relation": _relation,
-    "comparison": _comparison,
+    **{kind: _attribute(kind) for kind in ("color", "shape", "size", "texture", "position")},
+    **{"background": _background, "count": _how_many, "existence": _existence},
+    **{"relation": _relation, "comparison": _comparison},
 }
 
 
