@@ -5,8 +5,8 @@ import time
 import numpy as np
 import pytest
 
+from vlp_jax.data.batch_reader import BatchShare, Mixture, Schedule
 from vlp_jax.data.order import BlockOrder
-from vlp_jax.data.schedule import BatchShare, Mixture, Schedule
 
 SIZES = np.random.default_rng(0).integers(1, 60, 50)
 

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from vlp_jax.data import faults, files
-from vlp_jax.data.fault_log import Fault, FaultLog
+from vlp_jax.data.faults import Fault, FaultLog
 from vlp_jax.data.pipeline import EvalPipeline, TrainPipeline
 from vlp_jax.data.sources import build_source
 from vlp_jax.data.tokenizers import ByteTokenizer

@@ -6,9 +6,9 @@ import corpora
 import numpy as np
 import pytest
 
+from vlp_jax.data.batch_reader import Mixture
 from vlp_jax.data.pipeline import EvalPipeline, TrainPipeline
 from vlp_jax.data.samples import sample_texts
-from vlp_jax.data.schedule import Mixture
 from vlp_jax.data.tokenizers import ByteTokenizer
 from vlp_jax.errors import UserError
 

@@ -14,7 +14,7 @@ from vlp_jax.data.tokenizers import (
     train_sentencepiece,
     train_subword,
 )
-from vlp_jax.data.tokenizers.sentencepiece_file import ModelFile
+from vlp_jax.data.tokenizers.sentencepiece_json import ModelFile
 from vlp_jax.data.wording import Wording
 from vlp_jax.errors import UserError
 

@@ -19,8 +19,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from vlp_jax.data.files import filesystem, is_local, read, retrying, stamp_of
-from vlp_jax.data.signatures import HEAD_BYTES
+from vlp_jax.data.files import HEAD_BYTES, filesystem, is_local, read, retrying, stamp_of
 from vlp_jax.errors import UserError
 
 _OPEN_FILES = 512

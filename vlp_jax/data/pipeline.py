@@ -20,10 +20,16 @@ from typing import Any
 import numpy as np
 
 from vlp_jax.data.batch_ops import build_batch_ops
-from vlp_jax.data.batch_reader import Batch, BatchReader
-from vlp_jax.data.fault_log import MAX_BAD_FRACTION, FaultLog
+from vlp_jax.data.batch_reader import (
+    Batch,
+    BatchReader,
+    BatchShare,
+    Mixture,
+    Schedule,
+    check_weights,
+)
+from vlp_jax.data.faults import MAX_BAD_FRACTION, FaultLog
 from vlp_jax.data.order import BATCH_OPERATIONS, example_seeds
-from vlp_jax.data.schedule import BatchShare, Mixture, Schedule, check_weights
 from vlp_jax.data.source_reader import SourceReader
 from vlp_jax.data.sources.base import FieldSpec, as_plain
 from vlp_jax.data.sources.labels import listed, same_numbers

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from vlp_jax.data import faults, traced_fields
-from vlp_jax.data.fault_log import Fault
+from vlp_jax.data.faults import Fault
 from vlp_jax.data.lazy_tensorflow import Op, tf
 from vlp_jax.data.ops import apply_ops
 from vlp_jax.data.sources.base import STRING, FieldSpec, Source

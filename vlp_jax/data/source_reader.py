@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from vlp_jax.data.fault_log import Fault
+from vlp_jax.data.faults import Fault
 from vlp_jax.data.order import BlockOrder, ExampleOrder, Order, example_seeds
 from vlp_jax.data.sources import Source, build_source
 from vlp_jax.data.sources.base import STRING, FieldSpec

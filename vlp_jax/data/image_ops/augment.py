@@ -6,8 +6,7 @@ import math
 from collections.abc import Callable
 
 from vlp_jax.data.image_ops import pixels
-from vlp_jax.data.image_ops.checks import check_fill, check_number, check_range
-from vlp_jax.data.image_ops.fields import IMAGE, ImageField
+from vlp_jax.data.image_ops.fields import IMAGE, ImageField, check_fill, check_number, check_range
 from vlp_jax.data.lazy_tensorflow import Example, Op, tf
 from vlp_jax.errors import UserError
 

@@ -11,9 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from vlp_jax.data.image_ops.checks import check_range
 from vlp_jax.data.image_ops.decode import Part, cut, part_decoder, ratio_keeping
-from vlp_jax.data.image_ops.fields import IMAGE, BoxRule, ImageField
+from vlp_jax.data.image_ops.fields import IMAGE, BoxRule, ImageField, check_range
 from vlp_jax.data.image_ops.resize import Resampler, shortest_to_size
 from vlp_jax.data.lazy_tensorflow import Example, Op, tf
 

@@ -11,8 +11,7 @@ import numpy as np
 
 from vlp_jax.data import faults
 from vlp_jax.data.image_ops import upright
-from vlp_jax.data.image_ops.checks import check_count
-from vlp_jax.data.image_ops.fields import IMAGE, ImageField
+from vlp_jax.data.image_ops.fields import IMAGE, ImageField, check_count
 from vlp_jax.data.image_ops.upright import MAX_PIXELS
 from vlp_jax.data.lazy_tensorflow import Example, Op, tf
 

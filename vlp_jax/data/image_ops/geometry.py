@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 
 from vlp_jax.data.image_ops import pixels
-from vlp_jax.data.image_ops.checks import check_fill, check_number
-from vlp_jax.data.image_ops.fields import IMAGE, ImageField
+from vlp_jax.data.image_ops.fields import IMAGE, ImageField, check_fill, check_number
 from vlp_jax.data.lazy_tensorflow import Example, Op, tf
 from vlp_jax.errors import UserError
 

@@ -7,8 +7,7 @@ from collections.abc import Callable
 
 from vlp_jax.data.image_ops import pixels
 from vlp_jax.data.image_ops.augment import random_op
-from vlp_jax.data.image_ops.checks import check_count, check_fill, check_number
-from vlp_jax.data.image_ops.fields import IMAGE, ImageField
+from vlp_jax.data.image_ops.fields import IMAGE, ImageField, check_count, check_fill, check_number
 from vlp_jax.data.image_ops.geometry import rotation
 from vlp_jax.data.lazy_tensorflow import Op, tf
 

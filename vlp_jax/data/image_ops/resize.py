@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from vlp_jax.data.image_ops.checks import check_count
+from vlp_jax.data.image_ops.fields import check_count
 from vlp_jax.data.lazy_tensorflow import tf
 from vlp_jax.errors import UserError
 

@@ -17,8 +17,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from vlp_jax.data.prepare import paths, runner
-from vlp_jax.data.prepare.examples import Candidate, Reference, SkippedExample, kinds_of, place
-from vlp_jax.data.prepare.images import image_fault
+from vlp_jax.data.prepare.examples import (
+    Candidate,
+    Reference,
+    SkippedExample,
+    image_fault,
+    kinds_of,
+    place,
+)
 from vlp_jax.data.prepare.inputs import Input, Unit
 
 NAMED = 5  # faults of each reason that are named

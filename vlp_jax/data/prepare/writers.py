@@ -9,8 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 from vlp_jax.data.lazy_tensorflow import tf
-from vlp_jax.data.prepare.examples import CAPTIONS, ID, IMAGE, Reference, Value
-from vlp_jax.data.prepare.images import image_type
+from vlp_jax.data.prepare.examples import CAPTIONS, ID, IMAGE, Reference, Value, image_type
 
 FieldTypes = Mapping[str, Mapping[str, Any]]
 

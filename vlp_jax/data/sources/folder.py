@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from vlp_jax.data import faults
-from vlp_jax.data.fault_log import FEWEST, MAX_BAD_FRACTION, check_fraction
+from vlp_jax.data.faults import FEWEST, MAX_BAD_FRACTION, check_fraction
 from vlp_jax.data.files import retrying
 from vlp_jax.data.sources.base import STRING, STRINGS, FieldSpec
 from vlp_jax.data.sources.caption_files import CaptionFile, Entry, find_caption_file, read_entries

@@ -28,8 +28,8 @@ from pathlib import Path
 import numpy as np
 
 from vlp_jax.data import faults, files
+from vlp_jax.data.files import GZIP, HEAD_BYTES, kind_of, remedy
 from vlp_jax.data.local_copies import LocalCopies, default_cache_dir, writing
-from vlp_jax.data.signatures import GZIP, HEAD_BYTES, kind_of, remedy
 from vlp_jax.data.sources.base import Source
 from vlp_jax.errors import UserError
 

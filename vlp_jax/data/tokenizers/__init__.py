@@ -15,10 +15,9 @@ from etils import epath
 
 from vlp_jax.data.sources.base import as_plain
 from vlp_jax.data.tokenizers.base import Tokenizer, check_context_length
-from vlp_jax.data.tokenizers.byte_level import ByteTokenizer
 from vlp_jax.data.tokenizers.clip import ClipTokenizer
 from vlp_jax.data.tokenizers.sentence_piece import SentencePieceTokenizer, train_sentencepiece
-from vlp_jax.data.tokenizers.subword import SubwordTokenizer, train_subword
+from vlp_jax.data.tokenizers.subword import ByteTokenizer, SubwordTokenizer, train_subword
 from vlp_jax.errors import UserError, unknown_key_message
 
 __all__ = [
