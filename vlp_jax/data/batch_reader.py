@@ -22,12 +22,7 @@ _MAX_DENOMINATOR = 2**31 - 1
 class BatchShare:
     """The part of each global batch that a process reads: block p belongs to process p.
 
-    Attributes:
-      batch_size: examples in a global batch.
-      process_index, process_count: this process, and how many there are.
-
-    Raises:
-      UserError: if the processes do not divide the batch.
+    Raises UserError if the processes do not divide the batch.
     """
 
     batch_size: int
@@ -117,10 +112,6 @@ class Schedule:
 
     Place g of a global batch of B examples belongs to lane g // (B / lanes). Lane l consists of the
     positions n with n % lanes = l, so that a process reads few lanes of every source.
-
-    Attributes:
-      share: batch and processes.
-      mixture: of the sources; its lanes divide the batch.
     """
 
     share: BatchShare
@@ -147,11 +138,7 @@ class Schedule:
 
 
 def check_weights(parts: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
-    """The weights of the parts of a mixture that are above 0.
-
-    Raises:
-      UserError: for a weight that is missing, negative or no number, or if all are zero.
-    """
+    """The weights above 0 of the parts of a mixture; raises UserError for what is no weight."""
     weights = {}
     for name, part in parts.items():
         weight = part.get("weight")
@@ -181,12 +168,8 @@ class BatchReader:
     changes what is in a batch. Chunk c of a source belongs to group c // chunks per group.
 
     Args:
-      readers: source name -> reader.
-      schedule: says which positions of which source stand where in a batch.
-      faults: is told of examples that cannot be used.
       replace: whether another example takes the place of a bad one.
-      first: number of the first batch.
-      batches: how many; None for no end.
+      first, batches: number of the first batch, and how many; None for no end.
       end: first position behind the data, in evaluation. Places of the last batch at or behind it
         repeat the last example.
     """

@@ -64,13 +64,8 @@ def require(
 
     The check is pruned with the value: if no output of the graph depends on the value, nothing is
     checked. An Assert would never be pruned, and TensorFlow's optimizer would drop a control
-    dependency on an operation without effects.
-
-    Args:
-      value: strings or numbers of any shape.
-      condition: bool, scalar.
-      reason: one of `REASONS`.
-      detail: what is wrong, one line; a Python string or a scalar string tensor.
+    dependency on an operation without effects. `detail` is one line, a Python string or a string
+    tensor [].
     """
     message = tf.strings.join([f"{_MARK} ({reason}): ", detail])
     return require_marked(value, condition, message)
@@ -141,9 +136,6 @@ class FaultLog:
       max_fraction: the largest share of bad examples among those read; the share is taken of at
         least 1,000, so that a few early ones do not end a run.
       of_split: the share is looked at once a split is read (`check_all`), and not before.
-
-    Raises:
-      UserError: for a share that is not from 0 to 1.
     """
 
     def __init__(self, max_fraction: float, of_split: bool = False) -> None:
@@ -162,8 +154,7 @@ class FaultLog:
     def add(self, batch: int, read: int, source: str, faults: Sequence[Fault]) -> None:
         """Counts the examples of `source` that were read for a batch, and the bad ones among them.
 
-        Raises:
-          UserError: too many were.
+        Raises UserError if too many were bad.
         """
         counts = Counter((source, fault.reason) for fault in faults)
         with self._lock:
@@ -209,26 +200,16 @@ class FaultLog:
             return {"read": self._settled_read, "bad": bad}
 
     def begin_with(self, read: int, bad: Mapping[tuple[str, str], int]) -> None:
-        """Adds the counts from before a checkpoint to the share, and not to the totals.
-
-        Args:
-          read: examples.
-          bad: (source, reason) -> examples.
-        """
+        """Adds the counts from before a checkpoint to the share, and not to the totals."""
         with self._lock:
             self._all.update(bad)
             self._read += read
 
     def check_all(self, gather: Callable[[Sequence[int]], Sequence[Sequence[int]]]) -> None:
-        """Checks the share of bad examples once all of a split is read.
+        """Checks the share of bad examples (of at least 100) once all of a split is read.
 
-        The share is taken of at least 100, so that one broken image among few is no error.
-
-        Args:
-          gather: the numbers that every process gives, on every process.
-
-        Raises:
-          NoScores: too many examples are bad, or all of them.
+        `gather` gives the numbers of every process, on every process. Raises NoScores if too many
+        examples are bad, or all of them.
         """
         # All processes sum the same numbers, so that all of them raise or none does.
         counts = gather((sum(self._all.values()), self._read))

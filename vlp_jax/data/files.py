@@ -45,7 +45,6 @@ def expand(patterns: str | Sequence[str], suffix: str | tuple[str, ...]) -> list
       patterns: one or several paths, on disk or scheme://, with "*", "?", "[]" and brace ranges
         ({00000..00041}, {a,b}); or a folder, whose files that end in `suffix` are taken. Of a
         file that is there as it is and gzipped, the gzipped one is left out.
-      suffix: ".tar" and so on, or several.
 
     Raises:
       UserError: for a pattern that matches no file, or a file of a brace range that is not there.
@@ -60,11 +59,7 @@ def expand(patterns: str | Sequence[str], suffix: str | tuple[str, ...]) -> list
 
 
 def expand_braces(pattern: str) -> list[str]:
-    """Expands {a,b} and {000..041}, in order; leading zeros are kept.
-
-    Raises:
-      UserError: for a brace that is not closed.
-    """
+    """Expands {a,b} and {000..041}, in order; leading zeros are kept."""
     try:
         return list(braceexpand.braceexpand(pattern, escape=False))
     except braceexpand.UnbalancedBracesError:
@@ -101,11 +96,7 @@ def _expand_one(pattern: str, suffix: str | tuple[str, ...]) -> list[str]:
 
 
 def _in_folder(folder: str, suffix: str | tuple[str, ...]) -> list[str]:
-    """Lists the files of a folder that end in `suffix`.
-
-    Raises:
-      UserError: there is none; it says what else is there.
-    """
+    """Lists the files of a folder that end in `suffix`; for none, an error says what is there."""
     files, below = filesystem(folder), glob.escape(folder.rstrip("/"))
     others = sorted(files.glob(f"{below}/*"))
     # macOS leaves ._00000.tar beside 00000.tar.
@@ -136,11 +127,7 @@ def _in_folder(folder: str, suffix: str | tuple[str, ...]) -> list[str]:
 
 
 def read(path: str, size: int = -1) -> bytes:
-    """Reads a file, or its first `size` bytes.
-
-    Raises:
-      UserError: it cannot be read.
-    """
+    """Reads a file, or its first `size` bytes; raises UserError if it cannot be read."""
 
     def once() -> bytes:
         with filesystem(path).open(path) as stream:
@@ -219,11 +206,7 @@ class _Gfile:
 
 
 def filesystem(path: str) -> _Local | _Fsspec | _Gfile:
-    """The filesystem that opens `path`.
-
-    Raises:
-      UserError: for a scheme that neither fsspec nor TensorFlow opens.
-    """
+    """The filesystem that opens `path`; UserError for a scheme that nothing here opens."""
     return _Local() if is_local(path) else _remote(path.partition("://")[0])
 
 
@@ -249,10 +232,7 @@ def stamp_of(path: str) -> str:
 
 
 def retrying(what: str, function: Callable[[], Result]) -> Result:
-    """Calls `function()`, again after growing delays if reading fails.
-
-    Args:
-      what: names it in messages, for example the path.
+    """Calls `function()`, again after growing delays if reading fails; `what` names it in messages.
 
     Raises:
       UserError: a file that is not there, may not be read, or failed at every attempt.

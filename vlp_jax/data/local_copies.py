@@ -108,11 +108,7 @@ def open_files() -> OpenFiles:
 
 @contextlib.contextmanager
 def writing(folder: Path) -> Iterator[None]:
-    """Names the cache folder in the message of a failure to write.
-
-    Raises:
-      UserError: instead of an OSError.
-    """
+    """Turns a failure to write into a UserError that names the cache folder."""
     try:
         yield
     except OSError as error:
@@ -128,22 +124,16 @@ def default_cache_dir() -> Path:
 
 
 class LocalCopies:
-    """Local copies of files that cannot be read in place; the least recently used go first.
+    """Local copies of files that cannot be read in place, in a folder of at most `capacity` bytes.
 
-    Args:
-      folder: where they lie.
-      capacity: bytes; one file may exceed it.
+    The least recently used go first; one file may exceed the capacity.
     """
 
     def __init__(self, folder: Path, capacity: int) -> None:
         self._folder, self._capacity = folder, capacity
 
     def get(self, path: str) -> str:
-        """Returns a local, uncompressed file with the content of `path`; copies it if needed.
-
-        Raises:
-          UserError: it cannot be read, or not be written here.
-        """
+        """Returns a local, uncompressed file with the content of `path`; copies it if needed."""
         if self.in_place(path):
             return path
         # A file that changed gets another name, so that an old copy is never taken for it.
@@ -162,11 +152,7 @@ class LocalCopies:
         return str(target)
 
     def read(self, path: str, offset: int, length: int) -> bytes:
-        """Reads `length` uncompressed bytes of `path` from `offset` on; fewer at its end.
-
-        Raises:
-          UserError: it cannot be read.
-        """
+        """Reads `length` uncompressed bytes of `path` from `offset` on; fewer at its end."""
 
         def once() -> bytes:
             while True:
@@ -256,10 +242,7 @@ def _is_gzip(head: bytes) -> bool:
 
 
 class _Rejoined:
-    """Gives the bytes of a stream that were read already, and then the rest.
-
-    Not every remote stream can seek back to its beginning.
-    """
+    """Gives bytes of a stream that were read already, then the rest: not every stream can seek."""
 
     def __init__(self, head: bytes, rest: Any) -> None:
         self._head, self._rest = head, rest

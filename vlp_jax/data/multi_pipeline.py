@@ -16,6 +16,9 @@ class MultiPipeline:
 
     Each dataset has an order of its own, so that no two of them stay in step. The state of the
     input is still the number of the next batch.
+
+    Args:
+      extra: name -> data config. The seeds of these datasets depend on their names too.
     """
 
     def __init__(
@@ -27,15 +30,6 @@ class MultiPipeline:
         seed: int,
         **share: int,
     ) -> None:
-        """Builds all sources; arguments as for `TrainPipeline`.
-
-        Args:
-          extra: name -> data config.
-          seed: of the first dataset. The seeds of further datasets depend on their names too.
-
-        Raises:
-          UserError: for a mistake in a config, or if the processes do not divide the batch.
-        """
         self._first = TrainPipeline(config, tokenizer, seed=seed, **share)
         self._extra = {
             name: _open(name, data, tokenizer, seed, share) for name, data in extra.items()
@@ -61,11 +55,7 @@ class MultiPipeline:
         return spec
 
     def batches(self, start_step: int = 0) -> Iterator[Batch]:
-        """Yields this process's part of the global batches from number `start_step` on.
-
-        Raises:
-          UserError: while iterating, for an example that cannot be read or decoded; names it.
-        """
+        """Yields this process's part of the global batches from number `start_step` on."""
         # Batches of step n of all datasets go together, so one number is the state of them all.
         streams = [pipeline.batches(start_step) for pipeline in self._extra.values()]
         for first, *others in zip(self._first.batches(start_step), *streams, strict=True):

@@ -157,14 +157,7 @@ def build_ops(preprocess: Mapping[str, Any] | Sequence[Any] | None) -> list[tupl
 def in_order(
     preprocess: Mapping[str, Any] | Sequence[Any] | None,
 ) -> list[tuple[str, dict[str, Any]]]:
-    """(name, keyword arguments) of the operations of a config, in the order in which they run.
-
-    Args:
-      preprocess: as `build_ops` takes it.
-
-    Raises:
-      UserError: for an unknown operation.
-    """
+    """(name, keyword arguments) of the operations of a config, in the order in which they run."""
     return _in_order(preprocess)[1]
 
 
@@ -208,11 +201,9 @@ def apply_ops(
     seeds: tf.Tensor,
     why: Callable[[str], str] = lambda name: "",
 ) -> Example:
-    """Runs operations one after the other.
+    """Runs operations one after the other on an example, field name -> tensor.
 
     Args:
-      ops: from `build_ops`.
-      example: field name -> tensor.
       seeds: int32 [len(ops), 2].
       why: says of a field that is not there why it is not, if anything is known.
 

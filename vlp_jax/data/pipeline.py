@@ -81,11 +81,7 @@ class _Pipeline:
         return known[0] if all(names == known[0] for names in known) else None
 
     def check_classes(self, field: str, classes: int) -> None:
-        """Checks that `field` counts at most `classes` classes, alike in all parts of a mixture.
-
-        Raises:
-          UserError: it does not.
-        """
+        """Raises UserError unless `field` counts at most `classes` classes, alike in all parts."""
         first, *others = self._readers.items()
         known = first[1].source.class_names(field)
         for name, reader in others:
@@ -153,10 +149,8 @@ class TrainPipeline(_Pipeline):
     A batch holds `image` (uint8 [b, size, size, 3]), `text` (int32 [b, context_length], if the
     operations leave a string `text` and there is a tokenizer) and every other field that is a
     number or an array of fixed shape; strings and lists of varying length are dropped. Epochs
-    follow one another within batches: no example is dropped and no batch is short.
-
-    Attributes:
-      faults: the examples that could not be used.
+    follow one another within batches: no example is dropped and no batch is short. `faults` counts
+    bad examples.
     """
 
     def __init__(
@@ -173,15 +167,12 @@ class TrainPipeline(_Pipeline):
         """Builds the sources and checks everything that can be checked without reading examples.
 
         Args:
-          config: see `vlp_jax.data.sources.build_source`, `source_reader.make_order` and, for
-            `max_bad_fraction`, `FaultLog`; `preprocess` as `ops.build_ops` takes it, `batch_ops`
-            as `batch_ops.build_batch_ops`. Or a mixture:
-            `source` is "mixture", and `parts` maps names to data configs that have a `weight` each;
-            an epoch of it is as many examples as its parts hold together.
+          config: see `vlp_jax.data.sources.build_source`, `source_reader.make_order`, `FaultLog`,
+            `ops.build_ops` and `batch_ops.build_batch_ops`. Or a mixture: `source` is "mixture",
+            and `parts` maps names to data configs that have a `weight` each.
           tokenizer: for `text`; None if the text is tokens already or not wanted.
           batch_size: examples in a global batch, over all processes.
           seed: of the order and of all random operations.
-          process_index, process_count: this process, and how many there are.
           extra_fields: as `EvalPipeline`.
 
         Raises:
@@ -223,10 +214,6 @@ class TrainPipeline(_Pipeline):
         """Yields this process's part of the global batches from number `start_step` on.
 
         Seeking costs nothing: the batches are bit for bit those that an iterator from 0 comes to.
-
-        Raises:
-          UserError: while iterating, for files that cannot be read.
-          NoScores: at the end, for too many bad examples.
         """
         share, count = self._schedule.share, len(self._batch_ops)
         for number, (batch, _) in enumerate(self._read(start_step, None), start_step):
@@ -261,10 +248,8 @@ class EvalPipeline(_Pipeline):
 
     Batches are like `TrainPipeline`'s, with `mask` (bool [b]): False marks the examples that fill
     up the last batch, and those that cannot be used. All processes yield the same number of
-    batches. `len()` is the number of examples, padding not counted.
-
-    Attributes:
-      faults: the examples that could not be used, of the newest `batches()`.
+    batches. `len()` does not count padding; `faults` counts the bad examples of the newest
+    `batches()`.
     """
 
     def __init__(
@@ -318,8 +303,7 @@ class EvalPipeline(_Pipeline):
     def batches(self) -> Iterator[Batch]:
         """Yields this process's part of all batches; may be called again.
 
-        Raises:
-          UserError: while iterating, for files that cannot be read, or too many bad examples.
+        Raises NoScores at the end if too many examples are bad.
         """
         share = self._schedule.share
         self.faults = FaultLog(self._max_bad_fraction, of_split=True)
@@ -332,11 +316,7 @@ class EvalPipeline(_Pipeline):
 
 
 def split_mixture(config: Mapping[str, Any]) -> tuple[dict[str, dict[str, Any]], list[float]]:
-    """Splits a config into the data configs of its parts, by name, and their weights.
-
-    Raises:
-      UserError: for a key that a mixture does not have, or weights that cannot be used.
-    """
+    """Splits a config into the data configs of its parts, by name, and their weights."""
     if config.get("source") != MIXTURE:
         return {_ONE: dict(config)}, [1.0]
     # Every config has these keys (`config.DATA_DEFAULTS`), so they are no mistake here.

@@ -57,10 +57,6 @@ class PreprocessGraph:
           texts_only: keep the texts that a tokenizer would get, as strings, and nothing else.
           tokenizer: of the texts; without one they are dropped.
           raw_text: the name under which `text` is kept as a string too; None drops it.
-
-        Raises:
-          UserError: for an output that the operations do not leave, or not as batches need it; or
-            a tokenizer that cannot do what `tokenize` asks for.
         """
         self._source, self._ops = source, ops
         self._tokenizer, self._raw_text = tokenizer, raw_text
@@ -197,15 +193,10 @@ class PreprocessGraph:
     def chunks(
         self, indices_and_seeds: Callable[[int], tuple[np.ndarray, np.ndarray]], total: int | None
     ) -> Iterator[tuple[dict[str, np.ndarray], np.ndarray]]:
-        """Yields the results of `chunk` for consecutive chunks, prepared ahead of their use.
+        """Yields the results of `chunk` for `total` chunks (None: no end), prepared ahead.
 
-        Args:
-          indices_and_seeds: number of a chunk -> the examples to read, int64 [n], and their seeds,
-            int32 [n, number of operations, 2].
-          total: how many chunks; None for no end.
-
-        Raises:
-          Exception: the exception that reading raised.
+        `indices_and_seeds` gives, for the number of a chunk, the examples to read, int64 [n], and
+        their seeds, int32 [n, number of operations, 2]. Raises the exception that reading raised.
         """
         failures: list[Exception] = []
         try:
@@ -260,12 +251,7 @@ class PreprocessGraph:
         return {name: value.numpy() for name, value in outputs.items()}, numbers.numpy()
 
     def diagnose(self, index: int, seeds: np.ndarray) -> Fault:
-        """Finds out why `chunk` left an example out, by running it alone.
-
-        Args:
-          index: of the example.
-          seeds: int32 [number of operations, 2].
-        """
+        """Finds out why `chunk` left an example out, by running it alone."""
         columns = self._fetch(np.array([index]))
         where = self._source.describe(index)
         fault = columns.pop(faults.FAULT, [b""])[0]

@@ -15,20 +15,12 @@ from vlp_jax.errors import UserError
 
 
 def sample_texts(config: Mapping[str, Any], limit: int = 20_000, seed: int = 0) -> Iterator[str]:
-    """Texts as the tokenizer will meet them in training.
+    """Texts as the tokenizer will meet them in training, at most `limit`.
 
     These are `text` and the fields that `tokenize` marks. The operations of the config are run as
     far as these depend on them: captions are chosen and lower-cased, no image is decoded. Examples
     come in random order, at most five times each; the parts of a mixture in its proportions. Bad
-    examples are left out.
-
-    Args:
-      config: the data config of the training split.
-      limit: the most texts to give.
-      seed: of the choice.
-
-    Raises:
-      UserError: for a mistake in the config, or if the operations leave no string `text`.
+    examples are left out. Raises UserError if the operations leave no string `text`.
     """
     parts, weights = split_mixture(as_plain(config))
     for part, weight in zip(parts.values(), weights, strict=True):

@@ -35,14 +35,12 @@ class Scan:
     """Counts over the examples of a source that were looked at.
 
     Attributes:
-      examples: how many the source has.
-      read: how many were looked at.
+      examples, read: how many the source has, and how many were looked at.
       bad: those that training would leave out, by reason.
       characters, tokens: of the text of each usable example; tokens with the special ones.
       sizes: (width, height) of each image, upright, from its header.
       encoded_bytes: of each image that is encoded.
-      formats: images by file format.
-      digests: images by the hash of their bytes.
+      formats, digests: images by file format, and by the hash of their bytes.
     """
 
     examples: int
@@ -65,13 +63,9 @@ class Tokenizers:
         texts: Callable[[], Iterator[str]],
         kept: epath.PathLike | None = None,
     ) -> None:
-        """Trains it on `texts()` if the config says so. Without a config there is none.
+        """Trains it on `texts()` if the config says so, or reads `kept`, the file of a run.
 
-        Args:
-          kept: the tokenizer.json of a run, which is read instead.
-
-        Raises:
-          UserError: as `build_tokenizer`.
+        Without a config there is none.
         """
         self.usual: Tokenizer | None = None
         self._long: Tokenizer | None = None
@@ -108,16 +102,8 @@ def scan(
     """Looks at `count` examples of one source, which go through all operations of the config.
 
     All of them in the order of the source if there are no more, else the first of the order that
-    training reads them in.
-
-    Args:
-      data: the data config of one source.
-      seed: of the order and of the operations.
-      begin: told how many will be looked at.
-      advance: told how many more have been.
-
-    Raises:
-      UserError: a mistake in the config.
+    training reads them in. `begin` is told how many will be looked at, `advance` how many more have
+    been.
     """
     data = {key: value for key, value in data.items() if key != "batch_ops"}  # they mix examples
     source = build_source(data)

@@ -81,12 +81,7 @@ class Framing:
 
 @dataclass(frozen=True)
 class Marked:
-    """A string field that is tokenized together with its chunk.
-
-    Attributes:
-      text: the string, [].
-      framing: of its row of ids.
-    """
+    """A string field [] that is tokenized together with its chunk, into rows of `framing`."""
 
     text: tf.Tensor
     framing: Framing

@@ -19,10 +19,7 @@ _log = logging.getLogger("vlp_jax.data")
 def choose_outputs(
     specs: Mapping[str, FieldSpec], extra_fields: Sequence[str], tokenized: Collection[str] = ()
 ) -> list[str]:
-    """Chooses the fields of batches: numbers of a fixed shape, `text`, and the extra fields.
-
-    Args:
-      tokenized: the fields that `tokenize` marks.
+    """Chooses the fields of batches: numbers of a fixed shape, `text`, extra and tokenized fields.
 
     Raises:
       UserError: for an extra field that does not exist, or an image that cannot be stacked.
@@ -71,11 +68,7 @@ def trace(
 def texts_to_tokenize(
     source: Source, specs: Mapping[str, FieldSpec], marked: Collection[str]
 ) -> list[str]:
-    """The fields that a tokenizer gets: those that `tokenize` marks, and else a string `text`.
-
-    Raises:
-      UserError: there is none.
-    """
+    """The fields that a tokenizer gets: those that `tokenize` marks, and else a string `text`."""
     names = [*marked]
     if "text" not in names and specs.get("text") == STRING:
         names.append("text")
@@ -86,11 +79,7 @@ def texts_to_tokenize(
 
 
 def check_no_text(source: Source, specs: Mapping[str, FieldSpec]) -> None:
-    """Warns, or refuses, if there is no text to tokenize for a reason that can be a mistake.
-
-    Raises:
-      UserError: there are several.
-    """
+    """Warns, or refuses, if there is no text to tokenize for a reason that can be a mistake."""
     if "text" in specs and specs["text"].is_string:
         raise UserError(
             "after data.preprocess, 'text' is a list of strings and not one: let "
@@ -102,11 +91,7 @@ def check_no_text(source: Source, specs: Mapping[str, FieldSpec]) -> None:
 
 
 def spec_of(value: tf.Tensor) -> FieldSpec:
-    """Reads shape and dtype of a traced field.
-
-    Raises:
-      UserError: not even the number of its dimensions is known.
-    """
+    """Reads shape and dtype of a traced field."""
     if value.shape.rank is None:
         raise UserError(f"after data.preprocess, a field has no known rank: {value.name}")
     return FieldSpec(tuple(value.shape), np.dtype(value.dtype.as_numpy_dtype))

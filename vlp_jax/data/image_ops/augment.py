@@ -19,8 +19,7 @@ def random_op(
 ) -> Op:
     """The operation that applies `change` (image, seed) with a probability.
 
-    Args:
-      moves: whether it moves pixels; then images with boxes are refused.
+    If it `moves` pixels, images with boxes are refused.
     """
     check_number(images.op, probability, "probability", 0, 1)
 

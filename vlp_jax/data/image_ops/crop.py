@@ -25,8 +25,6 @@ class Crop:
     """An operation that turns a part of a decoded image into uint8 [size, size, 3].
 
     Attributes:
-      images: the fields of the image and of the result.
-      boxes: says which boxes stay.
       place: (upright height and width, seed, min_side) -> the part, as `decode.part_decoder` says.
         `how` is float32 [4, 2], for y and x: scale and translation, as `Resampler.warp` takes
         them, and begin and extent of the result in the upright image, fractions of its sides.
@@ -241,11 +239,8 @@ def fuse(
 
     The first of a pair becomes an operation that leaves the example as it is, and the second does
     the work of both, so that every operation keeps its place, its name and its seed. Between the
-    two may stand only decodings and crops of other fields.
-
-    Args:
-      pairs: (name, arguments) of each operation.
-      ops: (name, operation), built of them.
+    two may stand only decodings and crops of other fields. `pairs` are (name, arguments), `ops`
+    made of them.
     """
     # The list keeps its length, because the seed of an operation depends on its place.
     fused = list(ops)

@@ -109,17 +109,10 @@ def jpeg_orientation(head: bytes) -> int:
 
 
 def read(data: bytes, max_pixels: int) -> np.ndarray:
-    """Decodes a file by Pillow.
+    """Decodes a file by Pillow to upright pixels, uint8 [height, width, 3].
 
-    Args:
-      data: all of the file.
-      max_pixels: of a larger image nothing is decoded.
-
-    Returns:
-      Upright pixels, uint8 [height, width, 3].
-
-    Raises:
-      BadExample: the file is no image, damaged, or too large.
+    Raises BadExample if it is no image, damaged, or has more than `max_pixels` (nothing is
+    decoded).
     """
     found = format_of(data)
     if found not in DECODABLE:

@@ -130,14 +130,8 @@ def _chunk(spec: Spec, split: str, number: int) -> list[Record]:
 def stream_records(spec: Spec, split: str, num_workers: int | None = None) -> Iterator[Record]:
     """All records of a split, in order of their index, whatever the number of processes.
 
-    Args:
-      spec: a value of `SPECS`.
-      split: a name of `vocabulary.SPLITS`.
-      num_workers: rendering processes; 0 renders in this one. None takes one per CPU, at most 8,
-        and 0 for a split that is rendered sooner than the processes start.
-
-    Raises:
-      RuntimeError: a rendering process ended early; its own error is on stderr.
+    With `num_workers` 0 they are rendered in this process. None takes a process for each CPU, at
+    most 8, and none for a split that is rendered sooner than they start.
     """
     num_chunks = -(-spec.sizes[split] // CHUNK)
     if num_workers is None:

@@ -72,16 +72,9 @@ DENTS: dict[str, tuple[int, ...]] = {shape: _dents(p) for shape, p in _OUTLINES.
 
 
 def outline(shape: str, x: float, y: float, radius: float, rotation: float) -> np.ndarray:
-    """The polygon of a shape.
+    """The polygon of a shape: x and y in pixels, float64 [points, 2].
 
-    Args:
-      shape: a name of `vocabulary.SHAPES`.
-      x, y: center in pixels.
-      radius: nominal half size in pixels.
-      rotation: clockwise on screen, in radians.
-
-    Returns:
-      float64 (points, 2): x and y in pixels.
+    `radius` is the nominal half size in pixels, `rotation` clockwise on screen, in radians.
     """
     cos, sin = math.cos(rotation) * radius, math.sin(rotation) * radius
     turn = np.array([[cos, sin], [-sin, cos]])

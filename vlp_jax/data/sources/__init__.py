@@ -75,12 +75,7 @@ def build_source(config: Mapping[str, Any]) -> Source:
 
 
 def select(source: Source, where: Mapping[str, Any] | None, limit: int | None) -> Source:
-    """Selects the examples of `source` whose fields have the values in `where`, the first `limit`.
-
-    Raises:
-      UserError: for a field that does not exist or is not a scalar, an unknown class name, a limit
-        below 1, or if no example is left.
-    """
+    """Selects the examples whose fields have the values in `where`, the first `limit`."""
     whole = isinstance(limit, int) and not isinstance(limit, bool)
     if limit is not None and (not whole or limit < 1):
         raise UserError(f"data.limit={limit!r} must be a whole number of at least 1")
@@ -170,12 +165,8 @@ USUAL = {
 def usual_names(source: Source, others: bool) -> dict[str, str]:
     """Maps our names to the source's, for the usual fields that the source has.
 
-    Args:
-      others: whether to take the other fields too, under their own names. Where fields were seen in
-        some records alone, not every record need have them, and what is taken must be there.
-
-    Raises:
-      UserError: there is none; it says which fields there are.
+    With `others`, the other fields are taken too, under their own names. Where fields were seen in
+    some records alone, not every record need have them, and what is taken must be there.
     """
     known = list(source.fields())
     chosen = {}
@@ -193,14 +184,7 @@ def usual_names(source: Source, others: bool) -> dict[str, str]:
 
 
 def rename(source: Source, names: Mapping[str, str] | None) -> Source:
-    """`source` with the fields that a config's `fields` names, and no others.
-
-    Args:
-      names: name in an example -> name in the source; None leaves the source as it is.
-
-    Raises:
-      UserError: for a field that the source does not have; it says which exist.
-    """
+    """`source` with the fields that `names` maps to its own alone; None leaves it as it is."""
     if names is None:
         return source
     names = as_plain(names)

@@ -45,8 +45,7 @@ class Blocks:
     Attributes:
       sizes: examples of each, int64 [blocks], in the order of the examples.
       window: how many may be open at a time in each of the lanes that read side by side.
-      memory: bytes of the largest, if open blocks are held in memory; else 0.
-      room: bytes that there are for all open blocks.
+      memory, room: bytes of the largest, if open blocks are held in memory, and bytes for all.
     """
 
     sizes: np.ndarray
@@ -77,13 +76,10 @@ class Source(Protocol):
         ...
 
     def look_for(self, name: str) -> str:
-        """Looks for a field that a config names and `fields` may lack.
+        """Looks for a field that `fields` may lack; returns why it is not there, or "".
 
         A source that knows its fields from its first records looks into more of them, and adds the
         field to `fields` if it is there.
-
-        Returns:
-          Why there is no such field, "" if the source knows no reason.
         """
         return ""
 
@@ -92,14 +88,11 @@ class Source(Protocol):
         ...
 
     def fetch(self, indices: np.ndarray, names: Names = None) -> dict[str, np.ndarray]:
-        """The records of the examples at `indices`, int64 [n]; every array is [n, ...].
+        """The `record_fields` of the examples at `indices`, int64 [n]; every array is [n, ...].
 
-        Args:
-          names: fields of the example that `parse` will be asked for; None for all. Of what only
-            others need, a record may hold anything.
-
-        Returns:
-          `record_fields`. If `faults.FAULT` is one of them, it says why a record cannot be used.
+        `names` are the fields that `parse` will be asked for; None for all. Of what only other
+        fields need, a record may hold anything. `faults.FAULT` in a record says why it cannot be
+        used.
         """
         ...
 

@@ -27,11 +27,9 @@ class Entry:
     """One image that a file lists.
 
     Attributes:
-      path: as hashed and shown, relative to the folder.
-      file: as opened.
+      path, file: relative to the folder, as hashed and shown, and as opened.
       captions: none of them empty.
       label: as `labels.label_text` gives it; None if there is none.
-      columns: further column -> value.
       faults: field -> why it cannot be had, as `faults.marked` says it.
     """
 
@@ -50,7 +48,6 @@ class CaptionFile:
     Attributes:
       entries: the images in the order of the file, rows of one image merged.
       labels: each label that occurs, with the place of its first for messages.
-      image_column, caption_column: the columns that were read.
     """
 
     entries: list[Entry]
@@ -60,11 +57,7 @@ class CaptionFile:
 
 
 def find_caption_file(root: Path, name: str | None) -> Path:
-    """The caption file of a folder: the one named, or the only one of a known format.
-
-    Raises:
-      UserError: if there is none, more than one, or one of an unknown format.
-    """
+    """The caption file of a folder: the one named, or the only one of a known format."""
     if name is not None:
         file = root / name
         if not file.is_file():

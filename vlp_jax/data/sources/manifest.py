@@ -52,11 +52,7 @@ def find_pieces(
 
 
 def read_manifest(path: str) -> Manifest:
-    """Reads a manifest.
-
-    Raises:
-      UserError: it is not there, or none.
-    """
+    """Reads a manifest; raises UserError if it is not there, or none."""
 
     try:
         content = json.loads(files.read(path))

@@ -26,15 +26,10 @@ class RowSource(Source):
     column_chunk: ClassVar[int] = 1024  # examples that `column` reads at a time
 
     def rows(self, indices: np.ndarray, names: Sequence[str]) -> tuple[Rows, np.ndarray]:
-        """Reads the values of some fields.
+        """Reads the values of fields that `can_read`, for the examples at `indices`, int64 [n].
 
-        Args:
-          indices: the examples, int64 [n].
-          names: names that `can_read`.
-
-        Returns:
-          For each name a list of n values, None where there is none; and the faults, byte strings
-          [n], empty where an example can be used.
+        Returns for each name a list of n values, None where there is none; and the faults, byte
+        strings [n], empty where an example can be used.
         """
         ...
 

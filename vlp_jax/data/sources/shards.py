@@ -97,11 +97,6 @@ class Shards:
           kind: names the sort of index.
           make_index: the index of a local file; every column is [records], and one is "fault".
           cache_dir: where indexes and copies of remote files are kept; None is the default folder.
-          cache_gib: room for the copies.
-
-        Raises:
-          UserError: for a file that cannot be read or is compressed otherwise than by gzip, or if
-            nothing of any file can be read.
         """
         folder = Path(cache_dir).expanduser() if cache_dir else default_cache_dir()
         self.copies = LocalCopies(folder / "copies", int(cache_gib * GIB))
@@ -145,11 +140,7 @@ class Shards:
             return self._with_losses(list(bar))
 
     def _with_losses(self, counted: Sequence[tuple[Piece, str]]) -> list[Piece]:
-        """Drops empty pieces, and gives cut pieces the count that they are taken to have had.
-
-        Raises:
-          UserError: nothing of any file can be read.
-        """
+        """Drops empty pieces, and gives cut pieces the count that they are taken to have had."""
         if counted and all(piece.path in self._lost for piece, _ in counted):
             path, why = counted[0][0].path, self._lost[counted[0][0].path]
             raise UserError(f"data.path: none of {len(counted)} files can be read: {path} is {why}")
@@ -299,11 +290,7 @@ class Shards:
         return index
 
     def _note_lost(self, path: str) -> None:
-        """Records that nothing of a file can be read, and its actual kind.
-
-        Raises:
-          UserError: it is compressed so that it cannot be read.
-        """
+        """Records that nothing of a file can be read, and its kind; raises if it is compressed."""
         # The file itself, not what came of it when it was uncompressed.
         kind = kind_of(files.read(path, HEAD_BYTES)) or f"no {self._kind} file, or a damaged one"
         command = remedy(kind, path)

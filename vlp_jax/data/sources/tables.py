@@ -45,11 +45,7 @@ def rows(file: Path) -> Iterator[Row]:
 def choose_column(
     row: Mapping[str, Any], name: str | None, usual: tuple[str, ...], key: str, file: Path
 ) -> str:
-    """Chooses the column to read: `name` if given, else the first existing of the `usual` ones.
-
-    Raises:
-      UserError: there is none; `key` names the setting that chooses one.
-    """
+    """Chooses the column to read: `name` if given, else the first existing of the `usual` ones."""
     columns = [column for column in row if column]
     if name is not None:
         if name not in columns:

@@ -167,17 +167,10 @@ FORMATS = (ARRAY_RECORD, "tfrecord")  # the formats that are read here, the best
 
 
 def find_builder(dataset: str, data_dir: str | None) -> Any:
-    """The tensorflow_datasets builder of a prepared dataset.
+    """The tensorflow_datasets builder of a prepared dataset, as `TfdsSource` describes it.
 
     Only files are consulted (never a bucket or a community index), so that a wrong name fails at
     once on a machine without a network.
-
-    Args:
-      dataset: "name", "name/config" or "name/config:version".
-      data_dir: where prepared datasets lie; None is the default of tensorflow_datasets.
-
-    Raises:
-      UserError: if it is not there, or not in ArrayRecord or TFRecord files.
     """
     import tensorflow_datasets as tfds
 
@@ -223,11 +216,7 @@ def _value(each: Any) -> str:
 
 
 def split_info(builder: Any, dataset: str, split: str) -> Any:
-    """The tensorflow_datasets split info of `split`, a name or a slice.
-
-    Raises:
-      UserError: for a split that the dataset lacks, a malformed slice, or an empty one.
-    """
+    """The tensorflow_datasets split info of `split`, a name or a slice that is not empty."""
     splits = builder.info.splits
     listing = ", ".join(f"{name} ({info.num_examples})" for name, info in splits.items())
     try:

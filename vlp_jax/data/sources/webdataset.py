@@ -203,11 +203,7 @@ class WebDatasetSource(ShardedSource, RowSource):
         return b""
 
     def _content(self, piece: int, files: Mapping[str, tuple[int, int]], name: str) -> bytes:
-        """The bytes of a sample's file `name`, an extension, `image` or `text`.
-
-        Raises:
-          faults.BadExample: it has none, or several images.
-        """
+        """The bytes of a sample's file `name`, an extension, `image` or `text`."""
         present = [extension for extension in _extensions_of(name) if extension in files]
         if not present:
             raise faults.BadExample(faults.MISSING_FIELD, f"it has no {name!r}")
@@ -234,11 +230,7 @@ class WebDatasetSource(ShardedSource, RowSource):
 
 
 def _parsed_json(raw: bytes) -> Mapping[str, Any]:
-    """Parses JSON in UTF-8, UTF-16 or UTF-32 (RFC 4627, section 3), with or without a mark.
-
-    Raises:
-      faults.BadExample: it is none, or no object.
-    """
+    """Parses an object of JSON in UTF-8, UTF-16 or UTF-32 (RFC 4627, section 3)."""
     try:
         document = json.loads(raw)
     except UnicodeDecodeError:

@@ -45,15 +45,12 @@ def build_tokenizer(
         bound, but a subword tokenizer that is trained needs one); `file`: for "subword" a
         tokenizer.json, or None to train one on `texts`; for "clip" its merges, or None for those
         in an installed open_clip; for "sentencepiece" a .model; or what a run has kept of one of
-        the same name. `pad`: None, or "eos" to pad with eos, as the published SigLIP models do,
-        whatever else the file has for it.
+        the same name. `pad`: None, or "eos" to pad with eos, as the published SigLIP models do.
       texts: gives the captions to train on; called only if training is needed.
       path: where a tokenizer that is made without a file is kept: loaded from there if it exists,
         else made and saved there. None does not keep it.
 
-    Raises:
-      UserError: for unknown keys and names, a file that cannot be used, or a vocabulary above the
-        bound.
+    Raises UserError for unknown keys, a file that cannot be used, or a vocabulary above the bound.
     """
     config = as_plain(config)
     for key in config:

@@ -72,24 +72,15 @@ class Tokenizer:
         files.write_note(path, self.kind, **self.note())
 
     def library_model(self) -> tokenizers.Tokenizer:
-        """A fresh model of the library for raw text, with the special tokens marked as such.
-
-        Raises:
-          UserError: the library cannot express it.
-        """
+        """A fresh model of the library for raw text, with the special tokens marked as such."""
         raise NotImplementedError
 
     def to_json(self, lowercase: bool, canonicalize: bool = False) -> str:
         """A tokenizer.json of the Hugging Face `tokenizers` library with which it frames as here.
 
-        Padding, truncation and `encode_special_tokens` are the caller's there.
-
-        Args:
-          lowercase: texts come as they are, and are to be lower-cased first.
-          canonicalize: they are to go through the operation `canonicalize_text` first.
-
-        Raises:
-          UserError: that library cannot express it.
+        Padding, truncation and `encode_special_tokens` are the caller's there. Texts come as they
+        are, and are lower-cased, or go through `canonicalize_text`, first if so asked. Raises
+        UserError if that library cannot express the tokenizer.
         """
         return framing_json(self.library_model(), self, lowercase, canonicalize)
 
@@ -99,11 +90,7 @@ NORMALIZED = ("lowercase", "canonicalize_text")
 
 
 def check_context_length(context_length: Any) -> int:
-    """Returns `context_length` if it is a valid one.
-
-    Raises:
-      UserError: it is no number, or a row of it would not hold bos, a token and eos.
-    """
+    """Returns `context_length`; raises UserError unless a row of it holds bos, a token and eos."""
     if not isinstance(context_length, int) or context_length < 3:
         raise UserError(
             f"tokenizer.context_length={context_length!r} must be a number of at least 3: "
@@ -175,11 +162,7 @@ def import_tokenizers() -> Any:
 def framing_json(
     model: tokenizers.Tokenizer, tokenizer: Tokenizer, lowercase: bool, canonicalize: bool
 ) -> str:
-    """The tokenizer.json of a model, with bos and eos around a text as `tokenizer` puts them.
-
-    Args:
-      lowercase, canonicalize: see `Tokenizer.to_json`.
-    """
+    """The tokenizer.json of a model, with bos and eos around a text; see `Tokenizer.to_json`."""
     library = import_tokenizers()
     ids = [i for i in (tokenizer.bos_id, tokenizer.eos_id) if i is not None]
     names = [model.id_to_token(i) for i in ids]

@@ -38,11 +38,7 @@ def read_note(content: bytes, kind: str) -> dict[str, Any] | None:
 
 
 def read(path: str | os.PathLike[str], kind: str) -> bytes:
-    """The content of a file for a tokenizer of `kind`, unpacked if it is gzipped.
-
-    Raises:
-      UserError: there is no such file, or it is one of another kind.
-    """
+    """The content of a file of the kind `kind` (or an error), unpacked if it is gzipped."""
     path = epath.Path(path)
     if not path.is_file():
         raise UserError(f"tokenizer file {path} does not exist")

@@ -15,11 +15,7 @@ from vlp_jax.errors import UserError
 class FramedTokenizer:
     """Token ids as `transformers` makes them with `padding="max_length", truncation=True`.
 
-    The file's own normalization and special tokens are used, unlike in `SubwordTokenizer`, which
-    frames texts itself.
-
-    Attributes:
-      cuts_left: a text that is too long loses its beginning, not its end.
+    The file's own normalization and special tokens are used, unlike in `SubwordTokenizer`.
     """
 
     def __init__(
@@ -37,18 +33,12 @@ class FramedTokenizer:
         """Reads the tokenizer.
 
         Args:
-          tokenizer_json: the content of the file.
-          context_length: of a row of ids.
           pad_token: what rows are filled up with, as it is spelled or its id.
           texts_may_hold_special_tokens: a text that spells "</s>" gets that token, as in
             `transformers` unless it is told otherwise.
-          pads_left: the padding comes before the text.
-          cuts_left: see the attribute.
+          pads_left, cuts_left: padding comes before the text; a long text loses its beginning.
           zeroed: an id that becomes 0, as open_clip's `strip_sep_token` wants it.
           clean: what is done to a text first.
-
-        Raises:
-          UserError: the file cannot be read, or has no such token.
         """
         library = base.import_tokenizers()
         if isinstance(tokenizer_json, bytes):
@@ -106,9 +96,8 @@ class SiglipTokenizer:
     """Token ids as `SiglipTokenizer` makes them with `padding="max_length", truncation=True`.
 
     Text is lower-cased and loses the punctuation of ASCII, but for special tokens that it spells.
-
-    Attributes:
-      cuts_left: a text that is too long loses its beginning, not its end.
+    Source: transformers 5.24, models/siglip/tokenization_siglip.py and tokenization_python.py,
+    which read spiece.model even where a tokenizer.json lies beside it.
     """
 
     def __init__(
@@ -125,19 +114,13 @@ class SiglipTokenizer:
         cuts_left: bool = False,
         clean: Callable[[str], str] = str,
     ) -> None:
-        """Builds the tokenizer.
+        """Builds the tokenizer of `model`, the content of spiece.model.
 
         Args:
-          model: the content of spiece.model.
-          context_length: of a row of ids.
           special: "eos", "pad" and "unk" -> the token's spelling.
           added: spelling of every token that a text may spell -> whether white space to its left
             and to its right belongs to it.
           lowercase, dummy_prefix: `do_lower_case` and `legacy` of the tokenizer's config.
-          texts_may_hold_special_tokens, pads_left, cuts_left, clean: see `FramedTokenizer`.
-
-        Raises:
-          UserError: the file cannot be read, or lacks a special token.
         """
         import sentencepiece
 

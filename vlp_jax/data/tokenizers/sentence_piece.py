@@ -23,11 +23,8 @@ class SentencePieceTokenizer(base.Tokenizer):
     """A SentencePiece model, framed by its own bos and eos; see `Tokenizer`.
 
     The special ids are the model's own. Without a bos (-1 there), as in T5's and SigLIP's, rows
-    begin with the text; without a pad, as in Llama's, eos pads. Text that spells a special token
-    ("</s>") is encoded as text.
-
-    Raises:
-      UserError: it is no SentencePiece model, or one without eos.
+    begin with the text; without a pad, as in Llama's, eos pads; without an eos it is an error. Text
+    that spells a special token ("</s>") is encoded as text.
     """
 
     kind = "sentencepiece"
@@ -54,11 +51,7 @@ class SentencePieceTokenizer(base.Tokenizer):
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], context_length: int) -> SentencePieceTokenizer:
-        """Reads a .model file, or what `save` wrote.
-
-        Raises:
-          UserError: the file does not exist or is none.
-        """
+        """Reads a .model file, or what `save` wrote."""
         content = files.read(path, "sentencepiece")
         note = files.read_note(content, "sentencepiece")
         if note is not None:
@@ -92,14 +85,9 @@ def train_sentencepiece(
 ) -> SentencePieceTokenizer:
     """Trains a SentencePiece model with T5's special ids: pad 0, eos 1, unk 2 and no bos.
 
-    Args:
-      texts: what to train on; the same texts in any order give the same model.
-      vocab_size: an upper bound; few texts give fewer tokens.
-      context_length: the length of the rows of ids.
-      model_type: "unigram" (Kudo 2018) or "bpe" (Sennrich et al. 2016).
-
-    Raises:
-      UserError: another type, a vocabulary that does not hold the characters of the texts, no text.
+    The same texts in any order give the same model. `vocab_size` is an upper bound; `model_type` is
+    "unigram" (Kudo 2018) or "bpe" (Sennrich et al. 2016). Raises UserError if there is no text, or
+    if the vocabulary does not hold its characters.
     """
     import sentencepiece
 

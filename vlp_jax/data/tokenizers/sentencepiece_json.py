@@ -35,18 +35,10 @@ class Piece:
 
 @dataclass(frozen=True)
 class ModelFile:
-    """The fields of a ModelProto that decide how text becomes ids.
+    """The fields of a ModelProto that decide how text becomes ids, after sentencepiece_model.proto.
 
-    Attributes:
-      pieces: in the order of their ids.
-      model_type: such as `UNIGRAM`.
-      byte_fallback: what is unknown becomes bytes.
-      whitespace_as_suffix: a space belongs to the word before it.
-      normalizer: name of the rules, such as "nmt_nfkc".
-      charsmap: the rules, compiled; empty if text stays as it is.
-      add_dummy_prefix: texts begin with a space.
-      remove_extra_whitespaces: spaces are trimmed, and two become one.
-      escape_whitespaces: spaces become U+2581.
+    `normalizer` names the rules, such as "nmt_nfkc"; `charsmap` holds them, compiled, and is empty
+    if text stays as it is.
     """
 
     pieces: tuple[Piece, ...]
@@ -61,11 +53,7 @@ class ModelFile:
 
     @classmethod
     def parse(cls, content: bytes) -> ModelFile:
-        """Reads a serialized ModelProto.
-
-        Raises:
-          ValueError: the content is cut off or is none.
-        """
+        """Reads a serialized ModelProto; raises ValueError if it is cut off or none."""
         fields = list(_fields(content))
         pieces = [_piece(value) for number, value in fields if number == 1]
         trainer, normalizer = _merged(fields, 2), _merged(fields, 3)

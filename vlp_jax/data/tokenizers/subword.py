@@ -29,10 +29,8 @@ class SubwordTokenizer(base.Tokenizer):
 
     The file's own post-processing, truncation and padding are not used. Text that spells a special
     token ("<eos>") is encoded as text. Without a token for padding, as in CLIP's file, eos pads;
-    without one for bos, as in SigLIP's, rows begin with the text.
-
-    Raises:
-      UserError: if the file lacks a special token for eos.
+    without one for bos, as in SigLIP's, rows begin with the text; without one for eos it is an
+    error.
     """
 
     kind = "subword"
@@ -54,11 +52,7 @@ class SubwordTokenizer(base.Tokenizer):
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], context_length: int) -> SubwordTokenizer:
-        """Reads a tokenizer.json.
-
-        Raises:
-          UserError: if the file does not exist, is not one, or lacks special tokens.
-        """
+        """Reads a tokenizer.json."""
         library = base.import_tokenizers()
         content = files.read(path, "subword")
         try:
@@ -82,13 +76,8 @@ def train_subword(
 ) -> SubwordTokenizer:
     """Trains a byte-level BPE (Sennrich et al. 2016; Radford et al. 2019), which any text survives.
 
-    Args:
-      texts: what to train on; the same texts in any order give the same tokenizer.
-      vocab_size: an upper bound; few texts give fewer tokens.
-      context_length: the length of the rows of ids.
-
-    Raises:
-      UserError: for a vocabulary that does not hold the 256 bytes and 3 special tokens, or no text.
+    The same texts in any order give the same tokenizer. `vocab_size` is an upper bound: few texts
+    give fewer tokens. It must hold the 256 bytes and 3 special tokens.
     """
     if vocab_size < _MIN_VOCAB:
         raise UserError(
@@ -133,11 +122,7 @@ class ByteTokenizer(base.Tokenizer):
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], context_length: int) -> ByteTokenizer:
-        """Looks at the file that `save` wrote, which holds nothing but the kind.
-
-        Raises:
-          UserError: it is the file of another tokenizer.
-        """
+        """Looks at the file that `save` wrote, which holds nothing but the kind."""
         files.read(path, cls.kind)
         return cls(context_length)
 
