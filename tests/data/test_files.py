@@ -257,7 +257,7 @@ def test_a_copy_that_vanishes_is_made_again(tmp_path, memory):
     assert copies.read(f"{memory}/x", 2, 3) == b"234"
     from vlp_jax.data.local_copies import open_files
 
-    open_files().drop(copies.get(f"{memory}/x"))
+    open_files().drop()
     os.remove(copies.get(f"{memory}/x"))
     assert copies.read(f"{memory}/x", 8, 5) == b"89"
 

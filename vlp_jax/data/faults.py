@@ -121,10 +121,9 @@ class Fault:
 
 def check_fraction(max_fraction: float) -> None:
     """Raises UserError if `data.max_bad_fraction` is no share from 0 to 1."""
-    if isinstance(max_fraction, bool) or not isinstance(max_fraction, int | float):
+    number = isinstance(max_fraction, int | float) and not isinstance(max_fraction, bool)
+    if not number or not 0 <= max_fraction <= 1:
         raise UserError(f"data.max_bad_fraction={max_fraction!r} must be a number from 0 to 1")
-    if not 0 <= max_fraction <= 1:
-        raise UserError(f"data.max_bad_fraction={max_fraction} must be from 0 to 1")
 
 
 class FaultLog:

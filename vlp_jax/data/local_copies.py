@@ -13,9 +13,8 @@ import os
 import threading
 import uuid
 import zlib
-from collections import OrderedDict
 from collections.abc import Iterator
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -31,70 +30,36 @@ _COPYING: dict[str, threading.Lock] = {}
 _log = logging.getLogger("vlp_jax.data")
 
 
-class _Descriptor:
-    """An open file, the number of threads that read it, and whether the last one closes it."""
+class _File:
+    """An open file. It is closed when no thread reads it and no cache keeps it."""
 
     def __init__(self, path: str) -> None:
         self.number = os.open(path, os.O_RDONLY)
-        self.users, self.dropped = 0, False
 
-    def close_if_unused(self) -> None:
-        if self.dropped and not self.users:
+    def __del__(self) -> None:
+        with contextlib.suppress(AttributeError):  # where it could not be opened
             os.close(self.number)
 
 
 class OpenFiles:
-    """Reads pieces of local files at any place, from many threads, and keeps some files open.
-
-    Args:
-      most: how many files are kept open.
-    """
+    """Reads pieces of local files from many threads, and keeps at most `most` files open."""
 
     def __init__(self, most: int) -> None:
-        self._most = most
-        self._lock = threading.Lock()
-        self._descriptors: OrderedDict[str, _Descriptor] = OrderedDict()
+        self._open = lru_cache(most)(_File)
 
     def read(self, path: str, offset: int, length: int) -> bytes:
-        """Reads `length` bytes from `offset` on; fewer at the end of the file.
-
-        Raises:
-          OSError: it cannot be read.
-        """
-        descriptor = self._take(path)
+        """Reads `length` bytes from `offset` on; fewer at the end of the file."""
+        file = self._open(path)
         try:
             # pread takes the place along: threads share a descriptor without moving each other.
-            return os.pread(descriptor.number, length, offset)
+            return os.pread(file.number, length, offset)
         except OSError:
-            self.drop(path)  # what went stale is opened anew by the next attempt
+            self.drop()  # what went stale is opened anew by the next attempt
             raise
-        finally:
-            with self._lock:
-                descriptor.users -= 1
-                descriptor.close_if_unused()
 
-    def drop(self, path: str) -> None:
-        """Closes a file, for example because it was removed."""
-        with self._lock:
-            if path in self._descriptors:
-                self._close(path)
-
-    def _take(self, path: str) -> _Descriptor:
-        with self._lock:
-            if path not in self._descriptors:
-                self._descriptors[path] = _Descriptor(path)
-            self._descriptors.move_to_end(path)
-            descriptor = self._descriptors[path]
-            descriptor.users += 1
-            # A file that is closed here may still be read by a thread; its last user closes it.
-            while len(self._descriptors) > self._most:
-                self._close(next(iter(self._descriptors)))
-            return descriptor
-
-    def _close(self, path: str) -> None:
-        descriptor = self._descriptors.pop(path)
-        descriptor.dropped = True
-        descriptor.close_if_unused()
+    def drop(self) -> None:
+        """Closes all files, for example because one was removed."""
+        self._open.cache_clear()
 
 
 @cache
@@ -216,7 +181,7 @@ class LocalCopies:
                 break
             file.unlink(missing_ok=True)
             _mark_of_cut(file).unlink(missing_ok=True)
-            open_files().drop(str(file))
+            open_files().drop()
             total -= size
 
 

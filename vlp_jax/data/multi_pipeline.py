@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from vlp_jax.data.pipeline import Batch, BatchSpec, TrainPipeline
+from vlp_jax.data.pipeline import Batch, BatchSpec, TrainPipeline, own_seed, within
 from vlp_jax.data.tokenizers import Tokenizer
-from vlp_jax.errors import UserError
 
 
 class MultiPipeline:
@@ -31,9 +29,11 @@ class MultiPipeline:
         **share: int,
     ) -> None:
         self._first = TrainPipeline(config, tokenizer, seed=seed, **share)
-        self._extra = {
-            name: _open(name, data, tokenizer, seed, share) for name, data in extra.items()
-        }
+        self._extra = {}
+        for name, data in extra.items():
+            with within(f"config.extra_data.{name}: "):
+                own = own_seed(seed, name)
+                self._extra[name] = TrainPipeline(data, tokenizer, seed=own, **share)
 
     def __len__(self) -> int:
         """The number of examples of the first dataset, whose epochs are counted."""
@@ -63,18 +63,3 @@ class MultiPipeline:
             for name, batch in zip(self._extra, others, strict=True):
                 joined |= {f"{name}/{key}": value for key, value in batch.items()}
             yield joined
-
-
-def _open(
-    name: str,
-    config: Mapping[str, Any],
-    tokenizer: Tokenizer | None,
-    seed: int,
-    share: Mapping[str, int],
-) -> TrainPipeline:
-    """Opens the further dataset `name`, which the message of a mistake in its config names."""
-    own_seed = (seed + zlib.crc32(name.encode())) % 2**31
-    try:
-        return TrainPipeline(config, tokenizer, seed=own_seed, **share)
-    except UserError as error:
-        raise UserError(f"config.extra_data.{name}: {error}") from error

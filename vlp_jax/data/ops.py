@@ -149,37 +149,34 @@ def build_ops(preprocess: Mapping[str, Any] | Sequence[Any] | None) -> list[tupl
     Raises:
       UserError: for an unknown operation or argument, or a value that the operation refuses.
     """
-    labels, pairs = _in_order(preprocess)
-    ops = [(n, _build(k, n, v)) for k, (n, v) in zip(labels, pairs, strict=True)]
-    return crop.fuse(pairs, ops)
+    ops = []
+    for label, arguments in _in_order(preprocess):
+        name = name_and_number(label)[0]
+        check_arguments(OPS[name], arguments, f"data.preprocess.{label}")
+        ops.append((name, OPS[name](**arguments)))
+    return crop.fuse(in_order(preprocess), ops)
 
 
 def in_order(
     preprocess: Mapping[str, Any] | Sequence[Any] | None,
 ) -> list[tuple[str, dict[str, Any]]]:
     """(name, keyword arguments) of the operations of a config, in the order in which they run."""
-    return _in_order(preprocess)[1]
+    return [(name_and_number(label)[0], given) for label, given in _in_order(preprocess)]
 
 
 def _in_order(
     preprocess: Mapping[str, Any] | Sequence[Any] | None,
-) -> tuple[list[str], list[tuple[str, dict[str, Any]]]]:
-    """The labels of operations, and their names and arguments."""
+) -> list[tuple[str, dict[str, Any]]]:
+    """(label, keyword arguments); raises UserError for an unknown operation."""
     plain = as_plain(preprocess or {})
-    found = {label: as_plain(arguments) for label, arguments in labelled(plain).items()}
-    places = {}
+    found, places = labelled(plain), {}
     for label in found:
         name, number = name_and_number(label)
         if name not in OPS:
             raise UserError(unknown_key_message(name, OPS, "data.preprocess"))
         places[label] = (list(OPS).index(name), number)
-    labels = sorted(found, key=places.__getitem__) if isinstance(plain, Mapping) else list(found)
-    return labels, [(name_and_number(label)[0], found[label]) for label in labels]
-
-
-def _build(label: str, name: str, arguments: Mapping[str, Any]) -> Op:
-    check_arguments(OPS[name], arguments, f"data.preprocess.{label}")
-    return OPS[name](**arguments)
+    labels = sorted(places, key=places.__getitem__) if isinstance(plain, Mapping) else places
+    return [(label, as_plain(found[label])) for label in labels]
 
 
 class _Fields(dict):

@@ -21,7 +21,6 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Protocol
 
 import numpy as np
 
@@ -119,36 +118,12 @@ def _epochs_and_places(positions: np.ndarray, size: int) -> tuple[np.ndarray, np
     return np.divmod(positions, size)
 
 
-class ExampleOrder(Protocol):
-    """An endless order of examples.
-
-    Attributes:
-      size: number of examples.
-      lanes: position n belongs to lane n % lanes (up to a shift that is constant in an epoch), and
-        the examples of a lane lie near each other in the files.
-    """
-
-    size: int
-    lanes: int
-
-    def fingerprint(self) -> str:
-        """A string that changes if any position holds another example."""
-        ...
-
-    def indices(self, positions: np.ndarray) -> np.ndarray:
-        """The examples, int64 [n] in [0, size), at `positions`, int64 [n], of any epochs.
-
-        Every aligned run of `size` positions holds each example once.
-        """
-        ...
-
-
 @dataclass(frozen=True)
 class Order:
     """The order of an endless stream over `size` examples (at most 2^60) that are read by index.
 
-    Time and memory of `indices` do not depend on `size` or on the positions. With `shuffle` False
-    every epoch reads the examples 0, 1, ..., size - 1.
+    Position n belongs to lane n % `lanes`. Time and memory of `indices` do not depend on `size`.
+    With `shuffle` False every epoch reads the examples 0, 1, ..., size - 1.
     """
 
     size: int
@@ -161,9 +136,14 @@ class Order:
             raise ValueError(f"an order needs a size from 1 to 2^60, got {self.size}")
 
     def fingerprint(self) -> str:
+        """A string that changes if any position holds another example."""
         return f"examples:{self.size}:{self.seed}:{self.shuffle}"
 
     def indices(self, positions: np.ndarray) -> np.ndarray:
+        """The examples, int64 [n] in [0, size), at `positions`, int64 [n], of any epochs.
+
+        Every aligned run of `size` positions holds each example once.
+        """
         epochs, places = _epochs_and_places(positions, self.size)
         if not self.shuffle:
             return places
@@ -244,3 +224,6 @@ class BlockOrder:
         blocks = _permute(np.arange(count), count, np.repeat(key, count))
         sizes = self.block_sizes[blocks]
         return blocks, np.cumsum(sizes) - sizes
+
+
+ExampleOrder = Order | BlockOrder

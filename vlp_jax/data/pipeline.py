@@ -10,6 +10,7 @@ stands there a batch later; in evaluation its mask is False. So nothing shifts.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import math
 import zlib
@@ -131,16 +132,8 @@ class _Pipeline:
         self, first: int, batches: int | None, end: int | None = None
     ) -> Iterator[tuple[Batch, np.ndarray]]:
         """Yields this process's part of batches from `first` on, and which rows are sound."""
-        reader = BatchReader(
-            self._readers,
-            self._schedule,
-            self.faults,
-            replace=self._replace,
-            first=first,
-            batches=batches,
-            end=end,
-        )
-        return iter(reader)
+        what = {"replace": self._replace, "first": first, "batches": batches, "end": end}
+        return iter(BatchReader(self._readers, self._schedule, self.faults, **what))
 
 
 class TrainPipeline(_Pipeline):
@@ -183,18 +176,11 @@ class TrainPipeline(_Pipeline):
         parts, weights = split_mixture(config)
         readers = {}
         for name, part in parts.items():
-            # With one seed, parts of equal size would stay in step.
             mixed = config.get("source") == MIXTURE
-            own = (seed + zlib.crc32(name.encode())) % 2**31 if mixed else seed
-            with _Within(f"data.parts.{name}: " if mixed else ""):
-                readers[name] = SourceReader(
-                    part,
-                    tokenizer,
-                    seed=own,
-                    shuffle=True,
-                    batch_size=batch_size,
-                    extra_fields=extra_fields,
-                )
+            own = own_seed(seed, name) if mixed else seed
+            with within(f"data.parts.{name}: ") if mixed else contextlib.nullcontext():
+                how = {"seed": own, "shuffle": True, "batch_size": batch_size}
+                readers[name] = SourceReader(part, tokenizer, **how, extra_fields=extra_fields)
         # A lane of the batch takes from the lane of the same number of each source.
         lanes = math.lcm(*(reader.order.lanes for reader in readers.values()))
         mixture = Mixture.of_weights(weights, lanes)
@@ -276,14 +262,8 @@ class EvalPipeline(_Pipeline):
                 "a mixture cannot be evaluated: give the evaluator the data of one of its parts"
             )
         share = BatchShare(batch_size, process_index, process_count)
-        reader = SourceReader(
-            config,
-            tokenizer,
-            seed=0,
-            shuffle=False,
-            batch_size=batch_size,
-            extra_fields=extra_fields,
-        )
+        how = {"seed": 0, "shuffle": False, "batch_size": batch_size}
+        reader = SourceReader(config, tokenizer, **how, extra_fields=extra_fields)
         self._max_bad_fraction = config.get("max_bad_fraction", MAX_BAD_FRACTION)
         self._gather = gather
         schedule = Schedule(share, Mixture(((1, 1),), 1))
@@ -340,18 +320,18 @@ def split_mixture(config: Mapping[str, Any]) -> tuple[dict[str, dict[str, Any]],
     return chosen, list(weights.values())
 
 
-class _Within:
-    """Names the part of a mixture in the message of a mistake."""
+@contextlib.contextmanager
+def within(prefix: str) -> Iterator[None]:
+    """Names the part of a mixture, or the dataset, in the message of a mistake."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{prefix}{error}") from error
 
-    def __init__(self, prefix: str) -> None:
-        self._prefix = prefix
 
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: Any, error: Any, traceback: Any) -> None:
-        if self._prefix and isinstance(error, UserError):
-            raise UserError(f"{self._prefix}{error}") from error
+def own_seed(seed: int, name: str) -> int:
+    """The seed of one of several datasets; with one seed, equal sizes would stay in step."""
+    return (seed + zlib.crc32(name.encode())) % 2**31
 
 
 def _listed(arrays: Mapping[str, FieldSpec]) -> str:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import os
 import struct
-import threading
-from collections import OrderedDict
 from collections.abc import Sequence
-from typing import Any, Protocol
+from functools import lru_cache
+from typing import Any
 
 import google_crc32c
 import numpy as np
@@ -34,16 +33,6 @@ _POSTSCRIPT, _POSTSCRIPT_BYTES = bytes.fromhex("dec0ebfe84cec3c971"), 1 << 16
 _READERS = 256  # ArrayRecord files kept open
 
 
-class RecordFiles(Protocol):
-    """Files of records; `shards` says which file holds which record."""
-
-    shards: Shards
-
-    def read(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The records at `indices`, and their faults: byte strings [n], empty where all is well."""
-        ...
-
-
 class RecordSource(ShardedSource):
     """A source whose records are the serialized examples of `files`, one string each."""
 
@@ -62,10 +51,13 @@ class RecordSource(ShardedSource):
 
 
 class TFRecordFiles:
-    """TFRecord files, by an index of their records' places. Checksums are verified."""
+    """TFRecord files, by an index of their records' places. Checksums are verified.
+
+    `read` gives the records at `indices`, and their faults: byte strings [n], empty where all is
+    well.
+    """
 
     def __init__(self, pieces: Sequence[Piece], **cache: Any) -> None:
-        """See `Shards`."""
         self.shards = Shards(pieces, "tfrecord", index_tfrecord, **cache)
 
     def read(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -93,10 +85,9 @@ class ArrayRecordFiles:
     """ArrayRecord files, by the format's own index."""
 
     def __init__(self, pieces: Sequence[Piece], **cache: Any) -> None:
-        """See `Shards`."""
         self.shards = Shards(pieces, "array_record", index_array_record, **cache)
-        self._readers: OrderedDict[str, Any] = OrderedDict()
-        self._lock = threading.Lock()
+        # Each open file costs a descriptor and a buffer. It is closed when its last reader lets go.
+        self._reader = lru_cache(_READERS)(_open_array_record)
 
     def read(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         records, found = empty_strings(len(indices)), empty_strings(len(indices))
@@ -124,17 +115,6 @@ class ArrayRecordFiles:
             detail = (str(error).splitlines() or ["it cannot be read"])[0]
             unreadable = faults.marked(faults.UNREADABLE, detail)
             found[place] = self.shards.fault(piece, row) or unreadable
-
-    def _reader(self, file: str) -> Any:
-        with self._lock:
-            if file in self._readers:
-                self._readers.move_to_end(file)
-            else:
-                self._readers[file] = _open_array_record(file)
-            # Each open file costs a descriptor and a buffer.
-            if len(self._readers) > _READERS:
-                self._readers.popitem(last=False)  # closed when its last reader lets it go
-            return self._readers[file]
 
 
 # What the library raises for records that cannot be decoded.
@@ -205,6 +185,9 @@ def index_tfrecord(path: str) -> Index:
         "length": np.array(lengths, np.int64),
         "fault": np.array(faulty, np.uint8),
     }
+
+
+RecordFiles = TFRecordFiles | ArrayRecordFiles
 
 
 def masked_crc(data: bytes) -> int:

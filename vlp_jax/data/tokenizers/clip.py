@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from etils import epath
 
-from vlp_jax.data.tokenizers import base, files
+from vlp_jax.data.tokenizers import base
 from vlp_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -61,8 +61,8 @@ class ClipTokenizer(base.Tokenizer):
         cls, path: str | os.PathLike[str], context_length: int, cleaning: str = "lower"
     ) -> ClipTokenizer:
         """Reads bpe_simple_vocab_16e6.txt, also gzipped, a merges.txt, or what `save` wrote."""
-        content = files.read(path, "clip")
-        note = files.read_note(content, "clip")
+        content = base.read_file(path, "clip")
+        note = base.read_note(content, "clip")
         merges = _merges_of(content, str(path)) if note is None else note["merges"]
         return cls(merges, context_length, str(path), cleaning)
 

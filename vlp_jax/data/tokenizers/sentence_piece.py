@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from vlp_jax.data.tokenizers import base, files
+from vlp_jax.data.tokenizers import base
 from vlp_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -52,8 +52,8 @@ class SentencePieceTokenizer(base.Tokenizer):
     @classmethod
     def load(cls, path: str | os.PathLike[str], context_length: int) -> SentencePieceTokenizer:
         """Reads a .model file, or what `save` wrote."""
-        content = files.read(path, "sentencepiece")
-        note = files.read_note(content, "sentencepiece")
+        content = base.read_file(path, "sentencepiece")
+        note = base.read_note(content, "sentencepiece")
         if note is not None:
             content = base64.b64decode(note["model"])
         return cls(content, context_length, str(path))

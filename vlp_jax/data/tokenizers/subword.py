@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from vlp_jax.data.tokenizers import base, files
+from vlp_jax.data.tokenizers import base
 from vlp_jax.errors import UserError
 from vlp_jax.files import write_whole
 
@@ -54,7 +54,7 @@ class SubwordTokenizer(base.Tokenizer):
     def load(cls, path: str | os.PathLike[str], context_length: int) -> SubwordTokenizer:
         """Reads a tokenizer.json."""
         library = base.import_tokenizers()
-        content = files.read(path, "subword")
+        content = base.read_file(path, "subword")
         try:
             model = library.Tokenizer.from_str(content.decode())
         except Exception as error:  # the library raises plain Exception for every kind of damage
@@ -123,7 +123,7 @@ class ByteTokenizer(base.Tokenizer):
     @classmethod
     def load(cls, path: str | os.PathLike[str], context_length: int) -> ByteTokenizer:
         """Looks at the file that `save` wrote, which holds nothing but the kind."""
-        files.read(path, cls.kind)
+        base.read_file(path, cls.kind)
         return cls(context_length)
 
     def library_model(self) -> Any:
