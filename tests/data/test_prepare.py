@@ -193,7 +193,7 @@ def test_verify_looks_at_the_bytes_of_shards_that_an_ended_run_left(tmp_path, mo
         raise RuntimeError("stopped before the manifest")
 
     with monkeypatch.context() as patch:
-        patch.setattr(jobs.manifests, "write", stop)
+        patch.setattr(jobs, "_write_manifest", stop)
         with pytest.raises(RuntimeError, match="stopped"):
             jobs.prepare(make_job(pattern, "folder", out, fields=fields))
     good = contents(out)

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import json
 import sys
 import threading
@@ -27,11 +28,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from vlp_jax.arguments import make_parser
 from vlp_jax.data.prepare import job as jobs
-from vlp_jax.data.prepare import manifest as manifests
-from vlp_jax.data.prepare import paths, runner
+from vlp_jax.data.prepare import paths, plan
 from vlp_jax.data.prepare.examples import IMAGE
 from vlp_jax.data.prepare.inputs import FORMATS
-from vlp_jax.data.prepare.writers import WRITERS
+from vlp_jax.data.prepare.shards import WRITERS
 from vlp_jax.errors import UserError
 from vlp_jax.training.command import run_command
 
@@ -85,18 +85,14 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def verify(output: str, split: str) -> str:
-    """Reads all of a finished folder; returns a report.
-
-    Raises:
-      UserError: if there is no manifest, or a shard is not what it says; all that are not, named.
-    """
+    """Reads all of a finished folder; returns a report, or names all damage and raises."""
     jobs.check_split(split)
     folder = paths.absolute(output)
-    manifest = manifests.load(folder, split)
+    manifest = jobs.load_manifest(folder, split)
     if manifest is None:
-        raise UserError(f"there is no {manifests.manifest_path(folder, split)} to verify")
+        raise UserError(f"there is no {jobs.manifest_path(folder, split)} to verify")
     # All shards are read before the first is named: one run tells all the damage.
-    faults = manifests.faults(manifest, folder, read=True)
+    faults = jobs.faults_of(manifest, folder, read=True)
     if faults:
         for fault in faults.values():
             print(fault, file=sys.stderr)
@@ -126,12 +122,12 @@ def report(arguments: argparse.Namespace, result: jobs.Result, seconds: float) -
         f"{manifest['examples']:,} examples in {len(sizes)} shards of {min(sizes):,} to "
         f"{max(sizes):,}, {sum(shard['bytes'] for shard in manifest['shards']):,} bytes: {done}",
         "To train on them:",
-        *(f"  {line}" for line in config_lines(manifest, manifests.manifest_path(folder, split))),
+        *(f"  {line}" for line in config_lines(manifest, jobs.manifest_path(folder, split))),
     ]
     return "\n".join(lines)
 
 
-def config_lines(manifest: manifests.Manifest, path: str) -> list[str]:
+def config_lines(manifest: jobs.Manifest, path: str) -> list[str]:
     """Returns the lines of a config by which examples have the fields of the manifest."""
     lines = [f'config.data.source = "{manifest["format"]}"', f'config.data.path = "{path}"']
     if manifest["format"] == "webdataset":
@@ -197,27 +193,11 @@ def watch(title: str, total: int, count: Callable[[], tuple[int, int]]) -> Itera
 
 
 def prepare(arguments: argparse.Namespace) -> str:
-    """Does the job of the arguments; returns a report.
-
-    Raises:
-      UserError: as `jobs.prepare` says, and for a flag that is neither ours nor Beam's.
-    """
-    runner.check_flags(arguments.unchecked)
-    job = jobs.PrepareJob(
-        input=tuple(arguments.input),
-        input_format=arguments.input_format,
-        output=arguments.output,
-        output_format=arguments.output_format,
-        shards=arguments.shards,
-        examples_per_shard=arguments.examples_per_shard,
-        seed=arguments.seed,
-        fields=jobs.parse_fields(arguments.fields),
-        split=arguments.split,
-        max_bad_fraction=arguments.max_bad_fraction,
-        check_images=arguments.check_images,
-        verify=arguments.verify,
-        flags=arguments.flags,
-    )
+    """Does the job of the arguments; returns a report."""
+    plan.check_flags(arguments.unchecked)
+    given = {f.name: getattr(arguments, f.name) for f in dataclasses.fields(jobs.PrepareJob)}
+    given["fields"] = jobs.parse_fields(arguments.fields)
+    job = jobs.PrepareJob(**given)
     started = time.monotonic()
     result = jobs.prepare(job, watch)
     return report(arguments, result, time.monotonic() - started)

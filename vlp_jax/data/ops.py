@@ -13,7 +13,7 @@ from typing import Any
 
 from vlp_jax.data import text_ops, tokenizing
 from vlp_jax.data.faults import MISSING_FIELD, require
-from vlp_jax.data.image_ops import augment, crop, decode, geometry, rand_augment
+from vlp_jax.data.image_ops import augment, crop, decode, rand_augment
 from vlp_jax.data.lazy_tensorflow import Example, Op, tf
 from vlp_jax.data.sources.base import as_plain
 from vlp_jax.errors import UserError, check_arguments, unknown_key_message
@@ -130,7 +130,7 @@ OPS: dict[str, Callable[..., Op]] = {
         *(text_ops.lowercase, text_ops.truncate_text),
         *(decode.decode_image, crop.random_resized_crop, crop.resize),
         *(crop.resize_shortest_and_random_crop, crop.resize_shortest_and_center_crop),
-        *(geometry.flip_left_right, geometry.random_rotation, geometry.random_translation),
+        *(augment.flip_left_right, augment.random_rotation, augment.random_translation),
         *(rand_augment.rand_augment, augment.color_jitter, augment.grayscale),
         *(augment.solarize, augment.gaussian_blur, augment.random_erasing),
         *(pad_rows, tokenizing.tokenize, keep),

@@ -22,6 +22,7 @@ from vlp_jax.data.prepare.examples import (
     IMAGE,
     BadExample,
     Candidate,
+    Reference,
     SkippedExample,
     clean_captions,
     clean_value,
@@ -62,13 +63,7 @@ _OPTIONS = {
 
 @dataclass(frozen=True)
 class Unit:
-    """The part of the input that a worker reads in one go: a file, or rows of a caption file.
-
-    Attributes:
-      number: of the unit, from 0 on.
-      path: of the file.
-      begin, end: the rows; the other formats are read to their ends (None).
-    """
+    """The part of the input that a worker reads in one go: a file, or rows of a caption file."""
 
     number: int
     path: str
@@ -83,7 +78,6 @@ class Input:
     An id is the path in a folder, TAR/KEY, or FILE#ROW, below the folder of all files.
 
     Attributes:
-      format: one of `FORMATS`.
       files: (path, size in bytes) of each file, sorted; of a folder its caption file.
       fields: output field -> column, or extensions or "json.KEY" in a tar.
       token: makes inputs of different runs differ, whose files may have changed in between.
@@ -96,15 +90,9 @@ class Input:
 
     @classmethod
     def open(cls, format: str, patterns: Sequence[str], fields: Mapping[str, str]) -> Input:
-        """Looks for the files and fields.
+        """Looks for the files of `patterns` (see `files.expand`) and for the fields.
 
-        Args:
-          format: one of `FORMATS`.
-          patterns: of paths; see `files.expand`.
-          fields: output field -> what it is read from; image and captions have defaults.
-
-        Raises:
-          UserError: a pattern matches nothing, or there is no such field.
+        Raises UserError if a pattern matches nothing, or there is no such field.
         """
         token = uuid.uuid4().hex
         with _options_in_messages():
@@ -173,10 +161,7 @@ class Input:
     ) -> Iterator[Candidate | SkippedExample]:
         """Yields the examples of a unit; see `scan`.
 
-        Args:
-          source: of the unit.
-          unit: the rows to read.
-          cut: whether the end of the file is missing. Then its last fault says that it ends there.
+        If the end of the file is missing (`cut`), its last fault says that it ends there.
         """
         names = {out: self._name(out, name) for out, name in self.fields}
         id_field = {FOLDER: "path", WEBDATASET: "id"}.get(self.format)
@@ -243,7 +228,8 @@ class Input:
                 value = texts if several else texts[0]
             fields[out] = clean_value(out, value)
         path, offset = source.place(index, names[IMAGE]) or (None, 0)
-        return Candidate(id, source.describe(index), path, offset, image, captions, fields)
+        reference = Reference(id, path, offset, len(image), captions, fields)
+        return Candidate(reference, source.describe(index), image)
 
 
 def _text(value: Any, name: str) -> Any:
@@ -292,11 +278,7 @@ def _source(format: str, path: str, cache: str) -> WebDatasetSource | ParquetSou
 
 
 def _choose_fields(format: str, found: Sequence[str], fields: Mapping[str, str]) -> dict[str, str]:
-    """Maps output fields to fields of the source, by the first file that can be read.
-
-    Raises:
-      UserError: no file can be read, or there is no such field.
-    """
+    """Maps output fields to fields of the source, by the first file that can be read."""
     failure: UserError | None = None
     for path in found:
         with TemporaryDirectory(prefix="prepare_data_") as cache:

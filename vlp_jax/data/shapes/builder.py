@@ -71,10 +71,7 @@ def _clip_features() -> dict[str, Any]:
 
 
 class _DeterministicWriter(tfds.core.ExampleWriter):
-    """Writes the features of each record in sorted order.
-
-    A serialized tf.train.Example holds them in an order that differs from one process to the next.
-    """
+    """Writes the features of each record sorted: their order differs between processes."""
 
     def write(self, path: Any, examples: Iterable[tuple[Any, bytes]]) -> Any:
         ordered = (

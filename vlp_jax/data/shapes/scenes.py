@@ -89,10 +89,7 @@ def bounds(points: np.ndarray) -> tuple[float, float, float, float]:
 
 
 def overlap(a: tuple[float, ...], b: tuple[float, ...]) -> float:
-    """Shared area of two (left, top, right, bottom) boxes over the area of the smaller, in [0, 1].
-
-    It is never below their intersection over union, so a bound on it bounds that too.
-    """
+    """Shared area of two (left, top, right, bottom) boxes over that of the smaller, 0 to 1."""
     width = min(a[2], b[2]) - max(a[0], b[0])
     height = min(a[3], b[3]) - max(a[1], b[1])
     if width <= 0 or height <= 0:

@@ -18,12 +18,12 @@ __all__ = ["COMMON_KEYS", "SOURCES", "FieldSpec", "Source", "Subset", "build_sou
 
 # name -> (module, class); imported when asked for, because some of them import TensorFlow.
 SOURCES: dict[str, tuple[str, str]] = {
-    "array_record": ("vlp_jax.data.sources.examples", "ArrayRecordSource"),
+    "array_record": ("vlp_jax.data.sources.records", "ArrayRecordSource"),
     "arrays": ("vlp_jax.data.sources.arrays", "ArraysSource"),
     "folder": ("vlp_jax.data.sources.folder", "FolderSource"),
     "parquet": ("vlp_jax.data.sources.parquet", "ParquetSource"),
     "tfds": ("vlp_jax.data.sources.tfds", "TfdsSource"),
-    "tfrecord": ("vlp_jax.data.sources.examples", "TFRecordSource"),
+    "tfrecord": ("vlp_jax.data.sources.records", "TFRecordSource"),
     "webdataset": ("vlp_jax.data.sources.webdataset", "WebDatasetSource"),
 }
 # Sources whose fields have the names of whoever wrote the files.
