@@ -53,6 +53,7 @@ def test_neighbours_in_a_batch_come_from_all_over():
     assert len(set(batch // 100)) > 40 and len(set(batch // 10_000)) == 10
 
 
+@pytest.mark.slow
 def test_seeking_to_a_billion_takes_seconds():
     """The synthetic index: 10^9 examples in 10,000 shards, of 256 to a block."""
     begin = time.process_time()

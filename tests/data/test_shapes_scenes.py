@@ -32,14 +32,11 @@ def test_record_is_a_function_of_seed_split_and_index():
 
 def test_records_do_not_depend_on_the_number_of_processes():
     for spec in (records.SPECS["tiny"], records.SPECS["video_tiny"]):
-        split = "train" if not spec.is_video else "test"
-        alone = [r["id"] + str(r["captions"]) for r in records.stream_records(spec, split, 0)]
+        split = "train" if spec.is_video else "test"
+        alone = list(map(str, records.stream_records(spec, split, 0)))
         assert len(alone) == spec.sizes[split]
-        for workers in (1, 3):
-            shared = records.stream_records(spec, split, workers)
-            assert [r["id"] + str(r["captions"]) for r in shared] == alone
-    images = [r["image"] for r in records.stream_records(records.SPECS["tiny"], "test", 2)]
-    assert images == [r["image"] for r in records.stream_records(records.SPECS["tiny"], "test", 0)]
+        shared = records.stream_records(spec, split, 3)
+        assert list(map(str, shared)) == alone
 
 
 def test_a_rendering_process_that_fails_is_an_error(monkeypatch):

@@ -247,6 +247,8 @@ def _open_folder(patterns: Sequence[str], fields: Mapping[str, str], token: str)
     if name is not None and not os.path.isfile(path):
         raise UserError(f"--input {path}: there is no such folder or file")
     source = _folder_source(folder, name, fields)
+    if source.file.is_dir():
+        raise UserError(f"--input {path} has no caption file, which a preparation needs")
     columns = {IMAGE: source.listed.image_column, CAPTIONS: source.listed.caption_column, **fields}
     file = str(source.file)
     return Input(FOLDER, ((file, os.path.getsize(file)),), tuple(columns.items()), token)
