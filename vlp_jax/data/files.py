@@ -74,9 +74,7 @@ def _expand_one(pattern: str, suffix: str | tuple[str, ...]) -> list[str]:
     for name in names:
         files = filesystem(name)
         if len(names) > _TRUSTED:
-            matches = [
-                name
-            ]  # asking for each takes long; a missing file is an error when it is read
+            matches = [name]  # asking for each takes long; a missing file fails when it is read
         elif files.exists(name):
             matches = [name]
         elif len(names) == 1 and files.is_folder(name):

@@ -14,6 +14,7 @@ from typing import Any
 from vlp_jax.data import text_ops, tokenizing
 from vlp_jax.data.faults import MISSING_FIELD, require
 from vlp_jax.data.image_ops import augment, crop, decode, rand_augment
+from vlp_jax.data.image_ops.fields import check_count
 from vlp_jax.data.lazy_tensorflow import Example, Op, tf
 from vlp_jax.data.sources.base import as_plain
 from vlp_jax.errors import UserError, check_arguments, unknown_key_message
@@ -47,8 +48,7 @@ def pad_rows(fields: Sequence[str], count: int, fill: float = 0) -> Op:
     """
     if isinstance(fields, str) or not fields or not all(isinstance(f, str) for f in fields):
         raise UserError(f"pad_rows: fields is a list of names of fields, got {fields!r}")
-    if not isinstance(count, int) or isinstance(count, bool) or count < 1:
-        raise UserError(f"pad_rows: count must be a whole number of rows above 0, got {count!r}")
+    check_count("pad_rows", count, "count", "rows")
     if isinstance(fill, bool) or not isinstance(fill, int | float):
         raise UserError(f"pad_rows: fill must be a number, got {fill!r}")
 

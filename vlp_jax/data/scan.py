@@ -116,7 +116,9 @@ def scan(
         texts = _Reader(data, found, seed)  # has no text, or another mistake, which is raised
     for batch in texts.batches():
         if RAW_TEXT in batch:
-            _add_texts(found, list(batch[RAW_TEXT][batch[MASK]]), tokenizers)
+            raw = list(batch[RAW_TEXT][batch[MASK]])
+            found.characters += [len(text.decode("utf-8", "replace")) for text in raw]
+            found.tokens += tokenizers.lengths(raw)
         advance(len(batch[MASK]))
     found.bad.update(texts.bad())
     if "image" in source.fields():
@@ -160,11 +162,6 @@ class _Reader:
         """Reason -> examples that could not be used, of those that were read."""
         totals = self._pipeline.faults.totals(self._count)["bad"]
         return {reason: n for reasons in totals.values() for reason, n in reasons.items()}
-
-
-def _add_texts(found: Scan, texts: list[bytes], tokenizers: Tokenizers) -> None:
-    found.characters += [len(text.decode("utf-8", "replace")) for text in texts]
-    found.tokens += tokenizers.lengths(texts)
 
 
 def _add_image(found: Scan, image: bytes | np.ndarray) -> None:

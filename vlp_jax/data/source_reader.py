@@ -254,11 +254,8 @@ def make_order(
         side by all processes together (default 16, reduced to a divisor of the batch size); and
         `window`, how many blocks of each lane are mixed.
     """
-    name, lanes, window = (
-        config.get("order", "auto"),
-        config.get("lanes", LANES),
-        config.get("window"),
-    )
+    name, lanes = config.get("order", "auto"), config.get("lanes", LANES)
+    window = config.get("window")
     if name not in ORDERS:
         raise UserError(unknown_key_message(str(name), ORDERS, "data.order"))
     for key, value in (("lanes", lanes), ("window", window)):

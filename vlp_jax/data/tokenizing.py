@@ -21,14 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Framing:
-    """The form of a row of ids. The default is the tokenizer's own.
-
-    Attributes:
-      length: ids in a row; None for the tokenizer's context length.
-      bos: whether rows begin with bos; None: if the tokenizer has one.
-      eos: whether texts end with eos.
-      padding: the side that is filled up, "right" or "left".
-    """
+    """The form of a row of ids, as `tokenize` describes it. The default is the tokenizer's own."""
 
     length: int | None = None
     bos: bool | None = None

@@ -78,16 +78,12 @@ def caption_wording(preprocess: Mapping[str, Any] | Sequence[Any] | None) -> Wor
     `tokenize` makes the field `text` of an earlier one.
     """
     pairs = in_order(preprocess)
-    ends = [n for n, (name, given) in enumerate(pairs) if name == "tokenize" and _is_text(given)]
+    made = {n: g.get("into") or g.get("field", "text") for n, (_, g) in enumerate(pairs)}
+    ends = [n for n, (name, _) in enumerate(pairs) if name == "tokenize" and made[n] == "text"]
     # Operations after `tokenize` cannot change the text that it has taken.
     pairs = pairs[: ends[0]] if ends else pairs
     begins = [n for n, (name, _) in enumerate(pairs) if name in NEW_TEXT]
     return Wording(tuple(p for p in pairs[max(begins, default=0) :] if p[0] in TEXT_TO_TEXT))
-
-
-def _is_text(arguments: Mapping[str, Any]) -> bool:
-    """Whether `tokenize` with these arguments makes the field `text`."""
-    return (arguments.get("into") or arguments.get("field", "text")) == "text"
 
 
 def wording_of(data: Mapping[str, Any]) -> tuple[Wording, tuple[str, ...]]:

@@ -174,8 +174,10 @@ def resize_shortest_and_center_crop(
         # Rounds half to even, as Python does in torchvision.
         return tf.round(spare / 2)
 
-    boxes = BoxRule(op, min_box_share, box_fields)
-    resampler = Resampler(op, size, method, antialias)
+    boxes, resampler = (
+        BoxRule(op, min_box_share, box_fields),
+        Resampler(op, size, method, antialias),
+    )
     return _square(ImageField(op, field, into), boxes, resampler, offset)
 
 
@@ -199,8 +201,10 @@ def resize_shortest_and_random_crop(
         drawn = tf.cast(tf.random.stateless_uniform([2], seed), tf.float64)
         return tf.floor(drawn * tf.cast(spare + 1, tf.float64))
 
-    boxes = BoxRule(op, min_box_share, box_fields)
-    resampler = Resampler(op, size, method, antialias)
+    boxes, resampler = (
+        BoxRule(op, min_box_share, box_fields),
+        Resampler(op, size, method, antialias),
+    )
     return _square(ImageField(op, field, into), boxes, resampler, offset)
 
 

@@ -13,8 +13,7 @@ from typing import Any
 from vlp_jax.data.prepare import paths, plan
 from vlp_jax.data.prepare import shards as shard_files
 from vlp_jax.data.prepare.examples import CAPTIONS, ID, field_types
-from vlp_jax.data.prepare.inputs import FORMATS, Input
-from vlp_jax.data.prepare.shards import WRITERS
+from vlp_jax.data.prepare.inputs import Input
 from vlp_jax.errors import UserError
 
 VERSION = 1
@@ -33,7 +32,6 @@ Watch = Callable[[str, int, Callable[[], tuple[int, int]]], contextlib.AbstractC
 
 def no_watch(title: str, total: int, count: Callable[[], tuple[int, int]]) -> Any:
     """Shows nothing."""
-    del title, total, count
     return contextlib.nullcontext()
 
 
@@ -56,12 +54,6 @@ class PrepareJob:
     flags: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        for name, value, known in (
-            ("--input-format", self.input_format, FORMATS),
-            ("--output-format", self.output_format, WRITERS),
-        ):
-            if value not in known:
-                raise UserError(f"{name} {value} is not one of {', '.join(known)}")
         if (self.shards is None) == (self.examples_per_shard is None):
             raise UserError("give either --shards or --examples-per-shard")
         if (self.shards or self.examples_per_shard or 0) < 1:
@@ -141,10 +133,8 @@ def prepare(job: PrepareJob, watch: Watch = no_watch) -> Result:
 
 
 def _identity(job: PrepareJob, opened: Input) -> dict[str, Any]:
-    sharding = (
-        {"shards": job.shards} if job.shards else {"examples_per_shard": job.examples_per_shard}
-    )
-    source = {"format": job.input_format, **opened.source(), **sharding}
+    sharding = "shards" if job.shards else "examples_per_shard"
+    source = {"format": job.input_format, **opened.source(), sharding: getattr(job, sharding)}
     source["check_images"] = job.check_images
     return {"format": job.output_format, "split": job.split, "seed": job.seed, "source": source}
 

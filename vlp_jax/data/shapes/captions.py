@@ -32,20 +32,9 @@ PLURALS: dict[str, str] = {
 }
 
 _FRAMES = (
-    "{}",
-    "{}",
-    "a picture of {}",
-    "an image of {}",
-    "a drawing of {}",
-    "a picture with {}",
-    "there {be} {}",
-    "there {be} {}",
-    "we see {}",
-    "you can see {}",
-    "the picture shows {}",
-    "the image contains {}",
-    "here {be} {}",
-    "{} can be seen",
+    *("{}", "{}", "a picture of {}", "an image of {}", "a drawing of {}", "a picture with {}"),
+    *("there {be} {}", "there {be} {}", "we see {}", "you can see {}", "the picture shows {}"),
+    *("the image contains {}", "here {be} {}", "{} can be seen"),
 )
 _ON_BACKGROUND = (
     "{} on a {bg} background",

@@ -15,12 +15,7 @@ NUM_FRAMES = 8
 CAPTIONS_PER_CLIP = 4
 MAX_OVERLAP = 0.1
 
-_STEPS: dict[str, tuple[int, int]] = {
-    "left": (-1, 0),
-    "right": (1, 0),
-    "up": (0, -1),
-    "down": (0, 1),
-}
+_STEPS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 # Singular verbs: every clause of a caption has one object for its subject.
 MOTION_PHRASES: dict[str, tuple[str, ...]] = {
     "left": ("moves to the left", "moves left", "slides to the left", "travels left"),
@@ -62,7 +57,7 @@ class Clip:
 
 def _moving(rng: np.random.Generator, combination: tuple[str, str], motion: str) -> MovingObject:
     """An object on a random path that stays inside the picture."""
-    color, shape = combination
+    shape = combination[1]
     progress = np.linspace(0.0, 1.0, NUM_FRAMES)
     radii = np.full(NUM_FRAMES, rng.uniform(8.0, 12.0))
     if motion in ("grow", "shrink"):
@@ -83,19 +78,8 @@ def _moving(rng: np.random.Generator, combination: tuple[str, str], motion: str)
     # The corners over the whole path say how far the start may lie from each edge.
     low, high = 1.0 - corners[:, :2].min(axis=0), scenes.IMAGE_SIZE - 1.0 - corners[:, 2:].max(0)
     origin = rng.uniform(low, high)
-    still = SceneObject(
-        color=color,
-        shape=shape,
-        size="large",
-        texture=pick(rng, scenes.TEXTURE_URN),
-        position="",
-        x=float(origin[0]),
-        y=float(origin[1]),
-        radius=float(radii[0]),
-        rotation=float(angles[0]),
-        rgb=scenes.jittered_rgb(rng, color),
-        texture_angle=float(rng.uniform(0, math.pi)),
-        texture_phase=float(rng.random()),
+    still = scenes.drawn_object(
+        rng, combination, "large", "", origin.tolist(), float(radii[0]), float(angles[0])
     )
     frames = tuple(
         dataclasses.replace(

@@ -256,7 +256,7 @@ def _placed(
     rng: np.random.Generator, combination: tuple[str, str], size: str, position: str
 ) -> SceneObject:
     """An object of `size`, its center well inside the cell of `position`, inside the picture."""
-    color, shape = combination
+    shape = combination[1]
     radius = float(rng.uniform(*RADIUS_RANGE[size]))
     rotation = float(rng.uniform(-_MAX_ROTATION, _MAX_ROTATION))
     extent = bounds(outline(shape, 0.0, 0.0, radius, rotation))
@@ -266,20 +266,24 @@ def _placed(
         low = max(_CELL_RANGES[cell][0], _BORDER - low_extent)
         high = min(_CELL_RANGES[cell][1], IMAGE_SIZE - _BORDER - high_extent)
         center.append(float(rng.uniform(low, high)))
-    return SceneObject(
-        color=color,
-        shape=shape,
-        size=size,
-        texture=pick(rng, TEXTURE_URN),
-        position=position,
-        x=center[0],
-        y=center[1],
-        radius=radius,
-        rotation=rotation,
-        rgb=jittered_rgb(rng, color),
-        texture_angle=float(rng.uniform(0, math.pi)),
-        texture_phase=float(rng.random()),
-    )
+    return drawn_object(rng, combination, size, position, center, radius, rotation)
+
+
+def drawn_object(
+    rng: np.random.Generator,
+    combination: tuple[str, str],
+    size: str,
+    position: str,
+    center: Sequence[float],
+    radius: float,
+    rotation: float,
+) -> SceneObject:
+    """An object with a texture and a shade of its color that are drawn at random."""
+    color, shape = combination
+    texture, rgb = pick(rng, TEXTURE_URN), jittered_rgb(rng, color)
+    angle, phase = float(rng.uniform(0, math.pi)), float(rng.random())
+    names = (color, shape, size, texture, position)
+    return SceneObject(*names, *center, radius, rotation, rgb, angle, phase)
 
 
 def _arranged(rng: np.random.Generator, combinations: list[tuple[str, str]]) -> list[SceneObject]:

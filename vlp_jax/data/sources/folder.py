@@ -92,17 +92,18 @@ class FolderSource(RowSource):
         if self.label_field is not None and not self.listed.labels:
             raise UserError(f"{self.file}: the column {self.label_field!r} holds no label")
         if all(_is_bad(entry) for entry in self._examples):
+            total, chosen = len(self.listed.entries), len(self._examples)
             raise UserError(
-                f"split {self.split!r} of {self.file} is empty: it lists {len(self._entries)} "
-                f"images, of which {len(self._examples)} are in the split and none of them can be "
-                f"used, and data.holdout is {self.holdout}"
+                f"split {self.split!r} of {self.file} is empty: it lists {total} images, of which "
+                f"{chosen} are in the split and none of them can be used, and data.holdout is "
+                f"{self.holdout}"
             )
         _ = self._classes
 
     def _check_entries(self) -> None:
         """Raises UserError if the folder is the wrong one, or too much of the list is missing."""
-        bad = [entry for entry in self._entries if _is_bad(entry)]
-        total, share = len(self._entries), self.max_bad_fraction
+        bad = [entry for entry in self.listed.entries if _is_bad(entry)]
+        total, share = len(self.listed.entries), self.max_bad_fraction
         few = len(bad) <= share * max(total, FEWEST) and len(bad) < total
         if few and len(bad) <= max(share, _WRONG_FOLDER) * total:
             return
@@ -143,17 +144,13 @@ class FolderSource(RowSource):
             return read_class_folders(self.file)
         return read_entries(self._root, self.file, *fields, self.columns)
 
-    @property
-    def _entries(self) -> list[Entry]:
-        return self.listed.entries
-
     @cached_property
     def _examples(self) -> list[Entry]:
         if self.split == "all":
-            return self._entries
+            return self.listed.entries
         # By a hash, so that an image stays in its split when others are added.
         held_out = self.split == "validation"
-        return [e for e in self._entries if (_fraction(e.path) < self.holdout) == held_out]
+        return [e for e in self.listed.entries if (_fraction(e.path) < self.holdout) == held_out]
 
     @cached_property
     def _classes(self) -> tuple[dict[str, int], tuple[str, ...] | None]:
@@ -172,7 +169,7 @@ class FolderSource(RowSource):
 
     @cached_property
     def _column_fields(self) -> dict[str, FieldSpec]:
-        values = {name: [e.columns[name] for e in self._entries] for name in self.columns}
+        values = {name: [e.columns[name] for e in self.listed.entries] for name in self.columns}
         return {name: spec_of_all(column) or STRING for name, column in values.items()}
 
     def is_text(self, name: str) -> bool:

@@ -139,15 +139,9 @@ def spec_of_all(values: Iterable[Any]) -> FieldSpec | None:
 
 
 def _spec_of(value: Any) -> FieldSpec | None:
-    if isinstance(value, bool | int):
-        return INT
-    if isinstance(value, float):
-        return FLOAT
-    if isinstance(value, str):
-        return STRING
     if isinstance(value, list) and value and all(isinstance(item, str) for item in value):
         return STRINGS
-    return None
+    return {bool: INT, int: INT, float: FLOAT, str: STRING}.get(type(value))
 
 
 def _count_of(name: str) -> str:

@@ -85,18 +85,10 @@ def build_tokenizer(
     return tokenizer
 
 
-def _make_bytes(texts: Texts, bound: int | None, context_length: int) -> ByteTokenizer:
-    return ByteTokenizer(context_length)
-
-
 def _make_subword(texts: Texts, bound: int | None, context_length: int) -> SubwordTokenizer:
     if bound is None:
         raise UserError("tokenizer.vocab_size is not set, and training a tokenizer needs it")
     return train_subword(texts(), bound, context_length)
-
-
-def _make_clip(texts: Texts, bound: int | None, context_length: int) -> ClipTokenizer:
-    return ClipTokenizer.published(context_length)
 
 
 def _make_sentencepiece(texts: Texts, bound: int | None, context_length: int) -> Any:
@@ -108,8 +100,8 @@ def _make_sentencepiece(texts: Texts, bound: int | None, context_length: int) ->
 
 # name -> (from a file, without one)
 TOKENIZERS: dict[str, tuple[Callable[..., Tokenizer], Callable[..., Tokenizer]]] = {
-    "bytes": (ByteTokenizer.load, _make_bytes),
-    "clip": (ClipTokenizer.load, _make_clip),
+    "bytes": (ByteTokenizer.load, lambda texts, bound, length: ByteTokenizer(length)),
+    "clip": (ClipTokenizer.load, lambda texts, bound, length: ClipTokenizer.published(length)),
     "sentencepiece": (SentencePieceTokenizer.load, _make_sentencepiece),
     "subword": (SubwordTokenizer.load, _make_subword),
 }

@@ -53,7 +53,11 @@ class Tokenizer:
 
     def __call__(self, texts: Sequence[str | bytes]) -> np.ndarray:
         """Token ids of n texts, int32 [n, context_length]. A long text loses its end, never eos."""
-        return frame(self.encode(texts), self)
+        front = [] if self.bos_id is None else [self.bos_id]
+        # eos is always kept: towers pool the features at its place.
+        room = self.context_length - frame_length(self)
+        rows = [[*front, *row[:room], self.eos_id] for row in self.encode(texts)]
+        return padded(rows, self.context_length, self.pad_id)
 
     def encode(self, texts: Sequence[str | bytes]) -> list[list[int]]:
         """The ids of n texts, whole: without bos, eos and padding, and not cut."""
@@ -117,24 +121,6 @@ def as_text(text: str | bytes) -> str:
 def frame_length(tokenizer: Tokenizer) -> int:
     """The number of special tokens that frame a text."""
     return 1 if tokenizer.bos_id is None else 2
-
-
-def frame(rows: Sequence[Sequence[int] | np.ndarray], tokenizer: Tokenizer) -> np.ndarray:
-    """Frames rows of ids: bos (if there is one), ids, eos and padding, int32 [n, context_length].
-
-    A row that is too long loses its end, never eos.
-    """
-    ids = np.full((len(rows), tokenizer.context_length), tokenizer.pad_id, np.int32)
-    # eos is always kept: towers pool the features at its place.
-    room = tokenizer.context_length - frame_length(tokenizer)
-    begin = 0
-    if tokenizer.bos_id is not None:
-        ids[:, 0], begin = tokenizer.bos_id, 1
-    for target, row in zip(ids, rows, strict=True):
-        end = begin + min(len(row), room)
-        target[begin:end] = row[:room]
-        target[end] = tokenizer.eos_id
-    return ids
 
 
 def padded(
