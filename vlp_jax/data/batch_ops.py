@@ -91,7 +91,11 @@ class MixUp:
         for first in range(0, len(images), 2):
             pair = slice(first, first + 2)
             weights[pair] = self._mix_pair(images[pair], seeds[first], mixed[pair])
-        return {**batch, "image": mixed, self.label_field: self._soft(labels, weights)}
+        rows = np.arange(len(labels))
+        soft = np.zeros((len(labels), self.num_classes), np.float32)
+        soft[rows, labels] = weights
+        soft[rows, labels[rows ^ 1]] += 1 - weights
+        return {**batch, "image": mixed, self.label_field: soft}
 
     def _mix_pair(self, pair: np.ndarray, seed: np.ndarray, mixed: np.ndarray) -> float:
         """Writes both mixtures of two images; returns the share that each keeps of itself."""
@@ -105,13 +109,6 @@ class MixUp:
         if cut:
             return _exchange_rectangle(pair, share, random, mixed)
         return _blend(pair, share, mixed)
-
-    def _soft(self, labels: np.ndarray, weights: np.ndarray) -> np.ndarray:
-        rows = np.arange(len(labels))
-        soft = np.zeros((len(labels), self.num_classes), np.float32)
-        soft[rows, labels] = weights
-        soft[rows, labels[rows ^ 1]] += 1 - weights
-        return soft
 
 
 def _blend(pair: np.ndarray, share: float, mixed: np.ndarray) -> float:

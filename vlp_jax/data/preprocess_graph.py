@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import cached_property, partial
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -82,6 +82,9 @@ class PreprocessGraph:
         }
         self.outputs = {name: STRING if name in self.packed else specs[name] for name in names}
         self.results = self._results()
+        # Shapes are not part of the signatures, so that they are traced once for all sizes.
+        self._chunk_function = tf.function(self.chunk, autograph=False, reduce_retracing=True)
+        self._example_function = tf.function(self.example, autograph=False, reduce_retracing=True)
 
     def _set_inputs(
         self, fields: Mapping[str, tf.Tensor], example: Mapping[str, tf.Tensor], names: list[str]
@@ -270,31 +273,17 @@ class PreprocessGraph:
         record = self._source.fetch(indices, self.inputs)
         return {name: record[name] for name in self._source.record_fields()}
 
-    @cached_property
-    def _chunk_function(self) -> Any:
-        # Shapes are not part of the signature, so that it is traced once for all sizes.
-        return tf.function(self.chunk, autograph=False, reduce_retracing=True)
-
-    @cached_property
-    def _example_function(self) -> Any:
-        return tf.function(self.example, autograph=False, reduce_retracing=True)
-
 
 def _run(dataset: tf.data.Dataset) -> Iterator[tuple[dict[str, np.ndarray], np.ndarray]]:
     """Yields the elements of a dataset, prepared ahead of their use by threads of its own."""
     options = tf.data.Options()
     options.deterministic = True
-    options.threading.private_threadpool_size = _processors()
+    # The processors that this process may use, or all if the system does not say.
+    own = getattr(os, "sched_getaffinity", lambda pid: range(os.cpu_count() or 1))
+    options.threading.private_threadpool_size = len(own(0))
     # One operation on one example is too little work to share among threads.
     options.threading.max_intra_op_parallelism = 1
     yield from dataset.prefetch(2).with_options(options).as_numpy_iterator()
-
-
-def _processors() -> int:
-    """The number of processors that this process may use, or of all if the system does not say."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def _checked_text(name: str, text: tf.Tensor) -> tf.Tensor:

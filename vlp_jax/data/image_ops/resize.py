@@ -56,7 +56,10 @@ class Resampler:
 
         # Where the kernel is not widened ResizeBilinear computes the same, and faster than here.
         def enlarge() -> tf.Tensor:
-            return self._bilinear(tf.cast(image, tf.float32))
+            resized = tf.raw_ops.ResizeBilinear(
+                images=tf.cast(image, tf.float32)[None], size=[size, size], half_pixel_centers=True
+            )
+            return self._to_uint8(resized[0])
 
         if not self.antialias:
             return self._static(tf.cond(same, lambda: image, enlarge))
@@ -114,11 +117,6 @@ class Resampler:
             kernel_type=_KERNELS[self.method],
             antialias=self.antialias,
         )
-
-    def _bilinear(self, image: tf.Tensor) -> tf.Tensor:
-        size = [self.size, self.size]
-        resized = tf.raw_ops.ResizeBilinear(images=image[None], size=size, half_pixel_centers=True)
-        return self._to_uint8(resized[0])
 
     def _to_uint8(self, image: tf.Tensor) -> tf.Tensor:
         # Conversion to an integer truncates, which after the addition of a half is rounding. A

@@ -224,16 +224,15 @@ class Input:
             value = row[names[out]]
             if source.is_text(names[out]):
                 several = isinstance(value, list)
-                texts = [_text(item, out) for item in (value if several else [value])]
+                texts = [
+                    decode_text(item, out) if isinstance(item, bytes) else item
+                    for item in (value if several else [value])
+                ]
                 value = texts if several else texts[0]
             fields[out] = clean_value(out, value)
         path, offset = source.place(index, names[IMAGE]) or (None, 0)
         reference = Reference(id, path, offset, len(image), captions, fields)
         return Candidate(reference, source.describe(index), image)
-
-
-def _text(value: Any, name: str) -> Any:
-    return decode_text(value, name) if isinstance(value, bytes) else value
 
 
 def _open_folder(patterns: Sequence[str], fields: Mapping[str, str], token: str) -> Input:
@@ -296,7 +295,9 @@ def _choose_fields(format: str, found: Sequence[str], fields: Mapping[str, str])
             }
             for out, name in fields.items():
                 if not source.can_read(name):
-                    raise _unknown(source, out, name)
+                    why = source.look_for(name)
+                    known = unknown_key_message(name, source.fields(), "the input's fields")
+                    raise UserError(f"--fields {out}={name}: {why or known}")
             return {**chosen, **fields}
     assert failure is not None
     raise failure
@@ -313,11 +314,6 @@ def _usual(source: RowSource, out: str, names: Sequence[str]) -> str:
         f"no field named {', '.join(names)} (there are {known}): name one by --fields {option}="
         + (f"; {why}" if why else "")
     )
-
-
-def _unknown(source: RowSource, out: str, name: str) -> UserError:
-    why = source.look_for(name) or unknown_key_message(name, source.fields(), "the input's fields")
-    return UserError(f"--fields {out}={name}: {why}")
 
 
 @contextlib.contextmanager

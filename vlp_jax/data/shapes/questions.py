@@ -91,13 +91,6 @@ def _background(scene: Scene, rng: np.random.Generator, allowed: Combinations) -
     return Question(text, scene.background.name, "background")
 
 
-def _possible(values: dict[str, str], allowed: Combinations) -> bool:
-    """False for a combination that must not be named in this split."""
-    if "color" not in values or "shape" not in values:
-        return True
-    return (values["color"], values["shape"]) in allowed
-
-
 def _absent(
     scene: Scene, values: dict[str, str], rng: np.random.Generator, allowed: Combinations
 ) -> dict[str, str] | None:
@@ -105,7 +98,11 @@ def _absent(
     # Sorted, because the names come from a set, whose order differs between processes.
     attribute = pick(rng, sorted(values))
     changed = values | {attribute: pick(rng, _VALUES[attribute])}
-    return changed if _count(scene, changed) == 0 and _possible(changed, allowed) else None
+    if _count(scene, changed):
+        return None
+    # Some combinations of color and shape must not be named in this split.
+    named = (changed.get("color"), changed.get("shape"))
+    return changed if None in named or named in allowed else None
 
 
 def _how_many(scene: Scene, rng: np.random.Generator, allowed: Combinations) -> Question | None:

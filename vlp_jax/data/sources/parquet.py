@@ -243,12 +243,10 @@ class _RowGroups:
             with self._lock:
                 self._tables[key] = table
                 self._reading.pop(key, None)
-                while len(self._tables) > 1 and self._held() > self._capacity:
+                tables = self._tables
+                while len(tables) > 1 and sum(t.nbytes for t in tables.values()) > self._capacity:
                     self._tables.popitem(last=False)
         return table
-
-    def _held(self) -> int:
-        return sum(table.nbytes for table in self._tables.values())
 
 
 def index_parquet(path: str) -> Index:

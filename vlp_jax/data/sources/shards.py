@@ -345,5 +345,4 @@ def _img2dataset_count(path: str) -> int | None:
     stats = f"{os.path.splitext(path)[0]}_stats.json"
     if not files.filesystem(stats).exists(stats):
         return None
-
     return int(json.loads(files.read(stats))["successes"])

@@ -112,12 +112,9 @@ def train_sentencepiece(
             minloglevel=2,
         )
     except RuntimeError as error:
+        # Without the place in the C++ code.
+        reason = str(error).splitlines()[0].rpartition("] ")[2].strip()
         raise UserError(
-            f"SentencePiece cannot make {vocab_size} tokens of {len(lines)} texts: {_reason(error)}"
+            f"SentencePiece cannot make {vocab_size} tokens of {len(lines)} texts: {reason}"
         ) from None
     return SentencePieceTokenizer(written.getvalue(), context_length, "the trained model")
-
-
-def _reason(error: RuntimeError) -> str:
-    """The message of an error without the place in the C++ code."""
-    return str(error).splitlines()[0].rpartition("] ")[2].strip()
