@@ -23,8 +23,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from tqdm import tqdm
 
 from vlp_jax.arguments import make_parser
 from vlp_jax.data.prepare import job as jobs
@@ -145,51 +144,36 @@ def config_lines(manifest: jobs.Manifest, path: str) -> list[str]:
 @contextlib.contextmanager
 def watch(title: str, total: int, count: Callable[[], tuple[int, int]]) -> Iterator[None]:
     """Shows on stderr how much of `total` is done: a bar on a terminal, else lines."""
-    console = Console(stderr=True)
-    bar = Progress(
-        TextColumn(title),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[speed]}"),
-        TimeRemainingColumn(),
-        console=console,
-        disable=not console.is_terminal,
-    )
-    task = bar.add_task(title, total=total, speed="")
+    bar = tqdm(desc=title, total=total, disable=None)  # off where there is no terminal
     over = threading.Event()
-    started = shown = time.monotonic()
-    before: int | None = None  # what an earlier run had done does not count as speed
+    started, before = time.monotonic(), count()[1]
 
-    def show(last: bool) -> None:
-        nonlocal shown, before
+    def show() -> None:
         done, examples = count()
-        # The first look counts what was there already.
-        before = examples if before is None and not last else before
-        passed = max(time.monotonic() - started, 1e-3)
-        speed = f"{(examples - (before or 0)) / passed:,.0f} examples/s"
-        bar.update(task, completed=done, speed=speed)
-        if bar.disable and (last or time.monotonic() - shown >= PLAIN_SECONDS):
-            shown = time.monotonic()
+        # What an earlier run had done does not count as speed.
+        speed = f"{(examples - before) / max(time.monotonic() - started, 1e-3):,.0f} examples/s"
+        bar.set_postfix_str(speed, refresh=False)
+        bar.update(done - bar.n)
+        if bar.disable:
             print(f"{title}: {done}/{total}  {speed}", file=sys.stderr, flush=True)
 
     def poll() -> None:
-        pause = POLL_SECONDS
+        pause = least = PLAIN_SECONDS if bar.disable else POLL_SECONDS
         while not over.wait(pause):
             begin = time.monotonic()
-            show(last=False)
+            show()
             # A look lists the shards, which takes seconds in a bucket: it must not become the work.
-            pause = max(POLL_SECONDS, POLL_SHARE * (time.monotonic() - begin))
+            pause = max(least, POLL_SHARE * (time.monotonic() - begin))
 
+    thread = threading.Thread(target=poll, daemon=True)
+    thread.start()
     with bar:
-        show(last=False)
-        thread = threading.Thread(target=poll, daemon=True)
-        thread.start()
         try:
             yield
         finally:
             over.set()
             thread.join()
-            show(last=True)
+            show()
 
 
 def prepare(arguments: argparse.Namespace) -> str:

@@ -10,8 +10,10 @@ decodes an animated WebP.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import struct
+from collections.abc import Iterator
 
 import numpy as np
 import PIL.Image
@@ -117,13 +119,20 @@ def read(data: bytes, max_pixels: int) -> np.ndarray:
     found = format_of(data)
     if found not in DECODABLE:
         raise BadExample(UNDECODABLE, unknown_format(data))
-    try:
+    with pillow_errors(found):
         # Pillow asks for the memory of a WebP when it opens the file, of others when it loads them.
         if found == "WebP":
             require_size(*_webp_size(data), max_pixels)
         with _open(data, found) as image:
             require_size(*image.size, max_pixels)
             return np.asarray(upright_rgb(image))
+
+
+@contextlib.contextmanager
+def pillow_errors(found: str) -> Iterator[None]:
+    """Raises BadExample for whatever Pillow raises on a file of the format `found`."""
+    try:
+        yield
     except BadExample:
         raise
     except PIL.Image.DecompressionBombError as error:

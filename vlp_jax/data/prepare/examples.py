@@ -11,16 +11,17 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from PIL import Image
+
 from vlp_jax.data.faults import (
     EMPTY_TEXT,
     MALFORMED_TEXT,
     MISSING_FIELD,
-    TOO_LARGE,
     UNDECODABLE,
     UNREADABLE,
     BadExample,
 )
-from vlp_jax.data.image_ops.upright import DECODABLE, format_of, unknown_format
+from vlp_jax.data.image_ops.upright import DECODABLE, format_of, pillow_errors, unknown_format
 from vlp_jax.errors import UserError
 
 ID, IMAGE, CAPTIONS = "id", "image", "captions"
@@ -204,20 +205,14 @@ def image_fault(image: bytes, decode: bool) -> tuple[str, str] | None:
 
     All pixels are decoded if `decode`; else only the header is read.
     """
-    from PIL import Image
-
     kind = format_of(image)
     if kind not in DECODABLE:
         return UNDECODABLE, unknown_format(image)
     try:
-        with Image.open(io.BytesIO(image), formats=[kind.upper()]) as opened:
+        with pillow_errors(kind), Image.open(io.BytesIO(image), formats=[kind.upper()]) as opened:
             # Opening reads the header alone; of WebP it decodes the first frame.
             if decode:
                 opened.load()
-    except Image.DecompressionBombError as error:
-        return TOO_LARGE, str(error)
-    except Image.UnidentifiedImageError:
-        return UNDECODABLE, f"{kind}: no header that Pillow can read"
-    except Exception as error:  # Pillow raises errors of a dozen kinds on damaged files
-        return UNDECODABLE, f"{kind}: {error}"
+    except BadExample as bad:
+        return bad.reason, bad.detail
     return None
