@@ -135,8 +135,6 @@ def read(path: str, size: int = -1) -> bytes:
 
 
 class _Local:
-    """Files on disk."""
-
     def exists(self, path: str) -> bool:
         return os.path.isfile(path)
 
@@ -156,8 +154,6 @@ class _Local:
 
 @dataclass(frozen=True)
 class _Fsspec:
-    """Files of a scheme that fsspec knows."""
-
     scheme: str
     system: Any
 
@@ -258,7 +254,6 @@ def retrying(what: str, function: Callable[[], Result]) -> Result:
 
 
 def _may_pass(error: Exception) -> bool:
-    """Whether a second attempt may succeed."""
     if isinstance(error, OSError):
         return True
     if isinstance(error, ValueError | TypeError | LookupError | ArithmeticError):

@@ -136,12 +136,10 @@ class LocalCopies:
 
     @staticmethod
     def is_compressed(path: str) -> bool:
-        """Whether `path` is gzipped, whatever its name says."""
         return _is_compressed(path, retrying(path, lambda: stamp_of(path)))
 
     @classmethod
     def in_place(cls, path: str) -> bool:
-        """Whether `path` is read where it lies."""
         return is_local(path) and not cls.is_compressed(path)
 
     @staticmethod

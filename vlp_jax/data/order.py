@@ -184,7 +184,6 @@ class BlockOrder:
 
     @property
     def size(self) -> int:
-        """The number of examples."""
         return int(self._firsts[-1] + self.block_sizes[-1])
 
     def fingerprint(self) -> str:

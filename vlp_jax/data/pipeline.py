@@ -63,7 +63,6 @@ class _Pipeline:
         _ = self._arrays
 
     def __len__(self) -> int:
-        """The number of examples of all sources together."""
         return sum(len(reader.source) for reader in self._readers.values())
 
     @property
@@ -272,7 +271,6 @@ class EvalPipeline(_Pipeline):
 
     @property
     def num_batches(self) -> int:
-        """How many batches `batches()` yields, on every process."""
         return -(-len(self) // self._schedule.share.batch_size)
 
     def batch_spec(self) -> BatchSpec:
@@ -373,18 +371,15 @@ class MultiPipeline:
         return {"": self._first, **self._extra}
 
     def fingerprint(self) -> str:
-        """A hash that changes if examples get other numbers, so that the order cannot go on."""
         return ";".join(pipeline.fingerprint() for pipeline in self.pipelines().values())
 
     def batch_spec(self) -> BatchSpec:
-        """Shape and dtype of every array of a global batch; reads no examples."""
         spec = self._first.batch_spec()
         for name, pipeline in self._extra.items():
             spec |= {f"{name}/{key}": value for key, value in pipeline.batch_spec().items()}
         return spec
 
     def batches(self, start_step: int = 0) -> Iterator[Batch]:
-        """Yields this process's part of the global batches from number `start_step` on."""
         # Batches of step n of all datasets go together, so one number is the state of them all.
         streams = [pipeline.batches(start_step) for pipeline in self._extra.values()]
         for first, *others in zip(self._first.batches(start_step), *streams, strict=True):

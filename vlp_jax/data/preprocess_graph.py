@@ -248,7 +248,6 @@ class PreprocessGraph:
     def run_once(
         self, indices: np.ndarray, seeds: np.ndarray
     ) -> tuple[dict[str, np.ndarray], np.ndarray]:
-        """Reads and preprocesses a few examples now; see `chunk`."""
         records = {name: tf.constant(column) for name, column in self._fetch(indices).items()}
         outputs, numbers = self._chunk_function(records, tf.constant(seeds))
         return {name: value.numpy() for name, value in outputs.items()}, numbers.numpy()

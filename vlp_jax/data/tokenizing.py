@@ -29,7 +29,6 @@ class Framing:
     padding: str = "right"
 
     def row_length(self, tokenizer: Tokenizer) -> int:
-        """The number of ids in a row."""
         return tokenizer.context_length if self.length is None else self.length
 
     def check(self, tokenizer: Tokenizer, field: str) -> None:

@@ -33,7 +33,6 @@ class Wording:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The names of the operations."""
         return tuple(name for name, _ in self.operations)
 
     def __str__(self) -> str:

@@ -67,12 +67,10 @@ class ImageField:
 
     @property
     def target(self) -> str:
-        """The field that gets the result."""
         return self.field if self.into is None else self.into
 
     @property
     def boxes(self) -> str:
-        """The field with the boxes of the image that is read."""
         return _beside(self.field, "boxes")
 
     def encoded(self, example: Example) -> tf.Tensor:

@@ -111,11 +111,9 @@ class Input:
             return cls(format, listed, tuple(chosen.items()), token)
 
     def extra_fields(self) -> list[str]:
-        """The output fields besides id, image and captions."""
         return [name for name, _ in self.fields if name not in (IMAGE, CAPTIONS)]
 
     def estimated_examples(self) -> int:
-        """Roughly how many examples there are."""
         if self.format == FOLDER:
             return len(_folder(self))
         return sum(size for _, size in self.files) // _USUAL_BYTES
@@ -133,7 +131,6 @@ class Input:
         return found
 
     def units(self) -> list[Unit]:
-        """The parts of the input."""
         if self.format != FOLDER:
             return [Unit(number, path) for number, (path, _) in enumerate(self.files)]
         size = len(_folder(self))
@@ -189,7 +186,6 @@ class Input:
             yield SkippedExample(faults.TRUNCATED, unit.path, detail, ends_file=True)
 
     def _name(self, out: str, name: str) -> str:
-        """The name of a field in the source."""
         if self.format == FOLDER:
             return out if out in (IMAGE, CAPTIONS, LABEL) else name
         # The source refuses a sample with images of several endings if nobody chose among them.
@@ -272,7 +268,6 @@ def _folder(input: Input) -> FolderSource:
 
 
 def _source(format: str, path: str, cache: str) -> WebDatasetSource | ParquetSource:
-    """The source of a single file."""
     if format == WEBDATASET:
         return WebDatasetSource(path, cache_dir=cache)
     return ParquetSource(path, cache_mib=1, cache_dir=cache)  # read in order: one row group is kept

@@ -143,7 +143,6 @@ class Shards:
     verify: bool
 
     def name(self, index: int) -> str:
-        """The file name of a shard."""
         return f"{self.split}-{index:05d}-of-{self.number:05d}.{WRITERS[self.format][0]}"
 
     def bounds(self, index: int) -> tuple[int, int]:

@@ -51,7 +51,6 @@ class Clip:
 
     @property
     def unseen(self) -> bool:
-        """True if some object is a held-out combination of color and shape."""
         return any(o.start.held_out for o in self.objects)
 
 

@@ -191,7 +191,6 @@ class Scene:
 
     @property
     def unseen(self) -> bool:
-        """True if some object is a held-out combination of color and shape."""
         return any(o.held_out for o in self.objects)
 
 

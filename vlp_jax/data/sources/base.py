@@ -67,9 +67,7 @@ class Source(Protocol):
         """False if records are the examples themselves, so that `parse` need not be called."""
         return True
 
-    def __len__(self) -> int:
-        """The number of examples."""
-        ...
+    def __len__(self) -> int: ...
 
     def fields(self) -> Mapping[str, FieldSpec]:
         """The fields of an example. Encoded images and text are byte strings."""

@@ -136,7 +136,6 @@ class FolderSource(RowSource):
 
     @cached_property
     def listed(self) -> CaptionFile:
-        """The caption file of the folder."""
         fields = (self.image_field, self.caption_field, self.label_field)
         if self.file.is_dir():
             if any((*fields, *self.columns)):

@@ -264,7 +264,6 @@ class TFRecordSource(RecordSource):
 
     @property
     def fields_are_declared(self) -> bool:
-        """Whether a manifest or the config says which features there are."""
         return self.features is not None or self._found[1] is not None
 
     def look_for(self, name: str) -> str:

@@ -204,7 +204,6 @@ class Shards:
         return hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]
 
     def index(self, piece: int) -> Index:
-        """The index of the file of a piece."""
         return self._load(self.pieces[piece].path)
 
     def fault(self, piece: int, record: int) -> bytes:
@@ -237,7 +236,6 @@ class Shards:
         return self.copies.get(self.pieces[piece].path)
 
     def describe(self, index: int) -> str:
-        """The file, and the record in it, of an example."""
         piece, record = self.locate(np.array([index]))
         return f"record {record[0]} of {self.pieces[piece[0]].path}"
 

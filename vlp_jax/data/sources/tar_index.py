@@ -213,7 +213,6 @@ def _behind_map(descriptor: int, header: bytes, begin: int) -> int:
 
 
 def _has_end_mark(path: str) -> bool:
-    """Whether a tar file ends in a block of zeros."""
     with open(path, "rb") as stream:
         size = stream.seek(0, os.SEEK_END)
         stream.seek(max(0, size - _BLOCK))

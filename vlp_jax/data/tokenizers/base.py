@@ -71,7 +71,6 @@ class Tokenizer:
         return self._model.decode_batch(rows, skip_special_tokens=True)
 
     def clean(self, text: str) -> str:
-        """Changes a text before it is tokenized."""
         return text
 
     def note(self) -> dict[str, Any]:

@@ -108,7 +108,6 @@ class ClipTokenizer(base.Tokenizer):
         return model
 
     def _make_model(self) -> tokenizers.Tokenizer:
-        """The library's model for clean text."""
         library = base.import_tokenizers()
         # The suffix makes the library merge "</w>" with the last symbol of a word, as CLIP does.
         merges = [tuple(merge.split()) for merge in self._merges]

@@ -65,7 +65,6 @@ class FramedTokenizer:
         self._whole.no_truncation()
 
     def __call__(self, texts: Sequence[str | bytes]) -> np.ndarray:
-        """Token ids of n texts, int32 [n, context_length]."""
         batch = self._cleaned(texts)
         try:
             rows = [encoding.ids for encoding in self._cut.encode_batch_fast(batch)]
@@ -149,7 +148,6 @@ class SiglipTokenizer:
         self._clean = clean
 
     def __call__(self, texts: Sequence[str | bytes]) -> np.ndarray:
-        """Token ids of n texts, int32 [n, context_length]."""
         rows = []
         for ids in self.encode(texts):
             over = max(len(ids) + 1 - self.context_length, 0)

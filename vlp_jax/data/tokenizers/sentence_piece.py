@@ -60,7 +60,6 @@ class SentencePieceTokenizer(base.Tokenizer):
 
     @property
     def model_file(self) -> bytes:
-        """The content of the .model file."""
         return self._file
 
     def encode(self, texts: Sequence[str | bytes]) -> list[list[int]]:

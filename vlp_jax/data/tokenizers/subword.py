@@ -52,7 +52,6 @@ class SubwordTokenizer(base.Tokenizer):
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], context_length: int) -> SubwordTokenizer:
-        """Reads a tokenizer.json."""
         library = base.import_tokenizers()
         content = base.read_file(path, "subword")
         try:
@@ -63,11 +62,9 @@ class SubwordTokenizer(base.Tokenizer):
         return cls(model, context_length, str(path))
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes a tokenizer.json."""
         write_whole(path, self._file)
 
     def library_model(self) -> tokenizers.Tokenizer:
-        """The model of the file."""
         return base.import_tokenizers().Tokenizer.from_str(self._file)
 
 
