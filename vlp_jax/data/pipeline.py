@@ -222,11 +222,6 @@ class TrainPipeline(_Pipeline):
                 found[place] = reader.source.describe(index)
         return found
 
-    def bad_records(self, before: int | None = None) -> dict[tuple[str, str], int]:
-        """(source, reason) -> examples that could not be used in the batches below `before`."""
-        bad = self.faults.totals(before)["bad"]
-        return {(s, r): n for s, reasons in bad.items() for r, n in reasons.items()}
-
 
 class EvalPipeline(_Pipeline):
     """Reads each example once, in the order of the source, over all processes together.

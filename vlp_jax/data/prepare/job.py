@@ -105,7 +105,7 @@ def prepare(job: PrepareJob, watch: Watch = no_watch) -> Result:
     identity = _identity(job, opened)
     finished = load_manifest(output, job.split)
     if finished is not None:
-        _check_same(identity_of(finished), identity, output)
+        _check_same({key: finished[key] for key in _IDENTITY}, identity, output)
         damaged = faults_of(finished, output, job.verify)
         if not damaged:
             paths.remove(work)
@@ -260,11 +260,6 @@ def load_manifest(output: str, split: str) -> Manifest | None:
     if manifest.get("version") != VERSION:
         raise UserError(f"{path} has version {manifest.get('version')}, not {VERSION}")
     return manifest
-
-
-def identity_of(manifest: Manifest) -> dict[str, Any]:
-    """The part of a manifest that is known before anything is written, and decides the rest."""
-    return {key: manifest[key] for key in _IDENTITY}
 
 
 def _check_same(old: dict[str, Any], new: dict[str, Any], folder: str) -> None:

@@ -51,7 +51,6 @@ class Summary:
       duplicates: (count, id, where, where) of the ids that several examples have, the first named.
       whole: files that could be read to their ends, and examples in them, bad ones too.
       cut: examples before the end of each other file.
-      bytes: of all images.
     """
 
     buckets: dict[str, int] = field(default_factory=dict)
@@ -60,7 +59,6 @@ class Summary:
     duplicates: list[Any] = field(default_factory=list)
     whole: list[int] = field(default_factory=lambda: [0, 0])
     cut: list[int] = field(default_factory=list)
-    bytes: int = 0
 
     @property
     def examples(self) -> int:
@@ -96,7 +94,6 @@ def merge(summaries: Iterable[dict[str, Any]]) -> dict[str, Any]:
         # The smaller of two is named, so that the message does not depend on the
         both = sorted([d for d in (total.duplicates, part.duplicates) if d], key=lambda d: d[1:])
         total.duplicates = [sum(d[0] for d in both), *both[0][1:]] if both else []
-        total.bytes += part.bytes
     return vars(total)
 
 
@@ -191,7 +188,6 @@ def look(unit: Unit, job: Pass) -> Iterator[tuple[int | None, Any]]:
                     stream.write(item.image)
                 order = place(job.seed, reference.id)
                 summary.add_kinds(item)
-                summary.bytes += len(item.image)
                 count += 1
                 # The first 32 bits of the hash choose the bucket, so that buckets are in its order.
                 yield int(order[:8], 16) * job.buckets >> 32, f"{order} {reference.dumps()}"

@@ -92,7 +92,25 @@ class Tokenizer:
         are, and are lower-cased, or go through `canonicalize_text`, first if so asked. Raises
         UserError if that library cannot express the tokenizer.
         """
-        return framing_json(self.library_model(), self, lowercase, canonicalize)
+        model = self.library_model()
+        library = import_tokenizers()
+        ids = [i for i in (self.bos_id, self.eos_id) if i is not None]
+        names = [model.id_to_token(i) for i in ids]
+        before, after = names[:-1], names[-1:]
+        model.post_processor = library.processors.TemplateProcessing(
+            single=[*before, "$A", *after],
+            # A pair is what the library asks for; nothing here tokenizes pairs.
+            pair=[*before, "$A", *after, "$B:1", *(f"{name}:1" for name in after)],
+            special_tokens=list(zip(names, ids, strict=True)),
+        )
+        steps = canonicalize_steps() if canonicalize else lowercase_steps() if lowercase else []
+        if steps:
+            steps += [] if model.normalizer is None else [model.normalizer]
+            model.normalizer = library.normalizers.Sequence(steps)
+        model.no_padding()
+        model.no_truncation()
+        content = model.to_str(pretty=False)
+        return _without_lost_symbols(content) if canonicalize else content
 
 
 # The text operations of a run that a tokenizer.json can do, in the order of `to_json`'s arguments.
@@ -149,30 +167,6 @@ def import_tokenizers() -> Any:
     import tokenizers
 
     return tokenizers
-
-
-def framing_json(
-    model: tokenizers.Tokenizer, tokenizer: Tokenizer, lowercase: bool, canonicalize: bool
-) -> str:
-    """The tokenizer.json of a model, with bos and eos around a text; see `Tokenizer.to_json`."""
-    library = import_tokenizers()
-    ids = [i for i in (tokenizer.bos_id, tokenizer.eos_id) if i is not None]
-    names = [model.id_to_token(i) for i in ids]
-    before, after = names[:-1], names[-1:]
-    model.post_processor = library.processors.TemplateProcessing(
-        single=[*before, "$A", *after],
-        # A pair is what the library asks for; nothing here tokenizes pairs.
-        pair=[*before, "$A", *after, "$B:1", *(f"{name}:1" for name in after)],
-        special_tokens=list(zip(names, ids, strict=True)),
-    )
-    steps = canonicalize_steps() if canonicalize else lowercase_steps() if lowercase else []
-    if steps:
-        steps += [] if model.normalizer is None else [model.normalizer]
-        model.normalizer = library.normalizers.Sequence(steps)
-    model.no_padding()
-    model.no_truncation()
-    content = model.to_str(pretty=False)
-    return _without_lost_symbols(content) if canonicalize else content
 
 
 def _without_lost_symbols(tokenizer_json: str) -> str:
