@@ -14,12 +14,18 @@ import numpy as np
 from vlp_jax.data import faults
 from vlp_jax.data.files import retrying
 from vlp_jax.data.sources.base import Blocks, FieldSpec
-from vlp_jax.data.sources.manifest import find_pieces
 from vlp_jax.data.sources.parquet_columns import column_read, columns_of, leaves, spec_of, why_not
 from vlp_jax.data.sources.parquet_columns import is_text as is_text_type
 from vlp_jax.data.sources.records import empty_strings
 from vlp_jax.data.sources.row_source import Rows, RowSource
-from vlp_jax.data.sources.shards import TRUNCATED, Index, ShardedSource, Shards, group_by_piece
+from vlp_jax.data.sources.shards import (
+    TRUNCATED,
+    Index,
+    ShardedSource,
+    Shards,
+    find_pieces,
+    group_by_piece,
+)
 from vlp_jax.errors import UserError
 
 if TYPE_CHECKING:

@@ -16,7 +16,6 @@ from vlp_jax.data import faults
 from vlp_jax.data.files import retrying
 from vlp_jax.data.lazy_tensorflow import tf
 from vlp_jax.data.sources.base import STRING, Blocks, FieldSpec, Names
-from vlp_jax.data.sources.manifest import find_pieces
 from vlp_jax.data.sources.shards import (
     DAMAGED,
     TRUNCATED,
@@ -24,6 +23,7 @@ from vlp_jax.data.sources.shards import (
     Piece,
     ShardedSource,
     Shards,
+    find_pieces,
     group_by_piece,
 )
 from vlp_jax.errors import UserError, unknown_key_message

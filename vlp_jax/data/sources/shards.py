@@ -31,6 +31,7 @@ from vlp_jax.data import faults, files
 from vlp_jax.data.files import GZIP, HEAD_BYTES, kind_of, remedy
 from vlp_jax.data.local_copies import LocalCopies, default_cache_dir, writing
 from vlp_jax.data.sources.base import Source
+from vlp_jax.data.sources.labels import WordClasses
 from vlp_jax.errors import UserError
 
 Index = Mapping[str, np.ndarray]
@@ -75,13 +76,7 @@ class Piece:
 
 
 class Shards:
-    """The records of many files, numbered through.
-
-    Attributes:
-      pieces: in their order, each with its count.
-      copies: gives the local file of a path.
-      in_place: whether all files are read where they lie.
-    """
+    """The records of many files, numbered through; `in_place` if all are read where they lie."""
 
     def __init__(
         self,
@@ -162,8 +157,8 @@ class Shards:
             )
         empty = [piece.path for piece in pieces if not piece.count]
         if empty:
-            _log.warning("%d of %d files hold no example, the first is %s",
-                         len(empty), len(counted), empty[0])  # fmt: skip
+            told = "%d of %d files hold no example, the first is %s"
+            _log.warning(told, len(empty), len(counted), empty[0])
         return [piece for piece in pieces if piece.count]
 
     def _kept_counts(self) -> dict[str, tuple[int, str]]:
@@ -214,9 +209,8 @@ class Shards:
         if fault == OK:
             return b""
         if path in self._lost:
-            return faults.marked(
-                faults.TRUNCATED, f"nothing of it can be read: it is {self._lost[path]}"
-            )
+            detail = f"nothing of it can be read: it is {self._lost[path]}"
+            return faults.marked(faults.TRUNCATED, detail)
         if record >= len(index):
             detail = f"the file ends after {len(index)} records, and others hold more"
             return faults.marked(faults.TRUNCATED, detail)
@@ -344,3 +338,60 @@ def _img2dataset_count(path: str) -> int | None:
     if not files.filesystem(stats).exists(stats):
         return None
     return int(json.loads(files.read(stats))["successes"])
+
+
+SUFFIX = ".json"
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The files of prepared data, in the format "array_record", "tfrecord" or "webdataset".
+
+    Attributes:
+      features: name -> "bytes", "int64" or "float32", with "[]" behind it for a list.
+      class_names: field -> names of its classes, if its labels are words.
+    """
+
+    format: str
+    pieces: tuple[Piece, ...]
+    features: Mapping[str, str]
+    class_names: Mapping[str, WordClasses]
+
+
+def find_pieces(
+    path: str | Sequence[str], suffix: str | tuple[str, ...], kind: str
+) -> tuple[list[Piece], Manifest | None]:
+    """Finds the files that a config's `path` names, with their counts if a manifest says them.
+
+    `path` is as `files.expand` takes it with `suffix`, or a manifest of files of the format `kind`.
+    """
+    if isinstance(path, str) and path.endswith(SUFFIX):
+        manifest = read_manifest(path)
+        if manifest.format != kind:
+            raise UserError(
+                f"data.path={path!r} is the manifest of {manifest.format} files: set data.source "
+                f"to {manifest.format!r}"
+            )
+        return list(manifest.pieces), manifest
+    return [Piece(file) for file in files.expand(path, suffix)], None
+
+
+def read_manifest(path: str) -> Manifest:
+    """Reads a manifest; raises UserError if it is not there, or none."""
+
+    try:
+        content = json.loads(files.read(path))
+        folder = path.rpartition("/")[0]
+        pieces = [
+            Piece(f"{folder}/{shard['file']}" if folder else shard["file"], 0, shard["examples"])
+            for shard in content["shards"]
+        ]
+        features = {
+            name: field["dtype"] + ("[]" if field["list"] else "")
+            for name, field in content["fields"].items()
+        }
+        named = content.get("source", {}).get("class_names", {})
+        classes = {name: WordClasses(names) for name, names in named.items()}
+        return Manifest(content["format"], tuple(pieces), features, classes)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is not a manifest of prepared data: {error!r}") from None

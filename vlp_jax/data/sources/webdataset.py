@@ -14,10 +14,16 @@ import numpy as np
 
 from vlp_jax.data import faults
 from vlp_jax.data.sources.base import STRING, STRINGS, Blocks, FieldSpec
-from vlp_jax.data.sources.manifest import Manifest, find_pieces
 from vlp_jax.data.sources.records import empty_strings
 from vlp_jax.data.sources.row_source import FLOAT, INT, Rows, RowSource, spec_of_all
-from vlp_jax.data.sources.shards import Piece, ShardedSource, Shards, group_by_piece
+from vlp_jax.data.sources.shards import (
+    Manifest,
+    Piece,
+    ShardedSource,
+    Shards,
+    find_pieces,
+    group_by_piece,
+)
 from vlp_jax.data.sources.tar_index import extensions, index_tar, sample_files, sample_key
 from vlp_jax.errors import UserError, unknown_key_message
 
