@@ -91,7 +91,7 @@ def merge(summaries: Iterable[dict[str, Any]]) -> dict[str, Any]:
             total.kinds[name] = sorted(set(kinds).union(total.kinds.get(name, ())))
         total.whole = [a + b for a, b in zip(total.whole, part.whole, strict=True)]
         total.cut = sorted([*total.cut, *part.cut])
-        # The smaller of two is named, so that the message does not depend on the
+        # The smaller of two is named, so that the message does not depend on the runner.
         both = sorted([d for d in (total.duplicates, part.duplicates) if d], key=lambda d: d[1:])
         total.duplicates = [sum(d[0] for d in both), *both[0][1:]] if both else []
     return vars(total)
