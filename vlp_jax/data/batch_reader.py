@@ -1,4 +1,4 @@
-"""Assembles batches from the readers of one or several sources."""
+"""Says which example of which source stands where in a batch, and assembles batches."""
 
 from __future__ import annotations
 

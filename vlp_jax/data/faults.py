@@ -1,4 +1,4 @@
-"""Reasons why an example cannot be used, and checks inside of a TensorFlow graph.
+"""Reasons why an example cannot be used, checks inside of a TensorFlow graph, and counts.
 
 A record that is damaged fails inside the graph of its example with one of the reasons below. The
 pipeline drops the example, counts it by its source and its reason, and puts another in its place.

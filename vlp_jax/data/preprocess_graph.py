@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -15,16 +16,10 @@ from vlp_jax.data.lazy_tensorflow import Op, tf
 from vlp_jax.data.ops import apply_ops
 from vlp_jax.data.sources.base import STRING, FieldSpec, Source
 from vlp_jax.data.tokenizing import Framing, unmarked
+from vlp_jax.errors import UserError, unknown_key_message
 
 if TYPE_CHECKING:
     from vlp_jax.data.tokenizers import Tokenizer
-
-
-import logging
-from collections.abc import Collection
-from typing import Any
-
-from vlp_jax.errors import UserError, unknown_key_message
 
 _log = logging.getLogger("vlp_jax.data")
 # Examples that are read in one call of Python, and go through their operations in one thread.

@@ -1,4 +1,4 @@
-"""Random changes of colour and sharpness, and erasing, on uint8 RGB [h, w, 3]."""
+"""Random changes of uint8 RGB [h, w, 3]: colour, sharpness, erasing, mirroring, moving."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Upright RGB of any image by Pillow, whose pixels training reproduces.
+"""Formats of image files, and upright RGB of any by Pillow, whose pixels training reproduces.
 
 `vlp_jax.load` and the page call `upright_rgb` on every image. Training leaves JPEGs to TensorFlow,
 which is faster, and asks `jpeg_orientation` about them; `read` decodes all other files. TensorFlow

@@ -1,4 +1,7 @@
-"""A preparation from input to manifest; work that an earlier run finished is kept."""
+"""A preparation from input to manifest (the shards, their source, fields and checksums).
+
+Work that an earlier run finished is kept.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The first pass: looks at every example, and writes their global order without their images.
+"""The first pass, on Apache Beam: looks at every example, and writes their global order.
 
 Examples are ordered by a hash of (seed, id): `examples.place`. The order is cut into buckets by its
 first digits; a worker sorts each and writes it as lines of JSON. The buckets in turn are the

@@ -1,4 +1,4 @@
-"""The second pass: writes each shard from its run of the order."""
+"""The second pass: writes each shard, in its output format, from its run of the order."""
 
 from __future__ import annotations
 

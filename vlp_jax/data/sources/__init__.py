@@ -45,7 +45,7 @@ def build_source(config: Mapping[str, Any]) -> Source:
         maps scalar fields to the value that they must have (a class may be given by its name),
         `limit` keeps the first examples after that, `fields` maps the names that fields shall have
         to names in the data. Without `fields`, files with names of their own give the usual ones
-        (`renamed.USUAL`) and others if a manifest or `features` declares them.
+        (`USUAL`) and others if a manifest or `features` declares them.
 
     Raises:
       UserError: for an unknown name, key or field, and for what the source itself refuses.

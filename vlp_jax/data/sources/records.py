@@ -1,4 +1,4 @@
-"""Serialized records in TFRecord and ArrayRecord files, read by their number."""
+"""TFRecord and ArrayRecord files: records read by their number, and tf.train.Examples in them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Datasets prepared by tensorflow_datasets, and the embedded `shapes`."""
+"""Datasets that tensorflow_datasets has prepared on disk, and the embedded `shapes`."""
 
 from __future__ import annotations
 

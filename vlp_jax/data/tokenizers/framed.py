@@ -1,4 +1,4 @@
-"""Tokenizers of other projects' models, whose tokenizer.json frames texts by itself."""
+"""Tokenizers of other projects' models, which frame texts by themselves."""
 
 from __future__ import annotations
 

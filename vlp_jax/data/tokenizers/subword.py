@@ -1,4 +1,4 @@
-"""Subwords: a tokenizer.json of the Hugging Face `tokenizers` library, or one trained here."""
+"""Subwords (a tokenizer.json of the Hugging Face library, or one trained here), and bytes."""
 
 from __future__ import annotations
 
