@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vlp_jax.data.tokenizers import base
 from vlp_jax.errors import UserError
@@ -12,9 +12,6 @@ from vlp_jax.files import write_whole
 
 if TYPE_CHECKING:
     import tokenizers
-
-
-from typing import Any
 
 _MIN_VOCAB = 256 + len(base.SPECIAL_TOKENS)
 
