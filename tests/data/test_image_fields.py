@@ -20,7 +20,7 @@ ON_PIXELS = {
     "flip_left_right": {"unless_text": None},
     "random_rotation": {"degrees": 90},
     "random_translation": {"fraction": 0.5},
-    "rand_augment": {"num_layers": 4, "magnitude": 20},
+    "rand_augment": {"num_layers": 1, "magnitude": 20},
     "color_jitter": {"brightness": 0.9},
     "grayscale": {"probability": 1.0},
     "solarize": {"probability": 1.0},
