@@ -8,7 +8,6 @@ import itertools
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -19,8 +18,8 @@ from vlp_jax.data import faults
 from vlp_jax.data.image_ops.upright import orientation
 from vlp_jax.data.pipeline import EvalPipeline, TrainPipeline
 from vlp_jax.data.sources import build_source
-from vlp_jax.data.sources.base import as_plain
-from vlp_jax.data.tokenizers import Tokenizer, build_tokenizer
+from vlp_jax.data.tokenizers import build_tokenizer
+from vlp_jax.data.tokenizers.base import frame_length
 from vlp_jax.errors import UserError
 
 RAW_TEXT, MASK = "text_raw", "mask"  # fields of batches
@@ -55,7 +54,7 @@ class Scan:
 
 
 class Tokenizers:
-    """The tokenizer of a config, and the same one with room for long texts."""
+    """The tokenizer of a config, or None without one, and the lengths of texts in its tokens."""
 
     def __init__(
         self,
@@ -63,31 +62,19 @@ class Tokenizers:
         texts: Callable[[], Iterator[str]],
         kept: epath.PathLike | None = None,
     ) -> None:
-        """Trains it on `texts()` if the config says so, or reads `kept`, the file of a run.
-
-        Without a config there is none.
-        """
-        self.usual: Tokenizer | None = None
-        self._long: Tokenizer | None = None
-        if not config:
-            return
-        with TemporaryDirectory() as folder:
-            # Training takes long: the second tokenizer reads the file that the first has written.
-            file = epath.Path(folder) / "tokenizer.json" if kept is None else epath.Path(kept)
-            self.usual = build_tokenizer(config, texts, file)
-            longest = max(LONGEST, 2 * self.usual.context_length)
-            config = {**as_plain(config), "context_length": longest}
-            self._long = build_tokenizer(config, texts, file)
+        """Trains it on `texts()` if the config says so, or reads `kept`, the file of a run."""
+        self.usual = build_tokenizer(config, texts, kept) if config else None
 
     def lengths(self, texts: list[bytes]) -> list[int]:
         """Tokens of each text, special ones counted, as if it were not cut; none for no tokenizer.
 
         A text of more than `LONGEST` tokens (or twice the context) counts as that many.
         """
-        if self._long is None or not texts:
+        if self.usual is None or not texts:
             return []
-        ends = self._long(texts) == self._long.eos_id
-        return (ends.argmax(axis=1) + 1).tolist()
+        longest = max(LONGEST, 2 * self.usual.context_length)
+        special = frame_length(self.usual)
+        return [min(len(row) + special, longest) for row in self.usual.encode(texts)]
 
 
 def scan(
