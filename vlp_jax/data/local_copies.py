@@ -16,6 +16,7 @@ import zlib
 from collections.abc import Iterator
 from functools import cache, lru_cache
 from pathlib import Path
+from typing import Any
 
 from vlp_jax.data.files import HEAD_BYTES, filesystem, is_local, read, retrying, stamp_of
 from vlp_jax.errors import UserError
@@ -149,8 +150,10 @@ class LocalCopies:
             out = open(unfinished, "wb")
         with filesystem(path).open(path) as raw, out:
             try:
+                head = raw.read(HEAD_BYTES)
+                whole = _Rejoined(head, raw)
                 # read1 gives what comes before a cut, where read would give nothing.
-                read = gzip.open(raw).read1 if LocalCopies.is_compressed(path) else raw.read
+                read = gzip.open(whole).read1 if _is_gzip(head) else whole.read
                 while piece := read(1 << 22):
                     with writing(target.parent):
                         out.write(piece)
@@ -199,3 +202,14 @@ def _is_gzip(head: bytes) -> bool:
     except zlib.error:
         return False
     return head[:2] == b"\x1f\x8b"
+
+
+class _Rejoined:
+    """Gives bytes of a stream that were read already, then the rest: not every stream can seek."""
+
+    def __init__(self, head: bytes, rest: Any) -> None:
+        self._head, self._rest = head, rest
+
+    def read(self, size: int) -> bytes:
+        piece, self._head = self._head[:size], self._head[size:]
+        return piece or self._rest.read(size)
