@@ -163,7 +163,7 @@ OTHER = [
 ]
 
 
-@pytest.mark.parametrize("form", ["list", "mapping"])
+@pytest.mark.parametrize("form", [pytest.param("list", marks=pytest.mark.slow), "mapping"])
 def test_smoke_of_operations_on_fields_that_the_embedded_data_lacks(form):
     config = config_lib.load("configs/debug_cpu.py").unlock()
     preprocess = OTHER if form == "list" else labelled(OTHER)

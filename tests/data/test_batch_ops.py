@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from vlp_jax.data.batch_ops import BATCH_OPS, mixup
+from vlp_jax.data.batch_ops import BATCH_OPS, MixUp
 from vlp_jax.errors import UserError
 
 
@@ -48,7 +48,7 @@ def test_extremes_do_not_overflow():
     black_and_white = np.zeros((64, 4, 4, 3), np.uint8)
     black_and_white[::2] = 255
     before = {"image": black_and_white, "label": np.arange(64) % 2}
-    after = mixup(0.3, 2)(before, seeds(64))
+    after = MixUp(0.3, 2)(before, seeds(64))
     share = after["label"][::2, 0].astype(np.float64)
     assert np.abs(after["image"][::2, 0, 0, 0] - 255 * share).max() <= 0.5 + 1e-5
     np.testing.assert_array_equal(after["image"][::2] + after["image"][1::2], 255)
@@ -57,20 +57,20 @@ def test_extremes_do_not_overflow():
 def test_shares_follow_beta_and_the_seed_alone():
     labels = np.arange(2000) % 2
     before = {"image": np.zeros((2000, 1, 1, 3), np.uint8), "label": labels}
-    soft = mixup(0.4, 2)(before, seeds(2000))["label"]
+    soft = MixUp(0.4, 2)(before, seeds(2000))["label"]
     share = soft[::2, 0].astype(np.float64)
     np.testing.assert_array_equal(soft[::2], soft[1::2, ::-1])
     assert abs(share.mean() - 0.5) < 0.04
     assert abs(share.var() - 1 / (4 * (2 * 0.4 + 1))) < 0.015
     half = {k: v[1000:] for k, v in before.items()}
-    np.testing.assert_array_equal(mixup(0.4, 2)(half, seeds(2000)[1000:])["label"], soft[1000:])
+    np.testing.assert_array_equal(MixUp(0.4, 2)(half, seeds(2000)[1000:])["label"], soft[1000:])
     assert len(np.unique(share)) > 100
 
 
 def test_cutmix_exchanges_a_rectangle_and_weighs_its_area():
     before = batch(128, side=16)
     before["label"] = np.arange(128) % 2
-    after = mixup(0.0, 2, cutmix_alpha=1.0)(before, seeds(128))
+    after = MixUp(0.0, 2, cutmix_alpha=1.0)(before, seeds(128))
     own, other = before["image"], before["image"][np.arange(128) ^ 1]
     kept = (after["image"] == own).all(-1)
     taken = (after["image"] == other).all(-1)
@@ -83,14 +83,14 @@ def test_cutmix_exchanges_a_rectangle_and_weighs_its_area():
     share = after["label"][np.arange(128), before["label"]]
     np.testing.assert_allclose(share, kept.mean((1, 2)), atol=0.02)
     assert share.std() > 0.15
-    both = mixup(1.0, 2, cutmix_alpha=1.0)(before, seeds(128))["image"]
+    both = MixUp(1.0, 2, cutmix_alpha=1.0)(before, seeds(128))["image"]
     exchanged = ((both == own) | (both == other)).all((1, 2, 3))
     assert 30 < exchanged.sum() < 98
 
 
 def test_output_spec_is_what_comes_out():
     before = batch()
-    op = mixup(0.2, 5)
+    op = MixUp(0.2, 5)
     spec = op.output_spec({k: (v.shape[1:], v.dtype) for k, v in before.items()})
     after = op(before, seeds())
     assert spec == {k: (v.shape[1:], v.dtype) for k, v in after.items()}
@@ -110,5 +110,5 @@ def test_output_spec_is_what_comes_out():
 )
 def test_mistakes(settings, change, message):
     with pytest.raises(UserError, match=message) as caught:
-        mixup(**{"alpha": 0.2, "num_classes": 5, **settings})({**batch(), **change}, seeds())
+        MixUp(**{"alpha": 0.2, "num_classes": 5, **settings})({**batch(), **change}, seeds())
     assert "\n" not in str(caught.value)

@@ -5,8 +5,8 @@ import time
 import numpy as np
 import pytest
 
+from vlp_jax.data.batch_reader import BatchShare, Mixture, Schedule
 from vlp_jax.data.order import BlockOrder
-from vlp_jax.data.schedule import BatchShare, Mixture, Schedule
 
 SIZES = np.random.default_rng(0).integers(1, 60, 50)
 
@@ -53,6 +53,7 @@ def test_neighbours_in_a_batch_come_from_all_over():
     assert len(set(batch // 100)) > 40 and len(set(batch // 10_000)) == 10
 
 
+@pytest.mark.slow
 def test_seeking_to_a_billion_takes_seconds():
     """The synthetic index: 10^9 examples in 10,000 shards, of 256 to a block."""
     begin = time.process_time()

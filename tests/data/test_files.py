@@ -132,7 +132,11 @@ def copied_to_memory(folder, target):
         system.pipe(f"{target.removeprefix('memory://')}/{file.name}", file.read_bytes())
 
 
-@pytest.mark.parametrize("kind", ["webdataset", "tfrecord", "array_record", "parquet"])
+@pytest.mark.parametrize(
+    "kind",
+    ["webdataset", "array_record"]
+    + [pytest.param(kind, marks=pytest.mark.slow) for kind in ("tfrecord", "parquet")],
+)
 def test_training_from_a_bucket_is_training_from_disk(kind, tmp_path, memory):
     data = corpora.config(kind, tmp_path, corpora.examples(60), shards=4, lanes=2)
     copied_to_memory(tmp_path / kind, memory)
@@ -257,7 +261,7 @@ def test_a_copy_that_vanishes_is_made_again(tmp_path, memory):
     assert copies.read(f"{memory}/x", 2, 3) == b"234"
     from vlp_jax.data.local_copies import open_files
 
-    open_files().drop(copies.get(f"{memory}/x"))
+    open_files().drop()
     os.remove(copies.get(f"{memory}/x"))
     assert copies.read(f"{memory}/x", 8, 5) == b"89"
 

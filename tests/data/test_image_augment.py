@@ -6,7 +6,7 @@ import tensorflow as tf
 from PIL import Image, ImageEnhance, ImageOps
 
 from vlp_jax.data.image_ops import pixels
-from vlp_jax.data.image_ops.geometry import rotation
+from vlp_jax.data.image_ops.augment import rotation
 from vlp_jax.data.image_ops.rand_augment import operations
 from vlp_jax.data.ops import OPS, apply_ops, build_ops
 from vlp_jax.errors import UserError

@@ -14,7 +14,7 @@ from PIL import Image, ImageOps, PngImagePlugin
 from vlp_jax.data import faults
 from vlp_jax.data.image_ops.upright import upright_rgb
 from vlp_jax.data.ops import apply_ops, build_ops
-from vlp_jax.data.prepare.images import image_fault
+from vlp_jax.data.prepare.examples import image_fault
 from vlp_jax.errors import UserError
 
 

@@ -6,9 +6,9 @@ import corpora
 import numpy as np
 import pytest
 
+from vlp_jax.data.batch_reader import Mixture
 from vlp_jax.data.pipeline import EvalPipeline, TrainPipeline
 from vlp_jax.data.samples import sample_texts
-from vlp_jax.data.schedule import Mixture
 from vlp_jax.data.tokenizers import ByteTokenizer
 from vlp_jax.errors import UserError
 
@@ -42,8 +42,12 @@ def numbers(batch):
     return np.array([int(text.split()[1]) for text in batch["text_raw"]])
 
 
-def test_shares_are_exact_and_each_source_is_read_whole(parts):
-    batches = take(pipeline(parts), 60)
+@pytest.fixture(scope="module")
+def batches(parts):
+    return take(pipeline(parts), 60)
+
+
+def test_shares_are_exact_and_each_source_is_read_whole(parts, batches):
     sources = np.array([numbers(batch) // 1000 for batch in batches])
     # Five, two and one of eight, in every batch to a few and over all of them to one a lane.
     for source, share in enumerate((5 / 8, 2 / 8, 1 / 8)):
@@ -59,8 +63,8 @@ def test_shares_are_exact_and_each_source_is_read_whole(parts):
         assert counts.max() - counts.min() <= 1 and len(counts) == size
 
 
-def test_every_source_has_its_own_preprocessing(parts):
-    for batch in take(pipeline(parts), 5):
+def test_every_source_has_its_own_preprocessing(batches):
+    for batch in batches[:5]:
         for number, text in zip(numbers(batch), batch["text_raw"], strict=True):
             assert text.startswith(b"number" if number >= 2000 else b"Number")
 

@@ -5,8 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from vlp_jax.data.multi_pipeline import MultiPipeline
-from vlp_jax.data.pipeline import TrainPipeline
+from vlp_jax.data.pipeline import MultiPipeline, TrainPipeline
 from vlp_jax.data.tokenizers import ByteTokenizer
 from vlp_jax.errors import UserError
 

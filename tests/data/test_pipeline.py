@@ -106,15 +106,22 @@ def test_deterministic_and_seeded(photos):
     assert not np.array_equal(first[0]["text"], other[0]["text"])
 
 
-@pytest.mark.parametrize("step", [1, 6, 7, 20])  # an epoch ends within batch 6
-def test_resuming_is_exact(photos, step):
-    straight = take(train(photos), step + 3)[step:]
+@pytest.fixture(scope="module")
+def straight(photos):
+    """The first 23 batches, by one process."""
+    return take(train(photos), 23)
+
+
+@pytest.mark.parametrize(  # an epoch ends within batch 6
+    "step", [6, *(pytest.param(step, marks=pytest.mark.slow) for step in (1, 7, 20))]
+)
+def test_resuming_is_exact(photos, straight, step):
     resumed = take(train(photos), 3, start=step)
-    for a, b in zip(straight, resumed, strict=True):
+    for a, b in zip(straight[step : step + 3], resumed, strict=True):
         assert_same(a, b)
 
 
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_the_examples_of_a_batch_are_named_without_reading_them(photos, processes):
     parts = [
         train(photos, process_index=index, process_count=processes) for index in range(processes)
@@ -137,14 +144,13 @@ def test_resuming_far_away_is_instant(photos):
     assert batch["image"].shape == (8, SIZE, SIZE, 3)
 
 
-@pytest.mark.parametrize("processes", [2, 4])
-def test_the_global_batches_do_not_depend_on_the_processes(photos, processes):
-    whole = take(train(photos), 9, start=2)
+@pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_the_global_batches_do_not_depend_on_the_processes(photos, straight, processes):
     parts = [
         take(train(photos, process_index=index, process_count=processes), 9, start=2)
         for index in range(processes)
     ]
-    for number, batch in enumerate(whole):
+    for number, batch in enumerate(straight[2:11]):
         joined = {name: np.concatenate([part[number][name] for part in parts]) for name in batch}
         assert_same(batch, joined)
 
@@ -183,8 +189,17 @@ def test_sample_texts_are_what_training_sees(photos):
 # --------------------------------------------------------------------------------- evaluation
 
 
-@pytest.mark.parametrize("limit", [1, 7, 8, 9, 16, 17, 53])
-@pytest.mark.parametrize("processes", [1, 2, 4])
+FEW = {(1, 1), (16, 2), (17, 2)}  # the others: make test-slow
+
+
+@pytest.mark.parametrize(
+    ("limit", "processes"),
+    [
+        pytest.param(limit, count, marks=[] if (limit, count) in FEW else pytest.mark.slow)
+        for limit in (1, 7, 8, 9, 16, 17, 53)
+        for count in (1, 2, 4)
+    ],
+)
 def test_evaluation_sees_each_example_once(photos, limit, processes):
     seen, counts = [], set()
     for index in range(processes):
@@ -278,6 +293,7 @@ def test_arrays_need_no_tensorflow():
     assert done.stdout.strip() == f"labels {labels}"
 
 
+@pytest.mark.slow
 def test_tensorflow_is_imported_without_keras_which_is_there_for_others():
     code = """
 import sys
@@ -330,7 +346,7 @@ def test_configs_that_cannot_make_batches(photos):
     refuses(lambda: list(sample_texts(config(photos, no_text))), "no field 'text'")
 
 
-@pytest.mark.parametrize("damage", ["truncated", "text"])
+@pytest.mark.parametrize("damage", ["truncated", pytest.param("text", marks=pytest.mark.slow)])
 def test_an_image_that_cannot_be_decoded_is_named(photos, tmp_path, damage):
     for number in range(12):
         (tmp_path / f"{number}.jpg").write_bytes(jpeg(number))

@@ -14,7 +14,7 @@ from vlp_jax.data.tokenizers import (
     train_sentencepiece,
     train_subword,
 )
-from vlp_jax.data.tokenizers.sentencepiece_file import ModelFile
+from vlp_jax.data.tokenizers.sentence_piece import ModelFile
 from vlp_jax.data.wording import Wording
 from vlp_jax.errors import UserError
 
@@ -122,9 +122,9 @@ def test_what_the_file_for_others_cannot_say(settings, message):
 
 
 def test_a_conversion_that_differs_is_not_handed_out(monkeypatch):
-    from vlp_jax.data.tokenizers import sentencepiece_json
+    from vlp_jax.data.tokenizers import sentence_piece
 
-    monkeypatch.setattr(sentencepiece_json, "_normalization", lambda file, library: [])
+    monkeypatch.setattr(sentence_piece, "_normalization", lambda file, library: [])
     with pytest.raises(UserError, match="would get other ids"):
         tokenizer_of("t5").to_json(lowercase=False)
 

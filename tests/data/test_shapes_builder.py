@@ -151,6 +151,7 @@ def _start(directory):
     return subprocess.Popen([sys.executable, "-c", _PREPARE, str(directory)])
 
 
+@pytest.mark.slow
 def test_a_killed_build_leaves_nothing_that_looks_finished(tmp_path):
     process = _start(tmp_path)
     config_dir = tmp_path / "shapes" / "tiny"
@@ -164,6 +165,7 @@ def test_a_killed_build_leaves_nothing_that_looks_finished(tmp_path):
     assert len(source(builder, "train")) == 512
 
 
+@pytest.mark.slow
 def test_two_processes_that_prepare_at_once(tiny, tmp_path):
     processes = [_start(tmp_path) for _ in range(2)]
     assert [p.wait(timeout=120) for p in processes] == [0, 0]
@@ -172,6 +174,7 @@ def test_two_processes_that_prepare_at_once(tiny, tmp_path):
     assert not list((tmp_path / "shapes" / "tiny").glob("*incomplete*"))
 
 
+@pytest.mark.slow
 def test_the_loser_of_a_race_without_locks_uses_the_winners_files(tmp_path, monkeypatch, tiny):
     split_generators = builder_lib.Shapes._split_generators
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vlp_jax.data.shapes import clips, geometry, records, render, scenes, vocabulary
+from vlp_jax.data.shapes import clips, records, render, scenes, vocabulary
 
 BLACK = scenes.Background("black", "flat", (0.0, 0.0, 0.0), 0.0, 0.0)
 
@@ -32,14 +32,11 @@ def test_record_is_a_function_of_seed_split_and_index():
 
 def test_records_do_not_depend_on_the_number_of_processes():
     for spec in (records.SPECS["tiny"], records.SPECS["video_tiny"]):
-        split = "train" if not spec.is_video else "test"
-        alone = [r["id"] + str(r["captions"]) for r in records.stream_records(spec, split, 0)]
+        split = "train" if spec.is_video else "test"
+        alone = list(map(str, records.stream_records(spec, split, 0)))
         assert len(alone) == spec.sizes[split]
-        for workers in (1, 3):
-            shared = records.stream_records(spec, split, workers)
-            assert [r["id"] + str(r["captions"]) for r in shared] == alone
-    images = [r["image"] for r in records.stream_records(records.SPECS["tiny"], "test", 2)]
-    assert images == [r["image"] for r in records.stream_records(records.SPECS["tiny"], "test", 0)]
+        shared = records.stream_records(spec, split, 3)
+        assert list(map(str, shared)) == alone
 
 
 def test_a_rendering_process_that_fails_is_an_error(monkeypatch):
@@ -101,13 +98,13 @@ def test_objects_lie_in_their_cell_inside_the_picture_and_hardly_overlap():
             assert vocabulary.POSITIONS[3 * row + column] == obj.position
             assert min(obj.box) >= 0.99 and max(obj.box) <= 63.01
             others = scene.objects[:i]
-            assert all(geometry.overlap(obj.box, o.box) <= scenes.MAX_OVERLAP for o in others)
+            assert all(scenes.overlap(obj.box, o.box) <= scenes.MAX_OVERLAP for o in others)
 
 
 def test_overlap_of_known_boxes():
-    assert geometry.overlap((0, 0, 2, 2), (1, 0, 3, 2)) == 0.5
-    assert geometry.overlap((0, 0, 2, 2), (2, 0, 3, 2)) == 0.0
-    assert geometry.overlap((0, 0, 4, 4), (1, 1, 2, 2)) == 1.0
+    assert scenes.overlap((0, 0, 2, 2), (1, 0, 3, 2)) == 0.5
+    assert scenes.overlap((0, 0, 2, 2), (2, 0, 3, 2)) == 0.0
+    assert scenes.overlap((0, 0, 4, 4), (1, 1, 2, 2)) == 1.0
 
 
 def test_boxes_are_tight_around_the_object_drawn_alone():
@@ -153,7 +150,7 @@ def test_textures_differ_in_what_they_cover():
     for scene in scenes_of("train", 400):
         for obj in scene.objects:
             _, body, marks = render.coverage(obj)
-            filled = geometry.outline(obj.shape, 0, 0, obj.radius, 0)
+            filled = scenes.outline(obj.shape, 0, 0, obj.radius, 0)
             x, y = filled.T
             area = 0.5 * abs(np.dot(x, np.roll(y, 1)) - np.dot(y, np.roll(x, 1)))
             by_texture[obj.texture].append((body.sum() / area, marks.sum() / area))

@@ -11,6 +11,7 @@ from PIL import Image
 
 from vlp_jax.data import faults
 from vlp_jax.data.lazy_tensorflow import import_tensorflow
+from vlp_jax.data.samples import sample_texts
 from vlp_jax.data.sources import SOURCES, build_source
 from vlp_jax.errors import UserError
 
@@ -526,3 +527,23 @@ def test_unknown_source_names_the_nearest():
     for name in SOURCES:
         refuses({"source": name + "x"}, f"did you mean '{name}'")
     refuses({}, "known: array_record, arrays, folder")
+
+
+def test_a_folder_for_each_class_needs_no_caption_file(tmp_path):
+    for name in ("red_fox/b.jpg", "red_fox/deep/a.PNG", "owl/c.jpg", "owl/notes.md"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(name.encode())
+    data = {"source": "folder", "path": str(tmp_path), "split": "all"}
+    source = build_source(data)
+    paths = ["owl/c.jpg", "red_fox/b.jpg", "red_fox/deep/a.PNG"]
+    assert [bytes(p).decode() for p in source.column("path")] == paths
+    assert [bytes(image).decode() for image in source.column("image")] == paths
+    assert source.column("label").tolist() == [0, 1, 1]
+    assert source.class_names("label") == ("owl", "red_fox")
+    ops = {"choose_text": {}, "prompt_template": {"templates": "a photo of a {}"}}
+    texts = sample_texts({**data, "preprocess": {**ops, "keep": {"fields": ("text",)}}})
+    assert set(texts) == {"a photo of a owl", "a photo of a red fox"}
+    ordered = build_source({**data, "label_names": ["red_fox", "owl", "cat"]})
+    assert ordered.column("label").tolist() == [1, 0, 0]
+    with pytest.raises(UserError, match="no caption file whose columns"):
+        build_source({**data, "label_field": "kind"})

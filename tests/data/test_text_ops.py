@@ -37,15 +37,23 @@ TEXTS = [
 ]
 
 
+PROGRAMS = {}  # operations and types -> the traced function, for all seeds
+
+
 def run(preprocess, example, seed=(0, 0)):
-    ops = build_ops(preprocess)
-    seeds = tf.constant([seed] * len(ops), tf.int32)
     # In a graph, as the pipeline runs them; eagerly some mistakes would not show.
     tensors = {k: tf.constant(v) for k, v in example.items()}
     specs = {k: tf.TensorSpec([None] * v.shape.rank, v.dtype) for k, v in tensors.items()}
-    process = tf.function(lambda e: apply_ops(ops, e, seeds), [specs], autograph=False)
-    out = process(tensors)
-    return {k: v.numpy() for k, v in out.items()}
+    key = repr((preprocess, specs))
+    if key not in PROGRAMS:
+        ops = build_ops(preprocess)
+
+        def process(example, seed):
+            return apply_ops(ops, example, tf.tile(seed[None], [len(ops), 1]))
+
+        signature = [specs, tf.TensorSpec([2], tf.int32)]
+        PROGRAMS[key] = tf.function(process, signature, autograph=False)
+    return {k: v.numpy() for k, v in PROGRAMS[key](tensors, tf.constant(seed, tf.int32)).items()}
 
 
 def mapped(preprocess, texts, field="text"):

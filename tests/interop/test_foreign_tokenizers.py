@@ -13,7 +13,7 @@ import transformers
 from vlp_jax.data.pipeline import EvalPipeline
 from vlp_jax.data.tokenizers import SentencePieceTokenizer, build_tokenizer
 from vlp_jax.data.tokenizers.clip import clean
-from vlp_jax.data.tokenizers.sentencepiece_file import NORMAL, ModelFile
+from vlp_jax.data.tokenizers.sentence_piece import NORMAL, ModelFile
 from vlp_jax.encoders.foreign_texts import tokenizer_of_files
 from vlp_jax.models.text import TextTransformer
 from vlp_jax.models.values import TransformerConfig

@@ -15,7 +15,7 @@ from foreign import clip, random_params
 import vlp_jax
 from vlp_jax import interop
 from vlp_jax.data.tokenizers import ClipTokenizer, train_subword
-from vlp_jax.data.tokenizers.sentencepiece_file import ModelFile
+from vlp_jax.data.tokenizers.sentence_piece import ModelFile
 from vlp_jax.encoders.foreign_texts import tokenizer_of_files
 from vlp_jax.errors import UserError
 from vlp_jax.interop.hf_tokenizer import CONFIG, TOKENIZER, TokenizerFiles

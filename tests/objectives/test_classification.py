@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from vlp_jax import config as config_lib
-from vlp_jax.data.batch_ops import mixup
+from vlp_jax.data.batch_ops import MixUp
 from vlp_jax.errors import UserError
 from vlp_jax.models.values import Pixels
 from vlp_jax.objectives import make_objective
@@ -105,7 +105,7 @@ def test_labels_of_mixup_and_smoothing_in_training_alone():
     objective, params = start({**CLASSIFICATION, "label_smoothing": 0.2})
     hard = batch()
     seeds = np.stack([np.arange(BATCH), np.arange(BATCH)], 1).astype(np.int32)
-    mixed = mixup(1.0, CLASSES)(hard, seeds)
+    mixed = MixUp(1.0, CLASSES)(hard, seeds)
     classify = jax.jit(objective.functions()["classify"])
     scores = np.asarray(classify(params, mixed["image"]), np.float64)
     for train, smoothing in ((True, 0.2), (False, 0.0)):

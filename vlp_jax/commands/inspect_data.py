@@ -41,11 +41,7 @@ SEED = 0
 
 
 def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, ConfigDict]:
-    """Returns the arguments, and the config with its overrides.
-
-    Raises:
-      UserError: an argument, a config file or a key that does not exist.
-    """
+    """Returns the arguments, and the config with its overrides."""
     parser = make_parser("vlp-jax inspect-data", __doc__, config=True)
     parser.add_argument("--evaluator", metavar="NAME", help="whose data, instead of training's")
     parser.add_argument("--output", type=Path, default=Path("inspected"), metavar="DIR")
@@ -58,11 +54,7 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, ConfigDict]:
 
 
 def datasets_of(config: ConfigDict, evaluator: str | None) -> dict[str, Mapping[str, Any]]:
-    """Returns name -> data config: of training and of `config.extra_data`, or of an evaluator.
-
-    Raises:
-      UserError: there is no such evaluator.
-    """
+    """Returns name -> data config: of training and of `config.extra_data`, or of an evaluator."""
     if evaluator is None:
         return {MAIN: config.data, **dict(config.extra_data.items())}
     if evaluator not in config.evaluators:
@@ -85,11 +77,7 @@ def draw_sheet(
     count: int,
     title: str,
 ) -> str:
-    """Writes the contact sheet of a dataset; returns a line for the user.
-
-    Raises:
-      UserError: a mistake in the config, or an example that cannot be read.
-    """
+    """Writes the contact sheet of a dataset; returns a line for the user."""
     size = min(SHEET_BATCH, count)
     if training:
         pipeline = TrainPipeline(tolerant(data), tokenizers.usual, batch_size=size, seed=SEED)
@@ -211,11 +199,7 @@ def show(figures: Mapping[str, Mapping[str, Any]], console: Console) -> None:
 
 
 def inspect(arguments: argparse.Namespace, config: ConfigDict) -> None:
-    """Scans, prints, draws and writes.
-
-    Raises:
-      UserError: a mistake in the config or in the data, or a folder that cannot be written.
-    """
+    """Scans, prints, draws and writes."""
     datasets = datasets_of(config, arguments.evaluator)
     # A tokenizer that is trained on the captions reads them once, as training would.
     tokenizers = Tokenizers(config.tokenizer, lambda: sample_texts(tolerant(config.data)))

@@ -16,22 +16,21 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import json
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from tqdm import tqdm
 
 from vlp_jax.arguments import make_parser
 from vlp_jax.data.prepare import job as jobs
-from vlp_jax.data.prepare import manifest as manifests
-from vlp_jax.data.prepare import paths, runner
+from vlp_jax.data.prepare import paths, plan
 from vlp_jax.data.prepare.examples import IMAGE
 from vlp_jax.data.prepare.inputs import FORMATS
-from vlp_jax.data.prepare.writers import WRITERS
+from vlp_jax.data.prepare.shards import WRITERS
 from vlp_jax.errors import UserError
 from vlp_jax.training.command import run_command
 
@@ -85,18 +84,14 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def verify(output: str, split: str) -> str:
-    """Reads all of a finished folder; returns a report.
-
-    Raises:
-      UserError: if there is no manifest, or a shard is not what it says; all that are not, named.
-    """
+    """Reads all of a finished folder; returns a report, or names all damage and raises."""
     jobs.check_split(split)
     folder = paths.absolute(output)
-    manifest = manifests.load(folder, split)
+    manifest = jobs.load_manifest(folder, split)
     if manifest is None:
-        raise UserError(f"there is no {manifests.manifest_path(folder, split)} to verify")
+        raise UserError(f"there is no {jobs.manifest_path(folder, split)} to verify")
     # All shards are read before the first is named: one run tells all the damage.
-    faults = manifests.faults(manifest, folder, read=True)
+    faults = jobs.faults_of(manifest, folder, read=True)
     if faults:
         for fault in faults.values():
             print(fault, file=sys.stderr)
@@ -126,12 +121,12 @@ def report(arguments: argparse.Namespace, result: jobs.Result, seconds: float) -
         f"{manifest['examples']:,} examples in {len(sizes)} shards of {min(sizes):,} to "
         f"{max(sizes):,}, {sum(shard['bytes'] for shard in manifest['shards']):,} bytes: {done}",
         "To train on them:",
-        *(f"  {line}" for line in config_lines(manifest, manifests.manifest_path(folder, split))),
+        *(f"  {line}" for line in config_lines(manifest, jobs.manifest_path(folder, split))),
     ]
     return "\n".join(lines)
 
 
-def config_lines(manifest: manifests.Manifest, path: str) -> list[str]:
+def config_lines(manifest: jobs.Manifest, path: str) -> list[str]:
     """Returns the lines of a config by which examples have the fields of the manifest."""
     lines = [f'config.data.source = "{manifest["format"]}"', f'config.data.path = "{path}"']
     if manifest["format"] == "webdataset":
@@ -149,75 +144,44 @@ def config_lines(manifest: manifests.Manifest, path: str) -> list[str]:
 @contextlib.contextmanager
 def watch(title: str, total: int, count: Callable[[], tuple[int, int]]) -> Iterator[None]:
     """Shows on stderr how much of `total` is done: a bar on a terminal, else lines."""
-    console = Console(stderr=True)
-    bar = Progress(
-        TextColumn(title),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[speed]}"),
-        TimeRemainingColumn(),
-        console=console,
-        disable=not console.is_terminal,
-    )
-    task = bar.add_task(title, total=total, speed="")
+    bar = tqdm(desc=title, total=total, disable=None)  # off where there is no terminal
     over = threading.Event()
-    started = shown = time.monotonic()
-    before: int | None = None  # what an earlier run had done does not count as speed
+    started, before = time.monotonic(), count()[1]
 
-    def show(last: bool) -> None:
-        nonlocal shown, before
+    def show() -> None:
         done, examples = count()
-        # The first look counts what was there already.
-        before = examples if before is None and not last else before
-        passed = max(time.monotonic() - started, 1e-3)
-        speed = f"{(examples - (before or 0)) / passed:,.0f} examples/s"
-        bar.update(task, completed=done, speed=speed)
-        if bar.disable and (last or time.monotonic() - shown >= PLAIN_SECONDS):
-            shown = time.monotonic()
+        # What an earlier run had done does not count as speed.
+        speed = f"{(examples - before) / max(time.monotonic() - started, 1e-3):,.0f} examples/s"
+        bar.set_postfix_str(speed, refresh=False)
+        bar.update(done - bar.n)
+        if bar.disable:
             print(f"{title}: {done}/{total}  {speed}", file=sys.stderr, flush=True)
 
     def poll() -> None:
-        pause = POLL_SECONDS
+        pause = least = PLAIN_SECONDS if bar.disable else POLL_SECONDS
         while not over.wait(pause):
             begin = time.monotonic()
-            show(last=False)
+            show()
             # A look lists the shards, which takes seconds in a bucket: it must not become the work.
-            pause = max(POLL_SECONDS, POLL_SHARE * (time.monotonic() - begin))
+            pause = max(least, POLL_SHARE * (time.monotonic() - begin))
 
+    thread = threading.Thread(target=poll, daemon=True)
+    thread.start()
     with bar:
-        show(last=False)
-        thread = threading.Thread(target=poll, daemon=True)
-        thread.start()
         try:
             yield
         finally:
             over.set()
             thread.join()
-            show(last=True)
+            show()
 
 
 def prepare(arguments: argparse.Namespace) -> str:
-    """Does the job of the arguments; returns a report.
-
-    Raises:
-      UserError: as `jobs.prepare` says, and for a flag that is neither ours nor Beam's.
-    """
-    runner.check_flags(arguments.unchecked)
-    job = jobs.PrepareJob(
-        input=tuple(arguments.input),
-        input_format=arguments.input_format,
-        output=arguments.output,
-        output_format=arguments.output_format,
-        shards=arguments.shards,
-        examples_per_shard=arguments.examples_per_shard,
-        seed=arguments.seed,
-        fields=jobs.parse_fields(arguments.fields),
-        split=arguments.split,
-        max_bad_fraction=arguments.max_bad_fraction,
-        check_images=arguments.check_images,
-        verify=arguments.verify,
-        flags=arguments.flags,
-    )
+    """Does the job of the arguments; returns a report."""
+    plan.check_flags(arguments.unchecked)
+    given = {f.name: getattr(arguments, f.name) for f in dataclasses.fields(jobs.PrepareJob)}
+    given["fields"] = jobs.parse_fields(arguments.fields)
+    job = jobs.PrepareJob(**given)
     started = time.monotonic()
     result = jobs.prepare(job, watch)
     return report(arguments, result, time.monotonic() - started)

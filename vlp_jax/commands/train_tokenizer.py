@@ -23,9 +23,9 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -46,55 +46,30 @@ NOTICE_SECONDS = 5.0
 
 
 class Statistics(NamedTuple):
-    """Lengths of texts in tokens, and shares of unknown tokens and cut texts.
+    """Lengths of texts in tokens, and shares of unknown tokens and cut texts."""
 
-    Attributes:
-      texts: how many.
-      mean, p95: tokens of a text, with bos and eos: their mean and 95th percentile.
-      truncated: share of the texts that are longer than the context length.
-      unknown: share of the tokens that stand for text outside of the vocabulary.
-      bytes_per_token: of UTF-8, without bos and eos.
-    """
-
-    texts: int
-    mean: float
-    p95: float
-    truncated: float
-    unknown: float
-    bytes_per_token: float
+    texts: int  # how many
+    mean: float  # tokens of a text, with bos and eos
+    p95: float  # their 95th percentile
+    truncated: float  # share of the texts that are longer than the context length
+    unknown: float  # share of the tokens that stand for text outside of the vocabulary
+    bytes_per_token: float  # of UTF-8, without bos and eos
 
 
 def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-    """Returns the arguments, and the overrides of the config.
-
-    Raises:
-      UserError: an argument that does not exist, or none or two of --config and --texts.
-    """
+    """Returns the arguments, and the overrides of the config."""
     parser = make_parser("vlp-jax train-tokenizer", __doc__, config=False)
-    parser.add_argument(
-        "--texts",
-        nargs="+",
-        metavar="FILE",
-        help=".txt (a text a line), .jsonl (an object a line), .csv or .tsv (with a header)",
-    )
-    parser.add_argument(
-        "--field", default="caption", help="of .jsonl, .csv and .tsv (default: caption)"
-    )
-    parser.add_argument("--kind", choices=list(KINDS), required=True, help="see above")
-    parser.add_argument(
-        "--vocab-size", type=int, required=True, metavar="N", help="tokens, at most"
-    )
-    parser.add_argument("--output", required=True, metavar="FILE", help="what is written")
-    parser.add_argument("--overwrite", action="store_true", help="replace an existing file")
-    parser.add_argument(
-        "--limit", type=int, default=200_000, metavar="N", help="captions, at most (200000)"
-    )
-    parser.add_argument(
-        "--context-length",
-        type=int,
-        metavar="N",
-        help=f"for the report (default: the config's, else {CONTEXT_LENGTH})",
-    )
+    add = parser.add_argument
+    add("--texts", nargs="+", metavar="FILE", help=".txt (a text a line), .jsonl (an object a "
+        "line), .csv or .tsv (with a header)")  # fmt: skip
+    add("--field", default="caption", help="of .jsonl, .csv and .tsv (default: caption)")
+    add("--kind", choices=list(KINDS), required=True, help="see above")
+    add("--vocab-size", type=int, required=True, metavar="N", help="tokens, at most")
+    add("--output", required=True, metavar="FILE", help="what is written")
+    add("--overwrite", action="store_true", help="replace an existing file")
+    add("--limit", type=int, default=200_000, metavar="N", help="captions, at most (200000)")
+    add("--context-length", type=int, metavar="N", help="for the report (default: the config's, "
+        f"else {CONTEXT_LENGTH})")  # fmt: skip
     arguments, overrides = parse_with_overrides(parser, argv, "limit")
     if (arguments.config is None) == (arguments.texts is None):
         raise UserError("give either --config, for the captions of its data, or --texts")
@@ -104,11 +79,7 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
 
 
 def texts_of_files(paths: Sequence[str], field: str) -> Iterator[str]:
-    """Yields the texts in files, none of them empty.
-
-    Raises:
-      UserError: a file does not exist, is of another format, or lacks the field.
-    """
+    """Yields the texts in files, none of them empty."""
     readers = {".txt": _lines, **dict.fromkeys((".jsonl", ".csv", ".tsv"), _rows)}
     for path in map(Path, paths):
         if not path.is_file():
@@ -124,27 +95,18 @@ def _lines(path: Path, field: str) -> Iterator[str]:
 
 
 def _rows(path: Path, field: str) -> Iterator[str]:
+    """Yields the text or the texts in the field of each row."""
     for where, row in rows(path):
-        yield from _captions(row, field, where)
-
-
-def _captions(record: Mapping[str, Any], field: str, where: str) -> Iterator[str]:
-    """Yields the text or the texts in the field of a record."""
-    if field not in record:
-        raise UserError(f"--field: {unknown_key_message(field, map(str, record), where)}")
-    values = record[field] if isinstance(record[field], list) else [record[field]]
-    for value in values:
-        if not isinstance(value, str):
-            raise UserError(f"{where}: {field!r} is {value!r}, not a text")
-        yield value
+        if field not in row:
+            raise UserError(f"--field: {unknown_key_message(field, map(str, row), where)}")
+        for value in row[field] if isinstance(row[field], list) else [row[field]]:
+            if not isinstance(value, str):
+                raise UserError(f"{where}: {field!r} is {value!r}, not a text")
+            yield value
 
 
 def collect(texts: Iterator[str], limit: int) -> list[str]:
-    """Returns the first `limit` texts; tells now and then how many there are.
-
-    Raises:
-      UserError: there is none.
-    """
+    """Returns the first `limit` texts; tells now and then how many there are."""
     found: list[str] = []
     started = noticed = time.monotonic()
     for text in texts:
@@ -223,11 +185,7 @@ def report(tokenizer: Tokenizer, output: Path, statistics: Statistics) -> str:
 
 
 def train(arguments: argparse.Namespace, overrides: Sequence[str]) -> str:
-    """Writes what the command asks for; returns the report.
-
-    Raises:
-      UserError: texts that cannot be read, or of which no such tokenizer can be made.
-    """
+    """Writes what the command asks for; returns the report."""
     output = Path(arguments.output).expanduser()
     # Reading the captions takes minutes: a taken name is told before.
     _check_output(output, arguments.overwrite)

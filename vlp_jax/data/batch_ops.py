@@ -22,7 +22,18 @@ Spec = dict[str, tuple[tuple[int, ...], np.dtype]]
 
 @dataclass(frozen=True)
 class MixUp:
-    """MixUp (Zhang et al. 2018, eq. 1) and CutMix (Yun et al. 2019, eq. 1 and 2); see `mixup`."""
+    """Mixes each image and label with its neighbour's in the batch.
+
+    MixUp (Zhang et al. 2018, eq. 1) and CutMix (Yun et al. 2019, eq. 1 and 2). A pair draws one
+    share from Beta(alpha, alpha), and each of the two keeps that much of itself (rounded to 1/128).
+    With both alphas above 0 a pair is mixed by either, each half of the time.
+
+    Attributes:
+      alpha: of MixUp; Zhang et al. 2018 take 0.1 to 0.4 on ImageNet. 0 turns it off.
+      num_classes: length of the soft labels that replace the labels.
+      label_field: the field with the class, a whole number.
+      cutmix_alpha: of CutMix; Yun et al. 2019 take 1. 0 turns it off.
+    """
 
     alpha: float
     num_classes: int
@@ -43,8 +54,8 @@ class MixUp:
     def output_spec(self, spec: Spec) -> Spec:
         """The shapes (without the batch) and types of the result for an input `spec`.
 
-        Raises:
-          UserError: without a uint8 image of three dimensions or a single whole number as label.
+        Raises UserError without a uint8 image of three dimensions or a single whole number as
+        label.
         """
         image, label = spec.get("image"), spec.get(self.label_field)
         if image is None or image[1] != np.uint8 or len(image[0]) != 3:
@@ -57,15 +68,10 @@ class MixUp:
     def __call__(self, batch: Mapping[str, np.ndarray], seeds: np.ndarray) -> dict[str, np.ndarray]:
         """Mixes each pair; other fields stay as they are.
 
-        Args:
-          batch: `image`, uint8 [b, h, w, 3], the labels, whole numbers [b], and other fields.
-          seeds: int32 [b, 2]; of a pair the first example's seed is used.
-
-        Returns:
-          The batch with new images and labels, float32 [b, num_classes], that sum to 1.
-
-        Raises:
-          UserError: if b is odd, a label is out of range, or a field is not as it should be.
+        `batch` holds `image`, uint8 [b, h, w, 3], and the labels, whole numbers [b]; the new labels
+        are float32 [b, num_classes] and sum to 1. Of the seeds, int32 [b, 2], a pair takes the
+        first one's. Raises UserError if b is odd, a label is out of range, or a field is not as it
+        should be.
         """
         self.output_spec({k: (v.shape[1:], v.dtype) for k, v in batch.items()})
         images, labels = batch["image"], batch[self.label_field]
@@ -85,7 +91,11 @@ class MixUp:
         for first in range(0, len(images), 2):
             pair = slice(first, first + 2)
             weights[pair] = self._mix_pair(images[pair], seeds[first], mixed[pair])
-        return {**batch, "image": mixed, self.label_field: self._soft(labels, weights)}
+        rows = np.arange(len(labels))
+        soft = np.zeros((len(labels), self.num_classes), np.float32)
+        soft[rows, labels] = weights
+        soft[rows, labels[rows ^ 1]] += 1 - weights
+        return {**batch, "image": mixed, self.label_field: soft}
 
     def _mix_pair(self, pair: np.ndarray, seed: np.ndarray, mixed: np.ndarray) -> float:
         """Writes both mixtures of two images; returns the share that each keeps of itself."""
@@ -99,13 +109,6 @@ class MixUp:
         if cut:
             return _exchange_rectangle(pair, share, random, mixed)
         return _blend(pair, share, mixed)
-
-    def _soft(self, labels: np.ndarray, weights: np.ndarray) -> np.ndarray:
-        rows = np.arange(len(labels))
-        soft = np.zeros((len(labels), self.num_classes), np.float32)
-        soft[rows, labels] = weights
-        soft[rows, labels[rows ^ 1]] += 1 - weights
-        return soft
 
 
 def _blend(pair: np.ndarray, share: float, mixed: np.ndarray) -> float:
@@ -143,40 +146,14 @@ def _exchange_rectangle(
     return 1 - (bottom - top) * (right - left) / (height * width)
 
 
-def mixup(
-    alpha: float, num_classes: int, label_field: str = "label", cutmix_alpha: float = 0.0
-) -> MixUp:
-    """Mixes each image and label with its neighbour's in the batch.
-
-    A pair draws one share from Beta(alpha, alpha), and each of the two keeps that much of itself
-    (rounded to 1/128).
-    With both alphas above 0 a pair is mixed by MixUp or by CutMix, each half of the time.
-
-    Args:
-      alpha: of MixUp; Zhang et al. 2018 take 0.1 to 0.4 on ImageNet. 0 turns it off.
-      num_classes: length of the soft labels that replace the labels.
-      label_field: the field with the class, a whole number.
-      cutmix_alpha: of CutMix; Yun et al. 2019 take 1. 0 turns it off.
-
-    Raises:
-      UserError: for other settings.
-    """
-    return MixUp(alpha, num_classes, label_field, cutmix_alpha)
-
-
 # In the order in which they run.
-BATCH_OPS: dict[str, Callable[..., MixUp]] = {"mixup": mixup}
+BATCH_OPS: dict[str, Callable[..., MixUp]] = {"mixup": MixUp}
 
 
 def build_batch_ops(config: Mapping[str, Any] | None, local_size: int) -> list[MixUp]:
-    """Builds the operations that a config's `batch_ops` names.
+    """Builds the operations of a config's `batch_ops`, for `local_size` examples in a process.
 
-    Args:
-      local_size: examples of a batch that a process has.
-
-    Raises:
-      UserError: for an unknown operation or argument, a value that it refuses, or an odd number of
-        examples.
+    Raises UserError for an unknown operation or argument, or an odd number of examples.
     """
     chosen = as_plain(config or {})
     for name, arguments in chosen.items():

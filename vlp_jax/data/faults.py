@@ -1,4 +1,4 @@
-"""Reasons why an example cannot be used, and checks inside of a TensorFlow graph.
+"""Reasons why an example cannot be used, checks inside of a TensorFlow graph, and counts.
 
 A record that is damaged fails inside the graph of its example with one of the reasons below. The
 pipeline drops the example, counts it by its source and its reason, and puts another in its place.
@@ -6,9 +6,16 @@ pipeline drops the example, counts it by its source and its reason, and puts ano
 
 from __future__ import annotations
 
+import logging
 import re
+import threading
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 from vlp_jax.data.lazy_tensorflow import tf
+from vlp_jax.errors import NoScores, UserError
 
 UNDECODABLE = "undecodable image"
 TOO_LARGE = "image too large"
@@ -57,13 +64,8 @@ def require(
 
     The check is pruned with the value: if no output of the graph depends on the value, nothing is
     checked. An Assert would never be pruned, and TensorFlow's optimizer would drop a control
-    dependency on an operation without effects.
-
-    Args:
-      value: strings or numbers of any shape.
-      condition: bool, scalar.
-      reason: one of `REASONS`.
-      detail: what is wrong, one line; a Python string or a scalar string tensor.
+    dependency on an operation without effects. `detail` is one line, a Python string or a string
+    tensor [].
     """
     message = tf.strings.join([f"{_MARK} ({reason}): ", detail])
     return require_marked(value, condition, message)
@@ -100,3 +102,116 @@ def _first_line(message: str) -> str:
     # An error within a function begins with where the function was made.
     told = [line for line in lines if not line.startswith(_TRACEBACK)]
     return told[0] if told else "no message"
+
+
+NAMED = 3  # examples of each kind of fault that the log names
+MAX_BAD_FRACTION = 0.1
+FEWEST = 1000  # examples that a share of bad ones is taken of, at least
+_FEWEST_OF_A_SPLIT = 100  # the same at the end of an evaluation, whose split may be small
+_log = logging.getLogger("vlp_jax.data")
+
+
+@dataclass(frozen=True)
+class Fault:
+    """An example that could not be used: why, and where it lies."""
+
+    reason: str
+    where: str
+
+
+def check_fraction(max_fraction: float) -> None:
+    """Raises UserError if `data.max_bad_fraction` is no share from 0 to 1."""
+    number = isinstance(max_fraction, int | float) and not isinstance(max_fraction, bool)
+    if not number or not 0 <= max_fraction <= 1:
+        raise UserError(f"data.max_bad_fraction={max_fraction!r} must be a number from 0 to 1")
+
+
+class FaultLog:
+    """Bad examples by source and reason, and how many were read, batch by batch.
+
+    Batches are read ahead of the step that takes them, so counts are asked for up to a batch.
+
+    Args:
+      max_fraction: the largest share of bad examples among those read; the share is taken of at
+        least 1,000, so that a few early ones do not end a run.
+      of_split: the share is looked at once a split is read (`check_all`), and not before.
+    """
+
+    def __init__(self, max_fraction: float, of_split: bool = False) -> None:
+        check_fraction(max_fraction)
+        self._max_fraction, self._of_split = max_fraction, of_split
+        self._lock = threading.Lock()
+        self._settled: Counter[tuple[str, str]] = Counter()
+        self._settled_read = 0
+        # (batch, examples read, faults) of batches that no step has taken yet.
+        self._ahead: list[tuple[int, int, Counter[tuple[str, str]]]] = []
+        # Counts that the share is taken of; `begin_with` adds the counts of earlier runs.
+        self._all: Counter[tuple[str, str]] = Counter()
+        self._read = 0
+        self._last = ""  # where the newest bad example lies
+
+    def add(self, batch: int, read: int, source: str, faults: Sequence[Fault]) -> None:
+        """Counts the examples of `source` that were read for a batch, and the bad ones among them.
+
+        Raises UserError if too many were bad.
+        """
+        counts = Counter((source, fault.reason) for fault in faults)
+        with self._lock:
+            for fault in faults:
+                self._last = fault.where
+                kind = (source, fault.reason)
+                self._all[kind] += 1
+                if self._all[kind] <= NAMED:
+                    _log.warning("bad example left out (%s): %s", fault.reason, fault.where)
+                if self._all[kind] == NAMED:
+                    _log.warning("further examples with this fault are counted and not named")
+            self._read += read
+            self._ahead.append((batch, read, counts))
+            bad = sum(self._all.values())
+        if not self._of_split and bad > self._max_fraction * max(self._read, FEWEST):
+            raise UserError(self._too_many(bad, self._read))
+
+    def _too_many(self, bad: int, read: int) -> str:
+        kinds = ", ".join(f"{n:,} {reason} in {s}" for (s, reason), n in self._all.most_common(4))
+        last = f"; the last: {self._last}" if self._last else ""
+        return (
+            f"{bad:,} of {read:,} examples could not be used, a share above "
+            f"data.max_bad_fraction={self._max_fraction} ({kinds}{last}); mend the data or raise it"
+        )
+
+    def totals(self, before: int | None = None) -> dict[str, Any]:
+        """Counts of the batches below `before`: {"read": n, "bad": {source: {reason: n}}}.
+
+        `before` must not become less from call to call.
+        """
+        with self._lock:
+            ahead, self._ahead = self._ahead, []
+            for entry in ahead:
+                batch, read, counts = entry
+                if before is not None and batch >= before:
+                    self._ahead.append(entry)
+                    continue
+                self._settled_read += read
+                self._settled.update(counts)
+            bad: dict[str, dict[str, int]] = {}
+            for (source, reason), count in sorted(self._settled.items()):
+                bad.setdefault(source, {})[reason] = count
+            return {"read": self._settled_read, "bad": bad}
+
+    def begin_with(self, read: int, bad: Mapping[tuple[str, str], int]) -> None:
+        """Adds the counts from before a checkpoint to the share, and not to the totals."""
+        with self._lock:
+            self._all.update(bad)
+            self._read += read
+
+    def check_all(self, gather: Callable[[Sequence[int]], Sequence[Sequence[int]]]) -> None:
+        """Checks the share of bad examples (of at least 100) once all of a split is read.
+
+        `gather` gives the numbers of every process, on every process. Raises NoScores if too many
+        examples are bad, or all of them.
+        """
+        # All processes sum the same numbers, so that all of them raise or none does.
+        counts = gather((sum(self._all.values()), self._read))
+        bad, read = (sum(column) for column in zip(*counts, strict=True))
+        if bad > self._max_fraction * max(read, _FEWEST_OF_A_SPLIT) or (bad and bad == read):
+            raise NoScores(self._too_many(bad, read))

@@ -19,7 +19,6 @@ from typing import Any, BinaryIO, TypeVar
 import braceexpand
 
 from vlp_jax.data.lazy_tensorflow import tf
-from vlp_jax.data.signatures import HEAD_BYTES, kind_of, remedy
 from vlp_jax.errors import UserError
 
 Result = TypeVar("Result")
@@ -46,7 +45,6 @@ def expand(patterns: str | Sequence[str], suffix: str | tuple[str, ...]) -> list
       patterns: one or several paths, on disk or scheme://, with "*", "?", "[]" and brace ranges
         ({00000..00041}, {a,b}); or a folder, whose files that end in `suffix` are taken. Of a
         file that is there as it is and gzipped, the gzipped one is left out.
-      suffix: ".tar" and so on, or several.
 
     Raises:
       UserError: for a pattern that matches no file, or a file of a brace range that is not there.
@@ -61,11 +59,7 @@ def expand(patterns: str | Sequence[str], suffix: str | tuple[str, ...]) -> list
 
 
 def expand_braces(pattern: str) -> list[str]:
-    """Expands {a,b} and {000..041}, in order; leading zeros are kept.
-
-    Raises:
-      UserError: for a brace that is not closed.
-    """
+    """Expands {a,b} and {000..041}, in order; leading zeros are kept."""
     try:
         return list(braceexpand.braceexpand(pattern, escape=False))
     except braceexpand.UnbalancedBracesError:
@@ -80,9 +74,7 @@ def _expand_one(pattern: str, suffix: str | tuple[str, ...]) -> list[str]:
     for name in names:
         files = filesystem(name)
         if len(names) > _TRUSTED:
-            matches = [
-                name
-            ]  # asking for each takes long; a missing file is an error when it is read
+            matches = [name]  # asking for each takes long; a missing file fails when it is read
         elif files.exists(name):
             matches = [name]
         elif len(names) == 1 and files.is_folder(name):
@@ -102,11 +94,7 @@ def _expand_one(pattern: str, suffix: str | tuple[str, ...]) -> list[str]:
 
 
 def _in_folder(folder: str, suffix: str | tuple[str, ...]) -> list[str]:
-    """Lists the files of a folder that end in `suffix`.
-
-    Raises:
-      UserError: there is none; it says what else is there.
-    """
+    """Lists the files of a folder that end in `suffix`; for none, an error says what is there."""
     files, below = filesystem(folder), glob.escape(folder.rstrip("/"))
     others = sorted(files.glob(f"{below}/*"))
     # macOS leaves ._00000.tar beside 00000.tar.
@@ -130,29 +118,23 @@ def _in_folder(folder: str, suffix: str | tuple[str, ...]) -> list[str]:
         pattern = f"{folder.rstrip('/')}/**/*{os.path.splitext(deeper)[1]}"
         raise UserError(f"{message}, but there are some in its folders: set data.path={pattern!r}")
     if others:
-        kind, name = kind_of(head_of(others[0])), others[0].rpartition("/")[2]
+        kind, name = kind_of(read(others[0], HEAD_BYTES)), others[0].rpartition("/")[2]
         help_ = f" ({remedy(kind, name)})" if remedy(kind, name) else ""
         message += f"; {name} is {kind}{help_}" if kind else f"; it holds {name}"
     raise UserError(message)
 
 
-def head_of(path: str) -> bytes:
-    """The first bytes of a file.
+def read(path: str, size: int = -1) -> bytes:
+    """Reads a file, or its first `size` bytes; raises UserError if it cannot be read."""
 
-    Raises:
-      UserError: it cannot be read.
-    """
-
-    def read() -> bytes:
+    def once() -> bytes:
         with filesystem(path).open(path) as stream:
-            return stream.read(HEAD_BYTES)
+            return stream.read(size)
 
-    return retrying(path, read)
+    return retrying(path, once)
 
 
 class _Local:
-    """Files on disk."""
-
     def exists(self, path: str) -> bool:
         return os.path.isfile(path)
 
@@ -172,8 +154,6 @@ class _Local:
 
 @dataclass(frozen=True)
 class _Fsspec:
-    """Files of a scheme that fsspec knows."""
-
     scheme: str
     system: Any
 
@@ -220,11 +200,7 @@ class _Gfile:
 
 
 def filesystem(path: str) -> _Local | _Fsspec | _Gfile:
-    """The filesystem that opens `path`.
-
-    Raises:
-      UserError: for a scheme that neither fsspec nor TensorFlow opens.
-    """
+    """The filesystem that opens `path`; UserError for a scheme that nothing here opens."""
     return _Local() if is_local(path) else _remote(path.partition("://")[0])
 
 
@@ -250,10 +226,7 @@ def stamp_of(path: str) -> str:
 
 
 def retrying(what: str, function: Callable[[], Result]) -> Result:
-    """Calls `function()`, again after growing delays if reading fails.
-
-    Args:
-      what: names it in messages, for example the path.
+    """Calls `function()`, again after growing delays if reading fails; `what` names it in messages.
 
     Raises:
       UserError: a file that is not there, may not be read, or failed at every attempt.
@@ -281,7 +254,6 @@ def retrying(what: str, function: Callable[[], Result]) -> Result:
 
 
 def _may_pass(error: Exception) -> bool:
-    """Whether a second attempt may succeed."""
     if isinstance(error, OSError):
         return True
     if isinstance(error, ValueError | TypeError | LookupError | ArithmeticError):
@@ -292,3 +264,47 @@ def _may_pass(error: Exception) -> bool:
 
 def _line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+HEAD_BYTES = 512
+GZIP = "compressed by gzip"
+
+# First bytes -> what such a file is, and the command that makes something readable of it.
+_KINDS: tuple[tuple[bytes, str, str], ...] = (
+    (b"\x1f\x8b", GZIP, "gunzip"),
+    (b"BZh", "compressed by bzip2", "bunzip2"),
+    (b"\xfd7zXZ\0", "compressed by xz", "unxz"),
+    (b"\x28\xb5\x2f\xfd", "compressed by Zstandard", "unzstd"),
+    (b"\x04\x22\x4d\x18", "compressed by lz4", "unlz4"),
+    (b"PK\x03\x04", "a zip archive", "unzip"),
+    (b"7z\xbc\xaf\x27\x1c", "a 7z archive", "7z x"),
+    (b"version https://git-lfs", "a pointer of Git LFS, not the file", "git lfs pull"),
+    (b"PAR1", "a Parquet file", ""),
+    (b"ARROW1", "an Arrow file", ""),
+    (b"\x89HDF", "an HDF5 file", ""),
+    (b"\xff\xd8\xff", "a JPEG image", ""),
+    (b"\x89PNG", "a PNG image", ""),
+)
+
+
+def kind_of(head: bytes) -> str:
+    """The kind of a file that begins with `head` (`HEAD_BYTES` or all of it); "" if not known."""
+    if not head:
+        return "empty (0 bytes)"
+    for signature, kind, _ in _KINDS:
+        if head.startswith(signature):
+            return kind
+    # The magic of a tar stands inside of its first header, behind names and numbers.
+    if head[257:262] == b"ustar":
+        return "a tar"
+    text = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    if text.startswith((b"<!doctype", b"<html", b"<head", b"<?xml")):
+        return "a page of HTML or XML: a server's message, not the file"
+    if text.startswith((b"{", b"[")):
+        return "JSON text"
+    return "all zeros" if not head.strip(b"\0") else ""
+
+
+def remedy(kind: str, path: str) -> str:
+    """The command that makes the readable file of a file of `kind`; "" if there is none."""
+    return next((f"{command} {path}" for _, k, command in _KINDS if k == kind and command), "")

@@ -21,12 +21,7 @@ _OF_KERAS = "keras.src.optimizers"
 
 @cache
 def import_tensorflow() -> ModuleType:
-    """Imports TensorFlow for input work on the CPU, and hides all GPUs from it.
-
-    Raises:
-      ImportError: where TensorFlow is not installed.
-      RuntimeError: if the process has already used a GPU through TensorFlow.
-    """
+    """Imports TensorFlow for input work on the CPU, and hides all GPUs from it."""
     # Its start-up notices would otherwise come before the first line of every run.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     # oneDNN has nothing to give to decoding and resizing, and reports so on stderr.

@@ -13,14 +13,12 @@ import os
 import threading
 import uuid
 import zlib
-from collections import OrderedDict
 from collections.abc import Iterator
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
-from vlp_jax.data.files import filesystem, head_of, is_local, retrying, stamp_of
-from vlp_jax.data.signatures import HEAD_BYTES
+from vlp_jax.data.files import HEAD_BYTES, filesystem, is_local, read, retrying, stamp_of
 from vlp_jax.errors import UserError
 
 _OPEN_FILES = 512
@@ -32,70 +30,36 @@ _COPYING: dict[str, threading.Lock] = {}
 _log = logging.getLogger("vlp_jax.data")
 
 
-class _Descriptor:
-    """An open file, the number of threads that read it, and whether the last one closes it."""
+class _File:
+    """An open file. It is closed when no thread reads it and no cache keeps it."""
 
     def __init__(self, path: str) -> None:
         self.number = os.open(path, os.O_RDONLY)
-        self.users, self.dropped = 0, False
 
-    def close_if_unused(self) -> None:
-        if self.dropped and not self.users:
+    def __del__(self) -> None:
+        with contextlib.suppress(AttributeError):  # where it could not be opened
             os.close(self.number)
 
 
 class OpenFiles:
-    """Reads pieces of local files at any place, from many threads, and keeps some files open.
-
-    Args:
-      most: how many files are kept open.
-    """
+    """Reads pieces of local files from many threads, and keeps at most `most` files open."""
 
     def __init__(self, most: int) -> None:
-        self._most = most
-        self._lock = threading.Lock()
-        self._descriptors: OrderedDict[str, _Descriptor] = OrderedDict()
+        self._open = lru_cache(most)(_File)
 
     def read(self, path: str, offset: int, length: int) -> bytes:
-        """Reads `length` bytes from `offset` on; fewer at the end of the file.
-
-        Raises:
-          OSError: it cannot be read.
-        """
-        descriptor = self._take(path)
+        """Reads `length` bytes from `offset` on; fewer at the end of the file."""
+        file = self._open(path)
         try:
             # pread takes the place along: threads share a descriptor without moving each other.
-            return os.pread(descriptor.number, length, offset)
+            return os.pread(file.number, length, offset)
         except OSError:
-            self.drop(path)  # what went stale is opened anew by the next attempt
+            self.drop()  # what went stale is opened anew by the next attempt
             raise
-        finally:
-            with self._lock:
-                descriptor.users -= 1
-                descriptor.close_if_unused()
 
-    def drop(self, path: str) -> None:
-        """Closes a file, for example because it was removed."""
-        with self._lock:
-            if path in self._descriptors:
-                self._close(path)
-
-    def _take(self, path: str) -> _Descriptor:
-        with self._lock:
-            if path not in self._descriptors:
-                self._descriptors[path] = _Descriptor(path)
-            self._descriptors.move_to_end(path)
-            descriptor = self._descriptors[path]
-            descriptor.users += 1
-            # A file that is closed here may still be read by a thread; its last user closes it.
-            while len(self._descriptors) > self._most:
-                self._close(next(iter(self._descriptors)))
-            return descriptor
-
-    def _close(self, path: str) -> None:
-        descriptor = self._descriptors.pop(path)
-        descriptor.dropped = True
-        descriptor.close_if_unused()
+    def drop(self) -> None:
+        """Closes all files, for example because one was removed."""
+        self._open.cache_clear()
 
 
 @cache
@@ -109,11 +73,7 @@ def open_files() -> OpenFiles:
 
 @contextlib.contextmanager
 def writing(folder: Path) -> Iterator[None]:
-    """Names the cache folder in the message of a failure to write.
-
-    Raises:
-      UserError: instead of an OSError.
-    """
+    """Turns a failure to write into a UserError that names the cache folder."""
     try:
         yield
     except OSError as error:
@@ -129,22 +89,16 @@ def default_cache_dir() -> Path:
 
 
 class LocalCopies:
-    """Local copies of files that cannot be read in place; the least recently used go first.
+    """Local copies of files that cannot be read in place, in a folder of at most `capacity` bytes.
 
-    Args:
-      folder: where they lie.
-      capacity: bytes; one file may exceed it.
+    The least recently used go first; one file may exceed the capacity.
     """
 
     def __init__(self, folder: Path, capacity: int) -> None:
         self._folder, self._capacity = folder, capacity
 
     def get(self, path: str) -> str:
-        """Returns a local, uncompressed file with the content of `path`; copies it if needed.
-
-        Raises:
-          UserError: it cannot be read, or not be written here.
-        """
+        """Returns a local, uncompressed file with the content of `path`; copies it if needed."""
         if self.in_place(path):
             return path
         # A file that changed gets another name, so that an old copy is never taken for it.
@@ -163,11 +117,7 @@ class LocalCopies:
         return str(target)
 
     def read(self, path: str, offset: int, length: int) -> bytes:
-        """Reads `length` uncompressed bytes of `path` from `offset` on; fewer at its end.
-
-        Raises:
-          UserError: it cannot be read.
-        """
+        """Reads `length` uncompressed bytes of `path` from `offset` on; fewer at its end."""
 
         def once() -> bytes:
             while True:
@@ -186,12 +136,10 @@ class LocalCopies:
 
     @staticmethod
     def is_compressed(path: str) -> bool:
-        """Whether `path` is gzipped, whatever its name says."""
         return _is_compressed(path, retrying(path, lambda: stamp_of(path)))
 
     @classmethod
     def in_place(cls, path: str) -> bool:
-        """Whether `path` is read where it lies."""
         return is_local(path) and not cls.is_compressed(path)
 
     @staticmethod
@@ -231,7 +179,7 @@ class LocalCopies:
                 break
             file.unlink(missing_ok=True)
             _mark_of_cut(file).unlink(missing_ok=True)
-            open_files().drop(str(file))
+            open_files().drop()
             total -= size
 
 
@@ -243,7 +191,7 @@ def _mark_of_cut(copy: Path) -> Path:
 @cache
 def _is_compressed(path: str, stamp: str) -> bool:
     del stamp  # a file that was written anew is looked at anew
-    return _is_gzip(head_of(path))
+    return _is_gzip(read(path, HEAD_BYTES))
 
 
 def _is_gzip(head: bytes) -> bool:
@@ -257,10 +205,7 @@ def _is_gzip(head: bytes) -> bool:
 
 
 class _Rejoined:
-    """Gives the bytes of a stream that were read already, and then the rest.
-
-    Not every remote stream can seek back to its beginning.
-    """
+    """Gives bytes of a stream that were read already, then the rest: not every stream can seek."""
 
     def __init__(self, head: bytes, rest: Any) -> None:
         self._head, self._rest = head, rest

@@ -13,7 +13,8 @@ from typing import Any
 
 from vlp_jax.data import text_ops, tokenizing
 from vlp_jax.data.faults import MISSING_FIELD, require
-from vlp_jax.data.image_ops import augment, crop, decode, geometry, rand_augment
+from vlp_jax.data.image_ops import augment, crop, decode, rand_augment
+from vlp_jax.data.image_ops.fields import check_count
 from vlp_jax.data.lazy_tensorflow import Example, Op, tf
 from vlp_jax.data.sources.base import as_plain
 from vlp_jax.errors import UserError, check_arguments, unknown_key_message
@@ -47,8 +48,7 @@ def pad_rows(fields: Sequence[str], count: int, fill: float = 0) -> Op:
     """
     if isinstance(fields, str) or not fields or not all(isinstance(f, str) for f in fields):
         raise UserError(f"pad_rows: fields is a list of names of fields, got {fields!r}")
-    if not isinstance(count, int) or isinstance(count, bool) or count < 1:
-        raise UserError(f"pad_rows: count must be a whole number of rows above 0, got {count!r}")
+    check_count("pad_rows", count, "count", "rows")
     if isinstance(fill, bool) or not isinstance(fill, int | float):
         raise UserError(f"pad_rows: fill must be a number, got {fill!r}")
 
@@ -130,7 +130,7 @@ OPS: dict[str, Callable[..., Op]] = {
         *(text_ops.lowercase, text_ops.truncate_text),
         *(decode.decode_image, crop.random_resized_crop, crop.resize),
         *(crop.resize_shortest_and_random_crop, crop.resize_shortest_and_center_crop),
-        *(geometry.flip_left_right, geometry.random_rotation, geometry.random_translation),
+        *(augment.flip_left_right, augment.random_rotation, augment.random_translation),
         *(rand_augment.rand_augment, augment.color_jitter, augment.grayscale),
         *(augment.solarize, augment.gaussian_blur, augment.random_erasing),
         *(pad_rows, tokenizing.tokenize, keep),
@@ -149,44 +149,34 @@ def build_ops(preprocess: Mapping[str, Any] | Sequence[Any] | None) -> list[tupl
     Raises:
       UserError: for an unknown operation or argument, or a value that the operation refuses.
     """
-    labels, pairs = _in_order(preprocess)
-    ops = [(n, _build(k, n, v)) for k, (n, v) in zip(labels, pairs, strict=True)]
-    return crop.fuse(pairs, ops)
+    ops = []
+    for label, arguments in _in_order(preprocess):
+        name = name_and_number(label)[0]
+        check_arguments(OPS[name], arguments, f"data.preprocess.{label}")
+        ops.append((name, OPS[name](**arguments)))
+    return crop.fuse(in_order(preprocess), ops)
 
 
 def in_order(
     preprocess: Mapping[str, Any] | Sequence[Any] | None,
 ) -> list[tuple[str, dict[str, Any]]]:
-    """(name, keyword arguments) of the operations of a config, in the order in which they run.
-
-    Args:
-      preprocess: as `build_ops` takes it.
-
-    Raises:
-      UserError: for an unknown operation.
-    """
-    return _in_order(preprocess)[1]
+    """(name, keyword arguments) of the operations of a config, in the order in which they run."""
+    return [(name_and_number(label)[0], given) for label, given in _in_order(preprocess)]
 
 
 def _in_order(
     preprocess: Mapping[str, Any] | Sequence[Any] | None,
-) -> tuple[list[str], list[tuple[str, dict[str, Any]]]]:
-    """The labels of operations, and their names and arguments."""
+) -> list[tuple[str, dict[str, Any]]]:
+    """(label, keyword arguments); raises UserError for an unknown operation."""
     plain = as_plain(preprocess or {})
-    found = {label: as_plain(arguments) for label, arguments in labelled(plain).items()}
-    places = {}
+    found, places = labelled(plain), {}
     for label in found:
         name, number = name_and_number(label)
         if name not in OPS:
             raise UserError(unknown_key_message(name, OPS, "data.preprocess"))
         places[label] = (list(OPS).index(name), number)
-    labels = sorted(found, key=places.__getitem__) if isinstance(plain, Mapping) else list(found)
-    return labels, [(name_and_number(label)[0], found[label]) for label in labels]
-
-
-def _build(label: str, name: str, arguments: Mapping[str, Any]) -> Op:
-    check_arguments(OPS[name], arguments, f"data.preprocess.{label}")
-    return OPS[name](**arguments)
+    labels = sorted(places, key=places.__getitem__) if isinstance(plain, Mapping) else places
+    return [(label, as_plain(found[label])) for label in labels]
 
 
 class _Fields(dict):
@@ -208,11 +198,9 @@ def apply_ops(
     seeds: tf.Tensor,
     why: Callable[[str], str] = lambda name: "",
 ) -> Example:
-    """Runs operations one after the other.
+    """Runs operations one after the other on an example, field name -> tensor.
 
     Args:
-      ops: from `build_ops`.
-      example: field name -> tensor.
       seeds: int32 [len(ops), 2].
       why: says of a field that is not there why it is not, if anything is known.
 

@@ -21,7 +21,6 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Protocol
 
 import numpy as np
 
@@ -64,11 +63,9 @@ def _root_key(seed: int, purpose: np.uint64) -> np.ndarray:
 def example_seeds(
     seed: int, positions: np.ndarray, count: int, purpose: np.uint64 = OPERATIONS
 ) -> np.ndarray:
-    """Seeds for the random operations on the examples at `positions`.
+    """Seeds for the random operations on the examples at `positions`, int64 [n].
 
     Args:
-      seed: the seed of the run.
-      positions: int64 [n], positions in the stream, at least 0.
       count: how many independent seeds an example needs.
       purpose: `OPERATIONS` or `BATCH_OPERATIONS`.
 
@@ -82,13 +79,7 @@ def example_seeds(
 
 
 def _permute(values: np.ndarray, size: int, keys: np.ndarray) -> np.ndarray:
-    """Permutes each of `values` within [0, size) by the permutation of its key.
-
-    Args:
-      values: int64 [n], in [0, size).
-      size: at least 1.
-      keys: uint64 [n].
-    """
+    """Permutes each of `values`, int64 [n] in [0, size), by its own key, uint64 [n]."""
     if size == 1:
         return values
     rounds = _fold(keys[None, :], np.arange(_ROUNDS, dtype=np.uint64)[:, None])
@@ -127,48 +118,12 @@ def _epochs_and_places(positions: np.ndarray, size: int) -> tuple[np.ndarray, np
     return np.divmod(positions, size)
 
 
-class ExampleOrder(Protocol):
-    """An endless order of examples.
-
-    Attributes:
-      size: number of examples.
-      lanes: position n belongs to lane n % lanes (up to a shift that is constant in an epoch), and
-        the examples of a lane lie near each other in the files.
-    """
-
-    size: int
-    lanes: int
-
-    def fingerprint(self) -> str:
-        """A string that changes if any position holds another example."""
-        ...
-
-    def indices(self, positions: np.ndarray) -> np.ndarray:
-        """The examples at `positions`.
-
-        Args:
-          positions: int64 [n], each at least 0; in any order, of any epochs.
-
-        Returns:
-          int64 [n], each in [0, size). Every aligned run of `size` positions holds each example
-          once.
-
-        Raises:
-          ValueError: for a negative position.
-        """
-        ...
-
-
 @dataclass(frozen=True)
 class Order:
-    """The order of an endless stream over `size` examples that are read by index.
+    """The order of an endless stream over `size` examples (at most 2^60) that are read by index.
 
-    Time and memory of `indices` do not depend on `size` or on the positions.
-
-    Attributes:
-      size: number of examples, from 1 to 2^60.
-      seed: seed of the shuffling; two seeds give unrelated orders.
-      shuffle: False reads the examples 0, 1, ..., size - 1 in every epoch.
+    Position n belongs to lane n % `lanes`. Time and memory of `indices` do not depend on `size`.
+    With `shuffle` False every epoch reads the examples 0, 1, ..., size - 1.
     """
 
     size: int
@@ -181,11 +136,14 @@ class Order:
             raise ValueError(f"an order needs a size from 1 to 2^60, got {self.size}")
 
     def fingerprint(self) -> str:
-        """See `ExampleOrder`."""
+        """A string that changes if any position holds another example."""
         return f"examples:{self.size}:{self.seed}:{self.shuffle}"
 
     def indices(self, positions: np.ndarray) -> np.ndarray:
-        """See `ExampleOrder`."""
+        """The examples, int64 [n] in [0, size), at `positions`, int64 [n], of any epochs.
+
+        Every aligned run of `size` positions holds each example once.
+        """
         epochs, places = _epochs_and_places(positions, self.size)
         if not self.shuffle:
             return places
@@ -198,19 +156,14 @@ class BlockOrder:
     """The order of an endless stream over examples that lie in blocks, for files read in sequence.
 
     In every epoch the blocks are permuted and laid end to end, and that row of examples is cut into
-    `lanes` parts of equal length (to one). Position n of the epoch takes the next example of lane
-    n % lanes. Within a lane, the examples of each `window` consecutive places are permuted. So each
+    `lanes` parts of equal length (to one). Position n of the epoch takes the next example of lane n
+    % lanes. Within a lane, the examples of each `window` consecutive places are permuted. So each
     batch draws from all lanes, each lane from few blocks at a time, and whoever reads some lanes
-    needs the blocks of no other.
-
-    It needs as much memory as `block_sizes`. An epoch's blocks are permuted at its first use.
+    needs the blocks of no other. An epoch's blocks are permuted at its first use.
 
     Attributes:
       block_sizes: examples of each block, int64 [blocks], each at least 1, in the order in which
         the examples are numbered.
-      seed: seed of the shuffling.
-      lanes: how many parts of the data are read side by side.
-      window: examples of a lane that are permuted among each other.
     """
 
     block_sizes: np.ndarray
@@ -231,16 +184,13 @@ class BlockOrder:
 
     @property
     def size(self) -> int:
-        """The number of examples."""
         return int(self._firsts[-1] + self.block_sizes[-1])
 
     def fingerprint(self) -> str:
-        """See `ExampleOrder`."""
         sizes = hashlib.sha256(self.block_sizes.tobytes()).hexdigest()[:16]
         return f"blocks:{sizes}:{self.seed}:{self.lanes}:{self.window}"
 
     def indices(self, positions: np.ndarray) -> np.ndarray:
-        """See `ExampleOrder`."""
         epochs, places = _epochs_and_places(positions, self.size)
         result = np.empty_like(places)
         for epoch in np.unique(epochs):
@@ -273,3 +223,6 @@ class BlockOrder:
         blocks = _permute(np.arange(count), count, np.repeat(key, count))
         sizes = self.block_sizes[blocks]
         return blocks, np.cumsum(sizes) - sizes
+
+
+ExampleOrder = Order | BlockOrder

@@ -10,6 +10,7 @@ stands there a batch later; in evaluation its mask is False. So nothing shifts.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import math
 import zlib
@@ -20,10 +21,16 @@ from typing import Any
 import numpy as np
 
 from vlp_jax.data.batch_ops import build_batch_ops
-from vlp_jax.data.batch_reader import Batch, BatchReader
-from vlp_jax.data.fault_log import MAX_BAD_FRACTION, FaultLog
+from vlp_jax.data.batch_reader import (
+    Batch,
+    BatchReader,
+    BatchShare,
+    Mixture,
+    Schedule,
+    check_weights,
+)
+from vlp_jax.data.faults import MAX_BAD_FRACTION, FaultLog
 from vlp_jax.data.order import BATCH_OPERATIONS, example_seeds
-from vlp_jax.data.schedule import BatchShare, Mixture, Schedule, check_weights
 from vlp_jax.data.source_reader import SourceReader
 from vlp_jax.data.sources.base import FieldSpec, as_plain
 from vlp_jax.data.sources.labels import listed, same_numbers
@@ -56,7 +63,6 @@ class _Pipeline:
         _ = self._arrays
 
     def __len__(self) -> int:
-        """The number of examples of all sources together."""
         return sum(len(reader.source) for reader in self._readers.values())
 
     @property
@@ -75,11 +81,7 @@ class _Pipeline:
         return known[0] if all(names == known[0] for names in known) else None
 
     def check_classes(self, field: str, classes: int) -> None:
-        """Checks that `field` counts at most `classes` classes, alike in all parts of a mixture.
-
-        Raises:
-          UserError: it does not.
-        """
+        """Raises UserError unless `field` counts at most `classes` classes, alike in all parts."""
         first, *others = self._readers.items()
         known = first[1].source.class_names(field)
         for name, reader in others:
@@ -129,16 +131,8 @@ class _Pipeline:
         self, first: int, batches: int | None, end: int | None = None
     ) -> Iterator[tuple[Batch, np.ndarray]]:
         """Yields this process's part of batches from `first` on, and which rows are sound."""
-        reader = BatchReader(
-            self._readers,
-            self._schedule,
-            self.faults,
-            replace=self._replace,
-            first=first,
-            batches=batches,
-            end=end,
-        )
-        return iter(reader)
+        what = {"replace": self._replace, "first": first, "batches": batches, "end": end}
+        return iter(BatchReader(self._readers, self._schedule, self.faults, **what))
 
 
 class TrainPipeline(_Pipeline):
@@ -147,10 +141,8 @@ class TrainPipeline(_Pipeline):
     A batch holds `image` (uint8 [b, size, size, 3]), `text` (int32 [b, context_length], if the
     operations leave a string `text` and there is a tokenizer) and every other field that is a
     number or an array of fixed shape; strings and lists of varying length are dropped. Epochs
-    follow one another within batches: no example is dropped and no batch is short.
-
-    Attributes:
-      faults: the examples that could not be used.
+    follow one another within batches: no example is dropped and no batch is short. `faults` counts
+    bad examples.
     """
 
     def __init__(
@@ -167,15 +159,12 @@ class TrainPipeline(_Pipeline):
         """Builds the sources and checks everything that can be checked without reading examples.
 
         Args:
-          config: see `vlp_jax.data.sources.build_source`, `source_reader.make_order` and, for
-            `max_bad_fraction`, `FaultLog`; `preprocess` as `ops.build_ops` takes it, `batch_ops`
-            as `batch_ops.build_batch_ops`. Or a mixture:
-            `source` is "mixture", and `parts` maps names to data configs that have a `weight` each;
-            an epoch of it is as many examples as its parts hold together.
+          config: see `vlp_jax.data.sources.build_source`, `source_reader.make_order`, `FaultLog`,
+            `ops.build_ops` and `batch_ops.build_batch_ops`. Or a mixture: `source` is "mixture",
+            and `parts` maps names to data configs that have a `weight` each.
           tokenizer: for `text`; None if the text is tokens already or not wanted.
           batch_size: examples in a global batch, over all processes.
           seed: of the order and of all random operations.
-          process_index, process_count: this process, and how many there are.
           extra_fields: as `EvalPipeline`.
 
         Raises:
@@ -186,18 +175,11 @@ class TrainPipeline(_Pipeline):
         parts, weights = split_mixture(config)
         readers = {}
         for name, part in parts.items():
-            # With one seed, parts of equal size would stay in step.
             mixed = config.get("source") == MIXTURE
-            own = (seed + zlib.crc32(name.encode())) % 2**31 if mixed else seed
-            with _Within(f"data.parts.{name}: " if mixed else ""):
-                readers[name] = SourceReader(
-                    part,
-                    tokenizer,
-                    seed=own,
-                    shuffle=True,
-                    batch_size=batch_size,
-                    extra_fields=extra_fields,
-                )
+            own = own_seed(seed, name) if mixed else seed
+            with within(f"data.parts.{name}: ") if mixed else contextlib.nullcontext():
+                how = {"seed": own, "shuffle": True, "batch_size": batch_size}
+                readers[name] = SourceReader(part, tokenizer, **how, extra_fields=extra_fields)
         # A lane of the batch takes from the lane of the same number of each source.
         lanes = math.lcm(*(reader.order.lanes for reader in readers.values()))
         mixture = Mixture.of_weights(weights, lanes)
@@ -217,10 +199,6 @@ class TrainPipeline(_Pipeline):
         """Yields this process's part of the global batches from number `start_step` on.
 
         Seeking costs nothing: the batches are bit for bit those that an iterator from 0 comes to.
-
-        Raises:
-          UserError: while iterating, for files that cannot be read.
-          NoScores: at the end, for too many bad examples.
         """
         share, count = self._schedule.share, len(self._batch_ops)
         for number, (batch, _) in enumerate(self._read(start_step, None), start_step):
@@ -244,21 +222,14 @@ class TrainPipeline(_Pipeline):
                 found[place] = reader.source.describe(index)
         return found
 
-    def bad_records(self, before: int | None = None) -> dict[tuple[str, str], int]:
-        """(source, reason) -> examples that could not be used in the batches below `before`."""
-        bad = self.faults.totals(before)["bad"]
-        return {(s, r): n for s, reasons in bad.items() for r, n in reasons.items()}
-
 
 class EvalPipeline(_Pipeline):
     """Reads each example once, in the order of the source, over all processes together.
 
     Batches are like `TrainPipeline`'s, with `mask` (bool [b]): False marks the examples that fill
     up the last batch, and those that cannot be used. All processes yield the same number of
-    batches. `len()` is the number of examples, padding not counted.
-
-    Attributes:
-      faults: the examples that could not be used, of the newest `batches()`.
+    batches. `len()` does not count padding; `faults` counts the bad examples of the newest
+    `batches()`.
     """
 
     def __init__(
@@ -285,14 +256,8 @@ class EvalPipeline(_Pipeline):
                 "a mixture cannot be evaluated: give the evaluator the data of one of its parts"
             )
         share = BatchShare(batch_size, process_index, process_count)
-        reader = SourceReader(
-            config,
-            tokenizer,
-            seed=0,
-            shuffle=False,
-            batch_size=batch_size,
-            extra_fields=extra_fields,
-        )
+        how = {"seed": 0, "shuffle": False, "batch_size": batch_size}
+        reader = SourceReader(config, tokenizer, **how, extra_fields=extra_fields)
         self._max_bad_fraction = config.get("max_bad_fraction", MAX_BAD_FRACTION)
         self._gather = gather
         schedule = Schedule(share, Mixture(((1, 1),), 1))
@@ -301,7 +266,6 @@ class EvalPipeline(_Pipeline):
 
     @property
     def num_batches(self) -> int:
-        """How many batches `batches()` yields, on every process."""
         return -(-len(self) // self._schedule.share.batch_size)
 
     def batch_spec(self) -> BatchSpec:
@@ -312,8 +276,7 @@ class EvalPipeline(_Pipeline):
     def batches(self) -> Iterator[Batch]:
         """Yields this process's part of all batches; may be called again.
 
-        Raises:
-          UserError: while iterating, for files that cannot be read, or too many bad examples.
+        Raises NoScores at the end if too many examples are bad.
         """
         share = self._schedule.share
         self.faults = FaultLog(self._max_bad_fraction, of_split=True)
@@ -326,11 +289,7 @@ class EvalPipeline(_Pipeline):
 
 
 def split_mixture(config: Mapping[str, Any]) -> tuple[dict[str, dict[str, Any]], list[float]]:
-    """Splits a config into the data configs of its parts, by name, and their weights.
-
-    Raises:
-      UserError: for a key that a mixture does not have, or weights that cannot be used.
-    """
+    """Splits a config into the data configs of its parts, by name, and their weights."""
     if config.get("source") != MIXTURE:
         return {_ONE: dict(config)}, [1.0]
     # Every config has these keys (`config.DATA_DEFAULTS`), so they are no mistake here.
@@ -354,19 +313,72 @@ def split_mixture(config: Mapping[str, Any]) -> tuple[dict[str, dict[str, Any]],
     return chosen, list(weights.values())
 
 
-class _Within:
-    """Names the part of a mixture in the message of a mistake."""
+@contextlib.contextmanager
+def within(prefix: str) -> Iterator[None]:
+    """Names the part of a mixture, or the dataset, in the message of a mistake."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{prefix}{error}") from error
 
-    def __init__(self, prefix: str) -> None:
-        self._prefix = prefix
 
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: Any, error: Any, traceback: Any) -> None:
-        if self._prefix and isinstance(error, UserError):
-            raise UserError(f"{self._prefix}{error}") from error
+def own_seed(seed: int, name: str) -> int:
+    """The seed of one of several datasets; with one seed, equal sizes would stay in step."""
+    return (seed + zlib.crc32(name.encode())) % 2**31
 
 
 def _listed(arrays: Mapping[str, FieldSpec]) -> str:
     return ", ".join(f"{name} {spec.dtype}{list(spec.shape)}" for name, spec in arrays.items())
+
+
+class MultiPipeline:
+    """A `TrainPipeline`, and further ones whose fields are named "NAME/field".
+
+    Each dataset has an order of its own, so that no two of them stay in step. The state of the
+    input is still the number of the next batch.
+
+    Args:
+      extra: name -> data config. The seeds of these datasets depend on their names too.
+    """
+
+    def __init__(
+        self,
+        config: Mapping[str, Any],
+        extra: Mapping[str, Mapping[str, Any]],
+        tokenizer: Tokenizer | None,
+        *,
+        seed: int,
+        **share: int,
+    ) -> None:
+        self._first = TrainPipeline(config, tokenizer, seed=seed, **share)
+        self._extra = {}
+        for name, data in extra.items():
+            with within(f"config.extra_data.{name}: "):
+                own = own_seed(seed, name)
+                self._extra[name] = TrainPipeline(data, tokenizer, seed=own, **share)
+
+    def __len__(self) -> int:
+        """The number of examples of the first dataset, whose epochs are counted."""
+        return len(self._first)
+
+    def pipelines(self) -> dict[str, TrainPipeline]:
+        """The first one under "", and the further ones under their names."""
+        return {"": self._first, **self._extra}
+
+    def fingerprint(self) -> str:
+        return ";".join(pipeline.fingerprint() for pipeline in self.pipelines().values())
+
+    def batch_spec(self) -> BatchSpec:
+        spec = self._first.batch_spec()
+        for name, pipeline in self._extra.items():
+            spec |= {f"{name}/{key}": value for key, value in pipeline.batch_spec().items()}
+        return spec
+
+    def batches(self, start_step: int = 0) -> Iterator[Batch]:
+        # Batches of step n of all datasets go together, so one number is the state of them all.
+        streams = [pipeline.batches(start_step) for pipeline in self._extra.values()]
+        for first, *others in zip(self._first.batches(start_step), *streams, strict=True):
+            joined = dict(first)
+            for name, batch in zip(self._extra, others, strict=True):
+                joined |= {f"{name}/{key}": value for key, value in batch.items()}
+            yield joined

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import cached_property, partial
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from vlp_jax.data import faults, traced_fields
-from vlp_jax.data.fault_log import Fault
+from vlp_jax.data import faults
+from vlp_jax.data.faults import Fault
 from vlp_jax.data.lazy_tensorflow import Op, tf
 from vlp_jax.data.ops import apply_ops
 from vlp_jax.data.sources.base import STRING, FieldSpec, Source
 from vlp_jax.data.tokenizing import Framing, unmarked
+from vlp_jax.errors import UserError, unknown_key_message
 
 if TYPE_CHECKING:
     from vlp_jax.data.tokenizers import Tokenizer
 
+_log = logging.getLogger("vlp_jax.data")
 # Examples that are read in one call of Python, and go through their operations in one thread.
 CHUNK = 256
 READING_AHEAD = 4  # chunks whose records are read at a time
@@ -57,23 +60,19 @@ class PreprocessGraph:
           texts_only: keep the texts that a tokenizer would get, as strings, and nothing else.
           tokenizer: of the texts; without one they are dropped.
           raw_text: the name under which `text` is kept as a string too; None drops it.
-
-        Raises:
-          UserError: for an output that the operations do not leave, or not as batches need it; or
-            a tokenizer that cannot do what `tokenize` asks for.
         """
         self._source, self._ops = source, ops
         self._tokenizer, self._raw_text = tokenizer, raw_text
-        fields, traced = traced_fields.trace(source, ops)
+        fields, traced = trace(source, ops)
         example, framings = unmarked(traced)
-        specs = {name: traced_fields.spec_of(value) for name, value in example.items()}
+        specs = {name: spec_of(value) for name, value in example.items()}
         # Fields that nothing depends on are never read: a tokenizer is trained without the images.
         if texts_only:
-            names = traced_fields.texts_to_tokenize(source, specs, framings)
+            names = texts_to_tokenize(source, specs, framings)
         else:
-            names = traced_fields.choose_outputs(specs, extra_fields, framings)
+            names = choose_outputs(specs, extra_fields, framings)
             if tokenizer is not None and not framings and "text" not in names:
-                traced_fields.check_no_text(source, specs)
+                check_no_text(source, specs)
         if "text" in names and specs["text"] == STRING:
             framings.setdefault("text", Framing())
         self._tokenized_fields = tuple(framings)
@@ -86,15 +85,18 @@ class PreprocessGraph:
         }
         self.outputs = {name: STRING if name in self.packed else specs[name] for name in names}
         self.results = self._results()
+        # Shapes are not part of the signatures, so that they are traced once for all sizes.
+        self._chunk_function = tf.function(self.chunk, autograph=False, reduce_retracing=True)
+        self._example_function = tf.function(self.example, autograph=False, reduce_retracing=True)
 
     def _set_inputs(
         self, fields: Mapping[str, tf.Tensor], example: Mapping[str, tf.Tensor], names: list[str]
     ) -> None:
         """Finds the fields of the source that the outputs, and the texts, depend on."""
-        reached = traced_fields.ancestors([example[name] for name in names])
+        reached = ancestors([example[name] for name in names])
         self.inputs = [name for name, value in fields.items() if value.op in reached]
         texts = ("text", "captions", *self._tokenized_fields)
-        read = traced_fields.ancestors([example[name] for name in names if name in texts])
+        read = ancestors([example[name] for name in names if name in texts])
         self.texts = [
             name
             for name, value in fields.items()
@@ -197,15 +199,10 @@ class PreprocessGraph:
     def chunks(
         self, indices_and_seeds: Callable[[int], tuple[np.ndarray, np.ndarray]], total: int | None
     ) -> Iterator[tuple[dict[str, np.ndarray], np.ndarray]]:
-        """Yields the results of `chunk` for consecutive chunks, prepared ahead of their use.
+        """Yields the results of `chunk` for `total` chunks (None: no end), prepared ahead.
 
-        Args:
-          indices_and_seeds: number of a chunk -> the examples to read, int64 [n], and their seeds,
-            int32 [n, number of operations, 2].
-          total: how many chunks; None for no end.
-
-        Raises:
-          Exception: the exception that reading raised.
+        `indices_and_seeds` gives, for the number of a chunk, the examples to read, int64 [n], and
+        their seeds, int32 [n, number of operations, 2]. Raises the exception that reading raised.
         """
         failures: list[Exception] = []
         try:
@@ -254,18 +251,12 @@ class PreprocessGraph:
     def run_once(
         self, indices: np.ndarray, seeds: np.ndarray
     ) -> tuple[dict[str, np.ndarray], np.ndarray]:
-        """Reads and preprocesses a few examples now; see `chunk`."""
         records = {name: tf.constant(column) for name, column in self._fetch(indices).items()}
         outputs, numbers = self._chunk_function(records, tf.constant(seeds))
         return {name: value.numpy() for name, value in outputs.items()}, numbers.numpy()
 
     def diagnose(self, index: int, seeds: np.ndarray) -> Fault:
-        """Finds out why `chunk` left an example out, by running it alone.
-
-        Args:
-          index: of the example.
-          seeds: int32 [number of operations, 2].
-        """
+        """Finds out why `chunk` left an example out, by running it alone."""
         columns = self._fetch(np.array([index]))
         where = self._source.describe(index)
         fault = columns.pop(faults.FAULT, [b""])[0]
@@ -284,31 +275,17 @@ class PreprocessGraph:
         record = self._source.fetch(indices, self.inputs)
         return {name: record[name] for name in self._source.record_fields()}
 
-    @cached_property
-    def _chunk_function(self) -> Any:
-        # Shapes are not part of the signature, so that it is traced once for all sizes.
-        return tf.function(self.chunk, autograph=False, reduce_retracing=True)
-
-    @cached_property
-    def _example_function(self) -> Any:
-        return tf.function(self.example, autograph=False, reduce_retracing=True)
-
 
 def _run(dataset: tf.data.Dataset) -> Iterator[tuple[dict[str, np.ndarray], np.ndarray]]:
     """Yields the elements of a dataset, prepared ahead of their use by threads of its own."""
     options = tf.data.Options()
     options.deterministic = True
-    options.threading.private_threadpool_size = _processors()
+    # The processors that this process may use, or all if the system does not say.
+    own = getattr(os, "sched_getaffinity", lambda pid: range(os.cpu_count() or 1))
+    options.threading.private_threadpool_size = len(own(0))
     # One operation on one example is too little work to share among threads.
     options.threading.max_intra_op_parallelism = 1
     yield from dataset.prefetch(2).with_options(options).as_numpy_iterator()
-
-
-def _processors() -> int:
-    """The number of processors that this process may use, or of all if the system does not say."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def _checked_text(name: str, text: tf.Tensor) -> tf.Tensor:
@@ -322,7 +299,95 @@ def _checked_text(name: str, text: tf.Tensor) -> tf.Tensor:
 
 def _unread(spec: FieldSpec) -> tf.Tensor:
     """A placeholder for a field that no output depends on, so that operations may pass it along."""
-    nothing = tf.fill(
-        [dim or 0 for dim in spec.shape], b"" if spec.is_string else spec.dtype.type(0)
-    )
+    nothing = b"" if spec.is_string else spec.dtype.type(0)
+    nothing = tf.fill([dim or 0 for dim in spec.shape], nothing)
     return tf.raw_ops.PlaceholderWithDefault(input=nothing, shape=spec.shape)
+
+
+def choose_outputs(
+    specs: Mapping[str, FieldSpec], extra_fields: Sequence[str], tokenized: Collection[str] = ()
+) -> list[str]:
+    """Chooses the fields of batches: numbers of a fixed shape, `text`, extra and tokenized ones."""
+    for name in extra_fields:
+        if name not in specs:
+            raise UserError(f"extra fields: {unknown_key_message(name, specs, 'the example')}")
+    image = specs.get("image")
+    if image is not None and not image.is_array and "image" not in extra_fields:
+        state = "still encoded" if image.is_string else f"of no fixed shape {image.shape}"
+        raise UserError(
+            f"after data.preprocess, 'image' is {state}: it needs decode_image and then "
+            f"random_resized_crop, resize or resize_shortest_and_center_crop (or keep without it)"
+        )
+    return [
+        name
+        for name, spec in specs.items()
+        if spec.is_array
+        or name in extra_fields
+        or name in tokenized
+        or (name == "text" and spec == STRING)
+    ]
+
+
+def trace(
+    source: Source, ops: Sequence[tuple[str, Op]]
+) -> tuple[dict[str, tf.Tensor], dict[str, tf.Tensor]]:
+    """Traces the operations; returns the source's fields as placeholders, and the results."""
+    traced: list[dict[str, tf.Tensor]] = []
+
+    def process(fields: dict[str, tf.Tensor], seeds: tf.Tensor) -> None:
+        traced.extend([fields, apply_ops(ops, fields, seeds, source.look_for)])
+
+    # Placeholders get names that no field can have: names of fields may hold slashes and dots.
+    tf.function(process, autograph=False).get_concrete_function(
+        {
+            name: tf.TensorSpec(spec.shape, tf.as_dtype(spec.dtype), name=f"field{number}")
+            for number, (name, spec) in enumerate(source.fields().items())
+        },
+        tf.TensorSpec([len(ops), 2], tf.int32, name="seeds"),
+    )
+    fields, example = traced
+    return fields, example
+
+
+def texts_to_tokenize(
+    source: Source, specs: Mapping[str, FieldSpec], marked: Collection[str]
+) -> list[str]:
+    """The fields that a tokenizer gets: those that `tokenize` marks, and else a string `text`."""
+    names = [*marked]
+    if "text" not in names and specs.get("text") == STRING:
+        names.append("text")
+    if not names:
+        check_no_text(source, specs)
+        raise UserError(f"data.preprocess leaves no field 'text', only {sorted(specs)}")
+    return names
+
+
+def check_no_text(source: Source, specs: Mapping[str, FieldSpec]) -> None:
+    """Warns, or refuses, if there is no text to tokenize for a reason that can be a mistake."""
+    if "text" in specs and specs["text"].is_string:
+        raise UserError(
+            "after data.preprocess, 'text' is a list of strings and not one: let "
+            '"choose_text": {"field": "text"} in data.preprocess take one of them'
+        )
+    why = "" if "text" in specs else source.look_for("text")
+    if why:
+        _log.warning("data: there is no 'text' for the tokenizer: %s", why)
+
+
+def spec_of(value: tf.Tensor) -> FieldSpec:
+    """Reads shape and dtype of a traced field."""
+    if value.shape.rank is None:
+        raise UserError(f"after data.preprocess, a field has no known rank: {value.name}")
+    return FieldSpec(tuple(value.shape), np.dtype(value.dtype.as_numpy_dtype))
+
+
+def ancestors(tensors: Sequence[tf.Tensor]) -> set[Any]:
+    """The TensorFlow operations that `tensors` depend on."""
+    waiting = [tensor.op for tensor in tensors]
+    reached = set(waiting)
+    while waiting:
+        op = waiting.pop()
+        new = {tensor.op for tensor in op.inputs} | set(op.control_inputs)
+        waiting.extend(new - reached)
+        reached |= new
+    return reached

@@ -9,26 +9,18 @@ import numpy as np
 
 from vlp_jax.data.order import Order, example_seeds
 from vlp_jax.data.pipeline import split_mixture
-from vlp_jax.data.sources import Source, build_source
+from vlp_jax.data.sources import build_source
 from vlp_jax.data.sources.base import STRING, as_plain
 from vlp_jax.errors import UserError
 
 
 def sample_texts(config: Mapping[str, Any], limit: int = 20_000, seed: int = 0) -> Iterator[str]:
-    """Texts as the tokenizer will meet them in training.
+    """Texts as the tokenizer will meet them in training, at most `limit`.
 
     These are `text` and the fields that `tokenize` marks. The operations of the config are run as
     far as these depend on them: captions are chosen and lower-cased, no image is decoded. Examples
     come in random order, at most five times each; the parts of a mixture in its proportions. Bad
-    examples are left out.
-
-    Args:
-      config: the data config of the training split.
-      limit: the most texts to give.
-      seed: of the choice.
-
-    Raises:
-      UserError: for a mistake in the config, or if the operations leave no string `text`.
+    examples are left out. Raises UserError if the operations leave no string `text`.
     """
     parts, weights = split_mixture(as_plain(config))
     for part, weight in zip(parts.values(), weights, strict=True):
@@ -40,7 +32,9 @@ def _of_one(config: Mapping[str, Any], limit: int, seed: int) -> Iterator[str]:
     positions = np.arange(min(limit, 5 * len(source)))
     order = Order(len(source), seed)
     if not config.get("preprocess") and not source.needs_tensorflow:
-        texts = _column(source)[order.indices(positions)]
+        if source.fields().get("text") != STRING:
+            raise UserError("there is no string 'text' in data.arrays to train a tokenizer on")
+        texts = source.column("text")[order.indices(positions)]
         yield from (text.decode("utf-8", "replace") for text in texts)
         return
     from vlp_jax.data import preprocess_graph
@@ -59,9 +53,3 @@ def _of_one(config: Mapping[str, Any], limit: int, seed: int) -> Iterator[str]:
     for batch, _ in graph.chunks(plan, -(-len(positions) // size)):
         for texts in zip(*batch.values(), strict=True):
             yield from (text.decode("utf-8", "replace") for text in texts)
-
-
-def _column(source: Source) -> np.ndarray:
-    if source.fields().get("text") != STRING:
-        raise UserError("there is no string 'text' in data.arrays to train a tokenizer on")
-    return source.column("text")

@@ -8,7 +8,6 @@ import itertools
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -19,8 +18,8 @@ from vlp_jax.data import faults
 from vlp_jax.data.image_ops.upright import orientation
 from vlp_jax.data.pipeline import EvalPipeline, TrainPipeline
 from vlp_jax.data.sources import build_source
-from vlp_jax.data.sources.base import as_plain
-from vlp_jax.data.tokenizers import Tokenizer, build_tokenizer
+from vlp_jax.data.tokenizers import build_tokenizer
+from vlp_jax.data.tokenizers.base import frame_length
 from vlp_jax.errors import UserError
 
 RAW_TEXT, MASK = "text_raw", "mask"  # fields of batches
@@ -35,14 +34,12 @@ class Scan:
     """Counts over the examples of a source that were looked at.
 
     Attributes:
-      examples: how many the source has.
-      read: how many were looked at.
+      examples, read: how many the source has, and how many were looked at.
       bad: those that training would leave out, by reason.
       characters, tokens: of the text of each usable example; tokens with the special ones.
       sizes: (width, height) of each image, upright, from its header.
       encoded_bytes: of each image that is encoded.
-      formats: images by file format.
-      digests: images by the hash of their bytes.
+      formats, digests: images by file format, and by the hash of their bytes.
     """
 
     examples: int
@@ -57,7 +54,7 @@ class Scan:
 
 
 class Tokenizers:
-    """The tokenizer of a config, and the same one with room for long texts."""
+    """The tokenizer of a config, or None without one, and the lengths of texts in its tokens."""
 
     def __init__(
         self,
@@ -65,35 +62,19 @@ class Tokenizers:
         texts: Callable[[], Iterator[str]],
         kept: epath.PathLike | None = None,
     ) -> None:
-        """Trains it on `texts()` if the config says so. Without a config there is none.
-
-        Args:
-          kept: the tokenizer.json of a run, which is read instead.
-
-        Raises:
-          UserError: as `build_tokenizer`.
-        """
-        self.usual: Tokenizer | None = None
-        self._long: Tokenizer | None = None
-        if not config:
-            return
-        with TemporaryDirectory() as folder:
-            # Training takes long: the second tokenizer reads the file that the first has written.
-            file = epath.Path(folder) / "tokenizer.json" if kept is None else epath.Path(kept)
-            self.usual = build_tokenizer(config, texts, file)
-            longest = max(LONGEST, 2 * self.usual.context_length)
-            config = {**as_plain(config), "context_length": longest}
-            self._long = build_tokenizer(config, texts, file)
+        """Trains it on `texts()` if the config says so, or reads `kept`, the file of a run."""
+        self.usual = build_tokenizer(config, texts, kept) if config else None
 
     def lengths(self, texts: list[bytes]) -> list[int]:
         """Tokens of each text, special ones counted, as if it were not cut; none for no tokenizer.
 
         A text of more than `LONGEST` tokens (or twice the context) counts as that many.
         """
-        if self._long is None or not texts:
+        if self.usual is None or not texts:
             return []
-        ends = self._long(texts) == self._long.eos_id
-        return (ends.argmax(axis=1) + 1).tolist()
+        longest = max(LONGEST, 2 * self.usual.context_length)
+        special = frame_length(self.usual)
+        return [min(len(row) + special, longest) for row in self.usual.encode(texts)]
 
 
 def scan(
@@ -108,16 +89,8 @@ def scan(
     """Looks at `count` examples of one source, which go through all operations of the config.
 
     All of them in the order of the source if there are no more, else the first of the order that
-    training reads them in.
-
-    Args:
-      data: the data config of one source.
-      seed: of the order and of the operations.
-      begin: told how many will be looked at.
-      advance: told how many more have been.
-
-    Raises:
-      UserError: a mistake in the config.
+    training reads them in. `begin` is told how many will be looked at, `advance` how many more have
+    been.
     """
     data = {key: value for key, value in data.items() if key != "batch_ops"}  # they mix examples
     source = build_source(data)
@@ -130,7 +103,9 @@ def scan(
         texts = _Reader(data, found, seed)  # has no text, or another mistake, which is raised
     for batch in texts.batches():
         if RAW_TEXT in batch:
-            _add_texts(found, list(batch[RAW_TEXT][batch[MASK]]), tokenizers)
+            raw = list(batch[RAW_TEXT][batch[MASK]])
+            found.characters += [len(text.decode("utf-8", "replace")) for text in raw]
+            found.tokens += tokenizers.lengths(raw)
         advance(len(batch[MASK]))
     found.bad.update(texts.bad())
     if "image" in source.fields():
@@ -174,11 +149,6 @@ class _Reader:
         """Reason -> examples that could not be used, of those that were read."""
         totals = self._pipeline.faults.totals(self._count)["bad"]
         return {reason: n for reasons in totals.values() for reason, n in reasons.items()}
-
-
-def _add_texts(found: Scan, texts: list[bytes], tokenizers: Tokenizers) -> None:
-    found.characters += [len(text.decode("utf-8", "replace")) for text in texts]
-    found.tokens += tokenizers.lengths(texts)
 
 
 def _add_image(found: Scan, image: bytes | np.ndarray) -> None:

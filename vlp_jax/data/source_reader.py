@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from vlp_jax.data.fault_log import Fault
+from vlp_jax.data.faults import Fault
 from vlp_jax.data.order import BlockOrder, ExampleOrder, Order, example_seeds
 from vlp_jax.data.sources import Source, build_source
 from vlp_jax.data.sources.base import STRING, FieldSpec
@@ -38,9 +38,8 @@ OnFaults = Callable[[int, Sequence[tuple[int, Fault]]], None]
 class Chunk:
     """Preprocessed examples at n positions.
 
-    Attributes:
-      arrays: field -> [n, ...]; zeros and empty strings where an example is bad and not replaced.
-      sound: bool [n]; False at these places.
+    `arrays` are [n, ...], with zeros and empty strings where `sound`, bool [n], is False: an
+    example there is bad and not replaced.
     """
 
     arrays: dict[str, np.ndarray]
@@ -51,12 +50,9 @@ class SourceReader:
     """Reads and preprocesses the examples of a data config.
 
     Args:
-      config: see `vlp_jax.data.sources.build_source`; `preprocess` as `ops.build_ops` takes it;
-        `order`, `lanes` and `window`, see `make_order`.
+      config: see `vlp_jax.data.sources.build_source`, `ops.build_ops` and `make_order`.
       tokenizer: for `text`, and the fields that `tokenize` marks.
-      seed: of the order and of all random operations.
       shuffle: False takes the examples in the order of the source.
-      batch_size: examples of a global batch.
       extra_fields: further fields to keep, as `EvalPipeline` says.
     """
 
@@ -138,17 +134,12 @@ class SourceReader:
     def chunks(
         self, positions: Positions, total: int | None, replace: bool, on_faults: OnFaults
     ) -> Iterator[Chunk]:
-        """Yields consecutive chunks, prepared ahead of their use.
+        """Yields `total` consecutive chunks (None: no end), prepared ahead of their use.
 
         Args:
           positions: a pure function; called from several threads.
-          total: how many chunks; None for no end.
           replace: whether another example takes the place of a bad one.
           on_faults: called for each chunk before it is yielded.
-
-        Raises:
-          UserError: while iterating, for files that cannot be read, or if no example can be found
-            for the place of a bad one.
         """
         if self._graph is None:
             for number in count() if total is None else range(total):
@@ -217,9 +208,6 @@ class SourceReader:
         """Fills the places `missing` of `full` with other examples.
 
         Their operations get the seeds of the places, so that a resumed run makes the same choice.
-
-        Raises:
-          UserError: none of `_SUBSTITUTES` examples can be used.
         """
         left = missing
         for attempt in range(1, _SUBSTITUTES + 1):
@@ -242,11 +230,7 @@ class SourceReader:
 
 
 def _check_names(preprocess: Mapping[str, Any] | Sequence[Any], source: Source) -> None:
-    """Checks that `prompt_template` lists the classes as the words of a folder are numbered.
-
-    Raises:
-      UserError: it does not.
-    """
+    """Checks that `prompt_template` lists the classes as the words of a folder are numbered."""
     from vlp_jax.data.ops import in_order
 
     for arguments in [values for name, values in in_order(preprocess) if name == "prompt_template"]:
@@ -269,15 +253,9 @@ def make_order(
         "auto" (whatever suits the files); `lanes`, how many places of the files are read side by
         side by all processes together (default 16, reduced to a divisor of the batch size); and
         `window`, how many blocks of each lane are mixed.
-
-    Raises:
-      UserError: for values that cannot be used, or for "blocks" with a source that has none.
     """
-    name, lanes, window = (
-        config.get("order", "auto"),
-        config.get("lanes", LANES),
-        config.get("window"),
-    )
+    name, lanes = config.get("order", "auto"), config.get("lanes", LANES)
+    window = config.get("window")
     if name not in ORDERS:
         raise UserError(unknown_key_message(str(name), ORDERS, "data.order"))
     for key, value in (("lanes", lanes), ("window", window)):

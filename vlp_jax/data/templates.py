@@ -26,12 +26,7 @@ class Templates:
 
     @classmethod
     def parse(cls, templates: Sequence[str], default: str) -> Templates:
-        """Takes templates apart; "{}" stands for the field `default`.
-
-        Raises:
-          UserError: there are none, or one has no place to fill in, or braces that say anything
-            else than the name of a field.
-        """
+        """Takes templates apart; "{}" stands for the field `default`."""
         if not templates:
             raise UserError("prompt_template: templates is empty")
         parts = [_parts(template, default) for template in templates]

@@ -21,14 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Framing:
-    """The form of a row of ids. The default is the tokenizer's own.
-
-    Attributes:
-      length: ids in a row; None for the tokenizer's context length.
-      bos: whether rows begin with bos; None: if the tokenizer has one.
-      eos: whether texts end with eos.
-      padding: the side that is filled up, "right" or "left".
-    """
+    """The form of a row of ids, as `tokenize` describes it. The default is the tokenizer's own."""
 
     length: int | None = None
     bos: bool | None = None
@@ -36,7 +29,6 @@ class Framing:
     padding: str = "right"
 
     def row_length(self, tokenizer: Tokenizer) -> int:
-        """The number of ids in a row."""
         return tokenizer.context_length if self.length is None else self.length
 
     def check(self, tokenizer: Tokenizer, field: str) -> None:
@@ -81,12 +73,7 @@ class Framing:
 
 @dataclass(frozen=True)
 class Marked:
-    """A string field that is tokenized together with its chunk.
-
-    Attributes:
-      text: the string, [].
-      framing: of its row of ids.
-    """
+    """A string field [] that is tokenized together with its chunk, into rows of `framing`."""
 
     text: tf.Tensor
     framing: Framing

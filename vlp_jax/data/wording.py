@@ -27,17 +27,12 @@ NEW_TEXT = ("choose_text", "choose_question")
 
 @dataclasses.dataclass(frozen=True)
 class Wording:
-    """Operations on a text, in the order in which they run.
-
-    Attributes:
-      operations: (name in `OPS`, keyword arguments) of each.
-    """
+    """Operations on a text, (name in `OPS`, keyword arguments) each, in their order."""
 
     operations: tuple[tuple[str, Mapping[str, Any]], ...] = ()
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The names of the operations."""
         return tuple(name for name, _ in self.operations)
 
     def __str__(self) -> str:
@@ -51,9 +46,6 @@ class Wording:
         """The texts in UTF-8 after the operations. What is random is drawn alike for all texts.
 
         TensorFlow is imported only if there are operations.
-
-        Raises:
-          UserError: a template needs another field than `text`.
         """
         encoded = [t if isinstance(t, bytes) else t.encode("utf-8", "replace") for t in texts]
         if not self.operations or not encoded:
@@ -85,25 +77,19 @@ def caption_wording(preprocess: Mapping[str, Any] | Sequence[Any] | None) -> Wor
     `tokenize` makes the field `text` of an earlier one.
     """
     pairs = in_order(preprocess)
-    ends = [n for n, (name, given) in enumerate(pairs) if name == "tokenize" and _is_text(given)]
+    made = {n: g.get("into") or g.get("field", "text") for n, (_, g) in enumerate(pairs)}
+    ends = [n for n, (name, _) in enumerate(pairs) if name == "tokenize" and made[n] == "text"]
     # Operations after `tokenize` cannot change the text that it has taken.
     pairs = pairs[: ends[0]] if ends else pairs
     begins = [n for n, (name, _) in enumerate(pairs) if name in NEW_TEXT]
     return Wording(tuple(p for p in pairs[max(begins, default=0) :] if p[0] in TEXT_TO_TEXT))
 
 
-def _is_text(arguments: Mapping[str, Any]) -> bool:
-    """Whether `tokenize` with these arguments makes the field `text`."""
-    return (arguments.get("into") or arguments.get("field", "text")) == "text"
-
-
 def wording_of(data: Mapping[str, Any]) -> tuple[Wording, tuple[str, ...]]:
     """The wording of the texts of a training split, and notes on what it leaves open.
 
-    Templates are left out, since a prompt is whole, and so is a window that is placed at random.
-
-    Args:
-      data: the data config; of a mixture the part with the largest weight counts.
+    Templates are left out, since a prompt is whole, and so is a window that is placed at random. Of
+    a mixture the part with the largest weight counts.
     """
     return common_wording(worded_parts(data))
 
@@ -146,9 +132,6 @@ def captions_of(value: Any) -> list[bytes]:
     """The captions of one example, as a batch holds them: a byte string, or an array of them.
 
     Captions that are empty or white space are left out.
-
-    Raises:
-      UserError: they are no strings.
     """
     captions = [value] if isinstance(value, bytes) else list(np.ravel(value))
     if not all(isinstance(caption, bytes) for caption in captions):

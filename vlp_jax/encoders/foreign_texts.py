@@ -8,8 +8,7 @@ from typing import Any
 
 from vlp_jax.data.tokenizers import ClipTokenizer
 from vlp_jax.data.tokenizers.clip import CLEANINGS
-from vlp_jax.data.tokenizers.framed import FramedTokenizer
-from vlp_jax.data.tokenizers.siglip import SiglipTokenizer
+from vlp_jax.data.tokenizers.framed import FramedTokenizer, SiglipTokenizer
 from vlp_jax.encoders.tokenizer_classes import CLASSES, GENERIC, of_vocabulary, vocabulary_of
 from vlp_jax.errors import UserError, unknown_key_message
 from vlp_jax.interop.hf_tokenizer import CONFIG, TOKENIZER, TokenizerFiles

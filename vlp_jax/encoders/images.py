@@ -14,8 +14,7 @@ import numpy as np
 import PIL.Image
 from jaxtyping import UInt8
 
-from vlp_jax.data.image_ops.formats import format_of
-from vlp_jax.data.image_ops.upright import MAX_PIXELS, upright_rgb
+from vlp_jax.data.image_ops.upright import MAX_PIXELS, format_of, upright_rgb
 from vlp_jax.errors import UserError
 from vlp_jax.interop.base import CROP_ROUNDINGS, RESAMPLINGS, RESIZES
 

@@ -14,7 +14,7 @@ from vlp_jax.data.pipeline import EvalPipeline, split_mixture
 from vlp_jax.data.sources import build_source
 from vlp_jax.data.sources.base import as_plain
 from vlp_jax.data.sources.labels import WordClasses
-from vlp_jax.data.sources.manifest import SUFFIX
+from vlp_jax.data.sources.shards import SUFFIX
 from vlp_jax.errors import NoScores, UserError
 from vlp_jax.evaluators.base import Resources, chosen
 from vlp_jax.evaluators.class_lists import numbers_onto

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from etils import epath
 from ml_collections import ConfigDict
 
-from vlp_jax.data.multi_pipeline import MultiPipeline
+from vlp_jax.data.pipeline import MultiPipeline
 from vlp_jax.data.tokenizers import Tokenizer
 from vlp_jax.evaluators import differing_wordings, make_evaluators
 from vlp_jax.evaluators.base import Resources, compile_functions

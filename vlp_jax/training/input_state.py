@@ -11,7 +11,7 @@ import numpy as np
 from etils import epath
 
 from vlp_jax.data.faults import REASONS
-from vlp_jax.data.multi_pipeline import MultiPipeline
+from vlp_jax.data.pipeline import MultiPipeline
 from vlp_jax.errors import UserError
 from vlp_jax.files import write_whole
 from vlp_jax.parallel import agreement

@@ -13,7 +13,7 @@ import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from vlp_jax.data.multi_pipeline import MultiPipeline
+from vlp_jax.data.pipeline import MultiPipeline
 from vlp_jax.errors import UserError
 from vlp_jax.models.attention import ONLY_ON
 from vlp_jax.objectives import Objective, make_objective

@@ -11,9 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from vlp_jax.data.image_ops.checks import check_range
 from vlp_jax.data.image_ops.decode import Part, cut, part_decoder, ratio_keeping
-from vlp_jax.data.image_ops.fields import IMAGE, BoxRule, ImageField
+from vlp_jax.data.image_ops.fields import IMAGE, BoxRule, ImageField, check_range
 from vlp_jax.data.image_ops.resize import Resampler, shortest_to_size
 from vlp_jax.data.lazy_tensorflow import Example, Op, tf
 
@@ -26,8 +25,6 @@ class Crop:
     """An operation that turns a part of a decoded image into uint8 [size, size, 3].
 
     Attributes:
-      images: the fields of the image and of the result.
-      boxes: says which boxes stay.
       place: (upright height and width, seed, min_side) -> the part, as `decode.part_decoder` says.
         `how` is float32 [4, 2], for y and x: scale and translation, as `Resampler.warp` takes
         them, and begin and extent of the result in the upright image, fractions of its sides.
@@ -177,8 +174,10 @@ def resize_shortest_and_center_crop(
         # Rounds half to even, as Python does in torchvision.
         return tf.round(spare / 2)
 
-    boxes = BoxRule(op, min_box_share, box_fields)
-    resampler = Resampler(op, size, method, antialias)
+    boxes, resampler = (
+        BoxRule(op, min_box_share, box_fields),
+        Resampler(op, size, method, antialias),
+    )
     return _square(ImageField(op, field, into), boxes, resampler, offset)
 
 
@@ -202,8 +201,10 @@ def resize_shortest_and_random_crop(
         drawn = tf.cast(tf.random.stateless_uniform([2], seed), tf.float64)
         return tf.floor(drawn * tf.cast(spare + 1, tf.float64))
 
-    boxes = BoxRule(op, min_box_share, box_fields)
-    resampler = Resampler(op, size, method, antialias)
+    boxes, resampler = (
+        BoxRule(op, min_box_share, box_fields),
+        Resampler(op, size, method, antialias),
+    )
     return _square(ImageField(op, field, into), boxes, resampler, offset)
 
 
@@ -242,11 +243,8 @@ def fuse(
 
     The first of a pair becomes an operation that leaves the example as it is, and the second does
     the work of both, so that every operation keeps its place, its name and its seed. Between the
-    two may stand only decodings and crops of other fields.
-
-    Args:
-      pairs: (name, arguments) of each operation.
-      ops: (name, operation), built of them.
+    two may stand only decodings and crops of other fields. `pairs` are (name, arguments), `ops`
+    made of them.
     """
     # The list keeps its length, because the seed of an operation depends on its place.
     fused = list(ops)

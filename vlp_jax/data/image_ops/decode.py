@@ -11,8 +11,7 @@ import numpy as np
 
 from vlp_jax.data import faults
 from vlp_jax.data.image_ops import upright
-from vlp_jax.data.image_ops.checks import check_count
-from vlp_jax.data.image_ops.fields import IMAGE, ImageField
+from vlp_jax.data.image_ops.fields import IMAGE, ImageField, check_count
 from vlp_jax.data.image_ops.upright import MAX_PIXELS
 from vlp_jax.data.lazy_tensorflow import Example, Op, tf
 
@@ -119,15 +118,11 @@ def _by_format(
     jpeg: Callable[[tf.Tensor | None], _Decoded],
     whole: Callable[[tf.Tensor], _Decoded],
 ) -> _Decoded:
-    """Applies `jpeg` or `whole` to a file, by its format.
+    """Applies `jpeg` (to its orientation, or None) or `whole` (to upright pixels), by format.
 
     To decide, and to look for an orientation, costs as much as to decode a small file. Most files
     that have none say so at once, and are decoded without another question: after a JFIF header
     come the quantization tables, and no APP1 segment within reach of the other tables.
-
-    Args:
-      jpeg: gets the orientation of a JPEG, None if it has none.
-      whole: gets the upright pixels, uint8 [h, w, 3], of any other file.
     """
     substr = tf.strings.substr
     head = tf.strings.join([substr(encoded, 0, _TABLES), b"\0" * 22])  # substr fails beyond the end
@@ -185,10 +180,7 @@ class _Turn:
         return tf.where(self.orientation >= 5, stored[::-1], stored)
 
     def stored_window(self, sides: tf.Tensor, begin: tf.Tensor, extent: tf.Tensor) -> tf.Tensor:
-        """Finds (y, x, height, width), in the stored image, of a rectangle of the upright image.
-
-        `sides` are height and width of the upright image.
-        """
+        """Finds (y, x, height, width), in the stored image, of a rectangle of the upright image."""
         whole = tf.concat([begin, extent], 0)
         if self.orientation is None:
             return whole

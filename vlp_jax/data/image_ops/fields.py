@@ -7,13 +7,43 @@ the upright image. Fields with a row for each box are named alike: `labels`, `vi
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from vlp_jax.data.image_ops.checks import check_number
 from vlp_jax.data.lazy_tensorflow import Example, tf
 from vlp_jax.errors import UserError
+
+
+def check_count(op: str, value: int, name: str, unit: str = "pixels") -> None:
+    """Raises UserError unless `value` is a whole number above 0."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise UserError(f"{op}: {name} must be a whole number of {unit} above 0, got {value!r}")
+
+
+def check_number(op: str, value: float, name: str, low: float, high: float = math.inf) -> None:
+    """Raises UserError unless `value` is a number in [low, high]."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not low <= value <= high:
+        bound = f"of at least {low:g}" if high == math.inf else f"from {low:g} to {high:g}"
+        raise UserError(f"{op}: {name} must be a number {bound}, got {value!r}")
+
+
+def check_range(op: str, low: float, high: float, name: str, bound: float = math.inf) -> None:
+    """Raises UserError unless 0 < low <= high <= bound, for the settings min_ and max_`name`."""
+    if not 0 < low <= high <= bound:
+        last = "" if bound == math.inf else f" <= {bound:g}"
+        raise UserError(f"{op}: needs 0 < min_{name} <= max_{name}{last}: {low}, {high}")
+
+
+def check_fill(op: str, fill: int | tuple[int, int, int]) -> tuple[int, int, int]:
+    """Returns a colour as three numbers from 0 to 255; a single number is a grey."""
+    color = (fill,) * 3 if isinstance(fill, int) else tuple(fill)
+    if len(color) != 3 or not all(isinstance(c, int) and 0 <= c <= 255 for c in color):
+        raise UserError(f"{op}: fill must be one or three whole numbers 0 to 255, got {fill!r}")
+    return color
+
 
 IMAGE = "image"
 MIN_BOX_SHARE = 0.25
@@ -21,15 +51,9 @@ MIN_BOX_SHARE = 0.25
 
 @dataclass(frozen=True)
 class ImageField:
-    """The image that an operation reads, and the field that gets the result.
+    """The image `field` that an operation `op` reads, and the field that gets the result.
 
-    Attributes:
-      op: the name of the operation, for messages.
-      field: the image.
-      into: the field of the result; None replaces the image. Boxes go along.
-
-    Raises:
-      UserError: a name that is no string.
+    With `into` None the result replaces the image. Boxes go along.
     """
 
     op: str
@@ -43,20 +67,14 @@ class ImageField:
 
     @property
     def target(self) -> str:
-        """The field that gets the result."""
         return self.field if self.into is None else self.into
 
     @property
     def boxes(self) -> str:
-        """The field with the boxes of the image that is read."""
         return _beside(self.field, "boxes")
 
     def encoded(self, example: Example) -> tf.Tensor:
-        """Returns the file, a string.
-
-        Raises:
-          UserError: the image is decoded already.
-        """
+        """Returns the file, a string; raises UserError if the image is decoded already."""
         if example[self.field].dtype != tf.string:
             raise UserError(
                 f"{self.op}: {self.field!r} is decoded already; leave the operation out"
@@ -64,11 +82,7 @@ class ImageField:
         return example[self.field]
 
     def decoded(self, example: Example) -> tf.Tensor:
-        """Returns the pixels, uint8 [h, w, 3].
-
-        Raises:
-          UserError: the field holds anything else.
-        """
+        """Returns the pixels, uint8 [h, w, 3]; raises UserError for anything else."""
         image = example[self.field]
         if image.dtype == tf.string:
             raise UserError(
@@ -82,11 +96,7 @@ class ImageField:
         return image
 
     def has_boxes(self, example: Example) -> bool:
-        """Whether the image has boxes.
-
-        Raises:
-          UserError: the field of the boxes holds something else.
-        """
+        """Whether the image has boxes; raises UserError if their field holds something else."""
         if self.boxes not in example:
             return False
         boxes = example[self.boxes]
@@ -133,13 +143,9 @@ class BoxRule:
     """The rule by which boxes stay when a part of an image is cut out.
 
     Attributes:
-      op: the name of the operation, for messages.
       min_share: a box stays if at least this share of its area is in the part. It is clipped.
       fields: the names, beside `image`, of fields with a row for each box, which lose the same
         rows; None if not said.
-
-    Raises:
-      UserError: a share outside of 0 to 1, or fields that are no list of names.
     """
 
     op: str
@@ -158,8 +164,7 @@ class BoxRule:
     ) -> Example:
         """Adds a part of an image, and the boxes in it, to the example.
 
-        Args:
-          window: begin and extent of the part, fractions of the image's sides, float32 [2, 2].
+        `window` is begin and extent of the part, fractions of the image's sides, float32 [2, 2].
         """
         if not images.has_boxes(example):
             if self.fields is not None or self.min_share is not None:
@@ -194,12 +199,8 @@ def boxes_within(
 ) -> tuple[tf.Tensor, tf.Tensor]:
     """The boxes in a part of an image, float32 [k, 4], and which of n these are, bool [n].
 
-    A box stays if the part holds some of its area, and at least `min_share` of it. So a box
-    without an area goes.
-
-    Args:
-      boxes: float32 [n, 4], fractions of the image.
-      window: begin and extent of the part, fractions of the image, float32 [2, 2].
+    A box stays if the part holds some of its area, and at least `min_share` of it. So a box without
+    an area goes. `boxes`, float32 [n, 4], and `window`, begin and extent, [2, 2], are fractions.
     """
     # In fractions of the part, where its corners are 0 and 1.
     moved = (tf.ensure_shape(boxes, [None, 4]) - tf.tile(window[0], [2])) / tf.tile(window[1], [2])

@@ -126,11 +126,8 @@ def affine(
 ) -> tf.Tensor:
     """Moves pixels: the result at p is the image at matrix @ (p - middle) + middle + shift.
 
-    Args:
-      matrix: float32 [2, 2], for (x, y).
-      shift: float32 [2], (x, y) in pixels.
-      interpolation: "nearest" or "bilinear".
-      fill: the colour of what comes from outside.
+    `matrix` [2, 2] and `shift` [2] (pixels) are float32, for (x, y); `interpolation` is "nearest"
+    or "bilinear", `fill` the colour of what comes from outside.
     """
     height, width = tf.unstack(tf.shape(image)[:2])
     middle = tf.cast(tf.stack([width, height]) - 1, tf.float32) / 2

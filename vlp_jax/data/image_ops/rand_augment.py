@@ -6,10 +6,8 @@ import math
 from collections.abc import Callable
 
 from vlp_jax.data.image_ops import pixels
-from vlp_jax.data.image_ops.augment import random_op
-from vlp_jax.data.image_ops.checks import check_count, check_fill, check_number
-from vlp_jax.data.image_ops.fields import IMAGE, ImageField
-from vlp_jax.data.image_ops.geometry import rotation
+from vlp_jax.data.image_ops.augment import random_op, rotation
+from vlp_jax.data.image_ops.fields import IMAGE, ImageField, check_count, check_fill, check_number
 from vlp_jax.data.lazy_tensorflow import Op, tf
 
 _MAX = 30  # of magnitudes
@@ -26,10 +24,11 @@ def rand_augment(
     """Applies `num_layers` operations, each drawn evenly from 14.
 
     The 14 and their strengths equal torchvision's RandAugment with 31 bins, and the paper:
-    identity, shear x and y (to 0.3), translate x and y (to 150/331 of the width and of the
-    height), rotate (to 30 degrees), brightness, color, contrast, sharpness (factor 1 -+ 0.9),
-    posterize (8 to 4 bits), solarize (threshold 255 to 0), autocontrast and equalize. Those with a
-    direction take either half of the time. Images are sampled at the nearest pixel.
+    identity, shear x and y (to 0.3), translate x and y (to 150/331 of the width and of the height),
+    rotate (to 30 degrees), brightness, color, contrast, sharpness (factor 1 -+ 0.9), posterize (8
+    to 4 bits), solarize (threshold 255 to 0), autocontrast and equalize. Those with a direction
+    take either half of the time. Images are sampled at the nearest pixel; with boxes, which cannot
+    be moved, they are refused.
 
     Args:
       num_layers: how many, one after the other; the paper's N.
@@ -38,9 +37,6 @@ def rand_augment(
         clipped to 0 to 30 (0.5 in timm's "mstd0.5").
       fill: the colour, or grey, of what comes from outside.
       field, into: the image, and the field of the result; None replaces the image.
-
-    Raises:
-      UserError: a setting that is none; or the image has boxes, which cannot be moved.
     """
     op = "rand_augment"
     check_count(op, num_layers, "num_layers", "operations")

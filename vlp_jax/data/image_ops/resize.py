@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from vlp_jax.data.image_ops.checks import check_count
+from vlp_jax.data.image_ops.fields import check_count
 from vlp_jax.data.lazy_tensorflow import tf
 from vlp_jax.errors import UserError
 
@@ -24,16 +24,11 @@ _MAX_BETWEEN = 2**22  # pixels between the two passes, 48 MiB
 
 @dataclass(frozen=True)
 class Resampler:
-    """Resizes images to uint8 [size, size, 3].
+    """Resizes images to uint8 [size, size, 3]; `op` names the operation in messages.
 
     Attributes:
-      op: the operation that resizes, for messages.
-      size: side of the result, in pixels.
       method: "bilinear", "bicubic" or "lanczos3".
       antialias: whether the kernel widens when the image shrinks, as Pillow's does.
-
-    Raises:
-      UserError: for another size or method.
     """
 
     op: str
@@ -61,7 +56,10 @@ class Resampler:
 
         # Where the kernel is not widened ResizeBilinear computes the same, and faster than here.
         def enlarge() -> tf.Tensor:
-            return self._bilinear(tf.cast(image, tf.float32))
+            resized = tf.raw_ops.ResizeBilinear(
+                images=tf.cast(image, tf.float32)[None], size=[size, size], half_pixel_centers=True
+            )
+            return self._to_uint8(resized[0])
 
         if not self.antialias:
             return self._static(tf.cond(same, lambda: image, enlarge))
@@ -74,12 +72,10 @@ class Resampler:
         return _RADII[self.method] * widened
 
     def warp(self, image: tf.Tensor, scale: tf.Tensor, translation: tf.Tensor) -> tf.Tensor:
-        """Scales and then shifts an image, uint8 [h, w, 3].
+        """Scales and then shifts an image, uint8 [h, w, 3]; what lies outside of it has no weight.
 
-        Args:
-          image: what lies outside of it has no weight.
-          scale: pixels of the result in a pixel of the image; float32 [2], for y and x.
-          translation: float32 [2], in pixels of the result; whole numbers where the scale is 1.
+        `scale` is pixels of the result in a pixel of the image, `translation` in pixels of the
+        result (whole numbers where the scale is 1): float32 [2] each, for y and x.
         """
 
         def shift() -> tf.Tensor:
@@ -122,11 +118,6 @@ class Resampler:
             antialias=self.antialias,
         )
 
-    def _bilinear(self, image: tf.Tensor) -> tf.Tensor:
-        size = [self.size, self.size]
-        resized = tf.raw_ops.ResizeBilinear(images=image[None], size=size, half_pixel_centers=True)
-        return self._to_uint8(resized[0])
-
     def _to_uint8(self, image: tf.Tensor) -> tf.Tensor:
         # Conversion to an integer truncates, which after the addition of a half is rounding. A
         # bilinear result is a mean with positive weights: it cannot leave the range.
@@ -144,11 +135,8 @@ def shortest_to_size(
 ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor, tf.Tensor]:
     """Places a square in an image whose shorter side is resized to the side of the square.
 
-    Args:
-      sides: height and width of the image, int32 [2].
-      resampler: of the square.
-      offset: gets how many rows and columns of the resized image are too many, int64 [2], and
-        returns how many come off in front, float64 [2].
+    `offset` gets how many rows and columns of the resized image are too many, int64 [2], and
+    returns how many come off in front, float64 [2].
 
     Returns:
       begin and extent, int32 [2] each, of the part of the image that the square depends on; and

@@ -1,4 +1,4 @@
-"""Upright RGB of any image by Pillow, whose pixels training reproduces.
+"""Formats of image files, and upright RGB of any by Pillow, whose pixels training reproduces.
 
 `vlp_jax.load` and the page call `upright_rgb` on every image. Training leaves JPEGs to TensorFlow,
 which is faster, and asks `jpeg_orientation` about them; `read` decodes all other files. TensorFlow
@@ -10,15 +10,64 @@ decodes an animated WebP.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import struct
+from collections.abc import Iterator
 
 import numpy as np
 import PIL.Image
 from PIL.JpegImagePlugin import JpegImageFile
 
 from vlp_jax.data.faults import TOO_LARGE, UNDECODABLE, BadExample
-from vlp_jax.data.image_ops.formats import DECODABLE, format_of, unknown_format
+
+# What files begin with, by https://www.iana.org/assignments/media-types and each specification.
+_MAGIC = {
+    b"\xff\xd8\xff": "JPEG",
+    b"\x89PNG\r\n\x1a\n": "PNG",
+    b"GIF8": "GIF",
+    b"BM": "BMP",
+    b"II*\0": "TIFF",
+    b"MM\0*": "TIFF",
+    b"II+\0": "TIFF",
+    b"MM\0+": "TIFF",
+    b"\0\0\1\0": "ICO",
+    b"\0\0\0\x0cjP  ": "JPEG 2000",
+    b"\xff\x4f\xff\x51": "JPEG 2000",
+    b"\0\0\0\x0cJXL ": "JPEG XL",
+    b"\xff\x0a": "JPEG XL",
+    b"8BPS": "PSD",
+    b"%PDF": "PDF",
+    b"<svg": "SVG",
+    b"<?xml": "XML",
+    b"<html": "HTML",
+    b"<!doctype": "HTML",
+}
+DECODABLE = ("JPEG", "PNG", "WebP", "GIF", "BMP")
+_HEIF_BRANDS = {b"avif": "AVIF", b"avis": "AVIF"}  # all other brands count as HEIC
+
+
+def format_of(data: bytes) -> str | None:
+    """The name of a file's format, one of `DECODABLE` or another, by its first bytes, or None."""
+    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
+        return "WebP"
+    if data[4:8] == b"ftyp":
+        return _HEIF_BRANDS.get(data[8:12], "HEIC")
+    # Pages and SVG may begin with a byte order mark and white space.
+    text = data[:64].lstrip(b"\xef\xbb\xbf \r\n\t").lower()
+    known = _MAGIC.items()
+    return next((n for magic, n in known if data.startswith(magic) or text.startswith(magic)), None)
+
+
+def unknown_format(data: bytes) -> str:
+    """Describes a file of none of the `DECODABLE` formats, for an error's detail."""
+    known = f"{', '.join(DECODABLE[:-1])} and {DECODABLE[-1]} are decoded"
+    if not data:
+        return f"the file is empty; {known}"
+    found = format_of(data)
+    told = f"a file of the format {found}" if found else f"no image: it begins with {data[:8]!r}"
+    return f"{told}; {known}"
+
 
 MAX_PIXELS = 178_956_970  # twice Image.MAX_IMAGE_PIXELS: where Pillow raises DecompressionBombError
 ORIENTATION = 0x0112  # the tag of Exif and TIFF
@@ -62,28 +111,28 @@ def jpeg_orientation(head: bytes) -> int:
 
 
 def read(data: bytes, max_pixels: int) -> np.ndarray:
-    """Decodes a file by Pillow.
+    """Decodes a file by Pillow to upright pixels, uint8 [height, width, 3].
 
-    Args:
-      data: all of the file.
-      max_pixels: of a larger image nothing is decoded.
-
-    Returns:
-      Upright pixels, uint8 [height, width, 3].
-
-    Raises:
-      BadExample: the file is no image, damaged, or too large.
+    Raises BadExample if it is no image, damaged, or has more than `max_pixels` (nothing is
+    decoded).
     """
     found = format_of(data)
     if found not in DECODABLE:
         raise BadExample(UNDECODABLE, unknown_format(data))
-    try:
+    with pillow_errors(found):
         # Pillow asks for the memory of a WebP when it opens the file, of others when it loads them.
         if found == "WebP":
             require_size(*_webp_size(data), max_pixels)
         with _open(data, found) as image:
             require_size(*image.size, max_pixels)
             return np.asarray(upright_rgb(image))
+
+
+@contextlib.contextmanager
+def pillow_errors(found: str) -> Iterator[None]:
+    """Raises BadExample for whatever Pillow raises on a file of the format `found`."""
+    try:
+        yield
     except BadExample:
         raise
     except PIL.Image.DecompressionBombError as error:

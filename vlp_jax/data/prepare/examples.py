@@ -4,13 +4,24 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import io
 import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from vlp_jax.data.faults import EMPTY_TEXT, MALFORMED_TEXT, MISSING_FIELD, UNREADABLE, BadExample
+from PIL import Image
+
+from vlp_jax.data.faults import (
+    EMPTY_TEXT,
+    MALFORMED_TEXT,
+    MISSING_FIELD,
+    UNDECODABLE,
+    UNREADABLE,
+    BadExample,
+)
+from vlp_jax.data.image_ops.upright import DECODABLE, format_of, pillow_errors, unknown_format
 from vlp_jax.errors import UserError
 
 ID, IMAGE, CAPTIONS = "id", "image", "captions"
@@ -22,13 +33,9 @@ Value = int | float | str | bytes | list[Any]
 
 @dataclass(frozen=True, slots=True)
 class SkippedExample:
-    """An example that cannot be used.
+    """An example that cannot be used: why (one of `faults.REASONS`), and where it lies.
 
-    Attributes:
-      reason: one of `faults.REASONS`.
-      where: the file and the place in it.
-      detail: one line.
-      ends_file: whether the rest of the file is lost too.
+    `ends_file` says that the rest of the file is lost too.
     """
 
     reason: str
@@ -36,38 +43,17 @@ class SkippedExample:
     detail: str
     ends_file: bool = False
 
-    def line(self) -> str:
-        return f"{self.where}: {self.detail}"
-
-
-@dataclass(frozen=True, slots=True)
-class Candidate:
-    """An example of an input, whose image is not yet looked at.
-
-    Attributes:
-      id: unique in the input, and the same whatever else is read.
-      where: for messages.
-      path, offset: where the image can be read again; `path` is None if it cannot.
-      image: its bytes.
-      captions: at least one, none empty.
-      fields: the further fields.
-    """
-
-    id: str
-    where: str
-    path: str | None
-    offset: int
-    image: bytes
-    captions: list[str]
-    fields: dict[str, Value]
-
 
 @dataclass(frozen=True, slots=True)
 class Reference:
-    """An example without its image, which is `size` bytes at `offset` of the file `path`."""
+    """An example without its image, which is `size` bytes at `offset` of the file `path`.
+
+    Its id is unique in the input, and the same whatever else is read. Of the captions there is at
+    least one, and none is empty. `path` is None if the image cannot be read again.
+    """
 
     id: str
-    path: str
+    path: str | None
     offset: int
     size: int
     captions: list[str]
@@ -83,6 +69,15 @@ class Reference:
         return Reference(*json.loads(line, object_hook=_decode_bytes))
 
 
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """An example of an input, whose image is not yet looked at; `where` is for messages."""
+
+    reference: Reference
+    where: str
+    image: bytes
+
+
 def _encode_bytes(value: Any) -> dict[str, str]:
     if isinstance(value, bytes):
         return {"base64:": base64.b64encode(value).decode()}
@@ -96,18 +91,13 @@ def _decode_bytes(value: dict[str, Any]) -> Any:
 def place(seed: int, id: str) -> str:
     """The key by which examples are sorted globally: 32 hexadecimal digits, compared as text.
 
-    They are the first 16 bytes of SHA-256 of "seed:id", so an example keeps its place whatever
-    the order of the input and whoever computes it.
+    They begin SHA-256 of "seed:id": an example keeps its place whatever the order of the input.
     """
     return hashlib.sha256(f"{seed}:{id}".encode()).hexdigest()[:32]
 
 
 def clean_captions(value: Any) -> list[str]:
-    """Lists the captions in a string, number, UTF-8 bytes or list; drops empty captions.
-
-    Raises:
-      BadExample: if nothing is left, or bytes are not UTF-8.
-    """
+    """Lists the captions in a string, number, UTF-8 bytes or list; BadExample if all are empty."""
     if value is None:
         raise BadExample(MISSING_FIELD, "no caption")
     captions = []
@@ -127,11 +117,7 @@ def clean_captions(value: Any) -> list[str]:
 
 
 def clean_value(name: str, value: Any) -> Value:
-    """Converts a value to what a shard can hold: int, float, str, bytes, or a list of one type.
-
-    Raises:
-      BadExample: for null, a nested value, or an integer that takes more than 64 bits.
-    """
+    """Converts a value to what a shard can hold: int, float, str, bytes, or a list of one type."""
     if isinstance(value, list | tuple):
         items = [clean_value(name, item) for item in value]
         if any(isinstance(item, list) for item in items):
@@ -151,11 +137,7 @@ def clean_value(name: str, value: Any) -> Value:
 
 
 def decode_text(data: bytes, name: str) -> str:
-    """Decodes UTF-8 text, with or without a byte order mark; `name` is for the message.
-
-    Raises:
-      BadExample: the bytes are no UTF-8.
-    """
+    """Decodes UTF-8 text, with or without a byte order mark; `name` is for the message."""
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError:
@@ -180,11 +162,10 @@ def field_types(
 
     Args:
       kinds: by name of a further field, `kinds_of` of all its values together.
-      names: the further fields that were asked for.
       text_only: whether the format holds bytes only as UTF-8 text.
 
-    Raises:
-      UserError: for a field that has numbers here and strings there, or does not fit the format.
+    Raises UserError for a field that has numbers here and strings there, or does not fit the
+    format.
     """
     types = {
         ID: {"dtype": "bytes", "list": False},
@@ -208,3 +189,30 @@ def field_types(
             dtype = "int64" if scalars == {INTEGER} else "float32"
         types[name] = {"dtype": dtype, "list": LIST in found}
     return types
+
+
+# The usual file name extension of each format that training decodes.
+_EXTENSIONS = {name: {"JPEG": "jpg"}.get(name, name.lower()) for name in DECODABLE}
+
+
+def image_type(image: bytes) -> str | None:
+    """The usual file name extension of an image's format; None for a format that is not known."""
+    return _EXTENSIONS.get(format_of(image))
+
+
+def image_fault(image: bytes, decode: bool) -> tuple[str, str] | None:
+    """Why an encoded image cannot be used: (one of `faults.REASONS`, detail), or None.
+
+    All pixels are decoded if `decode`; else only the header is read.
+    """
+    kind = format_of(image)
+    if kind not in DECODABLE:
+        return UNDECODABLE, unknown_format(image)
+    try:
+        with pillow_errors(kind), Image.open(io.BytesIO(image), formats=[kind.upper()]) as opened:
+            # Opening reads the header alone; of WebP it decodes the first frame.
+            if decode:
+                opened.load()
+    except BadExample as bad:
+        return bad.reason, bad.detail
+    return None

@@ -22,6 +22,7 @@ from vlp_jax.data.prepare.examples import (
     IMAGE,
     BadExample,
     Candidate,
+    Reference,
     SkippedExample,
     clean_captions,
     clean_value,
@@ -62,13 +63,7 @@ _OPTIONS = {
 
 @dataclass(frozen=True)
 class Unit:
-    """The part of the input that a worker reads in one go: a file, or rows of a caption file.
-
-    Attributes:
-      number: of the unit, from 0 on.
-      path: of the file.
-      begin, end: the rows; the other formats are read to their ends (None).
-    """
+    """The part of the input that a worker reads in one go: a file, or rows of a caption file."""
 
     number: int
     path: str
@@ -83,7 +78,6 @@ class Input:
     An id is the path in a folder, TAR/KEY, or FILE#ROW, below the folder of all files.
 
     Attributes:
-      format: one of `FORMATS`.
       files: (path, size in bytes) of each file, sorted; of a folder its caption file.
       fields: output field -> column, or extensions or "json.KEY" in a tar.
       token: makes inputs of different runs differ, whose files may have changed in between.
@@ -96,15 +90,9 @@ class Input:
 
     @classmethod
     def open(cls, format: str, patterns: Sequence[str], fields: Mapping[str, str]) -> Input:
-        """Looks for the files and fields.
+        """Looks for the files of `patterns` (see `files.expand`) and for the fields.
 
-        Args:
-          format: one of `FORMATS`.
-          patterns: of paths; see `files.expand`.
-          fields: output field -> what it is read from; image and captions have defaults.
-
-        Raises:
-          UserError: a pattern matches nothing, or there is no such field.
+        Raises UserError if a pattern matches nothing, or there is no such field.
         """
         token = uuid.uuid4().hex
         with _options_in_messages():
@@ -123,11 +111,9 @@ class Input:
             return cls(format, listed, tuple(chosen.items()), token)
 
     def extra_fields(self) -> list[str]:
-        """The output fields besides id, image and captions."""
         return [name for name, _ in self.fields if name not in (IMAGE, CAPTIONS)]
 
     def estimated_examples(self) -> int:
-        """Roughly how many examples there are."""
         if self.format == FOLDER:
             return len(_folder(self))
         return sum(size for _, size in self.files) // _USUAL_BYTES
@@ -145,7 +131,6 @@ class Input:
         return found
 
     def units(self) -> list[Unit]:
-        """The parts of the input."""
         if self.format != FOLDER:
             return [Unit(number, path) for number, (path, _) in enumerate(self.files)]
         size = len(_folder(self))
@@ -173,10 +158,7 @@ class Input:
     ) -> Iterator[Candidate | SkippedExample]:
         """Yields the examples of a unit; see `scan`.
 
-        Args:
-          source: of the unit.
-          unit: the rows to read.
-          cut: whether the end of the file is missing. Then its last fault says that it ends there.
+        If the end of the file is missing (`cut`), its last fault says that it ends there.
         """
         names = {out: self._name(out, name) for out, name in self.fields}
         id_field = {FOLDER: "path", WEBDATASET: "id"}.get(self.format)
@@ -204,7 +186,6 @@ class Input:
             yield SkippedExample(faults.TRUNCATED, unit.path, detail, ends_file=True)
 
     def _name(self, out: str, name: str) -> str:
-        """The name of a field in the source."""
         if self.format == FOLDER:
             return out if out in (IMAGE, CAPTIONS, LABEL) else name
         # The source refuses a sample with images of several endings if nobody chose among them.
@@ -239,15 +220,15 @@ class Input:
             value = row[names[out]]
             if source.is_text(names[out]):
                 several = isinstance(value, list)
-                texts = [_text(item, out) for item in (value if several else [value])]
+                texts = [
+                    decode_text(item, out) if isinstance(item, bytes) else item
+                    for item in (value if several else [value])
+                ]
                 value = texts if several else texts[0]
             fields[out] = clean_value(out, value)
         path, offset = source.place(index, names[IMAGE]) or (None, 0)
-        return Candidate(id, source.describe(index), path, offset, image, captions, fields)
-
-
-def _text(value: Any, name: str) -> Any:
-    return decode_text(value, name) if isinstance(value, bytes) else value
+        reference = Reference(id, path, offset, len(image), captions, fields)
+        return Candidate(reference, source.describe(index), image)
 
 
 def _open_folder(patterns: Sequence[str], fields: Mapping[str, str], token: str) -> Input:
@@ -261,6 +242,8 @@ def _open_folder(patterns: Sequence[str], fields: Mapping[str, str], token: str)
     if name is not None and not os.path.isfile(path):
         raise UserError(f"--input {path}: there is no such folder or file")
     source = _folder_source(folder, name, fields)
+    if source.file.is_dir():
+        raise UserError(f"--input {path} has no caption file, which a preparation needs")
     columns = {IMAGE: source.listed.image_column, CAPTIONS: source.listed.caption_column, **fields}
     file = str(source.file)
     return Input(FOLDER, ((file, os.path.getsize(file)),), tuple(columns.items()), token)
@@ -285,18 +268,13 @@ def _folder(input: Input) -> FolderSource:
 
 
 def _source(format: str, path: str, cache: str) -> WebDatasetSource | ParquetSource:
-    """The source of a single file."""
     if format == WEBDATASET:
         return WebDatasetSource(path, cache_dir=cache)
     return ParquetSource(path, cache_mib=1, cache_dir=cache)  # read in order: one row group is kept
 
 
 def _choose_fields(format: str, found: Sequence[str], fields: Mapping[str, str]) -> dict[str, str]:
-    """Maps output fields to fields of the source, by the first file that can be read.
-
-    Raises:
-      UserError: no file can be read, or there is no such field.
-    """
+    """Maps output fields to fields of the source, by the first file that can be read."""
     failure: UserError | None = None
     for path in found:
         with TemporaryDirectory(prefix="prepare_data_") as cache:
@@ -312,7 +290,9 @@ def _choose_fields(format: str, found: Sequence[str], fields: Mapping[str, str])
             }
             for out, name in fields.items():
                 if not source.can_read(name):
-                    raise _unknown(source, out, name)
+                    why = source.look_for(name)
+                    known = unknown_key_message(name, source.fields(), "the input's fields")
+                    raise UserError(f"--fields {out}={name}: {why or known}")
             return {**chosen, **fields}
     assert failure is not None
     raise failure
@@ -329,11 +309,6 @@ def _usual(source: RowSource, out: str, names: Sequence[str]) -> str:
         f"no field named {', '.join(names)} (there are {known}): name one by --fields {option}="
         + (f"; {why}" if why else "")
     )
-
-
-def _unknown(source: RowSource, out: str, name: str) -> UserError:
-    why = source.look_for(name) or unknown_key_message(name, source.fields(), "the input's fields")
-    return UserError(f"--fields {out}={name}: {why}")
 
 
 @contextlib.contextmanager

@@ -1,4 +1,7 @@
-"""A preparation from input to manifest; work that an earlier run finished is kept."""
+"""A preparation from input to manifest (the shards, their source, fields and checksums).
+
+Work that an earlier run finished is kept.
+"""
 
 from __future__ import annotations
 
@@ -6,18 +9,21 @@ import contextlib
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
-from vlp_jax.data.prepare import manifest as manifests
 from vlp_jax.data.prepare import paths, plan
 from vlp_jax.data.prepare import shards as shard_files
 from vlp_jax.data.prepare.examples import CAPTIONS, ID, field_types
-from vlp_jax.data.prepare.inputs import FORMATS, Input
-from vlp_jax.data.prepare.manifest import Manifest
-from vlp_jax.data.prepare.writers import WRITERS
+from vlp_jax.data.prepare.inputs import Input
 from vlp_jax.errors import UserError
 
+VERSION = 1
+_IDENTITY = ("format", "split", "seed", "source")
+_READERS = 8  # shards whose checksums are computed at once
+
+Manifest = dict[str, Any]
 # Most data sets call the captions "text".
 _ALIASES = {"text": CAPTIONS, "caption": CAPTIONS}
 _NAME = re.compile(r"[A-Za-z0-9_]+")
@@ -29,28 +35,12 @@ Watch = Callable[[str, int, Callable[[], tuple[int, int]]], contextlib.AbstractC
 
 def no_watch(title: str, total: int, count: Callable[[], tuple[int, int]]) -> Any:
     """Shows nothing."""
-    del title, total, count
     return contextlib.nullcontext()
 
 
 @dataclass(frozen=True)
 class PrepareJob:
-    """The settings of a preparation.
-
-    Attributes:
-      input: patterns of paths; what they mean is the input format's.
-      input_format: one of `inputs.FORMATS`.
-      output: a folder, made if it is not there.
-      output_format: one of `WRITERS`.
-      shards, examples_per_shard: exactly one of them; shards hold at most so many examples.
-      seed: of the global order.
-      fields: output field -> what it is read from; image and captions have defaults.
-      split: the name that files and manifest begin with.
-      max_bad_fraction: the fraction of skipped examples above which nothing is written.
-      check_images: whether all images are decoded, or only their headers read.
-      verify: whether finished shards are read and their checksums compared.
-      flags: Beam's.
-    """
+    """The settings of a preparation, as `--help` explains them; `flags` are Beam's."""
 
     input: tuple[str, ...]
     input_format: str
@@ -67,12 +57,6 @@ class PrepareJob:
     flags: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        for name, value, known in (
-            ("--input-format", self.input_format, FORMATS),
-            ("--output-format", self.output_format, WRITERS),
-        ):
-            if value not in known:
-                raise UserError(f"{name} {value} is not one of {', '.join(known)}")
         if (self.shards is None) == (self.examples_per_shard is None):
             raise UserError("give either --shards or --examples-per-shard")
         if (self.shards or self.examples_per_shard or 0) < 1:
@@ -98,11 +82,7 @@ def check_split(split: str) -> None:
 
 
 def parse_fields(pairs: Sequence[str]) -> dict[str, str]:
-    """OUTPUT=INPUT pairs as a dict; `text` and `caption` stand for `captions`.
-
-    Raises:
-      UserError: for what is no pair, a name that is taken, or one that occurs twice.
-    """
+    """OUTPUT=INPUT pairs as a dict; `text` and `caption` stand for `captions`."""
     fields: dict[str, str] = {}
     for pair in pairs:
         name, equals, origin = pair.partition("=")
@@ -126,10 +106,10 @@ def prepare(job: PrepareJob, watch: Watch = no_watch) -> Result:
     work = paths.join(output, f"{job.split}.unfinished")
     opened = Input.open(job.input_format, job.input, job.fields)
     identity = _identity(job, opened)
-    finished = manifests.load(output, job.split)
+    finished = load_manifest(output, job.split)
     if finished is not None:
-        manifests.check_same(manifests.identity(finished), identity, output)
-        damaged = manifests.faults(finished, output, job.verify)
+        _check_same({key: finished[key] for key in _IDENTITY}, identity, output)
+        damaged = faults_of(finished, output, job.verify)
         if not damaged:
             paths.remove(work)
             return Result(finished, True, {})
@@ -149,17 +129,15 @@ def prepare(job: PrepareJob, watch: Watch = no_watch) -> Result:
     records = _write(shards, kept, job.flags, watch)
     _check_repaired(finished, records, output)
     skipped = {reason: count for reason, (count, _) in sorted(summary.faults.items())}
-    manifest = manifests.write(identity, output, shards.types, skipped, records)
+    manifest = _write_manifest(identity, output, shards.types, skipped, records)
     paths.remove(work)
     named = {reason: lines for reason, (_, lines) in sorted(summary.faults.items())}
     return Result(manifest, False, named)
 
 
 def _identity(job: PrepareJob, opened: Input) -> dict[str, Any]:
-    sharding = (
-        {"shards": job.shards} if job.shards else {"examples_per_shard": job.examples_per_shard}
-    )
-    source = {"format": job.input_format, **opened.source(), **sharding}
+    sharding = "shards" if job.shards else "examples_per_shard"
+    source = {"format": job.input_format, **opened.source(), sharding: getattr(job, sharding)}
     source["check_images"] = job.check_images
     return {"format": job.output_format, "split": job.split, "seed": job.seed, "source": source}
 
@@ -170,7 +148,7 @@ def _begin(
     """Checks that the folder is free or holds this job, notes the job, and removes leftovers."""
     path = paths.join(work, "job.json")
     if "job.json" in paths.names_in(work):
-        manifests.check_same(json.loads(paths.read_bytes(path)), identity, output)
+        _check_same(json.loads(paths.read_bytes(path)), identity, output)
     known = [shard["file"] for shard in finished["shards"]] if finished else []
     foreign = shard_files.foreign_files(output, split, [*known, *shard_files.records(work)])
     if foreign:
@@ -266,3 +244,90 @@ def _check_repaired(
                 f"{output}/{record['file']} was written again and differs: the images have changed "
                 "since; prepare them into a new folder"
             )
+
+
+def manifest_path(output: str, split: str) -> str:
+    """The path of the manifest of a split."""
+    return paths.join(output, f"{split}.manifest.json")
+
+
+def load_manifest(output: str, split: str) -> Manifest | None:
+    """The manifest of a split, or None if there is none."""
+    path = manifest_path(output, split)
+    try:
+        manifest = json.loads(paths.read_bytes(path))
+    except FileNotFoundError:
+        return None
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path} is malformed: {error.msg}; remove it") from None
+    if manifest.get("version") != VERSION:
+        raise UserError(f"{path} has version {manifest.get('version')}, not {VERSION}")
+    return manifest
+
+
+def _check_same(old: dict[str, Any], new: dict[str, Any], folder: str) -> None:
+    """Raises UserError, naming the difference, if a folder was begun with another job."""
+    found = _difference(old, json.loads(json.dumps(new)), "")
+    if found is not None:
+        name, before, now = found
+        raise UserError(
+            f"{folder} holds another job: {name} was {before} and is now {now}; give another "
+            f"--output or --split, or remove {new['split']}* there"
+        )
+
+
+def _difference(old: Any, new: Any, name: str) -> tuple[str, str, str] | None:
+    if old == new:
+        return None
+    if isinstance(old, dict) and isinstance(new, dict):
+        # Settings before files: a changed setting says more than thousands of changed paths.
+        for key in sorted({*old, *new}, key=lambda key: (key == "files", key)):
+            part = f"{name}.{key}" if name else key
+            found = _difference(old.get(key), new.get(key), part)
+            if found is not None:
+                return found
+    if isinstance(old, list) and isinstance(new, list):
+        if len(old) != len(new):
+            return name, f"{len(old)} long", f"{len(new)} long"
+        pairs = enumerate(zip(old, new, strict=True))
+        index, (before, now) = next((i, pair) for i, pair in pairs if pair[0] != pair[1])
+        return f"{name}[{index}]", json.dumps(before), json.dumps(now)
+    return name, json.dumps(old), json.dumps(new)
+
+
+def faults_of(manifest: Manifest, output: str, read: bool) -> dict[str, str]:
+    """Maps file name to fault for the damaged shards of a manifest.
+
+    If `read`, every shard is read and checksums are compared; else sizes are compared.
+    """
+    with ThreadPoolExecutor(_READERS) as pool:
+        found = pool.map(lambda s: shard_files.fault_of(s, output, read), manifest["shards"])
+        names = [record["file"] for record in manifest["shards"]]
+        return {name: fault for name, fault in zip(names, found, strict=True) if fault}
+
+
+def _write_manifest(
+    identity: dict[str, Any],
+    output: str,
+    fields: shard_files.FieldTypes,
+    skipped: dict[str, int],
+    records: Sequence[dict[str, Any]],
+) -> Manifest:
+    """Writes the manifest of finished shards, whole or not at all, and returns it."""
+    manifest = {
+        "version": VERSION,
+        "format": identity["format"],
+        "split": identity["split"],
+        "examples": sum(record["examples"] for record in records),
+        "seed": identity["seed"],
+        "fields": fields,
+        "source": identity["source"],
+        "skipped": skipped,
+        "shards": [
+            {key: record[key] for key in ("file", "examples", "bytes", "sha256")}
+            for record in records
+        ],
+    }
+    content = json.dumps(manifest, indent=1, ensure_ascii=False) + "\n"
+    paths.write_bytes(manifest_path(output, identity["split"]), content.encode())
+    return manifest

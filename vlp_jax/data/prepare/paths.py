@@ -6,12 +6,13 @@ clouds retry by themselves (gcsfs, s3fs); what they give up on is raised.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
-import shutil
+import tempfile
 import uuid
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Sequence
+from typing import IO, TYPE_CHECKING
 
 from vlp_jax.errors import UserError
 
@@ -22,11 +23,7 @@ INSTALL = "pip install -r requirements-prepare.txt"
 
 
 def filesystem(path: str) -> tuple[fsspec.AbstractFileSystem, str]:
-    """The filesystem of a path, and the path in its own terms.
-
-    Raises:
-      UserError: for a scheme that fsspec does not know, or whose package is missing.
-    """
+    """The filesystem of a path, and the path in its own terms."""
     try:
         import fsspec.core
     except ImportError:
@@ -79,11 +76,7 @@ def read_bytes(path: str) -> bytes:
 
 
 def read_ranges(ranges: Sequence[tuple[str, int, int]]) -> list[bytes]:
-    """The bytes of (path, offset, size) ranges, all on one filesystem; at once where it can.
-
-    Raises:
-      UserError: if a file is gone, or ends before a range does.
-    """
+    """The bytes of (path, offset, size) ranges, all on one filesystem; at once where it can."""
     if not ranges:
         return []
     fs = filesystem(ranges[0][0])[0]
@@ -112,7 +105,7 @@ def write_bytes(path: str, data: bytes) -> None:
         return
     os.makedirs(os.path.dirname(inner), exist_ok=True)
     # Renaming replaces the file at once; the flush keeps a power failure from leaving it empty.
-    temporary = temporary_name(inner)
+    temporary = _temporary_name(inner)
     with open(temporary, "wb") as stream:
         stream.write(data)
         stream.flush()
@@ -120,10 +113,31 @@ def write_bytes(path: str, data: bytes) -> None:
     os.replace(temporary, inner)
 
 
-def temporary_name(path: str) -> str:
+def _temporary_name(path: str) -> str:
     """A name beside a local file that no other process takes, and `leftovers` finds."""
     folder, name = os.path.split(path)
     return os.path.join(folder, f".{name}.{uuid.uuid4().hex[:12]}.tmp")
+
+
+@contextlib.contextmanager
+def whole_file(path: str) -> Iterator[IO[bytes]]:
+    """An open local file that is moved to `path` at the end, and removed after a failure."""
+    fs, inner = filesystem(path)
+    if is_local(path):
+        os.makedirs(os.path.dirname(inner), exist_ok=True)
+        stream = open(_temporary_name(inner), "wb")
+    else:
+        stream = tempfile.NamedTemporaryFile("wb", prefix="prepare_data_", delete=False)
+    try:
+        with stream:
+            yield stream
+        if is_local(path):
+            os.replace(stream.name, inner)
+        else:
+            fs.put_file(stream.name, inner)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(stream.name)
 
 
 def leftovers(folder: str, split: str) -> list[str]:
@@ -131,17 +145,6 @@ def leftovers(folder: str, split: str) -> list[str]:
     ours = (f".{split}-", f".{split}.")
     names = [n for n in names_in(folder) if n.startswith(ours) and n.endswith(".tmp")]
     return [join(folder, name) for name in names]
-
-
-def put(local: str, path: str) -> None:
-    """Moves a whole local file to `path`: renamed on one disk, else uploaded and removed."""
-    fs, inner = filesystem(path)
-    if is_local(path):
-        os.makedirs(os.path.dirname(inner), exist_ok=True)
-        shutil.move(local, inner)
-    else:
-        fs.put_file(local, inner)
-        os.remove(local)
 
 
 def remove(path: str) -> None:

@@ -1,4 +1,4 @@
-"""The first pass: looks at every example, and writes their global order without their images.
+"""The first pass, on Apache Beam: looks at every example, and writes their global order.
 
 Examples are ordered by a hash of (seed, id): `examples.place`. The order is cut into buckets by its
 first digits; a worker sorts each and writes it as lines of JSON. The buckets in turn are the
@@ -7,19 +7,32 @@ global order, so that any shard is a run of lines, and exactly as long as the ot
 
 from __future__ import annotations
 
+import argparse
+import contextlib
+import difflib
 import itertools
 import json
+import logging
 import os
-import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from types import ModuleType
+from typing import IO, Any
 
-from vlp_jax.data.prepare import paths, runner
-from vlp_jax.data.prepare.examples import Candidate, Reference, SkippedExample, kinds_of, place
-from vlp_jax.data.prepare.images import image_fault
+from vlp_jax.data.prepare import paths
+from vlp_jax.data.prepare.examples import (
+    Candidate,
+    Reference,
+    SkippedExample,
+    image_fault,
+    kinds_of,
+    place,
+)
 from vlp_jax.data.prepare.inputs import Input, Unit
+from vlp_jax.data.prepare.paths import INSTALL
+from vlp_jax.errors import UserError
 
 NAMED = 5  # faults of each reason that are named
 _AT_ONCE = 64  # examples whose images are looked at together
@@ -38,7 +51,6 @@ class Summary:
       duplicates: (count, id, where, where) of the ids that several examples have, the first named.
       whole: files that could be read to their ends, and examples in them, bad ones too.
       cut: examples before the end of each other file.
-      bytes: of all images.
     """
 
     buckets: dict[str, int] = field(default_factory=dict)
@@ -47,7 +59,6 @@ class Summary:
     duplicates: list[Any] = field(default_factory=list)
     whole: list[int] = field(default_factory=lambda: [0, 0])
     cut: list[int] = field(default_factory=list)
-    bytes: int = 0
 
     @property
     def examples(self) -> int:
@@ -55,19 +66,16 @@ class Summary:
 
     @property
     def lost(self) -> int:
-        """Examples that files lack which cannot be read to their ends, besides a fault for each.
-
-        Such a file is taken to have held as many as the whole ones do on average.
-        """
+        """Examples that cut files lack, besides a fault each, if they held what whole ones do."""
         usual = round(self.whole[1] / self.whole[0]) if self.whole[0] else 0
         return sum(max(0, usual - read - 1) for read in self.cut)
 
     def add_fault(self, fault: SkippedExample) -> None:
         count, lines = self.faults.get(fault.reason, [0, []])
-        self.faults[fault.reason] = [count + 1, [*lines, fault.line()][:NAMED]]
+        self.faults[fault.reason] = [count + 1, [*lines, f"{fault.where}: {fault.detail}"][:NAMED]]
 
     def add_kinds(self, candidate: Candidate) -> None:
-        for name, value in candidate.fields.items():
+        for name, value in candidate.reference.fields.items():
             self.kinds[name] = sorted(kinds_of(value).union(self.kinds.get(name, ())))
 
 
@@ -86,7 +94,6 @@ def merge(summaries: Iterable[dict[str, Any]]) -> dict[str, Any]:
         # The smaller of two is named, so that the message does not depend on the runner.
         both = sorted([d for d in (total.duplicates, part.duplicates) if d], key=lambda d: d[1:])
         total.duplicates = [sum(d[0] for d in both), *both[0][1:]] if both else []
-        total.bytes += part.bytes
     return vars(total)
 
 
@@ -94,12 +101,8 @@ def merge(summaries: Iterable[dict[str, Any]]) -> dict[str, Any]:
 class Pass:
     """The settings that the workers of the first pass get.
 
-    Attributes:
-      input: what is read.
-      seed: of the global order.
-      check_images: whether images are decoded.
-      buckets: into how many parts the order is cut; it does not change the order.
-      work: the folder for what is only needed until the shards are written.
+    The order is cut into `buckets` parts, which does not change it; `work` is the folder for what
+    is needed until the shards are written.
     """
 
     input: Input
@@ -121,14 +124,10 @@ def load(work: str) -> Summary | None:
 
 
 def make(job: Pass, units: Sequence[Unit], flags: Sequence[str]) -> Summary:
-    """Runs the first pass; writes the buckets, and a summary last.
-
-    Raises:
-      UserError: what an input cannot read.
-    """
+    """Runs the first pass; writes the buckets, and a summary last."""
 
     def build(pipeline: Any) -> None:
-        beam = runner.import_beam()
+        beam = import_beam()
         found = (
             pipeline
             | "Units" >> beam.Create(list(units))
@@ -138,11 +137,11 @@ def make(job: Pass, units: Sequence[Unit], flags: Sequence[str]) -> Summary:
         )
         buckets = (
             found
-            | "References" >> beam.FlatMap(_references).with_output_types(tuple[int, str])
+            | "Lines" >> beam.Filter(lambda e: e[0] is not None).with_output_types(tuple[int, str])
             | "ByBucket" >> beam.GroupByKey()
             | "WriteBucket" >> beam.Map(write_bucket, job.work)
         )
-        summaries = found | "Summaries" >> beam.FlatMap(_summaries)
+        summaries = found | beam.Filter(lambda e: e[0] is None) | "Summaries" >> beam.Values()
         _ = (
             (buckets, summaries)
             | beam.Flatten()
@@ -150,20 +149,10 @@ def make(job: Pass, units: Sequence[Unit], flags: Sequence[str]) -> Summary:
             | "WritePlan" >> beam.Map(_write_plan, job.work)
         )
 
-    runner.run(build, flags)
+    run(build, flags)
     summary = load(job.work)
     assert summary is not None, f"the pipeline ended without {job.work}/{_PLAN}"
     return summary
-
-
-def _references(element: tuple[int | None, Any]) -> Iterator[tuple[int, str]]:
-    if element[0] is not None:
-        yield element
-
-
-def _summaries(element: tuple[int | None, Any]) -> Iterator[dict[str, Any]]:
-    if element[0] is None:
-        yield element[1]
 
 
 def _write_plan(summary: dict[str, Any], work: str) -> None:
@@ -175,7 +164,9 @@ def look(unit: Unit, job: Pass) -> Iterator[tuple[int | None, Any]]:
     summary = Summary()
     count = seen = 0
     ended = False
-    with _Staging(job.work, unit) as staging, ThreadPoolExecutor(os.cpu_count()) as pool:
+    staging = paths.join(job.work, "staging", f"{unit.number:06d}.images")
+    with contextlib.ExitStack() as stack, ThreadPoolExecutor(os.cpu_count()) as pool:
+        stream: IO[bytes] | None = None
         scanned = job.input.scan(unit)
         while chunk := list(itertools.islice(scanned, _AT_ONCE)):
             # Headers take microseconds, which threads would only add to.
@@ -188,13 +179,15 @@ def look(unit: Unit, job: Pass) -> Iterator[tuple[int | None, Any]]:
                 if fault is not None:
                     summary.add_fault(fault)
                     continue
-                path, offset = staging.keep(item)
-                order = place(job.seed, item.id)
-                reference = Reference(
-                    item.id, path, offset, len(item.image), item.captions, item.fields
-                )
+                reference = item.reference
+                if reference.path is None:
+                    # A row of Parquet costs the decoding of its row group: shards of a shuffled
+                    # order would each decode nearly the whole input, this way it is decoded once.
+                    stream = stream or stack.enter_context(paths.whole_file(staging))
+                    reference = replace(reference, path=staging, offset=stream.tell())
+                    stream.write(item.image)
+                order = place(job.seed, reference.id)
                 summary.add_kinds(item)
-                summary.bytes += len(item.image)
                 count += 1
                 # The first 32 bits of the hash choose the bucket, so that buckets are in its order.
                 yield int(order[:8], 16) * job.buckets >> 32, f"{order} {reference.dumps()}"
@@ -212,49 +205,6 @@ def _fault(item: Candidate | SkippedExample, decode: bool) -> SkippedExample | N
         return item
     found = image_fault(item.image, decode)
     return None if found is None else SkippedExample(found[0], item.where, found[1])
-
-
-class _Staging:
-    """Writes images that cannot be read again singly, one after another, to a file of the unit.
-
-    A row of Parquet costs the decoding of its row group, so that shards of a shuffled order would
-    each decode nearly the whole input; this way it is decoded once.
-    """
-
-    def __init__(self, work: str, unit: Unit):
-        self._path = paths.join(work, "staging", f"{unit.number:06d}.images")
-        self._offset = 0
-        self._stream: Any = None
-
-    def __enter__(self) -> _Staging:
-        return self
-
-    def keep(self, item: Candidate) -> tuple[str, int]:
-        """Writes the image if it cannot be read again; returns its path and offset."""
-        if item.path is not None:
-            return item.path, item.offset
-        if self._stream is None:
-            self._stream = local_temporary(self._path)
-        self._stream.write(item.image)
-        self._offset += len(item.image)
-        return self._path, self._offset - len(item.image)
-
-    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
-        if self._stream is None:
-            return
-        self._stream.close()
-        if kind is None:
-            paths.put(self._stream.name, self._path)
-        else:
-            os.remove(self._stream.name)
-
-
-def local_temporary(path: str) -> Any:
-    """An open local file that `paths.put` can move to `path`: on the same disk if that is local."""
-    if not paths.is_local(path):
-        return tempfile.NamedTemporaryFile("wb", prefix="prepare_data_", delete=False)
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    return open(paths.temporary_name(path), "wb")
 
 
 def write_bucket(bucket: tuple[int, Iterable[str]], work: str) -> dict[str, Any]:
@@ -291,3 +241,73 @@ def slice_lines(work: str, buckets: dict[str, int], start: int, stop: int) -> li
             lines += content.split("\n")[low:high]
         first += count
     return lines
+
+
+_OURS = re.compile(r"vlp_jax\.errors\.UserError: ([^\n]*)")
+_WHERE = re.compile(r"\s*\[while running [^\]]*\]")
+
+
+def import_beam() -> ModuleType:
+    """Imports Apache Beam, without the notices of parts that are not used."""
+    logging.disable(logging.WARNING)
+    try:
+        import apache_beam
+    except ImportError:
+        raise UserError(f"Apache Beam is not installed: {INSTALL}") from None
+    finally:
+        logging.disable(logging.NOTSET)
+    # A failure is raised as well as logged, with the traceback in both.
+    logging.getLogger("apache_beam").setLevel(logging.CRITICAL)
+    return apache_beam
+
+
+def check_flags(flags: Sequence[str]) -> None:
+    """Raises UserError for a flag that is not Beam's, because Beam ignores a misspelt one."""
+    import_beam()
+    from apache_beam.options.pipeline_options import PipelineOptions
+
+    # Beam has no list of all flags; its classes of options add them to a parser.
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for options in PipelineOptions.__subclasses__():
+        options._add_argparse_args(parser)
+    _, unknown = parser.parse_known_args(list(flags))
+    if unknown:
+        known = [name for action in parser._actions for name in action.option_strings]
+        near = difflib.get_close_matches(unknown[0].split("=")[0], known, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise UserError(
+            f"unknown argument {unknown[0]}{hint} (options that only the runner itself knows go "
+            "after --)"
+        )
+
+
+def run(build: Callable[[Any], None], flags: Sequence[str]) -> None:
+    """Builds a pipeline by `build(pipeline)`, runs it on the runner of `flags`, waits for its end.
+
+    Without a runner, or with DirectRunner, it runs in this process, in as many threads as there are
+    CPUs: Beam's own choice may be one that it has to download. A UserError of a worker is raised as
+    such, on any runner.
+    """
+    beam = import_beam()
+    from apache_beam.options.pipeline_options import DirectOptions, PipelineOptions, StandardOptions
+    from apache_beam.runners.portability.fn_api_runner import FnApiRunner
+
+    options = PipelineOptions(list(flags))
+    runner = options.view_as(StandardOptions).runner
+    in_process = runner in (None, "DirectRunner")
+    if in_process and not any(flag.startswith("--direct_num_workers") for flag in flags):
+        options.view_as(DirectOptions).direct_num_workers = os.cpu_count() or 1
+    try:
+        pipeline = beam.Pipeline(runner=FnApiRunner() if in_process else runner, options=options)
+    except (ValueError, ImportError) as error:
+        raise UserError(f"Apache Beam: {' '.join(str(error).split())}") from None
+    try:
+        build(pipeline)
+        pipeline.run().wait_until_finish()
+    except Exception as error:
+        # In this process Beam keeps the type and adds to the message; elsewhere it is all text.
+        found = _OURS.search(str(error))
+        if found is None and not isinstance(error, UserError):
+            raise
+        message = str(error) if found is None else found[1]
+        raise UserError(_WHERE.sub("", message).strip()) from None

@@ -1,17 +1,122 @@
-"""The second pass: writes each shard from its run of the order."""
+"""The second pass: writes each shard, in its output format, from its run of the order."""
 
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
-from collections.abc import Iterator, Sequence
+import tarfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from vlp_jax.data.prepare import paths, plan, runner
-from vlp_jax.data.prepare.examples import Reference
-from vlp_jax.data.prepare.writers import WRITERS, FieldTypes
+from vlp_jax.data.lazy_tensorflow import tf
+from vlp_jax.data.prepare import paths, plan
+from vlp_jax.data.prepare.examples import CAPTIONS, ID, IMAGE, Reference, Value, image_type
+
+FieldTypes = Mapping[str, Mapping[str, Any]]
+
+
+class RecordWriter:
+    """Serialized examples, by a writer of the format's own library."""
+
+    def __init__(self, writer: Any, types: FieldTypes):
+        self._writer, self._types = writer, types
+
+    def write(self, reference: Reference, image: bytes) -> None:
+        self._writer.write(serialize(reference, image, self._types))
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+def array_record_writer(path: str, types: FieldTypes) -> RecordWriter:
+    """Opens an ArrayRecord file (github.com/google/array_record); records are read singly."""
+    from array_record.python.array_record_module import ArrayRecordWriter
+
+    return RecordWriter(ArrayRecordWriter(path, "group_size:1"), types)
+
+
+def tfrecord_writer(path: str, types: FieldTypes) -> RecordWriter:
+    """Opens an uncompressed TFRecord file (tensorflow.org/tutorials/load_data/tfrecord)."""
+    return RecordWriter(tf.io.TFRecordWriter(path), types)
+
+
+class WebDatasetWriter:
+    """A tar of KEY.jpg (or what the image is), KEY.txt (first caption) and KEY.json (the rest).
+
+    KEY is the example's id with "%" and the dots of its last part percent-encoded, because readers
+    take the key to end at the first dot. Times and owners are zero, so that shards are repeatable.
+    """
+
+    def __init__(self, path: str, types: FieldTypes):
+        self._tar = tarfile.open(path, "w", format=tarfile.PAX_FORMAT)
+        self._types = types
+
+    def write(self, reference: Reference, image: bytes) -> None:
+        key = tar_key(reference.id)
+        rest = {ID: reference.id, CAPTIONS: reference.captions}
+        for name, value in reference.fields.items():
+            rest[name] = _as_listed(value, self._types[name])
+        self._add(f"{key}.{image_type(image)}", image)
+        self._add(f"{key}.txt", reference.captions[0].encode())
+        self._add(f"{key}.json", json.dumps(rest, ensure_ascii=False).encode())
+
+    def _add(self, name: str, data: bytes) -> None:
+        info = tarfile.TarInfo(name)
+        info.size = len(data)
+        self._tar.addfile(info, io.BytesIO(data))
+
+    def close(self) -> None:
+        self._tar.close()
+
+
+# The formats, each with the ending of its files.
+WRITERS: dict[str, tuple[str, Callable[[str, FieldTypes], RecordWriter | WebDatasetWriter]]] = {
+    "array_record": ("array_record", array_record_writer),
+    "tfrecord": ("tfrecord", tfrecord_writer),
+    "webdataset": ("tar", WebDatasetWriter),
+}
+
+
+def tar_key(id: str) -> str:
+    """The key of an id in a tar: see `WebDatasetWriter`. `urllib.parse.unquote` is the inverse."""
+    folder, slash, name = id.replace("%", "%25").rpartition("/")
+    return folder + slash + name.replace(".", "%2E")
+
+
+def serialize(reference: Reference, image: bytes, types: FieldTypes) -> bytes:
+    """A tf.train.Example with the features `id`, `image`, `captions` and the further fields."""
+    values: dict[str, Value] = {
+        ID: reference.id,
+        IMAGE: image,
+        CAPTIONS: list(reference.captions),
+        **reference.fields,
+    }
+    example = tf.train.Example()
+    for name, value in values.items():
+        items = value if isinstance(value, list) else [value]
+        feature = example.features.feature[name]
+        if types[name]["dtype"] == "int64":
+            feature.int64_list.value.extend(items)
+        elif types[name]["dtype"] == "float32":
+            feature.float_list.value.extend(items)
+        else:
+            feature.bytes_list.value.extend(
+                item if isinstance(item, bytes) else item.encode() for item in items
+            )
+    # Features are a map. Only `deterministic` fixes the order in which it is written.
+    return example.SerializeToString(deterministic=True)
+
+
+def _as_listed(value: Value, kind: Mapping[str, Any]) -> Value:
+    items = value if isinstance(value, list) else [value]
+    if kind["dtype"] == "float32":
+        # JSON would write 3 for a float of some examples, and readers take the type from there.
+        items = [float(item) for item in items]
+    return items if kind["list"] else items[0]
+
 
 # Images that are read at once: where the filesystem allows, as so many requests at a time.
 _BATCH_EXAMPLES, _BATCH_BYTES = 64, 32 * 2**20
@@ -23,12 +128,8 @@ class Shards:
     """The settings that the workers of the second pass get.
 
     Attributes:
-      output: the folder of the shards.
-      split, format: as in the manifest.
-      number: of shards.
       types: the manifest's `fields`.
-      buckets: bucket -> examples, of the first pass.
-      work: the folder of the first pass.
+      buckets: bucket -> examples, of the first pass, whose folder is `work`.
       verify: whether a finished shard is read and its checksum compared, or only its size.
     """
 
@@ -42,7 +143,6 @@ class Shards:
     verify: bool
 
     def name(self, index: int) -> str:
-        """The file name of a shard."""
         return f"{self.split}-{index:05d}-of-{self.number:05d}.{WRITERS[self.format][0]}"
 
     def bounds(self, index: int) -> tuple[int, int]:
@@ -52,14 +152,10 @@ class Shards:
 
 
 def write(shards: Shards, indices: Sequence[int], flags: Sequence[str]) -> None:
-    """Writes the shards of `indices` that are not there yet.
-
-    Raises:
-      UserError: if an image is gone or has changed since the first pass.
-    """
+    """Writes the shards of `indices` that are not there yet."""
 
     def build(pipeline: Any) -> None:
-        beam = runner.import_beam()
+        beam = plan.import_beam()
         _ = (
             pipeline
             | "Shards" >> beam.Create(list(indices))
@@ -67,7 +163,7 @@ def write(shards: Shards, indices: Sequence[int], flags: Sequence[str]) -> None:
             | "Write" >> beam.Map(write_shard, shards)
         )
 
-    runner.run(build, flags)
+    plan.run(build, flags)
 
 
 def write_shard(index: int, shards: Shards) -> None:
@@ -84,9 +180,7 @@ def write_shard(index: int, shards: Shards) -> None:
     if done and fault_of(record, shards.output, shards.verify) is None:
         return
     path = paths.join(shards.output, name)
-    stream = plan.local_temporary(path)
-    stream.close()
-    try:
+    with paths.whole_file(path) as stream:
         writer = WRITERS[shards.format][1](stream.name, shards.types)
         for batch in _batches([Reference.loads(line) for line in lines]):
             images = paths.read_ranges([(r.path, r.offset, r.size) for r in batch])
@@ -100,13 +194,8 @@ def write_shard(index: int, shards: Shards) -> None:
             "sha256": sha256(stream.name),
             "fingerprint": fingerprint,
         }
-        # The record before the shard: see above.
+        # The record before the shard, which gets its name at the end of this block: see above.
         paths.write_bytes(_record_path(shards.work, name), json.dumps(record).encode())
-        paths.put(stream.name, path)
-    except BaseException:
-        if os.path.exists(stream.name):
-            os.remove(stream.name)
-        raise
 
 
 def _fingerprint(lines: Sequence[str], shards: Shards) -> str:
@@ -157,10 +246,7 @@ def records(work: str) -> list[str]:
 def fault_of(record: dict[str, Any], folder: str, read: bool) -> str | None:
     """Describes what is wrong with a finished shard; None if nothing is.
 
-    Args:
-      record: of the shard, from `load_record` or a manifest.
-      folder: of the shard.
-      read: whether to read the shard and compare its checksum, or only its size.
+    If `read`, the shard is read and its checksum compared; else only its size.
     """
     path = paths.join(folder, record["file"])
     size = paths.size_of(path)

@@ -19,7 +19,7 @@ import tensorflow_datasets as tfds
 from tensorflow_datasets.proto import tf_example_pb2
 
 from vlp_jax import errors
-from vlp_jax.data.shapes import clips, geometry, records, vocabulary
+from vlp_jax.data.shapes import clips, records, scenes, vocabulary
 
 FILE_FORMAT = "array_record"
 
@@ -32,62 +32,46 @@ class ShapesConfig(tfds.core.BuilderConfig):
         self.spec = spec
 
 
-def _class_label(names: tuple[str, ...]) -> tfds.features.ClassLabel:
-    return tfds.features.ClassLabel(names=list(names))
+def _labels(**names: tuple[str, ...]) -> dict[str, tfds.features.ClassLabel]:
+    return {field: tfds.features.ClassLabel(names=list(known)) for field, known in names.items()}
 
 
 def _image() -> tfds.features.Image:
-    size = geometry.IMAGE_SIZE
+    size = scenes.IMAGE_SIZE
     return tfds.features.Image(shape=(size, size, 3), encoding_format="jpeg")
 
 
+_OBJECT = {
+    "label": vocabulary.CLASS_NAMES,
+    "shape": vocabulary.SHAPES,
+    "color": vocabulary.COLORS,
+    "texture": vocabulary.TEXTURES,
+}
+
+
 def _scene_features() -> dict[str, Any]:
+    names = _labels(**_OBJECT, size=vocabulary.SIZES, position=vocabulary.POSITIONS)
+    text = {"question": tfds.features.Text(), "answer": tfds.features.Text()}
+    answers = _labels(answer_label=vocabulary.ANSWERS, kind=vocabulary.QUESTION_KINDS)
     return {
         "image": _image(),
-        "objects": tfds.features.Sequence(
-            {
-                "bbox": tfds.features.BBoxFeature(),
-                "label": _class_label(vocabulary.CLASS_NAMES),
-                "shape": _class_label(vocabulary.SHAPES),
-                "color": _class_label(vocabulary.COLORS),
-                "size": _class_label(vocabulary.SIZES),
-                "texture": _class_label(vocabulary.TEXTURES),
-                "position": _class_label(vocabulary.POSITIONS),
-            }
-        ),
-        "questions": tfds.features.Sequence(
-            {
-                "question": tfds.features.Text(),
-                "answer": tfds.features.Text(),
-                "answer_label": _class_label(vocabulary.ANSWERS),
-                "kind": _class_label(vocabulary.QUESTION_KINDS),
-            }
-        ),
+        "objects": tfds.features.Sequence({"bbox": tfds.features.BBoxFeature(), **names}),
+        "questions": tfds.features.Sequence({**text, **answers}),
     }
 
 
 def _clip_features() -> dict[str, Any]:
+    boxes = tfds.features.Tensor(shape=(clips.NUM_FRAMES, 4), dtype=np.float32)
+    names = _labels(**_OBJECT, motion=vocabulary.MOTIONS)
     return {
         "video": tfds.features.Sequence(_image(), length=clips.NUM_FRAMES),
-        "motion": _class_label(vocabulary.MOTIONS),
-        "objects": tfds.features.Sequence(
-            {
-                "bboxes": tfds.features.Tensor(shape=(clips.NUM_FRAMES, 4), dtype=np.float32),
-                "label": _class_label(vocabulary.CLASS_NAMES),
-                "shape": _class_label(vocabulary.SHAPES),
-                "color": _class_label(vocabulary.COLORS),
-                "texture": _class_label(vocabulary.TEXTURES),
-                "motion": _class_label(vocabulary.MOTIONS),
-            }
-        ),
+        **_labels(motion=vocabulary.MOTIONS),
+        "objects": tfds.features.Sequence({"bboxes": boxes, **names}),
     }
 
 
 class _DeterministicWriter(tfds.core.ExampleWriter):
-    """Writes the features of each record in sorted order.
-
-    A serialized tf.train.Example holds them in an order that differs from one process to the next.
-    """
+    """Writes the features of each record sorted: their order differs between processes."""
 
     def write(self, path: Any, examples: Iterable[tuple[Any, bytes]]) -> Any:
         ordered = (
@@ -112,10 +96,9 @@ class Shapes(tfds.core.GeneratorBasedBuilder):
         features = {
             "id": tfds.features.Text(),
             "captions": tfds.features.Sequence(tfds.features.Text()),
-            "label": _class_label(vocabulary.CLASS_NAMES),
+            **_labels(label=vocabulary.CLASS_NAMES, background=vocabulary.BACKGROUNDS),
             "num_objects": tfds.features.Scalar(dtype=np.int64),
             "unseen": tfds.features.Scalar(dtype=np.bool_),
-            "background": _class_label(vocabulary.BACKGROUNDS),
         }
         features |= _clip_features() if is_video else _scene_features()
         return tfds.core.DatasetInfo(
@@ -167,11 +150,7 @@ def prepare(config_name: str = "default", data_dir: str | os.PathLike[str] = "da
 
     Args:
       config_name: "default", "tiny", "video" or "video_tiny".
-      data_dir: a local directory; it is made if absent. The dataset goes to
-        `data_dir/shapes/config_name/1.0.0`, in array_record files whose record i is scene i.
-
-    Returns:
-      A builder whose `info.splits[split].filepaths` can be read.
+      data_dir: a local directory, made if absent. Files are `data_dir/shapes/config_name/1.0.0`.
 
     Raises:
       UserError: there is no such config, or the directory cannot be written.

@@ -32,20 +32,9 @@ PLURALS: dict[str, str] = {
 }
 
 _FRAMES = (
-    "{}",
-    "{}",
-    "a picture of {}",
-    "an image of {}",
-    "a drawing of {}",
-    "a picture with {}",
-    "there {be} {}",
-    "there {be} {}",
-    "we see {}",
-    "you can see {}",
-    "the picture shows {}",
-    "the image contains {}",
-    "here {be} {}",
-    "{} can be seen",
+    *("{}", "{}", "a picture of {}", "an image of {}", "a drawing of {}", "a picture with {}"),
+    *("there {be} {}", "there {be} {}", "we see {}", "you can see {}", "the picture shows {}"),
+    *("the image contains {}", "here {be} {}", "{} can be seen"),
 )
 _ON_BACKGROUND = (
     "{} on a {bg} background",
@@ -197,7 +186,7 @@ def relation(scene: Scene, rng: np.random.Generator) -> str | None:
     """Two objects and how they lie: "a red circle is left of a star"; None if not clear."""
     i, j = rng.permutation(len(scene.objects))[:2]
     a, b = scene.objects[i], scene.objects[j]
-    known = [r for r in (scenes.horizontal(a, b), scenes.vertical(a, b)) if r]
+    known = scenes.relations(a, b)
     if not known:
         return None
     words = pick(rng, _RELATIONS[pick(rng, known)])
@@ -257,17 +246,11 @@ def background_first(scene: Scene, rng: np.random.Generator) -> str:
 _Kind = Callable[[Scene, np.random.Generator], "str | None"]
 # Each kind with the sum of the chances up to it.
 _ONE_OBJECT: tuple[tuple[_Kind, float], ...] = (
-    (mention, 0.87),
-    (counting, 0.93),
-    (background_first, 1.0),
+    *((mention, 0.87), (counting, 0.93), (background_first, 1.0)),
 )
 _SEVERAL: tuple[tuple[_Kind, float], ...] = (
-    (listing, 0.34),
-    (mention, 0.58),
-    (relation, 0.79),
-    (counting, 0.91),
-    (comparison, 0.97),
-    (background_first, 1.0),
+    *((listing, 0.34), (mention, 0.58), (relation, 0.79)),
+    *((counting, 0.91), (comparison, 0.97), (background_first, 1.0)),
 )
 
 
@@ -285,9 +268,8 @@ def varied(scene: Scene, rng: np.random.Generator) -> str:
 def scene_captions(scene: Scene, rng: np.random.Generator) -> list[str]:
     """`CAPTIONS_PER_SCENE` different captions, the detailed one first.
 
-    The others name a varying part of the scene. That they do is what teaches a contrastive model
-    what each word means: from captions that name everything it learns whole combinations by heart
-    and fails on new ones.
+    The others name a varying part of the scene, which teaches a contrastive model what each word
+    means: from captions that name everything it learns whole combinations by heart.
     """
     captions = [detailed(scene, rng)]
     while len(captions) < vocabulary.CAPTIONS_PER_SCENE:

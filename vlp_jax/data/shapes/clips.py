@@ -8,19 +8,14 @@ import math
 import numpy as np
 from jaxtyping import UInt8
 
-from vlp_jax.data.shapes import captions, geometry, render, scenes, vocabulary
+from vlp_jax.data.shapes import captions, render, scenes, vocabulary
 from vlp_jax.data.shapes.scenes import Background, SceneObject, pick
 
 NUM_FRAMES = 8
 CAPTIONS_PER_CLIP = 4
 MAX_OVERLAP = 0.1
 
-_STEPS: dict[str, tuple[int, int]] = {
-    "left": (-1, 0),
-    "right": (1, 0),
-    "up": (0, -1),
-    "down": (0, 1),
-}
+_STEPS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 # Singular verbs: every clause of a caption has one object for its subject.
 MOTION_PHRASES: dict[str, tuple[str, ...]] = {
     "left": ("moves to the left", "moves left", "slides to the left", "travels left"),
@@ -56,13 +51,12 @@ class Clip:
 
     @property
     def unseen(self) -> bool:
-        """True if some object is a held-out combination of color and shape."""
         return any(o.start.held_out for o in self.objects)
 
 
 def _moving(rng: np.random.Generator, combination: tuple[str, str], motion: str) -> MovingObject:
     """An object on a random path that stays inside the picture."""
-    color, shape = combination
+    shape = combination[1]
     progress = np.linspace(0.0, 1.0, NUM_FRAMES)
     radii = np.full(NUM_FRAMES, rng.uniform(8.0, 12.0))
     if motion in ("grow", "shrink"):
@@ -76,26 +70,15 @@ def _moving(rng: np.random.Generator, combination: tuple[str, str], motion: str)
     path = progress[:, None] * distance * step
     corners = np.array(
         [
-            geometry.bounds(geometry.outline(shape, dx, dy, radius, angle))
+            scenes.bounds(scenes.outline(shape, dx, dy, radius, angle))
             for (dx, dy), radius, angle in zip(path, radii, angles, strict=True)
         ]
     )
     # The corners over the whole path say how far the start may lie from each edge.
-    low, high = 1.0 - corners[:, :2].min(axis=0), geometry.IMAGE_SIZE - 1.0 - corners[:, 2:].max(0)
+    low, high = 1.0 - corners[:, :2].min(axis=0), scenes.IMAGE_SIZE - 1.0 - corners[:, 2:].max(0)
     origin = rng.uniform(low, high)
-    still = SceneObject(
-        color=color,
-        shape=shape,
-        size="large",
-        texture=pick(rng, scenes.TEXTURE_URN),
-        position="",
-        x=float(origin[0]),
-        y=float(origin[1]),
-        radius=float(radii[0]),
-        rotation=float(angles[0]),
-        rgb=scenes.jittered_rgb(rng, color),
-        texture_angle=float(rng.uniform(0, math.pi)),
-        texture_phase=float(rng.random()),
+    still = scenes.drawn_object(
+        rng, combination, "large", "", origin.tolist(), float(radii[0]), float(angles[0])
     )
     frames = tuple(
         dataclasses.replace(
@@ -114,7 +97,7 @@ def _moving(rng: np.random.Generator, combination: tuple[str, str], motion: str)
 
 def _collide(a: MovingObject, b: MovingObject) -> bool:
     pairs = zip(a.frames, b.frames, strict=True)
-    return any(geometry.overlap(p.box, q.box) > MAX_OVERLAP for p, q in pairs)
+    return any(scenes.overlap(p.box, q.box) > MAX_OVERLAP for p, q in pairs)
 
 
 def sample_clip(seed: int, split: str, index: int) -> Clip:

@@ -26,15 +26,8 @@ _VALUES = {
 _DESCRIPTIONS = tuple(
     frozenset(names.split())
     for names in (
-        "shape",
-        "color",
-        "color shape",
-        "texture shape",
-        "texture color",
-        "size shape",
-        "size color",
-        "size color shape",
-        "texture color shape",
+        *("shape", "color", "color shape", "texture shape", "texture color"),
+        *("size shape", "size color", "size color shape", "texture color shape"),
     )
 )
 
@@ -98,13 +91,6 @@ def _background(scene: Scene, rng: np.random.Generator, allowed: Combinations) -
     return Question(text, scene.background.name, "background")
 
 
-def _possible(values: dict[str, str], allowed: Combinations) -> bool:
-    """False for a combination that must not be named in this split."""
-    if "color" not in values or "shape" not in values:
-        return True
-    return (values["color"], values["shape"]) in allowed
-
-
 def _absent(
     scene: Scene, values: dict[str, str], rng: np.random.Generator, allowed: Combinations
 ) -> dict[str, str] | None:
@@ -112,7 +98,11 @@ def _absent(
     # Sorted, because the names come from a set, whose order differs between processes.
     attribute = pick(rng, sorted(values))
     changed = values | {attribute: pick(rng, _VALUES[attribute])}
-    return changed if _count(scene, changed) == 0 and _possible(changed, allowed) else None
+    if _count(scene, changed):
+        return None
+    # Some combinations of color and shape must not be named in this split.
+    named = (changed.get("color"), changed.get("shape"))
+    return changed if None in named or named in allowed else None
 
 
 def _how_many(scene: Scene, rng: np.random.Generator, allowed: Combinations) -> Question | None:
@@ -154,7 +144,7 @@ def _relation(scene: Scene, rng: np.random.Generator, allowed: Combinations) -> 
     if len(scene.objects) < 2:
         return None
     a, b = _two(scene, rng)
-    known = [r for r in (scenes.horizontal(a, b), scenes.vertical(a, b)) if r]
+    known = scenes.relations(a, b)
     first, second = _the(scene, a, rng), _the(scene, b, rng)
     if not known or first is None or second is None:
         return None
@@ -215,13 +205,9 @@ def _comparison(scene: Scene, rng: np.random.Generator, allowed: Combinations) -
 
 
 _ASK: dict[str, Callable[..., Question | None]] = {
-    kind: _attribute(kind) for kind in ("color", "shape", "size", "texture", "position")
-} | {
-    "background": _background,
-    "count": _how_many,
-    "existence": _existence,
-    "relation": _relation,
-    "comparison": _comparison,
+    **{kind: _attribute(kind) for kind in ("color", "shape", "size", "texture", "position")},
+    **{"background": _background, "count": _how_many, "existence": _existence},
+    **{"relation": _relation, "comparison": _comparison},
 }
 
 

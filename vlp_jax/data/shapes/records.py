@@ -12,16 +12,14 @@ import contextlib
 import dataclasses
 import os
 import pickle
-import queue
 import subprocess
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from typing import IO, Any
 
 import numpy as np
 
-from vlp_jax.data.shapes import captions, clips, geometry, questions, render, scenes, vocabulary
+from vlp_jax.data.shapes import captions, clips, questions, render, scenes, vocabulary
 
 CHUNK = 64
 _MIN_CHUNKS_FOR_PROCESSES = 20
@@ -40,41 +38,32 @@ class Spec:
     seed: int = 0
 
 
-SPECS: dict[str, Spec] = {
-    spec.name: spec
-    for spec in (
-        Spec(
-            "default",
-            {"train": 20_000, "validation": 1_000, "test": 3_000},
-            False,
-            "Pictures of 1 to 4 objects.",
-        ),
-        Spec(
-            "tiny",
-            {"train": 512, "validation": 64, "test": 256},
-            False,
-            "The first pictures of each split of `default`, for tests.",
-        ),
-        Spec(
-            "video",
-            {"train": 2_000, "validation": 200, "test": 400},
-            True,
-            "Clips of 8 frames of 1 or 2 moving objects.",
-        ),
-        Spec(
-            "video_tiny",
-            {"train": 64, "validation": 16, "test": 32},
-            True,
-            "The first clips of each split of `video`, for tests.",
-        ),
+def _specs() -> dict[str, Spec]:
+    pictures = {"train": 20_000, "validation": 1_000, "test": 3_000}
+    few = {"train": 512, "validation": 64, "test": 256}
+    moving = {"train": 2_000, "validation": 200, "test": 400}
+    few_clips = {"train": 64, "validation": 16, "test": 32}
+    beginning = "The first {} of each split of `{}`, for tests."
+    specs = (
+        Spec("default", pictures, False, "Pictures of 1 to 4 objects."),
+        Spec("tiny", few, False, beginning.format("pictures", "default")),
+        Spec("video", moving, True, "Clips of 8 frames of 1 or 2 moving objects."),
+        Spec("video_tiny", few_clips, True, beginning.format("clips", "video")),
     )
-}
+    return {spec.name: spec for spec in specs}
+
+
+SPECS = _specs()
 
 
 def _box(obj: scenes.SceneObject) -> tuple[float, float, float, float]:
     """(ymin, xmin, ymax, xmax) in [0, 1]."""
-    left, top, right, bottom = (v / geometry.IMAGE_SIZE for v in obj.box)
+    left, top, right, bottom = (v / scenes.IMAGE_SIZE for v in obj.box)
     return top, left, bottom, right
+
+
+def _names(obj: scenes.SceneObject, *attributes: str) -> dict[str, str]:
+    return {"label": obj.class_name, **{name: getattr(obj, name) for name in attributes}}
 
 
 def scene_record(seed: int, split: str, index: int) -> Record:
@@ -92,15 +81,7 @@ def scene_record(seed: int, split: str, index: int) -> Record:
         "unseen": scene.unseen,
         "background": scene.background.name,
         "objects": [
-            {
-                "bbox": _box(o),
-                "label": o.class_name,
-                "shape": o.shape,
-                "color": o.color,
-                "size": o.size,
-                "texture": o.texture,
-                "position": o.position,
-            }
+            {"bbox": _box(o), **_names(o, "shape", "color", "size", "texture", "position")}
             for o in scene.objects
         ],
         "questions": [vars(q) | {"answer_label": q.answer} for q in asked],
@@ -125,10 +106,7 @@ def clip_record(seed: int, split: str, index: int) -> Record:
         "objects": [
             {
                 "bboxes": np.array([_box(f) for f in o.frames], np.float32),
-                "label": o.start.class_name,
-                "shape": o.start.shape,
-                "color": o.start.color,
-                "texture": o.start.texture,
+                **_names(o.start, "shape", "color", "texture"),
                 "motion": o.motion,
             }
             for o in clip.objects
@@ -149,89 +127,50 @@ def _chunk(spec: Spec, split: str, number: int) -> list[Record]:
     return [make_record(spec, split, i) for i in range(number * CHUNK, stop)]
 
 
-def default_num_workers() -> int:
-    """The number of rendering processes: one for each CPU of this process, at most 8."""
-    if hasattr(os, "sched_getaffinity"):
-        return min(8, len(os.sched_getaffinity(0)))
-    return min(8, os.cpu_count() or 1)
-
-
 def stream_records(spec: Spec, split: str, num_workers: int | None = None) -> Iterator[Record]:
     """All records of a split, in order of their index, whatever the number of processes.
 
-    Args:
-      spec: a value of `SPECS`.
-      split: a name of `vocabulary.SPLITS`.
-      num_workers: rendering processes; 0 renders in this one. None takes one per CPU, and 0 for a
-        split that is rendered sooner than the processes start.
-
-    Raises:
-      RuntimeError: a rendering process ended early; its own error is on stderr.
+    With `num_workers` 0 they are rendered in this process. None takes a process for each CPU, at
+    most 8, and none for a split that is rendered sooner than they start.
     """
     num_chunks = -(-spec.sizes[split] // CHUNK)
     if num_workers is None:
-        num_workers = default_num_workers() if num_chunks >= _MIN_CHUNKS_FOR_PROCESSES else 0
+        own = getattr(os, "sched_getaffinity", lambda pid: range(os.cpu_count() or 1))
+        num_workers = min(8, len(own(0))) if num_chunks >= _MIN_CHUNKS_FOR_PROCESSES else 0
     if num_workers == 0:
         for number in range(num_chunks):
             yield from _chunk(spec, split, number)
         return
     with contextlib.ExitStack() as stack:
-        workers = [
-            stack.enter_context(_Worker(spec.name, split, i, num_workers))
-            for i in range(num_workers)
+        pipes = [
+            stack.enter_context(_worker(spec.name, split, number, num_workers))
+            for number in range(num_workers)
         ]
-        # Worker i renders chunks i, i + n, ...: taking turns gives them in order.
+        # Worker i renders chunks i, i + n, ...: taking turns gives them in order. A pipe that is
+        # full makes a fast worker wait.
         for number in range(num_chunks):
-            yield from workers[number % num_workers].next_chunk()
-
-
-class _Worker:
-    """A process that renders chunks i, i + n, i + 2n, ..., and a thread that reads from it."""
-
-    def __init__(self, config: str, split: str, number: int, num_workers: int):
-        command = [sys.executable, "-m", __spec__.name, config, split, str(number)]
-        path = os.pathsep.join([os.path.abspath(p or ".") for p in sys.path])
-        self._process = subprocess.Popen(
-            [*command, str(num_workers)],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            # One thread each: the workers share the processors among them.
-            env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
-        )
-        # Bounded, so that a fast worker waits for the writer instead of filling the memory.
-        self._chunks: queue.Queue[list[Record] | None] = queue.Queue(maxsize=8)
-        self._closed = threading.Event()
-        self._thread = threading.Thread(target=self._read, daemon=True)
-
-    def __enter__(self) -> _Worker:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._closed.set()
-        self._process.kill()
-        self._process.wait()
-        self._thread.join()
-        self._process.stdout.close()
-
-    def _put(self, item: list[Record] | None) -> None:
-        while not self._closed.is_set():
-            with contextlib.suppress(queue.Full):
-                return self._chunks.put(item, timeout=0.2)
-
-    def _read(self) -> None:
-        while not self._closed.is_set():
             try:
-                self._put(pickle.load(self._process.stdout))
+                yield from pickle.load(pipes[number % num_workers])
             except (EOFError, pickle.UnpicklingError):
-                return self._put(None)
+                raise RuntimeError("a process that renders `shapes` ended early") from None
 
-    def next_chunk(self) -> list[Record]:
-        chunk = self._chunks.get()
-        if chunk is None:
-            status = self._process.wait()
-            raise RuntimeError(f"a process that renders `shapes` ended early (status {status})")
-        return chunk
+
+@contextlib.contextmanager
+def _worker(config: str, split: str, number: int, num_workers: int) -> Iterator[IO[bytes]]:
+    """A process that renders chunks i, i + n, i + 2n, ...: the stream that it writes them to."""
+    path = os.pathsep.join([os.path.abspath(p or ".") for p in sys.path])
+    process = subprocess.Popen(
+        [sys.executable, "-m", __spec__.name, config, split, str(number), str(num_workers)],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        # One thread each: the workers share the processors among them.
+        env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+    )
+    with process:
+        try:
+            yield process.stdout
+        finally:
+            process.kill()
 
 
 def write_share(output: IO[bytes], config: str, split: str, number: int, num_workers: int) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Float, UInt8
 from PIL import Image, ImageChops, ImageDraw
 
-from vlp_jax.data.shapes import geometry, scenes
+from vlp_jax.data.shapes import scenes
 
 SUPERSAMPLING = 8
 JPEG_QUALITY = 92
@@ -17,7 +17,7 @@ JPEG_QUALITY = 92
 _LIGHT = np.array([250.0, 250.0, 250.0], np.float32)
 _DARK = np.array([18.0, 18.0, 20.0], np.float32)
 _LUMA = np.array([0.299, 0.587, 0.114], np.float32)
-_CENTERS = (np.arange(geometry.IMAGE_SIZE, dtype=np.float32) + 0.5) / geometry.IMAGE_SIZE - 0.5
+_CENTERS = (np.arange(scenes.IMAGE_SIZE, dtype=np.float32) + 0.5) / scenes.IMAGE_SIZE - 0.5
 
 Pixels = Float[np.ndarray, "height width 3"]
 
@@ -31,7 +31,7 @@ def encode_jpeg(image: UInt8[np.ndarray, "height width 3"]) -> bytes:
 
 def draw_background(background: scenes.Background, rng: np.random.Generator) -> Pixels:
     """float32 (64, 64, 3), 0 to 255: flat, a linear gradient, or pixel noise."""
-    size = geometry.IMAGE_SIZE
+    size = scenes.IMAGE_SIZE
     canvas = np.empty((size, size, 3), np.float32)
     canvas[:] = background.rgb
     if background.style == "gradient":
@@ -54,8 +54,8 @@ def coverage(obj: scenes.SceneObject) -> tuple[tuple[int, int], np.ndarray, np.n
     """
     left, top, right, bottom = obj.box
     column, row = max(0, math.floor(left)), max(0, math.floor(top))
-    width = min(geometry.IMAGE_SIZE, math.ceil(right)) - column
-    height = min(geometry.IMAGE_SIZE, math.ceil(bottom)) - row
+    width = min(scenes.IMAGE_SIZE, math.ceil(right)) - column
+    height = min(scenes.IMAGE_SIZE, math.ceil(bottom)) - row
     extent = (width * SUPERSAMPLING, height * SUPERSAMPLING)
     # Pillow puts a sample at the integer coordinate; ours lie half a sample further in.
     points = (obj.outline - (column, row)) * SUPERSAMPLING - 0.5
@@ -90,7 +90,7 @@ def _rim(
     reach = thickness * SUPERSAMPLING
     draw.line([*polygon, polygon[0]], fill=255, width=round(2 * reach))
     # The bars of two sides overlap inside the polygon, but for the points where it turns inwards.
-    for x, y in (polygon[i] for i in geometry.DENTS[shape]):
+    for x, y in (polygon[i] for i in scenes.DENTS[shape]):
         draw.ellipse((x - reach, y - reach, x + reach, y + reach), fill=255)
     return rim
 

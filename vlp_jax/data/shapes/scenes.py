@@ -1,4 +1,8 @@
-"""Scenes of objects, sampled as a pure function of (seed, split, index)."""
+"""Scenes of objects, sampled as a pure function of (seed, split, index), and their outlines.
+
+Coordinates are pixels of a 64 x 64 picture: x to the right, y down, (0, 0) the upper left corner of
+the upper left pixel.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +15,88 @@ from typing import Any
 
 import numpy as np
 
-from vlp_jax.data.shapes import geometry, vocabulary
+from vlp_jax.data.shapes import vocabulary
+
+IMAGE_SIZE = 64
+
+
+def _regular(num_points: int, radii: tuple[float, ...]) -> np.ndarray:
+    """Points on circles of `radii` in turn, the first straight up."""
+    angles = -math.pi / 2 + 2 * math.pi * np.arange(num_points) / num_points
+    lengths = np.resize(np.asarray(radii), num_points)
+    return np.stack([np.cos(angles) * lengths, np.sin(angles) * lengths], axis=1)
+
+
+def _heart(num_points: int = 60) -> np.ndarray:
+    t = 2 * math.pi * np.arange(num_points) / num_points
+    x = 16 * np.sin(t) ** 3
+    y = 13 * np.cos(t) - 5 * np.cos(2 * t) - 2 * np.cos(3 * t) - np.cos(4 * t)
+    return np.stack([x, -y], axis=1)
+
+
+def _cross(arm: float = 0.36) -> np.ndarray:
+    a = arm
+    return np.array(
+        [(-a, -1), (a, -1), (a, -a), (1, -a), (1, a), (a, a)]
+        + [(a, 1), (-a, 1), (-a, a), (-1, a), (-1, -a), (-a, -a)],
+        dtype=np.float64,
+    )
+
+
+def _unit(points: np.ndarray, half_extent: float) -> np.ndarray:
+    """`points` centered on their box and scaled to a larger half side of `half_extent`."""
+    low, high = points.min(axis=0), points.max(axis=0)
+    return (points - (low + high) / 2) * (2 * half_extent / (high - low).max())
+
+
+# The half extents make shapes of one radius look about equally large.
+_OUTLINES: dict[str, np.ndarray] = {
+    "circle": _unit(_regular(64, (1.0,)), 0.95),
+    "square": _unit(np.array([(-1, -1), (1, -1), (1, 1), (-1, 1)], dtype=np.float64), 0.84),
+    "triangle": _unit(_regular(3, (1.0,)), 1.02),
+    "star": _unit(_regular(10, (1.0, 0.45)), 1.14),
+    "cross": _unit(_cross(), 1.0),
+    "heart": _unit(_heart(), 1.02),
+}
+
+
+def _dents(points: np.ndarray) -> tuple[int, ...]:
+    # The sign of the turn at a dent differs from the sign of the outline's whole turn.
+    before, after = points - np.roll(points, 1, axis=0), np.roll(points, -1, axis=0) - points
+    turn = before[:, 0] * after[:, 1] - before[:, 1] * after[:, 0]
+    return tuple(int(i) for i in np.flatnonzero(turn * np.sign(turn.sum()) < -1e-9))
+
+
+# The numbers of the points at which an outline turns inwards.
+DENTS: dict[str, tuple[int, ...]] = {shape: _dents(p) for shape, p in _OUTLINES.items()}
+
+
+def outline(shape: str, x: float, y: float, radius: float, rotation: float) -> np.ndarray:
+    """The polygon of a shape: x and y in pixels, float64 [points, 2].
+
+    `radius` is the nominal half size in pixels, `rotation` clockwise on screen, in radians.
+    """
+    cos, sin = math.cos(rotation) * radius, math.sin(rotation) * radius
+    turn = np.array([[cos, sin], [-sin, cos]])
+    return _OUTLINES[shape] @ turn + (x, y)
+
+
+def bounds(points: np.ndarray) -> tuple[float, float, float, float]:
+    """(left, top, right, bottom) of (points, 2), in the unit of the points."""
+    left, top = points.min(axis=0)
+    right, bottom = points.max(axis=0)
+    return float(left), float(top), float(right), float(bottom)
+
+
+def overlap(a: tuple[float, ...], b: tuple[float, ...]) -> float:
+    """Shared area of two (left, top, right, bottom) boxes over that of the smaller, 0 to 1."""
+    width = min(a[2], b[2]) - max(a[0], b[0])
+    height = min(a[3], b[3]) - max(a[1], b[1])
+    if width <= 0 or height <= 0:
+        return 0.0
+    smaller = min((a[2] - a[0]) * (a[3] - a[1]), (b[2] - b[0]) * (b[3] - b[1]))
+    return width * height / smaller
+
 
 # sRGB prototypes, 0 to 255. Jitter keeps every color nearest to its own prototype.
 COLOR_RGB: dict[str, tuple[int, int, int]] = {
@@ -70,12 +155,12 @@ class SceneObject:
     @functools.cached_property
     def outline(self) -> np.ndarray:
         """float64 (points, 2): the polygon in pixels."""
-        return geometry.outline(self.shape, self.x, self.y, self.radius, self.rotation)
+        return outline(self.shape, self.x, self.y, self.radius, self.rotation)
 
     @functools.cached_property
     def box(self) -> tuple[float, float, float, float]:
         """(left, top, right, bottom) in pixels."""
-        return geometry.bounds(self.outline)
+        return bounds(self.outline)
 
     @property
     def class_name(self) -> str:
@@ -106,7 +191,6 @@ class Scene:
 
     @property
     def unseen(self) -> bool:
-        """True if some object is a held-out combination of color and shape."""
         return any(o.held_out for o in self.objects)
 
 
@@ -171,30 +255,34 @@ def _placed(
     rng: np.random.Generator, combination: tuple[str, str], size: str, position: str
 ) -> SceneObject:
     """An object of `size`, its center well inside the cell of `position`, inside the picture."""
-    color, shape = combination
+    shape = combination[1]
     radius = float(rng.uniform(*RADIUS_RANGE[size]))
     rotation = float(rng.uniform(-_MAX_ROTATION, _MAX_ROTATION))
-    extent = geometry.bounds(geometry.outline(shape, 0.0, 0.0, radius, rotation))
+    extent = bounds(outline(shape, 0.0, 0.0, radius, rotation))
     row, column = divmod(vocabulary.POSITIONS.index(position), 3)
     center = []
     for cell, low_extent, high_extent in ((column, extent[0], extent[2]), (row, *extent[1::2])):
         low = max(_CELL_RANGES[cell][0], _BORDER - low_extent)
-        high = min(_CELL_RANGES[cell][1], geometry.IMAGE_SIZE - _BORDER - high_extent)
+        high = min(_CELL_RANGES[cell][1], IMAGE_SIZE - _BORDER - high_extent)
         center.append(float(rng.uniform(low, high)))
-    return SceneObject(
-        color=color,
-        shape=shape,
-        size=size,
-        texture=pick(rng, TEXTURE_URN),
-        position=position,
-        x=center[0],
-        y=center[1],
-        radius=radius,
-        rotation=rotation,
-        rgb=jittered_rgb(rng, color),
-        texture_angle=float(rng.uniform(0, math.pi)),
-        texture_phase=float(rng.random()),
-    )
+    return drawn_object(rng, combination, size, position, center, radius, rotation)
+
+
+def drawn_object(
+    rng: np.random.Generator,
+    combination: tuple[str, str],
+    size: str,
+    position: str,
+    center: Sequence[float],
+    radius: float,
+    rotation: float,
+) -> SceneObject:
+    """An object with a texture and a shade of its color that are drawn at random."""
+    color, shape = combination
+    texture, rgb = pick(rng, TEXTURE_URN), jittered_rgb(rng, color)
+    angle, phase = float(rng.uniform(0, math.pi)), float(rng.random())
+    names = (color, shape, size, texture, position)
+    return SceneObject(*names, *center, radius, rotation, rgb, angle, phase)
 
 
 def _arranged(rng: np.random.Generator, combinations: list[tuple[str, str]]) -> list[SceneObject]:
@@ -208,7 +296,7 @@ def _arranged(rng: np.random.Generator, combinations: list[tuple[str, str]]) -> 
         for combination, cell in zip(combinations, cells, strict=True):
             size = "large" if rng.random() < large_fraction else "small"
             candidate = _placed(rng, combination, size, vocabulary.POSITIONS[cell])
-            if any(geometry.overlap(candidate.box, o.box) > MAX_OVERLAP for o in objects):
+            if any(overlap(candidate.box, o.box) > MAX_OVERLAP for o in objects):
                 break
             objects.append(candidate)
         else:
@@ -230,17 +318,10 @@ def sample_scene(seed: int, split: str, index: int) -> Scene:
     return Scene(objects=tuple(objects), background=sample_background(rng))
 
 
-def horizontal(a: SceneObject, b: SceneObject) -> str | None:
-    """ "left" if `a` is clearly left of `b`, "right" for the opposite, None if neither is clear."""
-    offset = b.x - a.x
-    if abs(offset) < MIN_OFFSET or abs(offset) < 0.5 * abs(b.y - a.y):
-        return None
-    return "left" if offset > 0 else "right"
-
-
-def vertical(a: SceneObject, b: SceneObject) -> str | None:
-    """ "above" if `a` is clearly above `b`, "below" for the opposite, None if neither is clear."""
-    offset = b.y - a.y
-    if abs(offset) < MIN_OFFSET or abs(offset) < 0.5 * abs(b.x - a.x):
-        return None
-    return "above" if offset > 0 else "below"
+def relations(a: SceneObject, b: SceneObject) -> list[str]:
+    """How `a` clearly lies to `b`: none, one or two of "left" or "right", "above" or "below"."""
+    x, y = b.x - a.x, b.y - a.y
+    found = ["left" if x > 0 else "right"] if abs(x) >= max(MIN_OFFSET, 0.5 * abs(y)) else []
+    if abs(y) >= max(MIN_OFFSET, 0.5 * abs(x)):
+        found.append("above" if y > 0 else "below")
+    return found

@@ -9,15 +9,9 @@ SHAPES: tuple[str, ...] = ("circle", "square", "triangle", "star", "cross", "hea
 SIZES: tuple[str, ...] = ("small", "large")
 TEXTURES: tuple[str, ...] = ("solid", "striped", "dotted", "outlined")
 POSITIONS: tuple[str, ...] = (
-    "top left",
-    "top",
-    "top right",
-    "left",
-    "center",
-    "right",
-    "bottom left",
-    "bottom",
-    "bottom right",
+    *("top left", "top", "top right"),
+    *("left", "center", "right"),
+    *("bottom left", "bottom", "bottom right"),
 )
 BACKGROUNDS: tuple[str, ...] = ("white", "gray", "black", "beige", "brown", "navy")
 MOTIONS: tuple[str, ...] = ("left", "right", "up", "down", "grow", "shrink", "spin", "still")
@@ -45,16 +39,8 @@ UNSEEN: tuple[tuple[str, str], ...] = tuple(p for p in ALL_COMBINATIONS if p in 
 SPLITS: tuple[str, ...] = ("train", "validation", "test")
 COUNTS: tuple[str, ...] = ("zero", "one", "two", "three", "four")
 QUESTION_KINDS: tuple[str, ...] = (
-    "color",
-    "shape",
-    "size",
-    "texture",
-    "position",
-    "background",
-    "count",
-    "existence",
-    "relation",
-    "comparison",
+    *("color", "shape", "size", "texture", "position"),
+    *("background", "count", "existence", "relation", "comparison"),
 )
 ANSWERS: tuple[str, ...] = (
     ("yes", "no") + COUNTS + COLORS + SHAPES + SIZES + TEXTURES + POSITIONS + BACKGROUNDS

@@ -5,25 +5,25 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
 import numpy as np
 
-from vlp_jax.data.sources.base import Blocks, FieldSpec, Source, WrappedSource, as_plain
-from vlp_jax.data.sources.renamed import rename, usual_names
+from vlp_jax.data.sources.base import Blocks, FieldSpec, Names, Source, WrappedSource, as_plain
 from vlp_jax.errors import UserError, unknown_key_message
 
 __all__ = ["COMMON_KEYS", "SOURCES", "FieldSpec", "Source", "Subset", "build_source"]
 
 # name -> (module, class); imported when asked for, because some of them import TensorFlow.
 SOURCES: dict[str, tuple[str, str]] = {
-    "array_record": ("vlp_jax.data.sources.examples", "ArrayRecordSource"),
+    "array_record": ("vlp_jax.data.sources.records", "ArrayRecordSource"),
     "arrays": ("vlp_jax.data.sources.arrays", "ArraysSource"),
     "folder": ("vlp_jax.data.sources.folder", "FolderSource"),
     "parquet": ("vlp_jax.data.sources.parquet", "ParquetSource"),
     "tfds": ("vlp_jax.data.sources.tfds", "TfdsSource"),
-    "tfrecord": ("vlp_jax.data.sources.examples", "TFRecordSource"),
+    "tfrecord": ("vlp_jax.data.sources.records", "TFRecordSource"),
     "webdataset": ("vlp_jax.data.sources.webdataset", "WebDatasetSource"),
 }
 # Sources whose fields have the names of whoever wrote the files.
@@ -41,14 +41,11 @@ def build_source(config: Mapping[str, Any]) -> Source:
     """Builds the source that a data config describes, narrowed by its `where` and `limit`.
 
     Args:
-      config: `source`, a name in `SOURCES`; the fields of that source's dataclass; and optionally
-        `where`, a mapping of scalar fields to the value that they must have (a class may be given
-        by its name), and `limit`, how many examples to keep, the first ones after `where`; and
-        `fields`, a mapping of the names that fields shall have to those that they have in the
-        data, of which no others are kept. Without it, sources of files with names of their own
-        give the usual ones ours (`renamed.USUAL`); others are kept if a manifest or `features`
-        declares them. The other `COMMON_KEYS` are
-        the pipeline's.
+      config: `source`, a name in `SOURCES`; the fields of its dataclass; and `COMMON_KEYS`. `where`
+        maps scalar fields to the value that they must have (a class may be given by its name),
+        `limit` keeps the first examples after that, `fields` maps the names that fields shall have
+        to names in the data. Without `fields`, files with names of their own give the usual ones
+        (`USUAL`) and others if a manifest or `features` declares them.
 
     Raises:
       UserError: for an unknown name, key or field, and for what the source itself refuses.
@@ -78,12 +75,7 @@ def build_source(config: Mapping[str, Any]) -> Source:
 
 
 def select(source: Source, where: Mapping[str, Any] | None, limit: int | None) -> Source:
-    """Selects the examples of `source` whose fields have the values in `where`, the first `limit`.
-
-    Raises:
-      UserError: for a field that does not exist or is not a scalar, an unknown class name, a limit
-        below 1, or if no example is left.
-    """
+    """Selects the examples whose fields have the values in `where`, the first `limit`."""
     whole = isinstance(limit, int) and not isinstance(limit, bool)
     if limit is not None and (not whole or limit < 1):
         raise UserError(f"data.limit={limit!r} must be a whole number of at least 1")
@@ -134,9 +126,7 @@ class Subset(WrappedSource):
     def __len__(self) -> int:
         return len(self.indices)
 
-    def fetch(
-        self, indices: np.ndarray, names: Sequence[str] | None = None
-    ) -> dict[str, np.ndarray]:
+    def fetch(self, indices: np.ndarray, names: Names = None) -> dict[str, np.ndarray]:
         return self.source.fetch(self.indices[indices], names)
 
     def column(self, name: str) -> np.ndarray:
@@ -160,3 +150,91 @@ class Subset(WrappedSource):
 
     def will_read(self, indices: np.ndarray) -> None:
         self.source.will_read(self.indices[indices])
+
+
+# Names that writers of image-text data use for our fields, the most common first.
+USUAL = {
+    "image": ("image", "jpg", "jpeg", "png", "webp", "image_bytes", "image/encoded", "img"),
+    "text": ("text", "caption", "txt", "TEXT", "image/caption"),
+    "captions": ("captions", "json.captions"),
+    "label": ("label", "cls"),
+    "id": ("id", "key", "__key__", "image_id"),
+}
+
+
+def usual_names(source: Source, others: bool) -> dict[str, str]:
+    """Maps our names to the source's, for the usual fields that the source has.
+
+    With `others`, the other fields are taken too, under their own names. Where fields were seen in
+    some records alone, not every record need have them, and what is taken must be there.
+    """
+    known = list(source.fields())
+    chosen = {}
+    for ours, usual in USUAL.items():
+        present = [name for name in usual if name in known]
+        if present:
+            chosen[ours] = present[0]
+    if not chosen:
+        listed = ", ".join(sorted(known))
+        why = next(filter(None, map(source.look_for, ("image", "text"))), "set data.fields")
+        raise UserError(f"none of the data's fields has a usual name ({listed}): {why}")
+    # A field that became one of ours is not taken again under its own name.
+    left = set(known) - set(chosen) - set(chosen.values()) if others else ()
+    return {**chosen, **{name: name for name in known if name in left}}
+
+
+def rename(source: Source, names: Mapping[str, str] | None) -> Source:
+    """`source` with the fields that `names` maps to its own alone; None leaves it as it is."""
+    if names is None:
+        return source
+    names = as_plain(names)
+    if not isinstance(names, Mapping) or not names:
+        raise UserError(f"data.fields={names!r} must say which field of an example is which")
+    for ours, theirs in names.items():
+        if not isinstance(theirs, str):
+            raise UserError(
+                f"data.fields.{ours}={theirs!r} must name one field of the data, such as "
+                f"data.fields.{ours}={next(iter(source.fields()))}"
+            )
+        why = source.look_for(theirs)
+        if theirs not in source.fields():
+            where = f"the data's fields (data.fields.{ours})"
+            unknown = unknown_key_message(theirs, source.fields(), where)
+            raise UserError(f"data.fields.{ours}={theirs!r}: {why}" if why else unknown)
+    return Renamed(source, dict(names))
+
+
+@dataclass(frozen=True, eq=False)
+class Renamed(WrappedSource):
+    """The fields of another source under other names; `names` maps ours to theirs."""
+
+    names: Mapping[str, str]
+
+    @property
+    def needs_tensorflow(self) -> bool:
+        # Records that are examples have the source's names, so that they are to be parsed.
+        return self.source.needs_tensorflow or any(k != v for k, v in self.names.items())
+
+    def fields(self) -> dict[str, FieldSpec]:
+        known = self.source.fields()
+        return {ours: known[theirs] for ours, theirs in self.names.items()}
+
+    def look_for(self, name: str) -> str:
+        return self.source.look_for(self.names.get(name, name))
+
+    def _theirs(self, names: Names) -> list[str]:
+        wanted = self.names if names is None else names
+        return list(dict.fromkeys(self.names[name] for name in wanted))
+
+    def fetch(self, indices: np.ndarray, names: Names = None) -> dict[str, np.ndarray]:
+        return self.source.fetch(indices, self._theirs(names))
+
+    def parse(self, record: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
+        example = self.source.parse(record, self._theirs(names))
+        return {name: example[self.names[name]] for name in names}
+
+    def column(self, name: str) -> np.ndarray:
+        return self.source.column(self.names[name])
+
+    def class_names(self, field: str) -> tuple[str, ...] | None:
+        return self.source.class_names(self.names.get(field, field))

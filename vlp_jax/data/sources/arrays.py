@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from vlp_jax.data.lazy_tensorflow import tf
-from vlp_jax.data.sources.base import STRING, FieldSpec, Source
+from vlp_jax.data.sources.base import STRING, FieldSpec, Names, Source
 from vlp_jax.errors import UserError
 
 
@@ -58,9 +58,7 @@ class ArraysSource(Source):
     def record_fields(self) -> dict[str, FieldSpec]:
         return self.fields()
 
-    def fetch(
-        self, indices: np.ndarray, names: Sequence[str] | None = None
-    ) -> dict[str, np.ndarray]:
+    def fetch(self, indices: np.ndarray, names: Names = None) -> dict[str, np.ndarray]:
         return {name: column[indices] for name, column in self._columns.items()}
 
     def parse(self, record: dict[str, tf.Tensor], names: Sequence[str]) -> dict[str, tf.Tensor]:

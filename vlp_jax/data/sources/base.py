@@ -35,6 +35,7 @@ class FieldSpec:
 
 STRING = FieldSpec((), np.dtype(object))
 STRINGS = FieldSpec((None,), np.dtype(object))
+Names = Sequence[str] | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,8 +45,7 @@ class Blocks:
     Attributes:
       sizes: examples of each, int64 [blocks], in the order of the examples.
       window: how many may be open at a time in each of the lanes that read side by side.
-      memory: bytes of the largest, if open blocks are held in memory; else 0.
-      room: bytes that there are for all open blocks.
+      memory, room: bytes of the largest, if open blocks are held in memory, and bytes for all.
     """
 
     sizes: np.ndarray
@@ -67,22 +67,17 @@ class Source(Protocol):
         """False if records are the examples themselves, so that `parse` need not be called."""
         return True
 
-    def __len__(self) -> int:
-        """The number of examples."""
-        ...
+    def __len__(self) -> int: ...
 
     def fields(self) -> Mapping[str, FieldSpec]:
         """The fields of an example. Encoded images and text are byte strings."""
         ...
 
     def look_for(self, name: str) -> str:
-        """Looks for a field that a config names and `fields` may lack.
+        """Looks for a field that `fields` may lack; returns why it is not there, or "".
 
         A source that knows its fields from its first records looks into more of them, and adds the
         field to `fields` if it is there.
-
-        Returns:
-          Why there is no such field, "" if the source knows no reason.
         """
         return ""
 
@@ -90,17 +85,12 @@ class Source(Protocol):
         """The fields of a record, as `fetch` returns them, without the leading dimension."""
         ...
 
-    def fetch(
-        self, indices: np.ndarray, names: Sequence[str] | None = None
-    ) -> dict[str, np.ndarray]:
-        """The records of the examples at `indices`, int64 [n]; every array is [n, ...].
+    def fetch(self, indices: np.ndarray, names: Names = None) -> dict[str, np.ndarray]:
+        """The `record_fields` of the examples at `indices`, int64 [n]; every array is [n, ...].
 
-        Args:
-          names: fields of the example that `parse` will be asked for; None for all. Of what only
-            others need, a record may hold anything.
-
-        Returns:
-          `record_fields`. If `faults.FAULT` is one of them, it says why a record cannot be used.
+        `names` are the fields that `parse` will be asked for; None for all. Of what only other
+        fields need, a record may hold anything. `faults.FAULT` in a record says why it cannot be
+        used.
         """
         ...
 
@@ -136,52 +126,18 @@ class Source(Protocol):
 
 
 @dataclass(frozen=True, eq=False)
-class WrappedSource(Source):
-    """Another source, to which every call is handed on; subclasses change some of them."""
+class WrappedSource:
+    """Another source, which is asked whatever a subclass does not answer."""
 
     source: Source
 
-    @property
-    def needs_tensorflow(self) -> bool:
-        return self.source.needs_tensorflow
+    def __getattr__(self, name: str) -> Any:
+        if name == "source":  # while a copy is made of it
+            raise AttributeError(name)
+        return getattr(self.source, name)
 
     def __len__(self) -> int:
         return len(self.source)
-
-    def fields(self) -> Mapping[str, FieldSpec]:
-        return self.source.fields()
-
-    def look_for(self, name: str) -> str:
-        return self.source.look_for(name)
-
-    def record_fields(self) -> Mapping[str, FieldSpec]:
-        return self.source.record_fields()
-
-    def fetch(
-        self, indices: np.ndarray, names: Sequence[str] | None = None
-    ) -> dict[str, np.ndarray]:
-        return self.source.fetch(indices, names)
-
-    def parse(self, record: dict[str, tf.Tensor], names: Sequence[str]) -> dict[str, tf.Tensor]:
-        return self.source.parse(record, names)
-
-    def column(self, name: str) -> np.ndarray:
-        return self.source.column(name)
-
-    def class_names(self, field: str) -> tuple[str, ...] | None:
-        return self.source.class_names(field)
-
-    def describe(self, index: int) -> str:
-        return self.source.describe(index)
-
-    def fingerprint(self) -> str:
-        return self.source.fingerprint()
-
-    def blocks(self) -> Blocks | None:
-        return self.source.blocks()
-
-    def will_read(self, indices: np.ndarray) -> None:
-        self.source.will_read(indices)
 
 
 def as_plain(value: Any) -> Any:

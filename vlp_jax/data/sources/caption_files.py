@@ -12,7 +12,7 @@ from typing import Any
 
 from vlp_jax.data.faults import EMPTY_TEXT, MISSING_FIELD, UNREADABLE, marked
 from vlp_jax.data.sources.labels import label_text
-from vlp_jax.data.sources.tables import SUFFIXES, choose_column, rows
+from vlp_jax.data.sources.tables import IMAGE_FILE, SUFFIXES, choose_column, rows
 from vlp_jax.errors import UserError
 
 # The last of each is Flickr30k's.
@@ -27,11 +27,9 @@ class Entry:
     """One image that a file lists.
 
     Attributes:
-      path: as hashed and shown, relative to the folder.
-      file: as opened.
+      path, file: relative to the folder, as hashed and shown, and as opened.
       captions: none of them empty.
       label: as `labels.label_text` gives it; None if there is none.
-      columns: further column -> value.
       faults: field -> why it cannot be had, as `faults.marked` says it.
     """
 
@@ -50,7 +48,6 @@ class CaptionFile:
     Attributes:
       entries: the images in the order of the file, rows of one image merged.
       labels: each label that occurs, with the place of its first for messages.
-      image_column, caption_column: the columns that were read.
     """
 
     entries: list[Entry]
@@ -60,11 +57,7 @@ class CaptionFile:
 
 
 def find_caption_file(root: Path, name: str | None) -> Path:
-    """The caption file of a folder: the one named, or the only one of a known format.
-
-    Raises:
-      UserError: if there is none, more than one, or one of an unknown format.
-    """
+    """The caption file of a folder, named or the only one; the folder if it holds classes."""
     if name is not None:
         file = root / name
         if not file.is_file():
@@ -73,12 +66,35 @@ def find_caption_file(root: Path, name: str | None) -> Path:
             raise UserError(f"caption file {file} must end in {', '.join(SUFFIXES)}")
         return file
     found = sorted(p for p in root.iterdir() if p.suffix.lower() in SUFFIXES and p.is_file())
+    if not found and any(_class_images(root)):
+        return root
     if not found:
-        raise UserError(f"{root} has no caption file: put a {', '.join(SUFFIXES)} file into it")
+        raise UserError(
+            f"{root} has no caption file: put a {', '.join(SUFFIXES)} file into it, or the images "
+            "of each class into a folder with its name"
+        )
     if len(found) > 1:
         names = ", ".join(p.name for p in found)
         raise UserError(f"{root} has several caption files ({names}): choose one by data.captions")
     return found[0]
+
+
+def _class_images(root: Path) -> Iterator[tuple[str, str]]:
+    """Yields (path, file to open) of the images in the folders of `root`."""
+    return ((p, file) for p, file in walk(str(root), "") if "/" in p and IMAGE_FILE.search(p))
+
+
+def read_class_folders(root: Path) -> CaptionFile:
+    """Lists the images of a folder with a folder for each class (torchvision's ImageFolder).
+
+    The caption of an image is the name of its class, with spaces for underscores.
+    """
+    found = [(path, file, path.partition("/")[0]) for path, file in sorted(_class_images(root))]
+    entries = [
+        Entry(path, file, (label.replace("_", " "),), label, _NOTHING, _NOTHING)
+        for path, file, label in found
+    ]
+    return CaptionFile(entries, {label: str(root / label) for *_, label in found}, "", "")
 
 
 def read_entries(
@@ -89,11 +105,9 @@ def read_entries(
     label_field: str | None,
     further: Sequence[str] = (),
 ) -> CaptionFile:
-    """Reads a caption file and looks which of its images are there.
+    """Reads a caption file in the folder `root`, and looks which of its images are there.
 
     Args:
-      root: the folder that paths are relative to.
-      file: the caption file.
       image_field, caption_field: columns; None takes the first of the usual ones.
       label_field: a column; None for no labels.
       further: columns to keep.
@@ -118,9 +132,8 @@ def read_entries(
         if path:
             path = normal_path(os.path.relpath(path, root) if os.path.isabs(path) else path)
         label = None if label_field is None else label_text(row.get(label_field))
-        found.add(
-            where, path, row.get(columns[1]), label, {name: row.get(name) for name in further}
-        )
+        columns_of = {name: row.get(name) for name in further}
+        found.add(where, path, row.get(columns[1]), label, columns_of)
     if columns is None:
         raise UserError(f"caption file {file} has no rows")
     return CaptionFile(found.entries(root, file, label_field), found.places, *columns)

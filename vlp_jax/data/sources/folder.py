@@ -1,4 +1,4 @@
-"""A folder of image files with a CSV, TSV or JSONL file of paths and captions."""
+"""A folder of images with a CSV, TSV or JSONL file of paths and captions, or one a class."""
 
 from __future__ import annotations
 
@@ -11,10 +11,16 @@ from pathlib import Path
 import numpy as np
 
 from vlp_jax.data import faults
-from vlp_jax.data.fault_log import FEWEST, MAX_BAD_FRACTION, check_fraction
+from vlp_jax.data.faults import FEWEST, MAX_BAD_FRACTION, check_fraction
 from vlp_jax.data.files import retrying
 from vlp_jax.data.sources.base import STRING, STRINGS, FieldSpec
-from vlp_jax.data.sources.caption_files import CaptionFile, Entry, find_caption_file, read_entries
+from vlp_jax.data.sources.caption_files import (
+    CaptionFile,
+    Entry,
+    find_caption_file,
+    read_class_folders,
+    read_entries,
+)
 from vlp_jax.data.sources.labels import number_labels, open_names
 from vlp_jax.data.sources.records import empty_strings
 from vlp_jax.data.sources.row_source import Rows, RowSource, spec_of_all
@@ -38,7 +44,7 @@ class FolderSource(RowSource):
     field is asked for.
 
     Attributes:
-      path: the folder.
+      path: the folder. Without a caption file it holds a folder of images for each class.
       captions: the caption file, relative to the folder; None takes the only .csv, .tsv or .jsonl
         file in it. The first row of a CSV or TSV names the columns. See `tables.rows`.
       image_field: the column of paths; None takes the first that is there of
@@ -78,24 +84,26 @@ class FolderSource(RowSource):
             raise UserError(f"data.split={self.split!r} is not one of {', '.join(SPLITS)}")
         if not 0 <= self.holdout < 1:
             raise UserError(f"data.holdout={self.holdout} is not a fraction in [0, 1)")
-        if self.label_names is not None and self.label_field is None:
+        no_label = self.label_field is None and not self.file.is_dir()
+        if self.label_names is not None and no_label:
             raise UserError("data.label_names is set, and data.label_field is not: name the column")
         check_fraction(self.max_bad_fraction)
         self._check_entries()
         if self.label_field is not None and not self.listed.labels:
             raise UserError(f"{self.file}: the column {self.label_field!r} holds no label")
         if all(_is_bad(entry) for entry in self._examples):
+            total, chosen = len(self.listed.entries), len(self._examples)
             raise UserError(
-                f"split {self.split!r} of {self.file} is empty: it lists {len(self._entries)} "
-                f"images, of which {len(self._examples)} are in the split and none of them can be "
-                f"used, and data.holdout is {self.holdout}"
+                f"split {self.split!r} of {self.file} is empty: it lists {total} images, of which "
+                f"{chosen} are in the split and none of them can be used, and data.holdout is "
+                f"{self.holdout}"
             )
         _ = self._classes
 
     def _check_entries(self) -> None:
         """Raises UserError if the folder is the wrong one, or too much of the list is missing."""
-        bad = [entry for entry in self._entries if _is_bad(entry)]
-        total, share = len(self._entries), self.max_bad_fraction
+        bad = [entry for entry in self.listed.entries if _is_bad(entry)]
+        total, share = len(self.listed.entries), self.max_bad_fraction
         few = len(bad) <= share * max(total, FEWEST) and len(bad) < total
         if few and len(bad) <= max(share, _WRONG_FOLDER) * total:
             return
@@ -123,26 +131,25 @@ class FolderSource(RowSource):
 
     @cached_property
     def file(self) -> Path:
-        """The caption file."""
+        """The caption file; of a folder without one, which holds classes, the folder itself."""
         return find_caption_file(self._root, self.captions)
 
     @cached_property
     def listed(self) -> CaptionFile:
-        """The caption file of the folder."""
         fields = (self.image_field, self.caption_field, self.label_field)
+        if self.file.is_dir():
+            if any((*fields, *self.columns)):
+                raise UserError(f"{self.file} has no caption file whose columns data could name")
+            return read_class_folders(self.file)
         return read_entries(self._root, self.file, *fields, self.columns)
-
-    @property
-    def _entries(self) -> list[Entry]:
-        return self.listed.entries
 
     @cached_property
     def _examples(self) -> list[Entry]:
         if self.split == "all":
-            return self._entries
+            return self.listed.entries
         # By a hash, so that an image stays in its split when others are added.
         held_out = self.split == "validation"
-        return [e for e in self._entries if (_fraction(e.path) < self.holdout) == held_out]
+        return [e for e in self.listed.entries if (_fraction(e.path) < self.holdout) == held_out]
 
     @cached_property
     def _classes(self) -> tuple[dict[str, int], tuple[str, ...] | None]:
@@ -155,13 +162,13 @@ class FolderSource(RowSource):
 
     def fields(self) -> dict[str, FieldSpec]:
         fields = {"image": STRING, "captions": STRINGS, "path": STRING}
-        if self.label_field is not None:
+        if self.listed.labels:
             fields["label"] = FieldSpec((), np.dtype(np.int64))
         return fields | self._column_fields
 
     @cached_property
     def _column_fields(self) -> dict[str, FieldSpec]:
-        values = {name: [e.columns[name] for e in self._entries] for name in self.columns}
+        values = {name: [e.columns[name] for e in self.listed.entries] for name in self.columns}
         return {name: spec_of_all(column) or STRING for name, column in values.items()}
 
     def is_text(self, name: str) -> bool:
@@ -178,7 +185,7 @@ class FolderSource(RowSource):
             "captions": [[text.encode() for text in entry.captions] for entry in entries],
             "path": [entry.path.encode() for entry in entries],
         }
-        if self.label_field is not None:
+        if self.listed.labels:
             rows["label"] = [self._classes[0].get(entry.label or "") for entry in entries]
         for number, entry in enumerate(entries):
             reasons = [reason for field, reason in entry.faults.items() if field in names]
@@ -198,7 +205,7 @@ class FolderSource(RowSource):
         return {name: rows[name] for name in names}, found
 
     def class_names(self, field: str) -> tuple[str, ...] | None:
-        return self._classes[1] if field == "label" and self.label_field is not None else None
+        return self._classes[1] if field == "label" and self.listed.labels else None
 
     def describe(self, index: int) -> str:
         return self._examples[index].file

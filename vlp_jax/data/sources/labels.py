@@ -38,11 +38,7 @@ def label_text(value: Any) -> str | None:
 
 
 def open_names(names: Sequence[str] | str | None, key: str) -> tuple[str, ...] | None:
-    """Reads a list of classes, or the file that it names, with a class a line.
-
-    Raises:
-      UserError: the file cannot be read, or a name is empty or occurs twice.
-    """
+    """Reads a list of classes, each named once, or the file that it names, with a class a line."""
     if names is None:
         return None
     given = read_lines(names, key) if isinstance(names, str) else tuple(names)
@@ -58,13 +54,9 @@ def number_labels(
 ) -> tuple[dict[str, int], tuple[str, ...] | None]:
     """Numbers labels; returns the number of each, and the names of the classes if known.
 
-    Whole numbers mean what they say. Words are numbered by their place in `names`, and without
-    that in alphabetical order.
-
-    Args:
-      labels: each label that occurs, as `label_text` gives it, with its first place for messages.
-      names: the list of all classes.
-      key: the setting that gives `names`, for messages.
+    Whole numbers mean what they say. Words are numbered by their place in `names`, and without that
+    in alphabetical order. `labels` are as `label_text` gives them, each with its first place for
+    messages; `key` is the setting that gives `names`.
 
     Raises:
       UserError: a number that is no class, a word that is not in `names`, or numbers and words.

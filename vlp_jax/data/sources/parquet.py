@@ -14,18 +14,18 @@ import numpy as np
 from vlp_jax.data import faults
 from vlp_jax.data.files import retrying
 from vlp_jax.data.sources.base import Blocks, FieldSpec
-from vlp_jax.data.sources.manifest import find_pieces
-from vlp_jax.data.sources.parquet_columns import (
-    column_read,
-    columns_of,
-    is_text,
-    leaves,
-    spec_of,
-    why_not,
-)
+from vlp_jax.data.sources.parquet_columns import column_read, columns_of, leaves, spec_of, why_not
+from vlp_jax.data.sources.parquet_columns import is_text as is_text_type
 from vlp_jax.data.sources.records import empty_strings
 from vlp_jax.data.sources.row_source import Rows, RowSource
-from vlp_jax.data.sources.shards import TRUNCATED, Index, ShardedSource, Shards, group_by_piece
+from vlp_jax.data.sources.shards import (
+    TRUNCATED,
+    Index,
+    ShardedSource,
+    Shards,
+    find_pieces,
+    group_by_piece,
+)
 from vlp_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -145,7 +145,7 @@ class ParquetSource(ShardedSource, RowSource):
         return name in columns_of(self._schema)
 
     def is_text(self, name: str) -> bool:
-        return is_text(columns_of(self._schema)[name])
+        return is_text_type(columns_of(self._schema)[name])
 
     def _read_group(
         self,
@@ -223,9 +223,9 @@ class ParquetSource(ShardedSource, RowSource):
 
 
 class _RowGroups:
-    """A cache of the row groups that were read last, up to a number of bytes.
+    """The row groups that were read last, up to a number of bytes.
 
-    Threads that ask for a row group while another reads it wait for the result.
+    Threads that ask for one while another reads it wait for the result.
     """
 
     def __init__(self, capacity: int) -> None:
@@ -249,12 +249,10 @@ class _RowGroups:
             with self._lock:
                 self._tables[key] = table
                 self._reading.pop(key, None)
-                while len(self._tables) > 1 and self._held() > self._capacity:
+                tables = self._tables
+                while len(tables) > 1 and sum(t.nbytes for t in tables.values()) > self._capacity:
                     self._tables.popitem(last=False)
         return table
-
-    def _held(self) -> int:
-        return sum(table.nbytes for table in self._tables.values())
 
 
 def index_parquet(path: str) -> Index:
@@ -272,18 +270,13 @@ def index_parquet(path: str) -> Index:
     except (pa.ArrowException, OSError) as error:
         if getattr(error, "errno", None) is not None:
             raise
-        nothing = np.zeros(0, np.int64)
-        return {
-            "group_size": nothing,
-            "group_bytes": nothing,
-            "group_end": nothing,
-            "fault": np.array([TRUNCATED], np.uint8),
-        }
-    groups = [about.row_group(number) for number in range(about.num_row_groups)]
+        about = None
+    groups = [] if about is None else [about.row_group(n) for n in range(about.num_row_groups)]
     sizes = np.array([group.num_rows for group in groups], np.int64)
+    fault = np.array([TRUNCATED]) if about is None else np.zeros(about.num_rows)
     return {
         "group_size": sizes,
         "group_bytes": np.array([group.total_byte_size for group in groups], np.int64),
         "group_end": np.cumsum(sizes),
-        "fault": np.zeros(about.num_rows, np.uint8),
+        "fault": fault.astype(np.uint8),
     }

@@ -40,10 +40,9 @@ def column_read(name: str, schema: pa.Schema) -> str:
     column, path = _path_of(name, schema)
     kind = schema.field(column).type if column >= 0 else None
     for part in path:
-        kind = (
-            kind.field(part).type if _is_struct(kind) and kind.get_field_index(part) >= 0 else None
-        )
-    return f"{name}.bytes" if kind is not None and _has_bytes(kind) else name
+        known = _is_struct(kind) and kind.get_field_index(part) >= 0
+        kind = kind.field(part).type if known else None
+    return f"{name}.bytes" if _has_bytes(kind) else name
 
 
 def leaves(table: pa.Table, names: Sequence[str]) -> dict[str, pa.ChunkedArray]:
@@ -53,7 +52,6 @@ def leaves(table: pa.Table, names: Sequence[str]) -> dict[str, pa.ChunkedArray]:
     """
     import pyarrow as pa
     import pyarrow.compute as pc
-    from pyarrow import types
 
     found = {}
     for name in names:
@@ -68,7 +66,7 @@ def leaves(table: pa.Table, names: Sequence[str]) -> dict[str, pa.ChunkedArray]:
         else:
             if _has_bytes(values.type):
                 values = pc.struct_field(values, "bytes")
-            if types.is_dictionary(values.type):
+            if _is(values.type, "dictionary"):
                 values = values.cast(values.type.value_type)
             if _is_text(values.type):
                 values = values.cast(pa.large_binary())
@@ -98,58 +96,50 @@ def why_not(name: str, kind: pa.DataType | None, schema: pa.Schema, path: str) -
     )
 
 
-def _is_struct(kind: pa.DataType) -> bool:
-    from pyarrow import types
-
-    return types.is_struct(kind)
+def _is_struct(kind: pa.DataType | None) -> bool:
+    return kind is not None and _is(kind, "struct")
 
 
-def _has_bytes(kind: pa.DataType) -> bool:
+def _has_bytes(kind: pa.DataType | None) -> bool:
     """Whether the type is an image as `datasets` writes it: a struct with the file's bytes."""
     return _is_struct(kind) and kind.get_field_index("bytes") >= 0
 
 
-def _is_text(kind: pa.DataType) -> bool:
+def _is(kind: pa.DataType, *names: str) -> bool:
+    """Whether one of pyarrow's tests, such as "string" for `types.is_string`, fits a type."""
     from pyarrow import types
 
-    return types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind)
+    return any(getattr(types, f"is_{name}")(kind) for name in names)
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    return _is(kind, "string", "large_string", "string_view")
 
 
 def _is_bytes(kind: pa.DataType) -> bool:
-    from pyarrow import types
-
-    fixed = types.is_fixed_size_binary(kind) and not types.is_decimal(kind)
-    return (
-        types.is_binary(kind) or types.is_large_binary(kind) or types.is_binary_view(kind) or fixed
-    )
+    fixed = _is(kind, "fixed_size_binary") and not _is(kind, "decimal")
+    return fixed or _is(kind, "binary", "large_binary", "binary_view")
 
 
 def _is_list(kind: pa.DataType) -> bool:
-    from pyarrow import types
-
-    tests = (types.is_list, types.is_large_list, types.is_fixed_size_list)
-    return any(test(kind) for test in (*tests, types.is_list_view, types.is_large_list_view))
+    return _is(kind, "list", "large_list", "fixed_size_list", "list_view", "large_list_view")
 
 
 def is_text(kind: pa.DataType) -> bool:
     """Whether a column holds text, or lists of it."""
-    from pyarrow import types
-
-    kind = kind.value_type if types.is_dictionary(kind) or _is_list(kind) else kind
-    return _is_text(kind)
+    inner = kind.value_type if _is(kind, "dictionary") or _is_list(kind) else kind
+    return _is_text(inner)
 
 
 def spec_of(kind: pa.DataType) -> FieldSpec | None:
     """The field type for a column type; None for a type that is not read."""
-    from pyarrow import types
-
-    if types.is_dictionary(kind):
+    if _is(kind, "dictionary"):
         kind = kind.value_type
     if _is_text(kind) or _is_bytes(kind) or _has_bytes(kind):
         return STRING
-    if types.is_integer(kind) or types.is_boolean(kind):
+    if _is(kind, "integer", "boolean"):
         return INT
-    if types.is_floating(kind):
+    if _is(kind, "floating"):
         return FLOAT
     if _is_list(kind) and (_is_text(kind.value_type) or _is_bytes(kind.value_type)):
         return STRINGS

@@ -9,7 +9,7 @@ import numpy as np
 
 from vlp_jax.data import faults
 from vlp_jax.data.lazy_tensorflow import tf
-from vlp_jax.data.sources.base import STRING, STRINGS, FieldSpec, Source
+from vlp_jax.data.sources.base import STRING, STRINGS, FieldSpec, Names, Source
 
 Rows = dict[str, list[Any]]
 
@@ -21,23 +21,15 @@ class RowSource(Source):
 
     A subclass says how values are read (`rows`). Preparation of data takes them as they are,
     training as the types in `fields` (`fetch`).
-
-    Attributes:
-      column_chunk: how many examples `column` reads at a time.
     """
 
-    column_chunk: ClassVar[int] = 1024
+    column_chunk: ClassVar[int] = 1024  # examples that `column` reads at a time
 
     def rows(self, indices: np.ndarray, names: Sequence[str]) -> tuple[Rows, np.ndarray]:
-        """Reads the values of some fields.
+        """Reads the values of fields that `can_read`, for the examples at `indices`, int64 [n].
 
-        Args:
-          indices: the examples, int64 [n].
-          names: names that `can_read`.
-
-        Returns:
-          For each name a list of n values, None where there is none; and the faults, byte strings
-          [n], empty where an example can be used.
+        Returns for each name a list of n values, None where there is none; and the faults, byte
+        strings [n], empty where an example can be used.
         """
         ...
 
@@ -58,9 +50,7 @@ class RowSource(Source):
         counts = {_count_of(name): INT for name, spec in fields.items() if spec.shape}
         return {**fields, **counts, faults.FAULT: STRING}
 
-    def fetch(
-        self, indices: np.ndarray, names: Sequence[str] | None = None
-    ) -> dict[str, np.ndarray]:
+    def fetch(self, indices: np.ndarray, names: Names = None) -> dict[str, np.ndarray]:
         fields = self.fields()
         indices = np.asarray(indices, np.int64)
         rows, found = self.rows(indices, list(fields) if names is None else list(names))
@@ -149,15 +139,9 @@ def spec_of_all(values: Iterable[Any]) -> FieldSpec | None:
 
 
 def _spec_of(value: Any) -> FieldSpec | None:
-    if isinstance(value, bool | int):
-        return INT
-    if isinstance(value, float):
-        return FLOAT
-    if isinstance(value, str):
-        return STRING
     if isinstance(value, list) and value and all(isinstance(item, str) for item in value):
         return STRINGS
-    return None
+    return {bool: INT, int: INT, float: FLOAT, str: STRING}.get(type(value))
 
 
 def _count_of(name: str) -> str:

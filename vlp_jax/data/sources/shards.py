@@ -16,10 +16,8 @@ import hashlib
 import json
 import logging
 import os
-import queue
 import threading
 import uuid
-import weakref
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -30,9 +28,10 @@ from pathlib import Path
 import numpy as np
 
 from vlp_jax.data import faults, files
+from vlp_jax.data.files import GZIP, HEAD_BYTES, kind_of, remedy
 from vlp_jax.data.local_copies import LocalCopies, default_cache_dir, writing
-from vlp_jax.data.signatures import GZIP, kind_of, remedy
 from vlp_jax.data.sources.base import Source
+from vlp_jax.data.sources.labels import WordClasses
 from vlp_jax.errors import UserError
 
 Index = Mapping[str, np.ndarray]
@@ -60,7 +59,7 @@ _INDEX_VERSION = "2"
 _WHOLE, _UNMARKED, _CUT = "whole", "unmarked", "cut"
 _LOADED_INDEXES = 256
 _THREADS = 16
-_DOWNLOADS = 4  # at a time, ahead of their use
+_DOWNLOADS = threading.BoundedSemaphore(4)  # files that are copied ahead of their use at a time
 _PARSER = threading.Lock()
 _log = logging.getLogger("vlp_jax.data")
 GIB = 2**30
@@ -77,13 +76,7 @@ class Piece:
 
 
 class Shards:
-    """The records of many files, numbered through.
-
-    Attributes:
-      pieces: in their order, each with its count.
-      copies: gives the local file of a path.
-      in_place: whether all files are read where they lie.
-    """
+    """The records of many files, numbered through; `in_place` if all are read where they lie."""
 
     def __init__(
         self,
@@ -99,16 +92,11 @@ class Shards:
           kind: names the sort of index.
           make_index: the index of a local file; every column is [records], and one is "fault".
           cache_dir: where indexes and copies of remote files are kept; None is the default folder.
-          cache_gib: room for the copies.
-
-        Raises:
-          UserError: for a file that cannot be read or is compressed otherwise than by gzip, or if
-            nothing of any file can be read.
         """
         folder = Path(cache_dir).expanduser() if cache_dir else default_cache_dir()
         self.copies = LocalCopies(folder / "copies", int(cache_gib * GIB))
         self._kind, self._make_index, self._index_folder = kind, make_index, folder / "index"
-        self._downloads = _Downloads(self.copies)
+        self._begun: set[str] = set()  # paths that are copied ahead of their use
         self._load = lru_cache(_LOADED_INDEXES)(self._load_index)
         self._lost: dict[str, str] = {}  # path -> why nothing of the file can be read
         self.pieces = self._counted(pieces)
@@ -147,11 +135,7 @@ class Shards:
             return self._with_losses(list(bar))
 
     def _with_losses(self, counted: Sequence[tuple[Piece, str]]) -> list[Piece]:
-        """Drops empty pieces, and gives cut pieces the count that they are taken to have had.
-
-        Raises:
-          UserError: nothing of any file can be read.
-        """
+        """Drops empty pieces, and gives cut pieces the count that they are taken to have had."""
         if counted and all(piece.path in self._lost for piece, _ in counted):
             path, why = counted[0][0].path, self._lost[counted[0][0].path]
             raise UserError(f"data.path: none of {len(counted)} files can be read: {path} is {why}")
@@ -173,8 +157,8 @@ class Shards:
             )
         empty = [piece.path for piece in pieces if not piece.count]
         if empty:
-            _log.warning("%d of %d files hold no example, the first is %s",
-                         len(empty), len(counted), empty[0])  # fmt: skip
+            told = "%d of %d files hold no example, the first is %s"
+            _log.warning(told, len(empty), len(counted), empty[0])
         return [piece for piece in pieces if piece.count]
 
     def _kept_counts(self) -> dict[str, tuple[int, str]]:
@@ -215,7 +199,6 @@ class Shards:
         return hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]
 
     def index(self, piece: int) -> Index:
-        """The index of the file of a piece."""
         return self._load(self.pieces[piece].path)
 
     def fault(self, piece: int, record: int) -> bytes:
@@ -226,9 +209,8 @@ class Shards:
         if fault == OK:
             return b""
         if path in self._lost:
-            return faults.marked(
-                faults.TRUNCATED, f"nothing of it can be read: it is {self._lost[path]}"
-            )
+            detail = f"nothing of it can be read: it is {self._lost[path]}"
+            return faults.marked(faults.TRUNCATED, detail)
         if record >= len(index):
             detail = f"the file ends after {len(index)} records, and others hold more"
             return faults.marked(faults.TRUNCATED, detail)
@@ -248,7 +230,6 @@ class Shards:
         return self.copies.get(self.pieces[piece].path)
 
     def describe(self, index: int) -> str:
-        """The file, and the record in it, of an example."""
         piece, record = self.locate(np.array([index]))
         return f"record {record[0]} of {self.pieces[piece[0]].path}"
 
@@ -257,7 +238,16 @@ class Shards:
         if self.in_place:
             return
         for piece in np.unique(self.locate(indices)[0]).tolist():
-            self._downloads.begin(self.pieces[piece].path)
+            path = self.pieces[piece].path
+            if path not in self._begun:
+                self._begun.add(path)
+                threading.Thread(target=self._copy, args=[path], daemon=True).start()
+
+    def _copy(self, path: str) -> None:
+        # A failure is not lost: whoever reads the file tries again, and raises.
+        with _DOWNLOADS, contextlib.suppress(UserError):
+            self.copies.get(path)
+        self._begun.discard(path)
 
     def read(self, piece: int, offset: int, length: int) -> bytes:
         """`length` bytes of the file of a piece, uncompressed; fewer where it ends."""
@@ -292,13 +282,9 @@ class Shards:
         return index
 
     def _note_lost(self, path: str) -> None:
-        """Records that nothing of a file can be read, and its actual kind.
-
-        Raises:
-          UserError: it is compressed so that it cannot be read.
-        """
+        """Records that nothing of a file can be read, and its kind; raises if it is compressed."""
         # The file itself, not what came of it when it was uncompressed.
-        kind = kind_of(files.head_of(path)) or f"no {self._kind} file, or a damaged one"
+        kind = kind_of(files.read(path, HEAD_BYTES)) or f"no {self._kind} file, or a damaged one"
         command = remedy(kind, path)
         if command and kind != GZIP:
             raise UserError(f"{path} is {kind}, which is not read: make a file of it by {command}")
@@ -341,42 +327,6 @@ class ShardedSource(Source):
         self.shards.will_read(indices)
 
 
-class _Downloads:
-    """Copies files in the background, by threads that end with the process."""
-
-    def __init__(self, copies: LocalCopies) -> None:
-        self._copies = copies
-        self._lock = threading.Lock()
-        self._waiting: queue.SimpleQueue[str | None] = queue.SimpleQueue()
-        self._begun: set[str] = set()
-        self._threads = 0
-
-    def begin(self, path: str) -> None:
-        with self._lock:
-            if path in self._begun:
-                return
-            self._begun.add(path)
-            if self._threads < _DOWNLOADS:
-                self._threads += 1
-                threading.Thread(target=self._work, name="copy shards", daemon=True).start()
-                if self._threads == 1:
-                    weakref.finalize(self, _end, self._waiting)
-        self._waiting.put(path)
-
-    def _work(self) -> None:
-        while (path := self._waiting.get()) is not None:
-            # A failure is not lost: whoever reads the file tries again, and raises.
-            with contextlib.suppress(UserError):
-                self._copies.get(path)
-            with self._lock:
-                self._begun.discard(path)
-
-
-def _end(waiting: queue.SimpleQueue[str | None]) -> None:
-    for _ in range(_DOWNLOADS):
-        waiting.put(None)
-
-
 def group_by_piece(pieces: np.ndarray) -> list[tuple[int, np.ndarray]]:
     """(piece, places of it in `pieces`) for each piece that occurs."""
     return [(int(piece), np.flatnonzero(pieces == piece)) for piece in np.unique(pieces)]
@@ -387,9 +337,61 @@ def _img2dataset_count(path: str) -> int | None:
     stats = f"{os.path.splitext(path)[0]}_stats.json"
     if not files.filesystem(stats).exists(stats):
         return None
+    return int(json.loads(files.read(stats))["successes"])
 
-    def read() -> int:
-        with files.filesystem(stats).open(stats) as stream:
-            return int(json.load(stream)["successes"])
 
-    return files.retrying(stats, read)
+SUFFIX = ".json"
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The files of prepared data, in the format "array_record", "tfrecord" or "webdataset".
+
+    Attributes:
+      features: name -> "bytes", "int64" or "float32", with "[]" behind it for a list.
+      class_names: field -> names of its classes, if its labels are words.
+    """
+
+    format: str
+    pieces: tuple[Piece, ...]
+    features: Mapping[str, str]
+    class_names: Mapping[str, WordClasses]
+
+
+def find_pieces(
+    path: str | Sequence[str], suffix: str | tuple[str, ...], kind: str
+) -> tuple[list[Piece], Manifest | None]:
+    """Finds the files that a config's `path` names, with their counts if a manifest says them.
+
+    `path` is as `files.expand` takes it with `suffix`, or a manifest of files of the format `kind`.
+    """
+    if isinstance(path, str) and path.endswith(SUFFIX):
+        manifest = read_manifest(path)
+        if manifest.format != kind:
+            raise UserError(
+                f"data.path={path!r} is the manifest of {manifest.format} files: set data.source "
+                f"to {manifest.format!r}"
+            )
+        return list(manifest.pieces), manifest
+    return [Piece(file) for file in files.expand(path, suffix)], None
+
+
+def read_manifest(path: str) -> Manifest:
+    """Reads a manifest; raises UserError if it is not there, or none."""
+
+    try:
+        content = json.loads(files.read(path))
+        folder = path.rpartition("/")[0]
+        pieces = [
+            Piece(f"{folder}/{shard['file']}" if folder else shard["file"], 0, shard["examples"])
+            for shard in content["shards"]
+        ]
+        features = {
+            name: field["dtype"] + ("[]" if field["list"] else "")
+            for name, field in content["fields"].items()
+        }
+        named = content.get("source", {}).get("class_names", {})
+        classes = {name: WordClasses(names) for name, names in named.items()}
+        return Manifest(content["format"], tuple(pieces), features, classes)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is not a manifest of prepared data: {error!r}") from None

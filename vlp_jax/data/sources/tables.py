@@ -19,7 +19,7 @@ from vlp_jax.files import text_lines
 SUFFIXES = (".csv", ".tsv", ".jsonl")
 # What may stand between the columns.
 DELIMITERS = {",": "commas", "\t": "tabs", ";": "semicolons", "|": "vertical bars"}
-_IMAGE_FILE = re.compile(r"\.(jpe?g|png|webp|gif|bmp|tiff?)$", re.IGNORECASE)
+IMAGE_FILE = re.compile(r"\.(jpe?g|png|webp|gif|bmp|tiff?)$", re.IGNORECASE)
 _EXCEL_DELIMITER = re.compile(r"sep=(.)[\r\n]*")  # a first line that Excel writes and reads
 _QUOTED = re.compile(r'"(?:[^"]|"")*""(?:[^"]|"")*"')  # as pandas and Excel quote a mark
 _LINE_END = re.compile(r"\r\n|\r|\n")
@@ -45,11 +45,7 @@ def rows(file: Path) -> Iterator[Row]:
 def choose_column(
     row: Mapping[str, Any], name: str | None, usual: tuple[str, ...], key: str, file: Path
 ) -> str:
-    """Chooses the column to read: `name` if given, else the first existing of the `usual` ones.
-
-    Raises:
-      UserError: there is none; `key` names the setting that chooses one.
-    """
+    """Chooses the column to read: `name` if given, else the first existing of the `usual` ones."""
     columns = [column for column in row if column]
     if name is not None:
         if name not in columns:
@@ -67,7 +63,7 @@ def _advice(columns: Sequence[str]) -> str:
     """Advice for a message about columns whose names look like no names; may be ""."""
     if len(columns) == 1 and not columns[0].isalnum():
         return f"; columns are separated by {', '.join(DELIMITERS.values())}"
-    if any(_IMAGE_FILE.search(column) for column in columns):
+    if any(IMAGE_FILE.search(column) for column in columns):
         return "; the first row must name the columns, and this looks like an image already"
     inside = [names for sign, names in DELIMITERS.items() if any(sign in c for c in columns)]
     if inside:
@@ -170,7 +166,7 @@ def _check(cells: Sequence[str], columns: int, where: str, delimiter: str, quote
             continue
         for line in _LINE_END.split(cell)[1:]:
             parts = line.split(delimiter)
-            if len(parts) == columns and any(_IMAGE_FILE.search(part.strip()) for part in parts):
+            if len(parts) == columns and any(IMAGE_FILE.search(part.strip()) for part in parts):
                 raise UserError(
                     f"{where}: the quotation mark that opens here takes in further rows, such as "
                     f'{line[:60]!r}; quote the text, and write "" for a mark that belongs to it'

@@ -35,12 +35,7 @@ class Member:
 
 @dataclass
 class _Sample:
-    """A run of files with one key.
-
-    Attributes:
-      files: (extension, offset, size) of each.
-      counts: how often each extension occurs.
-    """
+    """A run of files with one key: extension, offset, size of each; and counts of extensions."""
 
     key: str
     fault: int = OK
@@ -189,11 +184,7 @@ class _Notes:
 
 
 def _notes(content: bytes, kind: bytes, before: _Notes) -> _Notes:
-    """Adds what a header of a long name, or of pax, says.
-
-    Raises:
-      ValueError: it is damaged.
-    """
+    """Adds what a header of a long name, or of pax, says; raises ValueError if it is damaged."""
     if kind == _GNU_NAME:
         name = content.partition(b"\0")[0].decode("utf-8", "surrogateescape")
         return replace(before, name=name)
@@ -222,7 +213,6 @@ def _behind_map(descriptor: int, header: bytes, begin: int) -> int:
 
 
 def _has_end_mark(path: str) -> bool:
-    """Whether a tar file ends in a block of zeros."""
     with open(path, "rb") as stream:
         size = stream.seek(0, os.SEEK_END)
         stream.seek(max(0, size - _BLOCK))

@@ -13,12 +13,17 @@ from typing import Any
 import numpy as np
 
 from vlp_jax.data import faults
-from vlp_jax.data.sources import manifest
 from vlp_jax.data.sources.base import STRING, STRINGS, Blocks, FieldSpec
-from vlp_jax.data.sources.manifest import Manifest, find_pieces
 from vlp_jax.data.sources.records import empty_strings
 from vlp_jax.data.sources.row_source import FLOAT, INT, Rows, RowSource, spec_of_all
-from vlp_jax.data.sources.shards import Piece, ShardedSource, Shards, group_by_piece
+from vlp_jax.data.sources.shards import (
+    Manifest,
+    Piece,
+    ShardedSource,
+    Shards,
+    find_pieces,
+    group_by_piece,
+)
 from vlp_jax.data.sources.tar_index import extensions, index_tar, sample_files, sample_key
 from vlp_jax.errors import UserError, unknown_key_message
 
@@ -72,9 +77,8 @@ class WebDatasetSource(ShardedSource, RowSource):
     def _declared(self) -> dict[str, FieldSpec]:
         """The fields of the JSON files that a manifest declares."""
         features = self._found[1].features if self._found[1] is not None else {}
-        return {
-            f"json.{name}": _DECLARED[kind] for name, kind in features.items() if kind in _DECLARED
-        }
+        known = {name: kind for name, kind in features.items() if kind in _DECLARED}
+        return {f"json.{name}": _DECLARED[kind] for name, kind in known.items()}
 
     @cached_property
     def _fields(self) -> dict[str, FieldSpec]:
@@ -108,7 +112,7 @@ class WebDatasetSource(ShardedSource, RowSource):
         for piece, row in samples:
             files = sample_files(self.shards.index(piece), row)
             with contextlib.suppress(faults.BadExample, KeyError):
-                found.append(_parsed_json(self._read(piece, files["json"])))
+                found.append(_parsed_json(self.shards.read(piece, *files["json"])))
         return found
 
     @cached_property
@@ -205,11 +209,7 @@ class WebDatasetSource(ShardedSource, RowSource):
         return b""
 
     def _content(self, piece: int, files: Mapping[str, tuple[int, int]], name: str) -> bytes:
-        """The bytes of a sample's file `name`, an extension, `image` or `text`.
-
-        Raises:
-          faults.BadExample: it has none, or several images.
-        """
+        """The bytes of a sample's file `name`, an extension, `image` or `text`."""
         present = [extension for extension in _extensions_of(name) if extension in files]
         if not present:
             raise faults.BadExample(faults.MISSING_FIELD, f"it has no {name!r}")
@@ -218,13 +218,11 @@ class WebDatasetSource(ShardedSource, RowSource):
             raise faults.BadExample(
                 faults.AMBIGUOUS, f"it has several images ({listed}): name one by data.fields.image"
             )
-        return self._read(piece, files[present[0]])
-
-    def _read(self, piece: int, place: tuple[int, int]) -> bytes:
-        return self.shards.read(piece, *place)
+        return self.shards.read(piece, *files[present[0]])
 
     def class_names(self, field: str) -> tuple[str, ...] | None:
-        return manifest.class_names(self.path, field.removeprefix("json."))
+        manifest = self._found[1]
+        return None if manifest is None else manifest.class_names.get(field.removeprefix("json."))
 
     def describe(self, index: int) -> str:
         piece, row = (int(x[0]) for x in self.shards.locate(np.array([index])))
@@ -238,11 +236,7 @@ class WebDatasetSource(ShardedSource, RowSource):
 
 
 def _parsed_json(raw: bytes) -> Mapping[str, Any]:
-    """Parses JSON in UTF-8, UTF-16 or UTF-32 (RFC 4627, section 3), with or without a mark.
-
-    Raises:
-      faults.BadExample: it is none, or no object.
-    """
+    """Parses an object of JSON in UTF-8, UTF-16 or UTF-32 (RFC 4627, section 3)."""
     try:
         document = json.loads(raw)
     except UnicodeDecodeError:

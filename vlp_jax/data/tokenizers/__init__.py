@@ -15,10 +15,9 @@ from etils import epath
 
 from vlp_jax.data.sources.base import as_plain
 from vlp_jax.data.tokenizers.base import Tokenizer, check_context_length
-from vlp_jax.data.tokenizers.byte_level import ByteTokenizer
 from vlp_jax.data.tokenizers.clip import ClipTokenizer
 from vlp_jax.data.tokenizers.sentence_piece import SentencePieceTokenizer, train_sentencepiece
-from vlp_jax.data.tokenizers.subword import SubwordTokenizer, train_subword
+from vlp_jax.data.tokenizers.subword import ByteTokenizer, SubwordTokenizer, train_subword
 from vlp_jax.errors import UserError, unknown_key_message
 
 __all__ = [
@@ -46,15 +45,12 @@ def build_tokenizer(
         bound, but a subword tokenizer that is trained needs one); `file`: for "subword" a
         tokenizer.json, or None to train one on `texts`; for "clip" its merges, or None for those
         in an installed open_clip; for "sentencepiece" a .model; or what a run has kept of one of
-        the same name. `pad`: None, or "eos" to pad with eos, as the published SigLIP models do,
-        whatever else the file has for it.
+        the same name. `pad`: None, or "eos" to pad with eos, as the published SigLIP models do.
       texts: gives the captions to train on; called only if training is needed.
       path: where a tokenizer that is made without a file is kept: loaded from there if it exists,
         else made and saved there. None does not keep it.
 
-    Raises:
-      UserError: for unknown keys and names, a file that cannot be used, or a vocabulary above the
-        bound.
+    Raises UserError for unknown keys, a file that cannot be used, or a vocabulary above the bound.
     """
     config = as_plain(config)
     for key in config:
@@ -89,18 +85,10 @@ def build_tokenizer(
     return tokenizer
 
 
-def _make_bytes(texts: Texts, bound: int | None, context_length: int) -> ByteTokenizer:
-    return ByteTokenizer(context_length)
-
-
 def _make_subword(texts: Texts, bound: int | None, context_length: int) -> SubwordTokenizer:
     if bound is None:
         raise UserError("tokenizer.vocab_size is not set, and training a tokenizer needs it")
     return train_subword(texts(), bound, context_length)
-
-
-def _make_clip(texts: Texts, bound: int | None, context_length: int) -> ClipTokenizer:
-    return ClipTokenizer.published(context_length)
 
 
 def _make_sentencepiece(texts: Texts, bound: int | None, context_length: int) -> Any:
@@ -112,8 +100,8 @@ def _make_sentencepiece(texts: Texts, bound: int | None, context_length: int) ->
 
 # name -> (from a file, without one)
 TOKENIZERS: dict[str, tuple[Callable[..., Tokenizer], Callable[..., Tokenizer]]] = {
-    "bytes": (ByteTokenizer.load, _make_bytes),
-    "clip": (ClipTokenizer.load, _make_clip),
+    "bytes": (ByteTokenizer.load, lambda texts, bound, length: ByteTokenizer(length)),
+    "clip": (ClipTokenizer.load, lambda texts, bound, length: ClipTokenizer.published(length)),
     "sentencepiece": (SentencePieceTokenizer.load, _make_sentencepiece),
     "subword": (SubwordTokenizer.load, _make_subword),
 }

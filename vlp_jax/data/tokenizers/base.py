@@ -1,16 +1,23 @@
-"""The base of all tokenizers: framing, truncation, and the tokenizer.json for other libraries."""
+"""The base of all tokenizers: framing, truncation, the tokenizer.json for other libraries, files.
+
+A run keeps its tokenizer in one file, whatever its kind: a tokenizer.json of the Hugging Face
+library for "subword", and for the others a JSON mapping whose "type" is the name of the kind.
+"""
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
+import zlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
+from etils import epath
 
-from vlp_jax.data.tokenizers import files
 from vlp_jax.errors import UserError
+from vlp_jax.files import without_mark, write_whole
 
 if TYPE_CHECKING:
     import tokenizers
@@ -27,7 +34,7 @@ class Tokenizer:
     and say which ids are special. `SentencePieceTokenizer` asks another library for the ids.
 
     Attributes:
-      kind: the key of `files.KINDS`, as a config and the file of a run name it.
+      kind: the key of `KINDS`, as a config and the file of a run name it.
       vocab_size: the number of rows that an embedding needs: every id is below it.
       context_length: the length of a row of ids.
       pad_id, bos_id, eos_id: the special tokens; without a bos (None), rows begin with the text.
@@ -46,7 +53,11 @@ class Tokenizer:
 
     def __call__(self, texts: Sequence[str | bytes]) -> np.ndarray:
         """Token ids of n texts, int32 [n, context_length]. A long text loses its end, never eos."""
-        return frame(self.encode(texts), self)
+        front = [] if self.bos_id is None else [self.bos_id]
+        # eos is always kept: towers pool the features at its place.
+        room = self.context_length - frame_length(self)
+        rows = [[*front, *row[:room], self.eos_id] for row in self.encode(texts)]
+        return padded(rows, self.context_length, self.pad_id)
 
     def encode(self, texts: Sequence[str | bytes]) -> list[list[int]]:
         """The ids of n texts, whole: without bos, eos and padding, and not cut."""
@@ -60,7 +71,6 @@ class Tokenizer:
         return self._model.decode_batch(rows, skip_special_tokens=True)
 
     def clean(self, text: str) -> str:
-        """Changes a text before it is tokenized."""
         return text
 
     def note(self) -> dict[str, Any]:
@@ -69,29 +79,38 @@ class Tokenizer:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes what is needed to build the tokenizer again to a file, whole or not at all."""
-        files.write_note(path, self.kind, **self.note())
+        write_note(path, self.kind, **self.note())
 
     def library_model(self) -> tokenizers.Tokenizer:
-        """A fresh model of the library for raw text, with the special tokens marked as such.
-
-        Raises:
-          UserError: the library cannot express it.
-        """
+        """A fresh model of the library for raw text, with the special tokens marked as such."""
         raise NotImplementedError
 
     def to_json(self, lowercase: bool, canonicalize: bool = False) -> str:
         """A tokenizer.json of the Hugging Face `tokenizers` library with which it frames as here.
 
-        Padding, truncation and `encode_special_tokens` are the caller's there.
-
-        Args:
-          lowercase: texts come as they are, and are to be lower-cased first.
-          canonicalize: they are to go through the operation `canonicalize_text` first.
-
-        Raises:
-          UserError: that library cannot express it.
+        Padding, truncation and `encode_special_tokens` are the caller's there. Texts come as they
+        are, and are lower-cased, or go through `canonicalize_text`, first if so asked. Raises
+        UserError if that library cannot express the tokenizer.
         """
-        return framing_json(self.library_model(), self, lowercase, canonicalize)
+        model = self.library_model()
+        library = import_tokenizers()
+        ids = [i for i in (self.bos_id, self.eos_id) if i is not None]
+        names = [model.id_to_token(i) for i in ids]
+        before, after = names[:-1], names[-1:]
+        model.post_processor = library.processors.TemplateProcessing(
+            single=[*before, "$A", *after],
+            # A pair is what the library asks for; nothing here tokenizes pairs.
+            pair=[*before, "$A", *after, "$B:1", *(f"{name}:1" for name in after)],
+            special_tokens=list(zip(names, ids, strict=True)),
+        )
+        steps = canonicalize_steps() if canonicalize else lowercase_steps() if lowercase else []
+        if steps:
+            steps += [] if model.normalizer is None else [model.normalizer]
+            model.normalizer = library.normalizers.Sequence(steps)
+        model.no_padding()
+        model.no_truncation()
+        content = model.to_str(pretty=False)
+        return _without_lost_symbols(content) if canonicalize else content
 
 
 # The text operations of a run that a tokenizer.json can do, in the order of `to_json`'s arguments.
@@ -99,11 +118,7 @@ NORMALIZED = ("lowercase", "canonicalize_text")
 
 
 def check_context_length(context_length: Any) -> int:
-    """Returns `context_length` if it is a valid one.
-
-    Raises:
-      UserError: it is no number, or a row of it would not hold bos, a token and eos.
-    """
+    """Returns `context_length`; raises UserError unless a row of it holds bos, a token and eos."""
     if not isinstance(context_length, int) or context_length < 3:
         raise UserError(
             f"tokenizer.context_length={context_length!r} must be a number of at least 3: "
@@ -123,24 +138,6 @@ def as_text(text: str | bytes) -> str:
 def frame_length(tokenizer: Tokenizer) -> int:
     """The number of special tokens that frame a text."""
     return 1 if tokenizer.bos_id is None else 2
-
-
-def frame(rows: Sequence[Sequence[int] | np.ndarray], tokenizer: Tokenizer) -> np.ndarray:
-    """Frames rows of ids: bos (if there is one), ids, eos and padding, int32 [n, context_length].
-
-    A row that is too long loses its end, never eos.
-    """
-    ids = np.full((len(rows), tokenizer.context_length), tokenizer.pad_id, np.int32)
-    # eos is always kept: towers pool the features at its place.
-    room = tokenizer.context_length - frame_length(tokenizer)
-    begin = 0
-    if tokenizer.bos_id is not None:
-        ids[:, 0], begin = tokenizer.bos_id, 1
-    for target, row in zip(ids, rows, strict=True):
-        end = begin + min(len(row), room)
-        target[begin:end] = row[:room]
-        target[end] = tokenizer.eos_id
-    return ids
 
 
 def padded(
@@ -170,34 +167,6 @@ def import_tokenizers() -> Any:
     import tokenizers
 
     return tokenizers
-
-
-def framing_json(
-    model: tokenizers.Tokenizer, tokenizer: Tokenizer, lowercase: bool, canonicalize: bool
-) -> str:
-    """The tokenizer.json of a model, with bos and eos around a text as `tokenizer` puts them.
-
-    Args:
-      lowercase, canonicalize: see `Tokenizer.to_json`.
-    """
-    library = import_tokenizers()
-    ids = [i for i in (tokenizer.bos_id, tokenizer.eos_id) if i is not None]
-    names = [model.id_to_token(i) for i in ids]
-    before, after = names[:-1], names[-1:]
-    model.post_processor = library.processors.TemplateProcessing(
-        single=[*before, "$A", *after],
-        # A pair is what the library asks for; nothing here tokenizes pairs.
-        pair=[*before, "$A", *after, "$B:1", *(f"{name}:1" for name in after)],
-        special_tokens=list(zip(names, ids, strict=True)),
-    )
-    steps = canonicalize_steps() if canonicalize else lowercase_steps() if lowercase else []
-    if steps:
-        steps += [] if model.normalizer is None else [model.normalizer]
-        model.normalizer = library.normalizers.Sequence(steps)
-    model.no_padding()
-    model.no_truncation()
-    content = model.to_str(pretty=False)
-    return _without_lost_symbols(content) if canonicalize else content
 
 
 def _without_lost_symbols(tokenizer_json: str) -> str:
@@ -247,3 +216,71 @@ def byte_symbols() -> list[str]:
     printing = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = iter(range(256, 512))
     return [chr(byte if byte in printing else next(others)) for byte in range(256)]
+
+
+# The kinds that a file can be of, and what such a file is called in messages.
+KINDS = {
+    "bytes": "the note of a bytes tokenizer",
+    "subword": "a tokenizer.json of the Hugging Face `tokenizers` library",
+    "clip": "a file of CLIP's merges",
+    "sentencepiece": "a SentencePiece model",
+}
+
+
+def write_note(path: str | os.PathLike[str], kind: str, **content: Any) -> None:
+    """Writes the file in which a run keeps a tokenizer of `kind`, whole or not at all."""
+    write_whole(path, json.dumps({"type": kind, **content}) + "\n")
+
+
+def read_note(content: bytes, kind: str) -> dict[str, Any] | None:
+    """Reads what `write_note` wrote; None if the content is no such file of `kind`."""
+    mapping = _as_mapping(content)
+    return mapping if mapping is not None and mapping.get("type") == kind else None
+
+
+def read_file(path: str | os.PathLike[str], kind: str) -> bytes:
+    """The content of a file of the kind `kind` (or an error), unpacked if it is gzipped."""
+    path = epath.Path(path)
+    if not path.is_file():
+        raise UserError(f"tokenizer file {path} does not exist")
+    content = path.read_bytes()
+    if content[:2] == b"\x1f\x8b":
+        try:
+            content = gzip.decompress(content)
+        except (OSError, EOFError, zlib.error) as error:
+            raise UserError(f"{path} is a gzip file that cannot be unpacked: {error}") from None
+    content = without_mark(content, str(path))  # a model of SentencePiece never begins so
+    found = kind_of_file(content)
+    if found not in (None, kind):
+        raise UserError(
+            f"{path} is {KINDS[found]}, not {KINDS[kind]}: set config.tokenizer.name to {found!r} "
+            f"to use it"
+        )
+    return content
+
+
+def kind_of_file(content: bytes) -> str | None:
+    """The key of `KINDS` that the content of a file is of; None if it looks like none of them."""
+    mapping = _as_mapping(content)
+    if mapping is not None:
+        if mapping.get("type") in KINDS:
+            return mapping["type"]
+        return "subword" if "model" in mapping else None
+    # A ModelProto begins with its first piece (field 1), which begins with its string (field 1).
+    if content[:1] == b"\n" and content[2:3] == b"\n":
+        return "sentencepiece"
+    # Merges are two words a line, behind a header.
+    lines = content[:4096].decode("utf-8", "replace").splitlines()[:4]
+    pairs = [len(line.split()) == 2 for line in lines[1:]]
+    return "clip" if pairs and all(pairs) else None
+
+
+def _as_mapping(content: bytes) -> dict[str, Any] | None:
+    """The JSON mapping in a file, None if there is none."""
+    if content.lstrip()[:1] != b"{":
+        return None
+    try:
+        value = json.loads(content)
+    except ValueError:
+        return None
+    return value if isinstance(value, dict) else None

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from etils import epath
 
-from vlp_jax.data.tokenizers import base, files
+from vlp_jax.data.tokenizers import base
 from vlp_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -34,11 +34,9 @@ class ClipTokenizer(base.Tokenizer):
     """CLIP's byte pairs: 49,408 ids with the published merges; see `Tokenizer`.
 
     The ids equal open_clip's `SimpleTokenizer` with its default cleaning, "lower", but for text
-    that spells a special token ("<end_of_text>"), which is text here. Rows are padded with 0,
-    which no text has at the end of a word.
-
-    Raises:
-      UserError: the merges are not of this kind.
+    that spells a special token ("<end_of_text>"), which is text here. Rows are padded with 0, which
+    no text has at the end of a word. `merges` are pairs of symbols, such as "t h", the most
+    frequent first.
     """
 
     kind = "clip"
@@ -47,14 +45,7 @@ class ClipTokenizer(base.Tokenizer):
     def __init__(
         self, merges: Sequence[str], context_length: int, where: str, cleaning: str = "lower"
     ) -> None:
-        """Makes the vocabulary of the merges.
-
-        Args:
-          merges: pairs of symbols, such as "t h", the most frequent first.
-          context_length: of a row of ids.
-          where: the file of the merges, for an error.
-          cleaning: one of `CLEANINGS`.
-        """
+        """Makes the vocabulary; `where` names the file of merges, `cleaning` one of `CLEANINGS`."""
         self._merges = list(merges)
         symbols = sorted(base.byte_symbols())  # printing characters come first, as in CLIP's file
         tokens = [*symbols, *(symbol + _END for symbol in symbols)]
@@ -69,23 +60,15 @@ class ClipTokenizer(base.Tokenizer):
     def load(
         cls, path: str | os.PathLike[str], context_length: int, cleaning: str = "lower"
     ) -> ClipTokenizer:
-        """Reads bpe_simple_vocab_16e6.txt, also gzipped, a merges.txt, or what `save` wrote.
-
-        Raises:
-          UserError: the file does not exist or holds no merges.
-        """
-        content = files.read(path, "clip")
-        note = files.read_note(content, "clip")
+        """Reads bpe_simple_vocab_16e6.txt, also gzipped, a merges.txt, or what `save` wrote."""
+        content = base.read_file(path, "clip")
+        note = base.read_note(content, "clip")
         merges = _merges_of(content, str(path)) if note is None else note["merges"]
         return cls(merges, context_length, str(path), cleaning)
 
     @classmethod
     def published(cls, context_length: int, cleaning: str = "lower") -> ClipTokenizer:
-        """Builds CLIP's own tokenizer from the file in an installed open_clip, without its import.
-
-        Raises:
-          UserError: open_clip is not installed.
-        """
+        """Builds CLIP's own tokenizer from the file in an installed open_clip, not imported."""
         spec = importlib.util.find_spec("open_clip")
         file = epath.Path(spec.origin).parent / MERGES_FILE if spec and spec.origin else None
         if file is None or not file.is_file():
@@ -125,7 +108,6 @@ class ClipTokenizer(base.Tokenizer):
         return model
 
     def _make_model(self) -> tokenizers.Tokenizer:
-        """The library's model for clean text."""
         library = base.import_tokenizers()
         # The suffix makes the library merge "</w>" with the last symbol of a word, as CLIP does.
         merges = [tuple(merge.split()) for merge in self._merges]

@@ -1,12 +1,12 @@
-"""Subwords: a tokenizer.json of the Hugging Face `tokenizers` library, or one trained here."""
+"""Subwords (a tokenizer.json of the Hugging Face library, or one trained here), and bytes."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from vlp_jax.data.tokenizers import base, files
+from vlp_jax.data.tokenizers import base
 from vlp_jax.errors import UserError
 from vlp_jax.files import write_whole
 
@@ -26,10 +26,8 @@ class SubwordTokenizer(base.Tokenizer):
 
     The file's own post-processing, truncation and padding are not used. Text that spells a special
     token ("<eos>") is encoded as text. Without a token for padding, as in CLIP's file, eos pads;
-    without one for bos, as in SigLIP's, rows begin with the text.
-
-    Raises:
-      UserError: if the file lacks a special token for eos.
+    without one for bos, as in SigLIP's, rows begin with the text; without one for eos it is an
+    error.
     """
 
     kind = "subword"
@@ -51,13 +49,8 @@ class SubwordTokenizer(base.Tokenizer):
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], context_length: int) -> SubwordTokenizer:
-        """Reads a tokenizer.json.
-
-        Raises:
-          UserError: if the file does not exist, is not one, or lacks special tokens.
-        """
         library = base.import_tokenizers()
-        content = files.read(path, "subword")
+        content = base.read_file(path, "subword")
         try:
             model = library.Tokenizer.from_str(content.decode())
         except Exception as error:  # the library raises plain Exception for every kind of damage
@@ -66,11 +59,9 @@ class SubwordTokenizer(base.Tokenizer):
         return cls(model, context_length, str(path))
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes a tokenizer.json."""
         write_whole(path, self._file)
 
     def library_model(self) -> tokenizers.Tokenizer:
-        """The model of the file."""
         return base.import_tokenizers().Tokenizer.from_str(self._file)
 
 
@@ -79,13 +70,8 @@ def train_subword(
 ) -> SubwordTokenizer:
     """Trains a byte-level BPE (Sennrich et al. 2016; Radford et al. 2019), which any text survives.
 
-    Args:
-      texts: what to train on; the same texts in any order give the same tokenizer.
-      vocab_size: an upper bound; few texts give fewer tokens.
-      context_length: the length of the rows of ids.
-
-    Raises:
-      UserError: for a vocabulary that does not hold the 256 bytes and 3 special tokens, or no text.
+    The same texts in any order give the same tokenizer. `vocab_size` is an upper bound: few texts
+    give fewer tokens. It must hold the 256 bytes and 3 special tokens.
     """
     if vocab_size < _MIN_VOCAB:
         raise UserError(
@@ -115,3 +101,34 @@ def _special_id(model: tokenizers.Tokenizer, names: Sequence[str]) -> int | None
     """The id of the first of these names that the model has."""
     ids = (model.token_to_id(name) for name in names)
     return next((token_id for token_id in ids if token_id is not None), None)
+
+
+class ByteTokenizer(base.Tokenizer):
+    """UTF-8 bytes: byte b is id b + 3; see `Tokenizer`."""
+
+    kind = "bytes"
+    pad_id, eos_id, bos_id = base.PAD_ID, base.EOS_ID, base.BOS_ID
+    vocab_size = 256 + len(base.SPECIAL_TOKENS)
+
+    def __init__(self, context_length: int) -> None:
+        super().__init__(self.library_model(), context_length)
+        self._model.encode_special_tokens = True  # a text that spells one is text
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], context_length: int) -> ByteTokenizer:
+        """Looks at the file that `save` wrote, which holds nothing but the kind."""
+        base.read_file(path, cls.kind)
+        return cls(context_length)
+
+    def library_model(self) -> Any:
+        """A byte-level BPE without merges."""
+        library = base.import_tokenizers()
+        names = [*base.SPECIAL_TOKENS, *base.byte_symbols()]
+        vocab = {name: i for i, name in enumerate(names)}
+        model = library.Tokenizer(library.models.BPE(vocab=vocab, merges=[]))
+        model.add_special_tokens(list(base.SPECIAL_TOKENS))
+        model.pre_tokenizer = library.pre_tokenizers.ByteLevel(
+            add_prefix_space=False, use_regex=False
+        )
+        model.decoder = library.decoders.ByteLevel()
+        return model
