@@ -309,7 +309,8 @@ def make_captioning(
     decoder = {**published, **decoder}
     attention = decoder.pop("attention", how.attention)
     if 0 < parallel_share < 1:  # refuse here what would fail only when the step is traced
-        AttentionMask(causal=True, prefix=jnp.zeros(1, jnp.int32)).check(attention, HOLDS.get(attention, ()))
+        mask = AttentionMask(causal=True, prefix=jnp.zeros(1, jnp.int32))
+        mask.check(attention, HOLDS.get(attention, ()))
     token = {"class_token": image.get("pooling", "none") == "cls"}
     model = Captioner(
         config_lib.build(
