@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -23,25 +23,20 @@ from vlp_jax.interop.base import Extras
 from vlp_jax.interop.transfer import Model
 from vlp_jax.interop.trees import image_of, plain, to_tree
 from vlp_jax.models.coca import CoCa
-from vlp_jax.models.dual_encoder import DualEncoder
 from vlp_jax.models.masked_autoencoder import MaskedAutoencoder
 from vlp_jax.models.masking import kept_patches, mask_from_noise
+from vlp_jax.models.vit import VisionTransformer
 
-# Format -> the distribution that loads it; None if none can be installed.
+# Format, up to its first "_" -> the distribution that loads it; None if none can be installed.
 LIBRARIES: dict[str, str | None] = {
-    "big_vision": None,
+    "big": None,
     "hf": "transformers",
-    "hf_clip": "transformers",
-    "hf_siglip": "transformers",
-    "hf_vit": "transformers",
-    "hf_vit_mae": "transformers",
-    "open_clip": "open_clip_torch",
+    "open": "open_clip_torch",
     "safetensors": "safetensors",
-    "saved_model": "tensorflow",
+    "saved": "tensorflow",
     "stablehlo": "jax",
     "timm": "timm",
 }
-ARTIFACTS = ("stablehlo", "saved_model")
 # Largest difference of unit vectors, features and logits, relative to our largest number (at least
 # 1). Libraries round products in bfloat16 in different orders.
 TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2}
@@ -65,7 +60,7 @@ def verify(
     Raises:
       UserError: the library cannot load the export, or computes something else.
     """
-    library = LIBRARIES[format]
+    library = LIBRARIES[format.split("_")[0]]
     if library is None:
         return {"skipped": f"no package of {format} can be installed to load it with"}
     # The library reads rounded weights. If ours were not rounded as well, the difference would
@@ -75,7 +70,7 @@ def verify(
     answer, theirs = run_foreign(library, directory, inputs, format)
     if theirs is None:
         return answer
-    if format in ARTIFACTS:
+    if library in ("jax", "tensorflow"):
         ours = _offered(rounded, extras, inputs)
     elif format == "safetensors":
         ours = rounded.params
@@ -95,8 +90,8 @@ def verify(
 def batch_of(model: Model, extras: Extras) -> dict[str, np.ndarray]:
     """Makes a random batch, always the same for a model.
 
-    Its keys are `image` (uint8), `pixels` (the same images normalized, channels first), `text`,
-    `noise`, and `pooling` (the image tower's).
+    Its keys are `image` (uint8), `pixels` (the same images normalized, channels first), `text`
+    (of different lengths, with end of text and padding), `noise`, and the image tower's `pooling`.
     """
     rng, vit = np.random.default_rng(0), image_of(model.module)
     image = rng.integers(0, 256, (BATCH, *vit.image_size, 3), np.uint8)
@@ -109,19 +104,14 @@ def batch_of(model: Model, extras: Extras) -> dict[str, np.ndarray]:
         "pooling": np.asarray(vit.pooling),
     }
     if "text" in model.module.towers():
-        batch["text"] = _texts(rng, model.module.text)
+        text = model.module.text
+        ids = rng.integers(0, text.vocab_size, (BATCH, text.context_length)).astype(np.int32)
+        # An end of text or padding in the middle would end the text earlier than `end` below.
+        ids[np.isin(ids, (text.eos_id, text.pad_id))] = min(3, text.vocab_size - 1)
+        for row, end in zip(ids, rng.integers(1, text.context_length, BATCH), strict=True):
+            row[end], row[end + 1 :] = text.eos_id, text.pad_id
+        batch["text"] = ids
     return batch
-
-
-def _texts(rng: np.random.Generator, text: Any) -> np.ndarray:
-    """Makes token ids of texts with different lengths, with end of text and padding."""
-    ids = rng.integers(0, text.vocab_size, (BATCH, text.context_length)).astype(np.int32)
-    # An end of text or padding in the middle would end the text earlier than `end` below.
-    ids[np.isin(ids, (text.eos_id, text.pad_id))] = min(3, text.vocab_size - 1)
-    for row, end in enumerate(rng.integers(1, text.context_length, BATCH)):
-        ids[row, end] = text.eos_id
-        ids[row, end + 1 :] = text.pad_id
-    return ids
 
 
 def run_foreign(
@@ -139,22 +129,9 @@ def run_foreign(
     with tempfile.TemporaryDirectory() as scratch:
         there, back = Path(scratch, "inputs.npz"), Path(scratch, "outputs.npz")
         np.savez(there, **inputs)
-        done = subprocess.run(
-            # -I ignores the current folder and PYTHONPATH, where vlp_jax may be.
-            [
-                sys.executable,
-                "-I",
-                "-B",
-                program,
-                library,
-                os.fspath(directory.resolve()),
-                there,
-                back,
-            ],
-            capture_output=True,
-            text=True,
-            cwd=scratch,
-        )
+        # -I ignores the current folder and PYTHONPATH, where vlp_jax may be.
+        command = [sys.executable, "-I", "-B", program, library, directory.resolve(), there, back]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=scratch)
         if done.returncode:
             # The last line of a traceback names the error.
             reason = (done.stderr.strip().splitlines() or [f"status {done.returncode}"])[-1]
@@ -194,13 +171,11 @@ def _offered(
 ) -> dict[str, np.ndarray]:
     """Computes the functions of an artifact on the batch, in float32 and without the artifact."""
     # The parameters are rounded already, and float32 stores them as they are.
-    whole = Extras(**{**vars(extras), "weights": "float32"})
-    return {
-        function.name: np.asarray(
-            jax.jit(function.call)(function.weights, *(inputs[x.name] for x in function.inputs))
-        )
-        for function in artifact_functions(model.module, model.params, whole)
-    }
+    whole = dataclasses.replace(extras, weights="float32")
+    outputs = {}
+    for f in artifact_functions(model.module, model.params, whole):
+        outputs[f.name] = jax.jit(f.call)(f.weights, *(inputs[x.name] for x in f.inputs))
+    return outputs
 
 
 def _computed(
@@ -208,21 +183,19 @@ def _computed(
 ) -> dict[str, np.ndarray]:
     """Computes our outputs on the batch, in float32, with the names in foreign/check.py."""
     module = plain(model.module)
+    apply, image = jax.jit(module.apply), inputs["image"]
     tree = {"params": to_tree(module, model.params)}
     if isinstance(module, MaskedAutoencoder):
         kept = kept_patches(module.image.patches, extras.mask_ratio)
         mask = mask_from_noise(jnp.asarray(inputs["noise"]), kept)
-        return {"prediction": np.asarray(jax.jit(module.apply)(tree, inputs["image"], mask))}
-    if isinstance(module, DualEncoder | CoCa):
-        out = jax.jit(module.apply)(tree, inputs["image"], inputs["text"])
-        out = {name: np.asarray(x) for name, x in out.items()}
-        logits = np.exp(out["logit_scale"]) * out["image"] @ out["text"].T + out["logit_bias"]
-        outputs = {"image": out["image"], "text": out["text"], "logits": logits}
-        if isinstance(module, DualEncoder):
-            return outputs
-        seen = module.apply(tree, inputs["image"], method="look")
+        return {"prediction": apply(tree, image, mask)}
+    if isinstance(module, VisionTransformer):
+        return {"features": apply(tree, inputs["pixels"].transpose(0, 2, 3, 1))}
+    out = {name: np.asarray(x) for name, x in apply(tree, image, inputs["text"]).items()}
+    logits = np.exp(out["logit_scale"]) * out["image"] @ out["text"].T + out["logit_bias"]
+    outputs = {"image": out["image"], "text": out["text"], "logits": logits}
+    if isinstance(module, CoCa):
+        seen = module.apply(tree, image, method="look")
         scores = module.apply(tree, inputs["text"], seen, method="score_tokens")
-        # open_clip does not score the token after the last one.
-        return outputs | {"scores": np.asarray(scores)[:, :-1]}
-    pixels = np.asarray(inputs["pixels"]).transpose(0, 2, 3, 1)
-    return {"features": np.asarray(jax.jit(module.apply)(tree, pixels))}
+        outputs["scores"] = scores[:, :-1]  # open_clip does not score the token after the last one
+    return outputs

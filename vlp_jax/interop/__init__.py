@@ -16,17 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from vlp_jax.errors import UserError, unknown_key_message
-from vlp_jax.interop import (
-    big_vision,
-    hf,
-    hf_clip,
-    hf_siglip,
-    hf_vit,
-    hf_vit_mae,
-    native,
-    open_clip,
-    timm,
-)
+from vlp_jax.interop import big_vision, hf, native, open_clip, timm
 from vlp_jax.interop.base import Extras, Format, Imported, differences
 from vlp_jax.interop.precision import rounded
 from vlp_jax.interop.trees import (
@@ -39,15 +29,12 @@ from vlp_jax.interop.trees import (
 )
 
 FORMATS: dict[str, Format] = {
-    "big_vision": big_vision,
-    "hf": hf,
-    "hf_clip": hf_clip,
-    "hf_siglip": hf_siglip,
-    "hf_vit": hf_vit,
-    "hf_vit_mae": hf_vit_mae,
-    "open_clip": open_clip,
-    "safetensors": native,
-    "timm": timm,
+    "big_vision": big_vision.FORMAT,
+    "hf": hf.FORMAT,
+    **{f"hf_{model_type}": format for model_type, format in hf.BY_MODEL_TYPE.items()},
+    "open_clip": open_clip.FORMAT,
+    "safetensors": native.FORMAT,
+    "timm": timm.FORMAT,
 }
 
 
@@ -118,13 +105,13 @@ def write(
         if key not in known:
             raise UserError(unknown_key_message(key, known, "the export's settings"))
     given, chosen = Extras(**extras), format_named(format)
-    if isinstance(module, chosen.KINDS):
+    if isinstance(module, chosen.kinds):
         problems = chosen.check(module, given)
     else:
-        held = " or ".join(kind.IS for kind in chosen.KINDS)
+        held = " or ".join(kind.IS for kind in chosen.kinds)
         problems = [f"it holds {held}, not a {type(module).__name__}"]
-    if given.weights not in chosen.HOLDS:
-        problems.append(no_place_for(format, given.weights, chosen.HOLDS))
+    if given.weights not in chosen.holds:
+        problems.append(no_place_for(format, given.weights, chosen.holds))
     if problems:
         raise UserError(f"this model cannot be written as {format}: {'; '.join(problems)}")
     check_params(module, params)
@@ -133,7 +120,7 @@ def write(
 
 def no_place_for(format: str, weights: str, holds: tuple[str, ...]) -> str:
     """Explains that a format cannot store weights of some kind, and names the ones that can."""
-    able = [name for name, known in FORMATS.items() if weights in known.HOLDS]
+    able = [name for name, known in FORMATS.items() if weights in known.holds]
     return (
         f"{format} has no place for weights in {weights} (it takes {' or '.join(holds)}; "
         f"{', '.join(able)} and stablehlo take {weights})"

@@ -25,7 +25,7 @@ import numpy as np
 
 from vlp_jax.errors import UserError
 from vlp_jax.interop import base, files
-from vlp_jax.interop.base import Extras, Imported
+from vlp_jax.interop.base import Extras, Format, Imported
 from vlp_jax.interop.files import Tensors
 from vlp_jax.interop.tables import BATCHED, SCALAR, Entry, Table, from_theirs, shorten, to_theirs
 from vlp_jax.interop.trees import Module, Params, expected_shapes, image_of
@@ -35,9 +35,6 @@ from vlp_jax.models.values import Pixels
 from vlp_jax.models.vit import VisionTransformer
 
 MODEL = "big_vision"
-KINDS = (DualEncoder, VisionTransformer)
-LOADED_BY = 'numpy.load("{}/model.npz")'
-HOLDS = ("float32",)  # .npz cannot store bfloat16
 FILE = "model.npz"
 LEFT_OUT = ("head/kernel", "head/bias", "pre_logits/kernel", "pre_logits/bias")  # a classifier
 
@@ -127,7 +124,7 @@ def _norm(ours: str, theirs: str) -> Table:
     return [Entry(f"{ours}/{name}", f"{theirs}/{name}") for name in ("scale", "bias")]
 
 
-def read(path: Path, like: Module | None = None) -> Imported:
+def _read(path: Path, like: Module | None = None) -> Imported:
     """Reads an .npz, or the only one in a folder.
 
     An image tower alone becomes a `VisionTransformer`. `like` supplies a grid of patches that is
@@ -169,7 +166,7 @@ def read(path: Path, like: Module | None = None) -> Imported:
     return Imported(module, params, notes)
 
 
-def check(module: Module, extras: Extras) -> list[str]:
+def _check(module: Module, extras: Extras) -> list[str]:
     """Returns a line for each property of a module that big_vision cannot express.
 
     A head without a bias can be expressed: it is written with a bias of zeros.
@@ -189,7 +186,7 @@ def check(module: Module, extras: Extras) -> list[str]:
     return problems
 
 
-def write(module: Module, params: Params, directory: Path, extras: Extras) -> list[Path]:
+def _write(module: Module, params: Params, directory: Path, extras: Extras) -> list[Path]:
     """Writes an .npz with separate layers, and with "params/" before every key."""
     pair = "text" in module.towers()
     vit, params = base.with_position_table(image_of(module), params)
@@ -308,3 +305,11 @@ def _sizes(tensors: Tensors, encoder: str, width: int, where: Path) -> dict[str,
         "mlp_dim": base.shape_of(tensors, f"{block}0/MlpBlock_0/Dense_0/kernel", 2, where)[1],
         "heads": base.shape_of(tensors, query, 3, where)[1],
     }
+
+
+FORMAT = Format(
+    (DualEncoder, VisionTransformer),
+    'numpy.load("{}/model.npz")',
+    ("float32",),  # .npz cannot store bfloat16
+    *(_read, _check, _write),
+)

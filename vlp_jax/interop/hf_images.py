@@ -114,14 +114,14 @@ def write(module: Module, directory: Path, extras: Extras, kind: str) -> Path:
     """Writes preprocessor_config.json.
 
     Args:
-      kind: the class of the image processor without a crop; with a crop it is CLIP's.
+      kind: a key of `DEFAULTS`, the class without a crop; with a crop it is CLIP's.
     """
     pixels = extras.pixels_of(module)
     height, width = base.image_of(module).image_size
     crop = extras.resize == "crop" or extras.scale is not None
-    kind = "CLIPImageProcessor" if crop else kind
+    kind = "CLIP" if crop else kind
     config: dict[str, Any] = {
-        "image_processor_type": kind,
+        "image_processor_type": f"{kind}ImageProcessor",
         "do_convert_rgb": True,
         "do_resize": True,
         "size": {"height": height, "width": width},
@@ -132,7 +132,7 @@ def write(module: Module, directory: Path, extras: Extras, kind: str) -> Path:
         "image_mean": list(pixels.mean),
         "image_std": list(pixels.std),
     }
-    if kind == "CLIPImageProcessor":  # its default is to crop
+    if kind == "CLIP":  # its default is to crop
         config["do_center_crop"] = crop
     if crop:
         config["crop_size"] = {"height": height, "width": width}

@@ -25,9 +25,14 @@ TOLERANCE = 1e-4  # of the test: float32 sums in another order
 
 def how_to_load(format: str, directory: Path) -> str:
     """Returns a line of Python that loads the folder of a written model."""
-    architectures = files.load_json_if_there(directory / "config.json").get("architectures", [""])
-    line = interop.FORMATS[format].LOADED_BY
-    return line.format(directory, architecture=architectures[0])
+    line = interop.FORMATS[format].loaded_by
+    return line.format(directory, architecture=architecture_in(directory))
+
+
+def architecture_in(directory: Path) -> str:
+    """Returns the class of `transformers` that a folder is for, or ""."""
+    config = files.load_json_if_there(directory / "config.json")
+    return config.get("architectures", [""])[0]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +53,7 @@ def fitting_part(format: str, model: Model) -> tuple[Model, str]:
     Raises:
       UserError: there is no such format.
     """
-    kinds = interop.format_named(format).KINDS
+    kinds = interop.format_named(format).kinds
     if isinstance(model.module, kinds) or VisionTransformer not in kinds:
         return model, ""
     params = {path: x for path, x in model.params.items() if path.startswith("image/")}

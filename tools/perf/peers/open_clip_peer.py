@@ -9,7 +9,8 @@ from typing import Any
 from tools.perf.peers.timm_peer import timm_arguments
 from tools.perf.peers.torch_step import Recipe
 from vlp_jax.interop.base import Extras
-from vlp_jax.interop.open_clip_config import native_config, text_config
+from vlp_jax.interop.open_clip import text_config
+from vlp_jax.interop.open_clip_common import native_config
 from vlp_jax.models.dual_encoder import DualEncoder
 from vlp_jax.objectives import Objective
 from vlp_jax.objectives.contrastive import Contrastive

@@ -185,11 +185,6 @@ LIBRARIES = {
 }
 
 
-def as_array(x: Any) -> Any:
-    """Converts a library's tensor to a NumPy array."""
-    return x.detach().numpy() if hasattr(x, "detach") else x
-
-
 def main(library: str, folder: str, inputs: str, outputs: str) -> int:
     """Runs the program; see the module's docstring."""
     # Before the libraries are imported, which read these then.
@@ -204,7 +199,8 @@ def main(library: str, folder: str, inputs: str, outputs: str) -> int:
 
     with np.load(inputs, allow_pickle=False) as arrays:
         results = compute(Path(folder), {name: arrays[name] for name in arrays.files})
-    np.savez(outputs, **{name: as_array(x) for name, x in results.items()})
+    tensors = {name: x for name, x in results.items() if hasattr(x, "detach")}
+    np.savez(outputs, **results | {name: x.detach().numpy() for name, x in tensors.items()})
     if any(name.partition(".")[0] == "vlp_jax" for name in sys.modules):
         raise AssertionError("vlp_jax was imported")
     print(json.dumps({"library": library, "version": version_of(library)}))
