@@ -15,9 +15,9 @@ from PIL import Image
 from vlp_jax import interop
 from vlp_jax.data.image_ops.upright import upright_rgb
 from vlp_jax.data.tokenizers.subword import train_subword
-from vlp_jax.handover import artifacts, stablehlo
+from vlp_jax.handover import artifacts
+from vlp_jax.handover.artifacts import artifact_functions
 from vlp_jax.handover.foreign import run_stablehlo
-from vlp_jax.handover.functions import artifact_functions
 from vlp_jax.interop import precision
 from vlp_jax.interop.base import Extras
 from vlp_jax.interop.hf_tokenizer import TokenizerFiles
@@ -190,7 +190,7 @@ def test_functions_take_only_the_weights_they_need():
     image, text = artifact_functions(module, random_params(module), Extras())
     assert {key.split("/")[0] for key in image.weights} == {"image", "image_projection"}
     assert {key.split("/")[0] for key in text.weights} == {"text", "text_projection"}
-    assert stablehlo.PLATFORMS == ("cpu", "cuda", "tpu")
+    assert artifacts.PLATFORMS == ("cpu", "cuda", "tpu")
 
 
 def test_the_program_makes_rgb_of_odd_pictures_as_training_does():

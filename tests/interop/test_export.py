@@ -1,5 +1,6 @@
 """A run's model in other people's hands: weights, texts and images as their libraries take them."""
 
+import dataclasses
 import io
 import json
 
@@ -13,8 +14,9 @@ import timm
 import torch
 import transformers
 from foreign import assert_close, pixels
+from runs import CROP, SQUASH
 
-from vlp_jax import export
+from vlp_jax import export, interop
 from vlp_jax.data.pipeline import EvalPipeline
 from vlp_jax.data.tokenizers import ByteTokenizer, SubwordTokenizer
 from vlp_jax.interop.trees import plain
@@ -22,36 +24,11 @@ from vlp_jax.models.masking import mask_from_noise
 from vlp_jax.training import run as run_lib
 
 TEXTS = ["A red circle on the Left", "", "Größe 42 <eos> <pad>", "a very long text " * 30]
-CROP = {"resize_shortest_and_center_crop": {"size": 24, "method": "bilinear"}}
-SQUASH = {"decode_image": {}, "resize": {"size": 24}}
 
 
 def command(*arguments):
     """Without the proof in a process of its own, which tests/handover looks at."""
     return export.main([*(str(argument) for argument in arguments), "--no-verify"])
-
-
-@pytest.fixture(scope="module")
-def clip_run(tmp_path_factory):
-    workdir = tmp_path_factory.mktemp("clip")
-    preprocess = {"lowercase": {}, "decode_image": {}, **CROP}
-    config = runs.run_config(runs.CLIP, runs.SUBWORD, preprocess, ema=True)
-    objective, trees = runs.write_run(config, workdir, steps=(3, 7))
-    return workdir, objective, trees
-
-
-@pytest.fixture(scope="module")
-def siglip_run(tmp_path_factory):
-    workdir = tmp_path_factory.mktemp("siglip")
-    objective, trees = runs.write_run(runs.run_config(runs.SIGLIP, runs.BYTES, SQUASH), workdir)
-    return workdir, objective, trees
-
-
-@pytest.fixture(scope="module")
-def mae_run(tmp_path_factory):
-    workdir = tmp_path_factory.mktemp("mae")
-    objective, trees = runs.write_run(runs.run_config(runs.MAE, {}, SQUASH), workdir)
-    return workdir, objective, trees
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +60,7 @@ def ours(objective, tree, image, texts):
     return out["image"], out["text"], logits
 
 
-@pytest.mark.parametrize("step", [3, 7])
+@pytest.mark.parametrize("step", [3, pytest.param(7, marks=pytest.mark.slow)])
 def test_clip_run_as_hugging_face_takes_it(step, clip_run, tmp_path, pictures, capsys):
     workdir, objective, trees = clip_run
     chosen = [] if step == 7 else ["--step", step]
@@ -291,14 +268,13 @@ def test_a_folder_with_files_is_left_alone(clip_run, tmp_path, capsys):
 
 
 def test_a_result_that_computes_something_else_is_an_error(clip_run, tmp_path, monkeypatch, capsys):
-    from vlp_jax.interop import hf_clip
-
-    right = hf_clip.write
+    right = interop.FORMATS["hf_clip"]
 
     def wrong(module, params, directory, extras):
-        return right(module, {**params, "logit_scale": np.float32(1)}, directory, extras)
+        return right.write(module, {**params, "logit_scale": np.float32(1)}, directory, extras)
 
-    monkeypatch.setattr(hf_clip, "write", wrong)
+    faulty = dataclasses.replace(right, write=wrong)
+    monkeypatch.setitem(interop.FORMATS, "hf_clip", faulty)
     arguments = ("--workdir", clip_run[0], "--format", "hf_clip", "--output", tmp_path / "new")
     assert command(*arguments) == 2
     assert "computes something else" in capsys.readouterr().err

@@ -21,6 +21,7 @@ from foreign import (
     random_params,
     randomize,
     siglip,
+    some,
     token_ids,
     vit,
 )
@@ -133,7 +134,7 @@ def assert_computes_the_same(module, params, model):
         assert_close(ours[what], theirs[what], f"open_clip {what}")
 
 
-@pytest.mark.parametrize("name", THEIRS)
+@pytest.mark.parametrize("name", some(THEIRS, *list(THEIRS)[1:]))
 def test_reads_theirs(name, tmp_path):
     changes = THEIRS[name]
     config = {
@@ -156,7 +157,7 @@ def test_reads_theirs(name, tmp_path):
     assert_computes_the_same(imported.module, imported.params, again)
 
 
-@pytest.mark.parametrize("name", OURS)
+@pytest.mark.parametrize("name", some(OURS, "all that can be", "fixed positions, no text head"))
 def test_writes_ours(name, tmp_path):
     module = OURS[name]
     params = random_params(module)

@@ -22,8 +22,8 @@ from vlp_jax import config as config_lib
 from vlp_jax import image_size, interop
 from vlp_jax.data.tokenizers import build_tokenizer
 from vlp_jax.data.wording import Wording
+from vlp_jax.encoders.encoder import is_foreign
 from vlp_jax.encoders.foreign_texts import tokenizer_of_files
-from vlp_jax.encoders.loading import is_foreign
 from vlp_jax.errors import UserError
 from vlp_jax.interop.trees import Module, image_of
 from vlp_jax.models.coca import CoCa
@@ -206,14 +206,14 @@ def _tokenizer(
             continue
         path = None if file is None else str(folder / file)
         for pad in (None, "eos"):
-            length = text.context_length
-            section = {"name": name, "file": path, "context_length": length, "pad": pad}
-            section["vocab_size"] = None
+            section = {"name": name, "file": path, "pad": pad, "vocab_size": None}
+            section["context_length"] = text.context_length
             try:
                 ours = build_tokenizer(section, lambda: (), None)
             except UserError:  # a file of another kind; the error below names the folder
                 continue
-            if ours.vocab_size != text.vocab_size or _ends_elsewhere(text, ours):
+            ends_elsewhere = text.pooling == "eos" and text.eos_id != ours.eos_id
+            if ours.vocab_size != text.vocab_size or ends_elsewhere:
                 continue
             for operations in WORDINGS:
                 worded = Wording(tuple(operations.items()))(PROBES)
@@ -225,14 +225,9 @@ def _tokenizer(
     )
 
 
-def _ends_elsewhere(text: TextTransformer, tokenizer: Any) -> bool:
-    return text.pooling == "eos" and text.eos_id != tokenizer.eos_id
-
-
 def _section(module: Module, extras: Mapping[str, Any]) -> dict[str, Any]:
     """`config.objective` of a module; without a name for an image tower alone."""
-    known = {field.name for field in dataclasses.fields(interop.Extras)}
-    given = interop.Extras(**{key: x for key, x in extras.items() if key in known})
+    given = interop.Extras(**extras)
     pixels = given.pixels_of(module)
     section = {
         "image": _tower(make_vit, image_of(module)),

@@ -10,7 +10,7 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from vlp_jax.handover.functions import artifact_functions
+from vlp_jax.handover.artifacts import artifact_functions
 from vlp_jax.interop import precision
 from vlp_jax.interop.base import Extras
 from vlp_jax.interop.transfer import Model

@@ -17,7 +17,7 @@ import numpy as np
 
 from vlp_jax.errors import UserError
 from vlp_jax.handover import foreign
-from vlp_jax.handover.functions import artifact_functions
+from vlp_jax.handover.artifacts import artifact_functions
 from vlp_jax.interop import precision
 from vlp_jax.interop.base import Extras
 from vlp_jax.interop.transfer import Model

@@ -24,7 +24,6 @@ from vlp_jax.interop.trees import (
     Params,
     check_params,
     from_tree,
-    image_of,
     to_tree,
 )
 
@@ -36,21 +35,6 @@ FORMATS: dict[str, Format] = {
     "safetensors": native.FORMAT,
     "timm": timm.FORMAT,
 }
-
-
-@dataclasses.dataclass(frozen=True)
-class Weights:
-    """Parameters to start a model from.
-
-    Attributes:
-      params: path -> float32 array, with the source's sizes.
-      grids: path of a position table -> the rows and columns of patches that it is for.
-      notes: a line for each difference between source and model that changes outputs.
-    """
-
-    params: Params
-    grids: dict[str, tuple[int, int]]
-    notes: list[str]
 
 
 def read(spec: str, like: Module | None = None) -> Imported:
@@ -71,15 +55,14 @@ def read(spec: str, like: Module | None = None) -> Imported:
     return format_named(name).read(Path(path).expanduser(), like)
 
 
-def read_weights(spec: str, like: Module) -> Weights:
-    """Reads parameters for the model `like`, which may have other sizes; see `read`."""
+def read_weights(spec: str, like: Module) -> Imported:
+    """Reads a model to start `like` from, which may have other sizes; see `read`.
+
+    The notes also have a line for each difference that changes outputs.
+    """
     imported = read(spec, like)
-    grids = {}
-    # The decoder of a masked autoencoder has the image tower's grid.
-    for path in ("image/position_embedding", "decoder/position_embedding"):
-        if path in imported.params:
-            grids[path] = image_of(imported.module).grid
-    return Weights(imported.params, grids, imported.notes + differences(imported.module, like))
+    notes = imported.notes + differences(imported.module, like)
+    return dataclasses.replace(imported, notes=notes)
 
 
 def write(
@@ -111,20 +94,15 @@ def write(
         held = " or ".join(kind.IS for kind in chosen.kinds)
         problems = [f"it holds {held}, not a {type(module).__name__}"]
     if given.weights not in chosen.holds:
-        problems.append(no_place_for(format, given.weights, chosen.holds))
+        able = [name for name, known in FORMATS.items() if given.weights in known.holds]
+        problems.append(
+            f"{format} has no place for weights in {given.weights} (it takes "
+            f"{' or '.join(chosen.holds)}; {', '.join(able)} and stablehlo take {given.weights})"
+        )
     if problems:
         raise UserError(f"this model cannot be written as {format}: {'; '.join(problems)}")
     check_params(module, params)
     return chosen.write(module, rounded(params, given.weights), Path(directory), given)
-
-
-def no_place_for(format: str, weights: str, holds: tuple[str, ...]) -> str:
-    """Explains that a format cannot store weights of some kind, and names the ones that can."""
-    able = [name for name, known in FORMATS.items() if weights in known.holds]
-    return (
-        f"{format} has no place for weights in {weights} (it takes {' or '.join(holds)}; "
-        f"{', '.join(able)} and stablehlo take {weights})"
-    )
 
 
 def format_named(name: str) -> Format:
@@ -138,17 +116,12 @@ __all__ = [
     "FORMATS",
     "Extras",
     "Imported",
-    "Module",
-    "Params",
-    "Weights",
     "check_params",
     "differences",
     "format_named",
     "from_tree",
-    "no_place_for",
     "read",
     "read_weights",
-    "rounded",
     "to_tree",
     "write",
 ]

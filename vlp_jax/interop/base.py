@@ -55,6 +55,13 @@ class Imported:
     notes: list[str]
     extras: dict[str, Any] = dataclasses.field(default_factory=dict)
 
+    @property
+    def grids(self) -> dict[str, tuple[int, int]]:
+        """Path of a position table -> the rows and columns of patches that it is for."""
+        # The decoder of a masked autoencoder has the image tower's grid.
+        tables = ("image/position_embedding", "decoder/position_embedding")
+        return {path: image_of(self.module).grid for path in tables if path in self.params}
+
 
 @dataclasses.dataclass(frozen=True)
 class Extras:
@@ -253,6 +260,15 @@ def pair(value: Any, what: str, where: object) -> tuple[int, int]:
     if len(sides) != 2 or not all(type(side) is int and side > 0 for side in sides):
         raise UserError(f"{where}: {what} is {value!r}, neither a number nor two")
     return sides
+
+
+def three_numbers(value: Any, what: str, where: object) -> tuple[float, ...]:
+    """Reads a value for each channel, given as one number or three; raises UserError otherwise."""
+    numbers = [value] * 3 if isinstance(value, int | float) else value
+    fits = isinstance(numbers, list | tuple) and len(numbers) == 3
+    if not fits or not all(isinstance(x, int | float) for x in numbers):
+        raise UserError(f"{where}: {what} is {value!r}, not three numbers")
+    return tuple(float(x) for x in numbers)
 
 
 def one_side(value: Any, what: str, where: object) -> int:

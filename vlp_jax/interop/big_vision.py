@@ -25,9 +25,18 @@ import numpy as np
 
 from vlp_jax.errors import UserError
 from vlp_jax.interop import base, files
-from vlp_jax.interop.base import Extras, Format, Imported
+from vlp_jax.interop.base import PLAIN_TEXT, PLAIN_TOWER, Extras, Format, Imported
 from vlp_jax.interop.files import Tensors
-from vlp_jax.interop.tables import BATCHED, SCALAR, Entry, Table, from_theirs, shorten, to_theirs
+from vlp_jax.interop.tables import (
+    BATCHED,
+    QKV,
+    SCALAR,
+    Entry,
+    Table,
+    from_theirs,
+    shorten,
+    to_theirs,
+)
 from vlp_jax.interop.trees import Module, Params, expected_shapes, image_of
 from vlp_jax.models.dual_encoder import DualEncoder
 from vlp_jax.models.text import TextTransformer
@@ -36,7 +45,8 @@ from vlp_jax.models.vit import VisionTransformer
 
 MODEL = "big_vision"
 FILE = "model.npz"
-LEFT_OUT = ("head/kernel", "head/bias", "pre_logits/kernel", "pre_logits/bias")  # a classifier
+TOWERS = {"img": "image", "txt": "text"}
+CLASSIFIER = ("head/kernel", "head/bias", "pre_logits/kernel", "pre_logits/bias")
 
 # Names of early checkpoints -> today's (`fix_old_checkpoints` in models/vit.py).
 _ATTENTION = "MultiHeadDotProductAttention"
@@ -49,25 +59,15 @@ RENAMED = (
 )
 
 # Values of our fields that the format can express.
-ENCODER_HAS = {
-    "activation": ("gelu_tanh",),
-    "norm_eps": (1e-6,),
-    "qk_norm": (False,),
-    "layer_scale": (None,),
-}
+ENCODER_HAS = {"activation": ("gelu_tanh",), "norm_eps": (1e-6,)}
 IMAGE_HAS = {
     **ENCODER_HAS,
-    "registers": (0,),
+    **PLAIN_TOWER,
     "patch_bias": (True,),
     "pre_norm": (False,),
     "norm_after_pool": (False,),
 }
-TEXT_HAS = {
-    **ENCODER_HAS,
-    "causal": (False,),
-    "pooling": ("last", "map"),
-    "padding_mask": (False,),
-}
+TEXT_HAS = {**ENCODER_HAS, **PLAIN_TEXT, "causal": (False,), "pooling": ("last", "map")}
 
 
 def table(image: str = "img/") -> Table:
@@ -90,13 +90,12 @@ def table(image: str = "img/") -> Table:
 
 
 def _encoder(ours: str, theirs: str) -> Table:
-    block = f"{theirs}/encoderblock_{{i}}"
+    layers, block = f"{ours}/layers", f"{theirs}/encoderblock_{{i}}"
     return [
-        *_norm(f"{ours}/layers/norm_attention", f"{block}/LayerNorm_0"),
-        *_attention(f"{ours}/layers/attention", f"{block}/MultiHeadDotProductAttention_0"),
-        *_norm(f"{ours}/layers/norm_mlp", f"{block}/LayerNorm_1"),
-        *_dense(f"{ours}/layers/mlp/up", f"{block}/MlpBlock_0/Dense_0"),
-        *_dense(f"{ours}/layers/mlp/down", f"{block}/MlpBlock_0/Dense_1"),
+        *_norm(f"{layers}/norm_attention", f"{block}/LayerNorm_0"),
+        *_attention(f"{layers}/attention", f"{block}/{_ATTENTION}_0"),
+        *_norm(f"{layers}/norm_mlp", f"{block}/LayerNorm_1"),
+        *_mlp(f"{layers}/mlp", f"{block}/MlpBlock_0"),
         *_norm(f"{ours}/norm", f"{theirs}/encoder_norm"),
     ]
 
@@ -104,16 +103,23 @@ def _encoder(ours: str, theirs: str) -> Table:
 def _map_head(ours: str, theirs: str) -> Table:
     return [
         Entry(f"{ours}/probe", f"{theirs}/probe", BATCHED),
-        *_attention(f"{ours}/attention", f"{theirs}/MultiHeadDotProductAttention_0"),
+        *_attention(f"{ours}/attention", f"{theirs}/{_ATTENTION}_0"),
         *_norm(f"{ours}/norm", f"{theirs}/LayerNorm_0"),
-        *_dense(f"{ours}/mlp/up", f"{theirs}/MlpBlock_0/Dense_0"),
-        *_dense(f"{ours}/mlp/down", f"{theirs}/MlpBlock_0/Dense_1"),
+        *_mlp(f"{ours}/mlp", f"{theirs}/MlpBlock_0"),
     ]
 
 
 def _attention(ours: str, theirs: str) -> Table:
-    parts = ("query", "key", "value", "out")
-    return [entry for part in parts for entry in _dense(f"{ours}/{part}", f"{theirs}/{part}")]
+    return [
+        entry for part in (*QKV, "out") for entry in _dense(f"{ours}/{part}", f"{theirs}/{part}")
+    ]
+
+
+def _mlp(ours: str, theirs: str) -> Table:
+    return [
+        *_dense(f"{ours}/up", f"{theirs}/Dense_0"),
+        *_dense(f"{ours}/down", f"{theirs}/Dense_1"),
+    ]
 
 
 def _dense(ours: str, theirs: str) -> Table:
@@ -125,13 +131,9 @@ def _norm(ours: str, theirs: str) -> Table:
 
 
 def _read(path: Path, like: Module | None = None) -> Imported:
-    """Reads an .npz, or the only one in a folder.
+    """Reads an .npz, or the only one in a folder. An image tower alone becomes one of ours.
 
-    An image tower alone becomes a `VisionTransformer`. `like` supplies a grid of patches that is
-    not square, and the special tokens of texts.
-
-    Raises:
-      UserError: the file holds no model that can be expressed here.
+    `like` supplies a grid of patches that is not square, and the special tokens of texts.
     """
     weights = files.find_weights(path, (FILE,))
     notes = [
@@ -139,30 +141,28 @@ def _read(path: Path, like: Module | None = None) -> Imported:
         "images are squashed bicubically (the file does not say how they were)"
     ]
     tensors = _todays_names(files.load_tensors(weights), notes)
-    if not any(key.startswith(("img/", "txt/")) for key in tensors):
-        left_out = sorted(set(LEFT_OUT) & tensors.keys())
-        if left_out:
-            notes.append(f"left out, since the tower has no place for them: {shorten(left_out)}")
-        tensors = {key: x for key, x in tensors.items() if key not in LEFT_OUT}
-        vit, tensors = _image(tensors, "", like, weights)
-        params = from_theirs(table(""), tensors, expected_shapes(vit), weights)
-        return Imported(vit, params, notes)
-    image, tensors = _image(tensors, "img/", like, weights)
-    text = _text(tensors, like, weights)
-    embed_dim = image.width
-    if "img/head/kernel" in tensors:
-        embed_dim = base.shape_of(tensors, "img/head/kernel", 2, weights)[1]
-    module = DualEncoder(
-        image=image,
-        text=text,
-        embed_dim=embed_dim,
-        # SigLIP's initial values (Zhai et al. 2023, alg. 1). The file has the trained ones.
-        logit_scale_init=float(np.log(10)),
-        logit_bias_init=-10.0 if "b" in tensors else None,
-        image_head="linear_bias" if "img/head/kernel" in tensors else "none",
-        text_head="linear_bias" if "txt/head/kernel" in tensors else "none",
-    )
-    params = from_theirs(table(), tensors, expected_shapes(module), weights)
+    prefix = "img/" if any(key.startswith(("img/", "txt/")) for key in tensors) else ""
+    if not prefix:
+        tensors = _without(tensors, sorted(set(CLASSIFIER) & tensors.keys()), "the tower", notes)
+    module, tensors = _image(tensors, prefix, like, weights)
+    if prefix:
+        heads = {
+            name: "linear_bias" if f"{name}/head/kernel" in tensors else "none" for name in TOWERS
+        }
+        embed_dim = module.width
+        if heads["img"] != "none":
+            embed_dim = base.shape_of(tensors, "img/head/kernel", 2, weights)[1]
+        module = DualEncoder(
+            image=module,
+            text=_text(tensors, like, weights),
+            embed_dim=embed_dim,
+            # SigLIP's initial values (Zhai et al. 2023, alg. 1). The file has the trained ones.
+            logit_scale_init=float(np.log(10)),
+            logit_bias_init=-10.0 if "b" in tensors else None,
+            image_head=heads["img"],
+            text_head=heads["txt"],
+        )
+    params = from_theirs(table(prefix), tensors, expected_shapes(module), weights)
     return Imported(module, params, notes)
 
 
@@ -206,14 +206,9 @@ def _write(module: Module, params: Params, directory: Path, extras: Extras) -> l
 def _todays_names(tensors: Tensors, notes: list[str]) -> Tensors:
     """Selects a checkpoint's parameters, with separate layers and the names of today's models."""
     if any(key.startswith("params/") for key in tensors):
-        others = [key for key in tensors if not key.startswith("params/")]
-        if others:
-            notes.append(f"left out, since it is no parameter: {shorten(sorted(others))}")
-        tensors = {
-            key.removeprefix("params/"): x
-            for key, x in tensors.items()
-            if key.startswith("params/")
-        }
+        others = sorted(key for key in tensors if not key.startswith("params/"))
+        tensors = _without(tensors, others, "a model", notes)
+        tensors = {key.removeprefix("params/"): x for key, x in tensors.items()}
     renamed: Tensors = {}
     for key, x in tensors.items():
         for pattern, name in RENAMED:
@@ -232,16 +227,36 @@ def _todays_names(tensors: Tensors, notes: list[str]) -> Tensors:
     return renamed
 
 
+def _without(tensors: Tensors, keys: list[str], what: str, notes: list[str]) -> Tensors:
+    """Leaves tensors out, and notes them."""
+    if keys:
+        notes.append(f"left out, since {what} has no place for them: {shorten(keys)}")
+    return {key: x for key, x in tensors.items() if key not in keys}
+
+
 def _image(
     tensors: Tensors, prefix: str, like: Module | None, where: Path
 ) -> tuple[VisionTransformer, Tensors]:
     """Makes the image tower; returns it, and tensors with a position table for patches alone."""
-    _, _, _, width = base.shape_of(tensors, f"{prefix}embedding/kernel", 4, where)
-    patch = tensors[f"{prefix}embedding/kernel"].shape[0]
-    grid, tensors = _grid(tensors, prefix, like, where)
-    class_token, pooled = f"{prefix}cls" in tensors, f"{prefix}MAPHead_0/probe" in tensors
+    patch, _, _, width = base.shape_of(tensors, f"{prefix}embedding/kernel", 4, where)
+    table, token = f"{prefix}pos_embedding", f"{prefix}cls"
+    rows = base.shape_of(tensors, table, 3, where)[1]
+    ours = None if like is None else image_of(like).patches
+
+    def fits(patches: int) -> bool:
+        return patches == ours or round(patches**0.5) ** 2 == patches
+
+    # 197 rows are 14 x 14 patches and a class token; 196 rows are patches alone.
+    with_class = rows > 1 and fits(rows - 1) and not fits(rows)
+    grid = base.grid_of(rows - with_class, like, where)
+    class_token, pooled = token in tensors, f"{prefix}MAPHead_0/probe" in tensors
     if class_token and pooled:
-        raise UserError(f"{where} has both {prefix}cls and {prefix}MAPHead_0, as no model has")
+        raise UserError(f"{where} has both {token} and {prefix}MAPHead_0, as no model has")
+    if with_class:  # the position of the class token is added to the token itself
+        positions, tensors = tensors[table], dict(tensors)
+        tensors[table] = positions[:, 1:]
+        if class_token:
+            tensors[token] = tensors[token] + positions[:, :1]
     return base.tower(
         VisionTransformer,
         where,
@@ -249,33 +264,9 @@ def _image(
         patch_size=patch,
         pooling="map" if pooled else "cls" if class_token else "mean",
         class_token=class_token,
-        # `_grid` has added the class token's position, if any, to the token itself.
         class_position=not class_token,
         **_sizes(tensors, f"{prefix}Transformer", width, where),
     ), tensors
-
-
-def _grid(
-    tensors: Tensors, prefix: str, like: Module | None, where: Path
-) -> tuple[tuple[int, int], Tensors]:
-    """Returns the grid of patches, and tensors with the class token's position added to it."""
-    key = f"{prefix}pos_embedding"
-    rows = base.shape_of(tensors, key, 3, where)[1]
-    # 197 rows are 14 x 14 patches and a class token; 196 rows are patches alone.
-    with_class = rows > 1 and _is_grid(rows - 1, like) and not _is_grid(rows, like)
-    grid = base.grid_of(rows - with_class, like, where)
-    if not with_class:
-        return grid, tensors
-    table_of_both, tensors = tensors[key], dict(tensors)
-    if f"{prefix}cls" in tensors:
-        tensors[f"{prefix}cls"] = tensors[f"{prefix}cls"] + table_of_both[:, :1]
-    tensors[key] = table_of_both[:, 1:]
-    return grid, tensors
-
-
-def _is_grid(patches: int, like: Module | None) -> bool:
-    known = like is not None and image_of(like).patches == patches
-    return known or round(patches**0.5) ** 2 == patches
 
 
 def _text(tensors: Tensors, like: Module | None, where: Path) -> TextTransformer:

@@ -212,13 +212,10 @@ def _normalization(settings: Mapping[str, Any], file: Path) -> dict[str, tuple[f
     given = {"image_mean": settings["image_mean"], "image_std": settings["image_std"]}
     if not settings["do_normalize"]:
         given = {"image_mean": (0.0, 0.0, 0.0), "image_std": (1.0, 1.0, 1.0)}
-    scaled = {}
-    for name, values in given.items():
-        numbers = [values] * 3 if isinstance(values, int | float) else values
-        fits = isinstance(numbers, list | tuple) and len(numbers) == 3
-        if not fits or not all(isinstance(x, int | float) for x in numbers):
-            raise UserError(f"{file}: {name} is {values!r}, not three numbers")
-        scaled[name] = tuple(float(x) / unit for x in numbers)
+    scaled = {
+        name: tuple(x / unit for x in base.three_numbers(values, name, file))
+        for name, values in given.items()
+    }
     if not all(scaled["image_std"]):
         raise UserError(
             f"{file}: image_std is {given['image_std']!r}, and pixels are divided by it"

@@ -81,18 +81,6 @@ class TokenizerFiles:
         contents = {path.name: without_mark(path.read_bytes(), str(path)) for path in paths}
         return cls(contents, **fields) if contents.keys() - {*NAMES[-3:]} else None
 
-    def write(self, directory: Path, inputs: Sequence[str]) -> list[Path]:
-        """Writes the files.
-
-        Args:
-          inputs: the tokenizer's outputs that the model takes. A model that pools the last position
-            of a padded row takes no `attention_mask`.
-        """
-        config = json.loads(self.contents.get(CONFIG, b"{}"))
-        config["model_input_names"] = list(inputs)
-        contents = {**self.contents, CONFIG: (json.dumps(config, indent=2) + "\n").encode()}
-        return [files.save_bytes(content, directory / name) for name, content in contents.items()]
-
 
 def _unknown(model: Mapping[str, Any]) -> str | None:
     """Returns the token for unknown text; None if there is none, as with CLIP's bytes."""
@@ -102,7 +90,15 @@ def _unknown(model: Mapping[str, Any]) -> str | None:
 
 
 def write(tokenizer: TokenizerFiles | None, directory: Path, inputs: Sequence[str]) -> list[Path]:
-    """Writes the files of a tokenizer, if there is one."""
+    """Writes the files of a tokenizer, if there is one; returns them.
+
+    Args:
+      inputs: the tokenizer's outputs that the model takes. A model that pools the last position of
+        a padded row takes no `attention_mask`.
+    """
     if tokenizer is None or not tokenizer.contents:
         return []
-    return tokenizer.write(directory, inputs)
+    config = json.loads(tokenizer.contents.get(CONFIG, b"{}"))
+    config["model_input_names"] = list(inputs)
+    contents = {**tokenizer.contents, CONFIG: (json.dumps(config, indent=2) + "\n").encode()}
+    return [files.save_bytes(content, directory / name) for name, content in contents.items()]

@@ -236,16 +236,15 @@ class Source:
             self.notes.append(
                 f"{self.where} does not say how pixels are normalized: as OpenAI's CLIP"
             )
-        pixels = {}
-        for name, default in (("mean", base.OPENAI_MEAN), ("std", base.OPENAI_STD)):
-            values = section.get(name) or default
-            values = [values] * 3 if isinstance(values, int | float) else values
-            if not isinstance(values, list | tuple) or len(values) != 3:
-                raise UserError(
-                    f"{self.where}: preprocess_cfg.{name} is {values!r}, not three numbers"
+        defaults = {"mean": base.OPENAI_MEAN, "std": base.OPENAI_STD}
+        return Pixels(
+            **{
+                name: base.three_numbers(
+                    section.get(name) or default, f"preprocess_cfg.{name}", self.where
                 )
-            pixels[name] = tuple(float(x) for x in values)
-        return Pixels(**pixels)
+                for name, default in defaults.items()
+            }
+        )
 
     @functools.cached_property
     def tokenizer(self) -> TokenizerFiles | None:

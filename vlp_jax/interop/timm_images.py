@@ -47,9 +47,7 @@ def read(
     values = section(config)
     cfg = {name: values.get(name) or default for name, default in DEFAULTS.items()}
     notes.append(f"images are normalized with mean {list(cfg['mean'])}, std {list(cfg['std'])}")
-    for name in ("mean", "std"):
-        if len(cfg[name]) != 3:
-            raise UserError(f"{where}: {name} is {cfg[name]!r}, not three numbers")
+    mean, std = (base.three_numbers(cfg[name], name, where) for name in ("mean", "std"))
     input_size = tuple((values.get("input_size") or (3, *size))[1:])
     if input_size != size:
         notes.append(
@@ -73,8 +71,8 @@ def read(
     elif not squash and scale[0] == scale[1]:
         scale = scale[0]
     return {
-        "image_mean": tuple(cfg["mean"]),
-        "image_std": tuple(cfg["std"]),
+        "image_mean": mean,
+        "image_std": std,
         "resize": "squash" if squash else "crop",
         "interpolation": interpolation,
         "scale": scale,

@@ -13,6 +13,7 @@ import numpy as np
 from vlp_jax import interop
 from vlp_jax.errors import UserError
 from vlp_jax.interop import files, staging
+from vlp_jax.interop.precision import rounded
 from vlp_jax.interop.trees import Module, Params, image_of, plain, to_tree
 from vlp_jax.models.coca import CoCa
 from vlp_jax.models.dual_encoder import DualEncoder
@@ -101,7 +102,7 @@ def write_into(
         read_back = read_back.clone(pooling=module.pooling)
     weights = extras.get("weights", "float32")
     # Rounding to `weights` was asked for, so it must not count as a difference.
-    as_written = Model(module, interop.rounded(model.params, weights))
+    as_written = Model(module, rounded(model.params, weights))
     difference = deviation(as_written, Model(read_back, again.params))
     # Not `>`: a NaN compares as False, and must fail.
     if not difference <= TOLERANCE:
