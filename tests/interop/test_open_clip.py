@@ -28,7 +28,7 @@ from foreign import (
 
 from vlp_jax import interop
 from vlp_jax.errors import UserError
-from vlp_jax.interop import timm_names
+from vlp_jax.interop import timm_config
 from vlp_jax.models.values import TransformerConfig
 
 IMAGE = dict(image_size=32, patch_size=8, width=32, layers=2, head_width=8, mlp_ratio=2.5)
@@ -195,8 +195,8 @@ def small_siglip(monkeypatch):
                 return create(_name, pretrained=pretrained, **{**_args, **kwargs})
 
             monkeypatch.setitem(timm.models._registry._model_entrypoints, name, build)
-    monkeypatch.setitem(timm_names.SIZES, "tiny", TransformerConfig(32, 2, 80, 4))
-    for table in (timm_names.SIGLIP, timm_names.SIGLIP_GAP):
+    monkeypatch.setitem(timm_config.SIZES, "tiny", TransformerConfig(32, 2, 80, 4))
+    for table in (timm_config.SIGLIP, timm_config.SIGLIP_GAP):
         monkeypatch.setitem(table, ("tiny", 8), (32,))
         monkeypatch.setitem(table, ("tiny", 14), (44,))
 

@@ -24,7 +24,7 @@ from timm.models.vision_transformer import VisionTransformer
 
 from vlp_jax import interop
 from vlp_jax.errors import UserError
-from vlp_jax.interop.timm_names import SIGLIP, SIGLIP_GAP, fields_of, siglip_name
+from vlp_jax.interop.timm_config import SIGLIP, SIGLIP_GAP, fields_of, siglip_name
 from vlp_jax.models.values import tower_fields
 
 SMALL = dict(img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=4, mlp_ratio=2.5)

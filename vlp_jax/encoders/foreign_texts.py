@@ -17,7 +17,6 @@ from vlp_jax.models.text import TextTransformer
 
 CLIP_TOKENS = 49_408
 TOKEN_NAMES = tuple(f"{x}_token" for x in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
-LENGTHLESS = 10**9  # transformers writes a model_max_length above this for "no limit"
 Clean = Callable[[str], str]
 
 

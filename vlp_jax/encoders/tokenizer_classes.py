@@ -7,10 +7,9 @@ normalizes and splits texts by its own rules. `PreTrainedTokenizerFast` uses the
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 Content = dict[str, Any]  # of a tokenizer.json
 GENERIC = ("PreTrainedTokenizer", "TokenizersBackend", "PythonBackend", None)
@@ -107,8 +106,7 @@ def _frame(ids: Mapping[str, int], before: str | None, after: str) -> Content:
     }
 
 
-@dataclasses.dataclass(frozen=True)
-class TokenizerClass:
+class TokenizerClass(NamedTuple):
     """A tokenizer class that changes a tokenizer.json.
 
     Attributes:

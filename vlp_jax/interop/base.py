@@ -209,15 +209,13 @@ def square_problems(model: str, vit: VisionTransformer) -> list[str]:
     return [] if height == width else [f"{model} takes square images, not {height} x {width} ones"]
 
 
-def with_position_table(
-    vit: VisionTransformer, params: Params, prefix: str = "image"
-) -> tuple[VisionTransformer, Params]:
+def with_position_table(vit: VisionTransformer, params: Params) -> tuple[VisionTransformer, Params]:
     """Gives a tower a learned position table with a row for every token but the registers.
 
     Fixed sines and cosines become a table of them. A tower without positions gets a table of zeros.
     The row of a class token without a position is zero. The function does not change.
     """
-    path = f"{prefix}/position_embedding"
+    path = "image/position_embedding"
     if vit.position == "learned":
         table = params[path]
     elif vit.position == "sincos":
@@ -230,11 +228,7 @@ def with_position_table(
 
 
 def grid_of(patches: int, like: Module | None, where: object) -> tuple[int, int]:
-    """Returns the grid of `patches` patches: the grid of `like` if it fits, else a square.
-
-    Raises:
-      UserError: the number is not a square, and `like` does not fit.
-    """
+    """Returns the grid of `like` if it has as many patches, else a square, or a UserError."""
     if like is not None and image_of(like).patches == patches:
         return image_of(like).grid
     try:
@@ -284,6 +278,14 @@ def one_or_two(size: tuple[int, int]) -> int | list[int]:
     return size[0] if size[0] == size[1] else list(size)
 
 
+def one_of(names: Mapping[str, str], theirs: Any, what: str, where: object) -> str:
+    """Returns our name for theirs; raises UserError if there is none."""
+    ours = {value: key for key, value in names.items()}
+    if theirs not in ours:
+        raise UserError(f"{where}: {what} {theirs!r} cannot be expressed here")
+    return ours[theirs]
+
+
 def integer(config: Mapping[str, Any], name: str, where: object) -> int:
     """Reads a positive whole number from a config; raises UserError if it is none or missing."""
     value = config.get(name)
@@ -323,10 +325,7 @@ def shape_of(tensors: Mapping[str, np.ndarray], key: str, ndim: int, where: obje
 
 
 def norm_after_pool_of(like: Module | None) -> bool:
-    """Whether `like` has its last norm after the pooling.
-
-    For a class token this does not change the function, but only the paths of the parameters.
-    """
+    """Whether `like` pools a class token before its last norm, which only changes the paths."""
     vit = None if like is None else image_of(like)
     return vit is not None and vit.pooling == "cls" and vit.norm_after_pool
 
@@ -341,32 +340,23 @@ def mlp_ratio(width: int, mlp_dim: int) -> float:
 def differences(source: Module, here: Module) -> list[str]:
     """Returns a line for each field that makes two models with equal parameters differ.
 
-    If one model is an image tower alone, only the image towers are compared.
+    If one model is an image tower alone, only the image towers are compared. Models of different
+    classes have only the image tower and the normalization of pixels in common.
     """
-    towers, ours = source.towers(), here.towers()
+    towers, ours, alike = source.towers(), here.towers(), type(source) is type(here)
+    pairs = {part: (towers[part], ours[part]) for part in towers if part in ours}
+    pairs = pairs if alike else {"image": pairs["image"]}
+    if not any(module is image_of(module) for module in (source, here)):
+        pairs[""] = (source, here)
     lines = []
-    both = [part for part in towers if part in ours]  # in the model's own order
-    for part in both if type(source) is type(here) else ["image"]:
-        lines += _fields(part, towers[part], ours[part])
-    if any(module is image_of(module) for module in (source, here)):
-        return lines  # a tower alone has no fields beside the ones compared
-    # Models of different classes have only the normalization of pixels in common.
-    common = {"image_mean", "image_std"}
-    if type(source) is type(here):
-        common = set(described(source)) - set(towers)
-    return lines + _fields("", source, here, only=common)
-
-
-def _fields(part: str, source: Any, here: Any, only: set[str] | None = None) -> list[str]:
-    lines = []
-    there, ours = (described(module) for module in (source, here))
-    for name, a in there.items():
-        if name in _NO_MATTER or (only is not None and name not in only):
-            continue
-        b = ours[name]
-        if a != b and not _same(name, there, ours):
-            label = f"{part}.{name}" if part else name
-            lines.append(f"{label} is {a!r} in the source and {b!r} here")
+    for part, both in pairs.items():
+        there, ours = (described(module) for module in both)
+        skipped = _NO_MATTER | towers.keys() if part == "" else _NO_MATTER
+        for name in there if part or alike else ("image_mean", "image_std"):
+            a, b = there[name], ours[name]
+            if name not in skipped and a != b and not _same(name, there, ours):
+                label = f"{part}.{name}" if part else name
+                lines.append(f"{label} is {a!r} in the source and {b!r} here")
     return lines
 
 

@@ -19,6 +19,7 @@ are written as a learned table, because big_vision's formula differs from ours.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -45,11 +46,19 @@ from vlp_jax.models.vit import VisionTransformer
 
 MODEL = "big_vision"
 FILE = "model.npz"
+_ATTENTION = "MultiHeadDotProductAttention"
 TOWERS = {"img": "image", "txt": "text"}
+# Our modules in a layer and in the attention pooling -> their names.
+_SHARED = {
+    **{f"attention/{part}": f"{_ATTENTION}_0/{part}" for part in (*QKV, "out")},
+    "mlp/up": "MlpBlock_0/Dense_0",
+    "mlp/down": "MlpBlock_0/Dense_1",
+}
+LAYERS = {**_SHARED, "norm_attention": "LayerNorm_0", "norm_mlp": "LayerNorm_1"}
+POOLING = {**_SHARED, "norm": "LayerNorm_0"}
 CLASSIFIER = ("head/kernel", "head/bias", "pre_logits/kernel", "pre_logits/bias")
 
 # Names of early checkpoints -> today's (`fix_old_checkpoints` in models/vit.py).
-_ATTENTION = "MultiHeadDotProductAttention"
 RENAMED = (
     (r"Transformer/(posembed_input/)?pos_embedding$", "pos_embedding"),
     (r"(encoderblock(_\d+)?)/LayerNorm_2/", r"\1/LayerNorm_1/"),
@@ -72,62 +81,33 @@ TEXT_HAS = {**ENCODER_HAS, **PLAIN_TEXT, "causal": (False,), "pooling": ("last",
 
 def table(image: str = "img/") -> Table:
     """Returns the mapping; keys of the image tower begin with `image`."""
-    return [
+    towers = (("image", image, f"{image}Transformer"), ("text", "txt/", "txt/Encoder_0"))
+    entries = [
         Entry("logit_scale", "t", SCALAR),
         Entry("logit_bias", "b", SCALAR),
         Entry("image/class_token", f"{image}cls", BATCHED),
-        Entry("image/position_embedding", f"{image}pos_embedding", BATCHED),
-        *_dense("image/patch_embedding/projection", f"{image}embedding"),
-        *_encoder("image/encoder", f"{image}Transformer"),
-        *_map_head("image/pooling", f"{image}MAPHead_0"),
-        *_dense("image_projection", "img/head"),
         Entry("text/token_embedding/embedding", "txt/Embed_0/embedding"),
-        Entry("text/position_embedding", "txt/pos_embedding", BATCHED),
-        *_encoder("text/encoder", "txt/Encoder_0"),
-        *_map_head("text/pooling", "txt/MAPHead_0"),
-        *_dense("text_projection", "txt/head"),
+        *_modules({"image/patch_embedding/projection": f"{image}embedding"}),
+        *_modules({"image_projection": "img/head", "text_projection": "txt/head"}),
     ]
+    for tower, prefix, encoder in towers:
+        entries += [
+            Entry(f"{tower}/position_embedding", f"{prefix}pos_embedding", BATCHED),
+            *_modules(LAYERS, f"{tower}/encoder/layers/", f"{encoder}/encoderblock_{{i}}/"),
+            *_modules({f"{tower}/encoder/norm": f"{encoder}/encoder_norm"}),
+            Entry(f"{tower}/pooling/probe", f"{prefix}MAPHead_0/probe", BATCHED),
+            *_modules(POOLING, f"{tower}/pooling/", f"{prefix}MAPHead_0/"),
+        ]
+    return entries
 
 
-def _encoder(ours: str, theirs: str) -> Table:
-    layers, block = f"{ours}/layers", f"{theirs}/encoderblock_{{i}}"
+def _modules(names: Mapping[str, str], ours: str = "", theirs: str = "") -> Table:
+    """Maps modules of Flax, whose parameters have the same names there."""
     return [
-        *_norm(f"{layers}/norm_attention", f"{block}/LayerNorm_0"),
-        *_attention(f"{layers}/attention", f"{block}/{_ATTENTION}_0"),
-        *_norm(f"{layers}/norm_mlp", f"{block}/LayerNorm_1"),
-        *_mlp(f"{layers}/mlp", f"{block}/MlpBlock_0"),
-        *_norm(f"{ours}/norm", f"{theirs}/encoder_norm"),
+        Entry(f"{ours}{path}/{parameter}", f"{theirs}{name}/{parameter}")
+        for path, name in names.items()
+        for parameter in ("kernel", "scale", "bias")
     ]
-
-
-def _map_head(ours: str, theirs: str) -> Table:
-    return [
-        Entry(f"{ours}/probe", f"{theirs}/probe", BATCHED),
-        *_attention(f"{ours}/attention", f"{theirs}/{_ATTENTION}_0"),
-        *_norm(f"{ours}/norm", f"{theirs}/LayerNorm_0"),
-        *_mlp(f"{ours}/mlp", f"{theirs}/MlpBlock_0"),
-    ]
-
-
-def _attention(ours: str, theirs: str) -> Table:
-    return [
-        entry for part in (*QKV, "out") for entry in _dense(f"{ours}/{part}", f"{theirs}/{part}")
-    ]
-
-
-def _mlp(ours: str, theirs: str) -> Table:
-    return [
-        *_dense(f"{ours}/up", f"{theirs}/Dense_0"),
-        *_dense(f"{ours}/down", f"{theirs}/Dense_1"),
-    ]
-
-
-def _dense(ours: str, theirs: str) -> Table:
-    return [Entry(f"{ours}/{name}", f"{theirs}/{name}") for name in ("kernel", "bias")]
-
-
-def _norm(ours: str, theirs: str) -> Table:
-    return [Entry(f"{ours}/{name}", f"{theirs}/{name}") for name in ("scale", "bias")]
 
 
 def _read(path: Path, like: Module | None = None) -> Imported:

@@ -6,8 +6,8 @@ their content, not by their name, and refused before anything is loaded.
 
 from __future__ import annotations
 
+import io
 import json
-import os
 import zipfile
 import zlib
 from collections.abc import Sequence
@@ -111,13 +111,9 @@ def save_safetensors(tensors: Tensors, path: Path, narrow: bool = False) -> Path
 
 def save_npz(tensors: Tensors, path: Path) -> Path:
     """Writes arrays atomically to an .npz; returns `path`."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # Named by process, so that two writers of one file do not mix their bytes.
-    unfinished = path.with_name(f"{path.name}.{os.getpid()}.unfinished")
-    with unfinished.open("wb") as file:  # np.savez adds .npz to a name that does not end in it
-        np.savez(file, **tensors)
-    os.replace(unfinished, path)
-    return path
+    content = io.BytesIO()
+    np.savez(content, **tensors)
+    return save_bytes(content.getvalue(), path)
 
 
 def load_json(path: Path) -> dict[str, Any]:

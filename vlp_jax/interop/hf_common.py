@@ -13,7 +13,6 @@ from typing import Any
 from vlp_jax.errors import UserError
 from vlp_jax.interop import base, files, hf_images, hf_tokenizer
 from vlp_jax.interop.base import Extras
-from vlp_jax.interop.tables import Table, heads_in, heads_out, linear, norm
 from vlp_jax.interop.trees import Module
 from vlp_jax.models.vit import VisionTransformer
 
@@ -32,33 +31,28 @@ _SIZES = {
 }
 
 
-def layers_as_in_clip(ours: str, theirs: str) -> Table:
-    """Maps the layers of an encoder to the names in CLIPModel and SiglipModel."""
-    return [
-        *norm(f"{ours}/norm_attention", f"{theirs}.layer_norm1"),
-        *heads_in(f"{ours}/attention/query", f"{theirs}.self_attn.q_proj"),
-        *heads_in(f"{ours}/attention/key", f"{theirs}.self_attn.k_proj"),
-        *heads_in(f"{ours}/attention/value", f"{theirs}.self_attn.v_proj"),
-        *heads_out(f"{ours}/attention/out", f"{theirs}.self_attn.out_proj"),
-        *norm(f"{ours}/norm_mlp", f"{theirs}.layer_norm2"),
-        *linear(f"{ours}/mlp/up", f"{theirs}.mlp.fc1"),
-        *linear(f"{ours}/mlp/down", f"{theirs}.mlp.fc2"),
-    ]
-
-
-def layers_as_in_vit(ours: str, theirs: str) -> Table:
-    """Maps the layers of an encoder to the names in ViTModel and ViTMAEModel of transformers 4."""
-    attention = f"{theirs}.attention"
-    return [
-        *norm(f"{ours}/norm_attention", f"{theirs}.layernorm_before"),
-        *heads_in(f"{ours}/attention/query", f"{attention}.attention.query"),
-        *heads_in(f"{ours}/attention/key", f"{attention}.attention.key"),
-        *heads_in(f"{ours}/attention/value", f"{attention}.attention.value"),
-        *heads_out(f"{ours}/attention/out", f"{attention}.output.dense"),
-        *norm(f"{ours}/norm_mlp", f"{theirs}.layernorm_after"),
-        *linear(f"{ours}/mlp/up", f"{theirs}.intermediate.dense"),
-        *linear(f"{ours}/mlp/down", f"{theirs}.output.dense"),
-    ]
+# Our modules in the layers of an encoder -> the names in CLIPModel and SiglipModel.
+CLIP_LAYERS = {
+    "norm_attention": "layer_norm1",
+    "attention/query": "self_attn.q_proj",
+    "attention/key": "self_attn.k_proj",
+    "attention/value": "self_attn.v_proj",
+    "attention/out": "self_attn.out_proj",
+    "norm_mlp": "layer_norm2",
+    "mlp/up": "mlp.fc1",
+    "mlp/down": "mlp.fc2",
+}
+# The same -> the names in ViTModel and ViTMAEModel of transformers 4.
+VIT_LAYERS = {
+    "norm_attention": "layernorm_before",
+    "attention/query": "attention.attention.query",
+    "attention/key": "attention.attention.key",
+    "attention/value": "attention.attention.value",
+    "attention/out": "attention.output.dense",
+    "norm_mlp": "layernorm_after",
+    "mlp/up": "intermediate.dense",
+    "mlp/down": "output.dense",
+}
 
 
 def open_folder(

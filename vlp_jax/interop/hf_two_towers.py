@@ -24,6 +24,7 @@ import numpy as np
 from vlp_jax.errors import UserError
 from vlp_jax.interop import base, files, hf_common, hf_images
 from vlp_jax.interop.base import PLAIN_TEXT, PLAIN_TOWER, Extras, Format, Imported
+from vlp_jax.interop.hf_common import CLIP_LAYERS
 from vlp_jax.interop.hf_tokenizer import TokenizerFiles
 from vlp_jax.interop.tables import (
     BATCHED,
@@ -31,12 +32,9 @@ from vlp_jax.interop.tables import (
     SQUEEZED,
     Entry,
     Table,
-    convolution,
     from_theirs,
     fused,
-    heads_out,
-    linear,
-    norm,
+    modules,
     to_theirs,
 )
 from vlp_jax.interop.trees import Module, Params, expected_shapes
@@ -48,14 +46,18 @@ HIGHEST_ID = 2  # CLIP's eos_token_id that means "pool at the highest id"
 IGNORED = r"(text|vision)_model\.embeddings\.position_ids"
 
 _TOWERS: Table = [
-    *convolution("image/patch_embedding/projection", "vision_model.embeddings.patch_embedding"),
     Entry("image/position_embedding", "vision_model.embeddings.position_embedding.weight"),
-    *hf_common.layers_as_in_clip("image/encoder/layers", "vision_model.encoder.layers.{i}"),
-    *norm("image/encoder/norm", "vision_model.post_layernorm"),
     Entry("text/token_embedding/embedding", "text_model.embeddings.token_embedding.weight"),
     Entry("text/position_embedding", "text_model.embeddings.position_embedding.weight"),
-    *hf_common.layers_as_in_clip("text/encoder/layers", "text_model.encoder.layers.{i}"),
-    *norm("text/encoder/norm", "text_model.final_layer_norm"),
+    *modules(CLIP_LAYERS, "image/encoder/layers", "vision_model.encoder.layers.{i}"),
+    *modules(CLIP_LAYERS, "text/encoder/layers", "text_model.encoder.layers.{i}"),
+    *modules(
+        {
+            "image/patch_embedding/projection": "vision_model.embeddings.patch_embedding",
+            "image/encoder/norm": "vision_model.post_layernorm",
+            "text/encoder/norm": "text_model.final_layer_norm",
+        }
+    ),
 ]
 _BASE = {
     **{"hidden_size": 768, "num_hidden_layers": 12},
@@ -112,10 +114,14 @@ CLIP = TwoTowers(
         *_TOWERS,
         Entry("logit_scale", "logit_scale"),
         Entry("image/class_token", "vision_model.embeddings.class_embedding", SQUEEZED),
-        *norm("image/pre_norm", "vision_model.pre_layrnorm"),  # transformers spells it this way
-        *norm("image/norm", "vision_model.post_layernorm"),  # with norm_after_pool
-        *linear("image_projection", "visual_projection"),
-        *linear("text_projection", "text_projection"),
+        *modules(
+            {
+                "image/pre_norm": "vision_model.pre_layrnorm",  # transformers spells it this way
+                "image/norm": "vision_model.post_layernorm",  # with norm_after_pool
+                "image_projection": "visual_projection",
+                "text_projection": "text_projection",
+            }
+        ),
     ],
     defaults={"projection_dim": 512, "logit_scale_init_value": 2.6592},  # ln(1 / 0.07)
     vision={**_VISION, **_QUICK, "patch_size": 32},
@@ -149,11 +155,17 @@ SIGLIP = TwoTowers(
             "vision_model.head.attention.in_proj_weight",
             "vision_model.head.attention.in_proj_bias",
         ),
-        *heads_out("image/pooling/attention/out", "vision_model.head.attention.out_proj"),
-        *norm("image/pooling/norm", "vision_model.head.layernorm"),
-        *linear("image/pooling/mlp/up", "vision_model.head.mlp.fc1"),
-        *linear("image/pooling/mlp/down", "vision_model.head.mlp.fc2"),
-        *linear("text_projection", "text_model.head"),
+        *modules(
+            {
+                "attention/out": "attention.out_proj",
+                "norm": "layernorm",
+                "mlp/up": "mlp.fc1",
+                "mlp/down": "mlp.fc2",
+            },
+            "image/pooling",
+            "vision_model.head",
+        ),
+        *modules({"text_projection": "text_model.head"}),
     ],
     defaults={},
     vision={**_VISION, **_TANH, "patch_size": 16, "vision_use_head": True},

@@ -21,14 +21,13 @@ from vlp_jax.errors import UserError
 from vlp_jax.interop import base, files, hf_common, hf_images
 from vlp_jax.interop.base import PLAIN_TOWER, Extras, Format, Imported
 from vlp_jax.interop.files import Tensors
+from vlp_jax.interop.hf_common import VIT_LAYERS
 from vlp_jax.interop.tables import (
     BATCHED,
     Entry,
     Table,
-    convolution,
     from_theirs,
-    linear,
-    norm,
+    modules,
     shorten,
     to_theirs,
 )
@@ -42,16 +41,15 @@ VIT, MAE = ("ViTModel", "vit"), ("ViTMAEForPreTraining", "vit_mae")  # class and
 
 
 def _encoder(prefix: str = "") -> Table:
-    embeddings = f"{prefix}embeddings"
+    embeddings, norm = f"{prefix}embeddings", f"{prefix}layernorm"
     return [
         Entry("image/class_token", f"{embeddings}.cls_token", BATCHED),
         Entry("image/position_embedding", f"{embeddings}.position_embeddings", BATCHED),
-        *convolution(
-            "image/patch_embedding/projection", f"{embeddings}.patch_embeddings.projection"
+        *modules(
+            {"patch_embedding/projection": "patch_embeddings.projection"}, "image", embeddings
         ),
-        *hf_common.layers_as_in_vit("image/encoder/layers", f"{prefix}encoder.layer.{{i}}"),
-        *norm("image/encoder/norm", f"{prefix}layernorm"),
-        *norm("image/norm", f"{prefix}layernorm"),  # with norm_after_pool
+        *modules(VIT_LAYERS, "image/encoder/layers", f"{prefix}encoder.layer.{{i}}"),
+        *modules({"encoder/norm": norm, "norm": norm}, "image"),  # one of them, by norm_after_pool
     ]
 
 
@@ -60,10 +58,16 @@ MAE_TABLE: Table = [
     *_encoder("vit."),
     Entry("decoder/mask_token", "decoder.mask_token", BATCHED),
     Entry("decoder/position_embedding", "decoder.decoder_pos_embed", BATCHED),
-    *linear("decoder/embedding", "decoder.decoder_embed"),
-    *hf_common.layers_as_in_vit("decoder/encoder/layers", "decoder.decoder_layers.{i}"),
-    *norm("decoder/encoder/norm", "decoder.decoder_norm"),
-    *linear("decoder/prediction", "decoder.decoder_pred"),
+    *modules(VIT_LAYERS, "decoder/encoder/layers", "decoder.decoder_layers.{i}"),
+    *modules(
+        {
+            "embedding": "decoder_embed",
+            "encoder/norm": "decoder_norm",
+            "prediction": "decoder_pred",
+        },
+        "decoder",
+        "decoder",
+    ),
 ]
 LEFT_OUT = re.compile(r"pooler\..*|classifier\..*|decoder\..*|embeddings\.mask_token")
 

@@ -27,8 +27,8 @@ from vlp_jax.interop import open_clip_common as common
 from vlp_jax.interop.base import PLAIN_TOWER, Extras, Format, Imported
 from vlp_jax.interop.files import Tensors
 from vlp_jax.interop.open_clip_common import DECODER, MULTIMODAL, TRUNK, Source
-from vlp_jax.interop.tables import LINEAR, Entry, Table, linear, norm, to_theirs
-from vlp_jax.interop.timm_names import fields_of, siglip_name
+from vlp_jax.interop.tables import Entry, Table, modules, to_theirs
+from vlp_jax.interop.timm_config import fields_of, siglip_name
 from vlp_jax.interop.trees import Module, Params
 from vlp_jax.models.coca import CoCa
 from vlp_jax.models.dual_encoder import DualEncoder
@@ -75,15 +75,12 @@ def table(trunk: bool, text_bias: bool) -> Table:
     """
     text = "text." if trunk else ""
     if trunk:
-        image = [*timm.table(TRUNK), *linear("image_projection", "visual.head.proj")]
+        image = [*timm.table(TRUNK), *modules({"image_projection": "visual.head.proj"})]
     else:
-        image = [*common.native_tower(), Entry("image_projection/kernel", "visual.proj")]
+        image = [*common.NATIVE_TOWER, Entry("image_projection/kernel", "visual.proj")]
     head = [Entry("text_projection/kernel", f"{text}text_projection")]
     if text_bias:
-        head = [
-            Entry("text_projection/kernel", f"{text}text_projection.weight", LINEAR),
-            Entry("text_projection/bias", f"{text}text_projection.bias"),
-        ]
+        head = modules({"text_projection": f"{text}text_projection"})
     return [
         Entry("logit_scale", "logit_scale"),
         Entry("logit_bias", "logit_bias"),
@@ -91,7 +88,7 @@ def table(trunk: bool, text_bias: bool) -> Table:
         Entry("text/token_embedding/embedding", f"{text}token_embedding.weight"),
         Entry("text/position_embedding", f"{text}positional_embedding"),
         *common.layers("text/encoder/layers", f"{text}transformer.resblocks.{{i}}"),
-        *norm("text/encoder/norm", f"{text}ln_final"),
+        *modules({"text/encoder/norm": f"{text}ln_final"}),
         *head,
     ]
 
@@ -133,7 +130,11 @@ def _trunk(source: Source) -> VisionTransformer:
                 f"CLIP and SigLIP families)"
             )
         pooling = config.get("timm_pool", "avg")
-        told = {"pooling": timm.pooling_of(pooling, source.where)} if pooling else {}
+        told = (
+            {"pooling": base.one_of(timm.POOLINGS, pooling, "timm_pool", source.where)}
+            if pooling
+            else {}
+        )
         known = {**fields, **told}
     prefixed = {key for key in source.tensors if key.startswith(TRUNK)}
     tensors: Tensors = {key.removeprefix(TRUNK): source.tensors[key] for key in prefixed}
@@ -151,7 +152,7 @@ def _text(source: Source, prefix: str) -> TextTransformer:
         config = source.model["text_cfg"]
         pooling = config.get("pool_type", "argmax")
         told = {
-            "pooling": common.one_of(TEXT_POOLINGS, pooling, "pool_type", source.where),
+            "pooling": base.one_of(TEXT_POOLINGS, pooling, "pool_type", source.where),
             "causal": not config.get("no_causal_mask", False),
             # 2 is open_clip's default. The other poolings do not read the id: CLIP's last one is a
             # guess.

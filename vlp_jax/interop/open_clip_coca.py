@@ -22,24 +22,15 @@ from vlp_jax.interop.hf_tokenizer import CONFIG, TOKENIZER, TokenizerFiles
 from vlp_jax.interop.open_clip_common import (
     EPS,
     MULTIMODAL,
+    NATIVE_TOWER,
     Source,
     layers,
     layers_config,
     native_config,
-    native_tower,
     resize_problems,
     text_sizes,
 )
-from vlp_jax.interop.tables import (
-    HEADS_IN,
-    QKV,
-    SQUEEZED,
-    Entry,
-    Table,
-    fused,
-    heads_out,
-    norm,
-)
+from vlp_jax.interop.tables import HEADS_IN, QKV, SQUEEZED, Entry, Table, fused, modules
 from vlp_jax.models.coca import CoCa, check_coca
 from vlp_jax.models.coca_towers import CoCaDecoder, CoCaText
 
@@ -94,25 +85,29 @@ def table_of(module: CoCa) -> Table:
     return [
         Entry("logit_scale", "logit_scale"),
         Entry("logit_bias", "logit_bias"),
-        *native_tower(),
+        *NATIVE_TOWER,
         Entry("pooler/query", "visual.attn_pool.query"),
-        *norm("pooler/norm_query", "visual.attn_pool.ln_q"),
-        *norm("pooler/norm_tokens", "visual.attn_pool.ln_k"),
         *weights,
         bias,
-        *heads_out(f"{ours}/out", f"{theirs}.out_proj"),
-        *norm("pooler/norm", "visual.ln_post"),
         Entry("image_projection/kernel", "visual.proj"),
         Entry("text/token_embedding/embedding", "text.token_embedding.weight"),
         Entry("text/class_token", "text.cls_emb", SQUEEZED),
         Entry("text/position_embedding", "text.positional_embedding"),
         *layers("text/encoder/layers", "text.transformer.resblocks.{i}"),
-        *norm("text/norm", "text.ln_final"),
         Entry("text_projection/kernel", "text.text_projection"),
         *layers(f"{decoder}/layers/read", "text_decoder.resblocks.{i}"),
         *layers(f"{decoder}/layers/look", "text_decoder.cross_attn.{i}"),
-        *norm(f"{decoder}/layers/look/norm_context", "text_decoder.cross_attn.{i}.ln_1_kv"),
-        *norm(f"{decoder}/norm", "text_decoder.ln_final"),
+        *modules(
+            {
+                "pooler/norm_query": "visual.attn_pool.ln_q",
+                "pooler/norm_tokens": "visual.attn_pool.ln_k",
+                "pooler/attention/out": "visual.attn_pool.attn.out_proj",
+                "pooler/norm": "visual.ln_post",
+                "text/norm": "text.ln_final",
+                f"{decoder}/layers/look/norm_context": "text_decoder.cross_attn.{i}.ln_1_kv",
+                f"{decoder}/norm": "text_decoder.ln_final",
+            }
+        ),
         Entry("decoder/scores/kernel", "text_decoder.text_projection"),
     ]
 

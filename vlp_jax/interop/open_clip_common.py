@@ -17,17 +17,7 @@ from vlp_jax.interop import base, files
 from vlp_jax.interop.base import Extras, Imported
 from vlp_jax.interop.files import Tensors
 from vlp_jax.interop.hf_tokenizer import TokenizerFiles
-from vlp_jax.interop.tables import (
-    CONV,
-    SQUEEZED,
-    Entry,
-    Table,
-    from_theirs,
-    fused,
-    heads_out,
-    linear,
-    norm,
-)
+from vlp_jax.interop.tables import SQUEEZED, Entry, Table, from_theirs, fused, modules
 from vlp_jax.interop.trees import Module, expected_shapes, image_of
 from vlp_jax.models.coca_towers import CoCaText
 from vlp_jax.models.text import TextTransformer
@@ -52,34 +42,45 @@ TOKENIZER_KEYS = ("tokenizer_kwargs", "tokenizer_mode")
 RESIZE_MODES = ("shortest", "longest", "squash")
 
 
-def native_tower() -> Table:
-    """Maps open_clip's native image tower."""
-    return [
-        Entry("image/class_token", "visual.class_embedding", SQUEEZED),
-        Entry("image/position_embedding", "visual.positional_embedding"),
-        Entry("image/patch_embedding/projection/kernel", "visual.conv1.weight", CONV),
-        *norm("image/pre_norm", "visual.ln_pre"),
-        *layers("image/encoder/layers", "visual.transformer.resblocks.{i}"),
-        *norm("image/encoder/norm", "visual.ln_post"),
-        *norm("image/norm", "visual.ln_post"),  # with norm_after_pool
-    ]
+NATIVE_TOWER: Table = [
+    Entry("image/class_token", "visual.class_embedding", SQUEEZED),
+    Entry("image/position_embedding", "visual.positional_embedding"),
+    *modules(
+        {
+            "patch_embedding/projection": "conv1",
+            "pre_norm": "ln_pre",
+            "encoder/norm": "ln_post",
+            "norm": "ln_post",  # with norm_after_pool
+        },
+        "image",
+        "visual",
+    ),
+]
 
 
 def layers(ours: str, theirs: str) -> Table:
-    """Maps the layers of a tower, or a single layer if `theirs` has no `{i}`."""
-    attention = f"{theirs}.attn"
+    """Maps the layers of a tower."""
     return [
-        *norm(f"{ours}/norm_attention", f"{theirs}.ln_1"),
-        *fused(f"{ours}/attention", f"{attention}.in_proj_weight", f"{attention}.in_proj_bias"),
-        *norm(f"{ours}/attention/query_norm", f"{attention}.ln_q"),
-        *norm(f"{ours}/attention/key_norm", f"{attention}.ln_k"),
-        *heads_out(f"{ours}/attention/out", f"{attention}.out_proj"),
+        *fused(f"{ours}/attention", f"{theirs}.attn.in_proj_weight", f"{theirs}.attn.in_proj_bias"),
+        *modules(
+            {
+                "norm_attention": "ln_1",
+                "attention/query_norm": "attn.ln_q",
+                "attention/key_norm": "attn.ln_k",
+                "attention/out": "attn.out_proj",
+                "norm_mlp": "ln_2",
+                "mlp/up": "mlp.c_fc",
+                "mlp/down": "mlp.c_proj",
+            },
+            ours,
+            theirs,
+        ),
         Entry(f"{ours}/layer_scale_attention/scale", f"{theirs}.ls_1.gamma"),
-        *norm(f"{ours}/norm_mlp", f"{theirs}.ln_2"),
-        *linear(f"{ours}/mlp/up", f"{theirs}.mlp.c_fc"),
-        *linear(f"{ours}/mlp/down", f"{theirs}.mlp.c_proj"),
         Entry(f"{ours}/layer_scale_mlp/scale", f"{theirs}.ls_2.gamma"),
     ]
+
+
+NATIVE_TOWER += layers("image/encoder/layers", "visual.transformer.resblocks.{i}")
 
 
 @dataclasses.dataclass
@@ -206,7 +207,7 @@ class Source:
             size = (grid[0] * patch, grid[1] * patch)
         else:
             config = self.model["vision_cfg"]
-            pooling = one_of(POOLINGS, config.get("pool_type", "tok"), "pool_type", self.where)
+            pooling = base.one_of(POOLINGS, config.get("pool_type", "tok"), "pool_type", self.where)
             after = bool(config.get("final_ln_after_pool", False))
             # Both orders compute the same; `like` says which paths the parameters should have.
             after = base.norm_after_pool_of(self.like) if pooling == "cls" else after
@@ -308,14 +309,6 @@ def _plain_keys(tensors: Tensors) -> Tensors:
         # A model with `nonscalar_logit_scale` stores both as arrays of one number.
         plain[key] = x.reshape(()) if key in ("logit_scale", "logit_bias") and x.size == 1 else x
     return plain
-
-
-def one_of(names: Mapping[str, str], theirs: Any, what: str, where: object) -> str:
-    """Returns our name for theirs; raises UserError if there is none."""
-    ours = {value: key for key, value in names.items()}
-    if theirs not in ours:
-        raise UserError(f"{where}: {what} {theirs!r} cannot be expressed here")
-    return ours[theirs]
 
 
 def native_config(vit: VisionTransformer) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import einops
@@ -129,23 +129,30 @@ class Entry:
 Table = list[Entry]
 
 
-def _layer(weight: str, axes: AxisOrder, bias_axes: AxisOrder = SAME) -> Callable[..., Table]:
-    """Returns a function (ours, theirs) -> the entries of a layer's weight and bias, if any."""
+def modules(names: Mapping[str, str], ours: str = "", theirs: str = "") -> Table:
+    """Maps modules of PyTorch with a weight, and with a bias if ours has one.
 
-    def entries(ours: str, theirs: str) -> Table:
-        return [
-            Entry(f"{ours}/{weight}", f"{theirs}.weight", axes),
-            Entry(f"{ours}/bias", f"{theirs}.bias", bias_axes),
-        ]
-
+    Args:
+      names: our path -> their name. The end of our path tells the kind of the module.
+      ours, theirs: what every path and every name begins with.
+    """
+    entries = []
+    for path, name in names.items():
+        path = f"{ours}/{path}" if ours else path
+        name = f"{theirs}.{name}" if theirs else name
+        weight, axes, bias_axes = _kind(*f"/{path}".split("/")[-2:])
+        entries.append(Entry(f"{path}/{weight}", f"{name}.weight", axes))
+        entries.append(Entry(f"{path}/bias", f"{name}.bias", bias_axes))
     return entries
 
 
-norm = _layer("scale", SAME)  # torch.nn.LayerNorm
-linear = _layer("kernel", LINEAR)
-convolution = _layer("kernel", CONV)
-heads_in = _layer("kernel", HEADS_IN, HEADS_BIAS)  # the projection to queries, keys or values
-heads_out = _layer("kernel", HEADS_OUT)  # the projection after the heads
+def _kind(parent: str, module: str) -> tuple[str, AxisOrder, AxisOrder]:
+    """Returns our name of a module's weight, and the axes of weight and bias."""
+    if "norm" in module:
+        return "scale", SAME, SAME
+    if parent == "attention":
+        return ("kernel", HEADS_OUT, SAME) if module == "out" else ("kernel", HEADS_IN, HEADS_BIAS)
+    return "kernel", CONV if parent == "patch_embedding" else LINEAR, SAME
 
 
 def fused(ours: str, weight: str, bias: str, names: Sequence[str] = QKV) -> Table:

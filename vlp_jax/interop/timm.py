@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from vlp_jax.errors import UserError
-from vlp_jax.interop import base, files, timm_images
+from vlp_jax.interop import base, files, timm_config
 from vlp_jax.interop.base import Extras, Format, Imported
 from vlp_jax.interop.files import Tensors
 from vlp_jax.interop.tables import (
@@ -32,16 +32,11 @@ from vlp_jax.interop.tables import (
     QKV,
     Entry,
     Table,
-    convolution,
     from_theirs,
     fused,
-    heads_in,
-    heads_out,
-    linear,
-    norm,
+    modules,
     to_theirs,
 )
-from vlp_jax.interop.timm_names import fields_of
 from vlp_jax.interop.trees import Module, Params, expected_shapes, image_of
 from vlp_jax.models.positions import sincos_2d
 from vlp_jax.models.values import tower_fields
@@ -51,6 +46,23 @@ MODEL = "timm's VisionTransformer"
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 HEAD = ("head.weight", "head.bias")  # a classifier, which our tower does not have
 
+# Our modules in a layer and in the attention pooling -> their names.
+LAYERS = {
+    "norm_attention": "norm1",
+    "attention/query_norm": "attn.q_norm",
+    "attention/key_norm": "attn.k_norm",
+    "attention/out": "attn.proj",
+    "norm_mlp": "norm2",
+    "mlp/up": "mlp.fc1",
+    "mlp/down": "mlp.fc2",
+}
+POOLING = {
+    "attention/query": "q",
+    "attention/out": "proj",
+    "norm": "norm",
+    "mlp/up": "mlp.fc1",
+    "mlp/down": "mlp.fc2",
+}
 POOLINGS = {"cls": "token", "mean": "avg", "map": "map", "none": ""}
 # Epsilon of the norms -> an architecture with it: `model_args` cannot express an epsilon, but they
 # override everything else.
@@ -69,33 +81,27 @@ ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu")  # the same names as ours
 
 def table(prefix: str = "") -> Table:
     """Returns the mapping, for keys that begin with `prefix`."""
-    block = f"{prefix}blocks.{{i}}"
-    layers, pool = "image/encoder/layers", f"{prefix}attn_pool"
+    layers, block, pool = "image/encoder/layers", f"{prefix}blocks.{{i}}", f"{prefix}attn_pool"
     return [
         Entry("image/class_token", f"{prefix}cls_token", BATCHED),
         Entry("image/registers", f"{prefix}reg_token", BATCHED),
         Entry("image/position_embedding", f"{prefix}pos_embed", BATCHED),
-        *convolution("image/patch_embedding/projection", f"{prefix}patch_embed.proj"),
-        *norm("image/pre_norm", f"{prefix}norm_pre"),
-        *norm(f"{layers}/norm_attention", f"{block}.norm1"),
         *fused(f"{layers}/attention", f"{block}.attn.qkv.weight", f"{block}.attn.qkv.bias"),
-        *norm(f"{layers}/attention/query_norm", f"{block}.attn.q_norm"),
-        *norm(f"{layers}/attention/key_norm", f"{block}.attn.k_norm"),
-        *heads_out(f"{layers}/attention/out", f"{block}.attn.proj"),
+        *modules(LAYERS, layers, block),
         Entry(f"{layers}/layer_scale_attention/scale", f"{block}.ls1.gamma"),
-        *norm(f"{layers}/norm_mlp", f"{block}.norm2"),
-        *linear(f"{layers}/mlp/up", f"{block}.mlp.fc1"),
-        *linear(f"{layers}/mlp/down", f"{block}.mlp.fc2"),
         Entry(f"{layers}/layer_scale_mlp/scale", f"{block}.ls2.gamma"),
-        *norm("image/encoder/norm", f"{prefix}norm"),
-        *norm("image/norm", f"{prefix}fc_norm"),
         Entry("image/pooling/probe", f"{pool}.latent", BATCHED),
-        *heads_in("image/pooling/attention/query", f"{pool}.q"),
         *fused("image/pooling/attention", f"{pool}.kv.weight", f"{pool}.kv.bias", QKV[1:]),
-        *heads_out("image/pooling/attention/out", f"{pool}.proj"),
-        *norm("image/pooling/norm", f"{pool}.norm"),
-        *linear("image/pooling/mlp/up", f"{pool}.mlp.fc1"),
-        *linear("image/pooling/mlp/down", f"{pool}.mlp.fc2"),
+        *modules(POOLING, "image/pooling", pool),
+        *modules(
+            {
+                "patch_embedding/projection": f"{prefix}patch_embed.proj",
+                "pre_norm": f"{prefix}norm_pre",
+                "encoder/norm": f"{prefix}norm",
+                "norm": f"{prefix}fc_norm",
+            },
+            "image",
+        ),
     ]
 
 
@@ -112,14 +118,14 @@ def _read(path: Path, like: Module | None = None) -> Imported:
     module, tensors = tower(tensors, known, like, weights, notes)
     params = from_theirs(table(), tensors, expected_shapes(module), weights)
     size = known.get("image_size", module.image_size)
-    return Imported(module, params, notes, timm_images.read(config, size, where, notes))
+    return Imported(module, params, notes, timm_config.read_images(config, size, where, notes))
 
 
 def _check(module: Module, extras: Extras) -> list[str]:
     problems = base.requirements(MODEL, "image", module, {"norm_eps": tuple(ARCHITECTURES)})
     if module.pre_norm and module.patch_bias:
         problems.append(f"{MODEL} with pre_norm has image.patch_bias False, not True")
-    return problems + timm_images.problems(module.image_size, extras)
+    return problems + timm_config.image_problems(module.image_size, extras)
 
 
 def _write(
@@ -136,7 +142,7 @@ def _write(
             "custom_load": False,
             "input_size": [3, *module.image_size],
             "fixed_input_size": True,
-            **timm_images.config_of(module.image_size, extras),
+            **timm_config.images_config(module.image_size, extras),
             "num_classes": 0,
             "pool_size": None,
             "first_conv": "patch_embed.proj",
@@ -248,8 +254,8 @@ def _known(config: Mapping[str, Any], where: Path, notes: list[str]) -> dict[str
     if not config:
         return {}
     name, args = str(config.get("architecture")), config.get("model_args") or {}
-    cfg = timm_images.section(config)
-    known = fields_of(name) or {}
+    cfg = timm_config.section(config)
+    known = timm_config.fields_of(name) or {}
     if not known:
         notes.append(f"{where}: nothing is known of the architecture {name} but its model_args")
     for arg, harmless in UNKNOWN_ARGS.items():
@@ -268,20 +274,12 @@ def _known(config: Mapping[str, Any], where: Path, notes: list[str]) -> dict[str
             raise UserError(f"{where}: act_layer {args['act_layer']!r} cannot be expressed here")
         known["activation"] = args["act_layer"]
     if "global_pool" in args:
-        known["pooling"] = pooling_of(args["global_pool"], where)
+        known["pooling"] = base.one_of(POOLINGS, args["global_pool"], "global_pool", where)
     if "img_size" in args or cfg.get("input_size"):
         size = args.get("img_size") or cfg["input_size"][1:]
         known["image_size"] = base.pair(size, "the image size", where)
     known["pool_include_prefix"] = bool(args.get("pool_include_prefix", False))
     return known
-
-
-def pooling_of(name: Any, where: object) -> str:
-    """Returns our name of timm's `global_pool`; raises UserError if there is none."""
-    ours = {theirs: ours for ours, theirs in POOLINGS.items()}
-    if name not in ours:
-        raise UserError(f"{where}: global_pool {name!r} cannot be expressed here")
-    return ours[name]
 
 
 def _check_prefix_pooling(

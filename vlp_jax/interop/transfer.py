@@ -47,12 +47,10 @@ class Model:
 def fitting_part(format: str, model: Model) -> tuple[Model, str]:
     """Returns the model if a format can express its class, or else its image tower.
 
-    Returns:
-      The model or tower, and a line about the parts left out ("" if there are none). If the format
-      can express neither, the model is returned, so that the format's check explains why.
+    If the format can express neither, it is the model, so that the format's check explains why.
 
-    Raises:
-      UserError: there is no such format.
+    Returns:
+      The model or tower, and a line about the parts left out ("" if there are none).
     """
     kinds = interop.format_named(format).kinds
     if isinstance(model.module, kinds) or VisionTransformer not in kinds:
@@ -116,7 +114,7 @@ def write_into(
 def deviation(one: Model, other: Model) -> float:
     """Computes the largest absolute difference of two models' features of a random input.
 
-    Features are compared before normalization, because normalization would hide a wrong scale.
+    They are also compared before normalization, which would hide a wrong scale.
     """
     computed = [_features(model) for model in (one, other)]
     return max(float(np.max(np.abs(a - b))) for a, b in zip(*computed, strict=True))
@@ -126,39 +124,27 @@ def _features(model: Model) -> list[np.ndarray]:
     module, rng = plain(model.module), np.random.default_rng(0)
     vit = image_of(module)
     image = rng.integers(0, 256, (1, *vit.image_size, 3), np.uint8)
-    tree = {"params": to_tree(module, model.params)}
     if isinstance(module, VisionTransformer):
-        inputs, function = (jnp.asarray(image, jnp.float32) / 127.5 - 1,), _tower
+        inputs: tuple[Any, ...] = (jnp.asarray(image, jnp.float32) / 127.5 - 1,)
     elif isinstance(module, MaskedAutoencoder):
-        noise = rng.random((1, vit.patches), np.float32)
-        mask = mask_from_noise(jnp.asarray(noise), max(1, vit.patches // 4))
-        inputs, function = (image, mask), _painted
+        noise = jnp.asarray(rng.random((1, vit.patches), np.float32))
+        inputs = (image, mask_from_noise(noise, max(1, vit.patches // 4)))
     else:
         text = rng.integers(0, module.text.vocab_size, (1, module.text.context_length), np.int32)
         # Pooling at the end of text needs one. In the last place it lets every token count.
         text[:, -1] = module.text.eos_id
         inputs = (image, text)
-        function = _said if isinstance(module, CoCa) else _pair
-    out = jax.jit(lambda tree, *x: module.apply(tree, *x, method=function))(tree, *inputs)
+
+    def compute(module: Module, image: jax.Array, *rest: Any) -> Any:
+        out = module(image, *rest)
+        if isinstance(module, CoCa):
+            words, scores = module.text(*rest)[0], module.score(module.features(image, *rest))
+            return module.image_features(image), words, dict(out), scores
+        if isinstance(module, DualEncoder):
+            features = module.image(module.pixels.normalize(image))
+            return features, module.text(*rest), dict(out)
+        return out
+
+    tree = {"params": to_tree(module, model.params)}
+    out = jax.jit(lambda tree, *x: module.apply(tree, *x, method=compute))(tree, *inputs)
     return [np.asarray(x, np.float32) for x in jax.tree.leaves(out)]
-
-
-def _tower(module: VisionTransformer, image: jax.Array) -> Any:
-    return module(image)
-
-
-def _painted(module: MaskedAutoencoder, image: jax.Array, mask: Any) -> Any:
-    return module(image, mask)
-
-
-def _said(module: CoCa, image: jax.Array, text: jax.Array) -> Any:
-    words = module.text(text)[0]
-    scores = module.score(module.features(image, text))
-    return module.image_features(image), words, dict(module(image, text)), scores
-
-
-def _pair(module: DualEncoder, image: jax.Array, text: jax.Array) -> Any:
-    features = module.image(module.pixels.normalize(image))
-    words = module.text(text)
-    out = module(image, text)
-    return features, words, dict(out)

@@ -1,12 +1,17 @@
-"""Reads and writes timm's image preprocessing, the section `pretrained_cfg` of config.json.
+"""Reads and writes timm's config: names of Vision Transformers, and image preprocessing.
 
-Source: timm 1.0.31, models/_pretrained.py (the defaults), models/_hub.py `_parse_model_cfg`,
-data/config.py and data/transforms_factory.py `transforms_imagenet_eval`.
+Source: timm 1.0.31, models/vision_transformer.py, models/_pretrained.py (the defaults),
+models/_hub.py `_parse_model_cfg`, data/config.py and data/transforms_factory.py
+`transforms_imagenet_eval`.
+
+Names such as `vit_base_patch16_siglip_224` follow a rule in the plain, CLIP and SigLIP families.
+Other names cannot be parsed. The preprocessing is the section `pretrained_cfg` of config.json.
 """
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +19,85 @@ from typing import Any
 from vlp_jax.errors import UserError
 from vlp_jax.interop import base
 from vlp_jax.interop.base import Extras
-from vlp_jax.models.values import IMAGENET
+from vlp_jax.models.values import IMAGENET, tower_fields
+from vlp_jax.models.variants import VARIANTS
+from vlp_jax.models.vit import VisionTransformer
+
+_WORDS = (
+    "tiny",
+    "small",
+    "medium",
+    "base",
+    "large",
+    "huge",
+    "so400m",
+    "giant",
+    "gigantic",
+    "giantopt",
+)
+_OURS = ("Ti", "S", "M", "B", "L", "H", "So400m", "g", "G", "g-opt")
+SIZES = {word: VARIANTS[ours] for word, ours in zip(_WORDS, _OURS, strict=True)}
+_NAME = re.compile(
+    rf"vit_({'|'.join(SIZES)})_patch(\d+)_(?:(clip|clip_quickgelu|siglip|siglip_gap)_)?(\d+)"
+)
+
+# (size, patch size) of the SigLIP family's members -> their image sides.
+SIGLIP = {
+    ("base", 32): (256,),
+    ("base", 16): (224, 256, 384, 512),
+    ("large", 16): (256, 384, 512),
+    ("so400m", 14): (224, 378, 384),
+    ("so400m", 16): (256, 384, 512),
+    ("giantopt", 16): (256, 384),
+}
+SIGLIP_GAP = {**SIGLIP, ("so400m", 14): (224, 378, 384, 448, 896)}
+
+
+def fields_of(name: str) -> dict[str, Any] | None:
+    """Returns the fields of a `VisionTransformer` for a name; None for an unknown name.
+
+    Patches may not tile `image_size`.
+    """
+    match = _NAME.fullmatch(name.split(".")[0])
+    if match is None:
+        return None
+    word, patch, family, side = match[1], int(match[2]), match[3] or "", int(match[4])
+    members = {"siglip": SIGLIP, "siglip_gap": SIGLIP_GAP}.get(family)
+    if members is not None and side not in members.get((word, patch), ()):
+        return None
+    return {
+        "image_size": (side, side),
+        "patch_size": patch,
+        "heads": SIZES[word].heads,
+        "activation": _activation(word, patch, family, side),
+        "norm_eps": 1e-5 if family.startswith("clip") else 1e-6,
+        "pooling": {"siglip": "map", "siglip_gap": "mean"}.get(family, "cls"),
+    }
+
+
+def siglip_name(vit: VisionTransformer) -> str | None:
+    """Returns timm's name of an image tower in the SigLIP family; None if it is not a member."""
+    family = {"map": "siglip", "mean": "siglip_gap"}.get(vit.pooling)
+    ours, sizes = tower_fields(vit), ("width", "depth", "mlp_dim", "heads")
+    for (word, patch), sides in (SIGLIP if family == "siglip" else SIGLIP_GAP).items():
+        for side in sides:
+            name = f"vit_{word}_patch{patch}_{family}_{side}"
+            fields = fields_of(name) if family else None
+            same = fields and all(ours[field] == x for field, x in fields.items())
+            if same and all(getattr(SIZES[word], size) == ours[size] for size in sizes):
+                return name
+    return None
+
+
+def _activation(word: str, patch: int, family: str, side: int) -> str:
+    if family == "clip_quickgelu":
+        return "quick_gelu"
+    if family.startswith("siglip"):  # a few members have the tanh approximation, without a rule
+        tanh = {("base", 32), ("so400m", 16), ("giantopt", 16)}
+        if (word, patch) in tanh or (word, side) == ("large", 512):
+            return "gelu_tanh"
+    return "gelu"
+
 
 DEFAULTS = {
     "interpolation": "bicubic",
@@ -30,7 +113,7 @@ def section(config: Mapping[str, Any]) -> Mapping[str, Any]:
     return config.get("pretrained_cfg") or config
 
 
-def read(
+def read_images(
     config: Mapping[str, Any], size: tuple[int, int], where: Path, notes: list[str]
 ) -> dict[str, Any]:
     """Reads the preprocessing of images as fields of `Extras`; notes unsupported steps.
@@ -79,7 +162,7 @@ def read(
     }
 
 
-def config_of(size: tuple[int, int], extras: Extras) -> dict[str, Any]:
+def images_config(size: tuple[int, int], extras: Extras) -> dict[str, Any]:
     """Makes the keys of `pretrained_cfg`, for settings without `problems`."""
     return {
         "interpolation": extras.interpolation,
@@ -90,7 +173,7 @@ def config_of(size: tuple[int, int], extras: Extras) -> dict[str, Any]:
     }
 
 
-def problems(size: tuple[int, int], extras: Extras) -> list[str]:
+def image_problems(size: tuple[int, int], extras: Extras) -> list[str]:
     """Returns a line if the resize cannot be expressed."""
     if _crop_pct(size, extras.scale) is None:
         return [
