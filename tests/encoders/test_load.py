@@ -16,6 +16,7 @@ import torch
 import torchvision.transforms
 import transformers
 from etils import epath
+from foreign import applied
 from runs import CROP
 
 import vlp_jax
@@ -123,11 +124,11 @@ def test_a_run_embeds_as_its_objective_does_and_chooses_the_step(clip_run, pictu
     rows = np.resize(tokens, (3, 12))
     for step in (3, 7):
         loaded = vlp_jax.load(workdir, step=step)
-        out = plain(objective.model).apply({"params": trees[step]}, pixels, rows)
+        out = applied(plain(objective.model), {"params": trees[step]}, pixels, rows)
         np.testing.assert_allclose(loaded.apply("embed_image", pixels), out["image"], atol=1e-5)
         # Pillow and TensorFlow round a resized pixel differently now and then.
         np.testing.assert_allclose(loaded.embed_image(pictures), out["image"], atol=1e-2)
-    words = plain(objective.model).apply({"params": trees[7]}, tokens, method="embed_text")
+    words = applied(plain(objective.model), {"params": trees[7]}, tokens, method="embed_text")
     np.testing.assert_allclose(model.embed_text(TEXTS), words, atol=1e-5)
     shouted = model.embed_text([text.upper() for text in TEXTS[:2]])
     np.testing.assert_allclose(shouted, model.embed_text(TEXTS[:2]), atol=1e-6)  # lowercase

@@ -11,6 +11,7 @@ import pytest
 import timm
 import torch
 from foreign import (
+    applied,
     assert_close,
     assert_same,
     embed,
@@ -302,7 +303,7 @@ def test_texts_pooled_by_attention(tmp_path):
         sep="/",
     )
     theirs = MAPHead(4, module.text.transformer.mlp_dim).apply({"params": head}, tokens)
-    ours = module.text.apply(tree, ids)
+    ours = applied(module.text, tree, ids)
     assert_close(ours, np.asarray(theirs), "big_vision text MAPHead")
 
 

@@ -13,7 +13,7 @@ import runs
 import timm
 import torch
 import transformers
-from foreign import assert_close, pixels
+from foreign import applied, assert_close, pixels
 from runs import CROP, SQUASH
 
 from vlp_jax import export, interop
@@ -137,14 +137,14 @@ def test_mae_run_with_its_decoder_and_without(mae_run, tmp_path, capsys):
     noise = np.random.default_rng(1).random((2, 9), np.float32)
     mean, std = objective.model.pixels.mean, objective.model.pixels.std
     with_mask = mask_from_noise(noise, int(9 * (1 - 0.6)))
-    expected = objective.model.apply({"params": trees[3]}, image, with_mask)
+    expected = applied(objective.model, {"params": trees[3]}, image, with_mask)
     theirs = model.eval()(pixels(image, mean, std), noise=torch.from_numpy(noise))
     assert_close(theirs.logits, expected)
     for format in ("hf_vit", "timm"):
         folder = tmp_path / format
         assert command("--workdir", workdir, "--format", format, "--output", folder) == 0
         assert "left out: decoder" in capsys.readouterr().out
-    expected = objective.model.apply({"params": trees[3]}, image, method="encode")
+    expected = applied(objective.model, {"params": trees[3]}, image, method="encode")
     tower = transformers.ViTModel.from_pretrained(tmp_path / "hf_vit", add_pooling_layer=False)
     inputs = pixels(image, mean, std)
     assert_close(tower(inputs).last_hidden_state, expected)
@@ -166,7 +166,8 @@ def test_part_of_a_composite(tmp_path):
     model = transformers.CLIPModel.from_pretrained(tmp_path / "clip")
     image = np.random.default_rng(0).integers(0, 256, (2, 24, 24, 3), np.uint8)
     part = objective.parts()["pairs"].objective
-    expected = plain(part.model).apply(  # in float32, as the others compute
+    expected = applied(
+        plain(part.model),  # in float32, as the others compute
         {"params": {k: v for k, v in trees[3].items() if k != "decoder"}},
         image,
         method="embed_image",

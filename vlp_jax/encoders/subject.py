@@ -198,18 +198,21 @@ class Subject:
             return self._loaded
         return self.run.saved(step, choice).load(self._abstract)
 
-    def open_evaluation_data(self, name: str, extra_fields: Sequence[str] = ()) -> EvalPipeline:
-        """Opens the examples of the evaluator `name`, as the evaluator sees them."""
-        data = merged_data(self.config.data, self.config.evaluators[name])
-        return self.resources.pipeline(data, extra_fields)
+    def open_evaluation_data(
+        self, name: str, extra_fields: Sequence[str] = (), **settings: Any
+    ) -> EvalPipeline:
+        """Opens the examples of the evaluator `name`, as the evaluator sees them.
 
-    def open_stored_data(self, name: str, fields: Sequence[str]) -> EvalPipeline:
-        """Opens `fields` of the evaluator `name` as the source stores them, without preprocessing.
-
-        Images are not decoded, and texts are not chosen.
+        Args:
+          extra_fields: fields beside those that the functions read.
+          settings: keys that replace those of the evaluator's data.
         """
         data = merged_data(self.config.data, self.config.evaluators[name])
-        return self.resources.pipeline({**data, "preprocess": {}}, fields)
+        return self.resources.pipeline({**data, **settings}, extra_fields)
+
+    def open_stored_data(self, name: str, fields: Sequence[str]) -> EvalPipeline:
+        """Opens `fields` as the source stores them: no image is decoded, and no text is chosen."""
+        return self.open_evaluation_data(name, fields, preprocess={})
 
 
 @dataclasses.dataclass(frozen=True)

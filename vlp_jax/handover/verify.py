@@ -71,7 +71,12 @@ def verify(
     if theirs is None:
         return answer
     if library in ("jax", "tensorflow"):
-        ours = _offered(rounded, extras, inputs)
+        # The parameters are rounded already, and float32 stores them as they are.
+        whole = dataclasses.replace(extras, weights="float32")
+        ours = {
+            f.name: jax.jit(f.call)(f.weights, *(inputs[x.name] for x in f.inputs))
+            for f in artifact_functions(model.module, rounded.params, whole)
+        }
     elif format == "safetensors":
         ours = rounded.params
     else:
@@ -147,11 +152,7 @@ def run_foreign(
 def _difference(
     ours: Mapping[str, np.ndarray], theirs: Mapping[str, np.ndarray], who: str
 ) -> float:
-    """Computes the largest difference of two sets of arrays, relative to large numbers.
-
-    Raises:
-      UserError: names or shapes differ.
-    """
+    """Computes the largest difference, relative to large numbers; a UserError for other shapes."""
     largest = 0.0
     if ours.keys() != theirs.keys():
         raise UserError(f"{who} gives {sorted(theirs)[:4]} instead of {sorted(ours)[:4]}")
@@ -164,18 +165,6 @@ def _difference(
         # A comparison with NaN is False, so max() would ignore it.
         largest = max(largest, apart if np.isfinite(apart) else np.inf)
     return largest
-
-
-def _offered(
-    model: Model, extras: Extras, inputs: Mapping[str, np.ndarray]
-) -> dict[str, np.ndarray]:
-    """Computes the functions of an artifact on the batch, in float32 and without the artifact."""
-    # The parameters are rounded already, and float32 stores them as they are.
-    whole = dataclasses.replace(extras, weights="float32")
-    outputs = {}
-    for f in artifact_functions(model.module, model.params, whole):
-        outputs[f.name] = jax.jit(f.call)(f.weights, *(inputs[x.name] for x in f.inputs))
-    return outputs
 
 
 def _computed(
@@ -195,7 +184,10 @@ def _computed(
     logits = np.exp(out["logit_scale"]) * out["image"] @ out["text"].T + out["logit_bias"]
     outputs = {"image": out["image"], "text": out["text"], "logits": logits}
     if isinstance(module, CoCa):
-        seen = module.apply(tree, image, method="look")
-        scores = module.apply(tree, inputs["text"], seen, method="score_tokens")
+
+        def score(module: CoCa, image: jax.Array, text: jax.Array) -> jax.Array:
+            return module.score_tokens(text, module.look(image))
+
+        scores = jax.jit(lambda *x: module.apply(*x, method=score))(tree, image, inputs["text"])
         outputs["scores"] = scores[:, :-1]  # open_clip does not score the token after the last one
     return outputs

@@ -1,4 +1,4 @@
-"""Reads and writes the weights of other projects: one file for each format.
+"""Reads and writes the weights of other projects: a table for each format, for both directions.
 
     imported = interop.read("hf_clip:path/to/folder")
     tree = interop.to_tree(imported.module, imported.params)
