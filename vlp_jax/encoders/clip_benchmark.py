@@ -25,11 +25,7 @@ MODEL_TYPE = "vlp_jax"
 
 
 def register() -> None:
-    """Adds `--model_type vlp_jax` to an installed CLIP_benchmark, in this process.
-
-    Raises:
-      UserError: CLIP_benchmark is not installed.
-    """
+    """Adds `--model_type vlp_jax` to CLIP_benchmark; raises UserError if it is not installed."""
     try:
         from clip_benchmark import models
     except ImportError as error:

@@ -185,11 +185,7 @@ class Encoder:
     def _outputs(
         self, name: str, rows: Iterable[np.ndarray], batch_size: int, settings: dict[str, Any]
     ) -> Iterator[Any]:
-        """Yields a function's results for batches of rows.
-
-        Raises:
-          UserError: there is no such function, or it does not take a setting.
-        """
+        """Yields the results for batches of rows; raises UserError for an unknown setting."""
         if batch_size < 1:
             raise UserError(f"batch_size must be at least 1, not {batch_size}")
         if name not in self.functions:

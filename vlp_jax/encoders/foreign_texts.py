@@ -27,18 +27,10 @@ def tokenizer_of_files(
     where: str,
     notes: list[str],
 ) -> Any:
-    """Builds the tokenizer of a foreign model.
+    """Builds the tokenizer of a foreign model `where`; notes differences from its library.
 
-    Args:
-      files: the tokenizer's files. None takes CLIP's published tokenizer if the vocabulary has its
-        size.
-      text: the tower that takes the ids.
-      pad_id: the padding id in the model's config, if any.
-      where: the model, for errors.
-      notes: lines are appended for differences from the foreign library.
-
-    Raises:
-      UserError: there are no usable files.
+    Without files it is CLIP's published tokenizer, if the text tower has its vocabulary. `pad_id`
+    is in the model's config, if any. Raises UserError if there are no usable files.
     """
     wrapped = None if files is None else files.open_clip
     options = dict((wrapped or {}).get("tokenizer_kwargs") or {})

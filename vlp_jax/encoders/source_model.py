@@ -185,10 +185,9 @@ def _resized(how: Mapping[str, Any], notes: list[str]) -> dict[str, dict[str, An
 def _tokenizer(
     theirs: Any, text: TextTransformer, folder: Path, source: str
 ) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
-    """`config.tokenizer` with the ids of a tokenizer of others, and the operations that it needs.
+    """`config.tokenizer` with the ids of a foreign tokenizer, and the operations that it needs.
 
-    Raises:
-      UserError: none of ours gives the same ids.
+    Raises UserError if none of ours gives the same ids.
     """
     wanted = theirs(PROBES)
     files = (

@@ -228,13 +228,9 @@ class Findings:
     outcomes: Mapping[str, Outcome]
 
     def save_embeddings(self, folder: Path) -> Iterator[str]:
-        """Writes EVALUATOR.npz for each outcome that has arrays, see `vlp_jax.evaluators.saved`.
+        """Writes EVALUATOR.npz for each outcome that has arrays, and yields a line for each file.
 
-        Yields:
-          A line for each file.
-
-        Raises:
-          UserError: the folder cannot be written.
+        Raises UserError if the folder cannot be written. See `vlp_jax.evaluators.saved`.
         """
         try:
             folder.mkdir(parents=True, exist_ok=True)

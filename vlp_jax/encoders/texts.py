@@ -75,11 +75,7 @@ class TextProcessor:
 
 
 def tokenizer_from(path: str, text: TextTransformer) -> Any:
-    """Loads the tokenizer in a file: a tokenizer.json or a SentencePiece .model.
-
-    Raises:
-      UserError: the file cannot be read, or has more tokens than the tower.
-    """
+    """Loads a tokenizer.json or a SentencePiece .model; raises UserError if it does not fit."""
     kinds = {".json": SubwordTokenizer, ".model": SentencePieceTokenizer}
     if Path(path).suffix not in kinds:
         raise UserError(f"{path}: a tokenizer is a tokenizer.json or a SentencePiece .model")

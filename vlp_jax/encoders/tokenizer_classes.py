@@ -143,12 +143,7 @@ CLASSES: dict[str, TokenizerClass] = {
 
 
 def of_vocabulary(files: Mapping[str, bytes]) -> Content | None:
-    """Makes the content of a tokenizer.json without rules, from separate vocabulary files.
-
-    Returns:
-      The content; None if there is neither vocab.json with merges.txt (byte pairs) nor vocab.txt
-      (WordPiece).
-    """
+    """Makes a tokenizer.json without rules from vocabulary files; None if there are none."""
     if {"vocab.json", "merges.txt"} <= files.keys():
         lines = files["merges.txt"].decode("utf-8", "replace").split("\n")
         merges = [line.split(" ") for line in lines if line and not line.startswith("#version")]

@@ -84,13 +84,10 @@ class Function:
 def artifact_functions(
     module: Module, params: Params, extras: Extras, dtype: str = "float32"
 ) -> list[Function]:
-    """Returns the functions that a model offers.
+    """Returns the functions that a model offers, with products in `dtype` (one of `DTYPES`).
 
-    Args:
-      params: all parameters of the module (`vlp_jax.interop.trees`).
-      extras: supplies the precision of stored weights, the normalization of pixels for an image
-        tower alone, and the mask ratio of a masked autoencoder.
-      dtype: dtype of the matrix products, one of `DTYPES`.
+    `extras` has the precision of stored weights, the normalization of pixels for an image tower
+    alone, and the mask ratio of a masked autoencoder.
     """
     module = with_dtype(module, jnp.dtype(dtype))
     stored = precision.stored(params, extras.weights)
@@ -154,16 +151,10 @@ def _autoencoder_functions(
 def write(
     format: str, module: Module, params: Params, directory: Path, dtype: str, **extras: Any
 ) -> None:
-    """Writes one of `ARTIFACTS`, with signature.json and the tokenizer beside it.
+    """Writes one of `ARTIFACTS`, with signature.json and the tokenizer, into an existing folder.
 
-    Args:
-      module, params: a model and all its parameters.
-      directory: an existing folder.
-      dtype: dtype of the matrix products, one of `DTYPES`.
-      extras: fields of `vlp_jax.interop.Extras`.
-
-    Raises:
-      UserError: a required library is not installed.
+    `dtype` is of the matrix products, and `extras` are fields of `vlp_jax.interop.Extras`. Raises
+    UserError if a required library is not installed.
     """
     check_params(module, params)
     given = Extras(**extras)

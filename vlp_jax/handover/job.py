@@ -187,11 +187,7 @@ class ExportJob:
 
 
 def kinds_of(format: str) -> tuple[type, ...]:
-    """Returns the classes of models that a format or artifact may be able to express.
-
-    Raises:
-      UserError: there is no such format.
-    """
+    """Returns the classes of models that a format may express; a UserError for no format."""
     return artifacts.KINDS if format in ARTIFACTS else format_named(format).kinds
 
 

@@ -67,13 +67,9 @@ def noted(workdir: epath.Path, step: int) -> Scores | None:
 def evaluate_rounded(
     workdir: epath.Path, config: ConfigDict, saved: SavedParameters, weights: str
 ) -> tuple[Scores, Scores | None]:
-    """Runs the run's evaluators on a checkpoint's parameters, before and after rounding.
+    """Runs the run's evaluators on parameters, before and after rounding (None for float32).
 
-    Returns:
-      The scores before and after rounding; None for the second if nothing is rounded.
-
-    Raises:
-      UserError: the data is missing, or see `build`.
+    Raises UserError if the data is missing, or see `build`.
     """
     parts = build(config, workdir, StartupClock())
     params = saved.load(parts.setup.abstract.params).params

@@ -48,12 +48,6 @@ def verify(
 ) -> dict[str, Any]:
     """Compares the outputs of the format's library with ours, on a fixed random batch.
 
-    Args:
-      model: the exported model, with its parameters before rounding.
-      directory: the folder of the export.
-      extras: the settings of the export.
-      dtype: dtype of the artifact's matrix products.
-
     Returns:
       `{library, version, max_difference}`, or `{skipped: reason}` if the library is not available.
 
@@ -122,14 +116,7 @@ def batch_of(model: Model, extras: Extras) -> dict[str, np.ndarray]:
 def run_foreign(
     library: str, directory: Path, inputs: Mapping[str, np.ndarray], what: str
 ) -> tuple[dict[str, Any], dict[str, np.ndarray] | None]:
-    """Runs foreign/check.py in another process.
-
-    Returns:
-      The program's JSON, and the library's outputs; None if the library is not installed.
-
-    Raises:
-      UserError: the library cannot load the folder.
-    """
+    """Returns the JSON that foreign/check.py prints in another process, and the outputs, if any."""
     program = Path(foreign.__file__).parent / "check.py"
     with tempfile.TemporaryDirectory() as scratch:
         there, back = Path(scratch, "inputs.npz"), Path(scratch, "outputs.npz")

@@ -167,13 +167,10 @@ PLAIN_TOWER: Mapping[str, tuple[Any, ...]] = {
 def requirements(
     model: str, part: str, tower: nn.Module, required: Mapping[str, tuple[Any, ...]]
 ) -> list[str]:
-    """Returns a line for each field of a tower with a value that a foreign class cannot express.
+    """Returns a line for each field of a tower that a foreign class (`model`) cannot express.
 
-    Args:
-      model: the foreign class, for the message.
-      part: "image", "text" or "decoder"; "" for the fields of the whole model.
-      required: field of the tower or of its `TransformerConfig` -> the values it may have. For a
-        part, the values in `_LAYERS` are required too.
+    `required` has the values that a field may have. A `part` ("image", "text", "decoder"; "" for
+    the whole model) needs the values in `_LAYERS` too.
     """
     lines, fields = [], tower_fields(tower)
     for field, allowed in ((_LAYERS if part else {}) | dict(required)).items():

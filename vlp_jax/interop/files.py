@@ -35,15 +35,10 @@ _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
 
 def find_weights(path: Path, names: Sequence[str]) -> Path:
-    """Finds the file of weights at `path`.
+    """Finds the file of weights at `path`: a file, or in a folder the first of `names` that exists.
 
-    Args:
-      path: a file or a directory.
-      names: names to look for in a directory; the first that exists is taken. If none exists, the
-        only file with the suffix of one of them is taken.
-
-    Raises:
-      UserError: there is no file of weights, there are several, or there are only pickles.
+    Without any of them it is the only file with such a suffix. Raises UserError if there is none,
+    if there are several, or only pickles.
     """
     if path.is_file():
         return path

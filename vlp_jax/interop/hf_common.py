@@ -58,14 +58,7 @@ VIT_LAYERS = {
 def open_folder(
     path: Path, model_type: str, defaults: Mapping[str, Any]
 ) -> tuple[Path, Path, dict[str, Any]]:
-    """Finds the file of weights and the config beside it; loads the config with its defaults.
-
-    Returns:
-      The file of weights, the file of the config, and the config.
-
-    Raises:
-      UserError: one of the files is missing, or the config has another `model_type`.
-    """
+    """Returns the file of weights, the file of its config, and the config with its defaults."""
     weights = files.find_weights(path, WEIGHTS)
     file = weights.parent / "config.json"
     if not file.is_file():
@@ -87,12 +80,10 @@ def write_folder(
     processor: str,
     tokenizer_gives: tuple[str, ...] | None = None,
 ) -> list[Path]:
-    """Writes the config, the weights, the image processor, and the tokenizer if there is one.
+    """Writes the config, weights, image processor (see `hf_images.write`) and tokenizer, if any.
 
-    Args:
-      head: the class of the model and its `model_type`.
-      processor: see `hf_images.write`.
-      tokenizer_gives: the tokenizer's outputs that the model takes; None for a model without texts.
+    `head` is the class of the model and its `model_type`. A model without texts has no
+    `tokenizer_gives`, the outputs of the tokenizer that the model takes.
     """
     kind, model_type = head
     named = {"architectures": [kind], "model_type": model_type, "torch_dtype": extras.weights}
@@ -108,13 +99,7 @@ def write_folder(
 def section(
     config: Mapping[str, Any], name: str, defaults: Mapping[str, Any], where: object
 ) -> dict[str, Any]:
-    """Returns the values of `text_config` or `vision_config`, with the defaults of its class.
-
-    Old files repeat a section as NAME_dict, which takes precedence.
-
-    Raises:
-      UserError: the section is no mapping.
-    """
+    """Returns a section with the defaults of its class. Old files repeat it as NAME_dict."""
     values = config.get(f"{name}_dict") or config.get(name) or {}
     if not isinstance(values, dict):
         raise UserError(f"{where}: {name} is {values!r}, not a mapping")
@@ -122,11 +107,7 @@ def section(
 
 
 def encoder_fields(config: Mapping[str, Any], where: object, prefix: str = "") -> dict[str, Any]:
-    """Reads the fields of our tower that every encoder's config has.
-
-    Raises:
-      UserError: a size or the activation is invalid, or the heads do not divide the width.
-    """
+    """Reads the fields that every encoder has; raises UserError if one is invalid."""
     sizes = {ours: base.integer(config, prefix + name, where) for ours, name in _SIZES.items()}
     if sizes["width"] % sizes["heads"]:
         raise UserError(f"{where}: {sizes['heads']} heads do not divide the width {sizes['width']}")
@@ -157,11 +138,7 @@ def image_tower(
     square: bool = True,
     **fields: Any,
 ) -> VisionTransformer:
-    """Makes the image tower of a config, with further `fields` that its class does not vary.
-
-    Raises:
-      UserError: a value is invalid or cannot be expressed here.
-    """
+    """Makes the image tower of a config, with `fields`; raises UserError for invalid values."""
     if config["num_channels"] != 3:
         raise UserError(f"{where}: num_channels is {config['num_channels']}; only 3 can be read")
     if not config.get("qkv_bias", True):

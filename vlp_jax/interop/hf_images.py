@@ -70,14 +70,8 @@ def read(
 ) -> dict[str, Any]:
     """Reads a folder's image processor as fields of `Extras`; notes steps that cannot be done here.
 
-    Args:
-      kind: a key of `DEFAULTS`, the class for this type of model if the file names none.
-      size: height and width of the images that the model takes.
-      like: supplies the normalization if there is no image processor.
-      without: the normalization if there is neither; by default the class's.
-
-    Raises:
-      UserError: a value that should be a number is something else.
+    A file without a class is of the class `kind`. Without a file the normalization is in `like`,
+    else in `without`, else the default of the class. Raises UserError for invalid values.
     """
     # As in transformers, a section of processor_config.json precedes preprocessor_config.json.
     config = files.load_json_if_there(directory / NESTED).get("image_processor")

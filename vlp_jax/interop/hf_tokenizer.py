@@ -48,13 +48,7 @@ class TokenizerFiles:
         pad_id: int,
         context_length: int,
     ) -> Self:
-        """Makes the files for a tokenizer.json that adds bos and eos to texts itself.
-
-        Args:
-          tokenizer_json: the content of the file.
-          bos_id, eos_id, pad_id: the ids of special tokens in it.
-          context_length: the length to which rows are truncated and padded.
-        """
+        """Makes the files for a tokenizer.json that adds bos and eos to texts itself."""
         content = json.loads(tokenizer_json)
         names = {token["id"]: token["content"] for token in content["added_tokens"]}
         config = {
@@ -90,12 +84,7 @@ def _unknown(model: Mapping[str, Any]) -> str | None:
 
 
 def write(tokenizer: TokenizerFiles | None, directory: Path, inputs: Sequence[str]) -> list[Path]:
-    """Writes the files of a tokenizer, if there is one; returns them.
-
-    Args:
-      inputs: the tokenizer's outputs that the model takes. A model that pools the last position of
-        a padded row takes no `attention_mask`.
-    """
+    """Writes the files of a tokenizer, if any; the model takes `inputs` of its outputs."""
     if tokenizer is None or not tokenizer.contents:
         return []
     config = json.loads(tokenizer.contents.get(CONFIG, b"{}"))

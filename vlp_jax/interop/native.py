@@ -125,11 +125,7 @@ def _constructor(kind: type) -> Callable[..., Any]:
 
 
 def _module(fields: Any, where: Path) -> Any:
-    """Makes the module that `_fields` has described.
-
-    Raises:
-      UserError: an unknown class or field, or a missing field.
-    """
+    """Makes the module that `_fields` has described; raises UserError if it cannot."""
     if not isinstance(fields, dict) or fields.get("class") not in _CLASSES:
         raise UserError(f"{where} describes no model of ours (known: {', '.join(_CLASSES)})")
     name = fields["class"]

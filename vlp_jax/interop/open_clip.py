@@ -66,18 +66,13 @@ TEXT_HAS = {"pooling": tuple(TEXT_POOLINGS), "padding_mask": (False,)}
 
 
 def table(trunk: bool, text_bias: bool) -> Table:
-    """Returns the mapping.
-
-    Args:
-      trunk: whether the image tower is a timm tower.
-      text_bias: whether the text head has a bias. With a bias it is a Linear; without, it is a bare
-        matrix, with our order of axes.
-    """
+    """Returns the mapping, with a tower of timm or ours, and a text head with or without bias."""
     text = "text." if trunk else ""
     if trunk:
         image = [*timm.table(TRUNK), *modules({"image_projection": "visual.head.proj"})]
     else:
         image = [*common.NATIVE_TOWER, Entry("image_projection/kernel", "visual.proj")]
+    # Without a bias the text head is a bare matrix, with our order of axes.
     head = [Entry("text_projection/kernel", f"{text}text_projection")]
     if text_bias:
         head = modules({"text_projection": f"{text}text_projection"})

@@ -124,11 +124,7 @@ class Source:
 
     @property
     def model(self) -> dict[str, Any]:
-        """The part of the config that describes the model; {} without a config.
-
-        Raises:
-          UserError: the config lacks the part.
-        """
+        """The part of the config that describes the model; {} without a config."""
         model = self.config.get("model_cfg", self.config)
         for section in ("vision_cfg", "text_cfg"):
             if self.config and not isinstance(model.get(section), dict):
@@ -155,14 +151,7 @@ class Source:
         return {field: value for field, value in there.items() if field in fields}
 
     def layers(self, section: str, blocks: str) -> dict[str, Any]:
-        """Reads the fields of a tower's layers from shapes and a section of the config.
-
-        Args:
-          blocks: the prefix of their keys, up to the number of the layer.
-
-        Raises:
-          UserError: the first layer is missing, or a setting is invalid.
-        """
+        """Reads the fields of layers, whose keys begin with `blocks`, from shapes and a section."""
         mlp_dim, width = self.shape(f"{blocks}0.mlp.c_fc.weight", 2)
         numbers = {
             key[len(blocks) :].split(".")[0] for key in self.tensors if key.startswith(blocks)
@@ -194,11 +183,7 @@ class Source:
         }
 
     def native_image(self) -> VisionTransformer:
-        """Makes the native image tower.
-
-        Raises:
-          UserError: the pooling or the grid of patches is unknown.
-        """
+        """Makes the native image tower; raises UserError for an unknown pooling or grid."""
         _, _, patch, _ = self.shape("visual.conv1.weight", 4)
         rows, _ = self.shape("visual.positional_embedding", 2)
         if not self.config:
@@ -225,11 +210,7 @@ class Source:
         )
 
     def pixels(self) -> Pixels:
-        """Returns the normalization of pixels in the config, in `like`, or open_clip's default.
-
-        Raises:
-          UserError: mean or std is not three numbers.
-        """
+        """Returns the normalization of pixels, by default open_clip's."""
         section = self.config.get("preprocess_cfg") or {}
         if not self.config:
             return self.like.pixels
@@ -261,11 +242,7 @@ class Source:
         return TokenizerFiles({}, open_clip=settings) if settings else None
 
     def extras(self, size: tuple[int, int]) -> dict[str, Any]:
-        """Reads the preprocessing of images and texts, as fields of `Extras`.
-
-        Args:
-          size: height and width that the model takes; `preprocess_cfg.size` is ignored.
-        """
+        """Reads the preprocessing as fields of `Extras`, for a model that takes `size`."""
         if not self.config:
             return {}
         section = self.config.get("preprocess_cfg") or {}
@@ -330,9 +307,7 @@ def native_config(vit: VisionTransformer) -> dict[str, Any]:
 def text_sizes(text: TextTransformer | CoCaText, extras: Extras, name: str) -> dict[str, Any]:
     """Makes the part of `text_cfg` with the sizes of a text tower and its tokenizer.
 
-    Args:
-      name: the repository with the tokenizer's files. open_clip ignores the name for "local-dir:",
-        where it takes the files in the folder.
+    `name` is the repository of the tokenizer, which open_clip ignores for "local-dir:".
     """
     tokenizer: dict[str, Any] = {}
     if extras.tokenizer is not None:

@@ -23,12 +23,9 @@ LARGEST = 127
 
 
 def inputs_of(path: str) -> tuple[int, ...] | None:
-    """Returns the axes over which a matrix product sums, as negative numbers; None for no matrix.
+    """Returns the axes (negative) over which a matrix product sums; None for no matrix.
 
     The table of token ids has one scale for each token (row).
-
-    Args:
-      path: path of a parameter, with its layers stacked or not.
     """
     if path.endswith("token_embedding/embedding"):
         return (-1,)

@@ -130,11 +130,9 @@ Table = list[Entry]
 
 
 def modules(names: Mapping[str, str], ours: str = "", theirs: str = "") -> Table:
-    """Maps modules of PyTorch with a weight, and with a bias if ours has one.
+    """Maps modules of PyTorch with a weight, and a bias if ours has one: our path -> their name.
 
-    Args:
-      names: our path -> their name. The end of our path tells the kind of the module.
-      ours, theirs: what every path and every name begins with.
+    The end of our path tells the kind of a module. All begin with `ours` and `theirs`.
     """
     entries = []
     for path, name in names.items():
@@ -164,11 +162,7 @@ def fused(ours: str, weight: str, bias: str, names: Sequence[str] = QKV) -> Tabl
 
 
 def to_theirs(table: Table, params: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Converts all our parameters to their tensors.
-
-    Raises:
-      ValueError: the table has no entry for a parameter.
-    """
+    """Converts all our parameters to their tensors."""
     tensors: dict[str, np.ndarray] = {}
     for entry in _entries(table, params):
         tensors.update(entry.write(params))
@@ -182,15 +176,10 @@ def from_theirs(
     where: object,
     ignored: str = "",
 ) -> dict[str, np.ndarray]:
-    """Converts their tensors to our parameters.
+    """Converts their tensors to our parameters, which have the `expected` paths and shapes.
 
-    Args:
-      expected: the paths and shapes of the model's parameters.
-      where: the file, for the error.
-      ignored: regular expression of keys that may be present and are no parameters.
-
-    Raises:
-      UserError: tensors are missing, left over, or have other shapes; one line lists them.
+    Keys that match `ignored` may be there and are no parameters. Raises UserError if tensors are
+    missing, left over, or of other shapes; one line lists them.
     """
     entries = _entries(table, expected)
     needed: dict[str, Shape] = {}

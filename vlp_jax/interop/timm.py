@@ -197,14 +197,8 @@ def tower(
 ) -> tuple[VisionTransformer, Tensors]:
     """Makes the image tower of tensors; returns it, and tensors with our convention of positions.
 
-    Args:
-      tensors: tensors without a prefix of their keys.
-      known: `heads`, `activation`, `norm_eps`, `pooling` and `image_size`, as far as known.
-      like: supplies the settings that are not in `known`.
-      notes: lines for the user are appended here.
-
-    Raises:
-      UserError: a setting is unknown, or a tensor is missing.
+    `known` has `heads`, `activation`, `norm_eps`, `pooling` and `image_size`, as far as a config
+    tells them; `like` supplies the rest. Raises UserError if neither does.
     """
     ours = {} if like is None else tower_fields(image_of(like))
     told: dict[str, Any] = {}

@@ -116,14 +116,7 @@ def section(config: Mapping[str, Any]) -> Mapping[str, Any]:
 def read_images(
     config: Mapping[str, Any], size: tuple[int, int], where: Path, notes: list[str]
 ) -> dict[str, Any]:
-    """Reads the preprocessing of images as fields of `Extras`; notes unsupported steps.
-
-    Args:
-      size: height and width of the images that the model takes.
-
-    Raises:
-      UserError: a value is invalid.
-    """
+    """Reads the preprocessing of images as fields of `Extras`, for a model that takes `size`."""
     if not config:
         notes.append(f"{where} is not there: nothing says how images are prepared for the model")
         return {}

@@ -66,16 +66,12 @@ def fitting_part(format: str, model: Model) -> tuple[Model, str]:
 def write_checked(
     format: str, model: Model, directory: Path, *, overwrite: bool, check: bool, **extras: Any
 ) -> tuple[list[Path], float | None]:
-    """Writes a model and reads it back.
+    """Writes a model to a new folder and, with `check`, reads it back and compares outputs.
 
-    Args:
-      overwrite: whether existing files may be replaced.
-      check: whether to read the files back and compare outputs. Then the model is in memory twice.
-      extras: see `vlp_jax.interop.write`.
+    The model is in memory twice then. For `extras` see `vlp_jax.interop.write`.
 
     Returns:
-      The files, and the largest difference of features of a random image and text; None without the
-      check.
+      The files, and the largest difference of features of a random image and text, or None.
 
     Raises:
       UserError: the folder is not empty, `vlp_jax.interop.write` raises it, or the model that is
