@@ -67,7 +67,7 @@ TOWER_FIELDS = {
 # Dataset -> a warning about the limits of a model trained on it.
 DATA_LIMITS = {
     "shapes": "`shapes` is drawn: scenes of colored shapes with generated captions. Nothing here "
-    "says how the model fares on photographs or on other sentences.",
+    "says how the model fares on photographs or on other sentences."
 }
 
 

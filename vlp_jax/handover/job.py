@@ -162,11 +162,7 @@ class ExportJob:
         self.notes += [untagged] if untagged else []
         page = card.text(card.Card(name, self, known, libraries, code, architecture))
         files.save_bytes(page.encode(), folder / "README.md")
-        source = {
-            "workdir": self.workdir.name,
-            "step": self.saved.step,
-            "params": self.saved.part,
-        }
+        source = {"workdir": self.workdir.name, "step": self.saved.step, "params": self.saved.part}
         head = {
             "format": self.format,
             "weights": self.settings.weights,

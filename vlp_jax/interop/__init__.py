@@ -19,13 +19,7 @@ from vlp_jax.errors import UserError, unknown_key_message
 from vlp_jax.interop import big_vision, hf, native, open_clip, timm
 from vlp_jax.interop.base import Extras, Format, Imported, differences
 from vlp_jax.interop.precision import rounded
-from vlp_jax.interop.trees import (
-    Module,
-    Params,
-    check_params,
-    from_tree,
-    to_tree,
-)
+from vlp_jax.interop.trees import Module, Params, check_params, from_tree, to_tree
 
 FORMATS: dict[str, Format] = {
     "big_vision": big_vision.FORMAT,

@@ -205,10 +205,7 @@ def _read(kind: TwoTowers, path: Path, like: Module | None = None) -> Imported:
     size = base.pair(vision["image_size"], "image_size", where)
     extras = hf_images.read(weights.parent, kind.word, size, like, notes)
     module = DualEncoder(
-        image=image,
-        text=_text(kind, text, where),
-        **whole,
-        pixels=hf_images.normalization(extras),
+        image=image, text=_text(kind, text, where), **whole, pixels=hf_images.normalization(extras)
     )
     tensors = files.load_tensors(weights)
     params = from_theirs(kind.table, tensors, expected_shapes(module), weights, IGNORED)

@@ -22,15 +22,7 @@ from vlp_jax.interop import base, files, hf_common, hf_images
 from vlp_jax.interop.base import PLAIN_TOWER, Extras, Format, Imported
 from vlp_jax.interop.files import Tensors
 from vlp_jax.interop.hf_common import VIT_LAYERS
-from vlp_jax.interop.tables import (
-    BATCHED,
-    Entry,
-    Table,
-    from_theirs,
-    modules,
-    shorten,
-    to_theirs,
-)
+from vlp_jax.interop.tables import BATCHED, Entry, Table, from_theirs, modules, shorten, to_theirs
 from vlp_jax.interop.trees import Module, Params, expected_shapes
 from vlp_jax.models.masked_autoencoder import MaskedAutoencoder, MaskedDecoder
 from vlp_jax.models.positions import sincos_2d

@@ -42,11 +42,7 @@ TOKENIZER_GIVES = ("input_ids", "attention_mask")
 # Values in the two sections of a config that a model must have to be expressed here.
 HAS_KEYS = {
     "vision_cfg": {"attentional_pool": (False,), "timm_proj": ("none", "linear", "")},
-    "text_cfg": {
-        "hf_model_name": (None,),
-        "embed_cls": (False,),
-        "scaled_cosine_attn": (False,),
-    },
+    "text_cfg": {"hf_model_name": (None,), "embed_cls": (False,), "scaled_cosine_attn": (False,)},
 }
 # Values of our fields that the two kinds of towers can express.
 NATIVE_HAS = {

@@ -108,7 +108,8 @@ class Entry:
     def read(self, tensors: Mapping[str, np.ndarray], shape: Shape) -> dict[str, np.ndarray]:
         """Converts their tensors to our parameters, each of `shape`."""
         one = shape[1:] if self.layered else shape
-        layers = [self._read_one(tensors[key], one) for key in self.keys((*shape, 1)[0])]
+        keys = self.keys(shape[0] if self.layered else 1)
+        layers = [self._read_one(tensors[key], one) for key in keys]
         # Their tensors are apart, one for each layer; ours is one array with the layers in front.
         arrays = map(np.stack, zip(*layers, strict=True)) if self.layered else layers[0]
         return dict(zip(self.paths, arrays, strict=True))
