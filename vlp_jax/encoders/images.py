@@ -189,8 +189,12 @@ def _opened(image: Image, name: str) -> tuple[PIL.Image.Image, str]:
 
 
 def _told_format(source: Path | io.BytesIO) -> str:
-    content = source.getvalue() if isinstance(source, io.BytesIO) else source.read_bytes()
-    if not content:
+    if isinstance(source, io.BytesIO):
+        head = source.getvalue()[:64]
+    else:
+        with source.open("rb") as file:
+            head = file.read(64)
+    if not head:
         return ": it is empty"
-    name = format_of(content[:64])
-    return f": its format is {name}" if name else f": it begins with {content[:8]!r}"
+    name = format_of(head)
+    return f": its format is {name}" if name else f": it begins with {head[:8]!r}"

@@ -19,7 +19,9 @@ from vlp_jax.errors import UserError, unknown_key_message
 from vlp_jax.interop import big_vision, hf, native, open_clip, timm
 from vlp_jax.interop.base import Extras, Format, Imported, differences
 from vlp_jax.interop.precision import rounded
-from vlp_jax.interop.trees import Module, Params, check_params, from_tree, to_tree
+from vlp_jax.interop.trees import Module, Params, check_params
+from vlp_jax.interop.trees import from_tree as from_tree
+from vlp_jax.interop.trees import to_tree as to_tree
 
 FORMATS: dict[str, Format] = {
     "big_vision": big_vision.FORMAT,
@@ -104,18 +106,3 @@ def format_named(name: str) -> Format:
     if name not in FORMATS:
         raise UserError(unknown_key_message(name, FORMATS, "the formats of weights"))
     return FORMATS[name]
-
-
-__all__ = [
-    "FORMATS",
-    "Extras",
-    "Imported",
-    "check_params",
-    "differences",
-    "format_named",
-    "from_tree",
-    "read",
-    "read_weights",
-    "to_tree",
-    "write",
-]
