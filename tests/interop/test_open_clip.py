@@ -221,7 +221,9 @@ def trunk_config(name, text=None, **vision):
 @pytest.mark.parametrize(
     "config",
     [
-        trunk_config("vit_tiny_patch8_siglip_32", image_size=32),
+        pytest.param(
+            trunk_config("vit_tiny_patch8_siglip_32", image_size=32), marks=pytest.mark.slow
+        ),
         trunk_config(
             "vit_tiny_patch14_siglip_44",
             text={"act_kwargs": {"approximate": "tanh"}},
@@ -254,7 +256,7 @@ def test_reads_theirs_with_a_tower_of_timm(config, tmp_path, small_siglip):
 @pytest.mark.parametrize(
     "module",
     [
-        siglip(image=dict(activation="gelu")),
+        pytest.param(siglip(image=dict(activation="gelu")), marks=pytest.mark.slow),
         siglip(
             image=dict(activation="gelu", position="sincos"),
             image_head="linear",
