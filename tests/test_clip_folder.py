@@ -67,6 +67,7 @@ def run(folder: Path, workdir: Path, size: int, *overrides: str) -> dict[str, fl
     return scores
 
 
+@pytest.mark.slow
 def test_a_folder_of_pictures_trains_and_is_evaluated(tmp_path):
     folder = tmp_path / "bilder für alle"
     make_folder(folder, 60, (40, 800))

@@ -21,8 +21,7 @@ from etils import epath
 
 from vlp_jax import config as config_lib
 from vlp_jax import signals
-from vlp_jax.encoders.findings import find
-from vlp_jax.encoders.subject import Subject
+from vlp_jax.encoders.subject import Subject, find
 from vlp_jax.errors import UserError
 from vlp_jax.objectives.compute import DTYPES
 from vlp_jax.observe.goodput import GOODPUT_FILE, RunTime
@@ -247,7 +246,7 @@ def checkpoints(subject: Subject, follow: bool, stop: threading.Event) -> Iterat
         # Before the list is made: a run that is complete by now has saved its last checkpoint.
         last = not follow or agreement.from_first(_is_complete(subject.workdir))
         # Process 0's list: processes of a job may see a new checkpoint at different moments.
-        new = [s for s in agreement.from_first(subject.saved_steps()) if s not in seen]
+        new = [s for s in agreement.from_first(subject.run.steps()) if s not in seen]
         for step in new:
             seen.add(step)
             waiting = False
@@ -279,7 +278,7 @@ def evaluate_many(
     Raises:
       UserError: there is no checkpoint.
     """
-    if not arguments.follow and not subject.saved_steps():
+    if not arguments.follow and not subject.run.steps():
         subject.load()  # raises the error that there are none
     writer = None
     if jax.process_index() == 0:
@@ -296,7 +295,7 @@ def evaluate_many(
                 loaded = subject.load(step, arguments.params)
             except (UserError, FileNotFoundError) as error:
                 # A run under way removes its old checkpoints while this command computes.
-                if step in subject.saved_steps():
+                if step in subject.run.steps():
                     raise
                 _say(f"step {step:,} is gone, as the run keeps its newest alone ({error})")
                 continue

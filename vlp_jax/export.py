@@ -17,8 +17,7 @@ from etils import epath
 from vlp_jax.data.tokenizers import ClipTokenizer
 from vlp_jax.data.tokenizers.base import NORMALIZED
 from vlp_jax.errors import UserError, unknown_key_message
-from vlp_jax.handover.artifacts import ARTIFACTS
-from vlp_jax.handover.functions import DTYPES
+from vlp_jax.handover.artifacts import ARTIFACTS, DTYPES
 from vlp_jax.handover.job import ExportJob, kinds_of, known_formats
 from vlp_jax.interop.base import INTERPOLATIONS, RESIZES
 from vlp_jax.interop.hf_tokenizer import TokenizerFiles

@@ -2,9 +2,9 @@
 
 import pytest
 
-from tests.interop.conftest import no_gradients
+from tests.interop.conftest import clip_run, mae_run, no_gradients, siglip_run
 
-__all__ = ["no_gradients"]
+__all__ = ["clip_run", "mae_run", "no_gradients", "siglip_run"]
 
 
 @pytest.fixture(scope="session")

@@ -56,6 +56,7 @@ def test_zero_shot(workdir, tmp_path, monkeypatch, capsys):
     assert theirs["acc5"] == pytest.approx(scores["eval/zero_shot/top5"], abs=1.5 / n)
 
 
+@pytest.mark.slow
 def test_retrieval(workdir, tmp_path, monkeypatch):
     written(workdir, "retrieval", tmp_path / "data")
     scores = evaluate.evaluate(workdir, names=["retrieval"])

@@ -96,9 +96,8 @@ def test_all_checkpoints_once(copy, capsys):
     assert command(*arguments, "--all") == 0
     first = read_metrics(copy / evaluate.EVALUATIONS)
     assert [r["step"] for r in first] == [1, 2] and all(TOP5 in r for r in first)
-    for record in first:
-        one = evaluate.evaluate(copy, record["step"], [NAME])
-        assert one[TOP5] == pytest.approx(record[TOP5])
+    one = evaluate.evaluate(copy, 1, [NAME])
+    assert one[TOP5] == pytest.approx(first[0][TOP5])
     capsys.readouterr()
     assert command(*arguments, "--all") == 0
     assert capsys.readouterr().out.count("was evaluated before") == 2
@@ -158,7 +157,7 @@ def _note(line, waited):
 
 def test_weights_of_others_are_judged_as_the_run_is(workdir, tmp_path, capsys):
     folder = tmp_path / "hf"
-    arguments = ("--workdir", workdir, "--format", "hf", "--output", folder)
+    arguments = ("--workdir", workdir, "--format", "hf", "--output", folder, "--no-verify")
     assert export.main([str(a) for a in arguments]) == 0
     run = evaluate.evaluate(workdir, names=[NAME])
     limited = "--config.evaluators.zero_shot.data.limit=20"

@@ -16,6 +16,8 @@ import torch
 import torchvision.transforms
 import transformers
 from etils import epath
+from foreign import applied
+from runs import CROP
 
 import vlp_jax
 from vlp_jax import export
@@ -26,27 +28,8 @@ from vlp_jax.errors import UserError
 from vlp_jax.interop.trees import plain
 from vlp_jax.training import workdir as workdir_lib
 
-CROP = {"resize_shortest_and_center_crop": {"size": 24, "method": "bilinear"}}
 SQUASH = {"resize": {"size": 24}}
 TEXTS = ["A red circle on the Left", "a blue box", "Größe 42 <eos> <pad>", "one Box"]
-
-
-@pytest.fixture(scope="module")
-def clip_run(tmp_path_factory):
-    workdir = tmp_path_factory.mktemp("clip")
-    config = runs.run_config(
-        runs.CLIP, runs.SUBWORD, {"lowercase": {}, "decode_image": {}, **CROP}, ema=True
-    )
-    objective, trees = runs.write_run(config, workdir, steps=(3, 7))
-    return workdir, objective, trees
-
-
-@pytest.fixture(scope="module")
-def siglip_run(tmp_path_factory):
-    workdir = tmp_path_factory.mktemp("siglip")
-    config = runs.run_config(runs.SIGLIP, runs.BYTES, {"decode_image": {}, **SQUASH})
-    runs.write_run(config, workdir)
-    return workdir
 
 
 @pytest.fixture(scope="module")
@@ -116,8 +99,8 @@ def test_a_folder_for_open_clip(clip_run, pictures, tmp_path):
 
 
 def test_a_siglip_folder_has_its_bias(siglip_run, pictures, tmp_path):
-    folder = exported(siglip_run, "hf", tmp_path / "out")
-    ours, run = vlp_jax.load(f"hf:{folder}"), vlp_jax.load(siglip_run)
+    folder = exported(siglip_run[0], "hf", tmp_path / "out")
+    ours, run = vlp_jax.load(f"hf:{folder}"), vlp_jax.load(siglip_run[0])
     model = transformers.SiglipModel.from_pretrained(folder).eval()
     processor = transformers.AutoProcessor.from_pretrained(folder)
     inputs = processor(
@@ -141,11 +124,11 @@ def test_a_run_embeds_as_its_objective_does_and_chooses_the_step(clip_run, pictu
     rows = np.resize(tokens, (3, 12))
     for step in (3, 7):
         loaded = vlp_jax.load(workdir, step=step)
-        out = plain(objective.model).apply({"params": trees[step]}, pixels, rows)
+        out = applied(plain(objective.model), {"params": trees[step]}, pixels, rows)
         np.testing.assert_allclose(loaded.apply("embed_image", pixels), out["image"], atol=1e-5)
         # Pillow and TensorFlow round a resized pixel differently now and then.
         np.testing.assert_allclose(loaded.embed_image(pictures), out["image"], atol=1e-2)
-    words = plain(objective.model).apply({"params": trees[7]}, tokens, method="embed_text")
+    words = applied(plain(objective.model), {"params": trees[7]}, tokens, method="embed_text")
     np.testing.assert_allclose(model.embed_text(TEXTS), words, atol=1e-5)
     shouted = model.embed_text([text.upper() for text in TEXTS[:2]])
     np.testing.assert_allclose(shouted, model.embed_text(TEXTS[:2]), atol=1e-6)  # lowercase
@@ -299,17 +282,15 @@ def test_damaged_files_are_told_in_one_line():
     assert process(broken).shape == (24, 24, 3)
 
 
-def test_an_image_tower_alone_and_a_masked_autoencoder_take_no_texts(tmp_path, pictures):
-    config = runs.run_config(runs.MAE, {}, {"decode_image": {}, **SQUASH})
-    runs.write_run(config, tmp_path / "run")
-    model = vlp_jax.load(tmp_path / "run")
+def test_an_image_tower_alone_and_a_masked_autoencoder_take_no_texts(mae_run, tmp_path, pictures):
+    model = vlp_jax.load(mae_run[0])
     rows = model.embed_image(pictures)
     np.testing.assert_allclose(np.linalg.norm(rows, axis=1), 1, rtol=1e-5)
     with pytest.raises(UserError, match="takes no texts"):
         model.embed_text("a")
     with pytest.raises(UserError, match="no logits"):
         _ = model.logit_scale
-    folder = exported(tmp_path / "run", "hf_vit", tmp_path / "vit")
+    folder = exported(mae_run[0], "hf_vit", tmp_path / "vit")
     tower = vlp_jax.load(f"hf:{folder}")
     theirs = transformers.ViTModel.from_pretrained(folder, add_pooling_layer=False).eval()
     inputs = transformers.AutoImageProcessor.from_pretrained(folder)(pictures, return_tensors="pt")

@@ -9,15 +9,15 @@ import numpy as np
 import odd_images
 import pytest
 import transformers
-from foreign import autoencoder, clip, images, random_params, siglip, token_ids, vit
+from foreign import applied, autoencoder, clip, images, random_params, siglip, token_ids, vit
 from PIL import Image
 
 from vlp_jax import interop
 from vlp_jax.data.image_ops.upright import upright_rgb
 from vlp_jax.data.tokenizers.subword import train_subword
-from vlp_jax.handover import artifacts, stablehlo
+from vlp_jax.handover import artifacts
+from vlp_jax.handover.artifacts import artifact_functions
 from vlp_jax.handover.foreign import run_stablehlo
-from vlp_jax.handover.functions import artifact_functions
 from vlp_jax.interop import precision
 from vlp_jax.interop.base import Extras
 from vlp_jax.interop.hf_tokenizer import TokenizerFiles
@@ -81,7 +81,7 @@ def test_new_weights_go_into_the_same_program(pair):
     program.weights = {name: other[name] for name in kept}
     image = images(32, 2)
     tree = {"params": interop.to_tree(module, other)}
-    expected = module.apply(tree, image, method="embed_image")
+    expected = applied(module, tree, image, method="embed_image")
     try:
         np.testing.assert_allclose(program("embed_image", image), expected, atol=1e-6)
     finally:
@@ -96,7 +96,7 @@ def test_weights_in_fewer_bits_are_restored_inside(weights, tmp_path):
     kinds = {str(x.dtype) for x in program.weights.values()}
     assert kinds == {"bfloat16": {"bfloat16"}, "int8": {"int8", "float32"}}[weights]
     tree = {"params": interop.to_tree(module, precision.rounded(params, weights))}
-    expected = module.apply(tree, image, method="embed_image")
+    expected = applied(module, tree, image, method="embed_image")
     np.testing.assert_allclose(program("embed_image", image), expected, atol=2e-6)
 
 
@@ -118,7 +118,7 @@ def test_an_image_tower_alone_normalizes_inside(tmp_path):
     params, image = random_params(module), images(32, 2)
     program = written(module, params, tmp_path, image_mean=mean, image_std=std)
     tree = {"params": interop.to_tree(module, params)}
-    expected = module.apply(tree, np.asarray(Pixels(mean, std).normalize(image)))
+    expected = applied(module, tree, np.asarray(Pixels(mean, std).normalize(image)))
     np.testing.assert_allclose(program("embed_image", image), expected, atol=1e-5)
 
 
@@ -127,7 +127,7 @@ def test_a_masked_autoencoder_embeds_and_paints(tmp_path):
     params, image = random_params(module), images(32, 2)
     program = written(module, params, tmp_path, mask_ratio=0.5, norm_pix_loss=True)
     tree = {"params": interop.to_tree(module, params)}
-    features = np.array(module.apply(tree, image, method="features"))
+    features = np.array(applied(module, tree, image, method="features"))
     features /= np.linalg.norm(features, axis=1, keepdims=True)
     np.testing.assert_allclose(program("embed_image", image), features, atol=1e-6)
     noise = np.random.default_rng(0).random((2, 16), np.float32)
@@ -190,7 +190,7 @@ def test_functions_take_only_the_weights_they_need():
     image, text = artifact_functions(module, random_params(module), Extras())
     assert {key.split("/")[0] for key in image.weights} == {"image", "image_projection"}
     assert {key.split("/")[0] for key in text.weights} == {"text", "text_projection"}
-    assert stablehlo.PLATFORMS == ("cpu", "cuda", "tpu")
+    assert artifacts.PLATFORMS == ("cpu", "cuda", "tpu")
 
 
 def test_the_program_makes_rgb_of_odd_pictures_as_training_does():

@@ -10,8 +10,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))  # for `foreign`
 
 import pytest
 import torch
+from runs import clip_run, mae_run, siglip_run
 
 from tools.perf.peers.torch_step import patch_torchvision
+
+__all__ = ["clip_run", "mae_run", "no_gradients", "siglip_run"]
 
 torch.set_num_threads(1)
 

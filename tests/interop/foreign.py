@@ -2,6 +2,7 @@
 
 import jax
 import numpy as np
+import pytest
 import torch
 
 from vlp_jax import interop
@@ -14,6 +15,12 @@ from vlp_jax.models.vit import VisionTransformer
 
 TOLERANCE = 1e-4
 MEAN, STD = (0.48, 0.45, 0.41), (0.27, 0.26, 0.28)
+
+
+def some(cases, *fast):
+    """The names of cases for parametrize: those that are not in `fast` are slow."""
+    assert set(fast) <= set(cases)
+    return [x if x in fast else pytest.param(x, marks=pytest.mark.slow) for x in cases]
 
 
 def random_params(module, seed=0):
@@ -62,6 +69,11 @@ def pixels(image, mean=MEAN, std=STD):
     """Theirs: normalized, channels first."""
     x = (image.astype(np.float32) / 255 - np.float32(mean)) / np.float32(std)
     return torch.from_numpy(np.ascontiguousarray(x.transpose(0, 3, 1, 2), dtype=np.float32))
+
+
+def applied(module, tree, *inputs, method=None):
+    """What a module computes, compiled as one program: far faster than operation by operation."""
+    return jax.jit(lambda tree, *x: module.apply(tree, *x, method=method))(tree, *inputs)
 
 
 def embed(module, params, image, text):

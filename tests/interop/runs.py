@@ -2,6 +2,7 @@
 
 import jax
 import numpy as np
+import pytest
 from etils import epath
 from ml_collections import ConfigDict
 
@@ -96,3 +97,27 @@ def perturbed(tree: TrainState, seed: int):
         return jax.device_put(np.asarray(leaf + noise, np.float32), leaf.sharding)
 
     return jax.tree.map(noisy, tree)
+
+
+CROP = {"resize_shortest_and_center_crop": {"size": 24, "method": "bilinear"}}
+SQUASH = {"decode_image": {}, "resize": {"size": 24}}
+
+
+def session_run(name, config, steps=(3,)):
+    """A fixture: (workdir, objective, step -> tree) of a run; not to be written to."""
+
+    @pytest.fixture(scope="session", name=name)
+    def run(tmp_path_factory):
+        workdir = tmp_path_factory.mktemp(name)
+        return workdir, *write_run(config(), workdir, steps)
+
+    return run
+
+
+clip_run = session_run(
+    "clip_run",
+    lambda: run_config(CLIP, SUBWORD, {"lowercase": {}, "decode_image": {}, **CROP}, ema=True),
+    steps=(3, 7),
+)
+siglip_run = session_run("siglip_run", lambda: run_config(SIGLIP, BYTES, SQUASH))
+mae_run = session_run("mae_run", lambda: run_config(MAE, {}, SQUASH))

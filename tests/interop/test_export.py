@@ -1,5 +1,6 @@
 """A run's model in other people's hands: weights, texts and images as their libraries take them."""
 
+import dataclasses
 import io
 import json
 
@@ -12,9 +13,10 @@ import runs
 import timm
 import torch
 import transformers
-from foreign import assert_close, pixels
+from foreign import applied, assert_close, pixels
+from runs import CROP, SQUASH
 
-from vlp_jax import export
+from vlp_jax import export, interop
 from vlp_jax.data.pipeline import EvalPipeline
 from vlp_jax.data.tokenizers import ByteTokenizer, SubwordTokenizer
 from vlp_jax.interop.trees import plain
@@ -22,36 +24,11 @@ from vlp_jax.models.masking import mask_from_noise
 from vlp_jax.training import run as run_lib
 
 TEXTS = ["A red circle on the Left", "", "Größe 42 <eos> <pad>", "a very long text " * 30]
-CROP = {"resize_shortest_and_center_crop": {"size": 24, "method": "bilinear"}}
-SQUASH = {"decode_image": {}, "resize": {"size": 24}}
 
 
 def command(*arguments):
     """Without the proof in a process of its own, which tests/handover looks at."""
     return export.main([*(str(argument) for argument in arguments), "--no-verify"])
-
-
-@pytest.fixture(scope="module")
-def clip_run(tmp_path_factory):
-    workdir = tmp_path_factory.mktemp("clip")
-    preprocess = {"lowercase": {}, "decode_image": {}, **CROP}
-    config = runs.run_config(runs.CLIP, runs.SUBWORD, preprocess, ema=True)
-    objective, trees = runs.write_run(config, workdir, steps=(3, 7))
-    return workdir, objective, trees
-
-
-@pytest.fixture(scope="module")
-def siglip_run(tmp_path_factory):
-    workdir = tmp_path_factory.mktemp("siglip")
-    objective, trees = runs.write_run(runs.run_config(runs.SIGLIP, runs.BYTES, SQUASH), workdir)
-    return workdir, objective, trees
-
-
-@pytest.fixture(scope="module")
-def mae_run(tmp_path_factory):
-    workdir = tmp_path_factory.mktemp("mae")
-    objective, trees = runs.write_run(runs.run_config(runs.MAE, {}, SQUASH), workdir)
-    return workdir, objective, trees
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +60,7 @@ def ours(objective, tree, image, texts):
     return out["image"], out["text"], logits
 
 
-@pytest.mark.parametrize("step", [3, 7])
+@pytest.mark.parametrize("step", [3, pytest.param(7, marks=pytest.mark.slow)])
 def test_clip_run_as_hugging_face_takes_it(step, clip_run, tmp_path, pictures, capsys):
     workdir, objective, trees = clip_run
     chosen = [] if step == 7 else ["--step", step]
@@ -160,14 +137,14 @@ def test_mae_run_with_its_decoder_and_without(mae_run, tmp_path, capsys):
     noise = np.random.default_rng(1).random((2, 9), np.float32)
     mean, std = objective.model.pixels.mean, objective.model.pixels.std
     with_mask = mask_from_noise(noise, int(9 * (1 - 0.6)))
-    expected = objective.model.apply({"params": trees[3]}, image, with_mask)
+    expected = applied(objective.model, {"params": trees[3]}, image, with_mask)
     theirs = model.eval()(pixels(image, mean, std), noise=torch.from_numpy(noise))
     assert_close(theirs.logits, expected)
     for format in ("hf_vit", "timm"):
         folder = tmp_path / format
         assert command("--workdir", workdir, "--format", format, "--output", folder) == 0
         assert "left out: decoder" in capsys.readouterr().out
-    expected = objective.model.apply({"params": trees[3]}, image, method="encode")
+    expected = applied(objective.model, {"params": trees[3]}, image, method="encode")
     tower = transformers.ViTModel.from_pretrained(tmp_path / "hf_vit", add_pooling_layer=False)
     inputs = pixels(image, mean, std)
     assert_close(tower(inputs).last_hidden_state, expected)
@@ -189,7 +166,8 @@ def test_part_of_a_composite(tmp_path):
     model = transformers.CLIPModel.from_pretrained(tmp_path / "clip")
     image = np.random.default_rng(0).integers(0, 256, (2, 24, 24, 3), np.uint8)
     part = objective.parts()["pairs"].objective
-    expected = plain(part.model).apply(  # in float32, as the others compute
+    expected = applied(
+        plain(part.model),  # in float32, as the others compute
         {"params": {k: v for k, v in trees[3].items() if k != "decoder"}},
         image,
         method="embed_image",
@@ -291,14 +269,13 @@ def test_a_folder_with_files_is_left_alone(clip_run, tmp_path, capsys):
 
 
 def test_a_result_that_computes_something_else_is_an_error(clip_run, tmp_path, monkeypatch, capsys):
-    from vlp_jax.interop import hf_clip
-
-    right = hf_clip.write
+    right = interop.FORMATS["hf_clip"]
 
     def wrong(module, params, directory, extras):
-        return right(module, {**params, "logit_scale": np.float32(1)}, directory, extras)
+        return right.write(module, {**params, "logit_scale": np.float32(1)}, directory, extras)
 
-    monkeypatch.setattr(hf_clip, "write", wrong)
+    faulty = dataclasses.replace(right, write=wrong)
+    monkeypatch.setitem(interop.FORMATS, "hf_clip", faulty)
     arguments = ("--workdir", clip_run[0], "--format", "hf_clip", "--output", tmp_path / "new")
     assert command(*arguments) == 2
     assert "computes something else" in capsys.readouterr().err

@@ -6,6 +6,7 @@ import open_clip
 import pytest
 import runs
 import transformers
+from foreign import some
 
 from vlp_jax import export
 from vlp_jax.data.tokenizers import build_tokenizer
@@ -32,7 +33,7 @@ def export_run(tokenizer, preprocess, objective, format, folder):
     return workdir_lib.open_kept_tokenizer(folder / "run", config)
 
 
-@pytest.mark.parametrize("format", ["hf", "open_clip"])
+@pytest.mark.parametrize("format", some(["hf", "open_clip"], "open_clip"))
 def test_a_run_with_clips_tokenizer(format, tmp_path, capsys):
     section = {"name": "clip", "context_length": 12}
     ours = export_run(section, SQUASH, runs.CLIP, format, tmp_path)
@@ -50,7 +51,7 @@ def test_a_run_with_clips_tokenizer(format, tmp_path, capsys):
     np.testing.assert_array_equal(np.array(rows), ours(TEXTS))
 
 
-@pytest.mark.parametrize("pad", [None, "eos"])
+@pytest.mark.parametrize("pad", some([None, "eos"], "eos"))
 @pytest.mark.parametrize("name", ["t5", pytest.param("llama", marks=pytest.mark.slow)])
 def test_a_run_with_sentencepiece(name, pad, tmp_path):
     file = tmp_path / "spiece.model"

@@ -74,6 +74,7 @@ def finetune(source, *assignments):
     return config
 
 
+@pytest.mark.slow
 def test_data_and_duration_are_all_that_is_left_to_say(clip_folder, pictures, tmp_path):
     source, run = f"hf:{shutil.copytree(clip_folder, tmp_path / 'source')}", tmp_path / "run"
     arguments = [
@@ -179,13 +180,13 @@ def test_without_a_source(tmp_path):
 @pytest.mark.parametrize(
     ("kind", "format", "prefix"),
     [
-        ("CLIP", None, ""),
+        pytest.param("CLIP", None, "", marks=pytest.mark.slow),
         ("CLIP", "hf", "hf:"),
-        ("CLIP", "open_clip", "open_clip:"),
-        ("SIGLIP", "hf_siglip", "hf:"),
+        pytest.param("CLIP", "open_clip", "open_clip:", marks=pytest.mark.slow),
+        pytest.param("SIGLIP", "hf_siglip", "hf:", marks=pytest.mark.slow),
         ("SIGLIP", "big_vision", "big_vision:"),
         ("MAE", None, ""),
-        ("MAE", "hf_vit_mae", "hf:"),
+        pytest.param("MAE", "hf_vit_mae", "hf:", marks=pytest.mark.slow),
     ],
 )
 def test_the_model_of_a_run_comes_back_by_every_way(kind, format, prefix, tmp_path):

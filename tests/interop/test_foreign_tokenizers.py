@@ -183,11 +183,13 @@ def test_clip_is_transformers(clip, tmp_path):
 
 def test_a_clip_run_in_open_clip_and_transformers(clip, tmp_path):
     """What is exported: open_clip cleans before it, so nothing is left out there."""
-    from vlp_jax.interop.hf_tokenizer import TokenizerFiles
+    from vlp_jax.interop import hf_tokenizer
 
     ids = {"bos_id": clip.bos_id, "eos_id": clip.eos_id, "pad_id": clip.pad_id}
-    files = TokenizerFiles.from_json(clip.to_json(lowercase=False), context_length=77, **ids)
-    files.write(tmp_path, ["input_ids", "attention_mask"])
+    made = hf_tokenizer.TokenizerFiles.from_json(
+        clip.to_json(lowercase=False), context_length=77, **ids
+    )
+    hf_tokenizer.write(made, tmp_path, ["input_ids", "attention_mask"])
     theirs = open_clip.tokenizer.HFTokenizer(str(tmp_path), context_length=77)
     np.testing.assert_array_equal(theirs(TEXTS).numpy(), clip(TEXTS))
     auto = transformers.AutoTokenizer.from_pretrained(tmp_path)

@@ -47,10 +47,10 @@ def start_from(source, rules, tmp_path, **objective):
 @pytest.mark.parametrize(
     ("format", "source", "objective", "rules"),
     [
-        ("hf_clip", "hf:{}", CLIP, ALL),
+        pytest.param("hf_clip", "hf:{}", CLIP, ALL, marks=pytest.mark.slow),
         ("open_clip", "open_clip:{}/open_clip_model.safetensors", CLIP, ALL),
         ("hf_siglip", "hf:{}", SIGLIP, ALL),
-        ("big_vision", "big_vision:{}/model.npz", SIGLIP, ALL),
+        pytest.param("big_vision", "big_vision:{}/model.npz", SIGLIP, ALL, marks=pytest.mark.slow),
         ("timm", "timm:{}/model.safetensors", SIGLIP, IMAGE_ALONE),
     ],
 )

@@ -16,6 +16,7 @@ from foreign import (
     random_params,
     randomize,
     siglip,
+    some,
     vit,
 )
 from timm.models import save_for_hf
@@ -23,7 +24,7 @@ from timm.models.vision_transformer import VisionTransformer
 
 from vlp_jax import interop
 from vlp_jax.errors import UserError
-from vlp_jax.interop.timm_names import SIGLIP, SIGLIP_GAP, fields_of, siglip_name
+from vlp_jax.interop.timm_config import SIGLIP, SIGLIP_GAP, fields_of, siglip_name
 from vlp_jax.models.values import tower_fields
 
 SMALL = dict(img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=4, mlp_ratio=2.5)
@@ -98,7 +99,18 @@ def assert_computes_the_same(module, params, model):
     assert_close(features(module, params, image), model(pixels(image)), "timm features")
 
 
-@pytest.mark.parametrize("name", THEIRS)
+@pytest.mark.parametrize(
+    "name",
+    some(
+        THEIRS,
+        "class token without position",
+        "mean of patches",
+        "registers with positions",
+        "registers without positions",
+        "all tokens, norm before the blocks",
+        "no positions",
+    ),
+)
 def test_reads_theirs(name, tmp_path):
     args, fields = THEIRS[name]
     model = timm.create_model("vit_base_patch16_224", num_classes=0, **{**SMALL, **args})
@@ -116,7 +128,17 @@ def test_reads_theirs(name, tmp_path):
     assert_computes_the_same(imported.module, imported.params, again)
 
 
-@pytest.mark.parametrize("name", OURS)
+@pytest.mark.parametrize(
+    "name",
+    some(
+        OURS,
+        "28 x 56 px, norm after the mean",
+        "attention pooling of class token and registers",
+        "everything",
+        "as in CLIP",
+        "fixed positions, no bias of patches",
+    ),
+)
 def test_writes_ours(name, tmp_path):
     module = OURS[name]
     params = random_params(module)

@@ -32,6 +32,7 @@ from vlp_jax.data.sources.base import as_plain
 from vlp_jax.errors import UserError
 from vlp_jax.evaluators import class_lists, merged_data
 from vlp_jax.handover import foreign
+from vlp_jax.handover.verify import LIBRARIES
 from vlp_jax.interop.staging import check_free
 from vlp_jax.parallel import startup
 from vlp_jax.training.run import Run
@@ -89,15 +90,19 @@ def picture(image: bytes | np.ndarray) -> Image.Image:
 
 
 def evaluated_elsewhere(format: str, folder: Path, data: Path) -> dict[str, Any]:
-    """Returns the scores that foreign/zero_shot.py prints.
+    """Returns the scores that foreign/check.py prints.
 
     Raises:
       UserError: it ended with an error.
     """
-    program = Path(foreign.__file__).parent / "zero_shot.py"
+    program = Path(foreign.__file__).parent / "check.py"
+    library = LIBRARIES[format.split("_")[0]]
     done = subprocess.run(
         # Isolated: it cannot import vlp_jax, so nothing of ours helps the foreign library.
-        [sys.executable, "-I", "-B", program, format, folder.resolve(), data.resolve()],
+        [
+            *(sys.executable, "-I", "-B", program, "--zero-shot"),
+            *(library, folder.resolve(), data.resolve()),
+        ],
         capture_output=True,
         text=True,
         cwd=data,

@@ -9,27 +9,23 @@
 
 from __future__ import annotations
 
-import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
-from vlp_jax.encoders.encoder import Encoder
+from vlp_jax.encoders.encoder import Encoder, load
 from vlp_jax.encoders.images import ImageProcessor
-from vlp_jax.encoders.loading import load
+from vlp_jax.encoders.texts import TextProcessor
 from vlp_jax.errors import UserError
 
 MODEL_TYPE = "vlp_jax"
 
 
 def register() -> None:
-    """Adds `--model_type vlp_jax` to an installed CLIP_benchmark, in this process.
-
-    Raises:
-      UserError: CLIP_benchmark is not installed.
-    """
+    """Adds `--model_type vlp_jax` to CLIP_benchmark; raises UserError if it is not installed."""
     try:
         from clip_benchmark import models
     except ImportError as error:
@@ -86,7 +82,9 @@ def load_for_clip_benchmark(
     encoder = load(model_name, step=int(pretrained) if pretrained else None)
     if encoder.texts is None:
         raise UserError(f"{model_name} is an image model, and CLIP_benchmark needs texts")
-    return BenchmarkModel(encoder, device), Transform(encoder.images), Tokenize(encoder.texts)
+    # A `DataLoader` sends the transform to its worker processes, so it must not hold JAX objects.
+    of_image = functools.partial(transform, encoder.images)
+    return BenchmarkModel(encoder, device), of_image, functools.partial(tokenize, encoder.texts)
 
 
 class BenchmarkModel(torch.nn.Module):
@@ -109,25 +107,12 @@ class BenchmarkModel(torch.nn.Module):
         return torch.from_numpy(np.array(vectors)).to(self._device)
 
 
-@dataclasses.dataclass(frozen=True)
-class Transform:
-    """Converts a Pillow image to uint8 [3, height, width]; the model normalizes the pixels.
-
-    A `DataLoader` sends it to its worker processes, so it must not hold JAX objects.
-    """
-
-    images: ImageProcessor
-
-    def __call__(self, image: Any) -> torch.Tensor:
-        return torch.from_numpy(self.images(image).transpose(2, 0, 1).copy())
+def transform(images: ImageProcessor, image: Any) -> torch.Tensor:
+    """Converts a Pillow image to uint8 [3, height, width]; the model normalizes the pixels."""
+    return torch.from_numpy(images(image).transpose(2, 0, 1).copy())
 
 
-@dataclasses.dataclass(frozen=True)
-class Tokenize:
+def tokenize(processor: TextProcessor, texts: str | Sequence[str]) -> torch.Tensor:
     """Converts texts to token ids [n, context]."""
-
-    texts: Callable[[Sequence[str]], np.ndarray]
-
-    def __call__(self, texts: str | Sequence[str]) -> torch.Tensor:
-        listed = [texts] if isinstance(texts, str) else list(texts)
-        return torch.from_numpy(self.texts(listed).astype(np.int64))
+    listed = [texts] if isinstance(texts, str) else list(texts)
+    return torch.from_numpy(processor(listed).astype(np.int64))

@@ -1,23 +1,40 @@
-"""A trained model with its preprocessing: embeds images and texts."""
+"""Loads a trained model, from a run or from foreign files; embeds images and texts with it."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
 import itertools
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from etils import epath
 from jaxtyping import Float
 
+from vlp_jax import interop
+from vlp_jax.encoders.foreign_texts import tokenizer_of_files
 from vlp_jax.encoders.images import Image, ImageProcessor, each_image
-from vlp_jax.encoders.texts import TextProcessor
+from vlp_jax.encoders.texts import TextProcessor, tokenizer_from
 from vlp_jax.errors import UserError
-from vlp_jax.interop.trees import Module, Params, to_tree
+from vlp_jax.interop.trees import Module, Params, image_of, to_tree, with_dtype
+from vlp_jax.models.captioner import Captioner
+from vlp_jax.models.coca import CoCa
+from vlp_jax.models.dual_encoder import DualEncoder
+from vlp_jax.models.masked_autoencoder import MaskedAutoencoder
+from vlp_jax.objectives.base import Function
+from vlp_jax.objectives.compute import DTYPES
+from vlp_jax.objectives.of_model import objective_of
+from vlp_jax.training.run import Run, bounded, resizing
 
 BATCH_SIZE = 64
+# Models that can be loaded from a run. Of several in a composite, the first in this order becomes
+# `Encoder.module`.
+LOADED = (DualEncoder, CoCa, MaskedAutoencoder, Captioner)
+RESIZING = ("resize", "interpolation", "scale", "crop_rounding")  # fields of `interop.Extras`
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -51,11 +68,7 @@ class Encoder:
 
     @property
     def tokenizer(self) -> Any:
-        """The tokenizer; see `vlp_jax.data.tokenizers`.
-
-        Raises:
-          UserError: the model takes no texts.
-        """
+        """The tokenizer, see `vlp_jax.data.tokenizers`; a UserError if the model takes no texts."""
         return self._texts.tokenizer
 
     @property
@@ -65,17 +78,15 @@ class Encoder:
 
     @property
     def logit_scale(self) -> float:
-        """The factor on the cosine similarity in a logit.
-
-        Raises:
-          UserError: the model takes no texts.
-        """
-        return self._logit_parameters[0]
+        """The factor on the cosine similarity in a logit; a UserError if there are no logits."""
+        if "logit_scale" not in self.weights:
+            raise UserError(f"{self.source} is an image model: it has no logits of pairs")
+        return float(np.exp(self.weights["logit_scale"]))
 
     @property
     def logit_bias(self) -> float:
-        """The bias of a logit; 0 for models of the softmax loss. Raises like `logit_scale`."""
-        return self._logit_parameters[1]
+        """The bias of a logit. It is 0 for models of the softmax loss, which it cannot change."""
+        return float(self.weights.get("logit_bias", 0.0))
 
     def embed_image(
         self, images: Image | Iterable[Image], batch_size: int = BATCH_SIZE
@@ -91,8 +102,7 @@ class Encoder:
         Raises:
           UserError: an image is invalid, damaged or too large; the error names it.
         """
-        pixels = (self.images(image, name) for name, image in each_image(images))
-        return self._embed("embed_image", pixels, batch_size)
+        return self.apply("embed_image", self._pixels(images), batch_size)
 
     def embed_text(
         self, texts: str | Sequence[str], batch_size: int = BATCH_SIZE
@@ -103,7 +113,7 @@ class Encoder:
           UserError: the model takes no texts, or a text is empty.
         """
         texts = [texts] if isinstance(texts, str) else list(texts)
-        return self._embed("embed_text", iter(self._texts(texts)), batch_size)
+        return self.apply("embed_text", self._texts(texts), batch_size)
 
     def caption(
         self,
@@ -126,8 +136,8 @@ class Encoder:
             invalid.
         """
         ids = self.tokenizer.encode(self._texts.preprocess([prompt]))[0] if prompt else []
-        pixels = (self.images(image, name) for name, image in each_image(images))
-        batches = self._outputs("caption", pixels, batch_size, prompt=tuple(ids), **settings)
+        settings["prompt"] = tuple(ids)
+        batches = self._outputs("caption", self._pixels(images), batch_size, settings)
         return [text for batch in batches for text in self.tokenizer.decode(batch.tokens)]
 
     def apply(
@@ -142,7 +152,15 @@ class Encoder:
         Raises:
           UserError: the model has no such function.
         """
-        return self._embed(name, iter(rows), batch_size)
+        batches = list(self._outputs(name, rows, batch_size, {}))
+        if batches:
+            return np.concatenate(batches)
+        # No rows: the result has the shape and dtype that it would have. This computes nothing.
+        text = name == "embed_text"
+        shape = (1, self.tokenizer.context_length) if text else (1, *self.image_size, 3)
+        one = jax.ShapeDtypeStruct(shape, np.int32 if text else np.uint8)
+        out = jax.eval_shape(self.functions[name], self.params, one)
+        return np.zeros((0, *out.shape[1:]), out.dtype)
 
     def logits(
         self, images: Image | Iterable[Image], texts: str | Sequence[str]
@@ -157,51 +175,31 @@ class Encoder:
             raise UserError(f"{self.source} is an image model: it takes no texts")
         return self.texts
 
-    @functools.cached_property
-    def _logit_parameters(self) -> tuple[float, float]:
-        if "logit_scale" not in self.weights:
-            raise UserError(f"{self.source} is an image model: it has no logits of pairs")
-        # The softmax of a row does not change with a bias on all its logits. So models of the
-        # softmax loss have no bias.
-        bias = self.weights.get("logit_bias", np.float32(0))
-        return float(np.exp(self.weights["logit_scale"])), float(bias)
+    def _pixels(self, images: Image | Iterable[Image]) -> Iterator[np.ndarray]:
+        return (self.images(image, name) for name, image in each_image(images))
 
     @functools.cached_property
     def _jitted(self) -> dict[Any, Callable[..., Any]]:
         return {}
 
-    def _program(self, name: str, **settings: Any) -> Callable[..., Any]:
-        """Returns a function with these settings, jitted once for each shape."""
+    def _outputs(
+        self, name: str, rows: Iterable[np.ndarray], batch_size: int, settings: dict[str, Any]
+    ) -> Iterator[Any]:
+        """Yields the results for batches of rows; raises UserError for an unknown setting."""
+        if batch_size < 1:
+            raise UserError(f"batch_size must be at least 1, not {batch_size}")
         if name not in self.functions:
             raise UserError(f"{self.source} has no {name}")
         # Two calls of `jax.jit` on new partials would compile the same program twice.
-        key = (name, *sorted(settings.items()))
+        key, rows = (name, *sorted(settings.items())), iter(rows)
         if key not in self._jitted:
             self._jitted[key] = jax.jit(functools.partial(self.functions[name], **settings))
-        return self._jitted[key]
-
-    def _embed(self, name: str, rows: Iterator[np.ndarray], batch_size: int) -> np.ndarray:
-        """Applies a function to rows, and joins the results."""
-        batches = list(self._outputs(name, rows, batch_size))
-        return np.concatenate(batches) if batches else self._nothing(name)
-
-    def _outputs(
-        self, name: str, rows: Iterator[np.ndarray], batch_size: int, **settings: Any
-    ) -> Iterator[Any]:
-        """Yields a function's results for batches of rows.
-
-        Raises:
-          UserError: there is no such function, or it does not take a setting.
-        """
-        if batch_size < 1:
-            raise UserError(f"batch_size must be at least 1, not {batch_size}")
-        function = self._program(name, **settings)
         while batch := list(itertools.islice(rows, batch_size)):
             # The last batch is padded to a power of two. So there are few sizes to compile for.
             size = min(1 << (len(batch) - 1).bit_length(), batch_size)
             padded = np.stack(batch + batch[-1:] * (size - len(batch)))
             try:
-                result = function(self.params, padded)
+                result = self._jitted[key](self.params, padded)
             except (TypeError, ValueError) as error:
                 # The user's settings are the usual cause. Without any, this is a bug of ours.
                 if not settings:
@@ -209,11 +207,109 @@ class Encoder:
                 raise UserError(f"{name}: {error}") from error
             yield jax.tree.map(lambda x: np.asarray(x)[: len(batch)], result)
 
-    def _nothing(self, name: str) -> np.ndarray:
-        """Returns the result of a function for no rows, with the right shape and dtype."""
-        text = name == "embed_text"
-        shape = (1, self.tokenizer.context_length) if text else (1, *self.image_size, 3)
-        one = jax.ShapeDtypeStruct(shape, np.int32 if text else np.uint8)
-        # Traces the function, and computes nothing.
-        out = jax.eval_shape(self.functions[name], self.params, one)
-        return np.zeros((0, *out.shape[1:]), out.dtype)
+
+def load(
+    source: str | os.PathLike,
+    *,
+    step: int | None = None,
+    params: str = "auto",
+    dtype: str = "float32",
+    tokenizer: str | None = None,
+) -> Encoder:
+    """Loads a model with its preprocessing, ready to embed images and texts.
+
+        model = load("runs/clip")            # or "hf:DIR", "open_clip:DIR", "big_vision:FILE.npz"
+        model.embed_image(["a.jpg", "b.png"]) @ model.embed_text(["a red ring"]).T
+
+    Args:
+      source: the workdir of a run, or FORMAT:PATH with one of `vlp_jax.interop.FORMATS`.
+      step: the step of a run's checkpoint; None for the newest.
+      params: the parameters ("params") of a run's checkpoint, their average ("ema"), or the average
+        if there is one ("auto").
+      dtype: dtype of the computation, "float32" or "bfloat16".
+      tokenizer: a tokenizer.json or a SentencePiece .model, for files without a tokenizer.
+
+    Raises:
+      UserError: there is no run or checkpoint, or the files cannot be read.
+    """
+    source = os.fspath(source)
+    if dtype not in DTYPES:
+        raise UserError(f"dtype={dtype!r} must be {' or '.join(DTYPES)}")
+    if not is_foreign(source):
+        if tokenizer is not None:
+            raise UserError(f"{source} is a run, which has its own tokenizer")
+        return _of_run(source, Run.open(source), step, params, dtype)
+    if step is not None or params != "auto":
+        raise UserError(f"{source} is no run: it has no steps, and one kind of parameters")
+    interop.format_named(source.partition(":")[0])
+    return _of_files(source, dtype, tokenizer)
+
+
+def is_foreign(source: str) -> bool:
+    """Whether a source is FORMAT:PATH, and not the workdir of a run, which may be gs://..."""
+    _, colon, rest = source.partition(":")
+    return bool(colon) and not rest.startswith("//") and not epath.Path(source).exists()
+
+
+def _of_run(source: str, run: Run, step: int | None, params: str, dtype: str) -> Encoder:
+    saved = run.saved(step, params)
+    leaves = [part.objective for part in run.objective.parts().values()]
+    usable = sorted(
+        (leaf for leaf in leaves if isinstance(leaf.model, LOADED)),
+        key=lambda leaf: LOADED.index(type(leaf.model)),
+    )
+    if not usable:
+        kinds = ", ".join(type(leaf.model).__name__ for leaf in leaves)
+        raise UserError(f"{source} is a run of {kinds}, which has no embeddings of its own")
+    functions: dict[str, Function] = {}
+    for leaf in usable:  # of two functions with the same name the first counts
+        cast = dataclasses.replace(leaf, model=with_dtype(leaf.model, DTYPES[dtype]))
+        functions = cast.functions() | functions
+    # The checkpoint of a composite also has the parameters of the parts that are not usable.
+    expected = {path for leaf in usable for path in interop.trees.expected_shapes(leaf.model)}
+    weights = {k: v for k, v in bounded(usable[0], saved.read()).items() if k in expected}
+    module, notes, texts = with_dtype(usable[0].model, DTYPES[dtype]), [], None
+    if functions.keys() & {"embed_text", "caption"}:
+        wording, more = run.wording
+        texts = TextProcessor(run.tokenizer, wording)
+        notes += more
+    return Encoder(
+        source=source,
+        module=module,
+        weights=weights,
+        functions=functions,
+        images=ImageProcessor(image_of(module).image_size, **resizing(run.config, notes)),
+        texts=texts,
+        step=saved.step,
+        notes=tuple(notes),
+    )
+
+
+def _of_files(source: str, dtype: str, tokenizer: str | None) -> Encoder:
+    imported = interop.read(source)
+    module = with_dtype(imported.module, DTYPES[dtype])
+    extras, texts, notes = interop.Extras(**imported.extras), None, list(imported.notes)
+    if "text" in module.towers():
+        if tokenizer is not None:
+            made = tokenizer_from(str(Path(tokenizer).expanduser()), module.text)
+        else:
+            made = tokenizer_of_files(extras.tokenizer, module.text, extras.pad_id, source, notes)
+        texts = TextProcessor(made)
+    elif tokenizer is not None:
+        raise UserError(f"{source} is an image model: it takes no tokenizer")
+    objective = objective_of(
+        module,
+        pixels=extras.pixels,
+        mask_ratio=extras.mask_ratio,
+        normalize_targets=extras.norm_pix_loss,
+    )
+    how = {name: getattr(extras, name) for name in RESIZING}
+    return Encoder(
+        source=source,
+        module=module,
+        weights=imported.params,
+        functions=objective.functions(),
+        images=ImageProcessor(image_of(module).image_size, **how),
+        texts=texts,
+        notes=tuple(notes),
+    )

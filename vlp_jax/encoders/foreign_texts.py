@@ -16,7 +16,6 @@ from vlp_jax.models.text import TextTransformer
 
 CLIP_TOKENS = 49_408
 TOKEN_NAMES = tuple(f"{x}_token" for x in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
-LENGTHLESS = 10**9  # transformers writes a model_max_length above this for "no limit"
 Clean = Callable[[str], str]
 
 
@@ -27,53 +26,36 @@ def tokenizer_of_files(
     where: str,
     notes: list[str],
 ) -> Any:
-    """Builds the tokenizer of a foreign model.
+    """Builds the tokenizer of a foreign model `where`; notes differences from its library.
 
-    Args:
-      files: the tokenizer's files. None takes CLIP's published tokenizer if the vocabulary has its
-        size.
-      text: the tower that takes the ids.
-      pad_id: the padding id in the model's config, if any.
-      where: the model, for errors.
-      notes: lines are appended for differences from the foreign library.
-
-    Raises:
-      UserError: there are no usable files.
+    Without files it is CLIP's published tokenizer, if the text tower has its vocabulary. `pad_id`
+    is in the model's config, if any. Raises UserError if there are no usable files.
     """
     wrapped = None if files is None else files.open_clip
     options = dict((wrapped or {}).get("tokenizer_kwargs") or {})
-    if files is None or not files.contents:
-        if text.vocab_size != CLIP_TOKENS:
-            raise UserError(
-                f"{where} has no {TOKENIZER}: name a tokenizer of {text.vocab_size:,} tokens, a "
-                "tokenizer.json or a SentencePiece .model"
-            )
-        cleaning = _cleaning(options.pop("clean", "lower"), where)
-        _note_options(options, notes)
-        return ClipTokenizer.published(text.context_length, cleaning)
-    strip = bool(options.pop("strip_sep_token", False))
-    clean: Clean = str
-    if wrapped is not None:
-        if wrapped.get("tokenizer_mode"):
-            raise UserError(
-                f"{where}: text_cfg.tokenizer_mode {wrapped['tokenizer_mode']!r} frames texts in a "
-                "way that cannot be read here: give a tokenizer"
-            )
-        clean = CLEANINGS[_cleaning(options.pop("clean", "whitespace"), where)]
-        _note_options(options, notes)
-    return _as_transformers(files, text, pad_id, strip, clean, where, notes)
-
-
-def _cleaning(name: str, where: str) -> str:
-    if name not in CLEANINGS:
-        raise UserError(unknown_key_message(str(name), CLEANINGS, f"{where}: tokenizer_kwargs"))
-    return name
-
-
-def _note_options(options: Mapping[str, Any], notes: list[str]) -> None:
+    bare = files is None or not files.contents
+    if bare and text.vocab_size != CLIP_TOKENS:
+        raise UserError(
+            f"{where} has no {TOKENIZER}: name a tokenizer of {text.vocab_size:,} tokens, a "
+            "tokenizer.json or a SentencePiece .model"
+        )
+    strip = not bare and bool(options.pop("strip_sep_token", False))
+    cleaning = options.pop("clean", "lower" if bare else "whitespace")
+    if cleaning not in CLEANINGS:
+        known = f"{where}: tokenizer_kwargs"
+        raise UserError(unknown_key_message(str(cleaning), CLEANINGS, known))
     left = [f"{name} {value!r}" for name, value in options.items() if value]
     if left:
         notes.append(f"its tokenizer has {', '.join(left)} in open_clip, which is left out here")
+    if bare:
+        return ClipTokenizer.published(text.context_length, cleaning)
+    if wrapped is not None and wrapped.get("tokenizer_mode"):
+        raise UserError(
+            f"{where}: text_cfg.tokenizer_mode {wrapped['tokenizer_mode']!r} frames texts in a "
+            "way that cannot be read here: give a tokenizer"
+        )
+    clean = str if wrapped is None else CLEANINGS[cleaning]
+    return _as_transformers(files, text, pad_id, strip, clean, where, notes)
 
 
 def _as_transformers(
@@ -95,8 +77,9 @@ def _as_transformers(
             f"its tokenizer has model_max_length {limit}, to which transformers cuts and pads "
             f"unless it is told a length; here it is the model's {text.context_length}"
         )
+    special = not config.get("split_special_tokens", False)
     if name == "SiglipTokenizer" and "spiece.model" in files.contents:
-        return _siglip(files, config, text, clean, where)
+        return _siglip(files, config, text, clean, special, where)
     content, config = _as_class(name, _content(files, where, name), config, notes)
     _note_frame(content, config, notes)
     pad = config.get("pad_token") or (content.get("padding") or {}).get("pad_token")
@@ -107,7 +90,7 @@ def _as_transformers(
         json.dumps(content),
         text.context_length,
         pad,
-        texts_may_hold_special_tokens=not config.get("split_special_tokens", False),
+        texts_may_hold_special_tokens=special,
         clean=clean,
         zeroed=vocabulary_of(content).get(config.get("sep_token")) if strip else None,
         **_sides(content, config, name in CLASSES and CLASSES[name].pads_left),
@@ -130,16 +113,15 @@ def _as_class(
             f"its tokenizer is of the class {name}, which {why}: texts become ids as its "
             f"{TOKENIZER} says"
         )
-    if known is not None:
+    if known is None:
+        _add_tokens(content, config)
+    else:
         config = {**known.tokens, **config}
-    _add_tokens(content, config)
-    if known is not None:
-        before = json.dumps(content["normalizer"], sort_keys=True)
+        _add_tokens(content, config)
+        before = content["normalizer"]
         known.change(content, config, vocabulary_of(content))
-        if content["normalizer"] is not None and before not in (
-            "null",
-            json.dumps(content["normalizer"], sort_keys=True),
-        ):
+        after = content["normalizer"]
+        if before is not None and after is not None and before != after:
             notes.append(
                 f"its {TOKENIZER} normalizes texts in another way than the class {name} of "
                 f"transformers 5, which is followed here"
@@ -177,11 +159,7 @@ def _spelled(token: Any) -> Any:
 
 
 def _content(files: TokenizerFiles, where: str, name: str | None) -> dict[str, Any]:
-    """Reads tokenizer.json, or makes its content from a vocabulary.
-
-    Raises:
-      UserError: neither file exists, or it is damaged.
-    """
+    """Reads tokenizer.json, or makes its content from a vocabulary."""
     if TOKENIZER in files.contents:
         content = _json(files, TOKENIZER, where)
         if not isinstance(content.get("model"), dict):
@@ -203,6 +181,7 @@ def _siglip(
     config: Mapping[str, Any],
     text: TextTransformer,
     clean: Clean,
+    special_tokens: bool,
     where: str,
 ) -> SiglipTokenizer:
     special = {"eos": "</s>", "pad": "</s>", "unk": "<unk>"}
@@ -221,7 +200,7 @@ def _siglip(
             lowercase=bool(config.get("do_lower_case", True)),
             clean=clean,
             dummy_prefix=bool(config.get("legacy", True)),
-            texts_may_hold_special_tokens=not config.get("split_special_tokens", False),
+            texts_may_hold_special_tokens=special_tokens,
             **_sides({}, config, False),
         )
     except UserError as error:

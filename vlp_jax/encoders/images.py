@@ -16,7 +16,7 @@ from jaxtyping import UInt8
 
 from vlp_jax.data.image_ops.upright import MAX_PIXELS, format_of, upright_rgb
 from vlp_jax.errors import UserError
-from vlp_jax.interop.base import CROP_ROUNDINGS, RESAMPLINGS, RESIZES
+from vlp_jax.interop.base import RESAMPLINGS, RESIZE_CHOICES, check_choices
 
 _RESAMPLING = {name: PIL.Image.Resampling[name.upper()] for name in RESAMPLINGS}
 _RADIUS = 3  # reach of the largest kernel, Lanczos, in pixels of the result
@@ -49,10 +49,7 @@ class ImageProcessor:
     max_pixels: int = MAX_PIXELS
 
     def __post_init__(self) -> None:
-        choices = {"resize": RESIZES, "interpolation": RESAMPLINGS, "crop_rounding": CROP_ROUNDINGS}
-        for field, known in choices.items():
-            if getattr(self, field) not in known:
-                raise UserError(f"{field}={getattr(self, field)!r} must be {' or '.join(known)}")
+        check_choices(self, RESIZE_CHOICES)
 
     def __call__(
         self, image: Image, name: str = "the image"
@@ -70,11 +67,7 @@ class ImageProcessor:
         return np.asarray(self._fit(self.upright(*self.open(image, name))), np.uint8)
 
     def upright(self, opened: PIL.Image.Image, name: str) -> PIL.Image.Image:
-        """Decodes the image that `open` returned, see `upright_rgb`.
-
-        Raises:
-          UserError: the image is damaged.
-        """
+        """Decodes an image that `open` returned, see `upright_rgb`; raises UserError for damage."""
         try:
             return upright_rgb(opened)
         except Exception as error:  # Pillow raises errors of a dozen kinds on damaged files
@@ -86,12 +79,7 @@ class ImageProcessor:
         Raises:
           UserError: the image is invalid, or has more than `max_pixels`.
         """
-        if isinstance(image, np.ndarray):
-            opened = _from_array(image, name)
-        elif isinstance(image, PIL.Image.Image):
-            opened = image
-        else:
-            opened, name = _from_file(image, name)
+        opened, name = _opened(image, name)
         width, height = opened.size
         if width * height > self.max_pixels:
             raise UserError(
@@ -166,17 +154,17 @@ def each_image(images: Image | Iterable[Image]) -> Iterator[tuple[str, Image]]:
         yield (str(image) if named else f"image {number}"), image
 
 
-def _from_array(image: np.ndarray, name: str) -> PIL.Image.Image:
-    fits = image.ndim == 2 or (image.ndim == 3 and image.shape[2] in (3, 4))
-    if image.dtype != np.uint8 or not fits or not image.size:
-        raise UserError(
-            f"{name} is an array {image.dtype}{list(image.shape)}: give uint8 pixels, [height, "
-            "width, 3], [height, width, 4] or [height, width]"
-        )
-    return PIL.Image.fromarray(image)
-
-
-def _from_file(image: Image, name: str) -> tuple[PIL.Image.Image, str]:
+def _opened(image: Image, name: str) -> tuple[PIL.Image.Image, str]:
+    if isinstance(image, PIL.Image.Image):
+        return image, name
+    if isinstance(image, np.ndarray):
+        fits = image.ndim == 2 or (image.ndim == 3 and image.shape[2] in (3, 4))
+        if image.dtype != np.uint8 or not fits or not image.size:
+            raise UserError(
+                f"{name} is an array {image.dtype}{list(image.shape)}: give uint8 pixels, [height, "
+                "width, 3], [height, width, 4] or [height, width]"
+            )
+        return PIL.Image.fromarray(image), name
     if isinstance(image, str | os.PathLike):
         path = Path(image)
         if not path.is_file():
@@ -200,11 +188,11 @@ def _from_file(image: Image, name: str) -> tuple[PIL.Image.Image, str]:
 
 
 def _told_format(source: Path | io.BytesIO) -> str:
-    if isinstance(source, Path):
+    if isinstance(source, io.BytesIO):
+        head = source.getvalue()[:64]
+    else:
         with source.open("rb") as file:
             head = file.read(64)
-    else:
-        head = source.getvalue()[:64]
     if not head:
         return ": it is empty"
     name = format_of(head)

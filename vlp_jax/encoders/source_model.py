@@ -6,12 +6,12 @@ weights had it: form and sizes of the model, pixels, tokenizer, and how images a
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
+import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import numpy as np
@@ -22,8 +22,8 @@ from vlp_jax import config as config_lib
 from vlp_jax import image_size, interop
 from vlp_jax.data.tokenizers import build_tokenizer
 from vlp_jax.data.wording import Wording
+from vlp_jax.encoders.encoder import is_foreign
 from vlp_jax.encoders.foreign_texts import tokenizer_of_files
-from vlp_jax.encoders.loading import is_foreign
 from vlp_jax.errors import UserError
 from vlp_jax.interop.trees import Module, image_of
 from vlp_jax.models.coca import CoCa
@@ -53,8 +53,7 @@ OF_TOKENIZER = ("vocab_size", "context_length", "bos_id", "eos_id", "pad_id")
 METHODS = {"bicubic": "bicubic", "bilinear": "bilinear", "lanczos": "lanczos3"}
 
 
-@dataclasses.dataclass(frozen=True)
-class SourceModel:
+class SourceModel(NamedTuple):
     """A model as sections of a config.
 
     Attributes:
@@ -67,7 +66,7 @@ class SourceModel:
     objective: Mapping[str, Any]
     tokenizer: Mapping[str, Any]
     operations: Mapping[str, Mapping[str, Any]]
-    notes: tuple[str, ...] = ()
+    notes: tuple[str, ...]
 
 
 def completed(
@@ -98,8 +97,13 @@ def completed(
         config.objective = _objective(found, config)
         if not config.tokenizer.get("name"):
             config.tokenizer = ConfigDict(_merged(found.tokenizer, config.tokenizer))
-        for data in _datasets(config):
-            _add_operations(data, found.operations)
+        sections = [config.data, *config.extra_data.values()]
+        for evaluator in config.evaluators.values():
+            sections += [evaluator[key] for key in ("data", "train_data") if key in evaluator]
+        for section in sections:
+            # A list of operations runs as it is written.
+            if isinstance(section.get("preprocess"), ConfigDict):
+                _add_operations(section, found.operations)
     config_lib.complete(config)
     return config.lock(), found.notes
 
@@ -131,16 +135,6 @@ def _merged(taken: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any
     return made
 
 
-def _datasets(config: ConfigDict) -> Iterator[ConfigDict]:
-    """The sections of data with a mapping of operations; a list runs as it is written."""
-    sections = [config.data, *config.extra_data.values()]
-    for evaluator in config.evaluators.values():
-        sections += [evaluator[key] for key in ("data", "train_data") if key in evaluator]
-    for section in sections:
-        if isinstance(section.get("preprocess"), ConfigDict):
-            yield section
-
-
 def _add_operations(data: ConfigDict, operations: Mapping[str, Mapping[str, Any]]) -> None:
     """Adds those operations that `data` does not do in its own way."""
     own = set(data.preprocess)
@@ -168,17 +162,15 @@ def _of_run(workdir: str | epath.Path, begun: bool = False) -> SourceModel:
 def _of_files(source: str, has_tokenizer: bool) -> SourceModel:
     """The model in files of others; their tokenizer is not looked at if the config has one."""
     imported = interop.read(source)
-    module, extras, notes = imported.module, imported.extras, []
+    module, extras, notes = imported.module, interop.Extras(**imported.extras), []
     tokenizer, texts = {}, {}
     if "text" in module.towers() and not has_tokenizer:
-        made = tokenizer_of_files(
-            extras.get("tokenizer"), module.text, extras.get("pad_id"), source, notes
-        )
+        theirs = tokenizer_of_files(extras.tokenizer, module.text, extras.pad_id, source, notes)
         folder = Path(source.partition(":")[2]).expanduser()
         folder = folder if folder.is_dir() else folder.parent
-        tokenizer, texts = _tokenizer(made, module.text, folder, source)
-    objective = _section(module, extras)
-    return SourceModel(objective, tokenizer, texts | _resized(extras, notes), tuple(notes))
+        tokenizer, texts = _tokenizer(theirs, module.text, folder, source)
+    operations = texts | _resized(imported.extras, notes)
+    return SourceModel(_section(module, extras), tokenizer, operations, tuple(notes))
 
 
 def _resized(how: Mapping[str, Any], notes: list[str]) -> dict[str, dict[str, Any]]:
@@ -195,47 +187,40 @@ def _resized(how: Mapping[str, Any], notes: list[str]) -> dict[str, dict[str, An
 def _tokenizer(
     theirs: Any, text: TextTransformer, folder: Path, source: str
 ) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
-    """`config.tokenizer` with the ids of a tokenizer of others, and the operations that it needs.
+    """`config.tokenizer` with the ids of a foreign tokenizer, and the operations that it needs.
 
-    Raises:
-      UserError: none of ours gives the same ids.
+    Raises UserError if none of ours gives the same ids.
     """
     wanted = theirs(PROBES)
-    files = [("subword", "tokenizer.json"), ("sentencepiece", "spiece.model")]
-    files += [("clip", "merges.txt"), ("clip", None)]
-    for name, file in files:
-        if file is not None and not (folder / file).is_file():
-            continue
+    files = (
+        *(("subword", "tokenizer.json"), ("sentencepiece", "spiece.model")),
+        *(("clip", "merges.txt"), ("clip", None)),
+    )
+    there = [(name, file) for name, file in files if file is None or (folder / file).is_file()]
+    for (name, file), pad in itertools.product(there, (None, "eos")):
         path = None if file is None else str(folder / file)
-        for pad in (None, "eos"):
-            length = text.context_length
-            section = {"name": name, "file": path, "context_length": length, "pad": pad}
-            section["vocab_size"] = None
-            try:
-                ours = build_tokenizer(section, lambda: (), None)
-            except UserError:  # a file of another kind; the error below names the folder
-                continue
-            if ours.vocab_size != text.vocab_size or _ends_elsewhere(text, ours):
-                continue
-            for operations in WORDINGS:
-                worded = Wording(tuple(operations.items()))(PROBES)
-                if np.array_equal(ours(worded), wanted):
-                    return section, operations
+        section = {"name": name, "file": path, "pad": pad, "vocab_size": None}
+        section["context_length"] = text.context_length
+        try:
+            ours = build_tokenizer(section, lambda: (), None)
+        except UserError:  # a file of another kind; the error below names the folder
+            continue
+        ends_elsewhere = text.pooling == "eos" and text.eos_id != ours.eos_id
+        if ours.vocab_size != text.vocab_size or ends_elsewhere:
+            continue
+        for operations in WORDINGS:
+            worded = Wording(tuple(operations.items()))(PROBES)
+            if np.array_equal(ours(worded), wanted):
+                return section, operations
     raise UserError(
         f"{source}: none of the tokenizers here gives the ids of its {text.vocab_size:,} tokens: "
         "set config.tokenizer (name, file, context_length)"
     )
 
 
-def _ends_elsewhere(text: TextTransformer, tokenizer: Any) -> bool:
-    return text.pooling == "eos" and text.eos_id != tokenizer.eos_id
-
-
-def _section(module: Module, extras: Mapping[str, Any]) -> dict[str, Any]:
+def _section(module: Module, extras: interop.Extras) -> dict[str, Any]:
     """`config.objective` of a module; without a name for an image tower alone."""
-    known = {field.name for field in dataclasses.fields(interop.Extras)}
-    given = interop.Extras(**{key: x for key, x in extras.items() if key in known})
-    pixels = given.pixels_of(module)
+    pixels = extras.pixels_of(module)
     section = {
         "image": _tower(make_vit, image_of(module)),
         "image_mean": tuple(pixels.mean),
@@ -245,8 +230,8 @@ def _section(module: Module, extras: Mapping[str, Any]) -> dict[str, Any]:
         return section | {
             "name": "masked_autoencoding",
             "decoder": _tower(make_masked_decoder, module.decoder),
-            "mask_ratio": given.mask_ratio,
-            "normalize_targets": given.norm_pix_loss,
+            "mask_ratio": extras.mask_ratio,
+            "normalize_targets": extras.norm_pix_loss,
         }
     if not isinstance(module, DualEncoder | CoCa):
         return section

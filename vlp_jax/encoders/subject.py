@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
@@ -20,11 +21,12 @@ from vlp_jax import config as config_lib
 from vlp_jax.data.pipeline import EvalPipeline
 from vlp_jax.data.sources.base import as_plain
 from vlp_jax.data.wording import Wording
-from vlp_jax.encoders.loading import load
+from vlp_jax.encoders.encoder import load
 from vlp_jax.errors import UserError, unknown_key_message
 from vlp_jax.evaluators import differing_wordings, make_evaluators, merged_data
-from vlp_jax.evaluators.base import Evaluator, Resources, compile_functions
+from vlp_jax.evaluators.base import Evaluator, Outcome, Resources, compile_functions
 from vlp_jax.evaluators.derived import evaluator_functions, with_attacks
+from vlp_jax.evaluators.saved import save_embeddings
 from vlp_jax.interop.trees import to_tree
 from vlp_jax.objectives import Objective
 from vlp_jax.parallel import mesh as mesh_lib
@@ -111,7 +113,11 @@ class Subject:
             evaluators=make_evaluators(chosen, config.data, resources),
             run=run,
             notes=(*notes, *more, *differing_wordings(chosen, config.data, wording)),
-            _abstract=_placed(boxed, mesh),
+            _abstract=jax.tree.map(
+                lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+                nn.unbox(boxed),
+                rules.param_shardings(boxed, mesh),
+            ),
         )
 
     @classmethod
@@ -161,17 +167,21 @@ class Subject:
             notes=(*notes, *encoder.notes),
             _loaded=LoadedParameters(step=0, part="params", params=params),
         )
-        subject._check_image_sizes(encoder.image_size)
+        height, width = encoder.image_size
+        for name in subject.evaluators:
+            shape = subject.open_evaluation_data(name).batch_spec()["image"][0]
+            if tuple(shape[1:3]) != (height, width):
+                raise UserError(
+                    f"{weights} takes images of {height} x {width} pixels, and "
+                    f"config.evaluators.{name} gives {shape[1]} x {shape[2]}: set the size in "
+                    f"--config.evaluators.{name}.data.preprocess"
+                )
         return subject
 
     @property
     def workdir(self) -> epath.Path | None:
         """The folder of the run; None for foreign files."""
         return None if self.run is None else self.run.workdir
-
-    def saved_steps(self) -> list[int]:
-        """Returns the steps of the run's checkpoints, in order."""
-        return self.run.steps()
 
     def load(self, step: int | None = None, choice: str = "auto") -> LoadedParameters:
         """Loads the parameters at `step` (default: the newest) onto the mesh.
@@ -188,29 +198,66 @@ class Subject:
             return self._loaded
         return self.run.saved(step, choice).load(self._abstract)
 
-    def open_evaluation_data(self, name: str, extra_fields: Sequence[str] = ()) -> EvalPipeline:
-        """Opens the examples of the evaluator `name`, as the evaluator sees them."""
-        data = merged_data(self.config.data, self.config.evaluators[name])
-        return self.resources.pipeline(data, extra_fields)
+    def open_evaluation_data(
+        self, name: str, extra_fields: Sequence[str] = (), **settings: Any
+    ) -> EvalPipeline:
+        """Opens the examples of the evaluator `name`, as the evaluator sees them.
 
-    def _check_image_sizes(self, size: tuple[int, int]) -> None:
-        """Raises UserError if an evaluator's images do not have the model's size."""
-        for name in self.evaluators:
-            shape = self.open_evaluation_data(name).batch_spec()["image"][0]
-            if tuple(shape[1:3]) != tuple(size):
-                raise UserError(
-                    f"{self.title} takes images of {size[0]} x {size[1]} pixels, and "
-                    f"config.evaluators.{name} gives {shape[1]} x {shape[2]}: set the size in "
-                    f"--config.evaluators.{name}.data.preprocess"
-                )
-
-    def open_stored_data(self, name: str, fields: Sequence[str]) -> EvalPipeline:
-        """Opens `fields` of the evaluator `name` as the source stores them, without preprocessing.
-
-        Images are not decoded, and texts are not chosen.
+        Args:
+          extra_fields: fields beside those that the functions read.
+          settings: keys that replace those of the evaluator's data.
         """
         data = merged_data(self.config.data, self.config.evaluators[name])
-        return self.resources.pipeline({**data, "preprocess": {}}, fields)
+        return self.resources.pipeline({**data, **settings}, extra_fields)
+
+    def open_stored_data(self, name: str, fields: Sequence[str]) -> EvalPipeline:
+        """Opens `fields` as the source stores them: no image is decoded, and no text is chosen."""
+        return self.open_evaluation_data(name, fields, preprocess={})
+
+
+@dataclasses.dataclass(frozen=True)
+class Findings:
+    """The scores and outcomes of a model's evaluators.
+
+    Attributes:
+      scores: "eval/EVALUATOR/NAME" -> value.
+      outcomes: name of an evaluator -> its outcome.
+    """
+
+    scores: Mapping[str, float]
+    outcomes: Mapping[str, Outcome]
+
+    def save_embeddings(self, folder: Path) -> Iterator[str]:
+        """Writes EVALUATOR.npz for each outcome that has arrays, and yields a line for each file.
+
+        Raises UserError if the folder cannot be written. See `vlp_jax.evaluators.saved`.
+        """
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            for name, outcome in self.outcomes.items():
+                if outcome.arrays():
+                    save_embeddings(outcome, folder / f"{name}.npz")
+                    yield f"wrote {folder / name}.npz"
+        except OSError as error:
+            raise UserError(f"--embeddings {folder} cannot be written: {error}") from None
+
+
+def find(
+    subject: Subject, loaded: LoadedParameters, names: Sequence[str] | None = None
+) -> Findings:
+    """Runs each evaluator once. All processes must call it.
+
+    Args:
+      names: names of evaluators; None for all of the subject.
+    """
+    scores: dict[str, float] = {}
+    outcomes: dict[str, Outcome] = {}
+    with subject.resources.one_evaluation(loaded.params):
+        for name in subject.evaluators if names is None else names:
+            outcomes[name] = subject.evaluators[name].outcome(loaded.params)
+            named = outcomes[name].scores()
+            scores |= {f"eval/{name}/{score}": value for score, value in named.items()}
+    return Findings(scores, outcomes)
 
 
 # Keys of data that narrow it; None is none of them.
@@ -272,12 +319,3 @@ def _mesh_and_batch_size(
         chosen = config.batch_size if fits else most
     mesh_lib.check_batch_size(chosen, mesh, "--batch-size")
     return mesh, chosen, notes
-
-
-def _placed(boxed: Any, mesh: Mesh) -> Any:
-    """Returns shapes, dtypes and shardings of parameters."""
-    return jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        nn.unbox(boxed),
-        rules.param_shardings(boxed, mesh),
-    )

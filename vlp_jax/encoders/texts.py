@@ -31,11 +31,7 @@ class TextProcessor:
     preprocess: Wording = Wording()
 
     def __call__(self, texts: Sequence[str]) -> Int[np.ndarray, "n context"]:
-        """Returns token ids. A text longer than the context is truncated, with a warning.
-
-        Raises:
-          UserError: a text is empty, or is not a str.
-        """
+        """Returns token ids; raises as `ids`. A text that is truncated gives a warning."""
         note = self.too_long(texts)
         if note:
             # 3 is the caller of `Encoder.embed_text`, whose line the warning shows.
@@ -51,13 +47,14 @@ class TextProcessor:
         return self.tokenizer(self._prepared(texts))
 
     def too_long(self, texts: Sequence[str]) -> str | None:
-        """Describes the texts that are longer than the context; None if there are none.
-
-        Raises:
-          UserError: a text is empty, or is not a str.
-        """
+        """Describes the texts that are longer than the context, if any; raises as `ids`."""
         limit, prepared = self.tokenizer.context_length, self._prepared(texts)
-        long = [(n, k) for n, k in enumerate(self._lengths(prepared)) if k > limit]
+        if hasattr(self.tokenizer, "lengths"):  # a foreign tokenizer, which adds bos and eos itself
+            lengths = self.tokenizer.lengths(prepared)
+        else:
+            extra = frame_length(self.tokenizer)
+            lengths = [len(ids) + extra for ids in self.tokenizer.encode(prepared)]
+        long = [(n, k) for n, k in enumerate(lengths) if k > limit]
         if not long:
             return None
         number, length = long[0]
@@ -76,19 +73,9 @@ class TextProcessor:
                 raise UserError(f"text {number} is empty: there is nothing to embed")
         return [as_text(text) for text in self.preprocess(texts)]
 
-    def _lengths(self, texts: Sequence[str]) -> list[int]:
-        if hasattr(self.tokenizer, "lengths"):  # a foreign tokenizer, which adds bos and eos itself
-            return self.tokenizer.lengths(texts)
-        extra = frame_length(self.tokenizer)
-        return [len(ids) + extra for ids in self.tokenizer.encode(texts)]
-
 
 def tokenizer_from(path: str, text: TextTransformer) -> Any:
-    """Loads the tokenizer in a file: a tokenizer.json or a SentencePiece .model.
-
-    Raises:
-      UserError: the file cannot be read, or has more tokens than the tower.
-    """
+    """Loads a tokenizer.json or a SentencePiece .model; raises UserError if it does not fit."""
     kinds = {".json": SubwordTokenizer, ".model": SentencePieceTokenizer}
     if Path(path).suffix not in kinds:
         raise UserError(f"{path}: a tokenizer is a tokenizer.json or a SentencePiece .model")

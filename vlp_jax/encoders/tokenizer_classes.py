@@ -7,10 +7,9 @@ normalizes and splits texts by its own rules. `PreTrainedTokenizerFast` uses the
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 Content = dict[str, Any]  # of a tokenizer.json
 GENERIC = ("PreTrainedTokenizer", "TokenizersBackend", "PythonBackend", None)
@@ -107,8 +106,7 @@ def _frame(ids: Mapping[str, int], before: str | None, after: str) -> Content:
     }
 
 
-@dataclasses.dataclass(frozen=True)
-class TokenizerClass:
+class TokenizerClass(NamedTuple):
     """A tokenizer class that changes a tokenizer.json.
 
     Attributes:
@@ -145,12 +143,7 @@ CLASSES: dict[str, TokenizerClass] = {
 
 
 def of_vocabulary(files: Mapping[str, bytes]) -> Content | None:
-    """Makes the content of a tokenizer.json without rules, from separate vocabulary files.
-
-    Returns:
-      The content; None if there is neither vocab.json with merges.txt (byte pairs) nor vocab.txt
-      (WordPiece).
-    """
+    """Makes a tokenizer.json without rules from vocabulary files; None if there are none."""
     if {"vocab.json", "merges.txt"} <= files.keys():
         lines = files["merges.txt"].decode("utf-8", "replace").split("\n")
         merges = [line.split(" ") for line in lines if line and not line.startswith("#version")]

@@ -11,7 +11,7 @@ import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import PurePosixPath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ml_collections import ConfigDict
 
@@ -20,13 +20,14 @@ from vlp_jax.data.pipeline import split_mixture
 from vlp_jax.data.sources.base import as_plain
 from vlp_jax.handover.examples import TEXTS, example
 from vlp_jax.handover.scores import Scores, is_score
-from vlp_jax.interop.base import Extras
-from vlp_jax.interop.transfer import Model
 from vlp_jax.interop.trees import Module, image_of
 from vlp_jax.models.coca import CoCa
 from vlp_jax.models.dual_encoder import DualEncoder
 from vlp_jax.models.masked_autoencoder import MaskedAutoencoder
 from vlp_jax.models.values import tower_fields
+
+if TYPE_CHECKING:
+    from vlp_jax.handover.job import ExportJob
 
 LIBRARY = {
     "hf": "transformers",
@@ -48,6 +49,13 @@ ODD_PIXELS = {
     "saved": "The program takes pixels: prepare them so.",
     "big": "Prepare the pixels so.",
 }
+KINDS = {
+    DualEncoder: "An image and a text encoder that end in one embedding space",
+    CoCa: "An image and a text encoder that end in one embedding space, and a decoder that says "
+    "captions",
+    MaskedAutoencoder: "A masked autoencoder: an image encoder and a decoder that paints what was "
+    "hidden",
+}
 TOWER_FIELDS = {
     "width": "width",
     "depth": "layers",
@@ -59,60 +67,51 @@ TOWER_FIELDS = {
 # Dataset -> a warning about the limits of a model trained on it.
 DATA_LIMITS = {
     "shapes": "`shapes` is drawn: scenes of colored shapes with generated captions. Nothing here "
-    "says how the model fares on photographs or on other sentences.",
+    "says how the model fares on photographs or on other sentences."
 }
 
 
 @dataclasses.dataclass(frozen=True)
-class CardContents:
-    """The facts that a model card states.
+class Card:
+    """The facts that a model card states, of an export.
 
     Attributes:
       name: the name of the model, from its folder.
-      format: the format of the export.
-      model: the module and its parameters.
-      extras: further settings of the export.
-      config: the run's config.
-      step: the step of the checkpoint.
-      part: the exported parameters, "params" or "ema".
+      job: the export.
       scores: the scores; None if they are unknown.
       versions: package -> version.
       commit: the commit of the code; None if it is unknown.
       architecture: the class of `transformers`, for its formats.
-      license: the hub's name of the license; None if it was not given.
-      notes: lines for the user.
     """
 
     name: str
-    format: str
-    model: Model
-    extras: Extras
-    config: ConfigDict
-    step: int
-    part: str
+    job: ExportJob
     scores: Scores | None
     versions: Mapping[str, str]
     commit: str | None
-    architecture: str = ""
-    license: str | None = None
-    notes: Sequence[str] = ()
+    architecture: str
+
+    module = property(lambda self: self.job.model.module)
+    config = property(lambda self: self.job.config)
+    step = property(lambda self: self.job.saved.step)
+    library = property(lambda self: self.job.format.split("_")[0])  # "hf" of "hf_clip"
 
 
-def text(contents: CardContents) -> str:
+def text(card: Card) -> str:
     """Returns the whole card."""
     sections = [
-        ("", _what(contents)),
-        ("Load it", f"Inside this folder:\n\n```python\n{_example(contents)}\n```"),
-        ("Model", _architecture(contents)),
-        ("Images and texts", _preprocessing(contents)),
-        ("Training data", _data(contents)),
-        ("Recipe", _recipe(contents)),
-        ("Scores", _scores(contents)),
-        ("Limits", _limits(contents)),
-        ("Made with", _made(contents)),
+        ("", _what(card)),
+        ("Load it", f"Inside this folder:\n\n```python\n{_example(card)}\n```"),
+        ("Model", _architecture(card)),
+        ("Images and texts", _preprocessing(card)),
+        ("Training data", _data(card)),
+        ("Recipe", _recipe(card)),
+        ("Scores", _scores(card)),
+        ("Limits", _limits(card)),
+        ("Made with", _made(card)),
     ]
     body = "\n\n".join(f"## {title}\n\n{x}" if title else x for title, x in sections)
-    return f"---\n{_head(contents)}---\n\n# {contents.name}\n\n{body}\n"
+    return f"---\n{_head(card)}---\n\n# {card.name}\n\n{body}\n"
 
 
 def pipeline_of(format: str, module: Module, architecture: str) -> tuple[str | None, str]:
@@ -127,62 +126,55 @@ def pipeline_of(format: str, module: Module, architecture: str) -> tuple[str | N
     Returns:
       (tag, ""), or (None, the reason for no tag); (None, "") for a format without pipelines.
     """
-    library = format.split("_")[0]
-    if library not in ("hf", "open", "timm"):
+    if format.split("_")[0] not in ("hf", "open", "timm"):
         return None, ""
-    if "text" not in module.towers():
-        if architecture == "ViTMAEForPreTraining":
-            return None, (
-                "no pipeline_tag: transformers' pipeline hides patches at random as in pretraining"
-            )
-        return "image-feature-extraction", ""
-    if architecture == "SiglipModel":
-        length = module.text.context_length
-        if length != SIGLIP_PIPELINE_LENGTH:
-            return None, (
-                f"no pipeline_tag: transformers' zero-shot pipeline pads the texts of every SigLIP "
-                f"to {SIGLIP_PIPELINE_LENGTH} tokens, and this model takes {length}"
-            )
-        if module.logit_bias_init is None:
-            return None, (
-                "no pipeline_tag: transformers' zero-shot pipeline scores a SigLIP by the sigmoid "
-                "of each logit, and this model was trained with a softmax"
-            )
-    return "zero-shot-image-classification", ""
+    texts, why = "text" in module.towers(), ""
+    if architecture == "ViTMAEForPreTraining":
+        why = "pipeline hides patches at random as in pretraining"
+    elif architecture == "SiglipModel" and module.text.context_length != SIGLIP_PIPELINE_LENGTH:
+        why = (
+            f"zero-shot pipeline pads the texts of every SigLIP to {SIGLIP_PIPELINE_LENGTH} "
+            f"tokens, and this model takes {module.text.context_length}"
+        )
+    elif architecture == "SiglipModel" and module.logit_bias_init is None:
+        why = (
+            "zero-shot pipeline scores a SigLIP by the sigmoid of each logit, and this model was "
+            "trained with a softmax"
+        )
+    if why:
+        return None, f"no pipeline_tag: transformers' {why}"
+    return "zero-shot-image-classification" if texts else "image-feature-extraction", ""
 
 
-def _head(contents: CardContents) -> str:
-    name = contents.format
+def _head(card: Card) -> str:
+    name = card.job.format
+    tag, _ = pipeline_of(name, card.module, card.architecture)
+    results = [
+        {
+            "task": {"type": evaluator},
+            "dataset": {"name": _dataset(card.config, evaluator), "type": "custom"},
+            "metrics": [{"type": score, "value": value} for score, value in scores.items()],
+        }
+        for evaluator, scores in _by_evaluator(card.scores).items()
+    ]
     head: dict[str, Any] = {
-        "library_name": LIBRARY.get(name.split("_")[0], name),
-        "tags": ["vlp_jax", contents.config.objective.name, name],
+        "library_name": LIBRARY.get(card.library, name),
+        "tags": ["vlp_jax", card.config.objective.name, name],
+        "pipeline_tag": tag,
+        "license": card.job.license or None,
+        "model-index": [{"name": card.name, "results": results}] if results else None,
     }
-    tag, _ = pipeline_of(name, contents.model.module, contents.architecture)
-    if tag is not None:
-        head["pipeline_tag"] = tag
-    if contents.license:
-        head["license"] = contents.license
-    results = _results(contents) if contents.scores else []
-    if results:
-        head["model-index"] = [{"name": contents.name, "results": results}]
-    return "".join(f"{key}: {json.dumps(value)}\n" for key, value in head.items())
+    return "".join(f"{key}: {json.dumps(x)}\n" for key, x in head.items() if x is not None)
 
 
-def _results(contents: CardContents) -> list[dict[str, Any]]:
-    """Converts the scores to the hub's `model-index`: an entry for each evaluator."""
-    by_evaluator: dict[str, list[tuple[str, float]]] = {}
-    for name, value in contents.scores.values.items():
+def _by_evaluator(scores: Scores | None) -> dict[str, dict[str, float]]:
+    """Returns evaluator -> score -> value."""
+    found: dict[str, dict[str, float]] = {}
+    for name, value in ({} if scores is None else scores.values).items():
         if is_score(name):
             evaluator, _, score = name.partition("/")
-            by_evaluator.setdefault(evaluator, []).append((score, value))
-    return [
-        {
-            "task": {"type": name},
-            "dataset": {"name": _dataset(contents.config, name), "type": "custom"},
-            "metrics": [{"type": score, "value": value} for score, value in scores],
-        }
-        for name, scores in by_evaluator.items()
-    ]
+            found.setdefault(evaluator, {})[score] = value
+    return found
 
 
 def _dataset(config: ConfigDict, evaluator: str) -> str:
@@ -202,88 +194,72 @@ def _named(data: Mapping[str, Any]) -> str:
     return str(data.get("source", "unknown"))
 
 
-def _what(contents: CardContents) -> str:
-    module = contents.model.module
-    kinds = {
-        DualEncoder: "An image and a text encoder that end in one embedding space",
-        CoCa: "An image and a text encoder that end in one embedding space, and a decoder that "
-        "says captions",
-        MaskedAutoencoder: "A masked autoencoder: an image encoder and a decoder that paints what "
-        "was hidden",
-    }
-    kind = kinds.get(type(module), "An image encoder")
-    numbers = sum(x.size for x in contents.model.params.values())
-    kept = {"params": "its parameters", "ema": "the average of its parameters"}[contents.part]
+def _what(card: Card) -> str:
+    kind = KINDS.get(type(card.module), "An image encoder")
+    numbers = sum(x.size for x in card.job.model.params.values())
+    kept = {"params": "its parameters", "ema": "the average of its parameters"}
     return (
-        f"{kind}, {numbers:,} parameters, written as `{contents.format}` with weights in "
-        f"{contents.extras.weights}. It is {kept} at step {contents.step:,} of a run of vlp_jax."
+        f"{kind}, {numbers:,} parameters, written as `{card.job.format}` with weights in "
+        f"{card.job.settings.weights}. It is {kept[card.job.saved.part]} at step {card.step:,} of "
+        f"a run of vlp_jax."
     )
 
 
-def _example(contents: CardContents) -> str:
-    given = [section.get("class_names") for section in contents.config.evaluators.values()]
+def _example(card: Card) -> str:
+    given = [section.get("class_names") for section in card.config.evaluators.values()]
     lists = [list(names) for names in given if names and not isinstance(names, str)]  # no path
     texts = next((names[:2] for names in lists if len(names) > 1), TEXTS)
-    return example(contents.format, contents.model.module, contents.architecture, texts)
+    return example(card.job.format, card.module, card.architecture, texts)
 
 
-def _architecture(contents: CardContents) -> str:
-    module = contents.model.module
-    towers = module.towers()
-    rows = [
-        (label, *(str(tower_fields(tower).get(field, "-")) for tower in towers.values()))
-        for field, label in TOWER_FIELDS.items()
-    ]
-    lines = [_row(["", *towers]), _row(["---"] * (1 + len(towers))), *map(_row, rows)]
-    vit = towers["image"]
-    more = [
+def _architecture(card: Card) -> str:
+    towers = card.module.towers()
+    rows = [["", *towers], ["---"] * (1 + len(towers))]
+    for field, label in TOWER_FIELDS.items():
+        rows.append([label, *(str(tower_fields(x).get(field, "-")) for x in towers.values())])
+    vit, text = towers["image"], towers.get("text")
+    more = (
         f"Images of {vit.image_size[0]} x {vit.image_size[1]} pixels in patches of "
         f"{vit.patch_size}."
-    ]
-    if "text" in towers:
-        more.append(
-            f"Texts of {module.text.context_length} tokens out of {module.text.vocab_size:,}. "
-            f"Embeddings of {module.embed_dim} numbers."
+    )
+    if text is not None:
+        more += (
+            f" Texts of {text.context_length} tokens out of {text.vocab_size:,}. Embeddings of "
+            f"{card.module.embed_dim} numbers."
         )
-    return "\n".join([*lines, "", " ".join(more)])
+    return "\n".join([*map(_row, rows), "", more])
 
 
 def _row(cells: Sequence[str]) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
-def _preprocessing(contents: CardContents) -> str:
-    extras, module = contents.extras, contents.model.module
+def _preprocessing(card: Card) -> str:
+    extras, module = card.job.settings, card.module
     pixels = extras.pixels_of(module)
     height, width = image_of(module).image_size
     how = {
         "squash": f"resized to {height} x {width} pixels, whatever their shape",
         "crop": f"scaled to cover {height} x {width} pixels, of which the middle is cut out",
     }[extras.resize]
+    mean, std = (", ".join(f"{x:g}" for x in numbers) for numbers in (pixels.mean, pixels.std))
     lines = [
         f"Images are RGB, {how} ({extras.interpolation}, antialiased), scaled to [0, 1], and "
-        f"normalized with mean {_numbers(pixels.mean)} and standard deviation "
-        f"{_numbers(pixels.std)}."
-    ]
-    lines.append(
+        f"normalized with mean ({mean}) and standard deviation ({std}).",
         "In training, what is transparent is composited on white, images are turned as their Exif "
-        "orientation says, and of 16 bits the upper 8 are kept."
-    )
-    lines.append(ODD_PIXELS.get(contents.format.split("_")[0], ""))
+        "orientation says, and of 16 bits the upper 8 are kept.",
+        ODD_PIXELS.get(card.library, ""),
+    ]
     if "text" in module.towers() and extras.tokenizer is not None:
         lines.append(
-            "Texts are tokenized, framed, cut and padded as `tokenizer.json` and its "
-            "neighbours say."
+            "Texts are tokenized, framed, cut and padded as `tokenizer.json` and its neighbours "
+            "say."
         )
     return " ".join(filter(None, lines))
 
 
-def _numbers(values: Sequence[float]) -> str:
-    return "(" + ", ".join(f"{x:g}" for x in values) + ")"
-
-
-def _data(contents: CardContents) -> str:
-    config = contents.config
+def _data(card: Card) -> str:
+    config = card.config
     lines = []
     for which, data in _datasets(config).items():
         split = f", split `{data['split']}`" if data.get("split") else ""
@@ -292,8 +268,8 @@ def _data(contents: CardContents) -> str:
         names = [name for name, _ in in_order(data.get("preprocess"))]
         if names:
             lines.append(f"  - each example: {', '.join(f'`{name}`' for name in names)}")
-    seen = contents.step * config.batch_size
-    lines.append(f"- {seen:,} examples seen, counting repetitions, at step {contents.step:,}")
+    seen = card.step * config.batch_size
+    lines.append(f"- {seen:,} examples seen, counting repetitions, at step {card.step:,}")
     return "\n".join(lines)
 
 
@@ -307,21 +283,18 @@ def _datasets(config: ConfigDict) -> dict[str, Mapping[str, Any]]:
     return datasets
 
 
-def _recipe(contents: CardContents) -> str:
-    config = contents.config
+def _recipe(card: Card) -> str:
+    config = card.config
     optimizer, objective = config.optimizer, config.objective
     name = "`, `".join(filter(None, (objective.name, objective.get("loss"))))
+    rate = f"learning rate {optimizer.learning_rate:g}"
+    if optimizer.name == "muon":
+        rate += f" (matrices of layers {optimizer.muon.learning_rate:g})"
     lines = [
         f"objective `{name}`",
-        f"batches of {config.batch_size:,}, step {contents.step:,} of a run of "
+        f"batches of {config.batch_size:,}, step {card.step:,} of a run of "
         f"{_duration(config.duration)}",
-        f"optimizer `{optimizer.name}`, learning rate {optimizer.learning_rate:g}"
-        + (
-            f" (matrices of layers {optimizer.muon.learning_rate:g})"
-            if optimizer.name == "muon"
-            else ""
-        )
-        + f", weight decay {optimizer.weight_decay:g}",
+        f"optimizer `{optimizer.name}`, {rate}, weight decay {optimizer.weight_decay:g}",
         f"schedule `{optimizer.schedule}`, warmup of {_duration(optimizer.warmup)}",
         f"seed {config.seed}",
     ]
@@ -343,34 +316,34 @@ def _duration(section: Mapping[str, Any]) -> str:
     return f"{section['percent']:g} % of the run"
 
 
-def _scores(contents: CardContents) -> str:
-    scores = contents.scores
+def _scores(card: Card) -> str:
+    scores = card.scores
     if scores is None:
         return "None are known."
-    lines = [_row(["evaluator", "data", "score", "value"]), _row(["---"] * 3 + ["---:"])]
-    for name, value in scores.values.items():
-        if is_score(name):
-            evaluator, _, score = name.partition("/")
-            data = _dataset(contents.config, evaluator)
-            lines.append(_row([evaluator, data, score, f"{value:.4f}"]))
+    rows = [["evaluator", "data", "score", "value"], ["---"] * 3 + ["---:"]]
+    for evaluator, known in _by_evaluator(scores).items():
+        data = _dataset(card.config, evaluator)
+        rows += [[evaluator, data, score, f"{value:.4f}"] for score, value in known.items()]
     chance = [
         f"{name.partition('/')[0]} {value:.4f}"
         for name, value in scores.values.items()
         if name.rpartition("/")[2] in ("chance", "chance_r1")
     ]
     more = f" By chance: {', '.join(chance)}." if chance else ""
-    return "\n".join([*lines, "", f"{scores.source[0].upper()}{scores.source[1:]}.{more}"])
+    return "\n".join(
+        [*map(_row, rows), "", f"{scores.source[0].upper()}{scores.source[1:]}.{more}"]
+    )
 
 
-def _limits(contents: CardContents) -> str:
-    sets = map(_named, _datasets(contents.config).values())
+def _limits(card: Card) -> str:
+    sets = map(_named, _datasets(card.config).values())
     lines = [DATA_LIMITS[name] for name in sets if name in DATA_LIMITS]
-    lines += [f"{note[0].upper()}{note[1:]}." for note in contents.notes]
+    lines += [f"{note[0].upper()}{note[1:]}." for note in card.job.notes]
     lines.append("Nothing but the scores above has been measured.")
     return "\n".join(f"- {line}" for line in dict.fromkeys(lines))
 
 
-def _made(contents: CardContents) -> str:
-    used = ", ".join(f"{name} {version}" for name, version in contents.versions.items())
-    commit = f" at commit `{contents.commit}`" if contents.commit else ""
+def _made(card: Card) -> str:
+    used = ", ".join(f"{name} {version}" for name, version in card.versions.items())
+    commit = f" at commit `{card.commit}`" if card.commit else ""
     return f"Exported by vlp_jax{commit}, with {used}. `export.json` has the digests of all files."

@@ -9,6 +9,14 @@ from vlp_jax.interop.trees import Module, image_of
 
 PICTURE = 'image = Image.new("RGB", ({width}, {height}), "red")  # or Image.open("FILE")'
 
+STABLEHLO = """
+from PIL import Image
+from run import Model  # run.py in this folder
+
+model = Model(".")
+{picture}
+features = model("embed_image", model.pixels([image]))
+"""
 TWO_TOWERS = {
     "hf": """
 from PIL import Image
@@ -33,14 +41,8 @@ features = model.eval().encode_image(transform(image)[None], normalize=True)
 texts = model.encode_text(tokenizer({texts}), normalize=True)
 print(features @ texts.T)
 """,
-    "stablehlo": """
-from PIL import Image
-from run import Model  # run.py in this folder
-
-model = Model(".")
-{picture}
-features = model("embed_image", model.pixels([image]))
-texts = model("embed_text", model.ids({texts}))
+    "stablehlo": STABLEHLO
+    + """texts = model("embed_text", model.ids({texts}))
 print(features @ texts.T)
 """,
     "saved_model": """
@@ -99,14 +101,7 @@ transform = timm.data.create_transform(**timm.data.resolve_model_data_config(mod
 {picture}
 print(model(transform(image)[None]).shape)
 """,
-    "stablehlo": """
-from PIL import Image
-from run import Model  # run.py in this folder
-
-model = Model(".")
-{picture}
-print(model("embed_image", model.pixels([image])).shape)
-""",
+    "stablehlo": f"{STABLEHLO}print(features.shape)\n",
     "saved_model": """
 import numpy as np
 import tensorflow as tf

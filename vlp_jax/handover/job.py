@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +12,17 @@ from ml_collections import ConfigDict
 
 from vlp_jax import versions
 from vlp_jax.errors import UserError
-from vlp_jax.handover import artifacts, card, record, scores
+from vlp_jax.handover import artifacts, card, scores
 from vlp_jax.handover.artifacts import ARTIFACTS
 from vlp_jax.handover.scores import Scores
 from vlp_jax.handover.verify import verify
 from vlp_jax.interop import FORMATS, files, format_named
 from vlp_jax.interop.base import Extras
-from vlp_jax.interop.staging import staged
-from vlp_jax.interop.transfer import Model, how_to_load, write_into
+from vlp_jax.interop.staging import RECORD, staged
+from vlp_jax.interop.transfer import Model, architecture_in, how_to_load, write_into
 from vlp_jax.training.restore import SavedParameters
+
+LIBRARIES = ("jax", "flax", "numpy", "safetensors", "orbax-checkpoint")  # named in export.json
 
 
 @dataclasses.dataclass
@@ -57,9 +59,9 @@ class ExportJob:
     notes: list[str] = dataclasses.field(default_factory=list)
 
     @property
-    def weights(self) -> str:
-        """The precision of the stored weights."""
-        return self.extras.get("weights", "float32")
+    def settings(self) -> Extras:
+        """The settings with their defaults."""
+        return Extras(**self.extras)
 
     def run(self, output: Path) -> str:
         """Exports into the folder `output`; returns a report.
@@ -79,13 +81,10 @@ class ExportJob:
         head = [f"{self.workdir}, {self.saved.part} of step {self.saved.step:,}"]
         head += [f"note: {note}" for note in self.notes]
         wrote = [f"wrote {path} ({size:,} bytes)" for path, size in sizes.items()]
-        total = f"{sum(sizes.values()):,} bytes in all, weights in {self.weights}"
-        return "\n".join([*head, *wrote, total, *lines, f"load it with {self._loading(output)}"])
-
-    def _loading(self, output: Path) -> str:
-        if self.format in ARTIFACTS:
-            return artifacts.LOADED_BY[self.format].format(output)
-        return how_to_load(self.format, output)
+        total = f"{sum(sizes.values()):,} bytes in all, weights in {self.settings.weights}"
+        loading = artifacts.LOADED_BY.get(self.format, "").format(output)
+        loading = loading or how_to_load(self.format, output)
+        return "\n".join([*head, *wrote, total, *lines, f"load it with {loading}"])
 
     def _write(self, folder: Path, facts: dict[str, Any]) -> list[str]:
         if self.format in ARTIFACTS:
@@ -93,19 +92,17 @@ class ExportJob:
             artifacts.write(self.format, module, params, folder, self.dtype, **self.extras)
             return []
         _, difference = write_into(self.format, self.model, folder, check=self.check, **self.extras)
-        facts["read_back"] = (
-            {"max_difference": difference} if self.check else {"skipped": "--no-check"}
-        )
         if difference is None:
+            facts["read_back"] = {"skipped": "--no-check"}
             return []
+        facts["read_back"] = {"max_difference": difference}
         return [f"read back: features of a random input differ by at most {difference:.1e}"]
 
     def _prove(self, folder: Path, facts: dict[str, Any]) -> list[str]:
         if not self.prove:
             facts["verified"] = {"skipped": "--no-verify"}
             return []
-        extras = Extras(**self.extras)
-        proof = verify(self.format, self.model, folder, extras, self.dtype)
+        proof = verify(self.format, self.model, folder, self.settings, self.dtype)
         facts["verified"] = proof
         if "skipped" in proof:
             return [f"not verified: {proof['skipped']}"]
@@ -116,98 +113,78 @@ class ExportJob:
 
     def _score(self, facts: dict[str, Any]) -> list[str]:
         """Returns lines about scores and the cost of rounding; adds them to `facts`."""
-        lines = []
-        if self.weights != "float32":
-            cosine = scores.cosines(self.model, Extras(**self.extras))
+        lines, weights = [], self.settings.weights
+        if weights != "float32":
+            cosine = scores.cosines(self.model, self.settings)
             facts["rounding"] = {"least_cosine": cosine}
-            lines += [f"weights in {self.weights}, on random inputs:", *scores.as_lines(cosine)]
-        before, after = self._evaluated()
+            lines.append(f"weights in {weights}, on random inputs:")
+            lines += [f"  {f}: least cosine with float32 {x:.6f}" for f, x in cosine.items()]
+        before, after = self._evaluated(weights)
         if before is not None:
             title = before.source if after is None else "what the weights cost:"
             lines += [title, *scores.table(before, after)]
         if after is not None:
-            facts["rounding"]["before"] = before.values
-            facts["rounding"]["after"] = after.values
-        known = after or before or self._noted()
-        facts["scores"] = None if known is None else known.as_json()
+            facts["rounding"] |= {"before": before.values, "after": after.values}
+        facts["scores"] = after or before or self._noted(weights)
         return lines
 
-    def _evaluated(self) -> tuple[Scores | None, Scores | None]:
+    def _evaluated(self, weights: str) -> tuple[Scores | None, Scores | None]:
         """Scores the parameters, and the rounded parameters, if evaluation is wanted."""
         wanted = self.evaluate
-        if wanted is False or (wanted is None and self.weights == "float32"):
+        if wanted is False or (wanted is None and weights == "float32"):
             return None, None
         if not self.config.evaluators:
             if wanted:
                 raise UserError("--evaluate: the run's config has no evaluators")
             return None, None
         try:
-            return scores.evaluate_rounded(self.workdir, self.config, self.saved, self.weights)
+            return scores.evaluate_rounded(self.workdir, self.config, self.saved, weights)
         except UserError as error:
             if wanted:
                 raise
             self.notes.append(f"what the weights cost could not be measured: {error}")
             return None, None
 
-    def _noted(self) -> Scores | None:
+    def _noted(self, weights: str) -> Scores | None:
         if self.saved.part == "params" and self.config.optimizer.ema_decay:
             return None  # the run's scores belong to the average
         known = scores.noted(self.workdir, self.saved.step)
-        if known is None or self.weights == "float32":
+        if known is None or weights == "float32":
             return known
         # The run has scored its own parameters, before any rounding.
         return dataclasses.replace(known, source=f"{known.source}, with weights in float32")
 
     def _describe(self, folder: Path, name: str, facts: dict[str, Any]) -> None:
         """Writes the card, and then the record, whose presence marks the folder as complete."""
-        libraries, code = versions.versions(record.LIBRARIES), versions.commit()
-        architectures = files.load_json_if_there(folder / "config.json").get("architectures", [""])
-        _, untagged = card.pipeline_of(self.format, self.model.module, architectures[0])
+        libraries, code = versions.versions(LIBRARIES), versions.commit()
+        architecture, known = architecture_in(folder), facts["scores"]
+        _, untagged = card.pipeline_of(self.format, self.model.module, architecture)
         self.notes += [untagged] if untagged else []
-        contents = card.CardContents(
-            name=name,
-            format=self.format,
-            model=self.model,
-            extras=Extras(**self.extras),
-            config=self.config,
-            step=self.saved.step,
-            part=self.saved.part,
-            scores=None if facts["scores"] is None else Scores(**_back(facts["scores"])),
-            versions=libraries,
-            commit=code,
-            architecture=architectures[0],
-            license=self.license,
-            notes=self.notes,
-        )
-        files.save_bytes(card.text(contents).encode(), folder / "README.md")
+        page = card.text(card.Card(name, self, known, libraries, code, architecture))
+        files.save_bytes(page.encode(), folder / "README.md")
+        source = {"workdir": self.workdir.name, "step": self.saved.step, "params": self.saved.part}
         head = {
             "format": self.format,
-            "weights": self.weights,
+            "weights": self.settings.weights,
             "vlp_jax": versions.version(),
             "commit": code,
-            "source": {
-                "workdir": self.workdir.name,
-                "step": self.saved.step,
-                "params": self.saved.part,
-            },
+            "source": source,
         }
-        if self.format in ARTIFACTS:
-            head["computes_in"] = self.dtype
-        rest = {"versions": libraries, "notes": self.notes, **facts}
-        record.write(folder, {**head, **rest})
-
-
-def _back(facts: Mapping[str, Any]) -> dict[str, Any]:
-    return {"values": facts["values"], "source": facts["source"], "step": facts["step"]}
+        head |= {"computes_in": self.dtype} if self.format in ARTIFACTS else {}
+        facts["scores"] = None if known is None else vars(known)
+        listed = {}
+        for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+            with path.open("rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            key = path.relative_to(folder).as_posix()
+            listed[key] = {"bytes": path.stat().st_size, "sha256": digest}
+        rest = {"versions": libraries, "notes": self.notes, **facts, "files": listed}
+        files.save_json({**head, **rest}, folder / RECORD)
 
 
 def kinds_of(format: str) -> tuple[type, ...]:
-    """Returns the classes of models that a format or artifact may be able to express.
-
-    Raises:
-      UserError: there is no such format.
-    """
-    return artifacts.KINDS if format in ARTIFACTS else format_named(format).KINDS
+    """Returns the classes of models that a format may express; a UserError for no format."""
+    return artifacts.KINDS if format in ARTIFACTS else format_named(format).kinds
 
 
 def known_formats() -> list[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -11,7 +10,7 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from vlp_jax.handover.functions import artifact_functions
+from vlp_jax.handover.artifacts import artifact_functions
 from vlp_jax.interop import precision
 from vlp_jax.interop.base import Extras
 from vlp_jax.interop.transfer import Model
@@ -40,10 +39,6 @@ class Scores:
     source: str
     step: int
 
-    def as_json(self) -> dict[str, Any]:
-        """Returns the scores for export.json."""
-        return {"source": self.source, "step": self.step, "values": self.values}
-
 
 def is_score(name: str) -> bool:
     """Whether a name belongs to a score, and not to a count or to chance."""
@@ -57,17 +52,12 @@ def noted(workdir: epath.Path, step: int) -> Scores | None:
     then the last record counts.
     """
     file = workdir / METRICS_FILE
-    if not file.exists():
-        return None
     by_step: dict[int, dict[str, float]] = {}
-    for record in read_metrics(file):
-        scores = {
-            name.removeprefix(PREFIX): float(value)
-            for name, value in record.items()
-            if name.startswith(PREFIX) and isinstance(value, int | float)
-        }
-        by_step.setdefault(record["step"], {}).update(scores)
-    by_step = {at: values for at, values in by_step.items() if values}
+    for record in read_metrics(file) if file.exists() else ():
+        for name, value in record.items():
+            if name.startswith(PREFIX) and isinstance(value, int | float):
+                values = by_step.setdefault(record["step"], {})
+                values[name.removeprefix(PREFIX)] = float(value)
     if not by_step:
         return None
     nearest = min(by_step, key=lambda at: (abs(at - step), at))
@@ -77,39 +67,30 @@ def noted(workdir: epath.Path, step: int) -> Scores | None:
 def evaluate_rounded(
     workdir: epath.Path, config: ConfigDict, saved: SavedParameters, weights: str
 ) -> tuple[Scores, Scores | None]:
-    """Runs the run's evaluators on a checkpoint's parameters, before and after rounding.
+    """Runs the run's evaluators on parameters, before and after rounding (None for float32).
 
-    Returns:
-      The scores before and after rounding; None for the second if nothing is rounded.
-
-    Raises:
-      UserError: the data is missing, or see `build`.
+    Raises UserError if the data is missing, or see `build`.
     """
     parts = build(config, workdir, StartupClock())
     params = saved.load(parts.setup.abstract.params).params
 
     def run(params: Any, source: str) -> Scores:
-        values = {}
-        for evaluation in parts.evaluations:
-            for score, value in evaluation.evaluator(params):
-                values[f"{evaluation.name}/{score}"] = value
+        values = {
+            f"{evaluation.name}/{score}": value
+            for evaluation in parts.evaluations
+            for score, value in evaluation.evaluator(params)
+        }
         return Scores(values, source, saved.step)
+
+    def rounded(path: tuple, x: jax.Array) -> jax.Array:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        return jax.device_put(precision.rounded({name: np.asarray(x)}, weights)[name], x.sharding)
 
     before = run(params, "evaluated on export")
     if weights == "float32":
         return before, None
-    after = run(_rounded(params, weights), f"evaluated on export, weights in {weights}")
-    return before, after
-
-
-def _rounded(params: Any, weights: str) -> Any:
-    """Rounds a tree of parameters, and keeps its shardings."""
-
-    def one(path: tuple, x: jax.Array) -> jax.Array:
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
-        return jax.device_put(precision.rounded({name: np.asarray(x)}, weights)[name], x.sharding)
-
-    return jax.tree_util.tree_map_with_path(one, params)
+    params = jax.tree_util.tree_map_with_path(rounded, params)
+    return before, run(params, f"evaluated on export, weights in {weights}")
 
 
 def table(before: Scores, after: Scores | None) -> list[str]:
@@ -131,30 +112,20 @@ def cosines(model: Model, extras: Extras) -> dict[str, float]:
     Returns:
       Function -> cosine, for each embedding function.
     """
-    whole = Extras(**{**vars(extras), "weights": "float32"})
+    whole = dataclasses.replace(extras, weights="float32")
     rng, least = np.random.default_rng(0), {}
     pairs = [artifact_functions(model.module, model.params, x) for x in (whole, extras)]
-    for one, other in zip(*pairs, strict=True):
-        if not one.name.startswith("embed"):
+    for pair in zip(*pairs, strict=True):
+        if not pair[0].name.startswith("embed"):
             continue
-        inputs = [_random(rng, x.shape, x.dtype, model) for x in one.inputs]
+        (field,) = pair[0].inputs
+        high = 256 if field.dtype == "uint8" else model.module.text.vocab_size
+        x = rng.integers(0, high, (RANDOM_INPUTS, *field.shape)).astype(field.dtype)
         a, b = (
             # float64, because these cosines are close to 1, where float32 has few digits left.
-            np.asarray(jax.jit(f.call)(f.weights, *inputs), np.float64).reshape(RANDOM_INPUTS, -1)
-            for f in (one, other)
+            np.asarray(jax.jit(f.call)(f.weights, x), np.float64).reshape(RANDOM_INPUTS, -1)
+            for f in pair
         )
         norms = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
-        least[one.name] = float(np.min(np.sum(a * b, axis=1) / norms))
+        least[pair[0].name] = float(np.min(np.sum(a * b, axis=1) / norms))
     return least
-
-
-def _random(
-    rng: np.random.Generator, shape: tuple[int, ...], dtype: str, model: Model
-) -> np.ndarray:
-    high = 256 if dtype == "uint8" else model.module.text.vocab_size
-    return rng.integers(0, high, (RANDOM_INPUTS, *shape)).astype(dtype)
-
-
-def as_lines(cosine: Mapping[str, float]) -> list[str]:
-    """Formats the cosines as lines."""
-    return [f"  {name}: least cosine with float32 {value:.6f}" for name, value in cosine.items()]

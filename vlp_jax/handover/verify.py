@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -17,31 +17,26 @@ import numpy as np
 
 from vlp_jax.errors import UserError
 from vlp_jax.handover import foreign
-from vlp_jax.handover.functions import artifact_functions
+from vlp_jax.handover.artifacts import artifact_functions
 from vlp_jax.interop import precision
 from vlp_jax.interop.base import Extras
 from vlp_jax.interop.transfer import Model
 from vlp_jax.interop.trees import image_of, plain, to_tree
 from vlp_jax.models.coca import CoCa
-from vlp_jax.models.dual_encoder import DualEncoder
 from vlp_jax.models.masked_autoencoder import MaskedAutoencoder
 from vlp_jax.models.masking import kept_patches, mask_from_noise
+from vlp_jax.models.vit import VisionTransformer
 
-# Format -> the distribution that loads it; None if none can be installed.
+# Format, up to its first "_" -> the distribution that loads it; None if none can be installed.
 LIBRARIES: dict[str, str | None] = {
-    "big_vision": None,
+    "big": None,
     "hf": "transformers",
-    "hf_clip": "transformers",
-    "hf_siglip": "transformers",
-    "hf_vit": "transformers",
-    "hf_vit_mae": "transformers",
-    "open_clip": "open_clip_torch",
+    "open": "open_clip_torch",
     "safetensors": "safetensors",
-    "saved_model": "tensorflow",
+    "saved": "tensorflow",
     "stablehlo": "jax",
     "timm": "timm",
 }
-ARTIFACTS = ("stablehlo", "saved_model")
 # Largest difference of unit vectors, features and logits, relative to our largest number (at least
 # 1). Libraries round products in bfloat16 in different orders.
 TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2}
@@ -53,19 +48,13 @@ def verify(
 ) -> dict[str, Any]:
     """Compares the outputs of the format's library with ours, on a fixed random batch.
 
-    Args:
-      model: the exported model, with its parameters before rounding.
-      directory: the folder of the export.
-      extras: the settings of the export.
-      dtype: dtype of the artifact's matrix products.
-
     Returns:
       `{library, version, max_difference}`, or `{skipped: reason}` if the library is not available.
 
     Raises:
       UserError: the library cannot load the export, or computes something else.
     """
-    library = LIBRARIES[format]
+    library = LIBRARIES[format.split("_")[0]]
     if library is None:
         return {"skipped": f"no package of {format} can be installed to load it with"}
     # The library reads rounded weights. If ours were not rounded as well, the difference would
@@ -75,8 +64,13 @@ def verify(
     answer, theirs = run_foreign(library, directory, inputs, format)
     if theirs is None:
         return answer
-    if format in ARTIFACTS:
-        ours = _offered(rounded, extras, inputs)
+    if library in ("jax", "tensorflow"):
+        # The parameters are rounded already, and float32 stores them as they are.
+        whole = dataclasses.replace(extras, weights="float32")
+        ours = {
+            f.name: jax.jit(f.call)(f.weights, *(inputs[x.name] for x in f.inputs))
+            for f in artifact_functions(model.module, rounded.params, whole)
+        }
     elif format == "safetensors":
         ours = rounded.params
     else:
@@ -95,8 +89,8 @@ def verify(
 def batch_of(model: Model, extras: Extras) -> dict[str, np.ndarray]:
     """Makes a random batch, always the same for a model.
 
-    Its keys are `image` (uint8), `pixels` (the same images normalized, channels first), `text`,
-    `noise`, and `pooling` (the image tower's).
+    Its keys are `image` (uint8), `pixels` (the same images normalized, channels first), `text`
+    (of different lengths, with end of text and padding), `noise`, and the image tower's `pooling`.
     """
     rng, vit = np.random.default_rng(0), image_of(model.module)
     image = rng.integers(0, 256, (BATCH, *vit.image_size, 3), np.uint8)
@@ -109,52 +103,27 @@ def batch_of(model: Model, extras: Extras) -> dict[str, np.ndarray]:
         "pooling": np.asarray(vit.pooling),
     }
     if "text" in model.module.towers():
-        batch["text"] = _texts(rng, model.module.text)
+        text = model.module.text
+        ids = rng.integers(0, text.vocab_size, (BATCH, text.context_length)).astype(np.int32)
+        # An end of text or padding in the middle would end the text earlier than `end` below.
+        ids[np.isin(ids, (text.eos_id, text.pad_id))] = min(3, text.vocab_size - 1)
+        for row, end in zip(ids, rng.integers(1, text.context_length, BATCH), strict=True):
+            row[end], row[end + 1 :] = text.eos_id, text.pad_id
+        batch["text"] = ids
     return batch
-
-
-def _texts(rng: np.random.Generator, text: Any) -> np.ndarray:
-    """Makes token ids of texts with different lengths, with end of text and padding."""
-    ids = rng.integers(0, text.vocab_size, (BATCH, text.context_length)).astype(np.int32)
-    # An end of text or padding in the middle would end the text earlier than `end` below.
-    ids[np.isin(ids, (text.eos_id, text.pad_id))] = min(3, text.vocab_size - 1)
-    for row, end in enumerate(rng.integers(1, text.context_length, BATCH)):
-        ids[row, end] = text.eos_id
-        ids[row, end + 1 :] = text.pad_id
-    return ids
 
 
 def run_foreign(
     library: str, directory: Path, inputs: Mapping[str, np.ndarray], what: str
 ) -> tuple[dict[str, Any], dict[str, np.ndarray] | None]:
-    """Runs foreign/check.py in another process.
-
-    Returns:
-      The program's JSON, and the library's outputs; None if the library is not installed.
-
-    Raises:
-      UserError: the library cannot load the folder.
-    """
+    """Returns the JSON that foreign/check.py prints in another process, and the outputs, if any."""
     program = Path(foreign.__file__).parent / "check.py"
     with tempfile.TemporaryDirectory() as scratch:
         there, back = Path(scratch, "inputs.npz"), Path(scratch, "outputs.npz")
         np.savez(there, **inputs)
-        done = subprocess.run(
-            # -I ignores the current folder and PYTHONPATH, where vlp_jax may be.
-            [
-                sys.executable,
-                "-I",
-                "-B",
-                program,
-                library,
-                os.fspath(directory.resolve()),
-                there,
-                back,
-            ],
-            capture_output=True,
-            text=True,
-            cwd=scratch,
-        )
+        # -I ignores the current folder and PYTHONPATH, where vlp_jax may be.
+        command = [sys.executable, "-I", "-B", program, library, directory.resolve(), there, back]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=scratch)
         if done.returncode:
             # The last line of a traceback names the error.
             reason = (done.stderr.strip().splitlines() or [f"status {done.returncode}"])[-1]
@@ -170,11 +139,7 @@ def run_foreign(
 def _difference(
     ours: Mapping[str, np.ndarray], theirs: Mapping[str, np.ndarray], who: str
 ) -> float:
-    """Computes the largest difference of two sets of arrays, relative to large numbers.
-
-    Raises:
-      UserError: names or shapes differ.
-    """
+    """Computes the largest difference, relative to large numbers; a UserError for other shapes."""
     largest = 0.0
     if ours.keys() != theirs.keys():
         raise UserError(f"{who} gives {sorted(theirs)[:4]} instead of {sorted(ours)[:4]}")
@@ -189,40 +154,27 @@ def _difference(
     return largest
 
 
-def _offered(
-    model: Model, extras: Extras, inputs: Mapping[str, np.ndarray]
-) -> dict[str, np.ndarray]:
-    """Computes the functions of an artifact on the batch, in float32 and without the artifact."""
-    # The parameters are rounded already, and float32 stores them as they are.
-    whole = Extras(**{**vars(extras), "weights": "float32"})
-    return {
-        function.name: np.asarray(
-            jax.jit(function.call)(function.weights, *(inputs[x.name] for x in function.inputs))
-        )
-        for function in artifact_functions(model.module, model.params, whole)
-    }
-
-
 def _computed(
     model: Model, extras: Extras, inputs: Mapping[str, np.ndarray]
 ) -> dict[str, np.ndarray]:
     """Computes our outputs on the batch, in float32, with the names in foreign/check.py."""
     module = plain(model.module)
+    apply, image = jax.jit(module.apply), inputs["image"]
     tree = {"params": to_tree(module, model.params)}
     if isinstance(module, MaskedAutoencoder):
         kept = kept_patches(module.image.patches, extras.mask_ratio)
         mask = mask_from_noise(jnp.asarray(inputs["noise"]), kept)
-        return {"prediction": np.asarray(jax.jit(module.apply)(tree, inputs["image"], mask))}
-    if isinstance(module, DualEncoder | CoCa):
-        out = jax.jit(module.apply)(tree, inputs["image"], inputs["text"])
-        out = {name: np.asarray(x) for name, x in out.items()}
-        logits = np.exp(out["logit_scale"]) * out["image"] @ out["text"].T + out["logit_bias"]
-        outputs = {"image": out["image"], "text": out["text"], "logits": logits}
-        if isinstance(module, DualEncoder):
-            return outputs
-        seen = module.apply(tree, inputs["image"], method="look")
-        scores = module.apply(tree, inputs["text"], seen, method="score_tokens")
-        # open_clip does not score the token after the last one.
-        return outputs | {"scores": np.asarray(scores)[:, :-1]}
-    pixels = np.asarray(inputs["pixels"]).transpose(0, 2, 3, 1)
-    return {"features": np.asarray(jax.jit(module.apply)(tree, pixels))}
+        return {"prediction": apply(tree, image, mask)}
+    if isinstance(module, VisionTransformer):
+        return {"features": apply(tree, inputs["pixels"].transpose(0, 2, 3, 1))}
+    out = {name: np.asarray(x) for name, x in apply(tree, image, inputs["text"]).items()}
+    logits = np.exp(out["logit_scale"]) * out["image"] @ out["text"].T + out["logit_bias"]
+    outputs = {"image": out["image"], "text": out["text"], "logits": logits}
+    if isinstance(module, CoCa):
+
+        def score(module: CoCa, image: jax.Array, text: jax.Array) -> jax.Array:
+            return module.score_tokens(text, module.look(image))
+
+        scores = jax.jit(lambda *x: module.apply(*x, method=score))(tree, image, inputs["text"])
+        outputs["scores"] = scores[:, :-1]  # open_clip does not score the token after the last one
+    return outputs

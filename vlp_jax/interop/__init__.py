@@ -1,4 +1,4 @@
-"""Reads and writes the weights of other projects: one file for each format.
+"""Reads and writes the weights of other projects: a table for each format, for both directions.
 
     imported = interop.read("hf_clip:path/to/folder")
     tree = interop.to_tree(imported.module, imported.params)
@@ -16,54 +16,21 @@ from pathlib import Path
 from typing import Any
 
 from vlp_jax.errors import UserError, unknown_key_message
-from vlp_jax.interop import (
-    big_vision,
-    hf,
-    hf_clip,
-    hf_siglip,
-    hf_vit,
-    hf_vit_mae,
-    native,
-    open_clip,
-    timm,
-)
+from vlp_jax.interop import big_vision, hf, native, open_clip, timm
 from vlp_jax.interop.base import Extras, Format, Imported, differences
 from vlp_jax.interop.precision import rounded
-from vlp_jax.interop.trees import (
-    Module,
-    Params,
-    check_params,
-    from_tree,
-    image_of,
-    to_tree,
-)
+from vlp_jax.interop.trees import Module, Params, check_params
+from vlp_jax.interop.trees import from_tree as from_tree
+from vlp_jax.interop.trees import to_tree as to_tree
 
 FORMATS: dict[str, Format] = {
-    "big_vision": big_vision,
-    "hf": hf,
-    "hf_clip": hf_clip,
-    "hf_siglip": hf_siglip,
-    "hf_vit": hf_vit,
-    "hf_vit_mae": hf_vit_mae,
-    "open_clip": open_clip,
-    "safetensors": native,
-    "timm": timm,
+    "big_vision": big_vision.FORMAT,
+    "hf": hf.FORMAT,
+    **{f"hf_{model_type}": format for model_type, format in hf.BY_MODEL_TYPE.items()},
+    "open_clip": open_clip.FORMAT,
+    "safetensors": native.FORMAT,
+    "timm": timm.FORMAT,
 }
-
-
-@dataclasses.dataclass(frozen=True)
-class Weights:
-    """Parameters to start a model from.
-
-    Attributes:
-      params: path -> float32 array, with the source's sizes.
-      grids: path of a position table -> the rows and columns of patches that it is for.
-      notes: a line for each difference between source and model that changes outputs.
-    """
-
-    params: Params
-    grids: dict[str, tuple[int, int]]
-    notes: list[str]
 
 
 def read(spec: str, like: Module | None = None) -> Imported:
@@ -84,15 +51,14 @@ def read(spec: str, like: Module | None = None) -> Imported:
     return format_named(name).read(Path(path).expanduser(), like)
 
 
-def read_weights(spec: str, like: Module) -> Weights:
-    """Reads parameters for the model `like`, which may have other sizes; see `read`."""
+def read_weights(spec: str, like: Module) -> Imported:
+    """Reads a model to start `like` from, which may have other sizes; see `read`.
+
+    The notes also have a line for each difference that changes outputs.
+    """
     imported = read(spec, like)
-    grids = {}
-    # The decoder of a masked autoencoder has the image tower's grid.
-    for path in ("image/position_embedding", "decoder/position_embedding"):
-        if path in imported.params:
-            grids[path] = image_of(imported.module).grid
-    return Weights(imported.params, grids, imported.notes + differences(imported.module, like))
+    notes = imported.notes + differences(imported.module, like)
+    return dataclasses.replace(imported, notes=notes)
 
 
 def write(
@@ -118,26 +84,21 @@ def write(
         if key not in known:
             raise UserError(unknown_key_message(key, known, "the export's settings"))
     given, chosen = Extras(**extras), format_named(format)
-    if isinstance(module, chosen.KINDS):
+    if isinstance(module, chosen.kinds):
         problems = chosen.check(module, given)
     else:
-        held = " or ".join(kind.IS for kind in chosen.KINDS)
+        held = " or ".join(kind.IS for kind in chosen.kinds)
         problems = [f"it holds {held}, not a {type(module).__name__}"]
-    if given.weights not in chosen.HOLDS:
-        problems.append(no_place_for(format, given.weights, chosen.HOLDS))
+    if given.weights not in chosen.holds:
+        able = [name for name, known in FORMATS.items() if given.weights in known.holds]
+        problems.append(
+            f"{format} has no place for weights in {given.weights} (it takes "
+            f"{' or '.join(chosen.holds)}; {', '.join(able)} and stablehlo take {given.weights})"
+        )
     if problems:
         raise UserError(f"this model cannot be written as {format}: {'; '.join(problems)}")
     check_params(module, params)
     return chosen.write(module, rounded(params, given.weights), Path(directory), given)
-
-
-def no_place_for(format: str, weights: str, holds: tuple[str, ...]) -> str:
-    """Explains that a format cannot store weights of some kind, and names the ones that can."""
-    able = [name for name, known in FORMATS.items() if weights in known.HOLDS]
-    return (
-        f"{format} has no place for weights in {weights} (it takes {' or '.join(holds)}; "
-        f"{', '.join(able)} and stablehlo take {weights})"
-    )
 
 
 def format_named(name: str) -> Format:
@@ -145,23 +106,3 @@ def format_named(name: str) -> Format:
     if name not in FORMATS:
         raise UserError(unknown_key_message(name, FORMATS, "the formats of weights"))
     return FORMATS[name]
-
-
-__all__ = [
-    "FORMATS",
-    "Extras",
-    "Imported",
-    "Module",
-    "Params",
-    "Weights",
-    "check_params",
-    "differences",
-    "format_named",
-    "from_tree",
-    "no_place_for",
-    "read",
-    "read_weights",
-    "rounded",
-    "to_tree",
-    "write",
-]

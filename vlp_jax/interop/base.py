@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import flax.linen as nn
 import numpy as np
@@ -27,13 +27,16 @@ HALF = (0.5, 0.5, 0.5)
 INTERPOLATIONS = ("bicubic", "bilinear")  # supported by our data pipeline; both antialiased
 RESAMPLINGS = (*INTERPOLATIONS, "nearest", "box", "hamming", "lanczos")  # known to Pillow
 RESIZES = ("squash", "crop")
-CROP_ROUNDINGS = ("even", "down")
+# Field of `Extras`, or of what prepares images by it -> its values.
+RESIZE_CHOICES = {
+    "resize": RESIZES,
+    "interpolation": RESAMPLINGS,
+    "crop_rounding": ("even", "down"),
+}
 
 # Fields that change how a model is run or initialized, and not its function. `differences` ignores
 # them.
-_NO_MATTER = {
-    *("parent", "name", "stochastic_depth", "logit_scale_init", "logit_bias_init"),
-}
+_NO_MATTER = {"stochastic_depth", "logit_scale_init", "logit_bias_init"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,13 +55,12 @@ class Imported:
     notes: list[str]
     extras: dict[str, Any] = dataclasses.field(default_factory=dict)
 
-
-_CHOICES = (
-    ("resize", RESIZES),
-    ("interpolation", RESAMPLINGS),
-    ("crop_rounding", CROP_ROUNDINGS),
-    ("weights", WEIGHTS),
-)
+    @property
+    def grids(self) -> dict[str, tuple[int, int]]:
+        """Path of a position table -> the rows and columns of patches that it is for."""
+        # The decoder of a masked autoencoder has the image tower's grid.
+        tables = ("image/position_embedding", "decoder/position_embedding")
+        return {path: image_of(self.module).grid for path in tables if path in self.params}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,9 +103,7 @@ class Extras:
         return self.weights == "bfloat16"
 
     def __post_init__(self) -> None:
-        for field, known in _CHOICES:
-            if getattr(self, field) not in known:
-                raise UserError(f"{field}={getattr(self, field)!r} must be {' or '.join(known)}")
+        check_choices(self, {**RESIZE_CHOICES, "weights": WEIGHTS})
 
     @property
     def pixels(self) -> Pixels:
@@ -115,31 +115,34 @@ class Extras:
         return getattr(module, "pixels", self.pixels)
 
 
-class Format(Protocol):
-    """A module of `vlp_jax.interop` that implements one foreign format.
+def check_choices(settings: Any, choices: Mapping[str, tuple[str, ...]]) -> None:
+    """Raises UserError if a field of `settings` has a value that is not among its choices."""
+    for field, known in choices.items():
+        if getattr(settings, field) not in known:
+            raise UserError(f"{field}={getattr(settings, field)!r} must be {' or '.join(known)}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Format:
+    """A foreign format.
 
     Attributes:
-      KINDS: the classes of models that it may be able to express.
-      LOADED_BY: a line of Python that loads its folder, with `{}` for the folder and
+      kinds: the classes of models that it may be able to express.
+      loaded_by: a line of Python that loads its folder, with `{}` for the folder and
         `{architecture}` for the class that its config names.
-      HOLDS: the names in `precision.WEIGHTS` that it can store.
+      holds: the names in `precision.WEIGHTS` that it can store.
+      read: reads a file or a directory; the second argument is a model that supplies settings that
+        the files lack, or None. Raises UserError if they hold no model that can be expressed here.
+      check: returns a line for each property of a module that the format cannot express.
+      write: writes a module for which `check` returns no lines; returns the files.
     """
 
-    KINDS: tuple[type, ...]
-    LOADED_BY: str
-    HOLDS: tuple[str, ...]
-
-    def read(self, path: Path, like: Module | None) -> Imported:
-        """Reads a file or a directory; `like` supplies settings that the files lack."""
-        ...
-
-    def check(self, module: Module, extras: Extras) -> list[str]:
-        """Returns a line for each property of a module that the format cannot express."""
-        ...
-
-    def write(self, module: Module, params: Params, directory: Path, extras: Extras) -> list[Path]:
-        """Writes a module for which `check` returns no lines; returns the files."""
-        ...
+    kinds: tuple[type, ...]
+    loaded_by: str
+    holds: tuple[str, ...]
+    read: Callable[[Path, Module | None], Imported]
+    check: Callable[[Module, Extras], list[str]]
+    write: Callable[[Module, Params, Path, Extras], list[Path]]
 
 
 # Values that these formats can express for every tower. Other kinds of layers belong to language
@@ -148,18 +151,26 @@ _LAYERS = {
     "activation": ("gelu", "gelu_tanh", "quick_gelu"),
     **{name: (value,) for name, value in PLAIN_LAYERS.items()},
 }
+# Values of further fields, of towers that are as plain as most published ones.
+PLAIN_TEXT: Mapping[str, tuple[Any, ...]] = {
+    "padding_mask": (False,),
+    "qk_norm": (False,),
+    "layer_scale": (None,),
+}
+PLAIN_TOWER: Mapping[str, tuple[Any, ...]] = {
+    "registers": (0,),
+    "qk_norm": (False,),
+    "layer_scale": (None,),
+}
 
 
 def requirements(
     model: str, part: str, tower: nn.Module, required: Mapping[str, tuple[Any, ...]]
 ) -> list[str]:
-    """Returns a line for each field of a tower with a value that a foreign class cannot express.
+    """Returns a line for each field of a tower that a foreign class (`model`) cannot express.
 
-    Args:
-      model: the foreign class, for the message.
-      part: "image", "text" or "decoder"; "" for the fields of the whole model.
-      required: field of the tower or of its `TransformerConfig` -> the values it may have. For a
-        part, the values in `_LAYERS` are required too.
+    `required` has the values that a field may have. A `part` ("image", "text", "decoder"; "" for
+    the whole model) needs the values in `_LAYERS` too.
     """
     lines, fields = [], tower_fields(tower)
     for field, allowed in ((_LAYERS if part else {}) | dict(required)).items():
@@ -170,21 +181,38 @@ def requirements(
     return lines
 
 
+def first(has: Mapping[str, tuple[Any, ...]]) -> dict[str, Any]:
+    """Selects the first value of each field."""
+    return {name: values[0] for name, values in has.items()}
+
+
+def eos_problems(text: Any, extras: Extras) -> list[str]:
+    """Returns a line if the tokenizer ends texts with another token than the tower pools."""
+    if text.pooling != "eos" or extras.eos_id in (None, text.eos_id):
+        return []
+    return [f"eos_id {extras.eos_id} is not text.eos_id {text.eos_id}, at which it pools"]
+
+
+def special_ids(text: Any, extras: Extras) -> dict[str, int | None]:
+    """Returns the ids of bos (None if unknown), eos and padding, the tower's by default."""
+    ids = {"bos_id": None, "eos_id": text.eos_id, "pad_id": text.pad_id}
+    given = {name: getattr(extras, name) for name in ids}
+    return {name: ids[name] if x is None else x for name, x in given.items()}
+
+
 def square_problems(model: str, vit: VisionTransformer) -> list[str]:
     """Returns a line if the images are not square."""
     height, width = vit.image_size
     return [] if height == width else [f"{model} takes square images, not {height} x {width} ones"]
 
 
-def with_position_table(
-    vit: VisionTransformer, params: Params, prefix: str = "image"
-) -> tuple[VisionTransformer, Params]:
+def with_position_table(vit: VisionTransformer, params: Params) -> tuple[VisionTransformer, Params]:
     """Gives a tower a learned position table with a row for every token but the registers.
 
     Fixed sines and cosines become a table of them. A tower without positions gets a table of zeros.
     The row of a class token without a position is zero. The function does not change.
     """
-    path = f"{prefix}/position_embedding"
+    path = "image/position_embedding"
     if vit.position == "learned":
         table = params[path]
     elif vit.position == "sincos":
@@ -197,11 +225,7 @@ def with_position_table(
 
 
 def grid_of(patches: int, like: Module | None, where: object) -> tuple[int, int]:
-    """Returns the grid of `patches` patches: the grid of `like` if it fits, else a square.
-
-    Raises:
-      UserError: the number is not a square, and `like` does not fit.
-    """
+    """Returns the grid of `like` if it has as many patches, else a square, or a UserError."""
     if like is not None and image_of(like).patches == patches:
         return image_of(like).grid
     try:
@@ -222,35 +246,45 @@ def tiled(size: tuple[int, int], patch: int, notes: list[str]) -> tuple[int, int
 
 
 def pair(value: Any, what: str, where: object) -> tuple[int, int]:
-    """Reads a height and width from a config, given as one number or as two.
-
-    Raises:
-      UserError: the value is neither.
-    """
+    """Reads a height and width, given as one number or two; raises UserError for anything else."""
     sides = tuple(value) if isinstance(value, list | tuple) else (value, value)
     if len(sides) != 2 or not all(type(side) is int and side > 0 for side in sides):
         raise UserError(f"{where}: {what} is {value!r}, neither a number nor two")
     return sides
 
 
-def one_side(value: Any, what: str, where: object) -> int:
-    """Reads the side of a square from a config.
+def three_numbers(value: Any, what: str, where: object) -> tuple[float, ...]:
+    """Reads a value for each channel, given as one number or three; raises UserError otherwise."""
+    numbers = [value] * 3 if isinstance(value, int | float) else value
+    fits = isinstance(numbers, list | tuple) and len(numbers) == 3
+    if not fits or not all(isinstance(x, int | float) for x in numbers):
+        raise UserError(f"{where}: {what} is {value!r}, not three numbers")
+    return tuple(float(x) for x in numbers)
 
-    Raises:
-      UserError: the value is not a number, or the two numbers differ.
-    """
+
+def one_side(value: Any, what: str, where: object) -> int:
+    """Reads the side of a square; raises UserError if there are two that differ."""
     height, width = pair(value, what, where)
     if height != width:
         raise UserError(f"{where}: {what} {height} x {width} is not square, which is needed here")
     return height
 
 
-def integer(config: Mapping[str, Any], name: str, where: object) -> int:
-    """Reads a positive whole number from a config.
+def one_or_two(size: tuple[int, int]) -> int | list[int]:
+    """Writes a height and width for `pair`: as one number if they are equal."""
+    return size[0] if size[0] == size[1] else list(size)
 
-    Raises:
-      UserError: the value is missing or is something else.
-    """
+
+def one_of(names: Mapping[str, str], theirs: Any, what: str, where: object) -> str:
+    """Returns our name for theirs; raises UserError if there is none."""
+    ours = {value: key for key, value in names.items()}
+    if theirs not in ours:
+        raise UserError(f"{where}: {what} {theirs!r} cannot be expressed here")
+    return ours[theirs]
+
+
+def integer(config: Mapping[str, Any], name: str, where: object) -> int:
+    """Reads a positive whole number from a config; raises UserError if it is none or missing."""
     value = config.get(name)
     # Not isinstance: a bool is an int in Python, and a `true` in JSON is no size.
     if type(value) is not int or value < 1:
@@ -259,11 +293,7 @@ def integer(config: Mapping[str, Any], name: str, where: object) -> int:
 
 
 def number(config: Mapping[str, Any], name: str, where: object) -> float:
-    """Reads a number from a config.
-
-    Raises:
-      UserError: the value is missing or is something else.
-    """
+    """Reads a number from a config; raises UserError if it is none or missing."""
     value = config.get(name)
     if type(value) not in (int, float):
         raise UserError(f"{where}: {name} is {value!r}, not a number")
@@ -271,11 +301,7 @@ def number(config: Mapping[str, Any], name: str, where: object) -> float:
 
 
 def tower(kind: type[nn.Module], where: object, **fields: Any) -> Any:
-    """Makes a tower of class `kind` from fields of the class and of its layers.
-
-    Raises:
-      UserError: sizes that do not fit each other.
-    """
+    """Makes a tower, see `make_tower`; raises UserError for sizes that do not fit each other."""
     heads = fields["heads"]
     if type(heads) is not int or heads < 1:
         raise UserError(f"{where}: heads must be a number above 0, not {heads!r}")
@@ -286,11 +312,7 @@ def tower(kind: type[nn.Module], where: object, **fields: Any) -> Any:
 
 
 def shape_of(tensors: Mapping[str, np.ndarray], key: str, ndim: int, where: object) -> Shape:
-    """Returns the shape of a tensor, from which sizes of the model follow.
-
-    Raises:
-      UserError: the tensor is missing, or has another number of dimensions.
-    """
+    """Returns the shape of a tensor; raises UserError if it is missing or has other dimensions."""
     if key not in tensors:
         raise UserError(f"{where} has no {key}, which every model of this format has")
     shape = tuple(tensors[key].shape)
@@ -300,10 +322,7 @@ def shape_of(tensors: Mapping[str, np.ndarray], key: str, ndim: int, where: obje
 
 
 def norm_after_pool_of(like: Module | None) -> bool:
-    """Whether `like` has its last norm after the pooling.
-
-    For a class token this does not change the function, but only the paths of the parameters.
-    """
+    """Whether `like` pools a class token before its last norm, which only changes the paths."""
     vit = None if like is None else image_of(like)
     return vit is not None and vit.pooling == "cls" and vit.norm_after_pool
 
@@ -318,32 +337,23 @@ def mlp_ratio(width: int, mlp_dim: int) -> float:
 def differences(source: Module, here: Module) -> list[str]:
     """Returns a line for each field that makes two models with equal parameters differ.
 
-    If one model is an image tower alone, only the image towers are compared.
+    If one model is an image tower alone, only the image towers are compared. Models of different
+    classes have only the image tower and the normalization of pixels in common.
     """
-    towers, ours = source.towers(), here.towers()
+    towers, ours, alike = source.towers(), here.towers(), type(source) is type(here)
+    pairs = {part: (towers[part], ours[part]) for part in towers if part in ours}
+    pairs = pairs if alike else {"image": pairs["image"]}
+    if not any(module is image_of(module) for module in (source, here)):
+        pairs[""] = (source, here)
     lines = []
-    both = [part for part in towers if part in ours]  # in the model's own order
-    for part in both if type(source) is type(here) else ["image"]:
-        lines += _fields(part, towers[part], ours[part])
-    if any(module is image_of(module) for module in (source, here)):
-        return lines  # a tower alone has no fields beside the ones compared
-    # Models of different classes have only the normalization of pixels in common.
-    common = {"image_mean", "image_std"}
-    if type(source) is type(here):
-        common = set(described(source)) - set(towers)
-    return lines + _fields("", source, here, only=common)
-
-
-def _fields(part: str, source: Any, here: Any, only: set[str] | None = None) -> list[str]:
-    lines = []
-    there, ours = (described(module) for module in (source, here))
-    for name, a in there.items():
-        if name in _NO_MATTER or (only is not None and name not in only):
-            continue
-        b = ours[name]
-        if a != b and not _same(name, there, ours):
-            label = f"{part}.{name}" if part else name
-            lines.append(f"{label} is {a!r} in the source and {b!r} here")
+    for part, both in pairs.items():
+        there, ours = (described(module) for module in both)
+        skipped = _NO_MATTER | towers.keys() if part == "" else _NO_MATTER
+        for name in there if part or alike else ("image_mean", "image_std"):
+            a, b = there[name], ours[name]
+            if name not in skipped and a != b and not _same(name, there, ours):
+                label = f"{part}.{name}" if part else name
+                lines.append(f"{label} is {a!r} in the source and {b!r} here")
     return lines
 
 

@@ -19,15 +19,25 @@ are written as a learned table, because big_vision's formula differs from ours.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 
 from vlp_jax.errors import UserError
 from vlp_jax.interop import base, files
-from vlp_jax.interop.base import Extras, Imported
+from vlp_jax.interop.base import PLAIN_TEXT, PLAIN_TOWER, Extras, Format, Imported
 from vlp_jax.interop.files import Tensors
-from vlp_jax.interop.tables import BATCHED, SCALAR, Entry, Table, from_theirs, shorten, to_theirs
+from vlp_jax.interop.tables import (
+    BATCHED,
+    QKV,
+    SCALAR,
+    Entry,
+    Table,
+    from_theirs,
+    shorten,
+    to_theirs,
+)
 from vlp_jax.interop.trees import Module, Params, expected_shapes, image_of
 from vlp_jax.models.dual_encoder import DualEncoder
 from vlp_jax.models.text import TextTransformer
@@ -35,14 +45,20 @@ from vlp_jax.models.values import Pixels
 from vlp_jax.models.vit import VisionTransformer
 
 MODEL = "big_vision"
-KINDS = (DualEncoder, VisionTransformer)
-LOADED_BY = 'numpy.load("{}/model.npz")'
-HOLDS = ("float32",)  # .npz cannot store bfloat16
 FILE = "model.npz"
-LEFT_OUT = ("head/kernel", "head/bias", "pre_logits/kernel", "pre_logits/bias")  # a classifier
+_ATTENTION = "MultiHeadDotProductAttention"
+TOWERS = {"img": "image", "txt": "text"}
+# Our modules in a layer and in the attention pooling -> their names.
+_SHARED = {
+    **{f"attention/{part}": f"{_ATTENTION}_0/{part}" for part in (*QKV, "out")},
+    "mlp/up": "MlpBlock_0/Dense_0",
+    "mlp/down": "MlpBlock_0/Dense_1",
+}
+LAYERS = {**_SHARED, "norm_attention": "LayerNorm_0", "norm_mlp": "LayerNorm_1"}
+POOLING = {**_SHARED, "norm": "LayerNorm_0"}
+CLASSIFIER = ("head/kernel", "head/bias", "pre_logits/kernel", "pre_logits/bias")
 
 # Names of early checkpoints -> today's (`fix_old_checkpoints` in models/vit.py).
-_ATTENTION = "MultiHeadDotProductAttention"
 RENAMED = (
     (r"Transformer/(posembed_input/)?pos_embedding$", "pos_embedding"),
     (r"(encoderblock(_\d+)?)/LayerNorm_2/", r"\1/LayerNorm_1/"),
@@ -52,89 +68,52 @@ RENAMED = (
 )
 
 # Values of our fields that the format can express.
-ENCODER_HAS = {
-    "activation": ("gelu_tanh",),
-    "norm_eps": (1e-6,),
-    "qk_norm": (False,),
-    "layer_scale": (None,),
-}
+ENCODER_HAS = {"activation": ("gelu_tanh",), "norm_eps": (1e-6,)}
 IMAGE_HAS = {
     **ENCODER_HAS,
-    "registers": (0,),
+    **PLAIN_TOWER,
     "patch_bias": (True,),
     "pre_norm": (False,),
     "norm_after_pool": (False,),
 }
-TEXT_HAS = {
-    **ENCODER_HAS,
-    "causal": (False,),
-    "pooling": ("last", "map"),
-    "padding_mask": (False,),
-}
+TEXT_HAS = {**ENCODER_HAS, **PLAIN_TEXT, "causal": (False,), "pooling": ("last", "map")}
 
 
 def table(image: str = "img/") -> Table:
     """Returns the mapping; keys of the image tower begin with `image`."""
-    return [
+    towers = (("image", image, f"{image}Transformer"), ("text", "txt/", "txt/Encoder_0"))
+    entries = [
         Entry("logit_scale", "t", SCALAR),
         Entry("logit_bias", "b", SCALAR),
         Entry("image/class_token", f"{image}cls", BATCHED),
-        Entry("image/position_embedding", f"{image}pos_embedding", BATCHED),
-        *_dense("image/patch_embedding/projection", f"{image}embedding"),
-        *_encoder("image/encoder", f"{image}Transformer"),
-        *_map_head("image/pooling", f"{image}MAPHead_0"),
-        *_dense("image_projection", "img/head"),
         Entry("text/token_embedding/embedding", "txt/Embed_0/embedding"),
-        Entry("text/position_embedding", "txt/pos_embedding", BATCHED),
-        *_encoder("text/encoder", "txt/Encoder_0"),
-        *_map_head("text/pooling", "txt/MAPHead_0"),
-        *_dense("text_projection", "txt/head"),
+        *_modules({"image/patch_embedding/projection": f"{image}embedding"}),
+        *_modules({"image_projection": "img/head", "text_projection": "txt/head"}),
     ]
+    for tower, prefix, encoder in towers:
+        entries += [
+            Entry(f"{tower}/position_embedding", f"{prefix}pos_embedding", BATCHED),
+            *_modules(LAYERS, f"{tower}/encoder/layers/", f"{encoder}/encoderblock_{{i}}/"),
+            *_modules({f"{tower}/encoder/norm": f"{encoder}/encoder_norm"}),
+            Entry(f"{tower}/pooling/probe", f"{prefix}MAPHead_0/probe", BATCHED),
+            *_modules(POOLING, f"{tower}/pooling/", f"{prefix}MAPHead_0/"),
+        ]
+    return entries
 
 
-def _encoder(ours: str, theirs: str) -> Table:
-    block = f"{theirs}/encoderblock_{{i}}"
+def _modules(names: Mapping[str, str], ours: str = "", theirs: str = "") -> Table:
+    """Maps modules of Flax, whose parameters have the same names there."""
     return [
-        *_norm(f"{ours}/layers/norm_attention", f"{block}/LayerNorm_0"),
-        *_attention(f"{ours}/layers/attention", f"{block}/MultiHeadDotProductAttention_0"),
-        *_norm(f"{ours}/layers/norm_mlp", f"{block}/LayerNorm_1"),
-        *_dense(f"{ours}/layers/mlp/up", f"{block}/MlpBlock_0/Dense_0"),
-        *_dense(f"{ours}/layers/mlp/down", f"{block}/MlpBlock_0/Dense_1"),
-        *_norm(f"{ours}/norm", f"{theirs}/encoder_norm"),
+        Entry(f"{ours}{path}/{parameter}", f"{theirs}{name}/{parameter}")
+        for path, name in names.items()
+        for parameter in ("kernel", "scale", "bias")
     ]
 
 
-def _map_head(ours: str, theirs: str) -> Table:
-    return [
-        Entry(f"{ours}/probe", f"{theirs}/probe", BATCHED),
-        *_attention(f"{ours}/attention", f"{theirs}/MultiHeadDotProductAttention_0"),
-        *_norm(f"{ours}/norm", f"{theirs}/LayerNorm_0"),
-        *_dense(f"{ours}/mlp/up", f"{theirs}/MlpBlock_0/Dense_0"),
-        *_dense(f"{ours}/mlp/down", f"{theirs}/MlpBlock_0/Dense_1"),
-    ]
+def _read(path: Path, like: Module | None = None) -> Imported:
+    """Reads an .npz, or the only one in a folder. An image tower alone becomes one of ours.
 
-
-def _attention(ours: str, theirs: str) -> Table:
-    parts = ("query", "key", "value", "out")
-    return [entry for part in parts for entry in _dense(f"{ours}/{part}", f"{theirs}/{part}")]
-
-
-def _dense(ours: str, theirs: str) -> Table:
-    return [Entry(f"{ours}/{name}", f"{theirs}/{name}") for name in ("kernel", "bias")]
-
-
-def _norm(ours: str, theirs: str) -> Table:
-    return [Entry(f"{ours}/{name}", f"{theirs}/{name}") for name in ("scale", "bias")]
-
-
-def read(path: Path, like: Module | None = None) -> Imported:
-    """Reads an .npz, or the only one in a folder.
-
-    An image tower alone becomes a `VisionTransformer`. `like` supplies a grid of patches that is
-    not square, and the special tokens of texts.
-
-    Raises:
-      UserError: the file holds no model that can be expressed here.
+    `like` supplies a grid of patches that is not square, and the special tokens of texts.
     """
     weights = files.find_weights(path, (FILE,))
     notes = [
@@ -142,34 +121,32 @@ def read(path: Path, like: Module | None = None) -> Imported:
         "images are squashed bicubically (the file does not say how they were)"
     ]
     tensors = _todays_names(files.load_tensors(weights), notes)
-    if not any(key.startswith(("img/", "txt/")) for key in tensors):
-        left_out = sorted(set(LEFT_OUT) & tensors.keys())
-        if left_out:
-            notes.append(f"left out, since the tower has no place for them: {shorten(left_out)}")
-        tensors = {key: x for key, x in tensors.items() if key not in LEFT_OUT}
-        vit, tensors = _image(tensors, "", like, weights)
-        params = from_theirs(table(""), tensors, expected_shapes(vit), weights)
-        return Imported(vit, params, notes)
-    image, tensors = _image(tensors, "img/", like, weights)
-    text = _text(tensors, like, weights)
-    embed_dim = image.width
-    if "img/head/kernel" in tensors:
-        embed_dim = base.shape_of(tensors, "img/head/kernel", 2, weights)[1]
-    module = DualEncoder(
-        image=image,
-        text=text,
-        embed_dim=embed_dim,
-        # SigLIP's initial values (Zhai et al. 2023, alg. 1). The file has the trained ones.
-        logit_scale_init=float(np.log(10)),
-        logit_bias_init=-10.0 if "b" in tensors else None,
-        image_head="linear_bias" if "img/head/kernel" in tensors else "none",
-        text_head="linear_bias" if "txt/head/kernel" in tensors else "none",
-    )
-    params = from_theirs(table(), tensors, expected_shapes(module), weights)
+    prefix = "img/" if any(key.startswith(("img/", "txt/")) for key in tensors) else ""
+    if not prefix:
+        tensors = _without(tensors, sorted(set(CLASSIFIER) & tensors.keys()), "the tower", notes)
+    module, tensors = _image(tensors, prefix, like, weights)
+    if prefix:
+        heads = {
+            name: "linear_bias" if f"{name}/head/kernel" in tensors else "none" for name in TOWERS
+        }
+        embed_dim = module.width
+        if heads["img"] != "none":
+            embed_dim = base.shape_of(tensors, "img/head/kernel", 2, weights)[1]
+        module = DualEncoder(
+            image=module,
+            text=_text(tensors, like, weights),
+            embed_dim=embed_dim,
+            # SigLIP's initial values (Zhai et al. 2023, alg. 1). The file has the trained ones.
+            logit_scale_init=float(np.log(10)),
+            logit_bias_init=-10.0 if "b" in tensors else None,
+            image_head=heads["img"],
+            text_head=heads["txt"],
+        )
+    params = from_theirs(table(prefix), tensors, expected_shapes(module), weights)
     return Imported(module, params, notes)
 
 
-def check(module: Module, extras: Extras) -> list[str]:
+def _check(module: Module, extras: Extras) -> list[str]:
     """Returns a line for each property of a module that big_vision cannot express.
 
     A head without a bias can be expressed: it is written with a bias of zeros.
@@ -189,7 +166,7 @@ def check(module: Module, extras: Extras) -> list[str]:
     return problems
 
 
-def write(module: Module, params: Params, directory: Path, extras: Extras) -> list[Path]:
+def _write(module: Module, params: Params, directory: Path, extras: Extras) -> list[Path]:
     """Writes an .npz with separate layers, and with "params/" before every key."""
     pair = "text" in module.towers()
     vit, params = base.with_position_table(image_of(module), params)
@@ -209,14 +186,9 @@ def write(module: Module, params: Params, directory: Path, extras: Extras) -> li
 def _todays_names(tensors: Tensors, notes: list[str]) -> Tensors:
     """Selects a checkpoint's parameters, with separate layers and the names of today's models."""
     if any(key.startswith("params/") for key in tensors):
-        others = [key for key in tensors if not key.startswith("params/")]
-        if others:
-            notes.append(f"left out, since it is no parameter: {shorten(sorted(others))}")
-        tensors = {
-            key.removeprefix("params/"): x
-            for key, x in tensors.items()
-            if key.startswith("params/")
-        }
+        others = sorted(key for key in tensors if not key.startswith("params/"))
+        tensors = _without(tensors, others, "a model", notes)
+        tensors = {key.removeprefix("params/"): x for key, x in tensors.items()}
     renamed: Tensors = {}
     for key, x in tensors.items():
         for pattern, name in RENAMED:
@@ -235,16 +207,36 @@ def _todays_names(tensors: Tensors, notes: list[str]) -> Tensors:
     return renamed
 
 
+def _without(tensors: Tensors, keys: list[str], what: str, notes: list[str]) -> Tensors:
+    """Leaves tensors out, and notes them."""
+    if keys:
+        notes.append(f"left out, since {what} has no place for them: {shorten(keys)}")
+    return {key: x for key, x in tensors.items() if key not in keys}
+
+
 def _image(
     tensors: Tensors, prefix: str, like: Module | None, where: Path
 ) -> tuple[VisionTransformer, Tensors]:
     """Makes the image tower; returns it, and tensors with a position table for patches alone."""
-    _, _, _, width = base.shape_of(tensors, f"{prefix}embedding/kernel", 4, where)
-    patch = tensors[f"{prefix}embedding/kernel"].shape[0]
-    grid, tensors = _grid(tensors, prefix, like, where)
-    class_token, pooled = f"{prefix}cls" in tensors, f"{prefix}MAPHead_0/probe" in tensors
+    patch, _, _, width = base.shape_of(tensors, f"{prefix}embedding/kernel", 4, where)
+    table, token = f"{prefix}pos_embedding", f"{prefix}cls"
+    rows = base.shape_of(tensors, table, 3, where)[1]
+    ours = None if like is None else image_of(like).patches
+
+    def fits(patches: int) -> bool:
+        return patches == ours or round(patches**0.5) ** 2 == patches
+
+    # 197 rows are 14 x 14 patches and a class token; 196 rows are patches alone.
+    with_class = rows > 1 and fits(rows - 1) and not fits(rows)
+    grid = base.grid_of(rows - with_class, like, where)
+    class_token, pooled = token in tensors, f"{prefix}MAPHead_0/probe" in tensors
     if class_token and pooled:
-        raise UserError(f"{where} has both {prefix}cls and {prefix}MAPHead_0, as no model has")
+        raise UserError(f"{where} has both {token} and {prefix}MAPHead_0, as no model has")
+    if with_class:  # the position of the class token is added to the token itself
+        positions, tensors = tensors[table], dict(tensors)
+        tensors[table] = positions[:, 1:]
+        if class_token:
+            tensors[token] = tensors[token] + positions[:, :1]
     return base.tower(
         VisionTransformer,
         where,
@@ -252,33 +244,9 @@ def _image(
         patch_size=patch,
         pooling="map" if pooled else "cls" if class_token else "mean",
         class_token=class_token,
-        # `_grid` has added the class token's position, if any, to the token itself.
         class_position=not class_token,
         **_sizes(tensors, f"{prefix}Transformer", width, where),
     ), tensors
-
-
-def _grid(
-    tensors: Tensors, prefix: str, like: Module | None, where: Path
-) -> tuple[tuple[int, int], Tensors]:
-    """Returns the grid of patches, and tensors with the class token's position added to it."""
-    key = f"{prefix}pos_embedding"
-    rows = base.shape_of(tensors, key, 3, where)[1]
-    # 197 rows are 14 x 14 patches and a class token; 196 rows are patches alone.
-    with_class = rows > 1 and _is_grid(rows - 1, like) and not _is_grid(rows, like)
-    grid = base.grid_of(rows - with_class, like, where)
-    if not with_class:
-        return grid, tensors
-    table_of_both, tensors = tensors[key], dict(tensors)
-    if f"{prefix}cls" in tensors:
-        tensors[f"{prefix}cls"] = tensors[f"{prefix}cls"] + table_of_both[:, :1]
-    tensors[key] = table_of_both[:, 1:]
-    return grid, tensors
-
-
-def _is_grid(patches: int, like: Module | None) -> bool:
-    known = like is not None and image_of(like).patches == patches
-    return known or round(patches**0.5) ** 2 == patches
 
 
 def _text(tensors: Tensors, like: Module | None, where: Path) -> TextTransformer:
@@ -308,3 +276,11 @@ def _sizes(tensors: Tensors, encoder: str, width: int, where: Path) -> dict[str,
         "mlp_dim": base.shape_of(tensors, f"{block}0/MlpBlock_0/Dense_0/kernel", 2, where)[1],
         "heads": base.shape_of(tensors, query, 3, where)[1],
     }
+
+
+FORMAT = Format(
+    (DualEncoder, VisionTransformer),
+    'numpy.load("{}/model.npz")',
+    ("float32",),  # .npz cannot store bfloat16
+    *(_read, _check, _write),
+)

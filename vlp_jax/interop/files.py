@@ -6,8 +6,8 @@ their content, not by their name, and refused before anything is loaded.
 
 from __future__ import annotations
 
+import io
 import json
-import os
 import zipfile
 import zlib
 from collections.abc import Sequence
@@ -26,19 +26,19 @@ from vlp_jax.interop import precision
 Tensors = dict[str, np.ndarray]
 
 _ZIP_MAGIC = b"PK\x03\x04"
+# What the libraries raise for a damaged file.
+_DAMAGE = (
+    *(safetensors.SafetensorError, OSError),
+    *(zipfile.BadZipFile, zlib.error, EOFError, ValueError),
+)
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
 
 def find_weights(path: Path, names: Sequence[str]) -> Path:
-    """Finds the file of weights at `path`.
+    """Finds the file of weights at `path`: a file, or in a folder the first of `names` that exists.
 
-    Args:
-      path: a file or a directory.
-      names: names to look for in a directory; the first that exists is taken. If none exists, the
-        only file with the suffix of one of them is taken.
-
-    Raises:
-      UserError: there is no file of weights, there are several, or there are only pickles.
+    Without any of them it is the only file with such a suffix. Raises UserError if there is none,
+    if there are several, or only pickles.
     """
     if path.is_file():
         return path
@@ -76,10 +76,18 @@ def load_tensors(path: Path) -> Tensors:
         return _load_shards(path)
     with path.open("rb") as file:
         head = file.read(16)
+    load = None
     if head[8:9] == b"{":  # eight bytes of length, then a header in JSON
-        return _load_safetensors(path)
-    if head.startswith(_ZIP_MAGIC):
-        return _load_npz(path)
+        load = _load_safetensors
+    elif head.startswith(_ZIP_MAGIC):
+        load = _load_npz
+    if load is not None:
+        try:
+            return {key: _as_float32(x) for key, x in load(path).items()}
+        except _DAMAGE as error:
+            raise UserError(
+                f"{path} is truncated or corrupt ({error}); fetch or write it again"
+            ) from None
     if head[:1] == b"\x80" or path.suffix in _PICKLE_SUFFIXES:  # 0x80 is pickle's PROTO opcode
         raise _pickle_error(path)
     raise UserError(
@@ -89,11 +97,7 @@ def load_tensors(path: Path) -> Tensors:
 
 
 def save_safetensors(tensors: Tensors, path: Path, narrow: bool = False) -> Path:
-    """Writes arrays atomically, as PyTorch libraries expect them; returns `path`.
-
-    Args:
-      narrow: see `precision.narrowed`.
-    """
+    """Writes arrays atomically, `narrow` by `precision.narrowed`, for PyTorch; returns `path`."""
     tensors = precision.narrowed(tensors) if narrow else tensors
     # The library writes an array's memory without its strides, so a transposed view would be wrong.
     whole = {key: np.array(x, order="C", copy=None) for key, x in tensors.items()}
@@ -102,22 +106,13 @@ def save_safetensors(tensors: Tensors, path: Path, narrow: bool = False) -> Path
 
 def save_npz(tensors: Tensors, path: Path) -> Path:
     """Writes arrays atomically to an .npz; returns `path`."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # Named by process, so that two writers of one file do not mix their bytes.
-    unfinished = path.with_name(f"{path.name}.{os.getpid()}.unfinished")
-    with unfinished.open("wb") as file:
-        # An open file, because np.savez adds .npz to a name that does not end in it.
-        np.savez(file, **tensors)
-    os.replace(unfinished, path)
-    return path
+    content = io.BytesIO()
+    np.savez(content, **tensors)
+    return save_bytes(content.getvalue(), path)
 
 
 def load_json(path: Path) -> dict[str, Any]:
-    """Loads the object in a JSON file.
-
-    Raises:
-      UserError: the file does not exist, or holds something else.
-    """
+    """Loads the object in a JSON file; raises UserError if it is missing or holds another kind."""
     if not path.is_file():
         raise UserError(f"{path} does not exist")
     try:
@@ -146,13 +141,8 @@ def save_json(content: dict[str, Any], path: Path) -> Path:
 
 
 def _load_safetensors(path: Path) -> Tensors:
-    try:
-        with safetensors.safe_open(path, "numpy") as file:
-            return {key: _as_float32(file.get_tensor(key)) for key in file.keys()}  # noqa: SIM118
-    except (safetensors.SafetensorError, OSError) as error:
-        raise UserError(
-            f"{path} is truncated or corrupt ({error}); fetch or write it again"
-        ) from None
+    with safetensors.safe_open(path, "numpy") as file:
+        return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
 
 
 def _load_shards(index: Path) -> Tensors:
@@ -167,29 +157,21 @@ def _load_shards(index: Path) -> Tensors:
 
 
 def _load_npz(path: Path) -> Tensors:
-    try:
-        with zipfile.ZipFile(path) as archive:
-            members = archive.namelist()
-    except zipfile.BadZipFile as error:
-        raise UserError(
-            f"{path} is truncated or corrupt ({error}); fetch or write it again"
-        ) from None
     # torch.save writes a zip archive too, with a pickle among its members.
-    if any(name.endswith(".pkl") for name in members):
-        raise _pickle_error(path)
+    with zipfile.ZipFile(path) as archive:
+        if any(name.endswith(".pkl") for name in archive.namelist()):
+            raise _pickle_error(path)
     try:
         with np.load(path, allow_pickle=False) as arrays:
-            return {key: _as_float32(arrays[key]) for key in arrays.files}
+            return dict(arrays)
     except ValueError as error:
         # NumPy raises ValueError for damage and for object arrays; only the text tells them apart.
         if "allow_pickle" not in str(error):
-            raise UserError(f"{path} is corrupt ({error}); fetch or write it again") from None
+            raise
         raise UserError(
             f"{path} holds Python objects, which are pickled and could run any code: write it "
             f"again with np.savez of plain arrays"
         ) from None
-    except (zipfile.BadZipFile, zlib.error, EOFError) as error:
-        raise UserError(f"{path} is corrupt ({error}); fetch or write it again") from None
 
 
 def _as_float32(x: np.ndarray) -> np.ndarray:

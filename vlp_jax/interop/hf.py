@@ -5,31 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 
 from vlp_jax.errors import UserError
-from vlp_jax.interop import files, hf_clip, hf_common, hf_siglip, hf_vit, hf_vit_mae
+from vlp_jax.interop import files, hf_common, hf_two_towers, hf_vit
 from vlp_jax.interop.base import Extras, Format, Imported
 from vlp_jax.interop.trees import Module, Params
-from vlp_jax.models.dual_encoder import DualEncoder
-from vlp_jax.models.masked_autoencoder import MaskedAutoencoder
-from vlp_jax.models.vit import VisionTransformer
 
-KINDS = (DualEncoder, MaskedAutoencoder, VisionTransformer)
-LOADED_BY = 'transformers.{architecture}.from_pretrained("{}")'
-HOLDS = ("float32", "bfloat16")
-
-BY_MODEL_TYPE: dict[str, Format] = {
-    "clip": hf_clip,
-    "siglip": hf_siglip,
-    "vit": hf_vit,
-    "vit_mae": hf_vit_mae,
+BY_MODEL_TYPE = {
+    "clip": hf_two_towers.CLIP.format,
+    "siglip": hf_two_towers.SIGLIP.format,
+    "vit": hf_vit.VIT_FORMAT,
+    "vit_mae": hf_vit.MAE_FORMAT,
 }
 
 
-def read(path: Path, like: Module | None = None) -> Imported:
-    """Reads a folder by the `model_type` of its config.json.
-
-    Raises:
-      UserError: the model type is unknown, or the format cannot read the folder.
-    """
+def _read(path: Path, like: Module | None = None) -> Imported:
     weights = files.find_weights(path, hf_common.WEIGHTS)
     config = weights.parent / "config.json"
     kind = files.load_json(config).get("model_type")
@@ -39,20 +27,24 @@ def read(path: Path, like: Module | None = None) -> Imported:
     return BY_MODEL_TYPE[kind].read(path, like)
 
 
-def check(module: Module, extras: Extras) -> list[str]:
-    """Returns the reasons why no class can express a module; [] if one of them can."""
-    problems = [format_.check(module, extras) for format_ in _formats_of(module)]
+def _check(module: Module, extras: Extras) -> list[str]:
+    problems = [known.check(module, extras) for known in _formats_of(module)]
     return [line for lines in problems for line in lines] if all(problems) else []
 
 
-def write(module: Module, params: Params, directory: Path, extras: Extras) -> list[Path]:
+def _write(module: Module, params: Params, directory: Path, extras: Extras) -> list[Path]:
     """Writes a module as the first class that can express it: CLIPModel before SiglipModel."""
-    *formats, last = _formats_of(module)
-    able = (format_ for format_ in formats if not format_.check(module, extras))
-    # `check` has found a class that is able: if none of the first, then the last.
-    return next(able, last).write(module, params, directory, extras)
+    able = (known for known in _formats_of(module) if not known.check(module, extras))
+    return next(able).write(module, params, directory, extras)
 
 
 def _formats_of(module: Module) -> list[Format]:
-    """Returns the formats for this class of module, the first choice first."""
-    return [format_ for format_ in BY_MODEL_TYPE.values() if isinstance(module, format_.KINDS)]
+    return [known for known in BY_MODEL_TYPE.values() if isinstance(module, known.kinds)]
+
+
+FORMAT = Format(
+    tuple({kind: None for known in BY_MODEL_TYPE.values() for kind in known.kinds}),
+    'transformers.{architecture}.from_pretrained("{}")',
+    hf_common.HOLDS,
+    *(_read, _check, _write),
+)

@@ -1,4 +1,4 @@
-"""Helpers for the formats of Hugging Face `transformers`: configs, special tokens, layers.
+"""Helpers for the formats of Hugging Face `transformers`: folders, configs, special tokens, layers.
 
 A config.json holds only differences from the defaults of its class. So the defaults are part of a
 format; they are taken from transformers 4.57 and 5.24.
@@ -11,52 +11,54 @@ from pathlib import Path
 from typing import Any
 
 from vlp_jax.errors import UserError
-from vlp_jax.interop import base, files
-from vlp_jax.interop.hf_tokenizer import TokenizerFiles
-from vlp_jax.interop.tables import Table, heads_in, heads_out, linear, norm
+from vlp_jax.interop import base, files, hf_images, hf_tokenizer
+from vlp_jax.interop.base import Extras
+from vlp_jax.interop.trees import Module
+from vlp_jax.models.vit import VisionTransformer
 
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
+HOLDS = ("float32", "bfloat16")
 
 # Our name -> the name in `transformers.activations.ACT2FN`.
 ACTIVATIONS = {"gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh", "quick_gelu": "quick_gelu"}
 _OTHER_NAMES = {"gelu_new": "gelu_tanh", "gelu_python": "gelu"}  # other names, the same functions
+# Our field -> its key in the config of every encoder.
+_SIZES = {
+    "width": "hidden_size",
+    "depth": "num_hidden_layers",
+    "mlp_dim": "intermediate_size",
+    "heads": "num_attention_heads",
+}
 
 
-def layers_as_in_clip(ours: str, theirs: str) -> Table:
-    """Maps the layers of an encoder to the names in CLIPModel and SiglipModel."""
-    return [
-        *norm(f"{ours}/norm_attention", f"{theirs}.layer_norm1"),
-        *heads_in(f"{ours}/attention/query", f"{theirs}.self_attn.q_proj"),
-        *heads_in(f"{ours}/attention/key", f"{theirs}.self_attn.k_proj"),
-        *heads_in(f"{ours}/attention/value", f"{theirs}.self_attn.v_proj"),
-        *heads_out(f"{ours}/attention/out", f"{theirs}.self_attn.out_proj"),
-        *norm(f"{ours}/norm_mlp", f"{theirs}.layer_norm2"),
-        *linear(f"{ours}/mlp/up", f"{theirs}.mlp.fc1"),
-        *linear(f"{ours}/mlp/down", f"{theirs}.mlp.fc2"),
-    ]
+# Our modules in the layers of an encoder -> the names in CLIPModel and SiglipModel.
+CLIP_LAYERS = {
+    "norm_attention": "layer_norm1",
+    "attention/query": "self_attn.q_proj",
+    "attention/key": "self_attn.k_proj",
+    "attention/value": "self_attn.v_proj",
+    "attention/out": "self_attn.out_proj",
+    "norm_mlp": "layer_norm2",
+    "mlp/up": "mlp.fc1",
+    "mlp/down": "mlp.fc2",
+}
+# The same -> the names in ViTModel and ViTMAEModel of transformers 4.
+VIT_LAYERS = {
+    "norm_attention": "layernorm_before",
+    "attention/query": "attention.attention.query",
+    "attention/key": "attention.attention.key",
+    "attention/value": "attention.attention.value",
+    "attention/out": "attention.output.dense",
+    "norm_mlp": "layernorm_after",
+    "mlp/up": "intermediate.dense",
+    "mlp/down": "output.dense",
+}
 
 
-def layers_as_in_vit(ours: str, theirs: str) -> Table:
-    """Maps the layers of an encoder to the names in ViTModel and ViTMAEModel of transformers 4."""
-    attention = f"{theirs}.attention"
-    return [
-        *norm(f"{ours}/norm_attention", f"{theirs}.layernorm_before"),
-        *heads_in(f"{ours}/attention/query", f"{attention}.attention.query"),
-        *heads_in(f"{ours}/attention/key", f"{attention}.attention.key"),
-        *heads_in(f"{ours}/attention/value", f"{attention}.attention.value"),
-        *heads_out(f"{ours}/attention/out", f"{attention}.output.dense"),
-        *norm(f"{ours}/norm_mlp", f"{theirs}.layernorm_after"),
-        *linear(f"{ours}/mlp/up", f"{theirs}.intermediate.dense"),
-        *linear(f"{ours}/mlp/down", f"{theirs}.output.dense"),
-    ]
-
-
-def open_folder(path: Path, model_type: str) -> tuple[Path, dict[str, Any]]:
-    """Finds the file of weights, and loads the config beside it.
-
-    Raises:
-      UserError: one of the files is missing, or the config has another `model_type`.
-    """
+def open_folder(
+    path: Path, model_type: str, defaults: Mapping[str, Any]
+) -> tuple[Path, Path, dict[str, Any]]:
+    """Returns the file of weights, the file of its config, and the config with its defaults."""
     weights = files.find_weights(path, WEIGHTS)
     file = weights.parent / "config.json"
     if not file.is_file():
@@ -65,107 +67,101 @@ def open_folder(path: Path, model_type: str) -> tuple[Path, dict[str, Any]]:
     actual = config.get("model_type")
     if actual != model_type:
         raise UserError(f"{file} has model_type {actual!r}, and this format is {model_type!r}")
-    return weights, config
+    return weights, file, {**defaults, **config}
+
+
+def write_folder(
+    head: tuple[str, str],
+    config: Mapping[str, Any],
+    tensors: files.Tensors,
+    module: Module,
+    directory: Path,
+    extras: Extras,
+    processor: str,
+    tokenizer_gives: tuple[str, ...] | None = None,
+) -> list[Path]:
+    """Writes the config, weights, image processor (see `hf_images.write`) and tokenizer, if any.
+
+    `head` is the class of the model and its `model_type`. A model without texts has no
+    `tokenizer_gives`, the outputs of the tokenizer that the model takes.
+    """
+    kind, model_type = head
+    named = {"architectures": [kind], "model_type": model_type, "torch_dtype": extras.weights}
+    tokenizer = extras.tokenizer if tokenizer_gives else None
+    return [
+        files.save_json({**named, **config}, directory / "config.json"),
+        files.save_safetensors(tensors, directory / "model.safetensors", extras.narrow),
+        hf_images.write(module, directory, extras, processor),
+        *hf_tokenizer.write(tokenizer, directory, tokenizer_gives or ()),
+    ]
 
 
 def section(
     config: Mapping[str, Any], name: str, defaults: Mapping[str, Any], where: object
 ) -> dict[str, Any]:
-    """Returns the values of `text_config` or `vision_config`, with the defaults of its class.
-
-    Old files repeat a section as NAME_dict, which takes precedence.
-
-    Raises:
-      UserError: the section is no mapping.
-    """
+    """Returns a section with the defaults of its class. Old files repeat it as NAME_dict."""
     values = config.get(f"{name}_dict") or config.get(name) or {}
     if not isinstance(values, dict):
         raise UserError(f"{where}: {name} is {values!r}, not a mapping")
-    return with_defaults(values, defaults)
-
-
-def with_defaults(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """Adds the default of each key that a config does not have."""
     return {**defaults, **values}
 
 
-def activation_of(name: Any, where: object) -> str:
-    """Returns our name of an activation.
-
-    Raises:
-      UserError: there is no such activation here.
-    """
-    ours = {theirs: ours for ours, theirs in ACTIVATIONS.items()} | _OTHER_NAMES
-    if name not in ours:
-        raise UserError(f"{where}: hidden_act {name!r} is not known (known: {', '.join(ours)})")
-    return ours[name]
-
-
 def encoder_fields(config: Mapping[str, Any], where: object, prefix: str = "") -> dict[str, Any]:
-    """Reads the fields of our tower that every encoder's config has.
-
-    Raises:
-      UserError: a size is invalid, or the heads do not divide the width.
-    """
-    names = {
-        "width": f"{prefix}hidden_size",
-        "depth": f"{prefix}num_hidden_layers",
-        "mlp_dim": f"{prefix}intermediate_size",
-        "heads": f"{prefix}num_attention_heads",
-    }
-    fields = {ours: base.integer(config, theirs, where) for ours, theirs in names.items()}
-    if fields["width"] % fields["heads"]:
-        raise UserError(
-            f"{where}: {fields['heads']} heads do not divide the width {fields['width']}"
-        )
-    return {
-        **fields,
-        "activation": activation_of(config["hidden_act"], where),
-        "norm_eps": base.number(config, "layer_norm_eps", where),
-    }
+    """Reads the fields that every encoder has; raises UserError if one is invalid."""
+    sizes = {ours: base.integer(config, prefix + name, where) for ours, name in _SIZES.items()}
+    if sizes["width"] % sizes["heads"]:
+        raise UserError(f"{where}: {sizes['heads']} heads do not divide the width {sizes['width']}")
+    activations = {theirs: ours for ours, theirs in ACTIVATIONS.items()} | _OTHER_NAMES
+    name = config["hidden_act"]
+    if name not in activations:
+        known = ", ".join(activations)
+        raise UserError(f"{where}: hidden_act {name!r} is not known (known: {known})")
+    eps = base.number(config, "layer_norm_eps", where)
+    return {**sizes, "activation": activations[name], "norm_eps": eps}
 
 
 def encoder_config(tower: Any, prefix: str = "") -> dict[str, Any]:
     """Writes the fields that `encoder_fields` reads."""
     layers = tower.transformer
     return {
-        f"{prefix}hidden_size": layers.width,
-        f"{prefix}num_hidden_layers": layers.depth,
-        f"{prefix}intermediate_size": layers.mlp_dim,
-        f"{prefix}num_attention_heads": layers.heads,
+        **{prefix + name: getattr(layers, ours) for ours, name in _SIZES.items()},
         "hidden_act": ACTIVATIONS[layers.activation],
         "layer_norm_eps": layers.norm_eps,
     }
 
 
-def token_id(config: Mapping[str, Any], name: str) -> int:
-    """Reads the id of a special token; 0 if the config has none or several."""
-    value = config.get(name)
-    return value if type(value) is int else 0
-
-
-def three_channels(config: Mapping[str, Any], where: object) -> None:
-    """Raises UserError unless the model takes RGB images."""
+def image_tower(
+    config: Mapping[str, Any],
+    where: object,
+    notes: list[str],
+    *,
+    square: bool = True,
+    **fields: Any,
+) -> VisionTransformer:
+    """Makes the image tower of a config, with `fields`; raises UserError for invalid values."""
     if config["num_channels"] != 3:
         raise UserError(f"{where}: num_channels is {config['num_channels']}; only 3 can be read")
-
-
-def biased_attention(config: Mapping[str, Any], where: object) -> None:
-    """Raises UserError unless queries, keys and values have biases."""
-    if not config["qkv_bias"]:
+    if not config.get("qkv_bias", True):
         raise UserError(f"{where}: qkv_bias is false; only attention with a bias can be read")
+    patch = base.one_side(config["patch_size"], "patch_size", where)
+    size = base.pair(config["image_size"], "image_size", where)
+    if square:
+        base.one_side(size, "image_size", where)
+    return base.tower(
+        VisionTransformer,
+        where,
+        image_size=base.tiled(size, patch, notes),
+        patch_size=patch,
+        **fields,
+        **encoder_fields(config, where),
+    )
 
 
-def read_texts(directory: Path, text: Mapping[str, Any], kind: str) -> dict[str, Any]:
-    """Reads a text config and the tokenizer beside it, as fields of `Extras`.
-
-    Args:
-      kind: the tokenizer's class for this type of model, if its config names none.
-    """
-    extras: dict[str, Any] = {}
-    for ours in ("bos_id", "eos_id", "pad_id"):
-        value = text.get(f"{ours.removesuffix('_id')}_token_id")
-        if type(value) is int:
-            extras[ours] = value
-    extras["tokenizer"] = TokenizerFiles.from_folder(directory, kind=kind)
-    return extras
+def image_config(vit: VisionTransformer) -> dict[str, Any]:
+    """Writes what `image_tower` reads."""
+    return {
+        **encoder_config(vit),
+        "image_size": base.one_or_two(vit.image_size),
+        "patch_size": vit.patch_size,
+        "num_channels": 3,
+    }

@@ -70,39 +70,44 @@ def read(
 ) -> dict[str, Any]:
     """Reads a folder's image processor as fields of `Extras`; notes steps that cannot be done here.
 
-    Args:
-      kind: a key of `DEFAULTS`, the class for this type of model if the file names none.
-      size: height and width of the images that the model takes.
-      like: supplies the normalization if there is no image processor.
-      without: the normalization if there is neither; by default the class's.
-
-    Raises:
-      UserError: a value that should be a number is something else.
+    A file without a class is of the class `kind`. Without a file the normalization is in `like`,
+    else in `without`, else the default of the class. Raises UserError for invalid values.
     """
-    file, config = _config(directory)
+    # As in transformers, a section of processor_config.json precedes preprocessor_config.json.
+    config = files.load_json_if_there(directory / NESTED).get("image_processor")
+    nested = isinstance(config, dict) and bool(config)
+    file = directory / (NESTED if nested else FILE)
+    config = config if nested else files.load_json_if_there(file)
     if not config:
         settings = {**DEFAULTS[kind], **without}
         default = Pixels(tuple(settings["image_mean"]), tuple(settings["image_std"]))
         pixels = getattr(like, "pixels", default)
         normal = {"image_mean": pixels.mean, "image_std": pixels.std}
         # The class's default sizes are another model's: this model's own size takes their place.
-        settings |= {"size": {"shortest_edge": min(size)}, "crop_size": list(size)}
-        if not settings["do_center_crop"]:
-            settings["size"] = list(size)
+        cut = settings["do_center_crop"]
+        settings["size"] = {"shortest_edge": min(size)} if cut else list(size)
+        settings["crop_size"] = list(size)
         notes.append(
             f"{directory} has no image processor: image_mean {normal['image_mean']}, image_std "
             f"{normal['image_std']}, resized as by a {kind}ImageProcessor"
         )
     else:
-        settings = {**_defaults(config, kind, notes), **_set_keys(config)}
+        # A null means the default, but turns off `do_...`.
+        set_keys = {
+            name: config[name]
+            for name in _OF_ALL.keys() & config.keys()
+            if config[name] is not None or name.startswith("do_")
+        }
+        settings = {**_defaults(config, kind, notes), **set_keys}
         normal = _normalization(settings, file)
         _note_unknown_steps(config, size, notes)
-    resample = settings["resample"]
     names = {number: name for name, number in RESAMPLING.items()}
-    if resample not in names:
-        raise UserError(f"{file}: resample is {resample!r}, not one of PIL's methods 0 to 5")
-    geometry = _geometry(settings, size, file, notes)
-    return {**normal, "interpolation": names[resample], **geometry, "crop_rounding": "down"}
+    if settings["resample"] not in names:
+        raise UserError(
+            f"{file}: resample is {settings['resample']!r}, not one of PIL's methods 0 to 5"
+        )
+    interpolation, geometry = names[settings["resample"]], _geometry(settings, size, file, notes)
+    return {**normal, "interpolation": interpolation, **geometry, "crop_rounding": "down"}
 
 
 def normalization(extras: Mapping[str, Any]) -> Pixels:
@@ -114,33 +119,32 @@ def write(module: Module, directory: Path, extras: Extras, kind: str) -> Path:
     """Writes preprocessor_config.json.
 
     Args:
-      kind: the class of the image processor without a crop; with a crop it is CLIP's.
+      kind: a key of `DEFAULTS`, the class without a crop; with a crop it is CLIP's.
     """
     pixels = extras.pixels_of(module)
     height, width = base.image_of(module).image_size
+    size = crop_size = {"height": height, "width": width}
     crop = extras.resize == "crop" or extras.scale is not None
-    kind = "CLIPImageProcessor" if crop else kind
+    kind = "CLIP" if crop else kind
+    if extras.resize == "crop":
+        shortest = min(height, width) if extras.scale is None else extras.scale
+        size = {"shortest_edge": shortest}
+    elif crop:
+        size = dict(zip(("height", "width"), extras.scale, strict=True))
     config: dict[str, Any] = {
-        "image_processor_type": kind,
+        "image_processor_type": f"{kind}ImageProcessor",
         "do_convert_rgb": True,
         "do_resize": True,
-        "size": {"height": height, "width": width},
+        "size": size,
         "resample": RESAMPLING[extras.interpolation],
         "do_rescale": True,
         "rescale_factor": 1 / 255,
         "do_normalize": True,
         "image_mean": list(pixels.mean),
         "image_std": list(pixels.std),
+        **({"do_center_crop": crop} if kind == "CLIP" else {}),  # its default is to crop
+        **({"crop_size": crop_size} if crop else {}),
     }
-    if kind == "CLIPImageProcessor":  # its default is to crop
-        config["do_center_crop"] = crop
-    if crop:
-        config["crop_size"] = {"height": height, "width": width}
-    if extras.resize == "crop":
-        shortest = min(height, width) if extras.scale is None else extras.scale
-        config["size"] = {"shortest_edge": shortest}
-    elif crop:
-        config["size"] = dict(zip(("height", "width"), extras.scale, strict=True))
     return files.save_json(config, directory / FILE)
 
 
@@ -153,23 +157,6 @@ def problems(model: str, extras: Extras) -> list[str]:
             f"covers {height} x {width}: give --resize"
         ]
     return []
-
-
-def _config(directory: Path) -> tuple[Path, dict[str, Any]]:
-    """Returns the file and the config of an image processor; {} if there is none.
-
-    As in transformers, a section of processor_config.json precedes preprocessor_config.json.
-    """
-    nested = files.load_json_if_there(directory / NESTED).get("image_processor")
-    if isinstance(nested, dict) and nested:
-        return directory / NESTED, nested
-    return directory / FILE, files.load_json_if_there(directory / FILE)
-
-
-def _set_keys(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the keys that a file sets. A null means the default, but turns off `do_...`."""
-    values = {name: config[name] for name in _OF_ALL if name in config}
-    return {name: x for name, x in values.items() if x is not None or name.startswith("do_")}
 
 
 def _defaults(config: Mapping[str, Any], kind: str, notes: list[str]) -> dict[str, Any]:
@@ -212,13 +199,10 @@ def _normalization(settings: Mapping[str, Any], file: Path) -> dict[str, tuple[f
     given = {"image_mean": settings["image_mean"], "image_std": settings["image_std"]}
     if not settings["do_normalize"]:
         given = {"image_mean": (0.0, 0.0, 0.0), "image_std": (1.0, 1.0, 1.0)}
-    scaled = {}
-    for name, values in given.items():
-        numbers = [values] * 3 if isinstance(values, int | float) else values
-        fits = isinstance(numbers, list | tuple) and len(numbers) == 3
-        if not fits or not all(isinstance(x, int | float) for x in numbers):
-            raise UserError(f"{file}: {name} is {values!r}, not three numbers")
-        scaled[name] = tuple(float(x) / unit for x in numbers)
+    scaled = {
+        name: tuple(x / unit for x in base.three_numbers(values, name, file))
+        for name, values in given.items()
+    }
     if not all(scaled["image_std"]):
         raise UserError(
             f"{file}: image_std is {given['image_std']!r}, and pixels are divided by it"

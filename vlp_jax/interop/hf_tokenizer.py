@@ -48,13 +48,7 @@ class TokenizerFiles:
         pad_id: int,
         context_length: int,
     ) -> Self:
-        """Makes the files for a tokenizer.json that adds bos and eos to texts itself.
-
-        Args:
-          tokenizer_json: the content of the file.
-          bos_id, eos_id, pad_id: the ids of special tokens in it.
-          context_length: the length to which rows are truncated and padded.
-        """
+        """Makes the files for a tokenizer.json that adds bos and eos to texts itself."""
         content = json.loads(tokenizer_json)
         names = {token["id"]: token["content"] for token in content["added_tokens"]}
         config = {
@@ -81,18 +75,6 @@ class TokenizerFiles:
         contents = {path.name: without_mark(path.read_bytes(), str(path)) for path in paths}
         return cls(contents, **fields) if contents.keys() - {*NAMES[-3:]} else None
 
-    def write(self, directory: Path, inputs: Sequence[str]) -> list[Path]:
-        """Writes the files.
-
-        Args:
-          inputs: the tokenizer's outputs that the model takes. A model that pools the last position
-            of a padded row takes no `attention_mask`.
-        """
-        config = json.loads(self.contents.get(CONFIG, b"{}"))
-        config["model_input_names"] = list(inputs)
-        contents = {**self.contents, CONFIG: (json.dumps(config, indent=2) + "\n").encode()}
-        return [files.save_bytes(content, directory / name) for name, content in contents.items()]
-
 
 def _unknown(model: Mapping[str, Any]) -> str | None:
     """Returns the token for unknown text; None if there is none, as with CLIP's bytes."""
@@ -102,7 +84,10 @@ def _unknown(model: Mapping[str, Any]) -> str | None:
 
 
 def write(tokenizer: TokenizerFiles | None, directory: Path, inputs: Sequence[str]) -> list[Path]:
-    """Writes the files of a tokenizer, if there is one."""
+    """Writes the files of a tokenizer, if any; the model takes `inputs` of its outputs."""
     if tokenizer is None or not tokenizer.contents:
         return []
-    return tokenizer.write(directory, inputs)
+    config = json.loads(tokenizer.contents.get(CONFIG, b"{}"))
+    config["model_input_names"] = list(inputs)
+    contents = {**tokenizer.contents, CONFIG: (json.dumps(config, indent=2) + "\n").encode()}
+    return [files.save_bytes(content, directory / name) for name, content in contents.items()]

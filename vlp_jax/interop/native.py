@@ -15,15 +15,15 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from vlp_jax.errors import UserError, unknown_key_message
 from vlp_jax.interop import files, hf_tokenizer, precision
-from vlp_jax.interop.base import Extras, Imported, described
+from vlp_jax.interop.base import Extras, Format, Imported, described
 from vlp_jax.interop.hf_tokenizer import TokenizerFiles
-from vlp_jax.interop.tables import mismatch_report
+from vlp_jax.interop.tables import mismatch_report, shapes_of
 from vlp_jax.interop.trees import Module, Params, expected_shapes
 from vlp_jax.models.coca import CoCa
 from vlp_jax.models.coca_towers import CoCaDecoder, CoCaText
@@ -40,36 +40,24 @@ from vlp_jax.models.values import (
 )
 from vlp_jax.models.vit import VisionTransformer
 
-KINDS = (DualEncoder, CoCa, MaskedAutoencoder, VisionTransformer)
-LOADED_BY = 'vlp_jax.interop.read("safetensors:{}")'
-HOLDS = precision.WEIGHTS
-FORMAT, VERSION = "vlp_jax", 1
+MODELS = (DualEncoder, CoCa, MaskedAutoencoder, VisionTransformer)
+NAME, VERSION = "vlp_jax", 1
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 TOKENIZER_GIVES = ("input_ids",)
 
 _CLASSES = {
-    kind.__name__: kind
-    for kind in (
-        *(DualEncoder, MaskedAutoencoder, MaskedDecoder, TextTransformer, VisionTransformer),
-        *(CoCa, CoCaDecoder, CoCaText),
-    )
+    kind.__name__: kind for kind in (*MODELS, MaskedDecoder, TextTransformer, CoCaDecoder, CoCaText)
 }
-# Fields of `Extras` that are stored elsewhere: in the tokenizer's files, in config.json's head.
-_NOT_IN_EXTRAS = {"tokenizer", "weights"}
+# Fields of `Extras` in config.json; the others are in the tokenizer's files and in its head.
+_EXTRAS = {field.name for field in dataclasses.fields(Extras)} - {"tokenizer", "weights"}
 
 
-def read(path: Path, like: Module | None = None) -> Imported:
-    """Reads a folder.
-
-    Raises:
-      UserError: the files are missing, damaged, of another format or version, or do not fit each
-        other.
-    """
+def _read(path: Path, like: Module | None = None) -> Imported:
     del like
     directory = path if path.is_dir() else path.parent
     where = directory / CONFIG
     config = files.load_json(where)
-    if config.get("format") != FORMAT:
+    if config.get("format") != NAME:
         raise UserError(f"{where} is not of this format: it has format {config.get('format')!r}")
     if config.get("version") != VERSION:
         raise UserError(
@@ -79,36 +67,26 @@ def read(path: Path, like: Module | None = None) -> Imported:
     module = _module(config.get("model"), where)
     weights = path if path.is_file() else directory / WEIGHTS
     params = precision.restored(files.load_tensors(weights))
-    report = mismatch_report(
-        expected_shapes(module), {key: tuple(x.shape) for key, x in params.items()}
-    )
+    report = mismatch_report(expected_shapes(module), shapes_of(params))
     if report:
         raise UserError(f"{weights} does not fit its {CONFIG}: {report}")
-    extras = _extras(config.get("extras"), where)
+    extras = config.get("extras") or {}
+    for name in extras:
+        if name not in _EXTRAS:
+            raise UserError(unknown_key_message(name, _EXTRAS, f"{where}, extras"))
+    extras = {name: _hashable(value) for name, value in extras.items()}
     tokenizer = TokenizerFiles.from_folder(directory)
-    return Imported(
-        module, params, [], extras if tokenizer is None else extras | {"tokenizer": tokenizer}
-    )
+    return Imported(module, params, [], extras | ({"tokenizer": tokenizer} if tokenizer else {}))
 
 
-def check(module: Module, extras: Extras) -> list[str]:
-    """Returns []: the format can express every model."""
-    del module, extras
-    return []
-
-
-def write(module: Module, params: Params, directory: Path, extras: Extras) -> list[Path]:
-    """Writes a folder."""
+def _write(module: Module, params: Params, directory: Path, extras: Extras) -> list[Path]:
+    settings = {name: x for name, x in vars(extras).items() if name in _EXTRAS and x is not None}
     config = {
-        "format": FORMAT,
+        "format": NAME,
         "version": VERSION,
         "weights": extras.weights,
         "model": _fields(module),
-        "extras": {
-            field.name: getattr(extras, field.name)
-            for field in dataclasses.fields(extras)
-            if field.name not in _NOT_IN_EXTRAS and getattr(extras, field.name) is not None
-        },
+        "extras": settings,
     }
     arrays = precision.stored(params, extras.weights)
     return [
@@ -147,43 +125,38 @@ def _constructor(kind: type) -> Callable[..., Any]:
 
 
 def _module(fields: Any, where: Path) -> Any:
-    """Makes the module that `_fields` has described.
-
-    Raises:
-      UserError: an unknown class or field, or a missing field.
-    """
+    """Makes the module that `_fields` has described; raises UserError if it cannot."""
     if not isinstance(fields, dict) or fields.get("class") not in _CLASSES:
         raise UserError(f"{where} describes no model of ours (known: {', '.join(_CLASSES)})")
-    constructor = _constructor(_CLASSES[fields["class"]])
+    name = fields["class"]
+    constructor = _constructor(_CLASSES[name])
     known = inspect.signature(constructor).parameters
     values = {}
-    for name, value in fields.items():
-        if name == "class":
-            continue
-        if name not in known:
-            raise UserError(unknown_key_message(name, known, f"{where}, {fields['class']}"))
-        if isinstance(value, dict):
-            value = _module(value, where)
-        # JSON turns tuples into lists, but the fields of modules are compared and hashed as tuples.
-        values[name] = tuple(value) if isinstance(value, list) else value
-    missing = [
-        name
-        for name, parameter in known.items()
-        if parameter.default is inspect.Parameter.empty and name not in values
-    ]
+    for key, value in fields.items():
+        if key != "class":
+            if key not in known:
+                raise UserError(unknown_key_message(key, known, f"{where}, {name}"))
+            values[key] = _module(value, where) if isinstance(value, dict) else _hashable(value)
+    needed = [key for key, parameter in known.items() if parameter.default is parameter.empty]
+    missing = [key for key in needed if key not in values]
     if missing:
-        raise UserError(f"{where}: {fields['class']} needs {', '.join(missing)}")
+        raise UserError(f"{where}: {name} needs {', '.join(missing)}")
     try:
         return constructor(**values)
     except ValueError as error:
         raise UserError(f"{where}: {error}") from error
 
 
-def _extras(section: Any, where: Path) -> dict[str, Any]:
-    known = {field.name for field in dataclasses.fields(Extras)} - _NOT_IN_EXTRAS
-    extras = {}
-    for name, value in (section or {}).items() if isinstance(section, Mapping | None) else ():
-        if name not in known:
-            raise UserError(unknown_key_message(name, known, f"{where}, extras"))
-        extras[name] = tuple(value) if isinstance(value, list) else value
-    return extras
+def _hashable(value: Any) -> Any:
+    """Undoes JSON, which turns tuples into lists: fields are compared and hashed as tuples."""
+    return tuple(value) if isinstance(value, list) else value
+
+
+FORMAT = Format(
+    MODELS,
+    'vlp_jax.interop.read("safetensors:{}")',
+    precision.WEIGHTS,
+    _read,
+    lambda module, extras: [],
+    _write,
+)

@@ -10,11 +10,12 @@ The text tower is native in both cases. With a timm tower its keys begin with "t
 
 The default activation is the erf GELU. `act_kwargs` gives a native tower the tanh approximation,
 and `quick_gelu` gives both towers the quick GELU. A timm tower's activation follows from its name.
+Without a config, a model to compare with must supply what does not follow from shapes: heads,
+activations, epsilons, poolings, and whether the text is causal.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,52 +23,27 @@ import numpy as np
 
 from vlp_jax.errors import UserError
 from vlp_jax.interop import base, files, hf_tokenizer, open_clip_coca, timm
-from vlp_jax.interop.base import Extras, Imported
+from vlp_jax.interop import open_clip_common as common
+from vlp_jax.interop.base import PLAIN_TOWER, Extras, Format, Imported
 from vlp_jax.interop.files import Tensors
-from vlp_jax.interop.open_clip_config import (
-    check_config,
-    extras_of,
-    image_fields,
-    native_config,
-    pixels_of,
-    read_config,
-    resize_problems,
-    text_config,
-    text_fields,
-    tokenizer_of,
-    trunk_config,
-    trunk_fields,
-)
-from vlp_jax.interop.open_clip_table import layers, native_tower
-from vlp_jax.interop.tables import (
-    LINEAR,
-    Entry,
-    Table,
-    from_theirs,
-    linear,
-    norm,
-    to_theirs,
-)
-from vlp_jax.interop.timm_names import siglip_name
-from vlp_jax.interop.trees import Module, Params, expected_shapes
+from vlp_jax.interop.open_clip_common import DECODER, MULTIMODAL, TRUNK, Source
+from vlp_jax.interop.tables import Entry, Table, modules, to_theirs
+from vlp_jax.interop.timm_config import fields_of, siglip_name
+from vlp_jax.interop.trees import Module, Params
 from vlp_jax.models.coca import CoCa
 from vlp_jax.models.dual_encoder import DualEncoder
+from vlp_jax.models.text import TextTransformer
 from vlp_jax.models.vit import VisionTransformer
 
 MODEL = "open_clip"
 KINDS = (DualEncoder, CoCa)
-LOADED_BY = 'open_clip.create_model_and_transforms("local-dir:{}")'
-HOLDS = ("float32", "bfloat16")
-CONFIG = "open_clip_config.json"
 TOKENIZER_GIVES = ("input_ids", "attention_mask")
-WEIGHTS = (
-    "open_clip_model.safetensors",
-    "open_clip_pytorch_model.safetensors",
-    "model.safetensors",
-)
-TRUNK, DECODER = "visual.trunk.", "text_decoder."
-IGNORED = (r"(text\.)?attn_mask", r"text\.transformer\.embeddings\.position_ids")
 
+# Values in the two sections of a config that a model must have to be expressed here.
+HAS_KEYS = {
+    "vision_cfg": {"attentional_pool": (False,), "timm_proj": ("none", "linear", "")},
+    "text_cfg": {"hf_model_name": (None,), "embed_cls": (False,), "scaled_cosine_attn": (False,)},
+}
 # Values of our fields that the two kinds of towers can express.
 NATIVE_HAS = {
     "pooling": ("cls", "mean"),
@@ -76,129 +52,136 @@ NATIVE_HAS = {
     "patch_bias": (False,),
 }
 TRUNK_HAS = {
-    "registers": (0,),
     "patch_bias": (True,),
     "pre_norm": (False,),
     "norm_after_pool": (False,),
-    "qk_norm": (False,),
-    "layer_scale": (None,),
+    **PLAIN_TOWER,
 }
-TEXT_HAS = {"pooling": ("eos", "argmax", "last"), "padding_mask": (False,)}
+TEXT_POOLINGS = {name: name for name in ("eos", "argmax", "last")}
+TEXT_HAS = {"pooling": tuple(TEXT_POOLINGS), "padding_mask": (False,)}
 
 
 def table(trunk: bool, text_bias: bool) -> Table:
-    """Returns the mapping.
-
-    Args:
-      trunk: whether the image tower is a timm tower.
-      text_bias: whether the text head has a bias. With a bias it is a Linear; without, it is a bare
-        matrix, with our order of axes.
-    """
+    """Returns the mapping, with a tower of timm or ours, and a text head with or without bias."""
     text = "text." if trunk else ""
-    image = timm.table(TRUNK) if trunk else native_tower()
-    image_head = (
-        linear("image_projection", "visual.head.proj")
-        if trunk
-        else [Entry("image_projection/kernel", "visual.proj")]
-    )
-    text_head = (
-        [
-            Entry("text_projection/kernel", f"{text}text_projection.weight", LINEAR),
-            Entry("text_projection/bias", f"{text}text_projection.bias"),
-        ]
-        if text_bias
-        else [Entry("text_projection/kernel", f"{text}text_projection")]
-    )
+    if trunk:
+        image = [*timm.table(TRUNK), *modules({"image_projection": "visual.head.proj"})]
+    else:
+        image = [*common.NATIVE_TOWER, Entry("image_projection/kernel", "visual.proj")]
+    # Without a bias the text head is a bare matrix, with our order of axes.
+    head = [Entry("text_projection/kernel", f"{text}text_projection")]
+    if text_bias:
+        head = modules({"text_projection": f"{text}text_projection"})
     return [
         Entry("logit_scale", "logit_scale"),
         Entry("logit_bias", "logit_bias"),
         *image,
-        *image_head,
         Entry("text/token_embedding/embedding", f"{text}token_embedding.weight"),
         Entry("text/position_embedding", f"{text}positional_embedding"),
-        *layers("text/encoder/layers", f"{text}transformer.resblocks.{{i}}"),
-        *norm("text/encoder/norm", f"{text}ln_final"),
-        *text_head,
+        *common.layers("text/encoder/layers", f"{text}transformer.resblocks.{{i}}"),
+        *modules({"text/encoder/norm": f"{text}ln_final"}),
+        *head,
     ]
 
 
-def read(path: Path, like: Module | None = None) -> Imported:
-    """Reads a folder or a file of weights.
-
-    Without open_clip_config.json beside it, `like` must supply what does not follow from shapes:
-    heads, activations, epsilons, poolings, and whether the text is causal.
-
-    Raises:
-      UserError: a setting is unknown, or the files hold no model that can be expressed here.
-    """
-    weights = files.find_weights(path, WEIGHTS)
-    where = weights.parent / CONFIG
-    config = files.load_json_if_there(where)
-    if not config and not isinstance(like, KINDS):
-        raise UserError(
-            f"{weights} needs its {CONFIG} beside it, or an image and text model that it goes into"
-        )
-    notes: list[str] = []
-    tensors = _plain_keys(files.load_tensors(weights))
-    model = read_config(config, where)
-    if any(key.startswith(DECODER) for key in tensors) or open_clip_coca.SECTION in model:
-        return _coca(tensors, config, like, weights, notes)
-    check_config(model, where)
-    image, tensors = _image(tensors, model, like, weights, notes)
-    trunk = any(key.startswith(TRUNK) for key in tensors)
-    text_bias = any(key.endswith("text_projection.bias") for key in tensors)
+def _read(path: Path, like: Module | None = None) -> Imported:
+    source = Source.open(path, like, KINDS)
+    if any(key.startswith(DECODER) for key in source.tensors) or MULTIMODAL in source.model:
+        return open_clip_coca.read(source)
+    source.refuse_unless(HAS_KEYS)
+    trunk = any(key.startswith(TRUNK) for key in source.tensors)
+    image = _trunk(source) if trunk else source.native_image()
+    keys = source.tensors.keys()
+    text_bias = any(key.endswith("text_projection.bias") for key in keys)
+    text_head = any(key.endswith("text_projection") for key in keys)
+    image_head = bool({"visual.proj", "visual.head.proj.weight"} & keys)
     module = DualEncoder(
         image=image,
-        text=text_fields(tensors, "text." if trunk else "", model, like, weights),
-        embed_dim=_embed_dim(tensors, image, weights),
-        logit_scale_init=float(model.get("init_logit_scale", np.log(1 / 0.07))),
-        logit_bias_init=-10.0 if "logit_bias" in tensors else None,
-        image_head=_image_head(tensors),
-        text_head=_text_head(tensors, text_bias),
-        pixels=pixels_of(config, like, where, notes),
+        text=_text(source, "text." if trunk else ""),
+        embed_dim=_embed_dim(source, image),
+        logit_scale_init=float(source.model.get("init_logit_scale", np.log(1 / 0.07))),
+        logit_bias_init=-10.0 if "logit_bias" in keys else None,
+        image_head=_head(image_head, "visual.head.proj.bias" in keys),
+        text_head=_head(text_head, text_bias),
+        pixels=source.pixels(),
     )
-    size = image.image_size
-    mapping = table(trunk, text_bias)
-    params = from_theirs(mapping, tensors, expected_shapes(module), weights, IGNORED)
-    return Imported(module, params, notes, extras_of(config, weights.parent, size, notes))
+    return source.imported(module, table(trunk, text_bias))
 
 
-def _coca(
-    tensors: Tensors,
-    config: Mapping[str, Any],
-    like: Module | None,
-    weights: Path,
-    notes: list[str],
-) -> Imported:
-    where = weights.parent / CONFIG
-    model = read_config(config, where)
-    section = open_clip_coca.SECTION
-    if model and section not in model:
-        raise UserError(
-            f"{where} has no {section}, and the weights beside it are a CoCa's: put in the section "
-            f"of the config that it was trained with"
+def _trunk(source: Source) -> VisionTransformer:
+    """Makes a timm tower; gives its tensors in `source` our convention of positions."""
+    known: dict[str, Any] = {}
+    if source.config:
+        config = source.model["vision_cfg"]
+        name = config.get("timm_model_name")
+        fields = fields_of(str(name))
+        if fields is None:
+            raise UserError(
+                f"{source.where}: timm_model_name {name!r} is not one that we know (the plain, "
+                f"CLIP and SigLIP families)"
+            )
+        pooling = config.get("timm_pool", "avg")
+        told = (
+            {"pooling": base.one_of(timm.POOLINGS, pooling, "timm_pool", source.where)}
+            if pooling
+            else {}
         )
-    if not model and not isinstance(like, CoCa):
-        raise UserError(f"{weights} is a CoCa: it needs its {CONFIG} beside it")
-    pixels = pixels_of(config, like, where, notes)
-    tokenizer = tokenizer_of(config, weights.parent, []) if config else None
-    module = open_clip_coca.module_of(tensors, model, like, tokenizer, pixels, where, notes)
-    mapping = open_clip_coca.table_of(module)
-    params = from_theirs(mapping, tensors, expected_shapes(module), weights, IGNORED)
-    extras = extras_of(config, weights.parent, module.image.image_size, notes)
-    return Imported(module, params, notes, extras)
+        known = {**fields, **told}
+    prefixed = {key for key in source.tensors if key.startswith(TRUNK)}
+    tensors: Tensors = {key.removeprefix(TRUNK): source.tensors[key] for key in prefixed}
+    vit, tensors = timm.tower(tensors, known, source.like, source.weights, source.notes)
+    source.tensors |= {TRUNK + key: x for key, x in tensors.items()}
+    return vit
 
 
-def check(module: Module, extras: Extras) -> list[str]:
-    """Returns a line for each property of a module that open_clip cannot express."""
+def _text(source: Source, prefix: str) -> TextTransformer:
+    vocab_size, _ = source.shape(f"{prefix}token_embedding.weight", 2)
+    context_length, _ = source.shape(f"{prefix}positional_embedding", 2)
+    if not source.config:
+        told = source.told_by_like("text", "pooling", "causal", "eos_id", "pad_id")
+    else:
+        config = source.model["text_cfg"]
+        pooling = config.get("pool_type", "argmax")
+        told = {
+            "pooling": base.one_of(TEXT_POOLINGS, pooling, "pool_type", source.where),
+            "causal": not config.get("no_causal_mask", False),
+            # 2 is open_clip's default. The other poolings do not read the id: CLIP's last one is a
+            # guess.
+            "eos_id": config.get("eos_id", 2 if pooling == "eos" else vocab_size - 1),
+            "pad_id": config.get("pad_id", 0),
+        }
+    return base.tower(
+        TextTransformer,
+        source.where,
+        vocab_size=vocab_size,
+        context_length=context_length,
+        **source.layers("text_cfg", f"{prefix}transformer.resblocks."),
+        **told,
+    )
+
+
+def _embed_dim(source: Source, image: VisionTransformer) -> int:
+    # A bare matrix is [inputs, outputs]; the weight of a torch Linear is [outputs, inputs].
+    if "visual.proj" in source.tensors:
+        return source.shape("visual.proj", 2)[1]
+    if "visual.head.proj.weight" in source.tensors:
+        return source.shape("visual.head.proj.weight", 2)[0]
+    return image.width
+
+
+def _head(weight: bool, bias: bool) -> str:
+    return "linear_bias" if bias else "linear" if weight else "none"
+
+
+def _check(module: Module, extras: Extras) -> list[str]:
     if isinstance(module, CoCa):
         return open_clip_coca.check(module, extras)
     image, text = module.image, module.text
-    problems = base.requirements(MODEL, "text", text, TEXT_HAS) + resize_problems(image, extras)
-    if text.pooling == "eos" and extras.eos_id not in (None, text.eos_id):
-        problems.append(
-            f"eos_id {extras.eos_id} is not text.eos_id {text.eos_id}, at which it pools"
-        )
+    problems = [
+        *base.requirements(MODEL, "text", text, TEXT_HAS),
+        *common.resize_problems(image, extras),
+        *base.eos_problems(text, extras),
+    ]
     if image.class_token:  # a native tower
         tower = f"{MODEL}'s own image tower"
         problems += base.requirements(tower, "image", image, NATIVE_HAS)
@@ -225,8 +208,7 @@ def check(module: Module, extras: Extras) -> list[str]:
     return problems
 
 
-def write(module: Module, params: Params, directory: Path, extras: Extras) -> list[Path]:
-    """Writes a folder for `open_clip.create_model_and_transforms("local-dir:...")`."""
+def _write(module: Module, params: Params, directory: Path, extras: Extras) -> list[Path]:
     image, params = base.with_position_table(module.image, params)
     module, name = module.clone(image=image), directory.resolve().name
     model: dict[str, Any] = {
@@ -240,7 +222,7 @@ def write(module: Module, params: Params, directory: Path, extras: Extras) -> li
         mapping = open_clip_coca.table_of(module)
     else:
         trunk = not image.class_token
-        model["vision_cfg"] = trunk_config(module) if trunk else native_config(image)
+        model["vision_cfg"] = _trunk_config(module) if trunk else common.native_config(image)
         model["text_cfg"] = text_config(module, extras, name)
         # It selects open_clip's CustomTextCLIP, the class whose keys begin with "text.".
         model |= {"custom_text": True} if trunk else {}
@@ -259,59 +241,39 @@ def write(module: Module, params: Params, directory: Path, extras: Extras) -> li
     }
     tensors = to_theirs(mapping, params)
     return [
-        files.save_json(config, directory / CONFIG),
-        files.save_safetensors(tensors, directory / WEIGHTS[0], extras.narrow),
+        files.save_json(config, directory / common.CONFIG),
+        files.save_safetensors(tensors, directory / common.WEIGHTS[0], extras.narrow),
         *hf_tokenizer.write(extras.tokenizer, directory, TOKENIZER_GIVES),
     ]
 
 
-def _plain_keys(tensors: Tensors) -> Tensors:
-    """Unifies keys: no prefix of distributed training, "text." only with a timm tower."""
-    if tensors and all(key.startswith("module.") for key in tensors):
-        tensors = {key.removeprefix("module."): x for key, x in tensors.items()}
-    named = any(key.startswith((TRUNK, DECODER)) for key in tensors)
-    plain = {}
-    for key, x in tensors.items():
-        if not named:
-            key = key.removeprefix("text.")  # CustomTextCLIP adds it to native towers as well
-        if key.startswith(f"{TRUNK}head."):  # with timm_proj "", timm's classifier projects
-            key = key.replace(f"{TRUNK}head.", "visual.head.proj.")
-        # A model with `nonscalar_logit_scale` stores both as arrays of one number.
-        plain[key] = x.reshape(()) if key in ("logit_scale", "logit_bias") and x.size == 1 else x
-    return plain
+def _trunk_config(module: DualEncoder) -> dict[str, Any]:
+    config = {
+        "image_size": base.one_or_two(module.image.image_size),
+        "timm_model_name": siglip_name(module.image),
+        "timm_model_pretrained": False,
+        "timm_pool": timm.POOLINGS[module.image.pooling],
+        "timm_proj": module.image_head.removesuffix("_bias"),
+    }
+    return config | ({"timm_proj_bias": True} if module.image_head == "linear_bias" else {})
 
 
-def _image(
-    tensors: Tensors,
-    model: Mapping[str, Any],
-    like: Module | None,
-    where: Path,
-    notes: list[str],
-) -> tuple[VisionTransformer, Tensors]:
-    trunk = {key.removeprefix(TRUNK): x for key, x in tensors.items() if key.startswith(TRUNK)}
-    if not trunk:
-        return image_fields(tensors, model, like, where, notes), tensors
-    vit, trunk = timm.tower(trunk, trunk_fields(model, where), like, where, notes)
-    others = {key: x for key, x in tensors.items() if not key.startswith(TRUNK)}
-    return vit, {**others, **{TRUNK + key: x for key, x in trunk.items()}}
+def text_config(module: DualEncoder, extras: Extras, name: str) -> dict[str, Any]:
+    """Makes `text_cfg`; for `name` see `open_clip_common.text_sizes`."""
+    text = module.text
+    return {
+        **common.text_sizes(text, extras, name),
+        "no_causal_mask": not text.causal,
+        "pool_type": text.pooling,
+        "proj_type": module.text_head.removesuffix("_bias"),
+        "proj_bias": module.text_head == "linear_bias",
+        **common.layers_config(text),
+    }
 
 
-def _embed_dim(tensors: Tensors, image: VisionTransformer, where: Path) -> int:
-    # A bare matrix is [inputs, outputs]; the weight of a torch Linear is [outputs, inputs].
-    if "visual.proj" in tensors:
-        return base.shape_of(tensors, "visual.proj", 2, where)[1]
-    if "visual.head.proj.weight" in tensors:
-        return base.shape_of(tensors, "visual.head.proj.weight", 2, where)[0]
-    return image.width
-
-
-def _image_head(tensors: Tensors) -> str:
-    if "visual.head.proj.bias" in tensors:
-        return "linear_bias"
-    return "linear" if {"visual.proj", "visual.head.proj.weight"} & tensors.keys() else "none"
-
-
-def _text_head(tensors: Tensors, bias: bool) -> str:
-    if bias:
-        return "linear_bias"
-    return "linear" if any(key.endswith("text_projection") for key in tensors) else "none"
+FORMAT = Format(
+    KINDS,
+    'open_clip.create_model_and_transforms("local-dir:{}")',
+    ("float32", "bfloat16"),
+    *(_read, _check, _write),
+)

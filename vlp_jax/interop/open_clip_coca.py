@@ -11,47 +11,30 @@ activation is the quick GELU or the erf GELU.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from vlp_jax.errors import UserError
 from vlp_jax.interop import base
-from vlp_jax.interop.base import Extras
-from vlp_jax.interop.files import Tensors
+from vlp_jax.interop.base import Extras, Imported
 from vlp_jax.interop.hf_tokenizer import CONFIG, TOKENIZER, TokenizerFiles
-from vlp_jax.interop.open_clip_config import (
+from vlp_jax.interop.open_clip_common import (
     EPS,
-    TEXT_HEADS,
-    activation_and_eps,
-    image_fields,
-    layer_sizes,
+    MULTIMODAL,
+    NATIVE_TOWER,
+    Source,
+    layers,
     layers_config,
     native_config,
-    refuse_unless,
     resize_problems,
     text_sizes,
-    told_by,
 )
-from vlp_jax.interop.open_clip_table import layers, native_tower
-from vlp_jax.interop.tables import (
-    HEADS_IN,
-    SQUEEZED,
-    Entry,
-    Table,
-    fused,
-    heads_out,
-    norm,
-)
-from vlp_jax.interop.trees import Module
+from vlp_jax.interop.tables import HEADS_IN, QKV, SQUEEZED, Entry, Table, fused, modules
 from vlp_jax.models.coca import CoCa, check_coca
 from vlp_jax.models.coca_towers import CoCaDecoder, CoCaText
-from vlp_jax.models.values import Pixels
 
 MODEL = "open_clip's CoCa"
-SECTION = "multimodal_cfg"
 POOLER_HEADS = 8  # default
 MLP_RATIO = 4
 
@@ -82,177 +65,148 @@ IMAGE_HAS = {
     "patch_bias": (False,),
 }
 DECODER_HAS = {"qk_norm": (False,), "norm_eps": (EPS,), "activation": ("gelu", "quick_gelu")}
+IDS = ("bos_id", "eos_id", "pad_id")
 
 
-def table(same_width: bool) -> Table:
-    """Returns the mapping.
-
-    Args:
-      same_width: whether the pooler's queries are as wide as the image's tokens. If so,
-        `torch.nn.MultiheadAttention` has one matrix for queries, keys and values; if not, it has
-        three. The bias is one tensor in both cases.
-    """
+def table_of(module: CoCa) -> Table:
+    """Returns the mapping for a model."""
     ours, theirs = "pooler/attention", "visual.attn_pool.attn"
-    names = ("query", "key", "value")
-    weight, bias = fused(ours, names, f"{theirs}.in_proj_weight", f"{theirs}.in_proj_bias")
-    apart = [
-        # torch names them by their first letter: q_proj_weight, k_proj_weight, v_proj_weight.
-        Entry(f"{ours}/{name}/kernel", f"{theirs}.{name[0]}_proj_weight", HEADS_IN)
-        for name in names
-    ]
+    weight, bias = fused(ours, f"{theirs}.in_proj_weight", f"{theirs}.in_proj_bias")
+    # If the pooler's queries are as wide as the image's tokens, `torch.nn.MultiheadAttention` has
+    # one matrix for queries, keys and values; if not, it has three, named by their first letter.
+    # The bias is one tensor in both cases.
+    weights = [weight]
+    if module.embed_dim != module.image.width:
+        weights = [
+            Entry(f"{ours}/{name}/kernel", f"{theirs}.{name[0]}_proj_weight", HEADS_IN)
+            for name in QKV
+        ]
     decoder = "decoder/encoder"
     return [
         Entry("logit_scale", "logit_scale"),
         Entry("logit_bias", "logit_bias"),
-        *native_tower(),
+        *NATIVE_TOWER,
         Entry("pooler/query", "visual.attn_pool.query"),
-        *norm("pooler/norm_query", "visual.attn_pool.ln_q"),
-        *norm("pooler/norm_tokens", "visual.attn_pool.ln_k"),
-        *([weight] if same_width else apart),
+        *weights,
         bias,
-        *heads_out(f"{ours}/out", f"{theirs}.out_proj"),
-        *norm("pooler/norm", "visual.ln_post"),
         Entry("image_projection/kernel", "visual.proj"),
         Entry("text/token_embedding/embedding", "text.token_embedding.weight"),
         Entry("text/class_token", "text.cls_emb", SQUEEZED),
         Entry("text/position_embedding", "text.positional_embedding"),
         *layers("text/encoder/layers", "text.transformer.resblocks.{i}"),
-        *norm("text/norm", "text.ln_final"),
         Entry("text_projection/kernel", "text.text_projection"),
         *layers(f"{decoder}/layers/read", "text_decoder.resblocks.{i}"),
         *layers(f"{decoder}/layers/look", "text_decoder.cross_attn.{i}"),
-        *norm(f"{decoder}/layers/look/norm_context", "text_decoder.cross_attn.{i}.ln_1_kv"),
-        *norm(f"{decoder}/norm", "text_decoder.ln_final"),
+        *modules(
+            {
+                "pooler/norm_query": "visual.attn_pool.ln_q",
+                "pooler/norm_tokens": "visual.attn_pool.ln_k",
+                "pooler/attention/out": "visual.attn_pool.attn.out_proj",
+                "pooler/norm": "visual.ln_post",
+                "text/norm": "text.ln_final",
+                f"{decoder}/layers/look/norm_context": "text_decoder.cross_attn.{i}.ln_1_kv",
+                f"{decoder}/norm": "text_decoder.ln_final",
+            }
+        ),
         Entry("decoder/scores/kernel", "text_decoder.text_projection"),
     ]
 
 
-def table_of(module: CoCa) -> Table:
-    """Returns the mapping for a model."""
-    return table(module.embed_dim == module.image.width)
-
-
-def check_config(model: Mapping[str, Any], where: Path) -> None:
-    """Raises UserError if a config describes a CoCa that cannot be expressed here."""
-    if not isinstance(model[SECTION], dict):
-        raise UserError(f"{where}: {SECTION} must be a mapping, not {model[SECTION]!r}")
-    for section, key in NEEDED:
-        if key not in model[section]:
-            raise UserError(f"{where}: a model with {SECTION} needs {section}.{key} true")
-    refuse_unless(HAS_KEYS, model, where)
-
-
-def module_of(
-    tensors: Tensors,
-    model: Mapping[str, Any],
-    like: Module | None,
-    tokenizer: TokenizerFiles | None,
-    pixels: Pixels,
-    where: Path,
-    notes: list[str],
-) -> CoCa:
+def read(source: Source) -> Imported:
     """Makes the model that tensors and a config describe; without a config, `like` helps.
-
-    Args:
-      model: the part of the config that describes the model; {} without a config.
-      tokenizer: names the token that texts begin with.
 
     Raises:
       UserError: the CoCa cannot be expressed here, or sizes do not fit each other.
     """
-    if model:
-        check_config(model, where)
-    image = image_fields(tensors, model, like, where, notes)
-    queries, embed_dim = base.shape_of(tensors, "visual.attn_pool.query", 2, where)
-    heads = {"attn_pooler_heads": POOLER_HEADS, **model.get("vision_cfg", {})}
+    _check_config(source)
+    pixels, image = source.pixels(), source.native_image()
+    queries, embed_dim = source.shape("visual.attn_pool.query", 2)
+    if source.config:
+        heads = {"attn_pooler_heads": POOLER_HEADS, **source.model["vision_cfg"]}
+        pooler_heads = base.integer(heads, "attn_pooler_heads", source.where)
+    else:
+        pooler_heads = source.like.pooler_heads
     module = CoCa(
         image.clone(pooling="none", norm_after_pool=True),
-        _text(tensors, model, like, tokenizer, where, notes),
-        _decoder(tensors, model, like, where),
+        _text(source),
+        _decoder(source),
         embed_dim,
-        logit_scale_init=float(model.get("init_logit_scale", np.log(1 / 0.07))),
-        logit_bias_init=-10.0 if "logit_bias" in tensors else None,
+        logit_scale_init=float(source.model.get("init_logit_scale", np.log(1 / 0.07))),
+        logit_bias_init=-10.0 if "logit_bias" in source.tensors else None,
         queries=queries,
-        pooler_heads=base.integer(heads, "attn_pooler_heads", where)
-        if model
-        else like.pooler_heads,
+        pooler_heads=pooler_heads,
         pixels=pixels,
     )
     try:
         check_coca(module)
     except ValueError as error:
-        raise UserError(f"{where}: {error}") from error
-    return module
+        raise UserError(f"{source.where}: {error}") from error
+    return source.imported(module, table_of(module))
 
 
-def _text(
-    tensors: Tensors,
-    model: Mapping[str, Any],
-    like: Module | None,
-    tokenizer: TokenizerFiles | None,
-    where: Path,
-    notes: list[str],
-) -> CoCaText:
-    config = model.get("text_cfg")
-    vocab_size, width = base.shape_of(tensors, "text.token_embedding.weight", 2, where)
-    rows, _ = base.shape_of(tensors, "text.positional_embedding", 2, where)
-    if config is None:
-        ids = ("bos_id", "eos_id", "pad_id")
-        told = told_by(like.text, "heads", "activation", "norm_eps", *ids)
+def _check_config(source: Source) -> None:
+    """Raises UserError if the config describes no CoCa that can be expressed here."""
+    where, model = source.where, source.model
+    if not model:
+        if not isinstance(source.like, CoCa):
+            raise UserError(f"{source.weights} is a CoCa: it needs its {where.name} beside it")
+        return
+    if MULTIMODAL not in model:
+        raise UserError(
+            f"{where} has no {MULTIMODAL}, and the weights beside it are a CoCa's: put in the "
+            f"section of the config that it was trained with"
+        )
+    if not isinstance(model[MULTIMODAL], dict):
+        raise UserError(f"{where}: {MULTIMODAL} must be a mapping, not {model[MULTIMODAL]!r}")
+    for section, key in NEEDED:
+        if key not in model[section]:
+            raise UserError(f"{where}: a model with {MULTIMODAL} needs {section}.{key} true")
+    source.refuse_unless(HAS_KEYS)
+
+
+def _text(source: Source) -> CoCaText:
+    vocab_size, _ = source.shape("text.token_embedding.weight", 2)
+    rows, _ = source.shape("text.positional_embedding", 2)
+    if not source.config:
+        told = source.told_by_like("text", *IDS)
     else:
-        bos_id = _bos_id(tokenizer)
+        config, bos_id = source.model["text_cfg"], _bos_id(source.tokenizer)
         if bos_id is None:
             bos_id = vocab_size - 2  # its place in CLIP's vocabulary
-            notes.append(
+            source.notes.append(
                 f"nothing tells the token that captions begin with: {bos_id}, as in CLIP's"
             )
         told = {
-            "heads": base.integer({"heads": TEXT_HEADS, **config}, "heads", where),
             "bos_id": bos_id,
             "eos_id": config.get("eos_id", vocab_size - 1),
             "pad_id": config.get("pad_id", 0),
-            **activation_and_eps(model, config, where),
         }
     return base.tower(
         CoCaText,
-        where,
+        source.where,
         vocab_size=vocab_size,
-        # The last row of the table is the class token's.
-        context_length=rows - 1,
-        width=width,
-        **layer_sizes(tensors, "text.transformer.resblocks.", where),
+        context_length=rows - 1,  # the last row of the table is the class token's
+        **source.layers("text_cfg", "text.transformer.resblocks."),
         **told,
     )
 
 
-def _decoder(
-    tensors: Tensors, model: Mapping[str, Any], like: Module | None, where: Path
-) -> CoCaDecoder:
-    config = model.get(SECTION)
-    width, vocab_size = base.shape_of(tensors, "text_decoder.text_projection", 2, where)
-    rows, _ = base.shape_of(tensors, "text.positional_embedding", 2, where)
-    if config is None:
-        told = told_by(like.decoder, "heads", "activation", "norm_eps")
-    else:
-        told = {
-            "heads": base.integer({"heads": TEXT_HEADS, **config}, "heads", where),
-            "activation": "quick_gelu" if model.get("quick_gelu") else "gelu",
-            "norm_eps": EPS,
-        }
-        length = config.get("context_length", 77)
-        if length != rows - 1:
+def _decoder(source: Source) -> CoCaDecoder:
+    _, vocab_size = source.shape("text_decoder.text_projection", 2)
+    length = source.shape("text.positional_embedding", 2)[0] - 1
+    if source.config:
+        given = source.model[MULTIMODAL].get("context_length", 77)
+        if given != length:
             raise UserError(
-                f"{where}: {SECTION}.context_length {length!r} is not text_cfg.context_length "
-                f"{rows - 1}, which is not supported"
+                f"{source.where}: {MULTIMODAL}.context_length {given!r} is not "
+                f"text_cfg.context_length {length}, which is not supported"
             )
     return base.tower(
         CoCaDecoder,
-        where,
+        source.where,
         vocab_size=vocab_size,
-        context_length=rows - 1,
-        width=width,
-        **layer_sizes(tensors, "text_decoder.resblocks.", where),
-        **told,
+        context_length=length,
+        **source.layers(MULTIMODAL, "text_decoder.resblocks."),
     )
 
 
@@ -292,7 +246,7 @@ def check(module: CoCa, extras: Extras) -> list[str]:
     quick = {tower.transformer.activation == "quick_gelu" for tower in module.towers().values()}
     if len(quick) > 1:
         problems.append(f"{MODEL} has quick_gelu in all towers or in none")
-    for name in ("bos_id", "eos_id", "pad_id"):
+    for name in IDS:
         given = getattr(extras, name)
         if given not in (None, getattr(text, name)):
             problems.append(f"{name} {given} is not text.{name} {getattr(text, name)}")
@@ -322,7 +276,7 @@ def config_of(module: CoCa, extras: Extras, name: str) -> dict[str, Any]:
             "output_tokens": True,
             **layers_config(text),
         },
-        SECTION: {
+        MULTIMODAL: {
             "context_length": text.context_length,
             "vocab_size": module.decoder.vocab_size,
             "width": layers_of.width,

@@ -23,12 +23,9 @@ LARGEST = 127
 
 
 def inputs_of(path: str) -> tuple[int, ...] | None:
-    """Returns the axes over which a matrix product sums, as negative numbers; None for no matrix.
+    """Returns the axes (negative) over which a matrix product sums; None for no matrix.
 
     The table of token ids has one scale for each token (row).
-
-    Args:
-      path: path of a parameter, with its layers stacked or not.
     """
     if path.endswith("token_embedding/embedding"):
         return (-1,)
@@ -42,12 +39,7 @@ def inputs_of(path: str) -> tuple[int, ...] | None:
 
 
 def quantize(x: np.ndarray, axes: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
-    """Rounds a matrix to int8; returns it with its float32 scales, the axes kept as 1.
-
-    Args:
-      x: float32, with inputs and outputs in any order of axes.
-      axes: the axes that share a scale.
-    """
+    """Rounds a float32 matrix to int8; returns it with its scales, one for all of `axes`."""
     scale = np.max(np.abs(x), axis=axes, keepdims=True).astype(np.float32) / LARGEST
     scale = np.where(scale > 0, scale, np.float32(1))  # else a row of zeros divides by 0
     return np.rint(x / scale).astype(np.int8), scale
@@ -65,8 +57,7 @@ def stored(params: Mapping[str, Any], weights: str) -> dict[str, np.ndarray]:
         if axes is not None:
             arrays[path], arrays[path + SCALE] = quantize(x, axes)
         else:
-            # A single number takes no space, and an exponential follows the logit scale: it stays
-            # exact.
+            # An exponential follows the logit scale, so single numbers stay exact.
             arrays[path] = x.astype(jnp.bfloat16) if weights == "bfloat16" and x.ndim else x
     return arrays
 
@@ -75,11 +66,8 @@ def restored(arrays: Mapping[str, Any]) -> dict[str, Any]:
     """Converts the arrays of `stored` back to float32 parameters; works on traced arrays too."""
     params = {}
     for path, x in arrays.items():
-        if path.endswith(SCALE):
-            continue
-        x = x.astype(jnp.float32)
-        scale = arrays.get(path + SCALE)
-        params[path] = x if scale is None else x * scale
+        if not path.endswith(SCALE):
+            params[path] = x.astype(jnp.float32) * arrays.get(path + SCALE, np.float32(1))
     return params
 
 

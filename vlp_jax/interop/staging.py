@@ -34,9 +34,6 @@ def staged(directory: Path, overwrite: bool) -> Iterator[Path]:
     behind. If `directory` has files already, all files of an earlier export are removed. Other
     files stay, unless a new file has their name.
 
-    Args:
-      overwrite: see `check_free`.
-
     Raises:
       UserError: see `check_free`, or the folder cannot be made.
     """

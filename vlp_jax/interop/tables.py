@@ -13,6 +13,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import einops
 import numpy as np
@@ -56,6 +57,7 @@ FUSED_BIAS = AxisOrder("t h e", "(t h e)")
 SQUEEZED = AxisOrder("1 d", "d")  # one token of ours, a vector of theirs
 BATCHED = AxisOrder("n d", "1 n d")  # tokens of ours, a batch of one of theirs
 SCALAR = AxisOrder("", "1")
+QKV = ("query", "key", "value")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,6 +79,12 @@ class Entry:
         """Our paths, as a tuple."""
         return (self.ours,) if isinstance(self.ours, str) else self.ours
 
+    def keys(self, layers: int) -> list[str]:
+        """Returns their keys: one for each of our stacked layers, or one in all."""
+        if not self.layered:
+            return [self.theirs]
+        return [self.theirs.replace("{i}", str(i)) for i in range(layers)]
+
     @property
     def layered(self) -> bool:
         """Whether they have a tensor for each layer."""
@@ -87,27 +95,24 @@ class Entry:
         layers, shape = (shape[0], shape[1:]) if self.layered else (1, shape)
         if not isinstance(self.ours, str):
             shape = (len(self.ours), *shape)
-        theirs = self.axes.their_shape(shape)
-        return {self.theirs.replace("{i}", str(i)): theirs for i in range(layers)}
+        return dict.fromkeys(self.keys(layers), self.axes.their_shape(shape))
 
     def write(self, params: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Converts our parameters to their tensors."""
         arrays = [params[path] for path in self.paths]
-        if not self.layered:
-            return {self.theirs: self._write_one(arrays)}
+        layers = list(zip(*arrays, strict=True)) if self.layered else [arrays]
         return {
-            self.theirs.replace("{i}", str(i)): self._write_one([x[i] for x in arrays])
-            for i in range(len(arrays[0]))
+            key: self._write_one(x) for key, x in zip(self.keys(len(layers)), layers, strict=True)
         }
 
     def read(self, tensors: Mapping[str, np.ndarray], shape: Shape) -> dict[str, np.ndarray]:
         """Converts their tensors to our parameters, each of `shape`."""
+        one = shape[1:] if self.layered else shape
+        keys = self.keys(shape[0] if self.layered else 1)
+        layers = [self._read_one(tensors[key], one) for key in keys]
         # Their tensors are apart, one for each layer; ours is one array with the layers in front.
-        if self.layered:
-            keys = [self.theirs.replace("{i}", str(i)) for i in range(shape[0])]
-            layers = [self._read_one(tensors[key], shape[1:]) for key in keys]
-            return {path: np.stack(x) for path, x in zip(self.paths, zip(*layers), strict=True)}
-        return dict(zip(self.paths, self._read_one(tensors[self.theirs], shape), strict=True))
+        arrays = map(np.stack, zip(*layers, strict=True)) if self.layered else layers[0]
+        return dict(zip(self.paths, arrays, strict=True))
 
     def _write_one(self, arrays: Sequence[np.ndarray]) -> np.ndarray:
         x = np.asarray(arrays[0]) if isinstance(self.ours, str) else np.stack(arrays)
@@ -125,45 +130,32 @@ class Entry:
 Table = list[Entry]
 
 
-def norm(ours: str, theirs: str) -> Table:
-    """Maps a LayerNorm."""
-    return [Entry(f"{ours}/scale", f"{theirs}.weight"), Entry(f"{ours}/bias", f"{theirs}.bias")]
+def modules(names: Mapping[str, str], ours: str = "", theirs: str = "") -> Table:
+    """Maps modules of PyTorch with a weight, and a bias if ours has one: our path -> their name.
+
+    The end of our path tells the kind of a module. All begin with `ours` and `theirs`.
+    """
+    entries = []
+    for path, name in names.items():
+        path = f"{ours}/{path}" if ours else path
+        name = f"{theirs}.{name}" if theirs else name
+        weight, axes, bias_axes = _kind(*f"/{path}".split("/")[-2:])
+        entries.append(Entry(f"{path}/{weight}", f"{name}.weight", axes))
+        entries.append(Entry(f"{path}/bias", f"{name}.bias", bias_axes))
+    return entries
 
 
-def linear(ours: str, theirs: str) -> Table:
-    """Maps a `torch.nn.Linear`, with or without bias."""
-    return [
-        Entry(f"{ours}/kernel", f"{theirs}.weight", LINEAR),
-        Entry(f"{ours}/bias", f"{theirs}.bias"),
-    ]
+def _kind(parent: str, module: str) -> tuple[str, AxisOrder, AxisOrder]:
+    """Returns our name of a module's weight, and the axes of weight and bias."""
+    if "norm" in module:
+        return "scale", SAME, SAME
+    if parent == "attention":
+        return ("kernel", HEADS_OUT, SAME) if module == "out" else ("kernel", HEADS_IN, HEADS_BIAS)
+    return "kernel", CONV if parent == "patch_embedding" else LINEAR, SAME
 
 
-def convolution(ours: str, theirs: str) -> Table:
-    """Maps a `torch.nn.Conv2d`, with or without bias."""
-    return [
-        Entry(f"{ours}/kernel", f"{theirs}.weight", CONV),
-        Entry(f"{ours}/bias", f"{theirs}.bias"),
-    ]
-
-
-def heads_in(ours: str, theirs: str) -> Table:
-    """Maps the projection to queries, keys or values."""
-    return [
-        Entry(f"{ours}/kernel", f"{theirs}.weight", HEADS_IN),
-        Entry(f"{ours}/bias", f"{theirs}.bias", HEADS_BIAS),
-    ]
-
-
-def heads_out(ours: str, theirs: str) -> Table:
-    """Maps the projection after the heads."""
-    return [
-        Entry(f"{ours}/kernel", f"{theirs}.weight", HEADS_OUT),
-        Entry(f"{ours}/bias", f"{theirs}.bias"),
-    ]
-
-
-def fused(ours: str, names: Sequence[str], weight: str, bias: str) -> Table:
-    """Maps several projections of an attention (`names`: "query", ...) to one tensor of theirs."""
+def fused(ours: str, weight: str, bias: str, names: Sequence[str] = QKV) -> Table:
+    """Maps several projections of an attention to one tensor of theirs."""
     return [
         Entry(tuple(f"{ours}/{name}/kernel" for name in names), weight, FUSED),
         Entry(tuple(f"{ours}/{name}/bias" for name in names), bias, FUSED_BIAS),
@@ -171,11 +163,7 @@ def fused(ours: str, names: Sequence[str], weight: str, bias: str) -> Table:
 
 
 def to_theirs(table: Table, params: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Converts all our parameters to their tensors.
-
-    Raises:
-      ValueError: the table has no entry for a parameter.
-    """
+    """Converts all our parameters to their tensors."""
     tensors: dict[str, np.ndarray] = {}
     for entry in _entries(table, params):
         tensors.update(entry.write(params))
@@ -187,25 +175,20 @@ def from_theirs(
     tensors: Mapping[str, np.ndarray],
     expected: Mapping[str, Shape],
     where: object,
-    ignored: Sequence[str] = (),
+    ignored: str = "",
 ) -> dict[str, np.ndarray]:
-    """Converts their tensors to our parameters.
+    """Converts their tensors to our parameters, which have the `expected` paths and shapes.
 
-    Args:
-      expected: the paths and shapes of the model's parameters.
-      where: the file, for the error.
-      ignored: regular expressions of keys that may be present and are no parameters.
-
-    Raises:
-      UserError: tensors are missing, left over, or have other shapes; one line lists them.
+    Keys that match `ignored` may be there and are no parameters. Raises UserError if tensors are
+    missing, left over, or of other shapes; one line lists them.
     """
     entries = _entries(table, expected)
     needed: dict[str, Shape] = {}
     for entry in entries:
         # All parameters of an entry have one shape, or they could not share a tensor.
         needed.update(entry.their_shapes(expected[entry.paths[0]]))
-    given = {key: x for key, x in tensors.items() if not matches_any(key, ignored)}
-    report = mismatch_report(needed, {key: x.shape for key, x in given.items()})
+    given = {key: x for key, x in tensors.items() if not re.fullmatch(ignored, key)}
+    report = mismatch_report(needed, shapes_of(given))
     if report:
         raise UserError(f"{where} does not fit the model: {report}")
     params: dict[str, np.ndarray] = {}
@@ -214,13 +197,18 @@ def from_theirs(
     return params
 
 
+def shapes_of(arrays: Mapping[str, Any]) -> dict[str, Shape]:
+    """Returns the shape of each array."""
+    return {key: tuple(np.shape(x)) for key, x in arrays.items()}
+
+
 def mismatch_report(needed: Mapping[str, Shape], given: Mapping[str, Shape]) -> str:
     """Lists missing and unexpected tensors and wrong shapes in one line; "" if everything fits."""
     parts = {
-        "missing": [f"{k} {_show(needed[k])}" for k in sorted(needed.keys() - given.keys())],
-        "unexpected": [f"{k} {_show(given[k])}" for k in sorted(given.keys() - needed.keys())],
+        "missing": [f"{k} {list(needed[k])}" for k in sorted(needed.keys() - given.keys())],
+        "unexpected": [f"{k} {list(given[k])}" for k in sorted(given.keys() - needed.keys())],
         "of another shape": [
-            f"{k} {_show(given[k])} instead of {_show(needed[k])}"
+            f"{k} {list(given[k])} instead of {list(needed[k])}"
             for k in sorted(needed.keys() & given.keys())
             if tuple(given[k]) != tuple(needed[k])
         ],
@@ -235,17 +223,8 @@ def shorten(names: Iterable[str]) -> str:
     return ", ".join(names[:SHOWN]) + more
 
 
-def matches_any(key: str, patterns: Sequence[str]) -> bool:
-    """Whether one of the regular expressions matches the whole key."""
-    return any(re.fullmatch(pattern, key) for pattern in patterns)
-
-
 def _entries(table: Table, paths: Iterable[str]) -> Table:
-    """Selects the entries for `paths`.
-
-    Raises:
-      ValueError: a path has no entry.
-    """
+    """Selects the entries for `paths`; raises ValueError for a path without an entry."""
     paths = set(paths)
     # Two entries may read one tensor, for parameters of which a model has one (a norm before or
     # after the pooling).
@@ -254,7 +233,3 @@ def _entries(table: Table, paths: Iterable[str]) -> Table:
     if paths - covered:
         raise ValueError(f"the table has no entry for {shorten(sorted(paths - covered))}")
     return entries
-
-
-def _show(shape: Shape) -> str:
-    return str(list(shape))

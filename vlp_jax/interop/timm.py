@@ -3,6 +3,8 @@
 Source: timm 1.0.31, models/vision_transformer.py, layers/attention_pool.py and models/_hub.py. The
 folder is loaded by `timm.create_model("local-dir:PATH", pretrained=True)`. Its config names an
 architecture, and lists differences from it under `model_args`. Written configs list everything.
+Without a config that names a known architecture, a model to compare with must supply what does not
+follow from shapes: heads, activation, epsilon and pooling.
 
 Three conventions differ from ours:
 - Positions. With `no_embed_class`, timm's table has rows for patches alone; otherwise it also has
@@ -22,35 +24,45 @@ from typing import Any
 import numpy as np
 
 from vlp_jax.errors import UserError
-from vlp_jax.interop import base, files, timm_images
-from vlp_jax.interop.base import Extras, Imported
+from vlp_jax.interop import base, files, timm_config
+from vlp_jax.interop.base import Extras, Format, Imported
 from vlp_jax.interop.files import Tensors
 from vlp_jax.interop.tables import (
     BATCHED,
+    QKV,
     Entry,
     Table,
-    convolution,
     from_theirs,
     fused,
-    heads_in,
-    heads_out,
-    linear,
-    norm,
+    modules,
     to_theirs,
 )
-from vlp_jax.interop.timm_names import fields_of
 from vlp_jax.interop.trees import Module, Params, expected_shapes, image_of
 from vlp_jax.models.positions import sincos_2d
 from vlp_jax.models.values import tower_fields
 from vlp_jax.models.vit import VisionTransformer
 
 MODEL = "timm's VisionTransformer"
-KINDS = (VisionTransformer,)
-LOADED_BY = 'timm.create_model("local-dir:{}", pretrained=True)'
-HOLDS = ("float32", "bfloat16")
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 HEAD = ("head.weight", "head.bias")  # a classifier, which our tower does not have
 
+# Our modules in a layer and in the attention pooling -> their names.
+LAYERS = {
+    "norm_attention": "norm1",
+    "attention/query_norm": "attn.q_norm",
+    "attention/key_norm": "attn.k_norm",
+    "attention/out": "attn.proj",
+    "norm_mlp": "norm2",
+    "mlp/up": "mlp.fc1",
+    "mlp/down": "mlp.fc2",
+}
+POOLING = {
+    "attention/query": "q",
+    "attention/out": "proj",
+    "norm": "norm",
+    "mlp/up": "mlp.fc1",
+    "mlp/down": "mlp.fc2",
+}
 POOLINGS = {"cls": "token", "mean": "avg", "map": "map", "none": ""}
 # Epsilon of the norms -> an architecture with it: `model_args` cannot express an epsilon, but they
 # override everything else.
@@ -69,50 +81,31 @@ ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu")  # the same names as ours
 
 def table(prefix: str = "") -> Table:
     """Returns the mapping, for keys that begin with `prefix`."""
-    block = f"{prefix}blocks.{{i}}"
-    layers, pool = "image/encoder/layers", f"{prefix}attn_pool"
+    layers, block, pool = "image/encoder/layers", f"{prefix}blocks.{{i}}", f"{prefix}attn_pool"
     return [
         Entry("image/class_token", f"{prefix}cls_token", BATCHED),
         Entry("image/registers", f"{prefix}reg_token", BATCHED),
         Entry("image/position_embedding", f"{prefix}pos_embed", BATCHED),
-        *convolution("image/patch_embedding/projection", f"{prefix}patch_embed.proj"),
-        *norm("image/pre_norm", f"{prefix}norm_pre"),
-        *norm(f"{layers}/norm_attention", f"{block}.norm1"),
-        *fused(
-            f"{layers}/attention",
-            ("query", "key", "value"),
-            f"{block}.attn.qkv.weight",
-            f"{block}.attn.qkv.bias",
-        ),
-        *norm(f"{layers}/attention/query_norm", f"{block}.attn.q_norm"),
-        *norm(f"{layers}/attention/key_norm", f"{block}.attn.k_norm"),
-        *heads_out(f"{layers}/attention/out", f"{block}.attn.proj"),
+        *fused(f"{layers}/attention", f"{block}.attn.qkv.weight", f"{block}.attn.qkv.bias"),
+        *modules(LAYERS, layers, block),
         Entry(f"{layers}/layer_scale_attention/scale", f"{block}.ls1.gamma"),
-        *norm(f"{layers}/norm_mlp", f"{block}.norm2"),
-        *linear(f"{layers}/mlp/up", f"{block}.mlp.fc1"),
-        *linear(f"{layers}/mlp/down", f"{block}.mlp.fc2"),
         Entry(f"{layers}/layer_scale_mlp/scale", f"{block}.ls2.gamma"),
-        *norm("image/encoder/norm", f"{prefix}norm"),
-        *norm("image/norm", f"{prefix}fc_norm"),
         Entry("image/pooling/probe", f"{pool}.latent", BATCHED),
-        *heads_in("image/pooling/attention/query", f"{pool}.q"),
-        *fused("image/pooling/attention", ("key", "value"), f"{pool}.kv.weight", f"{pool}.kv.bias"),
-        *heads_out("image/pooling/attention/out", f"{pool}.proj"),
-        *norm("image/pooling/norm", f"{pool}.norm"),
-        *linear("image/pooling/mlp/up", f"{pool}.mlp.fc1"),
-        *linear("image/pooling/mlp/down", f"{pool}.mlp.fc2"),
+        *fused("image/pooling/attention", f"{pool}.kv.weight", f"{pool}.kv.bias", QKV[1:]),
+        *modules(POOLING, "image/pooling", pool),
+        *modules(
+            {
+                "patch_embedding/projection": f"{prefix}patch_embed.proj",
+                "pre_norm": f"{prefix}norm_pre",
+                "encoder/norm": f"{prefix}norm",
+                "norm": f"{prefix}fc_norm",
+            },
+            "image",
+        ),
     ]
 
 
-def read(path: Path, like: Module | None = None) -> Imported:
-    """Reads a folder or a file of weights.
-
-    Without a config that names a known architecture, `like` must supply what does not follow from
-    shapes: heads, activation, epsilon and pooling.
-
-    Raises:
-      UserError: a setting is unknown, or the files hold no model that can be expressed here.
-    """
+def _read(path: Path, like: Module | None = None) -> Imported:
     weights = files.find_weights(path, WEIGHTS)
     where = weights.parent / "config.json"
     config = files.load_json_if_there(where)
@@ -125,20 +118,20 @@ def read(path: Path, like: Module | None = None) -> Imported:
     module, tensors = tower(tensors, known, like, weights, notes)
     params = from_theirs(table(), tensors, expected_shapes(module), weights)
     size = known.get("image_size", module.image_size)
-    return Imported(module, params, notes, timm_images.read(config, size, where, notes))
+    return Imported(module, params, notes, timm_config.read_images(config, size, where, notes))
 
 
-def check(module: Module, extras: Extras) -> list[str]:
-    """Returns a line for each property of a module that timm cannot express."""
+def _check(module: Module, extras: Extras) -> list[str]:
     problems = base.requirements(MODEL, "image", module, {"norm_eps": tuple(ARCHITECTURES)})
     if module.pre_norm and module.patch_bias:
         problems.append(f"{MODEL} with pre_norm has image.patch_bias False, not True")
-    return problems + timm_images.problems(module.image_size, extras)
+    return problems + timm_config.image_problems(module.image_size, extras)
 
 
-def write(module: VisionTransformer, params: Params, directory: Path, extras: Extras) -> list[Path]:
-    """Writes a folder for `timm.create_model("local-dir:...", pretrained=True)`."""
-    args, params = model_args(module, params)
+def _write(
+    module: VisionTransformer, params: Params, directory: Path, extras: Extras
+) -> list[Path]:
+    args, params = _model_args(module, params)
     config = {
         "architecture": ARCHITECTURES[module.transformer.norm_eps],
         "num_classes": 0,
@@ -149,7 +142,7 @@ def write(module: VisionTransformer, params: Params, directory: Path, extras: Ex
             "custom_load": False,
             "input_size": [3, *module.image_size],
             "fixed_input_size": True,
-            **timm_images.config_of(module.image_size, extras),
+            **timm_config.images_config(module.image_size, extras),
             "num_classes": 0,
             "pool_size": None,
             "first_conv": "patch_embed.proj",
@@ -164,7 +157,7 @@ def write(module: VisionTransformer, params: Params, directory: Path, extras: Ex
     ]
 
 
-def model_args(vit: VisionTransformer, params: Params) -> tuple[dict[str, Any], Params]:
+def _model_args(vit: VisionTransformer, params: Params) -> tuple[dict[str, Any], Params]:
     """Returns the arguments of timm's class, and parameters with its convention of positions."""
     params, path = dict(params), "image/position_embedding"
     if vit.position == "sincos":
@@ -204,36 +197,26 @@ def tower(
 ) -> tuple[VisionTransformer, Tensors]:
     """Makes the image tower of tensors; returns it, and tensors with our convention of positions.
 
-    Args:
-      tensors: tensors without a prefix of their keys.
-      known: `heads`, `activation`, `norm_eps`, `pooling` and `image_size`, as far as known.
-      like: supplies the settings that are not in `known`.
-      notes: lines for the user are appended here.
-
-    Raises:
-      UserError: a setting is unknown, or a tensor is missing.
+    `known` has `heads`, `activation`, `norm_eps`, `pooling` and `image_size`, as far as a config
+    tells them; `like` supplies the rest. Raises UserError if neither does.
     """
-    vit = None if like is None else image_of(like)
+    ours = {} if like is None else tower_fields(image_of(like))
     told: dict[str, Any] = {}
     for field in ("heads", "activation", "norm_eps", "pooling"):
-        if field not in known and vit is None:
+        if field not in known and not ours:
             raise UserError(
                 f"{where}: nothing says what the {field} of the image tower is: put the config of "
                 f"its model beside it, or give the model that it goes into"
             )
-        told[field] = known[field] if field in known else tower_fields(vit)[field]
+        told[field] = known[field] if field in known else ours[field]
     width, _, patch, _ = base.shape_of(tensors, "patch_embed.proj.weight", 4, where)
     mlp_dim, _ = base.shape_of(tensors, "blocks.0.mlp.fc1.weight", 2, where)
     _check_prefix_pooling(told["pooling"], known, tensors, where)
-    class_token = "cls_token" in tensors
-    registers = 0
+    class_token, registers = "cls_token" in tensors, 0
     if "reg_token" in tensors:
         registers = base.shape_of(tensors, "reg_token", 3, where)[1]
-    grid, tensors = _positions(tensors, known, like, class_token, registers, where)
-    size = known.get("image_size")
-    if size is None:
-        size = (grid[0] * patch, grid[1] * patch)
-    depth = len({key.split(".")[1] for key in tensors if key.startswith("blocks.")})
+    grid, tensors = _positions(tensors, known, like, (class_token, registers), where)
+    size = known.get("image_size") or (grid[0] * patch, grid[1] * patch)
     rows = tensors["pos_embed"].shape[1] if "pos_embed" in tensors else 0
     module = base.tower(
         VisionTransformer,
@@ -241,7 +224,7 @@ def tower(
         image_size=base.tiled(size, patch, notes),
         patch_size=patch,
         width=width,
-        depth=depth,
+        depth=len({key.split(".")[1] for key in tensors if key.startswith("blocks.")}),
         mlp_dim=mlp_dim,
         class_token=class_token,
         registers=registers,
@@ -253,8 +236,7 @@ def tower(
         pre_norm="norm_pre.weight" in tensors,
         norm_after_pool="fc_norm.weight" in tensors,
         qk_norm="blocks.0.attn.q_norm.weight" in tensors,
-        # Only whether it is None matters: it is the initial value, and the file has the trained
-        # ones.
+        # Only whether it is None matters: it is the initial value, and the file has trained ones.
         layer_scale=1e-5 if "blocks.0.ls1.gamma" in tensors else None,
         **told,
     )
@@ -262,16 +244,12 @@ def tower(
 
 
 def _known(config: Mapping[str, Any], where: Path, notes: list[str]) -> dict[str, Any]:
-    """Reads the tower's fields from a config.
-
-    Raises:
-      UserError: the config describes a model that cannot be expressed here.
-    """
+    """Reads the tower's fields from a config; raises UserError if it cannot be expressed here."""
     if not config:
         return {}
     name, args = str(config.get("architecture")), config.get("model_args") or {}
-    cfg = timm_images.section(config)
-    known = fields_of(name) or {}
+    cfg = timm_config.section(config)
+    known = timm_config.fields_of(name) or {}
     if not known:
         notes.append(f"{where}: nothing is known of the architecture {name} but its model_args")
     for arg, harmless in UNKNOWN_ARGS.items():
@@ -290,24 +268,12 @@ def _known(config: Mapping[str, Any], where: Path, notes: list[str]) -> dict[str
             raise UserError(f"{where}: act_layer {args['act_layer']!r} cannot be expressed here")
         known["activation"] = args["act_layer"]
     if "global_pool" in args:
-        known["pooling"] = pooling_of(args["global_pool"], where)
+        known["pooling"] = base.one_of(POOLINGS, args["global_pool"], "global_pool", where)
     if "img_size" in args or cfg.get("input_size"):
         size = args.get("img_size") or cfg["input_size"][1:]
         known["image_size"] = base.pair(size, "the image size", where)
     known["pool_include_prefix"] = bool(args.get("pool_include_prefix", False))
     return known
-
-
-def pooling_of(name: Any, where: object) -> str:
-    """Returns our name of timm's `global_pool`.
-
-    Raises:
-      UserError: there is no such pooling here.
-    """
-    ours = {theirs: ours for ours, theirs in POOLINGS.items()}
-    if name not in ours:
-        raise UserError(f"{where}: global_pool {name!r} cannot be expressed here")
-    return ours[name]
 
 
 def _check_prefix_pooling(
@@ -331,36 +297,42 @@ def _positions(
     tensors: Tensors,
     known: Mapping[str, Any],
     like: Module | None,
-    class_token: bool,
-    registers: int,
+    prefix: tuple[int, int],
     where: object,
 ) -> tuple[tuple[int, int], Tensors]:
-    """Returns the grid of patches, and tensors whose table has no rows for registers."""
-    patch = tensors["patch_embed.proj.weight"].shape[-1]
-    size = known.get("image_size")
+    """Returns the grid of patches, and tensors whose table has no rows for registers.
+
+    Args:
+      prefix: the numbers of class tokens and registers.
+    """
+    patch, size = tensors["patch_embed.proj.weight"].shape[-1], known.get("image_size")
     grid = (size[0] // patch, size[1] // patch) if size else None
     if "pos_embed" not in tensors:
         if grid is None and like is None:
             raise UserError(f"{where} has no positions, so nothing says how large its images are")
         return grid or image_of(like).grid, tensors
-    table, prefix = tensors["pos_embed"], class_token + registers
+    table = tensors["pos_embed"]
     if grid is None:
         rows = base.shape_of(tensors, "pos_embed", 3, where)[1]
-        grid = _grid(rows, prefix, like, where)
-    rows = table.shape[1] - grid[0] * grid[1]
-    if registers and rows == prefix:
+        # The table may or may not have rows for class token and registers.
+        counts = sorted({rows, rows - sum(prefix)}, reverse=True)
+        if like is not None and image_of(like).patches in counts:
+            grid = image_of(like).grid
+        else:  # if both are squares, all rows are taken for patches
+            squares = [n for n in counts if n > 0 and round(n**0.5) ** 2 == n]
+            grid = base.grid_of([*squares, rows - sum(prefix)][0], like, where)
+    class_tokens, registers = prefix
+    if registers and table.shape[1] - grid[0] * grid[1] == sum(prefix):
         # Adding the positions to the registers once is the same as adding them in every call.
-        tokens = tensors["reg_token"] + table[:, class_token:prefix]
-        table = np.concatenate([table[:, :class_token], table[:, prefix:]], axis=1)
+        tokens = tensors["reg_token"] + table[:, class_tokens : sum(prefix)]
+        table = np.concatenate([table[:, :class_tokens], table[:, sum(prefix) :]], axis=1)
         tensors = {**tensors, "reg_token": tokens, "pos_embed": table}
     return grid, tensors
 
 
-def _grid(rows: int, prefix: int, like: Module | None, where: object) -> tuple[int, int]:
-    """Finds the grid of a table that may or may not have rows for class token and registers."""
-    counts = sorted({rows, rows - prefix}, reverse=True)
-    if like is not None and image_of(like).patches in counts:
-        return image_of(like).grid
-    # If both are squares, all rows are taken for patches.
-    squares = [count for count in counts if count > 0 and round(count**0.5) ** 2 == count]
-    return base.grid_of(squares[0] if squares else rows - prefix, like, where)
+FORMAT = Format(
+    (VisionTransformer,),
+    'timm.create_model("local-dir:{}", pretrained=True)',
+    ("float32", "bfloat16"),
+    *(_read, _check, _write),
+)

@@ -13,6 +13,7 @@ import numpy as np
 from vlp_jax import interop
 from vlp_jax.errors import UserError
 from vlp_jax.interop import files, staging
+from vlp_jax.interop.precision import rounded
 from vlp_jax.interop.trees import Module, Params, image_of, plain, to_tree
 from vlp_jax.models.coca import CoCa
 from vlp_jax.models.dual_encoder import DualEncoder
@@ -25,9 +26,14 @@ TOLERANCE = 1e-4  # of the test: float32 sums in another order
 
 def how_to_load(format: str, directory: Path) -> str:
     """Returns a line of Python that loads the folder of a written model."""
-    architectures = files.load_json_if_there(directory / "config.json").get("architectures", [""])
-    line = interop.FORMATS[format].LOADED_BY
-    return line.format(directory, architecture=architectures[0])
+    line = interop.FORMATS[format].loaded_by
+    return line.format(directory, architecture=architecture_in(directory))
+
+
+def architecture_in(directory: Path) -> str:
+    """Returns the class of `transformers` that a folder is for, or ""."""
+    config = files.load_json_if_there(directory / "config.json")
+    return config.get("architectures", [""])[0]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,14 +47,12 @@ class Model:
 def fitting_part(format: str, model: Model) -> tuple[Model, str]:
     """Returns the model if a format can express its class, or else its image tower.
 
-    Returns:
-      The model or tower, and a line about the parts left out ("" if there are none). If the format
-      can express neither, the model is returned, so that the format's check explains why.
+    If the format can express neither, it is the model, so that the format's check explains why.
 
-    Raises:
-      UserError: there is no such format.
+    Returns:
+      The model or tower, and a line about the parts left out ("" if there are none).
     """
-    kinds = interop.format_named(format).KINDS
+    kinds = interop.format_named(format).kinds
     if isinstance(model.module, kinds) or VisionTransformer not in kinds:
         return model, ""
     params = {path: x for path, x in model.params.items() if path.startswith("image/")}
@@ -62,16 +66,12 @@ def fitting_part(format: str, model: Model) -> tuple[Model, str]:
 def write_checked(
     format: str, model: Model, directory: Path, *, overwrite: bool, check: bool, **extras: Any
 ) -> tuple[list[Path], float | None]:
-    """Writes a model and reads it back.
+    """Writes a model to a new folder and, with `check`, reads it back and compares outputs.
 
-    Args:
-      overwrite: whether existing files may be replaced.
-      check: whether to read the files back and compare outputs. Then the model is in memory twice.
-      extras: see `vlp_jax.interop.write`.
+    The model is in memory twice then. For `extras` see `vlp_jax.interop.write`.
 
     Returns:
-      The files, and the largest difference of features of a random image and text; None without the
-      check.
+      The files, and the largest difference of features of a random image and text, or None.
 
     Raises:
       UserError: the folder is not empty, `vlp_jax.interop.write` raises it, or the model that is
@@ -96,7 +96,7 @@ def write_into(
         read_back = read_back.clone(pooling=module.pooling)
     weights = extras.get("weights", "float32")
     # Rounding to `weights` was asked for, so it must not count as a difference.
-    as_written = Model(module, interop.rounded(model.params, weights))
+    as_written = Model(module, rounded(model.params, weights))
     difference = deviation(as_written, Model(read_back, again.params))
     # Not `>`: a NaN compares as False, and must fail.
     if not difference <= TOLERANCE:
@@ -110,7 +110,7 @@ def write_into(
 def deviation(one: Model, other: Model) -> float:
     """Computes the largest absolute difference of two models' features of a random input.
 
-    Features are compared before normalization, because normalization would hide a wrong scale.
+    They are also compared before normalization, which would hide a wrong scale.
     """
     computed = [_features(model) for model in (one, other)]
     return max(float(np.max(np.abs(a - b))) for a, b in zip(*computed, strict=True))
@@ -120,39 +120,27 @@ def _features(model: Model) -> list[np.ndarray]:
     module, rng = plain(model.module), np.random.default_rng(0)
     vit = image_of(module)
     image = rng.integers(0, 256, (1, *vit.image_size, 3), np.uint8)
-    tree = {"params": to_tree(module, model.params)}
     if isinstance(module, VisionTransformer):
-        inputs, function = (jnp.asarray(image, jnp.float32) / 127.5 - 1,), _tower
+        inputs: tuple[Any, ...] = (jnp.asarray(image, jnp.float32) / 127.5 - 1,)
     elif isinstance(module, MaskedAutoencoder):
-        noise = rng.random((1, vit.patches), np.float32)
-        mask = mask_from_noise(jnp.asarray(noise), max(1, vit.patches // 4))
-        inputs, function = (image, mask), _painted
+        noise = jnp.asarray(rng.random((1, vit.patches), np.float32))
+        inputs = (image, mask_from_noise(noise, max(1, vit.patches // 4)))
     else:
         text = rng.integers(0, module.text.vocab_size, (1, module.text.context_length), np.int32)
         # Pooling at the end of text needs one. In the last place it lets every token count.
         text[:, -1] = module.text.eos_id
         inputs = (image, text)
-        function = _said if isinstance(module, CoCa) else _pair
-    out = jax.jit(lambda tree, *x: module.apply(tree, *x, method=function))(tree, *inputs)
+
+    def compute(module: Module, image: jax.Array, *rest: Any) -> Any:
+        out = module(image, *rest)
+        if isinstance(module, CoCa):
+            words, scores = module.text(*rest)[0], module.score(module.features(image, *rest))
+            return module.image_features(image), words, dict(out), scores
+        if isinstance(module, DualEncoder):
+            features = module.image(module.pixels.normalize(image))
+            return features, module.text(*rest), dict(out)
+        return out
+
+    tree = {"params": to_tree(module, model.params)}
+    out = jax.jit(lambda tree, *x: module.apply(tree, *x, method=compute))(tree, *inputs)
     return [np.asarray(x, np.float32) for x in jax.tree.leaves(out)]
-
-
-def _tower(module: VisionTransformer, image: jax.Array) -> Any:
-    return module(image)
-
-
-def _painted(module: MaskedAutoencoder, image: jax.Array, mask: Any) -> Any:
-    return module(image, mask)
-
-
-def _said(module: CoCa, image: jax.Array, text: jax.Array) -> Any:
-    words = module.text(text)[0]
-    scores = module.score(module.features(image, text))
-    return module.image_features(image), words, dict(module(image, text)), scores
-
-
-def _pair(module: DualEncoder, image: jax.Array, text: jax.Array) -> Any:
-    features = module.image(module.pixels.normalize(image))
-    words = module.text(text)
-    out = module(image, text)
-    return features, words, dict(out)

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vlp_jax.errors import UserError
-from vlp_jax.interop.tables import Shape, mismatch_report
+from vlp_jax.interop.tables import Shape, mismatch_report, shapes_of
 from vlp_jax.models.coca import CoCa
 from vlp_jax.models.dual_encoder import DualEncoder
 from vlp_jax.models.masked_autoencoder import MaskedAutoencoder
@@ -73,8 +73,7 @@ def check_params(module: Module, params: Mapping[str, np.ndarray]) -> None:
     Raises:
       UserError: these are not the parameters of the model; all that differs is named, in one line.
     """
-    given = {path: tuple(np.shape(x)) for path, x in params.items()}
-    report = mismatch_report(expected_shapes(module), given)
+    report = mismatch_report(expected_shapes(module), shapes_of(params))
     if report:
         raise UserError(f"the parameters do not fit the {type(module).__name__}: {report}")
 

@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING
 
 import jax
 
-from vlp_jax.encoders.findings import Findings
-from vlp_jax.encoders.subject import Subject
+from vlp_jax.encoders.subject import Findings, Subject
 from vlp_jax.errors import UserError
 from vlp_jax.training.restore import LoadedParameters
 

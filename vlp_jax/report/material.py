@@ -10,8 +10,7 @@ import numpy as np
 from jaxtyping import Float
 
 from vlp_jax.data.scan import Scan
-from vlp_jax.encoders.findings import Findings
-from vlp_jax.encoders.subject import Subject
+from vlp_jax.encoders.subject import Findings, Subject
 from vlp_jax.evaluators.retrieval import RetrievalOutcome
 from vlp_jax.evaluators.zero_shot import ZeroShotOutcome
 from vlp_jax.report import section_pictures, section_retrieval, section_zero_shot

@@ -11,7 +11,8 @@ from typing import Any
 
 from tools.perf.peers.torch_step import Recipe
 from vlp_jax.interop.base import Extras
-from vlp_jax.interop.open_clip_config import native_config, text_config
+from vlp_jax.interop.open_clip import text_config
+from vlp_jax.interop.open_clip_common import native_config
 from vlp_jax.models.dual_encoder import DualEncoder
 from vlp_jax.models.vit import VisionTransformer
 from vlp_jax.objectives import Objective
