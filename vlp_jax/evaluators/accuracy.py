@@ -12,12 +12,7 @@ from vlp_jax.errors import UserError
 from vlp_jax.evaluators.base import Evaluator, Pairs, Resources
 from vlp_jax.evaluators.class_lists import renumber
 from vlp_jax.evaluators.classification import label_ranks
-from vlp_jax.evaluators.outputs import (
-    check_field,
-    check_labels,
-    numbers_of_model,
-    outputs_of,
-)
+from vlp_jax.evaluators.outputs import check_field, check_labels, numbers_of_model, outputs_of
 
 
 class Accuracy(Evaluator):

@@ -67,9 +67,7 @@ def attacked_images(
     return jax.lax.fori_loop(0, steps, step, start)
 
 
-def attack_functions(
-    functions: Mapping[str, Function],
-) -> dict[str, Function]:
+def attack_functions(functions: Mapping[str, Function]) -> dict[str, Function]:
     """Makes the attacked versions of an objective's classifying functions, for `Robustness`.
 
     Each takes `(params, inputs)` and returns the scores [batch, classes] of the attacked images.

@@ -138,11 +138,7 @@ class LinearProbe(Evaluator):
         features = self._splits(params)
         fit = {"lbfgs": self._lbfgs, "sgd": self._by_sgd}[self._method]
         logits, chosen, tried = fit(features)
-        settings = {
-            "holdout": self._holdout,
-            "max_iterations": self._max_iterations,
-            **self._sgd,
-        }
+        settings = {"holdout": self._holdout, "max_iterations": self._max_iterations, **self._sgd}
         return LinearProbeOutcome(features, logits, self._method, chosen, tried, settings)
 
     def _lbfgs(self, f: FrozenFeatures) -> tuple[np.ndarray, float, dict[float, float]]:

@@ -70,12 +70,7 @@ def _xla_bf16(query: Heads, key: Heads, value: Heads, mask: AttentionMask) -> He
 
 
 def _padded(
-    attention: Attention,
-    multiple: int,
-    query: Heads,
-    key: Heads,
-    value: Heads,
-    mask: AttentionMask,
+    attention: Attention, multiple: int, query: Heads, key: Heads, value: Heads, mask: AttentionMask
 ) -> Heads:
     """`attention` of sequences that are filled up to a multiple; nothing sees what fills them."""
     batch, tokens, keys = query.shape[0], query.shape[1], key.shape[1]

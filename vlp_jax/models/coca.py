@@ -64,10 +64,7 @@ class CoCa(nn.Module):
     def setup(self) -> None:
         # The pooler takes kind and epsilon of its norms from the image tower, as open_clip does.
         config = dataclasses.replace(
-            self.image.transformer,
-            width=self.embed_dim,
-            heads=self.pooler_heads,
-            qk_norm=False,
+            self.image.transformer, width=self.embed_dim, heads=self.pooler_heads, qk_norm=False
         )
         self.pooler = AttentionalPooler(self.queries, config, self.image.compute)
         self.image_projection = self._projection(self.embed_dim)
@@ -142,10 +139,7 @@ class CoCa(nn.Module):
         return self._pooled(image, None, train)[:, 1:]
 
     def _pooled(
-        self,
-        image: Images,
-        keep: Int[Array, "batch kept"] | None = None,
-        train: bool = False,
+        self, image: Images, keep: Int[Array, "batch kept"] | None = None, train: bool = False
     ) -> Seen:
         """Returns the results of all queries. Both losses share them within `shared_forward`."""
         return self.pooler(self.image(image, keep, train, self.pixels.normalize))

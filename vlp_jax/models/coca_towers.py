@@ -18,13 +18,7 @@ from vlp_jax.models.heads import Cache, KeysAndValues, MultiHeadAttention
 from vlp_jax.models.layers import Attended
 from vlp_jax.models.parameters import named, norm
 from vlp_jax.models.text import TokenEmbedding
-from vlp_jax.models.values import (
-    PLAIN,
-    ComputeConfig,
-    TransformerConfig,
-    keywords_of,
-    split_fields,
-)
+from vlp_jax.models.values import PLAIN, ComputeConfig, TransformerConfig, keywords_of, split_fields
 
 Seen = Float[Array, "batch queries embed"]
 Words = Float[Array, "batch tokens width"]

@@ -14,13 +14,7 @@ from vlp_jax.models.dense import Dense
 from vlp_jax.models.heads import Cache
 from vlp_jax.models.layers import Attended
 from vlp_jax.models.parameters import named
-from vlp_jax.models.values import (
-    PLAIN,
-    ComputeConfig,
-    TransformerConfig,
-    keywords_of,
-    split_fields,
-)
+from vlp_jax.models.values import PLAIN, ComputeConfig, TransformerConfig, keywords_of, split_fields
 
 CAUSAL = AttentionMask(causal=True)
 

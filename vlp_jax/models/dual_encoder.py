@@ -86,10 +86,7 @@ class DualEncoder(nn.Module):
         )
 
     def embed_image(
-        self,
-        image: Images,
-        keep: Int[Array, "batch kept"] | None = None,
-        train: bool = False,
+        self, image: Images, keep: Int[Array, "batch kept"] | None = None, train: bool = False
     ) -> Float[Array, "batch embed"]:
         """Returns unit vectors of images, float32; `keep` restricts the tower to some patches."""
         features = self.image(image, keep, train, self.pixels.normalize)

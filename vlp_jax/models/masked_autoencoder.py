@@ -144,10 +144,7 @@ class MaskedAutoencoder(nn.Module):
         )
 
     def __call__(
-        self,
-        image: UInt8[Array, "batch height width 3"],
-        mask: PatchMask,
-        train: bool = False,
+        self, image: UInt8[Array, "batch height width 3"], mask: PatchMask, train: bool = False
     ) -> Float[Array, "batch patches outputs"]:
         """Predicts the values of every patch, float32, in the order (row, column, channel)."""
         latent = self.encode(image, mask.keep, train)
@@ -163,9 +160,7 @@ class MaskedAutoencoder(nn.Module):
         return self.image(image, keep, train, self.pixels.normalize)
 
     def decode(
-        self,
-        latent: Float[Array, "batch tokens embed"],
-        restore: Int[Array, "batch patches"],
+        self, latent: Float[Array, "batch tokens embed"], restore: Int[Array, "batch patches"]
     ) -> Float[Array, "batch patches outputs"]:
         """Predicts all patches from the encoder's tokens; the decoder gets no registers."""
         # The encoder's order is class token, registers, patches.

@@ -31,9 +31,7 @@ def sincos_2d(grid: Grid, width: int) -> Float[np.ndarray, "tokens width"]:
 
 
 def rotate(
-    x: Float[Array, "batch tokens heads head_dim"],
-    base: float,
-    first: Int[Array, ""] | int = 0,
+    x: Float[Array, "batch tokens heads head_dim"], base: float, first: Int[Array, ""] | int = 0
 ) -> Float[Array, "batch tokens heads head_dim"]:
     """Applies rotary positions: the product of a query and a key depends on their distance alone.
 
@@ -59,10 +57,7 @@ def rotate(
 
 
 def resample(
-    table: Float[np.ndarray, "tokens width"],
-    old_grid: Grid,
-    new_grid: Grid,
-    prefix_tokens: int = 0,
+    table: Float[np.ndarray, "tokens width"], old_grid: Grid, new_grid: Grid, prefix_tokens: int = 0
 ) -> Float[np.ndarray, "new_tokens width"]:
     """Resamples a table of learned positions to another grid: bicubic, antialiased.
 

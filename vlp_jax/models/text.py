@@ -117,9 +117,7 @@ class TextTransformer(nn.Module):
         return (last + 1).astype(jnp.int32)
 
     def _pool(
-        self,
-        x: Float[Array, "batch tokens width"],
-        tokens: Int[Array, "batch tokens"],
+        self, x: Float[Array, "batch tokens width"], tokens: Int[Array, "batch tokens"]
     ) -> Float[Array, "batch *tokens width"]:
         if self.pooling == "none":
             return x

@@ -118,10 +118,7 @@ class Captioning(Objective):
         mean = loss / jnp.maximum(count, 1)
         of_examples = self.mean == "example"
         one = jnp.minimum(count, 1)  # 0 for an example with an empty text
-        metrics = {
-            "loss": (mean, one) if of_examples else (loss, count),
-            "accuracy": (hits, count),
-        }
+        metrics = {"loss": (mean, one) if of_examples else (loss, count), "accuracy": (hits, count)}
         if context.train and 0 < self.parallel_share < 1:
             for name, chosen in (("parallel", parallel), ("causal", ~parallel)):
                 metrics[f"{name}_loss"] = (jnp.where(chosen, mean, 0), jnp.where(chosen, one, 0))

@@ -35,10 +35,7 @@ CLASS_LOSSES: dict[str, Callable[[Array, Array], Array]] = {
 
 
 def class_losses(
-    scores: Float[Array, "batch classes"],
-    targets: Targets,
-    kind: str,
-    label_smoothing: float = 0.0,
+    scores: Float[Array, "batch classes"], targets: Targets, kind: str, label_smoothing: float = 0.0
 ) -> Float[Array, " batch"]:
     """Computes the cross-entropy of each example, in float32.
 

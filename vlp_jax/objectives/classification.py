@@ -12,15 +12,7 @@ from vlp_jax import config as config_lib
 from vlp_jax.models.classifier import Classifier
 from vlp_jax.models.values import Pixels, keywords_of
 from vlp_jax.models.vit import make_vit
-from vlp_jax.objectives.base import (
-    Context,
-    Examples,
-    Field,
-    Function,
-    Objective,
-    Params,
-    of_images,
-)
+from vlp_jax.objectives.base import Context, Examples, Field, Function, Objective, Params, of_images
 from vlp_jax.objectives.class_loss import check_loss, loss_and_accuracy
 from vlp_jax.objectives.compute import make_compute
 

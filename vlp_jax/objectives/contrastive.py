@@ -66,10 +66,7 @@ class Contrastive(Objective):
     def reads(self) -> dict[str, Field]:
         """The fields of the loss: an image and its text."""
         image, text = self.model.image, self.model.text
-        return {
-            "image": Field.pixels(image.image_size),
-            "text": Field.tokens(text.context_length),
-        }
+        return {"image": Field.pixels(image.image_size), "text": Field.tokens(text.context_length)}
 
     def draw(self, batch: Batch, context: Context) -> Examples:
         """Returns images and texts, and in training with `mask_ratio` the patches to keep."""

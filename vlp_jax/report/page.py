@@ -31,10 +31,7 @@ def _environment() -> jinja2.Environment:
 
 
 def render(
-    title: str,
-    facts: Sequence[str],
-    sections: Sequence[Section],
-    made_by: Mapping[str, str],
+    title: str, facts: Sequence[str], sections: Sequence[Section], made_by: Mapping[str, str]
 ) -> str:
     """Renders the page as HTML and escapes all text.
 
