@@ -13,7 +13,7 @@ from foreign import clip, images, pixels, random_params, siglip, token_ids
 from vlp_jax import interop
 from vlp_jax.inspection import attention_maps, image_rollout, rollout, token_strings
 from vlp_jax.inspection.taps import attention_weights, layer_path, tapped
-from vlp_jax.models.attention_mask import AttentionMask
+from vlp_jax.models.attention import AttentionMask
 from vlp_jax.models.dual_encoder import DualEncoder
 from vlp_jax.models.values import ComputeConfig
 

@@ -10,9 +10,8 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import NamedSharding, PartitionSpec
 
-from vlp_jax.models.attention import ATTENTIONS, HOLDS, attend
+from vlp_jax.models.attention import ATTENTIONS, HOLDS, AttentionMask, attend
 from vlp_jax.models.attention_kernel import short_attention
-from vlp_jax.models.attention_mask import AttentionMask
 from vlp_jax.parallel import mesh as mesh_lib
 from vlp_jax.parallel import rules
 

@@ -11,7 +11,7 @@ import torch
 from modules import perturbed
 
 from tools.perf.peers.torch_step import patch_torchvision
-from vlp_jax.models.attention_mask import AttentionMask
+from vlp_jax.models.attention import AttentionMask
 from vlp_jax.models.decoder import make_decoder
 from vlp_jax.models.generation import Sampling, beam_search, generate
 from vlp_jax.models.layers import Attended, Encoder

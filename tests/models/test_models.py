@@ -9,9 +9,9 @@ import pytest
 from modules import apply, init, perturbed
 
 from vlp_jax.models import layers
-from vlp_jax.models.attention_mask import AttentionMask
+from vlp_jax.models.attention import AttentionMask
+from vlp_jax.models.dense import norm
 from vlp_jax.models.dual_encoder import DualEncoder, l2_normalize
-from vlp_jax.models.parameters import norm
 from vlp_jax.models.text import make_text
 from vlp_jax.models.values import PLAIN, ComputeConfig, Pixels, TransformerConfig
 from vlp_jax.models.vit import PatchEmbedding, make_vit

@@ -7,9 +7,9 @@ import pytest
 from modules import init
 
 from vlp_jax.models import layers
+from vlp_jax.models.layers import NAMES, REMAT_POLICIES
 from vlp_jax.models.masked_autoencoder import MaskedAutoencoder, MaskedDecoder
 from vlp_jax.models.masking import random_mask
-from vlp_jax.models.remat import NAMES, REMAT_POLICIES
 from vlp_jax.models.values import ComputeConfig, TransformerConfig
 from vlp_jax.models.vit import make_vit
 

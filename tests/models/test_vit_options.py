@@ -12,12 +12,11 @@ import torch
 from modules import apply, init, perturbed
 
 from vlp_jax.models import layers
+from vlp_jax.models.dense import norm
 from vlp_jax.models.masking import kept_patches, mask_from_noise, random_mask, take_tokens
-from vlp_jax.models.parameters import norm
 from vlp_jax.models.positions import resample, sincos_2d, square_grid
 from vlp_jax.models.text import make_text
-from vlp_jax.models.values import ComputeConfig, TransformerConfig, tower_fields
-from vlp_jax.models.variants import VARIANTS
+from vlp_jax.models.values import VARIANTS, ComputeConfig, TransformerConfig, tower_fields
 from vlp_jax.models.vit import make_vit, patchify, unpatchify
 
 KEY = jax.random.key(0)

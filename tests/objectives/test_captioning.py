@@ -49,7 +49,7 @@ def numpy_loss(objective, params, fields, parallel, smoothing=0.0):
     word: a place sees the words before it, or none of them but where it stands."""
     text, losses, hits = np.asarray(fields["text"]), [], []
     apply = jax.jit(objective.model.apply, static_argnames="causal")
-    from vlp_jax.models.attention_mask import AttentionMask
+    from vlp_jax.models.attention import AttentionMask
 
     for row, tokens in enumerate(text):
         end = int(np.flatnonzero(tokens == 1)[0]) + 1

@@ -21,8 +21,7 @@ from tools.perf import harness
 from tools.perf.harness import StepTimer
 from vlp_jax.arguments import parse_with_overrides
 from vlp_jax.errors import UserError, unknown_key_message
-from vlp_jax.models.attention import ATTENTIONS
-from vlp_jax.models.attention_mask import AttentionMask
+from vlp_jax.models.attention import ATTENTIONS, AttentionMask
 from vlp_jax.models.heads import MultiHeadAttention
 from vlp_jax.models.values import ComputeConfig, TransformerConfig
 

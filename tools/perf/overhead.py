@@ -44,7 +44,7 @@ from vlp_jax import config as config_lib
 from vlp_jax import smoke as smoke_lib
 from vlp_jax.arguments import parse_with_overrides
 from vlp_jax.errors import UserError
-from vlp_jax.models.variants import size_of
+from vlp_jax.models.values import size_of
 from vlp_jax.observe.compilation import CompileWatch
 from vlp_jax.observe.throughput import StartupClock
 from vlp_jax.observe.writers import build_writers

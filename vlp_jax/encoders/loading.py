@@ -17,8 +17,8 @@ from vlp_jax.encoders.images import ImageProcessor
 from vlp_jax.encoders.texts import TextProcessor, tokenizer_from
 from vlp_jax.errors import UserError
 from vlp_jax.interop.trees import Module, image_of, with_dtype
-from vlp_jax.models.captioner import Captioner
 from vlp_jax.models.coca import CoCa
+from vlp_jax.models.decoder import Captioner
 from vlp_jax.models.dual_encoder import DualEncoder
 from vlp_jax.models.masked_autoencoder import MaskedAutoencoder
 from vlp_jax.objectives.base import Function

@@ -11,9 +11,8 @@ from jaxtyping import Float, Int
 
 from vlp_jax.errors import UserError
 from vlp_jax.evaluators.base import Evaluator, Outcome, Resources
-from vlp_jax.evaluators.captions import embed_captions
 from vlp_jax.evaluators.ranking import Ranks, rank_both_ways
-from vlp_jax.evaluators.splits import Split
+from vlp_jax.evaluators.splits import Split, embed_captions
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

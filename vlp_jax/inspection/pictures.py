@@ -8,7 +8,7 @@ import numpy as np
 from etils import epath
 from jaxtyping import Float
 
-from vlp_jax.inspection.overlay import overlay
+from vlp_jax.inspection.heat_maps import overlay
 from vlp_jax.observe import charts
 from vlp_jax.observe.palette import INK, PALE, SERIES
 from vlp_jax.observe.sheet import FONT, GAP, TOP, Image, Sheet, picture_grid

@@ -17,11 +17,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from vlp_jax.models.attention_mask import SEE_ALL, AttentionMask
+from vlp_jax.models.attention import SEE_ALL, AttentionMask
+from vlp_jax.models.dense import norm
 from vlp_jax.models.dual_encoder import DualEncoder
 from vlp_jax.models.heads import MultiHeadAttention
 from vlp_jax.models.layers import Encoder
-from vlp_jax.models.parameters import norm
 
 Params = Any
 Edit = Callable[[Array], Array]

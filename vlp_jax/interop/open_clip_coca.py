@@ -46,8 +46,7 @@ from vlp_jax.interop.tables import (
     norm,
 )
 from vlp_jax.interop.trees import Module
-from vlp_jax.models.coca import CoCa, check_coca
-from vlp_jax.models.coca_towers import CoCaDecoder, CoCaText
+from vlp_jax.models.coca import CoCa, CoCaDecoder, CoCaText, check_coca
 from vlp_jax.models.values import Pixels
 
 MODEL = "open_clip's CoCa"

@@ -17,7 +17,7 @@ from vlp_jax.interop.files import Tensors
 from vlp_jax.interop.hf_tokenizer import TokenizerFiles
 from vlp_jax.interop.timm_names import fields_of, siglip_name
 from vlp_jax.interop.trees import Module, image_of
-from vlp_jax.models.coca_towers import CoCaText
+from vlp_jax.models.coca import CoCaText
 from vlp_jax.models.dual_encoder import DualEncoder
 from vlp_jax.models.text import TextTransformer
 from vlp_jax.models.values import Pixels, tower_fields

@@ -9,8 +9,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from vlp_jax.models.values import TransformerConfig, tower_fields
-from vlp_jax.models.variants import VARIANTS
+from vlp_jax.models.values import VARIANTS, TransformerConfig, tower_fields
 from vlp_jax.models.vit import VisionTransformer
 
 SIZES: dict[str, TransformerConfig] = {

@@ -11,10 +11,8 @@ import jax
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from vlp_jax.models.attention import attend, attend_flat
-from vlp_jax.models.attention_mask import SEE_ALL, AttentionMask
-from vlp_jax.models.dense import Product
-from vlp_jax.models.parameters import norm
+from vlp_jax.models.attention import SEE_ALL, AttentionMask, attend, attend_flat
+from vlp_jax.models.dense import Product, norm
 from vlp_jax.models.positions import rotate
 from vlp_jax.models.values import ComputeConfig, TransformerConfig
 
@@ -84,7 +82,6 @@ class MultiHeadAttention(nn.Module):
 
     Attributes:
       config: the heads, their width, norm, biases and rotary positions.
-      compute: how attention is computed.
     """
 
     config: TransformerConfig

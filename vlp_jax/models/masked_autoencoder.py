@@ -9,9 +9,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, UInt8
 
 from vlp_jax.models import layers
-from vlp_jax.models.dense import Dense
+from vlp_jax.models.dense import Dense, named
 from vlp_jax.models.masking import PatchMask, mask_from_noise, take_tokens
-from vlp_jax.models.parameters import named
 from vlp_jax.models.positions import Grid, sincos_2d
 from vlp_jax.models.values import (
     IMAGENET,
@@ -19,10 +18,10 @@ from vlp_jax.models.values import (
     ComputeConfig,
     Pixels,
     TransformerConfig,
+    check_choice,
     keywords_of,
     make_tower,
 )
-from vlp_jax.models.variants import check_choice
 from vlp_jax.models.vit import VisionTransformer, patchify
 
 

@@ -11,15 +11,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from vlp_jax import config as config_lib
-from vlp_jax.models.attention import HOLDS
-from vlp_jax.models.attention_mask import AttentionMask
-from vlp_jax.models.captioner import Captioner
+from vlp_jax.models.attention import HOLDS, AttentionMask
 from vlp_jax.models.coca import CoCa
-from vlp_jax.models.decoder import CAUSAL, make_decoder
+from vlp_jax.models.decoder import CAUSAL, Captioner, make_decoder
 from vlp_jax.models.dual_encoder import l2_normalize
 from vlp_jax.models.generation import Generated, Sampling, beam_search, generate
-from vlp_jax.models.values import Pixels, keywords_of
-from vlp_jax.models.variants import check_choice
+from vlp_jax.models.values import Pixels, check_choice, keywords_of
 from vlp_jax.models.vit import make_vit
 from vlp_jax.objectives.base import (
     PIXELS,

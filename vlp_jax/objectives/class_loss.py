@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from vlp_jax.models.variants import check_choice
+from vlp_jax.models.values import check_choice
 
 Targets = Int[Array, " batch"] | Float[Array, "batch classes"]
 

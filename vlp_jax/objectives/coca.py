@@ -10,10 +10,8 @@ from typing import Any
 import jax.numpy as jnp
 
 from vlp_jax import config as config_lib
-from vlp_jax.models.attention import HOLDS
-from vlp_jax.models.attention_mask import AttentionMask
-from vlp_jax.models.coca import CoCa, check_coca
-from vlp_jax.models.coca_towers import CoCaText, make_coca_decoder, make_coca_text
+from vlp_jax.models.attention import HOLDS, AttentionMask
+from vlp_jax.models.coca import CoCa, CoCaText, check_coca, make_coca_decoder, make_coca_text
 from vlp_jax.models.values import ComputeConfig, Pixels, keywords_of
 from vlp_jax.models.vit import make_vit
 from vlp_jax.objectives.base import Part

@@ -5,8 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from vlp_jax.models.values import ComputeConfig
-from vlp_jax.models.variants import check_choice
+from vlp_jax.models.values import ComputeConfig, check_choice
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 

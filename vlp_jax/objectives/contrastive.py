@@ -18,8 +18,7 @@ from vlp_jax.models.coca import CoCa
 from vlp_jax.models.dual_encoder import DualEncoder, make_dual_encoder
 from vlp_jax.models.masking import kept_patches, random_mask
 from vlp_jax.models.text import make_text
-from vlp_jax.models.values import Pixels, keywords_of
-from vlp_jax.models.variants import check_choice
+from vlp_jax.models.values import Pixels, check_choice, keywords_of
 from vlp_jax.models.vit import make_vit
 from vlp_jax.objectives.base import (
     Batch,

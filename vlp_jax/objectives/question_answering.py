@@ -9,7 +9,7 @@ from typing import Any
 from jaxtyping import Array
 
 from vlp_jax import config as config_lib
-from vlp_jax.models.fusion import QuestionAnswerer, make_fusion
+from vlp_jax.models.classifier import QuestionAnswerer, make_fusion
 from vlp_jax.models.text import make_text
 from vlp_jax.models.values import Pixels, keywords_of
 from vlp_jax.models.vit import make_vit

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from ml_collections import ConfigDict
 
-from vlp_jax.models.remat import REMAT_POLICIES
+from vlp_jax.models.layers import REMAT_POLICIES
 from vlp_jax.parallel.mesh import BATCH_AXES
 from vlp_jax.planning.compile import OutOfMemory, compile_setup
 from vlp_jax.planning.plan import Plan, make_setup_for, step_flops

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from vlp_jax.errors import UserError
 from vlp_jax.report import page
 from vlp_jax.report.blocks import GOOD, PLAIN, Block, Cell, Charts, Section, Table, Text
-from vlp_jax.report.provenance import provenance
+from vlp_jax.report.page import provenance
 from vlp_jax.report.run_record import RunRecord, short_names
 from vlp_jax.report.scores import (
     about,

@@ -16,8 +16,8 @@ from vlp_jax.report import page
 from vlp_jax.report.baseline import Baseline
 from vlp_jax.report.blocks import Section
 from vlp_jax.report.material import Material
+from vlp_jax.report.page import provenance
 from vlp_jax.report.pictures import Album
-from vlp_jax.report.provenance import provenance
 from vlp_jax.report.run_record import RunRecord
 from vlp_jax.report.section_config import config_section
 from vlp_jax.report.section_curves import curves_section
