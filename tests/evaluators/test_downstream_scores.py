@@ -11,9 +11,10 @@ from sklearn import metrics
 
 from vlp_jax.errors import UserError
 from vlp_jax.evaluators import make_evaluators
+from vlp_jax.evaluators.attacks import with_attacks
 from vlp_jax.evaluators.base import Resources, compile_functions
 from vlp_jax.evaluators.corruptions import corrupt
-from vlp_jax.evaluators.derived import evaluator_functions, with_attacks
+from vlp_jax.evaluators.loss import evaluator_functions
 from vlp_jax.objectives import make_objective
 from vlp_jax.objectives.base import PIXELS, TOKENS, Context, Function, of_images
 from vlp_jax.parallel import mesh as mesh_lib

@@ -200,7 +200,7 @@ def test_of_equal_neighbours_the_first_counts():
         neighbours.nearest(np.ones((2, 1), np.float32), ascending, 3)[1].tolist()
         == [[4999, 4998, 4997]] * 2
     )
-    with pytest.raises(ValueError, match="k=4 neighbours of 3"):
+    with pytest.raises(ValueError, match="k=4 is not between 1 and the 3"):
         neighbours.nearest(bank[:1], bank[:3], 4)
 
 

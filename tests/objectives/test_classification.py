@@ -17,7 +17,7 @@ from vlp_jax.errors import UserError
 from vlp_jax.models.values import Pixels
 from vlp_jax.objectives import make_objective
 from vlp_jax.objectives.base import Context, check_reads
-from vlp_jax.objectives.class_loss import class_losses
+from vlp_jax.objectives.classification import class_losses
 from vlp_jax.objectives.microbatch import loss_in_parts
 from vlp_jax.training import param_groups
 

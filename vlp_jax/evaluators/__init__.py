@@ -12,9 +12,8 @@ from vlp_jax.errors import UserError
 from vlp_jax.evaluators.accuracy import Accuracy, Answers
 from vlp_jax.evaluators.base import Evaluator, Resources
 from vlp_jax.evaluators.captioning import Captions, Likelihood
-from vlp_jax.evaluators.few_shot import FewShot
+from vlp_jax.evaluators.frozen_features import FewShot, Knn
 from vlp_jax.evaluators.geometry import Geometry
-from vlp_jax.evaluators.knn import Knn
 from vlp_jax.evaluators.linear_probe import LinearProbe
 from vlp_jax.evaluators.loss import Loss
 from vlp_jax.evaluators.reconstruction import Reconstruction

@@ -9,10 +9,10 @@ import numpy as np
 
 from vlp_jax.data.sources.base import as_plain
 from vlp_jax.errors import UserError
+from vlp_jax.evaluators import classification
 from vlp_jax.evaluators.base import Evaluator, Pairs, Resources
 from vlp_jax.evaluators.class_lists import renumber
-from vlp_jax.evaluators.classification import label_ranks
-from vlp_jax.evaluators.outputs import check_field, check_labels, numbers_of_model, outputs_of
+from vlp_jax.evaluators.outputs import check_field, check_labels, numbers_of_model
 
 
 class Accuracy(Evaluator):
@@ -45,22 +45,15 @@ class Accuracy(Evaluator):
         Raises:
           UserError: a label for which the model has no score.
         """
-        scores, fields = outputs_of(
-            self._resources,
-            params,
-            self._pipeline.batches(),
-            "classify",
-            ("image",),
-            keep=(self._label_field,),
-        )
+        batches, keep = self._pipeline.batches(), (self._label_field,)
+        scores, fields = self._resources.outputs(params, batches, "classify", ("image",), keep)
         labels = renumber(fields[self._label_field], self._numbers)
         check_labels(labels, scores.shape[1], self._label_field)
-        rank = label_ranks(scores, labels)
-        yield "top1", float((rank < 1).mean())
+        ranks = classification.label_ranks(scores, labels)
+        yield "top1", classification.top_k(ranks, 1)
         if scores.shape[1] > 5:
-            yield "top5", float((rank < 5).mean())
-        per_class = [(rank[labels == label] < 1).mean() for label in np.unique(labels)]
-        yield "mean_per_class", float(np.mean(per_class))
+            yield "top5", classification.top_k(ranks, 5)
+        yield "mean_per_class", classification.mean_per_class_recall(ranks, labels)
         yield "examples", float(len(labels))
         yield "classes", float(scores.shape[1])
 
@@ -110,17 +103,13 @@ class Answers(Evaluator):
         """
         right, labels, kinds = [], [], []
         for pipeline in self._pipelines:
-            scores, fields = outputs_of(
-                self._resources,
-                params,
-                pipeline.batches(),
-                "answer",
-                ("image", "text"),
-                keep=(self._label_field, *(["kind"] if self._has_kind else [])),
+            keep = (self._label_field, *(["kind"] if self._has_kind else []))
+            scores, fields = self._resources.outputs(
+                params, pipeline.batches(), "answer", ("image", "text"), keep
             )
             answers = fields[self._label_field]
             check_labels(answers, scores.shape[1], self._label_field)
-            right.append(label_ranks(scores, answers) < 1)
+            right.append(classification.label_ranks(scores, answers) < 1)
             labels.append(answers)
             kinds.append(fields.get("kind", np.zeros(len(answers), int)))
         right, labels, kinds = (np.concatenate(x) for x in (right, labels, kinds))

@@ -67,8 +67,8 @@ def attacked_images(
     return jax.lax.fori_loop(0, steps, step, start)
 
 
-def attack_functions(functions: Mapping[str, Function]) -> dict[str, Function]:
-    """Makes the attacked versions of an objective's classifying functions, for `Robustness`.
+def with_attacks(functions: Mapping[str, Function]) -> dict[str, Function]:
+    """Adds attacked versions of the functions that classify, for `Robustness`.
 
     Each takes `(params, inputs)` and returns the scores [batch, classes] of the attacked images.
     Its inputs are `image`, `label`, `number` (the example's number in its split, for the random
@@ -90,8 +90,9 @@ def attack_functions(functions: Mapping[str, Function]) -> dict[str, Function]:
 
         return run
 
-    return {
+    attacks = {
         PREFIX + name: of_images(attacked(functions[name], name == "embed_image"), "scores")
         for name in ATTACKABLE
         if name in functions
     }
+    return {**attacks, **functions}

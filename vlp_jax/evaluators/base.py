@@ -79,20 +79,30 @@ def key_of(value: Any) -> Hashable:
 
 
 INDEX = "_index"  # among the fields of `Resources.embed`: the position of an example in its data
+NUMBER = "number"  # a field that evaluators add: the number of an example in its split
 Pairs = Iterator[tuple[str, float]]
+# Changes a batch on the devices before a function gets it, such as a corruption.
+Change = Callable[[dict[str, Array]], dict[str, Array]]
 SHOWN = 8  # samples that an outcome shows
 
 
 class Outcome:
-    """The result of an evaluator on a whole split: scores, the arrays behind them, and samples."""
+    """The result of an evaluator on a whole split: scores, the arrays behind them, and samples.
+
+    Attributes:
+      saved: fields from which the scores can be computed again.
+    """
+
+    saved: ClassVar[tuple[str, ...]] = ()
 
     def scores(self) -> dict[str, float]:
         """Computes name -> value of every score."""
         raise NotImplementedError
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """Returns the arrays from which the scores can be computed again, for `save_embeddings`."""
-        return {}
+        """Returns the fields `saved` as arrays, without those that are None."""
+        values = {name: getattr(self, name) for name in self.saved}
+        return {name: np.asarray(value) for name, value in values.items() if value is not None}
 
     def samples(self) -> Sequence[Sample]:
         """Returns a few examples for TensorBoard, Weights & Biases and the report."""
@@ -216,16 +226,56 @@ class Resources:
           the data, int64 [n]). Both are without padding. Every process gets the rows of all
           processes, in the same order.
         """
-        outputs, fields = [], []
-        for number, batch in enumerate(batches):
-            rest = put_batch(chosen(batch, (*functions, *keep)), self.mesh)
-            arrays = {field: rest.pop(field) for field in functions}
-            results = {}
+
+        def run(rest: dict[str, Array]) -> tuple[dict[str, Array], dict[str, Array]]:
+            arrays, results = {field: rest.pop(field) for field in functions}, {}
             for field, name in functions.items():
                 # `rest` passes through each function, because the function's out_shardings gather
                 # it: afterwards every process can fetch the rows of all.
                 results[field], rest = self.functions[name](params, arrays[field], rest)
-            results, rest = jax.device_get((results, rest))
+            return results, rest
+
+        return self._gathered(batches, (*functions, *keep), run)
+
+    def outputs(
+        self,
+        params: Any,
+        batches: Iterable[Mapping[str, np.ndarray]],
+        function: str,
+        inputs: Sequence[str],
+        keep: Sequence[str] = (),
+        change: Change = dict,
+        more: Mapping[str, Any] | None = None,
+    ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """Applies one function to several fields of all batches, in one pass over the data.
+
+        Args:
+          inputs: the fields that the function takes; it takes a single one as a bare array.
+          keep: further fields to return.
+          change: see `Change`; it gets and returns the fields `inputs` and `keep`.
+          more: further inputs of the function, the same for every batch.
+
+        Returns:
+          The outputs, and the fields, as for `embed`.
+        """
+
+        def run(rest: dict[str, Array]) -> tuple[dict[str, Array], dict[str, Array]]:
+            rest = change(rest)
+            taken = {name: rest.pop(name) for name in inputs}
+            argument = {**taken, **(more or {})} if more or len(inputs) > 1 else taken[inputs[0]]
+            output, rest = self.functions[function](params, argument, rest)
+            return {"": output}, rest
+
+        outputs, fields = self._gathered(batches, (*inputs, *keep), run)
+        return outputs[""], fields
+
+    def _gathered(
+        self, batches: Iterable[Mapping[str, np.ndarray]], names: Sequence[str], run: Callable
+    ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+        """Puts fields of each batch on the devices, and joins the rows of `run` that count."""
+        outputs, fields = [], []
+        for number, batch in enumerate(batches):
+            results, rest = jax.device_get(run(put_batch(chosen(batch, names), self.mesh)))
             mask = rest.pop("mask")  # False for padding and for examples that cannot be used
             outputs.append({name: value[mask] for name, value in results.items()})
             fields.append({name: value[mask] for name, value in rest.items()})

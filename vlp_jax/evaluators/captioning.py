@@ -13,20 +13,17 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jaxtyping import Float, Int
 
-from vlp_jax.data.pipeline import EvalPipeline
 from vlp_jax.data.source_reader import RAW_TEXT
 from vlp_jax.data.wording import Wording, caption_wording, captions_of
 from vlp_jax.errors import NoScores, UserError
 from vlp_jax.evaluators import classification
-from vlp_jax.evaluators.base import SHOWN, Evaluator, Outcome, Pairs, Resources
+from vlp_jax.evaluators.base import NUMBER, SHOWN, Evaluator, Outcome, Pairs, Resources
 from vlp_jax.evaluators.caption_scores import SCORES, cider, tokens_of
-from vlp_jax.evaluators.class_lists import check_class_names, check_templates, fill, lines
-from vlp_jax.evaluators.outputs import check_field, check_labels, numbered, outputs_of
+from vlp_jax.evaluators.class_lists import check_templates, fill, names_of_classes
+from vlp_jax.evaluators.outputs import check_field, check_labels, numbered
 from vlp_jax.observe.samples import Sample
 from vlp_jax.parallel import agreement
 from vlp_jax.parallel.batch import put_batch
-
-NUMBER = "number"  # field with the number of an example in its split
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -163,7 +160,9 @@ class Captions(Evaluator):
         )
         self._class_names: tuple[str, ...] = ()
         if label_field is not None:
-            self._class_names = _class_names(self._pipeline, label_field, class_names)
+            check_field(self._pipeline, label_field, "class_names")
+            known = self._pipeline.class_names(label_field)
+            self._class_names = names_of_classes(class_names, known, label_field)
 
     def outcome(self, params: Any) -> CaptionsOutcome:
         """Generates captions for the whole split, and collects the references.
@@ -173,7 +172,7 @@ class Captions(Evaluator):
         """
         local: list[dict[str, Any]] = []  # rows that this process has read
         pictures: dict[int, np.ndarray] = {}
-        for batch in numbered(self._pipeline.batches(), NUMBER):
+        for batch in numbered(self._pipeline.batches()):
             for row in np.flatnonzero(batch["mask"])[: SHOWN - len(pictures)].tolist():
                 pictures[int(batch[NUMBER][row])] = np.asarray(batch["image"][row])
             local += self._of_batch(params, batch)
@@ -218,21 +217,6 @@ class Captions(Evaluator):
         return rows
 
 
-def _class_names(
-    pipeline: EvalPipeline, label_field: str, given: Sequence[str] | str | None
-) -> tuple[str, ...]:
-    """Returns the names of the classes that a field numbers: given names, or the data's.
-
-    Raises:
-      UserError: there are no names, a name occurs twice, or the field holds no whole numbers.
-    """
-    check_field(pipeline, label_field, "class_names")
-    names = lines(given or pipeline.class_names(label_field) or (), "class_names")
-    if not names:
-        raise UserError(f"the data has no names of the classes in {label_field!r}: set class_names")
-    return check_class_names(names)
-
-
 def _of_all_processes(rows: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
     """Gathers the rows of every process, through the devices: there may be megabytes of text."""
     if jax.process_count() == 1:
@@ -270,7 +254,9 @@ class Likelihood(Evaluator):
     ):
         self._resources, self._label_field = resources, label_field
         self._pipeline = resources.pipeline(data)
-        names = _class_names(self._pipeline, label_field, class_names)
+        check_field(self._pipeline, label_field, "class_names")
+        known = self._pipeline.class_names(label_field)
+        names = names_of_classes(class_names, known, label_field)
         (template,) = check_templates((template,))
         self._texts = [fill(template, name) for name in names]
 
@@ -281,14 +267,9 @@ class Likelihood(Evaluator):
           NoScores: a label is not the number of a class.
         """
         classes = self._resources.tokens(self._texts)
-        scores, fields = outputs_of(
-            self._resources,
-            params,
-            self._pipeline.batches(),
-            "class_likelihood",
-            ("image",),
-            keep=(self._label_field,),
-            more={"classes": classes},
+        batches, keep = self._pipeline.batches(), (self._label_field,)
+        scores, fields = self._resources.outputs(
+            params, batches, "class_likelihood", ("image",), keep, more={"classes": classes}
         )
         labels = fields[self._label_field]
         check_labels(labels, len(classes), self._label_field)

@@ -44,11 +44,22 @@ def fill(template: str, name: str) -> str:
     return PLACE.sub(lambda _: name, template)
 
 
-def check_class_names(names: Sequence[str]) -> tuple[str, ...]:
-    """Returns `names`; raises UserError if a name occurs twice.
+def names_of_classes(
+    given: Sequence[str] | str | None, known: Sequence[str] | None, field: str
+) -> tuple[str, ...]:
+    """Returns the names of the classes that a field numbers: the given names, or the data's.
 
-    Two classes with one name have the same prompts, so no model can distinguish them.
+    Args:
+      given: the names, or the path of a file with one name a line; None for the data's.
+      known: the data's names, if it has any.
+
+    Raises:
+      UserError: there are no names, or a name occurs twice. Two classes with one name have the same
+        prompts, so no model can distinguish them.
     """
+    names = lines(given or (), "class_names") or known
+    if not names:
+        raise UserError(f"the data has no names of the classes in {field!r}: set class_names")
     twice = [f"{name!r} ({count} times)" for name, count in Counter(names).items() if count > 1]
     if twice:
         raise UserError(

@@ -22,7 +22,9 @@ def label_ranks(
     Raises:
       ValueError: a label is not in [0, classes).
     """
-    check_labels(labels, logits.shape[1])
+    if len(labels) and not 0 <= labels.min() <= labels.max() < logits.shape[1]:
+        span = f"{labels.min()} to {labels.max()}"
+        raise ValueError(f"labels go from {span}, and there are {logits.shape[1]} classes")
     right = np.take_along_axis(logits, labels[:, None].astype(int), axis=1)
     # Not `logits >= right`, which is False for NaN.
     return (~(logits < right)).sum(axis=1) - 1
@@ -87,11 +89,3 @@ def calibration_error(
     """
     counts, confidence, accuracy = calibration_bins(confidences, hits, bins)
     return float((counts * np.abs(accuracy - confidence)).sum() / counts.sum())
-
-
-def check_labels(labels: Int[np.ndarray, " n"], classes: int) -> None:
-    """Raises ValueError if a label is not in [0, classes)."""
-    if len(labels) and not 0 <= labels.min() <= labels.max() < classes:
-        raise ValueError(
-            f"labels go from {labels.min()} to {labels.max()}, and there are {classes} classes"
-        )

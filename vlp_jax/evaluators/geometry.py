@@ -98,21 +98,19 @@ class GeometryOutcome(Outcome):
     text: Float[np.ndarray, "n dim"]
     index: Int[np.ndarray, " n"]
 
+    saved = ("image", "text", "index")
+
     def scores(self) -> dict[str, float]:
-        """Computes the measures of `embedding_space`, and `pairs`, the number of pairs."""
+        """Computes the measures of this module, and `pairs`, the number of pairs."""
         return {
-            "alignment": embedding_space.alignment(self.image, self.text),
-            "image_uniformity": embedding_space.uniformity(self.image),
-            "text_uniformity": embedding_space.uniformity(self.text),
-            "modality_gap": embedding_space.modality_gap(self.image, self.text),
-            "image_effective_rank": embedding_space.effective_rank(self.image),
-            "text_effective_rank": embedding_space.effective_rank(self.text),
+            "alignment": alignment(self.image, self.text),
+            "image_uniformity": uniformity(self.image),
+            "text_uniformity": uniformity(self.text),
+            "modality_gap": modality_gap(self.image, self.text),
+            "image_effective_rank": effective_rank(self.image),
+            "text_effective_rank": effective_rank(self.text),
             "pairs": float(len(self.image)),
         }
-
-    def arrays(self) -> dict[str, np.ndarray]:
-        """Returns the arrays for `save_embeddings`."""
-        return {"image": self.image, "text": self.text, "index": self.index}
 
 
 class Geometry(Evaluator):

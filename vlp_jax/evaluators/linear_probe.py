@@ -12,19 +12,18 @@ from jaxtyping import Float, Int
 
 from vlp_jax.errors import UserError, unknown_key_message
 from vlp_jax.evaluators import classification, probes
-from vlp_jax.evaluators.base import Evaluator, Outcome, Resources
-from vlp_jax.evaluators.frozen_features import FeatureSplits, FrozenFeatures
+from vlp_jax.evaluators.base import Evaluator, Resources
+from vlp_jax.evaluators.frozen_features import FeaturesOutcome, FeatureSplits, FrozenFeatures
 
 METHODS = ("lbfgs", "sgd")
 LEARNING_RATES = (0.01, 0.1, 1.0)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class LinearProbeOutcome(Outcome):
+class LinearProbeOutcome(FeaturesOutcome):
     """The logits of a fitted linear classifier on the test split.
 
     Attributes:
-      features: features and labels of both splits.
       logits: float64 [n, classes], of the test examples.
       method: "lbfgs" or "sgd".
       chosen: the chosen regularization (lbfgs) or learning rate (sgd).
@@ -32,12 +31,13 @@ class LinearProbeOutcome(Outcome):
       settings: settings of the fit: holdout, seed, max_iterations, epochs, batch_size.
     """
 
-    features: FrozenFeatures
     logits: Float[np.ndarray, "n classes"]
     method: str
     chosen: float
     tried: Mapping[float, float]
     settings: Mapping[str, float]
+
+    saved = ("logits", "method", "chosen")
 
     @cached_property
     def ranks(self) -> Int[np.ndarray, " n"]:
@@ -56,22 +56,13 @@ class LinearProbeOutcome(Outcome):
             "top5": classification.top_k(self.ranks, 5),
             chosen: self.chosen,
             "holdout_top1": self.tried[self.chosen],
-            "examples": float(len(self.features.test)),
-            "train_examples": float(len(self.features.train)),
-            "classes": float(self.features.classes),
+            **self.counts(),
         }
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """Returns the arrays for `save_embeddings`."""
+        """Returns the fields `saved`, settings, and the values that were tried with scores."""
         settings = {name: np.array(value) for name, value in self.settings.items()}
-        return {
-            **self.features.arrays(),
-            "logits": self.logits,
-            "method": np.array(self.method),
-            "chosen": np.array(self.chosen),
-            "tried": np.array(sorted(self.tried.items())),
-            **settings,
-        }
+        return {**super().arrays(), "tried": np.array(sorted(self.tried.items())), **settings}
 
 
 class LinearProbe(Evaluator):

@@ -13,7 +13,8 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from vlp_jax.errors import UserError
-from vlp_jax.evaluators.base import Evaluator, Pairs, Resources
+from vlp_jax.evaluators.attacks import with_attacks
+from vlp_jax.evaluators.base import NUMBER, Evaluator, Pairs, Resources
 from vlp_jax.evaluators.outputs import numbered
 from vlp_jax.objectives import Objective
 from vlp_jax.objectives.base import SEPARATOR, Context, Function, Metrics
@@ -21,8 +22,15 @@ from vlp_jax.parallel import mesh as mesh_lib
 from vlp_jax.parallel.batch import put_batch
 
 SEED = 0  # of random draws of the loss, such as masks: fixed, to compare steps of a run
-NUMBER = "number"  # field with the number of an example in its split
 EACH, WHOLE = "loss_of_each", "loss_of_batch"  # an objective has one of these functions
+
+
+def evaluator_functions(objective: Objective) -> dict[str, Function]:
+    """Returns the objective's functions, its loss on examples, and attacks on its classifiers.
+
+    Nothing is compiled until a function is called.
+    """
+    return {**loss_functions(objective), **with_attacks(objective.functions())}
 
 
 def loss_functions(objective: Objective) -> dict[str, Function]:
@@ -118,7 +126,7 @@ class Loss(Evaluator):
         """
         sums: dict[str, np.ndarray] = {}
         examples = 0
-        for batch in numbered(self._batches(), NUMBER):
+        for batch in numbered(self._batches()):
             count, metrics = self._sums(params, batch)
             examples += count
             for name, pair in metrics.items():

@@ -25,7 +25,7 @@ def nearest(
       ValueError: the bank has fewer than `k` vectors.
     """
     if not 1 <= k <= len(bank):
-        raise ValueError(f"k={k} neighbours of {len(bank)} vectors")
+        raise ValueError(f"k={k} is not between 1 and the {len(bank)} rows of the index")
     similarity = np.empty((len(queries), k), np.float32)
     number = np.empty((len(queries), k), np.int64)
     for start in range(0, len(queries), QUERY_BLOCK):
@@ -39,7 +39,7 @@ def _nearest(queries: np.ndarray, bank: np.ndarray, k: int) -> tuple[np.ndarray,
     number = np.zeros((len(queries), k), np.int64)
     start, size = 0, FIRST_BLOCK
     while start < len(bank):
-        block = queries @ bank[start : start + size].T
+        block = queries @ np.asarray(bank[start : start + size], np.float32).T
         # Only what exceeds the k-th best so far can enter: an equal one has a higher number.
         hits = block > best[:, -1:]
         rows = np.flatnonzero(hits.any(axis=1))

@@ -1,14 +1,14 @@
-"""Applies a function of several fields to a split, and gathers the outputs on the host."""
+"""Numbers the examples of a split, and checks their labels against the model's classes."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Array, Int
+from jaxtyping import Int
 
 from vlp_jax.data.pipeline import EvalPipeline, split_mixture
 from vlp_jax.data.sources import build_source
@@ -16,59 +16,20 @@ from vlp_jax.data.sources.base import as_plain
 from vlp_jax.data.sources.labels import WordClasses
 from vlp_jax.data.sources.manifest import SUFFIX
 from vlp_jax.errors import NoScores, UserError
-from vlp_jax.evaluators.base import Resources, chosen
+from vlp_jax.evaluators.base import NUMBER, Resources
 from vlp_jax.evaluators.class_lists import numbers_onto
-from vlp_jax.parallel.batch import put_batch
 
 _log = logging.getLogger("vlp_jax.evaluators")
-# Changes a batch on the devices before the function gets it, such as a corruption.
-Change = Callable[[dict[str, Array]], dict[str, Array]]
 
 
-def outputs_of(
-    resources: Resources,
-    params: Any,
-    batches: Iterable[Mapping[str, np.ndarray]],
-    function: str,
-    inputs: Sequence[str],
-    keep: Sequence[str] = (),
-    change: Change = dict,
-    more: Mapping[str, Any] | None = None,
-) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """Returns the outputs of `function(params, {name: array})` on all batches, and `keep`'s fields.
-
-    Both are without padding. Every process gets the rows of all processes, in the same order.
-
-    Args:
-      inputs: the fields that the function takes; it takes a single one as a bare array.
-      keep: further fields to return.
-      change: see `Change`; it gets and returns the fields `inputs` and `keep`.
-      more: further inputs of the function, the same for every batch.
-    """
-    outputs, fields = [], []
-    for batch in batches:
-        rest = change(put_batch(chosen(batch, (*inputs, *keep)), resources.mesh))
-        taken = {name: rest.pop(name) for name in inputs}
-        argument = {**taken, **(more or {})} if more or len(inputs) > 1 else taken[inputs[0]]
-        # `rest` passes through the function, whose results every process can fetch whole.
-        output, rest = jax.device_get(resources.functions[function](params, argument, rest))
-        mask = rest.pop("mask")
-        outputs.append(output[mask])
-        fields.append({name: value[mask] for name, value in rest.items()})
-    named = {name: np.concatenate([f[name] for f in fields]) for name in fields[0]}
-    return np.concatenate(outputs), named
-
-
-def numbered(
-    batches: Iterable[Mapping[str, np.ndarray]], name: str = "number"
-) -> Iterable[dict[str, np.ndarray]]:
-    """Adds the field `name` to each batch: the number of each example in the split, int32."""
+def numbered(batches: Iterable[Mapping[str, np.ndarray]]) -> Iterable[dict[str, np.ndarray]]:
+    """Adds the field `NUMBER` to each batch: the number of each example in the split, int32."""
     for step, batch in enumerate(batches):
         local = len(batch["mask"])
         whole = local * jax.process_count()
         # A global batch holds the examples of process 0, then of process 1, and so on.
         first = step * whole + jax.process_index() * local
-        yield {**batch, name: np.arange(first, first + local, dtype=np.int32)}
+        yield {**batch, NUMBER: np.arange(first, first + local, dtype=np.int32)}
 
 
 def check_labels(labels: Int[np.ndarray, " n"], classes: int, field: str) -> None:

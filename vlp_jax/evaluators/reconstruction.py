@@ -29,13 +29,11 @@ class ReconstructionOutcome(Outcome):
     index: np.ndarray
     views: Float[np.ndarray, "few 3 height width 3"] | None = None
 
+    saved = ("errors", "index")
+
     def scores(self) -> dict[str, float]:
         """Computes `error`, the mean squared error over the hidden patches, and `examples`."""
         return {"error": float(self.errors.mean()), "examples": float(len(self.errors))}
-
-    def arrays(self) -> dict[str, np.ndarray]:
-        """Returns the arrays for `save_embeddings`."""
-        return {"errors": self.errors, "index": self.index}
 
     def samples(self) -> Sequence[Sample]:
         """Returns pictures of the three views of an image side by side."""

@@ -37,6 +37,8 @@ class RetrievalOutcome(Outcome):
     text_to_image: Ranks
     ks: tuple[int, ...]
 
+    saved = ("image", "text", "owners", "index", "ks")
+
     def scores(self) -> dict[str, float]:
         """Computes the scores of both directions, `image_to_text_...` and `text_to_image_...`.
 
@@ -54,16 +56,6 @@ class RetrievalOutcome(Outcome):
             "pairs": float(len(self.text)),
             "images": float(len(self.image)),
             "chance_r1": 1 / len(self.image),
-        }
-
-    def arrays(self) -> dict[str, np.ndarray]:
-        """Returns the arrays for `save_embeddings`."""
-        return {
-            "image": self.image,
-            "text": self.text,
-            "owners": self.owners,
-            "index": self.index,
-            "ks": np.array(self.ks),
         }
 
 
@@ -99,9 +91,7 @@ class Retrieval(Evaluator):
     ):
         if not ks or min(ks) < 1:
             raise UserError(f"ks must be at least 1, not {tuple(ks)}")
-        self._resources = resources
-        self._ks = tuple(ks)
-        self._captions = captions
+        self._ks, self._captions = tuple(ks), captions
         self._split = Split(resources, data, () if captions is None else (captions,))
         # Only fields of numbers have a spec: strings do not go to the devices.
         if captions in self._split.pipeline.batch_spec():

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 from vlp_jax.errors import UserError
 from vlp_jax.evaluators import corruptions as corruptions_lib
 from vlp_jax.evaluators.attacks import PREFIX
-from vlp_jax.evaluators.base import Evaluator, Pairs, Resources
+from vlp_jax.evaluators.base import NUMBER, Evaluator, Pairs, Resources
 from vlp_jax.evaluators.class_lists import renumber
 from vlp_jax.evaluators.classification import label_ranks
 from vlp_jax.evaluators.outputs import (
@@ -21,11 +21,9 @@ from vlp_jax.evaluators.outputs import (
     check_labels,
     numbered,
     numbers_of_model,
-    outputs_of,
 )
 from vlp_jax.evaluators.zero_shot import ZeroShot
 
-NUMBER = "number"  # field with the number of an image in its split
 TRUE = "true_label"  # field to score with; an attack takes "label" as its input
 # Total length of PGD's steps, in radii (Madry et al. 2018).
 REACH = 2.5
@@ -127,9 +125,12 @@ class Robustness(Evaluator):
             yield "corruption_mean", float(np.mean(means))
             yield "corruption_relative", float(np.mean(means)) / clean if clean else 0.0
         for radius in self._radii:
-            yield f"fgsm_{radius:g}", self._attacked(params, classes, radius, fgsm(radius))
-            settings = pgd(radius, self._steps)
-            yield f"pgd_{radius:g}", self._attacked(params, classes, radius, settings)
+            # One step to the border, and steps from a random start; see `attacks.attacked_images`.
+            fgsm = {"step_size": radius, "steps": 1, "random_start": 0.0}
+            yield f"fgsm_{radius:g}", self._attacked(params, classes, radius, fgsm)
+            pgd = {"step_size": REACH * radius / self._steps, "steps": self._steps}
+            more = {**pgd, "random_start": 1.0}
+            yield f"pgd_{radius:g}", self._attacked(params, classes, radius, more)
         yield "examples", float(len(right))
 
     def _right(
@@ -139,14 +140,8 @@ class Robustness(Evaluator):
         change: Callable[[dict[str, Array]], dict[str, Array]] = dict,
     ) -> np.ndarray:
         """Returns which images are classified right, after a change to the batches."""
-        scores, fields = outputs_of(
-            self._resources,
-            params,
-            self._batches(),
-            self._function,
-            ("image",),
-            keep=(TRUE, NUMBER),
-            change=change,
+        scores, fields = self._resources.outputs(
+            params, self._batches(), self._function, ("image",), (TRUE, NUMBER), change
         )
         return self._hits(scores if classes is None else scores @ classes.T, fields)
 
@@ -168,19 +163,14 @@ class Robustness(Evaluator):
         }
         if classes is not None:
             more |= {"classes": classes, "logit_scale": np.float32(self._logit_scale)}
-        scores, fields = outputs_of(
-            self._resources,
-            params,
-            self._batches(),
-            PREFIX + self._function,
-            ("image", "label", NUMBER),
-            keep=(TRUE,),
-            more=more,
+        function, inputs = PREFIX + self._function, ("image", "label", NUMBER)
+        scores, fields = self._resources.outputs(
+            params, self._batches(), function, inputs, keep=(TRUE,), more=more
         )
         return float(self._hits(scores, fields).mean())
 
     def _batches(self) -> Iterator[dict[str, np.ndarray]]:
-        for batch in numbered(self._pipeline.batches(), NUMBER):
+        for batch in numbered(self._pipeline.batches()):
             label = self._numbers(batch[self._label_field])
             kept = {name: batch[name] for name in ("image", "mask", NUMBER)}
             yield {**kept, "label": label, TRUE: label}
@@ -191,16 +181,6 @@ class Robustness(Evaluator):
         labels = fields[TRUE]
         check_labels(labels, scores.shape[1], self._label_field)
         return label_ranks(scores, labels) < 1
-
-
-def fgsm(radius: float) -> dict[str, float]:
-    """Returns the settings of FGSM, one step to the border; see `attacks.attacked_images`."""
-    return {"step_size": radius, "steps": 1, "random_start": 0.0}
-
-
-def pgd(radius: float, steps: int) -> dict[str, float]:
-    """Returns the settings of PGD, steps from a random start; see `attacks.attacked_images`."""
-    return {"step_size": REACH * radius / steps, "steps": steps, "random_start": 1.0}
 
 
 def _corrupted(

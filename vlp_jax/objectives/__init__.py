@@ -9,12 +9,11 @@ from typing import Any
 from vlp_jax import config as config_lib
 from vlp_jax.objectives.base import Objective
 from vlp_jax.objectives.captioning import make_captioning
-from vlp_jax.objectives.classification import make_classification
+from vlp_jax.objectives.classification import make_classification, make_question_answering
 from vlp_jax.objectives.coca import make_coca
 from vlp_jax.objectives.composite import Composite, make_composite
 from vlp_jax.objectives.contrastive import make_contrastive
 from vlp_jax.objectives.masked_autoencoding import make_masked_autoencoding
-from vlp_jax.objectives.question_answering import make_question_answering
 from vlp_jax.objectives.weight import StepsOf
 
 

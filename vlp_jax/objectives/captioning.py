@@ -30,7 +30,7 @@ from vlp_jax.objectives.base import (
     Params,
     of_images,
 )
-from vlp_jax.objectives.compute import make_compute
+from vlp_jax.objectives.compute import from_tokenizer, make_compute
 from vlp_jax.objectives.token_loss import token_losses
 
 MEANS = ("example", "token")
@@ -150,8 +150,7 @@ class Captioning(Objective):
         ends = targets == self.eos_id
         before = jnp.cumsum(ends, axis=1) - ends
         in_loss = (before == 0) & ((targets != self.pad_id) | ends)
-        # Where padding and end of text share an id, the padding that `targets` appends looks like
-        # an end of text.
+        # Where padding and end of text share an id, appended padding looks like an end of text.
         return in_loss if self.bos_id is None else in_loss.at[:, -1].set(False)
 
     def _mask(self, parallel: Bool[Array, " batch"], length: int, train: bool) -> AttentionMask:
@@ -292,8 +291,7 @@ def make_captioning(
       ValueError: an unknown variant, mean or dtype, no tokenizer, a number out of range, or an
         attention backend that does not support the decoder's mask.
     """
-    if tokenizer is None:
-        raise ValueError("captioning needs config.tokenizer")
+    sizes = from_tokenizer(tokenizer, "captioning", ())
     if not 0 <= parallel_share <= 1:
         raise ValueError(f"parallel_share must be in [0, 1], not {parallel_share}")
     if not 0 <= label_smoothing < 1:
@@ -313,10 +311,9 @@ def make_captioning(
             make_decoder,
             decoder,
             "config.objective.decoder",
-            vocab_size=tokenizer.vocab_size,
-            context_length=tokenizer.context_length,
             extra_tokens=1,  # the mask token
             compute=dataclasses.replace(how, attention=attention),
+            **sizes,
         ),
         Pixels(tuple(image_mean), tuple(image_std)),
     )

@@ -11,13 +11,13 @@ import jax.numpy as jnp
 
 from vlp_jax import config as config_lib
 from vlp_jax.models.attention import HOLDS, AttentionMask
-from vlp_jax.models.coca import CoCa, CoCaText, check_coca, make_coca_decoder, make_coca_text
-from vlp_jax.models.values import ComputeConfig, Pixels, keywords_of
+from vlp_jax.models.coca import CoCa, check_coca, make_coca_decoder, make_coca_text
+from vlp_jax.models.values import Pixels, keywords_of
 from vlp_jax.models.vit import make_vit
 from vlp_jax.objectives.base import Part
 from vlp_jax.objectives.captioning import Captioning
 from vlp_jax.objectives.composite import Composite
-from vlp_jax.objectives.compute import make_compute
+from vlp_jax.objectives.compute import from_tokenizer, make_compute
 from vlp_jax.objectives.contrastive import Contrastive, check_loss
 from vlp_jax.objectives.weight import StepsOf, Weight
 
@@ -76,12 +76,21 @@ def make_coca(
         backend that does not support the text tower's mask.
     """
     check_loss("softmax", loss_form, loss_block_size, logit_scale_init, max_logit_scale)
-    how, where, sizes = make_compute(**compute), "config.objective", _sizes(tokenizer)
+    ids = from_tokenizer(tokenizer, "coca", ("bos_id", "eos_id", "pad_id"))
+    if tokenizer.bos_id is None:
+        raise ValueError("coca needs a tokenizer with a bos, which each caption begins with")
+    sizes = {name: ids[name] for name in ("vocab_size", "context_length")}
+    how, where, text = make_compute(**compute), "config.objective", dict(text)
+    attention = text.pop("attention", how.attention)
+    # The kinds of rules that the text tower's real mask has; only the kinds are checked here.
+    mask = AttentionMask(causal=True, explicit=jnp.ones((1, 1, 1, 1), bool))
+    mask.check(attention, HOLDS.get(attention, ()))
+    reading = dataclasses.replace(how, attention=attention)
     body = {"class_token": True, **image, "pooling": "none"}
     vit = config_lib.build(make_vit, body, f"{where}.image", compute=how)
     model = CoCa(
         vit.clone(norm_after_pool=True),
-        _text_tower(tokenizer, text, how, f"{where}.text"),
+        config_lib.build(make_coca_text, text, f"{where}.text", compute=reading, **ids),
         config_lib.build(make_coca_decoder, decoder, f"{where}.decoder", compute=how, **sizes),
         embed_dim,
         math.log(logit_scale_init),
@@ -98,31 +107,3 @@ def make_coca(
         loss_form=loss_form,
         loss_block_size=loss_block_size,
     )
-
-
-def _sizes(tokenizer: Any) -> dict[str, int]:
-    """Returns the sizes that the tokenizer gives both text towers.
-
-    Raises:
-      ValueError: there is no tokenizer, or it has no bos.
-    """
-    if tokenizer is None:
-        raise ValueError("coca needs config.tokenizer")
-    if tokenizer.bos_id is None:
-        raise ValueError("coca needs a tokenizer with a bos, which each caption begins with")
-    return {name: getattr(tokenizer, name) for name in ("vocab_size", "context_length")}
-
-
-def _text_tower(
-    tokenizer: Any, section: Mapping[str, Any], how: ComputeConfig, where: str
-) -> CoCaText:
-    """Makes the text tower of a section, whose `attention` overrides the one in `how`."""
-    fields = dict(section)
-    attention = fields.pop("attention", how.attention)
-    # The kinds of rules that the tower's real mask has; only the kinds are checked here.
-    mask = AttentionMask(causal=True, explicit=jnp.ones((1, 1, 1, 1), bool))
-    mask.check(attention, HOLDS.get(attention, ()))
-    ids = {name: getattr(tokenizer, name) for name in ("bos_id", "eos_id", "pad_id")}
-    how = dataclasses.replace(how, attention=attention)
-    sizes = _sizes(tokenizer)
-    return config_lib.build(make_coca_text, fields, where, compute=how, **sizes, **ids)

@@ -1,6 +1,8 @@
-"""The keys of `config.objective` that choose how a model is computed, for all objectives."""
+"""Arguments that all objectives share: how a model is computed, and what its tokenizer says."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -30,3 +32,16 @@ def make_compute(
         dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     check_choice("dtype", dtype, tuple(DTYPES))
     return ComputeConfig(DTYPES[dtype], attention, quantization, remat, scan_layers)
+
+
+def from_tokenizer(
+    tokenizer: Any, who: str, ids: tuple[str, ...] = ("eos_id", "pad_id")
+) -> dict[str, int]:
+    """Returns the fields of a text tower that follow from its tokenizer: sizes and ids.
+
+    Raises:
+      ValueError: there is no tokenizer; `who` needs one.
+    """
+    if tokenizer is None:
+        raise ValueError(f"{who} needs config.tokenizer")
+    return {name: getattr(tokenizer, name) for name in ("vocab_size", "context_length", *ids)}

@@ -33,7 +33,7 @@ from vlp_jax.objectives.base import (
     of_texts,
 )
 from vlp_jax.objectives.blocked import blocked_loss
-from vlp_jax.objectives.compute import make_compute
+from vlp_jax.objectives.compute import from_tokenizer, make_compute
 from vlp_jax.objectives.pairwise import PAIRWISE_LOSSES, pair_logits
 
 LOSS_FORMS = ("plain", "blocked")
@@ -71,8 +71,7 @@ class Contrastive(Objective):
         """Returns images and texts, and in training with `mask_ratio` the patches to keep."""
         fields = {name: batch[name] for name in self.reads}
         if context.train and self.mask_ratio:
-            # `forward` takes the second half of the key, so masks and stochastic depth are
-            # independent.
+            # `forward` takes the other half: masks and stochastic depth are independent.
             key, patches = jax.random.split(context.rng)[0], self.model.image.patches
             kept = kept_patches(patches, self.mask_ratio)
             fields["keep"] = random_mask(key, len(batch["image"]), patches, kept).keep
@@ -93,11 +92,9 @@ class Contrastive(Objective):
           ValueError: the form is "blocked" and no mesh is set.
         """
         del context
-        log_scale, bias = self.model.apply({"params": params}, method="logit_parameters")
-        scale = jnp.exp(bound_above(log_scale, self._log_bound()))
+        scale, bias = self._scale_and_bias(params)
         loss, hits = self._pair_loss(examples["image"], examples["text"], scale, bias)
-        count = jnp.float32(examples["image"].shape[0])
-        one = jnp.float32(1)
+        count, one = jnp.float32(len(examples["image"])), jnp.float32(1)
         metrics = {
             # A metric is a sum with its count, and the loss is a mean over pairs.
             "loss": (loss * count, count),
@@ -118,16 +115,17 @@ class Contrastive(Objective):
                     "loss_form 'blocked' needs a mesh, also on one device: call the loss inside "
                     "vlp_jax.parallel.rules.use_mesh(mesh), or set loss_form to 'plain'"
                 )
-            size = self.loss_block_size
-            return blocked_loss(
-                self.pairwise_loss, image, text, scale, bias, mesh=mesh, block_size=size
-            )
+            settings = {"mesh": mesh, "block_size": self.loss_block_size}
+            return blocked_loss(self.pairwise_loss, image, text, scale, bias, **settings)
         logits = pair_logits(image, text, scale, bias)
         hits = jnp.argmax(logits, axis=1) == jnp.arange(logits.shape[0])
         return PAIRWISE_LOSSES[self.pairwise_loss](logits), hits.sum().astype(jnp.float32)
 
-    def _log_bound(self) -> float:
-        return math.log(self.max_logit_scale) if self.max_logit_scale else math.inf
+    def _scale_and_bias(self, params: Params) -> tuple[Float[Array, ""], Float[Array, ""]]:
+        """Returns the bounded factor on the cosine similarity, and the bias of the logits."""
+        log_scale, bias = self.model.apply({"params": params}, method="logit_parameters")
+        bound = math.log(self.max_logit_scale) if self.max_logit_scale else math.inf
+        return jnp.exp(bound_above(log_scale, bound)), bias
 
     def functions(self) -> dict[str, Function]:
         """Returns the functions of a dual encoder.
@@ -141,17 +139,16 @@ class Contrastive(Objective):
         def apply(method: str) -> Callable[..., Array]:
             return lambda params, x: self.model.apply({"params": params}, x, method=method)
 
-        def logit_scale(params: Params, unused: Array) -> Float[Array, ""]:
-            del unused
-            log_scale, _ = self.model.apply({"params": params}, method="logit_parameters")
-            return jnp.exp(bound_above(log_scale, self._log_bound()))
-
         unit = "unit vectors"
         return {
             "embed_image": of_images(apply("embed_image"), unit),
             "embed_text": of_texts(apply("embed_text"), unit),
             "image_features": of_images(apply("image_features"), "features before the projection"),
-            "logit_scale": Function(logit_scale, {}, "the factor on the cosine similarity"),
+            "logit_scale": Function(
+                lambda params, _: self._scale_and_bias(params)[0],
+                {},
+                "the factor on the cosine similarity",
+            ),
         }
 
 
@@ -179,17 +176,8 @@ def _bound_above_backward(bound: float, x: Array, gradient: Array) -> tuple[Arra
 bound_above.defvjp(_bound_above_forward, _bound_above_backward)
 
 
-def check_loss(
-    loss: str, form: str, block_size: int, scale: float | None, most: float | None
-) -> None:
-    """Checks the settings of a contrastive loss; see `make_contrastive`.
-
-    Args:
-      scale, most: `logit_scale_init` and `max_logit_scale`; None where the config has no such key.
-
-    Raises:
-      ValueError: an unknown name or a number out of range.
-    """
+def check_loss(loss: str, form: str, block_size: int, scale: float | None, most: float) -> None:
+    """Raises ValueError for settings of `make_contrastive` that are unknown or out of range."""
     if loss not in PAIRWISE_LOSSES:  # people type "siglip"
         raise ValueError(f"unknown loss {loss!r}{did_you_mean(loss, PAIRWISE_LOSSES)}")
     check_choice("loss_form", form, LOSS_FORMS)
@@ -197,16 +185,8 @@ def check_loss(
         raise ValueError(f"loss_block_size must be at least 1, not {block_size}")
     if scale is not None and scale <= 0:
         raise ValueError(f"logit_scale_init must be > 0, not {scale}")
-    if most is not None and most < 0:
+    if most < 0:
         raise ValueError(f"max_logit_scale must be >= 0 (0 for no bound), not {most}")
-
-
-def _from_tokenizer(tokenizer: Any) -> dict[str, int]:
-    """Returns the fields of a text tower that follow from its tokenizer."""
-    if tokenizer is None:
-        raise ValueError("a contrastive objective needs config.tokenizer")
-    names = ("vocab_size", "context_length", "eos_id", "pad_id")
-    return {name: getattr(tokenizer, name) for name in names}
 
 
 @keywords_of(make_compute)
@@ -249,7 +229,7 @@ def make_contrastive(
     defaults = {"softmax": (1 / 0.07, None), "sigmoid": (10.0, -10.0)}[loss]
     scale = defaults[0] if logit_scale_init is None else logit_scale_init
     bias = defaults[1] if logit_bias_init is None else logit_bias_init
-    sizes = _from_tokenizer(tokenizer)
+    sizes = from_tokenizer(tokenizer, "a contrastive objective")
     model = make_dual_encoder(
         image=config_lib.build(make_vit, image, "config.objective.image", compute=how),
         text=config_lib.build(make_text, text, "config.objective.text", compute=how, **sizes),
@@ -260,6 +240,5 @@ def make_contrastive(
         logit_bias_init=bias,
         pixels=Pixels(tuple(image_mean), tuple(image_std)),
     )
-    # Here, so that the error comes before anything is traced.
     kept_patches(model.image.patches, mask_ratio)  # raises if the ratio leaves no patch
     return Contrastive(model, loss, max_logit_scale, mask_ratio, loss_form, loss_block_size)

@@ -22,6 +22,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt8
 
 from vlp_jax.errors import UserError, unknown_key_message
+from vlp_jax.evaluators.corruptions import constants
 
 Image = Float[Array, "height width 3"]  # values in [0, 1]
 Number = Float[Array, ""]
