@@ -19,13 +19,13 @@ from tests.browser import (
 from tests.report.conftest import HOSTILE
 from vlp_jax import evaluate
 from vlp_jax.errors import UserError
-from vlp_jax.report import page, section_pictures, section_retrieval
+from vlp_jax.report import page, pictures, section_retrieval
 from vlp_jax.report.baseline import read_baseline
 from vlp_jax.report.blocks import Cards, Code, Fold, Section, Table, Text, Tile, Tiles
 from vlp_jax.report.page import MAX_BYTES, render, render_small
 from vlp_jax.report.pictures import Album
 from vlp_jax.report.run_record import RunRecord, short_names
-from vlp_jax.report.section_curves import curves_section
+from vlp_jax.report.section_run import curves_section
 
 SECTIONS = (
     *("summary", "scores", "curves", "zero-shot-zero_shot", "retrieval-retrieval", "heat"),
@@ -57,7 +57,7 @@ def report(workdir, other, tmp_path_factory):
     """A report with another run for a baseline."""
     file = tmp_path_factory.mktemp("pages") / "report.html"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(section_pictures, "HEATED", 1)  # each is computed on eight devices here
+        patch.setattr(pictures, "HEATED", 1)  # each is computed on eight devices here
         assert command("--workdir", workdir, "--report", file, "--baseline", other) == 0
     return file
 

@@ -32,7 +32,7 @@ from vlp_jax.arguments import parse_with_overrides
 from vlp_jax.observe.pictures import draw_comparison, draw_reconstructions
 from vlp_jax.observe.plots import Curve
 from vlp_jax.observe.throughput import StartupClock
-from vlp_jax.report.paintings import hidden_share, paint
+from vlp_jax.report.material import hidden_share, paint
 from vlp_jax.report.run_record import RunRecord
 from vlp_jax.train import train
 from vlp_jax.training import checkpoint

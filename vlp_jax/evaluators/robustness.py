@@ -125,12 +125,8 @@ class Robustness(Evaluator):
             yield "corruption_mean", float(np.mean(means))
             yield "corruption_relative", float(np.mean(means)) / clean if clean else 0.0
         for radius in self._radii:
-            # One step to the border, and steps from a random start; see `attacks.attacked_images`.
-            fgsm = {"step_size": radius, "steps": 1, "random_start": 0.0}
-            yield f"fgsm_{radius:g}", self._attacked(params, classes, radius, fgsm)
-            pgd = {"step_size": REACH * radius / self._steps, "steps": self._steps}
-            more = {**pgd, "random_start": 1.0}
-            yield f"pgd_{radius:g}", self._attacked(params, classes, radius, more)
+            for name, settings in (("fgsm", fgsm(radius)), ("pgd", pgd(radius, self._steps))):
+                yield f"{name}_{radius:g}", self._attacked(params, classes, radius, settings)
         yield "examples", float(len(right))
 
     def _right(
@@ -181,6 +177,16 @@ class Robustness(Evaluator):
         labels = fields[TRUE]
         check_labels(labels, scores.shape[1], self._label_field)
         return label_ranks(scores, labels) < 1
+
+
+def fgsm(radius: float) -> dict[str, float]:
+    """Returns the settings of FGSM, one step to the border; see `attacks.attacked_images`."""
+    return {"step_size": radius, "steps": 1, "random_start": 0.0}
+
+
+def pgd(radius: float, steps: int) -> dict[str, float]:
+    """Returns the settings of PGD, steps from a random start; see `attacks.attacked_images`."""
+    return {"step_size": REACH * radius / steps, "steps": steps, "random_start": 1.0}
 
 
 def _corrupted(

@@ -18,9 +18,14 @@ from vlp_jax.report.scores import (
     scores_of,
     title_of,
 )
-from vlp_jax.report.section_config import ABSENT, difference_table
-from vlp_jax.report.section_curves import metric_chart, score_charts
-from vlp_jax.report.section_time import speed
+from vlp_jax.report.section_run import (
+    ABSENT,
+    difference_table,
+    flat,
+    metric_chart,
+    score_charts,
+    speed,
+)
 from vlp_jax.report.wording import score_text
 
 MOST_RUNS = 6  # as many curves can be told apart
@@ -128,7 +133,7 @@ def _curves(runs: Mapping[str, RunRecord]) -> Section | None:
 
 
 def _configs(runs: Mapping[str, RunRecord]) -> Section:
-    table = difference_table({name: run.config for name, run in runs.items()})
+    table = difference_table({name: flat(run.config) for name, run in runs.items()})
     return Section("config", "Config", [table])
 
 

@@ -14,23 +14,20 @@ from vlp_jax.evaluators.retrieval import RetrievalOutcome
 from vlp_jax.evaluators.zero_shot import ZeroShotOutcome
 from vlp_jax.report import page
 from vlp_jax.report.baseline import Baseline
-from vlp_jax.report.blocks import Section
+from vlp_jax.report.blocks import Section, Text
 from vlp_jax.report.material import Material
 from vlp_jax.report.page import provenance
-from vlp_jax.report.pictures import Album
-from vlp_jax.report.run_record import RunRecord
-from vlp_jax.report.section_config import config_section
-from vlp_jax.report.section_curves import curves_section
-from vlp_jax.report.section_data import data_section
-from vlp_jax.report.section_pictures import (
+from vlp_jax.report.pictures import (
+    Album,
     heat_section,
-    left_out,
     paintings_section,
     samples_section,
 )
+from vlp_jax.report.run_record import RunRecord
+from vlp_jax.report.section_data import data_section
 from vlp_jax.report.section_retrieval import retrieval_section
+from vlp_jax.report.section_run import config_section, curves_section, time_section
 from vlp_jax.report.section_scores import headline_section, table_section
-from vlp_jax.report.section_time import time_section
 from vlp_jax.report.section_zero_shot import zero_shot_section
 from vlp_jax.report.wording import plain
 from vlp_jax.training.restore import LoadedParameters
@@ -49,9 +46,7 @@ def write_report(
 
     Args:
       path: the HTML file.
-      subject: the model and its data.
       loaded: the parameters that were evaluated.
-      material: everything that the page shows.
       baseline: scores to compare with; None for none.
       command: the command line after `python -m vlp_jax.evaluate`.
 
@@ -74,36 +69,18 @@ def write_report(
     return [f"wrote {path}", *(f"note: {notice}" for notice in notices)]
 
 
-def _zero_shot(
-    name: str, outcome: ZeroShotOutcome, material: Material, album: Album
-) -> Section | None:
-    return zero_shot_section(name, outcome, material.mistakes[name], album)
-
-
-def _retrieval(
-    name: str, outcome: RetrievalOutcome, material: Material, album: Album
-) -> Section | None:
-    return retrieval_section(name, outcome, material.texts[name], material.pairs[name], album)
-
-
-def _painted(name: str, outcome: Outcome, material: Material, album: Album) -> Section | None:
-    del name, outcome
-    if material.views is None:
-        return None
-    return paintings_section(material.views, material.hidden, album)
-
-
-def _samples(name: str, outcome: Outcome, material: Material, album: Album) -> Section | None:
-    del material
-    return samples_section(name, outcome, album)
-
-
 # The section for the outcome of an evaluator, by its type, in the order of the page.
 SECTIONS: dict[type[Outcome], Callable[[str, Any, Material, Album], Section | None]] = {
-    ZeroShotOutcome: _zero_shot,
-    RetrievalOutcome: _retrieval,
-    CaptionsOutcome: _samples,
-    ReconstructionOutcome: _painted,
+    ZeroShotOutcome: lambda name, outcome, material, album: zero_shot_section(
+        name, outcome, material.mistakes[name], album
+    ),
+    RetrievalOutcome: lambda name, outcome, material, album: retrieval_section(
+        name, outcome, material.texts[name], material.pairs[name], album
+    ),
+    CaptionsOutcome: lambda name, outcome, material, album: samples_section(name, outcome, album),
+    ReconstructionOutcome: lambda name, outcome, material, album: paintings_section(
+        material.views, material.hidden, album
+    ),
 }
 
 
@@ -125,15 +102,15 @@ def _sections(
         for name, outcome in material.outcomes(kind).items():
             found.append(section(name, outcome, material, album))
     found.append(heat_section(material.heat, album))
-    tokenizer = subject.resources.tokenizer
     if run is not None:
-        context = None if tokenizer is None else tokenizer.context_length
+        context = getattr(subject.resources.tokenizer, "context_length", None)
         found.append(data_section(material.data, context))
         found.append(time_section(run))
         other = None if baseline is None or baseline.run is None else baseline.run.config
         found.append(config_section(run.config, other, "baseline"))
     if album.left_out:
-        found.append(Section("left-out", "Left out", left_out(album)))
+        text = f"{album.left_out} pictures are left out, so that the page stays small."
+        found.append(Section("left-out", "Left out", [Text(text)]))
     return [section for section in found if section is not None]
 
 
