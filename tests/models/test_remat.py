@@ -67,7 +67,7 @@ def test_a_masked_encoder_holds_nothing_of_hidden_patches_but_stored_pixels():
     batch, kept = 2, 4
     image = jnp.zeros((batch, 64, 64, 3), jnp.uint8)
     mask = random_mask(KEY, batch, vit.patches, kept)
-    params = model.init(KEY, image, mask)
+    params = init(model, image, mask)
     jaxpr = jax.make_jaxpr(lambda p, x, k: model.apply(p, x, k, method="encode"))(
         params, image, mask.keep
     )
