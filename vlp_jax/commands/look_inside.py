@@ -63,11 +63,7 @@ SCENE_COLORS = {
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """Returns the arguments.
-
-    Raises:
-      UserError: no model or two, an unknown method, or a number out of its range.
-    """
+    """Returns the arguments; raises UserError if they do not fit each other."""
     parser = make_parser("vlp-jax look-inside", __doc__)
     add = parser.add_argument
     add("--workdir", metavar="DIR", help="folder of a run")
@@ -87,9 +83,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         raise UserError("name one model: --workdir DIR of a run, or --weights FORMAT:PATH")
     if arguments.method not in METHODS:
         raise UserError(unknown_key_message(arguments.method, METHODS, "--method"))
-    if arguments.projection is not None and arguments.projection not in embeddings.METHODS:
-        known = embeddings.METHODS
-        raise UserError(unknown_key_message(arguments.projection, known, "--projection"))
+    projection, known = arguments.projection, embeddings.METHODS
+    if projection is not None and projection not in known:
+        raise UserError(unknown_key_message(projection, known, "--projection"))
     if arguments.method == "relevance" and arguments.against:
         raise UserError("--method relevance has nothing to go --against; choose another method")
     if arguments.neighbours < 0 or arguments.limit < 3:

@@ -42,10 +42,7 @@ COMMON_KEYS = ("data", "every", "train_data")
 
 
 def merged_data(train_data: Mapping[str, Any], section: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the data config of an evaluator: the training data's, updated by its `data` section.
-
-    If the section names another source, it takes nothing from the training data.
-    """
+    """Returns an evaluator's data: its changes to the training data, if of the same source."""
     changes = dict(section.get("data", {}).items())
     if changes.get("source", train_data.get("source")) != train_data.get("source"):
         return changes

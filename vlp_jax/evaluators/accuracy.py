@@ -37,13 +37,9 @@ class Accuracy(Evaluator):
         self._numbers = numbers_of_model(resources, data, self._pipeline, label_field)
 
     def pairs(self, params: Any) -> Pairs:
-        """Yields `top1`, `top5` (with six classes or more), `mean_per_class`, and two counts.
+        """Yields `top1`, `top5` (with six classes or more) and `mean_per_class`, and two counts.
 
-        The counts are `examples` and `classes`; the scores are in [0, 1]. `mean_per_class` is the
-        top-1 of each class that occurs, averaged over these classes.
-
-        Raises:
-          UserError: a label for which the model has no score.
+        The scores are in [0, 1]. Raises NoScores for a label that the model does not score.
         """
         batches, keep = self._pipeline.batches(), (self._label_field,)
         scores, fields = self._resources.outputs(params, batches, "classify", ("image",), keep)
@@ -94,12 +90,9 @@ class Answers(Evaluator):
     def pairs(self, params: Any) -> Pairs:
         """Yields `accuracy`, `accuracy_KIND` of each kind, `questions`, and two baselines.
 
-        The baselines answer without seeing the image. `most_common` always gives the most common
-        answer of the split, and `most_common_of_kind` the most common answer of the question's
-        kind. Accuracies are in [0, 1].
-
-        Raises:
-          UserError: an answer for which the model has no score.
+        The baselines answer without seeing the image: `most_common` always gives the most common
+        answer of the split, `most_common_of_kind` the most common answer of the kind. All
+        are in [0, 1]. Raises NoScores for an answer that the model does not score.
         """
         right, labels, kinds = [], [], []
         for pipeline in self._pipelines:
@@ -126,11 +119,7 @@ class Answers(Evaluator):
 
 
 def _each_question(data: Mapping[str, Any], questions: int | None) -> Iterator[dict[str, Any]]:
-    """Yields the data config once for each question, with the question's index in `preprocess`.
-
-    Raises:
-      UserError: `preprocess` has no choose_question, or `questions` is below 1.
-    """
+    """Yields the data config once for each question, with the question's index in `preprocess`."""
     data = as_plain(data)
     if questions is None:
         yield data

@@ -39,12 +39,9 @@ def attacked_images(
 
     Args:
       scores: images -> logits of the classes. The logits of an image must depend on it alone.
-      image: values in [0, 255].
-      label: the true class.
       keys: random keys of the start, one for each image.
-      radius: largest change of a value (the maximum norm), on the scale of 0 to 255.
-      step_size: length of a step, on the same scale.
-      steps: number of steps.
+      radius, step_size: largest change of a value (the maximum norm) and length of a step, on the
+        scale of 0 to 255.
       random_start: whether to start from a random point of the ball, or from the image.
 
     Returns:

@@ -26,11 +26,7 @@ MAX_BYTES = 2**31  # of all cached arrays
 
 
 class EmbeddingCache:
-    """Caches arrays by key, for one set of parameters at a time; off unless it is `open`.
-
-    Args:
-      max_bytes: an array that would make the cache larger is not cached.
-    """
+    """Caches at most `max_bytes` of arrays by key, for one set of parameters; off unless `open`."""
 
     def __init__(self, max_bytes: int = MAX_BYTES) -> None:
         self._max_bytes = max_bytes
@@ -134,11 +130,7 @@ class Evaluator:
     reads_text = False
 
     def outcome(self, params: Any) -> Outcome:
-        """Evaluates `params`. All processes must call it.
-
-        Raises:
-          NoScores: the data cannot be scored.
-        """
+        """Evaluates `params`; NoScores if the data cannot be scored. All processes must call it."""
         return Scores(dict(self.pairs(params)))
 
     def pairs(self, params: Any) -> Pairs:
@@ -156,7 +148,6 @@ class Resources:
 
     Attributes:
       functions: the objective's functions, compiled by `compile_functions`.
-      tokenizer: the run's tokenizer.
       mesh: the devices over which a batch is split.
       batch_size: examples of an evaluation batch, over the whole mesh.
       wording: the run's operations on texts; see `vlp_jax.data.wording`.
@@ -175,10 +166,7 @@ class Resources:
 
     @contextlib.contextmanager
     def one_evaluation(self, params: Any) -> Iterator[None]:
-        """Lets evaluators of the same data share its embeddings by `params`, within this context.
-
-        Nothing is cached outside of it.
-        """
+        """Lets evaluators of the same data share embeddings by `params`, within this context."""
         with self.cache.open(params):
             yield
 
@@ -223,8 +211,7 @@ class Resources:
 
         Returns:
           The outputs by field, and the fields `keep` with `INDEX` (the position of each example in
-          the data, int64 [n]). Both are without padding. Every process gets the rows of all
-          processes, in the same order.
+          the data, int64 [n]), without padding. Every process gets all rows, in the same order.
         """
 
         def run(rest: dict[str, Array]) -> tuple[dict[str, Array], dict[str, Array]]:
@@ -247,16 +234,12 @@ class Resources:
         change: Change = dict,
         more: Mapping[str, Any] | None = None,
     ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        """Applies one function to several fields of all batches, in one pass over the data.
+        """Applies one function to several fields of all batches; returns what `embed` returns.
 
         Args:
           inputs: the fields that the function takes; it takes a single one as a bare array.
-          keep: further fields to return.
-          change: see `Change`; it gets and returns the fields `inputs` and `keep`.
+          change: changes each batch of the fields `inputs` and `keep` on the devices, before.
           more: further inputs of the function, the same for every batch.
-
-        Returns:
-          The outputs, and the fields, as for `embed`.
         """
 
         def run(rest: dict[str, Array]) -> tuple[dict[str, Array], dict[str, Array]]:
@@ -319,10 +302,6 @@ class CompiledFunction:
     """A jitted function of the objective: `(params, array, rest) -> (output, rest)`.
 
     The results are replicated, so that each process can fetch them whole.
-
-    Attributes:
-      function: the function to compile.
-      mesh: the devices.
     """
 
     function: Function

@@ -64,10 +64,7 @@ class CaptionsOutcome(Outcome):
         ]
 
     def named(self, captions: Sequence[str]) -> float:
-        """Computes the share of captions that name the class of their image and no other class.
-
-        A caption must contain all words of its class's name, and no other word of any class's name.
-        """
+        """Computes the share of captions with all words of their class's name, and of no other."""
         names = [set(name.lower().split()) for name in self.class_names]
         known = set().union(*names)
         words = (set(re.findall(r"\w+", caption.lower())) for caption in captions)
@@ -165,11 +162,7 @@ class Captions(Evaluator):
             self._class_names = names_of_classes(class_names, known, label_field)
 
     def outcome(self, params: Any) -> CaptionsOutcome:
-        """Generates captions for the whole split, and collects the references.
-
-        Raises:
-          NoScores: no example has a reference.
-        """
+        """Generates captions for the whole split; raises NoScores if no example has a reference."""
         local: list[dict[str, Any]] = []  # rows that this process has read
         pictures: dict[int, np.ndarray] = {}
         for batch in numbered(self._pipeline.batches()):
@@ -261,11 +254,7 @@ class Likelihood(Evaluator):
         self._texts = [fill(template, name) for name in names]
 
     def pairs(self, params: Any) -> Pairs:
-        """Yields `top1`, `top5` (with more than five classes), `examples`, `classes`, `chance`.
-
-        Raises:
-          NoScores: a label is not the number of a class.
-        """
+        """Yields `top1`, `top5` (with more than five classes), `examples`, `classes`, `chance`."""
         classes = self._resources.tokens(self._texts)
         batches, keep = self._pipeline.batches(), (self._label_field,)
         scores, fields = self._resources.outputs(

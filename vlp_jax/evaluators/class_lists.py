@@ -22,11 +22,7 @@ PLACE = re.compile(r"\{c?\}")
 
 
 def lines(value: Sequence[str] | str, key: str) -> tuple[str, ...]:
-    """Returns `value`, or the lines of the file it names, without empty lines and # comments.
-
-    Raises:
-      UserError: the file cannot be read, or has no lines.
-    """
+    """Returns `value`, or the lines of the file it names; UserError if they cannot be read."""
     return read_lines(value, key) if isinstance(value, str) else tuple(value)
 
 
@@ -47,11 +43,7 @@ def fill(template: str, name: str) -> str:
 def names_of_classes(
     given: Sequence[str] | str | None, known: Sequence[str] | None, field: str
 ) -> tuple[str, ...]:
-    """Returns the names of the classes that a field numbers: the given names, or the data's.
-
-    Args:
-      given: the names, or the path of a file with one name a line; None for the data's.
-      known: the data's names, if it has any.
+    """Returns the names that a field numbers: `given` names, or lines of a file, or `known` ones.
 
     Raises:
       UserError: there are no names, or a name occurs twice. Two classes with one name have the same
@@ -75,8 +67,7 @@ def numbers_onto(
     """Returns for each class of the data its number in another list; None if the numbers agree.
 
     Args:
-      names: names of the data's classes, by number; None if unknown.
-      classes: names in the other list, by number; None if unknown.
+      names, classes: names of the data's classes and of the other list, by number; None if unknown.
       where, key: the names of the data and of the other list in errors.
 
     Raises:

@@ -17,10 +17,7 @@ def label_ranks(
     """Counts the other classes that score at least as high as the right one; 0 is a hit.
 
     Ties count against the model, or a model with equal scores for all classes would be right. So
-    does a score that is NaN.
-
-    Raises:
-      ValueError: a label is not in [0, classes).
+    does a score that is NaN. Raises ValueError for a label that is not in [0, classes).
     """
     if len(labels) and not 0 <= labels.min() <= labels.max() < logits.shape[1]:
         span = f"{labels.min()} to {labels.max()}"

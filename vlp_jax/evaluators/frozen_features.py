@@ -61,13 +61,9 @@ class FeaturesOutcome(Outcome):
 
 
 class FeatureSplits:
-    """Computes the `FrozenFeatures` of given parameters.
+    """Computes the `FrozenFeatures` of given parameters by the objective's function `features`.
 
     Labels of the test split are renumbered by class name to match the training split.
-
-    Args:
-      data, train_data: images to test and to train on, with the class in `label_field`.
-      features: name of the objective's function that computes features.
 
     Raises:
       UserError: the objective lacks the function, or the splits have no class in common.
@@ -91,11 +87,7 @@ class FeatureSplits:
         self._names, self._numbers = joined_classes(self._train_names, self._test_names)
 
     def __call__(self, params: Any) -> FrozenFeatures:
-        """Computes features and labels of both splits.
-
-        Raises:
-          UserError: a label is not the number of a class.
-        """
+        """Computes features and labels of both splits; raises UserError for a label of no class."""
         test, test_labels = self._of(self._test, params, self._test_names)
         train, train_labels = self._of(self._train, params, self._train_names)
         test_labels = renumber(test_labels, self._numbers)
@@ -125,11 +117,9 @@ class FewShotOutcome(FeaturesOutcome):
     """The accuracy of each draw of training images.
 
     Attributes:
-      shots: numbers of images per class.
-      seeds: seeds of the draws.
+      shots, seeds: numbers of images per class, and seeds of the draws.
       accuracy: top-1 on the test split, float64 [shots, seeds].
-      l2: the chosen regularization, float64 [shots, seeds].
-      grid: the values to choose from.
+      l2: the regularization that was chosen from `grid`, float64 [shots, seeds].
     """
 
     shots: tuple[int, ...]
@@ -141,10 +131,7 @@ class FewShotOutcome(FeaturesOutcome):
     saved = ("shots", "seeds", "accuracy", "l2", "grid")
 
     def scores(self) -> dict[str, float]:
-        """Computes `top1_Nshot` and `top1_Nshot_std` for each N, `seeds`, `examples`, `classes`.
-
-        Top-1 is the mean over the draws, in [0, 1]; `std` is the population's, over the draws.
-        """
+        """Computes `top1_Nshot` and `top1_Nshot_std` (the population's), and counts."""
         scores = {}
         for shots, row in zip(self.shots, self.accuracy, strict=True):
             scores[f"top1_{shots}shot"] = float(row.mean())
@@ -200,11 +187,7 @@ class FewShot(Evaluator):
         self._splits = FeatureSplits(resources, data, train_data, label_field, features)
 
     def outcome(self, params: Any) -> FewShotOutcome:
-        """Fits every draw, and scores it on the whole test split.
-
-        Raises:
-          UserError: a class has fewer training images than a number of shots.
-        """
+        """Fits and scores every draw; raises UserError if a class has too few training images."""
         features = self._splits(params)
         accuracy = np.zeros((len(self._shots), len(self._seeds)))
         l2 = np.zeros(accuracy.shape)
@@ -220,13 +203,7 @@ class FewShot(Evaluator):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class KnnOutcome(FeaturesOutcome):
-    """The predicted class of every test example, from unit vectors.
-
-    Attributes:
-      ks: numbers of neighbours that vote.
-      predictions: int64 [ks, n].
-      temperature: temperature of the votes.
-    """
+    """The class that the nearest `ks` neighbours predict for every test example, int64 [ks, n]."""
 
     ks: tuple[int, ...]
     predictions: Int[np.ndarray, "ks n"]
@@ -278,11 +255,7 @@ class Knn(Evaluator):
         self._splits = FeatureSplits(resources, data, train_data, label_field, features)
 
     def outcome(self, params: Any) -> KnnOutcome:
-        """Predicts the classes of the whole test split.
-
-        Raises:
-          UserError: there are fewer training examples than neighbours.
-        """
+        """Predicts the whole test split; UserError for fewer training examples than neighbours."""
         splits = self._splits(params)
         if len(splits.train) < max(self._ks):
             raise UserError(

@@ -45,10 +45,9 @@ class LinearProbeOutcome(FeaturesOutcome):
         return classification.label_ranks(self.logits, self.features.test_labels)
 
     def scores(self) -> dict[str, float]:
-        """Computes `top1` and `top5` in [0, 1], the chosen `l2` or `learning_rate`, and counts.
+        """Computes `top1`, `top5` in [0, 1], the chosen `l2` or `learning_rate`, and counts.
 
-        `holdout_top1` is the score that chose the value. The counts are `examples`,
-        `train_examples` and `classes`.
+        `holdout_top1` is the score that chose the value.
         """
         chosen = {"lbfgs": "l2", "sgd": "learning_rate"}[self.method]
         return {
@@ -121,11 +120,7 @@ class LinearProbe(Evaluator):
         self._splits = FeatureSplits(resources, data, train_data, label_field, features)
 
     def outcome(self, params: Any) -> LinearProbeOutcome:
-        """Fits the classifier, and applies it to the whole test split.
-
-        Raises:
-          UserError: the training split is too small to hold a part out, or has one class.
-        """
+        """Fits the classifier, and scores the test split; raises UserError for too little data."""
         features = self._splits(params)
         fit = {"lbfgs": self._lbfgs, "sgd": self._by_sgd}[self._method]
         logits, chosen, tried = fit(features)

@@ -119,11 +119,7 @@ class Loss(Evaluator):
             )
 
     def pairs(self, params: Any) -> Pairs:
-        """Yields each metric of the objective, such as `loss`, and `examples`, the number counted.
-
-        Raises:
-          UserError: every batch has an example that cannot be used.
-        """
+        """Yields each metric, and `examples`, the number counted; UserError if there are none."""
         sums: dict[str, np.ndarray] = {}
         examples = 0
         for batch in numbered(self._batches()):

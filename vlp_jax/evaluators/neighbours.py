@@ -19,10 +19,8 @@ def nearest(
     """Finds the `k` vectors of `bank` with the largest dot products, for each query.
 
     Returns their similarities (float32, the largest first) and their numbers. Of equal ones, those
-    with the lowest numbers count. Memory grows neither with the queries nor with the bank.
-
-    Raises:
-      ValueError: the bank has fewer than `k` vectors.
+    with the lowest numbers count. Memory grows neither with the queries nor with the bank. Raises
+    ValueError if the bank has fewer than `k` vectors.
     """
     if not 1 <= k <= len(bank):
         raise ValueError(f"k={k} is not between 1 and the {len(bank)} rows of the index")
@@ -96,10 +94,7 @@ def predictions(
 ) -> Int[np.ndarray, "ks n"]:
     """Predicts the class with most votes of the k nearest vectors of `bank`, for each k.
 
-    Of classes with equal votes the lowest number wins.
-
-    Raises:
-      ValueError: the bank has fewer vectors than the largest k.
+    Of classes with equal votes the lowest number wins. Raises ValueError as `nearest`.
     """
     similarity, number = nearest(queries, bank, max(ks))
     classes = int(labels.max()) + 1

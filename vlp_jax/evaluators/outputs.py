@@ -47,10 +47,7 @@ def numbers_of_model(
     """Returns for each class of the data its number in the training data; None if they agree.
 
     They can differ only for a folder, and for data prepared from a folder: such data numbers the
-    label words that occur in it.
-
-    Raises:
-      UserError: the training data lacks a class of `data`.
+    label words that occur in it. Raises UserError if the training data lacks a class.
     """
     if resources.train_data is None:
         return None

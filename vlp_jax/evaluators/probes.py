@@ -43,12 +43,9 @@ def accuracy(logits: Float[np.ndarray, "n classes"], labels: Int[np.ndarray, " n
 def hold_out(
     count: int, share: float, seed: int
 ) -> tuple[Int[np.ndarray, " kept"], Int[np.ndarray, " held_out"]]:
-    """Splits the numbers below `count` at random into two parts; the second has `share` of them.
+    """Splits the numbers below `count` at random; the second part has `share` of them.
 
-    The result depends on the arguments alone.
-
-    Raises:
-      UserError: a part would be empty.
+    The result depends on the arguments alone. Raises UserError if a part would be empty.
     """
     held = round(count * share)
     if not 0 < held < count:
@@ -106,9 +103,7 @@ def fit_logistic(
     """Minimizes sum(cross-entropy) + l2 / 2 |kernel|^2 by L-BFGS; the bias is not regularized.
 
     It is scikit-learn's `LogisticRegression` with C = 1 / l2, as in Radford et al. 2021, A.3.
-
-    Raises:
-      UserError: there are fewer than two classes among the labels.
+    Raises UserError for fewer than two classes.
     """
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
@@ -149,10 +144,8 @@ def fit_ridge(
     """Fits least squares on targets of +-1 with l2 |kernel|^2; returns it and the chosen `l2`.
 
     The value of `grid` with the least leave-one-out error is chosen, in closed form. This works
-    with one example per class too. It is scikit-learn's `RidgeClassifierCV`.
-
-    Raises:
-      UserError: there are fewer than two classes among the labels.
+    with one example per class too. It is scikit-learn's `RidgeClassifierCV`. Raises UserError for
+    fewer than two classes.
     """
     from sklearn.linear_model import RidgeClassifierCV
 
@@ -167,10 +160,7 @@ def few_per_class(
 ) -> Int[np.ndarray, " chosen"]:
     """Draws `shots` examples of each class that occurs; returns their numbers, sorted.
 
-    The draw depends on the arguments alone.
-
-    Raises:
-      UserError: a class has fewer examples.
+    The draw depends on the arguments alone. Raises UserError if a class has fewer examples.
     """
     counts = np.bincount(labels)
     few = np.flatnonzero((counts > 0) & (counts < shots))

@@ -104,9 +104,6 @@ class Robustness(Evaluator):
         - `NAME_SEVERITY` of a corruption, and `NAME`, its mean over the severities.
         - `corruption_mean` over all corruptions; `corruption_relative`, divided by `clean`.
         - `fgsm_RADIUS` and `pgd_RADIUS`: under attacks.
-
-        Raises:
-          UserError: a label for which the model has no score.
         """
         classes = self._zero_shot.class_embeddings(params) if self._zero_shot else None
         right = self._right(params, classes)

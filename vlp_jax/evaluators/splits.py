@@ -35,10 +35,8 @@ class Embedded:
 class Split:
     """The examples of `data`, each once, and the outputs of functions on them.
 
-    Within `Resources.one_evaluation`, splits of the same data share their outputs.
-
-    Args:
-      extra_fields: see `EvalPipeline`; arrays among them become `Embedded.fields`.
+    Within `Resources.one_evaluation`, splits of the same data share their outputs. Arrays among
+    `extra_fields` (see `EvalPipeline`) become `Embedded.fields`.
     """
 
     def __init__(
@@ -57,14 +55,7 @@ class Split:
         ]
 
     def embed(self, params: Any, functions: Mapping[str, str]) -> Embedded:
-        """Applies functions to fields of all examples.
-
-        Args:
-          functions: field -> the name of the function to apply to it.
-
-        Raises:
-          NotFinite: an output is NaN or infinite.
-        """
+        """Applies functions, field -> name, to all examples; NotFinite for NaN or infinity."""
         cache = self.resources.cache
         keys = {field: (self.key, field, name) for field, name in functions.items()}
         outputs = {field: cache.get(params, key) for field, key in keys.items()}
@@ -97,10 +88,7 @@ class Split:
             )
 
     def labels(self, embedded: Embedded, field: str, classes: int | None) -> Int[np.ndarray, " n"]:
-        """Returns the labels in `field`, int64 [n].
-
-        Args:
-          classes: the number of classes; None if unknown.
+        """Returns the labels in `field`, int64 [n]; `classes` is their number, None if unknown.
 
         Raises:
           UserError: `field` does not hold one whole number for each example.

@@ -58,11 +58,7 @@ class ZeroShotOutcome(Outcome):
 
     @cached_property
     def log_probabilities(self) -> Float[np.ndarray, "n classes"]:
-        """The logarithms of softmax(logit_scale * cosine), float64.
-
-        Raises:
-          ValueError: the model has no logit_scale.
-        """
+        """The logarithms of softmax(logit_scale * cosine), float64; ValueError without a scale."""
         if self.logit_scale is None:
             raise ValueError("the model has no logit_scale, and so no probabilities")
         return classification.log_softmax(self.logit_scale * self.cosines.astype(np.float64))
@@ -73,11 +69,10 @@ class ZeroShotOutcome(Outcome):
         return np.exp(self.log_probabilities)
 
     def scores(self) -> dict[str, float]:
-        """Computes `top1`, `top5`, `mean_per_class_recall` (in [0, 1]), and more.
+        """Computes `top1`, `top5`, `mean_per_class_recall` (in [0, 1]), and facts of the data.
 
-        `examples`, `classes` and `chance` describe the data. A model with a `logit_scale` also has
-        `calibration_error` (expected, 15 bins of equal width: Guo et al. 2017) in [0, 1], and
-        `nll`, the mean negative log-likelihood in nats.
+        A model with a `logit_scale` also has `calibration_error` (expected, 15 bins of equal width:
+        Guo et al. 2017) in [0, 1], and `nll`, the mean negative log-likelihood in nats.
         """
         classes = len(self.class_names)
         scores = {
@@ -161,11 +156,7 @@ class ZeroShot(Evaluator):
         return means / np.linalg.norm(means, axis=1, keepdims=True)
 
     def outcome(self, params: Any) -> ZeroShotOutcome:
-        """Embeds the whole split and the classes.
-
-        Raises:
-          UserError: a label is not the number of a class.
-        """
+        """Embeds the whole split and the classes; raises NoScores for a label of no class."""
         embedded = self._split.embed(params, {"image": "embed_image"})
         labels = self.numbers(self._split.labels(embedded, self._label_field, self._labels))
         return ZeroShotOutcome(

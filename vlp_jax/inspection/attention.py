@@ -110,12 +110,7 @@ def image_rollout(module: DualEncoder, maps: Maps) -> Float[np.ndarray, "n rows 
 def token_strings(
     tokenizer: Any, ids: Int[np.ndarray, " context"], eos_id: int, pad_id: int
 ) -> list[str]:
-    """Decodes each id of a text up to and with its eos; the padding is left out.
-
-    Args:
-      tokenizer: decodes one id at a time; may have a `bos_id`.
-      eos_id, pad_id: ids of the text tower.
-    """
+    """Decodes each id of a text up to and with its eos; the padding is left out."""
     ids = np.asarray(ids)
     ends = np.flatnonzero(ids == eos_id)
     if ends.size:  # a text that was cut may have no eos

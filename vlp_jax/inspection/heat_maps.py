@@ -27,12 +27,8 @@ def overlay(
 ) -> UInt8[np.ndarray, "height width 3"]:
     """Lays the colors of a map over a paler image: from dark (0) through green to yellow (1).
 
-    Args:
-      heat: clipped to [0, 1]. With fewer rows and columns than the image, its cells become
-        rectangles.
-
-    Raises:
-      ValueError: its rows and columns do not divide the image's height and width.
+    The cells of a map with fewer rows and columns than the image become rectangles. Raises
+    ValueError if they do not divide the image's height and width.
     """
     height, width = image.shape[:2]
     rows, columns = heat.shape
@@ -56,10 +52,9 @@ Texts = Int[np.ndarray, "n context"] | Float[np.ndarray, "n embed"]
 
 @dataclasses.dataclass(frozen=True)
 class PlaceValues:
-    """Values of a method at a grid of places of each of n images.
+    """Values of a method at a grid of places of each of n images; more answers the text better.
 
     Attributes:
-      values: how well a place answers the text; more is better.
       rows, columns: the places, in pixels from the upper left corner.
       spread: standard deviation of the Gaussian that each place becomes, in pixels.
     """

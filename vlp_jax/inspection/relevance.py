@@ -17,12 +17,9 @@ from vlp_jax.models.dual_encoder import DualEncoder
 
 @dataclasses.dataclass(frozen=True)
 class Relevance:
-    """Reasons for the similarity of each of n pairs.
+    """Reasons for the similarity of each of n pairs: relevance >= 0 of patches and of token ids.
 
-    Attributes:
-      image: relevance of each patch, >= 0.
-      text: relevance of each token id, >= 0; padding is not masked.
-      similarity: cosine of the two embeddings, in [-1, 1].
+    Padding is not masked. `similarity` is the cosine of the two embeddings.
     """
 
     image: Float[np.ndarray, "n rows columns"]

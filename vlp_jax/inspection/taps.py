@@ -33,7 +33,7 @@ _MASKED = -1e30
 
 
 def layer_path(tower: str, layer: int) -> str:
-    """Where the attention of a layer, counted from 0, is found in what `tapped` has seen."""
+    """Returns the path at which `tapped` reports the attention of a layer, counted from 0."""
     return f"{tower}/encoder/layer_{layer}/attention"
 
 
@@ -96,11 +96,7 @@ def attention_weights(
     key: Float[Array, "batch tokens heads head_dim"],
     mask: AttentionMask,
 ) -> Float[Array, "batch heads query_tokens tokens"]:
-    """softmax(q k / sqrt(head_dim)) over what may be seen, in float32 (Vaswani et al. 2017, 3.2.1).
-
-    Args:
-      mask: who sees whom.
-    """
+    """Computes softmax(q k / sqrt(head_dim)) in float32 (Vaswani et al. 2017, 3.2.1)."""
     logits = jnp.einsum("bqhd,bkhd->bhqk", query, key, preferred_element_type=jnp.float32)
     logits = logits.astype(jnp.float32) * query.shape[-1] ** -0.5
     seen = mask.visible(*logits.shape[-2:])

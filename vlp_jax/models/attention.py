@@ -46,11 +46,10 @@ class AttentionMask:
         x x x x       x x x x       x x x .       . . x x
 
     Attributes:
-      causal: query i sees keys 0 to i.
-      offset: needs `causal`. The position of the first query among the keys, for decoding with a
-        cache; None for 0.
-      prefix: needs `causal`. All queries of an example see its first `prefix` keys (Raffel et al.
-        2020, "T5", 3.2.1).
+      causal: query i sees keys 0 to i; `offset` and `prefix` need it.
+      offset: the position of the first query among the keys, for decoding with a cache; None for 0.
+      prefix: all queries of an example see its first `prefix` keys (Raffel et al. 2020, "T5",
+        3.2.1).
       lengths: only the first `lengths` keys of each example are seen; at least 1.
       segments: the segment of each token. A query sees the keys of its segment alone, so several
         texts can share a sequence. Queries and keys must be the same tokens.
@@ -65,11 +64,7 @@ class AttentionMask:
     explicit: Bool[Array, "#batch #heads #queries #keys"] | None = None
 
     def kinds(self) -> tuple[str, ...]:
-        """Returns the names of the given rules, from `KINDS`.
-
-        Raises:
-          ValueError: a prefix or an offset without `causal`.
-        """
+        """Returns the names of the given rules, from `KINDS`; ValueError if one lacks `causal`."""
         for name in ("prefix", "offset"):
             if getattr(self, name) is not None and not self.causal:
                 raise ValueError(f"a mask with {name} needs causal=True: without it all see all")
@@ -79,12 +74,7 @@ class AttentionMask:
         return tuple(kind for kind, value in zip(KINDS, given, strict=True) if value is not None)
 
     def check(self, who: str, holds: Collection[str]) -> None:
-        """Raises ValueError if an attention backend does not support a rule of this mask.
-
-        Args:
-          who: the backend's name.
-          holds: the rules that it supports, from `KINDS`.
-        """
+        """Raises ValueError for a rule that the backend `who`, which supports `holds`, lacks."""
         refused = [kind for kind in self.kinds() if kind not in holds]
         if refused:
             raise ValueError(
@@ -95,8 +85,7 @@ class AttentionMask:
     def visible(self, queries: int, keys: int) -> Bool[Array, "#batch #heads queries keys"] | None:
         """Makes the mask as an array, True where a query sees a key; None if no rule is given.
 
-        Raises:
-          ValueError: see `kinds`; or segments whose length differs from queries or keys.
+        Raises ValueError as `kinds`, or for segments whose length differs from queries or keys.
         """
         row, column = jnp.arange(queries)[:, None], jnp.arange(keys)
         if self.offset is not None:
@@ -193,10 +182,7 @@ def attend_flat(
     """Computes `attend` with the backend "pallas", for heads that lie side by side.
 
     Under a mesh it runs inside `shard_map`, on each device's examples and heads, because XLA cannot
-    partition a kernel.
-
-    Raises:
-      ValueError: shapes or a mask that the kernel does not support.
+    partition a kernel. Raises ValueError for shapes or a mask that the kernel does not support.
     """
     mask.check("pallas", HOLDS["pallas"])
     heads = query.shape[-1] // head_dim
@@ -271,7 +257,7 @@ def attend(
       mask: the keys that each query sees; each query must see at least one.
 
     Raises:
-      ValueError: an unknown backend, or a backend that does not support the mask, the shapes or the
+      ValueError: an unknown backend, or one that does not support the mask, the shapes or the
         devices.
     """
     check_choice("attention", implementation, tuple(ATTENTIONS))

@@ -32,8 +32,7 @@ HEAD_STDDEV = 2e-5
 def score_head(outputs: int, compute: ComputeConfig, name: str) -> Dense:
     """Makes a linear layer from features to the scores of `outputs` classes.
 
-    Its kernel starts near zero. So the first scores are about equal, and the first gradients of the
-    tower are small.
+    Its kernel starts near zero, so that the tower's first gradients are small.
     """
     return Dense(
         ("embed", None),
@@ -103,11 +102,7 @@ class Fusion(nn.Module):
         text_lengths: Int[Array, " batch"],
         train: bool = False,
     ) -> Float[Array, "batch width"]:
-        """Returns the class token after the layers and a LayerNorm.
-
-        Args:
-          text_lengths: the number of tokens of each text without its padding.
-        """
+        """Returns the class token after the layers and a LayerNorm; lengths are without padding."""
         init = named(nn.initializers.normal(0.02), None, "embed")
         width = self.transformer.width
         first = self.param("class_token", init, (1, width)).astype(self.compute.dtype)
@@ -133,11 +128,7 @@ class Fusion(nn.Module):
 
 @keywords_of(TransformerConfig)
 def make_fusion(*, compute: ComputeConfig = PLAIN, **fields: Any) -> Fusion:
-    """Makes a `Fusion` whose layers have these fields of `TransformerConfig`.
-
-    Raises:
-      ValueError: sizes that do not fit each other.
-    """
+    """Makes a `Fusion` whose layers have these fields of `TransformerConfig`."""
     return make_tower(Fusion, compute, **fields)
 
 
@@ -171,12 +162,7 @@ class QuestionAnswerer(nn.Module):
     def __call__(
         self, image: Images, text: Int[Array, "batch tokens"], train: bool = False
     ) -> Float[Array, "batch answers"]:
-        """Returns the score of each answer, float32.
-
-        Args:
-          image: values in [0, 255].
-          text: token ids of the question.
-        """
+        """Returns the score of each answer, float32. Images have values in [0, 255]."""
         seen = self.image(image, train=train, prepare=self.pixels.normalize)
         read = self.text(text, train)
         x = self.fusion(seen, read, self.text.lengths(text), train)

@@ -47,10 +47,8 @@ INNER_EPS = 1e-5
 class AttentionalPooler(nn.Module):
     """Learned queries attend to all tokens; queries, tokens and results are normalized.
 
-    Attributes:
-      queries: the number of queries.
-      transformer: width and heads of the queries, and the norm of the results; `depth` and
-        `mlp_dim` are ignored.
+    `transformer` has the width and heads of the queries, and the norm of the results; its `depth`
+    and `mlp_dim` are ignored.
     """
 
     queries: int
@@ -88,10 +86,7 @@ class CrossBlock(layers.Block):
     ) -> tuple[Words, KeysAndValues | None]:
         """Returns the output, and with `keep` the keys and values of `context`, else None.
 
-        Args:
-          context: the tokens to attend to.
-          drop_rate: see `Block`.
-          kept: keys and values from an earlier call; `context` is then ignored.
+        `kept` are keys and values from an earlier call; `context` is then ignored.
         """
         tokens = norm(self.config, self.compute.dtype, "norm_context")(context.tokens)
         x, seen = self._attend(
@@ -166,11 +161,7 @@ class CoCaText(nn.Module):
     def __call__(
         self, tokens: Int[Array, "batch tokens"], train: bool = False
     ) -> tuple[Float[Array, "batch width"], Words]:
-        """Returns the normalized features of each text, and its tokens' features without norm.
-
-        Raises:
-          ValueError: the sequences are longer than `context_length`.
-        """
+        """Returns each text's normalized features, and its tokens' features without norm."""
         batch, count = tokens.shape
         # The class token comes last: in causal attention it alone sees the whole text.
         last = self.class_token + self.position_embedding[count : count + 1]
@@ -373,10 +364,7 @@ class CoCa(PairModel):
     def step(
         self, tokens: Int[Array, "batch tokens"], cache: Cache, seen: Seen
     ) -> tuple[Float[Array, "batch vocab"], Cache]:
-        """Appends `tokens` to the cache; returns the next token's scores and the new cache.
-
-        The tokens must not be padding, since no entry of the cache is masked.
-        """
+        """Appends `tokens` (no padding) to the cache; returns the next scores and the new cache."""
         of_text, of_decoder = cache.own
         words, read = self.text.step(tokens, Cache(of_text, cache.filled))
         features, after = self.decoder.step(

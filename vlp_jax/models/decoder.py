@@ -93,11 +93,7 @@ class Decoder(nn.Module):
         mask: AttentionMask = CAUSAL,
         train: bool = False,
     ) -> Float[Array, "batch tokens width"]:
-        """Returns the last layer's output, the input of `score`; arguments as for a call.
-
-        Raises:
-          ValueError: the sequences are longer than `context_length`.
-        """
+        """Returns the last layer's output, the input of `score`; ValueError for long sequences."""
         return self.encoder(self._embed(tokens, 0), mask, train, context)
 
     def score(self, features: Float[Array, "*batch width"]) -> Float[Array, "*batch vocab"]:
@@ -109,11 +105,7 @@ class Decoder(nn.Module):
         return (features @ table.T).astype(jnp.float32)
 
     def start(self, batch: int, length: int) -> Cache:
-        """Makes an empty cache for `length` tokens.
-
-        Raises:
-          ValueError: `length` exceeds `context_length`.
-        """
+        """Makes an empty cache for `length` tokens; ValueError if they exceed `context_length`."""
         self._check(length)
         return empty_cache(self.transformer, self.compute, batch, length)
 

@@ -74,11 +74,7 @@ class Norm(nn.Module):
 
 
 def norm(config: TransformerConfig, dtype: Dtype, name: str | None) -> Norm:
-    """Makes the norm that a Transformer's layers use. Call it within a module.
-
-    Args:
-      name: name of the submodule; None in a `setup` method, where the attribute names it.
-    """
+    """Makes the norm of a Transformer's layers, within a module; `name` is None in `setup`."""
     layer = config.norm == "layer"
     return Norm(config.norm_eps, dtype, config.bias and layer, layer, name=name)
 
@@ -100,11 +96,7 @@ _ROWS = (((0,), (0,)), ((), ()))  # a.T @ b
 def multiply(
     x: Float[Array, "*batch n"], kernel: Float[Array, "n ..."], quantization: str
 ) -> Float[Array, "*batch ..."]:
-    """Computes `x @ kernel`; with "fp8" in 8 bits, with float32 sums.
-
-    Raises:
-      ValueError: an unknown name of a quantization.
-    """
+    """Computes `x @ kernel`, with "fp8" in 8 bits and float32 sums; ValueError for other names."""
     check_choice("quantization", quantization, QUANTIZATIONS)
     if quantization == "none":
         return jax.lax.dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ())))

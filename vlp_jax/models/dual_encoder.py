@@ -154,10 +154,7 @@ def make_dual_encoder(
     text_head: str = "linear",
     **fields: Any,
 ) -> DualEncoder:
-    """Makes a `DualEncoder` and checks that its towers fit.
-
-    Args:
-      fields: further fields of `DualEncoder`.
+    """Makes a `DualEncoder` with these `fields`, and checks that its towers fit.
 
     Raises:
       ValueError: an unknown head, a tower without pooling, or a tower without a projection whose

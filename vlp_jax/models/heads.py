@@ -78,11 +78,7 @@ class FromHeads(Product):
 
 
 class MultiHeadAttention(nn.Module):
-    """Multi-head attention with its projections (Vaswani et al. 2017, 3.2.2).
-
-    Attributes:
-      config: the heads, their width, norm, biases and rotary positions.
-    """
+    """Multi-head attention with its projections (Vaswani et al. 2017, 3.2.2)."""
 
     config: TransformerConfig
     compute: ComputeConfig = ComputeConfig()
@@ -103,15 +99,13 @@ class MultiHeadAttention(nn.Module):
         """Attends from `query` to `key_value`, where the mask allows it.
 
         Args:
-          kept: cached keys and values. With `filled` they belong to earlier tokens, and the keys
-            and values of `key_value` are written after them. Without `filled` they are complete,
-            and `key_value` is ignored.
-          filled: the number of tokens in `kept`.
+          kept: cached keys and values. With `filled` they belong to that many earlier tokens, and
+            the keys and values of `key_value` are written after them. Without `filled` they are
+            complete, and `key_value` is ignored.
           keep: whether to return the keys and values as a second result.
 
         Raises:
-          ValueError: the heads do not divide the width, or the attention backend does not support
-            these shapes.
+          ValueError: the heads do not divide the width, or the backend does not support the shapes.
         """
         config, compute = self.config, self.compute
         q = self._projected(query, config.heads, "query")
@@ -183,8 +177,7 @@ class MultiHeadAttention(nn.Module):
 def _keep(x: Array, name: str) -> Array:
     """Names `x` for remat policies, with its heads side by side.
 
-    A TPU pads the last dimension to 128. As [.., heads, 64], a saved array would take twice the
-    memory.
+    A TPU pads the last dimension to 128: saved as [.., heads, 64], an array takes twice the memory.
     """
     if x.ndim == 3:
         return checkpoint_name(x, name)

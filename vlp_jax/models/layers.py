@@ -289,8 +289,8 @@ def look_up(
 ) -> Float[Array, "batch tokens width"]:
     """Returns the row of each token id.
 
-    The table is gathered along its width before the look-up: otherwise the gradient of a sharded
-    table makes the compiler gather the whole batch instead.
+    The table is gathered along its width first: otherwise the gradient of a sharded table makes
+    the compiler gather the whole batch instead.
     """
     table = nn.with_logical_constraint(table.astype(dtype), ("vocab", "act_embed"))
     return jnp.take(table, tokens, axis=0)

@@ -29,8 +29,7 @@ class PatchMask(NamedTuple):
 def kept_patches(patches: int, mask_ratio: float) -> int:
     """Returns the number of visible patches, rounded down as in the published code.
 
-    Raises:
-      ValueError: the ratio is not in [0, 1), or would hide every patch.
+    Raises ValueError for a ratio that is not in [0, 1), or would hide every patch.
     """
     if not 0 <= mask_ratio < 1:
         raise ValueError(f"mask_ratio must be in [0, 1), not {mask_ratio}")

@@ -83,17 +83,13 @@ class TextTransformer(nn.Module):
     def __call__(
         self, tokens: Int[Array, "batch tokens"], train: bool = False
     ) -> Float[Array, "batch width"] | Float[Array, "batch tokens width"]:
-        """Returns the pooled features, in `compute.dtype`.
-
-        Raises:
-          ValueError: the sequences have another length than `context_length`.
-        """
+        """Returns the pooled features, in `compute.dtype`; ValueError for another length."""
         return self._pool(self._sequence(tokens, train), tokens)
 
     def _sequence(
         self, tokens: Int[Array, "batch tokens"], train: bool = False
     ) -> Float[Array, "batch tokens width"]:
-        """Returns all tokens before the pooling; arguments and errors as for a call."""
+        """Returns all tokens before the pooling."""
         if tokens.shape[1] != self.context_length:
             raise ValueError(f"the model takes {self.context_length} tokens, not {tokens.shape[1]}")
         embedding = TokenEmbedding(

@@ -118,11 +118,7 @@ PLAIN = ComputeConfig()
 
 @dataclasses.dataclass(frozen=True)
 class Pixels:
-    """The normalization of pixels: each channel, scaled to [0, 1], minus `mean`, divided by `std`.
-
-    Attributes:
-      mean, std: one value for each channel.
-    """
+    """The normalization of pixels: each channel, scaled to [0, 1], minus `mean`, over `std`."""
 
     mean: tuple[float, ...] = (0.5, 0.5, 0.5)
     std: tuple[float, ...] = (0.5, 0.5, 0.5)
@@ -253,11 +249,7 @@ def size_of(variant: str | None, **overrides: Any) -> TransformerConfig:
 
 
 def split_variant(variant: str | None, patch_size: int | None = None) -> tuple[str | None, int]:
-    """Splits "B/16" into ("B", 16); a `patch_size` takes the place of the variant's.
-
-    Raises:
-      ValueError: neither says the size of a patch.
-    """
+    """Splits "B/16" into ("B", 16), or takes `patch_size`; ValueError if neither has a size."""
     name, slash, patch = (variant or "").partition("/")
     if patch_size is None and patch.isdigit():
         patch_size = int(patch)

@@ -35,11 +35,7 @@ POSITIONS = ("learned", "sincos", "none")
 def patchify(
     image: Float[Array, "batch height width channels"], patch_size: int
 ) -> Float[Array, "batch patches patch_height patch_width channels"]:
-    """Cuts images into patches, row by row.
-
-    Raises:
-      ValueError: the patches do not tile the image.
-    """
+    """Cuts images into patches, row by row; ValueError if they do not tile the image."""
     height, width = image.shape[1:3]
     if height % patch_size or width % patch_size:
         raise ValueError(
@@ -189,7 +185,7 @@ class VisionTransformer(nn.Module):
         train: bool = False,
         prepare: Prepare | None = None,
     ) -> Float[Array, "batch embed"] | Float[Array, "batch tokens embed"]:
-        """Returns the pooled features, in `compute.dtype`.
+        """Returns the pooled features, in `compute.dtype`; ValueError for another image size.
 
         Args:
           image: normalized pixels, or stored pixels that `prepare` normalizes.
@@ -197,9 +193,6 @@ class VisionTransformer(nn.Module):
             nothing.
           train: whether to apply stochastic depth, which needs the random stream "drop_path".
           prepare: see `PatchEmbedding`.
-
-        Raises:
-          ValueError: the image has another size than `image_size`.
         """
         x = self._pool(self._sequence(image, keep, train, prepare))
         if self.norm_after_pool and self.pooling != "none":
@@ -213,7 +206,7 @@ class VisionTransformer(nn.Module):
         train: bool = False,
         prepare: Prepare | None = None,
     ) -> Float[Array, "batch tokens embed"]:
-        """Returns all tokens before the pooling; arguments and errors as for a call."""
+        """Returns all tokens before the pooling."""
         if image.shape[1:3] != tuple(self.image_size):
             raise ValueError(
                 f"the model takes images of {self.image_size[0]} x {self.image_size[1]} pixels, "

@@ -34,8 +34,7 @@ class Field:
         "labels": the number of a class, or one share for each class.
       shape: the shape of one example; () for labels.
       dtype: the dtype in the data; int32 for labels.
-      classes: the number of classes; None for other kinds.
-      told_by: the key of the config that gives `classes`, for errors.
+      classes, told_by: the number of classes, and the key of the config that gives it.
     """
 
     kind: str
@@ -171,11 +170,7 @@ class Part:
         return self.name.replace("/", ".")
 
     def fields(self, batch: Mapping[str, Any]) -> dict[str, Any]:
-        """Selects this part's fields from a batch or its spec, under their plain names.
-
-        Raises:
-          ValueError: the batch has no field of the part's dataset.
-        """
+        """Selects this part's fields of a batch, by plain names; ValueError if it has no data."""
         if self.data is None:
             return {name: value for name, value in batch.items() if SEPARATOR not in name}
         prefix = self.data + SEPARATOR
@@ -217,11 +212,7 @@ class Objective(Protocol):
         """The fields of a batch that the loss takes, by name."""
 
     def init(self, rng: PRNGKeyArray, batch_spec: BatchSpec) -> Params:
-        """Makes fresh parameters, in `nn.LogicallyPartitioned` boxes. Can be jitted.
-
-        Raises:
-          ValueError: a field of the batch does not fit `reads`.
-        """
+        """Makes fresh boxed parameters, also under jit; ValueError if the batch does not fit."""
         for name, field in self.reads.items():
             if name in batch_spec:
                 field.check(name, batch_spec[name])
@@ -245,14 +236,11 @@ class Objective(Protocol):
         return {name: batch[name] for name in self.reads}
 
     def forward(self, params: Params, batch: Examples, context: Context) -> Examples:
-        """Computes everything that does not couple examples.
+        """Computes everything that does not couple examples, from some of the results of `draw`.
 
         An objective that does not define `reduce` returns the metrics of each example: name ->
         (sum, count), both [batch], with the loss under "loss". Counts must depend on the batch
         alone, never on the parameters.
-
-        Args:
-          batch: the result of `draw`, or some of its examples.
         """
 
     def reduce(

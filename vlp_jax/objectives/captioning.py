@@ -288,8 +288,8 @@ def make_captioning(
       compute: see `make_compute`.
 
     Raises:
-      ValueError: an unknown variant, mean or dtype, no tokenizer, a number out of range, or an
-        attention backend that does not support the decoder's mask.
+      ValueError: an unknown name, no tokenizer, a number out of range, or an attention backend that
+        does not support the decoder's mask.
     """
     sizes = from_tokenizer(tokenizer, "captioning", ())
     if not 0 <= parallel_share <= 1:

@@ -96,13 +96,10 @@ class _Same:
 # `config.init_from` needs no table of names between our own models.
 @dataclasses.dataclass(frozen=True)
 class Composite(Objective):
-    """A weighted sum of the losses of its parts.
+    """A weighted sum of the losses of its parts; no member is a sum itself.
 
     Parameters with the same path are shared: parts that both have an `image` tower train one tower.
     A shared tower computes the same images only once (`shared_forward`).
-
-    Attributes:
-      members: the parts. None of them is a sum itself.
     """
 
     members: tuple[Part, ...]
@@ -134,8 +131,7 @@ class Composite(Objective):
     def init(self, rng: PRNGKeyArray, batch_spec: BatchSpec) -> Params:
         """Makes the parameters of all parts. The first part that has a shared one initializes it.
 
-        Raises:
-          ValueError: two parts disagree on the shape of a parameter, or a part has no data.
+        Raises ValueError if two parts disagree on a shape, or a part has no data.
         """
         params: Params = {}
         for index, part in enumerate(self.members):
@@ -204,11 +200,7 @@ class Composite(Objective):
         return tuple(sorted({step for step in ends if step}))
 
     def at(self, step: int) -> Self:
-        """Returns the sum of the parts whose weight is not 0 at `step`.
-
-        Raises:
-          ValueError: all parts have weight 0.
-        """
+        """Returns the sum of the parts whose weight is not 0 at `step`; ValueError for none."""
         members = tuple(part for part in self.members if part.weight.is_on(step))
         if not members:
             raise ValueError(
@@ -219,14 +211,9 @@ class Composite(Objective):
 
 
 def merge_trees(tree: dict[str, Any], more: Mapping[str, Any], who: str, path: str = "") -> None:
-    """Adds to `tree`, in place, the leaves of `more` that it lacks.
+    """Adds to `tree`, in place, the leaves that it lacks of `more`, which is of the part `who`.
 
-    Args:
-      who: the part that `more` comes from, for errors.
-      path: the path of both trees, for errors.
-
-    Raises:
-      ValueError: the trees hold different shapes, or a leaf and a branch, at the same path.
+    Raises ValueError if the trees hold different shapes, or a leaf and a branch, at the same path.
     """
     for key, value in more.items():
         where = f"{path}{key}"

@@ -37,11 +37,7 @@ def make_compute(
 def from_tokenizer(
     tokenizer: Any, who: str, ids: tuple[str, ...] = ("eos_id", "pad_id")
 ) -> dict[str, int]:
-    """Returns the fields of a text tower that follow from its tokenizer: sizes and ids.
-
-    Raises:
-      ValueError: there is no tokenizer; `who` needs one.
-    """
+    """Returns a text tower's sizes and ids; ValueError without a tokenizer, which `who` needs."""
     if tokenizer is None:
         raise ValueError(f"{who} needs config.tokenizer")
     return {name: getattr(tokenizer, name) for name in ("vocab_size", "context_length", *ids)}

@@ -86,11 +86,7 @@ class Contrastive(Objective):
     def reduce(
         self, params: Params, examples: Examples, context: Context
     ) -> tuple[Float[Array, ""], LossOutput]:
-        """Computes the pairwise loss over the global batch.
-
-        Raises:
-          ValueError: the form is "blocked" and no mesh is set.
-        """
+        """Computes the pairwise loss over the global batch; "blocked" needs a mesh (ValueError)."""
         del context
         scale, bias = self._scale_and_bias(params)
         loss, hits = self._pair_loss(examples["image"], examples["text"], scale, bias)
@@ -157,8 +153,7 @@ def bound_above(x: Float[Array, ""], bound: float) -> Float[Array, ""]:
     """Computes min(x, bound). Above the bound, only gradients that lower `x` pass.
 
     CLIP clips the parameter itself after each update ("clipped to prevent scaling the logits by
-    more than 100", Radford et al. 2021, 2.5). A bound in the loss does the same without a rule for
-    one parameter in the training step.
+    more than 100", Radford et al. 2021, 2.5). A bound in the loss needs no rule for one parameter.
     """
     return jnp.minimum(x, bound)
 

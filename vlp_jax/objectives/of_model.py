@@ -22,12 +22,7 @@ from vlp_jax.objectives.weight import Weight
 
 @dataclasses.dataclass(frozen=True)
 class Features(Objective):
-    """Embeds images with an image tower alone. It has no loss.
-
-    Attributes:
-      model: the tower.
-      pixels: normalization of the pixels.
-    """
+    """Embeds images with an image tower alone. It has no loss."""
 
     model: VisionTransformer
     pixels: Pixels = Pixels()

@@ -19,13 +19,7 @@ from vlp_jax.report.scores import PREFIX, by_evaluator
 
 @dataclasses.dataclass(frozen=True)
 class Baseline:
-    """Scores to compare with.
-
-    Attributes:
-      title: the run and step, or the file, that they come from.
-      scores: "eval/EVALUATOR/NAME" -> value.
-      run: the run; None for given numbers.
-    """
+    """Scores to compare with, EVALUATOR/NAME -> value, and their run; None for given numbers."""
 
     title: str
     scores: Mapping[str, float]
@@ -50,12 +44,9 @@ class Baseline:
 def read_baseline(path: str | os.PathLike[str], evaluators: Sequence[str]) -> Baseline:
     """Reads the workdir of another run, or a JSON file {"zero_shot/top1": 0.9, ...}.
 
-    Args:
-      evaluators: names of evaluators that a file may use.
-
     Raises:
       UserError: the path is neither, the run has no scores, or the file names another evaluator
-        or holds a value that is no number.
+        than `evaluators` or holds a value that is no number.
     """
     place = epath.Path(path)
     if not place.exists():

@@ -60,11 +60,7 @@ def check_arguments(arguments: argparse.Namespace) -> None:
 
 
 def compare(arguments: argparse.Namespace, argv: Sequence[str]) -> list[str]:
-    """Writes the page of several runs on process 0, and returns lines for the user.
-
-    Raises:
-      UserError: a folder holds no run, or the page cannot be written.
-    """
+    """Writes the page of several runs on process 0; returns lines for the user, or a UserError."""
     from vlp_jax.report.comparison import write_comparison
 
     if jax.process_index() != 0:
@@ -74,13 +70,7 @@ def compare(arguments: argparse.Namespace, argv: Sequence[str]) -> list[str]:
 
 @dataclasses.dataclass(frozen=True)
 class PageRequest:
-    """A page that is to be written.
-
-    Attributes:
-      path: the HTML file.
-      baseline: the scores to compare with; None for none.
-      argv: the command line after `python -m vlp_jax.evaluate`.
-    """
+    """A page that is to be written, its baseline if any, and the command line for its footer."""
 
     path: str
     baseline: Baseline | None
@@ -90,11 +80,7 @@ class PageRequest:
     def prepare(
         cls, arguments: argparse.Namespace, subject: Subject, argv: Sequence[str]
     ) -> PageRequest | None:
-        """Checks the arguments before anything is computed; returns None if no page is asked for.
-
-        Raises:
-          UserError: the file cannot be written, or the baseline cannot be read.
-        """
+        """Checks the arguments before anything is computed; None if no page is asked for."""
         if arguments.report is None:
             return None
         # Here and not above: a command without a page need not have jinja2 and matplotlib.
@@ -108,11 +94,7 @@ class PageRequest:
         return cls(arguments.report, baseline, argv)
 
     def write(self, subject: Subject, loaded: LoadedParameters, findings: Findings) -> list[str]:
-        """Writes the page and returns lines for the user; every process must call it.
-
-        Raises:
-          UserError: the page cannot be written.
-        """
+        """Writes the page and returns lines for the user; every process must call it."""
         from vlp_jax.report.material import collect
         from vlp_jax.report.report import write_report
 

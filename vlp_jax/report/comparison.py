@@ -36,12 +36,7 @@ BEST = "\N{BLACK STAR}"
 def write_comparison(
     path: str | os.PathLike[str], workdirs: Sequence[str], command: Sequence[str] = ()
 ) -> list[str]:
-    """Writes the page and returns lines for the user.
-
-    Args:
-      path: the HTML file.
-      workdirs: 2 to 6 folders of runs.
-      command: the command line after `python -m vlp_jax.evaluate`.
+    """Writes the page of 2 to 6 runs and returns lines for the user.
 
     Raises:
       UserError: a folder holds no run or is named twice, there are too many, or the page cannot be

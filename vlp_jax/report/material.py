@@ -65,15 +65,10 @@ def images_at(
     texts: list[str] | None = None,
     index: Sequence[int] = (),
 ) -> dict[int, np.ndarray]:
-    """Reads images of an evaluator's data, all of it on this process.
+    """Reads images at `places` of an evaluator's data; returns place -> uint8 [height, width, 3].
 
-    Args:
-      places: the places in the data of the images.
-      texts: gets all texts of a retrieval evaluator in the order of its outcome; None for none.
-      index: the places in the data of the images that count, whose texts are read.
-
-    Returns:
-      place -> uint8 [height, width, 3].
+    A list `texts` gets all texts of a retrieval evaluator in the order of its outcome, whose images
+    are at the places `index`.
     """
     wanted, used, found = set(map(int, places)), set(map(int, index)), {}
     section = subject.config.evaluators[name]

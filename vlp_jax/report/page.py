@@ -25,11 +25,7 @@ PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "numpy", "tensorflow", "
 
 
 def provenance(command: Sequence[str]) -> Mapping[str, str]:
-    """Returns label -> text; facts that cannot be found out are left out.
-
-    Args:
-      command: the command line after `python -m vlp_jax.evaluate`.
-    """
+    """Returns label -> text for the footer; facts that cannot be found out are left out."""
     now = datetime.datetime.now(datetime.UTC)
     found = {
         "made": now.strftime("%Y-%m-%d %H:%M UTC"),
@@ -83,10 +79,6 @@ def render(
 
     Its policy (Content-Security-Policy) allows its one style sheet and pictures that are part of
     it. Network, scripts and forms are forbidden, also to a text that should escape the escaping.
-
-    Args:
-      facts: lines under the title.
-      made_by: label -> text of the footer.
     """
     environment = _environment()
     style = environment.get_template("style.css").render(
@@ -107,11 +99,7 @@ def render(
 
 
 def render_small(build: Callable[[Album], str]) -> str:
-    """Builds the page with as many pictures as leave it below `MAX_BYTES`.
-
-    Raises:
-      UserError: the page is too large without any picture.
-    """
+    """Builds the page with as many pictures as leave it below `MAX_BYTES`; UserError if none do."""
     for most in _PICTURE_BYTES:
         page = build(Album(most))
         size = len(page.encode())
@@ -124,11 +112,7 @@ def render_small(build: Callable[[Album], str]) -> str:
 
 
 def check_output(path: str | os.PathLike[str]) -> epath.Path:
-    """Checks the path of a page before anything is computed.
-
-    Raises:
-      UserError: the path is a folder, or its folder does not exist.
-    """
+    """Checks the path of a page before anything is computed; UserError for one that cannot be."""
     file = epath.Path(path)
     if file.is_dir():
         raise UserError(f"--report {path} is a folder: name a file in it, such as report.html")
@@ -139,11 +123,7 @@ def check_output(path: str | os.PathLike[str]) -> epath.Path:
 
 
 def write(file: epath.Path, page: str) -> None:
-    """Writes the page.
-
-    Raises:
-      UserError: it cannot be written.
-    """
+    """Writes the page; raises UserError if it cannot be written."""
     try:
         file.write_text(page)
     except OSError as error:

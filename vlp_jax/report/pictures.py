@@ -27,10 +27,7 @@ _QUALITY = 82
 
 
 class Album:
-    """Encodes pictures until a budget of bytes is used up.
-
-    Args:
-      max_bytes: of all pictures together, in base64.
+    """Encodes pictures until a budget of bytes in base64 is used up.
 
     Attributes:
       left_out: number of pictures that had no room.
@@ -64,12 +61,7 @@ class Album:
         lines: Sequence[tuple[str, str]] = (),
         verdict: tuple[str, str] | None = None,
     ) -> Card | None:
-        """Makes a card; returns None if a picture is missing or has no room.
-
-        Args:
-          pictures: (pixels, description, label) of each; pixels are None if they cannot be read.
-          lines, verdict: as in `Card`.
-        """
+        """Makes a card of (pixels, description, label)s; None if one is missing or has no room."""
         # A card without one of its pictures would say too little.
         if any(pixels is None for pixels, *_ in pictures):
             return None

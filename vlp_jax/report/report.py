@@ -42,13 +42,7 @@ def write_report(
     baseline: Baseline | None = None,
     command: Sequence[str] = (),
 ) -> list[str]:
-    """Writes the page and returns lines for the user.
-
-    Args:
-      path: the HTML file.
-      loaded: the parameters that were evaluated.
-      baseline: scores to compare with; None for none.
-      command: the command line after `python -m vlp_jax.evaluate`.
+    """Writes the page of evaluated parameters, and returns lines for the user.
 
     Raises:
       UserError: the page cannot be written, or a file of the run is damaged.

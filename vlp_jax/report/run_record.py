@@ -42,11 +42,7 @@ class RunRecord:
 
     @classmethod
     def read(cls, workdir: str | os.PathLike[str]) -> RunRecord:
-        """Reads a workdir.
-
-        Raises:
-          UserError: the folder holds no run, or a file is damaged.
-        """
+        """Reads a workdir; UserError if it holds no run, or a file is damaged."""
         run = Run.open(workdir)
         folder = run.workdir
         files = [folder / name for name in (workdir_lib.METRICS, workdir_lib.EVALUATIONS)]

@@ -51,11 +51,7 @@ def curves_section(run: RunRecord) -> Section | None:
 
 
 def metric_chart(name: str, runs: Sequence[tuple[str, RunRecord]]) -> Chart | None:
-    """Draws a metric of some runs over the steps; None if no run has it.
-
-    Args:
-      runs: (name of the curve, run) pairs.
-    """
+    """Draws a metric of (name, run) pairs over the steps; None if no run has it."""
     title = name.partition("/")[2].replace("_", " ")
     title = title.replace("grad norm", "gradient norm").replace("param norm", "parameter norm")
     share = name in _SHARES
@@ -74,10 +70,7 @@ def metric_chart(name: str, runs: Sequence[tuple[str, RunRecord]]) -> Chart | No
 
 
 def score_charts(runs: Sequence[tuple[str, RunRecord]]) -> list[Chart]:
-    """Draws the main scores over the steps.
-
-    The scores of one run share a drawing; of several runs, each score has a drawing.
-    """
+    """Draws main scores over the steps: of one run in one drawing, of several one for each."""
     all_scores: dict[str, float] = {}
     for _, run in runs:
         all_scores |= run.last_scores()[0]
@@ -200,12 +193,7 @@ ABSENT = "\N{EN DASH}"
 
 
 def config_section(config: ConfigDict, other: ConfigDict | None, title: str) -> Section:
-    """Builds a table of differences, with the whole config folded away.
-
-    Args:
-      other: the config to compare with; None for the defaults.
-      title: the name of the other config.
-    """
+    """Builds a table of differences from `other` or the defaults; the whole config is folded."""
     own = flat(config)
     blocks: list[Block] = []
     if other is not None:

@@ -48,12 +48,10 @@ class TooLarge(Exception):
 
 
 def make_app(explorer: Explorer, hosts: list[str], max_upload: int) -> Starlette:
-    """Builds the application.
+    """Builds the application, which takes at most `max_upload` bytes of an image.
 
-    Args:
-      hosts: names under which the page answers. Under another name it refuses: a page elsewhere
-        could let its own name point here and read the answers (DNS rebinding).
-      max_upload: bytes of an image, at most.
+    It refuses names other than `hosts`: a page elsewhere could let its own name point here and
+    read the answers (DNS rebinding).
     """
     endpoints = Endpoints(explorer, max_upload)
     files = [Route(path, functools.partial(_file, *file)) for path, file in FILES.items()]

@@ -30,12 +30,7 @@ BATCH = 64
 
 @dataclasses.dataclass(frozen=True)
 class Entries:
-    """The images of an index, in the order of its vectors.
-
-    Attributes:
-      model: fingerprint of the model that embedded them.
-      names, versions: name and version of each image.
-    """
+    """The images of an index, in the order of its vectors, and the fingerprint of the model."""
 
     model: str
     names: list[str]
@@ -43,12 +38,7 @@ class Entries:
 
 
 class ImageIndex:
-    """A search for the images that are nearest to a vector.
-
-    Args:
-      vectors: a faiss index of unit vectors by inner product.
-      places: number of the image of each of its vectors.
-    """
+    """Finds the nearest images in a faiss index of unit vectors; `places` has their numbers."""
 
     def __init__(self, vectors: Any, places: Sequence[int]) -> None:
         self._vectors, self._places = vectors, list(places)
@@ -99,13 +89,9 @@ def build_index(
     """
     model = fingerprint(encoder)
     known = _known(folder, model)
-    rows: dict[int, np.ndarray] = {}
-    todo = []
-    for number, key in enumerate(zip(pictures.names, pictures.versions, strict=True)):
-        if key in known:
-            rows[number] = known[key]
-        else:
-            todo.append(number)
+    keys = list(zip(pictures.names, pictures.versions, strict=True))
+    rows = {number: known[key] for number, key in enumerate(keys) if key in known}
+    todo = [number for number in range(len(keys)) if number not in rows]
     advance(len(rows))
     bad = 0
     for begin in range(0, len(todo), BATCH):
@@ -129,19 +115,13 @@ def build_index(
     places = sorted(rows)
     vectors = _faiss_index(np.stack([rows[n] for n in places]))
     if todo or len(known) != len(rows):
-        entries = Entries(
-            model, [pictures.names[n] for n in places], [pictures.versions[n] for n in places]
-        )
-        _write(folder, vectors, entries)
+        names, versions = map(list, zip(*(keys[n] for n in places), strict=True))
+        _write(folder, vectors, Entries(model, names, versions))
     return ImageIndex(vectors, places)
 
 
 def import_faiss() -> Any:
-    """Imports the library.
-
-    Raises:
-      UserError: it is not installed.
-    """
+    """Imports the library; raises UserError if it is not installed."""
     try:
         import faiss
     except ImportError as error:
@@ -179,9 +159,7 @@ def _known(folder: Path, model: str) -> dict[tuple[str, str], np.ndarray]:
 
 
 def _write(folder: Path, vectors: Any, entries: Entries) -> None:
-    """Writes both files."""
-    # The entries go first and come last. After a crash in between there are none, and the index is
-    # made anew.
+    # The entries go first and come last: after a crash there are none, and the index is made anew.
     faiss = import_faiss()
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import io
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -17,7 +18,6 @@ from vlp_jax.errors import UserError
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp"}
 THUMBNAIL = 256  # pixels of the longer side
-BATCH = 64
 
 
 class Pictures(Protocol):
@@ -38,11 +38,7 @@ class Pictures(Protocol):
 
 
 class Folder:
-    """All image files below a folder, in the order of their paths.
-
-    Raises:
-      UserError: there is no such folder, or no image in it.
-    """
+    """All image files below a folder, in the order of their paths; UserError if there are none."""
 
     def __init__(self, folder: Path, limit: int) -> None:
         if not folder.is_dir():
@@ -66,33 +62,22 @@ class Folder:
 
 
 class EvaluationImages:
-    """The images of an evaluator of a run, as its data holds them.
-
-    Raises:
-      UserError: the data cannot be read.
-    """
+    """The images of an evaluator of a run, as its data holds them."""
 
     def __init__(self, subject: Subject, evaluator: str, limit: int) -> None:
         self.title = f"the data of the evaluator {evaluator}"
-        self._contents = list(_encoded(subject, evaluator, limit))
+        batches = subject.open_stored_data(evaluator, ("image",)).batches()
+        stored = (b["image"][place] for b in batches for place in np.flatnonzero(b["mask"]))
+        self._contents = [
+            image if isinstance(image, bytes) else png(PIL.Image.fromarray(image))
+            for image in itertools.islice(stored, limit)
+        ]
         self.found = len(self._contents)
         self.names = [f"{evaluator} {number}" for number in range(self.found)]
         self.versions = [hashlib.sha256(c).hexdigest()[:16] for c in self._contents]
 
     def content(self, number: int) -> bytes:
         return self._contents[number]
-
-
-def _encoded(subject: Subject, evaluator: str, limit: int) -> Iterator[bytes]:
-    pipeline = subject.open_stored_data(evaluator, ("image",))
-    left = limit
-    for batch in pipeline.batches():
-        for place in np.flatnonzero(batch["mask"])[:left]:
-            image = batch["image"][place]
-            yield image if isinstance(image, bytes) else png(PIL.Image.fromarray(image))
-            left -= 1
-        if not left:
-            return
 
 
 def png(image: PIL.Image.Image) -> bytes:
@@ -103,11 +88,7 @@ def png(image: PIL.Image.Image) -> bytes:
 
 
 def thumbnail(content: bytes, process: ImageProcessor) -> bytes:
-    """Encodes a file's image as a WebP of at most `THUMBNAIL` pixels in width and height.
-
-    Raises:
-      UserError: the file is no image, or too large.
-    """
+    """Encodes a file's image as a WebP of at most `THUMBNAIL` pixels in width and height."""
     image = process.upright(*process.open(content, "the image"))
     factor = THUMBNAIL // max(image.size)
     if factor > 1:  # a small image is enlarged pixel by pixel: blurred, it would look broken

@@ -248,11 +248,7 @@ def corrupt(
     Args:
       numbers: the number of each image in its split. The randomness of an image depends on its
         number, the seed, the name and the severity, and not on the batch.
-      name: a key of `CORRUPTIONS`.
-      severity: one of `SEVERITIES`.
-
-    Raises:
-      UserError: unknown name or severity.
+      name, severity: a key of `CORRUPTIONS`, and one of `SEVERITIES`; else UserError.
     """
     check([name], [severity])
     height, width = images.shape[1:3]
