@@ -70,27 +70,21 @@ def search_l2(
     """
     if grid is not None:
         tried = {value: score(value) for value in sorted(grid, reverse=True)}
-        return _best(tried), tried
-    steps = {
-        step: score(_strength(step)) for step in range(LAST_STEP, -LAST_STEP - 1, -FIRST_STRIDE)
-    }
-    stride = FIRST_STRIDE
-    while stride > 1:
-        stride //= 2
-        center = max(steps, key=lambda step: (steps[step], step))
-        for step in (center + stride, center - stride):
-            if abs(step) <= LAST_STEP and step not in steps:
-                steps[step] = score(_strength(step))
-    tried = {_strength(step): steps[step] for step in sorted(steps)}
-    return _best(tried), tried
+    else:
+        todo, steps, stride = range(LAST_STEP, -LAST_STEP - 1, -FIRST_STRIDE), {}, FIRST_STRIDE
+        while stride:
+            for step in todo:
+                if abs(step) <= LAST_STEP and step not in steps:
+                    steps[step] = score(_strength(step))
+            center = max(steps, key=lambda step: (steps[step], step))
+            stride //= 2
+            todo = (center + stride, center - stride)
+        tried = {_strength(step): steps[step] for step in sorted(steps)}
+    return max(tried, key=lambda value: (tried[value], value)), tried
 
 
 def _strength(step: int) -> float:
     return 10.0 ** (step / STEPS_PER_DECADE)
-
-
-def _best(tried: dict[float, float]) -> float:
-    return max(tried, key=lambda value: (tried[value], value))
 
 
 def fit_logistic(
@@ -125,7 +119,6 @@ def _check_two(labels: Int[np.ndarray, " n"]) -> None:
 def _classifier(
     coefficients: np.ndarray, intercepts: np.ndarray, seen: np.ndarray, classes: int
 ) -> LinearClassifier:
-    """Makes a classifier from scikit-learn's coefficients."""
     if len(seen) == 2:  # scikit-learn has one row then, the logit of the second class
         coefficients = np.stack([-coefficients.ravel(), coefficients.ravel()]) / 2
         intercepts = np.concatenate([-intercepts, intercepts]) / 2

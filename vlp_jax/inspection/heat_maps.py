@@ -119,7 +119,11 @@ def heat_map(
         count = len(images[part])
         # Powers of two, since each size of a batch is compiled.
         size = min(1 << (count - 1).bit_length(), batch_size)
-        batch = [_padded(np.asarray(x[part]), size) for x in (images, texts)]
+        padding = (0, size - count)
+        batch = [
+            np.pad(x[part], (padding, *((0, 0),) * (x.ndim - 1)), mode="edge")
+            for x in (np.asarray(images), np.asarray(texts))
+        ]
         samples = METHODS[method](module, params, *batch)
         maps[part] = spread_out(samples, images.shape[1:3])[:count]
     return maps
@@ -178,19 +182,13 @@ def shifts_of(module: DualEncoder, shifts: int = SHIFTS) -> Int[np.ndarray, " sh
     return np.unique(np.round((np.arange(shifts) - shifts // 2) * patch / shifts).astype(int))
 
 
-def _windows(module: DualEncoder, params: Params, images: Array, texts: Array) -> PlaceValues:
-    values = np.asarray(_window_similarities(module, params, images, texts, False))
-    return _window_samples(module, values)
-
-
-def _occlusion(module: DualEncoder, params: Params, images: Array, texts: Array) -> PlaceValues:
-    values = -np.asarray(_window_similarities(module, params, images, texts, True))
-    return _window_samples(module, values)
-
-
-def _window_samples(module: DualEncoder, values: np.ndarray) -> PlaceValues:
-    rows, columns = (np.arange(1, STEPS) * side / STEPS for side in module.image.image_size)
-    return PlaceValues(values, rows, columns, _WINDOW_SPREAD * min(module.image.image_size))
+def _windows(
+    hide: bool, module: DualEncoder, params: Params, images: Array, texts: Array
+) -> PlaceValues:
+    values = np.asarray(_window_similarities(module, params, images, texts, hide))
+    size = module.image.image_size
+    rows, columns = (np.arange(1, STEPS) * side / STEPS for side in size)
+    return PlaceValues(-values if hide else values, rows, columns, _WINDOW_SPREAD * min(size))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 4))
@@ -218,26 +216,11 @@ def _window_similarities(
     return einops.rearrange(values, "(r c) n -> n r c", r=STEPS - 1)
 
 
-def _patches(module: DualEncoder, params: Params, images: np.ndarray, texts: Array) -> PlaceValues:
-    def values(shifted: np.ndarray) -> np.ndarray:
-        return np.asarray(_patch_similarities(module, params, shifted, texts))
-
-    return _shifted_samples(module, images, values)
-
-
 @functools.partial(jax.jit, static_argnums=0)
 def _patch_similarities(
     module: DualEncoder, params: Params, images: Array, texts: Array
 ) -> Float[Array, "n rows columns"]:
     return jnp.einsum("nrcd,nd->nrc", patch_embeddings(module, params, images), texts)
-
-
-def _relevance(
-    module: DualEncoder, params: Params, images: np.ndarray, texts: Array
-) -> PlaceValues:
-    return _shifted_samples(
-        module, images, lambda shifted: relevance(module, params, shifted, texts).image
-    )
 
 
 def _shifted_samples(
@@ -260,10 +243,14 @@ def _shifted_samples(
 
 
 METHODS: dict[str, Callable[..., PlaceValues]] = {
-    "windows": _windows,
-    "occlusion": _occlusion,
-    "patches": _patches,
-    "relevance": _relevance,
+    "windows": functools.partial(_windows, False),
+    "occlusion": functools.partial(_windows, True),
+    "patches": lambda module, params, images, texts: _shifted_samples(
+        module, images, lambda shifted: _patch_similarities(module, params, shifted, texts)
+    ),
+    "relevance": lambda module, params, images, texts: _shifted_samples(
+        module, images, lambda shifted: relevance(module, params, shifted, texts).image
+    ),
 }
 
 
@@ -274,10 +261,6 @@ def _embed_texts(module: DualEncoder, params: Params, tokens: Array) -> Float[Ar
 
 def _is_tokens(texts: Texts) -> bool:
     return np.issubdtype(np.asarray(texts).dtype, np.integer)
-
-
-def _padded(rows: np.ndarray, size: int) -> np.ndarray:
-    return np.concatenate([rows, np.repeat(rows[-1:], size - len(rows), axis=0)])
 
 
 def _check(module: DualEncoder, images: np.ndarray, texts: Texts) -> None:

@@ -43,7 +43,7 @@ _PLAIN = (((1,), (0,)), ((), ()))  # a @ b
 
 
 def check_shapes(tokens: int, keys: int, heads: int, head_dim: int, itemsize: int) -> None:
-    """Raises ValueError for shapes (and `itemsize` bytes of a number) that do not fit the kernel."""
+    """Raises ValueError for shapes, and `itemsize` bytes of a number, that do not fit."""
     if (LANES % head_dim and head_dim % LANES) or (heads * head_dim) % LANES:
         raise ValueError(
             f"attention 'pallas' takes heads that fill columns of {LANES}: {heads} heads of "
