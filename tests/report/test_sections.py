@@ -15,6 +15,7 @@ from vlp_jax.evaluators.captioning import CaptionsOutcome
 from vlp_jax.report import section_retrieval, section_zero_shot
 from vlp_jax.report.blocks import Beside, Cards, Charts, Fold, Table
 from vlp_jax.report.pictures import Album, heat_section, paintings_section, samples_section
+from vlp_jax.report.report import table_section
 from vlp_jax.report.scores import (
     Score,
     better_direction,
@@ -25,7 +26,6 @@ from vlp_jax.report.scores import (
 )
 from vlp_jax.report.section_data import data_section
 from vlp_jax.report.section_run import config_section, differences, flat
-from vlp_jax.report.section_scores import table_section
 
 SCORES = {
     "step": 7.0,

@@ -21,9 +21,9 @@ from vlp_jax.models.coca import CoCa
 from vlp_jax.models.decoder import Captioner
 from vlp_jax.models.dual_encoder import DualEncoder
 from vlp_jax.models.masked_autoencoder import MaskedAutoencoder
+from vlp_jax.objectives import objective_of
 from vlp_jax.objectives.base import Function
 from vlp_jax.objectives.compute import DTYPES
-from vlp_jax.objectives.of_model import objective_of
 from vlp_jax.training.run import Run, bounded, resizing
 
 # Models that can be loaded from a run. Of several in a composite, the first in this order becomes

@@ -9,9 +9,9 @@ from typing import Any
 from vlp_jax import config as config_lib
 from vlp_jax.data.wording import Wording, wording_of
 from vlp_jax.errors import UserError
-from vlp_jax.evaluators.accuracy import Accuracy, Answers
 from vlp_jax.evaluators.base import Evaluator, Resources
 from vlp_jax.evaluators.captioning import Captions, Likelihood
+from vlp_jax.evaluators.classification import Accuracy, Answers
 from vlp_jax.evaluators.frozen_features import FewShot, Knn
 from vlp_jax.evaluators.geometry import Geometry
 from vlp_jax.evaluators.linear_probe import LinearProbe

@@ -19,8 +19,14 @@ from vlp_jax.errors import NoScores, UserError
 from vlp_jax.evaluators import classification
 from vlp_jax.evaluators.base import NUMBER, SHOWN, Evaluator, Outcome, Pairs, Resources
 from vlp_jax.evaluators.caption_scores import SCORES, cider, tokens_of
-from vlp_jax.evaluators.class_lists import check_templates, fill, names_of_classes
-from vlp_jax.evaluators.outputs import check_field, check_labels, numbered
+from vlp_jax.evaluators.class_lists import (
+    check_field,
+    check_labels,
+    check_templates,
+    fill,
+    names_of_classes,
+    numbered,
+)
 from vlp_jax.observe.samples import Sample
 from vlp_jax.parallel import agreement
 from vlp_jax.parallel.batch import put_batch

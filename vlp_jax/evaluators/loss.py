@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 from vlp_jax.errors import UserError
 from vlp_jax.evaluators.attacks import with_attacks
 from vlp_jax.evaluators.base import NUMBER, Evaluator, Pairs, Resources
-from vlp_jax.evaluators.outputs import numbered
+from vlp_jax.evaluators.class_lists import numbered
 from vlp_jax.objectives import Objective
 from vlp_jax.objectives.base import SEPARATOR, Context, Function, Metrics
 from vlp_jax.parallel import mesh as mesh_lib

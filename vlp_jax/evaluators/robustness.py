@@ -14,14 +14,14 @@ from vlp_jax.errors import UserError
 from vlp_jax.evaluators import corruptions as corruptions_lib
 from vlp_jax.evaluators.attacks import PREFIX
 from vlp_jax.evaluators.base import NUMBER, Change, Evaluator, Pairs, Resources
-from vlp_jax.evaluators.class_lists import renumber
-from vlp_jax.evaluators.classification import label_ranks
-from vlp_jax.evaluators.outputs import (
+from vlp_jax.evaluators.class_lists import (
     check_field,
     check_labels,
     numbered,
     numbers_of_model,
+    renumber,
 )
+from vlp_jax.evaluators.classification import label_ranks
 from vlp_jax.evaluators.zero_shot import ZeroShot
 
 TRUE = "true_label"  # field to score with; an attack takes "label" as its input

@@ -13,7 +13,7 @@ import matplotlib
 import numpy as np
 from jaxtyping import Array, Float, Int, UInt8
 
-from vlp_jax.inspection.relevance import relevance
+from vlp_jax.inspection.attention import relevance
 from vlp_jax.inspection.taps import Params, layer_path, tapped
 from vlp_jax.models.dual_encoder import DualEncoder
 

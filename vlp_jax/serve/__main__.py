@@ -23,8 +23,14 @@ from vlp_jax.errors import UserError
 from vlp_jax.files import read_lines
 from vlp_jax.parallel import startup
 from vlp_jax.serve.explorer import Classes, Explorer
-from vlp_jax.serve.index import build_index, default_folder, import_faiss
-from vlp_jax.serve.pictures import EvaluationImages, Folder, Pictures
+from vlp_jax.serve.index import (
+    EvaluationImages,
+    Folder,
+    Pictures,
+    build_index,
+    default_folder,
+    import_faiss,
+)
 from vlp_jax.training.command import run_command
 from vlp_jax.training.restore import CHOICES
 from vlp_jax.training.run import Run

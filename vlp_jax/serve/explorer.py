@@ -16,8 +16,7 @@ from jaxtyping import Float, UInt8
 from vlp_jax.encoders import Encoder
 from vlp_jax.errors import UserError
 from vlp_jax.inspection import heat_map, overlay
-from vlp_jax.serve.index import ImageIndex
-from vlp_jax.serve.pictures import Pictures, png, thumbnail
+from vlp_jax.serve.index import ImageIndex, Pictures, png, thumbnail
 
 MAX_COUNT = 100  # images of one answer
 MAX_TEXT = 2_000  # characters
