@@ -140,16 +140,7 @@ def same_for_same_text(
     return vectors if len(first) == len(vectors) else vectors[first[place]]
 
 
-ImagesAndTexts = tuple[
-    Float[np.ndarray, "images dim"],
-    Float[np.ndarray, "texts dim"],
-    Int[np.ndarray, " texts"],
-    Int[np.ndarray, " images"],
-]
-_PARTS = ("image", "text", "owners", "index")
-
-
-def embed_captions(split: Split, params: Any, field: str) -> ImagesAndTexts:
+def embed_captions(split: Split, params: Any, field: str) -> tuple[np.ndarray, ...]:
     """Embeds a split's images and all captions in `field`, an extra field of the split.
 
     Returns:
@@ -160,19 +151,12 @@ def embed_captions(split: Split, params: Any, field: str) -> ImagesAndTexts:
     Raises:
       UserError: `field` holds no text, or no example has any.
     """
-    cache = split.resources.cache
-    keys = [(split.key, "captions", field, part) for part in _PARTS]
-    arrays = [cache.get(params, key) for key in keys]
-    if any(array is None for array in arrays):
-        arrays = _embed(split, params, field)
-        for key, array in zip(keys, arrays, strict=True):
-            cache.put(params, key, array)
-    image, text, owners, index = arrays
-    return image, text, owners, index
-
-
-def _embed(split: Split, params: Any, field: str) -> ImagesAndTexts:
-    resources, texts, numbers = split.resources, [], []
+    resources, cache = split.resources, split.resources.cache
+    keys = [(split.key, "captions", field, part) for part in ("image", "text", "owners", "index")]
+    cached = tuple(cache.get(params, key) for key in keys)
+    if all(array is not None for array in cached):
+        return cached
+    texts, numbers = [], []
     batches = _without_captions(split, field, texts, numbers)
     outputs, fields = resources.embed(params, batches, {"image": "embed_image"})
     wording = caption_wording(split.data.get("preprocess"))
@@ -182,7 +166,10 @@ def _embed(split: Split, params: Any, field: str) -> ImagesAndTexts:
     used, owners = np.unique(owners, return_inverse=True)
     # INDEX rises from batch to batch, and has every image that has captions.
     rows = np.searchsorted(fields[INDEX], used)
-    return outputs["image"][rows], vectors, owners, fields[INDEX][rows]
+    arrays = (outputs["image"][rows], vectors, owners, fields[INDEX][rows])
+    for key, array in zip(keys, arrays, strict=True):
+        cache.put(params, key, array)
+    return arrays
 
 
 def _without_captions(
