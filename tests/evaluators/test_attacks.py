@@ -132,7 +132,8 @@ def test_attacks_on_a_zero_shot_classifier_and_on_the_same_scores_are_one(world)
 
     functions = with_attacks({"embed_image": embed, "classify": lambda p, x: 5 * embed(p, x),
                                   "embed_text": None})  # fmt: skip
-    assert set(functions) == {"attacked_embed_image", "attacked_classify"}
+    added = {"attacked_embed_image", "attacked_classify"}
+    assert set(functions) == added | {"embed_image", "classify", "embed_text"}
     zero_shot = jax.jit(functions["attacked_embed_image"])(
         weights,
         inputs(world, classes=np.eye(CLASSES, dtype=np.float32), logit_scale=np.float32(5)),

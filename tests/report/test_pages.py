@@ -217,7 +217,9 @@ def test_short_names():
 
 
 @needs_chromium
-@pytest.mark.parametrize("name", ["report", "comparison", "hostile"])
+@pytest.mark.parametrize(
+    "name", ["report", pytest.param("comparison", marks=pytest.mark.slow), "hostile"]
+)
 def test_in_a_browser(name, request):
     """Light and dark, wide and narrow: no complaint, no request, no violation, no overflow."""
     file = request.getfixturevalue(name)
