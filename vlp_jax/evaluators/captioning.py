@@ -37,12 +37,10 @@ class CaptionsOutcome(Outcome):
     """Generated captions of every image of a split, in the order of the source.
 
     Attributes:
-      captions: the generated captions.
       references: all captions by people of each image.
       likelihood: the log-probability of each generated caption.
-      index: int64 [n], the position of each example in its source.
-      labels: the class of each image, int64 [n]; empty without classes.
-      class_names: names of the classes, by label.
+      index: the position of each example in its source.
+      labels: the class of each image; empty without `class_names`.
       pictures: a few images, on process 0: position -> uint8 [height, width, 3].
     """
 

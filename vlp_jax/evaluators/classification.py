@@ -65,16 +65,10 @@ def negative_log_likelihood(
 def calibration_bins(
     confidences: Float[np.ndarray, " n"], hits: np.ndarray, bins: int = CALIBRATION_BINS
 ) -> tuple[Int[np.ndarray, " bins"], Float[np.ndarray, " bins"], Float[np.ndarray, " bins"]]:
-    """Divides (0, 1] into `bins` equal bins by confidence.
+    """Divides (0, 1] into `bins` equal bins; returns count, mean confidence and accuracy of each.
 
-    A bin includes its upper end and not its lower end (Guo et al. 2017, section 2).
-
-    Args:
-      confidences: the probability of the predicted class.
-      hits: bool [n], whether the predicted class is right.
-
-    Returns:
-      Number of examples, mean confidence and accuracy of each bin; 0 for empty bins.
+    A bin includes its upper end and not its lower end (Guo et al. 2017, section 2). `confidences`
+    are the probabilities of the predicted classes, `hits` whether these are right.
     """
     edges = np.linspace(0, 1, bins + 1)[1:-1]
     place = np.searchsorted(edges, confidences, side="left")

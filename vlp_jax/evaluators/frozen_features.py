@@ -20,15 +20,9 @@ from vlp_jax.evaluators.splits import Split
 class FrozenFeatures:
     """Features and labels of both splits, in the order of their sources.
 
-    Attributes:
-      train: float32 [m, dim].
-      train_labels: int64 [m].
-      test: float32 [n, dim].
-      test_labels: int64 [n].
-      classes: the number of `class_names`, or without names the largest label + 1.
-      class_names: names by label, if the datasets know them: the classes of the training data, then
-        those that only the test data has.
-      index: int64 [n], the position of each test example in its source (after `where`, `limit`).
+    `class_names` has the classes of the training data, then those that only the test data has, if
+    the datasets know them; `classes` is their number, or without names the largest label + 1.
+    `index` is the position of each test example in its source (after `where`, `limit`).
     """
 
     train: Float[np.ndarray, "m dim"]
@@ -114,13 +108,7 @@ L2_GRID = tuple(10.0**power for power in range(-3, 5))
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class FewShotOutcome(FeaturesOutcome):
-    """The accuracy of each draw of training images.
-
-    Attributes:
-      shots, seeds: numbers of images per class, and seeds of the draws.
-      accuracy: top-1 on the test split, float64 [shots, seeds].
-      l2: the regularization that was chosen from `grid`, float64 [shots, seeds].
-    """
+    """The top-1 accuracy of each draw of training images, and the `l2` chosen from `grid`."""
 
     shots: tuple[int, ...]
     seeds: tuple[int, ...]

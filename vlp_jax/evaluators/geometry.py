@@ -87,12 +87,7 @@ def effective_rank(x: Float[np.ndarray, "n dim"]) -> float:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class GeometryOutcome(Outcome):
-    """Embeddings of the pairs of a split, in the order of the source.
-
-    Attributes:
-      image, text: unit vectors, float32 [n, dim]; row i of both is pair i.
-      index: int64 [n], the position of each pair in its source (after `where` and `limit`).
-    """
+    """Unit vectors of the pairs of a split, row by row, and each pair's position in its source."""
 
     image: Float[np.ndarray, "n dim"]
     text: Float[np.ndarray, "n dim"]

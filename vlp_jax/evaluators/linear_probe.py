@@ -21,14 +21,11 @@ LEARNING_RATES = (0.01, 0.1, 1.0)
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class LinearProbeOutcome(FeaturesOutcome):
-    """The logits of a fitted linear classifier on the test split.
+    """The logits of a linear classifier, fitted by `method`, on the test split.
 
-    Attributes:
-      logits: float64 [n, classes], of the test examples.
-      method: "lbfgs" or "sgd".
-      chosen: the chosen regularization (lbfgs) or learning rate (sgd).
-      tried: each value that was tried -> top-1 on the held-out part of the training split.
-      settings: settings of the fit: holdout, seed, max_iterations, epochs, batch_size.
+    `chosen` is the regularization (lbfgs) or learning rate (sgd); `tried` has each value's top-1 on
+    the held-out part of the training split. `settings` are holdout, seed, max_iterations, epochs
+    and batch_size.
     """
 
     logits: Float[np.ndarray, "n classes"]

@@ -17,16 +17,11 @@ from vlp_jax.evaluators.splits import Split, embed_captions
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class RetrievalOutcome(Outcome):
-    """Embeddings of a split's images and texts, in the order of the source, and their ranks.
+    """Unit vectors of a split's images and texts, in the order of the source, and their ranks.
 
-    Attributes:
-      image: unit vectors, float32 [images, dim].
-      text: unit vectors, float32 [texts, dim]; the texts of an image are adjacent.
-      owners: int64 [texts], the row in `image` of each text's image.
-      index: int64 [images], the position of each image in its source (after `where`, `limit`).
-      image_to_text: the rank of each image's best text among all texts.
-      text_to_image: the rank of each text's image among all images.
-      ks: the values of k for R@k.
+    `owners` has the row of each text's image; the texts of an image are adjacent. `index` is the
+    position of each image in its source (after `where`, `limit`). Ranks are each image's best text
+    among all texts, and each text's image among all images; `ks` are the values of k for R@k.
     """
 
     image: Float[np.ndarray, "images dim"]

@@ -19,12 +19,9 @@ from vlp_jax.parallel import agreement
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Embedded:
-    """Outputs and fields of a whole split, in the order of its source, on every process.
+    """Outputs by field, number fields, and positions of a whole split, on every process.
 
-    Attributes:
-      outputs: field -> the output of its function, float32 [n, ...].
-      fields: fields with one number for each example, and the arrays among `extra_fields`.
-      index: int64 [n], the position of each example in the data.
+    `fields` also has the arrays among `extra_fields`.
     """
 
     outputs: Mapping[str, Float[np.ndarray, "n dim"]]

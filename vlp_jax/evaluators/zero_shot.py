@@ -25,16 +25,11 @@ from vlp_jax.evaluators.splits import Split
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ZeroShotOutcome(Outcome):
-    """Embeddings of every image of a split, in the order of the source, and of the classes.
+    """Unit vectors of the images of a split, in the order of the source, and of the classes.
 
-    Attributes:
-      image: unit vectors, float32 [n, dim].
-      class_embeddings: a unit vector for each class, float32 [classes, dim].
-      labels: int64 [n], the number in `class_names` of each image's class.
-      class_names: names by label, as they appear in the prompts.
-      index: int64 [n], the position of each example in its source (after `where` and `limit`).
-      logit_scale: the model's factor on the cosine similarity; None if it has none, and then there
-        are no probabilities. (A bias on all logits would not change them.)
+    `labels` number `class_names`, the names as they appear in the prompts; `index` is the position
+    of each example in its source (after `where` and `limit`). `logit_scale` is the model's factor
+    on the cosine similarity; without it there are no probabilities.
     """
 
     image: Float[np.ndarray, "n dim"]

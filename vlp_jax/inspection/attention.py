@@ -27,12 +27,8 @@ def attention_maps(
     """Returns the softmax weights of every layer and head, as the forward pass uses them.
 
     Row i of a map says where token i looks; it sums to 1. The tokens of an image are the class
-    token if there is one, the registers, and the patches row by row.
-
-    Args:
-      params: the parameters, of layers stacked or not.
-      images: of the model's size; None for texts alone.
-      tokens: token ids; None for images alone.
+    token if there is one, the registers, and the patches row by row. Without images or tokens their
+    tower is left out.
 
     Returns:
       "image" and "text", float32 [n, layers, heads, tokens, tokens]; where the pooling is an
@@ -71,14 +67,8 @@ def rollout(
     """Estimates how much of each input token arrives in each output token.
 
     The mean over heads, mixed with the residual connection, multiplied layer by layer (Abnar and
-    Zuidema 2020, "Quantifying Attention Flow in Transformers", 3.1). Rows sum to 1.
-
-    Args:
-      maps: "image" or "text" of `attention_maps`.
-      residual: share of a token that goes past the attention; 0.5 in the paper.
-
-    Raises:
-      ValueError: the share is not in [0, 1], or the maps have another number of dimensions.
+    Zuidema 2020, "Quantifying Attention Flow in Transformers", 3.1). Rows sum to 1. `residual` is
+    the share of a token that goes past the attention, 0.5 in the paper; ValueError outside [0, 1].
     """
     maps = np.asarray(maps, np.float32)
     if maps.ndim != 5:
@@ -92,12 +82,9 @@ def rollout(
 
 
 def image_rollout(module: DualEncoder, maps: Maps) -> Float[np.ndarray, "n rows columns"]:
-    """Estimates how much of each patch arrives in the pooled features of the image tower.
+    """Estimates how much of each patch arrives in the pooled features, from `attention_maps`.
 
     The patches have the sum 1 less the share of the class token and the registers.
-
-    Args:
-      maps: from `attention_maps`, with maps of images.
     """
     image, rolled = module.image, rollout(maps["image"])
     first = image.prefix_tokens
@@ -150,15 +137,8 @@ def relevance(
     Wolf 2021, "Generic Attention-model Explainability", 3.2, eqs. 5 and 6), in each tower on its
     own. The last step is the pooling. An attention pooling is one more such layer with one query. A
     mean is a layer of equal weights, where gradient times weight is gradient times token. Pooling
-    by a class token, an eos, or the first or last token takes the row of this token.
-
-    Args:
-      params: the parameters, of layers stacked or not.
-      images: of the model's size.
-      tokens: as many rows as images.
-
-    Raises:
-      ValueError: the model takes other shapes, or the numbers of texts and images differ.
+    by a class token, an eos, or the first or last token takes the row of this token. Raises
+    ValueError for other shapes, or numbers of texts and images that differ.
     """
     if len(images) != len(tokens):
         raise ValueError(f"{len(images)} images and {len(tokens)} texts are no pairs")

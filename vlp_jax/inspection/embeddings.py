@@ -20,12 +20,9 @@ def nearest(
 ) -> tuple[Int[np.ndarray, "queries k"], Float[np.ndarray, "queries k"]]:
     """Finds the k rows of `index` with the largest inner product with each query, best first.
 
-    The search is exact, block by block, so that memory does not grow with the index. Of equal
-    products the smaller row number comes first. The products of unit vectors are cosines.
-
-    Args:
-      index: an array, or a `numpy.memmap` that is read block by block.
-      k: at most the rows of the index.
+    The search is exact, block by block, so that memory does not grow with the index, which may be a
+    `numpy.memmap`. Of equal products the smaller row number comes first. The products of unit
+    vectors are cosines.
 
     Returns:
       row numbers, int64, and their products, float32.
@@ -46,11 +43,8 @@ def project(
 ) -> Float[np.ndarray, "n 2"]:
     """Projects embeddings onto a plane; the result is centred and float32.
 
-    Args:
-      method: "pca" (the two directions of most variance, exact; each has the sign that makes its
-        largest loading positive) or "tsne" (van der Maaten and Hinton 2008; of scikit-learn, which
-        needs `pip install scikit-learn`).
-      seed: for t-SNE.
+    `method` is "pca" (the two directions of most variance, exact; each has the sign that makes its
+    largest loading positive) or "tsne" (van der Maaten and Hinton 2008; scikit-learn's, by `seed`).
 
     Raises:
       UserError: the method is unknown, there are fewer than 3 embeddings, or t-SNE lacks

@@ -45,13 +45,9 @@ def score_head(outputs: int, compute: ComputeConfig, name: str) -> Dense:
 
 
 class Classifier(nn.Module):
-    """An image tower with a linear head.
+    """An image tower, with a pooling, and a linear head.
 
-    Attributes:
-      image: the tower, with a pooling. He et al. 2022 fine-tune with the pooling "mean" and
-        `norm_after_pool`.
-      classes: the number of classes.
-      pixels: normalization of the pixels.
+    He et al. 2022 fine-tune with the pooling "mean" and `norm_after_pool`.
     """
 
     image: VisionTransformer
@@ -133,14 +129,7 @@ def make_fusion(*, compute: ComputeConfig = PLAIN, **fields: Any) -> Fusion:
 
 
 class QuestionAnswerer(nn.Module):
-    """Scores a closed list of answers to a question about an image.
-
-    Attributes:
-      image, text: the towers, without pooling.
-      fusion: the layers over the tokens of both.
-      answers: the number of answers.
-      pixels: normalization of the pixels.
-    """
+    """Scores a closed list of answers to a question about an image; towers have no pooling."""
 
     image: VisionTransformer
     text: TextTransformer

@@ -171,10 +171,7 @@ Seen = Float[Array, "batch image_tokens image_width"]
 class Captioner(nn.Module):
     """Scores the tokens of a text about an image (Tschannen et al. 2023, "CapPa", 3.1).
 
-    Attributes:
-      image: the tower, without pooling: the decoder attends to all of its tokens.
-      decoder: reads and scores the text.
-      pixels: normalization of the pixels.
+    The image tower has no pooling: the decoder attends to all of its tokens.
     """
 
     image: VisionTransformer

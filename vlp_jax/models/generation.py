@@ -71,12 +71,9 @@ class Sampling:
 
 
 class Generated(NamedTuple):
-    """Generated texts and their scores.
+    """Generated texts after their prompts, padded, and their log-probabilities, the end included.
 
-    Attributes:
-      tokens: the tokens after the prompt, up to the end of text, then padding.
-      scores: the log-probability of each text, its end included; with a length penalty, divided by
-        a power of the number of tokens.
+    With a length penalty these are divided by a power of the number of tokens.
     """
 
     tokens: Int[Array, "batch length"]

@@ -24,13 +24,9 @@ KeysAndValues = tuple[Array, Array]
 class Cache:
     """Keys and values of earlier tokens, so that a decoder computes only the new token.
 
-    For stacked layers, each array has the layers as its first dimension.
-
-    Attributes:
-      own: keys and values of the decoder's own tokens, with room for all tokens to come.
-      context: keys and values of the tokens it cross-attends to; None before the first step, or
-        without cross-attention.
-      filled: the number of tokens in `own` so far.
+    For stacked layers, each array has the layers as its first dimension. `own` has room for all
+    tokens to come, of which `filled` are there; `context` belongs to the tokens of a
+    cross-attention, and is None before the first step.
     """
 
     own: KeysAndValues
@@ -41,10 +37,8 @@ class Cache:
 class ToHeads(Product):
     """Projects tokens to `heads` vectors of `head_dim` numbers each.
 
-    Attributes:
-      flat: True returns the vectors side by side, [.., heads * head_dim], for `attend_flat`. False
-        keeps the heads as a dimension of the product; a TPU's compiler then chooses the memory
-        layout that the attention wants.
+    `flat` vectors lie side by side, [.., heads * head_dim], for `attend_flat`. Otherwise the heads
+    are a dimension of the product; a TPU's compiler then chooses the layout that attention wants.
     """
 
     heads: int = 1

@@ -115,13 +115,7 @@ def make_masked_decoder(
 
 
 class MaskedAutoencoder(nn.Module):
-    """An encoder of the visible patches, and a small decoder that predicts the hidden ones.
-
-    Attributes:
-      image: the encoder, without pooling.
-      decoder: predicts the pixels.
-      pixels: normalization of the pixels.
-    """
+    """An encoder of the visible patches, and a small decoder that predicts the hidden ones."""
 
     image: VisionTransformer
     decoder: MaskedDecoder

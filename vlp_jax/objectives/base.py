@@ -138,12 +138,7 @@ class Context:
 
 
 class LossOutput(NamedTuple):
-    """The results of a loss beside its value.
-
-    Attributes:
-      metrics: name -> (sum, count).
-      state: the objective's state for the next step; {} for an objective without state.
-    """
+    """Metrics, name -> (sum, count), and the state for the next step, {} for no state."""
 
     metrics: Metrics
     state: State = {}
@@ -153,10 +148,8 @@ class LossOutput(NamedTuple):
 class Part:
     """One objective of a weighted sum, with its weight and its dataset.
 
-    Attributes:
-      name: prefix of its metrics; "" if the objective is not part of a sum.
-      weight: factor on its loss.
-      data: the name of its dataset in `config.extra_data`; None for `config.data`.
+    `name` is the prefix of its metrics, "" if it is not part of a sum; `data` names a dataset in
+    `config.extra_data`, None for `config.data`.
     """
 
     name: str

@@ -37,12 +37,7 @@ CHUNK_BYTES = 2**27  # largest size of the float32 scores in memory at once
 
 
 class TokenLosses(NamedTuple):
-    """The loss of each target token, and whether it was predicted.
-
-    Attributes:
-      loss: cross-entropy, float32.
-      hit: True if no token has a higher score than the target.
-    """
+    """The cross-entropy of each target token, and whether no token scores higher."""
 
     loss: Float[Array, "batch tokens"]
     hit: Bool[Array, "batch tokens"]
@@ -322,11 +317,7 @@ class Captioning(Objective):
     def class_likelihood(
         self, params: Params, inputs: Mapping[str, Array]
     ) -> Float[Array, "batch classes"]:
-        """Computes the log-probability of each class's text, end included, given each image.
-
-        Args:
-          inputs: "image", values in [0, 255], and "classes", token ids [classes, tokens].
-        """
+        """Computes the log-probability of the texts of `classes`, end included, given each image."""
         seen = self.model.apply({"params": params}, inputs["image"], method="look")
 
         def of_class(text: Int[Array, " tokens"]) -> Float[Array, " batch"]:

@@ -98,15 +98,12 @@ class Material:
     """The scores, arrays and examples of a model.
 
     Attributes:
-      findings: scores and outcomes of the evaluators.
+      views: reconstructions of a masked autoencoder; None for another model.
+      hidden: share of the patches that the autoencoder does not see, in [0, 1].
       mistakes: zero-shot evaluator -> place in its data -> pixels.
       texts: retrieval evaluator -> its texts, in the order of its outcome.
       pairs: retrieval evaluator -> row of its outcome -> pixels.
-      heat: images with their heat maps.
-      views: reconstructions of a masked autoencoder; None for another model.
-      hidden: share of the patches that the autoencoder does not see, in [0, 1].
       data: training data by part, or the reason why it cannot be read.
-      parameters: number of parameters of the model.
     """
 
     findings: Findings

@@ -25,12 +25,9 @@ class RunRecord:
     """The files of a workdir.
 
     Attributes:
-      path: the workdir as the user named it.
-      config: the config of the run.
       records: lines of metrics.jsonl, then of evaluations.jsonl; empty if there are none.
       run_time: time by cause; None if it is not known.
       summary: summary.json of the newest process; empty if there is none.
-      steps_saved: steps of the checkpoints.
     """
 
     path: str

@@ -31,13 +31,7 @@ THUMBNAIL = 256  # pixels of the longer side
 
 
 class Pictures(Protocol):
-    """Numbered images with names.
-
-    Attributes:
-      title: their origin, for people.
-      names: a unique name for each image.
-      versions: a text for each image that changes with its content.
-    """
+    """Numbered images with unique names, and a version that changes with the content of each."""
 
     title: str
     names: Sequence[str]
