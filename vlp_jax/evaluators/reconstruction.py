@@ -17,7 +17,7 @@ VIEWS = "reconstruct"  # the function that returns the three views of an image
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ReconstructionOutcome(Outcome):
-    """The reconstruction error of every image in the units of the loss, and its place in the source.
+    """The reconstruction error of every image in units of the loss, and its place in the source.
 
     `views` are three pictures of a few images, in [0, 1].
     """
