@@ -317,7 +317,7 @@ class Captioning(Objective):
     def class_likelihood(
         self, params: Params, inputs: Mapping[str, Array]
     ) -> Float[Array, "batch classes"]:
-        """Computes the log-probability of each text of `classes`, end included, given each image."""
+        """Computes the log-probability of each class text, end included, given each image."""
         seen = self.model.apply({"params": params}, inputs["image"], method="look")
 
         def of_class(text: Int[Array, " tokens"]) -> Float[Array, " batch"]:
