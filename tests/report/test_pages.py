@@ -20,11 +20,10 @@ from tests.report.conftest import HOSTILE
 from vlp_jax import evaluate
 from vlp_jax.errors import UserError
 from vlp_jax.report import page, pictures, section_retrieval
-from vlp_jax.report.baseline import read_baseline
 from vlp_jax.report.blocks import Cards, Code, Fold, Section, Table, Text, Tile, Tiles
 from vlp_jax.report.page import MAX_BYTES, render, render_small
 from vlp_jax.report.pictures import Album
-from vlp_jax.report.run_record import RunRecord, short_names
+from vlp_jax.report.run_record import RunRecord, read_baseline, short_names
 from vlp_jax.report.section_run import curves_section
 
 SECTIONS = (

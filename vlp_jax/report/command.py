@@ -18,7 +18,7 @@ from vlp_jax.errors import UserError
 from vlp_jax.training.restore import LoadedParameters
 
 if TYPE_CHECKING:
-    from vlp_jax.report.baseline import Baseline
+    from vlp_jax.report.run_record import Baseline
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -84,8 +84,8 @@ class PageRequest:
         if arguments.report is None:
             return None
         # Here and not above: a command without a page need not have jinja2 and matplotlib.
-        from vlp_jax.report.baseline import read_baseline
         from vlp_jax.report.page import check_output
+        from vlp_jax.report.run_record import read_baseline
 
         check_output(arguments.report)
         baseline = None

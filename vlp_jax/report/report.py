@@ -13,7 +13,6 @@ from vlp_jax.evaluators.reconstruction import ReconstructionOutcome
 from vlp_jax.evaluators.retrieval import RetrievalOutcome
 from vlp_jax.evaluators.zero_shot import ZeroShotOutcome
 from vlp_jax.report import page
-from vlp_jax.report.baseline import Baseline
 from vlp_jax.report.blocks import BAD, GOOD, PLAIN, Block, Cell, Section, Table, Text, Tile, Tiles
 from vlp_jax.report.material import Material
 from vlp_jax.report.page import provenance
@@ -23,7 +22,7 @@ from vlp_jax.report.pictures import (
     paintings_section,
     samples_section,
 )
-from vlp_jax.report.run_record import RunRecord
+from vlp_jax.report.run_record import Baseline, RunRecord
 from vlp_jax.report.scores import (
     BETTER,
     WORSE,
