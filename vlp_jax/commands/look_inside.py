@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import io
 import itertools
 import os
 import sys
@@ -29,7 +28,6 @@ from pathlib import Path
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 import numpy as np
-import PIL.Image
 from jaxtyping import Float
 
 import vlp_jax
@@ -113,10 +111,7 @@ def collect(encoder: Encoder, folder: Path | None, limit: int) -> Collection:
         # Scenes of one object: a neighbour is then right or wrong by its label.
         stream = records.stream_records(records.SPECS["default"], "test", 0)
         found = list(itertools.islice((r for r in stream if r["num_objects"] == 1), limit))
-        pixels = []
-        for record in found:
-            with PIL.Image.open(io.BytesIO(record["image"])) as image:
-                pixels.append(encoder.images(image, record["id"]))
+        pixels = [encoder.images(record["image"], record["id"]) for record in found]
         labels = [record["label"] for record in found]
         groups = [label.split()[0] for label in labels]
         what = f"{len(found):,} test scenes of one object"

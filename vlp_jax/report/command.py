@@ -23,19 +23,12 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds --report, --baseline and --compare."""
-    parser.add_argument("--report", metavar="FILE.html", help="also write a page to look at")
-    parser.add_argument(
-        "--baseline",
-        metavar="DIR|FILE.json",
-        help='what the page compares with: another run, or numbers as {"zero_shot/top1": 0.9}',
-    )
-    parser.add_argument(
-        "--compare",
-        nargs="+",
-        metavar="DIR",
-        help="evaluate nothing: the page shows --workdir and these runs side by side, from what "
-        "they have written",
-    )
+    add = parser.add_argument
+    add("--report", metavar="FILE.html", help="also write a page to look at")
+    told = 'what the page compares with: another run, or numbers as {"zero_shot/top1": 0.9}'
+    add("--baseline", metavar="DIR|FILE.json", help=told)
+    told = "evaluate nothing: the page shows --workdir and these runs side by side, from what they "
+    add("--compare", nargs="+", metavar="DIR", help=told + "have written")
 
 
 def check_arguments(arguments: argparse.Namespace) -> None:
@@ -55,8 +48,7 @@ def check_arguments(arguments: argparse.Namespace) -> None:
     evaluating = ("weights", "step", "evaluators", "batch_size", "output", "embeddings")
     for name in (*evaluating, "baseline"):
         if getattr(arguments, name) is not None:
-            option = name.replace("_", "-")
-            raise UserError(f"--compare evaluates nothing: leave --{option} out")
+            raise UserError(f"--compare evaluates nothing: leave --{name.replace('_', '-')} out")
 
 
 def compare(arguments: argparse.Namespace, argv: Sequence[str]) -> list[str]:
