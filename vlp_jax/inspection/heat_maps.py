@@ -84,14 +84,12 @@ def heat_map(
     | "patches" | similarity of the text and a patch as the pooling would see it alone | 16 |
     | "relevance" | `relevance`, which also needs the gradient | 16 |
 
-    Around a window, or in its place, there is the median color of the image. "Occlusion" is of
-    Zeiler and Fergus 2014, "Visualizing and Understanding Convolutional Networks", 4.2; to show a
-    part and hide the rest is Petsiuk et al. 2018, "RISE", with one window for a mask. "Patches" and
-    "relevance" are described at `patch_embeddings` and `relevance`. For these two the image is
-    shifted by quarters of a patch, so that the maps are finer than the grid of patches.
+    Around a window, or in its place, there is the median color of the image (Zeiler and Fergus
+    2014, "Visualizing and Understanding Convolutional Networks", 4.2; Petsiuk et al. 2018, "RISE").
+    For "patches" (`patch_embeddings`) and "relevance" the image is shifted by quarters of a patch,
+    so that the maps are finer than the grid of patches.
 
     Args:
-      params: the parameters, of layers stacked or not.
       images: of the model's size.
       texts: token ids, or unit vectors (not for "relevance").
       against: embeddings of other texts. Their mean is subtracted from the embedding of each text,

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from vlp_jax import config as config_lib
-from vlp_jax.models.attention import HOLDS, AttentionMask
+from vlp_jax.models.attention import AttentionMask
 from vlp_jax.models.coca import CoCa
 from vlp_jax.models.decoder import CAUSAL, Captioner, make_decoder
 from vlp_jax.models.dual_encoder import l2_normalize
@@ -31,7 +31,7 @@ from vlp_jax.objectives.base import (
     Params,
     of_images,
 )
-from vlp_jax.objectives.compute import from_tokenizer, make_compute
+from vlp_jax.objectives.compute import from_tokenizer, make_compute, with_attention
 
 CHUNK_BYTES = 2**27  # largest size of the float32 scores in memory at once
 
@@ -368,10 +368,9 @@ def make_captioning(
         raise ValueError(f"label_smoothing must be in [0, 1), not {label_smoothing}")
     check_choice("mean", mean, MEANS)
     how, published = make_compute(**compute), {"bias": False, "embedding_stddev": 1.0}
-    decoder = {**published, **decoder}
-    attention = decoder.pop("attention", how.attention)
-    if 0 < parallel_share < 1:  # refuse here what would fail only when the step is traced
-        AttentionMask(causal=True, prefix=jnp.zeros(1)).check(attention, HOLDS.get(attention, ()))
+    prefix = jnp.zeros(1) if 0 < parallel_share < 1 else None
+    mask = AttentionMask(causal=True, prefix=prefix)
+    decoder, scoring = with_attention({**published, **decoder}, how, mask)
     token = {"class_token": image.get("pooling", "none") == "cls"}
     model = Captioner(
         config_lib.build(
@@ -382,7 +381,7 @@ def make_captioning(
             decoder,
             "config.objective.decoder",
             extra_tokens=1,  # the mask token
-            compute=dataclasses.replace(how, attention=attention),
+            compute=scoring,
             **sizes,
         ),
         Pixels(tuple(image_mean), tuple(image_std)),

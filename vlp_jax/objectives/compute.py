@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from vlp_jax.models.attention import HOLDS, AttentionMask
 from vlp_jax.models.values import ComputeConfig, check_choice
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
@@ -41,3 +44,17 @@ def from_tokenizer(
     if tokenizer is None:
         raise ValueError(f"{who} needs config.tokenizer")
     return {name: getattr(tokenizer, name) for name in ("vocab_size", "context_length", *ids)}
+
+
+def with_attention(
+    section: Mapping[str, Any], how: ComputeConfig, mask: AttentionMask
+) -> tuple[dict[str, Any], ComputeConfig]:
+    """Takes `attention` out of a section, and puts it into `how`.
+
+    Raises ValueError if the backend does not support the rules of `mask`: here, and not only when
+    the step is traced.
+    """
+    section = dict(section.items())
+    how = dataclasses.replace(how, attention=section.pop("attention", how.attention))
+    mask.check(how.attention, HOLDS.get(how.attention, ()))
+    return section, how
