@@ -8,7 +8,6 @@ import ipaddress
 import os
 import socket
 import sys
-import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -52,7 +51,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         "A local page on which a text finds images, and an image finds classes, similar images and "
         "the regions that answer a text."
     )
-    parser = make_parser("vlp-jax serve", textwrap.fill(what, 78), epilog=EPILOG)
+    parser = make_parser("vlp-jax serve", what, epilog=EPILOG)
     model = parser.add_mutually_exclusive_group(required=True)
     model.add_argument("--workdir", metavar="DIR", help="folder of a run")
     model.add_argument("--weights", metavar="FORMAT:PATH", help="hf:DIR, open_clip:DIR, ...")
