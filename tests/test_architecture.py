@@ -36,7 +36,7 @@ MAY_IMPORT = {
         "interop",
         "models",
     },
-    "inspection": {"models", "observe"},
+    "inspection": {"models", "observe", "evaluators"},
     "handover": {"training", "objectives", "observe", "interop", "models", "data"},
     "report": {
         "encoders",

@@ -6,7 +6,7 @@ from ml_collections import ConfigDict
 
 from vlp_jax.config import complete, duration
 from vlp_jax.evaluators import EVALUATORS
-from vlp_jax.models.variants import split_variant
+from vlp_jax.models.values import split_variant
 from vlp_jax.preprocess import smoke_preprocess
 
 # Sizes of models, set wherever these keys appear in the objective.

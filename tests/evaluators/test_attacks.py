@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from vlp_jax.evaluators.attacks import attack_functions, attacked_images
+from vlp_jax.evaluators.attacks import attacked_images, with_attacks
 from vlp_jax.evaluators.robustness import REACH, fgsm, pgd
 
 N, SIDE, HIDDEN, CLASSES = 12, 5, 16, 4
@@ -130,9 +130,10 @@ def test_attacks_on_a_zero_shot_classifier_and_on_the_same_scores_are_one(world)
         out = scores(params, x) + 1  # black has scores of 0, which have no direction
         return out / jnp.linalg.norm(out, axis=-1, keepdims=True)
 
-    functions = attack_functions({"embed_image": embed, "classify": lambda p, x: 5 * embed(p, x),
+    functions = with_attacks({"embed_image": embed, "classify": lambda p, x: 5 * embed(p, x),
                                   "embed_text": None})  # fmt: skip
-    assert set(functions) == {"attacked_embed_image", "attacked_classify"}
+    added = {"attacked_embed_image", "attacked_classify"}
+    assert set(functions) == added | {"embed_image", "classify", "embed_text"}
     zero_shot = jax.jit(functions["attacked_embed_image"])(
         weights,
         inputs(world, classes=np.eye(CLASSES, dtype=np.float32), logit_scale=np.float32(5)),
@@ -144,7 +145,7 @@ def test_attacks_on_a_zero_shot_classifier_and_on_the_same_scores_are_one(world)
 
 def test_an_image_is_attacked_alike_in_any_batch(world):
     weights = world[0]
-    attacked = jax.jit(attack_functions({"classify": scores})["attacked_classify"])
+    attacked = jax.jit(with_attacks({"classify": scores})["attacked_classify"])
     everything = inputs(world)
     whole = attacked(weights, everything)
     part = {k: v[6:] if np.ndim(v) else v for k, v in everything.items()}

@@ -109,7 +109,9 @@ def greedy(world, prompt=b"", length=LENGTH):
     return world.tokenizer.decode(found[:, len(ids) :]), total
 
 
-@pytest.mark.parametrize(("devices", "batch_size"), [(1, 4), (2, 16), (8, 8)])
+@pytest.mark.parametrize(
+    ("devices", "batch_size"), [pytest.param(1, 4, marks=pytest.mark.slow), (2, 16), (8, 8)]
+)
 def test_captions_and_references_of_every_image(world, devices, batch_size):
     outcome = make(world, {"name": "captions"}, devices, batch_size).outcome(world.params)
     kept = [i for i in range(N) if i != 4]  # it has no caption to be compared with
@@ -155,7 +157,7 @@ def test_names_of_classes_in_captions():
     assert scores["named_shuffled"] == 0.25  # "nothing", "a red star.", "A blue star", both
 
 
-@pytest.mark.parametrize("devices", [1, 2])
+@pytest.mark.parametrize("devices", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_classes_by_the_likelihood_of_their_names(world, devices):
     names = ["dog", "hen", "a very long name", "x", "yy", "zzz"]
     section = {"name": "likelihood", "template": "{}!", "class_names": names}

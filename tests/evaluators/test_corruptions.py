@@ -10,8 +10,7 @@ import scipy.ndimage
 from PIL import Image
 
 from vlp_jax.errors import UserError
-from vlp_jax.evaluators.corruptions import CORRUPTIONS, constants, corrupt
-from vlp_jax.evaluators.corruptions.weather import plasma
+from vlp_jax.evaluators.corruptions import CORRUPTIONS, constants, corrupt, plasma
 
 SIDE = 32
 

@@ -11,15 +11,16 @@ from sklearn import metrics
 
 from vlp_jax.errors import UserError
 from vlp_jax.evaluators import make_evaluators
+from vlp_jax.evaluators.attacks import with_attacks
 from vlp_jax.evaluators.base import Resources, compile_functions
 from vlp_jax.evaluators.corruptions import corrupt
-from vlp_jax.evaluators.derived import evaluator_functions, with_attacks
+from vlp_jax.evaluators.loss import evaluator_functions
 from vlp_jax.objectives import make_objective
 from vlp_jax.objectives.base import PIXELS, TOKENS, Context, Function, of_images
 from vlp_jax.parallel import mesh as mesh_lib
 
 N, CLASSES, WORDS, LENGTH, KINDS, SIDE = 37, 7, 11, 4, 3, 8
-LAYOUTS = [(1, 37), (1, 8), (8, 16)]
+LAYOUTS = [(1, 37), pytest.param(1, 8, marks=pytest.mark.slow), (8, 16)]
 TOWER = {"width": 16, "depth": 1, "mlp_dim": 32, "heads": 2}
 IMAGE = {"variant": "mu/4", "image_size": SIDE, "class_token": False, **TOWER}
 TOKENIZER = types.SimpleNamespace(vocab_size=WORDS, context_length=LENGTH, pad_id=0, eos_id=2)

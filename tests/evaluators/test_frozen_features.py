@@ -17,8 +17,8 @@ from toy_models import (
 )
 
 from vlp_jax.errors import UserError
-from vlp_jax.evaluators import embedding_space, make_evaluators
-from vlp_jax.evaluators.cache import EmbeddingCache
+from vlp_jax.evaluators import geometry, make_evaluators
+from vlp_jax.evaluators.base import EmbeddingCache
 
 TRAIN = 211
 
@@ -123,8 +123,8 @@ def test_geometry_is_that_of_the_embeddings(world, reference):
     scores = reference["geometry"]
     expected = ((outcome.image.astype(float) - outcome.text) ** 2).sum(1).mean()
     assert scores["alignment"] == pytest.approx(expected)
-    assert scores["text_uniformity"] == embedding_space.uniformity(outcome.text)
-    assert scores["image_effective_rank"] == embedding_space.effective_rank(outcome.image)
+    assert scores["text_uniformity"] == geometry.uniformity(outcome.text)
+    assert scores["image_effective_rank"] == geometry.effective_rank(outcome.image)
 
 
 def counted(calls):

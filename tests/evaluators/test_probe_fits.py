@@ -7,7 +7,7 @@ from sklearn.linear_model import LogisticRegression, RidgeClassifierCV
 from sklearn.neighbors import KNeighborsClassifier
 
 from vlp_jax.errors import UserError
-from vlp_jax.evaluators import embedding_space, neighbours, probes
+from vlp_jax.evaluators import geometry, neighbours, probes
 
 
 def unit(x):
@@ -200,7 +200,7 @@ def test_of_equal_neighbours_the_first_counts():
         neighbours.nearest(np.ones((2, 1), np.float32), ascending, 3)[1].tolist()
         == [[4999, 4998, 4997]] * 2
     )
-    with pytest.raises(ValueError, match="k=4 neighbours of 3"):
+    with pytest.raises(ValueError, match="k=4 is not between 1 and the 3"):
         neighbours.nearest(bank[:1], bank[:3], 4)
 
 
@@ -210,23 +210,23 @@ def test_geometry_equals_float64(n):
     x, y = unit(rng.normal(size=(n, 6)) + 1), unit(rng.normal(size=(n, 6)))
     a, b = torch.tensor(x, dtype=torch.float64), torch.tensor(y, dtype=torch.float64)
     # The functions that Wang and Isola print in their paper, figure 5.
-    assert embedding_space.alignment(x, y) == pytest.approx(
+    assert geometry.alignment(x, y) == pytest.approx(
         float((a - b).norm(dim=1).pow(2).mean()), abs=1e-9
     )
     expected = float(torch.pdist(a).pow(2).mul(-2).exp().mean().log())
-    assert embedding_space.uniformity(x) == pytest.approx(expected, abs=1e-6)
+    assert geometry.uniformity(x) == pytest.approx(expected, abs=1e-6)
     gap = float((a.mean(0) - b.mean(0)).norm())
-    assert embedding_space.modality_gap(x, y) == pytest.approx(gap, abs=1e-9)
+    assert geometry.modality_gap(x, y) == pytest.approx(gap, abs=1e-9)
     values = np.linalg.svd(x.astype(np.float64), compute_uv=False)
     share = values / values.sum()
     rank = np.exp(-np.sum(share * np.log(share)))
-    assert embedding_space.effective_rank(x) == pytest.approx(rank, abs=1e-9)
+    assert geometry.effective_rank(x) == pytest.approx(rank, abs=1e-9)
 
 
 def test_geometry_of_extremes():
     one = np.tile(unit(np.ones((1, 8))), (50, 1))
-    assert embedding_space.uniformity(one) == pytest.approx(0, abs=1e-6)
-    assert embedding_space.effective_rank(one) == pytest.approx(1, abs=1e-6)
-    assert embedding_space.effective_rank(np.eye(8, dtype=np.float32)) == pytest.approx(8)
-    assert embedding_space.modality_gap(one, -one) == pytest.approx(2, abs=1e-6)
-    assert np.isnan(embedding_space.uniformity(one[:1]))
+    assert geometry.uniformity(one) == pytest.approx(0, abs=1e-6)
+    assert geometry.effective_rank(one) == pytest.approx(1, abs=1e-6)
+    assert geometry.effective_rank(np.eye(8, dtype=np.float32)) == pytest.approx(8)
+    assert geometry.modality_gap(one, -one) == pytest.approx(2, abs=1e-6)
+    assert np.isnan(geometry.uniformity(one[:1]))

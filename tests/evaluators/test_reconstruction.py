@@ -6,6 +6,7 @@ import flax.linen as nn
 import jax
 import numpy as np
 import pytest
+from toy_models import LAYOUTS
 
 from vlp_jax.errors import UserError
 from vlp_jax.evaluators import make_evaluators
@@ -17,7 +18,6 @@ from vlp_jax.parallel import mesh as mesh_lib
 
 N, SIZE, PATCH, MASK_RATIO = 37, 16, 4, 0.75
 MEAN, STD = (0.5, 0.4, 0.6), (0.2, 0.3, 0.25)
-LAYOUTS = [(1, 37), (1, 8), (2, 10), (8, 16), (8, 40)]
 
 
 def evaluator(functions, images, devices, batch_size):

@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 from toy_models import (
-    LAYOUTS,
+    SLOW,
     image_vectors,
     make_resources,
     make_world,
@@ -72,7 +72,12 @@ def expected_probability(matrix, own, k):
 
 @pytest.mark.parametrize(
     ("devices", "batch_size", "lowercase"),
-    [(*layout, True) for layout in LAYOUTS[1:]] + [(2, 4, True), (2, 10, False)],
+    [
+        (2, 10, True),
+        (8, 40, True),
+        (2, 10, False),
+        *(pytest.param(*layout, True, marks=SLOW) for layout in ((1, 8), (8, 16), (2, 4))),
+    ],
 )
 def test_ragged_captions_equal_numpy(world, devices, batch_size, lowercase):
     outcome = make(world, devices, batch_size, lowercase).outcome(world.params)

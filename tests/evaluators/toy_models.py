@@ -4,6 +4,7 @@ import types
 
 import jax
 import numpy as np
+import pytest
 
 from vlp_jax.evaluators import make_evaluators
 from vlp_jax.evaluators.base import Resources, compile_functions
@@ -12,7 +13,14 @@ from vlp_jax.parallel import mesh as mesh_lib
 
 N, CLASSES, DIM, WORDS = 37, 5, 8, 11
 CLASS_NAMES = tuple(f"class {i}" for i in range(CLASSES))
-LAYOUTS = [(1, 37), (1, 8), (2, 10), (8, 16), (8, 40)]  # devices, batch size
+SLOW = pytest.mark.slow
+LAYOUTS = [  # devices, batch size
+    (1, 37),
+    pytest.param(1, 8, marks=SLOW),
+    (2, 10),
+    pytest.param(8, 16, marks=SLOW),
+    (8, 40),
+]
 LOGIT_SCALE = 7.0
 
 

@@ -13,7 +13,7 @@ from foreign import clip, images, pixels, random_params, siglip, token_ids
 from vlp_jax import interop
 from vlp_jax.inspection import attention_maps, image_rollout, rollout, token_strings
 from vlp_jax.inspection.taps import attention_weights, layer_path, tapped
-from vlp_jax.models.attention_mask import AttentionMask
+from vlp_jax.models.attention import AttentionMask
 from vlp_jax.models.dual_encoder import DualEncoder
 from vlp_jax.models.values import ComputeConfig
 
@@ -116,7 +116,6 @@ def test_the_step_compiles_to_the_same_whether_or_not_anything_was_looked_at():
         return -jnp.trace(out["image"] @ out["text"].T)
 
     def compiled():
-        jax.clear_caches()
         text = jax.jit(jax.grad(loss)).lower(params).as_text()
         return str(jax.make_jaxpr(jax.grad(loss))(params)), text
 

@@ -16,12 +16,11 @@ def unit(n, dim, seed=0):
     return x / np.linalg.norm(x, axis=1, keepdims=True)
 
 
-@pytest.mark.parametrize("block", [7, 50, 4096])
-def test_neighbours_are_those_of_scikit_learn(block):
+def test_neighbours_are_those_of_scikit_learn():
     from sklearn.neighbors import NearestNeighbors
 
     index, queries = unit(203, 12), unit(9, 12, seed=1)
-    rows, products = nearest(queries, index, 11, block=block)
+    rows, products = nearest(queries, index, 11)
     theirs = NearestNeighbors(n_neighbors=11, metric="cosine", algorithm="brute").fit(index)
     distances, expected = theirs.kneighbors(queries)
     np.testing.assert_array_equal(rows, expected)
@@ -31,7 +30,7 @@ def test_neighbours_are_those_of_scikit_learn(block):
 
 def test_equals_come_by_their_number_and_all_rows_may_be_asked_for(tmp_path):
     index = np.tile(np.eye(2, dtype=np.float32), (5, 1))
-    rows, products = nearest(index[:1], index, 10, block=3)
+    rows, products = nearest(index[:1], index, 10)
     assert rows[0].tolist() == [0, 2, 4, 6, 8, 1, 3, 5, 7, 9]
     assert products[0].tolist() == [1] * 5 + [0] * 5
     file = np.memmap(tmp_path / "index", np.float32, "w+", shape=index.shape)

@@ -18,8 +18,7 @@ from vlp_jax import export, interop
 from vlp_jax.errors import UserError
 from vlp_jax.handover.artifacts import artifact_functions
 from vlp_jax.interop.trees import to_tree
-from vlp_jax.models.coca import CoCa
-from vlp_jax.models.coca_towers import CoCaDecoder, CoCaText
+from vlp_jax.models.coca import CoCa, CoCaDecoder, CoCaText
 from vlp_jax.models.values import Pixels, make_tower
 from vlp_jax.objectives.base import Context
 from vlp_jax.objectives.coca import coca_parts

@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from modules import perturbed
+from modules import apply, init, perturbed
 
 from tools.perf.peers.torch_step import patch_torchvision
-from vlp_jax.models.attention_mask import AttentionMask
+from vlp_jax.models.attention import AttentionMask
 from vlp_jax.models.decoder import make_decoder
 from vlp_jax.models.generation import Sampling, beam_search, generate
 from vlp_jax.models.layers import Attended, Encoder
@@ -130,29 +130,35 @@ def test_logits_are_those_of_mbart():
 def test_features_and_scores_are_of_what_came_before_alone(kind):
     decoder = tiny(**KINDS[kind])
     params, tokens = with_params(decoder), ids()
-    before = decoder.apply(params, tokens)
+    before = apply(decoder, params, tokens)
     assert before.shape == (3, 7, VOCAB) and before.dtype == jnp.float32
-    after = decoder.apply(params, tokens.at[:, 4:].set(13 - tokens[:, 4:]) % VOCAB)
+    after = apply(decoder, params, tokens.at[:, 4:].set(13 - tokens[:, 4:]) % VOCAB)
     np.testing.assert_allclose(after[:, :4], before[:, :4], atol=1e-5)
     assert np.abs(after[:, 4:] - before[:, 4:]).max() > 1e-3
 
 
 def test_scores_are_zero_at_first_and_a_mask_token_is_no_word():
     decoder = tiny(extra_tokens=1)
-    params = decoder.init(KEY, ids())["params"]
+    params = init(decoder, ids())
     masked = jnp.full((2, 7), VOCAB)  # the token behind the vocabulary
-    assert not np.asarray(decoder.apply({"params": params}, masked)).any()
-    assert params["token_embedding"].value.shape[0] == VOCAB + 1
+    assert not np.asarray(apply(decoder, params, masked)).any()
+    assert params["params"]["token_embedding"].shape[0] == VOCAB + 1
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("looks", [False, True])
+@pytest.mark.parametrize(
+    ("kind", "looks"),
+    [
+        *((kind, True) for kind in KINDS),
+        ("learned positions", False),
+        *(pytest.param(kind, False, marks=pytest.mark.slow) for kind in list(KINDS)[1:]),
+    ],
+)
 def test_with_the_cache_all_is_as_without(kind, looks):
     """Token by token, after a prompt of several at once."""
     decoder = tiny(**KINDS[kind])
     context = seen(lengths=(5, 3, 1)) if looks else None
     params, tokens = with_params(decoder, context), ids()
-    expected = decoder.apply(params, tokens, context)
+    expected = apply(decoder, params, tokens, context)
     cache = decoder.apply(params, 3, 10, method="start")
     step = jax.jit(stepper(decoder, params, context))
     scores, cache = step(tokens[:, :4], cache)
@@ -162,19 +168,12 @@ def test_with_the_cache_all_is_as_without(kind, looks):
             scores, cache = step(tokens[:, place : place + 1], cache)
     assert int(cache.filled) == 7
     if looks:
-        moved = decoder.apply(params, tokens, seen(lengths=(5, 3, 2)))
+        moved = apply(decoder, params, tokens, seen(lengths=(5, 3, 2)))
         assert np.abs(moved - expected)[2].max() > 1e-4  # it is looked at
 
 
 def stepper(decoder, params, context=None):
     return lambda tokens, cache: decoder.apply(params, tokens, cache, context, method="step")
-
-
-def log_probabilities(decoder, params, prompt, text):
-    """Of the tokens of a text behind a prompt, computed at once without a cache."""
-    whole = jnp.concatenate([prompt, jnp.asarray(text)[None]], axis=1)
-    log = jax.nn.log_softmax(decoder.apply(params, whole[:, :-1]))[0, prompt.shape[1] - 1 :]
-    return np.take_along_axis(np.asarray(log), np.asarray(text)[:, None], axis=1)[:, 0]
 
 
 def test_greedy_generation_takes_the_best_token_each_time_and_ends():
@@ -187,12 +186,13 @@ def test_greedy_generation_takes_the_best_token_each_time_and_ends():
             stepper(decoder, params), cache, prompt, 10, eos_id=EOS, pad_id=PAD, rng=KEY
         )
     )(cache)
-    ends = 0
+    ends, whole = 0, np.zeros((1, 12), np.int32)  # no place sees what comes after it
     for row in range(8):
         text, total = [], 0.0
         while len(text) < 10 and (not text or text[-1] != EOS):
-            whole = jnp.concatenate([prompt[row], jnp.asarray(text, jnp.int32)])[None]
-            log = np.asarray(jax.nn.log_softmax(decoder.apply(params, whole)[0, -1]))
+            whole[0, : 2 + len(text)] = [*np.asarray(prompt[row]), *text]
+            scores = apply(decoder, params, jnp.asarray(whole))[0, 1 + len(text)]
+            log = np.asarray(jax.nn.log_softmax(scores))
             text.append(int(log.argmax()))
             total += log.max()
         ends += text[-1] == EOS
@@ -221,7 +221,7 @@ def test_sampling_chooses_from_what_it_may_by_its_probability():
     assert shares(temperature=1.0, top_p=0.01)[0] == 1 and shares(temperature=0.0)[0] == 1
 
 
-@pytest.mark.parametrize("penalty", [0.0, 1.0])
+@pytest.mark.parametrize("penalty", [pytest.param(0.0, marks=pytest.mark.slow), 1.0])
 def test_beam_search_equals_a_search_of_all_texts(penalty):
     """Of a vocabulary of 5 and 4 tokens: beams for all beginnings leave nothing out."""
     decoder = tiny(vocab=5)
@@ -248,7 +248,7 @@ def test_beam_search_equals_a_search_of_all_texts(penalty):
 
 
 def log_of(decoder, params, prompt, text, known={}):  # noqa: B006
-    """The same as `log_probabilities`, of all texts at once, once for a prompt."""
+    """Log-probabilities of the tokens of a text behind a prompt, by one pass without a cache."""
     key = (id(params), tuple(np.asarray(prompt[0])))
     if key not in known:
         texts = np.array(list(itertools.product(range(5), repeat=len(text))), np.int32)
@@ -265,8 +265,9 @@ def test_one_beam_is_greedy():
     params, prompt = with_params(decoder), ids(3, 2)
     start = lambda: decoder.apply(params, 3, 8, method="start")  # noqa: E731
     step = stepper(decoder, params)
-    greedy = generate(step, start(), prompt, 6, eos_id=EOS, pad_id=PAD, rng=KEY)
-    beam = beam_search(step, start(), prompt, 6, width=1, eos_id=EOS, pad_id=PAD)
+    ends = {"eos_id": EOS, "pad_id": PAD}
+    greedy = jax.jit(lambda cache: generate(step, cache, prompt, 6, rng=KEY, **ends))(start())
+    beam = jax.jit(lambda cache: beam_search(step, cache, prompt, 6, width=1, **ends))(start())
     np.testing.assert_array_equal(beam.tokens, greedy.tokens)
     np.testing.assert_allclose(beam.scores, greedy.scores, atol=1e-5)
 
@@ -282,7 +283,7 @@ def no_step(tokens, cache):
 @pytest.mark.parametrize(
     "make, message",
     [
-        (lambda: tiny().init(KEY, ids(1, 13)), "at most 12 tokens, not 13"),
+        (lambda: init(tiny(), ids(1, 13)), "at most 12 tokens, not 13"),
         (lambda: Sampling(temperature=-1.0), "temperature must be >= 0"),
         (lambda: Sampling(top_k=-1), "top_k must be >= 0"),
         (lambda: Sampling(top_p=0.0), r"top_p must be in \(0, 1\]"),

@@ -6,9 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vlp_jax.models.dense import Dense, add_bias
+from vlp_jax.models.dense import Dense, add_bias, norm
 from vlp_jax.models.heads import FromHeads, ToHeads
-from vlp_jax.models.parameters import norm
 from vlp_jax.models.values import PLAIN, TransformerConfig
 
 X = jnp.asarray(np.random.default_rng(0).normal(size=(3, 5, 16)), jnp.float32)

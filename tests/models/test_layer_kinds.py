@@ -16,11 +16,10 @@ from tools.perf.peers.torch_step import patch_torchvision
 from vlp_jax import config as config_lib
 from vlp_jax.errors import UserError
 from vlp_jax.models import layers
-from vlp_jax.models.attention import ATTENTIONS
-from vlp_jax.models.attention_mask import AttentionMask
+from vlp_jax.models.attention import ATTENTIONS, AttentionMask
+from vlp_jax.models.dense import Norm
 from vlp_jax.models.heads import MultiHeadAttention
 from vlp_jax.models.masked_autoencoder import make_masked_decoder
-from vlp_jax.models.parameters import RMSNorm
 from vlp_jax.models.positions import rotate
 from vlp_jax.models.text import make_text
 from vlp_jax.models.values import (
@@ -128,7 +127,7 @@ def test_rotary_scores_depend_on_distance_alone():
 
 def test_rms_norm_equals_float64_definition():
     x = 100 + jax.random.normal(jax.random.key(0), (4, 32))
-    module = RMSNorm(1e-3, jnp.float32)
+    module = Norm(1e-3, jnp.float32, use_bias=False, centered=False)
     params = perturbed(module, x)
     x64 = np.asarray(x, np.float64)
     expected = x64 / np.sqrt((x64**2).mean(-1, keepdims=True) + 1e-3) * params["params"]["scale"]

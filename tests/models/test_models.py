@@ -9,9 +9,9 @@ import pytest
 from modules import apply, init, perturbed
 
 from vlp_jax.models import layers
-from vlp_jax.models.attention_mask import AttentionMask
+from vlp_jax.models.attention import AttentionMask
+from vlp_jax.models.dense import norm
 from vlp_jax.models.dual_encoder import DualEncoder, l2_normalize
-from vlp_jax.models.parameters import norm
 from vlp_jax.models.text import make_text
 from vlp_jax.models.values import PLAIN, ComputeConfig, Pixels, TransformerConfig
 from vlp_jax.models.vit import PatchEmbedding, make_vit
@@ -85,7 +85,7 @@ def test_activations(name, torch_formula):
     )
 
 
-@pytest.mark.parametrize("pooling", ["cls", "mean", "map"])
+@pytest.mark.parametrize("pooling", ["cls", pytest.param("mean", marks=pytest.mark.slow), "map"])
 def test_a_loop_over_layers_and_layers_written_out_are_the_same(pooling):
     loop, written_out = (
         tiny_vit(ComputeConfig(scan_layers=s), pooling=pooling) for s in (True, False)
@@ -99,8 +99,15 @@ def test_a_loop_over_layers_and_layers_written_out_are_the_same(pooling):
     np.testing.assert_allclose(*outputs, atol=1e-5)
 
 
-@pytest.mark.parametrize("remat", ["full", "dots"])
-@pytest.mark.parametrize("scan_layers", [False, True])
+@pytest.mark.parametrize(
+    ("remat", "scan_layers"),
+    [
+        ("full", False),
+        ("dots", True),
+        pytest.param("dots", False, marks=pytest.mark.slow),
+        pytest.param("full", True, marks=pytest.mark.slow),
+    ],
+)
 def test_rematerialization_changes_no_gradient_and_saves_memory(remat, scan_layers):
     plain, remade = (
         tiny_vit(ComputeConfig(scan_layers=scan_layers, remat=r)) for r in ("none", remat)
@@ -123,7 +130,7 @@ def test_rematerialization_changes_no_gradient_and_saves_memory(remat, scan_laye
 
 
 def test_unknown_remat_policy_is_refused():
-    with pytest.raises(ValueError, match="known: dots, full"):
+    with pytest.raises(ValueError, match="known: full, dots"):
         tiny_vit(ComputeConfig(remat="everything")).init(KEY, image())
 
 

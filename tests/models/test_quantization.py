@@ -8,16 +8,8 @@ import numpy as np
 import pytest
 
 from vlp_jax.models import layers
-from vlp_jax.models.quantization import (
-    BACKWARD,
-    FORWARD,
-    dot_general_of,
-    fp8_dot_general,
-    quantize,
-)
+from vlp_jax.models.dense import BACKWARD, FORWARD, multiply, quantize
 from vlp_jax.models.values import ComputeConfig, TransformerConfig
-
-DIMS = (((1,), (0,)), ((), ()))
 
 
 def rounded(x, dtype):
@@ -34,13 +26,13 @@ def normal(seed, *shape):
 def test_a_product_is_that_of_rounded_factors():
     x, w = normal(0, 6, 32), normal(1, 32, 5) * 100
     expected = rounded(x, ml_dtypes.float8_e4m3fn) @ rounded(w, ml_dtypes.float8_e4m3fn)
-    np.testing.assert_allclose(fp8_dot_general(x, w, DIMS), expected, rtol=1e-5, atol=1e-3)
+    np.testing.assert_allclose(multiply(x, w, "fp8"), expected, rtol=1e-5, atol=1e-3)
     assert np.abs(expected - x @ w).max() > 1e-2  # rounding is seen
 
 
 def test_gradients_are_products_with_a_rounded_gradient():
     x, w, g = normal(0, 6, 32), normal(1, 32, 5), normal(2, 6, 5)
-    _, pull = jax.vjp(lambda x, w: fp8_dot_general(x, w, DIMS), x, w)
+    _, pull = jax.vjp(lambda x, w: multiply(x, w, "fp8"), x, w)
     to_x, to_w = pull(g)
     a, b = (rounded(t, ml_dtypes.float8_e4m3fn) for t in (x, w))
     c = rounded(g, ml_dtypes.float8_e5m2)
@@ -48,13 +40,10 @@ def test_gradients_are_products_with_a_rounded_gradient():
     np.testing.assert_allclose(to_w, a.T @ c, rtol=1e-5, atol=1e-4)
 
 
-def test_several_dimensions_are_contracted():
-    x, w = normal(0, 2, 3, 4, 8), normal(1, 4, 8, 5)
-    out = fp8_dot_general(x, w, (((2, 3), (0, 1)), ((), ())))
-    flat = fp8_dot_general(x.reshape(6, 32), w.reshape(32, 5), DIMS)
-    np.testing.assert_array_equal(out, flat.reshape(2, 3, 5))
-    with pytest.raises(ValueError, match="has no products"):
-        fp8_dot_general(x, w, (((0,), (0,)), ((), ())))
+def test_several_dimensions_around_the_product():
+    x, w = normal(0, 2, 3, 32), normal(1, 32, 4, 5)
+    flat = multiply(x.reshape(6, 32), w.reshape(32, 20), "fp8")
+    np.testing.assert_array_equal(multiply(x, w, "fp8"), flat.reshape(2, 3, 4, 5))
 
 
 def test_zeros_and_numbers_that_are_none():
@@ -71,7 +60,7 @@ def test_the_least_numbers_give_no_nan():
             quantized, factor = jax.jit(quantize, static_argnums=1)(jnp.full(4, size), dtype)
             assert factor > 0 and np.isfinite(np.asarray(quantized, np.float32)).all()
     a, b = jnp.ones((4, 8)), jnp.ones((8, 2))
-    _, pull = jax.vjp(lambda a, b: fp8_dot_general(a, b, (((1,), (0,)), ((), ()))), a, b)
+    _, pull = jax.vjp(lambda a, b: multiply(a, b, "fp8"), a, b)
     for gradient in jax.jit(pull)(jnp.full((4, 2), 1e-35)):
         np.testing.assert_allclose(gradient, 0, atol=1e-33)
 
@@ -94,4 +83,4 @@ def test_an_encoder_has_the_same_parameters_and_is_near():
 
 def test_an_unknown_name_is_refused():
     with pytest.raises(ValueError, match="unknown quantization 'int4'.*fp8"):
-        dot_general_of("int4")
+        multiply(jnp.ones((1, 2)), jnp.ones((2, 1)), "int4")

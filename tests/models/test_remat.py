@@ -7,9 +7,9 @@ import pytest
 from modules import init
 
 from vlp_jax.models import layers
+from vlp_jax.models.layers import NAMES, REMAT_POLICIES
 from vlp_jax.models.masked_autoencoder import MaskedAutoencoder, MaskedDecoder
 from vlp_jax.models.masking import random_mask
-from vlp_jax.models.remat import NAMES, REMAT_POLICIES
 from vlp_jax.models.values import ComputeConfig, TransformerConfig
 from vlp_jax.models.vit import make_vit
 
@@ -67,7 +67,7 @@ def test_a_masked_encoder_holds_nothing_of_hidden_patches_but_stored_pixels():
     batch, kept = 2, 4
     image = jnp.zeros((batch, 64, 64, 3), jnp.uint8)
     mask = random_mask(KEY, batch, vit.patches, kept)
-    params = model.init(KEY, image, mask)
+    params = init(model, image, mask)
     jaxpr = jax.make_jaxpr(lambda p, x, k: model.apply(p, x, k, method="encode"))(
         params, image, mask.keep
     )

@@ -12,12 +12,11 @@ import torch
 from modules import apply, init, perturbed
 
 from vlp_jax.models import layers
+from vlp_jax.models.dense import norm
 from vlp_jax.models.masking import kept_patches, mask_from_noise, random_mask, take_tokens
-from vlp_jax.models.parameters import norm
 from vlp_jax.models.positions import resample, sincos_2d, square_grid
 from vlp_jax.models.text import make_text
-from vlp_jax.models.values import ComputeConfig, TransformerConfig, tower_fields
-from vlp_jax.models.variants import VARIANTS
+from vlp_jax.models.values import VARIANTS, ComputeConfig, TransformerConfig, tower_fields
 from vlp_jax.models.vit import make_vit, patchify, unpatchify
 
 KEY = jax.random.key(0)
@@ -183,8 +182,9 @@ def test_norm_after_pool_normalizes_the_mean_of_tokens_that_are_not():
     model = tiny(pooling="mean", norm_after_pool=True)
     params = perturbed(model, images())
     assert "norm" not in params["params"]["encoder"]
-    _, state = model.apply(
-        params, images(), capture_intermediates=lambda module, _: module.name == "encoder"
+    inside = lambda module, _: module.name == "encoder"  # noqa: E731
+    _, state = jax.jit(lambda p, x: model.apply(p, x, capture_intermediates=inside))(
+        params, images()
     )
     pooled = state["intermediates"]["encoder"]["__call__"][0].mean(axis=1)
     expected = norm(model.transformer, jnp.float32, None).apply(
@@ -193,8 +193,15 @@ def test_norm_after_pool_normalizes_the_mean_of_tokens_that_are_not():
     np.testing.assert_allclose(apply(model, params, images()), expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("remat", ["none", "full"])
-@pytest.mark.parametrize("scan_layers", [False, True])
+@pytest.mark.parametrize(
+    ("scan_layers", "remat"),
+    [
+        (True, "none"),
+        (False, "full"),
+        pytest.param(False, "none", marks=pytest.mark.slow),
+        pytest.param(True, "full", marks=pytest.mark.slow),
+    ],
+)
 def test_stochastic_depth_drops_whole_branches_and_keeps_the_mean(scan_layers, remat):
     config = TransformerConfig(4, depth=2, mlp_dim=8, heads=2, stochastic_depth=0.5)
     compute = ComputeConfig(scan_layers=scan_layers, remat=remat)

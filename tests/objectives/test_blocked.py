@@ -277,12 +277,9 @@ def train(config, mesh):
     return history, "/ppermute" in step.program.as_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    "loss, mesh, optimizer",
-    [
-        ("softmax", "2x2x2", "adamw"),
-        pytest.param("sigmoid", "2 fsdp", "muon", marks=pytest.mark.slow),
-    ],
+    "loss, mesh, optimizer", [("softmax", "2x2x2", "adamw"), ("sigmoid", "2 fsdp", "muon")]
 )
 def test_training_steps_equal_those_of_the_plain_form(loss, mesh, optimizer):
     config = helpers.tiny_config(loss=loss)

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from modules import apply
 
 from vlp_jax.errors import UserError
 from vlp_jax.objectives import make_objective
@@ -45,25 +46,25 @@ def start(**more):
 
 
 def numpy_loss(objective, params, fields, parallel, smoothing=0.0):
-    """The loss of each text in float64, from scores that are computed text by text and word by
-    word: a place sees the words before it, or none of them but where it stands."""
-    text, losses, hits = np.asarray(fields["text"]), [], []
-    apply = jax.jit(objective.model.apply, static_argnames="causal")
-    from vlp_jax.models.attention_mask import AttentionMask
+    """The loss of each text in float64, from scores that are computed word by word: a place
+    sees the words before it, or none."""
+    from vlp_jax.models.attention import AttentionMask
 
+    text, losses, hits = np.asarray(fields["text"]), [], []
+    model, variables, image = objective.model, {"params": params}, fields["image"]
+    if any(parallel):
+        words = jnp.full(text.shape, 40)
+        at_once = np.asarray(apply(model, variables, image, words, AttentionMask()), np.float64)
+    if not all(parallel):
+        one_by_one = np.zeros((*text.shape, 40))
+        for place in range(10):
+            before = np.zeros_like(text)
+            before[:, 1 : place + 1] = text[:, :place]
+            scores = apply(model, variables, image, jnp.asarray(before))
+            one_by_one[:, place] = scores[:, place]
     for row, tokens in enumerate(text):
         end = int(np.flatnonzero(tokens == 1)[0]) + 1
-        image = fields["image"][row : row + 1]
-        if parallel[row]:
-            words = jnp.full((1, 10), 40)
-            scores = objective.model.apply({"params": params}, image, words, AttentionMask())[0]
-        else:
-            scores = []
-            for place in range(10):
-                before = np.zeros((1, 10), np.int32)
-                before[0, 1 : place + 1] = tokens[:place]
-                scores.append(apply({"params": params}, image, jnp.asarray(before))[0, place])
-        scores = np.asarray(scores, np.float64)[:end]
+        scores = (at_once if parallel[row] else one_by_one)[row, :end]
         log = scores - np.log(np.exp(scores).sum(-1, keepdims=True))
         own = -log[np.arange(end), tokens[:end]]
         losses.append((1 - smoothing) * own - smoothing * log.mean(-1))
@@ -92,7 +93,8 @@ def test_it_is_the_loss_of_words_one_after_the_other_or_all_at_once(share):
 
 def test_evaluation_tells_all_words_but_those_before_and_does_not_smooth():
     objective, params = start(label_smoothing=0.3, mean="token")
-    value, _ = objective.loss(params, batch(), Context(KEY, train=False))
+    context = Context(KEY, train=False)
+    value, _ = jax.jit(lambda p, b: objective.loss(p, b, context))(params, batch())
     losses, _ = numpy_loss(objective, params, batch(), np.zeros(BATCH, bool))
     np.testing.assert_allclose(value, np.concatenate(losses).mean(), rtol=1e-5)
 
@@ -113,7 +115,7 @@ def test_an_example_without_a_text_has_no_weight():
     objective, params = start(parallel_share=0.0)
     fields = batch()
     fields["text"] = fields["text"].at[2].set(0)
-    value, output = objective.loss(params, fields, Context(KEY))
+    value, output = jax.jit(lambda p, b: objective.loss(p, b, Context(KEY)))(params, fields)
     losses, _ = numpy_loss(objective, params, batch(), np.zeros(BATCH, bool))
     np.testing.assert_allclose(
         value, np.mean([own.mean() for row, own in enumerate(losses) if row != 2]), rtol=1e-5
@@ -121,7 +123,7 @@ def test_an_example_without_a_text_has_no_weight():
     assert float(output.metrics["loss"][1]) == BATCH - 1
 
 
-@pytest.mark.parametrize("mean", ["example", "token"])
+@pytest.mark.parametrize("mean", ["example", pytest.param("token", marks=pytest.mark.slow)])
 def test_microbatches_equal_the_whole_batch(mean):
     objective, params = start(mean=mean)
     found = [
@@ -150,8 +152,9 @@ def test_coca_is_a_sum_that_looks_once():
     params = jax.jit(lambda: nn.unbox(objective.init(jax.random.key(0), SPEC)))()
     assert {"image", "text", "decoder", "logit_scale"} <= params.keys()
     alone = {name: part.objective for name, part in objective.parts().items()}
-    value, output = objective.loss(params, batch(), Context(KEY))
-    own = {name: one.loss(params, batch(), Context(KEY))[0] for name, one in alone.items()}
+    loss = lambda one: jax.jit(lambda p, b: one.loss(p, b, Context(KEY)))(params, batch())  # noqa: E731
+    value, output = loss(objective)
+    own = {name: loss(one)[0] for name, one in alone.items()}
     np.testing.assert_allclose(value, own["contrast"] + 2 * own["captions"], rtol=1e-5)
     assert {"contrast/batch_accuracy", "captions/accuracy"} <= output.metrics.keys()
 

@@ -17,7 +17,7 @@ from vlp_jax.errors import UserError
 from vlp_jax.models.values import Pixels
 from vlp_jax.objectives import make_objective
 from vlp_jax.objectives.base import Context, check_reads
-from vlp_jax.objectives.class_loss import class_losses
+from vlp_jax.objectives.classification import class_losses
 from vlp_jax.objectives.microbatch import loss_in_parts
 from vlp_jax.training import param_groups
 
@@ -121,13 +121,12 @@ def test_labels_of_mixup_and_smoothing_in_training_alone():
     np.testing.assert_allclose(soft, plain, rtol=1e-6)
 
 
-def test_microbatches_equal_the_whole_batch():
+def test_microbatches_equal_the_whole_batch(answering):
     found = []
     for parts in (1, 4):
-        objective, params = start(QUESTIONS)
-        in_parts = loss_in_parts(objective, parts)
+        in_parts = loss_in_parts(answering.objective, parts)
         loss = lambda p: in_parts(p, batch(), Context(KEY))[0]  # noqa: B023, E731
-        found.append(jax.jit(jax.value_and_grad(loss))(params))
+        found.append(jax.jit(jax.value_and_grad(loss))(answering.params))
     np.testing.assert_allclose(found[0][0], found[1][0], rtol=1e-5)
     leaves = [jax.tree.leaves(jax.tree.map(np.asarray, gradient)) for _, gradient in found]
     total = np.sqrt(sum(np.sum(np.square(leaf)) for leaf in leaves[0]))

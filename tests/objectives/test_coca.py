@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from modules import apply
 
 from vlp_jax.errors import UserError
 from vlp_jax.objectives import make_objective
@@ -56,6 +57,10 @@ def made():
     return start()
 
 
+def looked(model, params, image):
+    return jax.jit(lambda p, x: model.apply({"params": p}, x, method="look"))(params, image)
+
+
 def test_the_loss_is_the_weighted_sum_of_both(made):
     objective, params = made
     value, output = jax.jit(lambda p, b: objective.loss(p, b, Context(KEY)))(params, batch())
@@ -65,7 +70,7 @@ def test_the_loss_is_the_weighted_sum_of_both(made):
 
     # The mean over the tokens behind the first up to the end, each from those before it alone.
     caption, text = objective.parts()["caption"].objective, np.asarray(batch()["text"])
-    seen = caption.model.apply({"params": params}, batch()["image"], method="look")
+    seen = looked(caption.model, params, batch()["image"])
     score = jax.jit(
         lambda p, tokens, seen: caption.model.apply(
             {"params": p}, tokens, seen, method="score_tokens"
@@ -114,14 +119,21 @@ def test_microbatches_equal_the_whole_batch(made):
         assert np.abs(one - other).max() <= 1e-5 * size
 
 
-@pytest.mark.parametrize("prompt", [(), (5, 9)])
-@pytest.mark.parametrize("scan", [True, False])
+@pytest.mark.parametrize(
+    ("prompt", "scan"),
+    [
+        ((), True),
+        ((5, 9), False),
+        pytest.param((), False, marks=pytest.mark.slow),
+        pytest.param((5, 9), True, marks=pytest.mark.slow),
+    ],
+)
 def test_captions_by_a_cache_are_those_without(prompt, scan):
     objective, params = start(scan_layers=scan)
     caption = objective.parts()["caption"].objective
     image = batch()["image"]
     made = jax.jit(lambda p, x: caption.caption(p, x, prompt=prompt))(params, image)
-    seen = caption.model.apply({"params": params}, image, method="look")
+    seen = looked(caption.model, params, image)
     score = jax.jit(
         lambda p, tokens: caption.model.apply({"params": p}, tokens, seen, method="score_tokens")
     )
@@ -150,10 +162,11 @@ def test_beams_find_texts_that_are_at_least_as_likely(made):
     ended = np.asarray(beams.tokens)
     text = np.zeros((BATCH, 9), np.int32)
     text[:, 0], text[:, 1:5] = 2, ended
-    seen = objective.model.apply({"params": params}, image, method="look")
-    log = jax.nn.log_softmax(
-        objective.model.apply({"params": params}, jnp.asarray(text), seen, method="score_tokens")
+    seen = looked(objective.model, params, image)
+    scores = jax.jit(
+        lambda *x: objective.model.apply({"params": params}, *x, method="score_tokens")
     )
+    log = jax.nn.log_softmax(scores(jnp.asarray(text), seen))
     own = np.take_along_axis(np.asarray(log)[:, :4], ended[..., None], axis=2)[..., 0]
     before = np.cumsum(ended == 1, axis=1) - (ended == 1)
     np.testing.assert_allclose(beams.scores, (own * (before == 0)).sum(1), rtol=1e-4)
@@ -165,17 +178,19 @@ def test_the_likelihood_of_classes_is_the_captions_loss(made):
     inputs = {"image": fields["image"], "classes": fields["text"]}
     found = jax.jit(caption.class_likelihood)(params, inputs)
     context = Context(KEY, train=False)
-    losses = caption.forward(params, caption.draw(fields, context), context)["loss"][0]
+    forward = jax.jit(lambda p, b: caption.forward(p, caption.draw(b, context), context))
+    losses = forward(params, fields)["loss"][0]
     np.testing.assert_allclose(np.diag(found), -losses, rtol=1e-5)
 
 
 def test_embeddings_are_the_contrastive_parts(made):
     objective, params = made
     functions, fields = objective.functions(), batch()
-    vectors = functions["embed_image"](params, fields["image"])
-    out = objective.model.apply({"params": params}, fields["image"], fields["text"])
+    vectors = jax.jit(functions["embed_image"])(params, fields["image"])
+    out = apply(objective.model, {"params": params}, fields["image"], fields["text"])
     np.testing.assert_allclose(vectors, out["image"], atol=1e-6)
-    assert functions["image_features"](params, fields["image"]).shape == (BATCH, 24)
+    features = jax.eval_shape(functions["image_features"], params, fields["image"])
+    assert features.shape == (BATCH, 24)
     np.testing.assert_allclose(np.linalg.norm(out["text"], axis=-1), 1, rtol=1e-5)
 
 
@@ -184,7 +199,10 @@ def test_remat_and_a_narrow_type_change_no_shape():
     plain, _ = start()
     gradient = jax.jit(jax.grad(lambda p: objective.loss(p, batch(), Context(KEY))[0]))(params)
     assert jax.tree.map(jnp.shape, gradient) == jax.tree.map(jnp.shape, params)
-    values = [o.loss(params, batch(), Context(KEY))[0] for o in (objective, plain)]
+    values = [
+        jax.jit(lambda p, b, o=o: o.loss(p, b, Context(KEY))[0])(params, batch())
+        for o in (objective, plain)
+    ]
     np.testing.assert_allclose(*values, rtol=0.05)
 
 

@@ -96,7 +96,7 @@ def test_reconstruction_shows_visible_patches_as_they_are():
     objective, params = start(MAE)
     image = batch()["image"]
     mask = objective.mask(KEY, len(image))
-    views = objective.reconstruct(params, image, mask)
+    views = jax.jit(objective.reconstruct)(params, image, mask)
     assert views.shape == (16, 3, 32, 32, 3)
     np.testing.assert_allclose(views[:, 2], image / 255, atol=1e-5)
     grid = np.asarray(mask.hidden).reshape(16, 4, 4).repeat(8, 1).repeat(8, 2)[..., None] == 1
@@ -130,29 +130,31 @@ def test_the_encoder_computes_on_a_quarter_of_the_tokens():
 def test_masks_are_for_training_alone():
     objective, params = start({**CONTRASTIVE, "mask_ratio": 0.5})
     plain, _ = start(CONTRASTIVE)
-    evaluated = objective.loss(params, batch(), Context(KEY, train=False))[0]
-    np.testing.assert_allclose(
-        evaluated, plain.loss(params, batch(), Context(KEY, train=False))[0], rtol=1e-6
-    )
-    assert abs(objective.loss(params, batch(), Context(KEY))[0] - evaluated) > 1e-4
+
+    def loss(one, train):
+        return jax.jit(lambda p, b: one.loss(p, b, Context(KEY, train=train))[0])(params, batch())
+
+    evaluated = loss(objective, False)
+    np.testing.assert_allclose(evaluated, loss(plain, False), rtol=1e-6)
+    assert abs(loss(objective, True) - evaluated) > 1e-4
 
 
 def test_parts_of_a_composite_share_the_image_tower():
     _, gradient = value_and_grad(COMPOSITE)
-    _, pairs = value_and_grad(CONTRASTIVE)
     objective, params = start(COMPOSITE)
     mae = objective.parts()["mae"].objective
     extra = {"image": batch()["extra/image"]}
-    alone = jax.grad(lambda p: mae.loss(p, extra, Context(jax.random.fold_in(KEY, 1)))[0])(params)
+
+    def gradient_of(one, fields, index):
+        context = Context(jax.random.fold_in(KEY, index))
+        return jax.jit(jax.grad(lambda p: one.loss(p, fields, context)[0]))(params)
+
+    alone = gradient_of(mae, extra, 1)
     kernel = lambda tree: tree["image"]["encoder"]["layers"]["mlp"]["up"]["kernel"]  # noqa: E731
     first = objective.parts()["pairs"]
-    own = jax.grad(
-        lambda p: first.objective.loss(
-            p, first.fields(batch()), Context(jax.random.fold_in(KEY, 0))
-        )[0]
-    )(params)
+    own = gradient_of(first.objective, first.fields(batch()), 0)
     np.testing.assert_allclose(kernel(gradient), kernel(own) + 0.5 * kernel(alone), atol=1e-5)
-    assert np.abs(kernel(alone)).max() > 1e-5 and kernel(pairs).shape == kernel(own).shape
+    assert np.abs(kernel(alone)).max() > 1e-5
 
 
 def test_parts_that_do_not_fit_each_other():
@@ -161,7 +163,7 @@ def test_parts_that_do_not_fit_each_other():
         {"name": "composite", "parts": {"pairs": CONTRASTIVE, "mae": wide}}, TOKENIZER
     )
     with pytest.raises(ValueError, match=r"image/encoder/layers/mlp.*in part 'mae'"):
-        objective.init(KEY, SPEC)
+        jax.eval_shape(lambda: objective.init(KEY, SPEC))
 
 
 @pytest.mark.parametrize(

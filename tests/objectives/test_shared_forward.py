@@ -1,5 +1,7 @@
 """Losses of the same towers cost one forward pass, and are what they are by themselves."""
 
+import functools
+import json
 import types
 
 import flax.linen as nn
@@ -58,7 +60,12 @@ def value_and_grad(objective, microbatches=1):
 
 
 def flops(section, microbatches=1):
-    objective, params = start(section)
+    return _flops(json.dumps(section), microbatches)
+
+
+@functools.cache
+def _flops(section, microbatches):
+    objective, params = start(json.loads(section))
     program = value_and_grad(objective, microbatches).lower(params, fields()).compile()
     return program.cost_analysis()["flops"]
 
@@ -94,7 +101,7 @@ def test_losses_that_pool_in_other_ways_share_the_tokens():
     assert_sum_of(composite(clip=CLIP, classes={**CLASSES, "weight": 2.0}))
 
 
-@pytest.mark.parametrize("microbatches", [1, 4])
+@pytest.mark.parametrize("microbatches", [pytest.param(1, marks=pytest.mark.slow), 4])
 def test_the_loss_is_the_sum(microbatches):
     assert_sum_of(composite(clip={**CLIP, "weight": 0.5}, siglip=SIGLIP), microbatches)
 
@@ -113,7 +120,8 @@ def test_patches_that_are_hidden_are_not_shared():
     total = 0.0
     for index, part in enumerate(objective.parts().values()):
         context = Context(KEY).of_part(index, part)
-        total += part.objective.loss(params, part.fields(fields()), context)[0]
+        loss = jax.jit(lambda p, b, o=part.objective, c=context: o.loss(p, b, c)[0])
+        total += loss(params, part.fields(fields()))
     np.testing.assert_allclose(value, total, rtol=1e-5)
 
 
@@ -134,7 +142,7 @@ def test_uncoupled_losses_of_unequal_counts_in_microbatches():
     np.testing.assert_allclose(in_parts[0], whole[0], rtol=1e-5)
     for one, other in zip(*map(jax.tree.leaves, (whole[1], in_parts[1])), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-6)
-    scores = objective.functions()["classify"](params, fields()["image"])
+    scores = jax.jit(objective.functions()["classify"])(params, fields()["image"])
     losses = -jax.nn.log_softmax(scores)[jnp.arange(8), fields()["label"]]
     expected = np.average(losses, weights=fields()["label"])
     np.testing.assert_allclose(whole[0], expected, rtol=1e-5)

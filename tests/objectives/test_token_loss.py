@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from vlp_jax.objectives.token_loss import token_losses
+from vlp_jax.objectives.captioning import token_losses
 
 BATCH, TOKENS, WIDTH, VOCAB = 3, 7, 8, 21
 

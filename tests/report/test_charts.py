@@ -10,9 +10,8 @@ from matplotlib.figure import Figure
 from vlp_jax.observe.charts import Series, short, thinned
 from vlp_jax.observe.palette import DARK, LIGHT
 from vlp_jax.report import charts
-from vlp_jax.report.charts import line_chart
+from vlp_jax.report.charts import figure_svg, line_chart
 from vlp_jax.report.pictures import Album
-from vlp_jax.report.svg import figure_svg
 
 
 def elements(svg, tag):

@@ -19,13 +19,12 @@ from tests.browser import (
 from tests.report.conftest import HOSTILE
 from vlp_jax import evaluate
 from vlp_jax.errors import UserError
-from vlp_jax.report import page, section_pictures, section_retrieval
-from vlp_jax.report.baseline import read_baseline
+from vlp_jax.report import page, pictures, section_retrieval
 from vlp_jax.report.blocks import Cards, Code, Fold, Section, Table, Text, Tile, Tiles
 from vlp_jax.report.page import MAX_BYTES, render, render_small
 from vlp_jax.report.pictures import Album
-from vlp_jax.report.run_record import RunRecord, short_names
-from vlp_jax.report.section_curves import curves_section
+from vlp_jax.report.run_record import RunRecord, read_baseline, short_names
+from vlp_jax.report.section_run import curves_section
 
 SECTIONS = (
     *("summary", "scores", "curves", "zero-shot-zero_shot", "retrieval-retrieval", "heat"),
@@ -57,7 +56,7 @@ def report(workdir, other, tmp_path_factory):
     """A report with another run for a baseline."""
     file = tmp_path_factory.mktemp("pages") / "report.html"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(section_pictures, "HEATED", 1)  # each is computed on eight devices here
+        patch.setattr(pictures, "HEATED", 1)  # each is computed on eight devices here
         assert command("--workdir", workdir, "--report", file, "--baseline", other) == 0
     return file
 
@@ -217,7 +216,9 @@ def test_short_names():
 
 
 @needs_chromium
-@pytest.mark.parametrize("name", ["report", "comparison", "hostile"])
+@pytest.mark.parametrize(
+    "name", ["report", pytest.param("comparison", marks=pytest.mark.slow), "hostile"]
+)
 def test_in_a_browser(name, request):
     """Light and dark, wide and narrow: no complaint, no request, no violation, no overflow."""
     file = request.getfixturevalue(name)

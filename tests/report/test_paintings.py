@@ -10,7 +10,7 @@ from vlp_jax import config as config_lib
 from vlp_jax import evaluate
 from vlp_jax import smoke as smoke_lib
 from vlp_jax.errors import UserError
-from vlp_jax.report.paintings import paint
+from vlp_jax.report.material import paint
 
 
 @pytest.fixture(scope="module")

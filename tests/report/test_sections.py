@@ -14,7 +14,8 @@ from vlp_jax.evaluators.base import Scores
 from vlp_jax.evaluators.captioning import CaptionsOutcome
 from vlp_jax.report import section_retrieval, section_zero_shot
 from vlp_jax.report.blocks import Beside, Cards, Charts, Fold, Table
-from vlp_jax.report.pictures import Album
+from vlp_jax.report.pictures import Album, heat_section, paintings_section, samples_section
+from vlp_jax.report.report import table_section
 from vlp_jax.report.scores import (
     Score,
     better_direction,
@@ -23,10 +24,8 @@ from vlp_jax.report.scores import (
     scores_of,
     title_of,
 )
-from vlp_jax.report.section_config import config_section, differences, flat
 from vlp_jax.report.section_data import data_section
-from vlp_jax.report.section_pictures import heat_section, paintings_section, samples_section
-from vlp_jax.report.section_scores import table_section
+from vlp_jax.report.section_run import config_section, differences, flat
 
 SCORES = {
     "step": 7.0,

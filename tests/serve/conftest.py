@@ -8,8 +8,7 @@ import runs
 import vlp_jax
 from vlp_jax.serve.app import make_app
 from vlp_jax.serve.explorer import Classes, Explorer
-from vlp_jax.serve.index import build_index
-from vlp_jax.serve.pictures import Folder
+from vlp_jax.serve.index import Folder, build_index
 
 COLORS = {"red": (220, 30, 30), "green": (30, 160, 60), "blue": (40, 70, 220), "grey": (128,) * 3}
 NAMES = ("a red circle", "a blue box", "a Red box")

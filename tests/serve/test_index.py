@@ -7,8 +7,7 @@ import pytest
 from vlp_jax.errors import UserError
 from vlp_jax.serve import index as index_lib
 from vlp_jax.serve.explorer import Classes
-from vlp_jax.serve.index import build_index
-from vlp_jax.serve.pictures import Folder
+from vlp_jax.serve.index import Folder, build_index
 
 
 class Counting:

@@ -48,7 +48,9 @@ def look(page, file):
     page.locator("#look-results img").first.wait_for()
 
 
-@pytest.mark.parametrize(("width", "dark"), [(1280, False), (360, True)])
+@pytest.mark.parametrize(
+    ("width", "dark"), [(1280, False), pytest.param(360, True, marks=pytest.mark.slow)]
+)
 def test_search_and_look(address, folder, width, dark):
     with (
         browser.chromium() as chromium,

@@ -12,8 +12,8 @@ from ml_collections import ConfigDict
 
 from vlp_jax import objectives
 from vlp_jax.errors import UserError
-from vlp_jax.evaluators.derived import evaluator_functions
-from vlp_jax.models.parameters import Named
+from vlp_jax.evaluators.loss import evaluator_functions
+from vlp_jax.models.dense import Named
 from vlp_jax.objectives.base import LossOutput, Objective
 from vlp_jax.parallel.batch import put_batch
 from vlp_jax.planning.memory import state_bytes

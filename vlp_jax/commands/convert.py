@@ -31,18 +31,14 @@ WITH_TOKENIZER = ("hf", "hf_clip", "hf_siglip", "open_clip")
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """Returns the arguments."""
     parser = make_parser("vlp-jax convert", __doc__, epilog=EPILOG)
-    parser.add_argument(
-        "--from", dest="source", metavar="FORMAT:PATH", required=True, help="a folder or a file"
+    add, where = parser.add_argument, {"metavar": "FORMAT:PATH"}
+    add("--from", dest="source", required=True, help="a folder or a file", **where)
+    add("--to", dest="target", metavar="FORMAT:DIR", required=True, help="a folder that is made")
+    told = (
+        "a model of the same kind, for a file of weights without a config: what shapes do not "
+        "tell, such as the number of heads, is as there"
     )
-    parser.add_argument(
-        "--to", dest="target", metavar="FORMAT:DIR", required=True, help="a folder that is made"
-    )
-    parser.add_argument(
-        "--like",
-        metavar="FORMAT:PATH",
-        help="a model of the same kind, for a file of weights without a config: what shapes do not "
-        "tell, such as the number of heads, is as there",
-    )
+    add("--like", help=told, **where)
     add_writing_arguments(parser)
     return parser.parse_args(argv)
 

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import io
 import itertools
 import os
 import sys
@@ -29,7 +28,6 @@ from pathlib import Path
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 import numpy as np
-import PIL.Image
 from jaxtyping import Float
 
 import vlp_jax
@@ -63,11 +61,7 @@ SCENE_COLORS = {
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """Returns the arguments.
-
-    Raises:
-      UserError: no model or two, an unknown method, or a number out of its range.
-    """
+    """Returns the arguments; raises UserError if they do not fit each other."""
     parser = make_parser("vlp-jax look-inside", __doc__)
     add = parser.add_argument
     add("--workdir", metavar="DIR", help="folder of a run")
@@ -87,9 +81,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         raise UserError("name one model: --workdir DIR of a run, or --weights FORMAT:PATH")
     if arguments.method not in METHODS:
         raise UserError(unknown_key_message(arguments.method, METHODS, "--method"))
-    if arguments.projection is not None and arguments.projection not in embeddings.METHODS:
-        known = embeddings.METHODS
-        raise UserError(unknown_key_message(arguments.projection, known, "--projection"))
+    projection, known = arguments.projection, embeddings.METHODS
+    if projection is not None and projection not in known:
+        raise UserError(unknown_key_message(projection, known, "--projection"))
     if arguments.method == "relevance" and arguments.against:
         raise UserError("--method relevance has nothing to go --against; choose another method")
     if arguments.neighbours < 0 or arguments.limit < 3:
@@ -117,10 +111,7 @@ def collect(encoder: Encoder, folder: Path | None, limit: int) -> Collection:
         # Scenes of one object: a neighbour is then right or wrong by its label.
         stream = records.stream_records(records.SPECS["default"], "test", 0)
         found = list(itertools.islice((r for r in stream if r["num_objects"] == 1), limit))
-        pixels = []
-        for record in found:
-            with PIL.Image.open(io.BytesIO(record["image"])) as image:
-                pixels.append(encoder.images(image, record["id"]))
+        pixels = [encoder.images(record["image"], record["id"]) for record in found]
         labels = [record["label"] for record in found]
         groups = [label.split()[0] for label in labels]
         what = f"{len(found):,} test scenes of one object"

@@ -11,6 +11,7 @@ from clip_benchmark/datasets/builder.py, `build_wds_dataset`, 1.6.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import io
 import os
 import sys
@@ -48,21 +49,15 @@ BATCH = 256
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """Returns the arguments."""
     parser = make_parser("vlp-jax write-evaluation-tars", __doc__)
-    source = parser.add_mutually_exclusive_group(required=True)
+    add, source = parser.add_argument, parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--workdir", metavar="DIR", help="of a run, whose evaluator it is")
     source.add_argument("--config", metavar="FILE[:ARG]", help="a config, whose evaluator it is")
-    parser.add_argument("--evaluator", metavar="NAME", required=True, help="in config.evaluators")
-    parser.add_argument("--output", type=Path, metavar="DIR", required=True, help="which is made")
-    parser.add_argument("--split", default="test", metavar="NAME", help="its folder; default: test")
-    parser.add_argument(
-        "--captions",
-        metavar="FIELD",
-        help="for retrieval: a field with all captions of an image; default: the one caption that "
-        "the evaluator's choose_text takes",
-    )
-    parser.add_argument(
-        "--shard-examples", type=int, default=10_000, metavar="N", help="images of a tar"
-    )
+    add("--evaluator", metavar="NAME", required=True, help="in config.evaluators")
+    add("--output", type=Path, metavar="DIR", required=True, help="which is made")
+    add("--split", default="test", metavar="NAME", help="its folder; default: test")
+    told = "for retrieval: a field with all captions of an image; default: the one caption that "
+    add("--captions", metavar="FIELD", help=told + "the evaluator's choose_text takes")
+    add("--shard-examples", type=int, default=10_000, metavar="N", help="images of a tar")
     return parser.parse_args(argv)
 
 
@@ -123,22 +118,22 @@ def write_shards(
     pairs: Iterator[tuple[Any, str, bytes]], folder: Path, shard_examples: int
 ) -> tuple[int, int]:
     """Writes (image, suffix of the other file, its content); returns examples and shards."""
-    number, shard = 0, None
-    for image, suffix, content in pairs:
-        if number % shard_examples == 0:
-            if shard is not None:
-                shard.close()
-            shard = tarfile.open(folder / f"{number // shard_examples}.tar", "w")
-        kind, picture = encoded(image)
-        for name, data in ((kind, picture), (suffix, content)):
-            # webdataset joins files by the name before the first dot.
-            member = tarfile.TarInfo(f"s{number:08d}.{name}")
-            member.size = len(data)
-            shard.addfile(member, io.BytesIO(data))
-        number += 1
-    if shard is None:
+    number = 0
+    with contextlib.ExitStack() as stack:
+        for number, (image, suffix, content) in enumerate(pairs, start=1):
+            place = number - 1
+            if place % shard_examples == 0:
+                stack.close()  # the shard before
+                file = folder / f"{place // shard_examples}.tar"
+                shard = stack.enter_context(tarfile.open(file, "w"))
+            kind, picture = encoded(image)
+            for name, data in ((kind, picture), (suffix, content)):
+                # webdataset joins files by the name before the first dot.
+                member = tarfile.TarInfo(f"s{place:08d}.{name}")
+                member.size = len(data)
+                shard.addfile(member, io.BytesIO(data))
+    if not number:
         raise UserError("the evaluator's data has no example that can be used")
-    shard.close()
     return number, -(-number // shard_examples)
 
 
@@ -195,7 +190,6 @@ def write(arguments: argparse.Namespace) -> str:
 
 
 def _lines(captions: Any) -> bytes:
-    """Returns the captions, one a line."""
     listed = [captions] if isinstance(captions, bytes) else list(captions)
     return b"\n".join(b" ".join(caption.split()) for caption in listed if caption.strip())
 

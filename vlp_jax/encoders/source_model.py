@@ -26,8 +26,7 @@ from vlp_jax.encoders.encoder import is_foreign
 from vlp_jax.encoders.foreign_texts import tokenizer_of_files
 from vlp_jax.errors import UserError
 from vlp_jax.interop.trees import Module, image_of
-from vlp_jax.models.coca import CoCa
-from vlp_jax.models.coca_towers import make_coca_decoder, make_coca_text
+from vlp_jax.models.coca import CoCa, make_coca_decoder, make_coca_text
 from vlp_jax.models.dual_encoder import DualEncoder
 from vlp_jax.models.masked_autoencoder import MaskedAutoencoder, make_masked_decoder
 from vlp_jax.models.text import TextTransformer, make_text

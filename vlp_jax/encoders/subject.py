@@ -24,8 +24,9 @@ from vlp_jax.data.wording import Wording
 from vlp_jax.encoders.encoder import load
 from vlp_jax.errors import UserError, unknown_key_message
 from vlp_jax.evaluators import differing_wordings, make_evaluators, merged_data
+from vlp_jax.evaluators.attacks import with_attacks
 from vlp_jax.evaluators.base import Evaluator, Outcome, Resources, compile_functions
-from vlp_jax.evaluators.derived import evaluator_functions, with_attacks
+from vlp_jax.evaluators.loss import evaluator_functions
 from vlp_jax.evaluators.saved import save_embeddings
 from vlp_jax.interop.trees import to_tree
 from vlp_jax.objectives import Objective

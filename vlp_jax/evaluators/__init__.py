@@ -9,12 +9,11 @@ from typing import Any
 from vlp_jax import config as config_lib
 from vlp_jax.data.wording import Wording, wording_of
 from vlp_jax.errors import UserError
-from vlp_jax.evaluators.accuracy import Accuracy, Answers
 from vlp_jax.evaluators.base import Evaluator, Resources
 from vlp_jax.evaluators.captioning import Captions, Likelihood
-from vlp_jax.evaluators.few_shot import FewShot
+from vlp_jax.evaluators.classification import Accuracy, Answers
+from vlp_jax.evaluators.frozen_features import FewShot, Knn
 from vlp_jax.evaluators.geometry import Geometry
-from vlp_jax.evaluators.knn import Knn
 from vlp_jax.evaluators.linear_probe import LinearProbe
 from vlp_jax.evaluators.loss import Loss
 from vlp_jax.evaluators.reconstruction import Reconstruction
@@ -43,10 +42,7 @@ COMMON_KEYS = ("data", "every", "train_data")
 
 
 def merged_data(train_data: Mapping[str, Any], section: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the data config of an evaluator: the training data's, updated by its `data` section.
-
-    If the section names another source, it takes nothing from the training data.
-    """
+    """Returns an evaluator's data: its changes to the training data, if of the same source."""
     changes = dict(section.get("data", {}).items())
     if changes.get("source", train_data.get("source")) != train_data.get("source"):
         return changes

@@ -39,12 +39,9 @@ def attacked_images(
 
     Args:
       scores: images -> logits of the classes. The logits of an image must depend on it alone.
-      image: values in [0, 255].
-      label: the true class.
       keys: random keys of the start, one for each image.
-      radius: largest change of a value (the maximum norm), on the scale of 0 to 255.
-      step_size: length of a step, on the same scale.
-      steps: number of steps.
+      radius, step_size: largest change of a value (the maximum norm) and length of a step, on the
+        scale of 0 to 255.
       random_start: whether to start from a random point of the ball, or from the image.
 
     Returns:
@@ -67,10 +64,8 @@ def attacked_images(
     return jax.lax.fori_loop(0, steps, step, start)
 
 
-def attack_functions(
-    functions: Mapping[str, Function],
-) -> dict[str, Function]:
-    """Makes the attacked versions of an objective's classifying functions, for `Robustness`.
+def with_attacks(functions: Mapping[str, Function]) -> dict[str, Function]:
+    """Adds attacked versions of the functions that classify, for `Robustness`.
 
     Each takes `(params, inputs)` and returns the scores [batch, classes] of the attacked images.
     Its inputs are `image`, `label`, `number` (the example's number in its split, for the random
@@ -92,8 +87,9 @@ def attack_functions(
 
         return run
 
-    return {
+    attacks = {
         PREFIX + name: of_images(attacked(functions[name], name == "embed_image"), "scores")
         for name in ATTACKABLE
         if name in functions
     }
+    return {**attacks, **functions}

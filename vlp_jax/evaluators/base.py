@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import jax
@@ -16,28 +16,89 @@ from jaxtyping import Array, Float, Int
 from vlp_jax.data.pipeline import EvalPipeline
 from vlp_jax.data.wording import Wording
 from vlp_jax.errors import UserError
-from vlp_jax.evaluators.cache import EmbeddingCache
 from vlp_jax.objectives.base import Function
 from vlp_jax.observe.samples import Sample
 from vlp_jax.parallel import agreement, rules
 from vlp_jax.parallel import mesh as mesh_lib
 from vlp_jax.parallel.batch import put_batch
 
+MAX_BYTES = 2**31  # of all cached arrays
+
+
+class EmbeddingCache:
+    """Caches at most `max_bytes` of arrays by key, for one set of parameters; off unless `open`."""
+
+    def __init__(self, max_bytes: int = MAX_BYTES) -> None:
+        self._max_bytes = max_bytes
+        self._params: Any = None
+        self._arrays: dict[Hashable, np.ndarray] | None = None  # None while it is off
+
+    @contextlib.contextmanager
+    def open(self, params: Any) -> Iterator[None]:
+        """Turns the cache on for `params` (this very object) within the context; may be nested."""
+        before = self._params, self._arrays
+        # By identity: to compare parameters would cost more than the cache saves.
+        if self._arrays is None or self._params is not params:
+            self._params, self._arrays = params, {}
+        try:
+            yield
+        finally:
+            self._params, self._arrays = before
+
+    @property
+    def bytes(self) -> int:
+        """The size of the cached arrays."""
+        return sum(array.nbytes for array in (self._arrays or {}).values())
+
+    def get(self, params: Any, key: Hashable) -> np.ndarray | None:
+        """Returns the array under `key` for `params`; None if it is not cached."""
+        return None if self._arrays is None or params is not self._params else self._arrays.get(key)
+
+    def put(self, params: Any, key: Hashable, array: np.ndarray) -> None:
+        """Caches `array` if the cache is open for `params` and has room; makes it read-only."""
+        if self._arrays is None or params is not self._params:
+            return
+        if self.bytes + array.nbytes <= self._max_bytes:
+            array.flags.writeable = False  # evaluators share it, so none of them may change it
+            self._arrays[key] = array
+
+
+def key_of(value: Any) -> Hashable:
+    """Makes a key from a value of a config: equal for equal values, by identity for arrays."""
+    if isinstance(value, Mapping) or hasattr(value, "items"):
+        return ("mapping", *sorted((str(k), key_of(v)) for k, v in value.items()))
+    if isinstance(value, list | tuple):
+        return ("sequence", *(key_of(item) for item in value))
+    if isinstance(value, np.ndarray):
+        return ("array", id(value))
+    return (type(value).__name__, str(value))
+
+
 INDEX = "_index"  # among the fields of `Resources.embed`: the position of an example in its data
+NUMBER = "number"  # a field that evaluators add: the number of an example in its split
 Pairs = Iterator[tuple[str, float]]
+# Changes a batch on the devices before a function gets it, such as a corruption.
+Change = Callable[[dict[str, Array]], dict[str, Array]]
 SHOWN = 8  # samples that an outcome shows
 
 
 class Outcome:
-    """The result of an evaluator on a whole split: scores, the arrays behind them, and samples."""
+    """The result of an evaluator on a whole split: scores, the arrays behind them, and samples.
+
+    Attributes:
+      saved: fields from which the scores can be computed again.
+    """
+
+    saved: ClassVar[tuple[str, ...]] = ()
 
     def scores(self) -> dict[str, float]:
         """Computes name -> value of every score."""
         raise NotImplementedError
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """Returns the arrays from which the scores can be computed again, for `save_embeddings`."""
-        return {}
+        """Returns the fields `saved` as arrays, without those that are None."""
+        values = {name: getattr(self, name) for name in self.saved}
+        return {name: np.asarray(value) for name, value in values.items() if value is not None}
 
     def samples(self) -> Sequence[Sample]:
         """Returns a few examples for TensorBoard, Weights & Biases and the report."""
@@ -69,11 +130,7 @@ class Evaluator:
     reads_text = False
 
     def outcome(self, params: Any) -> Outcome:
-        """Evaluates `params`. All processes must call it.
-
-        Raises:
-          NoScores: the data cannot be scored.
-        """
+        """Evaluates `params`; NoScores if the data cannot be scored. All processes must call it."""
         return Scores(dict(self.pairs(params)))
 
     def pairs(self, params: Any) -> Pairs:
@@ -91,7 +148,6 @@ class Resources:
 
     Attributes:
       functions: the objective's functions, compiled by `compile_functions`.
-      tokenizer: the run's tokenizer.
       mesh: the devices over which a batch is split.
       batch_size: examples of an evaluation batch, over the whole mesh.
       wording: the run's operations on texts; see `vlp_jax.data.wording`.
@@ -110,10 +166,7 @@ class Resources:
 
     @contextlib.contextmanager
     def one_evaluation(self, params: Any) -> Iterator[None]:
-        """Lets evaluators of the same data share its embeddings by `params`, within this context.
-
-        Nothing is cached outside of it.
-        """
+        """Lets evaluators of the same data share embeddings by `params`, within this context."""
         with self.cache.open(params):
             yield
 
@@ -158,19 +211,54 @@ class Resources:
 
         Returns:
           The outputs by field, and the fields `keep` with `INDEX` (the position of each example in
-          the data, int64 [n]). Both are without padding. Every process gets the rows of all
-          processes, in the same order.
+          the data, int64 [n]), without padding. Every process gets all rows, in the same order.
         """
-        outputs, fields = [], []
-        for number, batch in enumerate(batches):
-            rest = put_batch(chosen(batch, (*functions, *keep)), self.mesh)
-            arrays = {field: rest.pop(field) for field in functions}
-            results = {}
+
+        def run(rest: dict[str, Array]) -> tuple[dict[str, Array], dict[str, Array]]:
+            arrays, results = {field: rest.pop(field) for field in functions}, {}
             for field, name in functions.items():
                 # `rest` passes through each function, because the function's out_shardings gather
                 # it: afterwards every process can fetch the rows of all.
                 results[field], rest = self.functions[name](params, arrays[field], rest)
-            results, rest = jax.device_get((results, rest))
+            return results, rest
+
+        return self._gathered(batches, (*functions, *keep), run)
+
+    def outputs(
+        self,
+        params: Any,
+        batches: Iterable[Mapping[str, np.ndarray]],
+        function: str,
+        inputs: Sequence[str],
+        keep: Sequence[str] = (),
+        change: Change = dict,
+        more: Mapping[str, Any] | None = None,
+    ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """Applies one function to several fields of all batches; returns what `embed` returns.
+
+        Args:
+          inputs: the fields that the function takes; it takes a single one as a bare array.
+          change: changes each batch of the fields `inputs` and `keep` on the devices, before.
+          more: further inputs of the function, the same for every batch.
+        """
+
+        def run(rest: dict[str, Array]) -> tuple[dict[str, Array], dict[str, Array]]:
+            rest = change(rest)
+            taken = {name: rest.pop(name) for name in inputs}
+            argument = {**taken, **(more or {})} if more or len(inputs) > 1 else taken[inputs[0]]
+            output, rest = self.functions[function](params, argument, rest)
+            return {"": output}, rest
+
+        outputs, fields = self._gathered(batches, (*inputs, *keep), run)
+        return outputs[""], fields
+
+    def _gathered(
+        self, batches: Iterable[Mapping[str, np.ndarray]], names: Sequence[str], run: Callable
+    ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+        """Puts fields of each batch on the devices, and joins the rows of `run` that count."""
+        outputs, fields = [], []
+        for number, batch in enumerate(batches):
+            results, rest = jax.device_get(run(put_batch(chosen(batch, names), self.mesh)))
             mask = rest.pop("mask")  # False for padding and for examples that cannot be used
             outputs.append({name: value[mask] for name, value in results.items()})
             fields.append({name: value[mask] for name, value in rest.items()})
@@ -214,10 +302,6 @@ class CompiledFunction:
     """A jitted function of the objective: `(params, array, rest) -> (output, rest)`.
 
     The results are replicated, so that each process can fetch them whole.
-
-    Attributes:
-      function: the function to compile.
-      mesh: the devices.
     """
 
     function: Function

@@ -13,20 +13,23 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jaxtyping import Float, Int
 
-from vlp_jax.data.pipeline import EvalPipeline
 from vlp_jax.data.source_reader import RAW_TEXT
 from vlp_jax.data.wording import Wording, caption_wording, captions_of
 from vlp_jax.errors import NoScores, UserError
 from vlp_jax.evaluators import classification
-from vlp_jax.evaluators.base import SHOWN, Evaluator, Outcome, Pairs, Resources
+from vlp_jax.evaluators.base import NUMBER, SHOWN, Evaluator, Outcome, Pairs, Resources
 from vlp_jax.evaluators.caption_scores import SCORES, cider, tokens_of
-from vlp_jax.evaluators.class_lists import check_class_names, check_templates, fill, lines
-from vlp_jax.evaluators.outputs import check_field, check_labels, numbered, outputs_of
+from vlp_jax.evaluators.class_lists import (
+    check_field,
+    check_labels,
+    check_templates,
+    fill,
+    names_of_classes,
+    numbered,
+)
 from vlp_jax.observe.samples import Sample
 from vlp_jax.parallel import agreement
 from vlp_jax.parallel.batch import put_batch
-
-NUMBER = "number"  # field with the number of an example in its split
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -34,12 +37,10 @@ class CaptionsOutcome(Outcome):
     """Generated captions of every image of a split, in the order of the source.
 
     Attributes:
-      captions: the generated captions.
       references: all captions by people of each image.
       likelihood: the log-probability of each generated caption.
-      index: int64 [n], the position of each example in its source.
-      labels: the class of each image, int64 [n]; empty without classes.
-      class_names: names of the classes, by label.
+      index: the position of each example in its source.
+      labels: the class of each image; empty without `class_names`.
       pictures: a few images, on process 0: position -> uint8 [height, width, 3].
     """
 
@@ -67,10 +68,7 @@ class CaptionsOutcome(Outcome):
         ]
 
     def named(self, captions: Sequence[str]) -> float:
-        """Computes the share of captions that name the class of their image and no other class.
-
-        A caption must contain all words of its class's name, and no other word of any class's name.
-        """
+        """Computes the share of captions with all words of their class's name, and of no other."""
         names = [set(name.lower().split()) for name in self.class_names]
         known = set().union(*names)
         words = (set(re.findall(r"\w+", caption.lower())) for caption in captions)
@@ -163,17 +161,15 @@ class Captions(Evaluator):
         )
         self._class_names: tuple[str, ...] = ()
         if label_field is not None:
-            self._class_names = _class_names(self._pipeline, label_field, class_names)
+            check_field(self._pipeline, label_field, "class_names")
+            known = self._pipeline.class_names(label_field)
+            self._class_names = names_of_classes(class_names, known, label_field)
 
     def outcome(self, params: Any) -> CaptionsOutcome:
-        """Generates captions for the whole split, and collects the references.
-
-        Raises:
-          NoScores: no example has a reference.
-        """
+        """Generates captions for the whole split; raises NoScores if no example has a reference."""
         local: list[dict[str, Any]] = []  # rows that this process has read
         pictures: dict[int, np.ndarray] = {}
-        for batch in numbered(self._pipeline.batches(), NUMBER):
+        for batch in numbered(self._pipeline.batches()):
             for row in np.flatnonzero(batch["mask"])[: SHOWN - len(pictures)].tolist():
                 pictures[int(batch[NUMBER][row])] = np.asarray(batch["image"][row])
             local += self._of_batch(params, batch)
@@ -218,21 +214,6 @@ class Captions(Evaluator):
         return rows
 
 
-def _class_names(
-    pipeline: EvalPipeline, label_field: str, given: Sequence[str] | str | None
-) -> tuple[str, ...]:
-    """Returns the names of the classes that a field numbers: given names, or the data's.
-
-    Raises:
-      UserError: there are no names, a name occurs twice, or the field holds no whole numbers.
-    """
-    check_field(pipeline, label_field, "class_names")
-    names = lines(given or pipeline.class_names(label_field) or (), "class_names")
-    if not names:
-        raise UserError(f"the data has no names of the classes in {label_field!r}: set class_names")
-    return check_class_names(names)
-
-
 def _of_all_processes(rows: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
     """Gathers the rows of every process, through the devices: there may be megabytes of text."""
     if jax.process_count() == 1:
@@ -270,25 +251,18 @@ class Likelihood(Evaluator):
     ):
         self._resources, self._label_field = resources, label_field
         self._pipeline = resources.pipeline(data)
-        names = _class_names(self._pipeline, label_field, class_names)
+        check_field(self._pipeline, label_field, "class_names")
+        known = self._pipeline.class_names(label_field)
+        names = names_of_classes(class_names, known, label_field)
         (template,) = check_templates((template,))
         self._texts = [fill(template, name) for name in names]
 
     def pairs(self, params: Any) -> Pairs:
-        """Yields `top1`, `top5` (with more than five classes), `examples`, `classes`, `chance`.
-
-        Raises:
-          NoScores: a label is not the number of a class.
-        """
+        """Yields `top1`, `top5` (with more than five classes), `examples`, `classes`, `chance`."""
         classes = self._resources.tokens(self._texts)
-        scores, fields = outputs_of(
-            self._resources,
-            params,
-            self._pipeline.batches(),
-            "class_likelihood",
-            ("image",),
-            keep=(self._label_field,),
-            more={"classes": classes},
+        batches, keep = self._pipeline.batches(), (self._label_field,)
+        scores, fields = self._resources.outputs(
+            params, batches, "class_likelihood", ("image",), keep, more={"classes": classes}
         )
         labels = fields[self._label_field]
         check_labels(labels, len(classes), self._label_field)

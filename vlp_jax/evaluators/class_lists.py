@@ -1,4 +1,4 @@
-"""Matches class names between data, prompts and models, and fills templates of prompts."""
+"""Numbers and names of classes in data, prompts and models; templates of prompts."""
 
 from __future__ import annotations
 
@@ -6,13 +6,20 @@ import logging
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
+import jax
 import numpy as np
 from jaxtyping import Int
 
-from vlp_jax.data.sources.labels import listed, same_numbers
-from vlp_jax.errors import UserError
+from vlp_jax.data.pipeline import EvalPipeline, split_mixture
+from vlp_jax.data.sources import build_source
+from vlp_jax.data.sources.base import as_plain
+from vlp_jax.data.sources.labels import WordClasses, listed, same_numbers
+from vlp_jax.data.sources.shards import SUFFIX
+from vlp_jax.errors import NoScores, UserError
+from vlp_jax.evaluators.base import NUMBER, Resources
 from vlp_jax.files import read_lines
 
 _log = logging.getLogger("vlp_jax.evaluators")
@@ -22,11 +29,7 @@ PLACE = re.compile(r"\{c?\}")
 
 
 def lines(value: Sequence[str] | str, key: str) -> tuple[str, ...]:
-    """Returns `value`, or the lines of the file it names, without empty lines and # comments.
-
-    Raises:
-      UserError: the file cannot be read, or has no lines.
-    """
+    """Returns `value`, or the lines of the file it names; UserError if they cannot be read."""
     return read_lines(value, key) if isinstance(value, str) else tuple(value)
 
 
@@ -44,11 +47,18 @@ def fill(template: str, name: str) -> str:
     return PLACE.sub(lambda _: name, template)
 
 
-def check_class_names(names: Sequence[str]) -> tuple[str, ...]:
-    """Returns `names`; raises UserError if a name occurs twice.
+def names_of_classes(
+    given: Sequence[str] | str | None, known: Sequence[str] | None, field: str
+) -> tuple[str, ...]:
+    """Returns the names that a field numbers: `given` names, or lines of a file, or `known` ones.
 
-    Two classes with one name have the same prompts, so no model can distinguish them.
+    Raises:
+      UserError: there are no names, or a name occurs twice. Two classes with one name have the same
+        prompts, so no model can distinguish them.
     """
+    names = lines(given or (), "class_names") or known
+    if not names:
+        raise UserError(f"the data has no names of the classes in {field!r}: set class_names")
     twice = [f"{name!r} ({count} times)" for name, count in Counter(names).items() if count > 1]
     if twice:
         raise UserError(
@@ -64,8 +74,7 @@ def numbers_onto(
     """Returns for each class of the data its number in another list; None if the numbers agree.
 
     Args:
-      names: names of the data's classes, by number; None if unknown.
-      classes: names in the other list, by number; None if unknown.
+      names, classes: names of the data's classes and of the other list, by number; None if unknown.
       where, key: the names of the data and of the other list in errors.
 
     Raises:
@@ -159,4 +168,68 @@ def _check_named(
         raise UserError(
             f"the classes of {words} are words ({some}), and those of {numbers} are numbers: set "
             f"data.label_names, the list of all classes in the order of the numbers"
+        )
+
+
+def numbered(batches: Iterable[Mapping[str, np.ndarray]]) -> Iterable[dict[str, np.ndarray]]:
+    """Adds the field `NUMBER` to each batch: the number of each example in the split, int32."""
+    for step, batch in enumerate(batches):
+        local = len(batch["mask"])
+        whole = local * jax.process_count()
+        # A global batch holds the examples of process 0, then of process 1, and so on.
+        first = step * whole + jax.process_index() * local
+        yield {**batch, NUMBER: np.arange(first, first + local, dtype=np.int32)}
+
+
+def check_labels(labels: Int[np.ndarray, " n"], classes: int, field: str) -> None:
+    """Raises NoScores if the model has no score for a label."""
+    if labels.size and not 0 <= labels.min() <= labels.max() < classes:
+        raise NoScores(
+            f"the labels in {field!r} go from {labels.min()} to {labels.max()}, and the model "
+            f"scores {classes} classes: set the objective's number of them, or other data"
+        )
+
+
+def numbers_of_model(
+    resources: Resources, data: Mapping[str, Any], pipeline: EvalPipeline, field: str
+) -> Int[np.ndarray, " names"] | None:
+    """Returns for each class of the data its number in the training data; None if they agree.
+
+    They can differ only for a folder, and for data prepared from a folder: such data numbers the
+    label words that occur in it. Raises UserError if the training data lacks a class.
+    """
+    if resources.train_data is None:
+        return None
+    parts = split_mixture(as_plain(resources.train_data))[0].values()
+    named = pipeline.class_names(field)
+    if not isinstance(named, WordClasses) and not any(map(_may_hold_words, parts)):
+        return None
+    asked = ("source", "path", "captions", "fields", "label_field", "label_names")
+    if any(all(part.get(key) == data.get(key) for key in asked) for part in parts):
+        return None  # the same files have the same classes, so they need not be read
+    try:
+        trained = [build_source(part).class_names(field) for part in parts]
+    except UserError as error:
+        _log.warning(
+            "the training data cannot be opened (%s), so the classes of %r are taken to have the "
+            "numbers that they had in training; else set data.label_names",
+            *(error, field),
+        )
+        return None
+    where = f"{field!r} in the evaluator's data"
+    return numbers_onto(named, trained[0], where, "the training data")
+
+
+def _may_hold_words(data: Mapping[str, Any]) -> bool:
+    """Whether labels may be words: in a folder, and in data prepared from a folder."""
+    return data.get("source") == "folder" or str(data.get("path")).endswith(SUFFIX)
+
+
+def check_field(pipeline: EvalPipeline, field: str, where: str) -> None:
+    """Raises UserError if batches have no field `field` of whole numbers."""
+    spec = pipeline.batch_spec()
+    if field not in spec or not np.issubdtype(spec[field][1], np.integer):
+        raise UserError(
+            f"{where}: the data has no whole numbers {field!r} after its preprocess (it has: "
+            f"{', '.join(sorted(spec))})"
         )

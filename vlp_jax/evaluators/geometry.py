@@ -1,4 +1,4 @@
-"""Evaluates the geometry of the embedding space that images and texts share."""
+"""Measures the embedding space that images and texts share."""
 
 from __future__ import annotations
 
@@ -9,39 +9,103 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int
 
-from vlp_jax.evaluators import embedding_space
 from vlp_jax.evaluators.base import Evaluator, Outcome, Resources
 from vlp_jax.evaluators.splits import Split
+
+BLOCK = 1024
+UNIFORMITY_T = 2.0  # Wang and Isola 2020, section 4.1.2
+
+
+def alignment(x: Float[np.ndarray, "n dim"], y: Float[np.ndarray, "n dim"]) -> float:
+    """Computes the mean of |x_i - y_i|^2 over pairs: 0 to 4 for unit vectors, lower is better.
+
+    Source: Wang and Isola 2020, section 4.1.1, with alpha = 2.
+    """
+    total = 0.0
+    for start in range(0, len(x), BLOCK):
+        part = slice(start, start + BLOCK)
+        total += float(((x[part].astype(np.float64) - y[part]) ** 2).sum())
+    return total / len(x)
+
+
+def uniformity(x: Float[np.ndarray, "n dim"]) -> float:
+    """Computes log(mean(exp(-2 |x_i - x_j|^2))) over all pairs i < j.
+
+    0 if all vectors are equal; lower if they are spread more evenly. NaN for fewer than two.
+
+    Source: Wang and Isola 2020, section 4.1.2, with t = 2.
+    """
+    if len(x) < 2:
+        return float("nan")
+    squares = np.einsum("nd,nd->n", x, x, dtype=np.float64)
+    total = 0.0
+    for first in range(0, len(x), BLOCK):
+        rows = slice(first, first + BLOCK)
+        left = x[rows].astype(np.float64)
+        for second in range(first, len(x), BLOCK):
+            columns = slice(second, second + BLOCK)
+            # |a - b|^2 = |a|^2 + |b|^2 - 2 ab, in place, so that one block needs one array.
+            distances = left @ x[columns].T.astype(np.float64)
+            distances *= -2
+            distances += squares[rows, None]
+            distances += squares[columns]
+            # Rounding can make the distance of equal vectors negative.
+            np.maximum(distances, 0, out=distances)
+            distances *= -UNIFORMITY_T
+            np.exp(distances, out=distances)
+            # A block on the diagonal holds each pair twice, and each vector with itself.
+            total += float(np.triu(distances, 1).sum() if first == second else distances.sum())
+    return float(np.log(total / (len(x) * (len(x) - 1) / 2)))
+
+
+def modality_gap(x: Float[np.ndarray, "n dim"], y: Float[np.ndarray, "m dim"]) -> float:
+    """Computes the distance of the means of two sets of unit vectors, 0 to 2.
+
+    Source: Liang et al. 2022, section 2.
+    """
+    return float(
+        np.linalg.norm(x.mean(axis=0, dtype=np.float64) - y.mean(axis=0, dtype=np.float64))
+    )
+
+
+def effective_rank(x: Float[np.ndarray, "n dim"]) -> float:
+    """Computes exp(entropy) of the singular values divided by their sum: 1 to min(n, dim).
+
+    The mean of the vectors is not subtracted (Roy and Vetterli 2007, section 2).
+    """
+    triangle = np.zeros((0, x.shape[1]))
+    # A QR decomposition x = QR keeps the singular values of x in R, which is small. It is computed
+    # row block by row block, so that no float64 copy of x is needed.
+    for start in range(0, len(x), 8 * BLOCK):
+        part = x[start : start + 8 * BLOCK].astype(np.float64)
+        triangle = np.linalg.qr(np.concatenate([triangle, part]), mode="r")
+    values = np.linalg.svd(triangle, compute_uv=False)
+    share = values / values.sum()
+    share = share[share > 0]  # the limit of p log p for p -> 0 is 0
+    return float(np.exp(-(share * np.log(share)).sum()))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class GeometryOutcome(Outcome):
-    """Embeddings of the pairs of a split, in the order of the source.
-
-    Attributes:
-      image, text: unit vectors, float32 [n, dim]; row i of both is pair i.
-      index: int64 [n], the position of each pair in its source (after `where` and `limit`).
-    """
+    """Unit vectors of the pairs of a split, row by row, and each pair's position in its source."""
 
     image: Float[np.ndarray, "n dim"]
     text: Float[np.ndarray, "n dim"]
     index: Int[np.ndarray, " n"]
 
+    saved = ("image", "text", "index")
+
     def scores(self) -> dict[str, float]:
-        """Computes the measures of `embedding_space`, and `pairs`, the number of pairs."""
+        """Computes the measures of this module, and `pairs`, the number of pairs."""
         return {
-            "alignment": embedding_space.alignment(self.image, self.text),
-            "image_uniformity": embedding_space.uniformity(self.image),
-            "text_uniformity": embedding_space.uniformity(self.text),
-            "modality_gap": embedding_space.modality_gap(self.image, self.text),
-            "image_effective_rank": embedding_space.effective_rank(self.image),
-            "text_effective_rank": embedding_space.effective_rank(self.text),
+            "alignment": alignment(self.image, self.text),
+            "image_uniformity": uniformity(self.image),
+            "text_uniformity": uniformity(self.text),
+            "modality_gap": modality_gap(self.image, self.text),
+            "image_effective_rank": effective_rank(self.image),
+            "text_effective_rank": effective_rank(self.text),
             "pairs": float(len(self.image)),
         }
-
-    def arrays(self) -> dict[str, np.ndarray]:
-        """Returns the arrays for `save_embeddings`."""
-        return {"image": self.image, "text": self.text, "index": self.index}
 
 
 class Geometry(Evaluator):

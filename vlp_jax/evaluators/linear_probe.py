@@ -12,32 +12,29 @@ from jaxtyping import Float, Int
 
 from vlp_jax.errors import UserError, unknown_key_message
 from vlp_jax.evaluators import classification, probes
-from vlp_jax.evaluators.base import Evaluator, Outcome, Resources
-from vlp_jax.evaluators.frozen_features import FeatureSplits, FrozenFeatures
+from vlp_jax.evaluators.base import Evaluator, Resources
+from vlp_jax.evaluators.frozen_features import FeaturesOutcome, FeatureSplits, FrozenFeatures
 
 METHODS = ("lbfgs", "sgd")
 LEARNING_RATES = (0.01, 0.1, 1.0)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class LinearProbeOutcome(Outcome):
-    """The logits of a fitted linear classifier on the test split.
+class LinearProbeOutcome(FeaturesOutcome):
+    """The logits of a linear classifier, fitted by `method`, on the test split.
 
-    Attributes:
-      features: features and labels of both splits.
-      logits: float64 [n, classes], of the test examples.
-      method: "lbfgs" or "sgd".
-      chosen: the chosen regularization (lbfgs) or learning rate (sgd).
-      tried: each value that was tried -> top-1 on the held-out part of the training split.
-      settings: settings of the fit: holdout, seed, max_iterations, epochs, batch_size.
+    `chosen` is the regularization (lbfgs) or learning rate (sgd); `tried` has each value's top-1 on
+    the held-out part of the training split. `settings` are holdout, seed, max_iterations, epochs
+    and batch_size.
     """
 
-    features: FrozenFeatures
     logits: Float[np.ndarray, "n classes"]
     method: str
     chosen: float
     tried: Mapping[float, float]
     settings: Mapping[str, float]
+
+    saved = ("logits", "method", "chosen")
 
     @cached_property
     def ranks(self) -> Int[np.ndarray, " n"]:
@@ -45,10 +42,9 @@ class LinearProbeOutcome(Outcome):
         return classification.label_ranks(self.logits, self.features.test_labels)
 
     def scores(self) -> dict[str, float]:
-        """Computes `top1` and `top5` in [0, 1], the chosen `l2` or `learning_rate`, and counts.
+        """Computes `top1`, `top5` in [0, 1], the chosen `l2` or `learning_rate`, and counts.
 
-        `holdout_top1` is the score that chose the value. The counts are `examples`,
-        `train_examples` and `classes`.
+        `holdout_top1` is the score that chose the value.
         """
         chosen = {"lbfgs": "l2", "sgd": "learning_rate"}[self.method]
         return {
@@ -56,22 +52,13 @@ class LinearProbeOutcome(Outcome):
             "top5": classification.top_k(self.ranks, 5),
             chosen: self.chosen,
             "holdout_top1": self.tried[self.chosen],
-            "examples": float(len(self.features.test)),
-            "train_examples": float(len(self.features.train)),
-            "classes": float(self.features.classes),
+            **self.counts(),
         }
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """Returns the arrays for `save_embeddings`."""
+        """Returns the fields `saved`, settings, and the values that were tried with scores."""
         settings = {name: np.array(value) for name, value in self.settings.items()}
-        return {
-            **self.features.arrays(),
-            "logits": self.logits,
-            "method": np.array(self.method),
-            "chosen": np.array(self.chosen),
-            "tried": np.array(sorted(self.tried.items())),
-            **settings,
-        }
+        return {**super().arrays(), "tried": np.array(sorted(self.tried.items())), **settings}
 
 
 class LinearProbe(Evaluator):
@@ -130,19 +117,11 @@ class LinearProbe(Evaluator):
         self._splits = FeatureSplits(resources, data, train_data, label_field, features)
 
     def outcome(self, params: Any) -> LinearProbeOutcome:
-        """Fits the classifier, and applies it to the whole test split.
-
-        Raises:
-          UserError: the training split is too small to hold a part out, or has one class.
-        """
+        """Fits the classifier, and scores the test split; raises UserError for too little data."""
         features = self._splits(params)
         fit = {"lbfgs": self._lbfgs, "sgd": self._by_sgd}[self._method]
         logits, chosen, tried = fit(features)
-        settings = {
-            "holdout": self._holdout,
-            "max_iterations": self._max_iterations,
-            **self._sgd,
-        }
+        settings = {"holdout": self._holdout, "max_iterations": self._max_iterations, **self._sgd}
         return LinearProbeOutcome(features, logits, self._method, chosen, tried, settings)
 
     def _lbfgs(self, f: FrozenFeatures) -> tuple[np.ndarray, float, dict[float, float]]:

@@ -10,19 +10,27 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
 from vlp_jax.errors import UserError
-from vlp_jax.evaluators.base import Evaluator, Pairs, Resources
-from vlp_jax.evaluators.outputs import numbered
+from vlp_jax.evaluators.attacks import with_attacks
+from vlp_jax.evaluators.base import NUMBER, Evaluator, Pairs, Resources
+from vlp_jax.evaluators.class_lists import numbered
 from vlp_jax.objectives import Objective
 from vlp_jax.objectives.base import SEPARATOR, Context, Function, Metrics
 from vlp_jax.parallel import mesh as mesh_lib
 from vlp_jax.parallel.batch import put_batch
 
 SEED = 0  # of random draws of the loss, such as masks: fixed, to compare steps of a run
-NUMBER = "number"  # field with the number of an example in its split
 EACH, WHOLE = "loss_of_each", "loss_of_batch"  # an objective has one of these functions
+
+
+def evaluator_functions(objective: Objective) -> dict[str, Function]:
+    """Returns the objective's functions, its loss on examples, and attacks on its classifiers.
+
+    Nothing is compiled until a function is called.
+    """
+    return {**loss_functions(objective), **with_attacks(objective.functions())}
 
 
 def loss_functions(objective: Objective) -> dict[str, Function]:
@@ -32,16 +40,24 @@ def loss_functions(objective: Objective) -> dict[str, Function]:
     example by itself. Random draws depend on the example's number alone. An objective that couples
     the batch has `loss_of_batch` instead: metric -> (sum, count), scalars.
     """
-    if objective.couples_batch:
-        whole = lambda params, batch: _loss_of_batch(objective, params, batch)  # noqa: E731
-        return {WHOLE: Function(whole, {}, "metric -> (sum, count)")}
 
-    def of_each(params: Any, batch: dict[str, Array]) -> dict[str, tuple[Array, Array]]:
-        def one(example: dict[str, Array], number: Array) -> dict[str, tuple[Array, Array]]:
-            key = jax.random.fold_in(jax.random.key(SEED), number)
+    def metrics(params: Any, fields: dict[str, Array], number: Array) -> Metrics:
+        """Computes the metrics with a fresh state, without the average of parameters."""
+        key = jax.random.fold_in(jax.random.key(SEED), number)
+        spec = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in fields.items()}
+        state = nn.unbox(objective.init_state(spec))
+        return objective.loss(params, fields, Context(key, train=False, state=state))[1].metrics
+
+    def of_batch(params: Any, batch: dict[str, Array]) -> Metrics:
+        fields = {name: value for name, value in batch.items() if name != NUMBER}
+        # The number of the first example stands for the batch.
+        return metrics(params, fields, batch[NUMBER][0])
+
+    def of_each(params: Any, batch: dict[str, Array]) -> Metrics:
+        def one(example: dict[str, Array], number: Array) -> Metrics:
             alone = {name: value[None] for name, value in example.items()}
-            metrics = _metrics(objective, params, alone, key)
-            return jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), metrics)
+            found = metrics(params, alone, number)
+            return jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), found)
 
         fields = {name: value for name, value in batch.items() if name != NUMBER}
         # Within vmap a batch has one example, which cannot be split over devices. The constraints
@@ -49,21 +65,9 @@ def loss_functions(objective: Objective) -> dict[str, Function]:
         with nn.logical_axis_rules(()):
             return jax.vmap(one)(fields, batch[NUMBER])
 
+    if objective.couples_batch:
+        return {WHOLE: Function(of_batch, {}, "metric -> (sum, count)")}
     return {EACH: Function(of_each, {}, "metric -> (sum, count), of each example")}
-
-
-def _loss_of_batch(objective: Objective, params: Any, batch: dict[str, Array]) -> Any:
-    fields = {name: value for name, value in batch.items() if name != NUMBER}
-    # The number of the first example stands for the batch.
-    key = jax.random.fold_in(jax.random.key(SEED), batch[NUMBER][0])
-    return _metrics(objective, params, fields, key)
-
-
-def _metrics(objective: Objective, params: Any, fields: dict[str, Array], key: Array) -> Metrics:
-    """Computes the metrics of a loss with a fresh state, without the average of parameters."""
-    spec = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in fields.items()}
-    state = nn.unbox(objective.init_state(spec))
-    return objective.loss(params, fields, Context(key, train=False, state=state))[1].metrics
 
 
 class Loss(Evaluator):
@@ -111,42 +115,27 @@ class Loss(Evaluator):
             )
 
     def pairs(self, params: Any) -> Pairs:
-        """Yields each metric of the objective, such as `loss`, and `examples`, the number counted.
-
-        Raises:
-          UserError: every batch has an example that cannot be used.
-        """
+        """Yields each metric, and `examples`, the number counted; UserError if there are none."""
+        function = self._resources.functions[WHOLE if self._coupled else EACH]
         sums: dict[str, np.ndarray] = {}
         examples = 0
-        for batch in numbered(self._batches(), NUMBER):
-            count, metrics = self._sums(params, batch)
-            examples += count
+        for batch in numbered(self._batches()):
+            fields = put_batch(batch, self._resources.mesh)
+            rest = {"mask": fields.pop("mask")}
+            metrics, rest = jax.device_get(function(params, fields, rest))
+            keep = rest["mask"]
+            if self._coupled and not keep.all():
+                continue
+            examples += int(keep.sum())
             for name, pair in metrics.items():
+                pair = np.stack([np.asarray(x, np.float64) for x in pair])
+                pair = pair if self._coupled else pair[:, keep].sum(axis=1)
                 sums[name] = sums.get(name, 0) + pair
         if not examples:
             raise UserError("no batch of the split is full and without a damaged example")
         for name, (total, count) in sums.items():
             yield name, float(total / count)
         yield "examples", float(examples)
-
-    def _sums(
-        self, params: Any, batch: Mapping[str, np.ndarray]
-    ) -> tuple[int, dict[str, Float[np.ndarray, 2]]]:
-        """Returns the number of examples that count, and sum and count of each metric."""
-        fields = put_batch(batch, self._resources.mesh)
-        rest = {"mask": fields.pop("mask")}
-        function = self._resources.functions[WHOLE if self._coupled else EACH]
-        metrics, rest = jax.device_get(function(params, fields, rest))
-        keep = rest["mask"]
-        if self._coupled and not keep.all():
-            return 0, {}
-        chosen = {
-            name: np.stack([np.asarray(x, np.float64) for x in pair])
-            for name, pair in metrics.items()
-        }
-        if not self._coupled:
-            chosen = {name: pair[:, keep].sum(axis=1) for name, pair in chosen.items()}
-        return int(keep.sum()), chosen
 
     def _batches(self) -> Iterator[dict[str, np.ndarray]]:
         """Yields joined batches of all datasets. An example counts if no dataset masks it."""

@@ -19,13 +19,11 @@ def nearest(
     """Finds the `k` vectors of `bank` with the largest dot products, for each query.
 
     Returns their similarities (float32, the largest first) and their numbers. Of equal ones, those
-    with the lowest numbers count. Memory grows neither with the queries nor with the bank.
-
-    Raises:
-      ValueError: the bank has fewer than `k` vectors.
+    with the lowest numbers count. Memory grows neither with the queries nor with the bank. Raises
+    ValueError if the bank has fewer than `k` vectors.
     """
     if not 1 <= k <= len(bank):
-        raise ValueError(f"k={k} neighbours of {len(bank)} vectors")
+        raise ValueError(f"k={k} is not between 1 and the {len(bank)} rows of the index")
     similarity = np.empty((len(queries), k), np.float32)
     number = np.empty((len(queries), k), np.int64)
     for start in range(0, len(queries), QUERY_BLOCK):
@@ -39,7 +37,7 @@ def _nearest(queries: np.ndarray, bank: np.ndarray, k: int) -> tuple[np.ndarray,
     number = np.zeros((len(queries), k), np.int64)
     start, size = 0, FIRST_BLOCK
     while start < len(bank):
-        block = queries @ bank[start : start + size].T
+        block = queries @ np.asarray(bank[start : start + size], np.float32).T
         # Only what exceeds the k-th best so far can enter: an equal one has a higher number.
         hits = block > best[:, -1:]
         rows = np.flatnonzero(hits.any(axis=1))
@@ -96,10 +94,7 @@ def predictions(
 ) -> Int[np.ndarray, "ks n"]:
     """Predicts the class with most votes of the k nearest vectors of `bank`, for each k.
 
-    Of classes with equal votes the lowest number wins.
-
-    Raises:
-      ValueError: the bank has fewer vectors than the largest k.
+    Of classes with equal votes the lowest number wins. Raises ValueError as `nearest`.
     """
     similarity, number = nearest(queries, bank, max(ks))
     classes = int(labels.max()) + 1

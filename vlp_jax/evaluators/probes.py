@@ -43,12 +43,9 @@ def accuracy(logits: Float[np.ndarray, "n classes"], labels: Int[np.ndarray, " n
 def hold_out(
     count: int, share: float, seed: int
 ) -> tuple[Int[np.ndarray, " kept"], Int[np.ndarray, " held_out"]]:
-    """Splits the numbers below `count` at random into two parts; the second has `share` of them.
+    """Splits the numbers below `count` at random; the second part has `share` of them.
 
-    The result depends on the arguments alone.
-
-    Raises:
-      UserError: a part would be empty.
+    The result depends on the arguments alone. Raises UserError if a part would be empty.
     """
     held = round(count * share)
     if not 0 < held < count:
@@ -73,27 +70,21 @@ def search_l2(
     """
     if grid is not None:
         tried = {value: score(value) for value in sorted(grid, reverse=True)}
-        return _best(tried), tried
-    steps = {
-        step: score(_strength(step)) for step in range(LAST_STEP, -LAST_STEP - 1, -FIRST_STRIDE)
-    }
-    stride = FIRST_STRIDE
-    while stride > 1:
-        stride //= 2
-        center = max(steps, key=lambda step: (steps[step], step))
-        for step in (center + stride, center - stride):
-            if abs(step) <= LAST_STEP and step not in steps:
-                steps[step] = score(_strength(step))
-    tried = {_strength(step): steps[step] for step in sorted(steps)}
-    return _best(tried), tried
+    else:
+        todo, steps, stride = range(LAST_STEP, -LAST_STEP - 1, -FIRST_STRIDE), {}, FIRST_STRIDE
+        while stride:
+            for step in todo:
+                if abs(step) <= LAST_STEP and step not in steps:
+                    steps[step] = score(_strength(step))
+            center = max(steps, key=lambda step: (steps[step], step))
+            stride //= 2
+            todo = (center + stride, center - stride)
+        tried = {_strength(step): steps[step] for step in sorted(steps)}
+    return max(tried, key=lambda value: (tried[value], value)), tried
 
 
 def _strength(step: int) -> float:
     return 10.0 ** (step / STEPS_PER_DECADE)
-
-
-def _best(tried: dict[float, float]) -> float:
-    return max(tried, key=lambda value: (tried[value], value))
 
 
 def fit_logistic(
@@ -106,9 +97,7 @@ def fit_logistic(
     """Minimizes sum(cross-entropy) + l2 / 2 |kernel|^2 by L-BFGS; the bias is not regularized.
 
     It is scikit-learn's `LogisticRegression` with C = 1 / l2, as in Radford et al. 2021, A.3.
-
-    Raises:
-      UserError: there are fewer than two classes among the labels.
+    Raises UserError for fewer than two classes.
     """
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
@@ -130,7 +119,6 @@ def _check_two(labels: Int[np.ndarray, " n"]) -> None:
 def _classifier(
     coefficients: np.ndarray, intercepts: np.ndarray, seen: np.ndarray, classes: int
 ) -> LinearClassifier:
-    """Makes a classifier from scikit-learn's coefficients."""
     if len(seen) == 2:  # scikit-learn has one row then, the logit of the second class
         coefficients = np.stack([-coefficients.ravel(), coefficients.ravel()]) / 2
         intercepts = np.concatenate([-intercepts, intercepts]) / 2
@@ -149,10 +137,8 @@ def fit_ridge(
     """Fits least squares on targets of +-1 with l2 |kernel|^2; returns it and the chosen `l2`.
 
     The value of `grid` with the least leave-one-out error is chosen, in closed form. This works
-    with one example per class too. It is scikit-learn's `RidgeClassifierCV`.
-
-    Raises:
-      UserError: there are fewer than two classes among the labels.
+    with one example per class too. It is scikit-learn's `RidgeClassifierCV`. Raises UserError for
+    fewer than two classes.
     """
     from sklearn.linear_model import RidgeClassifierCV
 
@@ -167,10 +153,7 @@ def few_per_class(
 ) -> Int[np.ndarray, " chosen"]:
     """Draws `shots` examples of each class that occurs; returns their numbers, sorted.
 
-    The draw depends on the arguments alone.
-
-    Raises:
-      UserError: a class has fewer examples.
+    The draw depends on the arguments alone. Raises UserError if a class has fewer examples.
     """
     counts = np.bincount(labels)
     few = np.flatnonzero((counts > 0) & (counts < shots))

@@ -43,8 +43,7 @@ class Ranks:
     def found(self, k: int) -> Float[np.ndarray, " queries"]:
         """Computes the probability that an own target is among the first k; 0 or 1 without ties.
 
-        Targets with exactly equal similarity are in random order. So a collapsed model, for which
-        all are equal, scores chance and not 1.
+        Equally similar targets are in random order, so a collapsed model scores chance.
         """
         room = np.clip(k - self.above, 0, self.equal)
         # Draws without replacement: each own target must fall outside of the room that is left.
@@ -88,10 +87,9 @@ def _expected_reciprocal(above: int, equal: int, own: int) -> float:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Merged:
-    """Rows without repetition.
+    """Rows without repetition, in the order of their first occurrence.
 
     Attributes:
-      rows: the distinct rows, in the order of their first occurrence.
       place: for each given row its number in `rows`.
       more: for each of `rows` the number of its repetitions.
       first: for each of `rows` the number of its first occurrence among the given rows.
@@ -139,7 +137,6 @@ class _Pairs:
 
     Attributes:
       row, column: the numbers of the pair's merged image and merged text.
-      similarity: float32, of each pair.
       place: for each given text the number of its pair.
     """
 

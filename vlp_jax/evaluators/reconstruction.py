@@ -17,25 +17,20 @@ VIEWS = "reconstruct"  # the function that returns the three views of an image
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ReconstructionOutcome(Outcome):
-    """The reconstruction error of every image of a split.
+    """The reconstruction error of every image in units of the loss, and its place in the source.
 
-    Attributes:
-      errors: float32 [n], in the units of the loss.
-      index: int64 [n], the position of each image in its source.
-      views: three views of a few images, float32 [few, 3, height, width, 3] in [0, 1].
+    `views` are three pictures of a few images, in [0, 1].
     """
 
     errors: Float[np.ndarray, " n"]
     index: np.ndarray
     views: Float[np.ndarray, "few 3 height width 3"] | None = None
 
+    saved = ("errors", "index")
+
     def scores(self) -> dict[str, float]:
         """Computes `error`, the mean squared error over the hidden patches, and `examples`."""
         return {"error": float(self.errors.mean()), "examples": float(len(self.errors))}
-
-    def arrays(self) -> dict[str, np.ndarray]:
-        """Returns the arrays for `save_embeddings`."""
-        return {"errors": self.errors, "index": self.index}
 
     def samples(self) -> Sequence[Sample]:
         """Returns pictures of the three views of an image side by side."""

@@ -11,23 +11,17 @@ from jaxtyping import Float, Int
 
 from vlp_jax.errors import UserError
 from vlp_jax.evaluators.base import Evaluator, Outcome, Resources
-from vlp_jax.evaluators.captions import embed_captions
 from vlp_jax.evaluators.ranking import Ranks, rank_both_ways
-from vlp_jax.evaluators.splits import Split
+from vlp_jax.evaluators.splits import Split, embed_captions
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class RetrievalOutcome(Outcome):
-    """Embeddings of a split's images and texts, in the order of the source, and their ranks.
+    """Unit vectors of a split's images and texts, in the order of the source, and their ranks.
 
-    Attributes:
-      image: unit vectors, float32 [images, dim].
-      text: unit vectors, float32 [texts, dim]; the texts of an image are adjacent.
-      owners: int64 [texts], the row in `image` of each text's image.
-      index: int64 [images], the position of each image in its source (after `where`, `limit`).
-      image_to_text: the rank of each image's best text among all texts.
-      text_to_image: the rank of each text's image among all images.
-      ks: the values of k for R@k.
+    `owners` has the row of each text's image; the texts of an image are adjacent. `index` is the
+    position of each image in its source (after `where`, `limit`). Ranks are each image's best text
+    among all texts, and each text's image among all images; `ks` are the values of k for R@k.
     """
 
     image: Float[np.ndarray, "images dim"]
@@ -37,6 +31,8 @@ class RetrievalOutcome(Outcome):
     image_to_text: Ranks
     text_to_image: Ranks
     ks: tuple[int, ...]
+
+    saved = ("image", "text", "owners", "index", "ks")
 
     def scores(self) -> dict[str, float]:
         """Computes the scores of both directions, `image_to_text_...` and `text_to_image_...`.
@@ -55,16 +51,6 @@ class RetrievalOutcome(Outcome):
             "pairs": float(len(self.text)),
             "images": float(len(self.image)),
             "chance_r1": 1 / len(self.image),
-        }
-
-    def arrays(self) -> dict[str, np.ndarray]:
-        """Returns the arrays for `save_embeddings`."""
-        return {
-            "image": self.image,
-            "text": self.text,
-            "owners": self.owners,
-            "index": self.index,
-            "ks": np.array(self.ks),
         }
 
 
@@ -100,9 +86,7 @@ class Retrieval(Evaluator):
     ):
         if not ks or min(ks) < 1:
             raise UserError(f"ks must be at least 1, not {tuple(ks)}")
-        self._resources = resources
-        self._ks = tuple(ks)
-        self._captions = captions
+        self._ks, self._captions = tuple(ks), captions
         self._split = Split(resources, data, () if captions is None else (captions,))
         # Only fields of numbers have a spec: strings do not go to the devices.
         if captions in self._split.pipeline.batch_spec():

@@ -3,29 +3,27 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import jax
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Float
 
 from vlp_jax.errors import UserError
 from vlp_jax.evaluators import corruptions as corruptions_lib
 from vlp_jax.evaluators.attacks import PREFIX
-from vlp_jax.evaluators.base import Evaluator, Pairs, Resources
-from vlp_jax.evaluators.class_lists import renumber
-from vlp_jax.evaluators.classification import label_ranks
-from vlp_jax.evaluators.outputs import (
+from vlp_jax.evaluators.base import NUMBER, Change, Evaluator, Pairs, Resources
+from vlp_jax.evaluators.class_lists import (
     check_field,
     check_labels,
     numbered,
     numbers_of_model,
-    outputs_of,
+    renumber,
 )
+from vlp_jax.evaluators.classification import label_ranks
 from vlp_jax.evaluators.zero_shot import ZeroShot
 
-NUMBER = "number"  # field with the number of an image in its split
 TRUE = "true_label"  # field to score with; an attack takes "label" as its input
 # Total length of PGD's steps, in radii (Madry et al. 2018).
 REACH = 2.5
@@ -106,9 +104,6 @@ class Robustness(Evaluator):
         - `NAME_SEVERITY` of a corruption, and `NAME`, its mean over the severities.
         - `corruption_mean` over all corruptions; `corruption_relative`, divided by `clean`.
         - `fgsm_RADIUS` and `pgd_RADIUS`: under attacks.
-
-        Raises:
-          UserError: a label for which the model has no score.
         """
         classes = self._zero_shot.class_embeddings(params) if self._zero_shot else None
         right = self._right(params, classes)
@@ -127,70 +122,41 @@ class Robustness(Evaluator):
             yield "corruption_mean", float(np.mean(means))
             yield "corruption_relative", float(np.mean(means)) / clean if clean else 0.0
         for radius in self._radii:
-            yield f"fgsm_{radius:g}", self._attacked(params, classes, radius, fgsm(radius))
-            settings = pgd(radius, self._steps)
-            yield f"pgd_{radius:g}", self._attacked(params, classes, radius, settings)
+            for name, settings in (("fgsm", fgsm(radius)), ("pgd", pgd(radius, self._steps))):
+                attack = {"radius": radius, **settings}
+                accuracy = float(self._right(params, classes, attack=attack).mean())
+                yield f"{name}_{radius:g}", accuracy
         yield "examples", float(len(right))
 
     def _right(
         self,
         params: Any,
         classes: Float[np.ndarray, "classes dim"] | None,
-        change: Callable[[dict[str, Array]], dict[str, Array]] = dict,
+        change: Change = dict,
+        attack: Mapping[str, float] | None = None,
     ) -> np.ndarray:
-        """Returns which images are classified right, after a change to the batches."""
-        scores, fields = outputs_of(
-            self._resources,
-            params,
-            self._batches(),
-            self._function,
-            ("image",),
-            keep=(TRUE, NUMBER),
-            change=change,
+        """Returns which images are classified right, after a change of the batches or an attack."""
+        function, inputs, more = self._function, ("image",), None
+        if attack is not None:
+            # Arrays and not Python numbers: then one compiled program serves all attacks.
+            more = {name: np.float32(value) for name, value in attack.items()}
+            more |= {"seed": np.uint32(self._seed), "steps": np.int32(attack["steps"])}
+            if classes is not None:
+                more |= {"classes": classes, "logit_scale": np.float32(self._logit_scale)}
+            function, inputs = PREFIX + function, ("image", "label", NUMBER)
+        keep = (TRUE,) if attack is not None else (TRUE, NUMBER)
+        scores, fields = self._resources.outputs(
+            params, self._batches(), function, inputs, keep, change, more
         )
-        return self._hits(scores if classes is None else scores @ classes.T, fields)
-
-    def _attacked(
-        self,
-        params: Any,
-        classes: Float[np.ndarray, "classes dim"] | None,
-        radius: float,
-        settings: Mapping[str, float],
-    ) -> float:
-        """Computes top-1 on attacked images."""
-        # Arrays and not Python numbers: then one compiled program serves all attacks.
-        more: dict[str, Any] = {
-            "radius": np.float32(radius),
-            "seed": np.uint32(self._seed),
-            "step_size": np.float32(settings["step_size"]),
-            "steps": np.int32(settings["steps"]),
-            "random_start": np.float32(settings["random_start"]),
-        }
-        if classes is not None:
-            more |= {"classes": classes, "logit_scale": np.float32(self._logit_scale)}
-        scores, fields = outputs_of(
-            self._resources,
-            params,
-            self._batches(),
-            PREFIX + self._function,
-            ("image", "label", NUMBER),
-            keep=(TRUE,),
-            more=more,
-        )
-        return float(self._hits(scores, fields).mean())
+        scores = scores if classes is None or attack is not None else scores @ classes.T
+        check_labels(fields[TRUE], scores.shape[1], self._label_field)
+        return label_ranks(scores, fields[TRUE]) < 1
 
     def _batches(self) -> Iterator[dict[str, np.ndarray]]:
-        for batch in numbered(self._pipeline.batches(), NUMBER):
+        for batch in numbered(self._pipeline.batches()):
             label = self._numbers(batch[self._label_field])
             kept = {name: batch[name] for name in ("image", "mask", NUMBER)}
             yield {**kept, "label": label, TRUE: label}
-
-    def _hits(
-        self, scores: Float[np.ndarray, "n classes"], fields: Mapping[str, np.ndarray]
-    ) -> np.ndarray:
-        labels = fields[TRUE]
-        check_labels(labels, scores.shape[1], self._label_field)
-        return label_ranks(scores, labels) < 1
 
 
 def fgsm(radius: float) -> dict[str, float]:

@@ -1,28 +1,27 @@
-"""A split of a dataset for evaluators: embeddings and labels, shared through the cache."""
+"""A split of a dataset for evaluators: embeddings, labels and captions, shared through a cache."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 from jaxtyping import Float, Int
 
+from vlp_jax.data.wording import caption_wording, captions_of
 from vlp_jax.errors import NoScores, NotFinite, UserError
-from vlp_jax.evaluators.base import INDEX, Resources
-from vlp_jax.evaluators.cache import key_of
-from vlp_jax.evaluators.text_identity import TEXT_HASH, same_for_same_text, with_text_hashes
+from vlp_jax.evaluators.base import INDEX, Resources, key_of
+from vlp_jax.parallel import agreement
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Embedded:
-    """Outputs and fields of a whole split, in the order of its source, on every process.
+    """Outputs by field, number fields, and positions of a whole split, on every process.
 
-    Attributes:
-      outputs: field -> the output of its function, float32 [n, ...].
-      fields: fields with one number for each example, and the arrays among `extra_fields`.
-      index: int64 [n], the position of each example in the data.
+    `fields` also has the arrays among `extra_fields`.
     """
 
     outputs: Mapping[str, Float[np.ndarray, "n dim"]]
@@ -33,10 +32,8 @@ class Embedded:
 class Split:
     """The examples of `data`, each once, and the outputs of functions on them.
 
-    Within `Resources.one_evaluation`, splits of the same data share their outputs.
-
-    Args:
-      extra_fields: see `EvalPipeline`; arrays among them become `Embedded.fields`.
+    Within `Resources.one_evaluation`, splits of the same data share their outputs. Arrays among
+    `extra_fields` (see `EvalPipeline`) become `Embedded.fields`.
     """
 
     def __init__(
@@ -55,14 +52,7 @@ class Split:
         ]
 
     def embed(self, params: Any, functions: Mapping[str, str]) -> Embedded:
-        """Applies functions to fields of all examples.
-
-        Args:
-          functions: field -> the name of the function to apply to it.
-
-        Raises:
-          NotFinite: an output is NaN or infinite.
-        """
+        """Applies functions, field -> name, to all examples; NotFinite for NaN or infinity."""
         cache = self.resources.cache
         keys = {field: (self.key, field, name) for field, name in functions.items()}
         outputs = {field: cache.get(params, key) for field, key in keys.items()}
@@ -95,10 +85,7 @@ class Split:
             )
 
     def labels(self, embedded: Embedded, field: str, classes: int | None) -> Int[np.ndarray, " n"]:
-        """Returns the labels in `field`, int64 [n].
-
-        Args:
-          classes: the number of classes; None if unknown.
+        """Returns the labels in `field`, int64 [n]; `classes` is their number, None if unknown.
 
         Raises:
           UserError: `field` does not hold one whole number for each example.
@@ -118,3 +105,114 @@ class Split:
             top = "" if classes is None else f", and class_names has {classes}"
             raise NoScores(f"label_field: {field!r} goes from {low} to {high}{top}")
         return labels.astype(np.int64)
+
+
+TEXT_HASH = "_text_hash"
+
+
+def text_hashes(tokens: Int[np.ndarray, "n length"]) -> Int[np.ndarray, "n 2"]:
+    """Hashes each row of ids to 64 bits, as two int32: JAX's devices hold no int64 by default."""
+    digests = [hashlib.blake2b(row.tobytes(), digest_size=8).digest() for row in tokens]
+    return np.frombuffer(b"".join(digests), np.int32).reshape(len(tokens), 2)
+
+
+def with_text_hashes(
+    batches: Iterator[Mapping[str, np.ndarray]],
+) -> Iterator[Mapping[str, np.ndarray]]:
+    """Adds the field `TEXT_HASH` to each batch."""
+    for batch in batches:
+        yield {**batch, TEXT_HASH: text_hashes(batch["text"])}
+
+
+def same_for_same_text(
+    vectors: Float[np.ndarray, "n dim"], hashes: Int[np.ndarray, "n 2"]
+) -> Float[np.ndarray, "n dim"]:
+    """Gives all equal texts the vector of the first one.
+
+    The position of a text in its batch may change the last bit of its embedding. Then a caption
+    that occurs twice would not tie with itself.
+    """
+    whole = np.ascontiguousarray(hashes).view(np.int64)[:, 0]
+    _, first, place = np.unique(whole, return_index=True, return_inverse=True)
+    return vectors if len(first) == len(vectors) else vectors[first[place]]
+
+
+def embed_captions(split: Split, params: Any, field: str) -> tuple[np.ndarray, ...]:
+    """Embeds a split's images and all captions in `field`, an extra field of the split.
+
+    Returns:
+      Vectors of the images; vectors of the captions, sorted by image; for each caption the row of
+      its image; for each image its position in the data. Images without a caption are left out. All
+      processes get the same arrays.
+
+    Raises:
+      UserError: `field` holds no text, or no example has any.
+    """
+    resources, cache = split.resources, split.resources.cache
+    keys = [(split.key, "captions", field, part) for part in ("image", "text", "owners", "index")]
+    cached = tuple(cache.get(params, key) for key in keys)
+    if all(array is not None for array in cached):
+        return cached
+    texts, numbers = [], []
+    batches = _without_captions(split, field, texts, numbers)
+    outputs, fields = resources.embed(params, batches, {"image": "embed_image"})
+    wording = caption_wording(split.data.get("preprocess"))
+    vectors, owners = _embed_local(resources, params, wording(texts), np.array(numbers, np.int32))
+    if not len(vectors):
+        raise UserError(f"captions: no example has a caption in {field!r}")
+    used, owners = np.unique(owners, return_inverse=True)
+    # INDEX rises from batch to batch, and has every image that has captions.
+    rows = np.searchsorted(fields[INDEX], used)
+    arrays = (outputs["image"][rows], vectors, owners, fields[INDEX][rows])
+    for key, array in zip(keys, arrays, strict=True):
+        cache.put(params, key, array)
+    return arrays
+
+
+def _without_captions(
+    split: Split, field: str, texts: list[bytes], numbers: list[int]
+) -> Iterator[Mapping[str, np.ndarray]]:
+    """Yields this process's batches without their captions, which devices cannot hold.
+
+    Appends the captions to `texts`, and for each of them its example's position to `numbers`.
+    """
+    for number, batch in enumerate(split.pipeline.batches()):
+        lists, mask = batch.pop(field), batch["mask"]
+        start = (number * jax.process_count() + jax.process_index()) * len(mask)
+        for row in np.flatnonzero(mask).tolist():
+            captions = captions_of(lists[row])
+            texts += captions
+            numbers += [start + row] * len(captions)
+        yield batch
+
+
+def _embed_local(
+    resources: Resources, params: Any, texts: list[bytes], numbers: Int[np.ndarray, " n"]
+) -> tuple[Float[np.ndarray, "all dim"], Int[np.ndarray, " all"]]:
+    """Embeds the texts of all processes; sorts them by `numbers`, otherwise keeps their order."""
+    size = resources.batch_size // jax.process_count()
+    # Processes have different numbers of captions, but must run equally many batches.
+    rounds = max(agreement.gather(-(-len(texts) // size)))
+    if not rounds:
+        return np.zeros((0, 0), np.float32), np.zeros(0, np.int32)
+    # Without texts: no rows, yet the tokenizer's length and dtype, for the padding below.
+    tokens = resources.tokenizer(texts) if texts else resources.tokenizer([b" "])[:0]
+
+    def batches() -> Iterator[dict[str, np.ndarray]]:
+        for start in range(0, rounds * size, size):
+            here = slice(start, start + size)
+            padding = size - len(tokens[here])
+            text = np.pad(tokens[here], ((0, padding), (0, 0)))
+            yield {
+                "text": text,
+                TEXT_HASH: text_hashes(text),
+                "number": np.pad(numbers[here], (0, padding)),
+                "mask": np.arange(size) < size - padding,
+            }
+
+    outputs, fields = resources.embed(
+        params, batches(), {"text": "embed_text"}, keep=("number", TEXT_HASH)
+    )
+    vectors = same_for_same_text(outputs["text"], fields[TEXT_HASH])
+    order = np.argsort(fields["number"], kind="stable")
+    return vectors[order], fields["number"][order]

@@ -10,14 +10,13 @@ from typing import Any, ClassVar
 import numpy as np
 from jaxtyping import Float, Int
 
-from vlp_jax.errors import UserError
 from vlp_jax.evaluators import classification
 from vlp_jax.evaluators.base import Evaluator, Outcome, Resources
 from vlp_jax.evaluators.class_lists import (
-    check_class_names,
     check_templates,
     fill,
     lines,
+    names_of_classes,
     numbers_onto,
     renumber,
 )
@@ -26,16 +25,11 @@ from vlp_jax.evaluators.splits import Split
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ZeroShotOutcome(Outcome):
-    """Embeddings of every image of a split, in the order of the source, and of the classes.
+    """Unit vectors of the images of a split, in the order of the source, and of the classes.
 
-    Attributes:
-      image: unit vectors, float32 [n, dim].
-      class_embeddings: a unit vector for each class, float32 [classes, dim].
-      labels: int64 [n], the number in `class_names` of each image's class.
-      class_names: names by label, as they appear in the prompts.
-      index: int64 [n], the position of each example in its source (after `where` and `limit`).
-      logit_scale: the model's factor on the cosine similarity; None if it has none, and then there
-        are no probabilities. (A bias on all logits would not change them.)
+    `labels` number `class_names`, the names as they appear in the prompts; `index` is the position
+    of each example in its source (after `where` and `limit`). `logit_scale` is the model's factor
+    on the cosine similarity; without it there are no probabilities.
     """
 
     image: Float[np.ndarray, "n dim"]
@@ -44,6 +38,8 @@ class ZeroShotOutcome(Outcome):
     class_names: tuple[str, ...]
     index: Int[np.ndarray, " n"]
     logit_scale: float | None
+
+    saved = ("image", "class_embeddings", "labels", "class_names", "index")
 
     @cached_property
     def cosines(self) -> Float[np.ndarray, "n classes"]:
@@ -57,11 +53,7 @@ class ZeroShotOutcome(Outcome):
 
     @cached_property
     def log_probabilities(self) -> Float[np.ndarray, "n classes"]:
-        """The logarithms of softmax(logit_scale * cosine), float64.
-
-        Raises:
-          ValueError: the model has no logit_scale.
-        """
+        """The logarithms of softmax(logit_scale * cosine), float64; ValueError without a scale."""
         if self.logit_scale is None:
             raise ValueError("the model has no logit_scale, and so no probabilities")
         return classification.log_softmax(self.logit_scale * self.cosines.astype(np.float64))
@@ -72,11 +64,10 @@ class ZeroShotOutcome(Outcome):
         return np.exp(self.log_probabilities)
 
     def scores(self) -> dict[str, float]:
-        """Computes `top1`, `top5`, `mean_per_class_recall` (in [0, 1]), and more.
+        """Computes `top1`, `top5`, `mean_per_class_recall` (in [0, 1]), and facts of the data.
 
-        `examples`, `classes` and `chance` describe the data. A model with a `logit_scale` also has
-        `calibration_error` (expected, 15 bins of equal width: Guo et al. 2017) in [0, 1], and
-        `nll`, the mean negative log-likelihood in nats.
+        A model with a `logit_scale` also has `calibration_error` (expected, 15 bins of equal width:
+        Guo et al. 2017) in [0, 1], and `nll`, the mean negative log-likelihood in nats.
         """
         classes = len(self.class_names)
         scores = {
@@ -98,16 +89,9 @@ class ZeroShotOutcome(Outcome):
         }
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """Returns the arrays for `save_embeddings`."""
+        """Returns the fields `saved`, and the factor if there is one."""
         scale = {} if self.logit_scale is None else {"logit_scale": np.float32(self.logit_scale)}
-        return {
-            "image": self.image,
-            "class_embeddings": self.class_embeddings,
-            "labels": self.labels,
-            "class_names": np.array(self.class_names),
-            "index": self.index,
-            **scale,
-        }
+        return {**super().arrays(), **scale}
 
 
 class ZeroShot(Evaluator):
@@ -142,28 +126,17 @@ class ZeroShot(Evaluator):
     ):
         self._resources = resources
         self._label_field = label_field
-        self._templates = check_templates(lines(templates, "templates"))
+        self.templates = check_templates(lines(templates, "templates"))
         self._split = Split(resources, data, extra_fields=(label_field,))
         named = self._split.pipeline.class_names(label_field)
-        class_names = lines(class_names or (), "class_names") or named
-        if not class_names:
-            raise UserError(
-                f"the data has no names of the classes in {label_field!r}: set class_names"
-            )
-        self.class_names = check_class_names(class_names)
-        # `_labels` bounds the labels of the data, which are classes here unless the data names its
-        # own.
+        self.class_names = names_of_classes(class_names, named, label_field)
+        # The bound of labels in the data, which are classes here unless the data names its own.
         self._numbers, self._labels = None, len(self.class_names)
         # Labels of the data count in the dataset's names, which may be in another order.
         if named is not None:
             where = f"{label_field!r} in the data"
             self._numbers = numbers_onto(named, self.class_names, where, "class_names")
             self._labels = len(named)
-
-    @property
-    def templates(self) -> tuple[str, ...]:
-        """The prompts, each with a place for the class's name."""
-        return self._templates
 
     def numbers(self, labels: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
         """Maps labels of the data to numbers in `class_names`."""
@@ -172,17 +145,13 @@ class ZeroShot(Evaluator):
     def class_embeddings(self, params: Any) -> Float[np.ndarray, "classes dim"]:
         """Computes a unit vector for each class."""
         # Class by class, so that the reshape below collects the prompts of each class.
-        prompts = [fill(t, name) for name in self.class_names for t in self._templates]
+        prompts = [fill(t, name) for name in self.class_names for t in self.templates]
         vectors = self._resources.embed_texts(params, prompts)
-        means = vectors.reshape(len(self.class_names), len(self._templates), -1).mean(axis=1)
+        means = vectors.reshape(len(self.class_names), len(self.templates), -1).mean(axis=1)
         return means / np.linalg.norm(means, axis=1, keepdims=True)
 
     def outcome(self, params: Any) -> ZeroShotOutcome:
-        """Embeds the whole split and the classes.
-
-        Raises:
-          UserError: a label is not the number of a class.
-        """
+        """Embeds the whole split and the classes; raises NoScores for a label of no class."""
         embedded = self._split.embed(params, {"image": "embed_image"})
         labels = self.numbers(self._split.labels(embedded, self._label_field, self._labels))
         return ZeroShotOutcome(

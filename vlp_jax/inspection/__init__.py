@@ -4,11 +4,16 @@ All functions take a module, its parameters and arrays; `vlp_jax.load` returns t
 docs/inspection.md.
 """
 
-from vlp_jax.inspection.attention import attention_maps, image_rollout, rollout, token_strings
+from vlp_jax.inspection.attention import (
+    Relevance,
+    attention_maps,
+    image_rollout,
+    relevance,
+    rollout,
+    token_strings,
+)
 from vlp_jax.inspection.embeddings import nearest, project
-from vlp_jax.inspection.heat_maps import heat_map, patch_embeddings
-from vlp_jax.inspection.overlay import overlay
-from vlp_jax.inspection.relevance import Relevance, relevance
+from vlp_jax.inspection.heat_maps import heat_map, overlay, patch_embeddings
 
 __all__ = [
     "Relevance",

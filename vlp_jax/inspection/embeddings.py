@@ -8,8 +8,8 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from vlp_jax.errors import UserError, unknown_key_message
+from vlp_jax.evaluators import neighbours
 
-BLOCK = 4096  # rows of the index that are compared at a time
 TSNE_MOST = 20_000  # points, for which t-SNE takes minutes
 
 
@@ -17,17 +17,12 @@ def nearest(
     queries: Float[np.ndarray, "queries dim"],
     index: Float[np.ndarray, "n dim"],
     k: int,
-    block: int = BLOCK,
 ) -> tuple[Int[np.ndarray, "queries k"], Float[np.ndarray, "queries k"]]:
     """Finds the k rows of `index` with the largest inner product with each query, best first.
 
-    The search is exact: all rows are compared, `block` at a time, so that memory does not grow with
-    the index. Of equal products the smaller row number comes first. The products of unit vectors
-    are cosine similarities.
-
-    Args:
-      index: an array, or a `numpy.memmap` that is read block by block.
-      k: at most the rows of the index.
+    The search is exact, block by block, so that memory does not grow with the index, which may be a
+    `numpy.memmap`. Of equal products the smaller row number comes first. The products of unit
+    vectors are cosines.
 
     Returns:
       row numbers, int64, and their products, float32.
@@ -39,24 +34,8 @@ def nearest(
         raise ValueError(
             f"queries {list(queries.shape)} and index {list(index.shape)} are not rows of one width"
         )
-    if not 1 <= k <= len(index):
-        raise ValueError(f"k={k} is not between 1 and the {len(index)} rows of the index")
-    queries = np.asarray(queries, np.float32)
-    best = np.empty((len(queries), 0), np.float32)
-    rows = np.empty((len(queries), 0), np.int64)
-    for first in range(0, len(index), block):
-        products = queries @ np.asarray(index[first : first + block], np.float32).T
-        numbers = np.broadcast_to(first + np.arange(products.shape[1]), products.shape)
-        best, rows = _largest(
-            np.concatenate([best, products], axis=1), np.concatenate([rows, numbers], axis=1), k
-        )
+    best, rows = neighbours.nearest(np.asarray(queries, np.float32), index, k)
     return rows, best
-
-
-def _largest(products: np.ndarray, rows: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    # A stable sort of what stands in the order of its numbers keeps that order among equals.
-    order = np.argsort(-products, axis=1, kind="stable")[:, :k]
-    return np.take_along_axis(products, order, axis=1), np.take_along_axis(rows, order, axis=1)
 
 
 def project(
@@ -64,11 +43,8 @@ def project(
 ) -> Float[np.ndarray, "n 2"]:
     """Projects embeddings onto a plane; the result is centred and float32.
 
-    Args:
-      method: "pca" (the two directions of most variance, exact; each has the sign that makes its
-        largest loading positive) or "tsne" (van der Maaten and Hinton 2008; of scikit-learn, which
-        needs `pip install scikit-learn`).
-      seed: for t-SNE.
+    `method` is "pca" (the two directions of most variance, exact; each has the sign that makes its
+    largest loading positive) or "tsne" (van der Maaten and Hinton 2008; scikit-learn's, by `seed`).
 
     Raises:
       UserError: the method is unknown, there are fewer than 3 embeddings, or t-SNE lacks

@@ -9,12 +9,36 @@ from collections.abc import Callable
 import einops
 import jax
 import jax.numpy as jnp
+import matplotlib
 import numpy as np
 from jaxtyping import Array, Float, Int, UInt8
 
-from vlp_jax.inspection.relevance import relevance
+from vlp_jax.inspection.attention import relevance
 from vlp_jax.inspection.taps import Params, layer_path, tapped
 from vlp_jax.models.dual_encoder import DualEncoder
+
+COLORS = "viridis"  # ordered by lightness, so that it reads in grey and with any color vision
+STRENGTH = 0.55  # of the colors of the map; the rest is the image, half of it in grey
+_LUMA = np.array([0.299, 0.587, 0.114])  # ITU-R BT.601
+
+
+def overlay(
+    image: UInt8[np.ndarray, "height width 3"], heat: Float[np.ndarray, "rows columns"]
+) -> UInt8[np.ndarray, "height width 3"]:
+    """Lays the colors of a map over a paler image: from dark (0) through green to yellow (1).
+
+    The cells of a map with fewer rows and columns than the image become rectangles. Raises
+    ValueError if they do not divide the image's height and width.
+    """
+    height, width = image.shape[:2]
+    rows, columns = heat.shape
+    if height % rows or width % columns:
+        raise ValueError(f"a map of {rows} x {columns} does not lie on {height} x {width} pixels")
+    heat = np.repeat(np.repeat(heat, height // rows, axis=0), width // columns, axis=1)
+    paler = (0.5 * image + 0.5 * (image @ _LUMA)[..., None]) / 255
+    colors = matplotlib.colormaps[COLORS](np.clip(heat, 0, 1))[..., :3]
+    return np.round(255 * ((1 - STRENGTH) * paler + STRENGTH * colors)).astype(np.uint8)
+
 
 # Chosen on validation scenes of `shapes`; see docs/inspection.md.
 WINDOW = 3 / 8  # of the shorter side of the image
@@ -28,10 +52,9 @@ Texts = Int[np.ndarray, "n context"] | Float[np.ndarray, "n embed"]
 
 @dataclasses.dataclass(frozen=True)
 class PlaceValues:
-    """Values of a method at a grid of places of each of n images.
+    """Values of a method at a grid of places of each of n images; more answers the text better.
 
     Attributes:
-      values: how well a place answers the text; more is better.
       rows, columns: the places, in pixels from the upper left corner.
       spread: standard deviation of the Gaussian that each place becomes, in pixels.
     """
@@ -61,14 +84,12 @@ def heat_map(
     | "patches" | similarity of the text and a patch as the pooling would see it alone | 16 |
     | "relevance" | `relevance`, which also needs the gradient | 16 |
 
-    Around a window, or in its place, there is the median color of the image. "Occlusion" is of
-    Zeiler and Fergus 2014, "Visualizing and Understanding Convolutional Networks", 4.2; to show a
-    part and hide the rest is Petsiuk et al. 2018, "RISE", with one window for a mask. "Patches" and
-    "relevance" are described at `patch_embeddings` and `relevance`. For these two the image is
-    shifted by quarters of a patch, so that the maps are finer than the grid of patches.
+    Around a window, or in its place, there is the median color of the image (Zeiler and Fergus
+    2014, "Visualizing and Understanding Convolutional Networks", 4.2; Petsiuk et al. 2018, "RISE").
+    For "patches" (`patch_embeddings`) and "relevance" the image is shifted by quarters of a patch,
+    so that the maps are finer than the grid of patches.
 
     Args:
-      params: the parameters, of layers stacked or not.
       images: of the model's size.
       texts: token ids, or unit vectors (not for "relevance").
       against: embeddings of other texts. Their mean is subtracted from the embedding of each text,
@@ -96,7 +117,11 @@ def heat_map(
         count = len(images[part])
         # Powers of two, since each size of a batch is compiled.
         size = min(1 << (count - 1).bit_length(), batch_size)
-        batch = [_padded(np.asarray(x[part]), size) for x in (images, texts)]
+        padding = (0, size - count)
+        batch = [
+            np.pad(x[part], (padding, *((0, 0),) * (x.ndim - 1)), mode="edge")
+            for x in (np.asarray(images), np.asarray(texts))
+        ]
         samples = METHODS[method](module, params, *batch)
         maps[part] = spread_out(samples, images.shape[1:3])[:count]
     return maps
@@ -155,19 +180,13 @@ def shifts_of(module: DualEncoder, shifts: int = SHIFTS) -> Int[np.ndarray, " sh
     return np.unique(np.round((np.arange(shifts) - shifts // 2) * patch / shifts).astype(int))
 
 
-def _windows(module: DualEncoder, params: Params, images: Array, texts: Array) -> PlaceValues:
-    values = np.asarray(_window_similarities(module, params, images, texts, False))
-    return _window_samples(module, values)
-
-
-def _occlusion(module: DualEncoder, params: Params, images: Array, texts: Array) -> PlaceValues:
-    values = -np.asarray(_window_similarities(module, params, images, texts, True))
-    return _window_samples(module, values)
-
-
-def _window_samples(module: DualEncoder, values: np.ndarray) -> PlaceValues:
-    rows, columns = (np.arange(1, STEPS) * side / STEPS for side in module.image.image_size)
-    return PlaceValues(values, rows, columns, _WINDOW_SPREAD * min(module.image.image_size))
+def _windows(
+    hide: bool, module: DualEncoder, params: Params, images: Array, texts: Array
+) -> PlaceValues:
+    values = np.asarray(_window_similarities(module, params, images, texts, hide))
+    size = module.image.image_size
+    rows, columns = (np.arange(1, STEPS) * side / STEPS for side in size)
+    return PlaceValues(-values if hide else values, rows, columns, _WINDOW_SPREAD * min(size))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 4))
@@ -195,26 +214,11 @@ def _window_similarities(
     return einops.rearrange(values, "(r c) n -> n r c", r=STEPS - 1)
 
 
-def _patches(module: DualEncoder, params: Params, images: np.ndarray, texts: Array) -> PlaceValues:
-    def values(shifted: np.ndarray) -> np.ndarray:
-        return np.asarray(_patch_similarities(module, params, shifted, texts))
-
-    return _shifted_samples(module, images, values)
-
-
 @functools.partial(jax.jit, static_argnums=0)
 def _patch_similarities(
     module: DualEncoder, params: Params, images: Array, texts: Array
 ) -> Float[Array, "n rows columns"]:
     return jnp.einsum("nrcd,nd->nrc", patch_embeddings(module, params, images), texts)
-
-
-def _relevance(
-    module: DualEncoder, params: Params, images: np.ndarray, texts: Array
-) -> PlaceValues:
-    return _shifted_samples(
-        module, images, lambda shifted: relevance(module, params, shifted, texts).image
-    )
 
 
 def _shifted_samples(
@@ -237,10 +241,14 @@ def _shifted_samples(
 
 
 METHODS: dict[str, Callable[..., PlaceValues]] = {
-    "windows": _windows,
-    "occlusion": _occlusion,
-    "patches": _patches,
-    "relevance": _relevance,
+    "windows": functools.partial(_windows, False),
+    "occlusion": functools.partial(_windows, True),
+    "patches": lambda module, params, images, texts: _shifted_samples(
+        module, images, lambda shifted: _patch_similarities(module, params, shifted, texts)
+    ),
+    "relevance": lambda module, params, images, texts: _shifted_samples(
+        module, images, lambda shifted: relevance(module, params, shifted, texts).image
+    ),
 }
 
 
@@ -251,10 +259,6 @@ def _embed_texts(module: DualEncoder, params: Params, tokens: Array) -> Float[Ar
 
 def _is_tokens(texts: Texts) -> bool:
     return np.issubdtype(np.asarray(texts).dtype, np.integer)
-
-
-def _padded(rows: np.ndarray, size: int) -> np.ndarray:
-    return np.concatenate([rows, np.repeat(rows[-1:], size - len(rows), axis=0)])
 
 
 def _check(module: DualEncoder, images: np.ndarray, texts: Texts) -> None:

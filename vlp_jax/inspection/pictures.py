@@ -8,7 +8,7 @@ import numpy as np
 from etils import epath
 from jaxtyping import Float
 
-from vlp_jax.inspection.overlay import overlay
+from vlp_jax.inspection.heat_maps import overlay
 from vlp_jax.observe import charts
 from vlp_jax.observe.palette import INK, PALE, SERIES
 from vlp_jax.observe.sheet import FONT, GAP, TOP, Image, Sheet, picture_grid
@@ -28,15 +28,9 @@ def draw_heat_maps(
     title: str,
     subtitle: str,
 ) -> None:
-    """Writes a PNG: the image, then each map over it, with a cross at its peak.
+    """Writes a PNG: the image, then each map in [0, 1] over it, with a cross at its peak.
 
-    Args:
-      path: the PNG; its folder is made.
-      maps: in [0, 1], as `heat_map` gives them.
-      captions: a text under each map.
-
-    Raises:
-      ValueError: no map, or another number of captions.
+    Raises ValueError for no map, or another number of captions.
     """
     if not len(maps) or len(maps) != len(captions):
         raise ValueError(f"{len(maps)} maps and {len(captions)} captions cannot be drawn")
@@ -61,17 +55,10 @@ def draw_attention(
     subtitle: str,
     captions: Sequence[str] | None = None,
 ) -> None:
-    """Writes a PNG of attention with a row for each layer and a column for each head.
+    """Writes a PNG of attention to the patches, a row for each layer and a column for each head.
 
-    Each map is drawn between its own least and largest weight; the largest stands beneath it.
-
-    Args:
-      path: the PNG; its folder is made.
-      maps: weights of the patches.
-      captions: texts under all maps, layer by layer; default: layer, head and the largest weight.
-
-    Raises:
-      ValueError: the maps have another number of dimensions.
+    Each map is drawn between its own least and largest weight. `captions` stand under all maps,
+    layer by layer; the default is layer, head and the largest weight.
     """
     if maps.ndim != 4:
         raise ValueError(f"maps are [layers, heads, rows, columns], not {list(maps.shape)}")
@@ -97,13 +84,8 @@ def draw_relevance(
 ) -> None:
     """Writes a PNG: the image, the relevance of its patches over it, and a bar for each token.
 
-    Args:
-      path: the PNG; its folder is made.
-      heat: relevance >= 0, drawn as a share of its largest value.
-      words, scores: tokens of the text and their scores, drawn as shares of the sum.
-
-    Raises:
-      ValueError: no word, or another number of scores.
+    Relevance (>= 0) is drawn as a share of its largest value, scores as shares of their sum. Raises
+    ValueError for no word, or another number of scores.
     """
     if not len(words) or len(words) != len(scores):
         raise ValueError(f"{len(words)} words and {len(scores)} scores cannot be drawn")
@@ -137,12 +119,7 @@ def draw_neighbours(
 ) -> None:
     """Writes a PNG with a row for each query, an image or a text, and its neighbours beside it.
 
-    Args:
-      path: the PNG; its folder is made.
-      neighbours, captions: images and their texts for each query, best first.
-
-    Raises:
-      ValueError: no query, or another number of rows.
+    Neighbours and captions come best first. Raises ValueError for no query, or other numbers.
     """
     if not len(queries) or not len(queries) == len(neighbours) == len(captions):
         raise ValueError(f"{len(queries)} queries and {len(neighbours)} rows cannot be drawn")
@@ -165,13 +142,8 @@ def draw_projection(
 ) -> None:
     """Writes a PNG with a point for each embedding; groups differ in color and in shape.
 
-    Args:
-      path: the PNG; its folder is made.
-      groups: the group of each point; of more than 12 the smallest are drawn as "others".
-      colors: group -> color; default: colors that are told apart with any kind of color vision.
-
-    Raises:
-      ValueError: no point, or another number of groups.
+    Of more than 12 groups the smallest are drawn as "others". Raises ValueError for no point, or
+    another number of groups.
     """
     if not len(points) or len(points) != len(groups):
         raise ValueError(f"{len(points)} points and {len(groups)} groups cannot be drawn")

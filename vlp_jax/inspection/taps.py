@@ -17,11 +17,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from vlp_jax.models.attention_mask import SEE_ALL, AttentionMask
+from vlp_jax.models.attention import SEE_ALL, AttentionMask
+from vlp_jax.models.dense import norm
 from vlp_jax.models.dual_encoder import DualEncoder
 from vlp_jax.models.heads import MultiHeadAttention
 from vlp_jax.models.layers import Encoder
-from vlp_jax.models.parameters import norm
 
 Params = Any
 Edit = Callable[[Array], Array]
@@ -33,7 +33,7 @@ _MASKED = -1e30
 
 
 def layer_path(tower: str, layer: int) -> str:
-    """Where the attention of a layer, counted from 0, is found in what `tapped` has seen."""
+    """Returns the path at which `tapped` reports the attention of a layer, counted from 0."""
     return f"{tower}/encoder/layer_{layer}/attention"
 
 
@@ -44,11 +44,11 @@ def tapped(
     method: str = "__call__",
     edits: Mapping[str, Edit] | None = None,
 ) -> tuple[Any, Seen]:
-    """Runs a method of a dual encoder and tells what happened inside. To be called under jit.
+    """Runs a method of a dual encoder, under jit; returns its result, and path -> what was seen.
 
-    What is seen has the path of the module that made it, with each layer by itself:
+    Each layer is seen by itself, under the path of its module:
 
-    | path | what |
+    | path | value |
     |---|---|
     | `TOWER/encoder/layer_N/attention` | weights, float32 [batch, heads, tokens, tokens] |
     | `TOWER/pooling/attention` | weights of an attention pooling, [batch, heads, 1, tokens] |
@@ -58,17 +58,9 @@ def tapped(
     A weights' path with "/mixed" after it is what the model itself mixed with its own, unseen
     weights, [batch, tokens, heads, head_dim]; with "/value" the values that were mixed.
 
-    Args:
-      params: the parameters, boxed or not.
-      inputs: of the method.
-      edits: path -> a function of what is seen there; its result takes that place in the rest of
-        the pass. What is reported is as it was before.
-
-    Returns:
-      What the method returns, and path -> what was seen.
-
-    Raises:
-      ValueError: an edit of something that the method does not come by.
+    `edits` maps a path to a function of the value there; its result takes that place in the rest of
+    the pass, and the value is reported as it was before. Raises ValueError for an edit of a path
+    that the method does not come by.
     """
     edits = dict(edits or {})
     taps = _Taps(edits)
@@ -96,11 +88,7 @@ def attention_weights(
     key: Float[Array, "batch tokens heads head_dim"],
     mask: AttentionMask,
 ) -> Float[Array, "batch heads query_tokens tokens"]:
-    """softmax(q k / sqrt(head_dim)) over what may be seen, in float32 (Vaswani et al. 2017, 3.2.1).
-
-    Args:
-      mask: who sees whom.
-    """
+    """Computes softmax(q k / sqrt(head_dim)) in float32 (Vaswani et al. 2017, 3.2.1)."""
     logits = jnp.einsum("bqhd,bkhd->bhqk", query, key, preferred_element_type=jnp.float32)
     logits = logits.astype(jnp.float32) * query.shape[-1] ** -0.5
     seen = mask.visible(*logits.shape[-2:])

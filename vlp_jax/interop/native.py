@@ -25,8 +25,7 @@ from vlp_jax.interop.base import Extras, Format, Imported, described
 from vlp_jax.interop.hf_tokenizer import TokenizerFiles
 from vlp_jax.interop.tables import mismatch_report, shapes_of
 from vlp_jax.interop.trees import Module, Params, expected_shapes
-from vlp_jax.models.coca import CoCa
-from vlp_jax.models.coca_towers import CoCaDecoder, CoCaText
+from vlp_jax.models.coca import CoCa, CoCaDecoder, CoCaText
 from vlp_jax.models.dual_encoder import DualEncoder
 from vlp_jax.models.masked_autoencoder import MaskedAutoencoder, MaskedDecoder
 from vlp_jax.models.text import TextTransformer

@@ -31,8 +31,7 @@ from vlp_jax.interop.open_clip_common import (
     text_sizes,
 )
 from vlp_jax.interop.tables import HEADS_IN, QKV, SQUEEZED, Entry, Table, fused, modules
-from vlp_jax.models.coca import CoCa, check_coca
-from vlp_jax.models.coca_towers import CoCaDecoder, CoCaText
+from vlp_jax.models.coca import CoCa, CoCaDecoder, CoCaText, check_coca
 
 MODEL = "open_clip's CoCa"
 POOLER_HEADS = 8  # default

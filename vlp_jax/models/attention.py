@@ -1,4 +1,4 @@
-"""Multi-head attention: its backends, and `attend`, the one place that chooses a backend.
+"""Attention: masks, backends, and `attend`, the one place that chooses a backend.
 
 | name | devices | implementation |
 |---|---|---|
@@ -16,18 +16,92 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import einops
+import flax
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from vlp_jax.models.attention_kernel import LANES, short_attention
-from vlp_jax.models.attention_mask import CAUSAL, KINDS, LENGTHS, SEE_ALL, AttentionMask
-from vlp_jax.models.variants import check_choice
+from vlp_jax.models.values import check_choice
+
+CAUSAL, LENGTHS = "causal", "lengths"
+KINDS = (CAUSAL, "offset", "prefix", LENGTHS, "explicit")
+
+
+@flax.struct.dataclass
+class AttentionMask:
+    """Describes which keys each query sees: the keys that all given rules allow.
+
+    For 4 tokens, rows are queries, columns are keys, and x is "sees":
+
+        causal        prefix=2      lengths=3
+        x . . .       x x . .       x x x .
+        x x . .       x x . .       x x x .
+        x x x .       x x x .       x x x .
+        x x x x       x x x x       x x x .
+
+    Attributes:
+      causal: query i sees keys 0 to i; `offset` and `prefix` need it.
+      offset: the position of the first query among the keys, for decoding with a cache; None for 0.
+      prefix: all queries of an example see its first `prefix` keys (Raffel et al. 2020, "T5",
+        3.2.1).
+      lengths: only the first `lengths` keys of each example are seen; at least 1.
+      explicit: True where a query sees a key; a dimension of size 1 is broadcast.
+    """
+
+    causal: bool = flax.struct.field(pytree_node=False, default=False)
+    offset: Int[Array, ""] | None = None
+    prefix: Int[Array, " batch"] | None = None
+    lengths: Int[Array, " batch"] | None = None
+    explicit: Bool[Array, "#batch #heads #queries #keys"] | None = None
+
+    def kinds(self) -> tuple[str, ...]:
+        """Returns the names of the given rules, from `KINDS`; ValueError if one lacks `causal`."""
+        for name in ("prefix", "offset"):
+            if getattr(self, name) is not None and not self.causal:
+                raise ValueError(f"a mask with {name} needs causal=True: without it all see all")
+        # False becomes None, so that all rules are tested alike; the order is the order of KINDS.
+        given = (self.causal or None, self.offset, self.prefix, self.lengths, self.explicit)
+        return tuple(kind for kind, value in zip(KINDS, given, strict=True) if value is not None)
+
+    def check(self, who: str, holds: Collection[str]) -> None:
+        """Raises ValueError for a rule that the backend `who`, which supports `holds`, lacks."""
+        refused = [kind for kind in self.kinds() if kind not in holds]
+        if refused:
+            raise ValueError(
+                f"attention {who!r} holds no mask with {' and '.join(refused)} (it holds: "
+                f"{', '.join(holds) or 'none'}); take attention 'xla'"
+            )
+
+    def visible(self, queries: int, keys: int) -> Bool[Array, "#batch #heads queries keys"] | None:
+        """Makes the mask as an array, True where a query sees a key; None if no rule is given."""
+        row, column = jnp.arange(queries)[:, None], jnp.arange(keys)
+        if self.offset is not None:
+            # Queries begin at `offset`, keys at 0: the cache holds the keys before them.
+            row = row + self.offset
+        rules = []
+        if CAUSAL in self.kinds():
+            seen = column <= row
+            if self.prefix is not None:
+                seen = seen | (column < self.prefix[:, None, None, None])
+            rules.append(seen)
+        if self.lengths is not None:
+            rules.append(column < self.lengths[:, None, None, None])
+        if self.explicit is not None:
+            rules.append(self.explicit)
+        if not rules:
+            return None
+        seen = functools.reduce(jnp.logical_and, rules)
+        return seen.reshape((1,) * (4 - seen.ndim) + seen.shape)  # causal alone is 2-dimensional
+
+
+SEE_ALL = AttentionMask()
+
 
 Heads = Float[Array, "batch tokens heads head_dim"]
 KeyHeads = Float[Array, "batch keys kv_heads head_dim"]
@@ -43,18 +117,11 @@ def _xla(query: Heads, key: KeyHeads, value: KeyHeads, mask: AttentionMask) -> H
     return jax.nn.dot_product_attention(query, key, value, implementation="xla", **told)
 
 
-def _cudnn(query: Heads, key: KeyHeads, value: KeyHeads, mask: AttentionMask) -> Heads:
-    # JAX turns an array of a mask into a bias, for which cuDNN is slower; lengths and causality it
-    # takes as such.
+def _cudnn(query: Heads, key: Heads, value: Heads, mask: AttentionMask) -> Heads:
+    # JAX would turn an array of a mask into a bias, for which cuDNN is slower.
+    told = {"is_causal": mask.causal, "key_value_seq_lengths": mask.lengths}
     try:
-        return jax.nn.dot_product_attention(
-            query,
-            key,
-            value,
-            is_causal=mask.causal,
-            key_value_seq_lengths=mask.lengths,
-            implementation="cudnn",
-        )
+        return jax.nn.dot_product_attention(query, key, value, implementation="cudnn", **told)
     except (NotImplementedError, RuntimeError) as error:  # a dtype, a width, no cuDNN
         raise ValueError(f"attention 'cudnn' refuses: {error}; take attention 'xla'") from error
 
@@ -71,21 +138,15 @@ def _xla_bf16(query: Heads, key: KeyHeads, value: KeyHeads, mask: AttentionMask)
 
 
 def _padded(
-    attention: Attention,
-    multiple: int,
-    query: Heads,
-    key: KeyHeads,
-    value: KeyHeads,
-    mask: AttentionMask,
+    attention: Attention, multiple: int, query: Heads, key: Heads, value: Heads, mask: AttentionMask
 ) -> Heads:
-    """`attention` of sequences that are filled up to a multiple; nothing sees what fills them."""
+    """Computes attention of sequences filled up to a multiple; nothing sees what fills them."""
     batch, tokens, keys = query.shape[0], query.shape[1], key.shape[1]
 
     def pad(x: Array) -> Array:
         return jnp.pad(x, ((0, 0), (0, -x.shape[1] % multiple), (0, 0), (0, 0)))
 
-    # Lengths hide the keys that are filled in; the queries that are filled in are cut off at the
-    # end.
+    # Lengths hide the keys that are filled in; queries that are filled in are cut off at the end.
     if mask.lengths is None and keys % multiple:
         mask = mask.replace(lengths=jnp.full((batch,), keys, jnp.int32))
     return attention(pad(query), pad(key), pad(value), mask)[:, :tokens]
@@ -108,10 +169,7 @@ def attend_flat(
     """Computes `attend` with the backend "pallas", for heads that lie side by side.
 
     Under a mesh it runs inside `shard_map`, on each device's examples and heads, because XLA cannot
-    partition a kernel.
-
-    Raises:
-      ValueError: shapes or a mask that the kernel does not support.
+    partition a kernel. Raises ValueError for shapes or a mask that the kernel does not support.
     """
     mask.check("pallas", HOLDS["pallas"])
     heads = query.shape[-1] // head_dim
@@ -186,7 +244,7 @@ def attend(
       mask: the keys that each query sees; each query must see at least one.
 
     Raises:
-      ValueError: an unknown backend, or a backend that does not support the mask, the shapes or the
+      ValueError: an unknown backend, or one that does not support the mask, the shapes or the
         devices.
     """
     check_choice("attention", implementation, tuple(ATTENTIONS))

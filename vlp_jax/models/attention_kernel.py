@@ -43,12 +43,7 @@ _PLAIN = (((1,), (0,)), ((), ()))  # a @ b
 
 
 def check_shapes(tokens: int, keys: int, heads: int, head_dim: int, itemsize: int) -> None:
-    """Raises ValueError if the kernel does not support these shapes.
-
-    Args:
-      tokens, keys: lengths of the sequences of queries and of keys.
-      itemsize: bytes of a number.
-    """
+    """Raises ValueError for shapes, and `itemsize` bytes of a number, that do not fit."""
     if (LANES % head_dim and head_dim % LANES) or (heads * head_dim) % LANES:
         raise ValueError(
             f"attention 'pallas' takes heads that fill columns of {LANES}: {heads} heads of "
@@ -81,16 +76,12 @@ def short_attention(
 ) -> Float[Array, "batch tokens width"]:
     """Computes softmax(query key / sqrt(head_dim)) value for heads side by side, on one TPU.
 
-    Scores and softmax are float32.
+    Scores and softmax are float32. Raises ValueError for unsupported shapes (`check_shapes`).
 
     Args:
       lengths: only the first `lengths` keys of each example are seen; at least 1. None for all.
-      head_dim: width of a head.
       causal: query i sees keys 0 to i.
       interpret: runs the kernel as plain JAX on any device, for tests.
-
-    Raises:
-      ValueError: unsupported shapes, see `check_shapes`.
     """
     batch, tokens, width = query.shape
     keys, heads = key.shape[1], width // head_dim
@@ -176,12 +167,7 @@ def _call(
     inputs: tuple[Array, ...],
     outputs: tuple[Array, ...],
 ) -> tuple[Array, ...]:
-    """Runs a kernel once for each example.
-
-    Args:
-      products: see `_Spec.cost`.
-      outputs: arrays with the shapes and dtypes of the results.
-    """
+    """Runs a kernel once for each example; `outputs` have the shapes and dtypes of the results."""
 
     def block(x: Array) -> pl.BlockSpec:
         # None drops the batch dimension: the kernel sees [tokens, width].

@@ -1,4 +1,4 @@
-"""A text decoder: scores each next token, with or without attention to other tokens."""
+"""A text decoder that scores each next token, and the captioner: an image tower with a decoder."""
 
 from __future__ import annotations
 
@@ -8,19 +8,21 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from vlp_jax.models import layers, variants
-from vlp_jax.models.attention_mask import AttentionMask
-from vlp_jax.models.dense import Dense
+from vlp_jax.models import layers
+from vlp_jax.models.attention import AttentionMask
+from vlp_jax.models.dense import Dense, named
 from vlp_jax.models.heads import Cache
 from vlp_jax.models.layers import Attended
-from vlp_jax.models.parameters import named
 from vlp_jax.models.values import (
     PLAIN,
     ComputeConfig,
+    Images,
+    Pixels,
     TransformerConfig,
     keywords_of,
-    split_fields,
+    make_tower,
 )
+from vlp_jax.models.vit import VisionTransformer
 
 CAUSAL = AttentionMask(causal=True)
 
@@ -37,7 +39,6 @@ class Decoder(nn.Module):
       tied: True scores by products with the token embeddings. False has a separate kernel, which
         starts at zero, and a bias (Tschannen et al. 2023, "CapPa", as in big_vision).
       embedding_stddev: initial standard deviation of the token embeddings.
-      compute: how the layers are computed.
     """
 
     vocab_size: int
@@ -82,7 +83,6 @@ class Decoder(nn.Module):
         Args:
           context: other tokens to attend to; None for a language model.
           mask: the mask of the self-attention.
-          train: whether to apply stochastic depth, which needs the random stream "drop_path".
         """
         return self.score(self.features(tokens, context, mask, train))
 
@@ -93,11 +93,7 @@ class Decoder(nn.Module):
         mask: AttentionMask = CAUSAL,
         train: bool = False,
     ) -> Float[Array, "batch tokens width"]:
-        """Returns the last layer's output, the input of `score`; arguments as for a call.
-
-        Raises:
-          ValueError: the sequences are longer than `context_length`.
-        """
+        """Returns the last layer's output, the input of `score`; ValueError for long sequences."""
         return self.encoder(self._embed(tokens, 0), mask, train, context)
 
     def score(self, features: Float[Array, "*batch width"]) -> Float[Array, "*batch vocab"]:
@@ -109,11 +105,7 @@ class Decoder(nn.Module):
         return (features @ table.T).astype(jnp.float32)
 
     def start(self, batch: int, length: int) -> Cache:
-        """Makes an empty cache for `length` tokens.
-
-        Raises:
-          ValueError: `length` exceeds `context_length`.
-        """
+        """Makes an empty cache for `length` tokens; ValueError if they exceed `context_length`."""
         self._check(length)
         return empty_cache(self.transformer, self.compute, batch, length)
 
@@ -158,23 +150,84 @@ def empty_cache(
 
 @keywords_of(Decoder, TransformerConfig, optional=True)
 def make_decoder(
-    variant: str | None = None,
-    *,
-    vocab_size: int,
-    context_length: int,
-    compute: ComputeConfig = PLAIN,
-    **fields: Any,
+    variant: str | None = None, *, compute: ComputeConfig = PLAIN, **fields: Any
 ) -> Decoder:
     """Makes a `Decoder` of a named size.
 
     Args:
-      variant: a name in `variants.VARIANTS`; None where `width`, `depth`, `mlp_dim` and `heads`
+      variant: a name in `values.VARIANTS`; None where `width`, `depth`, `mlp_dim` and `heads`
         are given.
       fields: of `Decoder`, and of `TransformerConfig` where not the variant's.
 
     Raises:
       ValueError: an unknown variant, or sizes that do not fit each other.
     """
-    own, layer_fields = split_fields(fields)
-    transformer = variants.size_of(variant, **layer_fields)
-    return Decoder(vocab_size, context_length, transformer, compute=compute, **own)
+    return make_tower(Decoder, compute, variant, **fields)
+
+
+Seen = Float[Array, "batch image_tokens image_width"]
+
+
+class Captioner(nn.Module):
+    """Scores the tokens of a text about an image (Tschannen et al. 2023, "CapPa", 3.1).
+
+    The image tower has no pooling: the decoder attends to all of its tokens.
+    """
+
+    image: VisionTransformer
+    decoder: Decoder
+    pixels: Pixels = Pixels()
+
+    def towers(self) -> dict[str, nn.Module]:
+        """Returns the towers by the names of their parameters."""
+        return {"image": self.image, "decoder": self.decoder}
+
+    def example(self) -> tuple[Any, ...]:
+        """Returns arguments of a call, for one example of zeros."""
+        tokens = jnp.zeros((1, self.decoder.context_length), jnp.int32)
+        return (*self.image.example(jnp.uint8), tokens)
+
+    def __call__(
+        self, image: Images, tokens: Int[Array, "batch tokens"], mask: AttentionMask = CAUSAL
+    ) -> Float[Array, "batch tokens vocab"]:
+        """Returns the scores of each next token, float32. Images have values in [0, 255]."""
+        return self.decoder(tokens, Attended(self.look(image)), mask)
+
+    def look(self, image: Images, train: bool = False) -> Seen:
+        """Returns the image tokens that the decoder attends to. Images have values in [0, 255]."""
+        return self.image(image, train=train, prepare=self.pixels.normalize)
+
+    def features(
+        self,
+        image: Images,
+        tokens: Int[Array, "batch tokens"],
+        mask: AttentionMask,
+        train: bool = False,
+    ) -> Float[Array, "batch tokens width"]:
+        """Returns the input of `score`; see `Decoder.features`."""
+        return self.decoder.features(tokens, Attended(self.look(image, train)), mask, train)
+
+    def score_tokens(
+        self, tokens: Int[Array, "batch tokens"], seen: Seen
+    ) -> Float[Array, "batch tokens vocab"]:
+        """Returns the scores of each next token, float32, for image tokens from `look`."""
+        return self.decoder(tokens, Attended(seen))
+
+    def score(self, features: Float[Array, "*batch width"]) -> Float[Array, "*batch vocab"]:
+        """Returns the scores of the next token, float32."""
+        return self.decoder.score(features)
+
+    def start(self, batch: int, length: int) -> Cache:
+        """Makes an empty cache for texts of `length` tokens."""
+        return self.decoder.start(batch, length)
+
+    def step(
+        self, tokens: Int[Array, "batch tokens"], cache: Cache, seen: Seen
+    ) -> tuple[Float[Array, "batch vocab"], Cache]:
+        """Appends `tokens` to the cache; returns the next token's scores and the new cache."""
+        return self.decoder.step(tokens, cache, Attended(seen))
+
+    def image_features(self, image: Images) -> Float[Array, "batch embed"]:
+        """Returns the mean over the patches, float32, as CapPa's probes take it."""
+        tokens = self.look(image)[:, self.image.prefix_tokens :]
+        return tokens.astype(jnp.float32).mean(axis=1)

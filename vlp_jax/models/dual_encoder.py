@@ -12,10 +12,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, UInt8
 
-from vlp_jax.models import variants
 from vlp_jax.models.dense import Dense
 from vlp_jax.models.text import TextTransformer
-from vlp_jax.models.values import Images, Pixels
+from vlp_jax.models.values import Images, Pixels, check_choice
 from vlp_jax.models.vit import VisionTransformer
 
 HEADS = ("linear", "linear_bias", "none")
@@ -29,7 +28,66 @@ def l2_normalize(x: Float[Array, "*batch dim"], eps: float = 1e-12) -> Float[Arr
     return x * jax.lax.rsqrt(jnp.maximum(square, eps * eps))
 
 
-class DualEncoder(nn.Module):
+class PairModel(nn.Module):
+    """Base of models that embed images and texts as unit vectors in one space.
+
+    A model has the towers `image` and `text`, `embed_dim`, `logit_scale_init` and
+    `logit_bias_init`. Its `setup` calls `make_logits` last.
+    """
+
+    def example(self) -> tuple[Any, ...]:
+        """Returns arguments of a call, for one example of zeros."""
+        return (*self.image.example(jnp.uint8), *self.text.example())
+
+    def projection(self, width: int, use_bias: bool = False) -> Dense:
+        """Makes the projection of `width` features into the shared space."""
+        return Dense(
+            ("embed", "projection"),
+            ("projection",),
+            self.image.compute.unquantized(),
+            # As in OpenAI's CLIP, `initialize_parameters` and `VisionTransformer.proj`.
+            nn.initializers.normal(width**-0.5),
+            use_bias=use_bias,
+            features=self.embed_dim,
+        )
+
+    def make_logits(self) -> None:
+        """Makes the parameters `logit_scale` and, if it has an initial value, `logit_bias`."""
+        for name in ("logit_scale", "logit_bias"):
+            value = getattr(self, f"{name}_init")
+            if value is not None:
+                init = nn.initializers.constant(value)
+                setattr(self, name, self.param(name, init, (), jnp.float32))
+
+    def logit_parameters(self) -> tuple[Float[Array, ""], Float[Array, ""]]:
+        """Returns `logit_scale` (still a logarithm) and `logit_bias` (0 if none)."""
+        bias = jnp.float32(0) if self.logit_bias_init is None else self.logit_bias
+        return self.logit_scale, bias
+
+    def __call__(
+        self,
+        image: Images,
+        text: Int[Array, "batch tokens"],
+        keep: Int[Array, "batch kept"] | None = None,
+        train: bool = False,
+    ) -> dict[str, Any]:
+        """Returns both embeddings, `logit_scale` (a logarithm) and `logit_bias` (0 if none).
+
+        Args:
+          image: values in [0, 255].
+          keep: indices of the patches that the tower sees, for each image; None for all.
+          train: whether to apply stochastic depth, which needs the random stream "drop_path".
+        """
+        scale, bias = self.logit_parameters()
+        return {
+            "image": self.embed_image(image, keep, train),
+            "text": self.embed_text(text, train),
+            "logit_scale": scale,
+            "logit_bias": bias,
+        }
+
+
+class DualEncoder(PairModel):
     """An image tower and a text tower with the embedding width `embed_dim`, and the logit scale.
 
     Attributes:
@@ -57,45 +115,21 @@ class DualEncoder(nn.Module):
         """Returns the towers by the names of their parameters."""
         return {"image": self.image, "text": self.text}
 
-    def example(self) -> tuple[Any, ...]:
-        """Returns arguments of a call, for one example of zeros."""
-        return (*self.image.example(jnp.uint8), *self.text.example())
-
     def setup(self) -> None:
-        self.image_projection = self._projection(self.image_head, self.image)
-        self.text_projection = self._projection(self.text_head, self.text)
-        self.logit_scale = self.param(
-            "logit_scale", nn.initializers.constant(self.logit_scale_init), (), jnp.float32
-        )
-        if self.logit_bias_init is not None:
-            self.logit_bias = self.param(
-                "logit_bias", nn.initializers.constant(self.logit_bias_init), (), jnp.float32
-            )
+        self.image_projection = self._head(self.image_head, self.image)
+        self.text_projection = self._head(self.text_head, self.text)
+        self.make_logits()
 
-    def _projection(self, kind: str, tower: VisionTransformer | TextTransformer) -> Dense | None:
-        if kind == "none":
-            return None
-        return Dense(
-            ("embed", "projection"),
-            ("projection",),
-            self.image.compute.unquantized(),
-            # As in OpenAI's CLIP, `initialize_parameters` and `VisionTransformer.proj`.
-            nn.initializers.normal(tower.width**-0.5),
-            use_bias=kind == "linear_bias",
-            features=self.embed_dim,
-        )
+    def _head(self, kind: str, tower: VisionTransformer | TextTransformer) -> Dense | None:
+        return None if kind == "none" else self.projection(tower.width, kind == "linear_bias")
 
     def embed_image(
-        self,
-        image: Images,
-        keep: Int[Array, "batch kept"] | None = None,
-        train: bool = False,
+        self, image: Images, keep: Int[Array, "batch kept"] | None = None, train: bool = False
     ) -> Float[Array, "batch embed"]:
         """Returns unit vectors of images, float32; `keep` restricts the tower to some patches."""
         features = self.image(image, keep, train, self.pixels.normalize)
-        return l2_normalize(
-            features if self.image_head == "none" else self.image_projection(features)
-        )
+        head = self.image_projection
+        return l2_normalize(features if head is None else head(features))
 
     def image_features(
         self, image: UInt8[Array, "batch height width 3"]
@@ -107,31 +141,8 @@ class DualEncoder(nn.Module):
         self, text: Int[Array, "batch tokens"], train: bool = False
     ) -> Float[Array, "batch embed"]:
         """Returns unit vectors of token ids, float32."""
-        features = self.text(text, train)
-        return l2_normalize(
-            features if self.text_head == "none" else self.text_projection(features)
-        )
-
-    def logit_parameters(self) -> tuple[Float[Array, ""], Float[Array, ""]]:
-        """Returns `logit_scale` (still a logarithm) and `logit_bias` (0 if none)."""
-        bias = jnp.float32(0) if self.logit_bias_init is None else self.logit_bias
-        return self.logit_scale, bias
-
-    def __call__(
-        self,
-        image: UInt8[Array, "batch height width 3"],
-        text: Int[Array, "batch tokens"],
-        keep: Int[Array, "batch kept"] | None = None,
-        train: bool = False,
-    ) -> dict[str, Any]:
-        """Returns both embeddings, `logit_scale` (a logarithm) and `logit_bias` (0 if none)."""
-        scale, bias = self.logit_parameters()
-        return {
-            "image": self.embed_image(image, keep, train),
-            "text": self.embed_text(text, train),
-            "logit_scale": scale,
-            "logit_bias": bias,
-        }
+        features, head = self.text(text, train), self.text_projection
+        return l2_normalize(features if head is None else head(features))
 
 
 def make_dual_encoder(
@@ -143,17 +154,14 @@ def make_dual_encoder(
     text_head: str = "linear",
     **fields: Any,
 ) -> DualEncoder:
-    """Makes a `DualEncoder` and checks that its towers fit.
-
-    Args:
-      fields: further fields of `DualEncoder`.
+    """Makes a `DualEncoder` with these `fields`, and checks that its towers fit.
 
     Raises:
       ValueError: an unknown head, a tower without pooling, or a tower without a projection whose
         width is not `embed_dim`.
     """
     for name, tower, head in (("image", image, image_head), ("text", text, text_head)):
-        variants.check_choice(f"{name}_head", head, HEADS)
+        check_choice(f"{name}_head", head, HEADS)
         if tower.pooling == "none":
             raise ValueError(f"the {name} tower needs a pooling to end in one vector")
         if head == "none" and tower.width != embed_dim:

@@ -23,16 +23,13 @@ LEAST = -1e30  # score of an excluded token; finite, because -inf minus -inf wou
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """Describes how the next token is chosen.
+    """Describes how the next token is chosen; ValueError for a number out of range.
 
     Attributes:
       temperature: divisor of the scores; 0 always takes the best token.
       top_k: samples only from the best `top_k` tokens; 0 for all.
       top_p: samples only from the smallest set of tokens whose probabilities add up to `top_p`
         (Holtzman et al. 2020, "The Curious Case of Neural Text Degeneration", 3.1); 1 for all.
-
-    Raises:
-      ValueError: a number out of range.
     """
 
     temperature: float = 0.0
@@ -40,7 +37,6 @@ class Sampling:
     top_p: float = 1.0
 
     def __post_init__(self) -> None:
-        """Raises ValueError for a number out of range."""
         if self.temperature < 0:
             raise ValueError(f"temperature must be >= 0, not {self.temperature}")
         if self.top_k < 0:
@@ -75,12 +71,9 @@ class Sampling:
 
 
 class Generated(NamedTuple):
-    """Generated texts and their scores.
+    """Generated texts after their prompts, padded, and their log-probabilities, the end included.
 
-    Attributes:
-      tokens: the tokens after the prompt, up to the end of text, then padding.
-      scores: the log-probability of each text, its end included; with a length penalty, divided by
-        a power of the number of tokens.
+    With a length penalty these are divided by a power of the number of tokens.
     """
 
     tokens: Int[Array, "batch length"]
@@ -100,8 +93,7 @@ def generate(
 ) -> Generated:
     """Continues prompts of equal length, until all texts have ended or are `length` tokens long.
 
-    Args:
-      cache: an empty cache with room for prompt and text.
+    The cache is empty and has room for prompt and text.
     """
     batch = prompt.shape[0]
     scores, cache = step(prompt, cache)
@@ -139,12 +131,11 @@ def beam_search(
     pad_id: int,
     length_penalty: float = 0.0,
 ) -> Generated:
-    """Finds a likely text for each prompt by beam search.
+    """Finds a likely text for each prompt by beam search, with `width` beams for each.
 
     Args:
       cache: an empty cache for `batch * width` sequences, with room for prompt and text. The beams
         of a prompt are adjacent.
-      width: the number of beams of a prompt.
       length_penalty: texts are ranked by log-probability / (number of tokens) ** length_penalty (Wu
         et al. 2016, "GNMT", 7, without its constants); 0 ranks by log-probability.
 
@@ -187,11 +178,9 @@ def beam_search(
 
 
 class _Beams(NamedTuple):
-    """The texts in a beam search.
+    """The texts in a beam search, filled up with padding.
 
     Attributes:
-      tokens: the texts, filled up with padding.
-      done: whether each text has ended.
       total: the log-probability of each text.
       count: the number of tokens of each text, its end included.
     """

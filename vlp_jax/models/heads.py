@@ -11,10 +11,8 @@ import jax
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from vlp_jax.models.attention import attend, attend_flat
-from vlp_jax.models.attention_mask import SEE_ALL, AttentionMask
-from vlp_jax.models.dense import Product
-from vlp_jax.models.parameters import norm
+from vlp_jax.models.attention import SEE_ALL, AttentionMask, attend, attend_flat
+from vlp_jax.models.dense import Product, norm
 from vlp_jax.models.positions import rotate
 from vlp_jax.models.values import ComputeConfig, TransformerConfig
 
@@ -26,13 +24,9 @@ KeysAndValues = tuple[Array, Array]
 class Cache:
     """Keys and values of earlier tokens, so that a decoder computes only the new token.
 
-    For stacked layers, each array has the layers as its first dimension.
-
-    Attributes:
-      own: keys and values of the decoder's own tokens, with room for all tokens to come.
-      context: keys and values of the tokens it cross-attends to; None before the first step, or
-        without cross-attention.
-      filled: the number of tokens in `own` so far.
+    For stacked layers, each array has the layers as its first dimension. `own` has room for all
+    tokens to come, of which `filled` are there; `context` belongs to the tokens of a
+    cross-attention, and is None before the first step.
     """
 
     own: KeysAndValues
@@ -43,10 +37,8 @@ class Cache:
 class ToHeads(Product):
     """Projects tokens to `heads` vectors of `head_dim` numbers each.
 
-    Attributes:
-      flat: True returns the vectors side by side, [.., heads * head_dim], for `attend_flat`. False
-        keeps the heads as a dimension of the product; a TPU's compiler then chooses the memory
-        layout that the attention wants.
+    `flat` vectors lie side by side, [.., heads * head_dim], for `attend_flat`. Otherwise the heads
+    are a dimension of the product; a TPU's compiler then chooses the layout that attention wants.
     """
 
     heads: int = 1
@@ -80,12 +72,7 @@ class FromHeads(Product):
 
 
 class MultiHeadAttention(nn.Module):
-    """Multi-head attention with its projections (Vaswani et al. 2017, 3.2.2).
-
-    Attributes:
-      config: the heads, their width, norm, biases and rotary positions.
-      compute: how attention is computed.
-    """
+    """Multi-head attention with its projections (Vaswani et al. 2017, 3.2.2)."""
 
     config: TransformerConfig
     compute: ComputeConfig = ComputeConfig()
@@ -106,15 +93,13 @@ class MultiHeadAttention(nn.Module):
         """Attends from `query` to `key_value`, where the mask allows it.
 
         Args:
-          kept: cached keys and values. With `filled` they belong to earlier tokens, and the keys
-            and values of `key_value` are written after them. Without `filled` they are complete,
-            and `key_value` is ignored.
-          filled: the number of tokens in `kept`.
+          kept: cached keys and values. With `filled` they belong to that many earlier tokens, and
+            the keys and values of `key_value` are written after them. Without `filled` they are
+            complete, and `key_value` is ignored.
           keep: whether to return the keys and values as a second result.
 
         Raises:
-          ValueError: the heads do not divide the width, or the attention backend does not support
-            these shapes.
+          ValueError: the heads do not divide the width, or the backend does not support the shapes.
         """
         config, compute = self.config, self.compute
         q = self._projected(query, config.heads, "query")
@@ -186,8 +171,7 @@ class MultiHeadAttention(nn.Module):
 def _keep(x: Array, name: str) -> Array:
     """Names `x` for remat policies, with its heads side by side.
 
-    A TPU pads the last dimension to 128. As [.., heads, 64], a saved array would take twice the
-    memory.
+    A TPU pads the last dimension to 128: saved as [.., heads, 64], an array takes twice the memory.
     """
     if x.ndim == 3:
         return checkpoint_name(x, name)

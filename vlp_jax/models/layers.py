@@ -29,26 +29,37 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from vlp_jax.models.attention_mask import SEE_ALL, AttentionMask
-from vlp_jax.models.dense import Dense
+from vlp_jax.models.attention import SEE_ALL, AttentionMask
+from vlp_jax.models.dense import Dense, Dtype, named, norm
 from vlp_jax.models.heads import Cache, KeysAndValues, MultiHeadAttention
-from vlp_jax.models.parameters import Dtype, named, norm
-from vlp_jax.models.remat import REMAT_POLICIES
-from vlp_jax.models.values import ComputeConfig, TransformerConfig
+from vlp_jax.models.values import ComputeConfig, TransformerConfig, check_choice
 
+# Names that layers give their activations, for policies: queries, keys and values, the heads'
+# output before its projection, and the feed-forward layer's hidden units before their activation.
+NAMES = ("query", "key", "value", "attention", "mlp_hidden")
+# Mean and variance of each token in the norms: two numbers that save reading the whole token again.
+STATISTICS = ("norm_mean", "norm_variance")
+
+REMAT_POLICIES: dict[str, Callable[..., Any]] = {
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "names": jax.checkpoint_policies.save_only_these_names(*NAMES, *STATISTICS),
+    # Half the memory of "names": the first product of the feed-forward layer is repeated too.
+    "names_lean": jax.checkpoint_policies.save_only_these_names(*NAMES[:-1], *STATISTICS),
+    # The activations of "names" wait in the host's memory until the backward pass.
+    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=list(STATISTICS),
+        names_which_can_be_offloaded=list(NAMES),
+        offload_src="device",
+        offload_dst="pinned_host",
+    ),
+}
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "gelu": functools.partial(jax.nn.gelu, approximate=False),
     "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
     "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),  # OpenAI CLIP, clip/model.py QuickGELU
     "silu": jax.nn.silu,
 }
-
-
-def choose(table: dict[str, Any], name: str, what: str) -> Any:
-    """`table[name]`; a ValueError that lists the known names if there is none."""
-    if name not in table:
-        raise ValueError(f"unknown {what} {name!r} (known: {', '.join(sorted(table))})")
-    return table[name]
 
 
 class Mlp(nn.Module):
@@ -63,7 +74,8 @@ class Mlp(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "*batch width"]) -> Float[Array, "*batch width"]:
         config, width = self.config, x.shape[-1]
-        activation = choose(ACTIVATIONS, config.activation, "activation")
+        check_choice("activation", config.activation, tuple(ACTIVATIONS))
+        activation = ACTIVATIONS[config.activation]
         up = self._inner("up", x)
         x = activation(self._inner("gate", x)) * up if config.gated else activation(up)
         # The constraint names three dimensions; other ranks have no names for theirs.
@@ -92,12 +104,7 @@ class Mlp(nn.Module):
 
 @flax.struct.dataclass
 class Attended:
-    """Tokens that a layer attends to besides its own.
-
-    Attributes:
-      tokens: of any width.
-      mask: which of them each token sees.
-    """
+    """Tokens, of any width, that a layer attends to besides its own, and who sees which of them."""
 
     tokens: Float[Array, "batch context context_width"]
     mask: AttentionMask = SEE_ALL
@@ -134,13 +141,13 @@ class Block(nn.Module):
         context: Attended | None = None,
         cache: Cache | None = None,
     ) -> Float[Array, "batch tokens width"] | tuple[Float[Array, "batch tokens width"], Cache]:
-        """
+        """Returns the tokens after the layer, and with `cache` the cache after these tokens.
+
         Args:
           drop_rate: chance that a branch is left out for an example (needs the random stream
             "drop_path"); None for never.
-          mask: which tokens see which.
-          context: what is looked at besides.
-          cache: of the tokens before these; the one after them is a second result.
+          context: tokens to attend to besides.
+          cache: the cache of the tokens before these.
         """
         attend = functools.partial(self._attend, drop_rate=drop_rate)
         own = seen = None
@@ -188,19 +195,13 @@ class Block(nn.Module):
             y = LayerScale(self.config.layer_scale, self.compute.dtype, name=name)(y)
         if drop_rate is None:
             return y
-        # One draw for an example: the branch is left out for all its tokens. The division keeps the
-        # mean.
+        # One draw for all tokens of an example. The division keeps the mean.
         kept = jax.random.bernoulli(self.make_rng("drop_path"), 1 - drop_rate, (len(y), 1, 1))
         return jnp.where(kept, y / (1 - drop_rate).astype(y.dtype), 0)
 
 
 class Encoder(nn.Module):
-    """All layers, and a last norm.
-
-    Attributes:
-      final_norm: whether there is the norm at the end.
-      block: the module of a layer; it is called as `Block` is.
-    """
+    """All layers, each made and called as `block`, and with `final_norm` a last norm."""
 
     config: TransformerConfig
     compute: ComputeConfig = ComputeConfig()
@@ -216,12 +217,11 @@ class Encoder(nn.Module):
         context: Attended | None = None,
         cache: Cache | None = None,
     ) -> Float[Array, "batch tokens width"] | tuple[Float[Array, "batch tokens width"], Cache]:
-        """`train` with stochastic depth needs the random stream "drop_path"; the others as in
-        `Block`."""
-        config, compute = self.config, self.compute
-        block = self.block
+        """Takes the arguments of `Block`; dropping depth needs the random stream "drop_path"."""
+        config, compute, block = self.config, self.compute, self.block
         if compute.remat != "none":
-            policy = choose(REMAT_POLICIES, compute.remat, "remat policy")
+            check_choice("remat policy", compute.remat, tuple(REMAT_POLICIES))
+            policy = REMAT_POLICIES[compute.remat]
             # A loop keeps XLA from merging the two forward passes; written out, nothing else does.
             block = nn.remat(block, policy=policy, prevent_cse=not compute.scan_layers)
         drops = train and config.stochastic_depth > 0
@@ -236,8 +236,7 @@ class Encoder(nn.Module):
             split_rngs={"params": True, "drop_path": True},
             in_axes=((0, 0), nn.broadcast),
             length=config.depth,
-            # A scan that is unrolled to its full length is no loop any more, with the same stacked
-            # parameters.
+            # A scan unrolled to its full length is no loop any more; its parameters stay stacked.
             unroll=1 if compute.scan_layers else config.depth,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
@@ -288,10 +287,10 @@ class AttentionPooling(nn.Module):
 def look_up(
     table: Float[Array, "vocab width"], tokens: Int[Array, "batch tokens"], dtype: Dtype
 ) -> Float[Array, "batch tokens width"]:
-    """The row of each token id.
+    """Returns the row of each token id.
 
-    The table is gathered along its width before the look-up: otherwise the gradient of a sharded
-    table makes the compiler gather the whole batch instead.
+    The table is gathered along its width first: otherwise the gradient of a sharded table makes
+    the compiler gather the whole batch instead.
     """
     table = nn.with_logical_constraint(table.astype(dtype), ("vocab", "act_embed"))
     return jnp.take(table, tokens, axis=0)
@@ -311,8 +310,5 @@ def add_positions(
 
 def position_embedding(module: nn.Module, tokens: int, width: int, stddev: float) -> Array:
     """A learned embedding per position, `[tokens, width]`, a parameter of `module`."""
-    return module.param(
-        "position_embedding",
-        named(nn.initializers.normal(stddev), "tokens", "embed"),
-        (tokens, width),
-    )
+    init = named(nn.initializers.normal(stddev), "tokens", "embed")
+    return module.param("position_embedding", init, (tokens, width))

@@ -9,9 +9,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, UInt8
 
 from vlp_jax.models import layers
-from vlp_jax.models.dense import Dense
+from vlp_jax.models.dense import Dense, named
 from vlp_jax.models.masking import PatchMask, mask_from_noise, take_tokens
-from vlp_jax.models.parameters import named
 from vlp_jax.models.positions import Grid, sincos_2d
 from vlp_jax.models.values import (
     IMAGENET,
@@ -19,10 +18,10 @@ from vlp_jax.models.values import (
     ComputeConfig,
     Pixels,
     TransformerConfig,
+    check_choice,
     keywords_of,
     make_tower,
 )
-from vlp_jax.models.variants import check_choice
 from vlp_jax.models.vit import VisionTransformer, patchify
 
 
@@ -116,13 +115,7 @@ def make_masked_decoder(
 
 
 class MaskedAutoencoder(nn.Module):
-    """An encoder of the visible patches, and a small decoder that predicts the hidden ones.
-
-    Attributes:
-      image: the encoder, without pooling.
-      decoder: predicts the pixels.
-      pixels: normalization of the pixels.
-    """
+    """An encoder of the visible patches, and a small decoder that predicts the hidden ones."""
 
     image: VisionTransformer
     decoder: MaskedDecoder
@@ -144,10 +137,7 @@ class MaskedAutoencoder(nn.Module):
         )
 
     def __call__(
-        self,
-        image: UInt8[Array, "batch height width 3"],
-        mask: PatchMask,
-        train: bool = False,
+        self, image: UInt8[Array, "batch height width 3"], mask: PatchMask, train: bool = False
     ) -> Float[Array, "batch patches outputs"]:
         """Predicts the values of every patch, float32, in the order (row, column, channel)."""
         latent = self.encode(image, mask.keep, train)
@@ -163,9 +153,7 @@ class MaskedAutoencoder(nn.Module):
         return self.image(image, keep, train, self.pixels.normalize)
 
     def decode(
-        self,
-        latent: Float[Array, "batch tokens embed"],
-        restore: Int[Array, "batch patches"],
+        self, latent: Float[Array, "batch tokens embed"], restore: Int[Array, "batch patches"]
     ) -> Float[Array, "batch patches outputs"]:
         """Predicts all patches from the encoder's tokens; the decoder gets no registers."""
         # The encoder's order is class token, registers, patches.

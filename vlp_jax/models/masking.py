@@ -13,12 +13,8 @@ class PatchMask(NamedTuple):
     """The visible patches of each image.
 
     For 4 patches of which 3 and 0 are visible, and the hidden ones come in the order 2, 1:
-    keep = [3, 0], restore = [1, 3, 2, 0], hidden = [0, 1, 1, 0].
-
-    Attributes:
-      keep: indices of the visible patches, in the order in which the encoder gets them.
-      restore: for each patch its position in the sequence of visible, then hidden patches.
-      hidden: 1 for each hidden patch, else 0.
+    keep = [3, 0], restore = [1, 3, 2, 0], hidden = [0, 1, 1, 0]. `keep` has the order in which the
+    encoder gets the patches, `restore` each patch's place among visible, then hidden patches.
     """
 
     keep: Int[Array, "batch kept"]
@@ -29,8 +25,7 @@ class PatchMask(NamedTuple):
 def kept_patches(patches: int, mask_ratio: float) -> int:
     """Returns the number of visible patches, rounded down as in the published code.
 
-    Raises:
-      ValueError: the ratio is not in [0, 1), or would hide every patch.
+    Raises ValueError for a ratio that is not in [0, 1), or would hide every patch.
     """
     if not 0 <= mask_ratio < 1:
         raise ValueError(f"mask_ratio must be in [0, 1), not {mask_ratio}")

@@ -15,10 +15,7 @@ def sincos_2d(grid: Grid, width: int) -> Float[np.ndarray, "tokens width"]:
 
     The first half of the width encodes the column, the second half the row. Each half has width / 4
     sines, then as many cosines, of position / 10000 ** (i / (width / 4)). big_vision divides i by
-    width / 4 - 1, which gives another table.
-
-    Raises:
-      ValueError: 4 does not divide the width.
+    width / 4 - 1, which gives another table. Raises ValueError if 4 does not divide the width.
     """
     if width % 4:
         raise ValueError(f"sin-cos positions need a width that 4 divides, not {width}")
@@ -31,21 +28,13 @@ def sincos_2d(grid: Grid, width: int) -> Float[np.ndarray, "tokens width"]:
 
 
 def rotate(
-    x: Float[Array, "batch tokens heads head_dim"],
-    base: float,
-    first: Int[Array, ""] | int = 0,
+    x: Float[Array, "batch tokens heads head_dim"], base: float, first: Int[Array, ""] | int = 0
 ) -> Float[Array, "batch tokens heads head_dim"]:
     """Applies rotary positions: the product of a query and a key depends on their distance alone.
 
     The pair of numbers (i, i + head_dim / 2) of token t is rotated by the angle
     t base^(-2 i / head_dim) (Su et al. 2021, "RoFormer", 3.2.2, with the pairs of Llama). Angles
-    and products are float32.
-
-    Args:
-      first: the position of the first token.
-
-    Raises:
-      ValueError: heads of an odd width.
+    and products are float32. `first` is the position of the first token.
     """
     half, odd = divmod(x.shape[-1], 2)
     if odd:
@@ -59,17 +48,12 @@ def rotate(
 
 
 def resample(
-    table: Float[np.ndarray, "tokens width"],
-    old_grid: Grid,
-    new_grid: Grid,
-    prefix_tokens: int = 0,
+    table: Float[np.ndarray, "tokens width"], old_grid: Grid, new_grid: Grid, prefix_tokens: int = 0
 ) -> Float[np.ndarray, "new_tokens width"]:
     """Resamples a table of learned positions to another grid: bicubic, antialiased.
 
-    The first `prefix_tokens` rows (for a class token) stay as they are.
-
-    Raises:
-      ValueError: the table does not have a row for each patch of `old_grid`.
+    The first `prefix_tokens` rows (for a class token) stay as they are. Raises ValueError if the
+    table does not have a row for each patch of `old_grid`.
     """
     rows = len(table) - prefix_tokens
     if rows != old_grid[0] * old_grid[1] or min(*old_grid, *new_grid) < 1:
@@ -88,11 +72,7 @@ def resample(
 
 
 def square_grid(patches: int) -> Grid:
-    """Returns the square grid that has `patches` patches.
-
-    Raises:
-      ValueError: `patches` is not a square number, so the grid must be known from elsewhere.
-    """
+    """Returns the square grid of `patches` patches; ValueError if that is no square number."""
     side = round(patches**0.5)
     if side * side != patches:
         raise ValueError(

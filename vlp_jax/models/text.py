@@ -9,11 +9,17 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from vlp_jax.models import layers, variants
-from vlp_jax.models.attention_mask import AttentionMask
-from vlp_jax.models.parameters import named
-from vlp_jax.models.values import PLAIN, ComputeConfig, TransformerConfig, keywords_of, split_fields
-from vlp_jax.models.variants import check_choice
+from vlp_jax.models import layers
+from vlp_jax.models.attention import AttentionMask
+from vlp_jax.models.dense import named
+from vlp_jax.models.values import (
+    PLAIN,
+    ComputeConfig,
+    TransformerConfig,
+    check_choice,
+    keywords_of,
+    make_tower,
+)
 
 POOLINGS = ("eos", "argmax", "first", "last", "mean", "map", "none")
 
@@ -49,8 +55,6 @@ class TextTransformer(nn.Module):
       padding_mask: hides everything after the last token that is not `pad_id` (Devlin et al. 2019,
         BERT).
       eos_id, pad_id: ids of the tokenizer.
-      transformer: the layers.
-      compute: how the layers are computed.
     """
 
     vocab_size: int
@@ -79,20 +83,13 @@ class TextTransformer(nn.Module):
     def __call__(
         self, tokens: Int[Array, "batch tokens"], train: bool = False
     ) -> Float[Array, "batch width"] | Float[Array, "batch tokens width"]:
-        """Returns the pooled features, in `compute.dtype`.
-
-        Args:
-          train: whether to apply stochastic depth, which needs the random stream "drop_path".
-
-        Raises:
-          ValueError: the sequences have another length than `context_length`.
-        """
+        """Returns the pooled features, in `compute.dtype`; ValueError for another length."""
         return self._pool(self._sequence(tokens, train), tokens)
 
     def _sequence(
         self, tokens: Int[Array, "batch tokens"], train: bool = False
     ) -> Float[Array, "batch tokens width"]:
-        """Returns all tokens before the pooling; arguments and errors as for a call."""
+        """Returns all tokens before the pooling."""
         if tokens.shape[1] != self.context_length:
             raise ValueError(f"the model takes {self.context_length} tokens, not {tokens.shape[1]}")
         embedding = TokenEmbedding(
@@ -104,11 +101,8 @@ class TextTransformer(nn.Module):
         x = x + positions.astype(x.dtype)
         x = nn.with_logical_constraint(x, ("batch", "act_tokens", "act_embed"))
         encoder = layers.Encoder(self.transformer, self.compute, name="encoder")
-        return encoder(x, AttentionMask(self.causal, lengths=self._seen(tokens)), train)
-
-    def _seen(self, tokens: Int[Array, "batch tokens"]) -> Int[Array, " batch"] | None:
-        """Returns the lengths for the attention mask; None without `padding_mask`."""
-        return self.lengths(tokens) if self.padding_mask else None
+        lengths = self.lengths(tokens) if self.padding_mask else None
+        return encoder(x, AttentionMask(self.causal, lengths=lengths), train)
 
     def lengths(self, tokens: Int[Array, "batch tokens"]) -> Int[Array, " batch"]:
         """Counts the tokens up to the last one that is no padding; at least 1, for attention."""
@@ -117,9 +111,7 @@ class TextTransformer(nn.Module):
         return (last + 1).astype(jnp.int32)
 
     def _pool(
-        self,
-        x: Float[Array, "batch tokens width"],
-        tokens: Int[Array, "batch tokens"],
+        self, x: Float[Array, "batch tokens width"], tokens: Int[Array, "batch tokens"]
     ) -> Float[Array, "batch *tokens width"]:
         if self.pooling == "none":
             return x
@@ -138,36 +130,25 @@ class TextTransformer(nn.Module):
             return mean.astype(x.dtype)
         if self.pooling == "map":
             pooling = layers.AttentionPooling(self.transformer, self.compute, name="pooling")
-            return pooling(x, AttentionMask(lengths=self._seen(tokens)))
+            lengths = self.lengths(tokens) if self.padding_mask else None
+            return pooling(x, AttentionMask(lengths=lengths))
         raise ValueError(f"unknown pooling {self.pooling!r} (known: {', '.join(POOLINGS)})")
 
 
 @keywords_of(TextTransformer, TransformerConfig, optional=True)
 def make_text(
-    variant: str | None = None,
-    *,
-    vocab_size: int,
-    context_length: int,
-    compute: ComputeConfig = PLAIN,
-    **fields: Any,
+    variant: str | None = None, *, compute: ComputeConfig = PLAIN, **fields: Any
 ) -> TextTransformer:
-    """A `TextTransformer` of a named size: `make_text("B", pooling="last", ...)`.
+    """Makes a `TextTransformer` of a named size: `make_text("B", pooling="last", ...)`.
 
     Args:
-      variant: a name in `variants.VARIANTS`; None where `width`, `depth`, `mlp_dim` and `heads`
+      variant: a name in `values.VARIANTS`; None where `width`, `depth`, `mlp_dim` and `heads`
         are given.
       fields: of `TextTransformer`, and of `TransformerConfig` where not the variant's.
 
     Raises:
       ValueError: an unknown variant or pooling, or sizes that do not fit each other.
     """
-    own, layer_fields = split_fields(fields)
-    text = TextTransformer(
-        vocab_size,
-        context_length,
-        variants.size_of(variant, **layer_fields),
-        compute=compute,
-        **own,
-    )
+    text = make_tower(TextTransformer, compute, variant, **fields)
     check_choice("text pooling", text.pooling, POOLINGS)
     return text

@@ -1,14 +1,10 @@
-"""Values that describe a model: what its layers compute, how, and how pixels are normalized.
-
-A module holds such a value and passes it on whole. The values are frozen dataclasses, so a module
-that holds them can be compared, hashed and used as a static argument.
-"""
+"""Values that describe a model: what its layers compute, how, and how pixels are normalized."""
 
 from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, TypeVar
 
 import flax.linen as nn
@@ -25,9 +21,15 @@ Tower = TypeVar("Tower", bound=nn.Module)
 NORMS = ("layer", "rms")
 
 
+def check_choice(what: str, name: str, known: Sequence[str]) -> None:
+    """Raises ValueError if `name` is not one of `known`."""
+    if name not in known:
+        raise ValueError(f"unknown {what} {name!r} (known: {', '.join(known)})")
+
+
 @dataclasses.dataclass(frozen=True)
 class TransformerConfig:
-    """Describes what the layers of a Transformer compute.
+    """Describes what the layers of a Transformer compute. Sizes must fit each other (ValueError).
 
     Attributes:
       width: width of the residual stream.
@@ -49,9 +51,6 @@ class TransformerConfig:
         linearly from 0 at the first (Huang et al. 2016, "Deep Networks with Stochastic Depth").
       rope: base of the wavelengths of rotary positions, 10,000 as published (Su et al. 2021,
         "RoFormer"); None for none.
-
-    Raises:
-      ValueError: sizes that do not fit each other, or an unknown norm.
     """
 
     width: int
@@ -71,9 +70,7 @@ class TransformerConfig:
     rope: float | None = None
 
     def __post_init__(self) -> None:
-        """Raises ValueError for sizes that do not fit each other, or an unknown norm."""
-        if self.norm not in NORMS:
-            raise ValueError(f"unknown norm {self.norm!r} (known: {', '.join(NORMS)})")
+        check_choice("norm", self.norm, NORMS)
         if self.heads < 1 or (self.head_dim is None and self.width % self.heads):
             raise ValueError(f"{self.heads} heads do not divide the width {self.width}")
         if self.head_width < 1:
@@ -102,8 +99,8 @@ class ComputeConfig:
       dtype: dtype of the computation. Parameters are float32.
       attention: the attention backend, a name in `attention.ATTENTIONS`. There is no fallback: a
         backend that does not support the shapes raises.
-      quantization: "none" or "fp8", see `models.quantization`.
-      remat: "none", or a name in `remat.REMAT_POLICIES`: what the backward pass computes again.
+      quantization: "none" or "fp8", see `models.dense`.
+      remat: "none", or a name in `layers.REMAT_POLICIES`: what the backward pass computes again.
       scan_layers: the program loops over the layers, so that it takes no longer to compile for more
         of them; False writes the loop out, and may run faster. Parameters are stacked either way.
     """
@@ -124,11 +121,7 @@ PLAIN = ComputeConfig()
 
 @dataclasses.dataclass(frozen=True)
 class Pixels:
-    """The normalization of pixels: each channel, scaled to [0, 1], minus `mean`, divided by `std`.
-
-    Attributes:
-      mean, std: one value for each channel.
-    """
+    """The normalization of pixels: each channel, scaled to [0, 1], minus `mean`, over `std`."""
 
     mean: tuple[float, ...] = (0.5, 0.5, 0.5)
     std: tuple[float, ...] = (0.5, 0.5, 0.5)
@@ -155,22 +148,25 @@ _TRANSFORMER = tuple(field.name for field in dataclasses.fields(TransformerConfi
 _NO_FIELDS = ("parent", "name", "transformer", "compute")
 
 
-def split_fields(fields: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Splits fields into a tower's own and the fields of its `TransformerConfig`."""
-    layers = {name: value for name, value in fields.items() if name in _TRANSFORMER}
-    return {name: value for name, value in fields.items() if name not in layers}, layers
-
-
-def make_tower(kind: Callable[..., Tower], compute: ComputeConfig = PLAIN, **fields: Any) -> Tower:
+def make_tower(
+    kind: Callable[..., Tower],
+    compute: ComputeConfig = PLAIN,
+    variant: str | None = None,
+    **fields: Any,
+) -> Tower:
     """Makes a module of class `kind` from fields of the class and of its `TransformerConfig`.
 
+    Args:
+      variant: a name in `VARIANTS`, whose sizes hold where `fields` do not say otherwise.
+
     Raises:
-      ValueError: sizes that do not fit each other.
+      ValueError: an unknown variant, a size that is missing, or sizes that do not fit each other.
       TypeError: an unknown field.
     """
-    own, layers = split_fields(fields)
+    own = {name: value for name, value in fields.items() if name not in _TRANSFORMER}
+    layers = {name: value for name, value in fields.items() if name in _TRANSFORMER}
     # parent=None, or a tower made within another module's method would become its submodule.
-    return kind(transformer=TransformerConfig(**layers), compute=compute, parent=None, **own)
+    return kind(transformer=size_of(variant, **layers), compute=compute, parent=None, **own)
 
 
 def tower_fields(tower: nn.Module) -> dict[str, Any]:
@@ -216,3 +212,53 @@ def keywords_of(
         return function
 
     return decorate
+
+
+# Sizes of published Transformers, under their usual names. Ti, S: Touvron et al. 2021 (DeiT), table
+# 1; B, L, H: Dosovitskiy et al. 2021 (ViT), table 1; g, G: Zhai et al. 2022 (Scaling Vision
+# Transformers), table 2; e: Chen et al. 2023 (PaLI); So400m: Alabdulmohsin et al. 2023 (Getting ViT
+# in Shape); M, g-opt, G-opt and mu, a test size: google-research/big_vision, models/vit.py.
+VARIANTS: dict[str, TransformerConfig] = {  # width, depth, mlp_dim, heads
+    "mu": TransformerConfig(32, 1, 128, 2),
+    "Ti": TransformerConfig(192, 12, 768, 3),
+    "S": TransformerConfig(384, 12, 1536, 6),
+    "M": TransformerConfig(512, 12, 2048, 8),
+    "B": TransformerConfig(768, 12, 3072, 12),
+    "L": TransformerConfig(1024, 24, 4096, 16),
+    "So400m": TransformerConfig(1152, 27, 4304, 16),
+    "H": TransformerConfig(1280, 32, 5120, 16),
+    "g": TransformerConfig(1408, 40, 6144, 16),
+    "g-opt": TransformerConfig(1536, 40, 6144, 16),
+    "G": TransformerConfig(1664, 48, 8192, 16),
+    "G-opt": TransformerConfig(1536, 48, 8192, 16),
+    "e": TransformerConfig(1792, 56, 15360, 16),
+}
+SIZES = ("width", "depth", "mlp_dim", "heads")  # what a variant says
+
+
+def size_of(variant: str | None, **overrides: Any) -> TransformerConfig:
+    """Returns the layers of `variant`, with each override that is not None in its place.
+
+    Without a variant the overrides must give all of `SIZES`; for errors see `make_tower`.
+    """
+    given = {key: value for key, value in overrides.items() if value is not None}
+    if variant is None:
+        missing = [size for size in SIZES if size not in given]
+        if missing:
+            raise ValueError(f"set variant, such as 'B', or else also {', '.join(missing)}")
+        return TransformerConfig(**given)
+    check_choice("variant", variant, tuple(VARIANTS))
+    return dataclasses.replace(VARIANTS[variant], **given)
+
+
+def split_variant(variant: str | None, patch_size: int | None = None) -> tuple[str | None, int]:
+    """Splits "B/16" into ("B", 16), or takes `patch_size`; ValueError if neither has a size."""
+    name, slash, patch = (variant or "").partition("/")
+    if patch_size is None and patch.isdigit():
+        patch_size = int(patch)
+    if (slash and not patch.isdigit()) or not patch_size or patch_size < 1:
+        raise ValueError(
+            "an image variant is SIZE/PATCH, such as 'B/16', unless patch_size is set; got "
+            f"variant={variant!r}, patch_size={patch_size!r}"
+        )
+    return name or None, patch_size

@@ -11,13 +11,19 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Num
 
-from vlp_jax.models import layers, variants
-from vlp_jax.models.dense import Product
+from vlp_jax.models import layers
+from vlp_jax.models.dense import Product, named, norm
 from vlp_jax.models.masking import take_tokens
-from vlp_jax.models.parameters import named, norm
 from vlp_jax.models.positions import Grid, sincos_2d
-from vlp_jax.models.values import PLAIN, ComputeConfig, TransformerConfig, keywords_of, split_fields
-from vlp_jax.models.variants import check_choice
+from vlp_jax.models.values import (
+    PLAIN,
+    ComputeConfig,
+    TransformerConfig,
+    check_choice,
+    keywords_of,
+    make_tower,
+    split_variant,
+)
 
 # Converts stored pixels [..., channels] to normalized ones. Must treat each pixel by itself.
 Prepare = Callable[[Array], Array]
@@ -27,13 +33,9 @@ POSITIONS = ("learned", "sincos", "none")
 
 
 def patchify(
-    image: Num[Array, "batch height width channels"], patch_size: int
-) -> Num[Array, "batch patches patch_height patch_width channels"]:
-    """Cuts images into patches, row by row.
-
-    Raises:
-      ValueError: the patches do not tile the image.
-    """
+    image: Float[Array, "batch height width channels"], patch_size: int
+) -> Float[Array, "batch patches patch_height patch_width channels"]:
+    """Cuts images into patches, row by row; ValueError if they do not tile the image."""
     height, width = image.shape[1:3]
     if height % patch_size or width % patch_size:
         raise ValueError(
@@ -50,7 +52,7 @@ def unpatchify(
 
 
 class PatchProjection(Product):
-    """Projects each patch, with a kernel of shape [height, width, channels, embed]."""
+    """Projects each patch; the kernel is a convolution's: [height, width, channels, embed]."""
 
     width: int = 1
 
@@ -64,11 +66,7 @@ class PatchProjection(Product):
 
 
 class PatchEmbedding(nn.Module):
-    """Cuts an image into patches and projects each by a matrix product.
-
-    The kernel is `[patch, patch, channels, width]`, like the kernel of the equivalent convolution
-    (HWIO).
-    """
+    """Cuts an image into patches and projects each by a matrix product."""
 
     patch_size: int
     width: int
@@ -125,8 +123,6 @@ class VisionTransformer(nn.Module):
       pre_norm: LayerNorm before the blocks (CLIP).
       norm_after_pool: the last LayerNorm comes after the pooling instead of before it. With pooling
         "none" the tower then has no last norm: the module that pools its tokens has it.
-      transformer: the layers.
-      compute: how the layers are computed.
     """
 
     image_size: tuple[int, int]
@@ -189,7 +185,7 @@ class VisionTransformer(nn.Module):
         train: bool = False,
         prepare: Prepare | None = None,
     ) -> Float[Array, "batch embed"] | Float[Array, "batch tokens embed"]:
-        """Returns the pooled features, in `compute.dtype`.
+        """Returns the pooled features, in `compute.dtype`; ValueError for another image size.
 
         Args:
           image: normalized pixels, or stored pixels that `prepare` normalizes.
@@ -197,9 +193,6 @@ class VisionTransformer(nn.Module):
             nothing.
           train: whether to apply stochastic depth, which needs the random stream "drop_path".
           prepare: see `PatchEmbedding`.
-
-        Raises:
-          ValueError: the image has another size than `image_size`.
         """
         x = self._pool(self._sequence(image, keep, train, prepare))
         if self.norm_after_pool and self.pooling != "none":
@@ -213,7 +206,7 @@ class VisionTransformer(nn.Module):
         train: bool = False,
         prepare: Prepare | None = None,
     ) -> Float[Array, "batch tokens embed"]:
-        """Returns all tokens before the pooling; arguments and errors as for a call."""
+        """Returns all tokens before the pooling."""
         if image.shape[1:3] != tuple(self.image_size):
             raise ValueError(
                 f"the model takes images of {self.image_size[0]} x {self.image_size[1]} pixels, "
@@ -290,7 +283,7 @@ def make_vit(
     """Makes a `VisionTransformer` of a named size: `make_vit("B/16", 224, pooling="map")`.
 
     Args:
-      variant: a name in `variants.VARIANTS`, a slash and the side of a patch; None where
+      variant: a name in `values.VARIANTS`, a slash and the side of a patch; None where
         `patch_size`, `width`, `depth`, `mlp_dim` and `heads` are given.
       image_size: a side, or height and width; `config.image_size` where a config leaves it out.
       patch_size: the side of a patch, instead of the variant's.
@@ -301,25 +294,14 @@ def make_vit(
       ValueError: unknown names, sizes that do not fit each other, or patches that do not tile the
         image.
     """
-    name, patch_size = variants.split_variant(variant, patch_size)
+    name, patch_size = split_variant(variant, patch_size)
     if image_size is None:
         raise ValueError("image_size is not set: set config.image_size")
-    own, layer_fields = split_fields(fields)
     if class_token is None:
-        class_token = own.get("pooling", "cls") == "cls"
-    vit = VisionTransformer(
-        image_size=(image_size,) * 2 if isinstance(image_size, int) else tuple(image_size),
-        patch_size=patch_size,
-        transformer=variants.size_of(name, **layer_fields),
-        class_token=class_token,
-        compute=compute,
-        **own,
-    )
-    _check(vit)
-    return vit
-
-
-def _check(vit: VisionTransformer) -> None:
+        class_token = fields.get("pooling", "cls") == "cls"
+    size = (image_size,) * 2 if isinstance(image_size, int) else tuple(image_size)
+    fields |= {"image_size": size, "patch_size": patch_size, "class_token": class_token}
+    vit = make_tower(VisionTransformer, compute, name, **fields)
     height, width = vit.image_size
     if height % vit.patch_size or width % vit.patch_size or min(height, width) < 1:
         raise ValueError(
@@ -333,3 +315,4 @@ def _check(vit: VisionTransformer) -> None:
         raise ValueError("norm_after_pool needs a pooling")
     if vit.position == "sincos":
         sincos_2d((1, 1), vit.width)  # raises for a width that does not fit
+    return vit

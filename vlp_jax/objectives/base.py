@@ -34,8 +34,7 @@ class Field:
         "labels": the number of a class, or one share for each class.
       shape: the shape of one example; () for labels.
       dtype: the dtype in the data; int32 for labels.
-      classes: the number of classes; None for other kinds.
-      told_by: the key of the config that gives `classes`, for errors.
+      classes, told_by: the number of classes, and the key of the config that gives it.
     """
 
     kind: str
@@ -139,12 +138,7 @@ class Context:
 
 
 class LossOutput(NamedTuple):
-    """The results of a loss beside its value.
-
-    Attributes:
-      metrics: name -> (sum, count).
-      state: the objective's state for the next step; {} for an objective without state.
-    """
+    """Metrics, name -> (sum, count), and the state for the next step, {} for no state."""
 
     metrics: Metrics
     state: State = {}
@@ -154,10 +148,8 @@ class LossOutput(NamedTuple):
 class Part:
     """One objective of a weighted sum, with its weight and its dataset.
 
-    Attributes:
-      name: prefix of its metrics; "" if the objective is not part of a sum.
-      weight: factor on its loss.
-      data: the name of its dataset in `config.extra_data`; None for `config.data`.
+    `name` is the prefix of its metrics, "" if it is not part of a sum; `data` names a dataset in
+    `config.extra_data`, None for `config.data`.
     """
 
     name: str
@@ -171,11 +163,7 @@ class Part:
         return self.name.replace("/", ".")
 
     def fields(self, batch: Mapping[str, Any]) -> dict[str, Any]:
-        """Selects this part's fields from a batch or its spec, under their plain names.
-
-        Raises:
-          ValueError: the batch has no field of the part's dataset.
-        """
+        """Selects this part's fields of a batch, by plain names; ValueError if it has no data."""
         if self.data is None:
             return {name: value for name, value in batch.items() if SEPARATOR not in name}
         prefix = self.data + SEPARATOR
@@ -218,11 +206,7 @@ class Objective(Protocol):
         """The fields of a batch that the loss takes, by name."""
 
     def init(self, rng: PRNGKeyArray, batch_spec: BatchSpec) -> Params:
-        """Makes fresh parameters, in `nn.LogicallyPartitioned` boxes. Can be jitted.
-
-        Raises:
-          ValueError: a field of the batch does not fit `reads`.
-        """
+        """Makes fresh boxed parameters, also under jit; ValueError if the batch does not fit."""
         for name, field in self.reads.items():
             if name in batch_spec:
                 field.check(name, batch_spec[name])
@@ -246,14 +230,11 @@ class Objective(Protocol):
         return {name: batch[name] for name in self.reads}
 
     def forward(self, params: Params, batch: Examples, context: Context) -> Examples:
-        """Computes everything that does not couple examples.
+        """Computes everything that does not couple examples, from some of the results of `draw`.
 
         An objective that does not define `reduce` returns the metrics of each example: name ->
         (sum, count), both [batch], with the loss under "loss". Counts must depend on the batch
         alone, never on the parameters.
-
-        Args:
-          batch: the result of `draw`, or some of its examples.
         """
 
     def reduce(

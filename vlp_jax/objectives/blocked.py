@@ -50,9 +50,7 @@ def blocked_loss(
     The batch is split over `BATCH_AXES`; devices along other mesh axes repeat the work. A device
     needs memory for a few copies of its embeddings and for one tile of logits [block_size, texts of
     one device]. All computation, and the texts that travel, are in float32 or better. Gradients
-    have the dtypes of the arguments.
-
-    Only reverse-mode differentiation is defined, and only once.
+    have the dtypes of the arguments; only reverse-mode differentiation is defined, and only once.
 
     Args:
       name: "softmax" (CLIP) or "sigmoid" (SigLIP).
@@ -67,8 +65,7 @@ def blocked_loss(
       without a gradient. Among equal logits the first text in the batch wins, as in argmax.
 
     Raises:
-      ValueError: an unknown name, images and texts that do not form pairs, a block_size below 1, or
-        a mesh that lacks an axis or does not divide the batch.
+      ValueError: arguments that do not fit each other.
     """
     if name not in _LOSSES:
         raise ValueError(f"unknown loss {name!r} (known: {', '.join(_LOSSES)})")

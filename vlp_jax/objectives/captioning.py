@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
-from typing import Any
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from vlp_jax import config as config_lib
-from vlp_jax.models.attention import HOLDS
-from vlp_jax.models.attention_mask import AttentionMask
-from vlp_jax.models.captioner import Captioner
+from vlp_jax.models.attention import AttentionMask
 from vlp_jax.models.coca import CoCa
-from vlp_jax.models.decoder import CAUSAL, make_decoder
+from vlp_jax.models.decoder import CAUSAL, Captioner, make_decoder
 from vlp_jax.models.dual_encoder import l2_normalize
 from vlp_jax.models.generation import Generated, Sampling, beam_search, generate
-from vlp_jax.models.values import Pixels, keywords_of
-from vlp_jax.models.variants import check_choice
+from vlp_jax.models.values import Pixels, check_choice, keywords_of
 from vlp_jax.models.vit import make_vit
 from vlp_jax.objectives.base import (
     PIXELS,
@@ -33,8 +31,81 @@ from vlp_jax.objectives.base import (
     Params,
     of_images,
 )
-from vlp_jax.objectives.compute import make_compute
-from vlp_jax.objectives.token_loss import token_losses
+from vlp_jax.objectives.compute import from_tokenizer, make_compute, with_attention
+
+CHUNK_BYTES = 2**27  # largest size of the float32 scores in memory at once
+
+
+class TokenLosses(NamedTuple):
+    """The cross-entropy of each target token, and whether no token scores higher."""
+
+    loss: Float[Array, "batch tokens"]
+    hit: Bool[Array, "batch tokens"]
+
+
+def token_losses(
+    score: Callable[[Float[Array, "batch some width"]], Float[Array, "batch some vocab"]],
+    features: Float[Array, "batch tokens width"],
+    labels: Int[Array, "batch tokens"],
+    vocab_size: int,
+    *,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    chunk_bytes: int = CHUNK_BYTES,
+) -> TokenLosses:
+    """Computes the cross-entropy of each token.
+
+    A chunk is a few token positions of all examples. Its scores are computed again in the backward
+    pass, so that they need not be kept.
+
+    Args:
+      score: features -> scores. Parameters that it closes over get their gradients.
+      labels: the target tokens.
+      label_smoothing: part of a label that is spread evenly over all tokens.
+      z_loss: factor on the squared logarithm of the softmax's denominator, which is added to the
+        loss. It keeps scores from drifting (Chowdhery et al. 2022, "PaLM", 5, with 1e-4).
+      chunk_bytes: largest size of the scores in memory at once.
+    """
+    batch, tokens = labels.shape
+    # 4 bytes for each float32 score of a place: [batch, vocab].
+    places = max(1, min(tokens, chunk_bytes // (4 * batch * vocab_size)))
+    one = functools.partial(_losses, score, label_smoothing=label_smoothing, z_loss=z_loss)
+    if places == tokens:
+        return one(features, labels)
+    padding = -tokens % places
+
+    def split(x: Array) -> Array:
+        x = jnp.pad(x, ((0, 0), (0, padding), *((0, 0),) * (x.ndim - 2)))
+        return jnp.moveaxis(x.reshape(batch, -1, places, *x.shape[2:]), 1, 0)
+
+    # Within a scan the compiler cannot merge the two passes, so nothing has to prevent it.
+    again = jax.checkpoint(one, prevent_cse=False)
+    _, losses = jax.lax.scan(
+        lambda _, chunk: (None, again(*chunk)), None, (split(features), split(labels))
+    )
+    return jax.tree.map(
+        lambda x: jnp.moveaxis(x, 0, 1).reshape(batch, tokens + padding)[:, :tokens], losses
+    )
+
+
+def _losses(
+    score: Callable[[Array], Array],
+    features: Array,
+    labels: Array,
+    label_smoothing: float,
+    z_loss: float,
+) -> TokenLosses:
+    scores = score(features).astype(jnp.float32)
+    denominator = jax.nn.logsumexp(scores, axis=-1)
+    target = jnp.take_along_axis(scores, labels[..., None], axis=-1)[..., 0]
+    loss = denominator - target
+    if label_smoothing:
+        spread = denominator - scores.mean(axis=-1)
+        loss = (1 - label_smoothing) * loss + label_smoothing * spread
+    if z_loss:
+        loss += z_loss * jnp.square(denominator)
+    return TokenLosses(loss, target >= scores.max(axis=-1))
+
 
 MEANS = ("example", "token")
 
@@ -118,10 +189,7 @@ class Captioning(Objective):
         mean = loss / jnp.maximum(count, 1)
         of_examples = self.mean == "example"
         one = jnp.minimum(count, 1)  # 0 for an example with an empty text
-        metrics = {
-            "loss": (mean, one) if of_examples else (loss, count),
-            "accuracy": (hits, count),
-        }
+        metrics = {"loss": (mean, one) if of_examples else (loss, count), "accuracy": (hits, count)}
         if context.train and 0 < self.parallel_share < 1:
             for name, chosen in (("parallel", parallel), ("causal", ~parallel)):
                 metrics[f"{name}_loss"] = (jnp.where(chosen, mean, 0), jnp.where(chosen, one, 0))
@@ -156,8 +224,7 @@ class Captioning(Objective):
         ends = targets == self.eos_id
         before = jnp.cumsum(ends, axis=1) - ends
         in_loss = (before == 0) & ((targets != self.pad_id) | ends)
-        # Where padding and end of text share an id, the padding that `targets` appends looks like
-        # an end of text.
+        # Where padding and end of text share an id, appended padding looks like an end of text.
         return in_loss if self.bos_id is None else in_loss.at[:, -1].set(False)
 
     def _mask(self, parallel: Bool[Array, " batch"], length: int, train: bool) -> AttentionMask:
@@ -250,11 +317,7 @@ class Captioning(Objective):
     def class_likelihood(
         self, params: Params, inputs: Mapping[str, Array]
     ) -> Float[Array, "batch classes"]:
-        """Computes the log-probability of each class's text, end included, given each image.
-
-        Args:
-          inputs: "image", values in [0, 255], and "classes", token ids [classes, tokens].
-        """
+        """Computes the log-probability of each class text, end included, given each image."""
         seen = self.model.apply({"params": params}, inputs["image"], method="look")
 
         def of_class(text: Int[Array, " tokens"]) -> Float[Array, " batch"]:
@@ -295,22 +358,19 @@ def make_captioning(
       compute: see `make_compute`.
 
     Raises:
-      ValueError: an unknown variant, mean or dtype, no tokenizer, a number out of range, or an
-        attention backend that does not support the decoder's mask.
+      ValueError: an unknown name, no tokenizer, a number out of range, or an attention backend that
+        does not support the decoder's mask.
     """
-    if tokenizer is None:
-        raise ValueError("captioning needs config.tokenizer")
+    sizes = from_tokenizer(tokenizer, "captioning", ())
     if not 0 <= parallel_share <= 1:
         raise ValueError(f"parallel_share must be in [0, 1], not {parallel_share}")
     if not 0 <= label_smoothing < 1:
         raise ValueError(f"label_smoothing must be in [0, 1), not {label_smoothing}")
     check_choice("mean", mean, MEANS)
     how, published = make_compute(**compute), {"bias": False, "embedding_stddev": 1.0}
-    decoder = {**published, **decoder}
-    attention = decoder.pop("attention", how.attention)
-    if 0 < parallel_share < 1:  # refuse here what would fail only when the step is traced
-        mask = AttentionMask(causal=True, prefix=jnp.zeros(1, jnp.int32))
-        mask.check(attention, HOLDS.get(attention, ()))
+    prefix = jnp.zeros(1) if 0 < parallel_share < 1 else None
+    mask = AttentionMask(causal=True, prefix=prefix)
+    decoder, scoring = with_attention({**published, **decoder}, how, mask)
     token = {"class_token": image.get("pooling", "none") == "cls"}
     model = Captioner(
         config_lib.build(
@@ -320,10 +380,9 @@ def make_captioning(
             make_decoder,
             decoder,
             "config.objective.decoder",
-            vocab_size=tokenizer.vocab_size,
-            context_length=tokenizer.context_length,
             extra_tokens=1,  # the mask token
-            compute=dataclasses.replace(how, attention=attention),
+            compute=scoring,
+            **sizes,
         ),
         Pixels(tuple(image_mean), tuple(image_std)),
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -10,16 +9,21 @@ from typing import Any
 import jax.numpy as jnp
 
 from vlp_jax import config as config_lib
-from vlp_jax.models.attention import HOLDS
-from vlp_jax.models.attention_mask import AttentionMask
-from vlp_jax.models.coca import CoCa, check_coca
-from vlp_jax.models.coca_towers import CoCaText, make_coca_decoder, make_coca_text
+from vlp_jax.models.attention import AttentionMask
+from vlp_jax.models.coca import (
+    CoCa,
+    CoCaDecoder,
+    CoCaText,
+    check_coca,
+    make_coca_decoder,
+    make_coca_text,
+)
 from vlp_jax.models.values import ComputeConfig, Pixels, keywords_of
-from vlp_jax.models.vit import make_vit
+from vlp_jax.models.vit import VisionTransformer, make_vit
 from vlp_jax.objectives.base import Part
 from vlp_jax.objectives.captioning import Captioning
 from vlp_jax.objectives.composite import Composite
-from vlp_jax.objectives.compute import make_compute
+from vlp_jax.objectives.compute import from_tokenizer, make_compute, with_attention
 from vlp_jax.objectives.contrastive import Contrastive, check_loss
 from vlp_jax.objectives.weight import StepsOf, Weight
 
@@ -78,13 +82,9 @@ def make_coca(
         backend that does not support the text tower's mask.
     """
     check_loss("softmax", loss_form, loss_block_size, logit_scale_init, max_logit_scale)
-    how, where, sizes = make_compute(**compute), "config.objective", _sizes(tokenizer)
-    body = {"class_token": True, **image, "pooling": "none"}
-    vit = config_lib.build(make_vit, body, f"{where}.image", compute=how)
+    where = "config.objective"
     model = CoCa(
-        vit.clone(norm_after_pool=True),
-        _text_tower(tokenizer, text, how, f"{where}.text"),
-        config_lib.build(make_coca_decoder, decoder, f"{where}.decoder", compute=how, **sizes),
+        *_towers(tokenizer, make_compute(**compute), image, text, decoder, where),
         embed_dim,
         math.log(logit_scale_init),
         queries=queries,
@@ -102,29 +102,25 @@ def make_coca(
     )
 
 
-def _sizes(tokenizer: Any) -> dict[str, int]:
-    """Returns the sizes that the tokenizer gives both text towers.
-
-    Raises:
-      ValueError: there is no tokenizer, or it has no bos.
-    """
-    if tokenizer is None:
-        raise ValueError("coca needs config.tokenizer")
+def _towers(
+    tokenizer: Any,
+    how: ComputeConfig,
+    image: Mapping[str, Any],
+    text: Mapping[str, Any],
+    decoder: Mapping[str, Any],
+    where: str,
+) -> tuple[VisionTransformer, CoCaText, CoCaDecoder]:
+    ids = from_tokenizer(tokenizer, "coca", ("bos_id", "eos_id", "pad_id"))
     if tokenizer.bos_id is None:
         raise ValueError("coca needs a tokenizer with a bos, which each caption begins with")
-    return {name: getattr(tokenizer, name) for name in ("vocab_size", "context_length")}
-
-
-def _text_tower(
-    tokenizer: Any, section: Mapping[str, Any], how: ComputeConfig, where: str
-) -> CoCaText:
-    """Makes the text tower of a section, whose `attention` overrides the one in `how`."""
-    fields = dict(section)
-    attention = fields.pop("attention", how.attention)
-    # The kinds of rules that the tower's real mask has; only the kinds are checked here.
+    sizes = {name: ids[name] for name in ("vocab_size", "context_length")}
+    # Only the kinds of rules are checked: those that the text tower's real mask has.
     mask = AttentionMask(causal=True, explicit=jnp.ones((1, 1, 1, 1), bool))
-    mask.check(attention, HOLDS.get(attention, ()))
-    ids = {name: getattr(tokenizer, name) for name in ("bos_id", "eos_id", "pad_id")}
-    how = dataclasses.replace(how, attention=attention)
-    sizes = _sizes(tokenizer)
-    return config_lib.build(make_coca_text, fields, where, compute=how, **sizes, **ids)
+    text, reading = with_attention(text, how, mask)
+    body = {"class_token": True, **image, "pooling": "none"}
+    vit = config_lib.build(make_vit, body, f"{where}.image", compute=how)
+    return (
+        vit.clone(norm_after_pool=True),
+        config_lib.build(make_coca_text, text, f"{where}.text", compute=reading, **ids),
+        config_lib.build(make_coca_decoder, decoder, f"{where}.decoder", compute=how, **sizes),
+    )

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Mapping
-from typing import Any
+import inspect
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from typing import Any, Self
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.extend.core import get_opaque_trace_state
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from vlp_jax.objectives.base import (
@@ -25,21 +28,78 @@ from vlp_jax.objectives.base import (
     Part,
     State,
 )
-from vlp_jax.objectives.shared_forward import shared_forward
 from vlp_jax.objectives.weight import StepsOf, Weight
+
+
+@contextlib.contextmanager
+def shared_forward() -> Iterator[None]:
+    """Makes equal calls of a module's shared methods only once, within this context.
+
+    A module lists its shared methods in a class attribute `SHARED`: method -> names of the fields
+    that do not change the method's result. Two calls are equal if the other fields, the parameters
+    and the arguments are the same. Random keys are not compared: every caller gets the stochastic
+    depth of the first call.
+    """
+    results: dict[Hashable, tuple[Any, Any]] = {}  # key of a call -> (trace it ran in, its result)
+
+    def intercept(
+        call: Callable[..., Any], args: tuple, kwargs: dict, context: nn.module.InterceptorContext
+    ) -> Any:
+        module, method = context.module, context.method_name
+        without = getattr(module, "SHARED", {}).get(method)
+        if without is None:
+            return call(*args, **kwargs)
+        given = (module.variables.get("params"), args, kwargs)
+        key = (
+            method,
+            _settings(module, without),
+            *(_Same(leaf) for leaf in jax.tree.leaves(given, is_leaf=lambda x: x is None)),
+            jax.tree.structure(given),
+        )
+        # A tracer from the body of a scan must not be used outside of it (a leaked tracer), so a
+        # result counts only within the trace that computed it.
+        now = get_opaque_trace_state()
+        if key not in results or results[key][0] != now:
+            results[key] = now, call(*args, **kwargs)
+        return results[key][1]
+
+    with nn.intercept_methods(intercept):
+        yield
+
+
+def _settings(module: nn.Module, without: tuple[str, ...]) -> tuple[Hashable, ...]:
+    """Returns the class of a module and its fields, except the ones named in `without`."""
+    names = {field.name for field in dataclasses.fields(module)} - {"parent", "name", *without}
+    return (type(module), *((name, getattr(module, name)) for name in sorted(names)))
+
+
+class _Same:
+    """Compares plain values by value, methods by their objects, and arrays by identity."""
+
+    def __init__(self, value: Any):
+        self._value = value  # keeps the array alive, so that its id is not given to another
+        if inspect.ismethod(value):
+            self._key = (value.__func__, value.__self__)
+        elif value is None or isinstance(value, bool | int | float | str):
+            self._key = value
+        else:
+            self._key = id(value)
+
+    def __hash__(self) -> int:
+        return hash(self._key)
+
+    def __eq__(self, other: Any) -> bool:
+        return isinstance(other, _Same) and self._key == other._key
 
 
 # Every objective calls its image tower `image`, so that parts share it, and so that
 # `config.init_from` needs no table of names between our own models.
 @dataclasses.dataclass(frozen=True)
 class Composite(Objective):
-    """A weighted sum of the losses of its parts.
+    """A weighted sum of the losses of its parts; no member is a sum itself.
 
     Parameters with the same path are shared: parts that both have an `image` tower train one tower.
     A shared tower computes the same images only once (`shared_forward`).
-
-    Attributes:
-      members: the parts. None of them is a sum itself.
     """
 
     members: tuple[Part, ...]
@@ -71,8 +131,7 @@ class Composite(Objective):
     def init(self, rng: PRNGKeyArray, batch_spec: BatchSpec) -> Params:
         """Makes the parameters of all parts. The first part that has a shared one initializes it.
 
-        Raises:
-          ValueError: two parts disagree on the shape of a parameter, or a part has no data.
+        Raises ValueError if two parts disagree on a shape, or a part has no data.
         """
         params: Params = {}
         for index, part in enumerate(self.members):
@@ -140,12 +199,8 @@ class Composite(Objective):
         ends = (step for part in self.members for step in (part.weight.begin, part.weight.end))
         return tuple(sorted({step for step in ends if step}))
 
-    def at(self, step: int) -> Objective:
-        """Returns the sum of the parts whose weight is not 0 at `step`.
-
-        Raises:
-          ValueError: all parts have weight 0.
-        """
+    def at(self, step: int) -> Self:
+        """Returns the sum of the parts whose weight is not 0 at `step`; ValueError for none."""
         members = tuple(part for part in self.members if part.weight.is_on(step))
         if not members:
             raise ValueError(
@@ -156,14 +211,9 @@ class Composite(Objective):
 
 
 def merge_trees(tree: dict[str, Any], more: Mapping[str, Any], who: str, path: str = "") -> None:
-    """Adds to `tree`, in place, the leaves of `more` that it lacks.
+    """Adds to `tree`, in place, the leaves that it lacks of `more`, which is of the part `who`.
 
-    Args:
-      who: the part that `more` comes from, for errors.
-      path: the path of both trees, for errors.
-
-    Raises:
-      ValueError: the trees hold different shapes, or a leaf and a branch, at the same path.
+    Raises ValueError if the trees hold different shapes, or a leaf and a branch, at the same path.
     """
     for key, value in more.items():
         where = f"{path}{key}"

@@ -19,8 +19,7 @@ from vlp_jax.models.coca import CoCa
 from vlp_jax.models.dual_encoder import DualEncoder, make_dual_encoder
 from vlp_jax.models.masking import kept_patches, random_mask
 from vlp_jax.models.text import make_text
-from vlp_jax.models.values import Pixels, keywords_of
-from vlp_jax.models.variants import check_choice
+from vlp_jax.models.values import Pixels, check_choice, keywords_of
 from vlp_jax.models.vit import make_vit
 from vlp_jax.objectives.base import (
     Batch,
@@ -35,7 +34,7 @@ from vlp_jax.objectives.base import (
     of_texts,
 )
 from vlp_jax.objectives.blocked import blocked_loss
-from vlp_jax.objectives.compute import make_compute
+from vlp_jax.objectives.compute import from_tokenizer, make_compute
 from vlp_jax.objectives.pairwise import PAIRWISE_LOSSES, pair_logits
 
 LOSS_FORMS = ("plain", "blocked")
@@ -67,17 +66,13 @@ class Contrastive(Objective):
     def reads(self) -> dict[str, Field]:
         """The fields of the loss: an image and its text."""
         image, text = self.model.image, self.model.text
-        return {
-            "image": Field.pixels(image.image_size),
-            "text": Field.tokens(text.context_length),
-        }
+        return {"image": Field.pixels(image.image_size), "text": Field.tokens(text.context_length)}
 
     def draw(self, batch: Batch, context: Context) -> Examples:
         """Returns images and texts, and in training with `mask_ratio` the patches to keep."""
         fields = {name: batch[name] for name in self.reads}
         if context.train and self.mask_ratio:
-            # `forward` takes the second half of the key, so masks and stochastic depth are
-            # independent.
+            # `forward` takes the other half: masks and stochastic depth are independent.
             key, patches = jax.random.split(context.rng)[0], self.model.image.patches
             kept = kept_patches(patches, self.mask_ratio)
             fields["keep"] = random_mask(key, len(batch["image"]), patches, kept).keep
@@ -92,17 +87,11 @@ class Contrastive(Objective):
     def reduce(
         self, params: Params, examples: Examples, context: Context
     ) -> tuple[Float[Array, ""], LossOutput]:
-        """Computes the pairwise loss over the global batch.
-
-        Raises:
-          ValueError: the form is "blocked" and no mesh is set.
-        """
+        """Computes the pairwise loss over the global batch; "blocked" needs a mesh (ValueError)."""
         del context
-        log_scale, bias = self.model.apply({"params": params}, method="logit_parameters")
-        scale = jnp.exp(bound_above(log_scale, self._log_bound()))
+        scale, bias = self._scale_and_bias(params)
         loss, hits = self._pair_loss(examples["image"], examples["text"], scale, bias)
-        count = jnp.float32(examples["image"].shape[0])
-        one = jnp.float32(1)
+        count, one = jnp.float32(len(examples["image"])), jnp.float32(1)
         metrics = {
             # A metric is a sum with its count, and the loss is a mean over pairs.
             "loss": (loss * count, count),
@@ -123,16 +112,17 @@ class Contrastive(Objective):
                     "loss_form 'blocked' needs a mesh, also on one device: call the loss inside "
                     "vlp_jax.parallel.rules.use_mesh(mesh), or set loss_form to 'plain'"
                 )
-            size = self.loss_block_size
-            return blocked_loss(
-                self.pairwise_loss, image, text, scale, bias, mesh=mesh, block_size=size
-            )
+            settings = {"mesh": mesh, "block_size": self.loss_block_size}
+            return blocked_loss(self.pairwise_loss, image, text, scale, bias, **settings)
         logits = pair_logits(image, text, scale, bias)
         hits = jnp.argmax(logits, axis=1) == jnp.arange(logits.shape[0])
         return PAIRWISE_LOSSES[self.pairwise_loss](logits), hits.sum().astype(jnp.float32)
 
-    def _log_bound(self) -> float:
-        return math.log(self.max_logit_scale) if self.max_logit_scale else math.inf
+    def _scale_and_bias(self, params: Params) -> tuple[Float[Array, ""], Float[Array, ""]]:
+        """Returns the bounded factor on the cosine similarity, and the bias of the logits."""
+        log_scale, bias = self.model.apply({"params": params}, method="logit_parameters")
+        bound = math.log(self.max_logit_scale) if self.max_logit_scale else math.inf
+        return jnp.exp(bound_above(log_scale, bound)), bias
 
     def functions(self) -> dict[str, Function]:
         """Returns the functions of a dual encoder.
@@ -146,17 +136,16 @@ class Contrastive(Objective):
         def apply(method: str) -> Callable[..., Array]:
             return lambda params, x: self.model.apply({"params": params}, x, method=method)
 
-        def logit_scale(params: Params, unused: Array) -> Float[Array, ""]:
-            del unused
-            log_scale, _ = self.model.apply({"params": params}, method="logit_parameters")
-            return jnp.exp(bound_above(log_scale, self._log_bound()))
-
         unit = "unit vectors"
         return {
             "embed_image": of_images(apply("embed_image"), unit),
             "embed_text": of_texts(apply("embed_text"), unit),
             "image_features": of_images(apply("image_features"), "features before the projection"),
-            "logit_scale": Function(logit_scale, {}, "the factor on the cosine similarity"),
+            "logit_scale": Function(
+                lambda params, _: self._scale_and_bias(params)[0],
+                {},
+                "the factor on the cosine similarity",
+            ),
         }
 
 
@@ -165,8 +154,7 @@ def bound_above(x: Float[Array, ""], bound: float) -> Float[Array, ""]:
     """Computes min(x, bound). Above the bound, only gradients that lower `x` pass.
 
     CLIP clips the parameter itself after each update ("clipped to prevent scaling the logits by
-    more than 100", Radford et al. 2021, 2.5). A bound in the loss does the same without a rule for
-    one parameter in the training step.
+    more than 100", Radford et al. 2021, 2.5). A bound in the loss needs no rule for one parameter.
     """
     return jnp.minimum(x, bound)
 
@@ -184,17 +172,8 @@ def _bound_above_backward(bound: float, x: ArrayLike, gradient: Array) -> tuple[
 bound_above.defvjp(_bound_above_forward, _bound_above_backward)
 
 
-def check_loss(
-    loss: str, form: str, block_size: int, scale: float | None, most: float | None
-) -> None:
-    """Checks the settings of a contrastive loss; see `make_contrastive`.
-
-    Args:
-      scale, most: `logit_scale_init` and `max_logit_scale`; None where the config has no such key.
-
-    Raises:
-      ValueError: an unknown name or a number out of range.
-    """
+def check_loss(loss: str, form: str, block_size: int, scale: float | None, most: float) -> None:
+    """Raises ValueError for settings of `make_contrastive` that are unknown or out of range."""
     if loss not in PAIRWISE_LOSSES:  # people type "siglip"
         raise ValueError(f"unknown loss {loss!r}{did_you_mean(loss, PAIRWISE_LOSSES)}")
     check_choice("loss_form", form, LOSS_FORMS)
@@ -202,16 +181,8 @@ def check_loss(
         raise ValueError(f"loss_block_size must be at least 1, not {block_size}")
     if scale is not None and scale <= 0:
         raise ValueError(f"logit_scale_init must be > 0, not {scale}")
-    if most is not None and most < 0:
+    if most < 0:
         raise ValueError(f"max_logit_scale must be >= 0 (0 for no bound), not {most}")
-
-
-def _from_tokenizer(tokenizer: Any) -> dict[str, int]:
-    """Returns the fields of a text tower that follow from its tokenizer."""
-    if tokenizer is None:
-        raise ValueError("a contrastive objective needs config.tokenizer")
-    names = ("vocab_size", "context_length", "eos_id", "pad_id")
-    return {name: getattr(tokenizer, name) for name in names}
 
 
 @keywords_of(make_compute)
@@ -254,7 +225,7 @@ def make_contrastive(
     defaults = {"softmax": (1 / 0.07, None), "sigmoid": (10.0, -10.0)}[loss]
     scale = defaults[0] if logit_scale_init is None else logit_scale_init
     bias = defaults[1] if logit_bias_init is None else logit_bias_init
-    sizes = _from_tokenizer(tokenizer)
+    sizes = from_tokenizer(tokenizer, "a contrastive objective")
     model = make_dual_encoder(
         image=config_lib.build(make_vit, image, "config.objective.image", compute=how),
         text=config_lib.build(make_text, text, "config.objective.text", compute=how, **sizes),
@@ -265,6 +236,5 @@ def make_contrastive(
         logit_bias_init=bias,
         pixels=Pixels(tuple(image_mean), tuple(image_std)),
     )
-    # Here, so that the error comes before anything is traced.
     kept_patches(model.image.patches, mask_ratio)  # raises if the ratio leaves no patch
     return Contrastive(model, loss, max_logit_scale, mask_ratio, loss_form, loss_block_size)

@@ -46,11 +46,7 @@ class Flops:
 
 
 def count_flops(function: Any, *arguments: Any) -> Flops:
-    """Counts one call of `function`, which is traced and not run.
-
-    Args:
-      arguments: arrays or `jax.ShapeDtypeStruct`s.
-    """
+    """Counts one call of `function` on arrays or their specs; it is traced and not run."""
     return jaxpr_flops(jax.make_jaxpr(function)(*arguments).jaxpr)
 
 

@@ -98,18 +98,13 @@ class MaskedAutoencoding(Objective):
     def forward(self, params: Params, batch: Examples, context: Context) -> Examples:
         """Computes the mean squared error over the hidden patches of each image."""
         rngs = {"drop_path": jax.random.split(context.rng)[1]}
-        errors = self._errors(params, batch["image"], batch["mask"], context.train, rngs)
+        errors = self._errors(params, batch["image"], batch["mask"], context.train, rngs=rngs)
         return {"loss": (errors, jnp.ones_like(errors))}
 
     def _errors(
-        self,
-        params: Params,
-        image: UInt8[Array, "batch height width 3"],
-        mask: PatchMask,
-        train: bool = False,
-        rngs: dict[str, PRNGKeyArray] | None = None,
+        self, params: Params, image: Array, mask: PatchMask, train: bool = False, **more: Any
     ) -> Float[Array, " batch"]:
-        prediction = self.model.apply({"params": params}, image, mask, train, rngs=rngs)
+        prediction = self.model.apply({"params": params}, image, mask, train, **more)
         targets = self.model.targets(image)
         return hidden_errors(prediction, targets, mask.hidden, self.normalize_targets)
 
@@ -130,16 +125,13 @@ class MaskedAutoencoding(Objective):
             features = self.model.apply({"params": params}, image, method="features")
             return features.astype(jnp.float32)
 
+        errors = lambda params, x: self._errors(params, x, mask(x))  # noqa: E731
+        views = lambda params, x: self.reconstruct(params, x, mask(x))  # noqa: E731
+        unit = lambda params, x: l2_normalize(features(params, x))  # noqa: E731
         return {
-            "reconstruction_error": of_images(
-                lambda params, x: self._errors(params, x, mask(x)), "the error of each image"
-            ),
-            "reconstruct": of_images(
-                lambda params, x: self.reconstruct(params, x, mask(x)), "pictures, in [0, 1]"
-            ),
-            "embed_image": of_images(
-                lambda params, x: l2_normalize(features(params, x)), "unit vectors"
-            ),
+            "reconstruction_error": of_images(errors, "the error of each image"),
+            "reconstruct": of_images(views, "pictures, in [0, 1]"),
+            "embed_image": of_images(unit, "unit vectors"),
             "image_features": of_images(features, "features"),
         }
 
@@ -198,13 +190,11 @@ def make_masked_autoencoding(
     """
     how = make_compute(**compute)
     published = {"class_token": True, "position": "sincos", "activation": "gelu"}
-    vit = config_lib.build(
-        make_vit, {**published, **image, "pooling": "none"}, "config.objective.image", compute=how
-    )
+    section, where = {**published, **image, "pooling": "none"}, "config.objective"
+    vit = config_lib.build(make_vit, section, f"{where}.image", compute=how)
     if kept_patches(vit.patches, mask_ratio) == vit.patches:
         raise ValueError(f"mask_ratio {mask_ratio} hides none of the {vit.patches} patches")
-    painter = config_lib.build(
-        make_masked_decoder, decoder, "config.objective.decoder", image=vit, compute=how
-    )
+    more = {"image": vit, "compute": how}
+    painter = config_lib.build(make_masked_decoder, decoder, f"{where}.decoder", **more)
     model = MaskedAutoencoder(vit, painter, Pixels(tuple(image_mean), tuple(image_std)))
     return MaskedAutoencoding(model, mask_ratio, normalize_targets)

@@ -42,8 +42,7 @@ class Weight:
           where: its key, for errors.
 
         Raises:
-          UserError: an unknown key, a value that is not positive, an invalid duration, or an end
-            before the beginning.
+          UserError: an unknown key, a value that is not positive, or a duration that does not fit.
         """
 
         def steps(key: str, duration: Duration | None) -> int | None:
@@ -70,11 +69,7 @@ class Weight:
         return self.value * jnp.clip((step - self.begin + 1) / self.ramp, 0, 1)
 
     def __mul__(self, other: Weight) -> Weight:
-        """Multiplies the weight of a sum by the weight of one of its parts.
-
-        Raises:
-          ValueError: both change during the run.
-        """
+        """Multiplies a sum's weight by a part's; ValueError if both change during the run."""
         if self.changes and other.changes:
             raise ValueError("a sum and a part of it both have a weight that changes: give one")
         changing = other if other.changes else self

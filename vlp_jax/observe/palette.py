@@ -40,7 +40,7 @@ DARK: Mapping[str, str] = {
     "series-4": "#e3b84a",
     "series-5": "#b1bbc6",
 }
-# Charts are drawn in the light colors; `report.svg` turns these into classes that follow the page.
+# Charts are drawn in the light colors; `report.charts` makes them classes that follow the page.
 INK, PALE, LINE, GROUND = (LIGHT[name] for name in ("ink", "pale", "line", "ground"))
 ACCENT, BAD = LIGHT["accent"], LIGHT["bad"]
 SERIES = tuple(color for name, color in LIGHT.items() if name.startswith("series-"))

@@ -4,29 +4,33 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import ClassVar
 
 from markupsafe import Markup
 
 GOOD, BAD, PLAIN = "good", "bad", "plain"  # tones; words beside them always say the same
 
 
+class Block:
+    """A part of a section. The template shows it by its kind."""
+
+    @property
+    def kind(self) -> str:
+        """The name of the class in lower case."""
+        return type(self).__name__.lower()
+
+
 @dataclasses.dataclass(frozen=True)
-class Text:
+class Text(Block):
     """A paragraph."""
 
-    kind: ClassVar[str] = "text"  # no field: the same for all, and read by the template
     text: str
 
 
 @dataclasses.dataclass(frozen=True)
 class Tile:
-    """A score that is shown large.
+    """A score that is shown large, with lines below it.
 
     Attributes:
-      label: the name of the score.
-      value: the score as text.
-      notes: lines below it.
       change: (text, tone) of the difference from the baseline; None for none.
     """
 
@@ -37,21 +41,17 @@ class Tile:
 
 
 @dataclasses.dataclass(frozen=True)
-class Tiles:
+class Tiles(Block):
     """Scores side by side."""
 
-    kind: ClassVar[str] = "tiles"
     tiles: Sequence[Tile]
 
 
 @dataclasses.dataclass(frozen=True)
 class Chart:
-    """A drawing with its heading.
+    """A drawing with its heading, and a caption that tells how to read it.
 
     Attributes:
-      title: the heading.
-      svg: the drawing.
-      caption: how to read it.
       natural: True if it has a size of its own and scrolls where there is less room.
     """
 
@@ -62,10 +62,9 @@ class Chart:
 
 
 @dataclasses.dataclass(frozen=True)
-class Charts:
+class Charts(Block):
     """Drawings side by side, as many as there is room for."""
 
-    kind: ClassVar[str] = "charts"
     charts: Sequence[Chart]
 
 
@@ -74,7 +73,6 @@ class Cell:
     """A cell of a table.
 
     Attributes:
-      text: its content.
       tone: its color.
       share: in [0, 1], drawn as a small bar before the text; None for no bar.
       mark: in [0, 1], marked on the bar, such as chance; None for no mark.
@@ -87,16 +85,14 @@ class Cell:
 
 
 @dataclasses.dataclass(frozen=True)
-class Table:
+class Table(Block):
     """Rows under a head; the first cell of a row names it.
 
     Attributes:
-      caption: the subject of the table.
       rows: cells; a row of one cell is a heading of the rows below it.
       numeric: indices of the columns that hold numbers.
     """
 
-    kind: ClassVar[str] = "table"
     caption: str
     head: Sequence[str]
     rows: Sequence[Sequence[str | Cell]]
@@ -110,7 +106,6 @@ class Picture:
     Attributes:
       uri: "data:...".
       alt: a description for those who do not see it.
-      width, height: pixels of the image.
       label: a word above it.
     """
 
@@ -136,51 +131,40 @@ class Card:
 
 
 @dataclasses.dataclass(frozen=True)
-class Cards:
+class Cards(Block):
     """Cards side by side under a heading."""
 
-    kind: ClassVar[str] = "cards"
     title: str
     cards: Sequence[Card]
     text: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
-class Code:
+class Code(Block):
     """The content of a file."""
 
-    kind: ClassVar[str] = "code"
     label: str
     text: str
 
 
 @dataclasses.dataclass(frozen=True)
-class Fold:
+class Fold(Block):
     """Blocks that are hidden until a reader unfolds them."""
 
-    kind: ClassVar[str] = "fold"
     summary: str
     blocks: Sequence[Block]
 
 
 @dataclasses.dataclass(frozen=True)
-class Beside:
+class Beside(Block):
     """Blocks side by side, where there is room."""
 
-    kind: ClassVar[str] = "beside"
     blocks: Sequence[Block]
-
-
-Block = Text | Tiles | Charts | Table | Cards | Code | Fold | Beside
 
 
 @dataclasses.dataclass(frozen=True)
 class Section:
-    """A part of the page with a heading.
-
-    Attributes:
-      key: the target of links, unique on the page.
-    """
+    """A part of the page with a heading; `key` is the target of links, unique on the page."""
 
     key: str
     title: str

@@ -1,9 +1,13 @@
-"""The charts of a page, as SVG."""
+"""The charts of a page, as SVG in the page's colors."""
 
 from __future__ import annotations
 
+import io
+import re
+import xml.etree.ElementTree as ET
 from collections.abc import Mapping, Sequence
 
+import matplotlib
 import numpy as np
 from jaxtyping import Float, Int
 from markupsafe import Markup
@@ -12,11 +16,87 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from vlp_jax.observe import charts
-from vlp_jax.observe.charts import Series
-from vlp_jax.observe.palette import ACCENT, BAD, GROUND, INK, LINE, PALE, SERIES
+from vlp_jax.observe.charts import SEPARATOR, TELLS, Series
+from vlp_jax.observe.palette import ACCENT, BAD, GROUND, INK, LIGHT, LINE, PALE, SERIES
 from vlp_jax.observe.text_layout import TextFitter
 from vlp_jax.report import wording
-from vlp_jax.report.svg import figure_svg
+
+_LEFT_OUT = ("font-family", "stroke-linecap")  # the page says which font
+_NUMBER = re.compile(r"(\d+\.\d{2})\d+")  # hundredths of a pixel are enough
+_NAMES = {color: name for name, color in LIGHT.items()}
+
+
+def figure_svg(figure: Figure, label: str, natural: bool = False) -> Markup:
+    """Turns a figure into SVG; all text in it is escaped.
+
+    A page's policy forbids style in elements, and a page is light or dark. So each color of the
+    light palette becomes a class of the style sheet ("f-ink" fills, "s-line" strokes). `label` says
+    what is seen. If `natural`, a unit is a pixel; else the drawing is as wide as its room.
+    """
+    # Text stays text. Names of shared shapes are made from the label, so that figures of one page
+    # do not use each other's, and the page is the same each time.
+    settings = {"svg.fonttype": "none", "svg.hashsalt": label}
+    buffer = io.BytesIO()
+    with matplotlib.rc_context(settings):
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
+    source = ET.fromstring(buffer.getvalue())
+    box = source.get("viewBox", "")
+    root = ET.Element("svg", {"viewBox": box, "role": "img", "aria-label": label})
+    if natural:
+        root.set("width", box.split()[2])
+        root.set("height", box.split()[3])
+    for child in source:
+        _copy(child, root)
+    return Markup(ET.tostring(root, encoding="unicode"))
+
+
+def _copy(element: ET.Element, parent: ET.Element) -> None:
+    """Appends an element to `parent`; one that says nothing is replaced by its children."""
+    tag = element.tag.rpartition("}")[2]
+    if tag in ("metadata", "style"):
+        return
+    told, attributes = "", {}
+    for name, value in element.items():
+        name = name.rpartition("}")[2]
+        if name == "style":
+            attributes |= _presentation(value)
+        elif name == "id" and tag == "g":
+            told = value.removeprefix(TELLS) if value.startswith(TELLS) else ""
+        # Matplotlib rotates each upright text by -0 degrees.
+        elif not value.startswith("rotate(-0 "):
+            attributes[name] = _NUMBER.sub(r"\1", " ".join(value.split()))
+    # Most groups say nothing. Without them and their style a chart is half as large.
+    own, before = parent, len(parent)
+    if tag != "g" or attributes:
+        own, before = ET.SubElement(parent, tag, attributes), 0
+        own.text = (element.text or "").strip() or None
+    for child in element:
+        _copy(child, own)
+    if told:
+        _tell(list(own)[before:], told.split(SEPARATOR))
+
+
+def _tell(shapes: list[ET.Element], texts: list[str]) -> None:
+    """Gives a text to each marker of a curve, or the only text to a shape."""
+    markers = [use for shape in shapes for use in shape.iter("use")]
+    for shape, text in zip(markers or shapes, texts):
+        title = ET.Element("title")
+        title.text = text
+        shape.insert(0, title)
+
+
+def _presentation(style: str) -> dict[str, str]:
+    """Turns "fill: #1b1f24; font: 12px 'DejaVu Sans'" into attributes of SVG and classes."""
+    found: dict[str, str] = {}
+    classes = []
+    for declaration in filter(None, style.split("; ")):
+        name, _, value = declaration.partition(": ")
+        if name in ("fill", "stroke") and value in _NAMES:
+            classes.append(f"{name[0]}-{_NAMES[value].removeprefix('series-')}")
+        elif name not in _LEFT_OUT:
+            found[name] = value.rstrip(";")
+    return found | ({"class": " ".join(classes)} if classes else {})
+
 
 WIDTH, HEIGHT = 380.0, 220.0  # units of a drawing; on a wide screen about a pixel each
 FONT = 12.0
@@ -31,12 +111,9 @@ def line_chart(
 ) -> Markup | None:
     """Draws curves with their names at their ends; returns None if no curve has a value.
 
-    Names, dashes and places tell curves apart, not their colors alone.
-
-    Args:
-      label: what the curves are, for those who do not see them.
-      share: values are in [0, 1], written in percent.
-      log: by logarithm if they span much.
+    Names, dashes and places tell curves apart, not their colors alone. `label` says what the curves
+    are, for those who do not see them; a `share` is in [0, 1] and written in percent; `log` draws
+    by logarithm if values span much.
     """
     points = [charts.thinned(curve.steps, curve.values) for curve in curves]
     shown = [(n, curve, *p) for n, (curve, p) in enumerate(zip(curves, points)) if len(p[0])]
@@ -66,12 +143,7 @@ def line_chart(
 
 
 def bars(values: Mapping[str, float], texts: Mapping[str, str], label: str) -> Markup:
-    """Draws horizontal bars with their names before and their values after them.
-
-    Args:
-      values: name -> a number >= 0, in the order of the bars.
-      texts: name -> how the value is written.
-    """
+    """Draws horizontal bars, numbers >= 0, with names before and their `texts` after them."""
     height = _ROW * len(values)
     figure = Figure((WIDTH / 72, height / 72), dpi=72)
     left, right = _widest(figure, values) + 8, _widest(figure, texts.values()) + 8
@@ -83,11 +155,7 @@ def bars(values: Mapping[str, float], texts: Mapping[str, str], label: str) -> M
 def histogram(
     values: Sequence[float], label: str, xlabel: str, mark: tuple[float, str] | None = None
 ) -> Markup:
-    """Draws how often whole numbers occur.
-
-    Args:
-      mark: (value, name) of a line across it.
-    """
+    """Draws how often whole numbers occur; `mark` is (value, name) of a line across it."""
     figure = Figure((WIDTH / 72, 200 / 72), dpi=72)
     axes = _axes(figure, _LEFT, 22, WIDTH - _LEFT - 12, 200 - 22 - _BOTTOM)
     charts.histogram(axes, values, xlabel, mark=mark, font=FONT)
@@ -100,11 +168,7 @@ def reliability(
     accuracy: Float[np.ndarray, " bins"],
     label: str,
 ) -> Markup:
-    """Draws how often the model is right for each confidence; on the diagonal it is calibrated.
-
-    Args:
-      counts, confidence, accuracy: of bins of equal width of the confidence.
-    """
+    """Draws the share of right answers in bins of confidence; a diagonal is calibrated."""
     size = 300.0
     figure = Figure((size / 72, size / 72), dpi=72)
     axes = _axes(figure, _LEFT, _TOP, size - _LEFT - 12, size - _TOP - _BOTTOM)
@@ -132,13 +196,10 @@ def confusion_map(
     columns: Sequence[int],
     label: str,
 ) -> Markup:
-    """Draws a confusion matrix: a row for each true class, a column for each predicted class.
+    """Draws a confusion matrix of the classes `rows` and `columns`: true down, predicted across.
 
     A cell is as dark as its share of its row is large (by the square root, so that single errors
     are seen). Right ones and errors have a color each; a pointer over a cell says what it is.
-
-    Args:
-      rows, columns: the classes that are drawn.
     """
     shown = [name if len(name) <= 30 else f"{name[:29]}…" for name in names]
     width, height = _CELL * len(columns), _CELL * len(rows)
@@ -187,11 +248,7 @@ def _widest(figure: Figure, texts, size: float = FONT) -> float:
 
 
 def _room_for_names(figure: Figure, names: Sequence[tuple[str, float]]) -> float:
-    """Returns the width of the axes that leaves room for the name of each curve behind its end.
-
-    Args:
-      names: (name, where the curve ends as a share of the axes) of each curve.
-    """
+    """Returns the width of the axes that leaves room for names behind the ends of curves."""
     # Measured in DejaVu Sans, which is wider than the fonts that browsers take.
     whole, fitter = WIDTH - _LEFT - 12, TextFitter(figure)
     room = [(whole - 72 * fitter.width(name, FONT, "bold")) / max(end, 0.01) for name, end in names]

@@ -17,24 +17,17 @@ from vlp_jax.errors import UserError
 from vlp_jax.training.restore import LoadedParameters
 
 if TYPE_CHECKING:
-    from vlp_jax.report.baseline import Baseline
+    from vlp_jax.report.run_record import Baseline
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds --report, --baseline and --compare."""
-    parser.add_argument("--report", metavar="FILE.html", help="also write a page to look at")
-    parser.add_argument(
-        "--baseline",
-        metavar="DIR|FILE.json",
-        help='what the page compares with: another run, or numbers as {"zero_shot/top1": 0.9}',
-    )
-    parser.add_argument(
-        "--compare",
-        nargs="+",
-        metavar="DIR",
-        help="evaluate nothing: the page shows --workdir and these runs side by side, from what "
-        "they have written",
-    )
+    add = parser.add_argument
+    add("--report", metavar="FILE.html", help="also write a page to look at")
+    told = 'what the page compares with: another run, or numbers as {"zero_shot/top1": 0.9}'
+    add("--baseline", metavar="DIR|FILE.json", help=told)
+    told = "evaluate nothing: the page shows --workdir and these runs side by side, from what they "
+    add("--compare", nargs="+", metavar="DIR", help=told + "have written")
 
 
 def check_arguments(arguments: argparse.Namespace) -> None:
@@ -54,16 +47,11 @@ def check_arguments(arguments: argparse.Namespace) -> None:
     evaluating = ("weights", "step", "evaluators", "batch_size", "output", "embeddings")
     for name in (*evaluating, "baseline"):
         if getattr(arguments, name) is not None:
-            option = name.replace("_", "-")
-            raise UserError(f"--compare evaluates nothing: leave --{option} out")
+            raise UserError(f"--compare evaluates nothing: leave --{name.replace('_', '-')} out")
 
 
 def compare(arguments: argparse.Namespace, argv: Sequence[str]) -> list[str]:
-    """Writes the page of several runs on process 0, and returns lines for the user.
-
-    Raises:
-      UserError: a folder holds no run, or the page cannot be written.
-    """
+    """Writes the page of several runs on process 0; returns lines for the user, or a UserError."""
     from vlp_jax.report.comparison import write_comparison
 
     if jax.process_index() != 0:
@@ -73,13 +61,7 @@ def compare(arguments: argparse.Namespace, argv: Sequence[str]) -> list[str]:
 
 @dataclasses.dataclass(frozen=True)
 class PageRequest:
-    """A page that is to be written.
-
-    Attributes:
-      path: the HTML file.
-      baseline: the scores to compare with; None for none.
-      argv: the command line after `python -m vlp_jax.evaluate`.
-    """
+    """A page that is to be written, its baseline if any, and the command line for its footer."""
 
     path: str
     baseline: Baseline | None
@@ -89,16 +71,12 @@ class PageRequest:
     def prepare(
         cls, arguments: argparse.Namespace, subject: Subject, argv: Sequence[str]
     ) -> PageRequest | None:
-        """Checks the arguments before anything is computed; returns None if no page is asked for.
-
-        Raises:
-          UserError: the file cannot be written, or the baseline cannot be read.
-        """
+        """Checks the arguments before anything is computed; None if no page is asked for."""
         if arguments.report is None:
             return None
         # Here and not above: a command without a page need not have jinja2 and matplotlib.
-        from vlp_jax.report.baseline import read_baseline
         from vlp_jax.report.page import check_output
+        from vlp_jax.report.run_record import read_baseline
 
         check_output(arguments.report)
         baseline = None
@@ -107,11 +85,7 @@ class PageRequest:
         return cls(arguments.report, baseline, argv)
 
     def write(self, subject: Subject, loaded: LoadedParameters, findings: Findings) -> list[str]:
-        """Writes the page and returns lines for the user; every process must call it.
-
-        Raises:
-          UserError: the page cannot be written.
-        """
+        """Writes the page and returns lines for the user; every process must call it."""
         from vlp_jax.report.material import collect
         from vlp_jax.report.report import write_report
 

@@ -7,17 +7,8 @@ from collections.abc import Mapping, Sequence
 
 from vlp_jax.errors import UserError
 from vlp_jax.report import page
-from vlp_jax.report.blocks import (
-    GOOD,
-    PLAIN,
-    Block,
-    Cell,
-    Charts,
-    Section,
-    Table,
-    Text,
-)
-from vlp_jax.report.provenance import provenance
+from vlp_jax.report.blocks import GOOD, PLAIN, Block, Cell, Charts, Section, Table, Text
+from vlp_jax.report.page import provenance
 from vlp_jax.report.run_record import RunRecord, short_names
 from vlp_jax.report.scores import (
     about,
@@ -27,9 +18,14 @@ from vlp_jax.report.scores import (
     scores_of,
     title_of,
 )
-from vlp_jax.report.section_config import ABSENT, difference_table
-from vlp_jax.report.section_curves import metric_chart, score_charts
-from vlp_jax.report.section_time import speed
+from vlp_jax.report.section_run import (
+    ABSENT,
+    difference_table,
+    flat,
+    metric_chart,
+    score_charts,
+    speed,
+)
 from vlp_jax.report.wording import score_text
 
 MOST_RUNS = 6  # as many curves can be told apart
@@ -40,12 +36,7 @@ BEST = "\N{BLACK STAR}"
 def write_comparison(
     path: str | os.PathLike[str], workdirs: Sequence[str], command: Sequence[str] = ()
 ) -> list[str]:
-    """Writes the page and returns lines for the user.
-
-    Args:
-      path: the HTML file.
-      workdirs: 2 to 6 folders of runs.
-      command: the command line after `python -m vlp_jax.evaluate`.
+    """Writes the page of 2 to 6 runs and returns lines for the user.
 
     Raises:
       UserError: a folder holds no run or is named twice, there are too many, or the page cannot be
@@ -137,7 +128,7 @@ def _curves(runs: Mapping[str, RunRecord]) -> Section | None:
 
 
 def _configs(runs: Mapping[str, RunRecord]) -> Section:
-    table = difference_table({name: run.config for name, run in runs.items()})
+    table = difference_table({name: flat(run.config) for name, run in runs.items()})
     return Section("config", "Config", [table])
 
 

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import base64
+import datetime
 import hashlib
 import os
+import platform
+import shlex
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
+import jax
 import jinja2
 from etils import epath
 
@@ -14,6 +19,43 @@ from vlp_jax.errors import UserError
 from vlp_jax.observe.palette import DARK, LIGHT, declarations
 from vlp_jax.report.blocks import Section
 from vlp_jax.report.pictures import Album
+from vlp_jax.versions import commit, versions
+
+PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "numpy", "tensorflow", "tensorflow-cpu")
+
+
+def provenance(command: Sequence[str]) -> Mapping[str, str]:
+    """Returns label -> text for the footer; facts that cannot be found out are left out."""
+    now = datetime.datetime.now(datetime.UTC)
+    found = {
+        "made": now.strftime("%Y-%m-%d %H:%M UTC"),
+        "command": shlex.join(["python", "-m", "vlp_jax.evaluate", *command]),
+        "commit": commit(),
+        "devices": _devices(),
+        "processor": _processor(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "versions": ", ".join(f"{name} {which}" for name, which in versions(PACKAGES).items()),
+    }
+    return {name: text for name, text in found.items() if text}
+
+
+def _devices() -> str:
+    kinds = sorted({device.device_kind for device in jax.devices()})
+    processes = jax.process_count()
+    more = f" on {processes} processes" if processes > 1 else ""
+    return f"{jax.device_count()} \N{MULTIPLICATION SIGN} {', '.join(kinds)}{more}"
+
+
+def _processor() -> str:
+    # Under Linux `platform.processor` is empty.
+    model = platform.processor()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        model = next((ln.split(":", 1)[1].strip() for ln in lines if "model name" in ln), model)
+    except OSError:
+        pass  # elsewhere than on Linux
+    return f"{model}, {os.cpu_count()} cores" if model else ""
+
 
 MAX_BYTES = 5_000_000  # of the whole page
 # Of all pictures, tried in turn until the page is below `MAX_BYTES`.
@@ -31,19 +73,12 @@ def _environment() -> jinja2.Environment:
 
 
 def render(
-    title: str,
-    facts: Sequence[str],
-    sections: Sequence[Section],
-    made_by: Mapping[str, str],
+    title: str, facts: Sequence[str], sections: Sequence[Section], made_by: Mapping[str, str]
 ) -> str:
     """Renders the page as HTML and escapes all text.
 
     Its policy (Content-Security-Policy) allows its one style sheet and pictures that are part of
     it. Network, scripts and forms are forbidden, also to a text that should escape the escaping.
-
-    Args:
-      facts: lines under the title.
-      made_by: label -> text of the footer.
     """
     environment = _environment()
     style = environment.get_template("style.css").render(
@@ -64,11 +99,7 @@ def render(
 
 
 def render_small(build: Callable[[Album], str]) -> str:
-    """Builds the page with as many pictures as leave it below `MAX_BYTES`.
-
-    Raises:
-      UserError: the page is too large without any picture.
-    """
+    """Builds the page with as many pictures as leave it below `MAX_BYTES`; UserError if none do."""
     for most in _PICTURE_BYTES:
         page = build(Album(most))
         size = len(page.encode())
@@ -81,11 +112,7 @@ def render_small(build: Callable[[Album], str]) -> str:
 
 
 def check_output(path: str | os.PathLike[str]) -> epath.Path:
-    """Checks the path of a page before anything is computed.
-
-    Raises:
-      UserError: the path is a folder, or its folder does not exist.
-    """
+    """Checks the path of a page before anything is computed; UserError for one that cannot be."""
     file = epath.Path(path)
     if file.is_dir():
         raise UserError(f"--report {path} is a folder: name a file in it, such as report.html")
@@ -96,11 +123,7 @@ def check_output(path: str | os.PathLike[str]) -> epath.Path:
 
 
 def write(file: epath.Path, page: str) -> None:
-    """Writes the page.
-
-    Raises:
-      UserError: it cannot be written.
-    """
+    """Writes the page; raises UserError if it cannot be written."""
     try:
         file.write_text(page)
     except OSError as error:

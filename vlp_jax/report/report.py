@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from vlp_jax.encoders.subject import Subject
@@ -13,27 +13,79 @@ from vlp_jax.evaluators.reconstruction import ReconstructionOutcome
 from vlp_jax.evaluators.retrieval import RetrievalOutcome
 from vlp_jax.evaluators.zero_shot import ZeroShotOutcome
 from vlp_jax.report import page
-from vlp_jax.report.baseline import Baseline
-from vlp_jax.report.blocks import Section
+from vlp_jax.report.blocks import BAD, GOOD, PLAIN, Block, Cell, Section, Table, Text, Tile, Tiles
 from vlp_jax.report.material import Material
-from vlp_jax.report.pictures import Album
-from vlp_jax.report.provenance import provenance
-from vlp_jax.report.run_record import RunRecord
-from vlp_jax.report.section_config import config_section
-from vlp_jax.report.section_curves import curves_section
-from vlp_jax.report.section_data import data_section
-from vlp_jax.report.section_pictures import (
+from vlp_jax.report.page import provenance
+from vlp_jax.report.pictures import (
+    Album,
     heat_section,
-    left_out,
     paintings_section,
     samples_section,
 )
+from vlp_jax.report.run_record import Baseline, RunRecord
+from vlp_jax.report.scores import (
+    BETTER,
+    WORSE,
+    Score,
+    about,
+    by_evaluator,
+    headlines,
+    scores_of,
+    title_of,
+)
+from vlp_jax.report.section_data import data_section
 from vlp_jax.report.section_retrieval import retrieval_section
-from vlp_jax.report.section_scores import headline_section, table_section
-from vlp_jax.report.section_time import time_section
+from vlp_jax.report.section_run import config_section, curves_section, time_section
 from vlp_jax.report.section_zero_shot import zero_shot_section
-from vlp_jax.report.wording import plain
+from vlp_jax.report.wording import is_share, plain, score_text
 from vlp_jax.training.restore import LoadedParameters
+
+_TONES = {BETTER: GOOD, WORSE: BAD}
+MOST_TILES = 8
+
+
+def headline_section(scores: Mapping[str, float], baseline: Baseline | None) -> Section:
+    """Shows the main scores of each evaluator, with chance and the change from the baseline."""
+    tiles = [_tile(score) for score in headlines(scores, baseline and baseline.scores)]
+    return Section("summary", "Summary", [Tiles(tiles[:MOST_TILES])])
+
+
+def _tile(score: Score) -> Tile:
+    notes = [score.evaluator]
+    if score.chance is not None:
+        notes.append(f"chance {score_text(score.name, score.chance)}")
+    change = None
+    if score.baseline is not None:
+        notes.append(f"baseline {score_text(score.name, score.baseline)}")
+        change = (score.change, _TONES.get(score.verdict or "", PLAIN))
+    return Tile(title_of(score.name), score.text, notes, change)
+
+
+def table_section(
+    scores: Mapping[str, float], baseline: Baseline | None, notices: list[str]
+) -> Section:
+    """Builds the table of every score of every evaluator."""
+    head = ["score", "value", "chance"] + (["baseline", "difference"] if baseline else [])
+    named = by_evaluator(scores)
+    rows: list[list[str | Cell]] = []
+    for score in scores_of(scores, baseline and baseline.scores):
+        title = f"{score.evaluator} ({about(named[score.evaluator])})"
+        if [title] not in rows:
+            rows.append([title])
+        share = score.value if is_share(score.name) and 0 <= score.value <= 1 else None
+        chance = "" if score.chance is None else score_text(score.name, score.chance)
+        cell = Cell(score.text, share=share, mark=score.chance)
+        row: list[str | Cell] = [title_of(score.name), cell, chance]
+        if baseline:
+            old = "" if score.baseline is None else score_text(score.name, score.baseline)
+            row += [old, Cell(score.change, _TONES.get(score.verdict or "", PLAIN))]
+        rows.append(row)
+    beside = f", beside the scores of {baseline.title}" if baseline else ""
+    caption = f"Scores of each evaluator{beside}. The mark on a bar is chance."
+    numeric = range(1, len(head))
+    blocks: list[Block] = [Table(caption, head, rows, tuple(numeric))]
+    blocks += [Text(notice) for notice in notices]
+    return Section("scores", "All scores", blocks)
 
 
 def write_report(
@@ -45,15 +97,7 @@ def write_report(
     baseline: Baseline | None = None,
     command: Sequence[str] = (),
 ) -> list[str]:
-    """Writes the page and returns lines for the user.
-
-    Args:
-      path: the HTML file.
-      subject: the model and its data.
-      loaded: the parameters that were evaluated.
-      material: everything that the page shows.
-      baseline: scores to compare with; None for none.
-      command: the command line after `python -m vlp_jax.evaluate`.
+    """Writes the page of evaluated parameters, and returns lines for the user.
 
     Raises:
       UserError: the page cannot be written, or a file of the run is damaged.
@@ -74,36 +118,18 @@ def write_report(
     return [f"wrote {path}", *(f"note: {notice}" for notice in notices)]
 
 
-def _zero_shot(
-    name: str, outcome: ZeroShotOutcome, material: Material, album: Album
-) -> Section | None:
-    return zero_shot_section(name, outcome, material.mistakes[name], album)
-
-
-def _retrieval(
-    name: str, outcome: RetrievalOutcome, material: Material, album: Album
-) -> Section | None:
-    return retrieval_section(name, outcome, material.texts[name], material.pairs[name], album)
-
-
-def _painted(name: str, outcome: Outcome, material: Material, album: Album) -> Section | None:
-    del name, outcome
-    if material.views is None:
-        return None
-    return paintings_section(material.views, material.hidden, album)
-
-
-def _samples(name: str, outcome: Outcome, material: Material, album: Album) -> Section | None:
-    del material
-    return samples_section(name, outcome, album)
-
-
 # The section for the outcome of an evaluator, by its type, in the order of the page.
 SECTIONS: dict[type[Outcome], Callable[[str, Any, Material, Album], Section | None]] = {
-    ZeroShotOutcome: _zero_shot,
-    RetrievalOutcome: _retrieval,
-    CaptionsOutcome: _samples,
-    ReconstructionOutcome: _painted,
+    ZeroShotOutcome: lambda name, outcome, material, album: zero_shot_section(
+        name, outcome, material.mistakes[name], album
+    ),
+    RetrievalOutcome: lambda name, outcome, material, album: retrieval_section(
+        name, outcome, material.texts[name], material.pairs[name], album
+    ),
+    CaptionsOutcome: lambda name, outcome, material, album: samples_section(name, outcome, album),
+    ReconstructionOutcome: lambda name, outcome, material, album: paintings_section(
+        material.views, material.hidden, album
+    ),
 }
 
 
@@ -125,15 +151,15 @@ def _sections(
         for name, outcome in material.outcomes(kind).items():
             found.append(section(name, outcome, material, album))
     found.append(heat_section(material.heat, album))
-    tokenizer = subject.resources.tokenizer
     if run is not None:
-        context = None if tokenizer is None else tokenizer.context_length
+        context = getattr(subject.resources.tokenizer, "context_length", None)
         found.append(data_section(material.data, context))
         found.append(time_section(run))
         other = None if baseline is None or baseline.run is None else baseline.run.config
         found.append(config_section(run.config, other, "baseline"))
     if album.left_out:
-        found.append(Section("left-out", "Left out", left_out(album)))
+        text = f"{album.left_out} pictures are left out, so that the page stays small."
+        found.append(Section("left-out", "Left out", [Text(text)]))
     return [section for section in found if section is not None]
 
 

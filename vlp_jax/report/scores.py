@@ -31,15 +31,7 @@ _ARROWS = {BETTER: "\N{BLACK UP-POINTING TRIANGLE}", WORSE: "\N{BLACK DOWN-POINT
 
 @dataclasses.dataclass(frozen=True)
 class Score:
-    """A score of an evaluator.
-
-    Attributes:
-      evaluator: its name in the config.
-      name: the name of the score.
-      value: the score of the run.
-      chance: the score of guessing; None if it is not known.
-      baseline: the score of the baseline; None if it has none.
-    """
+    """A score of an evaluator, with the score of guessing and the baseline's, if they are known."""
 
     evaluator: str
     name: str
@@ -102,11 +94,7 @@ def by_evaluator(scores: Mapping[str, float]) -> dict[str, dict[str, float]]:
 def scores_of(
     scores: Mapping[str, float], baseline: Mapping[str, float] | None = None
 ) -> Iterator[Score]:
-    """Yields every score in order, with its chance and its baseline.
-
-    Args:
-      scores, baseline: "eval/EVALUATOR/NAME" -> value.
-    """
+    """Yields every score of {eval/EVALUATOR/NAME: value}, with its chance and its baseline."""
     for evaluator, named in by_evaluator(scores).items():
         for name, value in named.items():
             if not _ABOUT.search(name):

@@ -46,12 +46,7 @@ def scan_training_data(subject: Subject) -> dict[str, Scan] | str:
 
 
 def data_section(found: Mapping[str, Scan] | str, context_length: int | None) -> Section:
-    """Builds a table of figures of each part, and histograms.
-
-    Args:
-      found: from `scan_training_data`.
-      context_length: tokens of a text that the model reads; None if it reads none.
-    """
+    """Builds a table of figures of each part, and histograms with the model's context length."""
     if isinstance(found, str):
         text = f"The training data could not be looked at on this machine: {found}"
         return Section("data", "Training data", [Text(text)])

@@ -22,12 +22,7 @@ _EDGES = (1, 5, 10, 100)  # ranks of the histogram
 
 @dataclasses.dataclass(frozen=True)
 class ShownExamples:
-    """The examples that are shown, as rows of an outcome.
-
-    Attributes:
-      found_images, lost_images: images whose text is ranked first, and lowest.
-      found_texts, lost_texts: texts whose image is ranked first, and lowest.
-    """
+    """Rows that are shown: images and texts whose answer is ranked first, or lowest."""
 
     found_images: Int[np.ndarray, " few"]
     lost_images: Int[np.ndarray, " few"]
@@ -63,12 +58,7 @@ def retrieval_section(
     images: Mapping[int, np.ndarray],
     album: Album,
 ) -> Section:
-    """Builds charts of ranks, and cards of examples.
-
-    Args:
-      texts: the texts of the outcome.
-      images: row of the outcome -> pixels, of `images_of`.
-    """
+    """Builds charts of ranks, and cards of examples; `images` are those of `images_of`."""
     choice = choose(outcome)
     page = _Page(outcome, texts, images, album)
     blocks: list[Block] = [Charts([_ranks("image", outcome), _ranks("text", outcome)])]

@@ -57,11 +57,7 @@ def mistakes(outcome: ZeroShotOutcome, count: int = MISTAKES) -> Int[np.ndarray,
 
 
 def zero_shot_section(name: str, outcome: ZeroShotOutcome, images: Images, album: Album) -> Section:
-    """Builds the section of an evaluator.
-
-    Args:
-      images: place in the data -> pixels of the `mistakes`.
-    """
+    """Builds the section of an evaluator; `images` has the pixels of `mistakes` by place."""
     counts = confusion(outcome)
     few = [_pairs(counts, outcome.class_names)]
     if outcome.logit_scale is not None:

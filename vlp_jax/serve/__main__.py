@@ -15,14 +15,21 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from vlp_jax.arguments import make_parser
 from vlp_jax.encoders import load
 from vlp_jax.encoders.subject import Subject
 from vlp_jax.errors import UserError
 from vlp_jax.files import read_lines
 from vlp_jax.parallel import startup
 from vlp_jax.serve.explorer import Classes, Explorer
-from vlp_jax.serve.index import build_index, default_folder, import_faiss
-from vlp_jax.serve.pictures import EvaluationImages, Folder, Pictures
+from vlp_jax.serve.index import (
+    EvaluationImages,
+    Folder,
+    Pictures,
+    build_index,
+    default_folder,
+    import_faiss,
+)
 from vlp_jax.training.command import run_command
 from vlp_jax.training.restore import CHOICES
 from vlp_jax.training.run import Run
@@ -40,70 +47,41 @@ DEFAULT_TEMPLATE = "a photo of a {}."
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """Reads the command line."""
-    parser = argparse.ArgumentParser(
-        prog="vlp-jax serve",
-        description="A local page on which a text finds images, and an image finds classes, "
-        "similar images and the regions that answer a text.",
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+    what = (
+        "A local page on which a text finds images, and an image finds classes, similar images and "
+        "the regions that answer a text."
     )
+    parser = make_parser("vlp-jax serve", what, epilog=EPILOG)
     model = parser.add_mutually_exclusive_group(required=True)
     model.add_argument("--workdir", metavar="DIR", help="folder of a run")
     model.add_argument("--weights", metavar="FORMAT:PATH", help="hf:DIR, open_clip:DIR, ...")
-    parser.add_argument("--step", type=int, metavar="N", help="checkpoint; default: the newest")
-    parser.add_argument("--params", choices=CHOICES, default="auto", help="as in vlp_jax.evaluate")
-    parser.add_argument("--tokenizer", metavar="FILE", help="for weights that come without one")
-    parser.add_argument(
-        "--images",
-        type=Path,
-        metavar="DIR",
-        help="folder of the images to be found; default: images of the run's retrieval evaluator",
+    add = parser.add_argument
+    add("--step", type=int, metavar="N", help="checkpoint; default: the newest")
+    add("--params", choices=CHOICES, default="auto", help="as in vlp_jax.evaluate")
+    add("--tokenizer", metavar="FILE", help="for weights that come without one")
+    told = "folder of the images to be found; default: images of the run's retrieval evaluator"
+    add("--images", type=Path, metavar="DIR", help=told)
+    add("--max-images", type=int, default=100_000, metavar="N", help="at most so many")
+    told = "names or captions, a line each, to compare images with; default: classes of the run's "
+    add("--classes", type=Path, metavar="FILE", help=told + "zero-shot evaluator")
+    told = (
+        f"with {{}} for the name of a class, can be repeated; default: {DEFAULT_TEMPLATE!r}, "
+        "or the templates of the run; '{}' for captions"
     )
-    parser.add_argument(
-        "--max-images", type=int, default=100_000, metavar="N", help="at most so many"
-    )
-    parser.add_argument(
-        "--classes",
-        type=Path,
-        metavar="FILE",
-        help="names or captions, a line each, to compare "
-        "images with; default: classes of the run's zero-shot evaluator",
-    )
-    parser.add_argument(
-        "--template",
-        action="append",
-        metavar="TEXT",
-        help=f"with {{}} for the name of a class, can be repeated; default: {DEFAULT_TEMPLATE!r}, "
-        "or the templates of the run; '{}' for captions",
-    )
-    parser.add_argument(
-        "--index", type=Path, metavar="DIR", help="where embeddings are kept; default: ~/.cache"
-    )
-    parser.add_argument(
-        "--host", default="127.0.0.1", help="address to listen on; default: this machine only"
-    )
-    parser.add_argument("--port", type=int, default=8000, help="0 takes any free port")
-    parser.add_argument(
-        "--allow-host", action="append", default=[], metavar="NAME",
-        help="a name by which browsers may ask for the page, besides --host and this machine's",
-    )  # fmt: skip
-    parser.add_argument(
-        "--max-upload",
-        type=float,
-        default=20.0,
-        metavar="MIB",
-        help="size of an image; default: 20",
-    )
+    add("--template", action="append", metavar="TEXT", help=told)
+    add("--index", type=Path, metavar="DIR", help="where embeddings are kept; default: ~/.cache")
+    told = "address to listen on; default: this machine only"
+    add("--host", default="127.0.0.1", help=told)
+    add("--port", type=int, default=8000, help="0 takes any free port")
+    told = "a name by which browsers may ask for the page, besides --host and this machine's"
+    add("--allow-host", action="append", default=[], metavar="NAME", help=told)
+    told = "size of an image; default: 20"
+    add("--max-upload", type=float, default=20.0, metavar="MIB", help=told)
     return parser.parse_args(argv)
 
 
 def open_pictures(arguments: argparse.Namespace, subject: Subject | None) -> Pictures:
-    """Opens the images that can be found.
-
-    Raises:
-      UserError: there are no images.
-    """
+    """Opens the images that can be found; UserError if there are none."""
     if arguments.max_images < 1:
         raise UserError(f"--max-images is at least 1, not {arguments.max_images}")
     if arguments.images is not None:
@@ -118,11 +96,7 @@ def open_pictures(arguments: argparse.Namespace, subject: Subject | None) -> Pic
 
 
 def open_classes(arguments: argparse.Namespace, subject: Subject | None) -> Classes | None:
-    """Reads the classes that images are compared with; None without any.
-
-    Raises:
-      UserError: the file cannot be read, is empty, or names a class twice.
-    """
+    """Reads the classes that images are compared with; None without any, UserError for bad ones."""
     if arguments.classes is not None:
         names = list(read_lines(arguments.classes, "--classes"))
         templates = arguments.template or [DEFAULT_TEMPLATE]
@@ -152,11 +126,7 @@ def open_subject(arguments: argparse.Namespace) -> Subject | None:
 
 
 def make_explorer(arguments: argparse.Namespace) -> Explorer:
-    """Loads the model and embeds the images that are not embedded yet.
-
-    Raises:
-      UserError: a mistake in the command line, or files that cannot be read.
-    """
+    """Loads the model and embeds the images that are not embedded yet."""
     import_faiss()  # first: nobody should wait for a model to learn that faiss is missing
     encoder = load(
         arguments.workdir or arguments.weights,
@@ -205,11 +175,7 @@ def hosts_of(host: str, allowed: Sequence[str]) -> list[str]:
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """Opens a socket and binds it, so that a mistake ends in one line before the model is loaded.
-
-    Raises:
-      UserError: the address is not an address of this machine, or the port is taken.
-    """
+    """Binds a socket before the model is loaded; UserError for a bad address or a taken port."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     opened = socket.socket(family, socket.SOCK_STREAM)
     # Without it a port stays taken for a minute after the server ended.
@@ -239,11 +205,8 @@ def serve(arguments: argparse.Namespace) -> None:
     startup.use_compilation_cache()  # heat maps compile at the first click
     with listen(arguments.host, arguments.port) as opened:
         explorer = make_explorer(arguments)
-        app = make_app(
-            explorer,
-            hosts_of(arguments.host, arguments.allow_host),
-            max_upload=round(arguments.max_upload * 2**20),
-        )
+        hosts = hosts_of(arguments.host, arguments.allow_host)
+        app = make_app(explorer, hosts, max_upload=round(arguments.max_upload * 2**20))
         host, port = opened.getsockname()[:2]
         if not is_loopback(host):
             print("note: other machines can reach this page, and it asks nobody who they are")

@@ -28,6 +28,7 @@ FILES = {
     "/page.js": ("page.js", "text/javascript; charset=utf-8"),
     "/icon.svg": ("icon.svg", "image/svg+xml"),
 }
+Endpoint = Callable[[Request], Awaitable[Response]]
 MAX_JSON = 1 << 20  # bytes of a request without an image
 DEFAULT_COUNT = 24
 
@@ -48,25 +49,28 @@ class TooLarge(Exception):
 
 
 def make_app(explorer: Explorer, hosts: list[str], max_upload: int) -> Starlette:
-    """Builds the application.
+    """Builds the application, which takes at most `max_upload` bytes of an image.
 
-    Args:
-      hosts: names under which the page answers. Under another name it refuses: a page elsewhere
-        could let its own name point here and read the answers (DNS rebinding).
-      max_upload: bytes of an image, at most.
+    It refuses names other than `hosts`: a page elsewhere could let its own name point here and
+    read the answers (DNS rebinding).
     """
     endpoints = Endpoints(explorer, max_upload)
     files = [Route(path, functools.partial(_file, *file)) for path, file in FILES.items()]
     return Starlette(
         routes=[
             *files,
-            Route("/api/about", endpoints.about),
-            Route("/api/search", endpoints.search, methods=["POST"]),
-            Route("/api/look", endpoints.look, methods=["POST"]),
-            Route("/api/look/{number:int}", endpoints.look_at_known, methods=["POST"]),
-            Route("/api/compare", endpoints.compare, methods=["POST"]),
-            Route("/api/heat_map", endpoints.heat_map, methods=["POST"]),
-            Route("/thumbnail/{number:int}", endpoints.thumbnail),
+            *(
+                Route(path, _answering(endpoint), methods=[method])
+                for path, endpoint, method in (
+                    ("/api/about", endpoints.about, "GET"),
+                    ("/api/search", endpoints.search, "POST"),
+                    ("/api/look", endpoints.look, "POST"),
+                    ("/api/look/{number:int}", endpoints.look_at_known, "POST"),
+                    ("/api/compare", endpoints.compare, "POST"),
+                    ("/api/heat_map", endpoints.heat_map, "POST"),
+                    ("/thumbnail/{number:int}", endpoints.thumbnail, "GET"),
+                )
+            ),
         ],
         middleware=[
             Middleware(TrustedHostMiddleware, allowed_hosts=hosts, www_redirect=False),
@@ -103,15 +107,12 @@ class Guarded:
         await self._app(scope, receive, send_with_headers)
 
 
-def _answering(
-    endpoint: Callable[[Endpoints, Request], Awaitable[Response]],
-) -> Callable[[Endpoints, Request], Awaitable[Response]]:
+def _answering(endpoint: Endpoint) -> Endpoint:
     """Turns mistakes of the user into an answer that the page shows."""
 
-    @functools.wraps(endpoint)
-    async def answer(self: Endpoints, request: Request) -> Response:
+    async def answer(request: Request) -> Response:
         try:
-            return await endpoint(self, request)
+            return await endpoint(request)
         except UserError as error:
             return _error(str(error), 400)
         except TooLarge as error:
@@ -128,20 +129,17 @@ class Endpoints:
     def __init__(self, explorer: Explorer, max_upload: int) -> None:
         self._explorer, self._max_upload = explorer, max_upload
 
-    @_answering
     async def about(self, request: Request) -> Response:
         """Answers with `Explorer.about` and the limit of an upload in bytes."""
         del request
         return JSONResponse({**self._explorer.about(), "max_upload": self._max_upload})
 
-    @_answering
     async def search(self, request: Request) -> Response:
         """Answers {"text", "count"} with `Explorer.search`."""
         asked = await _json(request)
         count = asked.get("count", DEFAULT_COUNT)
         return await _in_thread(self._explorer.search, asked.get("text"), count)
 
-    @_answering
     async def look(self, request: Request) -> Response:
         """Answers the bytes of an image file with `Explorer.look`."""
         content = await _body(request, self._max_upload)
@@ -149,19 +147,16 @@ class Endpoints:
             raise UserError("the file is empty")
         return await _in_thread(self._explorer.look, content, DEFAULT_COUNT)
 
-    @_answering
     async def look_at_known(self, request: Request) -> Response:
         """Answers with `Explorer.look` at an image of the index."""
         number = request.path_params["number"]
         return await _in_thread(self._explorer.look_at_known, number, DEFAULT_COUNT)
 
-    @_answering
     async def compare(self, request: Request) -> Response:
         """Answers {"key", "texts"} with `Explorer.compare`."""
         asked = await _json(request)
         return await _in_thread(self._explorer.compare, asked.get("key"), asked.get("texts"))
 
-    @_answering
     async def heat_map(self, request: Request) -> Response:
         """Answers {"key", "text"} with a PNG."""
         asked = await _json(request)
@@ -169,7 +164,6 @@ class Endpoints:
         content = await run_in_threadpool(draw, asked.get("key"), asked.get("text"))
         return Response(content, media_type="image/png")
 
-    @_answering
     async def thumbnail(self, request: Request) -> Response:
         """Answers with a WebP of an image of the index."""
         number = request.path_params["number"]

@@ -16,8 +16,7 @@ from jaxtyping import Float, UInt8
 from vlp_jax.encoders import Encoder
 from vlp_jax.errors import UserError
 from vlp_jax.inspection import heat_map, overlay
-from vlp_jax.serve.index import ImageIndex
-from vlp_jax.serve.pictures import Pictures, png, thumbnail
+from vlp_jax.serve.index import ImageIndex, Pictures, png, thumbnail
 
 MAX_COUNT = 100  # images of one answer
 MAX_TEXT = 2_000  # characters
@@ -29,13 +28,7 @@ SHOWN_CLASSES = 5
 
 @dataclasses.dataclass(frozen=True)
 class Classes:
-    """Texts that an image is compared with: names of classes, or captions.
-
-    Attributes:
-      title: their origin, for messages.
-      names: a name for each class.
-      prompts: the texts of each class; the embeddings of several are averaged.
-    """
+    """Texts that an image is compared with: names, and the prompts that are averaged for each."""
 
     title: str
     names: Sequence[str]
@@ -51,11 +44,7 @@ class Classes:
 
     @classmethod
     def of_names(cls, title: str, names: Sequence[str], templates: Sequence[str]) -> Classes:
-        """Puts names into templates such as "a photo of a {}.".
-
-        Raises:
-          UserError: a name occurs twice, or a template has no {}.
-        """
+        """Puts names into templates such as "a photo of a {}."; UserError for one without {}."""
         for template in templates:
             if "{}" not in template:
                 raise UserError(f"the template {template!r} has no {{}} for the name of a class")
@@ -74,9 +63,7 @@ class Explorer:
         self._uploads: collections.OrderedDict[str, UInt8[np.ndarray, "h w 3"]] = (
             collections.OrderedDict()
         )
-        self._class_vectors = None
-        if classes is not None:
-            self._class_vectors = self._embed_classes(classes)
+        self._class_vectors = None if classes is None else self._embed_classes(classes)
 
     def about(self) -> dict[str, Any]:
         """Returns the facts at the top of the page: model, images and classes."""
@@ -92,26 +79,18 @@ class Explorer:
         }
 
     def search(self, text: str, count: int) -> dict[str, Any]:
-        """Finds the images that are most similar to a text.
-
-        Raises:
-          UserError: the text is empty or too long, or the count out of range.
-        """
-        count = _checked_count(count)
-        text = _checked_text(text)
+        """Finds the images most similar to a text; UserError for a bad text or count."""
+        count, text = _checked_count(count), _checked_text(text)
         with self._lock:
             vector, note = self._embed([text])
             found = self.index.nearest(vector[0], count)
         return {"results": self._named(found), "note": note}
 
     def look(self, content: bytes, count: int) -> dict[str, Any]:
-        """Finds the classes of an image and the images that are most similar to it.
+        """Finds the classes of an image file and the images that are most similar to it.
 
-        Returns:
-          also a `key` by which `heat_map` and `compare` know the image for a while.
-
-        Raises:
-          UserError: the file is no image, or too large.
+        The `key` in the result names the image for `heat_map` and `compare`, for a while. Raises
+        UserError if the file is no image, or too large.
         """
         count = _checked_count(count)
         pixels = self.encoder.images(content, "the file")
@@ -122,7 +101,7 @@ class Explorer:
             self._uploads[key] = pixels
             while len(self._uploads) > KEPT_IMAGES:
                 self._uploads.popitem(last=False)
-        best: list[dict[str, Any]] = []
+        best = []
         if self.classes is not None:
             best = self._ranked(vector, self._class_vectors, self.classes.names)[:SHOWN_CLASSES]
         return {"key": key, "classes": best, "results": self._named(found)}
@@ -132,11 +111,7 @@ class Explorer:
         return self.look(self.content(number), count)
 
     def compare(self, key: str, texts: Sequence[str]) -> dict[str, Any]:
-        """Computes probabilities of typed texts for an image that was looked at.
-
-        Raises:
-          UserError: the image is not kept any more, or a text is empty, double or too long.
-        """
+        """Computes probabilities of typed texts for a kept image; UserError for bad ones."""
         if not isinstance(texts, list) or not 1 <= len(texts) <= MAX_TEXTS:
             raise UserError(f"give 1 to {MAX_TEXTS} texts, a line each")
         texts = [_checked_text(text) for text in texts]
@@ -148,11 +123,7 @@ class Explorer:
         return {"classes": self._ranked(image, vectors, texts), "note": note}
 
     def heat_map(self, key: str, text: str) -> bytes:
-        """Draws a PNG of the image with the regions marked that answer a text.
-
-        Raises:
-          UserError: the image is not kept any more, or the text is empty or too long.
-        """
+        """Draws a PNG of a kept image with the regions marked that answer a text."""
         text = _checked_text(text)
         pixels = self._upload(key)
         with self._lock:
@@ -165,11 +136,7 @@ class Explorer:
         return png(picture.resize(size, PIL.Image.Resampling.BICUBIC))
 
     def content(self, number: int) -> bytes:
-        """Reads the file of an image of the index.
-
-        Raises:
-          UserError: there is no such image.
-        """
+        """Reads the file of an image of the index; UserError if there is no such image."""
         if not 0 <= number < len(self.pictures.names):
             raise UserError(f"there is no image {number}")
         return self.pictures.content(number)

@@ -1,4 +1,4 @@
-"""An index of the embeddings of images, kept on disk by faiss (Johnson et al. 2017).
+"""The images that can be found, and their embeddings on disk by faiss (Johnson et al. 2017).
 
 FOLDER/index.faiss    the vectors
 FOLDER/entries.json   the model, and the name and version of each image
@@ -8,19 +8,101 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import io
+import itertools
 import json
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
+import PIL.Image
 from jaxtyping import Float
 
 from vlp_jax.encoders import Encoder
+from vlp_jax.encoders.images import ImageProcessor
+from vlp_jax.encoders.subject import Subject
 from vlp_jax.errors import UserError
 from vlp_jax.files import write_whole
-from vlp_jax.serve.pictures import Pictures
+
+SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp"}
+THUMBNAIL = 256  # pixels of the longer side
+
+
+class Pictures(Protocol):
+    """Numbered images with unique names, and a version that changes with the content of each."""
+
+    title: str
+    names: Sequence[str]
+    versions: Sequence[str]
+
+    def content(self, number: int) -> bytes:
+        """Reads the file of an image."""
+
+
+class Folder:
+    """All image files below a folder, in the order of their paths; UserError if there are none."""
+
+    def __init__(self, folder: Path, limit: int) -> None:
+        if not folder.is_dir():
+            raise UserError(f"--images {folder} is no folder")
+        files = sorted(f for f in folder.rglob("*") if f.suffix.lower() in SUFFIXES and f.is_file())
+        if not files:
+            raise UserError(f"--images {folder} holds no image ({', '.join(sorted(SUFFIXES))})")
+        self.found = len(files)
+        self._files = files[:limit]
+        self.title = str(folder)
+        self.names = [str(f.relative_to(folder)) for f in self._files]
+        # To hash the content would read the whole folder at each start.
+        stats = [f.stat() for f in self._files]
+        self.versions = [f"{s.st_size}-{s.st_mtime_ns}" for s in stats]
+
+    def content(self, number: int) -> bytes:
+        try:
+            return self._files[number].read_bytes()
+        except OSError as error:
+            raise UserError(f"{self.names[number]} cannot be read any more: {error}") from None
+
+
+class EvaluationImages:
+    """The images of an evaluator of a run, as its data holds them."""
+
+    def __init__(self, subject: Subject, evaluator: str, limit: int) -> None:
+        self.title = f"the data of the evaluator {evaluator}"
+        batches = subject.open_stored_data(evaluator, ("image",)).batches()
+        stored = (b["image"][place] for b in batches for place in np.flatnonzero(b["mask"]))
+        self._contents = [
+            image if isinstance(image, bytes) else png(PIL.Image.fromarray(image))
+            for image in itertools.islice(stored, limit)
+        ]
+        self.found = len(self._contents)
+        self.names = [f"{evaluator} {number}" for number in range(self.found)]
+        self.versions = [hashlib.sha256(c).hexdigest()[:16] for c in self._contents]
+
+    def content(self, number: int) -> bytes:
+        return self._contents[number]
+
+
+def png(image: PIL.Image.Image) -> bytes:
+    """Encodes an image as a PNG file."""
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def thumbnail(content: bytes, process: ImageProcessor) -> bytes:
+    """Encodes a file's image as a WebP of at most `THUMBNAIL` pixels in width and height."""
+    image = process.upright(*process.open(content, "the image"))
+    factor = THUMBNAIL // max(image.size)
+    if factor > 1:  # a small image is enlarged pixel by pixel: blurred, it would look broken
+        size = tuple(side * factor for side in image.size)
+        image = image.resize(size, PIL.Image.Resampling.NEAREST)
+    image.thumbnail((THUMBNAIL, THUMBNAIL))
+    buffer = io.BytesIO()
+    image.save(buffer, "WEBP", quality=90)
+    return buffer.getvalue()
+
 
 VECTORS, ENTRIES = "index.faiss", "entries.json"
 EXACT_UP_TO = 200_000  # images; beyond, the HNSW graph finds nearly all nearest neighbours
@@ -30,12 +112,7 @@ BATCH = 64
 
 @dataclasses.dataclass(frozen=True)
 class Entries:
-    """The images of an index, in the order of its vectors.
-
-    Attributes:
-      model: fingerprint of the model that embedded them.
-      names, versions: name and version of each image.
-    """
+    """The images of an index, in the order of its vectors, and the fingerprint of the model."""
 
     model: str
     names: list[str]
@@ -43,12 +120,7 @@ class Entries:
 
 
 class ImageIndex:
-    """A search for the images that are nearest to a vector.
-
-    Args:
-      vectors: a faiss index of unit vectors by inner product.
-      places: number of the image of each of its vectors.
-    """
+    """Finds the nearest images in a faiss index of unit vectors; `places` has their numbers."""
 
     def __init__(self, vectors: Any, places: Sequence[int]) -> None:
         self._vectors, self._places = vectors, list(places)
@@ -99,13 +171,9 @@ def build_index(
     """
     model = fingerprint(encoder)
     known = _known(folder, model)
-    rows: dict[int, np.ndarray] = {}
-    todo = []
-    for number, key in enumerate(zip(pictures.names, pictures.versions, strict=True)):
-        if key in known:
-            rows[number] = known[key]
-        else:
-            todo.append(number)
+    keys = list(zip(pictures.names, pictures.versions, strict=True))
+    rows = {number: known[key] for number, key in enumerate(keys) if key in known}
+    todo = [number for number in range(len(keys)) if number not in rows]
     advance(len(rows))
     bad = 0
     for begin in range(0, len(todo), BATCH):
@@ -129,19 +197,13 @@ def build_index(
     places = sorted(rows)
     vectors = _faiss_index(np.stack([rows[n] for n in places]))
     if todo or len(known) != len(rows):
-        entries = Entries(
-            model, [pictures.names[n] for n in places], [pictures.versions[n] for n in places]
-        )
-        _write(folder, vectors, entries)
+        names, versions = map(list, zip(*(keys[n] for n in places), strict=True))
+        _write(folder, vectors, Entries(model, names, versions))
     return ImageIndex(vectors, places)
 
 
 def import_faiss() -> Any:
-    """Imports the library.
-
-    Raises:
-      UserError: it is not installed.
-    """
+    """Imports the library; raises UserError if it is not installed."""
     try:
         import faiss
     except ImportError as error:
@@ -179,9 +241,7 @@ def _known(folder: Path, model: str) -> dict[tuple[str, str], np.ndarray]:
 
 
 def _write(folder: Path, vectors: Any, entries: Entries) -> None:
-    """Writes both files."""
-    # The entries go first and come last. After a crash in between there are none, and the index is
-    # made anew.
+    # The entries go first and come last: after a crash there are none, and the index is made anew.
     faiss = import_faiss()
     try:
         folder.mkdir(parents=True, exist_ok=True)

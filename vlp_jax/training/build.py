@@ -12,7 +12,7 @@ from vlp_jax.data.pipeline import MultiPipeline
 from vlp_jax.data.tokenizers import Tokenizer
 from vlp_jax.evaluators import differing_wordings, make_evaluators
 from vlp_jax.evaluators.base import Resources, compile_functions
-from vlp_jax.evaluators.derived import evaluator_functions
+from vlp_jax.evaluators.loss import evaluator_functions
 from vlp_jax.objectives import Objective
 from vlp_jax.objectives.base import LABELS
 from vlp_jax.observe.throughput import StartupClock

@@ -58,13 +58,7 @@ CHROMA_TABLE = (
 
 
 def of(name: str, severity: int, height: int, width: int, *, small: bool) -> tuple[np.ndarray, ...]:
-    """Returns the arrays that the corruption `name` takes after the image, float32.
-
-    Args:
-      severity: 1 to 5.
-      height, width: size of the images.
-      small: True for the table SMALL, False for LARGE.
-    """
+    """Returns the arrays that the corruption `name` takes after the image, float32."""
     value = (SMALL if small else LARGE)[name][severity - 1]
     arrays = MAKERS[name](value, height, width) if name in MAKERS else value
     arrays = arrays if isinstance(arrays, tuple) else (arrays,)
