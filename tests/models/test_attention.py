@@ -32,6 +32,7 @@ RULES = {
     "prefix": (3, 0),
     "offset": 2,
     "lengths": (6, 3),
+    "segments": ((0, 0, 1, 1, 1), (0, 1, 1, 1, 1)),
     "explicit": np.random.default_rng(7).random((2, 1, 5, 5)) < 0.6,
 }
 
@@ -57,6 +58,8 @@ def is_seen(rules, b, i, j):
         if not before and not ("prefix" in rules and j < rules["prefix"][b]):
             return False
     if "lengths" in rules and j >= rules["lengths"][b]:
+        return False
+    if "segments" in rules and rules["segments"][b][i] != rules["segments"][b][j]:
         return False
     return "explicit" not in rules or bool(rules["explicit"][b, 0, i, j])
 
@@ -191,6 +194,7 @@ def test_a_mask_goes_through_a_loop_over_layers_and_stays_what_it_is():
     [
         (AttentionMask(prefix=jnp.asarray([1, 1])), "prefix needs causal=True"),
         (AttentionMask(offset=jnp.asarray(1)), "offset needs causal=True"),
+        (AttentionMask(segments=jnp.zeros((2, 3), int)), "3 tokens are not for 4 queries"),
     ],
 )
 def test_masks_without_a_meaning(mask, message):

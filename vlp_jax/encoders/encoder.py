@@ -21,13 +21,13 @@ from vlp_jax.encoders.images import Image, ImageProcessor, each_image
 from vlp_jax.encoders.texts import TextProcessor, tokenizer_from
 from vlp_jax.errors import UserError
 from vlp_jax.interop.trees import Module, Params, image_of, to_tree, with_dtype
-from vlp_jax.models.captioner import Captioner
 from vlp_jax.models.coca import CoCa
+from vlp_jax.models.decoder import Captioner
 from vlp_jax.models.dual_encoder import DualEncoder
 from vlp_jax.models.masked_autoencoder import MaskedAutoencoder
+from vlp_jax.objectives import objective_of
 from vlp_jax.objectives.base import Function
 from vlp_jax.objectives.compute import DTYPES
-from vlp_jax.objectives.of_model import objective_of
 from vlp_jax.training.run import Run, bounded, resizing
 
 BATCH_SIZE = 64

@@ -19,7 +19,7 @@ from vlp_jax.interop.files import Tensors
 from vlp_jax.interop.hf_tokenizer import TokenizerFiles
 from vlp_jax.interop.tables import SQUEEZED, Entry, Table, from_theirs, fused, modules
 from vlp_jax.interop.trees import Module, expected_shapes, image_of
-from vlp_jax.models.coca_towers import CoCaText
+from vlp_jax.models.coca import CoCaText
 from vlp_jax.models.text import TextTransformer
 from vlp_jax.models.values import Pixels, tower_fields
 from vlp_jax.models.vit import VisionTransformer

@@ -19,8 +19,7 @@ from typing import Any
 from vlp_jax.errors import UserError
 from vlp_jax.interop import base
 from vlp_jax.interop.base import Extras
-from vlp_jax.models.values import IMAGENET, tower_fields
-from vlp_jax.models.variants import VARIANTS
+from vlp_jax.models.values import IMAGENET, VARIANTS, tower_fields
 from vlp_jax.models.vit import VisionTransformer
 
 _WORDS = (

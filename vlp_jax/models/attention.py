@@ -30,7 +30,7 @@ from vlp_jax.models.attention_kernel import LANES, short_attention
 from vlp_jax.models.values import check_choice
 
 CAUSAL, LENGTHS = "causal", "lengths"
-KINDS = (CAUSAL, "offset", "prefix", LENGTHS, "explicit")
+KINDS = (CAUSAL, "offset", "prefix", LENGTHS, "segments", "explicit")
 
 
 @flax.struct.dataclass
@@ -39,11 +39,11 @@ class AttentionMask:
 
     For 4 tokens, rows are queries, columns are keys, and x is "sees":
 
-        causal        prefix=2      lengths=3
-        x . . .       x x . .       x x x .
-        x x . .       x x . .       x x x .
-        x x x .       x x x .       x x x .
-        x x x x       x x x x       x x x .
+        causal        prefix=2      lengths=3     segments=0011
+        x . . .       x x . .       x x x .       x x . .
+        x x . .       x x . .       x x x .       x x . .
+        x x x .       x x x .       x x x .       . . x x
+        x x x x       x x x x       x x x .       . . x x
 
     Attributes:
       causal: query i sees keys 0 to i; `offset` and `prefix` need it.
@@ -51,6 +51,8 @@ class AttentionMask:
       prefix: all queries of an example see its first `prefix` keys (Raffel et al. 2020, "T5",
         3.2.1).
       lengths: only the first `lengths` keys of each example are seen; at least 1.
+      segments: the segment of each token. A query sees the keys of its segment alone, so several
+        texts can share a sequence. Queries and keys must be the same tokens.
       explicit: True where a query sees a key; a dimension of size 1 is broadcast.
     """
 
@@ -58,6 +60,7 @@ class AttentionMask:
     offset: Int[Array, ""] | None = None
     prefix: Int[Array, " batch"] | None = None
     lengths: Int[Array, " batch"] | None = None
+    segments: Int[Array, "batch tokens"] | None = None
     explicit: Bool[Array, "#batch #heads #queries #keys"] | None = None
 
     def kinds(self) -> tuple[str, ...]:
@@ -66,7 +69,8 @@ class AttentionMask:
             if getattr(self, name) is not None and not self.causal:
                 raise ValueError(f"a mask with {name} needs causal=True: without it all see all")
         # False becomes None, so that all rules are tested alike; the order is the order of KINDS.
-        given = (self.causal or None, self.offset, self.prefix, self.lengths, self.explicit)
+        rules = (self.causal or None, self.offset, self.prefix, self.lengths, self.segments)
+        given = (*rules, self.explicit)
         return tuple(kind for kind, value in zip(KINDS, given, strict=True) if value is not None)
 
     def check(self, who: str, holds: Collection[str]) -> None:
@@ -79,7 +83,11 @@ class AttentionMask:
             )
 
     def visible(self, queries: int, keys: int) -> Bool[Array, "#batch #heads queries keys"] | None:
-        """Makes the mask as an array, True where a query sees a key; None if no rule is given."""
+        """Makes the mask as an array, True where a query sees a key; None if no rule is given.
+
+        Raises:
+          ValueError: see `kinds`; or segments whose length differs from queries or keys.
+        """
         row, column = jnp.arange(queries)[:, None], jnp.arange(keys)
         if self.offset is not None:
             # Queries begin at `offset`, keys at 0: the cache holds the keys before them.
@@ -92,6 +100,13 @@ class AttentionMask:
             rules.append(seen)
         if self.lengths is not None:
             rules.append(column < self.lengths[:, None, None, None])
+        if self.segments is not None:
+            if not self.segments.shape[1] == queries == keys:
+                raise ValueError(
+                    f"segments of {self.segments.shape[1]} tokens are not for {queries} queries "
+                    f"and {keys} keys"
+                )
+            rules.append(self.segments[:, None, :, None] == self.segments[:, None, None, :])
         if self.explicit is not None:
             rules.append(self.explicit)
         if not rules:
@@ -117,7 +132,7 @@ def _xla(query: Heads, key: KeyHeads, value: KeyHeads, mask: AttentionMask) -> H
     return jax.nn.dot_product_attention(query, key, value, implementation="xla", **told)
 
 
-def _cudnn(query: Heads, key: Heads, value: Heads, mask: AttentionMask) -> Heads:
+def _cudnn(query: Heads, key: KeyHeads, value: KeyHeads, mask: AttentionMask) -> Heads:
     # JAX would turn an array of a mask into a bias, for which cuDNN is slower.
     told = {"is_causal": mask.causal, "key_value_seq_lengths": mask.lengths}
     try:
@@ -138,7 +153,12 @@ def _xla_bf16(query: Heads, key: KeyHeads, value: KeyHeads, mask: AttentionMask)
 
 
 def _padded(
-    attention: Attention, multiple: int, query: Heads, key: Heads, value: Heads, mask: AttentionMask
+    attention: Attention,
+    multiple: int,
+    query: Heads,
+    key: KeyHeads,
+    value: KeyHeads,
+    mask: AttentionMask,
 ) -> Heads:
     """Computes attention of sequences filled up to a multiple; nothing sees what fills them."""
     batch, tokens, keys = query.shape[0], query.shape[1], key.shape[1]

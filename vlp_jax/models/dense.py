@@ -11,6 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from vlp_jax.models.values import ComputeConfig, TransformerConfig, check_choice

@@ -33,8 +33,8 @@ POSITIONS = ("learned", "sincos", "none")
 
 
 def patchify(
-    image: Float[Array, "batch height width channels"], patch_size: int
-) -> Float[Array, "batch patches patch_height patch_width channels"]:
+    image: Num[Array, "batch height width channels"], patch_size: int
+) -> Num[Array, "batch patches patch_height patch_width channels"]:
     """Cuts images into patches, row by row; ValueError if they do not tile the image."""
     height, width = image.shape[1:3]
     if height % patch_size or width % patch_size:

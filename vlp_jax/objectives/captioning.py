@@ -368,7 +368,7 @@ def make_captioning(
         raise ValueError(f"label_smoothing must be in [0, 1), not {label_smoothing}")
     check_choice("mean", mean, MEANS)
     how, published = make_compute(**compute), {"bias": False, "embedding_stddev": 1.0}
-    prefix = jnp.zeros(1) if 0 < parallel_share < 1 else None
+    prefix = jnp.zeros(1, jnp.int32) if 0 < parallel_share < 1 else None
     mask = AttentionMask(causal=True, prefix=prefix)
     decoder, scoring = with_attention({**published, **decoder}, how, mask)
     token = {"class_token": image.get("pooling", "none") == "cls"}

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import inspect
 from collections.abc import Callable, Hashable, Iterator, Mapping
-from typing import Any, Self
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -199,7 +199,7 @@ class Composite(Objective):
         ends = (step for part in self.members for step in (part.weight.begin, part.weight.end))
         return tuple(sorted({step for step in ends if step}))
 
-    def at(self, step: int) -> Self:
+    def at(self, step: int) -> Objective:
         """Returns the sum of the parts whose weight is not 0 at `step`; ValueError for none."""
         members = tuple(part for part in self.members if part.weight.is_on(step))
         if not members:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 from ml_collections import ConfigDict
 
-from vlp_jax.models.remat import REMAT_POLICIES
+from vlp_jax.models.layers import REMAT_POLICIES
 from vlp_jax.parallel.mesh import batch_shards
 from vlp_jax.planning.compile import OutOfMemory, compile_setup
 from vlp_jax.planning.plan import Plan, make_setup_for, step_flops

@@ -13,8 +13,7 @@ from vlp_jax.data.pipeline import EvalPipeline
 from vlp_jax.data.scan import Scan
 from vlp_jax.data.source_reader import RAW_TEXT
 from vlp_jax.data.wording import captions_of
-from vlp_jax.encoders.findings import Findings
-from vlp_jax.encoders.subject import Subject
+from vlp_jax.encoders.subject import Findings, Subject
 from vlp_jax.errors import UserError
 from vlp_jax.evaluators import merged_data
 from vlp_jax.evaluators.retrieval import RetrievalOutcome
