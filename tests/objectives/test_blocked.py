@@ -367,16 +367,17 @@ def replicas(count):
 
 
 @pytest.mark.parametrize("name", ["softmax", "sigmoid"])
-def test_the_blocked_form_keeps_its_memory_as_devices_are_added_and_the_plain_form_does_not(name):
+def test_memory_of_the_blocked_form_does_not_grow_with_the_devices(name):
     def growth(form):
-        few, many = (temporary_bytes(form(replicas(n)), replicas(n), 64 * n, 32) for n in (2, 8))
+        few, many = (temporary_bytes(form(replicas(n)), replicas(n), 64 * n, 32) for n in (4, 8))
         return many / few
 
     def blocked(mesh):
         return functools.partial(blocked_loss, name, mesh=mesh, block_size=16)
 
-    # The plain form holds its rows of the logits: as many as there are devices.
-    assert growth(lambda mesh: plain(name)) > 2.5 and growth(blocked) < 1.1
+    # The plain form holds the logits of its images with all texts, twice as many on twice the
+    # devices. A ring of two devices is a program of its own, so that four are compared with eight.
+    assert growth(lambda mesh: plain(name)) > 1.9 and growth(blocked) < 1.1
 
 
 @pytest.mark.parametrize("name", ["softmax", "sigmoid"])

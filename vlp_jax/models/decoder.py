@@ -165,7 +165,7 @@ def make_decoder(
     return make_tower(Decoder, compute, variant, **fields)
 
 
-Seen = Float[Array, "batch image_tokens image_width"]
+Seen = Float[Array, "batch image_tokens image_embed"]
 
 
 class Captioner(nn.Module):

@@ -25,11 +25,12 @@ class Cache:
     """Keys and values of earlier tokens, so that a decoder computes only the new token.
 
     For stacked layers, each array has the layers as its first dimension. `own` has room for all
-    tokens to come, of which `filled` are there; `context` belongs to the tokens of a
-    cross-attention, and is None before the first step.
+    tokens to come, of which `filled` are there, and one entry for each stack of layers if a model
+    has several. `context` belongs to the tokens of a cross-attention, and is None before the first
+    step.
     """
 
-    own: KeysAndValues
+    own: KeysAndValues | tuple[KeysAndValues, ...]
     filled: Int[Array, ""]
     context: KeysAndValues | None = None
 
