@@ -20,9 +20,7 @@ def make_parser(
 ) -> argparse.ArgumentParser:
     """Returns a parser that prints `description` as it is written and takes no abbreviations.
 
-    Args:
-      command: shown in the usage line, such as "vlp-jax plan".
-      config: adds --config and --config.KEY=VALUE; True requires --config, None leaves both out.
+    `config` adds --config and --config.KEY=VALUE; True requires --config, None leaves both out.
     """
     parser = argparse.ArgumentParser(
         prog=command,
@@ -57,11 +55,7 @@ def parse_with_overrides(
 
 
 def load_config(spec: str, overrides: Sequence[str] = ()) -> ConfigDict:
-    """Loads the config that --config names, with its overrides applied and checked.
-
-    Raises:
-      UserError: see `config.load` and `config.override`.
-    """
+    """Loads the config that --config names, with its overrides applied and checked."""
     config = config_lib.load(spec)
     config_lib.override(config, list(overrides))
     config_lib.check(config)
@@ -69,14 +63,12 @@ def load_config(spec: str, overrides: Sequence[str] = ()) -> ConfigDict:
 
 
 def check_arguments(arguments: argparse.Namespace, *counts: str) -> None:
-    """Checks numbers that must be at least 1, and that files can be written where they are asked.
+    """Checks numbers that must be at least 1, and that the folder of `arguments.json` exists.
 
-    Args:
-      arguments: `json` names a file, where there is such an argument.
-      counts: names of numbers, or of lists of numbers; None is left alone.
+    `counts` names numbers, or lists of numbers; None is left alone.
 
     Raises:
-      UserError: a number is below 1, or the folder of a file does not exist.
+      UserError: a number is below 1, or the folder of the file does not exist.
     """
     for name in counts:
         given = getattr(arguments, name)

@@ -72,7 +72,7 @@ def entries(docstring: str) -> dict[str, tuple[str, int]]:
 
 
 def meaning(kind: Callable[..., Any], name: str) -> str:
-    """The meaning of an argument of a function or class; "" if no docstring has one.
+    """Returns the meaning of an argument of a function or class; "" if no docstring has one.
 
     An entry such as "see `Captioning`" leads there. An argument without an entry is looked up in
     what the function takes it for (`keywords_of`), what it returns, and what its docstring names.

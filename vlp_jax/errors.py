@@ -28,8 +28,7 @@ class UserError(Exception):
     """A mistake in a config, a command line, a file or a workdir, which the user can mend.
 
     Its message is one line: what is wrong, where, and what to do about it. The entry points print
-    the line to stderr and exit with `status`. Every other exception is a defect of this package and
-    keeps its traceback.
+    it to stderr and exit with `status`. Every other exception is a defect of this package.
     """
 
     status = ExitStatus.MISTAKE
@@ -71,6 +70,12 @@ def error_of_status(status: int) -> type[UserError]:
     kinds = {kind.status: kind for kind in UserError.__subclasses__()}
     kinds[ExitStatus.MISTAKE] = UserError
     return kinds.get(status, UserError)
+
+
+def first_line(error: BaseException) -> str:
+    """Returns the first line of an error's message; the name of its type if it has none."""
+    text = str(error.args[0] if len(error.args) == 1 else error).strip()
+    return text.splitlines()[0][:300] if text else type(error).__name__
 
 
 # Names that people type first -> the name here.

@@ -57,9 +57,7 @@ def write_whole(path: epath.PathLike, content: str | bytes) -> None:
 def read_text(path: epath.PathLike, key: str = "") -> str:
     """Reads a text file of a user: UTF-8, with or without a byte order mark.
 
-    Args:
-      path: on disk or in an object store.
-      key: the setting or argument that names the file, for messages.
+    `key` is the setting or argument that names the file, for messages.
 
     Raises:
       UserError: the file cannot be read, or is in another encoding.
@@ -74,13 +72,9 @@ def read_text(path: epath.PathLike, key: str = "") -> str:
 
 
 def decode_text(content: bytes, where: str) -> str:
-    """Decodes UTF-8, with or without a byte order mark.
+    """Decodes UTF-8, with or without a byte order mark; UserError for another encoding.
 
-    Args:
-      where: names the content in messages.
-
-    Raises:
-      UserError: the content is in another encoding.
+    `where` names the content in messages.
     """
     without_mark(content, where)
     text = _decode(content, where, 1)
@@ -94,9 +88,6 @@ def text_lines(path: epath.PathLike) -> Iterator[str]:
     """Yields the lines of a user's text file with their ends ("\\n", "\\r\\n" or "\\r").
 
     The file is read as `read_text` does, but is never in memory as a whole.
-
-    Raises:
-      UserError: as `read_text`, while iterating.
     """
     try:
         with epath.Path(path).open("rb") as raw:
@@ -133,11 +124,7 @@ def read_lines(path: epath.PathLike, key: str = "") -> tuple[str, ...]:
 
 
 def without_mark(content: bytes, where: str) -> bytes:
-    """Removes a byte order mark of UTF-8 from the beginning of `content`.
-
-    Raises:
-      UserError: `content` begins with the mark of another encoding.
-    """
+    """Removes a byte order mark of UTF-8; UserError if `content` begins with another mark."""
     for mark, name in _OTHER_MARKS:
         if content.startswith(mark):
             raise UserError(f"{where} is {name}, not UTF-8; {_CONVERT}")

@@ -1,7 +1,7 @@
 """`config.image_size`: said once, and followed by models, operations on images and evaluators.
 
-A model or an operation that has no size of its own takes this one. Where it is replaced on the
-command line, all that had the same size follow; one with another size keeps it.
+A model or an operation without a size of its own takes this one. Where it is replaced on the
+command line, all that had the same size follow.
 """
 
 from __future__ import annotations

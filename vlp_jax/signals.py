@@ -30,14 +30,11 @@ REPEAT_SECONDS = 0.02  # by then the main thread has left the destructor
 
 
 class ToldToStop(KeyboardInterrupt):
-    """Raised in the main thread when a signal arrives.
+    """Raised in the main thread when the signal `number` arrives.
 
     It is a subclass of KeyboardInterrupt for a reason. Once a plain KeyboardInterrupt has left code
     compiled by `exec`, as in dataclasses, Python exits with the status of an interrupt, even if the
     exception was caught.
-
-    Attributes:
-      number: the number of the signal.
     """
 
     def __init__(self, number: int) -> None:
@@ -55,12 +52,7 @@ class Reaction(enum.Enum):
 
 
 class Listener:
-    """Receives the signals of this process, between `open` and `close`.
-
-    Attributes:
-      told: set once a signal has arrived.
-      number: the number of that signal.
-    """
+    """Receives the signals of this process, and sets `told` at the first."""
 
     def __init__(self) -> None:
         self.told = threading.Event()
@@ -195,9 +187,8 @@ def listen() -> None:
 def listen_if_started(package: str) -> None:
     """Listens to signals if this process was started as `python -m PACKAGE...`.
 
-    A program that merely imports the package is left alone. Python imports a package before it runs
-    a module in it, with "-m" as `sys.argv[0]`. So a package that calls this first also hears
-    signals during its own imports.
+    Python imports a package before it runs a module in it, with "-m" as `sys.argv[0]`. So a package
+    that calls this first also hears signals during its own imports.
     """
     name = re.compile(rf"(-\w*m)?{re.escape(package)}(\..+)?")
     if sys.argv[:1] == ["-m"] and any(map(name.fullmatch, sys.orig_argv)):

@@ -15,8 +15,8 @@ from vlp_jax.errors import UserError
 from vlp_jax.observe.throughput import StartupClock
 from vlp_jax.training.build import build
 from vlp_jax.training.init_from import REPORT, match
+from vlp_jax.training.matching import Source
 from vlp_jax.training.param_groups import flatten
-from vlp_jax.training.weights import Source
 
 STAGES = ("mae", "clip")
 RUNS = (mae_then_clip.MAE, *mae_then_clip.LABELS)

@@ -3,7 +3,7 @@
 import pytest
 
 from tools.perf import overhead
-from vlp_jax.training.several_steps import CompiledSteps
+from vlp_jax.training.step import CompiledSteps
 
 
 @pytest.mark.parametrize(

@@ -150,7 +150,7 @@ def test_the_average_of_the_parameters_is_a_teacher():
 
 
 def test_a_skipped_step_leaves_it_as_it_was():
-    setup = helpers.setup_on(config_of(), *EIGHT)
+    setup = helpers.setup_on(config_of(ema_decay=0.9), *EIGHT)
     state, step = helpers.fresh(setup), helpers.compiled(setup)
     state, _ = run(setup, state, helpers.batches(1), step)
     before = jax.device_get(state)
@@ -164,7 +164,9 @@ def test_a_skipped_step_leaves_it_as_it_was():
     assert_same(after.params, before.params)
 
 
-@pytest.mark.parametrize("there", [ONE, FSDP], ids=["one device", "sharded"])
+@pytest.mark.parametrize(
+    "there", [pytest.param(ONE, marks=pytest.mark.slow), FSDP], ids=["one device", "sharded"]
+)
 def test_a_run_goes_on_with_it_elsewhere_and_here(there, tmp_path):
     setup = helpers.setup_on(config_of(ema_decay=0.9), *EIGHT)
     first, second = helpers.batches(2)
@@ -192,7 +194,7 @@ def test_a_run_goes_on_with_it_elsewhere_and_here(there, tmp_path):
 
 
 def test_it_is_spread_over_the_devices_by_its_names():
-    setup = helpers.setup_on(config_of(), *FSDP)
+    setup = helpers.setup_on(config_of(ema_decay=0.9), *FSDP)
     centre = setup.abstract.objective["centre"]
     assert centre.sharding.shard_shape(centre.shape) == (4,)
     state = helpers.fresh(setup)

@@ -110,7 +110,7 @@ def train_theirs(
     schedule = make_schedule(config.optimizer, units)
     # As our loop logs: the loss of a step before its update.
     period, last = units.steps(config.log.every, "config.log.every"), units.total_steps - 1
-    logged = EverySteps(period, last=last, at_start=True)
+    logged = EverySteps(period, last=last)
     optimizer = torch.optim.AdamW(decayed(model, config.optimizer.weight_decay), **adamw(config))
     mean, std = objective.model.pixels.mean, objective.model.pixels.std
     steps, losses = [], []
@@ -126,7 +126,7 @@ def train_theirs(
         optimizer.zero_grad(set_to_none=True)
         with torch.no_grad():
             recipe.after_step(model)
-        if logged(step):
+        if not step or logged(step):
             steps.append(step)
             losses.append(float(loss.detach()))
     scores = judged(model.eval(), config, evaluator, tokenizer, objective)

@@ -18,7 +18,7 @@ import numpy as np
 
 from tools.perf.harness import ROOT
 from vlp_jax.errors import UserError
-from vlp_jax.observe.writers import read_metrics
+from vlp_jax.observe.jsonl import read_metrics
 
 DISK_MIB = 48
 CHECKPOINT_EVERY = 8

@@ -37,10 +37,9 @@ from vlp_jax.parallel.batch import Prefetcher
 from vlp_jax.training.build import build, first_state, make_checkpointer
 from vlp_jax.training.loop import Loop
 from vlp_jax.training.monitor import Monitor, make_step_clock
-from vlp_jax.training.report import StepReport
 from vlp_jax.training.setup import Setup
-from vlp_jax.training.several_steps import StepProgram
 from vlp_jax.training.state import TrainState
+from vlp_jax.training.step import StepProgram
 from vlp_jax.training.when import StepsAhead
 
 # Between turns, batches that wait in tf.data and on the devices are made again before a turn that
@@ -84,7 +83,7 @@ class LoopRunner:
     step: int = 0
 
     def __post_init__(self) -> None:
-        self._report = StepReport(
+        self._monitor = Monitor(
             log_when=self.setup.log_when(),
             batch_size=self.setup.config.batch_size,
             writer=self.writer,
@@ -96,7 +95,7 @@ class LoopRunner:
             keep_examples=lambda steps: epath.Path(),
         )
         # The loop calls it by this name, once a step.
-        self._report.take = self.timed("report", self._report.take)
+        self._monitor.end_step = self.timed("report", self._monitor.end_step)
         self._program = self.timed("dispatch", self.program)
 
     def loop(self, batches: Iterator[Any], steps: int) -> Loop:
@@ -115,7 +114,7 @@ class LoopRunner:
             preempted=lambda step: False,
             log_when=log_when,
             checkpointer=NullCheckpointer(),
-            monitor=Monitor(self._report),
+            monitor=self._monitor,
             steps_ahead=StepsAhead(
                 several=self.setup.config.steps_per_dispatch,
                 first=0,
@@ -126,7 +125,7 @@ class LoopRunner:
 
     def settle(self, state: TrainState) -> TrainState:
         """Waits for all that was started; returns `state`."""
-        self._report.settle()
+        self._monitor.settle()
         return jax.block_until_ready(state)
 
 

@@ -52,7 +52,6 @@ from vlp_jax.parallel import mesh as mesh_lib
 from vlp_jax.parallel.batch import put_batch
 from vlp_jax.planning.options import sections
 from vlp_jax.training.abstract_setup import abstract_setup
-from vlp_jax.training.init_from import FromSeed
 from vlp_jax.training.monitor import make_step_clock
 from vlp_jax.training.setup import Setup
 from vlp_jax.training.step import compile_step
@@ -171,7 +170,7 @@ class HostRun:
         writer = build_writers(writers, folder, 0, {})
         program = setup.compile()
         self._runner = LoopRunner(setup, program, writer, clock, startup, timed=self._timed)
-        self._state = FromSeed().state(setup)
+        self._state = setup.fresh_state()
         fields = {name: np.zeros(s.shape, s.dtype) for name, s in setup.batch_spec.items()}
         self._batch = put_batch(fields, setup.mesh)
 

@@ -35,11 +35,7 @@ class Sample:
     box_labels: Sequence[str] = ()
 
     def drawn(self) -> UInt8[np.ndarray, "height width 3"]:
-        """Returns the picture with its boxes drawn in.
-
-        Raises:
-          ValueError: there is no picture.
-        """
+        """Returns the picture with its boxes drawn in; ValueError without a picture."""
         if self.picture is None:
             raise ValueError("a sample without a picture cannot be drawn")
         if self.boxes is None:

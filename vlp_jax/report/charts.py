@@ -14,7 +14,7 @@ from matplotlib.patches import Rectangle
 from vlp_jax.observe import charts
 from vlp_jax.observe.charts import Series
 from vlp_jax.observe.palette import ACCENT, BAD, GROUND, INK, LINE, PALE, SERIES
-from vlp_jax.observe.text_layout import TextFitter
+from vlp_jax.observe.sheet import TextFitter
 from vlp_jax.report import wording
 from vlp_jax.report.svg import figure_svg
 

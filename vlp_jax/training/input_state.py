@@ -21,11 +21,6 @@ class InputState:
     """Makes and checks the input's record: position, fingerprint, counts of bad examples.
 
     The record has the same size for all data and any number of processes.
-
-    Args:
-      pipeline: the input of this process.
-      batch_size: examples of a step, over all processes.
-      accept_other_data: whether to resume although the training data has changed.
     """
 
     def __init__(self, pipeline: MultiPipeline, batch_size: int, accept_other_data: bool):
@@ -101,10 +96,7 @@ class InputState:
         }
 
     def write_examples(self, directory: epath.Path, steps: Sequence[int]) -> epath.Path:
-        """Writes the examples in the batches of `steps`, a line of JSON for each step.
-
-        Process 0 writes the file, for the global batches. Returns its path.
-        """
+        """Writes the examples in the batches of `steps`, a line of JSON each; returns the file."""
         file = directory / f"skipped-steps-{steps[0]}-{steps[-1]}.jsonl"
         if jax.process_index() == 0:
             records = [

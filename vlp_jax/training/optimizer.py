@@ -80,10 +80,6 @@ def learning_rates(config: Mapping[str, Any], units: Units, step: int, params: A
     """Returns key of the config -> the learning rate that it gives parameters at `step`.
 
     A tower with layer-wise decay has an entry for its lowest layer as well.
-
-    Args:
-      config: `config.optimizer`.
-      params: the parameters, or their shapes.
     """
     peaks = {"learning_rate": config["learning_rate"]}
     if config["name"] == "muon":
@@ -104,7 +100,7 @@ def learning_rate_jumps(
 ) -> Iterator[str]:
     """Yields a warning for each learning rate that jumps by more than a fifth when a run resumes.
 
-    Schedules depend on the length of the run. So a run that is prolonged has another rate at
+    Schedules depend on the length of the run, so a run that is prolonged has another rate at
     `step`.
 
     Args:
@@ -148,12 +144,9 @@ def decay_mask(params: Any, no_decay: Sequence[str]) -> Any:
 
 
 def first_moment_dtype(config: Mapping[str, Any], default: str = "float32") -> Any:
-    """Reads the dtype of the first moment from the config, or else returns `default`.
+    """Reads the dtype of the first moment from the config; UserError if it is unknown.
 
     The second moment is always float32: with b2 near 1 its changes are below bfloat16's resolution.
-
-    Raises:
-      UserError: an unknown dtype.
     """
     name = config["first_moment_dtype"] or default
     if name not in DTYPES:
@@ -176,11 +169,7 @@ def adamw(config: Mapping[str, Any], units: Units) -> optax.GradientTransformati
 
 
 def matrix_axes(path: str) -> optax.contrib.MuonDimensionNumbers | None:
-    """Returns the axes that Muon orthogonalizes for the parameter `path`.
-
-    None for a parameter that is not the kernel of a layer, such as an embedding, a bias or a norm:
-    Adam trains these.
-    """
+    """Returns the axes that Muon orthogonalizes; None for what is not the kernel of a layer."""
     layer, _, leaf = path.rpartition("/")
     if leaf != "kernel":
         return None
@@ -224,15 +213,12 @@ def adafactor(config: Mapping[str, Any], units: Units) -> optax.GradientTransfor
       not used.
     - The first moment averages the scaled gradient with b1 = 0.9, is not debiased, and is bfloat16
       unless `first_moment_dtype` is set.
-    - Updates are not clipped by their root mean square (Adafactor's `clipping_threshold` is off in
-      big_vision). Learning rates are not relative to the size of a parameter. The global norm of
-      the gradient is clipped first, to 1.
+    - Updates are not clipped by their root mean square, and learning rates are not relative to the
+      size of a parameter. The global norm of the gradient is clipped first, to 1.
     - Weight decay is decoupled. In big_vision it is multiplied by the schedule alone, here by the
       learning rate: their `wd` of 1e-4 with an `lr` of 1e-3 is a `weight_decay` of 0.1 here.
 
-    The first moment is sharded like its parameter; rows and columns of a factored second moment
-    like the dimensions that they keep (`training/state.py`). Each layer of a stack is factored by
-    itself, as separate layers are.
+    Each layer of a stack is factored by itself, as separate layers are.
     """
 
     def decay(step: jax.Array, exponent: float) -> jax.Array:
@@ -257,9 +243,8 @@ def adafactor(config: Mapping[str, Any], units: Units) -> optax.GradientTransfor
 def lion(config: Mapping[str, Any], units: Units) -> optax.GradientTransformation:
     """Lion (Chen et al. 2023, "Symbolic Discovery of Optimization Algorithms", program 1).
 
-    Compared to AdamW, section 5 recommends a learning rate 3 to 10 times smaller, and a weight
-    decay larger by the same factor. The paper's default is b1 = 0.9 and b2 = 0.99. `eps` is not
-    used.
+    Section 5 recommends a learning rate 3 to 10 times smaller than AdamW's, and a weight decay
+    larger by the same factor. The paper's default is b1 = 0.9 and b2 = 0.99. `eps` is not used.
     """
     return optax.lion(
         make_schedule(config, units),

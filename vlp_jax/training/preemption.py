@@ -77,8 +77,7 @@ class PreemptionWatch:
     def interruptible(self) -> contextlib.AbstractContextManager[None]:
         """Returns a context in which a request to stop raises KeyboardInterrupt.
 
-        Use it for work that need not be finished. It has no effect in a job of several processes,
-        since these cannot leave the work at the same moment.
+        It has no effect in a job of several, which cannot leave the work at the same moment.
         """
         return contextlib.nullcontext() if self._several else signals.interruptible()
 

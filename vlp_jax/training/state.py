@@ -16,8 +16,7 @@ from vlp_jax.objectives.base import BatchSpec, Context
 from vlp_jax.parallel import mesh as mesh_lib
 from vlp_jax.parallel import rules
 from vlp_jax.training import param_groups
-from vlp_jax.training.average import NO_AVERAGE, Average
-from vlp_jax.training.guard import NO_SPIKE_RULE, Guard
+from vlp_jax.training.step_rules import Average, Guard
 
 # A key is folded from (seed, purpose, step), so initialization and losses never share randomness.
 PURPOSE_INIT, PURPOSE_LOSS = 0, 1
@@ -93,8 +92,8 @@ def abstract_state(
     optimizer: optax.GradientTransformation,
     batch_spec: BatchSpec,
     mesh: Mesh,
-    average: Average = NO_AVERAGE,
-    guard: Guard = NO_SPIKE_RULE,
+    average: Average,
+    guard: Guard,
 ) -> TrainState:
     """Computes shapes, dtypes and shardings of the state, without making an array.
 
@@ -129,9 +128,8 @@ def abstract_state(
 def _like_params(tree: Any, boxed: Any, mesh: Mesh) -> Any:
     """Returns a sharding for each leaf of an optimizer state.
 
-    A leaf belongs to the parameter whose path ends the leaf's path. With the parameter's shape it
-    gets the parameter's sharding. With fewer dimensions (a factored moment) it is sharded by the
-    names of the dimensions that remain. A leaf that belongs to no parameter is replicated.
+    A leaf belongs to the parameter whose path ends the leaf's path, and is sharded by the names of
+    the dimensions that it keeps. A leaf that belongs to no parameter is replicated.
     """
     # `optax.tree_map_params` does not handle optax.partition, which Muon's optimizer is.
     params = dict(jax.tree_util.tree_leaves_with_path(boxed, is_leaf=rules.is_boxed))
@@ -165,8 +163,8 @@ def init_state(
     batch_spec: BatchSpec,
     abstract: TrainState,
     seed: int,
-    average: Average = NO_AVERAGE,
-    guard: Guard = NO_SPIKE_RULE,
+    average: Average,
+    guard: Guard,
 ) -> TrainState:
     """Makes the initial state in place: each device computes only its own shard."""
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
