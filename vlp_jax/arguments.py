@@ -40,11 +40,7 @@ def make_parser(
 def parse_with_overrides(
     parser: argparse.ArgumentParser, argv: Sequence[str], *counts: str
 ) -> tuple[argparse.Namespace, list[str]]:
-    """Returns the arguments, checked by `check_arguments`, and the overrides as "a.b=VALUE".
-
-    Raises:
-      UserError: an argument that does not exist; see also `check_arguments`.
-    """
+    """Returns the checked arguments, and the overrides as "a.b=VALUE"; UserError for others."""
     # argparse would take --config.a=1 for an abbreviation or refuse it: keys are not known to it.
     overrides = [a.removeprefix(OVERRIDE) for a in argv if a.startswith(OVERRIDE)]
     arguments, unknown = parser.parse_known_args([a for a in argv if not a.startswith(OVERRIDE)])

@@ -34,10 +34,9 @@ INSTALLED = Path(__file__).parent / "share" / "configs"
 
 
 def load(spec: str) -> ConfigDict:
-    """Loads the config in `"path/to/file.py"` or `"path/to/file.py:arg"`; locks and checks it.
+    """Loads the config "FILE" or "FILE:ARG"; locks and checks it.
 
-    A bare name, `"demo"` or `"mae_then_clip:clip"`, is one of the configs that come with the
-    package, wherever the command runs.
+    A bare name, "demo" or "mae_then_clip:clip", is one of the configs of the package.
 
     Raises:
       UserError: the file or its `get_config` is missing, or it sets a key that does not exist.
@@ -76,11 +75,7 @@ def _find_file(path: str) -> Path:
 
 
 def complete(config: ConfigDict) -> None:
-    """Adds what follows from the rest of a config, in place.
-
-    Data gets the keys that all data has; evaluators without `every` run at the end; models and
-    operations on images without a size take `config.image_size`.
-    """
+    """Adds what follows from the rest: keys of all data, `every` of evaluators, image sizes."""
     with config.unlocked():
         for data in (config.data, *config.extra_data.values()):
             for key, value in DATA_DEFAULTS.items():
@@ -145,10 +140,7 @@ def to_json(config: ConfigDict) -> str:
 
 
 def from_json(text: str) -> ConfigDict:
-    """Reads a config that `to_json` wrote, with lists as tuples; locks and checks it.
-
-    Keys of `base()` that did not exist yet when it was written get their defaults.
-    """
+    """Reads what `to_json` wrote, lists as tuples; keys that it lacks get their defaults."""
     config = ConfigDict(plain(json.loads(text)))
     # Before `check`, which asks for the component sections of today.
     _add_missing(config, base())

@@ -35,13 +35,7 @@ ENTRY = re.compile(r"  ([\w.]+(?:, [\w.]+)*): (.*)")
 
 
 class Key(NamedTuple):
-    """A key that may be set.
-
-    Attributes:
-      path: as after `--config.`.
-      value: what the config or the constructor has for it.
-      meaning: a line; "" if no docstring has one.
-    """
+    """A key that may be set, as after `--config.`, its value, and a line of meaning or ""."""
 
     path: str
     value: Any

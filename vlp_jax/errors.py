@@ -10,10 +10,7 @@ from typing import Any
 
 
 class ExitStatus(enum.IntEnum):
-    """How a command ended. The launchers restart a run, except after the first two.
-
-    The numbers come from sysexits.h where it has one that fits.
-    """
+    """How a command ended (numbers of sysexits.h). Launchers restart a run after all but two."""
 
     COMPLETE = 0
     MISTAKE = 2  # a mistake of the user, which a restart would repeat
@@ -41,10 +38,7 @@ class NotFinite(UserError):
 
 
 class NoScores(UserError):
-    """An evaluator cannot score its data. Every process raises it alike.
-
-    It ends an evaluation command; a training run prints it and goes on.
-    """
+    """An evaluator cannot score its data, on every process alike. A training run goes on."""
 
 
 class CannotSave(UserError):

@@ -164,13 +164,7 @@ def open_subject(
 def load_run(
     workdir: str | os.PathLike, step: int | None = None, choice: str = "auto"
 ) -> tuple[Subject, LoadedParameters]:
-    """Opens the run in `workdir`, and loads its parameters at `step` (default: the newest).
-
-    `choice` is one of `restore.CHOICES`.
-
-    Raises:
-      UserError: there is no run, or no such checkpoint or average, in `workdir`.
-    """
+    """Opens a run and loads its parameters at `step` (None: the newest); see `restore.CHOICES`."""
     subject = Subject.of_run(workdir)
     return subject, subject.load(step, choice)
 
@@ -210,10 +204,7 @@ def missing(subject: Subject, known: dict[str, float]) -> list[str]:
 
 
 def checkpoints(subject: Subject, follow: bool, stop: threading.Event) -> Iterator[int]:
-    """Yields the steps of the run's checkpoints, in order.
-
-    With `follow` it waits for new checkpoints until the run is complete, or `stop` is set.
-    """
+    """Yields the steps of checkpoints; with `follow` new ones too, until the run's end or `stop`."""
     seen: set[int] = set()
     waiting, ledger = False, subject.workdir / GOODPUT_FILE
 
@@ -242,13 +233,7 @@ def checkpoints(subject: Subject, follow: bool, stop: threading.Event) -> Iterat
 def evaluate_many(
     subject: Subject, arguments: argparse.Namespace, stop: threading.Event
 ) -> dict[str, float]:
-    """Evaluates all checkpoints, saves their scores, and returns the scores of the last one.
-
-    `stop` is set to end before the next checkpoint.
-
-    Raises:
-      UserError: there is no checkpoint.
-    """
+    """Evaluates all checkpoints until `stop` is set, keeps the scores; returns the last ones."""
     if not arguments.follow and not subject.saved_steps():
         subject.load()  # raises the error that there are none
     writer = None

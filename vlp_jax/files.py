@@ -57,10 +57,8 @@ def write_whole(path: epath.PathLike, content: str | bytes) -> None:
 def read_text(path: epath.PathLike, key: str = "") -> str:
     """Reads a text file of a user: UTF-8, with or without a byte order mark.
 
-    `key` is the setting or argument that names the file, for messages.
-
     Raises:
-      UserError: the file cannot be read, or is in another encoding.
+      UserError: the file cannot be read, or is in another encoding; it names the setting `key`.
     """
     before = f"{key}: " if key else ""
     try:
@@ -72,10 +70,7 @@ def read_text(path: epath.PathLike, key: str = "") -> str:
 
 
 def decode_text(content: bytes, where: str) -> str:
-    """Decodes UTF-8, with or without a byte order mark; UserError for another encoding.
-
-    `where` names the content in messages.
-    """
+    """Decodes UTF-8 with or without a mark; UserError for another encoding, which names `where`."""
     without_mark(content, where)
     text = _decode(content, where, 1)
     if "\0" in text:
@@ -85,10 +80,7 @@ def decode_text(content: bytes, where: str) -> str:
 
 
 def text_lines(path: epath.PathLike) -> Iterator[str]:
-    """Yields the lines of a user's text file with their ends ("\\n", "\\r\\n" or "\\r").
-
-    The file is read as `read_text` does, but is never in memory as a whole.
-    """
+    """Yields the lines of a user's text file, read as by `read_text`, with their ends."""
     try:
         with epath.Path(path).open("rb") as raw:
             # The longest mark has 4 bytes.
@@ -109,13 +101,7 @@ def text_lines(path: epath.PathLike) -> Iterator[str]:
 
 
 def read_lines(path: epath.PathLike, key: str = "") -> tuple[str, ...]:
-    """Reads a list that a user wrote, an item a line.
-
-    White space around items, empty lines and lines that begin with "#" are left out.
-
-    Raises:
-      UserError: as `read_text`, or no line is left.
-    """
+    """Reads a list of a user, an item a line, without empty lines and lines that begin with "#"."""
     stripped = (line.strip() for line in _LINE_END.split(read_text(path, key)))
     lines = tuple(line for line in stripped if line and not line.startswith("#"))
     if not lines:

@@ -177,11 +177,7 @@ def _set_unit(section: ConfigDict, unit: str, value: Any, where: str) -> None:
 
 
 def _as_duration(path: str, given: Any) -> ConfigDict:
-    """The duration that a text such as "40steps" or a mapping such as {"steps": 40} spells.
-
-    Raises:
-      UserError: it is none.
-    """
+    """Returns the duration that "40steps" or {"steps": 40} spells; UserError if it is none."""
     if isinstance(given, str):
         found = DURATION.fullmatch(given.strip())
         if found:
@@ -217,10 +213,7 @@ def _as_section(path: str, given: Mapping[str, Any]) -> ConfigDict:
 
 
 def _literal(path: str, text: str, strict: bool = True) -> Any:
-    """Returns the Python value that `text` spells, with lists as tuples; else the text.
-
-    With `strict`, text in brackets that is no literal is a UserError.
-    """
+    """Returns the Python value that `text` spells, else the text; `strict` refuses bad brackets."""
     # Also in lower case, which Python's literals do not have.
     if text.lower() in ("true", "false"):
         return BOOLEANS[text.lower()]

@@ -37,11 +37,7 @@ def is_sequence(preprocess: Any) -> bool:
 
 
 def labelled(preprocess: Any) -> dict[str, Any]:
-    """Returns the arguments of each operation by its label, in the order of the config.
-
-    Raises:
-      UserError: an entry is no (name, arguments) pair, or its arguments are no mapping.
-    """
+    """Returns label -> arguments of operations, in the config's order; UserError for no form."""
     if not is_sequence(preprocess):
         operations = dict(preprocess.items())
     else:
@@ -104,10 +100,7 @@ def normalize(config: ConfigDict) -> None:
 
 @contextlib.contextmanager
 def as_sections(config: ConfigDict, path: str) -> Iterator[None]:
-    """Turns a sequence of pairs on the dotted `path` into a section with labels as keys.
-
-    On exit it becomes a sequence again, in the old order; new operations come at the end.
-    """
+    """Turns a sequence of pairs on the dotted `path` into a section by label, until the exit."""
     section = config
     *parents, _ = path.split(".")
     for key in parents:

@@ -30,12 +30,7 @@ _LOG_FROM = 100.0  # two decades: on a linear scale most of the curve would lie 
 
 @dataclasses.dataclass(frozen=True)
 class Series:
-    """A curve with a name ("" for none).
-
-    Attributes:
-      steps, values: of equal length, steps ascending; values that are not finite are left out.
-      level: a value that is marked by a dotted line, such as chance; None for none.
-    """
+    """A curve: finite values at ascending steps, and perhaps a level such as chance to mark."""
 
     name: str
     steps: Sequence[float]
@@ -86,10 +81,7 @@ def plot(axes: Axes, number: int, curve: Series, width: float = 1.3) -> Line2D:
 
 
 def scale(axes: Axes, values: Sequence[float], share: bool = False, log: bool = False) -> None:
-    """Chooses the vertical axis for `values`, of which at least one is finite.
-
-    `share` writes values in [0, 1] in percent; `log` takes a logarithm if the values span much.
-    """
+    """Chooses the vertical axis for values: `share` in percent, `log` if they span much."""
     finite = [value for value in values if math.isfinite(value)]
     low, high = min(finite), max(finite)
     if share:

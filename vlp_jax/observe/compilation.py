@@ -47,11 +47,7 @@ class Compiled:
 
 
 class CompileWatch:
-    """Counts compilations from `__enter__` to `__exit__`, of all threads.
-
-    `compiled` is called with the seconds of each compilation in the thread that entered, as it
-    ends, and with the name of the program.
-    """
+    """Counts compilations of all threads; calls `compiled` with seconds and name for its own."""
 
     def __init__(self, compiled: Callable[[float, str], None] = lambda seconds, name: None):
         self._compiled = compiled

@@ -85,11 +85,7 @@ class JsonlWriter:
 
 
 def read_metrics(path: epath.PathLike) -> list[dict[str, Any]]:
-    """Reads the records of a metrics.jsonl, with "nan", "inf", "-inf" as floats; no torn last line.
-
-    Raises:
-        UserError: there is no such file, or a line before the last is not a record.
-    """
+    """Reads the records of a metrics.jsonl, floats as such; UserError for none or a broken one."""
     path = epath.Path(path)
     if not path.exists():
         raise UserError(f"no metrics in {path}: the file does not exist; check the workdir")
@@ -100,10 +96,7 @@ def read_metrics(path: epath.PathLike) -> list[dict[str, Any]]:
 
 
 class _LocalLines:
-    """Appends lines to a local file, each handed to the operating system at once.
-
-    Lines that a full disk does not take wait in memory, so that the run does not end.
-    """
+    """Hands each line to the operating system at once, or keeps it while the disk is full."""
 
     def __init__(self, path: epath.Path):
         self._file: BinaryIO = open(os.fspath(path), "ab", buffering=0)

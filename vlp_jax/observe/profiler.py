@@ -33,10 +33,7 @@ class NullProfiler:
 
 
 class TraceSignal:
-    """Tells whether SIGUSR1 came since the last look, where the system has that signal.
-
-    Python ends a process on SIGUSR1. So this context is entered early and left late.
-    """
+    """Tells whether SIGUSR1 came, which ends a process otherwise: enter it early, leave it late."""
 
     def __init__(self) -> None:
         self._came = False

@@ -56,11 +56,7 @@ class Sample:
 
 
 def write_samples(writer: Writer, step: int, name: str, samples: Sequence[Sample]) -> None:
-    """Hands samples to TensorBoard and Weights & Biases: a picture each, and a table of texts.
-
-    Args:
-      name: the evaluator; pictures are "samples/NAME/0", texts "samples/NAME".
-    """
+    """Writes pictures "samples/NAME/0" ... and a table of texts "samples/NAME" of an evaluator."""
     pictures = {
         f"samples/{name}/{number}": sample.drawn()
         for number, sample in enumerate(samples)

@@ -53,11 +53,7 @@ def spread(speeds: Sequence[ProcessSpeed]) -> dict[str, float]:
 
 
 class StragglerWatch:
-    """Names the process that holds the others back, once it did so twice in a row.
-
-    Args:
-      silence: seconds in which the same process is named once.
-    """
+    """Names the process that was slowest twice in a row, once in `silence` seconds."""
 
     def __init__(self, silence: float = 600.0):
         self._silence = silence
@@ -91,10 +87,7 @@ _KINDS: dict[str, tuple[str, str]] = {
 
 
 def straggler(speeds: Sequence[ProcessSpeed]) -> tuple[int, str] | None:
-    """Finds the number of the process that waits clearly less for its devices than the others.
-
-    The reason is "data" or "host". None if there is no such process.
-    """
+    """Finds the process that waits clearly least for its devices, by "data" or "host"."""
     if len(speeds) < 2:
         return None
     process = min(range(len(speeds)), key=lambda i: speeds[i].device_wait)

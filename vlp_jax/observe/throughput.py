@@ -177,10 +177,7 @@ class StepClock:
 
     @contextlib.contextmanager
     def data_wait(self) -> Iterator[None]:
-        """Wraps waiting for the next batch; inside `paused` it is part of the pause.
-
-        Only the time after the devices are done with the step before is charged to "data wait".
-        """
+        """Wraps waiting for a batch; what the devices compute meanwhile is not charged to it."""
         cause = self._ledger.current
         if cause != _USEFUL:
             yield
@@ -314,10 +311,7 @@ class StartupClock:
 
     @classmethod
     def from_process_start(cls, before: str = _OTHER) -> Self:
-        """Counts from the start of the process where the system tells it (Linux), else from now.
-
-        What ran before this call, `import jax` above all, is the phase `before`.
-        """
+        """Counts from the start of the process (Linux, else now), first as `before`."""
         age = _process_age()
         clock = cls(started=time.perf_counter())
         clock._ledger.charge(before, age)

@@ -142,9 +142,7 @@ class Checkpointer:
         return self._manager.latest_step()
 
     def save(self, step: int, state: TrainState, input_state: Mapping[str, Any]) -> None:
-        """Starts to save `state`, just before batch `step`, unless that checkpoint exists already.
-
-        All processes must call it. A failure is passed to `tell`; see also `finish`.
+        """Starts to save the state before batch `step`, unless it exists; all processes call it.
 
         Raises:
           CannotSave: too many saves in a row have failed.
@@ -178,10 +176,7 @@ class Checkpointer:
             self._settle(error)
 
     def poll(self) -> None:
-        """Reports how the save under way has ended, if it has; raises as `save`.
-
-        All processes call it together.
-        """
+        """Reports how the save under way ended, if it has; raises as `save`. All call it."""
         if self._writing is not None:
             over = not self._manager.is_saving_in_progress()
             if all(agreement.gather(over)):
@@ -193,11 +188,7 @@ class Checkpointer:
             self._settle(None)
 
     def finish(self, step: int) -> None:
-        """Waits until the checkpoint of `step` is on disk.
-
-        Raises:
-          CannotSave: the checkpoint could not be written.
-        """
+        """Waits until the checkpoint of `step` is on disk; CannotSave if it cannot be written."""
         self.wait()
         if step not in self.steps():
             newest = self.latest_step()

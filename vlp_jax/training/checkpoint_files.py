@@ -31,11 +31,7 @@ _TEMPORARY = re.compile(r"(\d+)\.orbax-checkpoint-tmp.*")
 
 
 def check_path(workdir: epath.PathLike) -> None:
-    """Raises UserError for a path in which Orbax and TensorStore cannot find their files.
-
-    Orbax globs with a pattern that begins with the path, where "[" is special. TensorStore reads a
-    backslash as a slash.
-    """
+    """Raises UserError for a path that Orbax takes for a pattern or TensorStore splits."""
     if found := [sign for sign in "[\\" if sign in os.fspath(workdir)]:
         raise UserError(
             f"workdir {workdir} has {found[0]!r} in its path, where no checkpoint can be read; "
@@ -122,10 +118,7 @@ def saved_steps(workdir: epath.Path) -> list[int]:
 
 
 def damaged_error(directory: epath.Path, what: str, where: str = "") -> UserError:
-    """Makes the error of a command that only reads: `what` is damaged, and what to take instead.
-
-    `where` is the key or option that named the checkpoint, with a colon.
-    """
+    """Makes the error of a command that only reads (`where`: its option): what to take instead."""
     workdir = directory.parent.parent
     others = [step for step in saved_steps(workdir) if step != int(directory.name)]
     # Sizes alone: an error message is not worth reading every checkpoint.

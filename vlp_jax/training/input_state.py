@@ -18,10 +18,7 @@ from vlp_jax.parallel import agreement
 
 
 class InputState:
-    """Makes and checks the input's record: position, fingerprint, counts of bad examples.
-
-    The record has the same size for all data and any number of processes.
-    """
+    """Makes and checks the input's record, of one size for all data and numbers of processes."""
 
     def __init__(self, pipeline: MultiPipeline, batch_size: int, accept_other_data: bool):
         self._pipeline = pipeline
@@ -48,11 +45,7 @@ class InputState:
         }
 
     def resume(self, saved: Mapping[str, Any], step: int) -> None:
-        """Continues from the record that `save` returned at `step`.
-
-        Raises:
-          UserError: the batch size or the data has changed.
-        """
+        """Continues from the record of `step`; UserError if batch size or data has changed."""
         position = saved["position"]
         if position != step * self._batch_size:
             raise UserError(
@@ -77,10 +70,7 @@ class InputState:
             pipe.faults.begin_with(read, bad)
 
     def metrics(self, step: int) -> dict[str, float]:
-        """Counts bad examples before batch `step`, by source and reason; adds their share.
-
-        All processes must call it. Process 0 gets the metrics; other processes get {}.
-        """
+        """Counts bad examples before batch `step` for process 0; all processes must call it."""
         rows = agreement.to_first(self._counts(step))
         if rows is None:
             return {}

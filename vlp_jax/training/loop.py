@@ -111,11 +111,7 @@ class Loop:
         return Preempted(f"told to stop{why}; saved step {newest}, run the same command to go on")
 
     def evaluate(self, step: int, state: TrainState) -> None:
-        """Runs the evaluators that are due before batch `step`.
-
-        Raises:
-          KeyboardInterrupt: the run was told to stop; the remaining evaluators did not run.
-        """
+        """Runs the evaluators that are due; KeyboardInterrupt if the run is told to stop."""
         due = [evaluation for evaluation in self.evaluations if evaluation.when(step)]
         params = state.eval_params
         with self.one_evaluation(params):

@@ -288,11 +288,7 @@ def open_source(
 
 
 def from_workdir(source: str, step: int | None, where: str = "config.init_from") -> Source:
-    """The averaged parameters of a run's checkpoint, or its parameters if it has no average.
-
-    Raises:
-      UserError: no such folder, or no such checkpoint in it.
-    """
+    """Looks up the average of a run's checkpoint, or its parameters; UserError if there is none."""
     workdir = checkpoint.absolute(source)
     if not workdir.exists():
         raise UserError(

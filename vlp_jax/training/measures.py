@@ -288,11 +288,7 @@ class Measures:
 
 
 def profile_steps(config: ConfigDict) -> tuple[int, int] | None:
-    """Returns the first and the last step to trace, or None if `config.profile` names none.
-
-    Raises:
-      UserError: only one of `first` and `last` is set, or they are no steps.
-    """
+    """Returns the first and last step that `config.profile` traces, or None; UserError for half."""
     first, last = config.profile.first, config.profile.last
     if config.profile.steps_on_signal < 1:
         raise UserError("config.profile.steps_on_signal must be at least 1")

@@ -105,11 +105,7 @@ class Monitor:
         self._watchdog.beat()
 
     def settle(self) -> None:
-        """Waits for the newest step, so that it is known how all steps so far went.
-
-        Raises:
-          NotFinite: too many steps were skipped, one after the other.
-        """
+        """Waits for the newest step, so that it is known how all went; raises as `end_step`."""
         if self._pending:
             pending, self._pending = self._pending, None
             self._settle(*pending)
@@ -212,11 +208,7 @@ def _scalars_of_each_step(metrics: Metrics | SeveralMetrics) -> list[dict[str, f
 
 
 def make_watchdog(config: ConfigDict, workdir: epath.Path) -> Watchdog | NullWatchdog:
-    """Makes the watchdog that ends this process after the limits of `config.watchdog`.
-
-    Raises:
-      UserError: only some of the limits are 0.
-    """
+    """Makes the watchdog of `config.watchdog`; UserError if only some of its limits are 0."""
     limits = config.watchdog
     # The devices are handed several steps at once, and the host hears of them together.
     step_minutes = limits.step_minutes * config.steps_per_dispatch
@@ -229,10 +221,7 @@ def make_watchdog(config: ConfigDict, workdir: epath.Path) -> Watchdog | NullWat
 
 
 def make_step_clock(setup: Setup, startup: StartupClock) -> StepClock:
-    """Makes the clock of examples per second, MFU and goodput, which goes on from `startup`.
-
-    MFU is measured against the peak of the devices at hand.
-    """
+    """Makes the clock of speed, goodput, and MFU of the devices here; goes on from `startup`."""
     # A measurement beside other work is too slow: the clock repeats it when the devices idle.
     measure = functools.partial(
         peak_flops, setup.mesh.local_devices[0], setup.objective.compute_dtype

@@ -77,10 +77,7 @@ def make_schedule(config: Mapping[str, Any], units: Units) -> optax.Schedule:
 
 
 def learning_rates(config: Mapping[str, Any], units: Units, step: int, params: Any) -> dict:
-    """Returns key of the config -> the learning rate that it gives parameters at `step`.
-
-    A tower with layer-wise decay has an entry for its lowest layer as well.
-    """
+    """Returns key -> the learning rate at `step`, also of the lowest layer of a decayed tower."""
     peaks = {"learning_rate": config["learning_rate"]}
     if config["name"] == "muon":
         peaks["muon.learning_rate"] = config["muon"]["learning_rate"]
@@ -179,10 +176,7 @@ def matrix_axes(path: str) -> optax.contrib.MuonDimensionNumbers | None:
 
 
 def muon(config: Mapping[str, Any], units: Units) -> optax.GradientTransformation:
-    """Muon for the kernels of all layers, AdamW for everything else (Jordan et al. 2024).
-
-    Both follow the same schedule, with the peaks `muon.learning_rate` and `learning_rate`.
-    """
+    """Muon for the kernels of layers, AdamW for the rest, on one schedule (Jordan et al. 2024)."""
 
     def by_path(function: Callable[[str], Any], params: Any) -> Any:
         return param_groups.map_with_path(lambda path, _: function(path), params)

@@ -163,10 +163,7 @@ def _layer(path: str, depth: int, dims: int, tower: str) -> int | np.ndarray:
 def with_layer_decay(
     optimizer: optax.GradientTransformation, decays: Mapping[str, float]
 ) -> optax.GradientTransformation:
-    """`optimizer` with every update times its `layer_factors`, decoupled weight decay included.
-
-    This is a learning rate per layer. The optimizer's state stays the same.
-    """
+    """`optimizer` with every update times its `layer_factors`: a learning rate for each layer."""
     if all(decay == 1 for decay in decays.values()):
         return optimizer
 

@@ -75,10 +75,7 @@ class PreemptionWatch:
         return self
 
     def interruptible(self) -> contextlib.AbstractContextManager[None]:
-        """Returns a context in which a request to stop raises KeyboardInterrupt.
-
-        It has no effect in a job of several, which cannot leave the work at the same moment.
-        """
+        """Returns a context in which a stop raises KeyboardInterrupt, in a job of one process."""
         return contextlib.nullcontext() if self._several else signals.interruptible()
 
     def __call__(self, step: int) -> bool:

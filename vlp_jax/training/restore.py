@@ -56,11 +56,7 @@ def _metadata(directory: epath.Path) -> dict[str, Any]:
 
 
 def unreadable(directory: epath.Path) -> str | None:
-    """Returns the reason why a checkpoint without checksums cannot be read; None if it can.
-
-    It reads one array at a time and does not look at the values. In an object store nothing is
-    read.
-    """
+    """Says why a checkpoint without checksums cannot be read, one array at a time; else None."""
     if (directory / checkpoint_files.CHECKSUMS).exists() or is_remote(directory):
         return None
     try:
@@ -94,10 +90,7 @@ def _told_if_damaged(directory: epath.Path) -> Iterator[None]:
 
 
 def mismatch_report(saved: Mapping[str, Shape], wanted: Mapping[str, Shape]) -> str:
-    """Describes in one line how two trees of shapes differ; "" if they are equal.
-
-    Optimizer state and averages follow the parameters, and are named only where these agree.
-    """
+    """Says in a line how two trees of shapes differ, parameters first; "" if they are equal."""
 
     def differing(prefix: str) -> list[str]:
         keys = sorted(k for k in {*saved, *wanted} if k.startswith(prefix))
@@ -259,14 +252,7 @@ class SavedParameters:
 
     @classmethod
     def of(cls, workdir: epath.Path, step: int, choice: str = "auto") -> Self:
-        """Looks up the parameters of the checkpoint at `step`, which must exist.
-
-        Args:
-          choice: one of `CHOICES`.
-
-        Raises:
-          UserError: the average is wanted and there is none.
-        """
+        """Looks up a checkpoint's parameters by `CHOICES`; UserError without the wanted average."""
         directory = workdir / "checkpoints" / str(step) / "state"
         with _told_if_damaged(directory.parent):
             tree = _metadata(directory)
@@ -303,11 +289,7 @@ class SavedParameters:
         return found
 
     def load(self, abstract: Any) -> LoadedParameters:
-        """Loads the parameters onto the mesh like `abstract`; each device reads its own shard.
-
-        Raises:
-          UserError: they are of another model.
-        """
+        """Loads them like `abstract`, each device its own shard; UserError for another model."""
         with _told_if_damaged(self.directory.parent):
             found = self._parts(_metadata(self.directory))
             plain = shapes_of(abstract).keys() & shapes_of(found.get("params", {})).keys()

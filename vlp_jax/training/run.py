@@ -54,14 +54,7 @@ class Run:
         return checkpoint.saved_steps(self.workdir)
 
     def saved(self, step: int | None = None, choice: str = "auto") -> SavedParameters:
-        """The parameters of the checkpoint of `step`, None for the newest, not yet read.
-
-        Args:
-          choice: one of `vlp_jax.training.restore.CHOICES`.
-
-        Raises:
-          UserError: there is no such checkpoint or average.
-        """
+        """Looks up the parameters of `step` (None: the newest), one of `restore.CHOICES`."""
         step = checkpoint.choose_step(self.workdir, step)
         return SavedParameters.of(self.workdir, step, choice)
 
@@ -72,10 +65,7 @@ class Run:
 
 
 def text_wording(config: ConfigDict, objective: Objective) -> tuple[Wording, tuple[str, ...]]:
-    """How a run words the texts that it embeds, and notes on what that does not say.
-
-    Everything that embeds a text for a run goes by this: evaluators, `vlp_jax.load`, exports.
-    """
+    """How a run words all texts that it embeds, and notes on what that does not say."""
     fed = [
         part.data
         for part in objective.parts().values()

@@ -107,10 +107,7 @@ class Setup:
 
     @functools.cached_property
     def flops_by_phase(self) -> dict[int, float]:
-        """First step of a phase -> FLOPs of the loss of a global batch, without its gradient.
-
-        They are counted in the jaxpr; a multiply-add is 2.
-        """
+        """First step of a phase -> FLOPs of the loss of a global batch; a multiply-add is 2."""
 
         def count(objective: Objective) -> float:
             def loss(state: TrainState, batch: Any) -> Any:

@@ -175,10 +175,7 @@ def compile_step(
 
 
 def _pack_metrics(step: StepFunction) -> tuple[PackedStep, list[str]]:
-    """Returns `step` with its metrics packed in one array, and the list of their names.
-
-    The list is empty until the returned step is traced.
-    """
+    """Packs the metrics in one array; the list of their names fills when the step is traced."""
     names: list[str] = []
 
     def packed(state: TrainState, batch: Batch) -> tuple[TrainState, jax.Array]:
@@ -239,11 +236,7 @@ class CompiledSteps:
     def __call__(
         self, state: TrainState, *batches: Batch
     ) -> tuple[TrainState, StepMetrics | SeveralMetrics]:
-        """Dispatches one step for each batch, in order, without waiting for the devices.
-
-        Raises:
-          ValueError: the number of batches is neither 1 nor `most`.
-        """
+        """Dispatches one step for each of 1 or `most` batches, without waiting for the devices."""
         if len(batches) == 1:
             return self.single(state, *batches)
         if len(batches) != self.most:

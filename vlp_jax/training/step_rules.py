@@ -36,11 +36,7 @@ class Average:
 
     @classmethod
     def of(cls, config: Mapping[str, Any], units: Units) -> Average:
-        """Reads the average from `config.optimizer`.
-
-        Raises:
-          UserError: a number out of range, or a pattern that is no regular expression.
-        """
+        """Reads the average from `config.optimizer`; UserError for a bad number or pattern."""
         decay, final = config["ema_decay"], config["ema_final_decay"]
         if not 0 <= decay < 1:
             raise UserError(f"config.optimizer.ema_decay must be in [0, 1), not {decay}")
@@ -77,11 +73,7 @@ class Average:
         return self.final_decay - (self.final_decay - self.decay) * (1 + jnp.cos(jnp.pi * done)) / 2
 
     def __call__(self, ema: Any, trained: Any, step: Int[Array, ""] | int) -> Any:
-        """Returns the average `ema`, flat or nested, after a step.
-
-        `trained` are the trainable parameters after it. Averages of frozen parameters do not
-        change.
-        """
+        """Returns the average after a step; averages of what is not in `trained` do not change."""
         if not self.decay:
             return ema
         new, flat = param_groups.flatten(trained), param_groups.flatten(ema)
@@ -108,11 +100,7 @@ class Guard:
 
     @classmethod
     def of(cls, config: ConfigDict) -> Guard:
-        """Reads the guard from `config.guard`.
-
-        Raises:
-          UserError: a number is out of its range.
-        """
+        """Reads the guard from `config.guard`; UserError for a number out of its range."""
         if config.spike_deviations < 0:
             raise UserError("config.guard.spike_deviations must be >= 0 (0 turns the rule off)")
         if config.spike_window < 2:

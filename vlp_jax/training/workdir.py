@@ -49,10 +49,7 @@ def check_writable(workdir: epath.Path) -> None:
 
 
 def open_tokenizer(workdir: epath.Path, config: ConfigDict) -> Tokenizer | None:
-    """Opens the tokenizer saved in `workdir`, or else builds it from the config; None without text.
-
-    A tokenizer that has to be trained is trained on captions of the training data.
-    """
+    """Opens the tokenizer in `workdir`, or builds (and trains) it from the config and its data."""
     if not config.tokenizer:
         return None
     if (workdir / TOKENIZER).exists():
