@@ -204,7 +204,7 @@ def missing(subject: Subject, known: dict[str, float]) -> list[str]:
 
 
 def checkpoints(subject: Subject, follow: bool, stop: threading.Event) -> Iterator[int]:
-    """Yields the steps of checkpoints; with `follow` new ones too, until the run's end or `stop`."""
+    """Yields the steps of checkpoints; with `follow` new ones, until the end or `stop`."""
     seen: set[int] = set()
     waiting, ledger = False, subject.workdir / GOODPUT_FILE
 

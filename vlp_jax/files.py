@@ -54,6 +54,13 @@ def write_whole(path: epath.PathLike, content: str | bytes) -> None:
         raise
 
 
+def check_writable(folder: epath.PathLike) -> None:
+    """Writes a file in `folder` and removes it; OSError if that fails."""
+    probe = epath.Path(folder) / f".write_test_{uuid.uuid4().hex}"
+    probe.write_text("")
+    probe.unlink()
+
+
 def read_text(path: epath.PathLike, key: str = "") -> str:
     """Reads a text file of a user: UTF-8, with or without a byte order mark.
 

@@ -145,10 +145,7 @@ class RunLedger:
         warn: Callable[[str], None],
         time_fn: Callable[[], float] = time.time,
     ):
-        self._path = path
-        self._own = own
-        self._warn = warn
-        self._time = time_fn
+        self._path, self._own, self._warn, self._time = path, own, warn, time_fn
         self._warned = False
         self._lock = threading.Lock()
         self._before = RunTime(0.0, 0.0)  # at the start of this process
@@ -235,9 +232,7 @@ class Heartbeat:
     """
 
     def __init__(self, function: Callable[[], None], interval: float, patience: float = 30.0):
-        self._function = function
-        self._interval = interval
-        self._patience = patience
+        self._function, self._interval, self._patience = function, interval, patience
         self._wake = threading.Event()
         self._ending = False
         self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)

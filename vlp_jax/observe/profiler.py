@@ -92,10 +92,8 @@ class Profiler:
             check_steps(*steps)
         self._steps = range(steps[0], steps[1] + 1) if steps else range(0)
         self._directory = os.fspath(directory)
-        self._requested = requested
-        self._steps_on_request = steps_on_request
-        self._say = say
-        self._pause = pause
+        self._requested, self._steps_on_request = requested, steps_on_request
+        self._say, self._pause = say, pause
         self._tracing: range | None = None
         self._newest = 0
         self._annotation: jax.profiler.StepTraceAnnotation | None = None

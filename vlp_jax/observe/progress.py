@@ -64,17 +64,13 @@ class Progress:
         time_fn: Callable[[], float] = time.monotonic,
         width: int | None = None,
     ):
-        self._total = total
-        self._description = description
-        self._interval = interval
+        self._total, self._description, self._interval = total, description, interval
         self._stream = sys.stderr if stream is None else stream
         self._time = time_fn
         self._started = time_fn()
         self._pace = _Pace(time_fn)
         self._parts: dict[str, str] = {}
-        self._fraction = 0.0
-        self._shown_at = -math.inf
-        self._stale = False
+        self._fraction, self._shown_at, self._stale = 0.0, -math.inf, False
         self._live: Live | None = None
         if self._stream.isatty():
             console = Console(file=self._stream, force_terminal=True, width=width)

@@ -245,26 +245,19 @@ def build_writers(
     import jax
 
     check_writers(config)
-    wandb_config = config["wandb"]
     if jax.process_index() != 0:
         return NullWriter()
-    workdir = epath.Path(workdir)
+    workdir, wandb = epath.Path(workdir), config["wandb"]
+    writers: list[Writer] = []
     with contextlib.ExitStack() as stack:
-
-        def opened(writer: Writer) -> Writer:
-            stack.callback(writer.close)  # if a later writer cannot be opened
-            return writer
-
-        writers = [opened(JsonlWriter(workdir / METRICS_FILE, start_step))]
+        stack.callback(lambda: MultiWriter(writers).close())  # if a later one cannot be opened
+        writers.append(JsonlWriter(workdir / METRICS_FILE, start_step))
         if config["tensorboard"]:
-            writers.append(opened(TensorBoardWriter(workdir / "tensorboard", start_step)))
-        if wandb_config["enabled"]:
-            project, name, mode = (wandb_config[key] for key in ("project", "name", "mode"))
-            writers.append(
-                opened(WandbWriter(workdir, project, name, resolved_config, start_step, mode))
-            )
-        # All are open: from here on the caller closes them.
-        stack.pop_all()
+            writers.append(TensorBoardWriter(workdir / "tensorboard", start_step))
+        if wandb["enabled"]:
+            chosen = wandb["project"], wandb["name"], resolved_config, start_step, wandb["mode"]
+            writers.append(WandbWriter(workdir, *chosen))
+        stack.pop_all()  # all are open: from here on the caller closes them
     return MultiWriter(writers)
 
 

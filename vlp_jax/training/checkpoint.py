@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
-import uuid
 from collections.abc import Callable, Mapping
 from typing import Any, Self
 
@@ -14,7 +13,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from vlp_jax.errors import CannotSave, UserError, first_line
-from vlp_jax.files import is_remote
+from vlp_jax.files import check_writable, is_remote
 from vlp_jax.parallel import agreement
 from vlp_jax.training import checkpoint_files, restore
 from vlp_jax.training.checkpoint_files import (
@@ -118,10 +117,7 @@ class Checkpointer:
     def _make_directory(self) -> None:
         try:
             self._directory.mkdir(parents=True, exist_ok=True)
-            # A folder that exists may still be read-only.
-            probe = self._directory / f".write_test_{uuid.uuid4().hex}"
-            probe.write_text("")
-            probe.unlink()
+            check_writable(self._directory)  # one that exists may still be read-only
         except OSError as error:
             raise CannotSave(_no_place(self._directory, error)) from error
 

@@ -21,8 +21,7 @@ class InputState:
     """Makes and checks the input's record, of one size for all data and numbers of processes."""
 
     def __init__(self, pipeline: MultiPipeline, batch_size: int, accept_other_data: bool):
-        self._pipeline = pipeline
-        self._batch_size = batch_size
+        self._pipeline, self._batch_size = pipeline, batch_size
         self._accept_other_data = accept_other_data
         self._kinds = [
             (name, source, reason)
@@ -80,10 +79,7 @@ class InputState:
             for (name, source, reason), count in zip(self._kinds, bad, strict=True)
             if count
         }
-        return {
-            **{k: float(v) for k, v in named.items()},
-            "data/bad_fraction": sum(bad) / max(read, 1),
-        }
+        return {**named, "data/bad_fraction": sum(bad) / max(read, 1)}
 
     def write_examples(self, directory: epath.Path, steps: Sequence[int]) -> epath.Path:
         """Writes the examples in the batches of `steps`, a line of JSON each; returns the file."""

@@ -102,17 +102,14 @@ class Measures:
         startup: StartupClock,
         progress: Progress | NullProgress,
     ):
-        self._config = config
-        self._workdir = workdir
-        self._startup = startup
-        self._progress = progress
+        self._config, self._workdir = config, workdir
+        self._startup, self._progress = startup, progress
         self._clock: StepClock | None = None
         self._stack = contextlib.ExitStack()
         self._request = TraceSignal()
         self._compile_watch = CompileWatch(self._charge_compilation)
         self._step_compiled, self._step_seconds = Compiled(), 0.0
-        self._told_step = False
-        self._compiled_between_steps = 0
+        self._told_step, self._compiled_between_steps = False, 0
         self._ledger = RunLedger(workdir / GOODPUT_FILE, self._own, progress.print)
         self._heartbeat: Heartbeat | None = None
         self._stragglers = StragglerWatch()

@@ -50,7 +50,8 @@ def _is_array(leaf: Any) -> bool:
     return hasattr(leaf, "shape")
 
 
-def _metadata(directory: epath.Path) -> dict[str, Any]:
+def metadata(directory: epath.Path) -> dict[str, Any]:
+    """Reads the tree of what a state in a checkpoint holds."""
     with contextlib.closing(ocp.PyTreeCheckpointHandler()) as handler:
         return handler.metadata(directory).tree
 
@@ -61,7 +62,7 @@ def unreadable(directory: epath.Path) -> str | None:
         return None
     try:
         json.loads((directory / "input" / "metadata").read_text())
-        if not shapes_of(_metadata(directory / "state").get("params")):
+        if not shapes_of(metadata(directory / "state").get("params")):
             return "its metadata names no parameters"
         # Orbax stores every array as a zarr array within one OCDBT key-value store.
         kvstore = {"driver": "file", "path": f"{directory / 'state'}/"}
@@ -136,7 +137,7 @@ def check(
     """
     whole = not isinstance(abstract, dict)  # else it is the average that is a model's
     if tree is None:
-        tree = _metadata(directory)
+        tree = metadata(directory)
     saved, wanted = shapes_of(tree), shapes_of(abstract)
     _check_stacked(directory, saved)
     unused = saved.keys() - wanted.keys()
@@ -225,6 +226,17 @@ def _restore(
         )
 
 
+def read_on_host(directory: epath.Path, tree: Any, dtype: Any = None) -> dict[str, np.ndarray]:
+    """Reads the arrays of `tree`, a part of the metadata, by path; `dtype` None keeps theirs."""
+    restored = _restore(
+        directory,
+        tree,
+        lambda path, leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype),
+        lambda path, leaf: ocp.RestoreArgs(restore_type=np.ndarray, dtype=dtype),
+    )
+    return {path: np.asarray(leaf, dtype) for path, leaf in _flatten(restored).items()}
+
+
 @dataclasses.dataclass(frozen=True)
 class LoadedParameters:
     """Parameters on a mesh, trained for `step` steps; `part` is "params" or "ema"."""
@@ -255,7 +267,7 @@ class SavedParameters:
         """Looks up a checkpoint's parameters by `CHOICES`; UserError without the wanted average."""
         directory = workdir / "checkpoints" / str(step) / "state"
         with _told_if_damaged(directory.parent):
-            tree = _metadata(directory)
+            tree = metadata(directory)
         has_average = bool(shapes_of(tree["ema"]))
         if choice == "ema" and not has_average:
             raise UserError(
@@ -271,14 +283,10 @@ class SavedParameters:
     def read(self) -> dict[str, np.ndarray]:
         """path -> float32 array on the host, every process reading all of them."""
         with _told_if_damaged(self.directory.parent):
-            restored = _restore(
-                self.directory,
-                self._parts(_metadata(self.directory)),
-                lambda path, leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype),
-                lambda path, leaf: ocp.RestoreArgs(restore_type=np.ndarray, dtype=np.float32),
-            )
-        leaves = {path: x for tree in restored.values() for path, x in _flatten(tree).items()}
-        return {path: np.asarray(leaves[path], np.float32) for path in self.shapes}
+            parts = self._parts(metadata(self.directory))
+            arrays = read_on_host(self.directory, parts, np.float32)
+        leaves = {path.partition("/")[2]: array for path, array in arrays.items()}
+        return {path: leaves[path] for path in self.shapes}
 
     def _parts(self, tree: Mapping[str, Any]) -> dict[str, Any]:
         """Selects from a state's tree the average, and the parameters that have none."""
@@ -291,7 +299,7 @@ class SavedParameters:
     def load(self, abstract: Any) -> LoadedParameters:
         """Loads them like `abstract`, each device its own shard; UserError for another model."""
         with _told_if_damaged(self.directory.parent):
-            found = self._parts(_metadata(self.directory))
+            found = self._parts(metadata(self.directory))
             plain = shapes_of(abstract).keys() & shapes_of(found.get("params", {})).keys()
             wanted = {self.part: abstract}
             if self.part == "ema" and plain:

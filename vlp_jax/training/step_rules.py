@@ -1,4 +1,4 @@
-"""What a step adds to the update: an average of the parameters, and a guard that skips steps."""
+"""Rules of a step beside its update: the average of the parameters, and the guard that skips."""
 
 from __future__ import annotations
 

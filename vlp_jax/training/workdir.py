@@ -9,7 +9,6 @@ import logging
 import os
 import socket
 import time
-import uuid
 from collections.abc import Iterator
 
 import jax
@@ -17,6 +16,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from vlp_jax import config as config_lib
+from vlp_jax import files
 from vlp_jax.data.samples import sample_texts
 from vlp_jax.data.tokenizers import Tokenizer, build_tokenizer
 from vlp_jax.errors import UserError
@@ -35,12 +35,10 @@ def check_writable(workdir: epath.Path) -> None:
     existing = workdir  # or the nearest folder above it that exists
     while not existing.exists() and existing.parent != existing:
         existing = existing.parent
-    probe = existing / f".write_test_{uuid.uuid4().hex}"
     try:
         if not existing.is_dir():
             raise NotADirectoryError(f"{existing} is not a folder")
-        probe.write_text("")
-        probe.unlink()
+        files.check_writable(existing)
     except OSError as error:
         raise UserError(
             f"workdir {workdir} cannot be written: {error.strerror or error}; "
