@@ -18,20 +18,6 @@ from vlp_jax.errors import UserError
 PAUSE_CAUSE = "profiling"
 
 
-class NullProfiler:
-    """Traces nothing."""
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exception: object) -> None: ...
-
-    def step(self, step: int, wait_for: Any = (), count: int = 1) -> None:
-        del step, wait_for, count
-
-    def close(self) -> None: ...
-
-
 class TraceSignal:
     """Tells whether SIGUSR1 came, which ends a process otherwise: enter it early, leave it late."""
 

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from vlp_jax.errors import NotFinite, UserError
 from vlp_jax.objectives.base import Metrics
 from vlp_jax.observe.accelerators import peak_flops
-from vlp_jax.observe.profiler import NullProfiler, Profiler
+from vlp_jax.observe.profiler import Profiler
 from vlp_jax.observe.progress import NullProgress, Progress
 from vlp_jax.observe.samples import Sample, write_samples
 from vlp_jax.observe.throughput import StartupClock, StepClock
@@ -63,7 +63,7 @@ class Monitor:
         max_skipped: int,
         keep_examples: Callable[[Sequence[int]], epath.Path],
         measures: Measures | NullMeasures | None = None,
-        profiler: Profiler | NullProfiler | None = None,
+        profiler: Profiler | None = None,
         watchdog: Watchdog | NullWatchdog | None = None,
     ):
         self._log_when, self._batch_size = log_when, batch_size
@@ -71,7 +71,7 @@ class Monitor:
         self._startup, self._input_metrics = startup, input_metrics
         self._max_skipped, self._keep_examples = max_skipped, keep_examples
         self._measures = measures or NullMeasures()
-        self._profiler = profiler or NullProfiler()
+        self._profiler = profiler or Profiler(None, "")  # which traces nothing
         self._watchdog = watchdog or NullWatchdog()
         self.skipped = self.skipped_in_a_row = 0
         self._pending: tuple[int, Metrics | SeveralMetrics] | None = None
