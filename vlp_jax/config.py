@@ -114,17 +114,9 @@ def _check_keys(
 def override(config: ConfigDict, assignments: list[str]) -> None:
     """Applies `["a.b=v", ...]` in place, in the literal form of `vlp_jax.overrides`.
 
-    - A unit of a duration replaces the unit that it had: `duration.steps=40`, `duration=5%`.
-    - A mapping gives a section. In the section of a component it takes the place of what stood
-      there, or is new; elsewhere it sets the keys that it has: `mesh={"fsdp": 4, "tensor": 2}`.
-    - A key that is new in the section of a component is an argument that the section does not set
-      (`objective.attention=pallas`), which is checked where the component is built.
-    - A further evaluator, dataset or source of weights has a name of the user's own:
-      `evaluators.mine={"name": "retrieval"}`.
-    - None leaves out an evaluator, a dataset, a source, or an operation on the data
-      (`data.preprocess.NAME=None`). In a `preprocess` that is a list NAME is the name of an
-      operation, and "NAME#2" the second of that name; one that is new follows at the end.
-    - `image_size` changes every size that was the same.
+    A mapping gives a section, a new key in a component's section is an argument of it, None leaves
+    out what has a name of the user's own, and a size that changes is followed by all that had it
+    (docs/configs.md has the rules).
 
     Raises:
       UserError: a key that does not exist (the error names the nearest one that does), or a value

@@ -23,16 +23,16 @@ class TraceSignal:
 
     def __init__(self) -> None:
         self._came = False
-        self._before: Any = None
+        self._number = getattr(signal, "SIGUSR1", None)  # not every system has it
 
     def __enter__(self) -> Self:
-        if hasattr(signal, "SIGUSR1"):
-            self._before = signal.signal(signal.SIGUSR1, self._receive)
+        if self._number:
+            self._before = signal.signal(self._number, self._receive)
         return self
 
     def __exit__(self, *exception: object) -> None:
-        if hasattr(signal, "SIGUSR1"):
-            signal.signal(signal.SIGUSR1, self._before)
+        if self._number:
+            signal.signal(self._number, self._before)
 
     def take(self) -> bool:
         """Whether the signal came since the last call."""

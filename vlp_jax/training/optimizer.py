@@ -154,15 +154,16 @@ def first_moment_dtype(config: Mapping[str, Any], default: str = "float32") -> A
 
 def adamw(config: Mapping[str, Any], units: Units) -> optax.GradientTransformation:
     """AdamW with decoupled weight decay (Loshchilov & Hutter 2019)."""
-    return optax.adamw(
-        make_schedule(config, units),
-        b1=config["b1"],
-        b2=config["b2"],
-        eps=config["eps"],
-        weight_decay=config["weight_decay"],
-        mask=lambda params: decay_mask(params, config["no_decay"]),
-        mu_dtype=first_moment_dtype(config),
-    )
+    return optax.adamw(make_schedule(config, units), eps=config["eps"], **_moments(config))
+
+
+def _moments(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments that AdamW and Lion share."""
+    return {
+        **{name: config[name] for name in ("b1", "b2", "weight_decay")},
+        "mask": lambda params: decay_mask(params, config["no_decay"]),
+        "mu_dtype": first_moment_dtype(config),
+    }
 
 
 def matrix_axes(path: str) -> optax.contrib.MuonDimensionNumbers | None:
@@ -240,14 +241,7 @@ def lion(config: Mapping[str, Any], units: Units) -> optax.GradientTransformatio
     Section 5 recommends a learning rate 3 to 10 times smaller than AdamW's, and a weight decay
     larger by the same factor. The paper's default is b1 = 0.9 and b2 = 0.99. `eps` is not used.
     """
-    return optax.lion(
-        make_schedule(config, units),
-        b1=config["b1"],
-        b2=config["b2"],
-        weight_decay=config["weight_decay"],
-        mask=lambda params: decay_mask(params, config["no_decay"]),
-        mu_dtype=first_moment_dtype(config),
-    )
+    return optax.lion(make_schedule(config, units), **_moments(config))
 
 
 OPTIMIZERS = {"adamw": adamw, "muon": muon, "adafactor": adafactor, "lion": lion}
@@ -262,22 +256,20 @@ def make_optimizer(config: Mapping[str, Any], units: Units) -> optax.GradientTra
     Raises:
       UserError: an unknown optimizer, or a number out of range.
     """
+    where = "config.optimizer"
     if config["name"] not in OPTIMIZERS:
-        raise UserError(unknown_key_message(config["name"], OPTIMIZERS, "config.optimizer.name"))
-    rates = {key: config[key] for key in ("learning_rate", "weight_decay", "clip_norm")}
-    rates["muon.learning_rate"] = config["muon"]["learning_rate"]
-    fractions = {key: config[key] for key in ("b1", "b2")}
-    fractions["muon.momentum"] = config["muon"]["momentum"]
-    for key, value in rates.items():
-        if value < 0:
-            raise UserError(f"config.optimizer.{key} is negative: {value}")
-    for key, value in fractions.items():
-        if not 0 <= value < 1:
-            raise UserError(f"config.optimizer.{key} must be in [0, 1), not {value}")
+        raise UserError(unknown_key_message(config["name"], OPTIMIZERS, f"{where}.name"))
+    flat = {**config, **{f"muon.{key}": value for key, value in config["muon"].items()}}
+    for key in ("learning_rate", "weight_decay", "clip_norm", "muon.learning_rate"):
+        if flat[key] < 0:
+            raise UserError(f"{where}.{key} is negative: {flat[key]}")
+    for key in ("b1", "b2", "muon.momentum"):
+        if not 0 <= flat[key] < 1:
+            raise UserError(f"{where}.{key} must be in [0, 1), not {flat[key]}")
     for tower, decay in config["layer_decay"].items():
         if not 0 < decay <= 1:
-            raise UserError(f"config.optimizer.layer_decay.{tower} must be in (0, 1], not {decay}")
-    param_groups.check_patterns(config["frozen"], "config.optimizer.frozen")
+            raise UserError(f"{where}.layer_decay.{tower} must be in (0, 1], not {decay}")
+    param_groups.check_patterns(config["frozen"], f"{where}.frozen")
     clip = [optax.clip_by_global_norm(config["clip_norm"])] if config["clip_norm"] else []
     # Clipping comes first, so that the moments are made of clipped gradients.
     optimizer = optax.chain(*clip, OPTIMIZERS[config["name"]](config, units))

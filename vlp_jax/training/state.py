@@ -97,31 +97,26 @@ def abstract_state(
 ) -> TrainState:
     """Computes shapes, dtypes and shardings of the state, without making an array.
 
-    A leaf of the optimizer state with the shape of its parameter gets the parameter's sharding.
-    Other leaves that belong to a parameter (factored moments) go by `rules.leaf_sharding`.
+    Leaves of the optimizer state that belong to a parameter are sharded by its names of axes.
     """
     with rules.use_mesh(mesh):  # a module may refuse the mesh, as attention kernels do
         boxed = jax.eval_shape(lambda: objective.init(key_for(0, 0, PURPOSE_INIT), batch_spec))
         # The seed is of no account: only shapes come out.
         shapes = jax.eval_shape(lambda: _init(objective, optimizer, batch_spec, 0, average, guard))
         objective_state = jax.eval_shape(lambda: objective.init_state(batch_spec))
-    shardings = rules.param_shardings(boxed, mesh)
-    whole = mesh_lib.replicated(mesh)
-
-    def place(leaf: Any, sharding: Any) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-
-    return TrainState(
-        step=place(shapes.step, whole),
-        params=jax.tree.map(place, shapes.params, shardings),
-        opt_state=jax.tree.map(
-            place, shapes.opt_state, _like_params(shapes.opt_state, boxed, mesh)
-        ),
-        ema=jax.tree.map(place, shapes.ema, average.chosen(shardings)),
-        guard=jax.tree.map(lambda leaf: place(leaf, whole), shapes.guard),
-        objective=jax.tree.map(
-            place, shapes.objective, rules.param_shardings(objective_state, mesh)
-        ),
+    whole, params = mesh_lib.replicated(mesh), rules.param_shardings(boxed, mesh)
+    shardings = TrainState(
+        step=whole,
+        params=params,
+        opt_state=_like_params(shapes.opt_state, boxed, mesh),
+        ema=average.chosen(params),
+        guard=jax.tree.map(lambda leaf: whole, shapes.guard),
+        objective=rules.param_shardings(objective_state, mesh),
+    )
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        shapes,
+        shardings,
     )
 
 
