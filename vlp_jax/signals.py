@@ -105,10 +105,7 @@ class Listener:
             raise ToldToStop(number)
 
     def _on_lost_exception(self, lost: sys.UnraisableHookArgs) -> None:
-        """Repeats a signal whose ToldToStop was lost in a destructor or a callback.
-
-        Python cannot raise an exception there; it passes the exception to `sys.unraisablehook`.
-        """
+        """Repeats a signal whose ToldToStop was lost in a destructor, which cannot raise."""
         if not isinstance(lost.exc_value, ToldToStop):
             self._hook_before(lost)
             return
@@ -180,11 +177,7 @@ def listen() -> None:
 
 
 def listen_if_started(package: str) -> None:
-    """Listens to signals if this process was started as `python -m PACKAGE...`.
-
-    Python imports a package before it runs a module in it, with "-m" as `sys.argv[0]`. So a package
-    that calls this first also hears signals during its own imports.
-    """
+    """Listens if this process was started as `python -m PACKAGE...`, also while it imports."""
     name = re.compile(rf"(-\w*m)?{re.escape(package)}(\..+)?")
     if sys.argv[:1] == ["-m"] and any(map(name.fullmatch, sys.orig_argv)):
         listen()

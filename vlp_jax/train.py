@@ -108,12 +108,7 @@ def train(
 
 
 def find_first_step(parts: RunComponents, checkpointer: Checkpointer) -> int:
-    """Returns the step of the newest checkpoint; 0 if there is none.
-
-    Raises:
-      UserError: the checkpoint is of another model, batch size or data, or beyond the end of the
-        run.
-    """
+    """Returns the step of the newest checkpoint, 0 without one; UserError if it does not fit."""
     step, last = checkpointer.check_fits(parts.setup.abstract), parts.setup.units.total_steps
     if step > last:
         raise UserError(
@@ -126,11 +121,7 @@ def find_first_step(parts: RunComponents, checkpointer: Checkpointer) -> int:
 
 
 def prepare_config(config: ConfigDict, workdir: epath.Path) -> ConfigDict:
-    """Completes a copy of the config, also with the model of its source of weights; checks it.
-
-    Raises:
-      UserError: a mistake that can be seen without building anything.
-    """
+    """Completes a copy of the config, also from its source of weights; UserError for mistakes."""
     config = config.copy_and_resolve_references()
     config_lib.complete(config)  # one that comes straight from `get_config` is not complete
     config, notes = source_model.completed(config.lock(), workdir)

@@ -81,11 +81,7 @@ class TimeLedger:
 
 
 class DeviceWatch:
-    """Notes the time at which the devices have computed the newest step.
-
-    A step is dispatched and computed later; meanwhile the host can wait at no cost. The waiting
-    thread does not see when the devices were done, so a thread that sleeps until then notes it.
-    """
+    """Notes when the devices have computed the newest step, in a thread that sleeps until then."""
 
     def __init__(self, time_fn: Callable[[], float]):
         self._time = time_fn

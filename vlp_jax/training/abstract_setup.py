@@ -56,10 +56,7 @@ def abstract_setup(config: ConfigDict, mesh: Mesh, epoch_examples: int | None = 
 
 
 def tokenizer_sizes(section: ConfigDict) -> TokenizerSizes | None:
-    """Makes a stand-in for the tokenizer of `config.tokenizer`; None if the section is empty.
-
-    Without a file, the vocabulary has its known size; otherwise the config's `vocab_size`. No file
-    is read.
+    """Makes a stand-in for the tokenizer of `config.tokenizer`, without its file; None for {}.
 
     Raises:
       UserError: an unknown tokenizer or key, or a vocabulary of unknown size.
@@ -84,10 +81,7 @@ def tokenizer_sizes(section: ConfigDict) -> TokenizerSizes | None:
 
 
 def batch_spec(config: ConfigDict, objective: Objective) -> BatchSpec:
-    """Returns shape and dtype of the fields of a global batch that the objective reads.
-
-    Fields of a dataset that config.extra_data lacks are left out: the part that reads them tells.
-    """
+    """Returns shape and dtype of the fields of a global batch that the objective reads."""
     return {
         name: ((config.batch_size, *field.shape), np.dtype(field.dtype))
         for name, field in objective.reads.items()

@@ -41,7 +41,7 @@ The scripts in launch/ start a run again accordingly.
 def parse(
     argv: Sequence[str], list_keys: Callable[[ConfigDict], Iterable[str]]
 ) -> tuple[argparse.Namespace, ConfigDict]:
-    """Reads the command line of `vlp_jax.train`: its arguments, and the config with its overrides.
+    """Reads the command line of `vlp_jax.train`: arguments, and the config with its overrides.
 
     `list_keys` gives the lines about the keys of a config that `--help` prints.
 

@@ -35,12 +35,7 @@ from vlp_jax.training.when import EveryMinutes, EverySteps, StepsAhead, StepsOrM
 
 @dataclasses.dataclass(frozen=True)
 class RunComponents:
-    """The components of a run, built for these devices and this data. Nothing is written yet.
-
-    Attributes:
-      start: the origin of the state before step 0: initialization, or other weights.
-      notes: lines for the user to read before the run begins.
-    """
+    """The components of a run, built for these devices and this data. Nothing is written yet."""
 
     setup: Setup
     start: Start

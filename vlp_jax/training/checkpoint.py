@@ -236,11 +236,7 @@ class Checkpointer:
         self._tell(f"warning: {what}; failure {self._in_a_row} of {self._max_failed} in a row")
 
     def _check_room(self, state: TrainState) -> None:
-        """Raises UserError if the disk certainly has no room, or if it cannot be read.
-
-        Files are compressed: the check asks for 4/5 of the newest checkpoint's size, or half of the
-        arrays' size.
-        """
+        """Raises UserError without room for 4/5 of a checkpoint, or half of the arrays."""
         newest = self.latest_step()
         likely = sum(leaf.nbytes for leaf in jax.tree.leaves(state)) // 2
         try:
@@ -282,20 +278,13 @@ class Checkpointer:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
-        """Waits for the save under way, unless one of several processes has failed.
-
-        Such a process would wait for the others, and they for it.
-        """
+        """Waits for the save under way, unless this is a failed one of several processes."""
         if kind is None or jax.process_count() == 1 or issubclass(kind, UserError):
             self._manager.close()
 
 
 def mend(checkpoints: epath.Path) -> list[str]:
-    """Sets damaged checkpoints aside, from the newest on until one is sound; returns a line each.
-
-    Raises:
-      UserError: all checkpoints are damaged. Nothing was moved.
-    """
+    """Sets damaged checkpoints aside, the newest first; a line each. UserError if none is sound."""
     if not checkpoints.exists():
         return []
     entries = [e for e in checkpoints.iterdir() if e.name.isdecimal() and not e.is_dir()]

@@ -54,12 +54,7 @@ class Taking:
 
 @dataclasses.dataclass(frozen=True)
 class Start:
-    """The origin of the state before step 0: the seed, and sources of some parameters.
-
-    Attributes:
-      takings: one for each source; no parameter comes from two.
-      fresh: the parameters that no source is asked for.
-    """
+    """The origin of the state before step 0: sources, each with its parameters, and the seed."""
 
     takings: Sequence[Taking] = ()
     fresh: Sequence[Fate] = ()

@@ -196,10 +196,9 @@ class Measures:
             self._heartbeat.soon()
 
     def scalars(self, step: int, speed: Mapping[str, float]) -> dict[str, float]:
-        """Returns metrics of a logged step on process 0; every process must call it.
+        """Returns goodput, memory, compilation and stragglers of a logged step on process 0.
 
-        They are goodput/..., memory/..., compile/..., and of several processes perf/..._min and
-        _max. `speed` is this process's `StepClock.summary`.
+        Every process must call it, with its `StepClock.summary`.
         """
         # Not through the devices: a collective would wait for the step under way.
         own = {"host": socket.gethostname(), "speed": dict(speed), "memory": memory_metrics()}

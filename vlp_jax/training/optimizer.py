@@ -141,10 +141,7 @@ def decay_mask(params: Any, no_decay: Sequence[str]) -> Any:
 
 
 def first_moment_dtype(config: Mapping[str, Any], default: str = "float32") -> Any:
-    """Reads the dtype of the first moment from the config; UserError if it is unknown.
-
-    The second moment is always float32: with b2 near 1 its changes are below bfloat16's resolution.
-    """
+    """Reads the first moment's dtype; the second is float32: b2 near 1 is too fine for bfloat16."""
     name = config["first_moment_dtype"] or default
     if name not in DTYPES:
         where = "config.optimizer.first_moment_dtype"

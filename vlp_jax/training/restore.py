@@ -248,14 +248,7 @@ class LoadedParameters:
 
 @dataclasses.dataclass(frozen=True)
 class SavedParameters:
-    """The parameters of a checkpoint, of whatever model and mesh; nothing else of it is read.
-
-    Attributes:
-      directory: of the state in the checkpoint.
-      step: of the checkpoint.
-      part: which they are, "params" or "ema".
-      shapes: path -> shape.
-    """
+    """Parameters of a checkpoint ("params" or "ema"), of whatever model and mesh; path -> shape."""
 
     directory: epath.Path
     step: int

@@ -160,11 +160,8 @@ class Setup:
 class Phases:
     """Returns the program of a step; sets the FLOPs and tells the losses where a phase begins.
 
-    All programs are compiled before the first step. So a program that does not fit the devices
-    fails at the start, and not after most of the run.
-
-    Args:
-      programs: first step of a phase -> its program (`compile_phases`).
+    All programs (`compile_phases`) are compiled before the first step, so that one that does not
+    fit fails at the start.
     """
 
     def __init__(
@@ -209,9 +206,7 @@ def make_setup(
 ) -> Setup:
     """Builds the `Setup` of the run that `config` describes.
 
-    Args:
-      batch_spec: field -> (shape, dtype) of a global batch.
-      epoch_examples: examples of the training set, for durations in epochs.
+    `batch_spec` is field -> (shape, dtype) of a global batch; `epoch_examples` the training set's.
 
     Raises:
       UserError: the config does not fit the devices, the data or itself.

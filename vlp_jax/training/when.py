@@ -13,13 +13,7 @@ from vlp_jax.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Units:
-    """Converts examples, epochs and percentages into steps.
-
-    Attributes:
-      batch_size: examples of a step, over the whole mesh.
-      epoch_examples: examples of the training set; None if its size is unknown.
-      total_steps: length of the run; None until `config.duration` itself is converted.
-    """
+    """Converts to steps; `epoch_examples` and `total_steps` are None where they are not known."""
 
     batch_size: int
     epoch_examples: int | None
