@@ -54,10 +54,8 @@ def counts(workdir, step=STEPS - 1):
     }
 
 
-@pytest.mark.parametrize(
-    "kind",
-    ["webdataset", *(pytest.param(k, marks=pytest.mark.slow) for k in ("parquet", "tfrecord"))],
-)
+@pytest.mark.slow  # test_input_state.py has the counts
+@pytest.mark.parametrize("kind", ["webdataset", "parquet", "tfrecord"])
 def test_it_completes_and_resumes(kind, tmp_path):
     data = damage.write(kind, tmp_path)
     straight = tmp_path / "straight"

@@ -4,15 +4,16 @@ import types
 
 import pytest
 
+from vlp_jax.data.faults import REASONS
 from vlp_jax.errors import UserError
 from vlp_jax.training.input_state import InputState
 
 
-def state_of(fingerprint="a", batch_size=16, accept_other_data=False):
+def state_of(fingerprint="a", batch_size=16, accept_other_data=False, bad=0):
     pipe = types.SimpleNamespace(
         source_names=("data",),
         faults=types.SimpleNamespace(
-            totals=lambda before: {"read": 16 * before, "bad": {}},
+            totals=lambda before: {"read": 16 * before, "bad": {"data": {REASONS[0]: bad}}},
             begin_with=lambda read, bad: None,
         ),
     )
@@ -36,3 +37,12 @@ def test_other_data_is_not_taken_for_that_of_the_checkpoint():
 def test_another_batch_size_is_refused_and_the_old_one_named():
     with pytest.raises(UserError, match="config.batch_size 32; resume with the batch size 16"):
         state_of(batch_size=32).resume(state_of().save(5), 5)
+
+
+def test_bad_examples_are_counted_over_restarts():
+    saved = state_of(bad=2).save(5)
+    assert saved["bad"] == [["", "data", REASONS[0], 2]]
+    resumed = state_of(bad=1)
+    resumed.resume(saved, 5)
+    name = f"data/bad/data/{REASONS[0].replace(' ', '_')}"
+    assert resumed.metrics(3) == {name: 3, "data/bad_fraction": 3 / (80 + 48)}
