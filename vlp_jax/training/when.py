@@ -49,7 +49,7 @@ class Units:
             if self.epoch_examples is None:
                 raise UserError(
                     f"{where} is in epochs, and the training data has no known size: set it in "
-                    "steps or examples (or, without data, give --epoch-examples)"
+                    "steps or examples, or give it where there is no data (--epoch-examples)"
                 )
             examples = value * self.epoch_examples
         return math.ceil(examples / self.batch_size)
