@@ -284,7 +284,8 @@ def run(arguments: argparse.Namespace, overrides: Sequence[str], argv: Sequence[
     """Runs the command: evaluates, prints the scores, and writes the files it is asked for."""
     names = arguments.evaluators.split(",") if arguments.evaluators else None
     if arguments.compare:
-        _say("\n".join(report_command.compare(arguments, argv)))
+        for line in report_command.compare(arguments, argv):
+            _say(line)
         return
     subject = open_subject(arguments, overrides, names)
     for note in subject.notes:
@@ -302,9 +303,11 @@ def run(arguments: argparse.Namespace, overrides: Sequence[str], argv: Sequence[
         scores = {**steps, **findings.scores}
         _print_scores(scores)
         if report is not None:
-            _say("\n".join(report.write(subject, loaded, findings)))
+            for line in report.write(subject, loaded, findings):
+                _say(line)
         if arguments.embeddings and jax.process_index() == 0:
-            _say("\n".join(findings.save_embeddings(Path(arguments.embeddings))))
+            for line in findings.save_embeddings(Path(arguments.embeddings)):
+                _say(line)
     if arguments.output and jax.process_index() == 0:
         epath.Path(arguments.output).write_text(json.dumps(scores, indent=2) + "\n")
 
