@@ -277,7 +277,7 @@ def _say(line: str) -> None:
 def _print_scores(scores: dict[str, Any]) -> None:
     for name, value in scores.items():
         short = f"{value:.6g}"  # more digits only if it takes them to read back the same number
-        _say(f"{name} {short if float(short) == value else float(value)!r}")
+        _say(f"{name} {short if float(short) == value else repr(float(value))}")
 
 
 def run(arguments: argparse.Namespace, overrides: Sequence[str], argv: Sequence[str] = ()) -> None:
