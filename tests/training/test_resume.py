@@ -66,7 +66,7 @@ sys.exit(train.main(sys.argv[1:]))
 MOMENTS = {
     "opens the data": ("vlp_jax.training.setup:make_pipeline", 1),
     "compiles": ("vlp_jax.training.setup:compile_steps", 1),
-    "makes the state": ("vlp_jax.training.init_from:init_state", 1),
+    "makes the state": ("vlp_jax.training.setup:init_state", 1),
     "first step": ("vlp_jax.training.monitor:Monitor.end_step", 1),
     "evaluates": ("vlp_jax.evaluators.retrieval:Retrieval.__call__", 2),
     "saves": ("vlp_jax.training.checkpoint:Checkpointer.save", 3),
