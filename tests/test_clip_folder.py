@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from vlp_jax import train
-from vlp_jax.observe.writers import read_metrics
+from vlp_jax.observe.jsonl import read_metrics
 
 CONFIG = str(Path(__file__).resolve().parent.parent / "configs" / "clip_folder.py")
 COLORS = {

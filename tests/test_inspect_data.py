@@ -11,7 +11,7 @@ from PIL import Image
 from vlp_jax.commands import inspect_data
 from vlp_jax.commands.inspect_data import main
 from vlp_jax.data import scan as data_scan
-from vlp_jax.observe.data_pictures import draw_contact_sheet
+from vlp_jax.observe.pictures import draw_contact_sheet
 
 CONTEXT = 16
 TEXTS = [

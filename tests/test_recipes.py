@@ -11,8 +11,8 @@ from vlp_jax import interop
 from vlp_jax.data.ops import build_ops
 from vlp_jax.errors import UserError
 from vlp_jax.training import init_from, param_groups
+from vlp_jax.training.matching import Source
 from vlp_jax.training.optimizer import make_optimizer, make_schedule
-from vlp_jax.training.weights import Source
 from vlp_jax.training.when import Units
 
 NO_RECIPES = {

@@ -20,8 +20,8 @@ from vlp_jax.errors import UserError
 from vlp_jax.parallel.mesh import make_mesh
 from vlp_jax.training.abstract_setup import abstract_setup
 from vlp_jax.training.init_from import match
+from vlp_jax.training.matching import Source
 from vlp_jax.training.param_groups import flatten
-from vlp_jax.training.weights import Source
 
 CONFIG = str(Path(__file__).resolve().parents[1] / "configs" / "debug_cpu.py")
 

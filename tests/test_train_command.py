@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from vlp_jax import evaluate, train
-from vlp_jax.observe.writers import read_metrics
+from vlp_jax.observe.jsonl import read_metrics
 
 ROOT = Path(__file__).resolve().parent.parent
 SMOKE = f"""
@@ -42,6 +42,9 @@ def command(tmp_path, shapes_dir, capsys):
     return run
 
 
+# One or two for each stage of a start; the others' messages have fast tests where they are made.
+QUICK = ("misspelt key", "batch size", "dataset", "misspelt model key", "size of images")
+QUICK += ("vocabulary", "evaluator", "folder of weights", "argument")
 BAD = {
     "misspelt key": ("--config.optimizer.learning_rte=1", "did you mean 'learning_rate'"),
     "misspelt model key": ("--config.objective.image.widht=1", "did you mean 'width'"),
@@ -67,7 +70,9 @@ BAD = {
 }
 
 
-@pytest.mark.parametrize("name", BAD)
+@pytest.mark.parametrize(
+    "name", [pytest.param(x, marks=() if x in QUICK else pytest.mark.slow) for x in BAD]
+)
 def test_a_mistake_is_one_line_and_leaves_nothing(command, tmp_path, name):
     argument, message = BAD[name]
     status, last = command(argument)
@@ -177,6 +182,7 @@ def test_a_finished_run_has_its_metrics_and_can_be_started_again_and_evaluated(
     assert "holds no run" in capsys.readouterr().err
 
 
+@pytest.mark.slow  # tests/training/test_workdir.py has its parts
 def test_a_workdir_may_be_relative(command, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert command(*ONE_EVALUATOR, workdir="runs/mine")[0] == 0

@@ -11,15 +11,12 @@ as it is. The whole state of one checkpoint has to fit into the memory of this m
 from __future__ import annotations
 
 import argparse
-import contextlib
 import re
 import sys
 from collections.abc import Mapping, Sequence
 
 import flax.traverse_util
-import jax
 import numpy as np
-import orbax.checkpoint as ocp
 from etils import epath
 
 from vlp_jax.arguments import make_parser
@@ -27,7 +24,7 @@ from vlp_jax.errors import UserError
 from vlp_jax.training import checkpoint
 from vlp_jax.training.checkpoint import Checkpointer
 from vlp_jax.training.command import run_command
-from vlp_jax.training.restore import LAYER, shapes_of
+from vlp_jax.training.restore import LAYER, metadata, read_on_host, shapes_of
 
 # Some optimizers keep the state of stacked layers apart, in a group for each depth, with a count of
 # steps for each layer (`param_groups.layer_by_layer`). Single layers were in the group "single".
@@ -55,13 +52,17 @@ def convert(workdir: epath.Path, output: epath.Path) -> None:
     steps = checkpoint.saved_steps(workdir)
     folders = {step: workdir / "checkpoints" / str(step) for step in steps}
     # All checkpoints are looked at before anything is written.
-    origins = {step: find_origins(paths_of(folder), folder) for step, folder in folders.items()}
+    origins = {
+        step: find_origins([*shapes_of(metadata(folder / "state"))], folder)
+        for step, folder in folders.items()
+    }
     output.mkdir(parents=True)
     with Checkpointer(output, keep_last=len(steps), asynchronous=False) as new:
         for step, folder in folders.items():
             with Checkpointer(workdir, read_only=True) as old:
                 record = old.input_state(step)
-            state = stack(read(folder / "state"), origins[step])
+            state = folder / "state"
+            state = stack(read_on_host(state, metadata(state)), origins[step])
             new.save(step, flax.traverse_util.unflatten_dict(state, sep="/"), record)
             new.finish(step)
             size = sum(array.nbytes for array in state.values())
@@ -70,27 +71,6 @@ def convert(workdir: epath.Path, output: epath.Path) -> None:
         if entry.name != "checkpoints":
             copy(entry, output / entry.name)
     print(f"wrote {output}, whose newest checkpoint is of step {newest:,}")
-
-
-def paths_of(folder: epath.Path) -> list[str]:
-    """The paths of all arrays in a checkpoint; nothing else of it is read."""
-    with contextlib.closing(ocp.PyTreeCheckpointHandler()) as handler:
-        return list(shapes_of(handler.metadata(folder / "state").tree))
-
-
-def read(directory: epath.Path) -> dict[str, np.ndarray]:
-    """Reads all arrays of a state onto the host, by their paths."""
-    with contextlib.closing(ocp.PyTreeCheckpointHandler()) as handler:
-        tree = handler.metadata(directory).tree
-        arguments = jax.tree.map(lambda leaf: ocp.RestoreArgs(restore_type=np.ndarray), tree)
-        state = handler.restore(
-            directory, args=ocp.args.PyTreeRestore(item=tree, restore_args=arguments)
-        )
-    leaves = jax.tree_util.tree_leaves_with_path(state)
-    return {
-        jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(leaf)
-        for path, leaf in leaves
-    }
 
 
 def find_origins(paths: Sequence[str], folder: object) -> dict[str, str | list[str]]:

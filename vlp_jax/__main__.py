@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import os
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -35,20 +37,24 @@ COMMANDS = {
 def usage() -> str:
     """Returns the list of subcommands, a line each."""
     width = max(map(len, COMMANDS))
-    lines = [f"  {name:<{width}}  {told}" for name, (_, told) in COMMANDS.items()]
-    return "\n".join(
-        [
-            "usage: vlp-jax SUBCOMMAND ...",
-            "",
-            *lines,
-            "",
-            "`vlp-jax SUBCOMMAND --help` lists its arguments.",
-        ]
-    )
+    lines = "\n".join(f"  {name:<{width}}  {told}" for name, (_, told) in COMMANDS.items())
+    more = "`vlp-jax SUBCOMMAND --help` lists its arguments."
+    return f"usage: vlp-jax SUBCOMMAND ...\n\n{lines}\n\n{more}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the subcommand; returns its exit status."""
+    try:
+        try:
+            return _run(argv)
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:  # whoever reads has seen enough, as in `vlp-jax --help | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+
+
+def _run(argv: Sequence[str] | None) -> int:
     name, *rest = (sys.argv[1:] if argv is None else argv) or [""]
     if name in ("-h", "--help"):
         print(usage())

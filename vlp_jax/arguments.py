@@ -20,9 +20,7 @@ def make_parser(
 ) -> argparse.ArgumentParser:
     """Returns a parser that prints `description` as it is written and takes no abbreviations.
 
-    Args:
-      command: shown in the usage line, such as "vlp-jax plan".
-      config: adds --config and --config.KEY=VALUE; True requires --config, None leaves both out.
+    `config` adds --config and --config.KEY=VALUE; True requires --config, None leaves both out.
     """
     parser = argparse.ArgumentParser(
         prog=command,
@@ -42,11 +40,7 @@ def make_parser(
 def parse_with_overrides(
     parser: argparse.ArgumentParser, argv: Sequence[str], *counts: str
 ) -> tuple[argparse.Namespace, list[str]]:
-    """Returns the arguments, checked by `check_arguments`, and the overrides as "a.b=VALUE".
-
-    Raises:
-      UserError: an argument that does not exist; see also `check_arguments`.
-    """
+    """Returns the checked arguments, and the overrides as "a.b=VALUE"; UserError for others."""
     # argparse would take --config.a=1 for an abbreviation or refuse it: keys are not known to it.
     overrides = [a.removeprefix(OVERRIDE) for a in argv if a.startswith(OVERRIDE)]
     arguments, unknown = parser.parse_known_args([a for a in argv if not a.startswith(OVERRIDE)])
@@ -57,11 +51,7 @@ def parse_with_overrides(
 
 
 def load_config(spec: str, overrides: Sequence[str] = ()) -> ConfigDict:
-    """Loads the config that --config names, with its overrides applied and checked.
-
-    Raises:
-      UserError: see `config.load` and `config.override`.
-    """
+    """Loads the config that --config names, with its overrides applied and checked."""
     config = config_lib.load(spec)
     config_lib.override(config, list(overrides))
     config_lib.check(config)
@@ -69,14 +59,12 @@ def load_config(spec: str, overrides: Sequence[str] = ()) -> ConfigDict:
 
 
 def check_arguments(arguments: argparse.Namespace, *counts: str) -> None:
-    """Checks numbers that must be at least 1, and that files can be written where they are asked.
+    """Checks numbers that must be at least 1, and that the folder of `arguments.json` exists.
 
-    Args:
-      arguments: `json` names a file, where there is such an argument.
-      counts: names of numbers, or of lists of numbers; None is left alone.
+    `counts` names numbers, or lists of numbers; None is left alone.
 
     Raises:
-      UserError: a number is below 1, or the folder of a file does not exist.
+      UserError: a number is below 1, or the folder of the file does not exist.
     """
     for name in counts:
         given = getattr(arguments, name)

@@ -7,7 +7,6 @@ needs to and returns an `ml_collections.ConfigDict`. Sections that name a compon
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.util
 import inspect
 import json
@@ -22,10 +21,10 @@ from ml_collections import ConfigDict
 from vlp_jax import image_size, overrides
 from vlp_jax.defaults import COMPONENT_SECTIONS, DATA_DEFAULTS, DURATION_UNITS, base
 from vlp_jax.defaults import duration as duration  # a config asks this module for it
-from vlp_jax.errors import UserError, unknown_key_message
+from vlp_jax.errors import UserError, first_line, unknown_key_message
 from vlp_jax.files import without_mark
 from vlp_jax.overrides import flatten as flatten  # for whoever reads a config
-from vlp_jax.preprocess import normalize
+from vlp_jax.preprocess import normalize, plain
 
 # Annotation of an argument -> the types it accepts. Other annotations are not checked here.
 PLAIN_TYPES = {"bool": (bool,), "int": (int,), "float": (int, float), "str": (str,)}
@@ -35,10 +34,9 @@ INSTALLED = Path(__file__).parent / "share" / "configs"
 
 
 def load(spec: str) -> ConfigDict:
-    """Loads the config in `"path/to/file.py"` or `"path/to/file.py:arg"`; locks and checks it.
+    """Loads the config "FILE" or "FILE:ARG"; locks and checks it.
 
-    A bare name, `"demo"` or `"mae_then_clip:clip"`, is one of the configs that come with the
-    package, wherever the command runs.
+    A bare name, "demo" or "mae_then_clip:clip", is one of the configs of the package.
 
     Raises:
       UserError: the file or its `get_config` is missing, or it sets a key that does not exist.
@@ -58,7 +56,7 @@ def load(spec: str) -> ConfigDict:
         config = module.get_config(argument or None)
     except (AttributeError, KeyError, TypeError) as error:
         # ConfigDict's error names the key that its locked parent does not have.
-        raise UserError(f"{path}: {_first_line(error)}") from error
+        raise UserError(f"{path}: {first_line(error)}") from error
     check(config)
     complete(config)
     return config.lock()
@@ -77,11 +75,7 @@ def _find_file(path: str) -> Path:
 
 
 def complete(config: ConfigDict) -> None:
-    """Adds what follows from the rest of a config, in place.
-
-    Data gets the keys that all data has; evaluators without `every` run at the end; models and
-    operations on images without a size take `config.image_size`.
-    """
+    """Adds what follows from the rest: keys of all data, `every` of evaluators, image sizes."""
     with config.unlocked():
         for data in (config.data, *config.extra_data.values()):
             for key, value in DATA_DEFAULTS.items():
@@ -120,17 +114,9 @@ def _check_keys(
 def override(config: ConfigDict, assignments: list[str]) -> None:
     """Applies `["a.b=v", ...]` in place, in the literal form of `vlp_jax.overrides`.
 
-    - A unit of a duration replaces the unit that it had: `duration.steps=40`, `duration=5%`.
-    - A mapping gives a section. In the section of a component it takes the place of what stood
-      there, or is new; elsewhere it sets the keys that it has: `mesh={"fsdp": 4, "tensor": 2}`.
-    - A key that is new in the section of a component is an argument that the section does not set
-      (`objective.attention=pallas`), which is checked where the component is built.
-    - A further evaluator, dataset or source of weights has a name of the user's own:
-      `evaluators.mine={"name": "retrieval"}`.
-    - None leaves out an evaluator, a dataset, a source, or an operation on the data
-      (`data.preprocess.NAME=None`). In a `preprocess` that is a list NAME is the name of an
-      operation, and "NAME#2" the second of that name; one that is new follows at the end.
-    - `image_size` changes every size that was the same.
+    A mapping gives a section, a new key in a component's section is an argument of it, None leaves
+    out what has a name of the user's own, and a size that changes is followed by all that had it
+    (docs/configs.md has the rules).
 
     Raises:
       UserError: a key that does not exist (the error names the nearest one that does), or a value
@@ -146,11 +132,8 @@ def to_json(config: ConfigDict) -> str:
 
 
 def from_json(text: str) -> ConfigDict:
-    """Reads a config that `to_json` wrote, with lists as tuples; locks and checks it.
-
-    Keys of `base()` that did not exist yet when it was written get their defaults.
-    """
-    config = ConfigDict(_tuples(json.loads(text)))
+    """Reads what `to_json` wrote, lists as tuples; keys that it lacks get their defaults."""
+    config = ConfigDict(plain(json.loads(text)))
     # Before `check`, which asks for the component sections of today.
     _add_missing(config, base())
     check(config)
@@ -166,12 +149,6 @@ def _add_missing(config: ConfigDict, defaults: ConfigDict) -> None:
             _add_missing(config[key], value)
 
 
-def _tuples(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _tuples(item) for key, item in value.items()}
-    return tuple(_tuples(item) for item in value) if isinstance(value, list) else value
-
-
 def build(constructor: Callable[..., Any], section: Mapping[str, Any], where: str, **more: Any):
     """Calls `constructor(**section, **more)`, without the key `name` that selected it.
 
@@ -180,35 +157,21 @@ def build(constructor: Callable[..., Any], section: Mapping[str, Any], where: st
         or a TypeError or ValueError of the constructor.
     """
     arguments = {key: value for key, value in section.items() if key != "name"}
-    if dataclasses.is_dataclass(constructor):
-        fields = {f.name: f for f in dataclasses.fields(constructor) if f.init}
-        known = set(fields)
-        types = {name: f.type for name, f in fields.items()}
-        absent = (dataclasses.MISSING,)
-        required = {
-            name
-            for name, f in fields.items()
-            if f.default in absent and f.default_factory in absent
-        }
-    else:
-        parameters = inspect.signature(constructor).parameters
-        known = set(parameters)
-        types = {n: p.annotation for n, p in parameters.items()}
-        required = {n for n, p in parameters.items() if p.default is inspect.Parameter.empty}
-    # A config cannot set what the caller passes.
-    known, required = known - set(more), required - set(more)
+    parameters = inspect.signature(constructor).parameters
+    known = {n: p for n, p in parameters.items() if n not in more}  # the caller passes the rest
     for key in arguments:
         if key not in known:
             raise UserError(unknown_key_message(key, known, where))
+    required = {n for n, p in known.items() if p.default is p.empty}
     missing = sorted(required - set(arguments))
     if missing:
         raise UserError(f"{where} lacks {', '.join(missing)}")
     for key, value in arguments.items():
-        _check_type(f"{where}.{key}", value, types.get(key))
+        _check_type(f"{where}.{key}", value, known[key].annotation)
     try:
         return constructor(**arguments, **more)
     except (TypeError, ValueError) as error:
-        raise UserError(f"{where}: {_first_line(error)}") from error
+        raise UserError(f"{where}: {first_line(error)}") from error
 
 
 def _check_type(where: str, value: Any, annotation: Any) -> None:
@@ -229,8 +192,3 @@ def select(table: Mapping[str, Any], section: Mapping[str, Any], where: str) -> 
     if section["name"] not in table:
         raise UserError(unknown_key_message(section["name"], table, f"{where}.name"))
     return table[section["name"]]
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error.args[0] if error.args else error)
-    return text.strip().splitlines()[0] if text.strip() else type(error).__name__

@@ -35,13 +35,7 @@ ENTRY = re.compile(r"  ([\w.]+(?:, [\w.]+)*): (.*)")
 
 
 class Key(NamedTuple):
-    """A key that may be set.
-
-    Attributes:
-      path: as after `--config.`.
-      value: what the config or the constructor has for it.
-      meaning: a line; "" if no docstring has one.
-    """
+    """A key that may be set, as after `--config.`, its value, and a line of meaning or ""."""
 
     path: str
     value: Any
@@ -72,7 +66,7 @@ def entries(docstring: str) -> dict[str, tuple[str, int]]:
 
 
 def meaning(kind: Callable[..., Any], name: str) -> str:
-    """The meaning of an argument of a function or class; "" if no docstring has one.
+    """Returns the meaning of an argument of a function or class; "" if no docstring has one.
 
     An entry such as "see `Captioning`" leads there. An argument without an entry is looked up in
     what the function takes it for (`keywords_of`), what it returns, and what its docstring names.

@@ -10,10 +10,7 @@ from typing import Any
 
 
 class ExitStatus(enum.IntEnum):
-    """How a command ended. The launchers restart a run, except after the first two.
-
-    The numbers come from sysexits.h where it has one that fits.
-    """
+    """How a command ended (numbers of sysexits.h). Launchers restart a run after all but two."""
 
     COMPLETE = 0
     MISTAKE = 2  # a mistake of the user, which a restart would repeat
@@ -28,8 +25,7 @@ class UserError(Exception):
     """A mistake in a config, a command line, a file or a workdir, which the user can mend.
 
     Its message is one line: what is wrong, where, and what to do about it. The entry points print
-    the line to stderr and exit with `status`. Every other exception is a defect of this package and
-    keeps its traceback.
+    it to stderr and exit with `status`. Every other exception is a defect of this package.
     """
 
     status = ExitStatus.MISTAKE
@@ -42,10 +38,7 @@ class NotFinite(UserError):
 
 
 class NoScores(UserError):
-    """An evaluator cannot score its data. Every process raises it alike.
-
-    It ends an evaluation command; a training run prints it and goes on.
-    """
+    """An evaluator cannot score its data, on every process alike. A training run goes on."""
 
 
 class CannotSave(UserError):
@@ -71,6 +64,12 @@ def error_of_status(status: int) -> type[UserError]:
     kinds = {kind.status: kind for kind in UserError.__subclasses__()}
     kinds[ExitStatus.MISTAKE] = UserError
     return kinds.get(status, UserError)
+
+
+def first_line(error: BaseException) -> str:
+    """Returns the first line of an error's message; the name of its type if it has none."""
+    text = str(error.args[0] if len(error.args) == 1 else error).strip()
+    return text.splitlines()[0][:300] if text else type(error).__name__
 
 
 # Names that people type first -> the name here.

@@ -9,7 +9,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from etils import epath
 
 from vlp_jax import config as config_lib
 from vlp_jax import signals
+from vlp_jax.arguments import make_parser, parse_with_overrides
 from vlp_jax.encoders.subject import Subject, find
 from vlp_jax.errors import UserError
 from vlp_jax.objectives.compute import DTYPES
@@ -49,19 +50,9 @@ EPILOG = """examples:
 
 
 def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-    """Parses the command line into arguments and assignments "KEY=VALUE" of --config.KEY=VALUE.
-
-    Raises:
-      UserError: an unknown argument, or arguments that exclude each other.
-    """
-    parser = argparse.ArgumentParser(
-        prog="vlp-jax evaluate",
-        description="Runs the evaluators of a config on checkpoints of a run, or on weights that "
-        "another library has written.",
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    """Parses the command line into arguments and assignments "KEY=VALUE" of --config.KEY=VALUE."""
+    told = "Runs the evaluators of a config on checkpoints of a run, or on weights of others."
+    parser = make_parser("vlp-jax evaluate", told, epilog=EPILOG)
     _add_subject(parser)
     parser.add_argument(
         "--evaluators", metavar="A,B", help="names in config.evaluators; default: all"
@@ -80,10 +71,7 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         "python -m tools.compare_scores reads",
     )
     report_command.add_arguments(parser)
-    overrides = [a.removeprefix("--config.") for a in argv if a.startswith("--config.")]
-    arguments, unknown = parser.parse_known_args([a for a in argv if not a.startswith("--config.")])
-    if unknown:
-        raise UserError(f"unknown argument {unknown[0]!r}; see --help")
+    arguments, overrides = parse_with_overrides(parser, argv)
     _check(arguments)
     report_command.check_arguments(arguments)
     return arguments, overrides
@@ -150,11 +138,7 @@ def _check(arguments: argparse.Namespace) -> None:
 def open_subject(
     arguments: argparse.Namespace, overrides: Sequence[str], names: Sequence[str] | None
 ) -> Subject:
-    """Opens the run or the weights that the command line names.
-
-    Raises:
-      UserError: they do not exist, or cannot be evaluated with these arguments.
-    """
+    """Opens the run or the weights that the command line names; UserError if they cannot be."""
     if arguments.weights is None:
         return Subject.of_run(
             arguments.workdir,
@@ -163,10 +147,8 @@ def open_subject(
             names=names,
             batch_size=arguments.batch_size,
         )
-    if arguments.config is None:
-        config = Run.open(arguments.workdir).config
-    else:
-        config = config_lib.load(arguments.config)
+    own = arguments.config is None
+    config = Run.open(arguments.workdir).config if own else config_lib.load(arguments.config)
     config_lib.override(config, list(overrides))
     return Subject.of_weights(
         arguments.weights,
@@ -181,14 +163,7 @@ def open_subject(
 def load_run(
     workdir: str | os.PathLike, step: int | None = None, choice: str = "auto"
 ) -> tuple[Subject, LoadedParameters]:
-    """Opens the run in `workdir`, and loads its parameters at `step` (default: the newest).
-
-    Args:
-      choice: one of `restore.CHOICES`.
-
-    Raises:
-      UserError: there is no run, or no such checkpoint or average, in `workdir`.
-    """
+    """Opens a run and loads its parameters at `step` (None: the newest); see `restore.CHOICES`."""
     subject = Subject.of_run(workdir)
     return subject, subject.load(step, choice)
 
@@ -196,11 +171,7 @@ def load_run(
 def scores_of(
     subject: Subject, loaded: LoadedParameters, names: Sequence[str] | None = None
 ) -> dict[str, float]:
-    """Runs evaluators; returns `eval/NAME/SCORE` -> value.
-
-    Args:
-      names: names of evaluators; None for all of the subject.
-    """
+    """Runs the evaluators `names` (None for all); returns `eval/NAME/SCORE` -> value."""
     return dict(find(subject, loaded, names).scores)
 
 
@@ -210,11 +181,7 @@ def evaluate(
     names: Sequence[str] | None = None,
     choice: str = "auto",
 ) -> dict[str, float]:
-    """Evaluates a run; returns `eval/NAME/SCORE` -> value, and `step`.
-
-    Raises:
-      UserError: an unknown evaluator, or the errors of `load_run`.
-    """
+    """Evaluates a run; returns `eval/NAME/SCORE` -> value, and `step`. Raises as `load_run`."""
     subject = Subject.of_run(workdir, names=names)
     loaded = subject.load(step, choice)
     return {"step": float(loaded.step), **scores_of(subject, loaded)}
@@ -236,15 +203,16 @@ def missing(subject: Subject, known: dict[str, float]) -> list[str]:
 
 
 def checkpoints(subject: Subject, follow: bool, stop: threading.Event) -> Iterator[int]:
-    """Yields the steps of the run's checkpoints, in order.
-
-    With `follow` it waits for new checkpoints until the run is complete, or `stop` is set.
-    """
+    """Yields the steps of checkpoints; with `follow` new ones, until the end or `stop`."""
     seen: set[int] = set()
-    waiting = False
+    waiting, ledger = False, subject.workdir / GOODPUT_FILE
+
+    def is_complete() -> bool:
+        return ledger.exists() and RunTime.from_json(ledger.read_text()).ended == "complete"
+
     while not stop.is_set():
         # Before the list is made: a run that is complete by now has saved its last checkpoint.
-        last = not follow or agreement.from_first(_is_complete(subject.workdir))
+        last = not follow or agreement.from_first(is_complete())
         # Process 0's list: processes of a job may see a new checkpoint at different moments.
         new = [s for s in agreement.from_first(subject.run.steps()) if s not in seen]
         for step in new:
@@ -261,23 +229,10 @@ def checkpoints(subject: Subject, follow: bool, stop: threading.Event) -> Iterat
         stop.wait(LOOK_SECONDS)
 
 
-def _is_complete(workdir: epath.Path) -> bool:
-    """Whether the run is complete, according to its goodput file."""
-    file = workdir / GOODPUT_FILE
-    return file.exists() and RunTime.from_json(file.read_text()).ended == "complete"
-
-
 def evaluate_many(
     subject: Subject, arguments: argparse.Namespace, stop: threading.Event
 ) -> dict[str, float]:
-    """Evaluates all checkpoints, saves their scores, and returns the scores of the last one.
-
-    Args:
-      stop: set to end before the next checkpoint.
-
-    Raises:
-      UserError: there is no checkpoint.
-    """
+    """Evaluates all checkpoints until `stop` is set, keeps the scores; returns the last ones."""
     if not arguments.follow and not subject.run.steps():
         subject.load()  # raises the error that there are none
     writer = None
@@ -286,7 +241,7 @@ def evaluate_many(
         writer = JsonlWriter(subject.workdir / EVALUATIONS, start_step=sys.maxsize)
     last: dict[str, float] = {}
     for step in checkpoints(subject, arguments.follow, stop):
-        known = agreement.from_first(_of_step(subject, step))
+        known = agreement.on_first(lambda: known_scores(subject.workdir).get(step, {}))  # noqa: B023
         names = missing(subject, known)
         scores = dict(known)
         if names:
@@ -313,39 +268,27 @@ def evaluate_many(
     return last
 
 
-def _of_step(subject: Subject, step: int) -> dict[str, float]:
-    return known_scores(subject.workdir).get(step, {}) if jax.process_index() == 0 else {}
-
-
 def _say(line: str) -> None:
     if jax.process_index() == 0:
         print(line, flush=True)
 
 
-def _say_all(lines: Iterable[str]) -> None:
-    for line in lines:
-        _say(line)
-
-
-def _exact(value: float) -> str:
-    """Formats `value` in six digits, or in more if it takes them to read back the same number."""
-    short = f"{value:.6g}"
-    return short if float(short) == value else repr(float(value))
-
-
 def _print_scores(scores: dict[str, Any]) -> None:
     for name, value in scores.items():
-        _say(f"{name} {_exact(value)}")
+        short = f"{value:.6g}"  # more digits only if it takes them to read back the same number
+        _say(f"{name} {short if float(short) == value else repr(float(value))}")
 
 
 def run(arguments: argparse.Namespace, overrides: Sequence[str], argv: Sequence[str] = ()) -> None:
     """Runs the command: evaluates, prints the scores, and writes the files it is asked for."""
     names = arguments.evaluators.split(",") if arguments.evaluators else None
     if arguments.compare:
-        _say_all(report_command.compare(arguments, argv))
+        for line in report_command.compare(arguments, argv):
+            _say(line)
         return
     subject = open_subject(arguments, overrides, names)
-    _say_all(f"note: {note}" for note in subject.notes)
+    for note in subject.notes:
+        _say(f"note: {note}")
     report = report_command.PageRequest.prepare(arguments, subject, argv)
     if arguments.all or arguments.follow:
         # Without --follow Ctrl-C ends the command at once, and this event is never set.
@@ -359,9 +302,11 @@ def run(arguments: argparse.Namespace, overrides: Sequence[str], argv: Sequence[
         scores = {**steps, **findings.scores}
         _print_scores(scores)
         if report is not None:
-            _say_all(report.write(subject, loaded, findings))
+            for line in report.write(subject, loaded, findings):
+                _say(line)
         if arguments.embeddings and jax.process_index() == 0:
-            _say_all(findings.save_embeddings(Path(arguments.embeddings)))
+            for line in findings.save_embeddings(Path(arguments.embeddings)):
+                _say(line)
     if arguments.output and jax.process_index() == 0:
         epath.Path(arguments.output).write_text(json.dumps(scores, indent=2) + "\n")
 

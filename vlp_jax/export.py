@@ -14,6 +14,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 from etils import epath
 
+from vlp_jax.arguments import make_parser
 from vlp_jax.data.tokenizers import ClipTokenizer
 from vlp_jax.data.tokenizers.base import NORMALIZED
 from vlp_jax.errors import UserError, unknown_key_message
@@ -33,6 +34,10 @@ from vlp_jax.training.command import run_command
 from vlp_jax.training.restore import CHOICES
 from vlp_jax.training.run import Run, bounded, resizing
 
+DESCRIPTION = """Writes the model of a run's checkpoint, with its config, tokenizer and image
+processor, as the library of another project loads it. A format that holds an image tower alone gets
+the image tower of the model.
+"""
 EPILOG = """formats:
   hf_clip     transformers CLIPModel        hf_siglip   transformers SiglipModel
   hf_vit      transformers ViTModel         hf_vit_mae  transformers ViTMAEForPreTraining
@@ -45,15 +50,7 @@ EPILOG = """formats:
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """Parses the command line."""
-    parser = argparse.ArgumentParser(
-        prog="vlp-jax export",
-        description="Writes the model of a run's checkpoint, with its config, tokenizer and image "
-        "processor, as the library of another project loads it. A format that holds an image tower "
-        "alone gets the image tower of the model.",
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = make_parser("vlp-jax export", DESCRIPTION, epilog=EPILOG)
     parser.add_argument("--workdir", metavar="DIR", required=True, help="folder of the run")
     parser.add_argument("--format", metavar="FORMAT", required=True, help="one of those below")
     parser.add_argument("--output", metavar="DIR", required=True, help="folder that is made")
@@ -159,9 +156,7 @@ def choose(
 def extras_of(run: Run, objective: Objective, notes: list[str]) -> dict[str, Any]:
     """Collects the settings of a run that foreign configs need, as fields of `interop.Extras`.
 
-    Args:
-      objective: the run's objective, or the part of it to write.
-      notes: lines for the user are appended here.
+    `objective` is the run's, or the part of it to write; `notes` gets lines for the user.
     """
     model, tokenizer = objective.model, run.tokenizer
     extras = {

@@ -54,15 +54,18 @@ def write_whole(path: epath.PathLike, content: str | bytes) -> None:
         raise
 
 
+def check_writable(folder: epath.PathLike) -> None:
+    """Writes a file in `folder` and removes it; OSError if that fails."""
+    probe = epath.Path(folder) / f".write_test_{uuid.uuid4().hex}"
+    probe.write_text("")
+    probe.unlink()
+
+
 def read_text(path: epath.PathLike, key: str = "") -> str:
     """Reads a text file of a user: UTF-8, with or without a byte order mark.
 
-    Args:
-      path: on disk or in an object store.
-      key: the setting or argument that names the file, for messages.
-
     Raises:
-      UserError: the file cannot be read, or is in another encoding.
+      UserError: the file cannot be read, or is in another encoding; it names the setting `key`.
     """
     before = f"{key}: " if key else ""
     try:
@@ -74,14 +77,7 @@ def read_text(path: epath.PathLike, key: str = "") -> str:
 
 
 def decode_text(content: bytes, where: str) -> str:
-    """Decodes UTF-8, with or without a byte order mark.
-
-    Args:
-      where: names the content in messages.
-
-    Raises:
-      UserError: the content is in another encoding.
-    """
+    """Decodes UTF-8 with or without a mark; UserError for another encoding, which names `where`."""
     without_mark(content, where)
     text = _decode(content, where, 1)
     if "\0" in text:
@@ -91,13 +87,7 @@ def decode_text(content: bytes, where: str) -> str:
 
 
 def text_lines(path: epath.PathLike) -> Iterator[str]:
-    """Yields the lines of a user's text file with their ends ("\\n", "\\r\\n" or "\\r").
-
-    The file is read as `read_text` does, but is never in memory as a whole.
-
-    Raises:
-      UserError: as `read_text`, while iterating.
-    """
+    """Yields the lines of a user's text file, read as by `read_text`, with their ends."""
     try:
         with epath.Path(path).open("rb") as raw:
             # The longest mark has 4 bytes.
@@ -118,13 +108,7 @@ def text_lines(path: epath.PathLike) -> Iterator[str]:
 
 
 def read_lines(path: epath.PathLike, key: str = "") -> tuple[str, ...]:
-    """Reads a list that a user wrote, an item a line.
-
-    White space around items, empty lines and lines that begin with "#" are left out.
-
-    Raises:
-      UserError: as `read_text`, or no line is left.
-    """
+    """Reads a list of a user, an item a line, without empty lines and lines that begin with "#"."""
     stripped = (line.strip() for line in _LINE_END.split(read_text(path, key)))
     lines = tuple(line for line in stripped if line and not line.startswith("#"))
     if not lines:
@@ -133,11 +117,7 @@ def read_lines(path: epath.PathLike, key: str = "") -> tuple[str, ...]:
 
 
 def without_mark(content: bytes, where: str) -> bytes:
-    """Removes a byte order mark of UTF-8 from the beginning of `content`.
-
-    Raises:
-      UserError: `content` begins with the mark of another encoding.
-    """
+    """Removes a byte order mark of UTF-8; UserError if `content` begins with another mark."""
     for mark, name in _OTHER_MARKS:
         if content.startswith(mark):
             raise UserError(f"{where} is {name}, not UTF-8; {_CONVERT}")

@@ -1,7 +1,7 @@
 """`config.image_size`: said once, and followed by models, operations on images and evaluators.
 
-A model or an operation that has no size of its own takes this one. Where it is replaced on the
-command line, all that had the same size follow; one with another size keeps it.
+A model or an operation without a size of its own takes this one. Where it is replaced on the
+command line, all that had the same size follow.
 """
 
 from __future__ import annotations
@@ -25,10 +25,7 @@ Change = Callable[[str, dict[str, Any]], dict[str, Any]]
 
 
 def fill(config: ConfigDict) -> None:
-    """Gives `config.image_size` to all that lacks a size, in place; `config` is unlocked.
-
-    A config that does not say it has the size of its models, if that is one.
-    """
+    """Gives `config.image_size`, or else the one size of its models, to all that lacks a size."""
     if config.image_size is None:
         sizes = {model.image_size for model in _models(config.objective) if "image_size" in model}
         config.image_size = sizes.pop() if len(sizes) == 1 else None

@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 from vlp_jax import image_size
 from vlp_jax.defaults import COMPONENT_SECTIONS, DURATION_UNITS, duration
 from vlp_jax.errors import OTHER_NAMES, UserError, unknown_key_message
-from vlp_jax.preprocess import as_sections, is_sequence
+from vlp_jax.preprocess import as_sections, plain
 
 BOOLEANS = {"true": True, "1": True, "false": False, "0": False}
 # Sections that hold sections by names of the user's own.
@@ -177,11 +177,7 @@ def _set_unit(section: ConfigDict, unit: str, value: Any, where: str) -> None:
 
 
 def _as_duration(path: str, given: Any) -> ConfigDict:
-    """The duration that a text such as "40steps" or a mapping such as {"steps": 40} spells.
-
-    Raises:
-      UserError: it is none.
-    """
+    """Returns the duration that "40steps" or {"steps": 40} spells; UserError if it is none."""
     if isinstance(given, str):
         found = DURATION.fullmatch(given.strip())
         if found:
@@ -217,16 +213,12 @@ def _as_section(path: str, given: Mapping[str, Any]) -> ConfigDict:
 
 
 def _literal(path: str, text: str, strict: bool = True) -> Any:
-    """The Python value that `text` spells, with lists as tuples; else the text.
-
-    Raises:
-      UserError: it stands in brackets and is no literal, and `strict` is set.
-    """
+    """Returns the Python value that `text` spells, else the text; `strict` refuses bad brackets."""
     # Also in lower case, which Python's literals do not have.
     if text.lower() in ("true", "false"):
         return BOOLEANS[text.lower()]
     try:
-        return _as_tuples(ast.literal_eval(text))
+        return plain(ast.literal_eval(text))
     except (SyntaxError, TypeError, ValueError):
         if strict and text.strip() and BRACKETS.get(text.strip()[0]) == text.strip()[-1]:
             raise UserError(
@@ -234,12 +226,6 @@ def _literal(path: str, text: str, strict: bool = True) -> Any:
                 '\'["a", "b"]\', with single quotes around the whole for the shell'
             ) from None
         return text
-
-
-def _as_tuples(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _as_tuples(item) for key, item in value.items()}
-    return tuple(_as_tuples(item) for item in value) if is_sequence(value) else value
 
 
 def _require(config: ConfigDict, key: str, known: Mapping[str, Any], where: str) -> None:
@@ -265,11 +251,7 @@ def _elsewhere(config: ConfigDict, key: str) -> list[str]:
 
 
 def _parse(path: str, text: str, section: ConfigDict, key: str) -> Any:
-    """`text` as a value that may stand where a value of `section` stands.
-
-    Raises:
-      UserError: it is of another type.
-    """
+    """Returns `text` as a value of the type that `section` has there; else UserError."""
     expected = section.get_type(key) if key in section else type(None)
     if text == "None":
         return None

@@ -1,11 +1,8 @@
 """Reads the two forms of `data.preprocess`, a list of operations on an example with arguments.
 
 A sequence of (name, arguments) pairs runs as written. A mapping of names to arguments has no order,
-because ml_collections sorts its keys: `vlp_jax.data.ops` runs it in the order of its table.
-
-In both forms an operation has a label: its name, and for a further operation of the same name
-"name#2", "name#3" and so on. Labels are the keys of a mapping, and address the pairs of a sequence
-on the command line.
+because ml_collections sorts its keys: `vlp_jax.data.ops` runs it in the order of its table. In both
+forms an operation has a label: its name, and for a further one of the same name "name#2" and so on.
 """
 
 from __future__ import annotations
@@ -40,11 +37,7 @@ def is_sequence(preprocess: Any) -> bool:
 
 
 def labelled(preprocess: Any) -> dict[str, Any]:
-    """Returns the arguments of each operation by its label, in the order of the config.
-
-    Raises:
-      UserError: an entry is no (name, arguments) pair, or its arguments are no mapping.
-    """
+    """Returns label -> arguments of operations, in the config's order; UserError for no form."""
     if not is_sequence(preprocess):
         operations = dict(preprocess.items())
     else:
@@ -72,11 +65,7 @@ def labelled(preprocess: Any) -> dict[str, Any]:
 
 
 def name_and_number(label: str) -> tuple[str, int]:
-    """Splits a label into the operation's name and its number among equal names, from 1.
-
-    Raises:
-      UserError: the text after "#" is not a number from 2 on.
-    """
+    """Splits a label into the operation's name and its number among equal names, from 1."""
     name, mark, number = str(label).partition("#")
     if not mark:
         return name, 1
@@ -89,13 +78,14 @@ def name_and_number(label: str) -> tuple[str, int]:
 
 def as_pairs(operations: Mapping[str, Any]) -> tuple[tuple[str, dict[str, Any]], ...]:
     """Converts operations by label to (name, arguments) pairs."""
-    return tuple((name_and_number(k)[0], _plain(v)) for k, v in operations.items())
+    return tuple((name_and_number(k)[0], plain(v)) for k, v in operations.items())
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """Copies a value with mappings as dicts and sequences as tuples."""
     if hasattr(value, "items"):
-        return {key: _plain(item) for key, item in value.items()}
-    return tuple(_plain(item) for item in value) if is_sequence(value) else value
+        return {key: plain(item) for key, item in value.items()}
+    return tuple(plain(item) for item in value) if is_sequence(value) else value
 
 
 def normalize(config: ConfigDict) -> None:
@@ -110,10 +100,7 @@ def normalize(config: ConfigDict) -> None:
 
 @contextlib.contextmanager
 def as_sections(config: ConfigDict, path: str) -> Iterator[None]:
-    """Turns a sequence of pairs on the dotted `path` into a section with labels as keys.
-
-    On exit it becomes a sequence again, in the old order; new operations come at the end.
-    """
+    """Turns a sequence of pairs on the dotted `path` into a section by label, until the exit."""
     section = config
     *parents, _ = path.split(".")
     for key in parents:
@@ -150,8 +137,7 @@ def smoke_preprocess(preprocess: Any, image_size: int | None) -> Any:
     """Adapts operations to the embedded data, and keeps their form (list or mapping).
 
     Images get `image_size`. Arguments that name fields of the real data are removed. An operation
-    that reads such a field reads `image` or `text` instead; it moves to the front, before the
-    operations that change these fields.
+    that reads such a field reads `image` or `text` instead, before others change these.
     """
     kept, moved = [], []
     made: set[str] = set()
@@ -172,7 +158,7 @@ def smoke_preprocess(preprocess: Any, image_size: int | None) -> Any:
         else:
             kept.append((name, arguments))
         made.add(into or field or read or "")
-    pairs = [(name, _plain(arguments)) for name, arguments in (*moved, *kept)]
+    pairs = [(name, plain(arguments)) for name, arguments in (*moved, *kept)]
     chosen = any(name == "choose_text" for name, _ in kept)
     if not chosen or (moved and is_sequence(preprocess)):
         pairs.insert(0, ("choose_text", {}))  # without it the embedded data has no field `text`

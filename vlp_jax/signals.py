@@ -30,14 +30,11 @@ REPEAT_SECONDS = 0.02  # by then the main thread has left the destructor
 
 
 class ToldToStop(KeyboardInterrupt):
-    """Raised in the main thread when a signal arrives.
+    """Raised in the main thread when the signal `number` arrives.
 
     It is a subclass of KeyboardInterrupt for a reason. Once a plain KeyboardInterrupt has left code
     compiled by `exec`, as in dataclasses, Python exits with the status of an interrupt, even if the
     exception was caught.
-
-    Attributes:
-      number: the number of the signal.
     """
 
     def __init__(self, number: int) -> None:
@@ -55,16 +52,11 @@ class Reaction(enum.Enum):
 
 
 class Listener:
-    """Receives the signals of this process, between `open` and `close`.
-
-    Attributes:
-      told: set once a signal has arrived.
-      number: the number of that signal.
-    """
+    """Receives the signals of this process, and sets `told` at the first."""
 
     def __init__(self) -> None:
         self.told = threading.Event()
-        self._reaction = Reaction.LEAVE
+        self.reaction = Reaction.LEAVE
         self._status: int | None = None  # exit status of a complete command
         self._lock = threading.Lock()  # never taken by a handler, which may interrupt its holder
         self._ends = threading.Lock()
@@ -85,7 +77,7 @@ class Listener:
     def close(self) -> None:
         """Restores the previous handlers and ends the thread."""
         self.give_back(self._pipe_before)
-        self.reaction = Reaction.NOTE  # signals still in the pipe must not end the process
+        self.react(Reaction.NOTE)  # signals still in the pipe must not end the process
         os.write(self._write, b"\0")  # no signal has this number: the thread ends
 
     def give_back(self, pipe: int) -> None:
@@ -95,33 +87,25 @@ class Listener:
         for number, handler in self._before.items():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
-    @property
-    def reaction(self) -> Reaction:
-        """The reaction to the next signal."""
-        return self._reaction
-
-    @reaction.setter
-    def reaction(self, reaction: Reaction) -> None:
+    def react(self, reaction: Reaction) -> None:
+        """Sets the reaction to the next signal."""
         with self._lock:
-            self._reaction = reaction
+            self.reaction = reaction
             if reaction is Reaction.NOTE:
                 self._stop_timer()
 
     def leaving(self, status: int) -> None:
         """Notes that the command is complete, and its exit status."""
-        self._status, self._reaction = status, Reaction.LEAVE
+        self._status, self.reaction = status, Reaction.LEAVE
 
     def _on_main_thread(self, number: int, frame: FrameType | None) -> None:
         del frame
-        if self._reaction in (Reaction.END, Reaction.RAISE) and not self._raised:
+        if self.reaction in (Reaction.END, Reaction.RAISE) and not self._raised:
             self._raised = True
             raise ToldToStop(number)
 
     def _on_lost_exception(self, lost: sys.UnraisableHookArgs) -> None:
-        """Repeats a signal whose ToldToStop was lost in a destructor or a callback.
-
-        Python cannot raise an exception there; it passes the exception to `sys.unraisablehook`.
-        """
+        """Repeats a signal whose ToldToStop was lost in a destructor, which cannot raise."""
         if not isinstance(lost.exc_value, ToldToStop):
             self._hook_before(lost)
             return
@@ -151,15 +135,15 @@ class Listener:
                 self._told_at, self.number = now, number
                 self.told.set()
             # The main thread may be faster: its handler raised, and the command is over already.
-            left = self._reaction is Reaction.LEAVE and self._raised
-            if first and (left or self._reaction is Reaction.END):
+            left = self.reaction is Reaction.LEAVE and self._raised
+            if first and (left or self.reaction is Reaction.END):
                 self._timer = threading.Timer(STOP_SECONDS, self._end, (number,))
                 self._timer.daemon = True
                 self._timer.start()
                 return
             # A second SIGTERM means nothing new (schedulers repeat it); a second Ctrl-C is urgent.
             again = number == signal.SIGINT and now - self._told_at > AGAIN_SECONDS
-            if again or self._reaction is Reaction.LEAVE:
+            if again or self.reaction is Reaction.LEAVE:
                 self._end(number)
 
     def _stop_timer(self) -> None:
@@ -193,12 +177,7 @@ def listen() -> None:
 
 
 def listen_if_started(package: str) -> None:
-    """Listens to signals if this process was started as `python -m PACKAGE...`.
-
-    A program that merely imports the package is left alone. Python imports a package before it runs
-    a module in it, with "-m" as `sys.argv[0]`. So a package that calls this first also hears
-    signals during its own imports.
-    """
+    """Listens if this process was started as `python -m PACKAGE...`, also while it imports."""
     name = re.compile(rf"(-\w*m)?{re.escape(package)}(\..+)?")
     if sys.argv[:1] == ["-m"] and any(map(name.fullmatch, sys.orig_argv)):
         listen()
@@ -217,7 +196,7 @@ def heard() -> Iterator[None]:
     if _listener is None:
         yield
         return
-    _listener.reaction = Reaction.END
+    _listener.react(Reaction.END)
     try:
         yield
     finally:
@@ -240,7 +219,7 @@ def noted() -> Iterator[threading.Event]:
     process. In another program the previous handlers are restored after the first signal.
     """
     if _listener is not None:
-        _listener.reaction = Reaction.NOTE
+        _listener.react(Reaction.NOTE)
         yield _listener.told
         return
     told, before = threading.Event(), {}
@@ -269,13 +248,13 @@ def interruptible() -> Iterator[None]:
         yield
         return
     listener = _listener
-    listener.reaction = Reaction.RAISE
+    listener.react(Reaction.RAISE)
     try:
         if listener.told.is_set():
             raise ToldToStop(listener.number)
         yield
     finally:
-        listener.reaction = Reaction.NOTE
+        listener.react(Reaction.NOTE)
 
 
 def _after_fork() -> None:

@@ -16,11 +16,7 @@ SMOKE_BATCH_SIZE = 16
 
 
 def smoke(config: ConfigDict) -> ConfigDict:
-    """Returns a copy of `config` that runs 2 steps on tiny shapes and the embedded data.
-
-    Mesh, objective, optimizer, preprocessing and evaluators stay. Sizes, durations and the source
-    of the data change.
-    """
+    """Returns a copy of `config` that runs 2 steps on tiny shapes and the embedded data."""
     config = config.copy_and_resolve_references()
     complete(config)
     config.unlock()

@@ -6,7 +6,6 @@ In Python: `train(vlp_jax.config.load("configs/demo.py"), "runs/demo")`.
 from __future__ import annotations
 
 import contextlib
-import functools
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -23,8 +22,8 @@ from vlp_jax import config_help
 from vlp_jax.encoders import source_model
 from vlp_jax.errors import UserError
 from vlp_jax.observe.progress import NullProgress, Progress
-from vlp_jax.observe.throughput import StartupClock, StepClock
-from vlp_jax.observe.writers import Writer, build_writers, check_writers
+from vlp_jax.observe.throughput import StartupClock
+from vlp_jax.observe.writers import build_writers, check_writers
 from vlp_jax.parallel import agreement, startup
 from vlp_jax.parallel import mesh as mesh_lib
 from vlp_jax.parallel.batch import Prefetcher
@@ -36,15 +35,11 @@ from vlp_jax.training.build import RunComponents, build, first_state, make_check
 from vlp_jax.training.checkpoint import Checkpointer
 from vlp_jax.training.checkpoint_files import check_path
 from vlp_jax.training.command import run_command
-from vlp_jax.training.lock import locked
-from vlp_jax.training.loop import Loop
 from vlp_jax.training.measures import Measures, profile_steps
 from vlp_jax.training.monitor import Monitor, make_step_clock, make_watchdog
 from vlp_jax.training.optimizer import learning_rate_jumps
-from vlp_jax.training.phases import Phases, begin_phase, compile_phases, describe_losses
 from vlp_jax.training.preemption import PreemptionWatch
-from vlp_jax.training.report import StepReport
-from vlp_jax.training.setup import Setup, check_dispatch
+from vlp_jax.training.setup import Phases, Setup, check_dispatch, compile_phases
 from vlp_jax.training.state import TrainState
 
 Path = str | os.PathLike[str]
@@ -55,9 +50,7 @@ def train(
 ) -> TrainState:
     """Trains from the newest checkpoint in `workdir`, or from the start; returns the last state.
 
-    Args:
-      clock: counts since the process began; None begins now.
-      job: how the processes found each other, for the log.
+    `clock` counts since the process began; `job` says how the processes found each other.
 
     Raises:
       UserError: a mistake in config, data or workdir; `Loop.run` raises further kinds.
@@ -69,17 +62,18 @@ def train(
         preempted = stack.enter_context(PreemptionWatch())
         watchdog = stack.enter_context(make_watchdog(config, workdir))
         parts = build(config, workdir, clock)
-        setup = parts.setup
-        last_step = setup.units.total_steps
-        progress = stack.enter_context(make_progress(last_step, workdir.name))
+        setup, last_step = parts.setup, parts.setup.units.total_steps
+        is_first = jax.process_index() == 0
+        progress = Progress(last_step, workdir.name) if is_first else NullProgress()
+        stack.enter_context(progress)
+        tell = progress.print
         # Nothing was written up to here, so a mistake leaves no trace in the workdir.
-        stack.enter_context(locked(workdir))
+        stack.enter_context(workdir_lib.locked(workdir))
         measures = stack.enter_context(Measures(config, workdir, clock, progress))
         with clock.phase("check the checkpoints"):
-            opened = make_checkpointer(config, workdir, tell=progress.print)
-            checkpointer = stack.enter_context(opened)
+            checkpointer = stack.enter_context(make_checkpointer(config, workdir, tell=tell))
         first_step = find_first_step(parts, checkpointer)
-        begin(parts, workdir, job, first_step, progress.print)
+        begin(parts, workdir, job, first_step, tell)
         measures.begin(first_step, last_step)
         # Before the state is made: a step that does not fit then fails with its devices empty.
         with clock.phase("compile the step"), measures.compiling_step():
@@ -90,59 +84,31 @@ def train(
         writers = build_writers(config.writers, workdir, first_step, config.to_dict())
         writer = stack.enter_context(contextlib.closing(writers))
         step_clock = measures.use(make_step_clock(setup, clock))
-        report = make_report(parts, workdir, writer, progress, step_clock, clock, measures)
         batches = Prefetcher(parts.pipeline.batches(first_step), setup.mesh, config.prefetch)
-        loop = Loop(
-            program_of=Phases(programs, begin_phase(setup, step_clock, progress.print)),
+        loop = parts.loop(
+            first_step,
+            program_of=Phases(setup, programs, step_clock, tell),
             batches=stack.enter_context(batches),
-            input_state=parts.input_state.save,
-            first_step=first_step,
-            last_step=last_step,
-            save_when=parts.save_when,
-            log_when=parts.log_when,
-            evaluations=parts.evaluations,
-            one_evaluation=parts.resources.one_evaluation,
             preempted=preempted.begin(),
             interruptible=preempted.interruptible,
             checkpointer=checkpointer,
-            monitor=Monitor(report, stack.enter_context(measures.profiler()), watchdog),
-            steps_ahead=parts.steps_ahead(first_step),
+            monitor=Monitor(
+                **parts.monitoring(workdir),
+                writer=writer,
+                progress=progress,
+                clock=step_clock,
+                startup=clock,
+                measures=measures,
+                profiler=stack.enter_context(measures.profiler()),
+                watchdog=watchdog,
+            ),
         )
         with measures.training():
             return loop.run(state)
 
 
-def make_report(
-    parts: RunComponents,
-    workdir: epath.Path,
-    writer: Writer,
-    progress: Progress | NullProgress,
-    step_clock: StepClock,
-    clock: StartupClock,
-    measures: Measures,
-) -> StepReport:
-    """Returns what reads, checks and writes the metrics of each step."""
-    return StepReport(
-        log_when=parts.log_when,
-        batch_size=parts.setup.config.batch_size,
-        writer=writer,
-        progress=progress,
-        clock=step_clock,
-        startup=clock,
-        input_metrics=parts.input_state.metrics,
-        measures=measures,
-        max_skipped=parts.setup.config.guard.max_skipped,
-        keep_examples=functools.partial(parts.input_state.write_examples, workdir),
-    )
-
-
 def find_first_step(parts: RunComponents, checkpointer: Checkpointer) -> int:
-    """Returns the step of the newest checkpoint; 0 if there is none.
-
-    Raises:
-      UserError: the checkpoint belongs to another model, another batch size or other data, or lies
-        beyond the end of the run.
-    """
+    """Returns the step of the newest checkpoint, 0 without one; UserError if it does not fit."""
     step, last = checkpointer.check_fits(parts.setup.abstract), parts.setup.units.total_steps
     if step > last:
         raise UserError(
@@ -155,15 +121,9 @@ def find_first_step(parts: RunComponents, checkpointer: Checkpointer) -> int:
 
 
 def prepare_config(config: ConfigDict, workdir: epath.Path) -> ConfigDict:
-    """Completes a copy of the config, also with the model of its source of weights; checks it.
-
-    Raises:
-      UserError: a mistake that can be seen without building anything.
-    """
-    config = (
-        config.copy_and_resolve_references()
-    )  # a config straight from `get_config` is incomplete
-    config_lib.complete(config)
+    """Completes a copy of the config, also from its source of weights; UserError for mistakes."""
+    config = config.copy_and_resolve_references()
+    config_lib.complete(config)  # one that comes straight from `get_config` is not complete
     config, notes = source_model.completed(config.lock(), workdir)
     for note in notes if jax.process_index() == 0 else ():
         print(f"note: {note}", flush=True)
@@ -198,7 +158,7 @@ def begin(
     tell(mesh_lib.describe(parts.setup.mesh))
     tell(describe_run(parts.setup, first_step))
     for phase in parts.setup.phases[1:]:  # the first begins with the run
-        tell(f"from step {phase:,} on the loss is {describe_losses(parts.setup, phase)}")
+        tell(f"from step {phase:,} on the loss is {parts.setup.losses_of(phase)}")
 
 
 def changed(setup: Setup, workdir: epath.Path, first_step: int) -> Iterator[str]:
@@ -221,11 +181,6 @@ def describe_run(setup: Setup, first_step: int) -> str:
         f"{state.per_device / 2**20:,.1f} MiB of state a device, {state.ratio:.2f} of an even part"
     )
     return f"{size:,} parameters, of which {frozen:,} frozen; {steps}; {part}"
-
-
-def make_progress(last_step: int, name: str) -> Progress | NullProgress:
-    """Returns the live line, which the first process alone shows."""
-    return Progress(last_step, name) if jax.process_index() == 0 else NullProgress()
 
 
 def main(argv: Sequence[str] | None = None) -> int:

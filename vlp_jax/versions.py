@@ -32,10 +32,7 @@ def version() -> str:
 
 
 def commit() -> str | None:
-    """Returns the commit of the checkout that this code runs from; None without checkout or git.
-
-    "+changes" follows if tracked files differ from the commit.
-    """
+    """Returns the commit that this code runs from, with "+changes"; None without git."""
     file = Path(__file__).resolve()
 
     def git(*arguments: str) -> str | None:

@@ -1,7 +1,7 @@
 import threading
 import time
 
-from vlp_jax.observe.heartbeat import Heartbeat
+from vlp_jax.observe.goodput import Heartbeat
 
 
 def test_it_beats_by_itself_and_on_request_and_once_at_the_end():

@@ -11,8 +11,7 @@ import pytest
 from etils import epath
 
 from vlp_jax.errors import UserError
-from vlp_jax.observe.jsonl import JsonlWriter, _RemoteLines
-from vlp_jax.observe.writers import read_metrics
+from vlp_jax.observe.jsonl import JsonlWriter, _RemoteLines, read_metrics
 
 
 def _write(path, steps, start_step=0):

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 import jax
 import pytest
 
-from vlp_jax.observe.memory import host_rss_bytes, largest, memory_metrics
+from vlp_jax.observe.accelerators import host_rss_bytes, largest, memory_metrics
 
 
 def device(**stats):

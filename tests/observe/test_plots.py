@@ -7,7 +7,7 @@ from matplotlib.text import Text
 from PIL import Image
 
 from vlp_jax.observe.plots import CORRECT, WRONG, report_sheet
-from vlp_jax.observe.text_layout import ELLIPSIS, Colored, TextFitter
+from vlp_jax.observe.sheet import ELLIPSIS, Colored, TextFitter
 
 _SHORT = "a red circle above a blue square"
 _LONG = (

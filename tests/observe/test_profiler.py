@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import pytest
 
 from vlp_jax.errors import UserError
-from vlp_jax.observe.profiler import NullProfiler, Profiler, TraceSignal, parse_steps
+from vlp_jax.observe.profiler import Profiler, TraceSignal, parse_steps
 
 
 @pytest.fixture
@@ -77,10 +77,10 @@ def test_a_real_trace_is_written_and_names_the_steps(tmp_path):
     assert b"step_num" in trace.read_bytes()
 
 
-def test_null_profiler():
-    with NullProfiler() as profiler:
+def test_without_steps_nothing_is_traced(tmp_path):
+    with Profiler(None, tmp_path) as profiler:
         profiler.step(0, wait_for=None)
-    profiler.close()
+    assert list(tmp_path.iterdir()) == []
 
 
 class Steps:

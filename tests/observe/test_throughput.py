@@ -8,13 +8,8 @@ import jax.numpy as jnp
 import pytest
 
 from vlp_jax.observe import accelerators
-from vlp_jax.observe.throughput import (
-    PeakFlops,
-    StartupClock,
-    StepClock,
-    TimeLedger,
-    peak_flops,
-)
+from vlp_jax.observe.accelerators import PeakFlops, peak_flops
+from vlp_jax.observe.throughput import StartupClock, StepClock, TimeLedger
 
 
 class Clock:

@@ -44,25 +44,48 @@ def batches(count, size=BATCH, seed=0):
         yield {"image": pixels.astype(np.uint8), "text": text.astype(np.int32)}
 
 
+_SETUPS = {}  # of all tests of this process: they may use them, and not change them
+
+
 def setup_on(config, sizes, devices=None):
-    mesh = mesh_lib.make_mesh(sizes, jax.devices()[: devices or 8])
-    spec = {name: (array.shape, array.dtype) for name, array in next(batches(1)).items()}
-    return make_setup(config, mesh, TOKENIZER, spec, epoch_examples=64)
+    """The setup of a config on a mesh, with its programs compiled once for all tests."""
+    config = config.copy_and_resolve_references()
+    key = (repr(config.to_dict()), repr(sorted(sizes.items())), devices)
+    if key not in _SETUPS:
+        mesh = mesh_lib.make_mesh(sizes, jax.devices()[: devices or 8])
+        spec = {name: (array.shape, array.dtype) for name, array in next(batches(1)).items()}
+        _SETUPS[key] = make_setup(config, mesh, TOKENIZER, spec, epoch_examples=64)
+    return _SETUPS[key]
+
+
+def once(setup, name, make):
+    """What a setup has made before: a setup is frozen, and `dataclasses.replace` takes no more."""
+    if name not in setup.__dict__:
+        object.__setattr__(setup, name, make())
+    return setup.__dict__[name]
 
 
 def fresh(setup):
-    return setup.fresh_state()
+    """The state before step 0, in memory of its own, which a step may take over."""
+    values = once(setup, "_fresh", lambda: jax.device_get(setup.fresh_state()))
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, setup.abstract)
+    return jax.device_put(values, shardings, may_alias=False)
 
 
 def gradients(setup, params, batch):
     """Of the loss, past the step, for parameters as they lie."""
     loss = setup.objective.loss
     context = Context(jax.random.key(0))
-    return jax.jit(jax.grad(lambda p: loss(p, batch, context)[0]))(params)
+    make = lambda: jax.jit(jax.grad(lambda p, batch: loss(p, batch, context)[0]))  # noqa: E731
+    return once(setup, "_gradients", make)(params, batch)
 
 
 def compiled(setup):
-    return compile_step(setup.step, setup.abstract, setup.batch_spec, setup.mesh)
+    return once(
+        setup,
+        "_compiled",
+        lambda: compile_step(setup.step, setup.abstract, setup.batch_spec, setup.mesh),
+    )
 
 
 def train(setup, count):

@@ -114,7 +114,7 @@ def test_tokenizers_of_which_nothing_is_known(section, message):
 
 def test_epochs_need_their_number_of_examples():
     config = load("clip_folder")
-    with pytest.raises(UserError, match="config.duration is in epochs.*epoch_examples"):
+    with pytest.raises(UserError, match="config.duration is in epochs.*--epoch-examples"):
         abstract_setup(config, eight())
     assert abstract_setup(config, eight(), 1280).units.total_steps == 300
 

@@ -9,9 +9,9 @@ from etils import epath
 from vlp_jax.errors import UserError
 from vlp_jax.parallel.batch import put_batch
 from vlp_jax.training import param_groups
-from vlp_jax.training.average import Average
 from vlp_jax.training.checkpoint import Checkpointer
 from vlp_jax.training.restore import SavedParameters
+from vlp_jax.training.step_rules import Average
 from vlp_jax.training.when import Units
 
 EIGHT = ({"replica": 2, "fsdp": 4}, 8)
@@ -37,7 +37,7 @@ def history(setup, count):
     return state, states
 
 
-@pytest.mark.parametrize("final", [None, 0.9])
+@pytest.mark.parametrize("final", [pytest.param(None, marks=pytest.mark.slow), 0.9])
 def test_it_follows_the_parameters_by_its_decay(final):
     config = config_of(ema_decay=0.6, ema_final_decay=final, learning_rate=0.1)
     setup = helpers.setup_on(config, {"replica": 1}, 1)
@@ -59,7 +59,9 @@ def test_a_decay_rises_to_the_end_of_the_run_and_no_further():
     assert Average(0.9).decay_at(7) == 0.9
 
 
-@pytest.mark.parametrize("frozen", [(), ("image/encoder/norm/.*",)])
+@pytest.mark.parametrize(
+    "frozen", [pytest.param((), marks=pytest.mark.slow), ("image/encoder/norm/.*",)]
+)
 def test_some_of_the_parameters_alone(frozen, tmp_path):
     config = config_of(ema_decay=0.5, ema_of=("image/.*",), learning_rate=0.1, frozen=frozen)
     setup = helpers.setup_on(config, *EIGHT)

@@ -14,8 +14,8 @@ import pytest
 
 from vlp_jax import config as config_lib
 from vlp_jax import smoke as smoke_lib
+from vlp_jax.observe.jsonl import read_metrics
 from vlp_jax.observe.throughput import StartupClock
-from vlp_jax.observe.writers import read_metrics
 from vlp_jax.train import train
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -54,10 +54,8 @@ def counts(workdir, step=STEPS - 1):
     }
 
 
-@pytest.mark.parametrize(
-    "kind",
-    ["webdataset", *(pytest.param(k, marks=pytest.mark.slow) for k in ("parquet", "tfrecord"))],
-)
+@pytest.mark.slow  # test_input_state.py has the counts
+@pytest.mark.parametrize("kind", ["webdataset", "parquet", "tfrecord"])
 def test_it_completes_and_resumes(kind, tmp_path):
     data = damage.write(kind, tmp_path)
     straight = tmp_path / "straight"
@@ -102,6 +100,7 @@ def test_all_damaged_ends_soon_with_one_line(tmp_path):
     assert "undecodable image" in last and ".tar" in last
 
 
+@pytest.mark.slow  # test_input_state.py has the check
 def test_other_data_is_not_taken_for_that_of_the_checkpoint(tmp_path):
     data = corpora.config("tfrecord", tmp_path, corpora.examples(64))
     train(config_of(data, steps=5), tmp_path / "run", StartupClock())

@@ -4,7 +4,7 @@ import weakref
 
 import pytest
 
-from vlp_jax.training.garbage import ScheduledCollection
+from vlp_jax.training.measures import ScheduledCollection
 
 
 class Pauses(list):

@@ -12,14 +12,16 @@ import optax
 import pytest
 
 from vlp_jax.errors import NotFinite, UserError
+from vlp_jax.observe.accelerators import PeakFlops
 from vlp_jax.observe.progress import NullProgress
-from vlp_jax.observe.throughput import PeakFlops, StepClock
+from vlp_jax.observe.throughput import StepClock
 from vlp_jax.observe.writers import NullWriter
 from vlp_jax.parallel.batch import put_batch
 from vlp_jax.training.checkpoint import Checkpointer
-from vlp_jax.training.guard import Guard
 from vlp_jax.training.measures import NullMeasures
-from vlp_jax.training.report import StepReport
+from vlp_jax.training.monitor import Monitor
+from vlp_jax.training.step import SeveralMetrics
+from vlp_jax.training.step_rules import Guard
 
 
 class Poisoned:
@@ -146,7 +148,7 @@ def make_report(tmp_path, lines, max_skipped=3):
 
     progress = NullProgress()
     progress.print = lines.append
-    return StepReport(
+    return Monitor(
         log_when=lambda step: False,
         batch_size=1,
         writer=NullWriter(),
@@ -174,21 +176,34 @@ def test_so_many_in_a_row_end_the_run_and_name_their_examples(tmp_path):
     lines = []
     report = make_report(tmp_path, lines)
     for step, bad in enumerate([1, 1, 0, 1, 1]):
-        report.take(step, metrics(math.nan if bad else 1.0, bad))
+        report.end_step(step, metrics(math.nan if bad else 1.0, bad))
     report.settle()
     assert report.skipped == 4 and report.skipped_in_a_row == 2
     assert lines[0] == "warning: step 0 is skipped: train/loss is nan" and len(lines) == 4
-    report.take(5, metrics(math.inf, 1))
+    report.end_step(5, metrics(math.inf, 1))
     with pytest.raises(NotFinite, match="train/loss is inf at step 5, the last of 3") as error:
         report.settle()
     assert error.value.status == 65
     assert json.loads((tmp_path / "examples").read_text()) == [3, 4, 5]
 
 
+def test_steps_of_one_program_are_counted_one_by_one(tmp_path):
+    lines = []
+    report = make_report(tmp_path, lines)
+    rows = [[[loss, 1], [1, 1], [skipped, 1]] for loss, skipped in ((1, 0), (math.nan, 1)) * 2]
+    report.end_step(0, SeveralMetrics(("loss", "grad_norm", "skipped"), jnp.float32(rows)))
+    report.settle()
+    assert (report.skipped, report.skipped_in_a_row, report._clock.steps_done) == (2, 1, 4)
+    assert [line.partition(" is skipped")[0] for line in lines] == [
+        "warning: step 1",
+        "warning: step 3",
+    ]
+
+
 def test_a_leap_is_told_as_one(tmp_path):
     lines = []
     report = make_report(tmp_path, lines)
-    report.take(0, metrics(7.5, 1))
+    report.end_step(0, metrics(7.5, 1))
     report.settle()
     assert lines == ["warning: step 0 is skipped: train/loss leaps to 7.5"]
 
@@ -200,7 +215,7 @@ def test_the_rule_about_spikes_may_come_and_go_in_a_run(tmp_path, before):
         config.guard.spike_deviations = deviations
         return helpers.setup_on(config, {"replica": 2}, 2)
 
-    state, _ = helpers.train(setup(before), 2)
+    state = helpers.fresh(setup(before))
     with Checkpointer(tmp_path) as checkpointer:
         checkpointer.save(2, state, {"position": 32})
     other = setup(5.0 - before)

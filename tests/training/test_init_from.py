@@ -13,9 +13,8 @@ from vlp_jax.errors import UserError
 from vlp_jax.parallel.batch import put_batch
 from vlp_jax.training import param_groups
 from vlp_jax.training.checkpoint import Checkpointer
-from vlp_jax.training.init_from import FromSeed, make_start
-from vlp_jax.training.matching import match
-from vlp_jax.training.weights import Source
+from vlp_jax.training.init_from import Start, make_start
+from vlp_jax.training.matching import Source, match
 
 UP = "image/encoder/layers/mlp/up/kernel"
 ALL = ((".*", "load"),)
@@ -63,7 +62,9 @@ def assert_same(ours, expected):
 # What is loaded.
 
 
-@pytest.mark.parametrize("mesh", [None, {"replica": 2, "fsdp": 2, "tensor": 2}])
+@pytest.mark.parametrize(
+    "mesh", [pytest.param(None, marks=pytest.mark.slow), {"replica": 2, "fsdp": 2, "tensor": 2}]
+)
 def test_the_same_model_gets_the_same_numbers_where_they_belong(run, tmp_path, mesh):
     workdir, params = run
     setup = setup_from(workdir, mesh=mesh, optimizer={"ema_decay": 0.9})
@@ -82,7 +83,7 @@ def test_the_same_model_gets_the_same_numbers_where_they_belong(run, tmp_path, m
 
 
 def test_the_step_that_takes_over_the_memory_trains_as_from_any_other_state(run, tmp_path):
-    setup = setup_from(run[0], mesh={"replica": 8}, optimizer={"ema_decay": 0.9})
+    setup = setup_from(run[0], optimizer={"ema_decay": 0.9})
     state = start_of(setup, tmp_path).state(setup)
     with Checkpointer(tmp_path / "copy") as checkpointer:
         checkpointer.save(1, state, input_state={"position": 0})
@@ -143,8 +144,8 @@ def test_a_run_that_started_from_another_can_be_started_from(run, tmp_path):
 
 def test_a_run_that_resumes_looks_at_no_other_weights(run, tmp_path):
     save(tmp_path, helpers.fresh(setup_from()), 1)
-    assert start_of(setup_from("/no/such/folder", rules=((")", "x"),)), tmp_path) == FromSeed()
-    assert start_of(setup_from(), tmp_path / "new") == FromSeed()
+    assert start_of(setup_from("/no/such/folder", rules=((")", "x"),)), tmp_path) == Start()
+    assert start_of(setup_from(), tmp_path / "new") == Start()
 
 
 # What is refused.

@@ -10,13 +10,13 @@ import pytest
 from etils import epath
 
 from vlp_jax.errors import UserError
-from vlp_jax.training.lock import locked
+from vlp_jax.training.workdir import locked
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 HOLD = """
 import sys, time
 from etils import epath
-from vlp_jax.training.lock import locked
+from vlp_jax.training.workdir import locked
 with locked(epath.Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(60)

@@ -16,11 +16,11 @@ from test_processes import free_port
 from vlp_jax import config as config_lib
 from vlp_jax import train
 from vlp_jax.errors import UserError
+from vlp_jax.observe.jsonl import read_metrics
 from vlp_jax.observe.progress import NullProgress
 from vlp_jax.observe.throughput import StartupClock
-from vlp_jax.observe.writers import read_metrics
-from vlp_jax.training import report
 from vlp_jax.training.measures import Measures, profile_steps, take_profile_flag
+from vlp_jax.training.monitor import Monitor
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 STEPS = 12
@@ -52,20 +52,20 @@ def config_file(tmp_path):
 
 def act_at(monkeypatch, actions):
     """Has the loop call `actions[step]` when it hands over batch `step`."""
-    take = report.StepReport.take
+    take = Monitor.end_step
 
     def acting(self, step, metrics):
         actions.get(step, lambda: None)()
         return take(self, step, metrics)
 
-    monkeypatch.setattr(report.StepReport, "take", acting)
+    monkeypatch.setattr(Monitor, "end_step", acting)
 
 
 def send():
     os.kill(os.getpid(), signal.SIGUSR1)
 
 
-def test_a_run_and_one_that_is_set_back(config_file, shapes_dir, tmp_path, monkeypatch, capsys):
+def test_what_a_run_measures(config_file, shapes_dir, tmp_path, monkeypatch, capsys):
     workdir = tmp_path / "run"
     arguments = ["--config", str(config_file), "--workdir", str(workdir)]
     collected, freezing = [], []
@@ -106,6 +106,13 @@ def test_a_run_and_one_that_is_set_back(config_file, shapes_dir, tmp_path, monke
         assert f"    {cause} " in block and summary["seconds"][cause] > 0, cause
     assert "garbage collection" in summary["seconds"]
 
+
+@pytest.mark.slow  # tests/observe/test_goodput.py has the ledger
+def test_a_run_that_is_set_back(config_file, shapes_dir, tmp_path, monkeypatch, capsys):
+    workdir = tmp_path / "run"
+    arguments = ["--config", str(config_file), "--workdir", str(workdir)]
+    monkeypatch.setattr("vlp_jax.observe.throughput._process_age", lambda: 0.0)
+    assert train.main(arguments) == 0
     shutil.rmtree(workdir / "checkpoints" / "12")
     act_at(monkeypatch, {9: lambda: (_ for _ in ()).throw(UserError("enough"))})
     assert train.main(arguments) == 2

@@ -1,5 +1,7 @@
 """The numbers of a run do not depend on how many devices it is spread over, nor how."""
 
+import itertools
+
 import helpers
 import jax
 import numpy as np
@@ -30,18 +32,23 @@ def losses(setup):
     return [metrics["loss"] for metrics in helpers.train(setup, 20)[1]]
 
 
-@pytest.fixture(scope="module", params=["softmax", "sigmoid"])
+@pytest.fixture(scope="module")
 def reference(request):
     config = helpers.tiny_config(loss=request.param)
     setup = helpers.setup_on(config, {"replica": 1}, 1)
     return config, first_gradients(setup), losses(setup)
 
 
-# Each mesh is quick to test with one of the losses; the rest are for make test-slow.
-QUICK = {"softmax": ("2x2x2",), "sigmoid": ("4x2",)}
-
-
-def check_mesh(reference, name):
+# test_processes.py trains with the sigmoid loss on another mesh.
+@pytest.mark.parametrize(
+    "reference, name",
+    [
+        pytest.param(*pair, marks=() if pair == ("softmax", "2x2x2") else pytest.mark.slow)
+        for pair in itertools.product(("softmax", "sigmoid"), MESHES)
+    ],
+    indirect=["reference"],
+)
+def test_first_gradients_and_losses_equal_those_of_one_device(reference, name):
     config, gradients, expected = reference
     setup = helpers.setup_on(config, *MESHES[name])
     total = np.sqrt(sum(np.sum(np.square(g)) for g in jax.tree.leaves(gradients)))
@@ -57,21 +64,6 @@ def check_mesh(reference, name):
         assert error <= 1e-5 * np.linalg.norm(one) + floor, (path, error, np.linalg.norm(one))
     np.testing.assert_allclose(losses(setup), expected, rtol=1e-4)
     assert abs(expected[-1] - expected[0]) > 1e-2  # something was learned, so the check says much
-
-
-@pytest.mark.parametrize("name", MESHES)
-def test_first_gradients_and_losses_equal_those_of_one_device(reference, name):
-    if name not in QUICK[reference[0].objective.loss]:
-        pytest.skip("with this loss it is a slow test")
-    check_mesh(reference, name)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", MESHES)
-def test_first_gradients_and_losses_of_the_other_pairs(reference, name):
-    if name in QUICK[reference[0].objective.loss]:
-        pytest.skip("with this loss it is a quick test")
-    check_mesh(reference, name)
 
 
 def test_fsdp_shards_parameters_and_optimizer_state():
@@ -114,11 +106,3 @@ def test_the_log_says_what_a_device_holds():
     )
     line = describe_run(setup, 0)
     assert f"; {local / 2**20:.1f} MiB of state a device, 1.00 of an even part" in line
-
-
-def test_compiled_step_takes_over_the_memory_of_the_state():
-    setup = helpers.setup_on(helpers.tiny_config(), {"replica": 8})
-    state, step = helpers.fresh(setup), helpers.compiled(setup)
-    batch = put_batch(next(helpers.batches(1)), setup.mesh)
-    step(state, batch)
-    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state.params))

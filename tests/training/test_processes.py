@@ -8,10 +8,12 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
-from vlp_jax.observe.writers import read_metrics
+from vlp_jax import train
+from vlp_jax.observe.jsonl import read_metrics
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 CONFIG = f"""
@@ -82,6 +84,11 @@ def run(config, workdir, shapes_dir, processes, devices=4, settings=()):
     # One that fails takes the others with it: what all have said tells which was the first.
     failed = [process.returncode != 0 for process in started]
     assert not any(failed), "\n".join(f"process {i}:\n{text}" for i, text in enumerate(outputs))
+    return numbers_of(workdir)
+
+
+def numbers_of(workdir):
+    """(step, name) -> what is the same for any number of processes."""
     return {
         (record["step"], key): value
         for record in read_metrics(workdir / "metrics.jsonl")
@@ -90,11 +97,16 @@ def run(config, workdir, shapes_dir, processes, devices=4, settings=()):
     }
 
 
-def test_two_processes_equal_one(tmp_path, shapes_dir):
+def test_two_processes_equal_one(tmp_path, shapes_dir, monkeypatch):
     config = tmp_path / "several.py"
     config.write_text(CONFIG)
     settings = ["--config.log.every.steps=4"]
-    one = run(str(config), tmp_path / "one", shapes_dir, 1, settings=settings)
+    devices = jax.devices
+    with monkeypatch.context() as patch:
+        patch.setattr(jax, "devices", lambda *a: devices(*a)[:4])
+        arguments = ["--config", str(config), "--workdir", str(tmp_path / "one"), *settings]
+        assert train.main(arguments) == 0
+    one = numbers_of(tmp_path / "one")
     settings += ["--config.steps_per_dispatch=3"]  # which the processes have to count alike
     two = run(str(config), tmp_path / "two", shapes_dir, 2, settings=settings)
     assert one.keys() == two.keys() and len(one) > 15
@@ -103,6 +115,7 @@ def test_two_processes_equal_one(tmp_path, shapes_dir):
     assert (tmp_path / "two" / "checkpoints" / "5").is_dir()
 
 
+@pytest.mark.slow  # test_preemption.py has its parts
 def test_two_processes_that_save_often_are_told_to_stop(tmp_path, shapes_dir):
     """One is told, both save the same step and end; whatever was saved before, and however many
     steps a program has."""

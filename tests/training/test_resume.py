@@ -9,8 +9,13 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
+
+from vlp_jax import train
+from vlp_jax.training.monitor import Monitor
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 STEPS = 60
@@ -32,9 +37,9 @@ def get_config(arg=None):
 # Keeps the machine from finishing all steps before a kill can fall between them.
 SLOWLY = """
 import sys, time
-from vlp_jax.training import report
-take = report.StepReport.take
-report.StepReport.take = lambda self, *a: (time.sleep(0.05), take(self, *a))
+from vlp_jax.training.monitor import Monitor
+take = Monitor.end_step
+Monitor.end_step = lambda self, *a: (time.sleep(0.05), take(self, *a))
 from vlp_jax.train import main
 sys.exit(main(sys.argv[1:]))
 """
@@ -61,12 +66,12 @@ sys.exit(train.main(sys.argv[1:]))
 MOMENTS = {
     "opens the data": ("vlp_jax.training.setup:make_pipeline", 1),
     "compiles": ("vlp_jax.training.setup:compile_steps", 1),
-    "makes the state": ("vlp_jax.training.init_from:init_state", 1),
-    "first step": ("vlp_jax.training.report:StepReport.take", 1),
+    "makes the state": ("vlp_jax.training.setup:init_state", 1),
+    "first step": ("vlp_jax.training.monitor:Monitor.end_step", 1),
     "evaluates": ("vlp_jax.evaluators.retrieval:Retrieval.__call__", 2),
     "saves": ("vlp_jax.training.checkpoint:Checkpointer.save", 3),
     "writes checksums": ("vlp_jax.training.checkpoint_files:write_checksums", 2),
-    "last step": ("vlp_jax.training.report:StepReport.take", STEPS),
+    "last step": ("vlp_jax.training.monitor:Monitor.end_step", STEPS),
 }
 
 
@@ -120,12 +125,14 @@ def steps_logged(workdir):
     return file.read_bytes().count(b'"train/loss"') if file.exists() else 0
 
 
-def parameters(config_file, workdir):
-    """All arrays of the last checkpoint, as Orbax reads them, with none of our code."""
-    import orbax.checkpoint as ocp
-
+def assert_same_parameters(workdir, other, step=STEPS):
+    """All arrays of the last checkpoint are equal, as Orbax reads them, with none of our code."""
     with ocp.StandardCheckpointer() as checkpointer:
-        return checkpointer.restore(workdir.absolute() / "checkpoints" / str(STEPS) / "state")
+        ours, others = (
+            checkpointer.restore(folder.absolute() / "checkpoints" / str(step) / "state")
+            for folder in (workdir, other)
+        )
+    jax.tree.map(np.testing.assert_array_equal, ours, others)
 
 
 @pytest.fixture(scope="module")
@@ -135,16 +142,10 @@ def undisturbed(config_file, shapes_dir, tmp_path_factory):
     return workdir
 
 
-def assert_same_run(config_file, workdir, undisturbed):
+def assert_same_run(workdir, undisturbed):
     assert losses(workdir) == losses(undisturbed)
     assert len([key for _, key in losses(workdir) if key == "train/loss"]) == STEPS
-    import jax
-
-    jax.tree.map(
-        np.testing.assert_array_equal,
-        parameters(config_file, workdir),
-        parameters(config_file, undisturbed),
-    )
+    assert_same_parameters(workdir, undisturbed)
 
 
 def assert_time_adds_up(workdir, starts):
@@ -170,9 +171,10 @@ def killed_until_done(config_file, workdir, shapes_dir, kills, seed):
     finish(start(config_file, workdir, shapes_dir))
 
 
+@pytest.mark.slow
 def test_killed_twice_and_resumed(config_file, undisturbed, shapes_dir, tmp_path):
     killed_until_done(config_file, tmp_path, shapes_dir, kills=2, seed=0)
-    assert_same_run(config_file, tmp_path, undisturbed)
+    assert_same_run(tmp_path, undisturbed)
     assert_time_adds_up(tmp_path, starts=3)
 
 
@@ -180,9 +182,37 @@ def test_killed_twice_and_resumed(config_file, undisturbed, shapes_dir, tmp_path
 @pytest.mark.parametrize("seed", range(1, 6))
 def test_killed_often_and_resumed(config_file, undisturbed, shapes_dir, tmp_path, seed):
     killed_until_done(config_file, tmp_path, shapes_dir, kills=5, seed=seed)
-    assert_same_run(config_file, tmp_path, undisturbed)
+    assert_same_run(tmp_path, undisturbed)
 
 
+def test_a_run_that_is_told_to_stop_goes_on_bit_for_bit(
+    config_file, shapes_dir, tmp_path, monkeypatch, capsys
+):
+    """In this process: the slow tests start one for each part of a run."""
+    take, devices, workdirs = Monitor.end_step, jax.devices, []
+    monkeypatch.setattr(jax, "devices", lambda *a: devices(*a)[:2])
+
+    def stopped_at_10(self, step, metrics):
+        if step == 10 and workdirs == ["stopped"]:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return take(self, step, metrics)
+
+    monkeypatch.setattr(Monitor, "end_step", stopped_at_10)
+    settings = ["--config.duration.steps=16", "--config.evaluators.zero_shot=None"]
+    settings += ["--config.evaluators.retrieval.every.steps=6"]
+    for name, status in (("stopped", 75), ("stopped", 0), ("straight", 0)):
+        workdirs.append(name)
+        arguments = ["--config", str(config_file), "--workdir", str(tmp_path / name), *settings]
+        assert train.main(arguments) == status
+        saved = {int(p.name) for p in (tmp_path / name / "checkpoints").iterdir()}
+        # Saved where it was, not at the last regular checkpoint.
+        assert max(saved) == (11 if status else 16)
+    assert "saved step 11, run the same command to go on" in capsys.readouterr().err
+    assert losses(tmp_path / "stopped") == losses(tmp_path / "straight")
+    assert_same_parameters(tmp_path / "stopped", tmp_path / "straight", 16)
+
+
+@pytest.mark.slow
 def test_told_to_stop_saves_and_asks_to_be_restarted(
     config_file, undisturbed, shapes_dir, tmp_path
 ):
@@ -194,7 +224,7 @@ def test_told_to_stop_saves_and_asks_to_be_restarted(
     stopped_at = max(int(p.name) for p in (tmp_path / "checkpoints").iterdir())
     assert stopped_at % 7  # saved where it was, not at the last regular checkpoint
     finish(start(config_file, tmp_path, shapes_dir))
-    assert_same_run(config_file, tmp_path, undisturbed)
+    assert_same_run(tmp_path, undisturbed)
 
 
 @pytest.mark.slow
@@ -209,4 +239,4 @@ def test_told_to_stop_at_every_moment(
     assert after and "Traceback" not in output
     assert output.count("run the same command to go on") >= 1
     finish(start(config_file, tmp_path, shapes_dir))
-    assert_same_run(config_file, tmp_path, undisturbed)
+    assert_same_run(tmp_path, undisturbed)

@@ -3,12 +3,12 @@
 import json
 import types
 
+import helpers
 import jax
 import numpy as np
 import pytest
 from etils import epath
 
-from tests.training.helpers import batches, compiled, fresh, setup_on, tiny_config
 from vlp_jax import config as config_lib
 from vlp_jax import smoke as smoke_lib
 from vlp_jax.errors import NotFinite, UserError
@@ -18,26 +18,32 @@ from vlp_jax.planning import hlo, loops, traffic
 from vlp_jax.train import train
 from vlp_jax.training.build import RunComponents
 from vlp_jax.training.monitor import make_watchdog
-from vlp_jax.training.several_steps import compile_steps
+from vlp_jax.training.step import compile_steps
 from vlp_jax.training.when import EverySteps, StepsAhead
 
 MESHES = {"one device": ({}, 1), "fsdp": ({"fsdp": 2, "replica": 2}, 4)}
 
 
 def on_devices(setup, count):
-    return [put_batch(batch, setup.mesh) for batch in batches(count)]
+    return [put_batch(batch, setup.mesh) for batch in helpers.batches(count)]
 
 
-@pytest.mark.parametrize("mesh", MESHES)
+def programs_of(setup):
+    """Of one step and of three."""
+    arguments = setup.step, setup.abstract, setup.batch_spec, setup.mesh, 3
+    return helpers.once(setup, "_three_steps", lambda: compile_steps(*arguments))
+
+
+@pytest.mark.parametrize("mesh", [pytest.param("one device", marks=pytest.mark.slow), "fsdp"])
 def test_it_computes_what_single_steps_do(mesh):
-    setup = setup_on(tiny_config(), *MESHES[mesh])
+    setup = helpers.setup_on(helpers.tiny_config(), *MESHES[mesh])
     data = on_devices(setup, 5)
-    state, step, rows = fresh(setup), compiled(setup), []
+    state, step, rows = helpers.fresh(setup), helpers.compiled(setup), []
     for batch in data:
         state, metrics = step(state, batch)
         rows.append(metrics.fetch())
-    steps = compile_steps(setup.step, setup.abstract, setup.batch_spec, setup.mesh, 3)
-    other, first = steps(fresh(setup), *data[:3])
+    steps = programs_of(setup)
+    other, first = steps(helpers.fresh(setup), *data[:3])
     second = []
     for batch in data[3:]:  # fewer than it was compiled for
         other, metrics = steps(other, batch)
@@ -54,8 +60,8 @@ def test_it_computes_what_single_steps_do(mesh):
 
 def test_within_the_loop_a_step_sends_what_a_single_one_does():
     """The state stays as it is sharded, and the compiler knows the number of rounds."""
-    setup = setup_on(tiny_config(), *MESHES["fsdp"])
-    steps = compile_steps(setup.step, setup.abstract, setup.batch_spec, setup.mesh, 3)
+    setup = helpers.setup_on(helpers.tiny_config(), *MESHES["fsdp"])
+    steps = programs_of(setup)
     sent = []
     for program in (steps.single.program, steps.program):
         module = hlo.parse(program.as_text())
@@ -70,10 +76,10 @@ def test_within_the_loop_a_step_sends_what_a_single_one_does():
 
 
 def test_it_takes_over_the_state_moves_nothing_by_itself_and_knows_its_batches():
-    setup = setup_on(tiny_config(), {}, 1)
+    setup = helpers.setup_on(helpers.tiny_config(), *MESHES["fsdp"])
     data = on_devices(setup, 6)
-    steps = compile_steps(setup.step, setup.abstract, setup.batch_spec, setup.mesh, 3)
-    before = fresh(setup)
+    steps = programs_of(setup)
+    before = helpers.fresh(setup)
     state, _ = steps(before, *data[:3])
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(before.params))
     with jax.transfer_guard("disallow"):
@@ -102,7 +108,7 @@ def test_the_host_looks_before_every_step_at_which_it_has_something_to_do():
 
 
 def test_traces_collections_of_garbage_and_new_losses_come_between_programs():
-    config = tiny_config()
+    config = helpers.tiny_config()
     config_lib.override(config, ["profile.first=7", "profile.last=9", "steps_per_dispatch=4"])
     config_lib.override(config, ["garbage_collection_every=16"])
     never = EverySteps(0, last=40)
@@ -155,6 +161,7 @@ def demo(shapes_dir):
     return config
 
 
+@pytest.mark.slow  # test_processes.py has its parts
 def test_a_run_logs_saves_and_evaluates_at_the_same_steps(demo, tmp_path, monkeypatch):
     handed = []
     original = StepsAhead.__call__
@@ -210,6 +217,7 @@ def test_a_run_logs_saves_and_evaluates_at_the_same_steps(demo, tmp_path, monkey
         run(demo, tmp_path / "two", **{"duration.steps": 9})
 
 
+@pytest.mark.slow  # test_guard.py has its parts
 def test_skipped_steps_within_a_program_are_counted_one_by_one(demo, tmp_path):
     """From some step on the parameters are infinite, and all later ones are skipped."""
     told = set()

@@ -13,7 +13,9 @@ def test_they_are_those_of_the_step_and_leave_in_one_array():
     setup = helpers.setup_on(helpers.tiny_config(), {"replica": 8})
     batch = put_batch(next(helpers.batches(1)), setup.mesh)
     _, expected = jax.jit(setup.step)(helpers.fresh(setup), batch)
-    state, metrics = helpers.compiled(setup)(helpers.fresh(setup), batch)
+    before = helpers.fresh(setup)
+    state, metrics = helpers.compiled(setup)(before, batch)
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(before.params))  # its memory is reused
     (array,) = jax.tree.leaves(metrics)
     assert array.shape == (len(expected), 2) and array.is_fully_replicated
     assert dict(metrics.fetch()).keys() == dict(metrics).keys() == expected.keys()

@@ -1,6 +1,7 @@
 """Optimizer, schedules, durations, state and step."""
 
 import dataclasses
+import inspect
 import types
 from unittest.mock import MagicMock
 
@@ -302,14 +303,15 @@ def test_an_evaluator_without_scores_ends_no_run(error):
             types.SimpleNamespace(outcome=lambda params: Scores({"top1": 0.5})),
         ),
     ]
-    report = MagicMock()
-    parts["monitor"] = Monitor(report)
+    names = inspect.signature(Monitor).parameters
+    told_to = {name: MagicMock() for name in names}
+    parts["monitor"] = Monitor(**told_to)
     loop = Loop(**parts)
     loop.evaluate(7, MagicMock())
-    told = [call.args[0] for call in report.progress.print.call_args_list]
+    told = [call.args[0] for call in told_to["progress"].print.call_args_list]
     assert told == [f"step 7  broken: no scores: {error}", "step 7  sound: top1 0.5"]
-    report.writer.write_scalars.assert_called_once_with(7, {"eval/sound/top1": 0.5})
-    report.measures.note.assert_called_once_with("no scores of broken", "at step 7")
+    told_to["writer"].write_scalars.assert_called_once_with(7, {"eval/sound/top1": 0.5})
+    told_to["measures"].note.assert_called_once_with("no scores of broken", "at step 7")
     with pytest.raises(UserError, match="labels"):
         wrong = types.SimpleNamespace(outcome=raises_user_error)
         parts["evaluations"][0] = Evaluation("wrong", lambda step: True, wrong)

@@ -22,10 +22,10 @@ import numpy as np
 from etils import epath
 
 from tools.perf.harness import ROOT
-from tools.stack_layers import read
 from vlp_jax import train
 from vlp_jax.errors import UserError
 from vlp_jax.observe.jsonl import read_metrics
+from vlp_jax.training.restore import metadata, read_on_host
 from vlp_jax.training.setup import Setup
 from vlp_jax.training.state import TrainState
 
@@ -177,7 +177,8 @@ class Run:
 
     def parameters(self) -> dict[str, np.ndarray]:
         """Reads all arrays of the last checkpoint by Orbax alone."""
-        return read(epath.Path(self.workdir / "checkpoints" / str(self.steps) / "state"))
+        state = epath.Path(self.workdir / "checkpoints" / str(self.steps) / "state")
+        return read_on_host(state, metadata(state))
 
 
 def with_faults(step_function: Callable[..., Any], control: Path) -> Callable[..., Any]:

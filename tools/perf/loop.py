@@ -35,7 +35,6 @@ from vlp_jax.parallel.batch import Prefetcher
 from vlp_jax.training.build import build, first_state, make_checkpointer
 from vlp_jax.training.loop import Loop
 from vlp_jax.training.monitor import Monitor, make_step_clock
-from vlp_jax.training.report import StepReport
 from vlp_jax.training.setup import Setup
 from vlp_jax.training.state import TrainState
 from vlp_jax.training.when import StepsAhead
@@ -112,10 +111,10 @@ class Turns:
     """
 
     def __init__(
-        self, setup: Setup, state: TrainState, batches: Prefetcher, steps: int, report: StepReport
+        self, setup: Setup, state: TrainState, batches: Prefetcher, steps: int, monitor: Monitor
     ):
         self._setup, self._state, self._batches, self._steps = setup, state, batches, steps
-        self._report, self._program, self._step = report, setup.compile(), 0
+        self._monitor, self._program, self._step = monitor, setup.compile(), 0
         self.host: list[float] = []
         # Before the first turn: later ones start with full buffers.
         self._fixed = next(batches)
@@ -136,7 +135,7 @@ class Turns:
             preempted=lambda step: False,
             log_when=log_when,
             checkpointer=NullCheckpointer(),
-            monitor=Monitor(self._report),
+            monitor=self._monitor,
             steps_ahead=StepsAhead(
                 several=self._setup.config.steps_per_dispatch,
                 first=0,
@@ -145,7 +144,7 @@ class Turns:
             ),
         )
         self._state = loop.run(self._state)
-        self._report.settle()
+        self._monitor.settle()
         jax.block_until_ready(self._state)
 
     def loop(self) -> float:
@@ -190,7 +189,7 @@ def measure(config: ConfigDict, rounds: int, steps: int) -> dict[str, Any]:
             state = first_state(parts, make_checkpointer(setup.config, workdir), 0)
         print(mesh_lib.describe(setup.mesh))
         progress = Progress(setup.units.total_steps)
-        report = StepReport(
+        monitor = Monitor(
             log_when=setup.log_when(),
             batch_size=setup.config.batch_size,
             writer=build_writers(config.writers, workdir, 0, {}),
@@ -203,7 +202,7 @@ def measure(config: ConfigDict, rounds: int, steps: int) -> dict[str, Any]:
         )
         prefetcher = Prefetcher(parts.pipeline.batches(0), setup.mesh, setup.config.prefetch)
         with progress, prefetcher as batches:
-            turns = Turns(setup, state, batches, steps, report)
+            turns = Turns(setup, state, batches, steps, monitor)
             found = harness.in_turns(
                 {"fixed": turns.fixed, "loop": turns.loop, "input": turns.input},
                 rounds,

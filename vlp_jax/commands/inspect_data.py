@@ -32,7 +32,7 @@ from vlp_jax.data.scan import Scan, Tokenizers, scan, statistics
 from vlp_jax.data.sources.base import as_plain
 from vlp_jax.errors import UserError
 from vlp_jax.evaluators import merged_data
-from vlp_jax.observe.data_pictures import draw_contact_sheet, draw_statistics
+from vlp_jax.observe.pictures import draw_contact_sheet, draw_statistics
 from vlp_jax.training.command import run_command
 
 MAIN = "data"  # the name of config.data among the datasets; the others have theirs

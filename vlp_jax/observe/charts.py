@@ -30,13 +30,7 @@ _LOG_FROM = 100.0  # two decades: on a linear scale most of the curve would lie 
 
 @dataclasses.dataclass(frozen=True)
 class Series:
-    """A curve.
-
-    Attributes:
-      name: its label; "" for none.
-      steps, values: of equal length, steps ascending; values that are not finite are left out.
-      level: a value that is marked by a dotted line, such as chance; None for none.
-    """
+    """A curve: finite values at ascending steps, and perhaps a level such as chance to mark."""
 
     name: str
     steps: Sequence[float]
@@ -45,11 +39,7 @@ class Series:
 
 
 def style(axes: Axes, font: float, grid: bool = False) -> None:
-    """Sets thin axes on two sides, and labels of `font` points.
-
-    Args:
-      grid: draw lines at the vertical ticks instead of a vertical axis.
-    """
+    """Sets thin axes on two sides, and labels of `font` points; `grid` for lines at the ticks."""
     axes.patch.set_visible(False)
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines["left"].set_visible(not grid)
@@ -91,12 +81,7 @@ def plot(axes: Axes, number: int, curve: Series, width: float = 1.3) -> Line2D:
 
 
 def scale(axes: Axes, values: Sequence[float], share: bool = False, log: bool = False) -> None:
-    """Chooses the vertical axis for `values`, of which at least one is finite.
-
-    Args:
-      share: values are in [0, 1], written in percent.
-      log: by logarithm if the values span much.
-    """
+    """Chooses the vertical axis for values: `share` in percent, `log` if they span much."""
     finite = [value for value in values if math.isfinite(value)]
     low, high = min(finite), max(finite)
     if share:
@@ -173,7 +158,7 @@ def histogram(
     """Draws how often numbers occur, in at most 40 bins of equal width.
 
     Bins of whole numbers are as wide as a whole number. A few values far beyond the rest are
-    counted in the last bin, so that they do not press the others into the first.
+    counted in the last bin.
 
     Args:
       label: the unit, beneath the axis.
@@ -214,10 +199,7 @@ def histogram(
 def thinned(
     steps: Sequence[float], values: Sequence[float], most: int = _MOST_POINTS
 ) -> tuple[Float[np.ndarray, " points"], Float[np.ndarray, " points"]]:
-    """Returns at most `most` points of a curve, with its highest and lowest in every part.
-
-    Values that are not finite are left out.
-    """
+    """Returns at most `most` finite points of a curve: highest and lowest in every part."""
     x, y = np.asarray(steps, float), np.asarray(values, float)
     keep = np.isfinite(y)
     x, y = x[keep], y[keep]

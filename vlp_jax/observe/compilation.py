@@ -38,8 +38,8 @@ class Compiled:
     saved_seconds: float = 0.0
 
     def __sub__(self, before: Compiled) -> Compiled:
-        fields = dataclasses.asdict(before)
-        return Compiled(**{name: getattr(self, name) - value for name, value in fields.items()})
+        pairs = zip(dataclasses.astuple(self), dataclasses.astuple(before), strict=True)
+        return Compiled(*(now - then for now, then in pairs))
 
     def from_cache(self) -> bool:
         """Whether every program came from the persistent cache."""
@@ -47,12 +47,7 @@ class Compiled:
 
 
 class CompileWatch:
-    """Counts compilations from `__enter__` to `__exit__`, of all threads.
-
-    Args:
-      compiled: called with the seconds of each compilation in the thread that entered, as it ends,
-        and with the name of the program.
-    """
+    """Counts compilations of all threads; calls `compiled` with seconds and name for its own."""
 
     def __init__(self, compiled: Callable[[float, str], None] = lambda seconds, name: None):
         self._compiled = compiled

@@ -61,11 +61,7 @@ class RunTime:
 
     @classmethod
     def from_json(cls, text: str) -> Self:
-        """Reads what `to_json` wrote.
-
-        Raises:
-          ValueError: the text is no such record.
-        """
+        """Reads what `to_json` wrote; ValueError if the text is no such record."""
         try:
             record = json.loads(text)
             if record.pop("format") != FORMAT:
@@ -140,7 +136,6 @@ class RunLedger:
       path: of goodput.json, in a folder that exists.
       own: returns the time of this process so far; called from any thread.
       warn: takes a line for the user.
-      time_fn: the Unix time.
     """
 
     def __init__(
@@ -150,10 +145,7 @@ class RunLedger:
         warn: Callable[[str], None],
         time_fn: Callable[[], float] = time.time,
     ):
-        self._path = path
-        self._own = own
-        self._warn = warn
-        self._time = time_fn
+        self._path, self._own, self._warn, self._time = path, own, warn, time_fn
         self._warned = False
         self._lock = threading.Lock()
         self._before = RunTime(0.0, 0.0)  # at the start of this process
@@ -230,6 +222,42 @@ class RunLedger:
             f"({problem}); it is counted anew from step {step:,}"
         )
         return None
+
+
+class Heartbeat:
+    """Calls `function` in a thread of its own: every `interval` seconds, and after `soon`.
+
+    A slow disk or object store thus costs the loop nothing. As a context manager it ends with one
+    last call, for which it waits at most `patience` seconds. `function` must not raise.
+    """
+
+    def __init__(self, function: Callable[[], None], interval: float, patience: float = 30.0):
+        self._function, self._interval, self._patience = function, interval, patience
+        self._wake = threading.Event()
+        self._ending = False
+        self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
+
+    def soon(self) -> None:
+        """Asks for a call now. Several requests before it begins are one."""
+        self._wake.set()
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._ending = True
+        self._wake.set()
+        self._thread.join(self._patience)
+
+    def _run(self) -> None:
+        while True:
+            self._wake.wait(self._interval)
+            self._wake.clear()
+            last = self._ending  # read before the call: what is asked for during it is not lost
+            self._function()
+            if last:
+                return
 
 
 def in_order(seconds: Mapping[str, float]) -> dict[str, float]:

@@ -35,18 +35,17 @@ _RESERVED = ("step", "time", "texts")
 class JsonlWriter:
     """One JSON object a line: `{"step": 12, "time": 1700000000.5, "train/loss": 2.25}`.
 
-    `time` is in Unix seconds. Floats are written with all their digits and come back bit for bit;
-    NaN and the infinities are the strings "nan", "inf" and "-inf". Texts share the file, as
-    `{"step": ..., "time": ..., "texts": {name: text}}`; images are left to the other writers.
+    `time` is in Unix seconds. Floats come back bit for bit; NaN and the infinities are the strings
+    "nan", "inf" and "-inf". Texts are `{"step": ..., "time": ..., "texts": {name: text}}`; images
+    are left to the other writers.
 
-    On a local disk every line reaches the operating system before the call returns. A killed
-    process loses at most the line that it was writing. Object stores (gs://, s3://) cannot append:
-    there the file is uploaded whole, at most every `upload_seconds`, and on `flush` and `close`.
+    On a local disk every line reaches the operating system before the call returns. Object stores
+    (gs://, s3://) cannot append: there the file is uploaded whole, at most every `upload_seconds`,
+    and on `flush` and `close`.
 
     Args:
         path: the file; its folder is made.
         start_step: records of this and later steps are removed, as is a torn last line.
-        upload_seconds: least time between two uploads, for remote paths alone.
 
     Raises:
         UserError: a line before the last is not a JSON object with a step.
@@ -86,25 +85,18 @@ class JsonlWriter:
 
 
 def read_metrics(path: epath.PathLike) -> list[dict[str, Any]]:
-    """Reads the records of a metrics.jsonl, with "nan", "inf", "-inf" as floats again.
-
-    A torn last line, which a killed run leaves and a run in progress may show, is skipped.
-
-    Raises:
-        UserError: there is no such file, or a line before the last is not a record.
-    """
+    """Reads the records of a metrics.jsonl, floats as such; UserError for none or a broken one."""
     path = epath.Path(path)
     if not path.exists():
         raise UserError(f"no metrics in {path}: the file does not exist; check the workdir")
-    return [_decode(record) for _, record in _parse_lines(path, path.read_bytes())]
+    return [
+        {k: _NONFINITE.get(v, v) if isinstance(v, str) else v for k, v in record.items()}
+        for _, record in _parse_lines(path, path.read_bytes())
+    ]
 
 
 class _LocalLines:
-    """Appends lines to a local file, each handed to the operating system at once.
-
-    Lines that a full disk does not take wait in memory until there is room: a run must not end
-    because its metrics cannot be written.
-    """
+    """Hands each line to the operating system at once, or keeps it while the disk is full."""
 
     def __init__(self, path: epath.Path):
         self._file: BinaryIO = open(os.fspath(path), "ab", buffering=0)
@@ -194,23 +186,14 @@ def _parse_lines(path: epath.Path, data: bytes) -> list[tuple[bytes, dict[str, A
 
 def _parse_record(line: bytes) -> dict[str, Any] | None:
     """Reads the record of a line; None where the line is not whole."""
-    if not line.endswith(b"\n"):
-        return None
     try:
         record = json.loads(line)
     except ValueError:
         return None
     whole = isinstance(record, dict) and isinstance(record.get("step"), int)
-    return record if whole else None
+    return record if whole and line.endswith(b"\n") else None
 
 
 def _encode_float(value: Any) -> float | str:
     value = float(value)
     return value if math.isfinite(value) else str(value)
-
-
-def _decode(record: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        name: _NONFINITE.get(value, value) if isinstance(value, str) else value
-        for name, value in record.items()
-    }

@@ -14,8 +14,7 @@ from matplotlib.ticker import MaxNLocator
 from vlp_jax.observe import charts
 from vlp_jax.observe.charts import Series
 from vlp_jax.observe.palette import ACCENT, BAD, INK, PALE
-from vlp_jax.observe.sheet import Sheet
-from vlp_jax.observe.text_layout import Colored, TextFitter
+from vlp_jax.observe.sheet import Colored, Sheet, TextFitter
 
 CORRECT, WRONG = ACCENT, BAD
 _WIDTH, _HEIGHT = 8.0, 5.0  # inches
@@ -48,7 +47,6 @@ def report_sheet(
     the diagonal; (c) loss and accuracies over the steps.
 
     Args:
-        title, subtitle: what was trained, and on what, in a line each.
         images: the first 12 are shown; fewer (10 or 8) where captions are long. Give at least 8.
         true_captions, retrieved_captions: one an image; long ones are set smaller.
         correct: whether the retrieved caption counts as right.

@@ -7,7 +7,7 @@ import os
 import signal
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any, Self
 
 import jax
@@ -18,39 +18,21 @@ from vlp_jax.errors import UserError
 PAUSE_CAUSE = "profiling"
 
 
-class NullProfiler:
-    """Traces nothing."""
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exception: object) -> None: ...
-
-    def step(self, step: int, wait_for: Any = (), count: int = 1) -> None:
-        del step, wait_for, count
-
-    def close(self) -> None: ...
-
-
 class TraceSignal:
-    """Whether SIGUSR1 came since the last look. As a context manager it takes the signal.
-
-    Python ends a process on SIGUSR1. So the context is entered early and left late: the signal is
-    harmless also while nothing can be traced. On systems without SIGUSR1 it never comes.
-    """
+    """Tells whether SIGUSR1 came, which ends a process otherwise: enter it early, leave it late."""
 
     def __init__(self) -> None:
         self._came = False
-        self._before: Any = None
+        self._number = getattr(signal, "SIGUSR1", None)  # not every system has it
 
     def __enter__(self) -> Self:
-        if hasattr(signal, "SIGUSR1"):
-            self._before = signal.signal(signal.SIGUSR1, self._receive)
+        if self._number:
+            self._before = signal.signal(self._number, self._receive)
         return self
 
     def __exit__(self, *exception: object) -> None:
-        if hasattr(signal, "SIGUSR1"):
-            signal.signal(signal.SIGUSR1, self._before)
+        if self._number:
+            signal.signal(self._number, self._before)
 
     def take(self) -> bool:
         """Whether the signal came since the last call."""
@@ -64,9 +46,8 @@ class TraceSignal:
 class Profiler:
     """Traces the steps `steps` into `directory`, and some more whenever it is asked to.
 
-    Leave out the first steps of a run: they hold the start. As a context manager it also writes a
-    trace within which the run ends or fails. A trace that cannot be taken or written is told, and
-    ends no run.
+    As a context manager it also writes a trace within which the run ends or fails. A trace that
+    cannot be taken or written is told, and ends no run.
 
     Args:
         steps: numbers of the first and the last step to trace, as given to `step`; None for none.
@@ -97,10 +78,8 @@ class Profiler:
             check_steps(*steps)
         self._steps = range(steps[0], steps[1] + 1) if steps else range(0)
         self._directory = os.fspath(directory)
-        self._requested = requested
-        self._steps_on_request = steps_on_request
-        self._say = say
-        self._pause = pause
+        self._requested, self._steps_on_request = requested, steps_on_request
+        self._say, self._pause = say, pause
         self._tracing: range | None = None
         self._newest = 0
         self._annotation: jax.profiler.StepTraceAnnotation | None = None
@@ -108,22 +87,14 @@ class Profiler:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         self.close()
 
     def step(self, step: int, wait_for: Any = (), count: int = 1) -> None:
-        """Begins or ends a trace, if due just before step `step`.
+        """Begins or ends a trace, if due just before the `count` steps from `step` on.
 
-        Args:
-            step: its number.
-            wait_for: arrays of the step before, e.g. the state. JAX runs ahead of the device: the
-                trace begins and ends when they are computed, so it holds whole steps and no others.
-            count: steps that begin with it, as one program; they are traced together.
+        `wait_for` are arrays of the step before, such as the state. JAX runs ahead of the device:
+        the trace begins and ends when they are computed, so that it holds whole steps.
         """
         self._end_annotation()
         asked = self._requested()
@@ -163,9 +134,12 @@ class Profiler:
 
     def _start(self, steps: range, wait_for: Any) -> None:
         jax.block_until_ready(wait_for)
+        options = jax.profiler.ProfileOptions()
+        # To note each Python call makes Python several times as slow, and the trace untrue.
+        options.python_tracer_level = 0
         try:
             with self._pause(PAUSE_CAUSE):
-                jax.profiler.start_trace(self._directory, profiler_options=_options())
+                jax.profiler.start_trace(self._directory, profiler_options=options)
         except (OSError, RuntimeError) as error:
             self._steps = range(0)  # or every one of these steps would say so
             self._say(f"warning: no trace of steps {steps.start} to {steps.stop - 1}: {error}")
@@ -179,14 +153,6 @@ class Profiler:
             self._annotation = None
 
 
-def _options() -> jax.profiler.ProfileOptions:
-    """Returns options without the tracing of Python calls."""
-    # To note each call makes Python several times as slow, and the trace untrue.
-    options = jax.profiler.ProfileOptions()
-    options.python_tracer_level = 0
-    return options
-
-
 def check_steps(first: int, last: int) -> None:
     """Raises UserError unless `first` to `last` are steps."""
     if last < first:
@@ -196,11 +162,7 @@ def check_steps(first: int, last: int) -> None:
 
 
 def parse_steps(text: str) -> tuple[int, int]:
-    """Parses "10:15" into (10, 15).
-
-    Raises:
-        UserError: the text has another form, or names no steps.
-    """
+    """Parses "10:15" into (10, 15); UserError for anything else."""
     first, colon, last = text.partition(":")
     if not (colon and first.isdecimal() and last.isdecimal()):
         raise UserError(

@@ -8,7 +8,6 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterator
-from types import TracebackType
 from typing import Self, TextIO
 
 from rich.console import Console
@@ -51,11 +50,7 @@ class Progress:
     compilation falls, and time inside `paused` do not count.
 
     Args:
-        total: the step at which the run ends.
-        description: what is running, e.g. the config's name; may be empty.
-        interval: seconds between two plain lines.
         stream: where to write; stderr by default, so that stdout stays free for results.
-        time_fn: the clock, in seconds.
         width: columns of the terminal; None asks the terminal, at every redraw.
     """
 
@@ -69,17 +64,13 @@ class Progress:
         time_fn: Callable[[], float] = time.monotonic,
         width: int | None = None,
     ):
-        self._total = total
-        self._description = description
-        self._interval = interval
+        self._total, self._description, self._interval = total, description, interval
         self._stream = sys.stderr if stream is None else stream
         self._time = time_fn
         self._started = time_fn()
         self._pace = _Pace(time_fn)
         self._parts: dict[str, str] = {}
-        self._fraction = 0.0
-        self._shown_at = -math.inf
-        self._stale = False
+        self._fraction, self._shown_at, self._stale = 0.0, -math.inf, False
         self._live: Live | None = None
         if self._stream.isatty():
             console = Console(file=self._stream, force_terminal=True, width=width)
@@ -91,12 +82,7 @@ class Progress:
             self._live.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         """Leaves the last state as an ordinary line, also when the run failed."""
         if self._stale:
             self._show()
@@ -114,11 +100,12 @@ class Progress:
         else:
             left = self._pace.seconds_for(self._total - step)
             remaining = "" if left is None else f"left {format_duration(left)}"
+        ordinary = not math.isfinite(loss) or loss == 0 or 1e-3 <= abs(loss) < 1e5
         self._parts = {
             "description": self._description,
             "step": f"step {step:,}/{self._total:,}",
             "percent": f"{self._fraction:.0%}",
-            "loss": f"loss {_format_loss(loss)}",
+            "loss": f"loss {loss:.3f}" if ordinary else f"loss {loss:.2e}",
             "speed": _format_speed(examples_per_second),
             "left": remaining,
         }
@@ -229,11 +216,6 @@ _STYLES = {"description": "bold", "percent": "cyan", "loss": "bold", "left": "cy
 
 def _joined_width(parts: dict[str, str]) -> int:
     return sum(Text(part).cell_len for part in parts.values()) + 2 * max(len(parts) - 1, 0)
-
-
-def _format_loss(loss: float) -> str:
-    ordinary = not math.isfinite(loss) or loss == 0 or 1e-3 <= abs(loss) < 1e5
-    return f"{loss:.3f}" if ordinary else f"{loss:.2e}"
 
 
 def _format_speed(examples_per_second: float) -> str:

@@ -35,11 +35,7 @@ class Sample:
     box_labels: Sequence[str] = ()
 
     def drawn(self) -> UInt8[np.ndarray, "height width 3"]:
-        """Returns the picture with its boxes drawn in.
-
-        Raises:
-          ValueError: there is no picture.
-        """
+        """Returns the picture with its boxes drawn in; ValueError without a picture."""
         if self.picture is None:
             raise ValueError("a sample without a picture cannot be drawn")
         if self.boxes is None:
@@ -60,11 +56,7 @@ class Sample:
 
 
 def write_samples(writer: Writer, step: int, name: str, samples: Sequence[Sample]) -> None:
-    """Hands samples to TensorBoard and Weights & Biases: a picture each, and a table of texts.
-
-    Args:
-      name: the evaluator; pictures are "samples/NAME/0", texts "samples/NAME".
-    """
+    """Writes pictures "samples/NAME/0" ... and a table of texts "samples/NAME" of an evaluator."""
     pictures = {
         f"samples/{name}/{number}": sample.drawn()
         for number, sample in enumerate(samples)

@@ -1,13 +1,11 @@
 """Search for the process that holds the others back.
 
-In a job of several processes every step ends with exchanges between all devices, so no process can
-be a step ahead: the time from dispatch to the end of a step, and the time of a step as a whole, are
-the same everywhere, whichever process is slow. Processes differ in what they do before they
-dispatch: wait for their part of the batch, or work in Python. Meanwhile the fast processes have
-dispatched and wait for their devices, which wait for the devices of the slow process. So the
-straggler is the process that waits least for its devices. The share of its time that it waits for
-data, or works on the host, says why. A slow device or link shows in none of these, since all
-processes wait for it alike.
+In a job of several processes every step ends with exchanges between all devices, so the time of a
+step is the same everywhere. Processes differ in what they do before they dispatch: wait for their
+part of the batch, or work in Python. Meanwhile the fast processes wait for their devices, which
+wait for the devices of the slow process. So the straggler is the process that waits least for its
+devices. The share of its time that it waits for data, or works on the host, says why. A slow device
+or link shows in none of these, since all processes wait for it alike.
 """
 
 from __future__ import annotations
@@ -15,7 +13,6 @@ from __future__ import annotations
 import dataclasses
 import statistics
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 # Share of the time by which a process must differ from the median of the others to be named.
 CLEARLY = 0.15
@@ -23,13 +20,7 @@ CLEARLY = 0.15
 
 @dataclasses.dataclass(frozen=True)
 class ProcessSpeed:
-    """One process over the steps since the last log.
-
-    Attributes:
-      host: name of its host.
-      step_seconds: mean time of a step.
-      data_wait, device_wait: shares of the time, in [0, 1]; the rest is work on the host.
-    """
+    """One process over the steps since the last log, in shares of time; the rest is host work."""
 
     host: str
     step_seconds: float
@@ -52,12 +43,7 @@ class ProcessSpeed:
 
 
 def spread(speeds: Sequence[ProcessSpeed]) -> dict[str, float]:
-    """Measures how far the processes lie apart.
-
-    Returns:
-      perf/step_seconds_min and _max; perf/data_wait_fraction_max, of the process that waits longest
-      for data; perf/device_wait_fraction_min, of the one that waits least for its devices.
-    """
+    """Measures how far the processes lie apart, as metrics perf/..._min and perf/..._max."""
     return {
         "perf/step_seconds_min": min(s.step_seconds for s in speeds),
         "perf/step_seconds_max": max(s.step_seconds for s in speeds),
@@ -67,11 +53,7 @@ def spread(speeds: Sequence[ProcessSpeed]) -> dict[str, float]:
 
 
 class StragglerWatch:
-    """Names the process that holds the others back, once it did so twice in a row.
-
-    Args:
-      silence: seconds in which the same process is named once.
-    """
+    """Names the process that was slowest twice in a row, once in `silence` seconds."""
 
     def __init__(self, silence: float = 600.0):
         self._silence = silence
@@ -79,11 +61,7 @@ class StragglerWatch:
         self._named: dict[tuple[int, str], float] = {}
 
     def look(self, speeds: Sequence[ProcessSpeed], now: float) -> str | None:
-        """Returns a line for the log, or None if nobody has to be named.
-
-        Args:
-          now: seconds, on any clock.
-        """
+        """Returns a line for the log, or None if nobody has to be named; `now` is in seconds."""
         found = straggler(speeds)
         before, self._last = self._last, found
         # The first steps of a process include its first batch, which takes as long as it takes.
@@ -109,11 +87,7 @@ _KINDS: dict[str, tuple[str, str]] = {
 
 
 def straggler(speeds: Sequence[ProcessSpeed]) -> tuple[int, str] | None:
-    """Finds the process that waits clearly less for its devices than the others, and why.
-
-    Returns:
-      its number and "data" or "host"; None if there is none.
-    """
+    """Finds the process that waits clearly least for its devices, by "data" or "host"."""
     if len(speeds) < 2:
         return None
     process = min(range(len(speeds)), key=lambda i: speeds[i].device_wait)
@@ -122,8 +96,6 @@ def straggler(speeds: Sequence[ProcessSpeed]) -> tuple[int, str] | None:
     def more(attribute: str) -> float:
         return getattr(own, attribute) - statistics.median(getattr(s, attribute) for s in others)
 
-    if -more("device_wait") < CLEARLY:
-        return None
-    excess: dict[str, Any] = {why: more(attribute) for why, (attribute, _) in _KINDS.items()}
-    why = max(excess, key=excess.__getitem__)
-    return (process, why) if excess[why] >= CLEARLY else None
+    why = max(_KINDS, key=lambda why: more(_KINDS[why][0]))
+    clear = -more("device_wait") >= CLEARLY and more(_KINDS[why][0]) >= CLEARLY
+    return (process, why) if clear else None

@@ -24,7 +24,6 @@ class RunSummary:
     Attributes:
       outcome: how it ended: "complete", or why not, in one line.
       first_step, last_step: this process did the steps from the first to before the last.
-      total_steps: of the run.
       examples: over all devices, of the steps of this process.
       speed: from `StepClock.overall`.
       peak: FLOP/s of one device.
@@ -34,8 +33,7 @@ class RunSummary:
       memory: from `memory_metrics`, the largest of all processes.
       seconds: time of this process by cause.
       run: time of all processes up to now.
-      notes: label -> a further row.
-      files: label -> path of a file or folder.
+      notes, files: label -> a further row, and path of a file or folder.
     """
 
     outcome: str

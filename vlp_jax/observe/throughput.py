@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import queue
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -11,25 +12,17 @@ from typing import Any, Self
 
 import jax
 
-from vlp_jax.observe.accelerators import PeakFlops, peak_flops
-from vlp_jax.observe.device_busy import DeviceWatch
-
-__all__ = ["PeakFlops", "StartupClock", "StepClock", "TimeLedger", "peak_flops"]
+from vlp_jax.observe.accelerators import PeakFlops
 
 _USEFUL, _START, _DATA_WAIT, _CHECKPOINT = "useful", "start", "data wait", "checkpoint"
-_COMPILE = "compile"
-_OTHER = "other"
+_COMPILE, _OTHER = "compile", "other"
 
 
 class TimeLedger:
     """Charges every second that passes to exactly one cause: the innermost that is open.
 
-    One thread opens and closes causes; any thread may ask for the seconds.
-
-    Args:
-        default: the cause while none is open.
-        time_fn: the clock, in seconds.
-        started: when the time begins to count; None is now.
+    One thread opens and closes causes; any thread may ask for the seconds. `default` is the cause
+    while none is open; `started` is when the time begins to count (None: now).
     """
 
     def __init__(self, default: str, time_fn: Callable[[], float], started: float | None = None):
@@ -87,14 +80,56 @@ class TimeLedger:
         self._marked = now
 
 
+class DeviceWatch:
+    """Notes when the devices have computed the newest step, in a thread that sleeps until then."""
+
+    def __init__(self, time_fn: Callable[[], float]):
+        self._time = time_fn
+        self._queue: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+        self._watched = 0
+        self._done = (0, 0.0)  # how many steps are done, and the time of the last
+
+    def watch(self, arrays: Any) -> None:
+        """Begins to wait for `arrays` of the newest step, which must not be donated."""
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name="device_watch", daemon=True)
+            self._thread.start()
+        self._watched += 1
+        self._queue.put(arrays)
+
+    def busy_between(self, begin: float, end: float) -> float:
+        """Returns the seconds from `begin` to `end` in which the newest step was not done."""
+        if not self._watched:
+            return 0.0
+        done, at = self._done
+        if done < self._watched:
+            return end - begin
+        return min(max(at - begin, 0.0), end - begin)
+
+    def close(self) -> None:
+        """Ends the thread once the devices are done."""
+        if self._thread is not None:
+            self._queue.put(None)
+
+    def _run(self) -> None:
+        done = 0
+        while (arrays := self._queue.get()) is not None:
+            # A step that failed is done as well. The loop meets the same error when it fetches
+            # these arrays, and reports it.
+            with contextlib.suppress(RuntimeError):
+                jax.block_until_ready(arrays)
+            del arrays
+            done += 1
+            self._done = (done, self._time())
+
+
 class StepClock:
     """Speed of the steps between two summaries, and a ledger of the whole run.
 
     A window is the time since the last summary, without the time in `paused`. A step that finishes
-    inside `paused` counts in no window.
-
-    JAX returns before the device is done. So a summary is true only when the loop has just waited
-    for the newest step, as it does when it fetches the metrics that it logs.
+    inside `paused` counts in no window. JAX returns before the device is done: so a summary is true
+    only when the loop has just waited for the newest step.
 
     Args:
         forward_flops_per_example: FLOPs of a forward pass, counted in the jaxpr.
@@ -104,7 +139,6 @@ class StepClock:
             is too slow, and steps beat it. Then the peak is measured again when the devices have
             nothing to do, and the faster figure counts.
         before: seconds by cause that passed before this clock was made, for the goodput.
-        time_fn: the clock, in seconds.
     """
 
     def __init__(
@@ -139,11 +173,7 @@ class StepClock:
 
     @contextlib.contextmanager
     def data_wait(self) -> Iterator[None]:
-        """Wraps waiting for the next batch; inside `paused` it is part of the pause.
-
-        While the devices still compute the step before, nothing is lost by waiting. Only the time
-        after they are done is charged to "data wait".
-        """
+        """Wraps waiting for a batch; what the devices compute meanwhile is not charged to it."""
         cause = self._ledger.current
         if cause != _USEFUL:
             yield
@@ -206,11 +236,12 @@ class StepClock:
         Returns:
             perf/examples_per_second and perf/steps_per_second over all devices;
             perf/mfu, 3 x forward FLOPs x examples/s over the peak of all devices, in [0, 1]
-            (PaLM, arXiv:2204.02311, appendix B. Recomputation does not count. The backward pass of
-            frozen parameters counts, although it is not computed). A value above 1 is left out,
-            since the peak or the time of these steps must be wrong;
+            (PaLM, arXiv:2204.02311, appendix B; recomputation does not count, the backward pass of
+            frozen parameters does). A value above 1, where the peak or the time must be wrong, is
+            left
+            out;
             perf/data_wait_fraction, the share of the time in which the devices had nothing to do
-            because the next batch was not there, in [0, 1];
+            because the next batch was not there;
             perf/device_wait_fraction, the share in which this process waited for the devices;
             perf/step_seconds, the mean time of a step with its wait.
         """
@@ -233,10 +264,7 @@ class StepClock:
         }
 
     def overall(self) -> dict[str, float]:
-        """Returns the first three figures of `summary` over all steps; empty if there were none.
-
-        Call it when the devices have nothing to do.
-        """
+        """Returns the first three figures of `summary` over all steps, when devices are idle."""
         seconds = self._ledger.seconds()
         active = seconds.get(_USEFUL, 0.0) + seconds.get(_DATA_WAIT, 0.0)
         if not self.steps_done or active <= 0:
@@ -268,12 +296,7 @@ class StepClock:
 
 
 class StartupClock:
-    """Explains the time to the first step, phase by phase.
-
-    Args:
-        time_fn: the clock, in seconds.
-        started: when the time begins to count; None is now.
-    """
+    """Explains the time to the first step, phase by phase, from `started` (None: now) on."""
 
     def __init__(
         self,
@@ -284,10 +307,7 @@ class StartupClock:
 
     @classmethod
     def from_process_start(cls, before: str = _OTHER) -> Self:
-        """Counts from the start of the process where the system tells it (Linux), else from now.
-
-        What ran before this call, `import jax` above all, is the phase `before`.
-        """
+        """Counts from the start of the process (Linux, else now), first as `before`."""
         age = _process_age()
         clock = cls(started=time.perf_counter())
         clock._ledger.charge(before, age)
@@ -315,12 +335,12 @@ class StartupClock:
         seconds = self._ledger.seconds()
         total = sum(seconds.values())
         seconds[_OTHER] = seconds.pop(_OTHER, 0.0)  # last
-        width = max(len(name) for name in seconds)
-        lines = [f"first step after {total:.1f} s:"]
-        for name, value in seconds.items():
-            share = value / total if total else 0.0
-            lines.append(f"  {name:<{width}}  {value:7.2f} s  {share:4.0%}")
-        return "\n".join(lines)
+        width = max(map(len, seconds))
+        rows = (
+            f"  {name:<{width}}  {value:7.2f} s  {value / total if total else 0.0:4.0%}"
+            for name, value in seconds.items()
+        )
+        return "\n".join([f"first step after {total:.1f} s:", *rows])
 
 
 def _process_age() -> float:

@@ -10,7 +10,6 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from types import TracebackType
 from typing import Self
 
 from etils import epath
@@ -44,7 +43,6 @@ class Watchdog:
 
     Before that, it writes the stacks of all threads to stderr and to a file. A process whose peer
     died or hangs would wait in a collective operation for ever; the launchers start the job again.
-
     The time in which the process itself was stopped (SIGSTOP, a frozen machine) counts.
 
     Args:
@@ -52,7 +50,6 @@ class Watchdog:
       step_seconds: limit between two `beat`s.
       patient_seconds: limit of each activity within `patient` (evaluation, checkpoints).
       directory: where the stacks go, as stacks-TIME-PID.txt.
-      end: ends the process with a status.
     """
 
     def __init__(
@@ -79,12 +76,7 @@ class Watchdog:
         self._thread.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         self._stop.set()
         self._thread.join()
         faulthandler.cancel_dump_traceback_later()

@@ -1,8 +1,7 @@
 """Writers of the numbers, images and texts of a run: metrics.jsonl, TensorBoard, W&B.
 
-A writer is opened with the step at which the run (re)starts. A checkpoint at step i means "just
-before batch i". An interrupted run writes its records of steps >= i again after a restart. So a
-writer forgets them on opening, and every step of a resumed run is there once.
+A writer is opened with the step at which the run (re)starts. An interrupted run writes its records
+of later steps again. So a writer forgets them on opening, and every step is there once.
 """
 
 from __future__ import annotations
@@ -12,13 +11,13 @@ import logging
 import os
 import shutil
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 from etils import epath
 
-from vlp_jax.errors import UserError, unknown_key_message
+from vlp_jax.errors import UserError
 from vlp_jax.files import is_remote, write_whole
 from vlp_jax.observe.jsonl import (
     METRICS_FILE,
@@ -26,20 +25,7 @@ from vlp_jax.observe.jsonl import (
     JsonlWriter,
     Scalars,
     Texts,
-    read_metrics,
 )
-
-__all__ = [
-    "METRICS_FILE",
-    "JsonlWriter",
-    "MultiWriter",
-    "NullWriter",
-    "TensorBoardWriter",
-    "WandbWriter",
-    "Writer",
-    "build_writers",
-    "read_metrics",
-]
 
 _ROOM_BYTES = 1 << 24  # more than pictures of one step take
 _log = logging.getLogger("vlp_jax.observe")
@@ -56,27 +42,26 @@ class Writer(Protocol):
     def close(self) -> None: ...
 
 
+def _to_each(name: str) -> Callable[..., None]:
+    """Makes the method of `MultiWriter` that calls the method `name` of each writer."""
+
+    def call(self: MultiWriter, *arguments: Any) -> None:
+        for writer in self.writers:
+            getattr(writer, name)(*arguments)
+
+    return call
+
+
 class MultiWriter:
     """Passes every call on to each of `writers`, in order."""
 
     def __init__(self, writers: Sequence[Writer]):
         self.writers = tuple(writers)
 
-    def write_scalars(self, step: int, scalars: Scalars) -> None:
-        for writer in self.writers:
-            writer.write_scalars(step, scalars)
-
-    def write_images(self, step: int, images: Images) -> None:
-        for writer in self.writers:
-            writer.write_images(step, images)
-
-    def write_text(self, step: int, texts: Texts) -> None:
-        for writer in self.writers:
-            writer.write_text(step, texts)
-
-    def flush(self) -> None:
-        for writer in self.writers:
-            writer.flush()
+    write_scalars = _to_each("write_scalars")
+    write_images = _to_each("write_images")
+    write_text = _to_each("write_text")
+    flush = _to_each("flush")
 
     def close(self) -> None:
         """Closes all of them, also when one fails; the failure is raised afterwards."""
@@ -96,7 +81,7 @@ class NullWriter(MultiWriter):
 class TensorBoardWriter:
     """Event files for TensorBoard by tensorboardX, without TensorFlow.
 
-    Event files are append-only. On opening, an event is written that makes TensorBoard hide what
+    Event files are append-only: on opening, an event is written that makes TensorBoard hide what
     earlier files say of steps >= `start_step`. On a full disk nothing is written, and this is told
     once: the thread in which tensorboardX writes would not survive the error.
 
@@ -131,21 +116,15 @@ class TensorBoardWriter:
         return room
 
     def write_scalars(self, step: int, scalars: Scalars) -> None:
-        if not self._has_room():
-            return
-        for name, value in scalars.items():
+        for name, value in scalars.items() if self._has_room() else ():
             self._writer.add_scalar(name, float(value), global_step=step)
 
     def write_images(self, step: int, images: Images) -> None:
-        if not self._has_room():
-            return
-        for name, image in images.items():
+        for name, image in images.items() if self._has_room() else ():
             self._writer.add_image(name, _checked_image(name, image), step, dataformats="HWC")
 
     def write_text(self, step: int, texts: Texts) -> None:
-        if not self._has_room():
-            return
-        for name, text in texts.items():
+        for name, text in texts.items() if self._has_room() else ():
             self._writer.add_text(name, text, global_step=step)
 
     def flush(self) -> None:
@@ -160,15 +139,14 @@ class WandbWriter:
     """A Weights & Biases run, continued by later processes of the same workdir.
 
     The run's id lives in `directory`/wandb_run_id.txt. wandb cannot take rows back, so after a
-    resume the replayed steps are there twice, and its row counter is not our step. The step is
-    logged as the metric "step" and is the x axis of every chart. Offline, each process leaves one
-    offline-run-* folder, and `wandb sync` of all of them makes one run.
+    resume the replayed steps are there twice. Our step is the metric "step", the x axis of every
+    chart. Offline, `wandb sync` of all the offline-run-* folders makes one run.
 
     Args:
         directory: the workdir; local runs keep wandb's files in `directory`/wandb.
         project, name: as wandb shows them; name None lets wandb choose.
         config: the resolved config, as a plain nested dict.
-        start_step: where this process starts; logged as "start_step" so that resumes are visible.
+        start_step: logged as "start_step" so that resumes are visible.
         mode: "online", or "offline", which uses no network.
 
     Raises:
@@ -230,19 +208,12 @@ class WandbWriter:
 
 def check_writers(config: Mapping[str, Any]) -> None:
     """Raises UserError for a config that `build_writers` would refuse; writes nothing."""
-    _check_keys(config, ("tensorboard", "wandb"), "writers")
-    wandb_config = config["wandb"]
-    _check_keys(wandb_config, ("enabled", "project", "name", "mode"), "writers.wandb")
-    if wandb_config["enabled"]:
-        _import_wandb(wandb_config["mode"])
+    if config["wandb"]["enabled"]:
+        _import_wandb(config["wandb"]["mode"])
 
 
 def _import_wandb(mode: str) -> Any:
-    """Imports the library.
-
-    Raises:
-      UserError: it is not installed, or has no such mode.
-    """
+    """Imports the library; UserError if it is not installed, or has no such mode."""
     if mode not in _WANDB_MODES:
         raise UserError(f"writers.wandb.mode is {mode!r}: use one of {', '.join(_WANDB_MODES)}")
     try:
@@ -261,41 +232,32 @@ def build_writers(
     start_step: int,
     resolved_config: Mapping[str, Any],
 ) -> Writer:
-    """Opens the writers that `config` asks for; a NullWriter on every process but the first.
+    """Opens metrics.jsonl and the writers of `config.writers`; none on processes but the first.
 
     Args:
-        config: `{"tensorboard": bool, "wandb": {"enabled": bool, "project": str,
-            "name": str | None, "mode": "online" | "offline"}}`. metrics.jsonl is always on.
         workdir: metrics.jsonl, tensorboard/ and wandb's files are made in here.
         start_step: the step of the restored checkpoint, or 0.
         resolved_config: the whole config of the run, for wandb to show.
 
     Raises:
-        UserError: an unknown key, or a writer that cannot work here.
+        UserError: a writer that cannot work here.
     """
     import jax
 
     check_writers(config)
-    wandb_config = config["wandb"]
     if jax.process_index() != 0:
         return NullWriter()
-    workdir = epath.Path(workdir)
+    workdir, wandb = epath.Path(workdir), config["wandb"]
+    writers: list[Writer] = []
     with contextlib.ExitStack() as stack:
-
-        def opened(writer: Writer) -> Writer:
-            stack.callback(writer.close)  # if a later writer cannot be opened
-            return writer
-
-        writers = [opened(JsonlWriter(workdir / METRICS_FILE, start_step))]
+        stack.callback(lambda: MultiWriter(writers).close())  # if a later one cannot be opened
+        writers.append(JsonlWriter(workdir / METRICS_FILE, start_step))
         if config["tensorboard"]:
-            writers.append(opened(TensorBoardWriter(workdir / "tensorboard", start_step)))
-        if wandb_config["enabled"]:
-            project, name, mode = (wandb_config[key] for key in ("project", "name", "mode"))
-            writers.append(
-                opened(WandbWriter(workdir, project, name, resolved_config, start_step, mode))
-            )
-        # All are open: from here on the caller closes them.
-        stack.pop_all()
+            writers.append(TensorBoardWriter(workdir / "tensorboard", start_step))
+        if wandb["enabled"]:
+            chosen = wandb["project"], wandb["name"], resolved_config, start_step, wandb["mode"]
+            writers.append(WandbWriter(workdir, *chosen))
+        stack.pop_all()  # all are open: from here on the caller closes them
     return MultiWriter(writers)
 
 
@@ -315,12 +277,3 @@ def _wandb_run_id(directory: epath.Path) -> str:
     if not path.exists():
         write_whole(path, uuid.uuid4().hex[:12] + "\n")
     return path.read_text().strip()
-
-
-def _check_keys(config: Mapping[str, Any], known: tuple[str, ...], where: str) -> None:
-    for key in config:
-        if key not in known:
-            raise UserError(unknown_key_message(key, known, where))
-    for key in known:
-        if key not in config:
-            raise UserError(f"{where} lacks the key {key!r}: add it (known: {', '.join(known)})")

@@ -18,7 +18,7 @@ from matplotlib.patches import Rectangle
 from vlp_jax.observe import charts
 from vlp_jax.observe.charts import SEPARATOR, TELLS, Series
 from vlp_jax.observe.palette import ACCENT, BAD, GROUND, INK, LIGHT, LINE, PALE, SERIES
-from vlp_jax.observe.text_layout import TextFitter
+from vlp_jax.observe.sheet import TextFitter
 from vlp_jax.report import wording
 
 _LEFT_OUT = ("font-family", "stroke-linecap")  # the page says which font

@@ -1,9 +1,4 @@
-"""Makes the `Setup` of a run from its config alone, for tools that compile or count but never run.
-
-Neither data, nor a tokenizer, nor the devices of the mesh need to exist. Images get the size that
-the model takes, texts the length in `config.tokenizer`, and vocabularies the size that is known for
-the tokenizer or set in the config.
-"""
+"""Makes the `Setup` of a run from its config alone, for tools that compile and never run."""
 
 from __future__ import annotations
 
@@ -40,10 +35,9 @@ class TokenizerSizes:
 def abstract_setup(config: ConfigDict, mesh: Mesh, epoch_examples: int | None = None) -> Setup:
     """Makes the `Setup` of the run that `config` describes, without data, tokenizer or devices.
 
-    It differs from the real setup in two ways: the vocabulary may be larger (see
-    `tokenizer_sizes`), and batches hold only the fields that the model reads. A compute dtype that
-    the config leaves open follows the devices of the mesh, not the devices of this process:
-    bfloat16 on accelerators, float32 on CPU.
+    Images get the size that the model takes. Batches hold only the fields that the model reads, and
+    the vocabulary may be larger than the real one (see `tokenizer_sizes`). A compute dtype that the
+    config leaves open follows the devices of the mesh: bfloat16 on accelerators, float32 on CPU.
 
     Args:
       mesh: its devices may come from `jax.experimental.topologies`.
@@ -55,7 +49,6 @@ def abstract_setup(config: ConfigDict, mesh: Mesh, epoch_examples: int | None = 
     """
     config = config.copy_and_resolve_references()
     set_dtypes(config, "float32" if mesh.devices.flat[0].platform == "cpu" else "bfloat16")
-    _check_epochs(config, epoch_examples)
     tokenizer = tokenizer_sizes(config.tokenizer)
     objective = make_objective(config.objective, tokenizer)
     spec = batch_spec(config, objective)
@@ -63,10 +56,7 @@ def abstract_setup(config: ConfigDict, mesh: Mesh, epoch_examples: int | None = 
 
 
 def tokenizer_sizes(section: ConfigDict) -> TokenizerSizes | None:
-    """Makes a stand-in for the tokenizer of `config.tokenizer`; None if the section is empty.
-
-    Without a file, the vocabulary has its known size (`KNOWN_VOCABULARIES`). Otherwise its size is
-    `vocab_size` in the config, which the recipes set to the published number. No file is read.
+    """Makes a stand-in for the tokenizer of `config.tokenizer`, without its file; None for {}.
 
     Raises:
       UserError: an unknown tokenizer or key, or a vocabulary of unknown size.
@@ -91,11 +81,7 @@ def tokenizer_sizes(section: ConfigDict) -> TokenizerSizes | None:
 
 
 def batch_spec(config: ConfigDict, objective: Objective) -> BatchSpec:
-    """Returns shape and dtype of the fields of a global batch that the objective reads.
-
-    Fields of a dataset that config.extra_data lacks are left out. The part that reads them raises
-    the error.
-    """
+    """Returns shape and dtype of the fields of a global batch that the objective reads."""
     return {
         name: ((config.batch_size, *field.shape), np.dtype(field.dtype))
         for name, field in objective.reads.items()
@@ -110,18 +96,3 @@ def set_dtypes(config: ConfigDict, dtype: str) -> None:
         for section in [config.objective] if parts is None else parts.values():
             if section.get("dtype") is None:
                 section.dtype = dtype
-
-
-def _check_epochs(config: ConfigDict, epoch_examples: int | None) -> None:
-    durations = {
-        "config.duration": config.duration,
-        "config.optimizer.warmup": config.optimizer.warmup,
-        "config.optimizer.cooldown": config.optimizer.cooldown,
-    }
-    for where, duration in durations.items():
-        if duration.epochs is not None and epoch_examples is None:
-            raise UserError(
-                f"{where} is in epochs, and without data nothing says how many examples one has: "
-                "give that number (epoch_examples, --epoch-examples), or set the duration in steps "
-                "or examples"
-            )

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from ml_collections import ConfigDict
 
 from vlp_jax import config as config_lib
+from vlp_jax.arguments import make_parser, parse_with_overrides
 from vlp_jax.errors import UserError
 from vlp_jax.observe.profiler import parse_steps
 from vlp_jax.parallel import startup
@@ -40,22 +41,15 @@ The scripts in launch/ start a run again accordingly.
 def parse(
     argv: Sequence[str], list_keys: Callable[[ConfigDict], Iterable[str]]
 ) -> tuple[argparse.Namespace, ConfigDict]:
-    """Reads the command line of `vlp_jax.train`: its arguments, and the config with its overrides.
+    """Reads the command line of `vlp_jax.train`: arguments, and the config with its overrides.
 
-    Args:
-      list_keys: the lines about the keys of a config that `--help` prints.
+    `list_keys` gives the lines about the keys of a config that `--help` prints.
 
     Raises:
       UserError: an argument, a config file or a key that does not exist.
     """
-    parser = argparse.ArgumentParser(
-        prog="vlp-jax train",
-        description="Pretrains the model of a config and evaluates it along the way.",
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        add_help=False,
-        allow_abbrev=False,
-    )
+    told = "Pretrains the model of a config and evaluates it along the way."
+    parser = make_parser("vlp-jax train", told, epilog=_EPILOG, add_help=False)
     parser.add_argument(
         "--help", "-h", action="store_true", help="this text; with --config, its keys"
     )
@@ -71,10 +65,7 @@ def parse(
         "--profile", metavar="FIRST:LAST", type=parse_steps, help="traces these steps"
     )
     _add_job_arguments(parser)
-    overrides = [a.removeprefix("--config.") for a in argv if a.startswith("--config.")]
-    arguments, unknown = parser.parse_known_args([a for a in argv if not a.startswith("--config.")])
-    if unknown:
-        raise UserError(f"unknown argument {unknown[0]!r}; see --help")
+    arguments, overrides = parse_with_overrides(parser, argv)
     if arguments.help:
         parser.print_help()
     if not arguments.config:

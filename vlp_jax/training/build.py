@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Sequence
+from typing import Any
 
 from etils import epath
 from ml_collections import ConfigDict
@@ -23,7 +25,7 @@ from vlp_jax.training import workdir as workdir_lib
 from vlp_jax.training.checkpoint import Checkpointer
 from vlp_jax.training.init_from import Start, make_start
 from vlp_jax.training.input_state import InputState
-from vlp_jax.training.loop import Evaluation, When
+from vlp_jax.training.loop import Evaluation, Loop, When
 from vlp_jax.training.measures import profile_steps
 from vlp_jax.training.run import text_wording
 from vlp_jax.training.setup import Setup
@@ -33,12 +35,7 @@ from vlp_jax.training.when import EveryMinutes, EverySteps, StepsAhead, StepsOrM
 
 @dataclasses.dataclass(frozen=True)
 class RunComponents:
-    """The components of a run, built for these devices and this data. Nothing is written yet.
-
-    Attributes:
-      start: the origin of the state before step 0: initialization, or other weights.
-      notes: lines for the user to read before the run begins.
-    """
+    """The components of a run, built for these devices and this data. Nothing is written yet."""
 
     setup: Setup
     start: Start
@@ -52,10 +49,7 @@ class RunComponents:
     notes: tuple[str, ...]
 
     def steps_ahead(self, first_step: int) -> StepsAhead:
-        """Makes the rule for how many steps are dispatched at once, from `first_step` on.
-
-        The rule follows from the config alone, because all processes must dispatch the same number.
-        """
+        """Makes the rule for how many steps are dispatched at once, from `first_step` on."""
         config, total = self.setup.config, self.setup.units.total_steps
         # Without a trace both ends below are step 0, which begins a dispatch in any case.
         first, last = profile_steps(config) or (0, -1)
@@ -70,6 +64,30 @@ class RunComponents:
                 lambda step: step in (first, last + 1, *self.setup.phases),
                 *(evaluation.when for evaluation in self.evaluations),
             ),
+        )
+
+    def monitoring(self, workdir: epath.Path) -> dict[str, Any]:
+        """Returns the arguments of the run's `Monitor` that are in here."""
+        return {
+            "log_when": self.log_when,
+            "batch_size": self.setup.config.batch_size,
+            "input_metrics": self.input_state.metrics,
+            "max_skipped": self.setup.config.guard.max_skipped,
+            "keep_examples": functools.partial(self.input_state.write_examples, workdir),
+        }
+
+    def loop(self, first_step: int, **more: Any) -> Loop:
+        """Makes the loop from `first_step` on; `more` are the parts of it that are not in here."""
+        return Loop(
+            input_state=self.input_state.save,
+            first_step=first_step,
+            last_step=self.setup.units.total_steps,
+            save_when=self.save_when,
+            log_when=self.log_when,
+            evaluations=self.evaluations,
+            one_evaluation=self.resources.one_evaluation,
+            steps_ahead=self.steps_ahead(first_step),
+            **more,
         )
 
 
@@ -134,23 +152,11 @@ def build(config: ConfigDict, workdir: epath.Path, clock: StartupClock) -> RunCo
     )
 
 
-def make_checkpointer(
-    config: ConfigDict,
-    workdir: epath.Path,
-    *,
-    read_only: bool = False,
-    tell: Callable[[str], None] = print,
-) -> Checkpointer:
+def make_checkpointer(config: ConfigDict, workdir: epath.Path, **more: Any) -> Checkpointer:
     """Opens the checkpoints of the run in `workdir`; for the arguments see `Checkpointer`."""
-    return Checkpointer(
-        workdir,
-        keep_last=config.checkpoint.keep_last,
-        keep_every=config.checkpoint.keep_every,
-        asynchronous=config.checkpoint.asynchronous,
-        max_failed=config.checkpoint.max_failed,
-        read_only=read_only,
-        tell=tell,
-    )
+    names = ("keep_last", "keep_every", "asynchronous", "max_failed")
+    settings = {name: config.checkpoint[name] for name in names}
+    return Checkpointer(workdir, **settings, **more)
 
 
 def first_state(run: RunComponents, checkpointer: Checkpointer, first_step: int) -> TrainState:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
-import uuid
 from collections.abc import Callable, Mapping
 from typing import Any, Self
 
@@ -13,18 +12,18 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
-from vlp_jax.errors import CannotSave, UserError
-from vlp_jax.files import is_remote
+from vlp_jax.errors import CannotSave, UserError, first_line
+from vlp_jax.files import check_writable, is_remote
 from vlp_jax.parallel import agreement
-from vlp_jax.training import checkpoint_files
-from vlp_jax.training.checkpoint_files import saved_steps
-from vlp_jax.training.checkpoint_manager import (
+from vlp_jax.training import checkpoint_files, restore
+from vlp_jax.training.checkpoint_files import (
     Manager,
     processes,
     quiet_failures,
+    saved_steps,
     state_handler,
 )
-from vlp_jax.training.restore import Reader, unreadable
+from vlp_jax.training.restore import unreadable
 from vlp_jax.training.state import TrainState
 
 # Errors that Orbax and TensorStore raise when files cannot be written: OSError, ValueError with the
@@ -38,10 +37,9 @@ class Checkpointer:
     """Saves states under `workdir/checkpoints/STEP` and restores the newest.
 
     The checkpoint at step i holds all that is needed to go on with batch i: the state, and a
-    small record of the input (`input_state.InputState`). Saving is asynchronous: `save` returns as
-    soon as the arrays are on the host. A checkpoint gets its final name only when it is complete,
-    with checksums of its files. On opening, damaged checkpoints are set aside, from the newest on
-    until one is sound.
+    small record of the input (`input_state.InputState`). `save` returns as soon as the arrays are
+    on the host. A checkpoint gets its final name only when it is complete, with checksums of its
+    files. On opening, damaged checkpoints are set aside, from the newest on until one is sound.
 
     A save that fails, most often because the disk is full, is reported and does not end the run. It
     ends the run if it has to succeed (`finish`), or if too many fail in a row.
@@ -119,10 +117,7 @@ class Checkpointer:
     def _make_directory(self) -> None:
         try:
             self._directory.mkdir(parents=True, exist_ok=True)
-            # A folder that exists may still be read-only.
-            probe = self._directory / f".write_test_{uuid.uuid4().hex}"
-            probe.write_text("")
-            probe.unlink()
+            check_writable(self._directory)  # one that exists may still be read-only
         except OSError as error:
             raise CannotSave(_no_place(self._directory, error)) from error
 
@@ -143,9 +138,7 @@ class Checkpointer:
         return self._manager.latest_step()
 
     def save(self, step: int, state: TrainState, input_state: Mapping[str, Any]) -> None:
-        """Starts to save `state`, just before batch `step`, unless that checkpoint exists already.
-
-        All processes must call it. A failure is passed to `tell`; see also `finish`.
+        """Starts to save the state before batch `step`, unless it exists; all processes call it.
 
         Raises:
           CannotSave: too many saves in a row have failed.
@@ -179,31 +172,19 @@ class Checkpointer:
             self._settle(error)
 
     def poll(self) -> None:
-        """Reports how the save under way has ended, if it has. All processes call it together.
-
-        Raises:
-          CannotSave: too many saves in a row have failed.
-        """
+        """Reports how the save under way ended, if it has; raises as `save`. All call it."""
         if self._writing is not None:
             over = not self._manager.is_saving_in_progress()
             if all(agreement.gather(over)):
                 self._settle(None)
 
     def wait(self) -> None:
-        """Waits until nothing is being written any more. All processes must call it.
-
-        Raises:
-          CannotSave: too many saves in a row have failed.
-        """
+        """Waits until nothing is being written; raises as `save`. All processes must call it."""
         if self._writing is not None:
             self._settle(None)
 
     def finish(self, step: int) -> None:
-        """Waits until the checkpoint of `step` is on disk.
-
-        Raises:
-          CannotSave: the checkpoint could not be written.
-        """
+        """Waits until the checkpoint of `step` is on disk; CannotSave if it cannot be written."""
         self.wait()
         if step not in self.steps():
             newest = self.latest_step()
@@ -223,7 +204,7 @@ class Checkpointer:
         self._writing = None
         if error is not None:
             self._barrier.fail(str(error))
-        reasons = agreement.gather(None if error is None else _first_line(error))
+        reasons = agreement.gather(None if error is None else first_line(error))
         failed = [f"process {i}: {text}" for i, text in enumerate(reasons) if text is not None]
         if not failed:
             self._in_a_row = 0
@@ -255,11 +236,7 @@ class Checkpointer:
         self._tell(f"warning: {what}; failure {self._in_a_row} of {self._max_failed} in a row")
 
     def _check_room(self, state: TrainState) -> None:
-        """Raises UserError if the disk certainly has no room, or if it cannot be read.
-
-        Files are compressed and may be smaller than the arrays in memory. So the check asks for
-        4/5 of the newest checkpoint's size, or for half of the arrays' size if there is none.
-        """
+        """Raises UserError without room for 4/5 of a checkpoint, or half of the arrays."""
         newest = self.latest_step()
         likely = sum(leaf.nbytes for leaf in jax.tree.leaves(state)) // 2
         try:
@@ -282,20 +259,15 @@ class Checkpointer:
         step = self.latest_step()
         if step is None:
             return 0
-        self._reader(step, abstract)
+        restore.check(self._state(step), abstract)
         return step
 
     def restore(self, abstract: TrainState, step: int) -> TrainState:
-        """Restores the state at `step`, with the shardings of `abstract`.
+        """Restores the state at `step` like `abstract`, which passed `check_fits`."""
+        return restore.read(self._state(step), abstract)
 
-        Args:
-          abstract: a state that passed `check_fits`.
-          step: the step of an existing checkpoint.
-        """
-        return self._reader(step, abstract).read()
-
-    def _reader(self, step: int, abstract: TrainState) -> Reader:
-        return Reader.of(self._directory / str(step) / "state", abstract)
+    def _state(self, step: int) -> epath.Path:
+        return self._directory / str(step) / "state"
 
     def input_state(self, step: int) -> dict[str, Any]:
         """Returns the input's record in the checkpoint at `step`, which must exist."""
@@ -306,26 +278,18 @@ class Checkpointer:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
-        """Waits for the save under way, unless one of several processes has failed.
-
-        A single process that fails still waits: this checkpoint may be the best that there is. A
-        process of several would wait for the others, and they for it.
-        """
+        """Waits for the save under way, unless this is a failed one of several processes."""
         if kind is None or jax.process_count() == 1 or issubclass(kind, UserError):
             self._manager.close()
 
 
 def mend(checkpoints: epath.Path) -> list[str]:
-    """Sets damaged checkpoints aside, from the newest on until one is sound; returns a line each.
-
-    Checkpoints that were being written when a run ended are not among them: Orbax removes these.
-
-    Raises:
-      UserError: all checkpoints are damaged. Nothing was moved.
-    """
+    """Sets damaged checkpoints aside, the newest first; a line each. UserError if none is sound."""
     if not checkpoints.exists():
         return []
-    damaged = {entry: "it is no folder" for entry in checkpoint_files.not_checkpoints(checkpoints)}
+    entries = [e for e in checkpoints.iterdir() if e.name.isdecimal() and not e.is_dir()]
+    # With the name of a checkpoint's folder: a save of that step would fail.
+    damaged = dict.fromkeys(entries, "it is no folder")
     steps = saved_steps(checkpoints.parent)
     sound = not steps
     for step in reversed(steps):
@@ -355,11 +319,6 @@ def _no_place(directory: epath.Path, error: OSError) -> str:
     )
 
 
-def _first_line(error: Exception) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0][:300] if text else type(error).__name__
-
-
 def absolute(path: str | epath.Path) -> epath.Path:
     """Makes `path` absolute, as Orbax requires. A bucket's URL (gs://...) is absolute already."""
     path = epath.Path(path)
@@ -369,10 +328,7 @@ def absolute(path: str | epath.Path) -> epath.Path:
 def choose_step(workdir: epath.Path, step: int | None, where: str = "") -> int:
     """Checks the checkpoint at `step`, or the newest one for None, and returns its step.
 
-    Nothing is written.
-
-    Args:
-      where: the key or option that gave `step`, for errors.
+    `where` is the key or option that gave `step`, for errors. Nothing is written.
 
     Raises:
       UserError: there is no checkpoint, none at this step, or the checkpoint is damaged.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import shutil
@@ -10,6 +11,7 @@ import time
 from collections.abc import Iterator
 
 import google_crc32c
+import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
@@ -22,17 +24,14 @@ REQUIRED = ("state/_METADATA", "state/manifest.ocdbt", "input/metadata")
 # Orbax writes times to _CHECKPOINT_METADATA after the checksums were taken. No state is in it.
 _NOT_CHECKED = (CHECKSUMS, "_CHECKPOINT_METADATA")
 SET_ASIDE = "damaged"  # the folder beside the checkpoints
+# Bytes: a replicated array is written in slices by several devices only if each is this large.
+SMALLEST_SLICE = 4 << 20
 _READ_BYTES = 1 << 22  # at once, for a checksum
 _TEMPORARY = re.compile(r"(\d+)\.orbax-checkpoint-tmp.*")
 
 
 def check_path(workdir: epath.PathLike) -> None:
-    """Raises UserError for a path in which Orbax and TensorStore cannot find their files.
-
-    Orbax globs for parts of a checkpoint with a pattern that begins with the path, where "[" is
-    special; it then writes a checkpoint without these parts. TensorStore reads a backslash as a
-    slash.
-    """
+    """Raises UserError for a path that Orbax takes for a pattern or TensorStore splits."""
     if found := [sign for sign in "[\\" if sign in os.fspath(workdir)]:
         raise UserError(
             f"workdir {workdir} has {found[0]!r} in its path, where no checkpoint can be read; "
@@ -43,8 +42,7 @@ def check_path(workdir: epath.PathLike) -> None:
 def write_checksums(directory: epath.Path) -> None:
     """Writes `checksums.json`: size and CRC-32C (RFC 3720) of every file of state and input.
 
-    For an object store it holds sizes alone. Reading all files back would double the traffic, and
-    the store checks its objects itself.
+    For an object store, which checks its objects itself, it holds sizes alone.
 
     Raises:
       OSError: a file is missing, or cannot be read or written.
@@ -63,9 +61,7 @@ def damage(directory: epath.Path, *, contents: bool = True) -> str | None:
     """Describes the damage to a checkpoint's files; None if there is none.
 
     Without `checksums.json` only missing files are noticed; `restore.unreadable` then tells more.
-
-    Args:
-      contents: compare checksums too, which reads every file. False compares sizes alone.
+    `contents` compares checksums too, which reads every file; else sizes alone.
 
     Raises:
       UserError: this user may not read the files.
@@ -101,17 +97,8 @@ def damage(directory: epath.Path, *, contents: bool = True) -> str | None:
     return None
 
 
-def has_checksums(directory: epath.Path) -> bool:
-    """Whether a checkpoint has checksums. An interrupted copy or an old version may lack them."""
-    return (directory / CHECKSUMS).exists()
-
-
 def _read_checksums(directory: epath.Path) -> dict[str, tuple[int, str | None]]:
-    """Reads path -> (size, CRC-32C or None).
-
-    Raises:
-      ValueError: the file was not written by `write_checksums`.
-    """
+    """Reads path -> (size, CRC-32C or None); ValueError if `write_checksums` did not write it."""
     record = json.loads((directory / CHECKSUMS).read_text())
     if not isinstance(record, dict) or not all(
         isinstance(entry, list) and len(entry) == 2 and isinstance(entry[0], int)
@@ -130,21 +117,8 @@ def saved_steps(workdir: epath.Path) -> list[int]:
     return sorted(s for s in ocp.utils.checkpoint_steps(folder) if (folder / str(s)).exists())
 
 
-def not_checkpoints(checkpoints: epath.Path) -> Iterator[epath.Path]:
-    """Yields files with the name of a checkpoint's folder; a save of that step would fail."""
-    for entry in checkpoints.iterdir():
-        if entry.name.isdecimal() and not entry.is_dir():
-            yield entry
-
-
 def damaged_error(directory: epath.Path, what: str, where: str = "") -> UserError:
-    """Makes the error of a command that only reads: it names the checkpoint to take instead.
-
-    Args:
-      directory: the damaged checkpoint.
-      what: the damage, in words.
-      where: the key or option that named the checkpoint, with a colon.
-    """
+    """Makes the error of a command that only reads (`where`: its option): what to take instead."""
     workdir = directory.parent.parent
     others = [step for step in saved_steps(workdir) if step != int(directory.name)]
     # Sizes alone: an error message is not worth reading every checkpoint.
@@ -155,11 +129,7 @@ def damaged_error(directory: epath.Path, what: str, where: str = "") -> UserErro
 
 
 def set_aside(directory: epath.Path) -> epath.Path:
-    """Moves a damaged checkpoint beside the others, for a later look; returns its new path.
-
-    Raises:
-      UserError: the folder cannot be moved.
-    """
+    """Moves a damaged checkpoint beside the others and returns its path; UserError if it cannot."""
     parent = directory.parent.parent / SET_ASIDE
     target = parent / f"{directory.name}-{time.strftime('%Y%m%d-%H%M%S')}"
     try:
@@ -206,3 +176,66 @@ def _crc32c(file: epath.Path) -> str:
         while block := stream.read(_READ_BYTES):
             total.update(block)
     return total.hexdigest().decode()
+
+
+# Orbax as it is used here: without preemption and without collectives.
+
+
+def state_handler(several: ocp.options.MultiprocessingOptions) -> ocp.PyTreeCheckpointHandler:
+    """Makes the Orbax handler that reads and writes the state.
+
+    Orbax has each device that holds a copy of a replicated array write a slice of it, and JAX
+    compiles a program for each shape of a slice. That pays for large arrays alone.
+    """
+    one_cpu = jax.process_count() == 1 and jax.default_backend() == "cpu"
+    arrays = ocp.type_handlers.ArrayHandler(
+        use_replica_parallel=not one_cpu, min_slice_bytes_for_replica_parallel=SMALLEST_SLICE
+    )
+    known = ocp.type_handlers
+    handlers = {kind: known.get_type_handler(kind) for kind in known.supported_types()}
+    registry = known.create_type_handler_registry(*{**handlers, jax.Array: arrays}.items())
+    return ocp.PyTreeCheckpointHandler(
+        multiprocessing_options=several, type_handler_registry=registry
+    )
+
+
+class Manager(ocp.CheckpointManager):
+    """A `CheckpointManager` that never asks JAX about preemption: `vlp_jax.signals` does."""
+
+    def reached_preemption(self, step: int) -> bool:
+        """Returns False."""
+        del step
+        return False
+
+
+def processes(opening: int) -> ocp.options.MultiprocessingOptions:
+    """Makes Orbax synchronize processes through JAX's coordination service.
+
+    By default it uses collectives on the devices, which get mixed up with a step under way.
+    `opening`, the number of this manager, is part of the barriers' names: after a save that failed
+    on some processes alone, Orbax's own numbers differ.
+    """
+    if jax.process_count() == 1:
+        return ocp.options.MultiprocessingOptions()
+    return ocp.options.MultiprocessingOptions(
+        primary_host=0,
+        active_processes=set(range(jax.process_count())),
+        barrier_sync_key_prefix=f"vlp_jax_{opening}",
+    )
+
+
+def quiet_failures() -> None:
+    """Silences the stacks that asyncio and Orbax log for each array of a save that fails."""
+    for name in ("asyncio", "absl"):
+        logger = logging.getLogger(name)
+        if not any(isinstance(each, _FailedSaveFilter) for each in logger.filters):
+            logger.addFilter(_FailedSaveFilter())
+
+
+class _FailedSaveFilter(logging.Filter):
+    """Drops the log records of asyncio and Orbax about a failed save."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if record.name == "asyncio":
+            return "exception was never retrieved" not in record.getMessage()
+        return "orbax" not in record.pathname or record.levelno < logging.ERROR

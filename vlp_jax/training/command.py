@@ -21,10 +21,8 @@ PEER_LOST_WORDS = ("gloo", "nccl", "heartbeat", "coordination", "unavailable", "
 def run_command(command: Callable[[], None]) -> int:
     """Runs `command` and returns the exit status, one of `ExitStatus`.
 
-    SIGTERM and Ctrl-C end the command with one line, see `vlp_jax.signals`.
-
-    In a job of several processes, a process that fails exits at once: this function does not
-    return. Otherwise the failed process and the others would wait for each other.
+    SIGTERM and Ctrl-C end the command with one line, see `vlp_jax.signals`. In a job of several
+    processes, a process that fails exits at once, or it and the others would wait for each other.
     """
     logging.set_verbosity(logging.WARNING)
     startup.leave_out_missing_tpu()
@@ -60,10 +58,7 @@ def _run(command: Callable[[], None]) -> int:
 
 
 def _leave(status: int) -> int:
-    """Returns `status`, or exits with it at once in a job of several processes.
-
-    `sys.exit` would run JAX's exit handler, which waits for all other processes.
-    """
+    """Returns `status`; exits at once in a job of several, where JAX waits for the rest."""
     if _processes() > 1:
         sys.stdout.flush()
         sys.stderr.flush()

@@ -6,7 +6,6 @@ import dataclasses
 import math
 import tempfile
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any, Protocol
 
 import jax
 import numpy as np
@@ -19,50 +18,25 @@ from vlp_jax.errors import UserError
 from vlp_jax.files import write_whole
 from vlp_jax.training import checkpoint, param_groups
 from vlp_jax.training.matching import (
+    PATCH_KERNEL,
     WHERE,
+    Arrays,
     Fate,
     Rules,
+    Source,
     adapting_rules,
     check_rules,
     is_taken,
     match,
-)
-from vlp_jax.training.restore import Shape
-from vlp_jax.training.setup import Setup
-from vlp_jax.training.state import TrainState
-from vlp_jax.training.weights import (
-    PATCH_KERNEL,
-    Arrays,
-    Grid,
-    Source,
     open_source,
     patch_grid,
     relocated,
 )
+from vlp_jax.training.restore import Shape
+from vlp_jax.training.setup import Setup
+from vlp_jax.training.state import TrainState
 
 REPORT = "init_from.txt"
-
-
-class Start(Protocol):
-    """A way to make the state before step 0."""
-
-    def state(self, setup: Setup) -> TrainState:
-        """Returns the state before step 0, with the shardings of the setup."""
-
-    def announce(self, workdir: epath.Path, tell: Callable[[str], None]) -> None:
-        """Tells what was loaded, and writes it to the workdir."""
-
-
-@dataclasses.dataclass(frozen=True)
-class FromSeed:
-    """Makes the whole state from the seed."""
-
-    def state(self, setup: Setup) -> TrainState:
-        """A fresh state."""
-        return setup.fresh_state()
-
-    def announce(self, workdir: epath.Path, tell: Callable[[str], None]) -> None:
-        """Tells nothing: no weights were loaded."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,15 +53,10 @@ class Taking:
 
 
 @dataclasses.dataclass(frozen=True)
-class FromWeights:
-    """A fresh state in which some parameters, and their average, come from sources.
+class Start:
+    """The origin of the state before step 0: sources, each with its parameters, and the seed."""
 
-    Attributes:
-      takings: one for each source; no parameter comes from two.
-      fresh: the parameters that no source is asked for.
-    """
-
-    takings: Sequence[Taking]
+    takings: Sequence[Taking] = ()
     fresh: Sequence[Fate] = ()
 
     @property
@@ -96,22 +65,27 @@ class FromWeights:
         return [*(fate for taking in self.takings for fate in taking.fates), *self.fresh]
 
     def state(self, setup: Setup) -> TrainState:
-        """The state at step 0. The sources are read now; two states are never alive."""
+        """Makes the state; the sources are read now, and two states are never alive."""
         chosen: dict[str, np.ndarray] = {}
         for taking in self.takings:
             # Chosen parameters are kept and the rest is freed before the next source is read.
             arrays = taking.source.take()
             chosen |= {path: _values(fate, arrays) for path, fate in taking.taken.items()}
             del arrays
-        state = FromSeed().state(setup)
+        state = setup.fresh_state()
+        if not chosen:
+            return state
         params, ema = (param_groups.flatten(tree) for tree in (state.params, state.ema))
         state = state.replace(params={}, ema={})  # so that what is replaced is let go
+        abstract = param_groups.flatten(setup.abstract.params)
         for flat in (params, ema):
-            _replace(flat, param_groups.flatten(setup.abstract.params), chosen)
+            flat.update({path: _put(chosen[path], abstract[path]) for path in flat.keys() & chosen})
         return state.replace(params=param_groups.unflatten(params), ema=param_groups.unflatten(ema))
 
     def announce(self, workdir: epath.Path, tell: Callable[[str], None]) -> None:
-        """The table of all parameters, to `tell` and (on process 0) to workdir/init_from.txt."""
+        """Tells what was loaded, and writes it to workdir/init_from.txt on process 0."""
+        if not self.takings:
+            return
         text = self.report()
         tell(text)
         if jax.process_index() == 0:
@@ -139,7 +113,7 @@ class FromWeights:
 
 
 def make_start(setup: Setup, workdir: epath.Path, tokenizer: Tokenizer) -> Start:
-    """How the run in `workdir` starts, as `config.init_from` says.
+    """Returns the start of the run in `workdir`, as `config.init_from` says.
 
     A run that has a checkpoint goes on from it and looks at no other weights.
 
@@ -149,53 +123,45 @@ def make_start(setup: Setup, workdir: epath.Path, tokenizer: Tokenizer) -> Start
     """
     section = setup.config.init_from
     if checkpoint.saved_steps(checkpoint.absolute(workdir)):
-        return FromSeed()
+        return Start()
     if section.source is None and section.step is not None:
         raise UserError("config.init_from.step is set and config.init_from.source is not")
     model = {
         path: tuple(leaf.shape)
         for path, leaf in param_groups.flatten(setup.abstract.params).items()
     }
-    grid = _model_grid(setup, model)
+    grid = None  # of the patches that the model makes of an image of the batch
+    if "image" in setup.batch_spec and PATCH_KERNEL in model:
+        grid = patch_grid(setup.batch_spec["image"].shape[1:3], model[PATCH_KERNEL])
     takings: dict[str, Taking] = {}
     for where, wanted in _wanted(section).items():
         check_rules(wanted.rules, f"{where}.rules")
-        asked = {path: shape for path, shape in model.items() if is_under(path, wanted.into)}
+        prefix = f"{wanted.into}/" if wanted.into else ""
+        asked = {path: shape for path, shape in model.items() if path.startswith(prefix)}
         if not asked:
             raise UserError(f"{where}.into: the model has no parameters under {wanted.into!r}")
         source = open_source(wanted.source, wanted.step, setup.objective.model, where)
-        source = relocated(source, wanted.take, wanted.into)
+        source = relocated(source, wanted.into if wanted.take is None else wanted.take, wanted.into)
         rules = wanted.rules
         if section.model:  # then a difference is an override, and on purpose
             rules = (*adapting_rules(asked, source.shapes), *rules)
         takings[where] = Taking(source, match(asked, source, rules, grid, where))
         _check_tokenizer(takings[where], tokenizer, where)
     if not takings:
-        return FromSeed()
+        return Start()
     _check_one_source_each(takings)
-    return FromWeights(*_without_repeats(takings.values(), model))
+    return Start(*_without_repeats(takings.values(), model))
 
 
 @dataclasses.dataclass(frozen=True)
 class Wanted:
-    """A section of `config.init_from.sources`.
-
-    Attributes:
-      source, step, rules: as in `config.init_from`.
-      into: the parameters it is for: those whose path begins with this, and a slash; "": all.
-      take: what the paths of these begin with in the source; None: the same.
-    """
+    """A section of `config.init_from.sources`, whose keys `vlp_jax.defaults` explains."""
 
     source: str
     step: int | None = None
     rules: Rules = ((".*", "load"),)
     into: str = ""
     take: str | None = None
-
-    def __post_init__(self) -> None:
-        if self.take is None:
-            # The dataclass is frozen, and this default depends on another field.
-            object.__setattr__(self, "take", self.into)
 
 
 def _wanted(section: ConfigDict) -> dict[str, Wanted]:
@@ -209,11 +175,6 @@ def _wanted(section: ConfigDict) -> dict[str, Wanted]:
             raise UserError(f"{where} must be a section with a source, not {given!r}")
         wanted[where] = config_lib.build(Wanted, given, where)
     return wanted
-
-
-def is_under(path: str, prefix: str) -> bool:
-    """Whether a parameter's path begins with the names of `prefix`."""
-    return not prefix or path.startswith(f"{prefix}/")
 
 
 def _check_one_source_each(takings: Mapping[str, Taking]) -> None:
@@ -272,20 +233,6 @@ def _values(fate: Fate, arrays: Arrays) -> np.ndarray:
         old, new = fate.grids
         array = resample(array, old, new, prefix_tokens=fate.shape[0] - math.prod(new))
     return array
-
-
-def _model_grid(setup: Setup, model: Mapping[str, Shape]) -> Grid | None:
-    """The grid of patches that the model makes of an image of the batch."""
-    if "image" not in setup.batch_spec or PATCH_KERNEL not in model:
-        return None
-    return patch_grid(setup.batch_spec["image"].shape[1:3], model[PATCH_KERNEL])
-
-
-def _replace(flat: dict[str, Any], abstract: Mapping[str, Any], chosen: Arrays) -> None:
-    """Puts the arrays `chosen` in the place of the leaves of `flat`, laid out as these."""
-    for path in flat:
-        if path in chosen:
-            flat[path] = _put(chosen[path], abstract[path])
 
 
 def _put(array: np.ndarray, like: jax.ShapeDtypeStruct) -> jax.Array:

@@ -18,19 +18,10 @@ from vlp_jax.parallel import agreement
 
 
 class InputState:
-    """Makes and checks the input's record: position, fingerprint, counts of bad examples.
-
-    The record has the same size for all data and any number of processes.
-
-    Args:
-      pipeline: the input of this process.
-      batch_size: examples of a step, over all processes.
-      accept_other_data: whether to resume although the training data has changed.
-    """
+    """Makes and checks the input's record, of one size for all data and numbers of processes."""
 
     def __init__(self, pipeline: MultiPipeline, batch_size: int, accept_other_data: bool):
-        self._pipeline = pipeline
-        self._batch_size = batch_size
+        self._pipeline, self._batch_size = pipeline, batch_size
         self._accept_other_data = accept_other_data
         self._kinds = [
             (name, source, reason)
@@ -53,11 +44,7 @@ class InputState:
         }
 
     def resume(self, saved: Mapping[str, Any], step: int) -> None:
-        """Continues from the record that `save` returned at `step`.
-
-        Raises:
-          UserError: the batch size or the data has changed.
-        """
+        """Continues from the record of `step`; UserError if batch size or data has changed."""
         position = saved["position"]
         if position != step * self._batch_size:
             raise UserError(
@@ -82,10 +69,7 @@ class InputState:
             pipe.faults.begin_with(read, bad)
 
     def metrics(self, step: int) -> dict[str, float]:
-        """Counts bad examples before batch `step`, by source and reason; adds their share.
-
-        All processes must call it. Process 0 gets the metrics; other processes get {}.
-        """
+        """Counts bad examples before batch `step` for process 0; all processes must call it."""
         rows = agreement.to_first(self._counts(step))
         if rows is None:
             return {}
@@ -95,16 +79,10 @@ class InputState:
             for (name, source, reason), count in zip(self._kinds, bad, strict=True)
             if count
         }
-        return {
-            **{k: float(v) for k, v in named.items()},
-            "data/bad_fraction": sum(bad) / max(read, 1),
-        }
+        return {**named, "data/bad_fraction": sum(bad) / max(read, 1)}
 
     def write_examples(self, directory: epath.Path, steps: Sequence[int]) -> epath.Path:
-        """Writes the examples in the batches of `steps`, a line of JSON for each step.
-
-        Process 0 writes the file, for the global batches. Returns its path.
-        """
+        """Writes the examples in the batches of `steps`, a line of JSON each; returns the file."""
         file = directory / f"skipped-steps-{steps[0]}-{steps[-1]}.jsonl"
         if jax.process_index() == 0:
             records = [

@@ -12,17 +12,10 @@ from vlp_jax.evaluators import Evaluator
 from vlp_jax.objectives.base import Batch
 from vlp_jax.training.checkpoint import Checkpointer
 from vlp_jax.training.monitor import Monitor
-from vlp_jax.training.several_steps import StepProgram
 from vlp_jax.training.state import TrainState
-from vlp_jax.training.step import StepFunction
+from vlp_jax.training.step import StepFunction, StepProgram
 
 When = Callable[[int], bool]
-
-
-def one_at_a_time(step: int) -> int:
-    """Dispatches one step at a time."""
-    del step
-    return 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,13 +38,9 @@ class Loop:
       first_step: the step to begin with: 0, or the step of the checkpoint.
       last_step: the run ends before this batch.
       save_when: the steps before which the state is saved.
-      log_when: the steps whose metrics are written. At these the processes of a job tell each other
-        how things are.
-      evaluations: the evaluators, in the order in which they run.
+      log_when: the steps whose metrics are written, at which processes exchange news.
       one_evaluation: within it, evaluators share what they compute of the given parameters.
       preempted: step -> whether to save and stop before its batch.
-      checkpointer: saves states.
-      monitor: takes note of everything that happens.
       steps_ahead: step -> how many steps to hand to the devices at once. The host looks at nothing
         in between, so each step that it has to look at is the first of them.
       interruptible: within it, being told to stop may raise KeyboardInterrupt.
@@ -69,7 +58,7 @@ class Loop:
     preempted: When
     checkpointer: Checkpointer
     monitor: Monitor
-    steps_ahead: Callable[[int], int] = one_at_a_time
+    steps_ahead: Callable[[int], int] = lambda step: 1
     interruptible: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
 
     def run(self, state: TrainState) -> TrainState:
@@ -122,11 +111,7 @@ class Loop:
         return Preempted(f"told to stop{why}; saved step {newest}, run the same command to go on")
 
     def evaluate(self, step: int, state: TrainState) -> None:
-        """Runs the evaluators that are due before batch `step`.
-
-        Raises:
-          KeyboardInterrupt: the run was told to stop; the remaining evaluators did not run.
-        """
+        """Runs the evaluators that are due; KeyboardInterrupt if the run is told to stop."""
         due = [evaluation for evaluation in self.evaluations if evaluation.when(step)]
         params = state.eval_params
         with self.one_evaluation(params):
@@ -148,8 +133,7 @@ class Loop:
     def save(self, step: int, state: TrainState) -> bool:
         """Saves the state before batch `step`, and returns whether it was saved.
 
-        Nothing is saved in the middle of skipped steps: a restart then goes back to before the
-        first of them, and what made them wrong may be gone.
+        Not in the middle of skipped steps: a restart then goes back to before the first of them.
         """
         self.monitor.settle()
         if self.monitor.skipping and step != self.last_step:

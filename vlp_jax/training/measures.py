@@ -3,45 +3,36 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import socket
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from typing import Protocol, Self
+from typing import Self
 
 import jax
 from etils import epath
 from ml_collections import ConfigDict
 
-from vlp_jax.errors import UserError
+from vlp_jax.errors import UserError, first_line
 from vlp_jax.files import write_whole
+from vlp_jax.observe.accelerators import largest, memory_metrics
 from vlp_jax.observe.compilation import Compiled, CompileWatch, describe
 from vlp_jax.observe.goodput import (
     GOODPUT_FILE,
+    Heartbeat,
     OwnTime,
     RunLedger,
     goodput_metrics,
 )
-from vlp_jax.observe.heartbeat import Heartbeat
-from vlp_jax.observe.memory import largest, memory_metrics
 from vlp_jax.observe.profiler import Profiler, TraceSignal, check_steps
 from vlp_jax.observe.progress import NullProgress, Progress
 from vlp_jax.observe.stragglers import ProcessSpeed, StragglerWatch, spread
 from vlp_jax.observe.summary import SUMMARY_FILE, RunSummary
 from vlp_jax.observe.throughput import StartupClock, StepClock
 from vlp_jax.parallel import agreement
-from vlp_jax.training.garbage import ScheduledCollection
 
 LEDGER_SECONDS = 30.0  # between two writes of goodput.json: what a kill can leave uncounted
-
-
-class LoopMeasures(Protocol):
-    """The methods that the loop's monitor and report call."""
-
-    def scalars(self, step: int, speed: Mapping[str, float]) -> Mapping[str, float]: ...
-    def saved(self, step: int) -> None: ...
-    def collect_garbage(self, step: int) -> None: ...
-    def note(self, label: str, value: str | float) -> None: ...
 
 
 class NullMeasures:
@@ -51,14 +42,48 @@ class NullMeasures:
         del step, speed
         return {}
 
-    def saved(self, step: int) -> None:
-        del step
+    def saved(self, step: int) -> None: ...
+    def collect_garbage(self, step: int) -> None: ...
+    def note(self, label: str, value: str | float) -> None: ...
 
-    def collect_garbage(self, step: int) -> None:
-        del step
 
-    def note(self, label: str, value: str | float) -> None:
-        del label, value
+class ScheduledCollection:
+    """Collects garbage before the steps that are multiples of `every`, and at no other time.
+
+    Python collects once enough objects were made, so at different steps on different processes,
+    and each time all of them wait for the slow one. This context manager switches that off. It also
+    freezes the objects that exist on entry, so that later collections skip them and are short.
+
+    Args:
+      every: steps between collections; 0 leaves it to Python.
+      pause: charges the time within to a cause.
+    """
+
+    def __init__(self, every: int, pause: Callable[[str], contextlib.AbstractContextManager[None]]):
+        self._every = every
+        self._pause = pause
+        self._undo = contextlib.ExitStack()
+
+    def __enter__(self) -> Self:
+        if self._every:
+            if gc.isenabled():
+                gc.disable()
+                self._undo.callback(gc.enable)
+            if not gc.get_freeze_count():  # else the exit would unfreeze another caller's objects
+                with self._pause("garbage collection"):
+                    gc.collect()
+                gc.freeze()
+                self._undo.callback(gc.unfreeze)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._undo.close()
+
+    def __call__(self, step: int) -> None:
+        """Collects if it is due before batch `step`."""
+        if self._every and step and step % self._every == 0:
+            with self._pause("garbage collection"):
+                gc.collect()
 
 
 # Nothing in here may end a run: a file that cannot be written is a warning.
@@ -67,13 +92,7 @@ class Measures:
 
     Enter it early and leave it late, so that time before and after the loop is counted. Then call,
     in this order, `begin`, `compiling_step`, `use` and `training`. On leaving, process 0 prints and
-    writes the summary if `training` has begun.
-
-    Args:
-      config: the config of the run.
-      workdir: the folder of the run.
-      startup: counts the time up to `use`.
-      progress: prints lines.
+    writes the summary if `training` has begun. `startup` counts the time up to `use`.
     """
 
     def __init__(
@@ -83,17 +102,14 @@ class Measures:
         startup: StartupClock,
         progress: Progress | NullProgress,
     ):
-        self._config = config
-        self._workdir = workdir
-        self._startup = startup
-        self._progress = progress
+        self._config, self._workdir = config, workdir
+        self._startup, self._progress = startup, progress
         self._clock: StepClock | None = None
         self._stack = contextlib.ExitStack()
         self._request = TraceSignal()
         self._compile_watch = CompileWatch(self._charge_compilation)
         self._step_compiled, self._step_seconds = Compiled(), 0.0
-        self._told_step = False
-        self._compiled_between_steps = 0
+        self._told_step, self._compiled_between_steps = False, 0
         self._ledger = RunLedger(workdir / GOODPUT_FILE, self._own, progress.print)
         self._heartbeat: Heartbeat | None = None
         self._stragglers = StragglerWatch()
@@ -113,10 +129,10 @@ class Measures:
             if self._heartbeat is None:
                 return
             # Before the heartbeat ends: its last call writes the outcome to the file.
-            self._ledger.end("complete" if error is None else _one_line(error))
+            self._ledger.end("complete" if error is None else first_line(error))
             self._heartbeat.__exit__()
             if self._trained:
-                self._tell_summary("complete" if error is None else _one_line(error))
+                self._tell_summary("complete" if error is None else first_line(error))
 
     def begin(self, first_step: int, total_steps: int) -> None:
         """Continues the ledger of the run, which this process takes up at `first_step`."""
@@ -143,6 +159,10 @@ class Measures:
     def profiler(self) -> Profiler:
         """Makes what traces the steps of `config.profile`, and some on SIGUSR1; after `use`."""
         own, count = jax.process_index(), jax.process_count()
+
+        def print_as_process(line: str) -> None:
+            print(f"process {own}: {line}", file=sys.stderr, flush=True)
+
         folder = self._workdir / "profile"
         return Profiler(
             profile_steps(self._config),
@@ -150,7 +170,7 @@ class Measures:
             folder / f"process_{own}" if count > 1 else folder,
             requested=self._request.take,
             steps_on_request=self._config.profile.steps_on_signal,
-            say=self._progress.print if own == 0 else _say_as_process,
+            say=self._progress.print if own == 0 else print_as_process,
             pause=self._clock.paused,
         )
 
@@ -176,13 +196,9 @@ class Measures:
             self._heartbeat.soon()
 
     def scalars(self, step: int, speed: Mapping[str, float]) -> dict[str, float]:
-        """Returns metrics of a logged step on process 0; every process must call it.
+        """Returns goodput, memory, compilation and stragglers of a logged step on process 0.
 
-        Args:
-          speed: figures of this process, from `StepClock.summary`.
-
-        Returns:
-          goodput/..., memory/..., compile/..., with several processes perf/..._min and _max.
+        Every process must call it, with its `StepClock.summary`.
         """
         # Not through the devices: a collective would wait for the step under way.
         own = {"host": socket.gethostname(), "speed": dict(speed), "memory": memory_metrics()}
@@ -190,7 +206,11 @@ class Measures:
         if rows is None:
             return {}
         self._memory = largest(row["memory"] for row in rows)
-        compiled = self._compile_watch.so_far()
+        compiled, step = self._compile_watch.so_far(), {}
+        if not self._told_step:  # at the first logged step of a start alone
+            self._told_step = True
+            step["compile/step_seconds"] = self._step_seconds
+            step["compile/step_from_cache"] = float(self._step_compiled.from_cache())
         return {
             **goodput_metrics(self._ledger.now().seconds),
             **self._memory,
@@ -198,7 +218,7 @@ class Measures:
             "compile/programs": compiled.programs,
             "compile/seconds": compiled.seconds,
             "compile/between_steps": self._compiled_between_steps,
-            **self._step_compilation(),
+            **step,
         }
 
     def note(self, label: str, value: str | float) -> None:
@@ -212,16 +232,6 @@ class Measures:
         if line:
             self._progress.print(line)
         return spread(speeds)
-
-    def _step_compilation(self) -> dict[str, float]:
-        """Returns how the step was compiled, at the first logged step of a start alone."""
-        if self._told_step:
-            return {}
-        self._told_step = True
-        return {
-            "compile/step_seconds": self._step_seconds,
-            "compile/step_from_cache": float(self._step_compiled.from_cache()),
-        }
 
     def _own(self) -> OwnTime:
         if self._clock is None:
@@ -243,17 +253,8 @@ class Measures:
             )
 
     def _tell_summary(self, outcome: str) -> None:
-        summary = self._summary(outcome)
-        self._progress.print(summary.text())
-        path = self._workdir / SUMMARY_FILE
-        try:
-            write_whole(path, summary.to_json())
-        except Exception as error:  # whatever an object store raises; the run is over anyway
-            self._progress.print(f"warning: {path} cannot be written ({error})")
-
-    def _summary(self, outcome: str) -> RunSummary:
-        workdir = self._workdir
-        return RunSummary(
+        workdir, path = self._workdir, self._workdir / SUMMARY_FILE
+        summary = RunSummary(
             outcome=outcome,
             first_step=self._first_step,
             last_step=self._first_step + self._clock.steps_done,
@@ -272,17 +273,18 @@ class Measures:
             files={
                 "metrics": str(workdir / "metrics.jsonl"),
                 "checkpoints": str(workdir / "checkpoints"),
-                "this summary": str(workdir / SUMMARY_FILE),
+                "this summary": str(path),
             },
         )
+        self._progress.print(summary.text())
+        try:
+            write_whole(path, summary.to_json())
+        except Exception as error:  # whatever an object store raises; the run is over anyway
+            self._progress.print(f"warning: {path} cannot be written ({error})")
 
 
 def profile_steps(config: ConfigDict) -> tuple[int, int] | None:
-    """Returns the first and the last step to trace, or None if `config.profile` names none.
-
-    Raises:
-      UserError: only one of `first` and `last` is set, or they are no steps.
-    """
+    """Returns the first and last step that `config.profile` traces, or None; UserError for half."""
     first, last = config.profile.first, config.profile.last
     if config.profile.steps_on_signal < 1:
         raise UserError("config.profile.steps_on_signal must be at least 1")
@@ -295,11 +297,7 @@ def profile_steps(config: ConfigDict) -> tuple[int, int] | None:
 
 
 def take_profile_flag(config: ConfigDict, steps: tuple[int, int] | None) -> None:
-    """Puts the steps of `--profile FIRST:LAST` into `config.profile`.
-
-    Raises:
-      UserError: the config names other steps.
-    """
+    """Puts the steps of `--profile FIRST:LAST` in `config.profile`; UserError if it has others."""
     if steps is None:
         return
     named = (config.profile.first, config.profile.last)
@@ -309,11 +307,3 @@ def take_profile_flag(config: ConfigDict, steps: tuple[int, int] | None) -> None
             f"{named[0]} and last={named[1]}: give one of them"
         )
     config.profile.first, config.profile.last = steps
-
-
-def _say_as_process(line: str) -> None:
-    print(f"process {jax.process_index()}: {line}", file=sys.stderr, flush=True)
-
-
-def _one_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -77,14 +77,7 @@ def make_schedule(config: Mapping[str, Any], units: Units) -> optax.Schedule:
 
 
 def learning_rates(config: Mapping[str, Any], units: Units, step: int, params: Any) -> dict:
-    """Returns key of the config -> the learning rate that it gives parameters at `step`.
-
-    A tower with layer-wise decay has an entry for its lowest layer as well.
-
-    Args:
-      config: `config.optimizer`.
-      params: the parameters, or their shapes.
-    """
+    """Returns key -> the learning rate at `step`, also of the lowest layer of a decayed tower."""
     peaks = {"learning_rate": config["learning_rate"]}
     if config["name"] == "muon":
         peaks["muon.learning_rate"] = config["muon"]["learning_rate"]
@@ -104,7 +97,7 @@ def learning_rate_jumps(
 ) -> Iterator[str]:
     """Yields a warning for each learning rate that jumps by more than a fifth when a run resumes.
 
-    Schedules depend on the length of the run. So a run that is prolonged has another rate at
+    Schedules depend on the length of the run, so a run that is prolonged has another rate at
     `step`.
 
     Args:
@@ -148,13 +141,7 @@ def decay_mask(params: Any, no_decay: Sequence[str]) -> Any:
 
 
 def first_moment_dtype(config: Mapping[str, Any], default: str = "float32") -> Any:
-    """Reads the dtype of the first moment from the config, or else returns `default`.
-
-    The second moment is always float32: with b2 near 1 its changes are below bfloat16's resolution.
-
-    Raises:
-      UserError: an unknown dtype.
-    """
+    """Reads the first moment's dtype; the second is float32: b2 near 1 is too fine for bfloat16."""
     name = config["first_moment_dtype"] or default
     if name not in DTYPES:
         where = "config.optimizer.first_moment_dtype"
@@ -164,23 +151,20 @@ def first_moment_dtype(config: Mapping[str, Any], default: str = "float32") -> A
 
 def adamw(config: Mapping[str, Any], units: Units) -> optax.GradientTransformation:
     """AdamW with decoupled weight decay (Loshchilov & Hutter 2019)."""
-    return optax.adamw(
-        make_schedule(config, units),
-        b1=config["b1"],
-        b2=config["b2"],
-        eps=config["eps"],
-        weight_decay=config["weight_decay"],
-        mask=lambda params: decay_mask(params, config["no_decay"]),
-        mu_dtype=first_moment_dtype(config),
-    )
+    return optax.adamw(make_schedule(config, units), eps=config["eps"], **_moments(config))
+
+
+def _moments(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments that AdamW and Lion share."""
+    return {
+        **{name: config[name] for name in ("b1", "b2", "weight_decay")},
+        "mask": lambda params: decay_mask(params, config["no_decay"]),
+        "mu_dtype": first_moment_dtype(config),
+    }
 
 
 def matrix_axes(path: str) -> optax.contrib.MuonDimensionNumbers | None:
-    """Returns the axes that Muon orthogonalizes for the parameter `path`.
-
-    None for a parameter that is not the kernel of a layer, such as an embedding, a bias or a norm:
-    Adam trains these.
-    """
+    """Returns the axes that Muon orthogonalizes; None for what is not the kernel of a layer."""
     layer, _, leaf = path.rpartition("/")
     if leaf != "kernel":
         return None
@@ -190,10 +174,7 @@ def matrix_axes(path: str) -> optax.contrib.MuonDimensionNumbers | None:
 
 
 def muon(config: Mapping[str, Any], units: Units) -> optax.GradientTransformation:
-    """Muon for the kernels of all layers, AdamW for everything else (Jordan et al. 2024).
-
-    Both follow the same schedule, with the peaks `muon.learning_rate` and `learning_rate`.
-    """
+    """Muon for the kernels of layers, AdamW for the rest, on one schedule (Jordan et al. 2024)."""
 
     def by_path(function: Callable[[str], Any], params: Any) -> Any:
         return param_groups.map_with_path(lambda path, _: function(path), params)
@@ -224,15 +205,12 @@ def adafactor(config: Mapping[str, Any], units: Units) -> optax.GradientTransfor
       not used.
     - The first moment averages the scaled gradient with b1 = 0.9, is not debiased, and is bfloat16
       unless `first_moment_dtype` is set.
-    - Updates are not clipped by their root mean square (Adafactor's `clipping_threshold` is off in
-      big_vision). Learning rates are not relative to the size of a parameter. The global norm of
-      the gradient is clipped first, to 1.
+    - Updates are not clipped by their root mean square, and learning rates are not relative to the
+      size of a parameter. The global norm of the gradient is clipped first, to 1.
     - Weight decay is decoupled. In big_vision it is multiplied by the schedule alone, here by the
       learning rate: their `wd` of 1e-4 with an `lr` of 1e-3 is a `weight_decay` of 0.1 here.
 
-    The first moment is sharded like its parameter; rows and columns of a factored second moment
-    like the dimensions that they keep (`training/state.py`). Each layer of a stack is factored by
-    itself, as separate layers are.
+    Each layer of a stack is factored by itself, as separate layers are.
     """
 
     def decay(step: jax.Array, exponent: float) -> jax.Array:
@@ -257,18 +235,10 @@ def adafactor(config: Mapping[str, Any], units: Units) -> optax.GradientTransfor
 def lion(config: Mapping[str, Any], units: Units) -> optax.GradientTransformation:
     """Lion (Chen et al. 2023, "Symbolic Discovery of Optimization Algorithms", program 1).
 
-    Compared to AdamW, section 5 recommends a learning rate 3 to 10 times smaller, and a weight
-    decay larger by the same factor. The paper's default is b1 = 0.9 and b2 = 0.99. `eps` is not
-    used.
+    Section 5 recommends a learning rate 3 to 10 times smaller than AdamW's, and a weight decay
+    larger by the same factor. The paper's default is b1 = 0.9 and b2 = 0.99. `eps` is not used.
     """
-    return optax.lion(
-        make_schedule(config, units),
-        b1=config["b1"],
-        b2=config["b2"],
-        weight_decay=config["weight_decay"],
-        mask=lambda params: decay_mask(params, config["no_decay"]),
-        mu_dtype=first_moment_dtype(config),
-    )
+    return optax.lion(make_schedule(config, units), **_moments(config))
 
 
 OPTIMIZERS = {"adamw": adamw, "muon": muon, "adafactor": adafactor, "lion": lion}
@@ -283,22 +253,20 @@ def make_optimizer(config: Mapping[str, Any], units: Units) -> optax.GradientTra
     Raises:
       UserError: an unknown optimizer, or a number out of range.
     """
+    where = "config.optimizer"
     if config["name"] not in OPTIMIZERS:
-        raise UserError(unknown_key_message(config["name"], OPTIMIZERS, "config.optimizer.name"))
-    rates = {key: config[key] for key in ("learning_rate", "weight_decay", "clip_norm")}
-    rates["muon.learning_rate"] = config["muon"]["learning_rate"]
-    fractions = {key: config[key] for key in ("b1", "b2")}
-    fractions["muon.momentum"] = config["muon"]["momentum"]
-    for key, value in rates.items():
-        if value < 0:
-            raise UserError(f"config.optimizer.{key} is negative: {value}")
-    for key, value in fractions.items():
-        if not 0 <= value < 1:
-            raise UserError(f"config.optimizer.{key} must be in [0, 1), not {value}")
+        raise UserError(unknown_key_message(config["name"], OPTIMIZERS, f"{where}.name"))
+    flat = {**config, **{f"muon.{key}": value for key, value in config["muon"].items()}}
+    for key in ("learning_rate", "weight_decay", "clip_norm", "muon.learning_rate"):
+        if flat[key] < 0:
+            raise UserError(f"{where}.{key} is negative: {flat[key]}")
+    for key in ("b1", "b2", "muon.momentum"):
+        if not 0 <= flat[key] < 1:
+            raise UserError(f"{where}.{key} must be in [0, 1), not {flat[key]}")
     for tower, decay in config["layer_decay"].items():
         if not 0 < decay <= 1:
-            raise UserError(f"config.optimizer.layer_decay.{tower} must be in (0, 1], not {decay}")
-    param_groups.check_patterns(config["frozen"], "config.optimizer.frozen")
+            raise UserError(f"{where}.layer_decay.{tower} must be in (0, 1], not {decay}")
+    param_groups.check_patterns(config["frozen"], f"{where}.frozen")
     clip = [optax.clip_by_global_norm(config["clip_norm"])] if config["clip_norm"] else []
     # Clipping comes first, so that the moments are made of clipped gradients.
     optimizer = optax.chain(*clip, OPTIMIZERS[config["name"]](config, units))

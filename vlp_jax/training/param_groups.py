@@ -75,13 +75,7 @@ def merge(trained: Any, frozen: Any) -> Any:
 
 
 def hold(paths: frozenset[str], new: Any, old: Any) -> Any:
-    """Returns `new`, in which the leaves of some parameters are taken from `old`.
-
-    Args:
-      paths: of these parameters.
-      new, old: trees of which a leaf belongs to the parameter that its own path ends in, such as
-        the state of an optimizer.
-    """
+    """Returns `new`, in which leaves whose path ends in one of `paths` are taken from `old`."""
     if not paths:
         return new
     ends = {tuple(path.split("/")) for path in paths}
@@ -106,10 +100,7 @@ def check_patterns(patterns: Sequence[str], where: str) -> None:
 def without_frozen(
     optimizer: optax.GradientTransformation, frozen: Sequence[str]
 ) -> optax.GradientTransformation:
-    """`optimizer` for the parameters that are not frozen, which have no state and no update.
-
-    It takes gradients and gives updates of the other parameters alone.
-    """
+    """`optimizer` for gradients, state and updates of the parameters that are not frozen alone."""
     if not frozen:
         return optimizer
 
@@ -131,10 +122,7 @@ def layer_factors(params: Any, decays: Mapping[str, float]) -> dict[str, float |
     Block i of L is layer i + 1. Parameters before the blocks are in layer 0, parameters after them
     in layer L + 1. The factor is decay ** (L + 1 - layer) (Bao et al. 2022, "BEiT", and the
     fine-tuning of He et al. 2022, "MAE", util/lr_decay.py). Stacked layers have an array of
-    factors, `[L, 1, ...]`.
-
-    Args:
-      decays: tower, the first part of a path -> decay in (0, 1]; a tower of decay 1 has no factors.
+    factors, `[L, 1, ...]`. A tower of decay 1 has no factors.
 
     Raises:
       UserError: there is no such tower, or it is not known where in it a parameter stands.
@@ -150,17 +138,12 @@ def layer_factors(params: Any, decays: Mapping[str, float]) -> dict[str, float |
                 f"config.optimizer.layer_decay.{tower} is {decay} and the model has no parameters "
                 f"under {tower!r} (it has: {_tops(flat)}); set it to 1.0"
             )
-        depth = _depth(inside)
+        depths = (leaf.shape[0] for path, leaf in inside.items() if path.startswith(BLOCKS))
+        depth = max(depths, default=0)
         for path, leaf in inside.items():
             layer = _layer(path, depth, leaf.ndim, tower)
             factors[f"{tower}/{path}"] = decay ** (depth + 1.0 - layer)
     return factors
-
-
-def _depth(paths: Mapping[str, Any]) -> int:
-    """How many blocks a tower has."""
-    depths = (leaf.shape[0] for path, leaf in paths.items() if path.startswith(BLOCKS))
-    return max(depths, default=0)
 
 
 def _layer(path: str, depth: int, dims: int, tower: str) -> int | np.ndarray:
@@ -180,11 +163,7 @@ def _layer(path: str, depth: int, dims: int, tower: str) -> int | np.ndarray:
 def with_layer_decay(
     optimizer: optax.GradientTransformation, decays: Mapping[str, float]
 ) -> optax.GradientTransformation:
-    """`optimizer` with every update times its `layer_factors`, decoupled weight decay included.
-
-    This is a learning rate per layer. The optimizer's state is not another one, so that a decay
-    may be changed between two parts of a run.
-    """
+    """`optimizer` with every update times its `layer_factors`: a learning rate for each layer."""
     if all(decay == 1 for decay in decays.values()):
         return optimizer
 
@@ -206,10 +185,7 @@ def with_layer_decay(
 
 
 def layer_by_layer(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
-    """`optimizer` with each of stacked layers as a parameter of its own.
-
-    For an optimizer that looks at the dimensions of a parameter, of which the layers are none.
-    """
+    """`optimizer`, which looks at dimensions, with each of stacked layers as its own parameter."""
 
     def grouped(params: Any) -> optax.GradientTransformation:
         def label(path: str, leaf: Any) -> str:
@@ -233,11 +209,7 @@ def layer_by_layer(optimizer: optax.GradientTransformation) -> optax.GradientTra
 
 
 def check_groups(config: Mapping[str, Any], params: Any) -> None:
-    """Raises UserError if what `config.optimizer` says of single parameters does not fit `params`.
-
-    Args:
-      params: the parameters, or their shapes.
-    """
+    """Raises UserError if `config.optimizer` names parameters that `params` does not have."""
     layer_factors(params, config["layer_decay"])
     flat, frozen = flatten(params), config["frozen"]
     for pattern in frozen:

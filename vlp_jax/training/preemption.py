@@ -75,11 +75,7 @@ class PreemptionWatch:
         return self
 
     def interruptible(self) -> contextlib.AbstractContextManager[None]:
-        """Returns a context in which a request to stop raises KeyboardInterrupt.
-
-        Use it for work that need not be finished. It has no effect in a job of several processes,
-        since these cannot leave the work at the same moment.
-        """
+        """Returns a context in which a stop raises KeyboardInterrupt, in a job of one process."""
         return contextlib.nullcontext() if self._several else signals.interruptible()
 
     def __call__(self, step: int) -> bool:

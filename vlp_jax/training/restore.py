@@ -1,8 +1,4 @@
-"""Reads checkpoints into arrays, on any mesh and any number of processes.
-
-Only paths and shapes decide: neither the mesh nor the processes that wrote a checkpoint matter.
-Each process reads what its devices hold.
-"""
+"""Reads checkpoints into arrays on any mesh and any number of processes, by paths and shapes."""
 
 from __future__ import annotations
 
@@ -54,22 +50,19 @@ def _is_array(leaf: Any) -> bool:
     return hasattr(leaf, "shape")
 
 
-def _metadata(directory: epath.Path) -> dict[str, Any]:
+def metadata(directory: epath.Path) -> dict[str, Any]:
+    """Reads the tree of what a state in a checkpoint holds."""
     with contextlib.closing(ocp.PyTreeCheckpointHandler()) as handler:
         return handler.metadata(directory).tree
 
 
 def unreadable(directory: epath.Path) -> str | None:
-    """Returns the reason why a checkpoint without checksums cannot be read; None if it can.
-
-    It holds one array at a time, and what it holds is not looked at: without checksums nobody knows
-    whether it is what was written. In an object store nothing is read.
-    """
-    if checkpoint_files.has_checksums(directory) or is_remote(directory):
+    """Says why a checkpoint without checksums cannot be read, one array at a time; else None."""
+    if (directory / checkpoint_files.CHECKSUMS).exists() or is_remote(directory):
         return None
     try:
         json.loads((directory / "input" / "metadata").read_text())
-        if not shapes_of(_metadata(directory / "state").get("params")):
+        if not shapes_of(metadata(directory / "state").get("params")):
             return "its metadata names no parameters"
         # Orbax stores every array as a zarr array within one OCDBT key-value store.
         kvstore = {"driver": "file", "path": f"{directory / 'state'}/"}
@@ -86,11 +79,7 @@ def unreadable(directory: epath.Path) -> str | None:
 
 @contextlib.contextmanager
 def _told_if_damaged(directory: epath.Path) -> Iterator[None]:
-    """Raises UserError instead of what Orbax raises on reading a damaged checkpoint.
-
-    Args:
-      directory: of the checkpoint.
-    """
+    """Raises UserError instead of what Orbax raises on reading a damaged checkpoint."""
     try:
         yield
     except (OSError, ValueError, KeyError) as error:
@@ -102,11 +91,7 @@ def _told_if_damaged(directory: epath.Path) -> Iterator[None]:
 
 
 def mismatch_report(saved: Mapping[str, Shape], wanted: Mapping[str, Shape]) -> str:
-    """Describes in one line how two trees of shapes differ; "" if they are equal.
-
-    Optimizer state and averages follow the parameters, so these are named only where the
-    parameters agree.
-    """
+    """Says in a line how two trees of shapes differ, parameters first; "" if they are equal."""
 
     def differing(prefix: str) -> list[str]:
         keys = sorted(k for k in {*saved, *wanted} if k.startswith(prefix))
@@ -133,87 +118,71 @@ def _check_stacked(directory: epath.Path, paths: Collection[str]) -> None:
         )
 
 
-@dataclasses.dataclass(frozen=True)
-class Reader:
-    """Reads the whole or a part of the state in a checkpoint into arrays laid out as wanted.
+def check(
+    directory: epath.Path, abstract: Any, tree: Any = None
+) -> tuple[dict[str, Any], set[str]]:
+    """Compares a checkpoint with the arrays that are wanted; reads its table of contents alone.
 
-    Attributes:
+    Args:
       directory: of the state in the checkpoint, "checkpoints/STEP/state".
-      tree: Orbax's metadata of what is read.
-      abstract: shapes, dtypes and shardings of the arrays to make; for a part of the state
-        {"ema": ...}.
-      fresh: paths in `abstract` that begin anew, as zeros: the memory of the rule about spikes of
-        the loss, where the checkpoint was made without that rule.
+      abstract: a `TrainState`, or a dict with some of its fields, of which alone it reads.
+      tree: what is read of Orbax's metadata, if not the whole of these fields.
+
+    Returns:
+      The metadata of what is read, and the paths in `abstract` that begin anew, as zeros: the
+      memory of the rule about spikes of the loss, where the checkpoint has none.
+
+    Raises:
+      UserError: the checkpoint holds other parameters, which are named with both shapes.
     """
-
-    directory: epath.Path
-    tree: Any
-    abstract: Any
-    fresh: Collection[str] = ()
-
-    @classmethod
-    def of(cls, directory: epath.Path, abstract: Any, tree: Any = None) -> Self:
-        """Looks at the checkpoint; nothing but its table of contents is read.
-
-        Args:
-          abstract: a `TrainState`, or a dict with some of its fields, of which alone it reads.
-          tree: what it reads of Orbax's metadata, if not the whole of these fields.
-
-        Raises:
-          UserError: the checkpoint holds other parameters, which are named with both shapes.
-        """
-        if tree is None:
-            tree = _metadata(directory)
-            if isinstance(abstract, dict):
-                tree = {field: tree[field] for field in abstract}
-        saved, wanted = shapes_of(tree), shapes_of(abstract)
-        _check_stacked(directory, saved)
-        # The spike rule may have been turned on or off since: on one side alone, its arrays are no
-        # mismatch.
-        memory = {path for path in saved.keys() ^ wanted.keys() if path.startswith(MEMORY)}
-        fresh = memory & wanted.keys()
-        wanted = {path: shape for path, shape in wanted.items() if path not in memory}
-        saved = {path: shape for path, shape in saved.items() if path not in memory}
-        report = mismatch_report(saved, wanted)
-        differing = {path for path in {*saved, *wanted} if saved.get(path) != wanted.get(path)}
-        whole = not isinstance(abstract, dict)  # else it is the average that is a model's
-        if whole and report and all(x.startswith(("opt_state/", "ema/")) for x in differing):
-            raise UserError(
-                f"the checkpoint {directory.parent} was written with another config.optimizer "
-                f"({len(differing)} arrays of its state differ): set it as it was, or give another "
-                "workdir and config.init_from.source, which takes the parameters alone"
-            )
-        if report:
-            raise UserError(
-                f"the checkpoint {directory.parent} belongs to another model: {report}; "
-                "use the config it was trained with, or another workdir"
-            )
-        unused = shapes_of(tree).keys() - wanted.keys()
-        return cls(directory, _without(tree, unused), abstract, fresh)
-
-    def read(self) -> Any:
-        """Reads the tree of arrays. Each device gets its own part from disk."""
-        leaves = _flatten(self.abstract)
-        made = _flatten(
-            _restore(
-                self.directory,
-                self.tree,
-                lambda path, leaf: leaves[path],
-                lambda path, leaf: ocp.ArrayRestoreArgs(
-                    sharding=leaves[path].sharding,
-                    global_shape=leaves[path].shape,
-                    dtype=leaves[path].dtype,
-                ),
-            )
+    whole = not isinstance(abstract, dict)  # else it is the average that is a model's
+    if tree is None:
+        tree = metadata(directory)
+    saved, wanted = shapes_of(tree), shapes_of(abstract)
+    _check_stacked(directory, saved)
+    unused = saved.keys() - wanted.keys()
+    # The spike rule may have been turned on or off since: on one side alone, its arrays are no
+    # mismatch.
+    memory = {path for path in saved.keys() ^ wanted.keys() if path.startswith(MEMORY)}
+    fresh = memory & wanted.keys()
+    wanted = {path: shape for path, shape in wanted.items() if path not in memory}
+    saved = {path: shape for path, shape in saved.items() if path not in memory}
+    report = mismatch_report(saved, wanted)
+    differing = {path for path in {*saved, *wanted} if saved.get(path) != wanted.get(path)}
+    if whole and report and all(x.startswith(("opt_state/", "ema/")) for x in differing):
+        raise UserError(
+            f"the checkpoint {directory.parent} was written with another config.optimizer "
+            f"({len(differing)} arrays of its state differ): set it as it was, or give another "
+            "workdir and config.init_from.source, which takes the parameters alone"
         )
-        for path in self.fresh:
-            zeros = np.zeros(leaves[path].shape, leaves[path].dtype)
-            made[path] = jax.make_array_from_callback(
-                zeros.shape, leaves[path].sharding, lambda index, zeros=zeros: zeros[index]
-            )
-        # Orbax gives back dicts and lists in an order of its own, so leaves are placed by their
-        # paths.
-        return jax.tree.unflatten(jax.tree.structure(self.abstract), [made[p] for p in leaves])
+    if report:
+        raise UserError(
+            f"the checkpoint {directory.parent} belongs to another model: {report}; "
+            "use the config it was trained with, or another workdir"
+        )
+    return _without(tree, unused), fresh
+
+
+def read(directory: epath.Path, abstract: Any, tree: Any = None) -> Any:
+    """Reads the arrays of `abstract`, laid out as there; for the arguments see `check`."""
+    tree, fresh = check(directory, abstract, tree)
+    leaves = _flatten(abstract)
+
+    def arguments(path: str, leaf: Any) -> ocp.ArrayRestoreArgs:
+        like = leaves[path]
+        return ocp.ArrayRestoreArgs(
+            sharding=like.sharding, global_shape=like.shape, dtype=like.dtype
+        )
+
+    made = _flatten(_restore(directory, tree, lambda path, leaf: leaves[path], arguments))
+    for path in fresh:
+        zeros = np.zeros(leaves[path].shape, leaves[path].dtype)
+        made[path] = jax.make_array_from_callback(
+            zeros.shape, leaves[path].sharding, lambda index, zeros=zeros: zeros[index]
+        )
+    # Orbax gives back dicts and lists in an order of its own, so leaves are placed by their
+    # paths.
+    return jax.tree.unflatten(jax.tree.structure(abstract), [made[p] for p in leaves])
 
 
 def _without(tree: Any, paths: Collection[str], above: str = "") -> Any:
@@ -257,15 +226,20 @@ def _restore(
         )
 
 
+def read_on_host(directory: epath.Path, tree: Any, dtype: Any = None) -> dict[str, np.ndarray]:
+    """Reads the arrays of `tree`, a part of the metadata, by path; `dtype` None keeps theirs."""
+    restored = _restore(
+        directory,
+        tree,
+        lambda path, leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype),
+        lambda path, leaf: ocp.RestoreArgs(restore_type=np.ndarray, dtype=dtype),
+    )
+    return {path: np.asarray(leaf, dtype) for path, leaf in _flatten(restored).items()}
+
+
 @dataclasses.dataclass(frozen=True)
 class LoadedParameters:
-    """Parameters of a checkpoint as arrays on a mesh.
-
-    Attributes:
-      step: steps that they were trained for.
-      part: which they are, "params" or "ema".
-      params: the tree.
-    """
+    """Parameters on a mesh, trained for `step` steps; `part` is "params" or "ema"."""
 
     step: int
     part: str
@@ -274,14 +248,7 @@ class LoadedParameters:
 
 @dataclasses.dataclass(frozen=True)
 class SavedParameters:
-    """The parameters of a checkpoint, of whatever model and mesh; nothing else of it is read.
-
-    Attributes:
-      directory: of the state in the checkpoint.
-      step: of the checkpoint.
-      part: which they are, "params" or "ema".
-      shapes: path -> shape.
-    """
+    """Parameters of a checkpoint ("params" or "ema"), of whatever model and mesh; path -> shape."""
 
     directory: epath.Path
     step: int
@@ -290,17 +257,10 @@ class SavedParameters:
 
     @classmethod
     def of(cls, workdir: epath.Path, step: int, choice: str = "auto") -> Self:
-        """Looks up the parameters of the checkpoint at `step`, which must exist.
-
-        Args:
-          choice: one of `CHOICES`.
-
-        Raises:
-          UserError: the average is wanted and there is none.
-        """
+        """Looks up a checkpoint's parameters by `CHOICES`; UserError without the wanted average."""
         directory = workdir / "checkpoints" / str(step) / "state"
         with _told_if_damaged(directory.parent):
-            tree = _metadata(directory)
+            tree = metadata(directory)
         has_average = bool(shapes_of(tree["ema"]))
         if choice == "ema" and not has_average:
             raise UserError(
@@ -316,14 +276,10 @@ class SavedParameters:
     def read(self) -> dict[str, np.ndarray]:
         """path -> float32 array on the host, every process reading all of them."""
         with _told_if_damaged(self.directory.parent):
-            restored = _restore(
-                self.directory,
-                self._parts(_metadata(self.directory)),
-                lambda path, leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype),
-                lambda path, leaf: ocp.RestoreArgs(restore_type=np.ndarray, dtype=np.float32),
-            )
-        leaves = {path: x for tree in restored.values() for path, x in _flatten(tree).items()}
-        return {path: np.asarray(leaves[path], np.float32) for path in self.shapes}
+            parts = self._parts(metadata(self.directory))
+            arrays = read_on_host(self.directory, parts, np.float32)
+        leaves = {path.partition("/")[2]: array for path, array in arrays.items()}
+        return {path: leaves[path] for path in self.shapes}
 
     def _parts(self, tree: Mapping[str, Any]) -> dict[str, Any]:
         """Selects from a state's tree the average, and the parameters that have none."""
@@ -334,21 +290,14 @@ class SavedParameters:
         return found
 
     def load(self, abstract: Any) -> LoadedParameters:
-        """Loads the parameters onto the mesh; each device reads its own shard.
-
-        Args:
-          abstract: parameters of the model: shapes, dtypes and shardings.
-
-        Raises:
-          UserError: they are of another model.
-        """
+        """Loads them like `abstract`, each device its own shard; UserError for another model."""
         with _told_if_damaged(self.directory.parent):
-            found = self._parts(_metadata(self.directory))
+            found = self._parts(metadata(self.directory))
             plain = shapes_of(abstract).keys() & shapes_of(found.get("params", {})).keys()
             wanted = {self.part: abstract}
             if self.part == "ema" and plain:
                 averaged = shapes_of(abstract).keys() - plain
                 wanted = {"ema": _without(abstract, plain), "params": _without(abstract, averaged)}
-            read = Reader.of(self.directory, wanted, found).read()
-            params = {path: x for tree in read.values() for path, x in flatten(tree).items()}
+            arrays = read(self.directory, wanted, found)
+            params = {path: x for tree in arrays.values() for path, x in flatten(tree).items()}
             return LoadedParameters(self.step, self.part, unflatten(params))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -29,33 +28,20 @@ RESIZED_BY = {"resize": "squash", "resize_shortest_and_center_crop": "crop"}
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A run that has begun: what lies in its workdir. No training data is opened.
-
-    Attributes:
-      workdir: its folder.
-      config: as it was written, resolved.
-    """
+    """A run that has begun: the resolved config in its workdir. No training data is opened."""
 
     workdir: epath.Path
     config: ConfigDict
 
     @classmethod
     def open(cls, workdir: str | os.PathLike[str]) -> Run:
-        """The run in `workdir`.
-
-        Raises:
-          UserError: there is none, or its config cannot be read.
-        """
+        """Opens the run in `workdir`; UserError if there is none, or its config cannot be read."""
         folder = checkpoint.absolute(workdir)
         return cls(folder, workdir_lib.load_config(folder))
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer | None:
-        """The tokenizer of the run; None if it has no text.
-
-        Raises:
-          UserError: it is not there any more.
-        """
+        """The tokenizer of the run; None if it has no text. UserError if it is gone."""
         return workdir_lib.open_kept_tokenizer(self.workdir, self.config)
 
     @functools.cached_property
@@ -68,14 +54,7 @@ class Run:
         return checkpoint.saved_steps(self.workdir)
 
     def saved(self, step: int | None = None, choice: str = "auto") -> SavedParameters:
-        """The parameters of the checkpoint of `step`, None for the newest, not yet read.
-
-        Args:
-          choice: one of `vlp_jax.training.restore.CHOICES`.
-
-        Raises:
-          UserError: there is no such checkpoint or average.
-        """
+        """Looks up the parameters of `step` (None: the newest), one of `restore.CHOICES`."""
         step = checkpoint.choose_step(self.workdir, step)
         return SavedParameters.of(self.workdir, step, choice)
 
@@ -86,10 +65,7 @@ class Run:
 
 
 def text_wording(config: ConfigDict, objective: Objective) -> tuple[Wording, tuple[str, ...]]:
-    """How a run words the texts that it embeds, and notes on what that does not say.
-
-    Everything that embeds a text for a run goes by this: evaluators, `vlp_jax.load`, exports.
-    """
+    """How a run words all texts that it embeds, and notes on what that does not say."""
     fed = [
         part.data
         for part in objective.parts().values()
@@ -119,25 +95,23 @@ def bounded(objective: Objective, parameters: dict[str, Any]) -> dict[str, Any]:
 def resizing(config: ConfigDict, notes: list[str]) -> dict[str, str]:
     """`resize` and `interpolation` of the images that a run evaluates on, or else trains on.
 
-    Notes what image processors of others cannot do of it.
+    `notes` gets a line for what the image processors of others cannot do.
     """
     sections = [e.data for e in config.evaluators.values() if "preprocess" in e.get("data", {})]
     for section in [*sections, *split_mixture(as_plain(config.data))[0].values()]:
         for name, arguments in in_order(section.get("preprocess")):
             if name in RESIZED_BY:
-                return {"resize": RESIZED_BY[name], **_interpolation(arguments, notes)}
+                method = arguments.get("method", "bicubic")
+                if not arguments.get("antialias", True):
+                    notes.append(
+                        "the run resizes without antialiasing, which image processors always do"
+                    )
+                if method in INTERPOLATIONS:
+                    return {"resize": RESIZED_BY[name], "interpolation": method}
+                notes.append(f"the run resizes by {method!r}, which is written as bicubic")
+                return {"resize": RESIZED_BY[name]}
     notes.append(
         "the run does not say how whole images come to the model's size: they are squashed "
         "bicubically (or give --resize and --interpolation)"
     )
-    return {}
-
-
-def _interpolation(arguments: Mapping[str, Any], notes: list[str]) -> dict[str, str]:
-    method = arguments.get("method", "bicubic")
-    if not arguments.get("antialias", True):
-        notes.append("the run resizes without antialiasing, which image processors always do")
-    if method in INTERPOLATIONS:
-        return {"interpolation": method}
-    notes.append(f"the run resizes by {method!r}, which is written as bicubic")
     return {}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -19,13 +19,11 @@ from vlp_jax.models.attention import ONLY_ON
 from vlp_jax.objectives import Objective, make_objective
 from vlp_jax.objectives.base import BatchSpec, check_reads
 from vlp_jax.objectives.flops import count_flops
+from vlp_jax.observe.throughput import StepClock
 from vlp_jax.parallel import mesh as mesh_lib
 from vlp_jax.parallel import rules
 from vlp_jax.training import param_groups
-from vlp_jax.training.average import Average
-from vlp_jax.training.guard import Guard
 from vlp_jax.training.optimizer import make_optimizer, make_schedule
-from vlp_jax.training.several_steps import StepProgram, compile_steps
 from vlp_jax.training.state import (
     PURPOSE_INIT,
     PURPOSE_LOSS,
@@ -35,7 +33,8 @@ from vlp_jax.training.state import (
     init_state,
     key_for,
 )
-from vlp_jax.training.step import StepFunction, make_step
+from vlp_jax.training.step import StepFunction, StepProgram, compile_steps, make_step
+from vlp_jax.training.step_rules import Average, Guard
 from vlp_jax.training.when import EverySteps, Units
 
 
@@ -108,10 +107,7 @@ class Setup:
 
     @functools.cached_property
     def flops_by_phase(self) -> dict[int, float]:
-        """First step of a phase -> FLOPs of the loss of a global batch, without its gradient.
-
-        They are counted in the jaxpr; a multiply-add is 2.
-        """
+        """First step of a phase -> FLOPs of the loss of a global batch; a multiply-add is 2."""
 
         def count(objective: Objective) -> float:
             def loss(state: TrainState, batch: Any) -> Any:
@@ -124,14 +120,14 @@ class Setup:
             return {phase: count(self.objective.at(phase)) for phase in self.phases}
 
     def compile(self, phase: int | None = None) -> StepProgram:
-        """Compiles the program of a dispatch: `config.steps_per_dispatch` steps.
-
-        Args:
-          phase: the first step of the phase; None for the costliest.
-        """
+        """Compiles `config.steps_per_dispatch` steps of a phase; None for the costliest."""
         step = self.step_of(self.costliest if phase is None else phase)
         most = self.config.steps_per_dispatch
         return compile_steps(step, self.abstract, self.batch_spec, self.mesh, most)
+
+    def losses_of(self, phase: int) -> str:
+        """Names the losses of a phase, for the log."""
+        return " and ".join(self.objective.at(phase).parts())
 
     @property
     def average(self) -> Average:
@@ -145,15 +141,8 @@ class Setup:
 
     def fresh_state(self) -> TrainState:
         """Makes the initial state from the config's seed, in place on the devices."""
-        return init_state(
-            self.objective,
-            self.optimizer,
-            self.batch_spec,
-            self.abstract,
-            self.config.seed,
-            self.average,
-            self.guard,
-        )
+        arguments = self.objective, self.optimizer, self.batch_spec, self.abstract
+        return init_state(*arguments, self.config.seed, self.average, self.guard)
 
     def every(self, duration: ConfigDict, where: str) -> EverySteps:
         """Returns a test that is true at each multiple of `duration` and at the end of the run."""
@@ -168,6 +157,46 @@ class Setup:
         return lambda step: step % period == 0 or step == last
 
 
+class Phases:
+    """Returns the program of a step; sets the FLOPs and tells the losses where a phase begins.
+
+    All programs (`compile_phases`) are compiled before the first step, so that one that does not
+    fit fails at the start.
+    """
+
+    def __init__(
+        self,
+        setup: Setup,
+        programs: Mapping[int, StepProgram],
+        clock: StepClock,
+        tell: Callable[[str], None],
+    ):
+        self._setup, self._programs = setup, programs
+        self._clock, self._tell = clock, tell
+        self._now: int | None = None
+
+    def __call__(self, step: int) -> StepProgram:
+        """Returns the program for batch `step`."""
+        phase = max(begin for begin in self._programs if begin <= step)
+        if phase != self._now:
+            self._now, setup = phase, self._setup
+            self._clock.count_flops(setup.flops_by_phase[phase] / setup.config.batch_size)
+            if step == phase > 0:  # else the run begins, or resumes within a phase
+                self._tell(f"step {phase:,}  the loss is now: {setup.losses_of(phase)}")
+        return self._programs[phase]
+
+
+def compile_phases(setup: Setup, first_step: int) -> dict[int, StepProgram]:
+    """Compiles the programs of the phases that are not over before `first_step`."""
+    ends = (*setup.phases[1:], setup.units.total_steps)
+    return {
+        phase: setup.compile(phase)
+        for phase, end in zip(setup.phases, ends, strict=True)
+        # A run that resumes at its very end takes no step, yet is set up like every other run.
+        if end > first_step or end == setup.units.total_steps
+    }
+
+
 def make_setup(
     config: ConfigDict,
     mesh: Mesh,
@@ -177,9 +206,7 @@ def make_setup(
 ) -> Setup:
     """Builds the `Setup` of the run that `config` describes.
 
-    Args:
-      batch_spec: field -> (shape, dtype) of a global batch.
-      epoch_examples: examples of the training set, for durations in epochs.
+    `batch_spec` is field -> (shape, dtype) of a global batch; `epoch_examples` the training set's.
 
     Raises:
       UserError: the config does not fit the devices, the data or itself.
@@ -195,14 +222,7 @@ def make_setup(
     spec = {name: jax.ShapeDtypeStruct(*value) for name, value in batch_spec.items()}
     try:
         check_reads(objective, spec)
-        abstract = abstract_state(
-            objective,
-            optimizer,
-            spec,
-            mesh,
-            average=average,
-            guard=guard,
-        )
+        abstract = abstract_state(objective, optimizer, spec, mesh, average, guard)
     except ValueError as error:
         shapes = {name: shape for name, (shape, _) in batch_spec.items()}
         raise UserError(f"the model does not fit the batch {shapes}: {error}") from error
@@ -261,11 +281,7 @@ def check_dispatch(config: ConfigDict) -> None:
 
 
 def make_units(config: ConfigDict, epoch_examples: int | None) -> Units:
-    """Makes the converter from durations to steps; `total_steps` is the length of the run.
-
-    Raises:
-      UserError: the run is shorter than one step, or its length cannot be known.
-    """
+    """Makes the converter from durations to steps; UserError if the run has no length."""
     units = Units(config.batch_size, epoch_examples)
     total = units.steps(config.duration, "config.duration")
     if total < 1:

@@ -16,8 +16,7 @@ from vlp_jax.objectives.base import BatchSpec, Context
 from vlp_jax.parallel import mesh as mesh_lib
 from vlp_jax.parallel import rules
 from vlp_jax.training import param_groups
-from vlp_jax.training.average import NO_AVERAGE, Average
-from vlp_jax.training.guard import NO_SPIKE_RULE, Guard
+from vlp_jax.training.step_rules import Average, Guard
 
 # A key is folded from (seed, purpose, step), so initialization and losses never share randomness.
 PURPOSE_INIT, PURPOSE_LOSS = 0, 1
@@ -93,45 +92,39 @@ def abstract_state(
     optimizer: optax.GradientTransformation,
     batch_spec: BatchSpec,
     mesh: Mesh,
-    average: Average = NO_AVERAGE,
-    guard: Guard = NO_SPIKE_RULE,
+    average: Average,
+    guard: Guard,
 ) -> TrainState:
     """Computes shapes, dtypes and shardings of the state, without making an array.
 
-    A leaf of the optimizer state with the shape of its parameter gets the parameter's sharding.
-    Other leaves that belong to a parameter (factored moments) go by `rules.leaf_sharding`.
+    Leaves of the optimizer state that belong to a parameter are sharded by its names of axes.
     """
     with rules.use_mesh(mesh):  # a module may refuse the mesh, as attention kernels do
         boxed = jax.eval_shape(lambda: objective.init(key_for(0, 0, PURPOSE_INIT), batch_spec))
         # The seed is of no account: only shapes come out.
         shapes = jax.eval_shape(lambda: _init(objective, optimizer, batch_spec, 0, average, guard))
         objective_state = jax.eval_shape(lambda: objective.init_state(batch_spec))
-    shardings = rules.param_shardings(boxed, mesh)
-    whole = mesh_lib.replicated(mesh)
-
-    def place(leaf: Any, sharding: Any) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-
-    return TrainState(
-        step=place(shapes.step, whole),
-        params=jax.tree.map(place, shapes.params, shardings),
-        opt_state=jax.tree.map(
-            place, shapes.opt_state, _like_params(shapes.opt_state, boxed, mesh)
-        ),
-        ema=jax.tree.map(place, shapes.ema, average.chosen(shardings)),
-        guard=jax.tree.map(lambda leaf: place(leaf, whole), shapes.guard),
-        objective=jax.tree.map(
-            place, shapes.objective, rules.param_shardings(objective_state, mesh)
-        ),
+    whole, params = mesh_lib.replicated(mesh), rules.param_shardings(boxed, mesh)
+    shardings = TrainState(
+        step=whole,
+        params=params,
+        opt_state=_like_params(shapes.opt_state, boxed, mesh),
+        ema=average.chosen(params),
+        guard=jax.tree.map(lambda leaf: whole, shapes.guard),
+        objective=rules.param_shardings(objective_state, mesh),
+    )
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        shapes,
+        shardings,
     )
 
 
 def _like_params(tree: Any, boxed: Any, mesh: Mesh) -> Any:
     """Returns a sharding for each leaf of an optimizer state.
 
-    A leaf belongs to the parameter whose path ends the leaf's path. With the parameter's shape it
-    gets the parameter's sharding. With fewer dimensions (a factored moment) it is sharded by the
-    names of the dimensions that remain. A leaf that belongs to no parameter is replicated.
+    A leaf belongs to the parameter whose path ends the leaf's path, and is sharded by the names of
+    the dimensions that it keeps. A leaf that belongs to no parameter is replicated.
     """
     # `optax.tree_map_params` does not handle optax.partition, which Muon's optimizer is.
     params = dict(jax.tree_util.tree_leaves_with_path(boxed, is_leaf=rules.is_boxed))
@@ -165,8 +158,8 @@ def init_state(
     batch_spec: BatchSpec,
     abstract: TrainState,
     seed: int,
-    average: Average = NO_AVERAGE,
-    guard: Guard = NO_SPIKE_RULE,
+    average: Average,
+    guard: Guard,
 ) -> TrainState:
     """Makes the initial state in place: each device computes only its own shard."""
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)

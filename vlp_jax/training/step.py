@@ -1,15 +1,16 @@
-"""The training step: one pure function of state and batch."""
+"""The training step: one pure function of state and batch, compiled alone or with others."""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Self
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from vlp_jax.objectives import Objective
 from vlp_jax.objectives.base import Batch, BatchSpec, LossOutput, Metrics, Params
@@ -17,9 +18,8 @@ from vlp_jax.objectives.microbatch import loss_in_parts
 from vlp_jax.parallel import mesh as mesh_lib
 from vlp_jax.parallel import rules
 from vlp_jax.training import param_groups
-from vlp_jax.training.average import NO_AVERAGE, Average
-from vlp_jax.training.guard import NO_SPIKE_RULE, Guard, choose
 from vlp_jax.training.state import PURPOSE_LOSS, TrainState, context_of, key_for
+from vlp_jax.training.step_rules import Average, Guard, choose
 
 StepFunction = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
 # A step that returns its metrics as one array, for `PackedMetrics`.
@@ -32,26 +32,20 @@ def make_step(
     schedule: optax.Schedule,
     *,
     seed: int,
-    average: Average = NO_AVERAGE,
-    frozen: Sequence[str] = (),
-    guard: Guard = NO_SPIKE_RULE,
-    microbatches: int = 1,
-    resting: frozenset[str] = frozenset(),
-    begins: int = 0,
+    average: Average,
+    frozen: Sequence[str],
+    guard: Guard,
+    microbatches: int,
+    resting: frozenset[str],
+    begins: int,
 ) -> StepFunction:
     """Makes the function from (state, batch i) to (next state, metrics of batch i).
 
-    The metrics are the objective's and those named in `_step_metrics`. A skipped step advances the
-    step count and the learning-rate schedule, and changes nothing else.
+    A skipped step advances the step count and the learning-rate schedule, and changes nothing else.
 
     Args:
-      average: the moving average of the parameters to keep in the state.
-      frozen: regular expressions of the paths of parameters that never change. The loss is not
-        differentiated with respect to them, so their part of the backward pass costs nothing.
-      guard: decides which steps are skipped.
-      microbatches: parts in which a batch is computed, one after the other.
-      resting: paths of parameters that no loss of this phase reads. They and their optimizer state
-        do not change.
+      frozen: regular expressions of the paths of parameters that are not differentiated.
+      resting: paths of parameters that no loss of this phase reads, and that do not change.
       begins: the first step of this phase, where the guard's loss statistics start anew.
     """
     compute_loss = loss_in_parts(objective, microbatches)
@@ -80,33 +74,22 @@ def make_step(
         after = (params, opt_state, ema, output.state)
         params, selected, ema, objective_state = choose(apply, after, before)
         opt_state = _advance_schedules(selected, opt_state)
-        norms = optax.tree.norm(updates), optax.tree.norm(params)
-        step_metrics = _step_metrics(schedule(state.step), apply, grad_norm, *norms)
+        figures = {
+            "learning_rate": schedule(state.step),
+            "grad_norm": grad_norm,
+            "update_norm": optax.tree.norm(updates),
+            "param_norm": optax.tree.norm(params),
+            "skipped": 1 - apply.astype(jnp.float32),
+        }
+        metrics = {**output.metrics, **{n: (x, jnp.float32(1)) for n, x in figures.items()}}
         state = TrainState(state.step + 1, params, opt_state, ema, stats, objective_state)
-        return state, {**output.metrics, **step_metrics}
+        return state, metrics
 
     return step
 
 
-def _step_metrics(
-    learning_rate: Any, apply: Any, grad_norm: Any, update_norm: Any, param_norm: Any
-) -> Metrics:
-    """The metrics that every step has, whatever its objective."""
-    one = jnp.float32(1)
-    return {
-        "learning_rate": (learning_rate, one),
-        "grad_norm": (grad_norm, one),
-        "update_norm": (update_norm, one),
-        "param_norm": (param_norm, one),
-        "skipped": (1 - apply.astype(jnp.float32), one),
-    }
-
-
 def _advance_schedules(opt_state: Any, updated: Any) -> Any:
-    """Returns `opt_state` with the step counts of learning-rate schedules taken from `updated`.
-
-    A skipped step counts for the schedule too. Otherwise the rate would lag behind the run.
-    """
+    """Takes the counts of learning-rate schedules from `updated`: a skipped step counts too."""
 
     def is_schedule(part: Any) -> bool:
         return isinstance(part, optax.ScaleByScheduleState)
@@ -117,85 +100,82 @@ def _advance_schedules(opt_state: Any, updated: Any) -> Any:
     return jax.tree.map(pick, opt_state, updated, is_leaf=is_schedule)
 
 
-class PackedMetrics:
-    """The metrics of a step, (sum, count) by name, packed in one array on the devices.
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class SeveralMetrics:
+    """The metrics of consecutive steps, (sum, count) by name, packed in one array on the devices.
 
     A step has about twenty metrics. Each array that a program returns costs the host time, both
     when the program starts and when the array is fetched, so all metrics share one array.
 
     Attributes:
-      array: float32 [..., metrics, 2], in the order of the names.
+      array: float32 [steps, metrics, 2], in the order of the names.
     """
 
-    def __init__(self, names: Sequence[str], array: jax.Array):
-        self._names = tuple(names)
-        self.array = array
+    names: tuple[str, ...] = dataclasses.field(metadata={"static": True})
+    array: jax.Array
 
-    def tree_flatten(self) -> tuple[tuple[jax.Array], tuple[str, ...]]:
-        """Returns (the array, the names), for `jax.tree_util`."""
-        return (self.array,), self._names
-
-    @classmethod
-    def tree_unflatten(cls, names: tuple[str, ...], leaves: Sequence[Any]) -> Self:
-        """Builds the metrics from the results of `tree_flatten`."""
-        return cls(names, *leaves)
-
-    def _named(self, rows: Sequence[Sequence[float]]) -> dict[str, tuple[float, float]]:
-        return {name: tuple(row) for name, row in zip(self._names, rows, strict=True)}
+    def fetch(self) -> list[dict[str, tuple[float, float]]]:
+        """Waits for the devices and returns, for each step, (sum, count) by name."""
+        steps = jax.device_get(self.array).tolist()
+        return [{n: tuple(row) for n, row in zip(self.names, rows, strict=True)} for rows in steps]
 
 
-@jax.tree_util.register_pytree_node_class
-class StepMetrics(PackedMetrics, Mapping[str, tuple[Any, Any]]):
-    """The metrics of one step. Reading a metric waits for the step and fetches all metrics."""
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class StepMetrics(Mapping[str, tuple[Any, Any]]):
+    """The metrics of one step, [metrics, 2]. Reading one waits for the step and fetches all."""
+
+    names: tuple[str, ...] = dataclasses.field(metadata={"static": True})
+    array: jax.Array
 
     def __getitem__(self, name: str) -> tuple[Any, Any]:
-        if name not in self._names:
+        if name not in self.names:
             raise KeyError(name)
-        total, count = jax.device_get(self.array)[self._names.index(name)]
+        total, count = jax.device_get(self.array)[self.names.index(name)]
         return total, count
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
+        return iter(self.names)
 
     def __len__(self) -> int:
-        return len(self._names)
+        return len(self.names)
 
     def fetch(self) -> dict[str, tuple[float, float]]:
         """Returns (sum, count) of every metric as Python numbers, in one transfer."""
-        return self._named(jax.device_get(self.array).tolist())
+        pairs = jax.device_get(self.array).tolist()
+        return {name: tuple(pair) for name, pair in zip(self.names, pairs, strict=True)}
 
 
+@dataclasses.dataclass(frozen=True)
 class CompiledStep:
     """A step compiled for the devices. A call donates the memory of the state it is given.
 
     Attributes:
       program: the XLA executable, for its text and its cost figures.
+      names: the metrics, in the order of its array.
     """
 
-    def __init__(self, program: jax.stages.Compiled, names: Sequence[str]):
-        self.program = program
-        self._names = tuple(names)
+    program: jax.stages.Compiled
+    names: tuple[str, ...]
 
     def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
         """Dispatches the step and returns without waiting for the devices."""
         state, array = self.program(state, batch)
-        return state, StepMetrics(self._names, array)
+        return state, StepMetrics(self.names, array)
 
 
 def compile_step(
     step: StepFunction, abstract: TrainState, batch_spec: BatchSpec, mesh: Mesh
 ) -> CompiledStep:
     """Compiles the step for the mesh, from shapes alone."""
-    packed, names = pack_metrics(step)
-    batch = abstract_batch(batch_spec, mesh)
-    return CompiledStep(compile_for(packed, abstract, mesh, batch), names)
+    packed, names = _pack_metrics(step)
+    program = _compile_for(packed, abstract, mesh, abstract_batch(batch_spec, mesh))
+    return CompiledStep(program, tuple(names))
 
 
-def pack_metrics(step: StepFunction) -> tuple[PackedStep, list[str]]:
-    """Returns `step` with its metrics packed in one array, and the list of their names.
-
-    The list is empty until the returned step is traced.
-    """
+def _pack_metrics(step: StepFunction) -> tuple[PackedStep, list[str]]:
+    """Packs the metrics in one array; the list of their names fills when the step is traced."""
     names: list[str] = []
 
     def packed(state: TrainState, batch: Batch) -> tuple[TrainState, jax.Array]:
@@ -216,7 +196,7 @@ def abstract_batch(batch_spec: BatchSpec, mesh: Mesh) -> dict[str, jax.ShapeDtyp
     }
 
 
-def compile_for(
+def _compile_for(
     function: Callable[..., tuple[TrainState, jax.Array]],
     abstract: TrainState,
     mesh: Mesh,
@@ -234,3 +214,69 @@ def compile_for(
     # The model's sharding constraints name axes, which the mesh resolves while they are traced.
     with rules.use_mesh(mesh):
         return jitted.lower(abstract, *arguments).compile()
+
+
+# Several steps in one program. Starting a program costs the host some hundred microseconds for a
+# large model, more with more arrays. Where a step is shorter, the devices would wait for the host.
+
+
+@dataclasses.dataclass(frozen=True)
+class CompiledSteps:
+    """A program of one step and a program of `most` steps. A call donates the state's memory.
+
+    Attributes:
+      single: the program of one step, for where fewer than `most` steps are left.
+      program: the XLA executable of `most` steps.
+    """
+
+    single: CompiledStep
+    program: jax.stages.Compiled
+    most: int
+
+    def __call__(
+        self, state: TrainState, *batches: Batch
+    ) -> tuple[TrainState, StepMetrics | SeveralMetrics]:
+        """Dispatches one step for each of 1 or `most` batches, without waiting for the devices."""
+        if len(batches) == 1:
+            return self.single(state, *batches)
+        if len(batches) != self.most:
+            raise ValueError(f"{len(batches)} batches for programs of 1 and of {self.most} steps")
+        state, array = self.program(state, batches)
+        return state, SeveralMetrics(self.single.names, array)
+
+
+StepProgram = CompiledStep | CompiledSteps  # called with the state and one batch or several
+
+
+def compile_steps(
+    step: StepFunction, abstract: TrainState, batch_spec: BatchSpec, mesh: Mesh, most: int
+) -> StepProgram:
+    """Compiles the step, and for `most` > 1 also a program of `most` steps.
+
+    The second program is a scan. While it runs, the devices hold its batches twice: as arguments,
+    and stacked for the scan.
+    """
+    single = compile_step(step, abstract, batch_spec, mesh)
+    if most == 1:
+        return single
+    packed, _ = _pack_metrics(step)
+    batch = abstract_batch(batch_spec, mesh)
+    state_shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+
+    def stack(*fields: jax.Array) -> jax.Array:
+        # The new first dimension counts steps: it is not split, since every device runs every step.
+        spec = PartitionSpec(None, *mesh_lib.batch_sharding(mesh).spec)
+        return jax.lax.with_sharding_constraint(jnp.stack(fields), NamedSharding(mesh, spec))
+
+    def one(state: TrainState, batch: Batch) -> tuple[TrainState, jax.Array]:
+        state, row = packed(state, batch)
+        # The carry of a scan must keep its sharding, or XLA reshards the state in every round.
+        return jax.lax.with_sharding_constraint(state, state_shardings), row
+
+    def several(state: TrainState, batches: Sequence[Batch]) -> tuple[TrainState, jax.Array]:
+        # A scan has a trip count that the compiler knows. On a GPU, a while loop would wait for the
+        # host at the end of each round.
+        return jax.lax.scan(one, state, jax.tree.map(stack, *batches))
+
+    program = _compile_for(several, abstract, mesh, (batch,) * most)
+    return CompiledSteps(single, program, most)

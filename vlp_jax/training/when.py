@@ -13,24 +13,16 @@ from vlp_jax.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Units:
-    """Converts examples, epochs and percentages into steps.
-
-    Attributes:
-      batch_size: examples of a step, over the whole mesh.
-      epoch_examples: examples of the training set; None if its size is unknown.
-      total_steps: length of the run; None until `config.duration` itself is converted.
-    """
+    """Converts to steps; `epoch_examples` and `total_steps` are None where they are not known."""
 
     batch_size: int
     epoch_examples: int | None
     total_steps: int | None = None
 
     def steps(self, duration: Mapping[str, float | None], where: str) -> int:
-        """Converts `duration` to whole steps, rounded up.
+        """Converts `duration`, a section with one unit set such as {"epochs": 3}; rounds up.
 
-        Args:
-          duration: a section of a config with exactly one unit set, such as {"epochs": 3}.
-          where: the key of the section, for errors.
+        `where` is the key of the section, for errors.
 
         Raises:
           UserError: not exactly one unit is set, the value is negative, or the size that the unit
@@ -55,42 +47,30 @@ class Units:
         examples = value
         if unit == "epochs":
             if self.epoch_examples is None:
-                raise UserError(f"{where}.epochs: the training data has no known size")
+                raise UserError(
+                    f"{where} is in epochs, and the training data has no known size: set it in "
+                    "steps or examples, or give it where there is no data (--epoch-examples)"
+                )
             examples = value * self.epoch_examples
         return math.ceil(examples / self.batch_size)
 
 
 @dataclasses.dataclass(frozen=True)
 class EverySteps:
-    """True at every multiple of `period` and at step `last`. With period 0, only at `last`.
-
-    Attributes:
-      at_start: whether step 0 counts as a multiple.
-    """
+    """True at every multiple of `period` but 0, and at step `last`. With period 0, only there."""
 
     period: int
     last: int
-    at_start: bool = False
 
     def __call__(self, step: int) -> bool:
-        if step == self.last:
-            return True
-        if step == 0:
-            return self.at_start
-        return self.period > 0 and step % self.period == 0
+        return step == self.last or (step > 0 < self.period and step % self.period == 0)
 
 
 class EveryMinutes:
-    """True when `minutes` have passed since the last `reset`.
+    """True when `minutes` (0 for never) have passed since the last `reset`.
 
-    All processes go by the clock of process 0, so that they agree. Agreement takes a message, so
-    the clock is read only at the steps that `look` selects.
-
-    Args:
-      minutes: the period; 0 for never.
-      look: selects the steps at which the clock is read; the same steps on all processes.
-      agree: returns process 0's value on every process.
-      time_fn: the clock, in seconds.
+    All processes go by the clock of process 0, whose value `agree` returns on every process. That
+    takes a message, so the clock is read only at the steps that `look` selects.
     """
 
     def __init__(
@@ -138,7 +118,6 @@ class StepsAhead:
     """Decides how many steps are dispatched at once: `several`, or 1 near work for the host.
 
     Attributes:
-      several: steps of a full dispatch.
       first: the first step of this process. It is dispatched alone, so that its time can be told.
       last: the end of the run; the last step is `last - 1`.
       begins: tests that are true for a step before which the host has work. Such a step may begin

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
-import uuid
+import contextlib
+import fcntl
+import json
+import logging
+import os
+import socket
+import time
 from collections.abc import Iterator
 
 import jax
@@ -10,30 +16,29 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from vlp_jax import config as config_lib
+from vlp_jax import files
 from vlp_jax.data.samples import sample_texts
 from vlp_jax.data.tokenizers import Tokenizer, build_tokenizer
 from vlp_jax.errors import UserError
-from vlp_jax.files import write_whole
+from vlp_jax.files import is_remote, write_whole
+from vlp_jax.parallel import agreement
 
 CONFIG, TOKENIZER, METRICS = "config.json", "tokenizer.json", "metrics.jsonl"
 # Scores of checkpoints evaluated by `vlp_jax.evaluate`, during the run or after it; a line each.
 EVALUATIONS = "evaluations.jsonl"
+LOCK = "run.lock"
+_log = logging.getLogger("vlp_jax.training")
 
 
 def check_writable(workdir: epath.Path) -> None:
-    """Raises UserError if no file can be written in `workdir`, or where it would be made.
-
-    Leaves nothing behind: neither its probe file nor a new folder.
-    """
+    """Raises UserError if no file can be written in `workdir`, or where it would be made."""
     existing = workdir  # or the nearest folder above it that exists
     while not existing.exists() and existing.parent != existing:
         existing = existing.parent
-    probe = existing / f".write_test_{uuid.uuid4().hex}"
     try:
         if not existing.is_dir():
             raise NotADirectoryError(f"{existing} is not a folder")
-        probe.write_text("")
-        probe.unlink()
+        files.check_writable(existing)
     except OSError as error:
         raise UserError(
             f"workdir {workdir} cannot be written: {error.strerror or error}; "
@@ -42,11 +47,7 @@ def check_writable(workdir: epath.Path) -> None:
 
 
 def open_tokenizer(workdir: epath.Path, config: ConfigDict) -> Tokenizer | None:
-    """Opens the tokenizer saved in `workdir`, or else builds it from the config.
-
-    A tokenizer that has to be trained is trained on captions of the training data. Nothing is
-    written. Returns None if `config.tokenizer` is empty: the run has no text.
-    """
+    """Opens the tokenizer in `workdir`, or builds (and trains) it from the config and its data."""
     if not config.tokenizer:
         return None
     if (workdir / TOKENIZER).exists():
@@ -55,11 +56,7 @@ def open_tokenizer(workdir: epath.Path, config: ConfigDict) -> Tokenizer | None:
 
 
 def open_kept_tokenizer(workdir: epath.Path, config: ConfigDict) -> Tokenizer | None:
-    """Opens the tokenizer that the run saved in `workdir`, without its data; None without text.
-
-    Raises:
-      UserError: its file is missing.
-    """
+    """Opens the tokenizer that the run saved, without its data; None without text."""
     if not config.tokenizer:
         return None
     saved = workdir / TOKENIZER
@@ -80,11 +77,7 @@ def prepare(workdir: epath.Path, config: ConfigDict, tokenizer: Tokenizer | None
 
 
 def load_config(workdir: epath.Path) -> ConfigDict:
-    """Loads the resolved config of the run in `workdir`.
-
-    Raises:
-      UserError: the file is missing or cannot be read.
-    """
+    """Loads the resolved config of the run; UserError if the file is missing or cannot be read."""
     file = workdir / CONFIG
     if not file.exists():
         raise UserError(f"{workdir} holds no run: there is no {CONFIG} in it")
@@ -107,3 +100,52 @@ def changes(workdir: epath.Path, config: ConfigDict) -> Iterator[str]:
     for key in sorted({*before, *now}):
         if before.get(key) != now.get(key):
             yield f"config.{key}: {before.get(key)!r} before, {now.get(key)!r} now"
+
+
+@contextlib.contextmanager
+def locked(workdir: epath.Path) -> Iterator[None]:
+    """Locks the workdir for this job while the context is open. All its processes must enter it.
+
+    Process 0 holds an flock on a file in the workdir, which the operating system releases when the
+    process ends. An object store has no locks, so a workdir there is not locked.
+
+    Raises:
+      UserError: another job holds the lock; the message names its host and process.
+    """
+    held = agreement.on_first(lambda: None if is_remote(workdir) else _take_lock(workdir))
+    try:
+        yield
+    finally:
+        if held is not None and jax.process_index() == 0:
+            os.close(held)
+
+
+def _take_lock(workdir: epath.Path) -> int:
+    """Takes the lock, and returns the descriptor of the open file that holds it."""
+    workdir.mkdir(parents=True, exist_ok=True)
+    file = os.open(os.fspath(workdir / LOCK), os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        owner = os.read(file, 1000).decode(errors="replace").strip() or "unknown"
+        os.close(file)
+        raise UserError(
+            f"workdir {workdir} is in use by another run ({_describe(owner)}); stop that one "
+            "first, or choose another --workdir"
+        ) from None
+    except OSError as error:  # some network file systems have no locks
+        _log.warning("workdir %s cannot be locked (%s): see to it yourself", workdir, error)
+    # Only now: until the lock is held, the file names the run that holds it.
+    os.ftruncate(file, 0)
+    note = {"host": socket.gethostname(), "pid": os.getpid(), "since": time.time()}
+    os.write(file, json.dumps(note).encode())
+    return file
+
+
+def _describe(owner: str) -> str:
+    try:
+        note = json.loads(owner)
+        since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(note["since"]))
+        return f"process {note['pid']} on {note['host']}, since {since}"
+    except (ValueError, KeyError, TypeError):
+        return owner
