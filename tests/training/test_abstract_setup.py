@@ -124,3 +124,13 @@ def test_the_mesh_must_divide_the_batch():
     config.batch_size = 12
     with pytest.raises(UserError, match="12 is not divisible by the 8 devices"):
         abstract_setup(config, eight(), 1280)
+
+
+@pytest.mark.parametrize(
+    "steps, message", [(0, "less than one step"), (2**31, "a step is counted in 32 bits")]
+)
+def test_runs_of_no_step_or_of_too_many(steps, message):
+    config = load("clip_folder").unlock()
+    config.duration = config_lib.duration(steps=steps)
+    with pytest.raises(UserError, match=message):
+        abstract_setup(config, eight())

@@ -37,6 +37,8 @@ from vlp_jax.training.step import StepFunction, StepProgram, compile_steps, make
 from vlp_jax.training.step_rules import Average, Guard
 from vlp_jax.training.when import EverySteps, Units
 
+MOST_STEPS = 2**31 - 1  # the state counts steps in 32 bits
+
 
 @dataclasses.dataclass(frozen=True)
 class Setup:
@@ -281,11 +283,16 @@ def check_dispatch(config: ConfigDict) -> None:
 
 
 def make_units(config: ConfigDict, epoch_examples: int | None) -> Units:
-    """Makes the converter from durations to steps; UserError if the run has no length."""
+    """Makes the converter from durations to steps; UserError if the run is no or too many steps."""
     units = Units(config.batch_size, epoch_examples)
     total = units.steps(config.duration, "config.duration")
     if total < 1:
         raise UserError("config.duration is less than one step")
+    if total > MOST_STEPS:
+        raise UserError(
+            f"config.duration is {total:,} steps of {config.batch_size} examples; a step is counted "
+            f"in 32 bits, up to {MOST_STEPS:,}"
+        )
     return dataclasses.replace(units, total_steps=total)
 
 
