@@ -290,8 +290,8 @@ def make_units(config: ConfigDict, epoch_examples: int | None) -> Units:
         raise UserError("config.duration is less than one step")
     if total > MOST_STEPS:
         raise UserError(
-            f"config.duration is {total:,} steps of {config.batch_size} examples; a step is counted "
-            f"in 32 bits, up to {MOST_STEPS:,}"
+            f"config.duration is {total:,} steps of {config.batch_size} examples, and a step is "
+            f"counted in 32 bits, up to {MOST_STEPS:,}; set a larger config.batch_size"
         )
     return dataclasses.replace(units, total_steps=total)
 
