@@ -173,7 +173,7 @@ def test_loss_of_whole_batches_leaves_out_what_does_not_fill_one(world):
 
 def test_loss_of_a_composite_with_data_of_its_own(world):
     parts = {"classes": CLASSIFICATION, "mae": {**MAE, "data": "more", "weight": 0.5}}
-    objective = make_objective({"name": "composite", "parts": parts}, TOKENIZER, 2)
+    objective = make_objective({"name": "composite", "parts": parts}, TOKENIZER)
     alone, params = started(CLASSIFICATION)
     mae, of_mae = started(MAE)
     params = {**of_mae, **params, "image": {**of_mae["image"], **params["image"]}}

@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt8
+from jaxtyping import Array, Float, Int, Key, UInt8
 
 from vlp_jax.objectives.base import Function, of_images
 
@@ -22,7 +22,7 @@ def attacked_images(
     scores: Scores,
     image: UInt8[Array, "batch height width 3"] | Float[Array, "batch height width 3"],
     label: Int[Array, " batch"],
-    keys: PRNGKeyArray,
+    keys: Key[Array, " batch"],
     *,
     radius: float | Float[Array, ""],
     step_size: float | Float[Array, ""],
@@ -64,7 +64,7 @@ def attacked_images(
     return jax.lax.fori_loop(0, steps, step, start)
 
 
-def with_attacks(functions: Mapping[str, Function]) -> dict[str, Function]:
+def with_attacks(functions: Mapping[str, Callable[..., Any]]) -> dict[str, Function]:
     """Adds attacked versions of the functions that classify, for `Robustness`.
 
     Each takes `(params, inputs)` and returns the scores [batch, classes] of the attacked images.

@@ -48,7 +48,7 @@ class CaptionsOutcome(Outcome):
     references: tuple[tuple[str, ...], ...]
     likelihood: Float[np.ndarray, " n"]
     index: Int[np.ndarray, " n"]
-    labels: Int[np.ndarray, " n"]
+    labels: Int[np.ndarray, " labels"]
     class_names: tuple[str, ...] = ()
     pictures: Mapping[int, np.ndarray] = dataclasses.field(default_factory=dict)
 

@@ -126,8 +126,8 @@ def joined_classes(
 
 
 def renumber(
-    labels: Int[np.ndarray, " n"], numbers: Int[np.ndarray, " names"] | None
-) -> Int[np.ndarray, " n"]:
+    labels: Int[np.ndarray, "*n"], numbers: Int[np.ndarray, " names"] | None
+) -> Int[np.ndarray, "*n"]:
     """Maps labels by the table `numbers`. Labels out of range stay, to be refused later."""
     if numbers is None:
         return labels

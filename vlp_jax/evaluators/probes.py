@@ -170,8 +170,8 @@ def few_per_class(
 
 
 def standardize(
-    x: Float[np.ndarray, "n dim"], *others: Float[np.ndarray, "m dim"]
-) -> tuple[Float[np.ndarray, "n dim"], ...]:
+    x: Float[np.ndarray, "n dim"], *others: Float[np.ndarray, "_ dim"]
+) -> tuple[Float[np.ndarray, "_ dim"], ...]:
     """Subtracts the mean of `x` and divides by its standard deviation, for each dimension.
 
     A dimension that is constant in `x` is not divided. The same numbers standardize `others`.

@@ -205,7 +205,7 @@ class VisionTransformer(nn.Module):
         keep: Int[Array, "batch kept"] | None = None,
         train: bool = False,
         prepare: Prepare | None = None,
-    ) -> Float[Array, "batch tokens embed"]:
+    ) -> Float[Array, "sequences tokens embed"]:
         """Returns all tokens before the pooling."""
         if image.shape[1:3] != tuple(self.image_size):
             raise ValueError(
