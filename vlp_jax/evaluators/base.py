@@ -202,7 +202,7 @@ class Resources:
         batches: Iterator[Mapping[str, np.ndarray]],
         functions: Mapping[str, str],
         keep: Sequence[str] = (),
-    ) -> tuple[dict[str, Float[np.ndarray, "n *dims"]], dict[str, np.ndarray]]:
+    ) -> tuple[dict[str, Float[np.ndarray, "n ..."]], dict[str, np.ndarray]]:
         """Applies functions to fields of all batches, in one pass over the data.
 
         Args:
