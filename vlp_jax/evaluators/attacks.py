@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Key, UInt8
+from jaxtyping import Array, Float, Int, Key, Num, UInt8
 
 from vlp_jax.objectives.base import Function, of_images
 
@@ -24,8 +24,8 @@ def attacked_images(
     label: Int[Array, " batch"],
     keys: Key[Array, " batch"],
     *,
-    radius: float | Float[Array, ""],
-    step_size: float | Float[Array, ""],
+    radius: float | Num[Array, ""],
+    step_size: float | Num[Array, ""],
     steps: int | Int[Array, ""],
     random_start: bool | Float[Array, ""],
 ) -> Float[Array, "batch height width 3"]:

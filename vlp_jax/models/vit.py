@@ -184,7 +184,7 @@ class VisionTransformer(nn.Module):
         keep: Int[Array, "batch kept"] | None = None,
         train: bool = False,
         prepare: Prepare | None = None,
-    ) -> Float[Array, "batch embed"] | Float[Array, "batch tokens embed"]:
+    ) -> Float[Array, "sequences embed"] | Float[Array, "sequences tokens embed"]:
         """Returns the pooled features, in `compute.dtype`; ValueError for another image size.
 
         Args:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 SMALL: dict[str, tuple[Any, ...]] = {
     "gaussian_noise": (0.04, 0.08, 0.12, 0.15, 0.18),
@@ -142,7 +142,7 @@ def pixelated(share: float, height: int, width: int) -> tuple[np.ndarray, ...]:
     return there_and_back(height), there_and_back(width)
 
 
-def jpeg_tables(quality: int) -> Float[np.ndarray, "2 8 8"]:
+def jpeg_tables(quality: int) -> Int[np.ndarray, "2 8 8"]:
     """Returns JPEG's quantization tables (libjpeg, jcparam.c, jpeg_quality_scaling)."""
     scale = 5000 // quality if quality < 50 else 200 - 2 * quality
     base = np.array([LUMA_TABLE.split(), CHROMA_TABLE.split()], int).reshape(2, 8, 8)
