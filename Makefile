@@ -1,8 +1,12 @@
 # make demo   set up .venv, pretrain on the embedded data, evaluate, draw     (minutes, 2 CPU cores)
-# make test   set up .venv, run the tests
+# make test   set up .venv, run the tests: a quarter of an hour on 2 cores
+# make test-slow  the rest, hours on 2 cores: each config trained, stopped and resumed on another
+#             mesh; processes that are killed; every form of a foreign model, a source and an
+#             export; drills of faults. `make test-slow SLOW=tests/data` runs one folder.
 # make bench  the speed of a training step beside others', and of the loop with its input (minutes)
 PYTHON ?= python3.11
 VENV := .venv
+SLOW ?= tests
 BIN := $(VENV)/bin
 SETUP_SECONDS := $(VENV)/setup_seconds
 # Large pages for what the C library allocates: a step on CPU asks for all its memory anew, and
@@ -18,7 +22,7 @@ test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-slow: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m slow
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m slow $(SLOW)
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff format --check .
