@@ -169,8 +169,7 @@ class FewShot(Evaluator):
     ):
         if not shots or min(shots) < 1 or seeds < 1:
             raise UserError(f"shots={tuple(shots)} and seeds={seeds} must be at least 1")
-        if not len(grid) or min(grid) <= 0:
-            raise UserError(f"grid needs numbers above 0, got {tuple(grid)}")
+        probes.check_grid(grid)
         self._shots, self._seeds, self._grid = tuple(shots), tuple(range(seeds)), tuple(grid)
         self._splits = FeatureSplits(resources, data, train_data, label_field, features)
 

@@ -105,8 +105,8 @@ class LinearProbe(Evaluator):
     ):
         if method not in METHODS:
             raise UserError(unknown_key_message(str(method), METHODS, "method"))
-        if grid is not None and (not len(grid) or min(grid) <= 0):
-            raise UserError(f"grid needs numbers above 0, got {tuple(grid)}")
+        if grid is not None:
+            probes.check_grid(grid)
         counts = {"max_iterations": max_iterations, "epochs": epochs, "batch_size": batch_size}
         for key, value in counts.items():
             if value < 1:

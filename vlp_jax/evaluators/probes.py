@@ -169,6 +169,12 @@ def few_per_class(
     return np.sort(by_class[(starts[:, None] + np.arange(shots)).ravel()])
 
 
+def check_grid(grid: Sequence[float]) -> None:
+    """Raises UserError unless a grid of strengths or rates has numbers, all above 0."""
+    if not len(grid) or min(grid) <= 0:
+        raise UserError(f"grid needs numbers above 0, got {tuple(grid)}")
+
+
 def standardize(
     x: Float[np.ndarray, "n dim"], *others: Float[np.ndarray, "_ dim"]
 ) -> tuple[Float[np.ndarray, "_ dim"], ...]:

@@ -1,4 +1,4 @@
-"""PNG files of what a masked autoencoder paints, of runs side by side, and of training data."""
+"""PNG files of runs side by side, and of training data."""
 
 from __future__ import annotations
 
@@ -7,83 +7,17 @@ from typing import Any
 
 import numpy as np
 from etils import epath
-from jaxtyping import Float, UInt8
+from jaxtyping import UInt8
 from matplotlib.axes import Axes
 
 from vlp_jax.observe import charts
-from vlp_jax.observe.charts import Series
 from vlp_jax.observe.palette import BAD, INK, PALE, SERIES
 from vlp_jax.observe.plots import Curve
 from vlp_jax.observe.sheet import GAP, TOP, Colored, Sheet, picture_grid
 
-VIEWS = ("seen", "painted", "true")
-_ACROSS = 4  # images side by side
 _FONT, _SMALL = 7.5, 6.5  # points
 _WIDTH, _ROW = 10.0, 2.1  # inches: the statistics of data, and the panels of a source
 _MOST_SIZES = 5_000  # more sizes of images would hide each other
-
-
-def draw_reconstructions(
-    path: epath.PathLike,
-    views: Float[np.ndarray, "images 3 height width 3"],
-    *,
-    title: str,
-    subtitle: str,
-) -> None:
-    """Writes a PNG that shows, for each image, what is seen, what is painted, and the truth.
-
-    Args:
-      views: values in [0, 1], as `MaskedAutoencoding.reconstruct` gives them.
-      title, subtitle: what painted, and what on, in a line each.
-
-    Raises:
-      ValueError: there are not three views of each image, or no image.
-    """
-    if views.ndim != 5 or views.shape[1] != len(VIEWS) or not len(views):
-        raise ValueError(f"three views of at least one image are drawn, not {views.shape}")
-    panels = list(np.clip(views, 0, 1).reshape(-1, *views.shape[2:]))
-    captions = [[Colored(view, PALE)] for view in VIEWS] * len(views)
-    across = len(VIEWS) * _ACROSS
-    picture_grid(panels, captions, title, subtitle, across=across, side=0.72)[0].save(path)
-
-
-def draw_comparison(
-    path: epath.PathLike,
-    curves: Mapping[str, Curve],
-    *,
-    title: str,
-    subtitle: str,
-    ylabel: str,
-    target: float | None = None,
-    target_label: str = "",
-) -> None:
-    """Writes a PNG with one score of several runs over their steps.
-
-    Args:
-      curves: name of the run -> (steps, values), values in [0, 1].
-      ylabel: the name of the score.
-      target: a value that is marked with a dotted line and `target_label`; None for none.
-
-    Raises:
-      ValueError: no curve.
-    """
-    if not curves:
-        raise ValueError("there is no curve to draw")
-    sheet = Sheet(6.4, 4.0, title, subtitle)
-    axes = sheet.axes(0.64, 0.76, 5.5, 2.72)
-    charts.style(axes, _FONT)
-    for number, (name, curve) in enumerate(curves.items()):
-        charts.plot(axes, number, Series(name, *curve))
-    charts.scale(axes, [0.0], share=True)
-    charts.steps_axis(axes, max(steps[-1] for steps, _ in curves.values()))
-    axes.set_ylabel(ylabel)
-    if target is not None:
-        axes.axhline(target, color=PALE, linewidth=0.9, linestyle=":")
-        place = {"xytext": (4, -3), "textcoords": "offset points", "va": "top"}
-        label = f"{target_label} {target:g}".strip()
-        axes.annotate(label, (0, target), **place, fontsize=7, color=PALE)
-    axes.legend(frameon=False, fontsize=8, loc="lower right")
-    sheet.save(path)
 
 
 def draw_differences(
